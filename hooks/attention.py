@@ -1,0 +1,162 @@
+"""See attention scores without asking a model to output them: a tap on scaled_dot_product_attention.
+
+`tap_attention(module, rows, columns)` watches every SDPA call made while it is open, works out the scores and
+weights of the rows and columns asked for from the call's own query, key, scale and mask, and leaves the call as
+it was. Cost: rows x seq per head, never seq x seq. Each call is attributed to the module that made it.
+
+Scores are pre-softmax and include what is added to them (ALiBi arrives as an additive mask); a position that the
+mask forbids has score -inf and weight 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..errors import RevprobeError
+
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class AttentionRows:
+    """One attention call, seen at the rows and columns asked for.
+
+    Shapes: `score`, `weight`: `batch heads rows columns`, float32 or wider; `mass`: `batch heads rows`, the
+    weights' sum over the row, 1 unless every key was masked.
+    """
+
+    site: str
+    score: Tensor
+    weight: Tensor
+    mass: Tensor
+
+
+@dataclass
+class AttentionTap:
+    """What a tap saw, in the order of the calls."""
+
+    calls: list[AttentionRows] = field(default_factory=list)
+
+    def layers(self) -> dict[int, AttentionRows]:
+        """The calls by layer: the number in the module's path, or the order of calls where paths do not differ.
+
+        Raises: RevprobeError, when no call was seen.
+        """
+        if not self.calls:
+            raise RevprobeError(
+                "no attention was seen: the model never calls scaled_dot_product_attention (flash, flex or eager "
+                "kernels, "
+                "nn.MultiheadAttention); load it with attn_implementation='sdpa'"
+            )
+        numbers = [_LAYER.search(call.site) for call in self.calls]
+        by_path = [int(number[1]) for number in numbers if number]
+        distinct = len(by_path) == len(self.calls) == len(set(by_path))
+        return dict(zip(by_path if distinct else range(len(self.calls)), self.calls, strict=True))
+
+
+@contextmanager
+def tap_attention(module: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[AttentionTap]:
+    """Record scores and weights at `rows` x `columns` of every attention call of `module` while open.
+
+    Shapes: `rows`: `batch rows`, `columns`: `batch columns` (long, within the sequence).
+    Adds hooks to the module tree and removes exactly those, also when the forward pass raises.
+    """
+    tap = AttentionTap()
+
+    def record(site: str, call: Mapping[str, Any]) -> None:
+        tap.calls.append(AttentionRows(site, *attention_rows(call, rows, columns, site=site)))
+
+    with _running_module(module) as running, _SdpaMode(lambda call: record(running[-1] if running else "", call)):
+        yield tap
+
+
+@torch.no_grad()
+def attention_rows(
+    call: Mapping[str, Any], rows: Tensor, columns: Tensor, *, site: str = "attention"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, weights and row mass of one SDPA call at the rows and columns asked for.
+
+    Shapes: `call["query"]`: `batch heads seq dim`, `call["key"]`: `batch kv_heads seq dim`; returns
+        `batch heads rows columns` twice and `batch heads rows`.
+    Raises: RevprobeError, when the call's batch is not the batch that was asked about.
+    """
+    query, key = call["query"], call["key"]
+    if query.dim() != 4 or query.shape[0] != rows.shape[0]:
+        raise RevprobeError(
+            f"{site}: attention over query {tuple(query.shape)}, expected {rows.shape[0]} sequences x heads x seq x "
+            "dim; the model reshapes its batch"
+        )
+    wide = torch.promote_types(query.dtype, torch.float32)
+    batch = torch.arange(rows.shape[0], device=rows.device)[:, None]
+    query_rows = query.transpose(1, 2)[batch, rows].transpose(1, 2).to(wide)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).to(wide)
+    scale = call.get("scale")
+    scores = query_rows @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores + _mask_rows(call, rows, scores)
+    weights = scores.softmax(-1).nan_to_num(0.0)  # a fully masked row has no weights
+    at = columns[:, None, None, :].expand(*scores.shape[:3], -1)
+    return scores.gather(-1, at), weights.gather(-1, at), weights.sum(-1)
+
+
+def _mask_rows(call: Mapping[str, Any], rows: Tensor, scores: Tensor) -> Tensor:
+    """The call's mask at the given rows, additive, causality included. Shapes: `-> batch 1|heads rows seq`."""
+    bias = torch.zeros((), dtype=scores.dtype, device=scores.device)
+    if call.get("is_causal"):
+        later = torch.arange(scores.shape[-1], device=rows.device) > rows[..., None]
+        bias = bias + torch.zeros_like(later, dtype=scores.dtype).masked_fill(later, float("-inf"))[:, None]
+    mask = call.get("attn_mask")
+    if mask is None:
+        return bias
+    mask = mask[(None,) * (4 - mask.dim())] if mask.dim() < 4 else mask
+    mask = mask.expand(rows.shape[0], -1, call["query"].shape[-2], -1)
+    at_rows = mask.transpose(1, 2)[torch.arange(rows.shape[0], device=rows.device)[:, None], rows].transpose(1, 2)
+    if at_rows.dtype == torch.bool:
+        at_rows = torch.zeros_like(at_rows, dtype=scores.dtype).masked_fill(~at_rows, float("-inf"))
+    return bias + at_rows.to(scores.dtype)
+
+
+class _SdpaMode(TorchFunctionMode):
+    """Show every F.scaled_dot_product_attention call to `see`, then make it unchanged."""
+
+    def __init__(self, see: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__()
+        self.see = see
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self.see({**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs})
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _running_module(module: nn.Module) -> Iterator[list[str]]:
+    """The path of modules that are running now, innermost last."""
+    running: list[str] = []
+    handles = []
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: running.append(name)
+
+    def leave(*_: Any) -> None:  # a returned value would replace the module's output
+        running.pop()
+
+    for name, child in module.named_modules():
+        handles += [child.register_forward_pre_hook(enter(name)), child.register_forward_hook(leave, always_call=True)]
+    try:
+        yield running
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,163 @@
+"""Inner products of per-example gradients that are held as factors.
+
+A `Use` is what one use of a parameter adds to its gradient: an outer product summed over tokens (Linear, Conv1D),
+rows looked up by token id (Embedding), or a small gradient held whole (biases, norms). The inner product of two
+examples' gradients is the sum over all pairs of uses; token sums go through Gram matrices, chunked so that no
+intermediate grows large.
+
+Shapes below: batch, pair, seq, out (rows of a weight), in (columns of a weight).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Rounding level of a sum, in units of eps times the root of its terms' squared norms (roundings add up like a random
+# walk). A gradient whose norm is below it is rounding: key biases, for one, have zero gradient in theory.
+NOISE_FLOOR = 32.0
+# Largest intermediate tensor of the product routines, in elements.
+_CHUNK = 2**24
+
+
+@dataclass(frozen=True)
+class OuterUse:
+    """A gradient sum_t rows_t (x) columns_t. Shapes: `rows`: `batch seq out`, `columns`: `batch seq in`."""
+
+    rows: Tensor
+    columns: Tensor
+
+
+@dataclass(frozen=True)
+class LookupUse:
+    """An embedding's gradient: row ids_t gets grads_t.
+
+    Shapes: `ids`: `batch seq` (-1 where none), `grads`: `batch seq dim`; `rows`: tokens in the table.
+    """
+
+    ids: Tensor
+    grads: Tensor
+    rows: int
+
+
+@dataclass(frozen=True)
+class FormedUse:
+    """A gradient held whole, for small parameters.
+
+    Shapes: `grads`: `batch numel`; `terms`: `batch`, the sum of its terms' squared norms.
+    """
+
+    grads: Tensor
+    terms: Tensor
+
+
+Use = OuterUse | LookupUse | FormedUse
+
+
+def merged(uses: list[Use]) -> list[Use]:
+    """Uses of one kind joined along their tokens, so that their cross terms come by themselves."""
+    outer = [use for use in uses if isinstance(use, OuterUse)]
+    lookups = [use for use in uses if isinstance(use, LookupUse)]
+    formed = [use for use in uses if isinstance(use, FormedUse)]
+    merged: list[Use] = []
+    if outer:
+        merged.append(OuterUse(torch.cat([u.rows for u in outer], 1), torch.cat([u.columns for u in outer], 1)))
+    if lookups:
+        merged.append(
+            LookupUse(torch.cat([u.ids for u in lookups], 1), torch.cat([u.grads for u in lookups], 1), lookups[0].rows)
+        )
+    if formed:
+        merged.append(
+            FormedUse(torch.stack([u.grads for u in formed]).sum(0), torch.stack([u.terms for u in formed]).sum(0))
+        )
+    return merged
+
+
+def products(uses: list[Use], left: Tensor, right: Tensor) -> Tensor:
+    """sum over all ordered pairs of uses of <use[left], other[right]>."""
+    if not uses:
+        return torch.zeros(len(left), device=left.device)
+    return torch.stack([_cross(a, b, left, right) for a in uses for b in uses]).sum(0)
+
+
+def _cross(a: Use, b: Use, left: Tensor, right: Tensor) -> Tensor:
+    if isinstance(a, FormedUse) and isinstance(b, FormedUse):
+        return (a.grads[left] * b.grads[right]).sum(-1)
+    if isinstance(a, OuterUse) and isinstance(b, OuterUse):
+        return _outer_outer(a, b, left, right)
+    if isinstance(a, LookupUse) and isinstance(b, LookupUse):
+        return _chunked(lambda i, j: _lookup_lookup(a, b, i, j), left, right, a.ids.shape[1] * b.ids.shape[1])
+    if isinstance(a, LookupUse) and isinstance(b, OuterUse):
+        return _chunked(lambda i, j: _lookup_outer(a, b, i, j), left, right, a.ids.shape[1] * b.rows.shape[1])
+    if isinstance(a, OuterUse) and isinstance(b, LookupUse):
+        return _cross(b, a, right, left)
+    return (_formed(a)[left] * _formed(b)[right]).sum(-1)
+
+
+def _outer_outer(a: OuterUse, b: OuterUse, left: Tensor, right: Tensor) -> Tensor:
+    """Through token Gram matrices, or through the gradients themselves where those are the smaller work."""
+    if a is b and _forming_is_cheaper(a, len(left)):
+        grads = _formed(a)
+        return _chunked(lambda i, j: (grads[i] * grads[j]).sum(-1), left, right, grads.shape[1])
+
+    def gram(i: Tensor, j: Tensor) -> Tensor:
+        return ((a.rows[i] @ b.rows[j].mT) * (a.columns[i] @ b.columns[j].mT)).sum((1, 2))
+
+    wide = max(a.rows.shape[-1], a.columns.shape[-1], b.rows.shape[1])
+    return _chunked(gram, left, right, a.rows.shape[1] * wide)
+
+
+def _forming_is_cheaper(use: OuterUse, pairs: int) -> bool:
+    """Count multiplications: T^2 (out + in) a pair by Gram matrices; else T out in an example, out in a pair."""
+    batch, seq, out = use.rows.shape
+    size = out * use.columns.shape[-1]
+    fits = batch * size <= _CHUNK
+    return fits and batch * seq * size + pairs * size < pairs * seq**2 * (out + use.columns.shape[-1])
+
+
+def _lookup_lookup(a: LookupUse, b: LookupUse, i: Tensor, j: Tensor) -> Tensor:
+    same = (a.ids[i][:, :, None] == b.ids[j][:, None, :]) & (a.ids[i] >= 0)[:, :, None]
+    return (same * (a.grads[i] @ b.grads[j].mT)).sum((1, 2))
+
+
+def _lookup_outer(a: LookupUse, b: OuterUse, i: Tensor, j: Tensor) -> Tensor:
+    """<row ids_t gets g_t, sum_s r_s (x) c_s> = sum_{t,s} r_s[ids_t] (g_t . c_s)."""
+    ids = a.ids[i]
+    at_ids = b.rows[j].mT.gather(1, ids.clamp(min=0)[:, :, None].expand(-1, -1, b.rows.shape[1]))
+    return (at_ids * (ids >= 0)[:, :, None] * (a.grads[i] @ b.columns[j].mT)).sum((1, 2))
+
+
+def _formed(use: Use) -> Tensor:
+    """The per-example gradients themselves. Shapes: `-> batch numel`."""
+    if isinstance(use, FormedUse):
+        return use.grads
+    if isinstance(use, OuterUse):
+        return (use.rows.mT @ use.columns).flatten(1)
+    table = use.grads.new_zeros(use.ids.shape[0], use.rows, use.grads.shape[-1])
+    keep = (use.ids >= 0)[..., None]
+    return table.scatter_add_(1, use.ids.clamp(min=0)[..., None].expand_as(use.grads), use.grads * keep).flatten(1)
+
+
+def _chunked(product: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor, elements: int) -> Tensor:
+    """`product` over slices of the pairs, so that no intermediate exceeds _CHUNK elements."""
+    step = max(1, _CHUNK // max(elements, 1))
+    return torch.cat([product(left[n : n + step], right[n : n + step]) for n in range(0, len(left), step)])
+
+
+def rounding(uses: list[Use], batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The norm below which a gradient is rounding: NOISE_FLOOR * eps * root of its terms' squared norms.
+
+    Shapes: `-> batch`.
+    """
+    total = torch.zeros(batch, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    for use in uses:
+        if isinstance(use, FormedUse):
+            total = total + use.terms
+        elif isinstance(use, OuterUse):
+            total = total + (use.rows.pow(2).sum(-1) * use.columns.pow(2).sum(-1)).sum(1)
+        else:
+            total = total + use.grads.pow(2).sum((1, 2))
+    return NOISE_FLOOR * torch.finfo(dtype).eps * total.sqrt()

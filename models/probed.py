@@ -1,0 +1,191 @@
+"""The one interface every probe speaks to, whatever the model is.
+
+A `ProbedModel` knows how its module hides a target (mask token, or causality), at which row the logits of a
+position are read (the readout row: position - logit_shift), and how the module wants to be called. What it is
+told about the model is checked once, by running it: a later token must reach earlier logits when the objective
+is "masked" and must not when it is "causal".
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RevprobeError, did_you_mean
+from ..hooks.untouched import untouched
+
+OBJECTIVES = ("masked", "causal")
+
+
+class ProbedModel:
+    """A language model with what a probe must know about it.
+
+    Args:
+        module: called as `module(input_ids=..., attention_mask=...)`; returns logits `batch seq vocab` or an
+            object with `.logits`.
+        tokenizer: only for text pairs and for showing tokens.
+        objective: "masked" (the target is hidden by the mask token) or "causal" (by the causal mask).
+        mask_token_id: required for "masked"; taken from the tokenizer or the config when they name one.
+        logit_shift: the logits for position i stand in row i - logit_shift; 0 for masked models, 1 for causal
+            ones and for masked models converted from causal ones (Dream).
+        begin_token_id: put before sequences whose target stands at position 0 of a shift-1 model.
+        name, step, weights: provenance for the readings ("weights" is "raw" or "ema").
+    Raises: RevprobeError, when the objective is unknown, contradicts what the module does, or lacks a mask token.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        tokenizer: Any = None,
+        *,
+        objective: str,
+        mask_token_id: int | None = None,
+        logit_shift: int | None = None,
+        begin_token_id: int | None = None,
+        name: str | None = None,
+        step: int | None = None,
+        weights: str | None = None,
+    ) -> None:
+        if objective not in OBJECTIVES:
+            raise RevprobeError(f"unknown objective {objective!r}{did_you_mean(objective, OBJECTIVES)}")
+        self.module, self.tokenizer, self.objective = module, tokenizer, objective
+        self.mask_token_id = _first_known("mask_token_id", mask_token_id, tokenizer, module)
+        self.begin_token_id = _first_known("bos_token_id", begin_token_id, tokenizer, module)
+        self.logit_shift = int(objective == "causal") if logit_shift is None else logit_shift
+        self.name = name or type(module).__name__
+        self.step, self.weights = step, weights
+        self._accepts = set(inspect.signature(module.forward).parameters)
+        if objective == "masked" and self.mask_token_id is None:
+            raise RevprobeError(f"{self.name} is masked but names no mask token; pass mask_token_id=")
+        if self.logit_shift not in (0, 1):
+            raise RevprobeError(
+                f"logit_shift {self.logit_shift!r}: expected 0 (row i predicts token i) or 1 (row i predicts token i "
+                "+ 1)"
+            )
+        self._check_direction()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the input embedding, the mask token included."""
+        embed = getattr(self.module, "get_input_embeddings", lambda: None)()
+        if embed is not None:
+            return embed.num_embeddings
+        return _config_value(self.module, "vocab_size") or max(
+            m.num_embeddings for m in self.module.modules() if isinstance(m, nn.Embedding)
+        )
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence the config allows; None when it names no limit."""
+        return _config_value(self.module, "max_position_embeddings")
+
+    def hide(self, token_ids: Tensor, is_target: Tensor) -> Tensor:
+        """The sequence as the model may see it: targets masked; unchanged for a causal model, which reads before them.
+
+        Shapes: `batch seq, batch seq (bool) -> batch seq`.
+        """
+        if self.objective == "causal":
+            return token_ids
+        assert self.mask_token_id is not None, "checked when wrapped"
+        return token_ids.masked_fill(is_target, self.mask_token_id)
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Run the module. Shapes: `batch seq, batch seq -> batch seq vocab`.
+
+        Raises: RevprobeError, when a padded batch meets a module without an attention_mask argument.
+        """
+        kwargs: dict[str, Any] = {}
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(self.module.forward).parameters.values())
+        if attention_mask is not None:
+            if "attention_mask" not in self._accepts and not takes_any:
+                raise RevprobeError(
+                    f"{self.name} takes no attention_mask, so queries of different lengths cannot share a batch; use "
+                    "batch_size=1"
+                )
+            kwargs["attention_mask"] = attention_mask
+        if "use_cache" in self._accepts:
+            kwargs["use_cache"] = False
+        output = self.module(input_ids, **kwargs)
+        return output if isinstance(output, Tensor) else output.logits
+
+    def explain_non_finite(self) -> str:
+        """Name the first weight that is not finite, for the error that reports NaN logits."""
+        bad = next((name for name, p in self.module.named_parameters() if not torch.isfinite(p).all()), None)
+        where = (
+            f"its weight {bad!r} holds NaN or infinity"
+            if bad
+            else "its weights are finite, so an activation overflowed"
+        )
+        return f"{self.name} gives NaN logits: {where}; load a sound checkpoint or a wider dtype"
+
+    def _check_direction(self) -> None:
+        reaches = later_tokens_reach_back(self)
+        if reaches and self.objective == "causal":
+            raise RevprobeError(
+                f"{self.name} was wrapped as causal, but a later token changes its earlier logits; use "
+                "objective='masked'"
+            )
+        if not reaches and self.objective == "masked":
+            raise RevprobeError(
+                f"{self.name} was wrapped as masked, but no later token reaches its earlier logits; use "
+                "objective='causal'"
+            )
+
+    def __repr__(self) -> str:
+        size = sum(p.numel() for p in self.module.parameters())
+        where = "".join(
+            f", {key}={value}" for key, value in (("step", self.step), ("weights", self.weights)) if value is not None
+        )
+        return f"ProbedModel({self.name}, {self.objective}, logit_shift={self.logit_shift}, {size:,} parameters{where})"
+
+
+def as_probed(model: ProbedModel | nn.Module) -> ProbedModel:
+    """Wrap a bare module, finding its objective out by running it; a ProbedModel passes through.
+
+    Raises: RevprobeError, for anything else, and for a masked module that names no mask token.
+    """
+    if isinstance(model, ProbedModel):
+        return model
+    if not isinstance(model, nn.Module):
+        raise RevprobeError(f"expected a model, got {type(model).__name__}; pass an nn.Module or load_model(...)")
+    trial = ProbedModel.__new__(ProbedModel)
+    trial.module, trial.name = model, type(model).__name__
+    trial._accepts = set(inspect.signature(model.forward).parameters)
+    return ProbedModel(model, objective="masked" if later_tokens_reach_back(trial) else "causal")
+
+
+@torch.no_grad()
+def later_tokens_reach_back(model: ProbedModel, length: int = 4) -> bool:
+    """Whether changing the last of `length` tokens moves any earlier logit.
+
+    Raises: RevprobeError, when the logits are NaN.
+    """
+    first = torch.arange(length, device=model.device)[None] % model.vocab_size
+    second = first.clone()
+    second[0, -1] = (first[0, -1] + 1) % model.vocab_size
+    with untouched(model.module):
+        before, after = (model.logits(ids)[0, :-1].float() for ids in (first, second))
+    if before.isnan().any():
+        raise RevprobeError(model.explain_non_finite())
+    # Equal entries subtract to zero, but -inf - -inf is NaN: compare instead.
+    return bool((before != after).any())
+
+
+def _first_known(key: str, given: int | None, tokenizer: Any, module: nn.Module) -> int | None:
+    known = (given, getattr(tokenizer, key, None), _config_value(module, key))
+    return next((value for value in known if value is not None), None)
+
+
+def _config_value(module: nn.Module, key: str) -> Any:
+    return getattr(getattr(module, "config", None), key, None)

@@ -1,0 +1,256 @@
+"""RADD: a masked diffusion model without time conditioning, as a transformers model (Ou et al. 2025).
+
+A pre-norm bidirectional encoder. Position enters in one of four ways: `rope` rotates queries and keys, `alibi`
+adds -slope * |i - j| to the scores, `absolute` adds a learned vector to the embedding (so values depend on
+position), `none` leaves it out. The mask token can be read but is never predicted.
+
+Shapes below: batch, seq, heads, head_dim, d_model, vocab.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput
+
+from ..errors import RevprobeError, did_you_mean
+
+POSITION_ENCODINGS = ("rope", "alibi", "absolute", "none")
+
+
+class RaddConfig(PreTrainedConfig):
+    """Sizes and position encoding of a RADD model; the defaults are the one-layer preset of the letters relation.
+
+    Raises: RevprobeError, for an unknown encoding, heads that do not divide d_model, an odd RoPE head dimension,
+        or a mask token outside the vocabulary.
+    """
+
+    model_type = "radd"
+    attribute_map = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "n_heads",
+        "num_hidden_layers": "n_layers",
+        "max_position_embeddings": "max_length",
+    }
+
+    vocab_size: int = 56
+    mask_token_id: int = 53
+    pad_token_id: int | None = 55
+    bos_token_id: int | None = 54
+    d_model: int = 64
+    n_layers: int = 1
+    n_heads: int = 1
+    mlp_ratio: int = 4
+    dropout: float = 0.0
+    position_encoding: str = "rope"
+    rope_base: float = 10000.0
+    max_length: int = 64
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.position_encoding not in POSITION_ENCODINGS:
+            hint = did_you_mean(self.position_encoding, POSITION_ENCODINGS)
+            raise RevprobeError(f"unknown position_encoding {self.position_encoding!r}{hint}")
+        if self.d_model % self.n_heads:
+            raise RevprobeError(
+                f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}; change one of them"
+            )
+        if self.position_encoding == "rope" and (self.d_model // self.n_heads) % 2:
+            raise RevprobeError(
+                f"rope needs an even head dimension, got {self.d_model // self.n_heads}; change d_model or n_heads"
+            )
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise RevprobeError(
+                f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size} tokens"
+            )
+        super().__post_init__(**kwargs)
+
+
+def alibi_slopes(n_heads: int) -> Tensor:
+    """The standard ALiBi slopes: 2^(-8 k / n) for k = 1..n, interleaved from the next power of two otherwise.
+
+    Shapes: `-> heads`. Source: Press et al. 2022, Sec. 3.
+    """
+    power = 2 ** math.floor(math.log2(n_heads))
+    slopes = [2 ** (-8 * (k + 1) / power) for k in range(power)]
+    between = [2 ** (-4 * (2 * k + 1) / power) for k in range(n_heads - power)]
+    return torch.tensor(slopes + between)
+
+
+def alibi_bias(n_heads: int, length: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """-slope * |i - j|, symmetric in distance so that reversal leaves it unchanged. Shapes: `-> 1 heads seq seq`."""
+    positions = torch.arange(length, device=device)
+    distance = (positions[:, None] - positions[None, :]).abs()
+    return (-alibi_slopes(n_heads).to(device)[:, None, None] * distance)[None].to(dtype)
+
+
+def rope_tables(config: RaddConfig, length: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * theta_k, theta_k = base^(-2k/d), in float32. Shapes: `-> seq half, seq half`."""
+    head_dim = config.d_model // config.n_heads
+    theta = config.rope_base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * theta
+    return angle.cos(), angle.sin()
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn plane k (entries k and k + d/2, as in Llama) of each position by its angle.
+
+    Shapes: `batch heads seq head_dim, seq half, seq half -> batch heads seq head_dim`.
+    """
+    first, second = states.chunk(2, dim=-1)
+    cos, sin = cos.to(states.dtype), sin.to(states.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class RaddAttention(nn.Module):
+    """Bidirectional softmax attention through F.scaled_dot_product_attention, where the taps see it."""
+
+    def __init__(self, config: RaddConfig) -> None:
+        super().__init__()
+        self.n_heads, self.dropout = config.n_heads, config.dropout
+        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.k_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.v_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor] | None, bias: Tensor | None) -> Tensor:
+        projections = (self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden))
+        query, key, value = (
+            rearrange(p, "batch seq (heads dim) -> batch heads seq dim", heads=self.n_heads) for p in projections
+        )
+        if rope is not None:
+            query, key = rotate(query, *rope), rotate(key, *rope)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+        return self.o_proj(rearrange(mixed, "batch heads seq dim -> batch seq (heads dim)"))
+
+
+class RaddMLP(nn.Module):
+    """Linear, GELU (tanh), Linear, with `mlp_ratio` times the width inside."""
+
+    def __init__(self, config: RaddConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.d_model, config.mlp_ratio * config.d_model)
+        self.down_proj = nn.Linear(config.mlp_ratio * config.d_model, config.d_model)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(hidden), approximate="tanh"))
+
+
+class RaddBlock(nn.Module):
+    def __init__(self, config: RaddConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.attention = RaddAttention(config)
+        self.mlp_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.mlp = RaddMLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor] | None, bias: Tensor | None) -> Tensor:
+        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), rope, bias))
+        return hidden + self.dropout(self.mlp(self.mlp_norm(hidden)))
+
+
+class RaddForMaskedLM(PreTrainedModel):
+    """RADD with an untied unembedding whose mask-token logit is -inf.
+
+    `forward(input_ids, attention_mask=None, labels=None)` returns a MaskedLMOutput; `logits` have the shape
+    `batch seq vocab`, position i predicting the token AT i (logit shift 0). `labels` use -100 for "no loss".
+
+    Raises: RevprobeError, for sequences longer than `max_length` (absolute encoding has no vector for them, and
+        the other encodings were not trained there).
+    """
+
+    config: RaddConfig
+    config_class = RaddConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(self, config: RaddConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        if config.position_encoding == "absolute":
+            self.embed_positions = nn.Embedding(config.max_length, config.d_model)
+        self.blocks = nn.ModuleList(RaddBlock(config) for _ in range(config.n_layers))
+        self.final_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # N(0, 0.02) everywhere: zero-initialised output layers stall RoPE for thousands of steps (DESIGN 5).
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **_: Any,
+    ) -> MaskedLMOutput:
+        hidden = self._embed(input_ids)
+        bias = self._attention_bias(attention_mask, input_ids.shape[1], hidden)
+        rope = (
+            rope_tables(self.config, input_ids.shape[1], device=hidden.device)
+            if self.config.position_encoding == "rope"
+            else None
+        )
+        for block in self.blocks:
+            hidden = block(hidden, rope, bias)
+        logits = self.lm_head(self.final_norm(hidden))
+        is_mask = torch.arange(self.config.vocab_size, device=logits.device) == self.config.mask_token_id
+        logits = logits.masked_fill(is_mask, float("-inf"))
+        loss = (
+            None
+            if labels is None
+            else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+        )
+        return MaskedLMOutput(loss=loss, logits=logits)
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        length = input_ids.shape[1]
+        if length > self.config.max_length:
+            raise RevprobeError(
+                f"sequence of {length} tokens: this model takes at most {self.config.max_length}; "
+                f"shorten the queries or load a model with a larger max_length"
+            )
+        hidden = self.embed_tokens(input_ids)
+        if self.config.position_encoding == "absolute":
+            hidden = hidden + self.embed_positions(torch.arange(length, device=input_ids.device)[None])
+        return self.dropout(hidden)
+
+    def _attention_bias(self, attention_mask: Tensor | None, length: int, hidden: Tensor) -> Tensor | None:
+        """ALiBi's distances and padded keys as one additive mask; None when there is neither."""
+        bias = None
+        if self.config.position_encoding == "alibi":
+            bias = alibi_bias(self.config.n_heads, length, dtype=hidden.dtype, device=hidden.device)
+        if attention_mask is not None and not attention_mask.all():
+            padded = torch.zeros(attention_mask.shape, dtype=hidden.dtype, device=hidden.device)
+            padded = padded.masked_fill(attention_mask == 0, float("-inf"))[:, None, None, :]
+            bias = padded if bias is None else bias + padded
+        return bias
+
+
+AutoConfig.register("radd", RaddConfig, exist_ok=True)
+AutoModelForMaskedLM.register(RaddConfig, RaddForMaskedLM, exist_ok=True)

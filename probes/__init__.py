@@ -1,0 +1,1 @@
+"""What is measured: pairs of queries, the probes, and the readings they return."""

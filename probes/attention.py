@@ -1,0 +1,78 @@
+"""The routing probe: do forward and reverse queries score the evidence alike?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from ..models.probed import ProbedModel, as_probed
+from .pairs import ReversalPairs
+from .passes import PassResult, Plan, Progress, describe, run_pass
+from .readings import Reading
+
+EVIDENCE_HIDDEN = "evidence hidden by the attention mask"
+
+
+def probe_attention_correlation(
+    model: ProbedModel | nn.Module,
+    pairs: ReversalPairs,
+    *,
+    batch_size: int | None = None,
+    layers: Iterable[int] | None = None,
+    control: bool = True,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> Reading:
+    """Correlate the attention score of the evidence, seen from the readout row, between forward and reverse queries.
+
+    The value is the mean over groups (one forward and one reverse offset) of the Pearson correlation over facts
+    within the group, over all layers and heads; with fewer than 8 facts in every group, the pooled correlation of
+    deviations from group means (`meta["statistic"]` says which). The control deranges facts within groups.
+
+    Frame: pair, fact, group, layer, head, offset_forward, offset_reverse (first evidence token minus first readout
+    row, tokens), distance_forward, distance_reverse (nearest edges, tokens), score_forward, score_reverse
+    (pre-softmax, mean over readout rows and evidence tokens), weight_forward, weight_reverse (post-softmax, summed
+    over evidence tokens), reason.
+    Raises: RevprobeError, when the queries do not fit the model or no attention is seen.
+    Source: paper Sec. 4.2 and 5 (Fig. 3, left).
+    """
+    model = as_probed(model)
+    plan = Plan(attention=True, control=control, batch_size=batch_size, seed=seed, progress=progress)
+    return attention_reading(model, run_pass(model, pairs, plan), plan, layers)
+
+
+def attention_reading(
+    model: ProbedModel, result: PassResult, plan: Plan, layers: Iterable[int] | None = None
+) -> Reading:
+    """Join the scores of a pass to pairs."""
+    wanted = (
+        sorted(result.score) if layers is None else [layer for layer in sorted(result.score) if layer in set(layers)]
+    )
+    base = _pair_columns(result.pairs, model.logit_shift)
+    parts = [_head_frame(result, base, layer, head) for layer in wanted for head in range(result.score[layer].shape[1])]
+    frame = pd.concat(parts, ignore_index=True) if parts else base.iloc[:0]
+    reading = Reading("attention_correlation", frame, describe(model, result, plan))
+    reading.meta["statistic"] = reading.measured.statistic
+    return reading
+
+
+def _pair_columns(pairs: ReversalPairs, logit_shift: int) -> pd.DataFrame:
+    offsets, distances = pairs.offsets(logit_shift), pairs.distances()
+    columns = {"pair": np.arange(len(pairs)), "fact": pairs.facts.astype(str), "group": pairs.groups(logit_shift)}
+    columns |= {"offset_forward": offsets[0], "offset_reverse": offsets[1]}
+    return pd.DataFrame(columns | {"distance_forward": distances[0], "distance_reverse": distances[1]})
+
+
+def _head_frame(result: PassResult, base: pd.DataFrame, layer: int, head: int) -> pd.DataFrame:
+    """The rows of one head; a score the mask forbids is NaN with its reason."""
+    sides = {"forward": result.pairs.forward, "reverse": result.pairs.reverse}
+    columns: dict[str, np.ndarray] = {"layer": np.full(len(base), layer), "head": np.full(len(base), head)}
+    for side, queries in sides.items():
+        score = result.score[layer][queries, head]
+        columns[f"score_{side}"] = np.where(np.isfinite(score), score, np.nan)
+    columns |= {f"weight_{side}": result.weight[layer][queries, head] for side, queries in sides.items()}
+    hidden = np.isnan(columns["score_forward"]) | np.isnan(columns["score_reverse"])
+    return base.assign(**columns, reason=np.where(hidden, EVIDENCE_HIDDEN, ""))

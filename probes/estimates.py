@@ -1,0 +1,178 @@
+"""From a reading's tidy frame to its number: one estimator per probe, applied to the whole frame or to a part.
+
+    attention_correlation   mean within-group correlation of forward and reverse scores
+    gradient_cosine         mean per-pair cosine of the forward and reverse loss gradients
+    reverse_probability     mean probability of the target under the reverse query
+
+Each comes with a control from derangements (forward queries against reverse queries of another fact of the same
+group) and with counts of what is undefined, by reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from ..errors import RevprobeError, did_you_mean
+from .statistics import Estimate, group_correlation, mean_over_facts
+
+BELOW_FLOOR = "gradient below the rounding floor"
+NO_PARTNER = "no other fact in the group for the control"
+NO_VARIANCE = "no variance within the group"
+
+
+@dataclass(frozen=True)
+class Control:
+    """What the measure shows when facts are deranged: the null it has to be read against.
+
+    `interval` is 95 %: over derangements for the correlation (what chance pairings give), over facts otherwise.
+    """
+
+    value: float
+    interval: tuple[float, float]
+    n: int
+    method: str
+
+    def __repr__(self) -> str:
+        return f"Control({self.value:.4g} [{self.interval[0]:.4g}, {self.interval[1]:.4g}], n={self.n}, {self.method})"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An estimate, its control, the excess over it, and what was left out."""
+
+    estimate: Estimate
+    control: Control | None = None
+    excess: Estimate | None = None
+    undefined: dict[str, int] = field(default_factory=dict)
+    statistic: str = ""
+
+
+def measure(name: str, frame: pd.DataFrame, *, seed: int = 0, control: bool = True) -> Measured:
+    """The number of probe `name` over `frame`. Raises: RevprobeError, for an unknown probe.
+
+    `control=False` spares the correlation its derangements; the other probes measure theirs or do not, and the
+    frame says which.
+    """
+    if name not in ESTIMATORS:
+        raise RevprobeError(f"unknown probe {name!r}{did_you_mean(name, ESTIMATORS)}")
+    return ESTIMATORS[name](frame, seed, control)
+
+
+def attention_correlation(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
+    """Correlation over pairs, per group and head; see `group_correlation`."""
+    heads = frame.groupby(["layer", "head"], sort=True, dropna=False).ngroup().to_numpy()
+    pairs, pair = np.unique(frame["pair"].to_numpy(), return_inverse=True)
+    scores = []
+    for column in ("score_forward", "score_reverse"):
+        table = np.full((len(pairs), heads.max() + 1), np.nan)
+        table[pair, heads] = frame[column].to_numpy(dtype=np.float64)
+        scores.append(table)
+    first = np.unique(pair, return_index=True)[1]
+    facts, groups = frame["fact"].to_numpy().astype(str)[first], frame["group"].to_numpy()[first]
+    found = group_correlation(scores[0], scores[1], facts, groups, control=control, seed=seed)
+    estimate = Estimate(found.value, found.low, found.high, found.n)
+    undefined = _reasons(frame)
+    constant = int(np.isnan(found.cells[:, np.isfinite(scores[0]).all(0)]).sum()) if found.cells.size else 0
+    undefined |= {NO_VARIANCE: constant} if constant else {}
+    if not found.null.size:
+        return Measured(estimate, undefined=undefined, statistic=found.statistic)
+    null = float(found.null.mean())
+    low, high = np.percentile(found.null, [2.5, 97.5])
+    method = f"{found.null.size} derangements of facts within groups"
+    excess = Estimate(found.value - null, found.low - null, found.high - null, found.n)
+    return Measured(
+        estimate, Control(null, (float(low), float(high)), found.n, method), excess, undefined, found.statistic
+    )
+
+
+def gradient_cosine(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
+    """Per pair, sum over the frame's parameters, then the cosine; mean and interval over pairs."""
+    table = pair_cosines(frame)
+    cosine, facts = table["cosine"].to_numpy(), table["fact"].to_numpy().astype(str)
+    undefined = {BELOW_FLOOR: int(np.isnan(cosine).sum())} if np.isnan(cosine).any() else {}
+    statistic = "mean per-pair cosine"
+    if "cosine_control" not in table:
+        return Measured(mean_over_facts(cosine, facts, seed=seed), undefined=undefined, statistic=statistic)
+    return _with_control(cosine, table["cosine_control"].to_numpy(), facts, undefined, statistic, seed)
+
+
+def pair_cosines(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row per pair: its fact, the cosine over the frame's parameters, and the deranged pair's cosine.
+
+    NaN where a norm does not exceed its rounding floor.
+    """
+    columns = [c for c in frame.columns if c.startswith(("norm_", "floor_"))]
+    squared = frame.assign(**{c: frame[c].astype(float) ** 2 for c in columns})
+    inner = [c for c in frame.columns if c.startswith("inner")]
+    sums = squared.groupby("pair", sort=True).agg({"fact": "first"} | dict.fromkeys([*columns, *inner], "sum"))
+    table = pd.DataFrame({"fact": sums["fact"], "cosine": _cosine(sums, "inner", "reverse")})
+    if "inner_control" in frame:
+        # A pair without a partner has NaN in every row; pandas sums that to 0, which the floor test turns back to NaN.
+        table["cosine_control"] = _cosine(sums, "inner_control", "control")
+    return table
+
+
+def _cosine(sums: pd.DataFrame, inner: str, other: str) -> np.ndarray:
+    forward, reverse = np.sqrt(sums["norm_forward"].to_numpy()), np.sqrt(sums[f"norm_{other}"].to_numpy())
+    loud = (forward > np.sqrt(sums["floor_forward"].to_numpy())) & (
+        reverse > np.sqrt(sums[f"floor_{other}"].to_numpy())
+    )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(loud, sums[inner].to_numpy() / (forward * reverse), np.nan)
+
+
+def reverse_probability(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
+    """Mean probability of the target under the reverse queries of the frame."""
+    return direction_mean(frame, "reverse", "probability", seed)
+
+
+def direction_mean(frame: pd.DataFrame, direction: str, column: str, seed: int) -> Measured:
+    """Mean of `column` ("probability" or "argmax_match") over one direction; its control asks other facts' queries."""
+    rows = frame[frame["direction"] == direction]
+    if rows.empty:
+        return Measured(
+            Estimate(float("nan"), float("nan"), float("nan"), 0), undefined={f"no {direction} query in this part": 1}
+        )
+    values, facts = rows[column].to_numpy(dtype=np.float64), rows["fact"].to_numpy().astype(str)
+    statistic = f"mean {direction} {column}"
+    if f"{column}_control" not in rows:
+        return Measured(mean_over_facts(values, facts, seed=seed), undefined=_reasons(rows), statistic=statistic)
+    return _with_control(
+        values, rows[f"{column}_control"].to_numpy(dtype=np.float64), facts, _reasons(rows), statistic, seed
+    )
+
+
+def _with_control(
+    values: np.ndarray, null: np.ndarray, facts: np.ndarray, undefined: dict[str, int], statistic: str, seed: int
+) -> Measured:
+    estimate = mean_over_facts(values, facts, seed=seed)
+    floor = mean_over_facts(null, facts, seed=seed)
+    if not floor.n:
+        return Measured(estimate, None, None, undefined | {NO_PARTNER: len(values)}, statistic)
+    lonely = int((np.isfinite(values) & np.isnan(null)).sum())
+    control = Control(floor.value, (floor.low, floor.high), floor.n, "one derangement of facts within groups")
+    return Measured(
+        estimate,
+        control,
+        mean_over_facts(values - null, facts, seed=seed),
+        undefined | ({NO_PARTNER: lonely} if lonely else {}),
+        statistic,
+    )
+
+
+def _reasons(frame: pd.DataFrame) -> dict[str, int]:
+    if "reason" not in frame:
+        return {}
+    counts = frame["reason"].replace("", np.nan).value_counts()
+    return {str(reason): int(count) for reason, count in counts.items()}
+
+
+ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {
+    "attention_correlation": attention_correlation,
+    "gradient_cosine": gradient_cosine,
+    "reverse_probability": reverse_probability,
+}

@@ -1,0 +1,106 @@
+"""The alignment probe: would a forward update also lower the reverse loss?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from ..errors import RevprobeError
+from ..models.probed import ProbedModel, as_probed
+from ..models.roles import parameter_role
+from .pairs import ReversalPairs
+from .passes import PassResult, Plan, Progress, describe, run_pass
+from .readings import Reading
+
+
+def probe_gradient_cosine(
+    model: ProbedModel | nn.Module,
+    pairs: ReversalPairs,
+    *,
+    parameters: Sequence[str] | None = None,
+    batch_size: int | None = None,
+    layers: Iterable[int] | None = None,
+    control: bool = True,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> Reading:
+    """Cosine between the gradients of the forward and of the reverse loss over all (or the named) parameters.
+
+    The loss of a query is the mean negative log-likelihood over its target tokens, all hidden at once. Gradients
+    are exact and per example, and none is ever formed (`hooks.gradients`). The value is the mean over pairs;
+    the control is the cosine with the reverse query of another fact of the same group, and `excess` their
+    difference, since prompts alone already share most of a gradient.
+
+    Frame: one row per pair and parameter: pair, fact, parameter, role, layer, inner, norm_forward, norm_reverse,
+    floor_forward, floor_reverse (rounding level of the norms), and inner_control, norm_control, floor_control.
+    A cosine whose norm does not exceed its rounding level is NaN.
+    Raises: RevprobeError, when a parameter is unknown, unreached, or reached by an unseen path.
+    Source: paper Sec. 4.3 and 5 (Fig. 3, middle).
+    """
+    model = as_probed(model)
+    names = chosen_parameters(model, parameters, layers)
+    plan = Plan(gradient=True, parameters=names, control=control, batch_size=batch_size, seed=seed, progress=progress)
+    return gradient_reading(model, run_pass(model, pairs, plan), plan)
+
+
+def chosen_parameters(
+    model: ProbedModel, parameters: Sequence[str] | None, layers: Iterable[int] | None
+) -> list[str] | None:
+    """The parameter names of a pass: those asked for, inside the layers asked for; None for all.
+
+    Raises: RevprobeError, when none is left.
+    """
+    if layers is None:
+        return None if parameters is None else list(parameters)
+    wanted = set(layers)
+    names = list(parameters) if parameters is not None else [name for name, _ in model.module.named_parameters()]
+    kept = [name for name in names if parameter_role(name).layer in wanted]
+    if not kept:
+        raise RevprobeError(
+            f"layers {sorted(wanted)} hold none of the parameters of {model.name}; leave layers out or name others"
+        )
+    return kept
+
+
+def gradient_reading(model: ProbedModel, result: PassResult, plan: Plan) -> Reading:
+    """Join the products of a pass to pairs, one row per pair and parameter."""
+    pairs, roles = result.pairs, [parameter_role(name) for name in result.parameters]
+    count, width = len(pairs), len(result.parameters)
+    columns: dict[str, np.ndarray] = {
+        "pair": np.repeat(np.arange(count), width),
+        "fact": np.repeat(pairs.facts.astype(str), width),
+        "parameter": np.tile(np.array(result.parameters, dtype=object), count),
+        "role": np.tile(np.array([r.role for r in roles], dtype=object), count),
+        "inner": result.inner.reshape(-1),
+    }
+    sides = {"forward": pairs.forward, "reverse": pairs.reverse}
+    columns |= {f"norm_{side}": result.norm[index].reshape(-1) for side, index in sides.items()}
+    columns |= {f"floor_{side}": result.floor[index].reshape(-1) for side, index in sides.items()}
+    if plan.control:
+        columns |= _control_columns(result)
+    frame = pd.DataFrame(columns)
+    layers = pd.Series([r.layer for r in roles] * count, dtype="Int64")  # nullable: embeddings have no layer
+    frame.insert(4, "layer", layers)
+    reading = Reading("gradient_cosine", frame, describe(model, result, plan))
+    reading.meta.update(
+        {
+            "statistic": reading.measured.statistic,
+            "parameters": "all" if plan.parameters is None else list(plan.parameters),
+        }
+    )
+    return reading
+
+
+def _control_columns(result: PassResult) -> dict[str, np.ndarray]:
+    """The same forward queries against the partner's reverse query; NaN where a group has one fact."""
+    alone = (result.partner < 0)[:, None]
+    other = result.pairs.reverse[result.partner]
+    columns = {"inner_control": result.inner_control}
+    columns |= {
+        f"{name}_control": np.where(alone, np.nan, values[other])
+        for name, values in (("norm", result.norm), ("floor", result.floor))
+    }
+    return {name: values.reshape(-1) for name, values in columns.items()}

@@ -1,0 +1,256 @@
+"""One pass over the queries for all three probes: the model runs each query once, whatever is asked of it.
+
+A batch holds whole pairs (with the reverse query of the control's pair), since gradient products need both sides
+at once; scores and probabilities are kept per query and joined to pairs afterwards. Only multi-token targets in
+chain mode, and their controls, need further runs.
+
+Shapes below: query (distinct queries), pair, parameter, token (target tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import RevprobeError, did_you_mean
+from ..hooks.attention import AttentionTap, tap_attention
+from ..hooks.gradients import GradientRecorder, record_gradients
+from ..hooks.untouched import untouched
+from ..models.probed import ProbedModel
+from .batches import QueryBatch, default_batch_size, make_batch, prepare_queries
+from .pairs import ReversalPairs
+from .pricing import Pricing
+from .statistics import derangement
+
+Progress = Callable[[int, int], None]  # queries done, queries in all
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pass measures.
+
+    Args:
+        attention, probability, gradient: which probes take part.
+        mode: how multi-token targets are priced, "chain" or "parallel".
+        parameters: the parameters of the gradient, by name; all when None.
+        control: also measure each pair's forward query against the reverse query of another fact.
+    """
+
+    attention: bool = False
+    probability: bool = False
+    gradient: bool = False
+    mode: str = "chain"
+    parameters: Sequence[str] | None = None
+    control: bool = True
+    batch_size: int | None = None
+    seed: int = 0
+    progress: Progress | None = None
+
+
+@dataclass
+class PassResult:
+    """What one pass collected.
+
+    Shapes: `score`, `weight`: layer -> `query head`; `inner`, `inner_control`: `pair parameter`; `norm`, `floor`:
+    `query parameter`. `partner` is the pair each pair is deranged with, -1 for none.
+    """
+
+    pairs: ReversalPairs
+    partner: np.ndarray
+    parameters: list[str]
+    score: dict[int, np.ndarray] = field(default_factory=dict)
+    weight: dict[int, np.ndarray] = field(default_factory=dict)
+    pricing: Pricing | None = None
+    inner: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    inner_control: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    norm: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    floor: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+
+
+def run_pass(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> PassResult:
+    """Run every query once and collect what the plan asks for; the model comes out as it went in.
+
+    Raises: RevprobeError, for empty pairs, queries that do not fit the model, NaN logits, or (with attention)
+        a model whose attention is never seen.
+    """
+    return _Pass(model, pairs, plan).run()
+
+
+class _Pass:
+    """The state of one pass: the checked queries, the partners, and the result being filled."""
+
+    def __init__(self, model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> None:
+        if not isinstance(pairs, ReversalPairs):
+            pairs = ReversalPairs.from_pairs(pairs)
+        self.model, self.pairs, self.plan = model, pairs, plan
+        self.queries = prepare_queries(model, pairs.queries)
+        self.batch_size = plan.batch_size or default_batch_size(model, self.queries)
+        if self.batch_size < 1:
+            raise RevprobeError(f"batch_size {self.batch_size!r}: expected at least 1 query")
+        partner = derangement(pairs.facts.astype(str), pairs.groups(model.logit_shift), seed=plan.seed)
+        self.partner = partner if plan.control else np.full(len(pairs), -1)
+        self.selected = select_parameters(model.module, plan.parameters) if plan.gradient else {}
+        self.result = PassResult(pairs, self.partner, list(self.selected))
+        if plan.probability:
+            self.result.pricing = Pricing.of(model, self.queries, pairs, self.partner, plan.mode)
+        self.done = np.zeros(len(self.queries), dtype=bool)
+        if plan.gradient:
+            self._allocate_products()
+
+    def run(self) -> PassResult:
+        with untouched(self.model.module), torch.set_grad_enabled(self.plan.gradient):
+            for queries, pairs in self._batches():
+                self._run_batch(queries, pairs)
+            if self.result.pricing is not None:
+                with torch.no_grad():
+                    self.result.pricing.run_chains(self._readout, self.batch_size)
+        return self.result
+
+    def _allocate_products(self) -> None:
+        columns = len(self.selected)
+        self.result.inner = np.full((len(self.pairs), columns), np.nan)
+        self.result.inner_control = np.full((len(self.pairs), columns), np.nan)
+        self.result.norm = np.full((len(self.queries), columns), np.nan)
+        self.result.floor = np.full((len(self.queries), columns), np.nan)
+
+    def _batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Queries of each batch and, for gradients, the pairs that are whole in it."""
+        if self.plan.gradient:
+            yield from _pair_batches(self.pairs, self.partner, self.batch_size)
+            return
+        for start in range(0, len(self.queries), self.batch_size):
+            yield np.arange(start, min(start + self.batch_size, len(self.queries))), np.array([], dtype=int)
+
+    def _run_batch(self, queries: np.ndarray, pairs: np.ndarray) -> None:
+        batch = make_batch(self.model, [self.queries[q] for q in queries])
+        module, size = self.model.module, len(queries)
+        with ExitStack() as stack:
+            recorder = (
+                stack.enter_context(record_gradients(module, self.selected, size)) if self.plan.gradient else None
+            )
+            tap = stack.enter_context(tap_attention(module, batch.rows, batch.columns)) if self.plan.attention else None
+            logits = self._readout(batch)
+            if recorder is not None:
+                recorder.backward(_mean_nll(logits, batch))
+        if tap is not None:
+            self._keep_scores(tap, batch, queries)
+        if recorder is not None:
+            self._keep_products(recorder, queries, pairs)
+        if self.result.pricing is not None:
+            self.result.pricing.from_run(logits.detach(), queries)
+        self.done[queries] = True
+        if self.plan.progress is not None:
+            self.plan.progress(int(self.done.sum()), len(self.queries))
+
+    def _readout(self, batch: QueryBatch) -> Tensor:
+        """Log-probabilities at the readout rows, float32 or wider. Shapes: `-> query token vocab`."""
+        logits = self.model.logits(batch.input_ids, batch.attention_mask)
+        at_rows = logits[torch.arange(len(batch.rows), device=logits.device)[:, None], batch.rows]
+        if at_rows.isnan().any():
+            raise RevprobeError(self.model.explain_non_finite())
+        return at_rows.to(torch.promote_types(at_rows.dtype, torch.float32)).log_softmax(-1)
+
+    def _keep_scores(self, tap: AttentionTap, batch: QueryBatch, queries: np.ndarray) -> None:
+        """Scores averaged over readout rows and evidence tokens, weights summed over evidence tokens."""
+        cell = (batch.is_target[:, :, None] & batch.is_evidence[:, None, :])[:, None]
+        rows = batch.is_target.sum(1)[:, None]
+        for layer, call in tap.layers().items():
+            score = call.score.masked_fill(~cell, 0.0).sum((2, 3)) / cell.sum((2, 3))
+            weight = call.weight.masked_fill(~cell, 0.0).sum((2, 3)) / rows
+            for kept, values in ((self.result.score, score), (self.result.weight, weight)):
+                table = kept.setdefault(layer, np.full((len(self.queries), values.shape[1]), np.nan))
+                table[queries] = values.double().cpu().numpy()
+
+    def _keep_products(self, recorder: GradientRecorder, queries: np.ndarray, pairs: np.ndarray) -> None:
+        """Norms of every query and inner products of every pair of the batch, with its control's."""
+        place = np.full(len(self.queries), -1)
+        place[queries] = np.arange(len(queries))
+        partner = self.partner[pairs]
+        controlled = pairs[partner >= 0]
+        left = np.concatenate([place[self.pairs.forward[pairs]], place[self.pairs.forward[controlled]], place[queries]])
+        right = np.concatenate(
+            [place[self.pairs.reverse[pairs]], place[self.pairs.reverse[self.partner[controlled]]], place[queries]]
+        )
+        device = self.model.device
+        products = recorder.products(torch.as_tensor(left, device=device), torch.as_tensor(right, device=device))
+        values = torch.stack(list(products.values()), dim=1).double().cpu().numpy()
+        self.result.inner[pairs] = values[: len(pairs)]
+        self.result.inner_control[controlled] = values[len(pairs) : len(pairs) + len(controlled)]
+        self.result.norm[queries] = np.sqrt(np.maximum(values[len(pairs) + len(controlled) :], 0.0))
+        self.result.floor[queries] = torch.stack(list(recorder.rounding().values()), dim=1).double().cpu().numpy()
+
+
+def select_parameters(module: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
+    """The named parameters, all of them when None; tied ones once. Raises: RevprobeError, for an unknown name."""
+    everything = dict(module.named_parameters())
+    if names is None:
+        return everything
+    unknown = [name for name in names if name not in everything]
+    if unknown:
+        raise RevprobeError(f"no parameter {unknown[0]!r}{did_you_mean(unknown[0], everything)}")
+    return {name: everything[name] for name in names}
+
+
+def _mean_nll(log_probabilities: Tensor, batch: QueryBatch) -> Tensor:
+    """Mean negative log-likelihood over target tokens, all hidden at once. Shapes: `-> query`, nats."""
+    chosen = log_probabilities.gather(-1, batch.targets[..., None])[..., 0]
+    return -chosen.masked_fill(~batch.is_target, 0.0).sum(1) / batch.is_target.sum(1)
+
+
+def _pair_batches(pairs: ReversalPairs, partner: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Greedy batches of whole pairs, facts together, with at most `size` distinct queries (at least one pair)."""
+    queries: dict[int, None] = {}
+    members: list[int] = []
+    for pair in _along_cycle(pairs, partner):
+        wanted = [int(pairs.forward[pair]), int(pairs.reverse[pair])]
+        wanted += [int(pairs.reverse[partner[pair]])] if partner[pair] >= 0 else []
+        fresh = [q for q in wanted if q not in queries]
+        if members and len(queries) + len(fresh) > size:
+            yield np.array(list(queries)), np.array(members)
+            queries, members, fresh = {}, [], wanted
+        queries.update(dict.fromkeys(fresh))
+        members.append(int(pair))
+    yield np.array(list(queries)), np.array(members)
+
+
+def _along_cycle(pairs: ReversalPairs, partner: np.ndarray) -> np.ndarray:
+    """Pairs ordered so that a fact is followed by its control's fact: batches then share reverse queries."""
+    fact = np.unique(pairs.facts.astype(str), return_inverse=True)[1]
+    following = np.full(fact.max() + 1, -1)
+    following[fact[partner >= 0]] = fact[partner[partner >= 0]]
+    rank, place = np.full(len(following), -1), 0
+    for start in range(len(following)):
+        current = start
+        while current >= 0 and rank[current] < 0:
+            rank[current], place = place, place + 1
+            current = int(following[current])
+    return np.argsort(rank[fact], kind="stable")
+
+
+def describe(model: ProbedModel, result: PassResult, plan: Plan) -> dict[str, Any]:
+    """What every reading of a pass says about itself; no clock and no path, so that equal runs give equal files."""
+    from importlib.metadata import version
+
+    return {
+        "model": model.name,
+        "objective": model.objective,
+        "logit_shift": model.logit_shift,
+        "kind": result.pairs.kind,
+        "step": model.step,
+        "weights": model.weights,
+        "pairs": result.pairs.digest,
+        "pair_count": len(result.pairs),
+        "fact_count": len(set(result.pairs.facts)),
+        "control": plan.control,
+        "seed": plan.seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("revprobe", "torch", "transformers")},
+    }

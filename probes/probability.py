@@ -1,0 +1,82 @@
+"""The transfer probe: does the model answer when asked backwards?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from ..models.probed import ProbedModel, as_probed
+from .pairs import ReversalPairs
+from .passes import PassResult, Plan, Progress, describe, run_pass
+from .readings import Reading
+
+
+def probe_reverse_probability(
+    model: ProbedModel | nn.Module,
+    pairs: ReversalPairs,
+    *,
+    mode: str = "chain",
+    batch_size: int | None = None,
+    layers: Iterable[int] | None = None,
+    control: bool = True,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> Reading:
+    """Probability of the target under the forward and the reverse query; the value is the reverse mean.
+
+    `mode="chain"` reveals the target left to right and multiplies the conditionals; "parallel" multiplies the
+    probabilities with the whole target hidden (masked models only). The control is the probability that the
+    query of another fact of the same group gives to this target. `layers` is accepted as everywhere and unused:
+    a probability has no layer.
+
+    Frame: pair, fact, direction, probability, log_probability (nats), rank (1-based, the worst over target
+    tokens), argmax_match (rank is 1), probability_control, argmax_match_control (0 or 1; NaN without a partner),
+    reason.
+    Raises: RevprobeError, when the queries do not fit the model or its logits are NaN.
+    Source: paper Sec. 5 (Fig. 3, right; Tables 1 and 2).
+    """
+    del layers
+    model = as_probed(model)
+    plan = Plan(probability=True, mode=mode, control=control, batch_size=batch_size, seed=seed, progress=progress)
+    return probability_reading(model, run_pass(model, pairs, plan), plan)
+
+
+def probability_reading(model: ProbedModel, result: PassResult, plan: Plan) -> Reading:
+    """Join the priced targets of a pass to pairs and directions."""
+    frames = [
+        _direction_frame(result, direction, index)
+        for direction, index in (("forward", result.pairs.forward), ("reverse", result.pairs.reverse))
+    ]
+    frame = pd.concat(frames, ignore_index=True).sort_values(["pair", "direction"], kind="stable", ignore_index=True)
+    if not plan.control:
+        frame = frame.drop(columns=["probability_control", "argmax_match_control"])
+    reading = Reading("reverse_probability", frame, describe(model, result, plan))
+    reading.meta.update({"statistic": reading.measured.statistic, "mode": plan.mode})
+    return reading
+
+
+def _direction_frame(result: PassResult, direction: str, index: np.ndarray) -> pd.DataFrame:
+    """One direction: each pair's own target at its own query, and at its control's query."""
+    assert result.pricing is not None, "the pass was planned without probabilities"
+    targets = [query.target for query in result.pairs.queries]
+    own = [targets[q] for q in index]
+    value, rank = result.pricing.look_up(index, own)
+    other = np.where(result.partner >= 0, index[result.partner], -1)
+    control_value, control_rank = result.pricing.look_up(other, own)
+    return pd.DataFrame(
+        {
+            "pair": np.arange(len(index)),
+            "fact": result.pairs.facts.astype(str),
+            "direction": direction,
+            "probability": np.exp(value),
+            "log_probability": value,
+            "rank": rank.astype(np.int64),
+            "argmax_match": rank == 1,
+            "probability_control": np.exp(control_value),
+            "argmax_match_control": np.where(np.isnan(control_value), np.nan, control_rank == 1),
+            "reason": "",
+        }
+    )

@@ -1,0 +1,321 @@
+"""Readings: what a probe returns, and lists of them over checkpoints.
+
+A `Reading` is one number with its interval, its n, its control and the tidy frame it came from. It is stored as
+one parquet file, rows and numbers together; a step's readings form a folder that appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import RevprobeError, did_you_mean
+from ..models.checkpoints import step_name, step_of
+from .estimates import Control, Measured, direction_mean, measure
+from .statistics import Estimate
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+__all__ = ["Control", "Reading", "Readings"]
+
+_META = b"revprobe"
+MEASURE_COLUMNS = ["measure", "value", "n", "low", "high", "control"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Reading:
+    """One probe's result on one model.
+
+    Attributes:
+        name: "attention_correlation", "gradient_cosine" or "reverse_probability".
+        frame: the rows behind the number; its columns are described at the probe.
+        meta: model, objective, kind, step, weights ("raw" or "ema"), pairs (digest), statistic, versions, dtype,
+            threads.
+        value, interval, n, control, excess, undefined: see the properties; all are worked out from `frame`.
+    """
+
+    name: str
+    frame: pd.DataFrame
+    meta: dict[str, Any]
+
+    @cached_property
+    def measured(self) -> Measured:
+        """Estimate, control, excess and what was left out, from the frame."""
+        return measure(self.name, self.frame, seed=self.seed, control=self.meta.get("control", True))
+
+    @property
+    def seed(self) -> int:
+        """The seed of bootstrap and derangements."""
+        return int(self.meta.get("seed", 0))
+
+    @property
+    def value(self) -> float:
+        """The reading's number; NaN when undefined (see `undefined` for why)."""
+        return self.measured.estimate.value
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval, by resampling facts."""
+        return self.measured.estimate.low, self.measured.estimate.high
+
+    @property
+    def n(self) -> int:
+        """Pairs behind the value."""
+        return self.measured.estimate.n
+
+    @property
+    def control(self) -> Control | None:
+        """The same measure with facts deranged; None when it was not asked for or no group has two facts."""
+        return self.measured.control
+
+    @property
+    def excess(self) -> Estimate | None:
+        """Value minus control, with an interval; the finding is whether it excludes zero."""
+        return self.measured.excess
+
+    @property
+    def undefined(self) -> dict[str, int]:
+        """What is NaN, counted by reason."""
+        return self.measured.undefined
+
+    def summary(self, by: str | list[str] | None = None) -> pd.DataFrame:
+        """The number for each value of the column(s) `by`, or for all rows.
+
+        Columns: by..., value, n, low, high, control, control_low, control_high.
+        Raises: RevprobeError, for a column the frame lacks.
+        """
+        keys = [by] if isinstance(by, str) else list(by or [])
+        for key in keys:
+            if key not in self.frame.columns:
+                raise RevprobeError(
+                    f"no column {key!r} in the {self.name} frame{did_you_mean(key, self.frame.columns)}"
+                )
+        if not keys:
+            return pd.DataFrame([_summary_row(self.measured)])
+        rows = []
+        for value, part in self.frame.groupby(keys, sort=True, dropna=False):
+            measured = self._measure_part(part)
+            rows.append(dict(zip(keys, value, strict=True)) | _summary_row(measured))
+        return pd.DataFrame(rows)
+
+    def _measure_part(self, part: pd.DataFrame) -> Measured:
+        directions = set(part["direction"]) if "direction" in part else {"reverse"}
+        if directions == {"forward"}:
+            return direction_mean(part, "forward", "probability", self.seed)
+        return measure(self.name, part, seed=self.seed, control=self.meta.get("control", True))
+
+    def measures(self) -> pd.DataFrame:
+        """Everything this reading reports, tidy; columns measure, value, n, low, high, control.
+
+        The probability reading gives four: forward and reverse, probability and accuracy (fraction of pairs whose
+        target is the argmax at every target position).
+        """
+        if self.name != "reverse_probability":
+            return pd.DataFrame([_measure_row(self.name, self.measured)])
+        asked = [
+            (d, column, name)
+            for column, name in (("probability", "probability"), ("argmax_match", "accuracy"))
+            for d in ("forward", "reverse")
+        ]
+        return pd.DataFrame(
+            [_measure_row(f"{d}_{name}", direction_mean(self.frame, d, column, self.seed)) for d, column, name in asked]
+        )
+
+    def plot(self, **options: Any) -> go.Figure:
+        """This reading as a plotly figure; see `probes.figures.plot_reading`."""
+        from .figures import plot_reading
+
+        return plot_reading(self, **options)
+
+    def save(self, path: str | Path) -> Path:
+        """Write frame and meta as one parquet file, whole or not at all."""
+        path = Path(path)
+        part = path.with_name(f".{path.name}.part")
+        header = {"name": self.name, "meta": self.meta, "number": asdict(self.measured.estimate)}
+        table = pa.Table.from_pandas(self.frame, preserve_index=False)
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), _META: json.dumps(header).encode()})
+        pq.write_table(table, part, compression="zstd")
+        os.replace(part, path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Reading:
+        """Read what `save` wrote. Raises: RevprobeError, when the file is missing, damaged or not a reading."""
+        path = Path(path)
+        if not path.is_file():
+            raise RevprobeError(f"no reading at {str(path)!r}; expected a parquet file written by Reading.save")
+        try:
+            table = pq.read_table(path)
+            header = json.loads((table.schema.metadata or {})[_META])
+        except KeyError as error:
+            raise RevprobeError(
+                f"{path} is parquet but not a reading of revprobe; read it with pandas.read_parquet"
+            ) from error
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise RevprobeError(
+                f"{path} is damaged ({str(error).splitlines()[0]}); delete it and run the probe again"
+            ) from error
+        return cls(header["name"], table.to_pandas(), header["meta"])
+
+    def __repr__(self) -> str:
+        low, high = self.interval
+        control = (
+            f", control={self.control.value:.4g} [{self.control.interval[0]:.4g}, {self.control.interval[1]:.4g}]"
+            if self.control
+            else ", control=None"
+        )
+        left_out = f", undefined={self.undefined}" if self.undefined else ""
+        where = "".join(
+            f", {key}={self.meta[key]}" for key in ("kind", "step", "weights") if self.meta.get(key) is not None
+        )
+        return f"Reading({self.name}={self.value:.4g} [{low:.4g}, {high:.4g}], n={self.n}{control}{left_out}{where})"
+
+    def _repr_html_(self) -> str:
+        rows = self.frame.head(8).to_html(index=False, escape=True)
+        return f"<p><code>{html.escape(repr(self))}</code></p>{rows}<p>{len(self.frame)} rows</p>"
+
+
+class Readings(Sequence[Reading]):
+    """Several readings: of one pass, over checkpoints, or over models."""
+
+    def __init__(self, readings: Iterable[Reading]) -> None:
+        self._readings = tuple(readings)
+
+    def __len__(self) -> int:
+        return len(self._readings)
+
+    @overload
+    def __getitem__(self, index: int) -> Reading: ...
+    @overload
+    def __getitem__(self, index: slice) -> Readings: ...
+    @overload
+    def __getitem__(self, index: str) -> Reading: ...
+    def __getitem__(self, index: int | slice | str) -> Reading | Readings:
+        if isinstance(index, str):
+            return self._only(index)
+        return Readings(self._readings[index]) if isinstance(index, slice) else self._readings[index]
+
+    def __iter__(self) -> Iterator[Reading]:
+        return iter(self._readings)
+
+    def _only(self, name: str) -> Reading:
+        """The one reading of a probe, for `readings["gradient_cosine"]`."""
+        found = self.select(name=name)
+        if len(found) != 1:
+            names = sorted({r.name for r in self})
+            raise RevprobeError(
+                f"{len(found)} readings named {name!r} among {len(self)}{did_you_mean(name, names)}; use "
+                "select(name=, step=, weights=)"
+            )
+        return found[0]
+
+    @property
+    def steps(self) -> list[int]:
+        """The training steps there are readings of, ascending."""
+        return sorted({r.meta["step"] for r in self if r.meta.get("step") is not None})
+
+    def select(self, *, name: str | None = None, step: int | None = None, weights: str | None = None) -> Readings:
+        """The readings that match; a negative step counts back from the last."""
+        if step is not None and step < 0:
+            step = self.steps[step]
+        wanted = {"step": step, "weights": weights}
+        return Readings(
+            r
+            for r in self
+            if name in (None, r.name)
+            and all(value is None or r.meta.get(key) == value for key, value in wanted.items())
+        )
+
+    def measures(self) -> pd.DataFrame:
+        """All numbers, tidy: step, weights, kind, measure, value, n, low, high, control."""
+        frames = [
+            r.measures().assign(step=r.meta.get("step"), weights=r.meta.get("weights"), kind=r.meta.get("kind"))
+            for r in self
+        ]
+        columns = ["step", "weights", "kind", *MEASURE_COLUMNS]
+        return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
+
+    def plot(self, **options: Any) -> go.Figure:
+        """The readings over training steps; see `probes.figures.plot_readings`."""
+        from .figures import plot_readings
+
+        return plot_readings(self, **options)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write all readings as `folder/<name>.<weights>.parquet`; the folder appears by rename, whole or not at all.
+
+        An older folder of that name is replaced. Raises: RevprobeError, when two readings would share a file.
+        """
+        folder = Path(folder)
+        part = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for reading in self:
+            path = part / f"{reading.name}.{reading.meta.get('weights') or 'raw'}.parquet"
+            if path.exists():
+                raise RevprobeError(
+                    f"two readings would be written to {path.name}; save one step at a time (select(step=...))"
+                )
+            reading.save(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(part, folder)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Readings:
+        """All readings under `folder`: its own parquet files, or those of its step folders in order.
+
+        Raises: RevprobeError, when the folder is missing or a file in it is damaged.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise RevprobeError(
+                f"no readings at {str(folder)!r}; expected a folder written by a run or by Readings.save"
+            )
+        steps = sorted((p for p in folder.iterdir() if step_of(p) is not None), key=lambda p: step_of(p) or 0)
+        return cls(
+            Reading.load(path)
+            for part in [folder, *steps]
+            for path in sorted(part.glob("*.parquet"))
+            if not path.name.startswith(".")
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Readings({len(self)}):\n"
+            + "\n".join(f"  {reading!r}" for reading in self[:12])
+            + ("\n  ..." if len(self) > 12 else "")
+        )
+
+    def _repr_html_(self) -> str:
+        return str(self.measures().to_html(index=False, escape=True))
+
+
+def step_folder(folder: str | Path, step: int) -> Path:
+    """Where a run keeps the readings of one step."""
+    return Path(folder) / step_name(step)
+
+
+def _summary_row(measured: Measured) -> dict[str, float]:
+    control = measured.control or Control(float("nan"), (float("nan"), float("nan")), 0, "")
+    estimate = measured.estimate
+    row = {"value": estimate.value, "n": estimate.n, "low": estimate.low, "high": estimate.high}
+    return row | {"control": control.value, "control_low": control.interval[0], "control_high": control.interval[1]}
+
+
+def _measure_row(name: str, measured: Measured) -> dict[str, Any]:
+    row = _summary_row(measured)
+    return {"measure": name} | {key: row[key] for key in MEASURE_COLUMNS[1:]}
