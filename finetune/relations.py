@@ -158,12 +158,11 @@ def _pair_up(
             "use 'grid' or 'mirror'"
         )
     tokenizer = model.tokenizer or letter_tokenizer(relation.alphabet)
+    token_id = tokenizer.get_vocab()
     alphabet = letter_alphabet(relation.alphabet)
     queries = [
         _query(relation.length, ids, place, target)
-        for ids in (
-            [int(tokenizer.convert_tokens_to_ids(token)) for token in (PLACEHOLDER, *pair)] for pair in alphabet
-        )
+        for ids in ([token_id[token] for token in (PLACEHOLDER, *pair)] for pair in alphabet)
         for target, places in _asked(model, forward, reverse)
         for place in places
     ]

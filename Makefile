@@ -1,0 +1,69 @@
+# Set-up and checks. `make help` lists the targets; all of them can be run again at any time.
+# Another interpreter: `make setup PYTHON=python3.12`. A CPU-only torch where the index offers CUDA builds:
+# `PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup`.
+
+PYTHON ?= python3
+VENV := .venv
+# -P keeps the checkout off sys.path: with it `import models` would find ours beside revprobe.models.
+PY := $(VENV)/bin/python -P
+PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+
+# The stamps carry the checkout's path: an environment copied or moved along with its folder still runs the old code.
+PLACE := $(shell printf '%s' '$(CURDIR)' | cksum | cut -d ' ' -f 1)
+SETUP := $(VENV)/.setup-$(PLACE)
+TEST_SETUP := $(VENV)/.test-$(PLACE)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format build clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(SETUP)  ## make .venv and install revprobe (editable) with the tested versions
+	@echo "==> $(VENV) is ready: $$($(PY) --version), torch $$($(PY) -c 'from importlib.metadata import version; print(version("torch"))')"
+
+demo: setup  ## train the quick sweep, probe every checkpoint, write the report
+	@echo "==> demo: the sweep of examples/one_layer_quick.yaml, into runs/one-layer-quick"
+	$(VENV)/bin/revprobe sweep one-layer-quick --jobs 2
+	$(VENV)/bin/revprobe report runs/one-layer-quick
+
+test: lint  ## ruff, mypy and the whole test suite
+	@echo "==> pytest"
+	$(PY) -m pytest
+
+lint: $(TEST_SETUP)  ## ruff (lint, format check) and mypy
+	@echo "==> ruff"
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	@echo "==> mypy"
+	$(PY) -m mypy
+
+format: $(TEST_SETUP)  ## rewrite the code as ruff wants it
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+build: $(TEST_SETUP)  ## sdist and wheel, into dist/
+	rm -rf build dist
+	$(PY) -m build --no-isolation
+
+clean:  ## remove builds and caches; .venv and runs/ stay
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+$(SETUP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) > /dev/null || { echo "make: no $(PYTHON) found; revprobe needs Python 3.11 or later: make setup PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1), revprobe needs Python 3.11 or later: make setup PYTHON=python3.12" >&2; exit 1; }
+	@echo "==> making $(VENV) with $$($(PYTHON) -V) ($$(command -v $(PYTHON)))"
+	$(PYTHON) -m venv $(VENV)
+	@echo "==> installing torch and setuptools at the tested versions, before anything can ask for others"
+	$(PIP_INSTALL) torch setuptools
+	@echo "==> installing revprobe (editable) and what it needs"
+	$(PIP_INSTALL) --no-build-isolation -e .
+	@mkdir -p $(VENV)/typing && ln -sfn ../.. $(VENV)/typing/revprobe  # for mypy, see pyproject.toml
+	@rm -f $(VENV)/.setup-* $(VENV)/.test-* && touch $@
+
+$(TEST_SETUP): $(SETUP)
+	@echo "==> installing the test tools"
+	$(PIP_INSTALL) --quiet --no-build-isolation -e '.[test]'
+	@touch $@

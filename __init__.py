@@ -1,0 +1,113 @@
+"""Measure how a language model stores a relation and how it routes to it when the question is asked backwards.
+
+    import revprobe as rp
+    model = rp.load_model("runs/one-layer-quick/rope-l10-s0", weights="ema")
+    rp.probe(model, rp.letter_pairs(length=10, model=model)).plot()
+
+Importing the package registers RADD with transformers' Auto classes, and that alone. Every public name is imported
+when it is first used (PEP 562), so the Trainer, peft and TransformerLens load only for those who need them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# Before the first relative import: modules that write the version into their readings import it from here.
+__version__ = "0.1.0"
+
+# Eager on purpose: AutoModelForMaskedLM.from_pretrained must know the class after a bare `import revprobe`.
+from .models.radd import RaddConfig, RaddForMaskedLM
+
+if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal to _EXPORTS
+    from .errors import RevprobeError
+    from .finetune.relations import letter_pairs, letters
+    from .finetune.runs import open_run, train
+    from .finetune.snapshots import ProbeCallback
+    from .finetune.sweeps import open_sweep, run_sweep
+    from .models.gpt2 import one_layer_gpt2
+    from .models.letters import letter_tokenizer
+    from .models.probed import ProbedModel
+    from .models.registry import list_models, load_model, register_model
+    from .probes.attention import probe_attention_correlation
+    from .probes.estimates import Control
+    from .probes.fused import probe
+    from .probes.gradient import probe_gradient_cosine
+    from .probes.pairs import Query, ReversalPair, ReversalPairs
+    from .probes.probability import probe_reverse_probability
+    from .probes.readings import Reading, Readings
+
+_EXPORTS = {
+    "Control": ".probes.estimates",
+    "ProbeCallback": ".finetune.snapshots",
+    "ProbedModel": ".models.probed",
+    "Query": ".probes.pairs",
+    "RaddConfig": ".models.radd",
+    "RaddForMaskedLM": ".models.radd",
+    "Reading": ".probes.readings",
+    "Readings": ".probes.readings",
+    "ReversalPair": ".probes.pairs",
+    "ReversalPairs": ".probes.pairs",
+    "RevprobeError": ".errors",
+    "letter_pairs": ".finetune.relations",
+    "letter_tokenizer": ".models.letters",
+    "letters": ".finetune.relations",
+    "list_models": ".models.registry",
+    "load_model": ".models.registry",
+    "one_layer_gpt2": ".models.gpt2",
+    "open_run": ".finetune.runs",
+    "open_sweep": ".finetune.sweeps",
+    "probe": ".probes.fused",
+    "probe_attention_correlation": ".probes.attention",
+    "probe_gradient_cosine": ".probes.gradient",
+    "probe_reverse_probability": ".probes.probability",
+    "register_model": ".models.registry",
+    "run_sweep": ".finetune.sweeps",
+    "train": ".finetune.runs",
+}
+
+__all__ = [
+    "Control",
+    "ProbeCallback",
+    "ProbedModel",
+    "Query",
+    "RaddConfig",
+    "RaddForMaskedLM",
+    "Reading",
+    "Readings",
+    "ReversalPair",
+    "ReversalPairs",
+    "RevprobeError",
+    "__version__",
+    "letter_pairs",
+    "letter_tokenizer",
+    "letters",
+    "list_models",
+    "load_model",
+    "one_layer_gpt2",
+    "open_run",
+    "open_sweep",
+    "probe",
+    "probe_attention_correlation",
+    "probe_gradient_cosine",
+    "probe_reverse_probability",
+    "register_model",
+    "run_sweep",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module on first use, and keep it.
+
+    Raises: AttributeError, when the name is not public; it names the nearest one that is.
+    """
+    if name not in _EXPORTS:
+        from .errors import did_you_mean
+
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{did_you_mean(name, __all__)}")
+    value = getattr(import_module(_EXPORTS[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

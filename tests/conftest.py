@@ -1,0 +1,48 @@
+"""What every test relies on: one thread, no network, repeatable examples, and where the package's files are."""
+
+import os
+from pathlib import Path
+
+# Before torch is imported, and inherited by the processes that tests start: sums over one thread repeat bit for bit.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+# No deadline: the first example pays for lazy imports. Derandomized: a red suite is red again when it is run again.
+settings.register_profile("revprobe", deadline=None, derandomize=True)
+settings.load_profile("revprobe")
+
+ROOT = Path(__file__).resolve().parents[1]
+BESIDE_THE_PACKAGE = {"tests", "examples", "docs"}
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository root, which is the package `revprobe`."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def package_files() -> dict[str, str]:
+    """Every Python file of the package, by its path from the root -> the one name it may be imported under."""
+    found = {}
+    for folder, inner, names in os.walk(ROOT):
+        here = Path(folder).relative_to(ROOT)
+        inner[:] = [name for name in inner if is_code_folder(here / name)]
+        for path in (here / name for name in names if name.endswith(".py")):
+            found[path.as_posix()] = ".".join(["revprobe", *path.with_suffix("").parts]).removesuffix(".__init__")
+    assert "__init__.py" in found, f"no package at {ROOT}"
+    return dict(sorted(found.items()))
+
+
+def is_code_folder(path: Path) -> bool:
+    """Whether a folder, given from the root, can hold modules of the package: told by what it is not, so that a new
+    folder is part of the package until someone says otherwise.
+    """
+    beside = path.as_posix() in {*BESIDE_THE_PACKAGE, "runs", "build", "dist"}
+    return not beside and not path.name.startswith(".") and path.name != "__pycache__"

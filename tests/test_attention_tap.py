@@ -1,0 +1,116 @@
+"""The tap sees the scores the model used: against hand-computed attention, and with faults planted."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from revprobe import RaddConfig, RaddForMaskedLM, RevprobeError, one_layer_gpt2
+from revprobe.hooks.attention import attention_rows, tap_attention
+
+
+def slow_scores(call: dict) -> torch.Tensor:
+    """Every score of a call, one product at a time."""
+    query, key = call["query"], call["key"]
+    batch, heads, seq, dim = query.shape
+    scores = torch.zeros(batch, heads, seq, key.shape[2], dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(seq):
+                for j in range(key.shape[2]):
+                    kv = h * key.shape[1] // heads
+                    scores[b, h, i, j] = float(query[b, h, i].double() @ key[b, kv, j].double()) * (
+                        call.get("scale") or dim**-0.5
+                    )
+                    if call.get("is_causal") and j > i:
+                        scores[b, h, i, j] = -torch.inf
+    mask = call.get("attn_mask")
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+
+
+def random_call(kv_heads: int = 2, **extra) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda heads: torch.randn(3, heads, 5, 4, generator=generator)  # noqa: E731
+    return {"query": draw(2), "key": draw(kv_heads), "value": draw(kv_heads), **extra}
+
+
+MASKS = {
+    "no mask": {},
+    "causal": {"is_causal": True},
+    "boolean padding": {"attn_mask": torch.tensor([1, 1, 1, 0, 0]).bool()[None, None, None].expand(3, 1, 5, 5)},
+    "additive per head": {"attn_mask": torch.linspace(-1, 0, 50).reshape(1, 2, 5, 5)},
+    "two-dimensional": {"attn_mask": torch.ones(5, 5).tril().bool()},
+    "scale": {"scale": 0.7},
+    "grouped keys": {"kv_heads": 1, "enable_gqa": True},
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_rows_of_a_call_equal_the_slow_scores(case):
+    call = random_call(**MASKS[case])
+    rows, columns = torch.tensor([[0, 4], [2, 3], [4, 1]]), torch.tensor([[1, 2], [0, 4], [3, 3]])
+    score, weight, mass = attention_rows(call, rows, columns)
+    everything = slow_scores(call)
+    for b in range(3):
+        expected = everything[b][:, rows[b]]
+        torch.testing.assert_close(score[b].double(), expected[:, :, columns[b]], atol=1e-6, rtol=0)
+        torch.testing.assert_close(weight[b].double(), expected.softmax(-1)[:, :, columns[b]], atol=1e-6, rtol=0)
+    torch.testing.assert_close(mass, torch.ones_like(mass))
+
+
+def test_a_fully_masked_row_has_no_weight_instead_of_nan():
+    call = random_call(attn_mask=torch.zeros(5, 5).bool())
+    score, weight, mass = attention_rows(call, torch.tensor([[0]] * 3), torch.tensor([[1]] * 3))
+    assert score.isneginf().all() and (weight == 0).all() and (mass == 0).all()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: RaddForMaskedLM(RaddConfig(n_layers=3, n_heads=2)), lambda: one_layer_gpt2(n_layers=3, n_heads=2)]
+)
+def test_each_layer_is_seen_once_and_attributed_to_its_module(make):
+    model = make().eval()
+    rows, columns = torch.tensor([[2]]), torch.tensor([[0]])
+    with torch.no_grad(), tap_attention(model, rows, columns) as tap:
+        model(torch.tensor([[4, 0, 30, 0]]))
+    layers = tap.layers()
+    assert list(layers) == [0, 1, 2] and all(call.score.shape == (1, 2, 1, 1) for call in layers.values())
+    assert all(f".{layer}." in call.site for layer, call in layers.items())
+
+
+def test_the_tap_changes_nothing_and_leaves_no_hook_even_when_the_model_raises():
+    model = RaddForMaskedLM(RaddConfig()).eval()
+    ids, at = torch.tensor([[4, 0, 30]]), torch.tensor([[0]])
+    plain = model(ids).logits
+    with tap_attention(model, at, at):
+        assert torch.equal(model(ids).logits, plain)
+    with pytest.raises(RevprobeError), tap_attention(model, at, at):
+        model(torch.zeros(1, 99, dtype=torch.long))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_model_whose_attention_is_never_seen_says_how_to_load_it():
+    model = nn.TransformerEncoderLayer(8, 1, batch_first=True).eval()
+    at = torch.tensor([[0]])
+    with torch.no_grad(), tap_attention(model, at, at) as tap:
+        model(torch.randn(1, 3, 8))
+    with pytest.raises(RevprobeError, match="attn_implementation='sdpa'"):
+        tap.layers()
+
+
+def test_a_call_over_another_batch_is_an_error_not_a_broadcast():
+    with pytest.raises(RevprobeError, match="expected 2 sequences"):
+        attention_rows(random_call(), torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 1, dtype=torch.long))
+
+
+def test_third_party_code_is_seen_without_an_adapter():
+    class Theirs(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.scaled_dot_product_attention(x, x, x, scale=1.0)
+
+    x, at = torch.randn(1, 1, 3, 4), torch.tensor([[1]])
+    model = Theirs()
+    with tap_attention(model, at, at) as tap:
+        model(x)
+    torch.testing.assert_close(tap.layers()[0].score.flatten(), (x[0, 0, 1] @ x[0, 0, 1])[None])

@@ -1,0 +1,196 @@
+"""What a user gets: the public names, an import that stays light, a wheel and an sdist with the right files."""
+
+import ast
+import doctest
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import revprobe
+
+PUBLIC = [
+    "Control",
+    "ProbeCallback",
+    "ProbedModel",
+    "Query",
+    "RaddConfig",
+    "RaddForMaskedLM",
+    "Reading",
+    "Readings",
+    "ReversalPair",
+    "ReversalPairs",
+    "RevprobeError",
+    "__version__",
+    "letter_pairs",
+    "letter_tokenizer",
+    "letters",
+    "list_models",
+    "load_model",
+    "one_layer_gpt2",
+    "open_run",
+    "open_sweep",
+    "probe",
+    "probe_attention_correlation",
+    "probe_gradient_cosine",
+    "probe_reverse_probability",
+    "register_model",
+    "run_sweep",
+    "train",
+]
+EXAMPLES = {"examples/one_layer.yaml", "examples/one_layer_quick.yaml"}
+# What takes seconds to import, or may not be there at all on a machine that only loads a saved model.
+HEAVY = ["peft", "transformers.trainer", "transformer_lens"]
+
+
+def run_python(*arguments: str | Path, cwd: Path, path: Path | None = None) -> str:
+    """Run a fresh interpreter and return what it printed; `path`, if given, is all that PYTHONPATH holds."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if path:
+        environment["PYTHONPATH"] = str(path)
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{arguments} failed:\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def test_the_public_surface_is_pinned() -> None:
+    """A new public name is a decision: it is written here too."""
+    assert revprobe.__all__ == PUBLIC
+    assert set(PUBLIC) <= set(dir(revprobe)), "tab completion must show what is not imported yet"
+
+
+@pytest.mark.parametrize("name", sorted(set(PUBLIC) - {"__version__"}))
+def test_a_public_name_resolves_to_the_object_its_module_defines(name: str) -> None:
+    """A wrong module in the mapping, a re-export, or a submodule that shadows the name turns this red."""
+    value = getattr(revprobe, name)
+    assert not isinstance(value, ModuleType), f"{name} is hidden by the submodule {value.__name__}"
+    assert value.__name__ == name
+    assert value.__module__ == f"revprobe{revprobe._EXPORTS[name]}"
+
+
+def test_no_submodule_shadows_a_public_name(package_files: dict[str, str]) -> None:
+    """Importing `revprobe.probe` as a module would replace the function of that name, for every later user."""
+    assert not {f"revprobe.{name}" for name in PUBLIC} & set(package_files.values())
+
+
+def test_type_checkers_see_the_names_the_mapping_holds(root: Path) -> None:
+    """The TYPE_CHECKING block and the eager import are a second list of the same names; they must not drift."""
+    tree = ast.parse((root / "__init__.py").read_text())
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
+    seen = {alias.name: f".{node.module}" for node in froms for alias in node.names if alias.name != "did_you_mean"}
+    assert seen == revprobe._EXPORTS
+    assert sorted([*seen, "__version__"]) == sorted(revprobe.__all__)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'lod_model'; the closest is 'load_model'"):
+        _ = revprobe.lod_model
+
+
+def test_import_registers_radd_and_loads_nothing_heavy(tmp_path: Path) -> None:
+    """`import revprobe` is all a notebook does before AutoModelForMaskedLM.from_pretrained; it must stay quick."""
+    code = (
+        "import sys, revprobe\n"
+        "from transformers import AutoConfig\n"
+        f"print(type(AutoConfig.for_model('radd')).__name__, [m for m in {HEAVY} if m in sys.modules])"
+    )
+    assert run_python("-c", code, cwd=tmp_path).strip() == "RaddConfig []"
+
+
+def test_version_is_the_installed_one() -> None:
+    from importlib.metadata import version
+
+    assert revprobe.__version__ == version("revprobe")
+
+
+def failing_doctests(module: ModuleType) -> tuple[int, int]:
+    """Run the examples of a module's docstrings: how many failed, how many there are."""
+    result = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    return result.failed, result.attempted
+
+
+def test_every_docstring_example_prints_what_it_says(
+    package_files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Walks the imported revprobe.*: pytest's --doctest-modules would import each file a second time."""
+    monkeypatch.chdir(tmp_path)
+    counts = {name: failing_doctests(importlib.import_module(name)) for name in package_files.values()}
+    assert counts["revprobe.errors"][1] > 0, "no example was found where there is one: the walk is blind"
+    failed = {name: count for name, (count, _) in counts.items() if count}
+    assert not failed, f"failing examples by module: {failed} (printed above)"
+
+
+def test_a_planted_wrong_example_is_seen() -> None:
+    module = ModuleType("planted", ">>> 1 + 1\n3\n\n>>> 1 + 1\n2\n")
+    assert failing_doctests(module) == (1, 2)
+
+
+def project_files(root: Path) -> set[str]:
+    """What a commit would hold: files tracked or new, without the ignored ones. In an unpacked sdist, every file."""
+    if (root / ".git").exists():
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        names = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.split("\0")
+        return {name for name in names if name and (root / name).is_file()}
+    made = {".venv", "runs", "build", "dist", "PKG-INFO", "setup.cfg", "revprobe.egg-info"}
+    files = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
+    cached = (".pyc", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis")
+    return {path.as_posix() for path in files if path.parts[0] not in made and not any(c in str(path) for c in cached)}
+
+
+@pytest.fixture(scope="module")
+def built(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an sdist and of the wheel built from it, out of a copy whose folder could not name a module."""
+    copy = tmp_path_factory.mktemp("build") / "1 check-out"
+    for name in project_files(root):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(root / name, copy / name)
+    log = run_python("-m", "build", "--no-isolation", "--outdir", copy.parent, copy, cwd=copy.parent)
+    assert "Deprecat" not in log and "no files found" not in log, log
+    return copy.parent
+
+
+@pytest.fixture(scope="module")
+def wheel_files(built: Path) -> set[str]:
+    return set(zipfile.ZipFile(next(built.glob("*.whl"))).namelist())
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel_files: set[str], package_files: dict[str, str]) -> None:
+    """A folder missing from `packages`, a test that slips in, a lost py.typed or example: all turn this red."""
+    metadata = {name for name in wheel_files if name.split("/")[0].endswith(".dist-info")}
+    expected = {f"revprobe/{path}" for path in {*package_files, *EXAMPLES, "py.typed"}}
+    assert wheel_files - metadata == expected
+    assert any(name.endswith("licenses/LICENSE") for name in metadata), metadata
+
+
+def test_the_sdist_holds_everything_that_is_committed(built: Path, root: Path) -> None:
+    """From the sdist alone a developer can build, test and read: a folder MANIFEST.in forgot is listed here."""
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = {member.name.split("/", 1)[1] for member in archive.getmembers() if member.isfile()}
+    committed = project_files(root)
+    assert not committed - names, f"MANIFEST.in leaves out {sorted(committed - names)}"
+    made_by_setuptools = {name for name in names if name in {"PKG-INFO", "setup.cfg"} or ".egg-info/" in name}
+    extra = names - committed - made_by_setuptools
+    assert not extra, f"the sdist holds what no commit does: {sorted(extra)}"
+
+
+def test_an_installed_wheel_runs_and_brings_its_examples(built: Path, tmp_path: Path) -> None:
+    """Away from the checkout: `python -m revprobe` answers from the wheel, and the examples resolve by name."""
+    site = tmp_path / "site"
+    zipfile.ZipFile(next(built.glob("*.whl"))).extractall(site)
+    code = (
+        "import revprobe\n"
+        "from revprobe.finetune.config import SweepConfig, load_config\n"
+        "sweeps = [load_config(name, SweepConfig) for name in ('one-layer', 'one-layer-quick')]\n"
+        "print(revprobe.__file__)"
+    )
+    where = run_python("-c", code, cwd=tmp_path, path=site)
+    assert Path(where.strip()) == site / "revprobe" / "__init__.py"
+    shown = run_python("-m", "revprobe", "--help", cwd=tmp_path, path=site)
+    assert all(command in shown for command in ("train", "probe", "sweep", "report", "models")), shown

@@ -1,0 +1,234 @@
+"""Loading: what is found, what is refused, and what the wrapper checks."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from revprobe import (
+    ProbedModel,
+    RaddConfig,
+    RaddForMaskedLM,
+    RevprobeError,
+    list_models,
+    load_model,
+    one_layer_gpt2,
+    register_model,
+)
+from revprobe import letter_pairs, letter_tokenizer, probe
+from revprobe.models import registry
+from revprobe.models.checkpoints import COMPLETE, step_name
+from revprobe.models.probed import as_probed
+from revprobe.models.roles import parameter_role
+
+
+def save(module, folder) -> None:
+    module.save_pretrained(folder)
+    letter_tokenizer().save_pretrained(folder)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with checkpoints at 0 (raw and ema), 500 (raw only) and a half-written one at 700."""
+    for step, ema in ((0, True), (500, False), (700, False)):
+        folder = tmp_path / "rope-l10-s0" / "checkpoints" / step_name(step)
+        save(RaddForMaskedLM(RaddConfig()), folder)
+        if ema:
+            save(RaddForMaskedLM(RaddConfig()), folder / "ema")
+        if step != 700:
+            (folder / COMPLETE).touch()
+    return tmp_path / "rope-l10-s0"
+
+
+def test_a_run_gives_its_last_complete_checkpoint(run):
+    model = load_model(run)
+    assert (model.name, model.step, model.weights, model.objective) == ("rope-l10-s0", 500, "raw", "masked")
+    assert model.mask_token_id == 53 and model.tokenizer.convert_tokens_to_ids("z") == 26
+
+
+def test_step_and_weights_choose_the_checkpoint(run):
+    assert (load_model(run, step=0).weights, load_model(run, step=-2, weights="raw").weights) == ("ema", "raw")
+    by_path = load_model(run / "checkpoints" / "step-000000" / "ema")
+    assert (by_path.name, by_path.step, by_path.weights) == ("rope-l10-s0", 0, "ema")
+    with pytest.raises(RevprobeError, match="has no checkpoint at step 700; it has 0, 500"):
+        load_model(run, step=700)
+    with pytest.raises(RevprobeError, match="has no 'ema' weights; it has raw"):
+        load_model(run, weights="ema")
+
+
+def test_causal_models_load_with_their_shift(tmp_path):
+    save(one_layer_gpt2(), tmp_path)
+    model = load_model(tmp_path)
+    assert (model.objective, model.logit_shift, model.max_length) == ("causal", 1, 64)
+
+
+def without_config(folder):
+    (folder / "config.json").unlink()
+    return "has no config.json"
+
+
+def truncated(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    return "cannot load the weights"
+
+
+def pickled(folder):
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return r"holds only pickled weights \(pytorch_model.bin\)"
+
+
+def nothing(folder):
+    (folder / "model.safetensors").unlink()
+    return "holds no model.safetensors"
+
+
+def tensor_missing(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if k != "lm_head.weight"}, folder / "model.safetensors", {"format": "pt"}
+    )
+    return "missing lm_head.weight"
+
+
+def config_of_another_model(folder):
+    one_layer_gpt2().config.save_pretrained(folder)
+    return "does not match its config"
+
+
+def other_sizes(folder):
+    RaddConfig(d_model=32).save_pretrained(folder)
+    return "cannot load the weights|does not match its config"
+
+
+def unreadable_config(folder):
+    (folder / "config.json").write_text("{")
+    return "cannot read the config"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        without_config,
+        truncated,
+        pickled,
+        nothing,
+        tensor_missing,
+        config_of_another_model,
+        other_sizes,
+        unreadable_config,
+    ],
+)
+def test_a_damaged_checkpoint_gets_one_line_that_says_what_is_wrong(damage, tmp_path):
+    save(RaddForMaskedLM(RaddConfig()), tmp_path)
+    words = damage(tmp_path)
+    with pytest.raises(RevprobeError, match=words) as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_folder_offers_the_nearest(run):
+    with pytest.raises(RevprobeError, match="no model folder at .*rope-l10-s1.*the closest is .*rope-l10-s0"):
+        load_model(run.parent / "rope-l10-s1")
+
+
+def test_a_run_without_a_complete_checkpoint_says_so(run):
+    shutil.rmtree(run / "checkpoints" / "step-000000")
+    shutil.rmtree(run / "checkpoints" / "step-000500")
+    with pytest.raises(RevprobeError, match="has no complete checkpoint"):
+        load_model(run)
+
+
+def test_a_registered_loader_is_called_with_its_options(monkeypatch):
+    monkeypatch.setattr(registry, "_LOADERS", {})
+
+    @register_model("mine")
+    def load_mine(layers=1):
+        """My own model."""
+        return ProbedModel(RaddForMaskedLM(RaddConfig(n_layers=layers)), objective="masked")
+
+    assert len(load_model("mine", layers=3).module.blocks) == 3
+    assert "My own model." in set(list_models().about)
+    with pytest.raises(RevprobeError, match="'mine' is registered already"):
+        register_model("mine", lambda: None)
+
+
+def test_dtype_is_applied_on_loading(run):
+    assert load_model(run, dtype="float64").dtype == torch.float64
+
+
+def test_the_wrapper_finds_out_what_it_is_told_wrong():
+    mdm, arm = RaddForMaskedLM(RaddConfig()), one_layer_gpt2()
+    with pytest.raises(RevprobeError, match="wrapped as causal, but a later token changes its earlier logits"):
+        ProbedModel(mdm, objective="causal")
+    with pytest.raises(RevprobeError, match="wrapped as masked, but no later token reaches"):
+        ProbedModel(arm, objective="masked", mask_token_id=53)
+    with pytest.raises(RevprobeError, match="unknown objective 'casual'; the closest is 'causal'"):
+        ProbedModel(arm, objective="casual")
+    with pytest.raises(RevprobeError, match="names no mask token"):
+        ProbedModel(Bidirectional(), objective="masked")
+    with pytest.raises(RevprobeError, match="logit_shift 2"):
+        ProbedModel(arm, objective="causal", logit_shift=2)
+    with pytest.raises(RevprobeError, match="expected a model, got str"):
+        as_probed("gpt2")
+
+
+class Bidirectional(nn.Module):
+    """Somebody's own model: no config, no attention_mask, logits as a bare tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(56, 8), nn.Linear(8, 56)
+
+    def forward(self, ids):
+        hidden = self.embed(ids)
+        return self.head(hidden + nn.functional.scaled_dot_product_attention(hidden, hidden, hidden))
+
+
+def test_bare_modules_are_wrapped_by_what_they_do():
+    assert as_probed(RaddForMaskedLM(RaddConfig())).objective == "masked"
+    assert as_probed(one_layer_gpt2()).objective == "causal"
+
+
+def test_a_users_own_module_is_probed_without_an_adapter():
+    model = ProbedModel(Bidirectional(), letter_tokenizer(), objective="masked", mask_token_id=53)
+    readings = probe(model, letter_pairs(5, model=model), only=["gradient", "probability"])
+    assert all(np_finite(r.value) for r in readings)
+
+
+def np_finite(value: float) -> bool:
+    return value == value and abs(value) < float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "layer"),
+    [
+        ("blocks.0.attention.q_proj.weight", "q", 0),
+        ("blocks.0.attention.o_proj.weight", "o", 0),
+        ("blocks.3.mlp.up_proj.bias", "mlp", 3),
+        ("blocks.0.mlp_norm.weight", "norm", 0),
+        ("embed_tokens.weight", "embed", None),
+        ("embed_positions.weight", "position", None),
+        ("lm_head.weight", "unembed", None),
+        ("final_norm.bias", "norm", None),
+        ("transformer.wte.weight", "embed", None),
+        ("transformer.wpe.weight", "position", None),
+        ("transformer.h.2.attn.c_attn.weight", "qkv", 2),
+        ("transformer.h.2.attn.c_proj.weight", "o", 2),
+        ("transformer.h.2.mlp.c_proj.bias", "mlp", 2),
+        ("transformer.ln_f.weight", "norm", None),
+        ("model.layers.5.self_attn.k_proj.weight", "k", 5),
+        ("base_model.model.model.layers.5.self_attn.v_proj.lora_A.default.weight", "v", 5),
+        ("bert.encoder.layer.1.attention.self.query.weight", "q", 1),
+        ("bert.encoder.layer.1.attention.output.dense.weight", "o", 1),
+        ("bert.encoder.layer.1.output.dense.weight", "mlp", 1),
+        ("somewhere.else", "other", None),
+    ],
+)
+def test_roles_are_read_off_the_path(name, role, layer):
+    found = parameter_role(name)
+    assert (found.role, found.layer) == (role, layer)
