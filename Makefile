@@ -25,7 +25,6 @@ setup: $(SETUP)  ## make .venv and install revprobe (editable) with the tested v
 demo: setup  ## train the quick sweep, probe every checkpoint, write the report
 	@echo "==> demo: the sweep of examples/one_layer_quick.yaml, into runs/one-layer-quick"
 	$(VENV)/bin/revprobe sweep one-layer-quick --jobs 2
-	$(VENV)/bin/revprobe report runs/one-layer-quick
 
 test: lint  ## ruff, mypy and the whole test suite
 	@echo "==> pytest"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal t
     from .finetune.snapshots import ProbeCallback
     from .finetune.sweeps import open_sweep, run_sweep
     from .models.gpt2 import one_layer_gpt2
+    from .models.layouts import declare_fused
     from .models.letters import letter_tokenizer
     from .models.probed import ProbedModel
     from .models.registry import list_models, load_model, register_model
@@ -34,6 +35,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal t
     from .probes.pairs import Query, ReversalPair, ReversalPairs
     from .probes.probability import probe_reverse_probability
     from .probes.readings import Reading, Readings
+    from .probes.storage_gradient import storage_gradient_cosines
+    from .probes.text_pairs import pairs_from_frame
 
 _EXPORTS = {
     "Control": ".probes.estimates",
@@ -47,6 +50,7 @@ _EXPORTS = {
     "ReversalPair": ".probes.pairs",
     "ReversalPairs": ".probes.pairs",
     "RevprobeError": ".errors",
+    "declare_fused": ".models.layouts",
     "letter_pairs": ".finetune.relations",
     "letter_tokenizer": ".models.letters",
     "letters": ".finetune.relations",
@@ -55,12 +59,14 @@ _EXPORTS = {
     "one_layer_gpt2": ".models.gpt2",
     "open_run": ".finetune.runs",
     "open_sweep": ".finetune.sweeps",
+    "pairs_from_frame": ".probes.text_pairs",
     "probe": ".probes.fused",
     "probe_attention_correlation": ".probes.attention",
     "probe_gradient_cosine": ".probes.gradient",
     "probe_reverse_probability": ".probes.probability",
     "register_model": ".models.registry",
     "run_sweep": ".finetune.sweeps",
+    "storage_gradient_cosines": ".probes.storage_gradient",
     "train": ".finetune.runs",
 }
 
@@ -77,6 +83,7 @@ __all__ = [
     "ReversalPairs",
     "RevprobeError",
     "__version__",
+    "declare_fused",
     "letter_pairs",
     "letter_tokenizer",
     "letters",
@@ -85,12 +92,14 @@ __all__ = [
     "one_layer_gpt2",
     "open_run",
     "open_sweep",
+    "pairs_from_frame",
     "probe",
     "probe_attention_correlation",
     "probe_gradient_cosine",
     "probe_reverse_probability",
     "register_model",
     "run_sweep",
+    "storage_gradient_cosines",
     "train",
 ]
 

@@ -32,3 +32,13 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     if near:
         return f"; the closest is {near[0]!r}"
     return f"; expected one of {', '.join(choices)}" if choices else "; there are none"
+
+
+def first_line(error: Exception) -> str:
+    """An error of another library on one line: its type and the first line of its text.
+
+    >>> first_line(KeyError("no such key"))
+    "KeyError: 'no such key'"
+    """
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -1,11 +1,16 @@
-"""See attention scores without asking a model to output them: a tap on scaled_dot_product_attention.
+"""See attention scores without asking a model to output them.
 
-`tap_attention(module, rows, columns)` watches every SDPA call made while it is open, works out the scores and
-weights of the rows and columns asked for from the call's own query, key, scale and mask, and leaves the call as
-it was. Cost: rows x seq per head, never seq x seq. Each call is attributed to the module that made it.
+`tap_attention(module, rows, columns)` watches a forward pass and keeps the scores and weights of the rows and columns
+asked for. It looks in three places and takes the first that shows anything:
 
-Scores are pre-softmax and include what is added to them (ALiBi arrives as an additive mask); a position that the
-mask forbids has score -inf and weight 0.
+    hook points   `hook_attn_scores` of a TransformerLens bridge
+    SDPA          every F.scaled_dot_product_attention call: scores are worked out from the call's own query, key,
+                  scale and mask, rows x seq per head, never seq x seq; the call itself is left as it was
+    softmax       the input of a softmax over [batch, heads, seq, seq], for attention written by hand (eager kernels,
+                  older research code); seq x seq exists there anyway
+
+Each call is attributed to the module that made it. Scores are pre-softmax and include what is added to them (ALiBi
+arrives as an additive mask); a position that the mask forbids has score -inf and weight 0.
 """
 
 from __future__ import annotations
@@ -24,6 +29,8 @@ from torch.overrides import TorchFunctionMode
 from ..errors import RevprobeError
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
+_SCORE_POINT = ".hook_attn_scores"
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
@@ -43,9 +50,16 @@ class AttentionRows:
 
 @dataclass
 class AttentionTap:
-    """What a tap saw, in the order of the calls."""
+    """What a tap saw, by source, in the order of the calls."""
 
-    calls: list[AttentionRows] = field(default_factory=list)
+    hook_points: list[AttentionRows] = field(default_factory=list)
+    sdpa: list[AttentionRows] = field(default_factory=list)
+    softmax: list[AttentionRows] = field(default_factory=list)
+
+    @property
+    def calls(self) -> list[AttentionRows]:
+        """The calls of the first source that showed any."""
+        return self.hook_points or self.sdpa or self.softmax
 
     def layers(self) -> dict[int, AttentionRows]:
         """The calls by layer: the number in the module's path, or the order of calls where paths do not differ.
@@ -54,9 +68,9 @@ class AttentionTap:
         """
         if not self.calls:
             raise RevprobeError(
-                "no attention was seen: the model never calls scaled_dot_product_attention (flash, flex or eager "
-                "kernels, "
-                "nn.MultiheadAttention); load it with attn_implementation='sdpa'"
+                "no attention was seen: the model calls neither scaled_dot_product_attention nor a softmax over "
+                "[batch, heads, seq, seq] (flash or flex kernels, nn.MultiheadAttention); load it with "
+                "attn_implementation='sdpa'"
             )
         numbers = [_LAYER.search(call.site) for call in self.calls]
         by_path = [int(number[1]) for number in numbers if number]
@@ -73,11 +87,22 @@ def tap_attention(module: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[
     """
     tap = AttentionTap()
 
-    def record(site: str, call: Mapping[str, Any]) -> None:
-        tap.calls.append(AttentionRows(site, *attention_rows(call, rows, columns, site=site)))
+    def see_sdpa(site: str, call: Mapping[str, Any]) -> None:
+        tap.sdpa.append(AttentionRows(site, *attention_rows(call, rows, columns, site=site)))
 
-    with _running_module(module) as running, _SdpaMode(lambda call: record(running[-1] if running else "", call)):
-        yield tap
+    def see_scores(found: list[AttentionRows], site: str, scores: Tensor) -> None:
+        found.append(AttentionRows(site, *_score_rows(scores, rows, columns)))
+
+    def see_softmax(site: str, scores: Tensor) -> None:
+        # Routers and output distributions are softmaxed too; only square scores of this very batch are attention.
+        square = scores.dim() == 4 and scores.shape[0] == len(rows) and scores.shape[-1] == scores.shape[-2]
+        if square and scores.shape[-1] > max(int(rows.max()), int(columns.max())):
+            see_scores(tap.softmax, site, scores)
+
+    with _running_module(module) as running, _score_hooks(module, lambda *at: see_scores(tap.hook_points, *at)):
+        site = lambda: running[-1] if running else ""  # noqa: E731
+        with _AttentionMode(lambda call: see_sdpa(site(), call), lambda scores: see_softmax(site(), scores)):
+            yield tap
 
 
 @torch.no_grad()
@@ -102,7 +127,20 @@ def attention_rows(
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).to(wide)
     scale = call.get("scale")
     scores = query_rows @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = scores + _mask_rows(call, rows, scores)
+    return _weigh(scores + _mask_rows(call, rows, scores), columns)
+
+
+@torch.no_grad()
+def _score_rows(scores: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from a whole score matrix. Shapes: `scores`: `batch heads seq seq`."""
+    at_rows = scores.transpose(1, 2)[torch.arange(len(rows), device=rows.device)[:, None], rows].transpose(1, 2)
+    at_rows = at_rows.to(torch.promote_types(scores.dtype, torch.float32))
+    # Hand-written attention masks with the dtype's lowest number instead of -inf.
+    return _weigh(at_rows.masked_fill(at_rows <= torch.finfo(scores.dtype).min / 2, float("-inf")), columns)
+
+
+def _weigh(scores: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores and weights at the columns, and the rows' mass. Shapes: `scores`: `batch heads rows seq`."""
     weights = scores.softmax(-1).nan_to_num(0.0)  # a fully masked row has no weights
     at = columns[:, None, None, :].expand(*scores.shape[:3], -1)
     return scores.gather(-1, at), weights.gather(-1, at), weights.sum(-1)
@@ -125,20 +163,41 @@ def _mask_rows(call: Mapping[str, Any], rows: Tensor, scores: Tensor) -> Tensor:
     return bias + at_rows.to(scores.dtype)
 
 
-class _SdpaMode(TorchFunctionMode):
-    """Show every F.scaled_dot_product_attention call to `see`, then make it unchanged."""
+class _AttentionMode(TorchFunctionMode):
+    """Show every SDPA call and every softmax over the last axis, then make them unchanged."""
 
-    def __init__(self, see: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, see_sdpa: Callable[[dict[str, Any]], None], see_softmax: Callable[[Tensor], None]) -> None:
         super().__init__()
-        self.see = see
+        self.see_sdpa, self.see_softmax = see_sdpa, see_softmax
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self.see({**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs})
+            self.see_sdpa({**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs})
+        elif func in _SOFTMAX:
+            scores = args[0] if args else kwargs["input"]
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            if dim in (-1, scores.dim() - 1):
+                self.see_softmax(scores)
         return func(*args, **kwargs)
+
+
+@contextmanager
+def _score_hooks(module: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Show the scores that pass a TransformerLens bridge's `hook_attn_scores` points."""
+    points = {name: child for name, child in module.named_modules() if name.endswith(_SCORE_POINT)}
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda _, __, output: see(name.removesuffix(_SCORE_POINT), output)
+
+    handles = [point.register_forward_hook(watch(name)) for name, point in points.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Rounding level of a sum, in units of eps times the root of its terms' squared norms (roundings add up like a random
 # walk). A gradient whose norm is below it is rounding: key biases, for one, have zero gradient in theory.
@@ -30,6 +30,10 @@ class OuterUse:
     rows: Tensor
     columns: Tensor
 
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
 
 @dataclass(frozen=True)
 class LookupUse:
@@ -42,6 +46,10 @@ class LookupUse:
     grads: Tensor
     rows: int
 
+    @property
+    def device(self) -> torch.device:
+        return self.grads.device
+
 
 @dataclass(frozen=True)
 class FormedUse:
@@ -52,6 +60,10 @@ class FormedUse:
 
     grads: Tensor
     terms: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.grads.device
 
 
 Use = OuterUse | LookupUse | FormedUse
@@ -79,7 +91,8 @@ def merged(uses: list[Use]) -> list[Use]:
 def products(uses: list[Use], left: Tensor, right: Tensor) -> Tensor:
     """sum over all ordered pairs of uses of <use[left], other[right]>."""
     if not uses:
-        return torch.zeros(len(left), device=left.device)
+        return torch.zeros(len(left))
+    left, right = left.to(uses[0].device), right.to(uses[0].device)
     return torch.stack([_cross(a, b, left, right) for a in uses for b in uses]).sum(0)
 
 
@@ -147,12 +160,12 @@ def _chunked(product: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: T
     return torch.cat([product(left[n : n + step], right[n : n + step]) for n in range(0, len(left), step)])
 
 
-def rounding(uses: list[Use], batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def rounding(uses: list[Use], batch: int, parameter: nn.Parameter) -> Tensor:
     """The norm below which a gradient is rounding: NOISE_FLOOR * eps * root of its terms' squared norms.
 
     Shapes: `-> batch`.
     """
-    total = torch.zeros(batch, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    total = torch.zeros(batch, dtype=torch.promote_types(parameter.dtype, torch.float32), device=parameter.device)
     for use in uses:
         if isinstance(use, FormedUse):
             total = total + use.terms
@@ -160,4 +173,4 @@ def rounding(uses: list[Use], batch: int, dtype: torch.dtype, device: torch.devi
             total = total + (use.rows.pow(2).sum(-1) * use.columns.pow(2).sum(-1)).sum(1)
         else:
             total = total + use.grads.pow(2).sum((1, 2))
-    return NOISE_FLOOR * torch.finfo(dtype).eps * total.sqrt()
+    return NOISE_FLOOR * torch.finfo(parameter.dtype).eps * total.sqrt()

@@ -21,44 +21,51 @@ Shapes below: batch, seq, out (rows of a weight), in (columns of a weight).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import RevprobeError
-from .gradient_products import FormedUse, LookupUse, OuterUse, Use, merged, products, rounding
+from .gradient_products import Use, merged, products, rounding
+from .gradient_rules import carries_gradient, drop_silent_tokens, has_rule, linear_use, lookup, replay
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a module that owns parameters: what went in, and the output tensor whose gradient is wanted."""
+    """One call of a module that owns parameters: what went in, and the output tensors whose gradients are wanted."""
 
     module: nn.Module
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    output: Tensor
+    outputs: list[Tensor]
+
+
+Parts = Mapping[str, Mapping[str, Tensor]]
 
 
 @contextmanager
 def record_gradients(
-    module: nn.Module, parameters: Mapping[str, nn.Parameter], batch: int
+    module: nn.Module, parameters: Mapping[str, nn.Parameter], batch: int, *, parts: Parts | None = None
 ) -> Iterator[GradientRecorder]:
     """Record what is needed for the per-example gradients of `parameters` during one forward pass of `batch` examples.
 
     While open, the parameters require grad (so that the check against autograd's graph sees them) and modules
     have hooks; both are undone on leaving.
+    Args:
+        parts: for a fused parameter, the output features of each of its parts, {name: {"q": indices, ...}}; its
+            products then come apart under "name[q]" and so on.
     Raises: RevprobeError, for no parameters.
     """
     if not parameters:
         raise RevprobeError("no parameter was selected, so there is no gradient; check parameters= and layers=")
-    recorder = GradientRecorder(module, dict(parameters), batch)
+    recorder = GradientRecorder(module, dict(parameters), batch, parts or {})
     flags = [(p, p.requires_grad) for p in module.parameters()]
     selected = {id(p) for p in parameters.values()}
     try:
@@ -75,17 +82,22 @@ def record_gradients(
 class GradientRecorder:
     """The factors of per-example gradients of one batch, and their inner products."""
 
-    def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter], batch: int) -> None:
-        self.module, self.parameters, self.batch = module, parameters, batch
+    def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter], batch: int, parts: Parts) -> None:
+        self.module, self.parameters, self.batch, self.parts = module, parameters, batch, parts
+        self._names = {id(p): name for name, p in parameters.items()}
         self._calls: list[_Call] = []
         self._handles: list[Any] = []
         self._uses: dict[str, list[Use]] = {}
         self._replaying = False
 
+    @property
+    def labels(self) -> list[str]:
+        """What products come under: parameter names, "name[part]" for the parts of fused ones."""
+        return [label for name in self.parameters for label in part_labels(name, self.parts)]
+
     def attach(self) -> None:
-        selected = {id(p) for p in self.parameters.values()}
         for name, child in self.module.named_modules():
-            if any(id(p) in selected for p in child._parameters.values() if p is not None):
+            if any(id(p) in self._names for p in child._parameters.values() if p is not None):
                 self._handles.append(child.register_forward_hook(self._hook(name), with_kwargs=True))
 
     def detach(self) -> None:
@@ -94,38 +106,44 @@ class GradientRecorder:
         self._handles.clear()
 
     def _hook(self, name: str) -> Any:
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             return None if self._replaying else self._record(name, module, args, kwargs, output)
 
         return record
 
-    def _record(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Tensor:
-        if not isinstance(output, Tensor):
-            raise RevprobeError(
-                f"module {name!r} ({type(module).__name__}) returns a {type(output).__name__}, not a tensor; its "
-                "parameters' gradients cannot be recorded"
-            )
+    def _record(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        leaves, structure = tree_flatten(output)
+        kept = [self._one_per_example(leaf, name, module) if carries_gradient(leaf) else leaf for leaf in leaves]
+        if sum(map(carries_gradient, kept)) > 1:
+            # One output may be made of another inside the module (a router's scores of its logits): as views, each
+            # has the gradient of what comes after the module alone.
+            kept = [leaf.view_as(leaf) if carries_gradient(leaf) else leaf for leaf in kept]
+        outputs = [leaf for leaf in kept if carries_gradient(leaf)]
+        args, kwargs = tree_map(lambda a: a.detach() if isinstance(a, Tensor) else a, (args, kwargs))
+        self._calls.append(_Call(module, name, args, kwargs, outputs))
+        return tree_unflatten(kept, structure)
+
+    def _one_per_example(self, output: Tensor, name: str, module: nn.Module) -> Tensor:
+        """The output with the batch first and a gradient to ask for."""
         if not output.requires_grad:
             output = output.detach().requires_grad_()
-        if output.shape[0] == 1 != self.batch:
+        if output.shape[:1] == (1,) and self.batch > 1:
             # Broadcast over the batch later (GPT-2's positions): expanding here keeps the examples apart.
             output = output.expand(self.batch, *output.shape[1:])
-        if output.shape[0] != self.batch:
+        # A multiple of the batch is `(batch seq) dim`, as in OPT; `_check_folded` holds it to that order.
+        if output.dim() == 0 or not output.shape[0] or output.shape[0] % self.batch:
             raise RevprobeError(
                 f"module {name!r} ({type(module).__name__}) gives {tuple(output.shape)}, expected {self.batch} "
                 "examples first; its gradients cannot be told apart"
             )
-        detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-        self._calls.append(_Call(module, name, detached, kwargs, output))
         return output
 
     def backward(self, loss: Tensor) -> None:
         """Take the gradients of `loss.sum()` with respect to the recorded outputs. Shapes: `loss`: `batch`.
 
         Raises: RevprobeError, when the loss is not one number per example, no selected parameter reaches it, a
-            gradient is not finite, or a parameter reaches it by a path that was not recorded.
+            module that ran is cut off from it, a gradient is not finite, or a parameter reaches it by a path that
+            was not recorded.
         """
         if loss.shape != (self.batch,):
             raise RevprobeError(
@@ -137,87 +155,139 @@ class GradientRecorder:
                 "detached"
             )
         self._check_complete(loss)
-        outputs = [call.output for call in self._calls]
-        gradients = torch.autograd.grad(loss.sum(), outputs, allow_unused=True)
-        self._uses = {name: [] for name in self.parameters}
-        names = {id(p): name for name, p in self.parameters.items()}
-        for call, gradient in zip(self._calls, gradients, strict=True):
-            if gradient is None:
-                continue
-            if not torch.isfinite(gradient).all():
+        self._check_folded(loss)
+        outputs = [output for call in self._calls for output in call.outputs]
+        gradients = iter(torch.autograd.grad(loss.sum(), outputs, allow_unused=True))
+        self._uses = {label: [] for label in self.labels}
+        for call in self._calls:
+            own = [next(gradients) for _ in call.outputs]
+            if any(g is not None and not torch.isfinite(g).all() for g in own):
                 raise RevprobeError(
                     f"the gradient at module {call.name!r} is not finite; the loss overflows there, use a wider dtype"
                 )
-            for key, use in self._read(call, gradient).items():
-                parameter = call.module._parameters[key]
-                if id(parameter) in names:
-                    self._uses[names[id(parameter)]].append(use)
+            if any(g is not None for g in own):
+                for label, use in self._read(call, own):
+                    self._uses[label].append(use)
         self._calls.clear()
 
     def _check_complete(self, loss: Tensor) -> None:
         """Hold the recorded calls against autograd's graph: every edge into a parameter comes from a recorded call."""
-        reached = _parameter_edges(loss)
-        recorded: Counter[int] = Counter()
-        replayed: set[int] = set()
+        reached = parameter_edges([loss])
+        recorded: dict[int, list[_Call]] = {id(p): [] for p in self.parameters.values()}
         for call in self._calls:
             for parameter in call.module._parameters.values():
-                recorded[id(parameter)] += 1
-                if not _has_rule(call.module):
-                    replayed.add(id(parameter))
+                if id(parameter) in recorded:
+                    recorded[id(parameter)].append(call)
         for name, parameter in self.parameters.items():
-            edges = reached[id(parameter)]
-            if edges > recorded[id(parameter)] and not (id(parameter) in replayed and recorded[id(parameter)]):
+            calls, edges = recorded[id(parameter)], reached[id(parameter)]
+            if calls and not edges:
                 raise RevprobeError(
-                    f"parameter {name!r} reaches the loss {edges} times, but only {recorded[id(parameter)]} calls of "
-                    "its own module were seen: "
-                    f"its weight is used outside its module; its gradient would be incomplete"
+                    f"module {calls[0].name!r} ran, but its {name!r} does not reach the loss: a later module detaches "
+                    "its input, or the output is unused; leave the parameter out with parameters="
+                )
+            if edges > len(calls) and edges > self._edges_inside(calls, parameter):
+                raise RevprobeError(
+                    f"parameter {name!r} reaches the loss {edges} times, but only {len(calls)} calls of its own "
+                    "module were seen: its weight is used outside its module, so its gradient would be incomplete"
                 )
 
-    def _read(self, call: _Call, gradient: Tensor) -> dict[str, Use]:
-        """The uses of a module's own parameters in one call."""
-        wide = torch.promote_types(gradient.dtype, torch.float32)
-        gradient, module = gradient.to(wide), call.module
-        if not _has_rule(module):
-            return _replay(call, gradient, self)
+    def _check_folded(self, loss: Tensor) -> None:
+        """Modules that see `(batch seq) dim`: the first example's loss reaches its own rows and no others."""
+        folded = [(call, output) for call in self._calls for output in call.outputs if output.shape[0] != self.batch]
+        if not folded or self.batch == 1:
+            return
+        gradients = torch.autograd.grad(loss[0], [o for _, o in folded], retain_graph=True, allow_unused=True)
+        for (call, output), gradient in zip(folded, gradients, strict=True):
+            if gradient is not None and gradient[output.shape[0] // self.batch :].any():
+                raise RevprobeError(
+                    f"module {call.name!r} ({type(call.module).__name__}) gives {tuple(output.shape)} for {self.batch} "
+                    "examples, not one example after the other; its gradients cannot be told apart"
+                )
+
+    def _edges_inside(self, calls: list[_Call], parameter: nn.Parameter) -> int:
+        """How often the recorded calls of replayed modules use a parameter in their own forward."""
+        replayed = [call for call in calls if not has_rule(call.module)]
+        total = len(calls) - len(replayed)
+        for call in replayed:
+            with self._replay_mode():
+                leaves = tree_flatten(call.module(*call.args, **call.kwargs))[0]
+            total += parameter_edges([leaf for leaf in leaves if carries_gradient(leaf)])[id(parameter)]
+        return total
+
+    @contextmanager
+    def _replay_mode(self) -> Iterator[None]:
+        """Run modules again without recording them."""
+        self._replaying = True
+        try:
+            yield
+        finally:
+            self._replaying = False
+
+    def _read(self, call: _Call, gradients: Sequence[Tensor | None]) -> Iterator[tuple[str, Use]]:
+        """The uses of a module's own parameters in one call, under their labels."""
+        module = call.module
+        if not has_rule(module):
+            with self._replay_mode():
+                yield from self._labelled(
+                    call, replay(call.module, call.args, call.kwargs, call.outputs, gradients, self.batch)
+                )
+            return
+        assert gradients[0] is not None, "a module with a rule has one output"
+        gradient = gradients[0].to(torch.promote_types(gradients[0].dtype, torch.float32))
+        if gradient.shape[0] != self.batch:
+            gradient = gradient.reshape(self.batch, -1, gradient.shape[-1])
         if isinstance(module, nn.Embedding):
-            return {"weight": _lookup(module, call.args[0] if call.args else call.kwargs["input"], gradient)}
+            ids = call.args[0] if call.args else call.kwargs["input"]
+            yield from self._labelled(call, {"weight": lookup(module, ids, gradient)})
+            return
         given = call.args[0] if call.args else call.kwargs["x" if isinstance(module, Conv1D) else "input"]
-        inputs = given.detach().to(wide)
-        inputs = inputs.expand(self.batch, *inputs.shape[1:]).reshape(self.batch, -1, inputs.shape[-1])
-        gradient = gradient.reshape(self.batch, -1, gradient.shape[-1])
-        gradient, inputs = _drop_silent_tokens(gradient, inputs)
-        outer = OuterUse(inputs, gradient) if isinstance(module, Conv1D) else OuterUse(gradient, inputs)
-        return {"weight": outer, "bias": FormedUse(gradient.sum(1), gradient.pow(2).sum((1, 2)))}
+        inputs = given.expand(self.batch, *given.shape[1:]) if given.shape[0] == 1 else given
+        inputs = inputs.to(gradient.dtype).reshape(self.batch, -1, inputs.shape[-1])
+        gradient, inputs = drop_silent_tokens(gradient.reshape(self.batch, -1, gradient.shape[-1]), inputs)
+        for key in ("weight", "bias"):
+            name = self._names.get(id(module._parameters[key]))
+            for label, features in part_labels(name, self.parts).items() if name else ():
+                part = gradient if features is None else gradient[..., features.to(gradient.device)]
+                yield label, linear_use(module, key, part, inputs)
+
+    def _labelled(self, call: _Call, uses: Mapping[str, Use]) -> Iterator[tuple[str, Use]]:
+        for key, use in uses.items():
+            name = self._names.get(id(call.module._parameters[key]))
+            if name is not None:
+                yield part_label(name), use
 
     def products(self, left: Tensor, right: Tensor) -> dict[str, Tensor]:
-        """Inner products of the gradients of examples left[n] and right[n], for every parameter.
+        """Inner products of the gradients of examples left[n] and right[n], by label.
 
         Shapes: `pair, pair -> pair`, float32 or wider.
         """
-        return {name: products(merged(uses), left, right) for name, uses in self._uses.items()}
+        return {label: products(merged(uses), left, right) for label, uses in self._uses.items()}
 
     def rounding(self) -> dict[str, Tensor]:
-        """The norm below which a gradient is rounding, for every parameter; see `gradient_products.rounding`.
+        """The norm below which a gradient is rounding, by label; see `gradient_products.rounding`.
 
         Shapes: `-> batch`.
         """
-        named = zip(self._uses.items(), self.parameters.values(), strict=True)
-        return {name: rounding(uses, self.batch, p.dtype, p.device) for (name, uses), p in named}
+        owners = {label: p for name, p in self.parameters.items() for label in part_labels(name, self.parts)}
+        return {label: rounding(uses, self.batch, owners[label]) for label, uses in self._uses.items()}
 
 
-def _has_rule(module: nn.Module) -> bool:
-    """Whether a closed rule covers the module; subclasses with a forward of their own are replayed instead."""
-    plain = (type(module).forward is kind.forward for kind in (nn.Linear, nn.Embedding, Conv1D))
-    return any(plain) and not (
-        isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq)
-    )
+def part_labels(name: str, parts: Parts) -> dict[str, Tensor | None]:
+    """The labels of a parameter's parts with their output features; the bare name and None when it is not fused."""
+    split = parts.get(name)
+    return {name: None} if not split else {part_label(name, part): features for part, features in split.items()}
 
 
-def _parameter_edges(loss: Tensor) -> Counter[int]:
+def part_label(name: str, part: str | None = None) -> str:
+    """How a part of a fused parameter is called: "name[part]"."""
+    return name if part is None else f"{name}[{part}]"
+
+
+def parameter_edges(outputs: Sequence[Tensor]) -> Counter[int]:
     """How many edges of autograd's graph lead into each leaf tensor, by id."""
     edges: Counter[int] = Counter()
-    assert loss.grad_fn is not None, "the loss has a graph"
-    seen, stack = set(), [loss.grad_fn]
+    stack = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(stack)
     while stack:
         node = stack.pop()
         for following, _ in node.next_functions:
@@ -229,48 +299,3 @@ def _parameter_edges(loss: Tensor) -> Counter[int]:
                 seen.add(following)
                 stack.append(following)
     return edges
-
-
-def _lookup(module: nn.Embedding, ids: Tensor, gradient: Tensor) -> LookupUse:
-    ids = ids.expand(gradient.shape[:-1]).reshape(gradient.shape[0], -1)
-    if module.padding_idx is not None:
-        ids = ids.masked_fill(ids == module.padding_idx, -1)
-    return LookupUse(ids, gradient.reshape(gradient.shape[0], -1, gradient.shape[-1]), module.num_embeddings)
-
-
-def _drop_silent_tokens(gradient: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep the tokens that carry gradient: the unembedding's readout rows, not the whole sequence."""
-    loud = (gradient != 0).any(-1)
-    keep = max(int(loud.sum(1).max()), 1)
-    if keep == loud.shape[1]:
-        return gradient, inputs
-    order = loud.int().argsort(dim=1, descending=True, stable=True)[:, :keep, None]
-    return gradient.gather(1, order.expand(-1, -1, gradient.shape[-1])), inputs.gather(
-        1, order.expand(-1, -1, inputs.shape[-1])
-    )
-
-
-def _replay(call: _Call, gradient: Tensor, recorder: GradientRecorder) -> dict[str, Use]:
-    """Per-example gradients of a module's own parameters, by a vector-Jacobian product vmapped over the batch."""
-    own = {key: p for key, p in call.module._parameters.items() if p is not None}
-    batched = [isinstance(a, Tensor) and a.dim() > 0 and a.shape[0] == gradient.shape[0] for a in call.args]
-    varying = [a for a, b in zip(call.args, batched, strict=True) if b]
-
-    def one_example(values: list[Tensor], cotangent: Tensor) -> dict[str, Tensor]:
-        remaining = iter(values)
-        args = [next(remaining)[None] if b else a for a, b in zip(call.args, batched, strict=True)]
-
-        def forward(weights: dict[str, Tensor]) -> Tensor:
-            return functional_call(call.module, weights, tuple(args), call.kwargs)[0]
-
-        return vjp(forward, own)[1](cotangent)[0]
-
-    recorder._replaying = True
-    try:
-        grads = vmap(one_example)(varying, gradient.to(call.output.dtype))
-    finally:
-        recorder._replaying = False
-    return {
-        key: FormedUse(g.flatten(1).to(gradient.dtype), g.flatten(1).pow(2).sum(1).to(gradient.dtype))
-        for key, g in grads.items()
-    }

@@ -9,15 +9,21 @@ is "masked" and must not when it is "causal".
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import RevprobeError, did_you_mean
 from ..hooks.untouched import untouched
+from . import identify
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 OBJECTIVES = ("masked", "causal")
+# A logit that moves by less than this many units of rounding, relative to the largest, may not have moved at all.
+_ROUNDING = 64.0
 
 
 class ProbedModel:
@@ -29,11 +35,13 @@ class ProbedModel:
         tokenizer: only for text pairs and for showing tokens.
         objective: "masked" (the target is hidden by the mask token) or "causal" (by the causal mask).
         mask_token_id: required for "masked"; taken from the tokenizer or the config when they name one.
-        logit_shift: the logits for position i stand in row i - logit_shift; 0 for masked models, 1 for causal
-            ones and for masked models converted from causal ones (Dream).
-        begin_token_id: put before sequences whose target stands at position 0 of a shift-1 model.
+        logit_shift: the logits for position i stand in row i - logit_shift; 1 for causal models, 0 for transformers'
+            masked ones, as stated by the class of others (LLaDA 0, Dream 1); required for a masked module of one's own.
+        begin_token_id: put before sequences whose target stands at position 0 of a shift-1 model; the tokenizer's or
+            the config's unless given.
         name, step, weights: provenance for the readings ("weights" is "raw" or "ema").
-    Raises: RevprobeError, when the objective is unknown, contradicts what the module does, or lacks a mask token.
+    Raises: RevprobeError, when the objective is unknown or contradicts what the module does, or when mask token or
+        shift can neither be found nor were given.
     """
 
     def __init__(
@@ -52,24 +60,21 @@ class ProbedModel:
         if objective not in OBJECTIVES:
             raise RevprobeError(f"unknown objective {objective!r}{did_you_mean(objective, OBJECTIVES)}")
         self.module, self.tokenizer, self.objective = module, tokenizer, objective
-        self.mask_token_id = _first_known("mask_token_id", mask_token_id, tokenizer, module)
-        self.begin_token_id = _first_known("bos_token_id", begin_token_id, tokenizer, module)
-        self.logit_shift = int(objective == "causal") if logit_shift is None else logit_shift
         self.name = name or type(module).__name__
         self.step, self.weights = step, weights
+        self.mask_token_id = identify.mask_token(mask_token_id, tokenizer, module, self.vocab_size, self.name)
+        self.begin_token_id = identify.begin_token(begin_token_id, tokenizer, module, self.vocab_size, self.name)
         self._accepts = set(inspect.signature(module.forward).parameters)
         if objective == "masked" and self.mask_token_id is None:
             raise RevprobeError(f"{self.name} is masked but names no mask token; pass mask_token_id=")
-        if self.logit_shift not in (0, 1):
-            raise RevprobeError(
-                f"logit_shift {self.logit_shift!r}: expected 0 (row i predicts token i) or 1 (row i predicts token i "
-                "+ 1)"
-            )
         self._check_direction()
+        self.logit_shift = identify.logit_shift(logit_shift, objective, module, self.name)
 
     @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        """Where the input goes: the first parameter's device, passing over those that wait on disk ("meta")."""
+        devices = (p.device for p in self.module.parameters())
+        return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,15 +85,15 @@ class ProbedModel:
         """Rows of the input embedding, the mask token included."""
         embed = getattr(self.module, "get_input_embeddings", lambda: None)()
         if embed is not None:
-            return embed.num_embeddings
-        return _config_value(self.module, "vocab_size") or max(
+            return int(embed.weight.shape[0])
+        return identify.config_value(self.module, "vocab_size") or max(
             m.num_embeddings for m in self.module.modules() if isinstance(m, nn.Embedding)
         )
 
     @property
     def max_length(self) -> int | None:
-        """The longest sequence the config allows; None when it names no limit."""
-        return _config_value(self.module, "max_position_embeddings")
+        """The longest sequence the model takes; None when it names no limit."""
+        return identify.max_length(self.module)
 
     def hide(self, token_ids: Tensor, is_target: Tensor) -> Tensor:
         """The sequence as the model may see it: targets masked; unchanged for a causal model, which reads before them.
@@ -119,9 +124,19 @@ class ProbedModel:
         output = self.module(input_ids, **kwargs)
         return output if isinstance(output, Tensor) else output.logits
 
+    def to_bridge(self) -> TransformerBridge:
+        """A TransformerLens view of this model, sharing its weights; see `models.bridge.to_bridge`.
+
+        Raises: RevprobeError, when TransformerLens has no adapter for the architecture.
+        """
+        from .bridge import to_bridge  # TransformerLens takes seconds to import
+
+        return to_bridge(self)
+
     def explain_non_finite(self) -> str:
         """Name the first weight that is not finite, for the error that reports NaN logits."""
-        bad = next((name for name, p in self.module.named_parameters() if not torch.isfinite(p).all()), None)
+        held = ((name, p) for name, p in self.module.named_parameters() if not p.is_meta)
+        bad = next((name for name, p in held if not torch.isfinite(p).all()), None)
         where = (
             f"its weight {bad!r} holds NaN or infinity"
             if bad
@@ -165,27 +180,43 @@ def as_probed(model: ProbedModel | nn.Module) -> ProbedModel:
     return ProbedModel(model, objective="masked" if later_tokens_reach_back(trial) else "causal")
 
 
-@torch.no_grad()
 def later_tokens_reach_back(model: ProbedModel, length: int = 4) -> bool:
     """Whether changing the last of `length` tokens moves any earlier logit.
 
+    A small change can be rounding (experts of a causal mixture get other batches); then the gradient decides.
     Raises: RevprobeError, when the logits are NaN.
     """
     first = torch.arange(length, device=model.device)[None] % model.vocab_size
     second = first.clone()
     second[0, -1] = (first[0, -1] + 1) % model.vocab_size
-    with untouched(model.module):
+    with untouched(model.module), torch.no_grad():
         before, after = (model.logits(ids)[0, :-1].float() for ids in (first, second))
     if before.isnan().any():
         raise RevprobeError(model.explain_non_finite())
     # Equal entries subtract to zero, but -inf - -inf is NaN: compare instead.
-    return bool((before != after).any())
+    moved = before != after
+    if not moved.any():
+        return False
+    change, size = (before - after)[moved].abs().max(), before[before.isfinite()].abs().max()
+    return bool(change > _ROUNDING * torch.finfo(model.dtype).eps * size) or _gradient_reaches_back(model, first)
 
 
-def _first_known(key: str, given: int | None, tokenizer: Any, module: nn.Module) -> int | None:
-    known = (given, getattr(tokenizer, key, None), _config_value(module, key))
-    return next((value for value in known if value is not None), None)
+def _gradient_reaches_back(model: ProbedModel, ids: Tensor) -> bool:
+    """Whether the last token's embedding has a gradient from earlier logits; True where that cannot be asked."""
+    embed = getattr(model.module, "get_input_embeddings", lambda: None)()
+    if embed is None or any(p.is_meta for p in model.module.parameters()):
+        return True
+    embedded: list[Tensor] = []
 
+    def cut(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
 
-def _config_value(module: nn.Module, key: str) -> Any:
-    return getattr(getattr(module, "config", None), key, None)
+    handle = embed.register_forward_hook(cut)
+    try:
+        with untouched(model.module), torch.enable_grad():
+            logits = model.logits(ids)[0, :-1].float()
+            (gradient,) = torch.autograd.grad(logits[logits.isfinite()].square().sum(), embedded[0])
+    finally:
+        handle.remove()
+    return bool(gradient[0, -1].any())

@@ -93,44 +93,61 @@ def alibi_bias(n_heads: int, length: int, *, dtype: torch.dtype, device: torch.d
 
 
 def rope_tables(config: RaddConfig, length: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta_k, theta_k = base^(-2k/d), in float32. Shapes: `-> seq half, seq half`."""
+    """cos and sin of position * theta_k, theta_k = base^(-2k/d), each plane twice as in Llama.
+
+    Shapes: `-> 1 seq head_dim, 1 seq head_dim`, float32.
+    """
     head_dim = config.d_model // config.n_heads
     theta = config.rope_base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * theta
+    angle = torch.cat((angle, angle), dim=-1)[None]
     return angle.cos(), angle.sin()
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn plane k (entries k and k + d/2, as in Llama) of each position by its angle.
 
-    Shapes: `batch heads seq head_dim, seq half, seq half -> batch heads seq head_dim`.
+    Shapes: `batch heads seq head_dim, 1 seq head_dim, 1 seq head_dim -> batch heads seq head_dim`.
     """
     first, second = states.chunk(2, dim=-1)
-    cos, sin = cos.to(states.dtype), sin.to(states.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return states * cos[:, None].to(states.dtype) + turned * sin[:, None].to(states.dtype)
 
 
 class RaddAttention(nn.Module):
-    """Bidirectional softmax attention through F.scaled_dot_product_attention, where the taps see it."""
+    """Bidirectional softmax attention through F.scaled_dot_product_attention, where the taps see it.
+
+    The signature is that of Llama's attention, so that TransformerLens can take its place (`models.bridge`).
+    """
+
+    num_key_value_groups = 1
 
     def __init__(self, config: RaddConfig) -> None:
         super().__init__()
         self.n_heads, self.dropout = config.n_heads, config.dropout
+        self.head_dim = config.d_model // config.n_heads
+        self.scaling = self.head_dim**-0.5
         self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
         self.k_proj = nn.Linear(config.d_model, config.d_model, bias=False)
         self.v_proj = nn.Linear(config.d_model, config.d_model, bias=False)
         self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor] | None, bias: Tensor | None) -> Tensor:
-        projections = (self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden))
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        projections = (self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states))
         query, key, value = (
             rearrange(p, "batch seq (heads dim) -> batch heads seq dim", heads=self.n_heads) for p in projections
         )
-        if rope is not None:
-            query, key = rotate(query, *rope), rotate(key, *rope)
+        if position_embeddings is not None:
+            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
-        return self.o_proj(rearrange(mixed, "batch heads seq dim -> batch seq (heads dim)"))
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout)
+        return self.o_proj(rearrange(mixed, "batch heads seq dim -> batch seq (heads dim)")), None
 
 
 class RaddMLP(nn.Module):
@@ -155,7 +172,9 @@ class RaddBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor] | None, bias: Tensor | None) -> Tensor:
-        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), rope, bias))
+        normed = self.attention_norm(hidden)
+        mixed, _ = self.attention(hidden_states=normed, position_embeddings=rope, attention_mask=bias)
+        hidden = hidden + self.dropout(mixed)
         return hidden + self.dropout(self.mlp(self.mlp_norm(hidden)))
 
 

@@ -14,14 +14,15 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from ..errors import RevprobeError, did_you_mean
-from . import radd  # noqa: F401 - registers RADD with the Auto classes
+from ..errors import RevprobeError, did_you_mean, first_line
 from .checkpoints import EMA, checkpoint_folder, is_run, step_of
 from .probed import ProbedModel, as_probed
+from .strict_loading import require_match
+from .tokenizers import load_tokenizer
 
 __all__ = ["ProbedModel", "as_probed", "list_models", "load_model", "quiet_transformers", "register_model"]
 
@@ -29,6 +30,8 @@ Loader = Callable[..., ProbedModel | nn.Module]
 _LOADERS: dict[str, Loader] = {}
 _BUILT_IN = {
     "radd": ("masked", "one-layer (or deeper) masked diffusion model, trained by `revprobe train`"),
+    "llada": ("masked", "LLaDA-8B and models in its layout, from a folder or hub name"),
+    "dream": ("masked", "Dream-7B, DiffuCoder and models in their layout, from a folder or hub name"),
     "gpt2": ("causal", "GPT-2 of any size, trained by `revprobe train` or loaded from transformers"),
     "any transformers causal LM": ("causal", "a folder or hub name with safetensors weights"),
     "any transformers masked LM": ("masked", "a folder or hub name with safetensors weights and a mask token"),
@@ -37,6 +40,8 @@ _BUILT_IN = {
 
 def register_model(name: str, loader: Loader | None = None) -> Callable[[Loader], Loader] | Loader:
     """Make `load_model(name)` call `loader(**options)`, which returns a ProbedModel or a module; also a decorator.
+
+    The loader gets what `load_model` was given, except dtype and device, which are applied to what it returns.
 
     >>> @register_model("my-model")
     ... def load_mine(**options): ...
@@ -68,6 +73,9 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     objective: str | None = None,
+    mask_token_id: int | None = None,
+    logit_shift: int | None = None,
+    begin_token_id: int | None = None,
     **options: Any,
 ) -> ProbedModel:
     """Load a model for probing.
@@ -77,17 +85,23 @@ def load_model(
         step, weights: which checkpoint of a run; the last, and its average where it has one, by default.
         dtype, device: as in transformers; the checkpoint's dtype and the CPU by default.
         objective: only where the config fits both a causal and a masked language model.
-        options: passed on to the loader or to `from_pretrained`.
+        mask_token_id, logit_shift, begin_token_id: only where neither class, config nor tokenizer tells.
+        options: passed on to the loader or to `from_pretrained` (device_map=, attn_implementation=, ...).
     Raises: RevprobeError, when there is nothing to load, the weights are pickled, truncated or do not match the
-        config, or the objective cannot be found out.
+        config, or objective, mask token or shift cannot be found out.
+    Warns: when there is a tokenizer that cannot be read, with the reason; only text pairs need it.
     """
+    given = {"mask_token_id": mask_token_id, "logit_shift": logit_shift, "begin_token_id": begin_token_id}
     if str(source) in _LOADERS:
+        asked = given | {"step": None if step == -1 else step, "weights": weights, "objective": objective}
+        options |= {key: value for key, value in asked.items() if value is not None}
         return _placed(as_probed(_LOADERS[str(source)](**options)), dtype, device)
     folder, name, at_step, which = _locate(source, step, weights)
     config = _read_config(folder, name)
     objective = objective or _objective(config, name)
     module = _load_module(folder, config, objective, name, dtype, options)
-    probed = ProbedModel(module, _load_tokenizer(folder), objective=objective, name=name, step=at_step, weights=which)
+    told: dict[str, Any] = given | {"name": name, "step": at_step, "weights": which}
+    probed = ProbedModel(module, load_tokenizer(folder, name), objective=objective, **told)
     return _placed(probed, None, device)
 
 
@@ -123,7 +137,8 @@ def _read_config(folder: str | Path, name: str) -> PreTrainedConfig:
             f"{folder} is no model folder: it has no config.json; name a run, a checkpoint or a hub model"
         )
     try:
-        return AutoConfig.from_pretrained(folder)
+        # False, not None: None would ask on the terminal whether to run the repository's code.
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except RevprobeError:
         raise
     except Exception as error:
@@ -133,19 +148,21 @@ def _read_config(folder: str | Path, name: str) -> PreTrainedConfig:
             if isinstance(folder, Path)
             else f"; registered models: {', '.join(known)}{did_you_mean(name, known) if _LOADERS else ''}"
         )
-        raise RevprobeError(f"cannot read the config of {name!r}: {_first_line(error)}{hint}") from error
+        raise RevprobeError(f"cannot read the config of {name!r}: {first_line(error)}{hint}") from error
 
 
 def _objective(config: PreTrainedConfig, name: str) -> str:
-    """What the checkpoint says it is (its architectures), else what its config class can only be."""
+    """What the checkpoint says it is (its architectures), else what its classes can only be."""
     classes = {
-        "masked": getattr(MODEL_FOR_MASKED_LM_MAPPING.get(type(config), None), "__name__", None),
-        "causal": getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "__name__", None),
+        "masked": MODEL_FOR_MASKED_LM_MAPPING.get(type(config), None),
+        "causal": MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None),
     }
+    known = {objective: kind for objective, kind in classes.items() if kind is not None}
+    declared = {getattr(kind, "objective", None) for kind in known.values()}
+    if len(declared) == 1 and (objective := declared.pop()):
+        return str(objective)
     stated = set(config.architectures or [])
-    fits = [o for o, class_name in classes.items() if class_name in stated] or [
-        o for o, class_name in classes.items() if class_name
-    ]
+    fits = [objective for objective, kind in known.items() if getattr(kind, "__name__", None) in stated] or list(known)
     if len(fits) == 1:
         return fits[0]
     problem = (
@@ -162,33 +179,31 @@ def _load_module(
     auto = AutoModelForMaskedLM if objective == "masked" else AutoModelForCausalLM
     if isinstance(folder, Path):
         _refuse_pickles(folder)
+    settings = {
+        "config": config,
+        "dtype": dtype or "auto",
+        "use_safetensors": True,
+        "output_loading_info": True,
+        "trust_remote_code": False,
+    }
     try:
         with quiet_transformers():
-            settings = {
-                "config": config,
-                "dtype": dtype or "auto",
-                "use_safetensors": True,
-                "output_loading_info": True,
-            }
             loaded: Any = auto.from_pretrained(folder, **settings, **options)
-            module, info = loaded
+    except RevprobeError:
+        raise
     except Exception as error:
         raise RevprobeError(
-            f"cannot load the weights of {name!r} from {folder}: {_first_line(error)}; the checkpoint is missing, cut "
+            f"cannot load the weights of {name!r} from {folder}: {first_line(error)}; the checkpoint is missing, cut "
             "off, or of another model"
         ) from error
-    keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    wrong = [f"{key.split('_')[0]} {', '.join(sorted(str(k) for k in info[key])[:5])}" for key in keys if info[key]]
-    if wrong:
-        raise RevprobeError(
-            f"{folder} does not match its config: {'; '.join(wrong)}; it is a checkpoint of another model or a "
-            "damaged one"
-        )
+    module, info = loaded
+    # Published checkpoints of transformers' own classes may carry another task's head.
+    require_match(info, folder, strict=not type(module).__module__.startswith("transformers."))
     return module.eval()
 
 
 def _refuse_pickles(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
+    if any(folder.glob("model*.safetensors*")):
         return
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
     if pickles:
@@ -199,16 +214,6 @@ def _refuse_pickles(folder: Path) -> None:
     raise RevprobeError(
         f"{folder} holds no model.safetensors; the checkpoint is missing or was cut off while being saved"
     )
-
-
-def _load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer beside the weights; None when there is none, since only text pairs need it."""
-    if isinstance(folder, Path) and not (any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception:
-        return None
 
 
 def _placed(model: ProbedModel, dtype: Any, device: Any) -> ProbedModel:
@@ -229,8 +234,3 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -15,17 +15,20 @@ from torch import nn
 _PATTERNS: tuple[tuple[str, str], ...] = (
     ("position", r"(wpe|embed_positions|position_embeddings|pos_emb\w*)$"),
     ("norm", r"(\w*norm\w*|ln_\w+|ln\d|LayerNorm)$"),
-    ("unembed", r"(lm_head|unembed|decoder|embed_out|predictions(\.\w+)*|head(\.\w+)*)$"),
-    ("embed", r"(embed_tokens|wte|word_embeddings|tok_embeddings|token_type_embeddings|embed|embed_in)$"),
-    ("qkv", r"(c_attn|qkv\w*|Wqkv|query_key_value)$"),
-    ("q", r"(q_proj|query|q)$"),
-    ("k", r"(k_proj|key|k)$"),
-    ("v", r"(v_proj|value|v)$"),
-    ("o", r"(o_proj|out_proj|attn\.c_proj|attn_out|attention\.output\.dense|attn\.Wo|attention\.dense)$"),
-    ("mlp", r"(mlp(\.\w+)*|fc\d|intermediate\.dense|output\.dense|(up|down|gate)_proj|dense_\w+)$"),
+    ("unembed", r"((\w*lm_head|head)(\.\w+)*|unembed|decoder|embed_out|\w*predictions(\.\w+)*|vocab_\w+)$"),
+    ("embed", r"(embed_tokens|wte|word_embeddings|tok_embeddings|token_type_embeddings|embed|embed_in|embeddings)$"),
+    ("qkv", r"(c_attn|in_proj_qkv|qkv\w*|Wqkv|query_key_value)$"),
+    ("q", r"(q_proj|q_lin|query|q)$"),
+    ("k", r"(k_proj|k_lin|key|k)$"),
+    ("v", r"(v_proj|v_lin|value|v)$"),
+    ("o", r"(o_proj|out_proj|out_lin|attn_out|attn\.(c_proj|Wo)|\w*(attention|attn)\.(output\.)?dense)$"),
+    ("mlp", r"((mlp|ffn)(\.\w+)*|fc\d|intermediate\.dense|output\.dense|(up|down|gate)_proj|dense_\w+)$"),
 )
 _LAYER = re.compile(r"\.(\d+)\.")
-_WRAPPERS = re.compile(r"(\.base_layer|\.lora_[AB](\.\w+)?|\.(weight|bias))+$")
+_WRAPPERS = re.compile(
+    r"(\.base_layer|\.lora_(embedding_)?[AB](\.\w+)?|\.lora_magnitude_vector\.\w+|\.modules_to_save\.\w+|"
+    r"\.original_module|\.(weight|bias))+$"
+)
 
 
 @dataclass(frozen=True)

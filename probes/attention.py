@@ -35,7 +35,8 @@ def probe_attention_correlation(
     Frame: pair, fact, group, layer, head, offset_forward, offset_reverse (first evidence token minus first readout
     row, tokens), distance_forward, distance_reverse (nearest edges, tokens), score_forward, score_reverse
     (pre-softmax, mean over readout rows and evidence tokens), weight_forward, weight_reverse (post-softmax, summed
-    over evidence tokens), reason.
+    over evidence tokens), reason. A layer without softmax attention (linear attention, state space) has NaN rows, as
+    many heads of them as the widest layer that has some.
     Raises: RevprobeError, when the queries do not fit the model or no attention is seen.
     Source: paper Sec. 4.2 and 5 (Fig. 3, left).
     """
@@ -48,11 +49,15 @@ def attention_reading(
     model: ProbedModel, result: PassResult, plan: Plan, layers: Iterable[int] | None = None
 ) -> Reading:
     """Join the scores of a pass to pairs."""
-    wanted = (
-        sorted(result.score) if layers is None else [layer for layer in sorted(result.score) if layer in set(layers)]
-    )
+    chosen = None if layers is None else set(layers)
+    wanted = [layer for layer in sorted([*result.score, *result.silent]) if chosen is None or layer in chosen]
     base = _pair_columns(result.pairs, model.logit_shift)
-    parts = [_head_frame(result, base, layer, head) for layer in wanted for head in range(result.score[layer].shape[1])]
+    most = max((scores.shape[1] for scores in result.score.values()), default=0)
+    parts = [
+        _head_frame(result, base, layer, head) if layer in result.score else _silent_frame(base, layer, head)
+        for layer in wanted
+        for head in range(result.score[layer].shape[1] if layer in result.score else most)
+    ]
     frame = pd.concat(parts, ignore_index=True) if parts else base.iloc[:0]
     reading = Reading("attention_correlation", frame, describe(model, result, plan))
     reading.meta["statistic"] = reading.measured.statistic
@@ -63,7 +68,7 @@ def _pair_columns(pairs: ReversalPairs, logit_shift: int) -> pd.DataFrame:
     offsets, distances = pairs.offsets(logit_shift), pairs.distances()
     columns = {"pair": np.arange(len(pairs)), "fact": pairs.facts.astype(str), "group": pairs.groups(logit_shift)}
     columns |= {"offset_forward": offsets[0], "offset_reverse": offsets[1]}
-    return pd.DataFrame(columns | {"distance_forward": distances[0], "distance_reverse": distances[1]})
+    return pd.DataFrame(columns | {"distance_forward": distances[0], "distance_reverse": distances[1], **pairs.flags})
 
 
 def _head_frame(result: PassResult, base: pd.DataFrame, layer: int, head: int) -> pd.DataFrame:
@@ -76,3 +81,9 @@ def _head_frame(result: PassResult, base: pd.DataFrame, layer: int, head: int) -
     columns |= {f"weight_{side}": result.weight[layer][queries, head] for side, queries in sides.items()}
     hidden = np.isnan(columns["score_forward"]) | np.isnan(columns["score_reverse"])
     return base.assign(**columns, reason=np.where(hidden, EVIDENCE_HIDDEN, ""))
+
+
+def _silent_frame(base: pd.DataFrame, layer: int, head: int) -> pd.DataFrame:
+    """The rows of one head of a layer that makes no softmax attention: NaN with the reason."""
+    values = dict.fromkeys(("score_forward", "score_reverse", "weight_forward", "weight_reverse"), np.nan)
+    return base.assign(layer=layer, head=head, **values, reason=f"layer {layer} has no softmax attention")

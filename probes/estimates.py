@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -49,6 +50,15 @@ class Measured:
     excess: Estimate | None = None
     undefined: dict[str, int] = field(default_factory=dict)
     statistic: str = ""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Measured:
+        """The inverse of `dataclasses.asdict`, through JSON (where NaN is a number and tuples are lists)."""
+        control, excess = values["control"], values["excess"]
+        if control is not None:
+            control = Control(**control | {"interval": tuple(control["interval"])})
+        excess = None if excess is None else Estimate(**excess)
+        return cls(Estimate(**values["estimate"]), control, excess, values["undefined"], values["statistic"])
 
 
 def measure(name: str, frame: pd.DataFrame, *, seed: int = 0, control: bool = True) -> Measured:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,8 @@ from torch import nn
 
 from ..errors import RevprobeError
 from ..models.probed import ProbedModel, as_probed
-from ..models.roles import parameter_role
+from ..models.roles import ParameterRole, parameter_role
+from .cross import cross_cosines
 from .pairs import ReversalPairs
 from .passes import PassResult, Plan, Progress, describe, run_pass
 from .readings import Reading
@@ -24,6 +26,7 @@ def probe_gradient_cosine(
     batch_size: int | None = None,
     layers: Iterable[int] | None = None,
     control: bool = True,
+    cross: bool = False,
     progress: Progress | None = None,
     seed: int = 0,
 ) -> Reading:
@@ -32,9 +35,11 @@ def probe_gradient_cosine(
     The loss of a query is the mean negative log-likelihood over its target tokens, all hidden at once. Gradients
     are exact and per example, and none is ever formed (`hooks.gradients`). The value is the mean over pairs;
     the control is the cosine with the reverse query of another fact of the same group, and `excess` their
-    difference, since prompts alone already share most of a gradient.
+    difference, since prompts alone already share most of a gradient. `cross=True` adds `reading.cross`, the cosine of
+    every fact's forward gradient with every fact's reverse gradient (see `probes.cross`).
 
-    Frame: one row per pair and parameter: pair, fact, parameter, role, layer, inner, norm_forward, norm_reverse,
+    Frame: one row per pair and parameter (three for a fused query-key-value projection of declared layout, with roles
+    q, k and v; see `models.layouts`): pair, fact, parameter, role, layer, inner, norm_forward, norm_reverse,
     floor_forward, floor_reverse (rounding level of the norms), and inner_control, norm_control, floor_control.
     A cosine whose norm does not exceed its rounding level is NaN.
     Raises: RevprobeError, when a parameter is unknown, unreached, or reached by an unseen path.
@@ -43,7 +48,8 @@ def probe_gradient_cosine(
     model = as_probed(model)
     names = chosen_parameters(model, parameters, layers)
     plan = Plan(gradient=True, parameters=names, control=control, batch_size=batch_size, seed=seed, progress=progress)
-    return gradient_reading(model, run_pass(model, pairs, plan), plan)
+    reading = gradient_reading(model, run_pass(model, pairs, plan), plan)
+    return replace(reading, cross=cross_cosines(model, pairs, plan)) if cross else reading
 
 
 def chosen_parameters(
@@ -67,15 +73,16 @@ def chosen_parameters(
 
 def gradient_reading(model: ProbedModel, result: PassResult, plan: Plan) -> Reading:
     """Join the products of a pass to pairs, one row per pair and parameter."""
-    pairs, roles = result.pairs, [parameter_role(name) for name in result.parameters]
+    pairs = result.pairs
+    names, roles = zip(*(_part_of(label) for label in result.parameters), strict=True)
     count, width = len(pairs), len(result.parameters)
     columns: dict[str, np.ndarray] = {
         "pair": np.repeat(np.arange(count), width),
         "fact": np.repeat(pairs.facts.astype(str), width),
-        "parameter": np.tile(np.array(result.parameters, dtype=object), count),
+        "parameter": np.tile(np.array(names, dtype=object), count),
         "role": np.tile(np.array([r.role for r in roles], dtype=object), count),
         "inner": result.inner.reshape(-1),
-    }
+    } | {name: np.repeat(values, width) for name, values in pairs.flags.items()}
     sides = {"forward": pairs.forward, "reverse": pairs.reverse}
     columns |= {f"norm_{side}": result.norm[index].reshape(-1) for side, index in sides.items()}
     columns |= {f"floor_{side}": result.floor[index].reshape(-1) for side, index in sides.items()}
@@ -92,6 +99,13 @@ def gradient_reading(model: ProbedModel, result: PassResult, plan: Plan) -> Read
         }
     )
     return reading
+
+
+def _part_of(label: str) -> tuple[str, ParameterRole]:
+    """A label's parameter and role; the parts of a fused projection ("name[q]") have roles of their own."""
+    name, _, part = label.removesuffix("]").partition("[")
+    role = parameter_role(name)
+    return name, replace(role, role=part) if part else role
 
 
 def _control_columns(result: PassResult) -> dict[str, np.ndarray]:

@@ -2,24 +2,30 @@
 
 A `Query` is a clean sequence with the positions of its target and of its evidence. A `ReversalPair` asks for one
 fact twice, in the order it was trained in and in the other. `ReversalPairs` keeps many of them in columns:
-queries that occur in several pairs are stored, and later run, once.
+queries that occur in several pairs are stored, and later run, once. The three stand in one file, a little long,
+because each is defined by the one before; how pairs are shown, stored and made from text are files of their own.
 """
 
 from __future__ import annotations
 
 import hashlib
-import html
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import pandas as pd
 
 from ..errors import RevprobeError, did_you_mean
+from .pair_files import load_pairs, save_pairs
+from .pair_table import pair_frame, pair_html
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..models.probed import ProbedModel
 
 KINDS = ("same_target", "swapped")
 
@@ -99,6 +105,9 @@ class Query:
 class ReversalPair:
     """One fact asked in the trained order (`forward`) and in the other (`reverse`).
 
+    `different_tokens` is the opt-out from the check below: the two queries name the same words by different tokens.
+    Probabilities remain comparable as those of words; the theory's bounds and the shared column of S do not apply.
+
     Raises: RevprobeError, for the kind "same_target", when the two queries differ in target or evidence tokens;
         for "swapped", when one's target is not the other's evidence.
     """
@@ -107,9 +116,37 @@ class ReversalPair:
     reverse: Query
     kind: str = "same_target"
     fact: str = ""
+    different_tokens: bool = False
+
+    @classmethod
+    def from_text(
+        cls,
+        forward: str,
+        reverse: str,
+        *,
+        target: str,
+        evidence: str,
+        model: ProbedModel | nn.Module,
+        slots: Mapping[str, str] | None = None,
+        carrier: str = "",
+        fact: str = "",
+        allow_different_tokens: bool = False,
+    ) -> ReversalPair:
+        """One pair from two templates such as "{target}'s child is {evidence}", aligned by the model's tokenizer.
+
+        `slots` fills further slots; the rest is as in `pairs_from_frame`, which makes many pairs from a table.
+        Raises: RevprobeError, as `pairs_from_frame` does.
+        """
+        from .text_pairs import pair_from_text  # it needs this module, and a model
+
+        values = {**(slots or {}), "target": target, "evidence": evidence}
+        options = {"carrier": carrier, "fact": fact, "allow_different_tokens": allow_different_tokens}
+        return pair_from_text(forward, reverse, values, model, **options)
 
     def __post_init__(self) -> None:
         _require_kind(self.kind)
+        if self.different_tokens:
+            return
         same = (self.forward.target, self.forward.evidence) == (self.reverse.target, self.reverse.evidence)
         swapped = (self.forward.target, self.forward.evidence) == (self.reverse.evidence, self.reverse.target)
         if not (same if self.kind == "same_target" else swapped):
@@ -137,8 +174,10 @@ class ReversalPairs(Sequence[ReversalPair]):
             different facts, so pairs of one fact must share a label.
         kind: "same_target" (both ask for the same target from the same evidence, in opposite order) or "swapped"
             (the reverse query exchanges the roles).
-        flags: further columns for `to_frame`, one value per pair.
+        flags: further columns for `to_frame`, one value per pair; those of true and false are counted by `report`.
+            `different_tokens` marks pairs whose two queries may differ in their tokens (see `ReversalPair`).
         tokenizer: only to show tokens.
+        dropped: how many pairs were left out when these were made, by reason.
     Raises: RevprobeError, when the list is empty or the columns disagree in length.
     """
 
@@ -149,6 +188,7 @@ class ReversalPairs(Sequence[ReversalPair]):
     kind: str = "same_target"
     flags: Mapping[str, np.ndarray] = field(default_factory=dict)
     tokenizer: Any = None
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require_kind(self.kind)
@@ -174,7 +214,9 @@ class ReversalPairs(Sequence[ReversalPair]):
         forward = np.array([index.setdefault(pair.forward, len(index)) for pair in pairs], dtype=np.int64)
         reverse = np.array([index.setdefault(pair.reverse, len(index)) for pair in pairs], dtype=np.int64)
         facts = np.array([pair.fact or str(i) for i, pair in enumerate(pairs)], dtype=object)
-        return cls(tuple(index), forward, reverse, facts, kinds.pop() if kinds else "same_target", tokenizer=tokenizer)
+        differ = np.array([pair.different_tokens for pair in pairs], dtype=bool)
+        flags = {"different_tokens": differ} if differ.any() else {}
+        return cls(tuple(index), forward, reverse, facts, kinds.pop() if kinds else "same_target", flags, tokenizer)
 
     def __len__(self) -> int:
         return len(self.forward)
@@ -189,23 +231,26 @@ class ReversalPairs(Sequence[ReversalPair]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         forward, reverse = self.queries[self.forward[index]], self.queries[self.reverse[index]]
-        return ReversalPair(forward, reverse, self.kind, str(self.facts[index]))
+        differ = "different_tokens" in self.flags and bool(self.flags["different_tokens"][index])
+        return ReversalPair(forward, reverse, self.kind, str(self.facts[index]), differ)
 
     def __iter__(self) -> Iterator[ReversalPair]:
         return (self[i] for i in range(len(self)))
 
     def __repr__(self) -> str:
         counts = f"{len(self)} pairs of {len(set(self.facts))} facts, {len(self.queries)} queries"
-        return f"ReversalPairs({counts}, kind={self.kind!r})"
+        differ = self.report.get("different_tokens")
+        opted_out = f", {differ} with different tokens in the two directions" if differ else ""
+        return f"ReversalPairs({counts}, kind={self.kind!r}{opted_out})"
 
     def take(self, pairs: np.ndarray) -> ReversalPairs:
         """Some of the pairs, by index, with only the queries they use."""
         used, inverse = np.unique(np.concatenate([self.forward[pairs], self.reverse[pairs]]), return_inverse=True)
         queries = tuple(self.queries[i] for i in used)
         flags = {name: values[pairs] for name, values in self.flags.items()}
-        return ReversalPairs(
-            queries, inverse[: len(pairs)], inverse[len(pairs) :], self.facts[pairs], self.kind, flags, self.tokenizer
-        )
+        forward, reverse = inverse[: len(pairs)], inverse[len(pairs) :]
+        facts = self.facts[pairs]
+        return ReversalPairs(queries, forward, reverse, facts, self.kind, flags, self.tokenizer, self.dropped)
 
     def offsets(self, logit_shift: int) -> tuple[np.ndarray, np.ndarray]:
         """Signed offsets, first evidence token minus first readout row, forward and reverse. Shapes: `pair, pair`."""
@@ -224,8 +269,10 @@ class ReversalPairs(Sequence[ReversalPair]):
 
     @property
     def report(self) -> dict[str, int]:
-        """How many pairs carry each flag; empty when nothing was flagged."""
-        counts = {name: int(np.asarray(values, dtype=bool).sum()) for name, values in self.flags.items()}
+        """How many pairs carry each flag, and how many were dropped why; empty when nothing was flagged."""
+        flagged = {name: np.asarray(values) for name, values in self.flags.items()}
+        counts = {name: int(values.sum()) for name, values in flagged.items() if values.dtype == bool}
+        counts |= {f"dropped_{reason}": count for reason, count in self.dropped.items()}
         return {name: count for name, count in counts.items() if count}
 
     @property
@@ -239,99 +286,23 @@ class ReversalPairs(Sequence[ReversalPair]):
         return state.hexdigest()[:16]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per pair and direction: what is asked, with target and evidence set off, distances and flags."""
-        distances = self.distances()
-        frames = []
-        for direction, index, distance in (
-            ("forward", self.forward, distances[0]),
-            ("reverse", self.reverse, distances[1]),
-        ):
-            shown = [self._show(query) for query in self.queries]
-            columns = {"pair": np.arange(len(self)), "fact": self.facts, "direction": direction, "kind": self.kind}
-            columns |= {key: [shown[i][key] for i in index] for key in ("query", "target", "evidence")}
-            frames.append(pd.DataFrame(columns | {"distance": distance} | dict(self.flags)))
-        return pd.concat(frames).sort_values(["pair", "direction"], kind="stable").reset_index(drop=True)
+        """One row per pair and direction: what is asked, token by token, with target in [brackets] and evidence in
+        {braces}; distances and flags. A blank that belongs to a token is shown as `␣`.
+        """
+        return pair_frame(self)
 
     def save(self, path: str | Path) -> Path:
         """Write the pairs as JSON lines (whole or not at all), to be read by `load` and `revprobe probe --pairs`."""
-        path = Path(path)
-        part = path.with_name(f".{path.name}.part")
-        with part.open("w", encoding="utf-8") as file:
-            for pair in self:
-                sides = {side: _query_fields(getattr(pair, side)) for side in ("forward", "reverse")}
-                file.write(json.dumps({"fact": pair.fact, "kind": pair.kind, **sides}, ensure_ascii=False) + "\n")
-        os.replace(part, path)
-        return path
+        return save_pairs(self, Path(path))
 
     @classmethod
     def load(cls, path: str | Path, *, tokenizer: Any = None) -> ReversalPairs:
         """Read pairs written by `save`. Raises: RevprobeError, naming file, line and problem."""
-        path = Path(path)
-        if not path.is_file():
-            raise RevprobeError(
-                f"no pairs file at {str(path)!r}; write one with ReversalPairs.save, or use letters:LENGTH"
-            )
-        pairs = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                row = json.loads(line)
-                pairs.append(
-                    ReversalPair(
-                        Query(**row["forward"]),
-                        Query(**row["reverse"]),
-                        row.get("kind", "same_target"),
-                        str(row.get("fact", number)),
-                    )
-                )
-            except (ValueError, KeyError, TypeError) as error:
-                raise RevprobeError(
-                    f"{path}, line {number}: {type(error).__name__}: {error}; expected fact, kind, forward and "
-                    "reverse with token_ids, target_positions, evidence_positions"
-                ) from error
-        if not pairs:
-            raise RevprobeError(f"{path} holds no pairs; expected one JSON object per line")
-        return cls.from_pairs(pairs, tokenizer=tokenizer)
-
-    def _show(self, query: Query) -> dict[str, str]:
-        """The query as text, target in [brackets], evidence in {braces}."""
-        tokens = self._token_texts(query)
-        marked = [
-            f"[{t}]" if i in query.target_positions else f"{{{t}}}" if i in query.evidence_positions else t
-            for i, t in enumerate(tokens)
-        ]
-        parts = {"target": query.target_positions, "evidence": query.evidence_positions}
-        return {
-            "query": " ".join(marked),
-            **{part: " ".join(tokens[p] for p in positions) for part, positions in parts.items()},
-        }
-
-    def _token_texts(self, query: Query) -> list[str]:
-        if self.tokenizer is None:
-            return [str(token) for token in query.token_ids]
-        return [self.tokenizer.decode([token]) for token in query.token_ids]
+        return load_pairs(Path(path), tokenizer)
 
     def _repr_html_(self, limit: int = 20) -> str:
         """The first pairs as a table, target and evidence tokens coloured; all text escaped."""
-        rows = "".join(
-            ""
-            ""
-            f"<tr><td>{html.escape(pair.fact)}</td><td>{self._tokens_html(pair.forward)}</td><td>{self._tokens_html(pair.reverse)}</td></tr>"
-            for pair in self[:limit]
-        )
-        more = f"<p>... and {len(self) - limit} more</p>" if len(self) > limit else ""
-        parts = " ".join(f'<span style="{style}">{part}</span>' for part, style in _STYLES.items())
-        legend = f"<p>{html.escape(repr(self))}: {parts}</p>"
-        return f"{legend}<table><tr><th>fact</th><th>forward</th><th>reverse</th></tr>{rows}</table>{more}"
-
-    def _tokens_html(self, query: Query) -> str:
-        parts = dict.fromkeys(query.target_positions, "target") | dict.fromkeys(query.evidence_positions, "evidence")
-        tokens = enumerate(self._token_texts(query))
-        return " ".join(
-            f'<span style="{_STYLES.get(parts.get(i, ""), "")}">{html.escape(token)}</span>' for i, token in tokens
-        )
-
-
-_STYLES = {"target": "background:#E69F00;color:#000", "evidence": "background:#56B4E9;color:#000"}
+        return pair_html(self, limit)
 
 
 def _require_kind(kind: str) -> None:
@@ -345,7 +316,3 @@ def _edge_distance(query: Query) -> int:
         for t in (query.target_positions[0], query.target_positions[-1])
         for e in (query.evidence_positions[0], query.evidence_positions[-1])
     )
-
-
-def _query_fields(query: Query) -> dict[str, list[int]]:
-    return {name: list(getattr(query, name)) for name in ("token_ids", "target_positions", "evidence_positions")}

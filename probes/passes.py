@@ -9,7 +9,7 @@ Shapes below: query (distinct queries), pair, parameter, token (target tokens).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from ..errors import RevprobeError, did_you_mean
 from ..hooks.attention import AttentionTap, tap_attention
-from ..hooks.gradients import GradientRecorder, record_gradients
+from ..hooks.gradients import GradientRecorder, part_labels, record_gradients
 from ..hooks.untouched import untouched
+from ..models.layers import silent_layers
+from ..models.layouts import fused_parts
 from ..models.probed import ProbedModel
 from .batches import QueryBatch, default_batch_size, make_batch, prepare_queries
 from .pairs import ReversalPairs
@@ -40,6 +42,7 @@ class Plan:
         mode: how multi-token targets are priced, "chain" or "parallel".
         parameters: the parameters of the gradient, by name; all when None.
         control: also measure each pair's forward query against the reverse query of another fact.
+        summed: keep gradient products summed over all parameters, not one by one.
     """
 
     attention: bool = False
@@ -51,6 +54,7 @@ class Plan:
     batch_size: int | None = None
     seed: int = 0
     progress: Progress | None = None
+    summed: bool = False
 
 
 @dataclass
@@ -58,7 +62,8 @@ class PassResult:
     """What one pass collected.
 
     Shapes: `score`, `weight`: layer -> `query head`; `inner`, `inner_control`: `pair parameter`; `norm`, `floor`:
-    `query parameter`. `partner` is the pair each pair is deranged with, -1 for none.
+    `query parameter`, where a fused parameter has a column for each part. `partner` is the pair each pair is deranged
+    with, -1 for none. `silent`: layers beside the scored ones that have no softmax attention.
     """
 
     pairs: ReversalPairs
@@ -66,6 +71,7 @@ class PassResult:
     parameters: list[str]
     score: dict[int, np.ndarray] = field(default_factory=dict)
     weight: dict[int, np.ndarray] = field(default_factory=dict)
+    silent: list[int] = field(default_factory=list)
     pricing: Pricing | None = None
     inner: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     inner_control: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
@@ -96,7 +102,10 @@ class _Pass:
         partner = derangement(pairs.facts.astype(str), pairs.groups(model.logit_shift), seed=plan.seed)
         self.partner = partner if plan.control else np.full(len(pairs), -1)
         self.selected = select_parameters(model.module, plan.parameters) if plan.gradient else {}
-        self.result = PassResult(pairs, self.partner, list(self.selected))
+        self.parts = fused_parts(model.module) if plan.gradient else {}
+        labels = [label for name in self.selected for label in part_labels(name, self.parts)]
+        labels = ["all"] if plan.summed else labels
+        self.result = PassResult(pairs, self.partner, labels)
         if plan.probability:
             self.result.pricing = Pricing.of(model, self.queries, pairs, self.partner, plan.mode)
         self.done = np.zeros(len(self.queries), dtype=bool)
@@ -113,7 +122,7 @@ class _Pass:
         return self.result
 
     def _allocate_products(self) -> None:
-        columns = len(self.selected)
+        columns = len(self.result.parameters)
         self.result.inner = np.full((len(self.pairs), columns), np.nan)
         self.result.inner_control = np.full((len(self.pairs), columns), np.nan)
         self.result.norm = np.full((len(self.queries), columns), np.nan)
@@ -131,9 +140,7 @@ class _Pass:
         batch = make_batch(self.model, [self.queries[q] for q in queries])
         module, size = self.model.module, len(queries)
         with ExitStack() as stack:
-            recorder = (
-                stack.enter_context(record_gradients(module, self.selected, size)) if self.plan.gradient else None
-            )
+            recorder = self._recorder(stack, size)
             tap = stack.enter_context(tap_attention(module, batch.rows, batch.columns)) if self.plan.attention else None
             logits = self._readout(batch)
             if recorder is not None:
@@ -148,6 +155,11 @@ class _Pass:
         if self.plan.progress is not None:
             self.plan.progress(int(self.done.sum()), len(self.queries))
 
+    def _recorder(self, stack: ExitStack, size: int) -> GradientRecorder | None:
+        if not self.plan.gradient:
+            return None
+        return stack.enter_context(record_gradients(self.model.module, self.selected, size, parts=self.parts))
+
     def _readout(self, batch: QueryBatch) -> Tensor:
         """Log-probabilities at the readout rows, float32 or wider. Shapes: `-> query token vocab`."""
         logits = self.model.logits(batch.input_ids, batch.attention_mask)
@@ -160,6 +172,7 @@ class _Pass:
         """Scores averaged over readout rows and evidence tokens, weights summed over evidence tokens."""
         cell = (batch.is_target[:, :, None] & batch.is_evidence[:, None, :])[:, None]
         rows = batch.is_target.sum(1)[:, None]
+        self.result.silent = silent_layers(self.model.module, [call.site for call in tap.calls])
         for layer, call in tap.layers().items():
             score = call.score.masked_fill(~cell, 0.0).sum((2, 3)) / cell.sum((2, 3))
             weight = call.weight.masked_fill(~cell, 0.0).sum((2, 3)) / rows
@@ -177,24 +190,36 @@ class _Pass:
         right = np.concatenate(
             [place[self.pairs.reverse[pairs]], place[self.pairs.reverse[self.partner[controlled]]], place[queries]]
         )
-        device = self.model.device
-        products = recorder.products(torch.as_tensor(left, device=device), torch.as_tensor(right, device=device))
-        values = torch.stack(list(products.values()), dim=1).double().cpu().numpy()
+        products = recorder.products(torch.as_tensor(left), torch.as_tensor(right))
+        values = self._columns(products)
         self.result.inner[pairs] = values[: len(pairs)]
         self.result.inner_control[controlled] = values[len(pairs) : len(pairs) + len(controlled)]
         self.result.norm[queries] = np.sqrt(np.maximum(values[len(pairs) + len(controlled) :], 0.0))
-        self.result.floor[queries] = torch.stack(list(recorder.rounding().values()), dim=1).double().cpu().numpy()
+        floors = {label: floor**2 for label, floor in recorder.rounding().items()}
+        self.result.floor[queries] = np.sqrt(self._columns(floors))
+
+    def _columns(self, by_label: Mapping[str, Tensor]) -> np.ndarray:
+        """One column per parameter, or their sum. Shapes: `-> row parameter`, float64."""
+        values = torch.stack([column.double().cpu() for column in by_label.values()], dim=1).numpy()
+        return values.sum(1, keepdims=True) if self.plan.summed else values
 
 
 def select_parameters(module: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
-    """The named parameters, all of them when None; tied ones once. Raises: RevprobeError, for an unknown name."""
+    """The named parameters, all of them when None; tied ones once.
+
+    Raises: RevprobeError, for an unknown name, or weights that `device_map` left on disk or in offloaded memory.
+    """
     everything = dict(module.named_parameters())
-    if names is None:
-        return everything
-    unknown = [name for name in names if name not in everything]
+    unknown = [name for name in names or [] if name not in everything]
     if unknown:
         raise RevprobeError(f"no parameter {unknown[0]!r}{did_you_mean(unknown[0], everything)}")
-    return {name: everything[name] for name in names}
+    away = [name for name in everything if everything[name].is_meta]
+    if away:
+        raise RevprobeError(
+            f"parameter {away[0]!r} is on disk or offloaded ({len(away)} in all), so no gradient passes through it; "
+            "load with a device_map that holds every weight"
+        )
+    return everything if names is None else {name: everything[name] for name in names}
 
 
 def _mean_nll(log_probabilities: Tensor, batch: QueryBatch) -> Tensor:

@@ -78,5 +78,6 @@ def _direction_frame(result: PassResult, direction: str, index: np.ndarray) -> p
             "probability_control": np.exp(control_value),
             "argmax_match_control": np.where(np.isnan(control_value), np.nan, control_rank == 1),
             "reason": "",
+            **result.pairs.flags,
         }
     )

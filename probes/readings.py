@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -21,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import RevprobeError, did_you_mean
-from ..models.checkpoints import step_name, step_of
+from ..models.checkpoints import step_of
 from .estimates import Control, Measured, direction_mean, measure
 from .statistics import Estimate
 
@@ -43,12 +44,14 @@ class Reading:
         frame: the rows behind the number; its columns are described at the probe.
         meta: model, objective, kind, step, weights ("raw" or "ema"), pairs (digest), statistic, versions, dtype,
             threads.
+        cross: the fact x fact matrix of a gradient probe with `cross=True`, else None.
         value, interval, n, control, excess, undefined: see the properties; all are worked out from `frame`.
     """
 
     name: str
     frame: pd.DataFrame
     meta: dict[str, Any]
+    cross: pd.DataFrame | None = None
 
     @cached_property
     def measured(self) -> Measured:
@@ -122,6 +125,10 @@ class Reading:
         The probability reading gives four: forward and reverse, probability and accuracy (fraction of pairs whose
         target is the argmax at every target position).
         """
+        return self._measures.copy()
+
+    @cached_property
+    def _measures(self) -> pd.DataFrame:
         if self.name != "reverse_probability":
             return pd.DataFrame([_measure_row(self.name, self.measured)])
         asked = [
@@ -143,7 +150,10 @@ class Reading:
         """Write frame and meta as one parquet file, whole or not at all."""
         path = Path(path)
         part = path.with_name(f".{path.name}.part")
-        header = {"name": self.name, "meta": self.meta, "number": asdict(self.measured.estimate)}
+        measures = self._measures.to_dict("records")
+        header = {"name": self.name, "meta": self.meta, "measured": asdict(self.measured), "measures": measures}
+        if self.cross is not None:
+            header["cross"] = json.loads(self.cross.to_json(orient="split", double_precision=15))
         table = pa.Table.from_pandas(self.frame, preserve_index=False)
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), _META: json.dumps(header).encode()})
         pq.write_table(table, part, compression="zstd")
@@ -167,7 +177,13 @@ class Reading:
             raise RevprobeError(
                 f"{path} is damaged ({str(error).splitlines()[0]}); delete it and run the probe again"
             ) from error
-        return cls(header["name"], table.to_pandas(), header["meta"])
+        cross = pd.DataFrame(**header["cross"], dtype=float) if "cross" in header else None
+        reading = cls(header["name"], table.to_pandas(), header["meta"], cross)
+        if header["meta"].get("versions", {}).get("revprobe") == version("revprobe") and "measured" in header:
+            # The numbers as they were worked out when saved: bootstrapping a run's readings again takes a minute.
+            reading.__dict__["measured"] = Measured.from_dict(header["measured"])
+            reading.__dict__["_measures"] = pd.DataFrame(header["measures"], columns=MEASURE_COLUMNS)
+        return reading
 
     def __repr__(self) -> str:
         low, high = self.interval
@@ -289,7 +305,7 @@ class Readings(Sequence[Reading]):
         return cls(
             Reading.load(path)
             for part in [folder, *steps]
-            for path in sorted(part.glob("*.parquet"))
+            for path in sorted(part.glob("*.parquet"), key=_raw_first)
             if not path.name.startswith(".")
         )
 
@@ -304,9 +320,10 @@ class Readings(Sequence[Reading]):
         return str(self.measures().to_html(index=False, escape=True))
 
 
-def step_folder(folder: str | Path, step: int) -> Path:
-    """Where a run keeps the readings of one step."""
-    return Path(folder) / step_name(step)
+def _raw_first(path: Path) -> tuple[str, bool]:
+    """Order of a step's files: by probe, the weights as they are before their average."""
+    name, _, weights = path.stem.partition(".")
+    return name, weights != "raw"
 
 
 def _summary_row(measured: Measured) -> dict[str, float]:

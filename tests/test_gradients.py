@@ -71,7 +71,7 @@ def test_products_equal_autograd_over_all_parameters(name, padded, dtype):
 
 
 class SharedAndBare(nn.Module):
-    """One layer called twice, an embedding with a padding id, a tied unembedding, and a module with a bare parameter."""
+    """A layer called twice, an embedding with a padding id, a tied unembedding, and a module with a bare parameter."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ def test_a_weight_used_outside_its_module_is_an_error_that_names_it():
             return self.layer(self.embed(ids)) @ self.embed.weight.T
 
     model = Sneaky()
-    with pytest.raises(RevprobeError, match="'embed.weight' reaches the loss 2 times, but only 1 calls"):
+    with pytest.raises(RevprobeError, match=r"'embed.weight' reaches the loss 2 times, but only 1 calls"):
         recorded_products(model, lambda part: model(torch.tensor([[1, 2], [3, 4]])[part]).sum((1, 2)), 2)
 
 

@@ -29,6 +29,7 @@ PUBLIC = [
     "ReversalPairs",
     "RevprobeError",
     "__version__",
+    "declare_fused",
     "letter_pairs",
     "letter_tokenizer",
     "letters",
@@ -37,12 +38,14 @@ PUBLIC = [
     "one_layer_gpt2",
     "open_run",
     "open_sweep",
+    "pairs_from_frame",
     "probe",
     "probe_attention_correlation",
     "probe_gradient_cosine",
     "probe_reverse_probability",
     "register_model",
     "run_sweep",
+    "storage_gradient_cosines",
     "train",
 ]
 EXAMPLES = {"examples/one_layer.yaml", "examples/one_layer_quick.yaml"}

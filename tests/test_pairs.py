@@ -4,8 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from revprobe import ProbedModel, Query, RaddConfig, RaddForMaskedLM, ReversalPair, ReversalPairs, RevprobeError
-from revprobe import letter_pairs, letter_tokenizer, letters, one_layer_gpt2
+from revprobe import (
+    ProbedModel,
+    Query,
+    RaddConfig,
+    RaddForMaskedLM,
+    ReversalPair,
+    ReversalPairs,
+    RevprobeError,
+    letter_pairs,
+    letter_tokenizer,
+    letters,
+    one_layer_gpt2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +76,7 @@ def test_an_empty_list_is_refused():
 
 
 def test_offsets_are_signed_from_the_readout_row_and_distances_between_nearest_edges():
-    """Two target tokens at 1-2, two evidence tokens at 5-6: offset 4 from the first row, 5 when rows are shifted by one."""
+    """Two target tokens at 1-2, two evidence tokens at 5-6: offset 4, or 5 with rows shifted by one."""
     tokens = [0, 7, 8, 0, 0, 40, 41, 0]
     forward = Query(tokens, [1, 2], [5, 6])
     reverse = Query([0, 40, 41, 0, 0, 7, 8, 0], [5, 6], [1, 2])
@@ -86,7 +97,7 @@ def test_saved_pairs_load_with_the_same_digest(mdm, tmp_path):
 def test_a_damaged_pairs_file_names_its_line(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"fact": "a", "forward": {"token_ids": [1]}}\n')
-    with pytest.raises(RevprobeError, match="pairs.jsonl, line 1"):
+    with pytest.raises(RevprobeError, match=r"pairs\.jsonl, line 1"):
         ReversalPairs.load(path)
 
 

@@ -9,9 +9,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from revprobe import ProbedModel, Query, RaddConfig, RaddForMaskedLM, ReversalPair, ReversalPairs, RevprobeError
-from revprobe import letter_pairs, letter_tokenizer, letters, one_layer_gpt2, probe
-from revprobe import probe_attention_correlation, probe_gradient_cosine, probe_reverse_probability
+from revprobe import (
+    ProbedModel,
+    Query,
+    RaddConfig,
+    RaddForMaskedLM,
+    ReversalPair,
+    ReversalPairs,
+    RevprobeError,
+    letter_pairs,
+    letter_tokenizer,
+    letters,
+    one_layer_gpt2,
+    probe,
+    probe_attention_correlation,
+    probe_gradient_cosine,
+    probe_reverse_probability,
+)
 from revprobe.hooks import attention as attention_hooks
 from revprobe.probes import batches, passes
 
@@ -121,6 +135,28 @@ def test_gradient_cosines_equal_autograd_over_all_parameters(model):
         expected = float(F.cosine_similarity(forward, reverse, dim=0))
         assert sums.inner[pair] / math.sqrt(sums.f[pair] * sums.r[pair]) == pytest.approx(expected, abs=1e-5)
         assert math.sqrt(sums.f[pair]) == pytest.approx(float(forward.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [None, 7])
+def test_the_cross_matrix_holds_every_facts_cosine_with_every_other(batch_size, tmp_path):
+    """Each cell against autograd; its diagonal is the probe's own value; it survives the disk."""
+    model = mdm(spread=0.1)
+    model.module.eval()
+    pairs = letter_pairs(5, model=model, placements="mirror", offset=1)
+    pairs = pairs.take(np.flatnonzero(np.isin(pairs.facts, list("abcd"))))
+    reading = probe_gradient_cosine(model, pairs, cross=True, batch_size=batch_size)
+    forward, reverse = (
+        {(p.fact, p.forward.evidence_positions): gradient_by_autograd(model, getattr(p, s)) for p in pairs}
+        for s in ("forward", "reverse")
+    )
+    for one, other in (("a", "a"), ("a", "c"), ("d", "b")):
+        places = {place for fact, place in forward if fact == one}
+        cosines = [float(F.cosine_similarity(forward[one, at], reverse[other, at], dim=0)) for at in places]
+        assert reading.cross.loc[one, other] == pytest.approx(np.mean(cosines), abs=1e-5)
+    assert np.mean(np.diag(reading.cross)) == pytest.approx(reading.value, abs=1e-6)
+    loaded = type(reading).load(reading.save(tmp_path / "g.parquet"))
+    np.testing.assert_allclose(loaded.cross, reading.cross)
+    assert list(loaded.cross.index) == list("abcd")
 
 
 @pytest.mark.parametrize("model", [mdm(spread=0.2), arm()], ids=["rope", "gpt2"])
@@ -251,7 +287,7 @@ def test_small_batches_and_padding_do_not_move_the_numbers():
 
 
 def test_alibi_identities_hold_to_1e_6():
-    """Prop. 4.5 and reflection equivariance: correlation 1, and each reflected query has its forward query's probability."""
+    """Prop. 4.5 and reflection equivariance: correlation 1, reflected queries equally probable."""
     model = mdm("alibi", spread=0.1)
     readings = probe(model, letter_pairs(7, model=model, placements="mirror"))
     assert readings["attention_correlation"].value == pytest.approx(1.0, abs=1e-6)
@@ -307,7 +343,7 @@ def trained() -> ProbedModel:
 @pytest.mark.parametrize("state", ["rope", "absolute", "trained"])
 def test_with_facts_deranged_the_correlation_and_the_excess_hold_zero(state, request):
     """Twenty derangements. A 95 % interval over 26 facts misses zero more often than once in twenty, for two known
-    reasons: the percentile bootstrap is short at this n, and a control of deranged pairs meets the true pair once in 25.
+    reasons: the percentile bootstrap is short at this n, and a deranged control meets a true pair once in 25.
     """
     fixed = request.getfixturevalue("trained") if state == "trained" else None
     held = {"attention_correlation": [], "gradient_cosine": []}
@@ -485,7 +521,7 @@ def test_unknown_names_and_modes_offer_the_nearest():
         probe(model, pairs, only=["atention"])
     with pytest.raises(RevprobeError, match="unknown mode 'chian'; the closest is 'chain'"):
         probe_reverse_probability(model, pairs, mode="chian")
-    with pytest.raises(RevprobeError, match="no parameter 'lm_haed.weight'; the closest is 'lm_head.weight'"):
+    with pytest.raises(RevprobeError, match=r"no parameter 'lm_haed.weight'; the closest is 'lm_head.weight'"):
         probe_gradient_cosine(model, pairs, parameters=["lm_haed.weight"])
     with pytest.raises(RevprobeError, match="always prices a target token by token"):
         probe_reverse_probability(causal, letter_pairs(4, model=causal), mode="parallel")

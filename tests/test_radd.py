@@ -59,7 +59,10 @@ def test_rope_scores_depend_on_the_offset_only_and_match_complex_rotation():
     cos, sin = (t.double() for t in rope_tables(config, 12, device=torch.device("cpu")))
 
     def score(i: int, j: int) -> float:
-        q, k = rotate(query[None], cos[i], sin[i]), rotate(key[None], cos[j], sin[j])
+        q, k = (
+            rotate(query[None, None, None], cos[:, i : i + 1], sin[:, i : i + 1]),
+            rotate(key[None, None, None], cos[:, j : j + 1], sin[:, j : j + 1]),
+        )
         return float((q * k).sum())
 
     planes = sum(

@@ -12,12 +12,14 @@ from revprobe import (
     RaddConfig,
     RaddForMaskedLM,
     RevprobeError,
+    letter_pairs,
+    letter_tokenizer,
     list_models,
     load_model,
     one_layer_gpt2,
+    probe,
     register_model,
 )
-from revprobe import letter_pairs, letter_tokenizer, probe
 from revprobe.models import registry
 from revprobe.models.checkpoints import COMPLETE, step_name
 from revprobe.models.probed import as_probed
@@ -131,7 +133,7 @@ def test_a_damaged_checkpoint_gets_one_line_that_says_what_is_wrong(damage, tmp_
 
 
 def test_a_missing_folder_offers_the_nearest(run):
-    with pytest.raises(RevprobeError, match="no model folder at .*rope-l10-s1.*the closest is .*rope-l10-s0"):
+    with pytest.raises(RevprobeError, match=r"no model folder at .*rope-l10-s1.*the closest is .*rope-l10-s0"):
         load_model(run.parent / "rope-l10-s1")
 
 
@@ -170,8 +172,16 @@ def test_the_wrapper_finds_out_what_it_is_told_wrong():
         ProbedModel(arm, objective="casual")
     with pytest.raises(RevprobeError, match="names no mask token"):
         ProbedModel(Bidirectional(), objective="masked")
+    with pytest.raises(RevprobeError, match="cannot tell at which row Bidirectional predicts"):
+        ProbedModel(Bidirectional(), objective="masked", mask_token_id=53)
+    with pytest.raises(RevprobeError, match="mask token 56 is outside the vocabulary"):
+        ProbedModel(Bidirectional(), objective="masked", mask_token_id=56, logit_shift=0)
+    with pytest.raises(RevprobeError, match="tokenizer's mask token is 53, the config's is 52"):
+        ProbedModel(RaddForMaskedLM(RaddConfig(mask_token_id=52)), letter_tokenizer(), objective="masked")
     with pytest.raises(RevprobeError, match="logit_shift 2"):
         ProbedModel(arm, objective="causal", logit_shift=2)
+    with pytest.raises(RevprobeError, match="logit_shift 0 reads GPT2LMHeadModel at the target itself"):
+        ProbedModel(arm, objective="causal", logit_shift=0)
     with pytest.raises(RevprobeError, match="expected a model, got str"):
         as_probed("gpt2")
 
@@ -195,7 +205,7 @@ def test_bare_modules_are_wrapped_by_what_they_do():
 
 
 def test_a_users_own_module_is_probed_without_an_adapter():
-    model = ProbedModel(Bidirectional(), letter_tokenizer(), objective="masked", mask_token_id=53)
+    model = ProbedModel(Bidirectional(), letter_tokenizer(), objective="masked", mask_token_id=53, logit_shift=0)
     readings = probe(model, letter_pairs(5, model=model), only=["gradient", "probability"])
     assert all(np_finite(r.value) for r in readings)
 

@@ -51,7 +51,7 @@ def test_the_interval_is_the_bootstrap_that_redraws_whole_facts():
 
 
 def test_position_bias_alone_does_not_correlate():
-    """Levels differ between groups in step; within groups the scores are unrelated. Pooling without centring would give 0.9."""
+    """Levels differ between groups in step; within groups scores are unrelated. Uncentred pooling would give 0.9."""
     forward, reverse, facts, groups = scores(facts=40, groups=5, heads=4, slope=0.0)
     reverse = np.abs(reverse) + forward.mean() + 17 * groups[:, None]
     uncentred = np.corrcoef(forward[:, 0], reverse[:, 0])[0, 1]

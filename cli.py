@@ -1,0 +1,246 @@
+"""The command line: train, probe, sweep, report, models.
+
+Every problem a user can fix ends in one line on stderr and exit code 1 (2 for wrong usage), without a traceback;
+REVPROBE_DEBUG=1 shows it. Heavy imports stay inside the commands, so that help and usage errors come at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from . import __version__
+from .errors import RevprobeError
+
+if TYPE_CHECKING:
+    from .finetune.snapshots import Pairs
+    from .models.probed import ProbedModel
+
+DEBUG = "REVPROBE_DEBUG"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Measure how a language model stores a relation and how it routes to it when asked backwards.",
+    epilog="A first look, about five minutes on two cores: [bold]revprobe sweep one-layer-quick --jobs 2[/bold]",
+)
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder that gets a folder of the config's name.")]
+
+
+def main() -> None:
+    """Run the command line; the entry point of `revprobe` and of `python -m revprobe`."""
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
+    try:
+        app()
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            raise
+        if not isinstance(error, RevprobeError | OSError):
+            line = f"unexpected {type(error).__name__}: {_first_line(error)}; {DEBUG}=1 shows where; please report it"
+        else:
+            line = _os_line(error) if isinstance(error, OSError) else _first_line(error)
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"revprobe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False,
+) -> None:
+    if debug:
+        os.environ[DEBUG] = "1"
+
+
+@app.command(
+    epilog="Examples: [bold]revprobe train my_run.yaml[/bold], [bold]revprobe train my_run.yaml --out /data/runs[/bold]"
+)
+def train(
+    config: Annotated[str, typer.Argument(help="A run's YAML file; - reads it from stdin.")],
+    out: Out = Path("runs"),
+) -> None:
+    """Train one run forward-only and probe it at every snapshot; the same command resumes a run that was stopped."""
+    from .finetune.config import RunConfig, load_config, parse_config
+    from .finetune.progress import JSON_PROGRESS, json_lines, shown_progress
+    from .finetune.runs import is_finished
+    from .finetune.runs import train as train_run
+    from .finetune.terminal import make_console, print_final
+    from .probes.report import summary_frame
+
+    run_config = parse_config(sys.stdin.read(), RunConfig, "stdin") if config == "-" else load_config(config, RunConfig)
+    folder, console = out / run_config.name, make_console()
+    if os.environ.get(JSON_PROGRESS):  # a sweep is listening
+        with _interruptible(console):
+            train_run(run_config, folder, listener=json_lines)
+        return
+    if is_finished(folder, run_config):
+        console.print(f"{run_config.name}: finished already, skipped ({folder})", soft_wrap=True)
+        return
+    with _interruptible(console), shown_progress(run_config.name, console) as listener:
+        run = train_run(run_config, folder, listener=listener)
+    print_final(summary_frame([run.for_report()]), console)
+    console.print(f"checkpoints and readings: {folder}", soft_wrap=True)
+
+
+@app.command(
+    epilog="Examples: [bold]revprobe probe runs/one-layer-quick/rope-l10-s0 --pairs letters:10[/bold], "
+    "[bold]revprobe probe gpt2 --pairs pairs.jsonl --probes attention,probability --out readings[/bold]"
+)
+def probe(
+    model: Annotated[str, typer.Argument(help="A run, a checkpoint folder, a hub name or a registered model.")],
+    pairs: Annotated[str, typer.Option(help="letters:LENGTH, or a JSONL file written by ReversalPairs.save.")],
+    probes: Annotated[str, typer.Option(help="Which probes, separated by commas.")] = "attention,gradient,probability",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for the readings, one parquet file each.")
+    ] = None,
+    step: Annotated[int, typer.Option(help="A run's checkpoint: a step, or -1 for the last.")] = -1,
+    weights: Annotated[
+        str | None, typer.Option(help="raw or ema; a run's average by default, where it has one.")
+    ] = None,
+    placements: Annotated[
+        str | None, typer.Option(help="letters only: grid, mirror or all; as at a run's snapshots by default.")
+    ] = None,
+    alphabet: Annotated[int, typer.Option(help="letters only: how many letter pairs.")] = 26,
+    batch_size: Annotated[int | None, typer.Option(help="Queries per forward pass.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+) -> None:
+    """Take readings of one model and show them beside their controls."""
+    from .finetune.progress import shown_probes
+    from .finetune.snapshots import require_probes, take_readings
+    from .finetune.terminal import make_console, readings_table
+    from .models.registry import load_model
+
+    names = require_probes(name.strip() for name in probes.split(",") if name.strip())
+    if not names:
+        raise RevprobeError("--probes names no probe; expected some of attention, gradient, probability")
+    probed = load_model(model, step=step, weights=weights, device=device)
+    asked = _pairs(pairs, probed, names, placements, alphabet)
+    console = make_console()
+    with shown_probes(names, console) as listener:
+        readings = take_readings(probed, asked, batch_size=batch_size, listener=listener)
+    console.print(readings_table(readings, f"{probed.name}, {pairs}"))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        for reading in readings:
+            reading.save(out / f"{reading.name}.{reading.meta.get('weights') or 'raw'}.parquet")
+        console.print(f"{len(readings)} readings: {out}", soft_wrap=True)
+
+
+@app.command(
+    epilog="Examples: [bold]revprobe sweep one-layer-quick --jobs 2[/bold], "
+    "[bold]revprobe sweep my_sweep.yaml -j 8 -o /data/runs[/bold]"
+)
+def sweep(
+    config: Annotated[str, typer.Argument(help="A sweep's YAML file, or an example: one-layer-quick, one-layer.")],
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, help="Runs side by side, each in a process of its own.")
+    ] = 1,
+    out: Out = Path("runs"),
+) -> None:
+    """Train a grid of runs, skipping finished ones, and write one report over all of them."""
+    from .finetune.sweeps import run_sweep
+    from .finetune.terminal import make_console, print_final, read_summary
+
+    console = make_console()
+    with _interruptible(console):
+        done = run_sweep(config, jobs=jobs, out=out, console=console)
+    print_final(read_summary(done.path), console)
+    console.print(f"report: {done.path / 'report.html'}", soft_wrap=True)
+
+
+@app.command(
+    epilog="Examples: [bold]revprobe report runs/one-layer-quick[/bold], "
+    "[bold]revprobe report runs/one-layer-quick/rope-l10-s0[/bold]"
+)
+def report(path: Annotated[Path, typer.Argument(help="The folder of a run or of a sweep.")]) -> None:
+    """Write report.html (one file, opens without a network) and summary.csv into the folder of a run or sweep."""
+    from .finetune.runs import is_run, open_run
+    from .finetune.sweeps import open_sweep
+    from .finetune.terminal import make_console, print_final, read_summary
+    from .probes.report import write_report
+
+    console = make_console()
+    runs = [open_run(path).for_report()] if is_run(path) else open_sweep(path).for_report(console)
+    written = write_report(runs, path / "report.html", title=path.resolve().name)
+    print_final(read_summary(path), console)
+    console.print(f"report: {written}", soft_wrap=True)
+    problems = [f"{run.name}: {run.problem}" for run in runs if run.problem]
+    if problems:
+        raise RevprobeError(
+            f"the report is written, but {len(problems)} of {len(runs)} runs are not whole ({'; '.join(problems)})"
+        )
+
+
+@app.command(epilog="Example: [bold]revprobe models[/bold]")
+def models() -> None:
+    """List what can be probed, and the example configs."""
+    from .finetune.config import example_names
+    from .finetune.terminal import make_console, text_table
+    from .models.registry import list_models
+
+    console = make_console()
+    console.print(text_table(list_models(), "models"))
+    console.print(f"example sweeps: {', '.join(example_names())}", soft_wrap=True)
+
+
+def _pairs(source: str, model: ProbedModel, names: list[str], placements: str | None, alphabet: int) -> Pairs:
+    """What `--pairs` names, for each of the probes asked for."""
+    from .finetune.building import probe_pairs
+    from .finetune.relations import letters
+    from .probes.pairs import ReversalPairs
+
+    kind, _, length = source.partition(":")
+    if kind != "letters":
+        pairs = ReversalPairs.load(source, tokenizer=model.tokenizer)
+        return dict.fromkeys(names, pairs)
+    if not length.isdecimal():
+        raise RevprobeError(f"--pairs {source!r}: expected letters:LENGTH with a whole number, such as letters:10")
+    relation = letters(int(length), alphabet)
+    if placements is not None:
+        return dict.fromkeys(names, relation.pairs(model, placements=placements))
+    return {name: pairs for name, pairs in probe_pairs(relation, model).items() if name in names}
+
+
+@contextmanager
+def _interruptible(console: Console) -> Iterator[None]:
+    """Say what Ctrl-C leaves behind."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("stopped; everything up to the last snapshot is kept, run the same command again to go on")
+        raise typer.Exit(130) from None
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__
+
+
+def _os_line(error: OSError) -> str:
+    """An OSError as one line with the path and a way out."""
+    where = f" {str(error.filename)!r}" if error.filename else ""
+    fix = {
+        PermissionError: "; choose a folder you may write to (--out)",
+        FileExistsError: "; it is in the way, choose another --out",
+    }
+    reason = error.strerror or _first_line(error)
+    return f"cannot use{where}: {reason}{fix.get(type(error), '; check the path and the space left on the disk')}"

@@ -1,0 +1,267 @@
+"""A sweep: many runs in one folder, several side by side in processes of their own, and one report over all.
+
+Each run is `revprobe train -` in a child process with its own pinned threads, so neither the number of jobs nor the
+company changes its bits. Finished runs are skipped; a run that fails does not stop the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import track
+
+from ..errors import RevprobeError, did_you_mean
+from .config import RunConfig, SweepConfig, dump_config, load_config
+from .progress import JSON_PROGRESS, Listener, PlainLines, bars, loss_note
+from .runs import Run, is_finished, is_run, open_run
+from .saving import write_text
+from .terminal import make_console
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ..probes.report import ReportRun
+
+CONFIG, REPORT = "sweep.yaml", "report.html"
+# How long a child gets to end by itself after Ctrl-C before it is killed; nothing is lost either way.
+_GRACE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep folder; `open_sweep(path)` and `run_sweep(...)` return it."""
+
+    path: Path
+
+    @cached_property
+    def config(self) -> SweepConfig:
+        """What the sweep was asked to be. Raises: RevprobeError, when sweep.yaml is damaged."""
+        return load_config(self.path / CONFIG, SweepConfig)
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs that have been started, in the order of the config."""
+        return [Run(self.path / run.name) for run in self.config.runs() if is_run(self.path / run.name)]
+
+    def for_report(self, console: Console | None = None) -> list[ReportRun]:
+        """Every run as `probes.report` takes it; one that is missing or damaged stands there with its problem."""
+        hidden = console is None or not console.is_terminal
+        shown = track(self.config.runs(), "reading the runs", console=console, transient=True, disable=hidden)
+        return [_for_report(self.path / run.name, run) for run in shown]
+
+    def summary(self) -> pd.DataFrame:
+        """All numbers of all runs, tidy, with the columns of summary.csv."""
+        from ..probes.report import summary_frame
+
+        return summary_frame(self.for_report())
+
+
+def is_sweep(path: str | Path) -> bool:
+    """Whether a folder holds a sweep's config."""
+    return (Path(path) / CONFIG).is_file()
+
+
+def open_sweep(path: str | Path) -> Sweep:
+    """Open a sweep folder. Raises: RevprobeError, when it is none; it names the nearest sweep beside it."""
+    path = Path(path)
+    if not is_sweep(path):
+        beside = [str(p) for p in path.parent.glob("*") if is_sweep(p)] if path.parent.is_dir() else []
+        hint = did_you_mean(str(path), beside) if beside else "; expected a folder written by `revprobe sweep`"
+        raise RevprobeError(f"no sweep at {str(path)!r}{hint}")
+    return Sweep(path)
+
+
+def run_sweep(
+    config: SweepConfig | str | Path, *, jobs: int = 1, out: str | Path = "runs", console: Console | None = None
+) -> Sweep:
+    """Train every run of a sweep that is not finished, then write the report.
+
+    Args:
+        config: a SweepConfig, a YAML file, or the name of an example ("one-layer-quick").
+        jobs: runs side by side; each uses its config's own number of threads.
+        out: the sweep's folder is `out/<name>`.
+    Raises: RevprobeError, naming the runs that failed, after all others have ended and the report is written.
+    """
+    from ..probes.report import write_report
+
+    config = config if isinstance(config, SweepConfig) else load_config(config, SweepConfig)
+    if jobs < 1:
+        raise RevprobeError(f"jobs={jobs!r}: expected at least 1, the number of runs side by side")
+    console = console or make_console()
+    sweep = Sweep(Path(out) / config.name)
+    sweep.path.mkdir(parents=True, exist_ok=True)
+    if is_run(sweep.path):
+        raise RevprobeError(f"{sweep.path} is a single run, not a sweep; choose another name or folder")
+    write_text(sweep.path / CONFIG, dump_config(config))
+    waiting = [run for run in config.runs() if not is_finished(sweep.path / run.name, run)]
+    for run in config.runs():
+        if run not in waiting:
+            console.print(f"{run.name}: finished already, skipped")
+    with _display(waiting, console) as display:
+        problems = _run_all(waiting, sweep.path, min(jobs, max(len(waiting), 1)), display)
+    reported = sweep.for_report(console)
+    report = write_report(reported, sweep.path / REPORT, title=config.name)
+    problems = {run.name: run.problem for run in reported if run.problem} | problems
+    if problems:
+        listed = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+        raise RevprobeError(
+            f"{len(problems)} of {len(config.runs())} runs failed ({listed}); the others are in {report}"
+        )
+    return sweep
+
+
+@dataclass
+class _Display:
+    """Where running runs are shown. `listen(name)` starts one's line; `say` prints above the bars."""
+
+    listen: Callable[[RunConfig], Listener]
+    say: Callable[[str], None]
+    done: Callable[[RunConfig], None] = field(default=lambda run: None)
+
+
+@contextmanager
+def _display(runs: list[RunConfig], console: Console) -> Iterator[_Display]:
+    """A bar for the sweep and one per running run on a terminal; short plain lines elsewhere."""
+    say = lambda text: console.print(text, soft_wrap=True)  # noqa: E731
+    if not console.is_terminal or not runs:
+        yield _Display(lambda run: PlainLines(run.name, console), say)
+        return
+    with bars(console) as progress:
+        steps = dict.fromkeys((run.name for run in runs), 0)
+        total = progress.add_task("all runs", total=sum(run.training.steps for run in runs), note="")
+        tasks: dict[str, Any] = {}
+
+        def listen(run: RunConfig) -> Listener:
+            tasks[run.name] = progress.add_task(run.name, total=run.training.steps, note="starting")
+
+            def update(step: int, of: int, loss: float | None) -> None:
+                progress.update(tasks[run.name], completed=step, note=loss_note(loss))
+                steps[run.name] = step
+                progress.update(total, completed=sum(steps.values()))
+
+            return update
+
+        yield _Display(listen, say, lambda run: progress.remove_task(tasks[run.name]))
+
+
+def _run_all(runs: list[RunConfig], folder: Path, jobs: int, display: _Display) -> dict[str, str]:
+    """Run the children, `jobs` at a time; returns the problem of each that failed. Ctrl-C stops them all."""
+    children: set[subprocess.Popen[str]] = set()
+    stopping = threading.Event()
+    problems: dict[str, str] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        futures: dict[Future[str | None], RunConfig] = {
+            pool.submit(_run_child, run, folder, display, children, stopping): run for run in runs
+        }
+        try:
+            for future in as_completed(futures):
+                if problem := future.result():
+                    problems[futures[future].name] = problem
+        except BaseException:
+            stopping.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            _stop(children)
+            raise
+    return problems
+
+
+def _run_child(
+    run: RunConfig, folder: Path, display: _Display, children: set[subprocess.Popen[str]], stopping: threading.Event
+) -> str | None:
+    """Train one run in a process of its own and pass on its progress; returns what went wrong, if anything."""
+    if stopping.is_set():
+        return None
+    threads = str(run.training.threads)
+    environment = {**os.environ, JSON_PROGRESS: "1", "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    command = [sys.executable, "-P", "-m", "revprobe", "train", "-", "--out", str(folder)]
+    began, tell = time.monotonic(), display.listen(run)
+    display.say(f"{run.name}: started")
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+        # A session of its own: Ctrl-C reaches the sweep alone, which then stops its children in order.
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        children.add(child)
+        _converse(child, dump_config(run), tell)
+        code = child.wait()
+        children.discard(child)
+        errors.seek(0)
+        said = errors.read().strip()
+    display.done(run)
+    if code == 0:
+        display.say(f"{run.name}: finished in {timedelta(seconds=round(time.monotonic() - began))}")
+        return None
+    problem = _problem(code, said)
+    if not stopping.is_set():
+        display.say(f"{run.name}: failed: {said if os.environ.get('REVPROBE_DEBUG') else problem}")
+    return problem
+
+
+def _converse(child: subprocess.Popen[str], config: str, tell: Listener) -> None:
+    """Hand the child its config and read its progress until it ends."""
+    assert child.stdin is not None and child.stdout is not None, "the child was started without pipes"
+    try:
+        child.stdin.write(config)
+        child.stdin.close()
+    except BrokenPipeError:
+        pass  # it died at once; its exit code and stderr say why
+    for line in child.stdout:
+        try:
+            news = json.loads(line)
+            tell(news["step"], news["steps"], news["loss"])
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that some library printed
+
+
+def _problem(code: int, said: str) -> str:
+    """One line about a child that failed: its error line, how it ended, or the last it said."""
+    errors = [line.removeprefix("error: ") for line in said.splitlines() if line.startswith("error: ")]
+    if errors:
+        return errors[-1]
+    if code < 0:
+        return f"killed by signal {-code}; run the same command again to go on"
+    return said.splitlines()[-1] if said else f"ended with code {code} and no message"
+
+
+def _stop(children: set[subprocess.Popen[str]]) -> None:
+    """End the children: ask, wait, then kill. What they had completed stays, the rest is redone on resume."""
+    for child in list(children):
+        child.terminate()
+    deadline = time.monotonic() + _GRACE_SECONDS
+    for child in list(children):
+        try:
+            child.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+
+
+def _for_report(folder: Path, config: RunConfig) -> ReportRun:
+    from ..probes.readings import Readings
+    from ..probes.report import ReportRun
+
+    try:
+        return open_run(folder).for_report()
+    except RevprobeError as error:
+        problem = "not started yet" if not is_run(folder) else str(error)
+        return ReportRun(config.name, config.axes, config.model_dump(mode="json"), Readings([]), problem)

@@ -1,0 +1,57 @@
+"""What makes a masked-diffusion model out of a causal decoder of transformers: no causal mask, and a logit shift.
+
+A mixin put before the decoder class. transformers builds the attention mask from `config.is_causal`, for sdpa, eager
+and padded batches alike; the flag on the attention modules serves code that calls them alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ..errors import RevprobeError
+from .strict_loading import require_match
+
+
+class BidirectionalDecoder:
+    """Every token attends to every token. `logit_shift` is 1 where the model kept the decoder's habit of predicting
+    position i at row i - 1, else 0.
+
+    Raises: RevprobeError, when the config asks for a causal mask.
+    """
+
+    objective = "masked"
+    logit_shift = 0
+    # The checkpoint's own name of a tensor, for error messages.
+    official_name: Callable[[str], str] = staticmethod(str)
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        if getattr(config, "is_causal", False) is not False:
+            raise RevprobeError(
+                f"{type(self).__name__} attends in both directions, but its config has "
+                f"is_causal={config.is_causal!r}; remove the key or load the causal class"
+            )
+        super().__init__(config)  # type: ignore[call-arg]
+        for layer in self.model.layers:  # type: ignore[attr-defined]
+            layer.self_attn.is_causal = False
+        # Inferred from the class's name otherwise, and then shifted whatever the model predicts at row i.
+        self.loss_type = "ForCausalLM" if self.logit_shift else "ForMaskedLM"
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """False: left-to-right `generate` is not how a masked model writes."""
+        return False
+
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
+        """As in transformers, but safetensors only, and the tensors must be exactly the model's.
+
+        Raises: RevprobeError, naming tensors that are missing, left over or of another size.
+        """
+        options["use_safetensors"] = True
+        load = super().from_pretrained  # type: ignore[misc]
+        model, info = load(source, *args, output_loading_info=True, **options)
+        require_match(info, source, official=cls.official_name)
+        return (model, info) if output_loading_info else model

@@ -1,0 +1,147 @@
+"""A TransformerLens view of a model: hook points on the right attention, weights shared, the model left as it is.
+
+`to_bridge(model)` builds a TransformerBridge over a second module tree that shares the model's parameters, so later
+training steps are seen by the bridge and gradients land on the model. TransformerLens' stock adapters for Llama and
+Qwen2 put the causal mask back on their bidirectional relatives; the adapters here, registered through its own
+extension point, do not.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformer_lens.config.transformer_bridge_config import TransformerBridgeConfig
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+from transformer_lens.model_bridge.generalized_components import (
+    BlockBridge,
+    EmbeddingBridge,
+    LinearBridge,
+    MLPBridge,
+    NormalizationBridge,
+    PositionEmbeddingsAttentionBridge,
+    UnembeddingBridge,
+)
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformer_lens.model_bridge.supported_architectures.llama import LlamaArchitectureAdapter
+from transformer_lens.model_bridge.supported_architectures.qwen2 import Qwen2ArchitectureAdapter
+
+from ..errors import RevprobeError
+from .radd import RaddConfig
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from .probed import ProbedModel
+
+_TL_POSITIONS = {"rope": "rotary", "alibi": "alibi", "absolute": "standard", "none": "none"}
+
+
+class _Bidirectional:
+    """Set before the attention component is built: writing its flag afterwards has no effect."""
+
+    supports_generation = False
+    supports_causal_loss = False
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)  # type: ignore[call-arg]
+        self.cfg.attention_dir = "bidirectional"  # type: ignore[attr-defined]
+
+    def _build_attention_bridge(self) -> Any:
+        attention = super()._build_attention_bridge()  # type: ignore[misc]
+        attention.is_causal = False
+        return attention
+
+
+class LLaDAAdapter(_Bidirectional, LlamaArchitectureAdapter):
+    """Llama's adapter without the causal mask."""
+
+
+class DreamAdapter(_Bidirectional, Qwen2ArchitectureAdapter):
+    """Qwen2's adapter without the causal mask."""
+
+
+class RaddAdapter(ArchitectureAdapter):
+    """RADD's blocks under TransformerLens' names."""
+
+    supports_generation = False
+    supports_causal_loss = False
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        c = self.cfg
+        c.normalization_type, c.final_rms, c.gated_mlp, c.attn_only = "LN", False, False, False
+        c.attention_dir = "bidirectional"
+        self.weight_processing_conversions = {**self._qkvo_weight_conversions()}
+        self.component_mapping = {
+            "embed": EmbeddingBridge(name="embed_tokens"),
+            "blocks": BlockBridge(name="blocks", config=c, submodules=self._block(c)),
+            "ln_final": NormalizationBridge(name="final_norm", config=c),
+            "unembed": UnembeddingBridge(name="lm_head", config=c),
+        }
+
+    @staticmethod
+    def _block(c: Any) -> dict[str, Any]:
+        projections = {letter: LinearBridge(name=f"{letter}_proj") for letter in "qkvo"}
+        attention = PositionEmbeddingsAttentionBridge(
+            name="attention", config=c, is_causal=False, submodules=projections
+        )
+        mlp: dict[str, Any] = {"in": LinearBridge(name="up_proj"), "out": LinearBridge(name="down_proj")}
+        return {
+            "ln1": NormalizationBridge(name="attention_norm", config=c),
+            "attn": attention,
+            "ln2": NormalizationBridge(name="mlp_norm", config=c),
+            "mlp": MLPBridge(name="mlp", config=c, submodules=mlp),
+        }
+
+
+_ADAPTERS = {
+    "RaddForMaskedLM": RaddAdapter,
+    "LLaDAForMaskedDiffusion": LLaDAAdapter,
+    "DreamForMaskedDiffusion": DreamAdapter,
+}
+for _architecture, _adapter in _ADAPTERS.items():
+    ArchitectureAdapterFactory.register_adapter(_architecture, _adapter)
+
+
+def to_bridge(model: ProbedModel) -> TransformerBridge:
+    """A TransformerBridge of the model, whose `hook_attn_scores` and `hook_pattern` are those of its own attention.
+
+    Its logits equal the model's to 1e-4; parameters are shared, the module tree is not.
+    Raises: RevprobeError, when TransformerLens has no adapter for the architecture.
+    """
+    module = model.module
+    architecture = type(module).__name__
+    config: Any = module.config
+    described: dict[str, Any] = (
+        {"tl_config": _radd_config(config)} if isinstance(config, RaddConfig) else {"hf_config": config}
+    )
+    try:
+        return build_bridge_from_module(_sharing_parameters(module), architecture, **described)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise RevprobeError(
+            f"TransformerLens cannot bridge {architecture}: {reason}; register an adapter for it"
+        ) from error
+
+
+def _sharing_parameters(module: nn.Module) -> nn.Module:
+    """A second module tree over the same parameters: the bridge replaces submodules of the tree it is given."""
+    return copy.deepcopy(module, {id(p): p for p in module.parameters()})
+
+
+def _radd_config(config: RaddConfig) -> TransformerBridgeConfig:
+    return TransformerBridgeConfig(
+        d_model=config.d_model,
+        d_head=config.d_model // config.n_heads,
+        n_heads=config.n_heads,
+        n_layers=config.n_layers,
+        n_ctx=config.max_length,
+        d_vocab=config.vocab_size,
+        d_mlp=config.mlp_ratio * config.d_model,
+        act_fn="gelu_new",
+        attention_dir="bidirectional",
+        positional_embedding_type=_TL_POSITIONS[config.position_encoding],
+    )

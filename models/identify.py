@@ -1,0 +1,102 @@
+"""What a model says about itself: mask token, begin token, logit shift, context length.
+
+Each is found in what was given, in the model's class, its config or its tokenizer, or it is asked for; none is
+guessed from a name. `logit_shift` on the class states the shift of a family (Dream: 1).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+from ..errors import RevprobeError
+from .roles import parameter_role
+
+
+def config_value(module: nn.Module, key: str) -> Any:
+    """A setting of the module's config, of its text part where it has several; None when it has none."""
+    config = getattr(module, "config", None)
+    text_part = getattr(config, "get_text_config", None)
+    return getattr(text_part() if callable(text_part) else config, key, None)
+
+
+def mask_token(given: int | None, tokenizer: Any, module: nn.Module, vocab_size: int, name: str) -> int | None:
+    """The mask token's id: as given, else as the tokenizer and the config say; None when neither names one.
+
+    Raises: RevprobeError, when the two disagree, or the id is outside the vocabulary.
+    """
+    named = [getattr(tokenizer, "mask_token_id", None), config_value(module, "mask_token_id")]
+    known = [given] if given is not None else [value for value in named if value is not None]
+    if len(set(known)) > 1:
+        raise RevprobeError(
+            f"{name}: the tokenizer's mask token is {named[0]}, the config's is {named[1]}; say which with "
+            "mask_token_id="
+        )
+    if known and not 0 <= known[0] < vocab_size:
+        raise RevprobeError(
+            f"{name}: mask token {known[0]} is outside the vocabulary (0 to {vocab_size - 1}); pass mask_token_id="
+        )
+    return known[0] if known else None
+
+
+def begin_token(given: int | None, tokenizer: Any, module: nn.Module, vocab_size: int, name: str) -> int | None:
+    """The begin token's id: as given, else the tokenizer's, else the config's.
+
+    A config's default from a larger vocabulary (a small GPT-2 keeps 50256) names no token and counts as none.
+    Raises: RevprobeError, when the given id is outside the vocabulary.
+    """
+    if given is not None and not 0 <= given < vocab_size:
+        raise RevprobeError(f"{name}: begin token {given} is outside the vocabulary (0 to {vocab_size - 1})")
+    known = (given, getattr(tokenizer, "bos_token_id", None), config_value(module, "bos_token_id"))
+    return next((value for value in known if value is not None and 0 <= value < vocab_size), None)
+
+
+def logit_shift(given: int | None, objective: str, module: nn.Module, name: str) -> int:
+    """How many rows before position i its logits stand: as given, as the class states, or as its kind implies.
+
+    Causal models predict the next token: 1. transformers' masked language models predict in place: 0. Any other
+    bidirectional module may do either (LLaDA 0, Dream 1), and running it cannot tell.
+    Raises: RevprobeError, when it cannot be told, or cannot be.
+    """
+    stated = getattr(module, "logit_shift", None) if given is None else given
+    if stated is None and objective == "causal":
+        return 1
+    if stated is None and _is_masked_language_model(module):
+        return 0
+    if stated is None:
+        raise RevprobeError(
+            f"cannot tell at which row {name} predicts a masked token; pass logit_shift=0 (row i predicts token i) or "
+            "logit_shift=1 (row i predicts token i + 1, as in models converted from causal ones)"
+        )
+    if stated not in (0, 1):
+        raise RevprobeError(
+            f"logit_shift {stated!r}: expected 0 (row i predicts token i) or 1 (row i predicts token i + 1)"
+        )
+    if objective == "causal" and stated == 0:
+        raise RevprobeError(f"logit_shift 0 reads {name} at the target itself, which a causal model sees there; pass 1")
+    return int(stated)
+
+
+def max_length(module: nn.Module) -> int | None:
+    """The longest sequence the config allows; None when it names no limit.
+
+    RoBERTa counts positions from its padding token's id on, so its table is longer than its context.
+    """
+    limit = config_value(module, "max_position_embeddings")
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Embedding) and parameter_role(f"{name}.weight").role == "position":
+            skipped = 0 if part.padding_idx is None else part.padding_idx + 1
+            limit = part.num_embeddings - skipped if skipped else limit
+    return limit
+
+
+def _is_masked_language_model(module: nn.Module) -> bool:
+    """Whether the module is, or wraps (peft), what AutoModelForMaskedLM would load for its config."""
+    inner = next((part for part in module.modules() if isinstance(part, PreTrainedModel)), None)
+    if inner is None or type(inner.config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        return False
+    kind: Any = MODEL_FOR_MASKED_LM_MAPPING[type(inner.config)]
+    return isinstance(inner, kind)

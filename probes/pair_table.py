@@ -1,0 +1,110 @@
+"""How pairs are shown: the frame of `ReversalPairs.to_frame` and the coloured table of a notebook.
+
+Every token stands for itself. A blank that belongs to a token is shown as `␣`, since " Ann" and "Ann" are different
+tokens that would otherwise look alike; a character made of several byte-level tokens shows as `é(1/2) é(2/2)`.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    from .pairs import Query, ReversalPairs
+
+_STYLES = {"target": "background:#E69F00;color:#000", "evidence": "background:#56B4E9;color:#000"}
+_BROKEN = "�"  # what a decoder writes for bytes that are no whole character
+_MOST_BYTES = 4  # of one character in UTF-8
+
+
+def pair_frame(pairs: ReversalPairs) -> pd.DataFrame:
+    """One row per pair and direction: fact, kind, query (token by token), target, evidence, distance, flags."""
+    shown = [_show(query, pairs.tokenizer) for query in pairs.queries]
+    frames = []
+    for direction, index, distance in zip(
+        ("forward", "reverse"), (pairs.forward, pairs.reverse), pairs.distances(), strict=True
+    ):
+        columns = {"pair": np.arange(len(pairs)), "fact": pairs.facts, "direction": direction, "kind": pairs.kind}
+        columns |= {key: [shown[i][key] for i in index] for key in ("query", "target", "evidence")}
+        frames.append(pd.DataFrame(columns | {"distance": distance} | dict(pairs.flags)))
+    return pd.concat(frames).sort_values(["pair", "direction"], kind="stable").reset_index(drop=True)
+
+
+def pair_html(pairs: ReversalPairs, limit: int) -> str:
+    """The first pairs as a table, target and evidence tokens coloured; all text escaped."""
+    rows = "".join(
+        f"<tr><td>{html.escape(pair.fact)}</td><td>{_tokens_html(pair.forward, pairs.tokenizer)}</td>"
+        f"<td>{_tokens_html(pair.reverse, pairs.tokenizer)}</td></tr>"
+        for pair in pairs[:limit]
+    )
+    more = f"<p>... and {len(pairs) - limit} more</p>" if len(pairs) > limit else ""
+    parts = " ".join(f'<span style="{style}">{part}</span>' for part, style in _STYLES.items())
+    counted = "".join(f"; {html.escape(name)}: {count}" for name, count in pairs.report.items())
+    legend = f"<p>{html.escape(repr(pairs))}: {parts}{counted}</p>"
+    return f"{legend}<table><tr><th>fact</th><th>forward</th><th>reverse</th></tr>{rows}</table>{more}"
+
+
+def token_texts(token_ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """Each token as a reader should see it; the ids themselves without a tokenizer."""
+    if tokenizer is None:
+        return [str(token) for token in token_ids]
+    texts = [_token_text(token, tokenizer) for token in token_ids]
+    start = 0
+    while start < len(texts):
+        width = _width(token_ids, texts, start, tokenizer)
+        if width > 1:
+            character = _visible(tokenizer.decode(list(token_ids[start : start + width])))
+            texts[start : start + width] = [f"{character}({k + 1}/{width})" for k in range(width)]
+        start += width
+    return texts
+
+
+def _width(token_ids: Sequence[int], texts: list[str], start: int, tokenizer: Any) -> int:
+    """How many tokens from `start` on make whole characters: 1 unless single bytes must be joined to read."""
+    if _BROKEN not in texts[start]:
+        return 1
+    # A token may end one character and begin the next, so a run can be longer than the bytes of one.
+    for width in range(2, 2 * _MOST_BYTES + 1):
+        if start + width <= len(texts) and _BROKEN not in tokenizer.decode(list(token_ids[start : start + width])):
+            return width
+    return 1
+
+
+def _token_text(token: int, tokenizer: Any) -> str:
+    text = tokenizer.decode([token])
+    piece = tokenizer.convert_ids_to_tokens(token) if hasattr(tokenizer, "convert_ids_to_tokens") else ""
+    # SentencePiece decoders drop the blank of a first token, which here would be every token.
+    return _visible(f" {text}" if piece and piece.startswith("▁") and not text.startswith(" ") else text)
+
+
+def _visible(text: str) -> str:
+    return text.replace(" ", "␣").replace("\n", "⏎")
+
+
+def _show(query: Query, tokenizer: Any) -> dict[str, str]:
+    """The query token by token, target in [brackets], evidence in {braces}; target and evidence as text."""
+    tokens = token_texts(query.token_ids, tokenizer)
+    marked = [
+        f"[{t}]" if i in query.target_positions else f"{{{t}}}" if i in query.evidence_positions else t
+        for i, t in enumerate(tokens)
+    ]
+    parts = {"target": query.target, "evidence": query.evidence}
+    return {"query": " ".join(marked), **{part: _text(ids, tokenizer) for part, ids in parts.items()}}
+
+
+def _text(token_ids: Sequence[int], tokenizer: Any) -> str:
+    if tokenizer is None:
+        return " ".join(map(str, token_ids))
+    return str(tokenizer.decode(list(token_ids))).strip()
+
+
+def _tokens_html(query: Query, tokenizer: Any) -> str:
+    parts = dict.fromkeys(query.target_positions, "target") | dict.fromkeys(query.evidence_positions, "evidence")
+    return " ".join(
+        f'<span style="{_STYLES.get(parts.get(i, ""), "")}">{html.escape(token)}</span>'
+        for i, token in enumerate(token_texts(query.token_ids, tokenizer))
+    )

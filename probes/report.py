@@ -1,0 +1,250 @@
+"""One HTML file about a run or a sweep, and the tidy `summary.csv` beside it.
+
+The page opens without a network and shows what there is: a broken or unfinished run is listed with its reason. Both
+files are written to temporary names and renamed, so an interrupted report leaves the old one whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from ..errors import RevprobeError
+from .heatmap import correlation_heatmap
+from .page import choice, controls, details, figure_data, folded, page, paragraph, section, table
+from .readings import Reading, Readings
+from .signatures import VIEWS, measures_with_reasons, signatures_figure
+from .tables import AXES, final_table, format_final_table, tidy_summary
+
+__all__ = ["ReportRun", "final_table", "format_final_table", "summary_frame", "write_report"]
+
+MANY = 8  # more configurations than this are folded into one line
+WHAT = (
+    "For each checkpoint of each run this page shows whether a language model that saw a relation in one direction "
+    "answers the reversed question, and two signatures of why: whether attention routes to the evidence alike in both "
+    "directions, and whether the two gradients agree. Every number stands beside its 95 % bootstrap interval over "
+    "facts and its control, the same measurement with the facts deranged."
+)
+KINDS = (
+    "Kinds of pairs: same_target asks for the same target from the same evidence in opposite order (masked models); "
+    "swapped exchanges the roles (autoregressive models). The two answer different questions."
+)
+COUNTS = "n pairs: one number where the probes share their pairs, else those of answer / attention / gradient."
+IDENTITY = (
+    "For ALiBi, reverse = forward and correlation = 1 are identities of its symmetric position bias in a one-layer "
+    "model, not findings."
+)
+
+
+@dataclass(frozen=True)
+class ReportRun:
+    """What a report shows of one run.
+
+    Attributes:
+        axes: objective, position_encoding, length, seed; one that is missing stays empty.
+        problem: why the run is broken or unfinished; None when it is complete.
+    """
+
+    name: str
+    axes: Mapping[str, Any]
+    config: Mapping[str, Any]
+    readings: Readings
+    problem: str | None = None
+
+
+def summary_frame(runs: Sequence[ReportRun]) -> pd.DataFrame:
+    """All numbers of all runs, tidy.
+
+    Returns: exactly the columns run, objective, position_encoding, length, seed, step, weights, kind, measure, value,
+        n, low, high, control; probabilities and accuracies are fractions. NaN is undefined.
+    """
+    return tidy_summary(_measures(run) for run in runs)
+
+
+def write_report(runs: Sequence[ReportRun], path: str | Path, *, title: str = "revprobe report") -> Path:
+    """Write the report to `path` and `summary.csv` beside it, each whole or not at all.
+
+    Raises: RevprobeError, when the folder cannot be written or two runs share a name.
+    """
+    path = Path(path)
+    twice = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
+    if twice:
+        raise RevprobeError(f"two runs are called {twice[0]!r}: expected different names, rename one of their folders")
+    measures = {run.name: _measures(run) for run in runs}
+    summary = tidy_summary(measures.values())
+    document = page(title, _sections(title, runs, summary, measures))
+    _write_whole({path.with_name("summary.csv"): summary.to_csv(index=False, lineterminator="\n"), path: document})
+    return path
+
+
+def _measures(run: ReportRun) -> pd.DataFrame:
+    axes = {axis: run.axes.get(axis) for axis in AXES}
+    return measures_with_reasons(run.readings).assign(run=run.name, **axes)
+
+
+def _write_whole(texts: Mapping[Path, str]) -> None:
+    """Write every file under a temporary name first, so that a full disk leaves all the old ones."""
+    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in texts}
+    try:
+        for path, part in parts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(texts[path], encoding="utf-8", newline="")
+        for path, part in parts.items():
+            os.replace(part, path)
+    except OSError as error:
+        where = next(iter(texts)).parent
+        raise RevprobeError(
+            f"cannot write the report in {str(where)!r}: {error}; expected a writable folder"
+        ) from error
+    finally:
+        for part in parts.values():
+            with suppress(OSError):  # the folder itself may be what is wrong; the first error says so
+                part.unlink()
+
+
+def _sections(
+    title: str, runs: Sequence[ReportRun], summary: pd.DataFrame, measures: Mapping[str, pd.DataFrame]
+) -> list[str]:
+    header = section("top", title, paragraph(WHAT), _runs_table(runs)).replace("h2>", "h1>")
+    if summary.empty:
+        why = "There are no runs here yet." if not runs else "No run has a reading yet."
+        return [header, paragraph(f"Nothing to show: {why}"), _warnings(runs), _configs(runs)]
+    return [
+        header,
+        _final_section(runs, summary),
+        _signatures_section(pd.concat([part for part in measures.values() if len(part)], ignore_index=True)),
+        _heatmap_section(runs),
+        _warnings(runs),
+        _configs(runs),
+        _versions(runs),
+    ]
+
+
+def _runs_table(runs: Sequence[ReportRun]) -> str:
+    rows, problems = [], []
+    for place, run in enumerate(runs):
+        steps = run.readings.steps
+        if run.problem:
+            problems.append(place)
+        shown = f"{len(steps)} ({steps[0]:,} to {steps[-1]:,})" if steps else str(min(len(run.readings), 1))
+        axes = ["-" if run.axes.get(axis) is None else run.axes[axis] for axis in AXES]
+        rows.append([run.name, *axes, shown, run.problem or "complete"])
+    names = [axis.replace("_", " ") for axis in AXES]
+    return table(["run", *names, "checkpoints (steps)", "state"], rows, problems=problems) if rows else ""
+
+
+def _final_section(runs: Sequence[ReportRun], summary: pd.DataFrame) -> str:
+    shown = format_final_table(final_table(summary))
+    broken = {run.name for run in runs if run.problem}
+    problems = [place for place, name in enumerate(shown["run"]) if name in broken]
+    notes = [KINDS, COUNTS + " Marked rows are of unfinished runs, at their last checkpoint." * bool(problems)]
+    if any(run.axes.get("position_encoding") == "alibi" for run in runs):
+        notes.append(IDENTITY)
+    body = table(list(shown.columns), shown.to_numpy().tolist(), problems=problems)
+    return section("final", "Last checkpoint", body, *(paragraph(note, note=True) for note in notes))
+
+
+def _signatures_section(measures: pd.DataFrame) -> str:
+    figure = signatures_figure(measures, buttons=False)
+    selects = []
+    if {"raw", "ema"} <= set(measures["weights"].dropna()):
+        selects.append(choice("choose-weights", "weights", list(VIEWS.items())))
+    for axis in ("length", "run"):
+        values = list(dict.fromkeys(str(value) for value in measures[axis]))
+        if len(values) > 1:
+            # Lengths are different tasks: a sweep opens on the first, not on all of them over each other.
+            first = values[0] if axis == "length" else "all"
+            selects.append(choice(f"choose-{axis}", axis, [("all", "all"), *((v, v) for v in values)], chosen=first))
+    note = "Colour: position encoding (ARM: autoregressive model). A click on a legend entry hides its run."
+    parts = [controls(*selects), '<div id="signatures"></div>', figure_data("signatures", figure)]
+    return section("signatures", "The three signatures over training", *parts, paragraph(note, note=True))
+
+
+def _heatmap_section(runs: Sequence[ReportRun]) -> str:
+    shown = [run for run in runs if len(run.readings.select(name="attention_correlation"))]
+    if not shown:
+        return section("heatmap", "Attention correlation by distance", paragraph("No run has an attention reading."))
+    ids = [f"heatmap-{place}" for place in range(len(shown))]
+    select = choice("choose-map", "run", [(name, run.name) for name, run in zip(ids, shown, strict=True)])
+    data = [figure_data(name, correlation_heatmap(run.readings)) for name, run in zip(ids, shown, strict=True)]
+    note = (
+        "Each cell: mean Pearson r between forward and reverse attention scores of the pairs at these two distances, "
+        "within groups of one pair of signed offsets. White: no such pair. Grey: undefined, the hover says why."
+    )
+    parts = [controls(select), '<div id="heatmap"></div>', *data, paragraph(note, note=True)]
+    return section("heatmap", "Attention correlation by distance", *parts)
+
+
+def _warnings(runs: Sequence[ReportRun]) -> str:
+    rows = [[run.name, *row] for run in runs for row in _undefined_rows(run.readings)]
+    headings = ["run", "probe", "weights", "reason", "undefined points", "checkpoints"]
+    undefined = table(headings, rows) if rows else paragraph("No point is undefined.")
+    said = [f"{run.name}: {warning}" for run in runs for warning in _run_warnings(run)]
+    return section("undefined", "Undefined points and warnings", undefined, *(paragraph(text) for text in said))
+
+
+def _undefined_rows(readings: Sequence[Reading]) -> list[list[object]]:
+    counts: Counter[tuple[str, str, str]] = Counter()
+    checkpoints: Counter[tuple[str, str, str]] = Counter()
+    for reading in readings:
+        for reason, count in reading.undefined.items():
+            place = (reading.name, str(reading.meta.get("weights") or "-"), reason)
+            counts[place] += count
+            checkpoints[place] += 1
+    return [[*place, f"{count:,}", checkpoints[place]] for place, count in counts.items() if count]
+
+
+def _run_warnings(run: ReportRun) -> list[str]:
+    """What makes a run's numbers incomparable or incomplete, found in its readings' meta."""
+    found = [run.problem] if run.problem else []
+    steps = run.readings.steps
+    if steps and steps[0] != 0:
+        found.append(f"no reading of the untrained model: the first is at step {steps[0]:,}")
+    for key, words in (("pairs", "sets of pairs"), ("dtype", "dtypes"), ("versions", "sets of library versions")):
+        by_probe: dict[str, set[str]] = {}
+        for reading in run.readings:
+            by_probe.setdefault(reading.name, set()).add(json.dumps(reading.meta.get(key), sort_keys=True, default=str))
+        for probe, values in by_probe.items():
+            if len(values) > 1:
+                found.append(f"{probe} was taken with {len(values)} {words}; its checkpoints are not comparable")
+    return found
+
+
+def _configs(runs: Sequence[ReportRun]) -> str:
+    shown = [details(run.name, _yaml(run.config)) for run in runs]
+    if len(shown) > MANY:
+        shown = [folded(f"{len(shown)} configurations", *shown)]
+    return section("configuration", "Configuration", *shown) if runs else ""
+
+
+def _yaml(value: Mapping[str, Any]) -> str:
+    # Through JSON first: safe_dump refuses paths and numpy numbers, and would fail the whole report for one of them.
+    plain = json.loads(json.dumps(dict(value), default=str))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _versions(runs: Sequence[ReportRun]) -> str:
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        for reading in run.readings:
+            for key in ("versions", "dtype", "threads", "statistic"):
+                for name, value in _named(key, reading.meta.get(key)).items():
+                    if value not in found.setdefault(name, []):
+                        found[name].append(value)
+    rows = [[name, "; ".join(values)] for name, values in found.items()]
+    return section("versions", "Versions and settings", table(["name", "value"], rows))
+
+
+def _named(key: str, value: Any) -> dict[str, str]:
+    if isinstance(value, Mapping):
+        return {str(name): str(inner) for name, inner in value.items()}
+    return {} if value is None else {key: str(value)}

@@ -1,0 +1,89 @@
+"""The TransformerLens view: the same logits, the right attention, shared weights, and the model left as it was."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from revprobe import ProbedModel, RaddConfig, RaddForMaskedLM, RevprobeError, letter_pairs, letter_tokenizer, probe
+from revprobe.models.radd import POSITION_ENCODINGS
+
+SMALL = {"vocab_size": 56, "max_position_embeddings": 64, "bos_token_id": 54, "eos_token_id": None, "pad_token_id": 55}
+
+
+def radd(encoding: str) -> ProbedModel:
+    config = RaddConfig(position_encoding=encoding, n_layers=2, n_heads=2, d_model=16)
+    return ProbedModel(spread(RaddForMaskedLM(config)), letter_tokenizer(), objective="masked")
+
+
+def gpt2() -> ProbedModel:
+    config = GPT2Config(**SMALL, n_embd=16, n_layer=2, n_head=2)
+    return ProbedModel(spread(GPT2LMHeadModel(config)), letter_tokenizer(), objective="causal")
+
+
+def llama() -> ProbedModel:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    config = LlamaConfig(**SMALL, **heads, hidden_size=16, intermediate_size=32)
+    return ProbedModel(spread(LlamaForCausalLM(config)), letter_tokenizer(), objective="causal")
+
+
+def spread(module: torch.nn.Module) -> torch.nn.Module:
+    torch.manual_seed(0)
+    for p in module.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return module.eval()
+
+
+MODELS = {**{e: (lambda e=e: radd(e)) for e in POSITION_ENCODINGS}, "gpt2": gpt2, "llama (grouped keys)": llama}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_pattern_are_the_models_own_also_when_padded(name):
+    model = MODELS[name]()
+    ids = torch.tensor([[4, 0, 53, 30, 0], [4, 0, 31, 55, 55]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    wanted = lambda hook: hook.endswith(("hook_attn_scores", "hook_pattern"))  # noqa: E731
+    logits, cache = model.to_bridge().run_with_cache(ids, attention_mask=mask, names_filter=wanted)
+    ours = model.logits(ids, mask)
+    difference = (logits - ours)[mask.bool()].nan_to_num()  # -inf at RADD's mask token on both sides
+    assert difference.abs().max() < 1e-4
+    for layer in range(2):
+        pattern = cache[f"blocks.{layer}.attn.hook_pattern"]
+        torch.testing.assert_close(pattern.sum(-1)[0], torch.ones(pattern.shape[1], 5), atol=1e-5, rtol=0)
+        sees_later = float(pattern[0, :, 0, 1:].abs().sum()) > 0
+        assert sees_later == (model.objective == "masked"), "attention in the wrong direction"
+        assert (pattern[1, :, :3, 3:] < 1e-6).all(), "padding is attended to"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_probes_read_the_same_numbers_through_the_bridge(name):
+    """Scores come from `hook_attn_scores` there and from the SDPA call here."""
+    model = MODELS[name]()
+    pairs = letter_pairs(5, model=model)
+    told = {"objective": model.objective, "mask_token_id": 53, "logit_shift": model.logit_shift}
+    wrapped = ProbedModel(model.to_bridge(), letter_tokenizer(), **told)
+    ours = probe(model, pairs, only=["attention", "probability"])
+    theirs = probe(wrapped, pairs, only=["attention", "probability"])
+    for one, other in zip(ours, theirs, strict=True):
+        columns = [c for c in one.frame.columns if c.startswith(("score", "weight", "log_prob"))]
+        left, right = (r.frame[columns].astype(float).to_numpy() for r in (one, other))
+        assert ((abs(left - right) < 1e-4) | ((left != left) & (right != right))).all()
+
+
+def test_the_bridge_shares_weights_and_leaves_the_model_alone():
+    model = radd("rope")
+    names = list(model.module.state_dict())
+    bridge = model.to_bridge()
+    assert list(model.module.state_dict()) == names
+    ids = torch.tensor([[4, 0, 53, 30]])
+    with torch.no_grad():
+        model.module.embed_tokens.weight.mul_(2)
+    torch.testing.assert_close(bridge(ids)[..., :53], model.logits(ids)[..., :53], atol=1e-4, rtol=0)
+
+
+def test_an_architecture_without_an_adapter_is_named():
+    class Unheard(GPT2LMHeadModel):
+        pass
+
+    model = ProbedModel(Unheard(GPT2Config(**SMALL, n_embd=16, n_layer=1, n_head=2)), objective="causal")
+    with pytest.raises(RevprobeError, match=r"TransformerLens cannot bridge Unheard: .*register an adapter"):
+        model.to_bridge()

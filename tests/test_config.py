@@ -1,0 +1,172 @@
+"""Configs: what a wrong one says, what a right one means, and that both examples are right."""
+
+from pathlib import Path
+
+import pytest
+
+from revprobe import RevprobeError
+from revprobe.finetune.config import (
+    RunConfig,
+    SweepConfig,
+    dump_config,
+    example_names,
+    find_config,
+    load_config,
+    parse_config,
+)
+from revprobe.finetune.mistakes import differences
+
+RUN = "name: mine\nrelation: {length: 6}\ntraining: {steps: 100}\n"
+SWEEP = "name: grid\nbase: {training: {steps: 5}}\n"
+
+
+def run(text: str = "") -> RunConfig:
+    return parse_config(RUN + text, RunConfig, "my.yaml")
+
+
+def sweep(cells: str) -> SweepConfig:
+    return parse_config(f"{SWEEP}cells:\n{cells}", SweepConfig, "my.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "training: {steps: 1, learning_rat: 1}",
+            "my.yaml: unknown key 'training.learning_rat'; the closest is 'learning_rate'",
+        ),
+        ("training: {stps: 1}", "unknown key 'training.stps'; the closest is 'steps' (in training) (and 1 more)"),
+        ("training: {steps: 1}\nmodle: {}", "unknown key 'modle'; the closest is 'model'"),
+        ("training: {steps: 1}\nseed: 3", "unknown key 'seed'; the closest is 'training.seed'"),
+        ("training: {}", "'training.steps' is missing"),
+        ("training: {steps: '100'}", "training.steps is '100'; expected integer"),
+        ("training: {steps: yes}", "training.steps is True; expected integer"),
+        ("training: {steps: 0}", "training.steps is 0; expected greater than or equal to 1"),
+        ("training: {steps: 1, ema_decay: 1.5}", "training.ema_decay is 1.5; expected less than 1"),
+        ("training: {steps: 1, device: gpu}", "training.device is 'gpu'; expected 'auto', 'cpu' or 'cuda'"),
+        ("training: 3", "training is 3; expected a section with keys of its own"),
+        ("training: {steps: 1}\nmodel: {family: gtp2}", "expected 'radd' or 'gpt2'; the closest is 'gpt2'"),
+        ("training: {steps: 1}\nmodel: {position_encoding: rpoe}", "'none'; the closest is 'rope'"),
+        ("training: {steps: 1}\nmodel: {family: gpt2, position_encoding: rope}", "learned absolute positions only"),
+        ("training: {steps: 1}\nmodel: {d_model: 10, n_heads: 3}", "d_model 10 is not divisible by n_heads 3"),
+        ("training: {steps: 1}\nmodel: {d_model: 3}", "rope needs an even head dimension, got 3"),
+        ("training: {steps: 1}\nrelation: {length: 1}", "relation.length is 1; expected greater than or equal to 2"),
+        ("training: {steps: 1}\nsnapshots: {every: 1, count: 2}", "give exactly one of every"),
+        ("training: {steps: 5}\nsnapshots: {steps: [9]}", "snapshots.steps has 9, but training.steps is 5"),
+        ("training: {steps: 1}\ntraining: {steps: 2}", "line 3: not valid YAML: key 'training' stands twice"),
+        ("training: {steps: 1", "not valid YAML"),
+    ],
+)
+def test_a_wrong_run_config_says_so_in_one_line(text: str, words: str) -> None:
+    """Key with its path, file, and the nearest valid key; or the value and what was expected."""
+    with pytest.raises(RevprobeError) as raised:
+        parse_config(f"name: mine\n{text}", RunConfig, "my.yaml")
+    message = str(raised.value)
+    assert message.startswith("my.yaml: ")
+    assert words in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("cells", "words"),
+    [
+        ("- {position_encodin: rope}", "unknown key 'cells[0].position_encodin'; the closest is 'position_encoding'"),
+        ("- {seed: [0, x]}", "cells[0].seed[1] is 'x'; expected integer"),
+        ("- {seed: 0}\n- {position_encoding: rope}", "the cells ask for rope-l10-s0 more than once"),
+        ("- {objective: causal, position_encoding: rope}", "learned absolute positions only"),
+        ("- {objective: masekd}", "the closest is 'masked'"),
+    ],
+)
+def test_a_wrong_sweep_config_says_so_in_one_line(cells: str, words: str) -> None:
+    with pytest.raises(RevprobeError) as raised:
+        sweep(cells)
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_name_that_is_no_folder_name_is_refused() -> None:
+    """It becomes a folder: `../x` would leave the runs folder."""
+    with pytest.raises(RevprobeError, match=r"name is '\.\./x'; expected letters, digits"):
+        parse_config("name: ../x\ntraining: {steps: 1}", RunConfig, "my.yaml")
+
+
+def test_a_missing_file_names_the_nearest_example(tmp_path: Path) -> None:
+    with pytest.raises(RevprobeError, match=r"no config file 'one-layer-quik', and no example .* 'one-layer-quick'"):
+        load_config("one-layer-quik", SweepConfig)
+    binary = tmp_path / "weights.bin"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RevprobeError, match=r"weights.bin: not a text file"):
+        load_config(binary, RunConfig)
+    empty = tmp_path / "empty.yaml"
+    empty.touch()
+    with pytest.raises(RevprobeError, match=r"empty.yaml: expected the keys relation, model, .*, got NoneType"):
+        load_config(empty, RunConfig)
+
+
+def test_a_sweep_given_to_train_and_a_run_given_to_sweep_name_the_right_command() -> None:
+    with pytest.raises(RevprobeError, match=r"is a sweep \(it has 'cells'\); use `revprobe sweep my.yaml`"):
+        parse_config(f"{SWEEP}cells: [{{seed: 0}}]", RunConfig, "my.yaml")
+    with pytest.raises(RevprobeError, match=r"is a single run .*; use `revprobe train my.yaml`"):
+        parse_config(RUN, SweepConfig, "my.yaml")
+
+
+def test_a_dumped_config_reads_back_equal() -> None:
+    """Else a run could not be resumed with the config it wrote itself."""
+    for text in (
+        "",
+        "snapshots: {every: 7}\n",
+        "snapshots: {steps: [3, 50]}\n",
+        "model: {family: gpt2, dropout: 0.1}\n",
+    ):
+        assert parse_config(dump_config(run(text)), RunConfig, "again") == run(text)
+    grid = sweep("- {position_encoding: [rope, alibi], seed: [0, 1]}\n- {objective: causal, length: [4, 8]}\n")
+    assert parse_config(dump_config(grid), SweepConfig, "again") == grid
+
+
+def test_differences_show_old_and_new_values() -> None:
+    assert differences(run(), run()) == []
+    changed = run("snapshots: {every: 7}\n")
+    assert differences(run(), changed) == ["snapshots.count: 12 -> None", "snapshots.every: None -> 7"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "steps"),
+    [
+        ("{every: 40}", [0, 40, 80, 100]),
+        ("{every: 100}", [0, 100]),
+        ("{steps: [3, 50]}", [0, 3, 50, 100]),
+        ("{count: 3}", [0, 1, 10, 100]),
+        ("{count: 1}", [0, 1, 100]),
+    ],
+)
+def test_snapshots_always_hold_step_0_and_the_last(rule: str, steps: list[int]) -> None:
+    assert run(f"snapshots: {rule}\n").snapshot_steps == steps
+
+
+def test_a_grid_names_its_runs_and_sets_its_axes() -> None:
+    grid = sweep("- {position_encoding: [rope, alibi], seed: [0, 1]}\n- {objective: causal, length: [4, 8]}\n")
+    made = {made.name: made for made in grid.runs()}
+    assert list(made) == ["rope-l10-s0", "rope-l10-s1", "alibi-l10-s0", "alibi-l10-s1", "arm-l4-s0", "arm-l8-s0"]
+    assert made["alibi-l10-s1"].axes == {
+        "objective": "masked",
+        "position_encoding": "alibi",
+        "length": 10,
+        "seed": 1,
+    }
+    assert made["arm-l8-s0"].axes == {"objective": "causal", "position_encoding": "absolute", "length": 8, "seed": 0}
+    for one in made.values():
+        assert one.training.model_copy(update={"seed": 0}) == grid.base.training
+
+
+def test_the_examples_are_the_sweeps_the_documentation_promises() -> None:
+    """Found by name from wherever the package lies; nothing but the axes differs between runs."""
+    assert example_names() == ["one-layer", "one-layer-quick"]
+    quick = load_config("one-layer-quick", SweepConfig)
+    assert quick.name == "one-layer-quick"
+    assert [made.name for made in quick.runs()] == ["rope-l10-s0", "alibi-l10-s0", "absolute-l10-s0", "arm-l10-s0"]
+    full = load_config(find_config("one-layer"), SweepConfig)
+    names = {made.name for made in full.runs()}
+    expected = {f"{kind}-l{length}" for kind in ("rope", "arm") for length in (10, 20, 30, 40)}
+    expected |= {f"{kind}-l{length}" for kind in ("absolute", "alibi") for length in (10, 20)}
+    assert names == {f"{name}-s{seed}" for name in expected for seed in range(3)}
+    assert full.base.training.steps > quick.base.training.steps

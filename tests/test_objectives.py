@@ -1,0 +1,208 @@
+"""The training losses against slow, obvious versions: every mask enumerated, every logarithm taken by hand."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from revprobe import RaddConfig, RaddForMaskedLM, RevprobeError
+from revprobe.finetune.objectives import (
+    causal_loss,
+    draw_masks,
+    masked_diffusion_loss,
+    price_masks,
+    step_generator,
+)
+
+VOCAB, LENGTH, MASK = 4, 3, 3
+Price = Callable[..., Tensor]
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    """A RADD over the tokens 0, 1, 2 and the mask; double, so that only the formula can be wrong."""
+    torch.manual_seed(0)
+    config = RaddConfig(
+        vocab_size=VOCAB, mask_token_id=MASK, bos_token_id=None, pad_token_id=None, d_model=8, initializer_range=0.5
+    )
+    return RaddForMaskedLM(config).double().eval()
+
+
+def all_masks() -> list[list[bool]]:
+    return [list(mask) for mask in itertools.product([False, True], repeat=LENGTH)]
+
+
+def slow_row_loss(model: nn.Module, row: list[int], mask: list[bool], rate: float) -> float:
+    """(1/t) * sum over masked tokens of -log p / L, one token at a time."""
+    shown = torch.tensor([[MASK if hidden else token for token, hidden in zip(row, mask, strict=True)]])
+    scores = model(shown).logits[0].tolist()
+    total = 0.0
+    for position, token in enumerate(row):
+        if mask[position]:
+            normalizer = sum(math.exp(score) for score in scores[position])
+            total -= math.log(math.exp(scores[position][token]) / normalizer)
+    return total / rate / len(row)
+
+
+def expected_loss(model: nn.Module, row: list[int], rate: float) -> float:
+    """The mean of the row's loss over all masks at masking rate t."""
+    chance = [rate ** sum(mask) * (1 - rate) ** (LENGTH - sum(mask)) for mask in all_masks()]
+    losses = [slow_row_loss(model, row, mask, rate) for mask in all_masks()]
+    return sum(c * loss for c, loss in zip(chance, losses, strict=True))
+
+
+def enumerated(price: Price, model: nn.Module, row: list[int], rate: float) -> Tensor:
+    """The same mean through the function under test, all masks in one batch."""
+    masks = torch.tensor(all_masks())
+    ids = torch.tensor([row]).expand(len(masks), -1)
+    losses = price(model(ids.masked_fill(masks, MASK)).logits, ids, masks, torch.full((len(masks),), rate).double())
+    count = masks.sum(1)
+    return (losses * rate**count * (1 - rate) ** (LENGTH - count)).sum()
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.5, 1.0])
+def test_the_expected_loss_is_that_of_all_masks_enumerated(model: nn.Module, rate: float) -> None:
+    """A wrong weight, length, sign or position moves it."""
+    for row in ([0, 1, 2], [2, 2, 0]):
+        assert enumerated(price_masks, model, row, rate).item() == pytest.approx(
+            expected_loss(model, row, rate), abs=1e-6
+        )
+
+
+FAULTS: dict[str, Price] = {
+    "1/t forgotten": lambda logits, ids, mask, rate: price_masks(logits, ids, mask, torch.ones_like(rate)),
+    "divided by the masked count": lambda logits, ids, mask, rate: price_masks(
+        logits, ids, mask, rate, mask.sum(1).clamp(min=1)
+    ),
+    "visible tokens priced": lambda logits, ids, mask, rate: price_masks(logits, ids, torch.ones_like(mask), rate),
+    "logits of the neighbour": lambda logits, ids, mask, rate: price_masks(logits.roll(1, dims=1), ids, mask, rate),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_in_the_loss_is_seen(model: nn.Module, fault: str) -> None:
+    """The enumeration itself: it must tell these apart, or it proves nothing."""
+    found = enumerated(FAULTS[fault], model, [0, 1, 2], 0.5).item()
+    assert abs(found - expected_loss(model, [0, 1, 2], 0.5)) > 1e-2
+
+
+def test_the_gradient_is_p_minus_target_over_t_and_l_at_masked_positions_only() -> None:
+    """d loss / d logits = (softmax - onehot) / (t L), zero where nothing is hidden."""
+    torch.manual_seed(1)
+    logits = torch.randn(2, LENGTH, VOCAB, dtype=torch.double, requires_grad=True)
+    ids = torch.tensor([[0, 1, 2], [2, 0, 0]])
+    mask, rate = torch.tensor([[True, False, True], [False, False, False]]), torch.tensor([0.4, 0.7]).double()
+    # price_masks computes in float32, as training does.
+    price_masks(logits, ids, mask, rate).sum().backward()
+    onehot = nn.functional.one_hot(ids, VOCAB)
+    expected = (logits.softmax(-1) - onehot) * mask[..., None] / (rate[:, None, None] * LENGTH)
+    assert logits.grad is not None
+    assert torch.allclose(logits.grad, expected.detach(), atol=1e-6)
+    assert torch.equal(logits.grad[1], torch.zeros(LENGTH, VOCAB).double()), "a row without a mask contributes 0"
+
+
+def test_the_loss_of_a_batch_is_the_mean_over_its_own_draws(model: nn.Module) -> None:
+    """masked_diffusion_loss draws from the generator it is given, and from nothing else."""
+    ids = torch.tensor([[0, 1, 2], [2, 2, 0], [1, 0, 0], [0, 0, 1]])
+    torch.manual_seed(7)
+    loss = masked_diffusion_loss(model, ids, generator=step_generator(0, 5), mask_token_id=MASK)
+    rate, mask = draw_masks((4, LENGTH), generator=step_generator(0, 5))
+    slow = [
+        slow_row_loss(model, row, hidden, t)
+        for row, hidden, t in zip(ids.tolist(), mask.tolist(), rate.tolist(), strict=True)
+    ]
+    assert loss.item() == pytest.approx(sum(slow) / 4, abs=1e-6)
+    torch.manual_seed(8)
+    again = masked_diffusion_loss(model, ids, generator=step_generator(0, 5), mask_token_id=MASK)
+    assert torch.equal(loss, again)
+
+
+class Constant(nn.Module):
+    """The same logits at every position of every input: then the expected loss is the cross-entropy, at any t."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return torch.tensor([0.5, -1.0, 2.0, float("-inf")]).expand(*input_ids.shape, VOCAB)
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_the_loss_is_unbiased(antithetic: bool) -> None:
+    """E over t and masks of (1/t) * masked cross-entropy / L is the plain cross-entropy per token."""
+    ids = torch.tensor([[0, 1, 2]]).expand(20_000, -1)
+    losses = [
+        masked_diffusion_loss(
+            Constant(), ids, generator=step_generator(0, step), mask_token_id=MASK, antithetic=antithetic
+        ).item()
+        for step in range(20)
+    ]
+    plain = nn.functional.cross_entropy(Constant()(ids[:1])[0], ids[0]).item()
+    mean, spread = torch.tensor(losses).mean().item(), torch.tensor(losses).std().item()
+    assert abs(mean - plain) < 4 * spread / 20**0.5, f"{mean} against {plain}"
+
+
+def test_masking_rates_are_uniform_and_tokens_are_masked_at_their_rate() -> None:
+    """Rates below eps would divide by almost zero; masks that ignore the rate would bias the loss."""
+    rate, mask = draw_masks((50_000, 8), generator=step_generator(0, 0), eps=0.1)
+    assert rate.min() >= 0.1
+    assert rate.max() <= 1.0
+    assert rate.mean().item() == pytest.approx(0.55, abs=0.005)
+    for low in (0.1, 0.4, 0.7):
+        chosen = (rate > low) & (rate < low + 0.3)
+        assert mask[chosen].float().mean().item() == pytest.approx(rate[chosen].mean().item(), abs=0.005)
+    spread, _ = draw_masks((100, 8), generator=step_generator(0, 0), eps=0.0, antithetic=True)
+    assert torch.allclose(spread.sort().values.diff(), torch.full((99,), 0.01), atol=1e-5)
+
+
+def test_every_place_in_training_has_masks_of_its_own() -> None:
+    """Equal streams at two steps, micro-steps, processes or seeds would train on the same masks twice."""
+    places = itertools.product(range(2), range(3), range(2), range(2), range(2))
+    draws = {tuple(draw_masks((4, 16), generator=step_generator(*place))[0].tolist()) for place in places}
+    assert len(draws) == 48
+    same = [draw_masks((4, 16), generator=step_generator(1, 2, 3, 4))[1] for _ in range(2)]
+    assert torch.equal(*same)
+
+
+def test_padding_changes_nothing(model: nn.Module) -> None:
+    """A padded row is priced like the row alone: pads are never masked and do not count towards L."""
+    ids, attention = torch.tensor([[0, 1, 2, 0, 0]]), torch.tensor([[1, 1, 1, 0, 0]])
+    loss = masked_diffusion_loss(
+        model, ids, generator=step_generator(0, 3), mask_token_id=MASK, attention_mask=attention
+    )
+    rate, mask = draw_masks((1, 5), generator=step_generator(0, 3))
+    assert loss.item() == pytest.approx(slow_row_loss(model, [0, 1, 2], mask[0, :3].tolist(), rate.item()), abs=1e-6)
+
+
+class Table(nn.Module):
+    """Logits that stand in a table, whatever the input."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.logits
+
+
+def test_the_causal_loss_prices_each_next_token() -> None:
+    """Unshifted logits would price each token by the row that has seen it."""
+    torch.manual_seed(2)
+    logits, ids = torch.randn(2, LENGTH, VOCAB), torch.tensor([[0, 1, 2], [2, 2, 0]])
+    log_p = logits.log_softmax(-1)
+    terms = [-log_p[row, i, ids[row, i + 1]].item() for row in range(2) for i in range(LENGTH - 1)]
+    assert causal_loss(Table(logits), ids).item() == pytest.approx(sum(terms) / 4, abs=1e-6)
+    unshifted = nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).item()
+    assert abs(unshifted - sum(terms) / 4) > 1e-2
+    padded = causal_loss(Table(logits), ids, attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0]]))
+    assert padded.item() == pytest.approx(sum(terms[:3]) / 3, abs=1e-6)
+
+
+def test_wrong_training_rows_are_refused(model: nn.Module) -> None:
+    draw = step_generator(0, 0)
+    with pytest.raises(RevprobeError, match=r"contain the mask token 3; pass clean sequences"):
+        masked_diffusion_loss(model, torch.tensor([[0, MASK, 1]]), generator=draw, mask_token_id=MASK)
+    with pytest.raises(RevprobeError, match=r"shape \(3,\): expected \(batch, seq\)"):
+        masked_diffusion_loss(model, torch.tensor([0, 1, 2]), generator=draw, mask_token_id=MASK)
+    with pytest.raises(RevprobeError, match=r"shape \(2, 1\): expected .* seq >= 2"):
+        causal_loss(model, torch.tensor([[0], [1]]))
