@@ -7,6 +7,7 @@ rows. Every routine works on whole arrays; the slow, obvious versions stand in t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy import sparse
@@ -122,15 +123,45 @@ def group_correlation(
         np.concatenate([layout.correlations(forward[:, b], reverse[:, b], pooled) for b in blocks], axis=None)
     )
     low, high = _percentiles(_row_means(resampled)) if layout.n_facts > 1 else (float("nan"), float("nan"))
-    null = np.array([])
-    if control and layout.n_groups < len(facts):
-        null = np.array(
-            [_mean(layout.deranged(forward, reverse, facts, groups, pooled, seed + k)) for k in range(DERANGEMENTS)]
-        )
+    null = _null(layout, forward, reverse, facts, groups, pooled, seed) if control else np.array([])
     used = layout.large[layout.group] | pooled
     n = int((np.isfinite(forward) & np.isfinite(reverse)).any(1)[used].sum())
     name = "pooled within-group r" if pooled else f"mean within-group r over groups of at least {LEAST_FACTS} facts"
     return GroupCorrelation(value, low, high, n, null[np.isfinite(null)], cells, name)
+
+
+def _null(
+    layout: _Layout,
+    forward: np.ndarray,
+    reverse: np.ndarray,
+    facts: np.ndarray,
+    groups: np.ndarray,
+    pooled: bool,
+    seed: int,
+) -> np.ndarray:
+    """The value under each of DERANGEMENTS derangements; empty when no group has two facts. Shapes: `-> null`."""
+    if layout.n_groups == len(facts):
+        return np.array([])
+    partners = derangements(facts, groups, seed=seed)
+    whole = np.isfinite(forward).all() and np.isfinite(reverse).all()
+    if whole and (np.sort(partners, axis=1) == np.arange(len(facts))).all():
+        return layout.permuted(forward, reverse, partners, pooled)
+    return np.array([layout.deranged(forward, reverse, partner, pooled) for partner in partners])
+
+
+def derangements(facts: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """DERANGEMENTS derangements with seeds from `seed` on; kept for the next checkpoint's reading of the same pairs.
+
+    Shapes: `pair, pair -> null pair`.
+    """
+    fact, group = (np.unique(values, return_inverse=True)[1].reshape(-1) for values in (facts, groups))
+    return _derangements(fact.astype(np.int32).tobytes(), group.astype(np.int32).tobytes(), seed)
+
+
+@lru_cache(maxsize=4)
+def _derangements(facts: bytes, groups: bytes, seed: int) -> np.ndarray:
+    fact, group = (np.frombuffer(codes, dtype=np.int32) for codes in (facts, groups))
+    return np.stack([derangement(fact, group, seed=seed + k) for k in range(DERANGEMENTS)]).astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -188,12 +219,24 @@ class _Layout:
         drawn = np.stack([np.tensordot(draws, s, axes=1) for s in sums])
         return (_pooled(drawn, axis=1) if pooled else _pearson(drawn)).reshape(len(draws), -1)
 
-    def deranged(
-        self, forward: np.ndarray, reverse: np.ndarray, facts: np.ndarray, groups: np.ndarray, pooled: bool, seed: int
-    ) -> np.ndarray:
-        partner = derangement(facts, groups, seed=seed)
+    def deranged(self, forward: np.ndarray, reverse: np.ndarray, partner: np.ndarray, pooled: bool) -> float:
+        """The value when each forward score meets the reverse score of its partner."""
         other = np.where((partner >= 0)[:, None], reverse[partner], np.nan)
-        return self.correlations(forward, other, pooled)
+        return _mean(self.correlations(forward, other, pooled))
+
+    def permuted(self, forward: np.ndarray, reverse: np.ndarray, partners: np.ndarray, pooled: bool) -> np.ndarray:
+        """`deranged` for many partners at once, where each permutes whole groups and every score is defined.
+
+        Then only the products change: the sums and squares of a group are those of its true pairing.
+        Shapes: `partners`: `null pair`; returns `null`.
+        """
+        true = self.moments(forward, reverse)
+        sums = np.stack([self.by_group @ m for m in true])
+        values = []
+        for partner in partners:
+            sums[5] = self.by_group @ (true[1] * true[2][partner])
+            values.append(_mean(self._combine(sums, pooled)))
+        return np.array(values)
 
     def _combine(self, sums: np.ndarray, pooled: bool) -> np.ndarray:
         return _pooled(sums, axis=0)[None] if pooled else _pearson(sums)[self.large]

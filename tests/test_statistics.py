@@ -84,6 +84,19 @@ def test_the_null_of_deranged_facts_holds_zero_while_the_true_pairing_does_not(s
     assert low < 0 < high < found.low
 
 
+def test_the_null_is_the_value_of_each_deranged_pairing():
+    """The quick way, which keeps sums and squares, against rearranged scores; a gap takes the slow way."""
+    forward, reverse, facts, groups = scores(facts=12)
+    for gap in (False, True):
+        if gap:
+            forward[3, 1] = np.nan
+        found = group_correlation(forward, reverse, facts, groups, seed=5)
+        for k in (0, 7):
+            partner = derangement(facts, groups, seed=5 + k)
+            again = group_correlation(forward, reverse[partner], facts, groups, control=False)
+            assert found.null[k] == pytest.approx(again.value, abs=1e-12)
+
+
 @given(st.integers(2, 9), st.integers(1, 4), st.integers(1, 3), st.integers(0, 99))
 def test_a_derangement_stays_in_its_group_and_never_keeps_the_fact(facts, groups, copies, seed):
     fact = np.tile(np.repeat(np.arange(facts), copies), groups).astype(str)

@@ -1,7 +1,7 @@
 """Time and memory of the gradient probe against the plain per-example loop and one ordinary training step.
 
-    python examples/benchmarks/gradient_cosine.py                       # 30M parameters, 32 pairs, T = 16
-    python examples/benchmarks/gradient_cosine.py --size 100M --tokens 64
+python examples/benchmarks/gradient_cosine.py                       # 30M parameters, 32 pairs, T = 16
+python examples/benchmarks/gradient_cosine.py --size 100M --tokens 64
 """
 
 from __future__ import annotations

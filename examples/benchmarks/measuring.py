@@ -36,7 +36,7 @@ def medians(candidates: Mapping[str, Candidate], *, rounds: int = 5) -> dict[str
 
 
 def peak_extra_bytes(run: Candidate) -> int:
-    """The most bytes of tensors alive at once during `run`, beyond those alive before: from the allocator's own events."""
+    """The most bytes of tensors alive at once during `run`, beyond those before it, from the allocator's own events."""
     if torch.cuda.is_available():
         _synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -75,7 +75,8 @@ def show(title: str, rows: list[dict[str, Any]], **facts: Any) -> None:
     for row in rows:
         table.add_row(*(_text(value) for value in row.values()))
     Console(width=160).print(table)
-    print(json.dumps({"benchmark": title, "machine": machine(), **facts, "rows": rows}))
+    plain = [{key: None if value != value else value for key, value in row.items()} for row in rows]  # JSON has no NaN
+    print(json.dumps({"benchmark": title, "machine": machine(), **facts, "rows": plain}))
 
 
 def megabytes(size: int) -> float:
