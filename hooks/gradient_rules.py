@@ -1,7 +1,7 @@
 """How one call of a module turns into the gradient of its parameters: closed rules, and a replay for the rest.
 
-Linear, Conv1D and Embedding have rules that keep factors; any other module that holds parameters is run again under
-vmap, one example at a time, through its own vector-Jacobian product.
+Linear, Conv1D and Embedding (also scaled) have rules that keep factors; any other module that holds parameters is run
+again under vmap, one example at a time, through its own vector-Jacobian product.
 
 Shapes below: batch, seq, out, in.
 """
@@ -26,11 +26,48 @@ def carries_gradient(leaf: Any) -> bool:
 
 
 def has_rule(module: nn.Module) -> bool:
-    """Whether a closed rule covers the module; subclasses with a forward of their own are replayed instead."""
-    plain = (type(module).forward is kind.forward for kind in (nn.Linear, nn.Embedding, Conv1D))
-    return any(plain) and not (
-        isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq)
-    )
+    """Whether a closed rule covers the module; one whose forward or parameters are not the plain ones is replayed."""
+    # accelerate puts a forward of its own on every module it places, around the plain one.
+    replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
+    plain = any(type(module).forward is kind.forward for kind in (nn.Linear, nn.Embedding, Conv1D))
+    own = {key for key, p in module._parameters.items() if p is not None}
+    return plain and not replaced and own <= {"weight", "bias"} and not _counts_or_renorms(module)
+
+
+def _counts_or_renorms(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq)
+
+
+def lookup_scale(module: nn.Module, ids: Any, output: Any) -> float | None:
+    """The constant by which a module's one call multiplied the rows it looked up; None for any other module.
+
+    Scaled embeddings (Gemma, BART) are told by what they did: autograd's graph is a lookup in the weight times a
+    constant, and the output equals `embed_scale` times the rows.
+    """
+    if not isinstance(module, nn.Embedding) or _counts_or_renorms(module) or set(module._parameters) != {"weight"}:
+        return None
+    if has_rule(module):
+        return 1.0
+    scale = getattr(module, "embed_scale", None)
+    if isinstance(scale, Tensor):
+        scale = scale.to(module.weight.dtype).item() if scale.numel() == 1 and not scale.requires_grad else None
+    if not isinstance(scale, int | float) or not isinstance(ids, Tensor) or not _is_scaled_lookup(module, output):
+        return None
+    rows = nn.functional.embedding(ids, module.weight.detach()) * scale
+    tolerance = 4 * torch.finfo(rows.dtype).eps
+    same = rows.shape == output.shape and torch.allclose(rows, output.detach(), rtol=tolerance, atol=0.0)
+    return float(scale) if same else None
+
+
+def _is_scaled_lookup(module: nn.Module, output: Any) -> bool:
+    """Whether the graph of `output` is a product of a constant and a lookup in the module's weight."""
+    node = output.grad_fn if isinstance(output, Tensor) else None
+    if node is None or node.name() != "MulBackward0":
+        return False
+    factors = [following for following, _ in node.next_functions if following is not None]
+    if len(factors) != 1 or factors[0].name() != "EmbeddingBackward0":
+        return False
+    return getattr(factors[0].next_functions[0][0], "variable", None) is module.weight
 
 
 def linear_use(module: nn.Module, key: str, gradient: Tensor, inputs: Tensor) -> Use:
@@ -40,7 +77,9 @@ def linear_use(module: nn.Module, key: str, gradient: Tensor, inputs: Tensor) ->
     return OuterUse(inputs, gradient) if isinstance(module, Conv1D) else OuterUse(gradient, inputs)
 
 
-def lookup(module: nn.Embedding, ids: Tensor, gradient: Tensor) -> LookupUse:
+def lookup(module: nn.Embedding, ids: Tensor, gradient: Tensor, scale: float) -> LookupUse:
+    """What one call of an Embedding adds to its weight, where it gave `scale` times the rows."""
+    gradient = gradient if scale == 1.0 else gradient * scale
     ids = ids if ids.numel() == gradient[..., 0].numel() else ids.expand(gradient.shape[:-1])
     ids = ids.reshape(gradient.shape[0], -1)
     if module.padding_idx is not None:
@@ -71,11 +110,11 @@ def replay(
     """Per-example gradients of a module's own parameters, by a vector-Jacobian product vmapped over the batch.
 
     Its forward is run again, one example at a time under vmap. Tensors whose first axis is `(batch seq)` give each
-    example its own rows.
+    example its own rows. `outputs` are those of the recorded call, None where they were overwritten since.
     Raises: RevprobeError, for a module that vmap cannot run (experts chosen by their input), or that it runs wrongly:
-        the examples' gradients must add up to the batch's own.
+        the outputs must be those of the recorded call, and the examples' gradients add up to the batch's own.
     """
-    own = {key: p.detach() for key, p in module._parameters.items() if p is not None}
+    own = {key: p.detach() for key, p in module._parameters.items() if p is not None and p.is_floating_point()}
     cotangents = [torch.zeros_like(o) if g is None else g.to(o.dtype) for o, g in zip(outputs, gradients, strict=True)]
     leaves, structure = tree_flatten((args, kwargs))
     sizes = {len(output) for output in outputs} | {batch}

@@ -245,7 +245,8 @@ class GradientRecorder:
         inputs = inputs.to(gradient.dtype).reshape(self.batch, -1, inputs.shape[-1])
         gradient, inputs = drop_silent_tokens(gradient.reshape(self.batch, -1, gradient.shape[-1]), inputs)
         for key in ("weight", "bias"):
-            name = self._names.get(id(module._parameters[key]))
+            # .get: TransformerLens' unembedding swaps a missing bias for a buffer, which leaves no such parameter.
+            name = self._names.get(id(module._parameters.get(key)))
             for label, features in part_labels(name, self.parts).items() if name else ():
                 part = gradient if features is None else gradient[..., features.to(gradient.device)]
                 yield label, linear_use(module, key, part, inputs)

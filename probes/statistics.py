@@ -50,9 +50,12 @@ def mean_over_facts(values: np.ndarray, facts: np.ndarray, *, seed: int = 0) -> 
     return Estimate(float(values[defined].mean()), float(low), float(high), n)
 
 
+@lru_cache(maxsize=32)  # every number of a checkpoint resamples the same facts
 def resampled_facts(count: int, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """How often each fact is drawn in each resample. Shapes: `-> resample fact`."""
-    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
+    draws.flags.writeable = False
+    return draws
 
 
 def derangement(facts: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> np.ndarray:
