@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import typer
 from rich.console import Console
 
 from . import __version__
-from .errors import RevprobeError
+from .errors import RevprobeError, first_line
 
 if TYPE_CHECKING:
     from .finetune.snapshots import Pairs
@@ -47,9 +48,9 @@ def main() -> None:
         if os.environ.get(DEBUG):
             raise
         if not isinstance(error, RevprobeError | OSError):
-            line = f"unexpected {type(error).__name__}: {_first_line(error)}; {DEBUG}=1 shows where; please report it"
+            line = f"unexpected {first_line(error)}; {DEBUG}=1 shows where; please report it"
         else:
-            line = _os_line(error) if isinstance(error, OSError) else _first_line(error)
+            line = _os_line(error) if isinstance(error, OSError) else first_line(error, with_type=False)
         print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
 
@@ -132,6 +133,8 @@ def probe(
     names = require_probes(name.strip() for name in probes.split(",") if name.strip())
     if not names:
         raise RevprobeError("--probes names no probe; expected some of attention, gradient, probability")
+    if out is not None:
+        _require_writable(out)
     probed = load_model(model, step=step, weights=weights, device=device)
     asked = _pairs(pairs, probed, names, placements, alphabet)
     console = make_console()
@@ -139,7 +142,6 @@ def probe(
         readings = take_readings(probed, asked, batch_size=batch_size, listener=listener)
     console.print(readings_table(readings, f"{probed.name}, {pairs}"))
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         for reading in readings:
             reading.save(out / f"{reading.name}.{reading.meta.get('weights') or 'raw'}.parquet")
         console.print(f"{len(readings)} readings: {out}", soft_wrap=True)
@@ -220,6 +222,13 @@ def _pairs(source: str, model: ProbedModel, names: list[str], placements: str | 
     return {name: pairs for name, pairs in probe_pairs(relation, model).items() if name in names}
 
 
+def _require_writable(folder: Path) -> None:
+    """Make the folder and a file in it, so that a wrong --out costs no probing. Raises: OSError, when it cannot be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 @contextmanager
 def _interruptible(console: Console) -> Iterator[None]:
     """Say what Ctrl-C leaves behind."""
@@ -230,11 +239,6 @@ def _interruptible(console: Console) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
-
-
 def _os_line(error: OSError) -> str:
     """An OSError as one line with the path and a way out."""
     where = f" {str(error.filename)!r}" if error.filename else ""
@@ -242,5 +246,5 @@ def _os_line(error: OSError) -> str:
         PermissionError: "; choose a folder you may write to (--out)",
         FileExistsError: "; it is in the way, choose another --out",
     }
-    reason = error.strerror or _first_line(error)
+    reason = error.strerror or first_line(error, with_type=False)
     return f"cannot use{where}: {reason}{fix.get(type(error), '; check the path and the space left on the disk')}"

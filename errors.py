@@ -34,11 +34,16 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return f"; expected one of {', '.join(choices)}" if choices else "; there are none"
 
 
-def first_line(error: Exception) -> str:
-    """An error of another library on one line: its type and the first line of its text.
+def first_line(error: BaseException, *, with_type: bool = True) -> str:
+    """An error on one line: its type and the first line of its text; its type alone where it has no text.
+
+    Args:
+        with_type: False for a RevprobeError, whose text says everything.
 
     >>> first_line(KeyError("no such key"))
     "KeyError: 'no such key'"
     """
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    text, name = str(error).strip().splitlines(), type(error).__name__
+    if not text:
+        return name
+    return f"{name}: {text[0]}" if with_type else text[0]

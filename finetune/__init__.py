@@ -3,7 +3,7 @@
 relations   the facts, the texts trained on, the pairs that probe them
 objectives  the masked-diffusion and the causal loss
 trainer     transformers' Trainer with them; ema: the average of the weights
-snapshots   the callback that probes while a model trains; saving: whole or absent
+snapshots   the callback that probes while a model trains; saving: whole or absent; missing: readings taken again
 config      what a run and a sweep are; mistakes: what a wrong one says; building: from a config to objects
 runs        one run in one folder; sweeps: many, side by side; progress, terminal: what is shown of them
 """

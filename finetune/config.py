@@ -23,6 +23,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    StrictFloat,
     StrictInt,
     ValidationError,
     model_serializer,
@@ -36,7 +37,10 @@ from .mistakes import explain, parse_yaml
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 # YAML booleans and quoted numbers are mistakes here, not numbers.
 Count = Annotated[StrictInt, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
+# numpy's generators take no larger one.
+Seed = Annotated[StrictInt, Field(ge=0, le=2**32 - 1)]
 PositionEncoding = Literal["rope", "alibi", "absolute", "none"]
 Objective = Literal["masked", "causal"]
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -96,15 +100,15 @@ class TrainingConfig(_Section):
 
     steps: Count
     batch_size: Count = 128
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: Annotated[Number, Field(gt=0)] = 1e-3
     warmup_steps: Annotated[StrictInt, Field(ge=0)] = 500
     # After the warm-up: constant, or a cosine down to zero at the last step.
     schedule: Literal["constant", "cosine"] = "constant"
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    gradient_clipping: Annotated[float, Field(gt=0)] = 1.0
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    gradient_clipping: Annotated[Number, Field(gt=0)] = 1.0
     # Masked models only; null keeps no average.
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = 0.999
-    seed: Annotated[StrictInt, Field(ge=0)] = 0
+    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = 0.999
+    seed: Seed = 0
     # Threads of this run. Results depend on it in the last bits, so it belongs to the run and not to the machine.
     threads: Count = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -196,7 +200,7 @@ class Cell(_Section):
     objective: Annotated[list[Objective] | None, BeforeValidator(_as_list)] = None
     position_encoding: Annotated[list[PositionEncoding] | None, BeforeValidator(_as_list)] = None
     length: Annotated[list[Annotated[StrictInt, Field(ge=2)]] | None, BeforeValidator(_as_list)] = None
-    seed: Annotated[list[Annotated[StrictInt, Field(ge=0)]] | None, BeforeValidator(_as_list)] = None
+    seed: Annotated[list[Seed] | None, BeforeValidator(_as_list)] = None
 
     def combinations(self, base: BaseConfig) -> Iterator[tuple[Objective, PositionEncoding | None, int, int]]:
         """The (objective, position_encoding, length, seed) of each run."""

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..errors import RevprobeError
+from ..errors import RevprobeError, first_line
 
 
 def warmed_decay(decay: float, updates: int) -> float:
@@ -71,7 +71,8 @@ class MovingAverage(AveragedModel):
             missing, unexpected = self.module.load_state_dict(_read_weights(folder), strict=False)
         except Exception as error:
             raise RevprobeError(
-                f"cannot read the averaged weights in {folder}: {str(error).splitlines()[0]}"
+                f"cannot read the averaged weights in {folder}: {first_line(error)}; delete the checkpoint's folder "
+                "to resume from the one before"
             ) from error
         tied = set(getattr(self.module, "_tied_weights_keys", None) or ())
         if unexpected or set(missing) - tied:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -29,7 +30,7 @@ def explain(error: ValidationError, kind: type[BaseModel], source: str) -> str:
 def parse_yaml(text: str, source: str) -> Any:
     """Text to plain values. Raises: RevprobeError, with the line number, for text that is not YAML or repeats a key."""
     try:
-        return yaml.load(text, Loader=_NoDuplicates)
+        return yaml.load(text, Loader=_ConfigLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark is not None else ""
@@ -131,8 +132,8 @@ def _leaves(values: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tup
             yield (*above, key), value
 
 
-class _NoDuplicates(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys in silence; here the second is an error."""
+class _ConfigLoader(yaml.SafeLoader):
+    """PyYAML, but the second of two equal keys is an error (PyYAML keeps it in silence) and 1e-3 is a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -143,3 +144,9 @@ class _NoDuplicates(yaml.SafeLoader):
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML speaks, wants a dot and a sign (1.0e-3 but not 1e-3); YAML 1.2 does not.
+_ConfigLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)

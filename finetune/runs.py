@@ -24,17 +24,18 @@ import torch
 from transformers import set_seed
 
 from .. import __version__
-from ..errors import RevprobeError, did_you_mean
-from ..models.checkpoints import CHECKPOINTS, checkpoint_steps, step_name
+from ..errors import RevprobeError, did_you_mean, first_line
+from ..models.checkpoints import checkpoint_steps, step_of
 from ..models.probed import ProbedModel
-from ..models.registry import quiet_transformers
+from ..models.hub import quiet_transformers
 from ..probes.readings import Readings
 from .building import build_model, probe_pairs, training_arguments
 from .config import RunConfig, dump_config, load_config
+from .missing import describe_missing, missing_readings, retake_missing
 from .mistakes import differences
 from .progress import Listener, ProgressCallback
 from .relations import letters
-from .saving import READINGS, only_writer, remove_unfinished, write_text
+from .saving import READINGS, only_writer, remove_unfinished, resume_from, write_text
 from .snapshots import ProbeCallback
 from .trainer import ForwardOnlyTrainer, TokenRows
 
@@ -62,7 +63,11 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step's checkpoint is complete; its readings then are, too."""
+        """Whether the last step's checkpoint is complete and no snapshot lacks a reading."""
+        return self._trained and not missing_readings(self.path, self.config)
+
+    @property
+    def _trained(self) -> bool:
         return self.config.training.steps in self.steps
 
     @property
@@ -76,7 +81,10 @@ class Run:
         if self.finished:
             return None
         if (self.path / PROBLEM).is_file():
-            return (self.path / PROBLEM).read_text(encoding="utf-8").strip()
+            return (self.path / PROBLEM).read_text(encoding="utf-8", errors="replace").strip()
+        if self._trained:
+            missing = describe_missing(missing_readings(self.path, self.config), self.config)
+            return f"{missing}; run the same command again to take them from their checkpoints"
         at = self.steps[-1] if self.steps else 0
         return f"stopped at step {at} of {self.config.training.steps}; run the same command again to go on"
 
@@ -93,7 +101,7 @@ class Run:
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether a folder holds a run's config."""
+    """Whether a folder belongs to a run: holds its config, be there checkpoints yet or not."""
     return (Path(path) / CONFIG).is_file()
 
 
@@ -115,6 +123,7 @@ def open_run(path: str | Path) -> Run:
 def train(config: RunConfig | str | Path, folder: str | Path | None = None, *, listener: Listener | None = None) -> Run:
     """Train one run, or take it up where it stopped; a finished one is returned as it is.
 
+    Readings that have gone missing are taken again from their checkpoints.
     Seeds torch, numpy and random from the config: they do not come out as they went in.
 
     Args:
@@ -123,6 +132,7 @@ def train(config: RunConfig | str | Path, folder: str | Path | None = None, *, l
         listener: called with (step, steps, loss) about once a second.
     Raises: RevprobeError, when the folder belongs to another config (the difference is shown), is being written by
         another process, or holds a damaged checkpoint; OSError, when it cannot be written.
+    Warns: when it goes on from an earlier checkpoint than the last, takes readings again, or its software changed.
     """
     config = config if isinstance(config, RunConfig) else load_config(config, RunConfig)
     folder = Path("runs") / config.name if folder is None else Path(folder)
@@ -134,10 +144,14 @@ def train(config: RunConfig | str | Path, folder: str | Path | None = None, *, l
         (folder / PROBLEM).unlink(missing_ok=True)
         try:
             with pinned_threads(config.training.threads), quiet_transformers():
-                _train(run, listener)
+                if not run._trained:
+                    _train(run, listener)
+                taken = retake_missing(folder, config)
         except Exception as error:
-            write_text(folder / PROBLEM, f"{str(error).splitlines()[0] if str(error) else type(error).__name__}\n")
+            write_text(folder / PROBLEM, f"{first_line(error, with_type=not isinstance(error, RevprobeError))}\n")
             raise
+        if taken:
+            warnings.warn(f"{folder}: {len(taken)} missing readings were taken from their checkpoints", stacklevel=2)
     return run
 
 
@@ -158,13 +172,23 @@ def _claim(folder: Path, config: RunConfig) -> Run:
         )
     if not (folder / VERSIONS).is_file():
         write_text(folder / VERSIONS, json.dumps(software(), indent=2) + "\n")
-    started = json.loads((folder / VERSIONS).read_text())
-    newer = [f"{name} {was} -> {now}" for name, now in software().items() if (was := started.get(name, now)) != now]
+    newer = _newer_software(folder / VERSIONS)
     if newer and not run.finished:
         warnings.warn(
             f"{folder} was started with other versions ({', '.join(newer)}): its bits may differ", stacklevel=3
         )
     return run
+
+
+def _newer_software(file: Path) -> list[str]:
+    """What has been installed since `file` was written, as "torch 2.1 -> 2.2"."""
+    try:
+        started = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise RevprobeError(
+            f"{file} is damaged ({first_line(error)}); delete it to go on with the software installed now"
+        ) from error
+    return [f"{name} {was} -> {now}" for name, now in software().items() if (was := started.get(name, now)) != now]
 
 
 def software() -> dict[str, str]:
@@ -174,9 +198,10 @@ def software() -> dict[str, str]:
 
 
 def _train(run: Run, listener: Listener | None) -> None:
-    """Build everything from the config alone, then train from the last complete checkpoint or from the start."""
+    """Build everything from the config alone, then train from the newest checkpoint with its state, or from step 0."""
     config, folder = run.config, run.path
     remove_unfinished(folder)
+    checkpoint = resume_from(folder)
     arguments = training_arguments(config, folder)
     set_seed(config.training.seed)
     model, tokenizer = build_model(config)
@@ -197,15 +222,14 @@ def _train(run: Run, listener: Listener | None) -> None:
         "name": folder.resolve().name,
     }
     pairs = probe_pairs(relation, ProbedModel(model, **wrapping))
+    wrapping["check"] = False  # it was, just now
+    done = () if checkpoint is None else (step_of(checkpoint) or 0,)
     trainer.add_callback(
-        ProbeCallback(
-            pairs, folder / READINGS, steps=config.snapshot_steps, ema=trainer.ema, done=run.steps, **wrapping
-        )
+        ProbeCallback(pairs, folder / READINGS, steps=config.snapshot_steps, ema=trainer.ema, done=done, **wrapping)
     )
     if listener is not None:
         trainer.add_callback(ProgressCallback(listener))
-    last = run.steps[-1:]
-    trainer.train(resume_from_checkpoint=str(folder / CHECKPOINTS / step_name(last[0])) if last else None)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
 @contextmanager

@@ -20,20 +20,11 @@ from ..errors import RevprobeError, did_you_mean
 from ..hooks.untouched import untouched
 from ..models.checkpoints import step_name
 from ..models.probed import ProbedModel, as_probed
-from ..probes.attention import probe_attention_correlation
-from ..probes.fused import probe
-from ..probes.gradient import probe_gradient_cosine
+from ..probes.fused import PROBES, probe
 from ..probes.pairs import ReversalPairs
-from ..probes.probability import probe_reverse_probability
 from ..probes.readings import Reading, Readings
 from .saving import READINGS
 
-# The names users write on the command line and in mappings of pairs.
-PROBES = {
-    "attention": probe_attention_correlation,
-    "gradient": probe_gradient_cosine,
-    "probability": probe_reverse_probability,
-}
 Pairs = ReversalPairs | Mapping[str, ReversalPairs]
 ProbeListener = Callable[[str, int, int], None]
 
@@ -63,7 +54,10 @@ def take_readings(
     if isinstance(pairs, ReversalPairs):
         return probe(model, pairs, batch_size=batch_size, progress=progress("all"))
     names = require_probes(pairs)
-    return Readings(PROBES[name](model, pairs[name], batch_size=batch_size, progress=progress(name)) for name in names)
+    alone = (
+        probe(model, pairs[name], only=[name], batch_size=batch_size, progress=progress(name))[0] for name in names
+    )
+    return Readings(alone)
 
 
 class ProbeCallback(TrainerCallback):
@@ -77,8 +71,9 @@ class ProbeCallback(TrainerCallback):
         ema: an `AveragedModel` (or a module with `.module`); its weights are read too, labelled "ema".
         done: steps whose readings are there already and are not taken again (a resumed run's own step).
         batch_size: passed on to the probes.
-        wrapping: how to wrap the Trainer's model: tokenizer, objective, mask_token_id, logit_shift, name, as in
-            `ProbedModel`. The objective is found out by running the model when it is not given.
+        wrapping: how to wrap the Trainer's model: tokenizer, objective, mask_token_id, logit_shift, name, check, as
+            in `ProbedModel`. The objective is found out by running the model when it is not given, and held against
+            the model when it is; both at the first reading only.
     Raises: RevprobeError, for an unknown probe name.
     """
 
@@ -99,9 +94,10 @@ class ProbeCallback(TrainerCallback):
         self.steps = None if steps is None else frozenset(steps)
         self.batch_size, self.wrapping = batch_size, wrapping
         self.done, self._done = frozenset(done), set(done)
+        self._known: dict[str, Any] = {}  # what the first reading found out about the model
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **at: Any) -> None:
-        self._done = set(self.done)  # a second train() takes its own readings
+        self._done, self._known = set(self.done), {}  # a second train() takes its own readings
         if state.global_step == 0:
             self._take(at["model"], args, state)
 
@@ -143,7 +139,10 @@ class ProbeCallback(TrainerCallback):
         self._done.add(step)
 
     def _wrap(self, module: nn.Module, **provenance: Any) -> ProbedModel:
-        options = {**self.wrapping, **provenance}
+        options = {**self.wrapping, **provenance, **self._known}
         if options.get("objective") is None:
             options["objective"] = as_probed(module).objective
-        return ProbedModel(module, **options)
+        probed = ProbedModel(module, **options)
+        # Which way a model reads does not change while it trains.
+        self._known = {"objective": probed.objective, "check": False}
+        return probed

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from rich.progress import track
 
 from ..errors import RevprobeError, did_you_mean
 from .config import RunConfig, SweepConfig, dump_config, load_config
+from .mistakes import differences
 from .progress import JSON_PROGRESS, Listener, PlainLines, bars, loss_note
 from .runs import Run, is_finished, is_run, open_run
 from .saving import write_text
@@ -107,6 +108,7 @@ def run_sweep(
     sweep.path.mkdir(parents=True, exist_ok=True)
     if is_run(sweep.path):
         raise RevprobeError(f"{sweep.path} is a single run, not a sweep; choose another name or folder")
+    _require_same_base(sweep, config)
     write_text(sweep.path / CONFIG, dump_config(config))
     waiting = [run for run in config.runs() if not is_finished(sweep.path / run.name, run)]
     for run in config.runs():
@@ -123,6 +125,16 @@ def run_sweep(
             f"{len(problems)} of {len(config.runs())} runs failed ({listed}); the others are in {report}"
         )
     return sweep
+
+
+def _require_same_base(sweep: Sweep, config: SweepConfig) -> None:
+    """Cells may come and go; another base would put runs of two kinds into one report."""
+    changed = differences(sweep.config.base, config.base) if is_sweep(sweep.path) else []
+    if changed:
+        raise RevprobeError(
+            f"{sweep.path} was started with another base: {', '.join(changed)} (old -> new); restore the old values, "
+            "or choose another name or folder (cells can be added and removed)"
+        )
 
 
 @dataclass
@@ -209,6 +221,8 @@ def _run_child(
         errors.seek(0)
         said = errors.read().strip()
     display.done(run)
+    for note in (line for line in said.splitlines() if line.startswith("note: ")):
+        display.say(f"{run.name}: {note}")
     if code == 0:
         display.say(f"{run.name}: finished in {timedelta(seconds=round(time.monotonic() - began))}")
         return None
@@ -261,7 +275,13 @@ def _for_report(folder: Path, config: RunConfig) -> ReportRun:
     from ..probes.report import ReportRun
 
     try:
-        return open_run(folder).for_report()
+        run = open_run(folder)
+        changed = differences(config, run.config)
+        reported = run.for_report()
+        if not changed:
+            return reported
+        another = f"it is another run than the sweep's: {', '.join(changed)} (sweep -> run)"
+        return replace(reported, problem="; ".join(filter(None, (another, reported.problem))))
     except RevprobeError as error:
         problem = "not started yet" if not is_run(folder) else str(error)
         return ReportRun(config.name, config.axes, config.model_dump(mode="json"), Readings([]), problem)

@@ -35,7 +35,8 @@ def readings_table(readings: Readings, title: str) -> Table:
     for row in readings.measures().to_dict("records"):
         value = interval_text(row["value"], row["low"], row["high"])
         control = "-" if pd.isna(row["control"]) else f"{row['control']:.3f}"
-        shown = {"measure": row["measure"].replace("_", " "), "value [95 %]": value, "control": control, "n": row["n"]}
+        shown = {"measure": row["measure"].replace("_", " "), "value [95 %]": value, "control": control}
+        shown |= {"value - control [95 %]": _excess(row), "n": row["n"]}
         rows.append(shown | {"weights": row["weights"] or "-", "kind": row["kind"].replace("_", " ")})
     return text_table(pd.DataFrame(rows), title)
 
@@ -61,6 +62,12 @@ def print_final(summary: pd.DataFrame, console: Console) -> None:
     console.print(table)
     if not wide:
         console.print("probabilities: see the report, or widen the terminal")
+
+
+def _excess(row: dict[Any, Any]) -> str:
+    """The value's excess over its control, which is what the finding rests on; "-" where there is no control."""
+    numbers = [row.get(name, float("nan")) for name in ("excess", "excess_low", "excess_high")]
+    return "-" if pd.isna(numbers[0]) else interval_text(*numbers)
 
 
 def _cell(row: dict[Any, Any], measure: str) -> str:

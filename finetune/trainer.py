@@ -9,7 +9,9 @@ step 0 is written as well. Everything else (accumulation, distribution, clipping
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,14 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from ..errors import RevprobeError, did_you_mean
-from ..models.checkpoints import CHECKPOINTS, EMA, checkpoint_steps, step_name
+from ..errors import RevprobeError, did_you_mean, first_line
+from ..models.checkpoints import CHECKPOINTS, EMA
 from ..models.probed import OBJECTIVES
 from .ema import MovingAverage
 from .objectives import EPS, causal_loss, masked_diffusion_loss, step_generator
-from .saving import complete_checkpoint
+from .saving import complete_checkpoint, missing_state, resume_from
+
+_FROM_THE_ONE_BEFORE = "delete that checkpoint's folder to resume from the one before"
 
 
 class TokenRows(Dataset[Tensor]):
@@ -173,18 +177,20 @@ class ForwardOnlyTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> TrainOutput:
-        """As in Trainer; `True` resumes from the last complete checkpoint of `args.output_dir`.
+        """As in Trainer; `True` resumes from the newest checkpoint of `args.output_dir` that can be resumed from.
 
         Raises: RevprobeError, when there is none, or it is cut off or of another model.
+        Warns: when it is not the last one.
         """
         if resume_from_checkpoint is True:
             run = Path(self.args.output_dir or ".")
-            steps = checkpoint_steps(run)
-            if not steps:
+            checkpoint = resume_from(run)
+            if checkpoint is None:
                 raise RevprobeError(
-                    f"nothing to resume in {run}: it has no complete checkpoint; train without resuming"
+                    f"nothing to resume in {run}: it has no complete checkpoint with optimizer, scheduler and RNG "
+                    "state; train without resuming"
                 )
-            resume_from_checkpoint = str(run / CHECKPOINTS / step_name(steps[-1]))
+            resume_from_checkpoint = str(checkpoint)
         self.resumed = bool(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
@@ -205,18 +211,25 @@ class ForwardOnlyTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        try:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
-        except RevprobeError:
-            raise
-        except Exception as error:
-            reason = str(error).splitlines()[0]
+        missing = missing_state(folder)
+        if missing:
             raise RevprobeError(
-                f"cannot resume from {folder}: {reason}; delete the run's folder to train it anew"
-            ) from error
+                f"cannot resume from {folder}: it has no {' and no '.join(missing)}; {_FROM_THE_ONE_BEFORE}"
+            )
+        with _resuming(folder, "its weights or trainer_state.json"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
         if self.ema is not None:
             self.ema.load(folder / EMA, updates=step)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _resuming(checkpoint, "optimizer.pt", "scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        names = sorted(path.name for path in Path(checkpoint).glob("rng_state*.pth")) if checkpoint else []
+        with _resuming(checkpoint, *names):
+            super()._load_rng_state(checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Stop where the Trainer would warn, and go on with whatever the missing tensors held."""
@@ -224,6 +237,27 @@ class ForwardOnlyTrainer(Trainer):
         wrong = sorted({*load_result.missing_keys, *load_result.unexpected_keys} - tied)
         if wrong:
             raise RevprobeError(f"the checkpoint holds another model's weights: {', '.join(wrong[:3])} do not match")
+
+
+@contextmanager
+def _resuming(checkpoint: str | Path | None, *names: str) -> Iterator[None]:
+    """Name the file of a checkpoint that cannot be taken up, and the way out."""
+    try:
+        yield
+    except RevprobeError:
+        raise
+    except Exception as error:
+        folder = Path(checkpoint or ".")
+        damaged = [name for name in names if not _is_archive(folder / name)] or list(names)
+        raise RevprobeError(
+            f"cannot resume from {folder}: {' or '.join(damaged)} is damaged ({first_line(error)}); "
+            f"{_FROM_THE_ONE_BEFORE}"
+        ) from error
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file is a whole torch archive: its directory stands at the end, which a truncated one lacks."""
+    return not path.name.endswith((".pt", ".pth")) or zipfile.is_zipfile(path)
 
 
 class _Snapshots(TrainerCallback):

@@ -7,11 +7,16 @@ covers is a use of a parameter that no rule has seen; a call whose outputs are n
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
+
+from ..errors import RevprobeError
 
 Edge = tuple[Any, int]  # a node of the graph and the number of its input
 
@@ -52,3 +57,121 @@ def fed_without_gradient(*values: Any) -> bool:
     """Whether floating-point tensors went in and none of them carries gradient."""
     floating = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     return bool(floating) and not any(leaf.requires_grad for leaf in floating)
+
+
+class Output:
+    """An output tensor of a recorded call: its place in autograd's graph, and its values while they are untouched.
+
+    The place is taken when the module returns: an in-place operation on the tensor moves the tensor, not the place.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self._version = tensor, tensor._version
+        self.edge = get_gradient_edge(tensor) if tensor.requires_grad else None
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+
+    @property
+    def values(self) -> Tensor | None:
+        """None where something wrote into the tensor since."""
+        return self.tensor.detach() if self.tensor._version == self._version else None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module that owns parameters: what went in, and the output tensors whose gradients are wanted.
+
+    `scale`: of the rows an embedding looked up (None: no lookup); `sources`: nodes of autograd's graph that lead into
+    the call; `cut`: floating-point tensors went in, and none carries gradient.
+    """
+
+    module: nn.Module
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: list[Output]
+    scale: float | None
+    sources: list[Any]
+    cut: bool
+
+    @property
+    def given(self) -> Any:
+        """The first argument, by position or by name."""
+        return next(iter((*self.args, *self.kwargs.values())))
+
+    @property
+    def roots(self) -> list[Any]:
+        return [output.edge.node for output in self.outputs if output.edge is not None]
+
+
+def check_complete(calls: Sequence[Call], parameters: Mapping[str, nn.Parameter], loss: Tensor) -> None:
+    """Hold recorded calls against autograd's graph: every edge into a parameter is covered by a call that is reached.
+
+    Raises: RevprobeError, for a parameter whose modules ran but do not reach the loss, or with an edge not covered.
+    """
+    reached = reach([loss.grad_fn])
+    covered: dict[int, set[Edge]] = {id(p): set() for p in parameters.values()}
+    own: dict[int, list[Call]] = {id(p): [] for p in parameters.values()}
+    for call in calls:
+        keys = [id(p) for p in call.module._parameters.values() if id(p) in covered]
+        inside = reach(call.roots, call.sources).edges if reached.nodes.intersection(call.roots) else {}
+        for key in keys:
+            covered[key] |= inside.get(key, set())
+            own[key].append(call)
+    for name, parameter in parameters.items():
+        edges, seen = reached.edges.get(id(parameter), set()), own[id(parameter)]
+        if seen and not edges:
+            raise RevprobeError(
+                f"module {seen[0].name!r} ran, but its {name!r} does not reach the loss: "
+                f"{_cut_after(calls, seen[-1], reached.nodes)}; leave the parameter out with parameters="
+            )
+        if edges - covered[id(parameter)]:
+            raise RevprobeError(_not_covered(name, len(edges), len(edges & covered[id(parameter)]), seen))
+
+
+def _not_covered(name: str, edges: int, covered: int, seen: Sequence[Call]) -> str:
+    overwritten = next((call.name for call in seen for o in call.outputs if o.values is None), None)
+    if overwritten is not None:
+        return (
+            f"the output of module {overwritten!r} is overwritten in place, so the gradient of {name!r} is lost; make "
+            "what follows it work out of place (inplace=False)"
+        )
+    return (
+        f"parameter {name!r} reaches the loss {edges} times, but only {covered} calls of its own module were seen: its "
+        "weight is used outside its module, so its gradient would be incomplete"
+    )
+
+
+def _cut_after(calls: Sequence[Call], call: Call, reached: set[Any]) -> str:
+    """What is between a call and the loss: the next module that is reached, but passes no gradient on."""
+    if not call.roots:
+        return "it runs without gradient (torch.no_grad, reentrant checkpointing)"
+    for later in calls[next(n for n, other in enumerate(calls) if other is call) :]:
+        passes = not later.cut and reach(later.roots).nodes.intersection(later.sources)
+        if reached.intersection(later.roots) and not passes:
+            return f"module {later.name!r} detaches its input, or is given one that is detached"
+    return "a later module detaches its input, or the output is unused"
+
+
+def check_order(calls: Sequence[Call], batch: int, loss: Tensor) -> None:
+    """Outputs whose first axis could be something else: the first example's loss reaches its rows and no others.
+
+    So may be `(batch seq) dim`, positions without a batch axis where there are as many as examples, and
+    `seq batch dim` where both are equal.
+    Raises: RevprobeError, for an output that mixes examples.
+    """
+    found = [(call, output) for call in calls for output in call.outputs if output.edge is not None]
+    doubtful = [(call, output) for call, output in found if _is_doubtful(output.shape, batch)]
+    if not doubtful or batch == 1:
+        return
+    edges = [output.edge for _, output in doubtful if output.edge is not None]
+    gradients = torch.autograd.grad(loss[0], edges, retain_graph=True, allow_unused=True)
+    for (call, output), gradient in zip(doubtful, gradients, strict=True):
+        if gradient is not None and gradient[output.shape[0] // batch :].any():
+            raise RevprobeError(
+                f"module {call.name!r} ({type(call.module).__name__}) gives {tuple(output.shape)} for {batch} "
+                "examples, not one example after the other; its gradients cannot be told apart"
+            )
+
+
+def _is_doubtful(shape: torch.Size, batch: int) -> bool:
+    return shape[0] != batch or len(shape) <= 2 or bool({1, batch} & set(shape[1:-1]))

@@ -8,7 +8,9 @@ Shapes below: batch, seq, out, in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import RevprobeError, first_line
+from .gradient_graph import Output
 from .gradient_products import FormedUse, LookupUse, OuterUse, Use
 
 
@@ -103,21 +106,23 @@ def replay(
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    outputs: list[Tensor],
+    outputs: Sequence[Output],
     gradients: Sequence[Tensor | None],
     batch: int,
 ) -> dict[str, Use]:
     """Per-example gradients of a module's own parameters, by a vector-Jacobian product vmapped over the batch.
 
     Its forward is run again, one example at a time under vmap. Tensors whose first axis is `(batch seq)` give each
-    example its own rows. `outputs` are those of the recorded call, None where they were overwritten since.
+    example its own rows.
     Raises: RevprobeError, for a module that vmap cannot run (experts chosen by their input), or that it runs wrongly:
         the outputs must be those of the recorded call, and the examples' gradients add up to the batch's own.
     """
     own = {key: p.detach() for key, p in module._parameters.items() if p is not None and p.is_floating_point()}
-    cotangents = [torch.zeros_like(o) if g is None else g.to(o.dtype) for o, g in zip(outputs, gradients, strict=True)]
+    cotangents = [
+        torch.zeros_like(o.tensor) if g is None else g.to(o.dtype) for o, g in zip(outputs, gradients, strict=True)
+    ]
     leaves, structure = tree_flatten((args, kwargs))
-    sizes = {len(output) for output in outputs} | {batch}
+    sizes = {output.shape[0] for output in outputs} | {batch}
     varies = [isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] in sizes for leaf in leaves]
     varying = [_by_example(leaf, batch) for leaf, v in zip(leaves, varies, strict=True) if v]
 
@@ -133,48 +138,87 @@ def replay(
 
         return vjp(forward, own)[1](cotangent)[0]
 
-    try:
-        grads = vmap(one_example)(varying, [_by_example(cotangent, batch) for cotangent in cotangents])
-    except RuntimeError as error:
-        raise RevprobeError(f"{_cannot(module)}: {first_line(error)}; leave them out with parameters=") from error
-    _check_sum(module, args, kwargs, own, grads, cotangents)
+    with _without_forward_hooks(module):
+        try:
+            grads = vmap(one_example)(varying, [_by_example(cotangent, batch) for cotangent in cotangents])
+        except RuntimeError as error:
+            raise RevprobeError(f"{_cannot(module)}: {first_line(error)}; leave them out with parameters=") from error
+        _check_replay(module, (args, kwargs), own, grads, outputs, cotangents)
     wide = torch.promote_types(outputs[0].dtype, torch.float32)
-    flat = {key: g.flatten(1).to(wide) for key, g in grads.items()}
+    flat = {key: g.reshape(batch, -1).to(wide) for key, g in grads.items()}
     return {key: FormedUse(g, g.pow(2).sum(1)) for key, g in flat.items()}
 
 
-def _check_sum(
+@contextmanager
+def _without_forward_hooks(module: nn.Module) -> Iterator[None]:
+    """What its forward hooks do comes after the recorded output; its pre-hooks and its children's belong to it."""
+    hooks = module._forward_hooks
+    module._forward_hooks = OrderedDict()
+    try:
+        yield
+    finally:
+        module._forward_hooks = hooks
+
+
+def _check_replay(
     module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    given: tuple[tuple[Any, ...], dict[str, Any]],
     own: dict[str, Tensor],
     grads: dict[str, Tensor],
+    outputs: Sequence[Output],
     cotangents: list[Tensor],
 ) -> None:
-    """Hold the examples' gradients against plain autograd's for the whole batch: vmap is wrong about some kernels."""
+    """Hold a replay against the recorded call, and its examples' gradients against plain autograd's for the batch.
+
+    The first tells a module that does something else the second time (its pre-hook changed what was recorded); the
+    second a kernel that vmap is wrong about.
+    """
     with torch.enable_grad():
         weights = {key: p.requires_grad_() for key, p in own.items()}
-        found = functional_call(module, weights, args, kwargs, tie_weights=False)
-        reached = [(leaf, c) for leaf, c in zip(_leaves(found), cotangents, strict=True) if leaf.requires_grad]
-        if not reached:
-            return
-        leaves, given = ([pair[n] for pair in reached] for n in (0, 1))
-        given = [
-            c.to(leaf.dtype).expand_as(leaf) if len(leaf) == len(c) else c.sum_to_size(leaf.shape)
-            for leaf, c in zip(leaves, given, strict=True)
-        ]
-        totals = torch.autograd.grad(leaves, list(weights.values()), given, allow_unused=True)
+        found = _leaves(functional_call(module, weights, *given, tie_weights=False))
+        for leaf, output in zip(found, outputs, strict=True):
+            if output.values is not None and _differ(leaf.detach(), output.values):
+                raise RevprobeError(
+                    f"{_cannot(module)}: run again it gives other outputs (a hook that changes its input, or a state "
+                    "of its own); leave them out with parameters="
+                )
+        totals = _batch_gradients(found, list(weights.values()), cotangents)
+    scale = torch.stack([c.double().norm() for c in cotangents]).sum()
     for key, total in zip(weights, totals, strict=True):
-        each = grads[key].detach().float()
-        wrong = (each.sum(0) - (0 if total is None else total.float())).norm()
-        size = each.flatten(1).norm(dim=1).sum() if total is None else each.flatten(1).norm(dim=1).sum() + total.norm()
-        tolerance = max(1e-3, 32 * torch.finfo(grads[key].dtype).eps)
+        each = grads[key].detach().double().reshape(len(grads[key]), -1)
+        whole = torch.zeros_like(each[0]) if total is None else total.double().reshape(-1)
+        size = each.norm(dim=1).sum() + whole.norm()
         # The second term: a gradient that is zero in theory is rounding on both sides.
-        if wrong > tolerance * size + 1e-5 * torch.stack([c.float().norm() for c in cotangents]).sum():
+        if (each.sum(0) - whole).norm() > _tolerance(grads[key].dtype) * size + 1e-5 * scale:
             raise RevprobeError(
                 f"{_cannot(module)}: the examples' gradients of {key!r} do not add up to the batch's; leave them out "
                 "with parameters="
             )
+
+
+def _batch_gradients(found: list[Tensor], weights: list[Tensor], cotangents: list[Tensor]) -> Sequence[Tensor | None]:
+    """The gradients of the whole batch; cotangents are summed where an output was broadcast over the batch."""
+    reached = [(leaf, c) for leaf, c in zip(found, cotangents, strict=True) if leaf.requires_grad]
+    if not reached:
+        return [None] * len(weights)
+    given = [
+        c.to(leaf.dtype).expand_as(leaf) if len(leaf) == len(c) else c.to(leaf.dtype).sum_to_size(leaf.shape)
+        for leaf, c in reached
+    ]
+    return torch.autograd.grad([leaf for leaf, _ in reached], weights, given, allow_unused=True)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """What two kernels for one sum may differ by, relative; in float64 too, since norms work in float32 inside."""
+    return max(1e-3, 32 * torch.finfo(dtype).eps)
+
+
+def _differ(found: Tensor, recorded: Tensor) -> bool:
+    if found.shape != recorded.shape and len(found) != 1:
+        return True
+    finite = recorded.isfinite()
+    error = (found - recorded).masked_fill(~finite, 0.0).norm()
+    return bool(error > _tolerance(recorded.dtype) * recorded.masked_fill(~finite, 0.0).norm())
 
 
 def _cannot(module: nn.Module) -> str:

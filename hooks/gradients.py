@@ -20,33 +20,28 @@ Shapes below: batch, seq, out (rows of a weight), in (columns of a weight).
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import RevprobeError
+from .gradient_graph import Call, Output, check_complete, check_order, fed_without_gradient, sources
 from .gradient_products import Use, merged, products, rounding
-from .gradient_rules import carries_gradient, drop_silent_tokens, has_rule, linear_use, lookup, replay
+from .gradient_rules import (
+    carries_gradient,
+    drop_silent_tokens,
+    has_rule,
+    linear_use,
+    lookup,
+    lookup_scale,
+    replay,
+)
 
-
-@dataclass(frozen=True)
-class _Call:
-    """One call of a module that owns parameters: what went in, and the output tensors whose gradients are wanted."""
-
-    module: nn.Module
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outputs: list[Tensor]
-
-
+_WIDER = "use a wider dtype, or check the weights for NaN"
 Parts = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -85,10 +80,11 @@ class GradientRecorder:
     def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter], batch: int, parts: Parts) -> None:
         self.module, self.parameters, self.batch, self.parts = module, parameters, batch, parts
         self._names = {id(p): name for name, p in parameters.items()}
-        self._calls: list[_Call] = []
+        self._calls: list[Call] = []
         self._handles: list[Any] = []
         self._uses: dict[str, list[Use]] = {}
-        self._replaying = False
+        self._replaying = False  # modules run to be replayed are not recorded
+        self._reading = False  # nor those that run in the backward pass
 
     @property
     def labels(self) -> list[str]:
@@ -98,7 +94,8 @@ class GradientRecorder:
     def attach(self) -> None:
         for name, child in self.module.named_modules():
             if any(id(p) in self._names for p in child._parameters.values() if p is not None):
-                self._handles.append(child.register_forward_hook(self._hook(name), with_kwargs=True))
+                # Before the hooks of others: what they do to the output comes after the module.
+                self._handles.append(child.register_forward_hook(self._hook(name), with_kwargs=True, prepend=True))
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -118,19 +115,22 @@ class GradientRecorder:
             # One output may be made of another inside the module (a router's scores of its logits): as views, each
             # has the gradient of what comes after the module alone.
             kept = [leaf.view_as(leaf) if carries_gradient(leaf) else leaf for leaf in kept]
-        outputs = [leaf for leaf in kept if carries_gradient(leaf)]
-        args, kwargs = tree_map(lambda a: a.detach() if isinstance(a, Tensor) else a, (args, kwargs))
-        self._calls.append(_Call(module, name, args, kwargs, outputs))
+        if not self._reading:  # gradient checkpointing runs modules again in the backward pass
+            scale = lookup_scale(module, next(iter((*args, *kwargs.values())), None), output)
+            inputs, cut = sources(args, kwargs), fed_without_gradient(args, kwargs)
+            args, kwargs = tree_map(lambda a: a.detach() if isinstance(a, Tensor) else a, (args, kwargs))
+            outputs = [Output(leaf) for leaf in kept if carries_gradient(leaf)]
+            self._calls.append(Call(module, name, args, kwargs, outputs, scale, inputs, cut))
         return tree_unflatten(kept, structure)
 
     def _one_per_example(self, output: Tensor, name: str, module: nn.Module) -> Tensor:
-        """The output with the batch first and a gradient to ask for."""
-        if not output.requires_grad:
-            output = output.detach().requires_grad_()
+        """The output with the batch first."""
+        if output.is_leaf and output.requires_grad:
+            output = output.view_as(output)  # the parameter itself: others may reach it too
         if output.shape[:1] == (1,) and self.batch > 1:
             # Broadcast over the batch later (GPT-2's positions): expanding here keeps the examples apart.
             output = output.expand(self.batch, *output.shape[1:])
-        # A multiple of the batch is `(batch seq) dim`, as in OPT; `_check_folded` holds it to that order.
+        # A multiple of the batch is `(batch seq) dim`, as in OPT; `check_order` holds it to that order.
         if output.dim() == 0 or not output.shape[0] or output.shape[0] % self.batch:
             raise RevprobeError(
                 f"module {name!r} ({type(module).__name__}) gives {tuple(output.shape)}, expected {self.batch} "
@@ -150,69 +150,41 @@ class GradientRecorder:
                 f"loss of shape {tuple(loss.shape)}: expected one number for each of the {self.batch} examples"
             )
         if not self._calls or not loss.requires_grad:
-            raise RevprobeError(
-                "the loss reaches none of the selected parameters; select others or check that the model is not "
-                "detached"
+            ran = (
+                f"module {self._calls[0].name!r} ran, but is detached from it"
+                if self._calls
+                else "no module of them ran"
             )
-        self._check_complete(loss)
-        self._check_folded(loss)
-        outputs = [output for call in self._calls for output in call.outputs]
-        gradients = iter(torch.autograd.grad(loss.sum(), outputs, allow_unused=True))
-        self._uses = {label: [] for label in self.labels}
-        for call in self._calls:
-            own = [next(gradients) for _ in call.outputs]
+            raise RevprobeError(
+                f"the loss reaches none of the selected parameters: {ran}; select others or check the model"
+            )
+        check_complete(self._calls, self.parameters, loss)
+        self._reading = True
+        try:
+            check_order(self._calls, self.batch, loss)
+            self._uses = self._collect(loss)
+        finally:
+            self._reading = False
+            self._calls.clear()
+
+    def _collect(self, loss: Tensor) -> dict[str, list[Use]]:
+        """The uses of every label, from one backward pass."""
+        wanted = [output.edge for call in self._calls for output in call.outputs if output.edge is not None]
+        gradients = iter(torch.autograd.grad(loss.sum(), wanted, allow_unused=True))
+        owned = [[None if o.edge is None else next(gradients) for o in call.outputs] for call in self._calls]
+        for call, own in zip(reversed(self._calls), reversed(owned), strict=True):
+            # From the loss backwards: the first to be found is where it started, the others only inherit it.
             if any(g is not None and not torch.isfinite(g).all() for g in own):
                 raise RevprobeError(
-                    f"the gradient at module {call.name!r} is not finite; the loss overflows there, use a wider dtype"
+                    f"the gradient at module {call.name!r} is not finite: the loss overflows there or in what follows "
+                    f"it; {_WIDER}"
                 )
+        uses: dict[str, list[Use]] = {label: [] for label in self.labels}
+        for call, own in zip(self._calls, owned, strict=True):
             if any(g is not None for g in own):
                 for label, use in self._read(call, own):
-                    self._uses[label].append(use)
-        self._calls.clear()
-
-    def _check_complete(self, loss: Tensor) -> None:
-        """Hold the recorded calls against autograd's graph: every edge into a parameter comes from a recorded call."""
-        reached = parameter_edges([loss])
-        recorded: dict[int, list[_Call]] = {id(p): [] for p in self.parameters.values()}
-        for call in self._calls:
-            for parameter in call.module._parameters.values():
-                if id(parameter) in recorded:
-                    recorded[id(parameter)].append(call)
-        for name, parameter in self.parameters.items():
-            calls, edges = recorded[id(parameter)], reached[id(parameter)]
-            if calls and not edges:
-                raise RevprobeError(
-                    f"module {calls[0].name!r} ran, but its {name!r} does not reach the loss: a later module detaches "
-                    "its input, or the output is unused; leave the parameter out with parameters="
-                )
-            if edges > len(calls) and edges > self._edges_inside(calls, parameter):
-                raise RevprobeError(
-                    f"parameter {name!r} reaches the loss {edges} times, but only {len(calls)} calls of its own "
-                    "module were seen: its weight is used outside its module, so its gradient would be incomplete"
-                )
-
-    def _check_folded(self, loss: Tensor) -> None:
-        """Modules that see `(batch seq) dim`: the first example's loss reaches its own rows and no others."""
-        folded = [(call, output) for call in self._calls for output in call.outputs if output.shape[0] != self.batch]
-        if not folded or self.batch == 1:
-            return
-        gradients = torch.autograd.grad(loss[0], [o for _, o in folded], retain_graph=True, allow_unused=True)
-        for (call, output), gradient in zip(folded, gradients, strict=True):
-            if gradient is not None and gradient[output.shape[0] // self.batch :].any():
-                raise RevprobeError(
-                    f"module {call.name!r} ({type(call.module).__name__}) gives {tuple(output.shape)} for {self.batch} "
-                    "examples, not one example after the other; its gradients cannot be told apart"
-                )
-
-    def _edges_inside(self, calls: list[_Call], parameter: nn.Parameter) -> int:
-        """How often the recorded calls of replayed modules use a parameter in their own forward."""
-        replayed = [call for call in calls if not has_rule(call.module)]
-        total = len(calls) - len(replayed)
-        for call in replayed:
-            with self._replay_mode():
-                leaves = tree_flatten(call.module(*call.args, **call.kwargs))[0]
-            total += parameter_edges([leaf for leaf in leaves if carries_gradient(leaf)])[id(parameter)]
-        return total
+                    uses[label].append(use)
+        return uses
 
     @contextmanager
     def _replay_mode(self) -> Iterator[None]:
@@ -223,27 +195,28 @@ class GradientRecorder:
         finally:
             self._replaying = False
 
-    def _read(self, call: _Call, gradients: Sequence[Tensor | None]) -> Iterator[tuple[str, Use]]:
+    def _read(self, call: Call, gradients: Sequence[Tensor | None]) -> Iterator[tuple[str, Use]]:
         """The uses of a module's own parameters in one call, under their labels."""
         module = call.module
-        if not has_rule(module):
+        if call.scale is None and not has_rule(module):
             with self._replay_mode():
-                yield from self._labelled(
-                    call, replay(call.module, call.args, call.kwargs, call.outputs, gradients, self.batch)
-                )
+                replayed = replay(call.module, call.args, call.kwargs, call.outputs, gradients, self.batch)
+            yield from self._labelled(call, replayed)
             return
         assert gradients[0] is not None, "a module with a rule has one output"
         gradient = gradients[0].to(torch.promote_types(gradients[0].dtype, torch.float32))
         if gradient.shape[0] != self.batch:
             gradient = gradient.reshape(self.batch, -1, gradient.shape[-1])
-        if isinstance(module, nn.Embedding):
-            ids = call.args[0] if call.args else call.kwargs["input"]
-            yield from self._labelled(call, {"weight": lookup(module, ids, gradient)})
+        if call.scale is not None:
+            assert isinstance(module, nn.Embedding), "only embeddings look rows up"
+            yield from self._labelled(call, {"weight": lookup(module, call.given, gradient, call.scale)})
             return
-        given = call.args[0] if call.args else call.kwargs["x" if isinstance(module, Conv1D) else "input"]
+        given = call.given
         inputs = given.expand(self.batch, *given.shape[1:]) if given.shape[0] == 1 else given
         inputs = inputs.to(gradient.dtype).reshape(self.batch, -1, inputs.shape[-1])
         gradient, inputs = drop_silent_tokens(gradient.reshape(self.batch, -1, gradient.shape[-1]), inputs)
+        if not torch.isfinite(inputs).all():
+            raise RevprobeError(f"the input of module {call.name!r} is not finite, so its gradient is not; {_WIDER}")
         for key in ("weight", "bias"):
             # .get: TransformerLens' unembedding swaps a missing bias for a buffer, which leaves no such parameter.
             name = self._names.get(id(module._parameters.get(key)))
@@ -251,7 +224,7 @@ class GradientRecorder:
                 part = gradient if features is None else gradient[..., features.to(gradient.device)]
                 yield label, linear_use(module, key, part, inputs)
 
-    def _labelled(self, call: _Call, uses: Mapping[str, Use]) -> Iterator[tuple[str, Use]]:
+    def _labelled(self, call: Call, uses: Mapping[str, Use]) -> Iterator[tuple[str, Use]]:
         for key, use in uses.items():
             name = self._names.get(id(call.module._parameters[key]))
             if name is not None:
@@ -282,21 +255,3 @@ def part_labels(name: str, parts: Parts) -> dict[str, Tensor | None]:
 def part_label(name: str, part: str | None = None) -> str:
     """How a part of a fused parameter is called: "name[part]"."""
     return name if part is None else f"{name}[{part}]"
-
-
-def parameter_edges(outputs: Sequence[Tensor]) -> Counter[int]:
-    """How many edges of autograd's graph lead into each leaf tensor, by id."""
-    edges: Counter[int] = Counter()
-    stack = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        for following, _ in node.next_functions:
-            if following is None:
-                continue
-            if hasattr(following, "variable"):
-                edges[id(following.variable)] += 1
-            elif following not in seen:
-                seen.add(following)
-                stack.append(following)
-    return edges

@@ -34,8 +34,8 @@ def step_of(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def is_run(folder: Path) -> bool:
-    """Whether `folder` is a run, that is, holds a checkpoints folder."""
+def has_checkpoints(folder: Path) -> bool:
+    """Whether `folder` has a run's checkpoints folder, so that a step of it can be asked for."""
     return (folder / CHECKPOINTS).is_dir()
 
 

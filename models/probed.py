@@ -40,6 +40,7 @@ class ProbedModel:
         begin_token_id: put before sequences whose target stands at position 0 of a shift-1 model; the tokenizer's or
             the config's unless given.
         name, step, weights: provenance for the readings ("weights" is "raw" or "ema").
+        check: hold the objective against what the module does; False for one that was checked before.
     Raises: RevprobeError, when the objective is unknown or contradicts what the module does, or when mask token or
         shift can neither be found nor were given.
     """
@@ -56,6 +57,7 @@ class ProbedModel:
         name: str | None = None,
         step: int | None = None,
         weights: str | None = None,
+        check: bool = True,
     ) -> None:
         if objective not in OBJECTIVES:
             raise RevprobeError(f"unknown objective {objective!r}{did_you_mean(objective, OBJECTIVES)}")
@@ -67,7 +69,8 @@ class ProbedModel:
         self._accepts = set(inspect.signature(module.forward).parameters)
         if objective == "masked" and self.mask_token_id is None:
             raise RevprobeError(f"{self.name} is masked but names no mask token; pass mask_token_id=")
-        self._check_direction()
+        if check:
+            self._check_direction()
         self.logit_shift = identify.logit_shift(logit_shift, objective, module, self.name)
 
     @property
@@ -145,6 +148,8 @@ class ProbedModel:
         return f"{self.name} gives NaN logits: {where}; load a sound checkpoint or a wider dtype"
 
     def _check_direction(self) -> None:
+        if not depends_on_its_input(self):
+            return  # untrained or collapsed: constant logits contradict neither objective
         reaches = later_tokens_reach_back(self)
         if reaches and self.objective == "causal":
             raise RevprobeError(
@@ -178,6 +183,19 @@ def as_probed(model: ProbedModel | nn.Module) -> ProbedModel:
     trial.module, trial.name = model, type(model).__name__
     trial._accepts = set(inspect.signature(model.forward).parameters)
     return ProbedModel(model, objective="masked" if later_tokens_reach_back(trial) else "causal")
+
+
+def depends_on_its_input(model: ProbedModel, length: int = 4) -> bool:
+    """Whether changing every token moves any logit; not so with a zero unembedding.
+
+    Raises: RevprobeError, when the logits are NaN.
+    """
+    first = torch.arange(length, device=model.device)[None] % model.vocab_size
+    with untouched(model.module), torch.no_grad():
+        before, after = (model.logits(ids)[0].float() for ids in (first, (first + 1) % model.vocab_size))
+    if before.isnan().any():
+        raise RevprobeError(model.explain_non_finite())
+    return bool((before != after).any())
 
 
 def later_tokens_reach_back(model: ProbedModel, length: int = 4) -> bool:

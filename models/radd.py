@@ -206,7 +206,7 @@ class RaddForMaskedLM(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        # N(0, 0.02) everywhere: zero-initialised output layers stall RoPE for thousands of steps (DESIGN 5).
+        # N(0, 0.02) everywhere: zero-initialised output layers stall RoPE for thousands of steps.
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:

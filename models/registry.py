@@ -6,8 +6,7 @@ tensor or brings one too many is an error that names it (transformers alone woul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-from transformers.utils import logging as transformers_logging
 
-from ..errors import RevprobeError, did_you_mean, first_line
-from .checkpoints import EMA, checkpoint_folder, is_run, step_of
+from ..errors import RevprobeError, did_you_mean, first_line, nearest
+from .checkpoints import EMA, checkpoint_folder, has_checkpoints, step_of
+from .hub import hub_options, quiet_transformers
 from .probed import ProbedModel, as_probed
 from .strict_loading import require_match
 from .tokenizers import load_tokenizer
 
-__all__ = ["ProbedModel", "as_probed", "list_models", "load_model", "quiet_transformers", "register_model"]
+__all__ = ["ProbedModel", "as_probed", "list_models", "load_model", "register_model"]
 
 Loader = Callable[..., ProbedModel | nn.Module]
 _LOADERS: dict[str, Loader] = {}
@@ -88,20 +87,24 @@ def load_model(
         mask_token_id, logit_shift, begin_token_id: only where neither class, config nor tokenizer tells.
         options: passed on to the loader or to `from_pretrained` (device_map=, attn_implementation=, ...).
     Raises: RevprobeError, when there is nothing to load, the weights are pickled, truncated or do not match the
-        config, or objective, mask token or shift cannot be found out.
+        config, objective, mask token or shift cannot be found out, or the device is none that torch has here.
     Warns: when there is a tokenizer that cannot be read, with the reason; only text pairs need it.
     """
+    _require_device(device)
     given = {"mask_token_id": mask_token_id, "logit_shift": logit_shift, "begin_token_id": begin_token_id}
     if str(source) in _LOADERS:
         asked = given | {"step": None if step == -1 else step, "weights": weights, "objective": objective}
         options |= {key: value for key, value in asked.items() if value is not None}
         return _placed(as_probed(_LOADERS[str(source)](**options)), dtype, device)
     folder, name, at_step, which = _locate(source, step, weights)
-    config = _read_config(folder, name)
-    objective = objective or _objective(config, name)
-    module = _load_module(folder, config, objective, name, dtype, options)
+    with quiet_transformers():
+        hub = hub_options(folder)
+        config = _read_config(folder, name, hub)
+        objective = objective or _objective(config, name)
+        module = _load_module(folder, config, objective, name, dtype, hub | options)
+        tokenizer = load_tokenizer(folder, name, **hub)
     told: dict[str, Any] = given | {"name": name, "step": at_step, "weights": which}
-    probed = ProbedModel(module, load_tokenizer(folder, name), objective=objective, **told)
+    probed = ProbedModel(module, tokenizer, objective=objective, **told)
     return _placed(probed, None, device)
 
 
@@ -109,14 +112,26 @@ def _locate(source: str | Path, step: int, weights: str | None) -> tuple[str | P
     """Folder (or hub name), display name, step and weights of what `source` names."""
     path = Path(source)
     if path.is_dir():
-        if is_run(path):
+        if has_checkpoints(path):
             folder, at_step, which = checkpoint_folder(path, step, weights)
             return folder, path.resolve().name, at_step, which
         return _locate_folder(path.resolve(), weights)
-    if isinstance(source, Path) or path.is_absolute() or str(source).count("/") > 1 or str(source).startswith("."):
-        siblings = [str(path.parent / p.name) for p in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise RevprobeError(f"no model folder at {str(source)!r}{did_you_mean(str(source), siblings)}")
+    if path.is_file():
+        raise RevprobeError(f"{str(source)!r} is a file; expected the folder of a run or of a model, or a hub name")
+    if not _can_be_on_the_hub(source):
+        folders = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        near = nearest(path.name, folders, 1)
+        where = f"; the closest is {str(path.parent / near[0])!r}" if near else "; check the path"
+        raise RevprobeError(f"no model folder at {str(source)!r}{where}")
     return str(source), str(source), None, None
+
+
+def _can_be_on_the_hub(source: str | Path) -> bool:
+    """Whether a name that is no local folder can be a hub's: `name` or `owner/name`, with no folder called `owner`."""
+    path = Path(source)
+    if isinstance(source, Path) or path.is_absolute() or source.startswith(".") or source.count("/") > 1:
+        return False
+    return "/" not in source or not path.parent.is_dir()
 
 
 def _locate_folder(path: Path, weights: str | None) -> tuple[Path, str, int | None, str | None]:
@@ -131,14 +146,14 @@ def _locate_folder(path: Path, weights: str | None) -> tuple[Path, str, int | No
     return path, checkpoint.parent.parent.name, at_step, which
 
 
-def _read_config(folder: str | Path, name: str) -> PreTrainedConfig:
+def _read_config(folder: str | Path, name: str, options: dict[str, Any]) -> PreTrainedConfig:
     if isinstance(folder, Path) and not (folder / "config.json").is_file():
         raise RevprobeError(
             f"{folder} is no model folder: it has no config.json; name a run, a checkpoint or a hub model"
         )
     try:
         # False, not None: None would ask on the terminal whether to run the repository's code.
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
     except RevprobeError:
         raise
     except Exception as error:
@@ -187,8 +202,7 @@ def _load_module(
         "trust_remote_code": False,
     }
     try:
-        with quiet_transformers():
-            loaded: Any = auto.from_pretrained(folder, **settings, **options)
+        loaded: Any = auto.from_pretrained(folder, **settings, **options)
     except RevprobeError:
         raise
     except Exception as error:
@@ -216,21 +230,22 @@ def _refuse_pickles(folder: Path) -> None:
     )
 
 
+def _require_device(device: torch.device | str | None) -> None:
+    """Try the device before a model is loaded for it."""
+    try:
+        if device is not None and torch.empty(0, device=device).is_meta:
+            raise RuntimeError("it holds no numbers")
+    except Exception as error:  # AssertionError for a torch without CUDA, RuntimeError for other names and numbers
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise RevprobeError(
+            f"device {str(device)!r} cannot be used here ({first_line(error, with_type=False)}); expected one of "
+            f"{', '.join(there)}"
+        ) from error
+
+
 def _placed(model: ProbedModel, dtype: Any, device: Any) -> ProbedModel:
     if dtype is not None:
         model.module.to(dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype))
     if device is not None:
         model.module.to(device)
     return model
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' own progress bars; long work here shows bars of its own."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,8 +33,8 @@ def probe_attention_correlation(
     within the group, over all layers and heads; with fewer than 8 facts in every group, the pooled correlation of
     deviations from group means (`meta["statistic"]` says which). The control deranges facts within groups.
 
-    Frame: pair, fact, group, layer, head, offset_forward, offset_reverse (first evidence token minus first readout
-    row, tokens), distance_forward, distance_reverse (nearest edges, tokens), score_forward, score_reverse
+    Frame: pair, fact, group, kind, layer, head, offset_forward, offset_reverse (first evidence token minus first
+    readout row, tokens), distance_forward, distance_reverse (nearest edges, tokens), score_forward, score_reverse
     (pre-softmax, mean over readout rows and evidence tokens), weight_forward, weight_reverse (post-softmax, summed
     over evidence tokens), reason. A layer without softmax attention (linear attention, state space) has NaN rows, as
     many heads of them as the widest layer that has some.
@@ -66,8 +67,12 @@ def attention_reading(
 
 def _pair_columns(pairs: ReversalPairs, logit_shift: int) -> pd.DataFrame:
     offsets, distances = pairs.offsets(logit_shift), pairs.distances()
-    columns = {"pair": np.arange(len(pairs)), "fact": pairs.facts.astype(str), "group": pairs.groups(logit_shift)}
-    columns |= {"offset_forward": offsets[0], "offset_reverse": offsets[1]}
+    columns: dict[str, Any] = {
+        "pair": np.arange(len(pairs)),
+        "fact": pairs.facts.astype(str),
+        "group": pairs.groups(logit_shift),
+    }
+    columns |= {"kind": pairs.kind, "offset_forward": offsets[0], "offset_reverse": offsets[1]}
     return pd.DataFrame(columns | {"distance_forward": distances[0], "distance_reverse": distances[1], **pairs.flags})
 
 

@@ -18,11 +18,12 @@ import numpy as np
 import pandas as pd
 
 from ..errors import RevprobeError, did_you_mean
-from .statistics import Estimate, group_correlation, mean_over_facts
+from .statistics import LEAST_FACTS, Estimate, group_correlation, mean_over_facts
 
 BELOW_FLOOR = "gradient below the rounding floor"
 NO_PARTNER = "no other fact in the group for the control"
 NO_VARIANCE = "no variance within the group"
+SMALL_GROUP = f"group of fewer than {LEAST_FACTS} facts"
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def attention_correlation(frame: pd.DataFrame, seed: int, control: bool = True) 
     found = group_correlation(scores[0], scores[1], facts, groups, control=control, seed=seed)
     estimate = Estimate(found.value, found.low, found.high, found.n)
     undefined = _reasons(frame)
-    constant = int(np.isnan(found.cells[:, np.isfinite(scores[0]).all(0)]).sum()) if found.cells.size else 0
-    undefined |= {NO_VARIANCE: constant} if constant else {}
+    undefined |= {NO_VARIANCE: found.constant} if found.constant else {}
+    undefined |= {SMALL_GROUP: found.small} if found.small else {}
     if not found.null.size:
         return Measured(estimate, undefined=undefined, statistic=found.statistic)
     null = float(found.null.mean())

@@ -39,7 +39,7 @@ def probe_gradient_cosine(
     every fact's forward gradient with every fact's reverse gradient (see `probes.cross`).
 
     Frame: one row per pair and parameter (three for a fused query-key-value projection of declared layout, with roles
-    q, k and v; see `models.layouts`): pair, fact, parameter, role, layer, inner, norm_forward, norm_reverse,
+    q, k and v; see `models.layouts`): pair, fact, kind, parameter, role, layer, inner, norm_forward, norm_reverse,
     floor_forward, floor_reverse (rounding level of the norms), and inner_control, norm_control, floor_control.
     A cosine whose norm does not exceed its rounding level is NaN.
     Raises: RevprobeError, when a parameter is unknown, unreached, or reached by an unseen path.
@@ -79,6 +79,7 @@ def gradient_reading(model: ProbedModel, result: PassResult, plan: Plan) -> Read
     columns: dict[str, np.ndarray] = {
         "pair": np.repeat(np.arange(count), width),
         "fact": np.repeat(pairs.facts.astype(str), width),
+        "kind": np.full(count * width, pairs.kind, dtype=object),
         "parameter": np.tile(np.array(names, dtype=object), count),
         "role": np.tile(np.array([r.role for r in roles], dtype=object), count),
         "inner": result.inner.reshape(-1),
@@ -90,7 +91,7 @@ def gradient_reading(model: ProbedModel, result: PassResult, plan: Plan) -> Read
         columns |= _control_columns(result)
     frame = pd.DataFrame(columns)
     layers = pd.Series([r.layer for r in roles] * count, dtype="Int64")  # nullable: embeddings have no layer
-    frame.insert(4, "layer", layers)
+    frame.insert(5, "layer", layers)
     reading = Reading("gradient_cosine", frame, describe(model, result, plan))
     reading.meta.update(
         {

@@ -46,7 +46,7 @@ def load_pairs(path: Path, tokenizer: Any) -> ReversalPairs:
     pairs: list[ReversalPair] = []
     flags: list[Mapping[str, Any]] = []
     dropped: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
         try:
             row = json.loads(line)
             if "dropped" in row:
@@ -65,6 +65,15 @@ def load_pairs(path: Path, tokenizer: Any) -> ReversalPairs:
         raise RevprobeError(f"{path} holds no pairs; expected one JSON object per line")
     columns = {name: np.array([row[name] for row in flags]) for name in flags[0]}
     return replace(ReversalPairs.from_pairs(pairs, tokenizer=tokenizer), flags=columns, dropped=dropped)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RevprobeError(
+            f"{path}: not a text file ({error.reason} at byte {error.start}); expected JSON lines in UTF-8"
+        ) from error
 
 
 def _pair(row: Mapping[str, Any], number: int) -> ReversalPair:

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import index as whole
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -51,9 +52,9 @@ class Query:
     def __init__(
         self, token_ids: Iterable[int], target_positions: Iterable[int], evidence_positions: Iterable[int]
     ) -> None:
-        object.__setattr__(self, "token_ids", tuple(int(token) for token in token_ids))
-        object.__setattr__(self, "target_positions", tuple(sorted(int(p) for p in target_positions)))
-        object.__setattr__(self, "evidence_positions", tuple(sorted(int(p) for p in evidence_positions)))
+        object.__setattr__(self, "token_ids", tuple(whole(token) for token in token_ids))
+        object.__setattr__(self, "target_positions", tuple(sorted(whole(p) for p in target_positions)))
+        object.__setattr__(self, "evidence_positions", tuple(sorted(whole(p) for p in evidence_positions)))
         self._validate()
 
     @property

@@ -96,9 +96,9 @@ class _Pass:
             pairs = ReversalPairs.from_pairs(pairs)
         self.model, self.pairs, self.plan = model, pairs, plan
         self.queries = prepare_queries(model, pairs.queries)
+        if plan.batch_size is not None and plan.batch_size < 1:
+            raise RevprobeError(f"batch_size {plan.batch_size!r}: expected at least 1 query")
         self.batch_size = plan.batch_size or default_batch_size(model, self.queries)
-        if self.batch_size < 1:
-            raise RevprobeError(f"batch_size {self.batch_size!r}: expected at least 1 query")
         partner = derangement(pairs.facts.astype(str), pairs.groups(model.logit_shift), seed=plan.seed)
         self.partner = partner if plan.control else np.full(len(pairs), -1)
         self.selected = select_parameters(model.module, plan.parameters) if plan.gradient else {}
@@ -161,12 +161,16 @@ class _Pass:
         return stack.enter_context(record_gradients(self.model.module, self.selected, size, parts=self.parts))
 
     def _readout(self, batch: QueryBatch) -> Tensor:
-        """Log-probabilities at the readout rows, float32 or wider. Shapes: `-> query token vocab`."""
+        """Log-probabilities at the readout rows. Shapes: `-> query token vocab`, float64.
+
+        In float32 the gradient p - 1 of a confident answer is a difference of rounding errors.
+        """
         logits = self.model.logits(batch.input_ids, batch.attention_mask)
         at_rows = logits[torch.arange(len(batch.rows), device=logits.device)[:, None], batch.rows]
-        if at_rows.isnan().any():
+        log_probabilities = at_rows.double().log_softmax(-1)
+        if log_probabilities.isnan().any():
             raise RevprobeError(self.model.explain_non_finite())
-        return at_rows.to(torch.promote_types(at_rows.dtype, torch.float32)).log_softmax(-1)
+        return log_probabilities
 
     def _keep_scores(self, tap: AttentionTap, batch: QueryBatch, queries: np.ndarray) -> None:
         """Scores averaged over readout rows and evidence tokens, weights summed over evidence tokens."""

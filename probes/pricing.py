@@ -123,8 +123,11 @@ class Pricing:
 def price(log_probabilities: Tensor, tokens: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
     """Summed log-probability of the tokens (nats) and the worst of their 1-based ranks.
 
+    Ties count against the target: its rank is the number of tokens at least as likely, so that a model that gives
+    all tokens the same probability ranks none of them first.
+
     Shapes: `ask token vocab, ask token, ask token (bool) -> ask, ask`.
     """
     chosen = log_probabilities.gather(-1, tokens[..., None])
-    rank = 1 + (log_probabilities > chosen).sum(-1)
+    rank = (log_probabilities >= chosen).sum(-1)
     return chosen[..., 0].masked_fill(~present, 0.0).sum(1), rank.masked_fill(~present, 0).amax(1)

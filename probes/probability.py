@@ -32,9 +32,9 @@ def probe_reverse_probability(
     query of another fact of the same group gives to this target. `layers` is accepted as everywhere and unused:
     a probability has no layer.
 
-    Frame: pair, fact, direction, probability, log_probability (nats), rank (1-based, the worst over target
-    tokens), argmax_match (rank is 1), probability_control, argmax_match_control (0 or 1; NaN without a partner),
-    reason.
+    Frame: pair, fact, kind, direction, probability, log_probability (nats), rank (1-based, ties against the target,
+    the worst over target tokens), argmax_match (rank is 1), probability_control, argmax_match_control (0 or 1; NaN
+    without a partner), reason.
     Raises: RevprobeError, when the queries do not fit the model or its logits are NaN.
     Source: paper Sec. 5 (Fig. 3, right; Tables 1 and 2).
     """
@@ -70,6 +70,7 @@ def _direction_frame(result: PassResult, direction: str, index: np.ndarray) -> p
         {
             "pair": np.arange(len(index)),
             "fact": result.pairs.facts.astype(str),
+            "kind": result.pairs.kind,
             "direction": direction,
             "probability": np.exp(value),
             "log_probability": value,

@@ -6,6 +6,7 @@ one parquet file, rows and numbers together; a step's readings form a folder tha
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 import os
@@ -21,7 +22,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import RevprobeError, did_you_mean
+from ..errors import RevprobeError, did_you_mean, first_line
 from ..models.checkpoints import step_of
 from .estimates import Control, Measured, direction_mean, measure
 from .statistics import Estimate
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Control", "Reading", "Readings"]
 
-_META = b"revprobe"
-MEASURE_COLUMNS = ["measure", "value", "n", "low", "high", "control"]
+_META, _DIGEST = b"revprobe", b"revprobe.digest"
+MEASURE_COLUMNS = ["measure", "value", "n", "low", "high", "control", "control_low", "control_high"]
+MEASURE_COLUMNS += ["excess", "excess_low", "excess_high"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -56,7 +58,13 @@ class Reading:
     @cached_property
     def measured(self) -> Measured:
         """Estimate, control, excess and what was left out, from the frame."""
-        return measure(self.name, self.frame, seed=self.seed, control=self.meta.get("control", True))
+        return self._measure(self.frame)
+
+    def _measure(self, part: pd.DataFrame) -> Measured:
+        return measure(self.name, part, seed=self.seed, control=self.meta.get("control", True))
+
+    def _forward_mean(self, part: pd.DataFrame) -> Measured:
+        return direction_mean(part, "forward", "probability", self.seed)
 
     @property
     def seed(self) -> int:
@@ -96,7 +104,8 @@ class Reading:
     def summary(self, by: str | list[str] | None = None) -> pd.DataFrame:
         """The number for each value of the column(s) `by`, or for all rows.
 
-        Columns: by..., value, n, low, high, control, control_low, control_high.
+        Columns: by..., value, n, low, high, control, control_low, control_high, excess, excess_low, excess_high. A
+        probability is that of the reverse queries, unless `by` tells the directions apart.
         Raises: RevprobeError, for a column the frame lacks.
         """
         keys = [by] if isinstance(by, str) else list(by or [])
@@ -109,18 +118,16 @@ class Reading:
             return pd.DataFrame([_summary_row(self.measured)])
         rows = []
         for value, part in self.frame.groupby(keys, sort=True, dropna=False):
-            measured = self._measure_part(part)
+            # A probability is that of the reverse queries, except where the directions are told apart.
+            forward = "direction" in keys and set(part["direction"]) == {"forward"}
+            measured = self._forward_mean(part) if forward else self._measure(part)
             rows.append(dict(zip(keys, value, strict=True)) | _summary_row(measured))
         return pd.DataFrame(rows)
 
-    def _measure_part(self, part: pd.DataFrame) -> Measured:
-        directions = set(part["direction"]) if "direction" in part else {"reverse"}
-        if directions == {"forward"}:
-            return direction_mean(part, "forward", "probability", self.seed)
-        return measure(self.name, part, seed=self.seed, control=self.meta.get("control", True))
-
     def measures(self) -> pd.DataFrame:
-        """Everything this reading reports, tidy; columns measure, value, n, low, high, control.
+        """Everything this reading reports, tidy.
+
+        Columns: measure, value, n, low, high, control, control_low, control_high, excess, excess_low, excess_high.
 
         The probability reading gives four: forward and reverse, probability and accuracy (fraction of pairs whose
         target is the argmax at every target position).
@@ -150,13 +157,13 @@ class Reading:
         """Write frame and meta as one parquet file, whole or not at all."""
         path = Path(path)
         part = path.with_name(f".{path.name}.part")
-        measures = self._measures.to_dict("records")
-        header = {"name": self.name, "meta": self.meta, "measured": asdict(self.measured), "measures": measures}
-        if self.cross is not None:
-            header["cross"] = json.loads(self.cross.to_json(orient="split", double_precision=15))
+        header: dict[str, Any] = {"name": self.name, "meta": self.meta, "measured": asdict(self.measured)}
+        header |= {"measures": self._measures.to_dict("records"), "cross": _split(self.cross)}
         table = pa.Table.from_pandas(self.frame, preserve_index=False)
-        table = table.replace_schema_metadata({**(table.schema.metadata or {}), _META: json.dumps(header).encode()})
-        pq.write_table(table, part, compression="zstd")
+        stored = {_META: json.dumps(header).encode()}
+        stored[_DIGEST] = _digest(stored[_META], self.frame).encode()
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), **stored})
+        pq.write_table(table, part, compression="zstd", write_page_checksum=True)
         os.replace(part, path)
         return path
 
@@ -167,19 +174,21 @@ class Reading:
         if not path.is_file():
             raise RevprobeError(f"no reading at {str(path)!r}; expected a parquet file written by Reading.save")
         try:
-            table = pq.read_table(path)
-            header = json.loads((table.schema.metadata or {})[_META])
-        except KeyError as error:
+            table = pq.read_table(path, page_checksum_verification=True)
+            stored, frame = table.schema.metadata or {}, table.to_pandas()
+            if _META not in stored:
+                raise RevprobeError(f"{path} is parquet but not a reading of revprobe; use pandas.read_parquet")
+            if _digest(stored[_META], frame) != stored.get(_DIGEST, b"").decode():
+                raise ValueError("its rows or numbers are not those that were saved")
+            header = json.loads(stored[_META])
+        except RevprobeError:
+            raise
+        except Exception as error:  # a flipped byte surfaces anywhere: arrow, json, unicode, pandas
             raise RevprobeError(
-                f"{path} is parquet but not a reading of revprobe; read it with pandas.read_parquet"
+                f"{path} is damaged ({first_line(error)}); delete it and run the same command again"
             ) from error
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise RevprobeError(
-                f"{path} is damaged ({str(error).splitlines()[0]}); delete it and run the probe again"
-            ) from error
-        cross = pd.DataFrame(**header["cross"], dtype=float) if "cross" in header else None
-        reading = cls(header["name"], table.to_pandas(), header["meta"], cross)
-        if header["meta"].get("versions", {}).get("revprobe") == version("revprobe") and "measured" in header:
+        reading = cls(header["name"], frame, header["meta"], _joined(header["cross"]))
+        if header["meta"].get("versions", {}).get("revprobe") == version("revprobe"):
             # The numbers as they were worked out when saved: bootstrapping a run's readings again takes a minute.
             reading.__dict__["measured"] = Measured.from_dict(header["measured"])
             reading.__dict__["_measures"] = pd.DataFrame(header["measures"], columns=MEASURE_COLUMNS)
@@ -192,6 +201,8 @@ class Reading:
             if self.control
             else ", control=None"
         )
+        if self.excess is not None:
+            control += f", excess={self.excess.value:.4g} [{self.excess.low:.4g}, {self.excess.high:.4g}]"
         left_out = f", undefined={self.undefined}" if self.undefined else ""
         where = "".join(
             f", {key}={self.meta[key]}" for key in ("kind", "step", "weights") if self.meta.get(key) is not None
@@ -255,7 +266,7 @@ class Readings(Sequence[Reading]):
         )
 
     def measures(self) -> pd.DataFrame:
-        """All numbers, tidy: step, weights, kind, measure, value, n, low, high, control."""
+        """All numbers, tidy: step, weights, kind, then the columns of `Reading.measures`."""
         frames = [
             r.measures().assign(step=r.meta.get("step"), weights=r.meta.get("weights"), kind=r.meta.get("kind"))
             for r in self
@@ -320,6 +331,20 @@ class Readings(Sequence[Reading]):
         return str(self.measures().to_html(index=False, escape=True))
 
 
+def _digest(header: bytes, frame: pd.DataFrame) -> str:
+    """What changes when a number or a row of a saved reading does."""
+    rows = pd.util.hash_pandas_object(frame, index=False).to_numpy()
+    return hashlib.sha256(header + ",".join(map(str, frame.columns)).encode() + rows.tobytes()).hexdigest()
+
+
+def _split(matrix: pd.DataFrame | None) -> dict[str, Any] | None:
+    return None if matrix is None else json.loads(matrix.to_json(orient="split", double_precision=15))
+
+
+def _joined(split: dict[str, Any] | None) -> pd.DataFrame | None:
+    return None if split is None else pd.DataFrame(**split, dtype=float)
+
+
 def _raw_first(path: Path) -> tuple[str, bool]:
     """Order of a step's files: by probe, the weights as they are before their average."""
     name, _, weights = path.stem.partition(".")
@@ -329,8 +354,10 @@ def _raw_first(path: Path) -> tuple[str, bool]:
 def _summary_row(measured: Measured) -> dict[str, float]:
     control = measured.control or Control(float("nan"), (float("nan"), float("nan")), 0, "")
     estimate = measured.estimate
-    row = {"value": estimate.value, "n": estimate.n, "low": estimate.low, "high": estimate.high}
-    return row | {"control": control.value, "control_low": control.interval[0], "control_high": control.interval[1]}
+    excess = measured.excess or Estimate(float("nan"), float("nan"), float("nan"), 0)
+    row: dict[str, float] = {"value": estimate.value, "n": estimate.n, "low": estimate.low, "high": estimate.high}
+    row |= {"control": control.value, "control_low": control.interval[0], "control_high": control.interval[1]}
+    return row | {"excess": excess.value, "excess_low": excess.low, "excess_high": excess.high}
 
 
 def _measure_row(name: str, measured: Measured) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from scipy import sparse
 
 RESAMPLES = 1000
 DERANGEMENTS = 200
-# A within-group correlation over fewer facts than this is mostly noise; smaller groups are pooled (DESIGN 3).
+# A within-group correlation over fewer facts than this is mostly noise; smaller groups are pooled.
 LEAST_FACTS = 8
 # Scores that vary by less than this share of their size are constant up to float32 rounding.
 CONSTANT = 1e-6
@@ -88,7 +88,8 @@ class GroupCorrelation:
     """Correlation of forward and reverse scores within groups, over all heads.
 
     `value`, `low`, `high`: the mean over cells (a cell is a group in one head); `null`: its value under each
-    derangement; `cells`: `group head` correlations; `statistic`: how small groups were treated.
+    derangement; `cells`: `group head` correlations; `statistic`: how small groups were treated; `n`: pairs behind
+    the value; `small`: pairs left out because their group is small; `constant`: cells without variance.
     """
 
     value: float
@@ -98,6 +99,8 @@ class GroupCorrelation:
     null: np.ndarray
     cells: np.ndarray
     statistic: str
+    small: int = 0
+    constant: int = 0
 
 
 def group_correlation(
@@ -116,21 +119,32 @@ def group_correlation(
     Shapes: `forward`, `reverse`: `pair head`; `facts`, `groups`: `pair`. NaN scores are left out.
     """
     layout = _Layout.of(facts, groups)
-    pooled = not layout.large.any()
+    large = layout.defined_facts(forward, reverse) >= LEAST_FACTS
+    pooled = not large.any()
     draws = resampled_facts(layout.n_facts, seed=seed)
     step = max(1, _BLOCK // max(layout.n_facts * layout.n_groups, 1))
     blocks = [slice(h, h + step) for h in range(0, forward.shape[1], step)]
     cells = np.concatenate([layout.cells(forward[:, b], reverse[:, b]) for b in blocks], axis=1)
-    resampled = np.concatenate([layout.resampled(forward[:, b], reverse[:, b], draws, pooled) for b in blocks], axis=1)
-    value = _mean(
-        np.concatenate([layout.correlations(forward[:, b], reverse[:, b], pooled) for b in blocks], axis=None)
+    values = [layout.correlations(forward[:, b], reverse[:, b], large[:, b], pooled) for b in blocks]
+    resampled = [layout.resampled(forward[:, b], reverse[:, b], draws, large[:, b], pooled) for b in blocks]
+    low, high = float("nan"), float("nan")
+    if layout.n_facts > 1:
+        low, high = _percentiles(_row_means(np.concatenate(resampled, axis=1)))
+    null = _null(layout, forward, reverse, facts, groups, large, pooled, seed) if control else np.array([])
+    defined = np.isfinite(forward) & np.isfinite(reverse)
+    used = defined & (large[layout.group] | pooled)
+    averaged = "pooled within-group r" if pooled else f"mean within-group r over groups of at least {LEAST_FACTS} facts"
+    return GroupCorrelation(
+        value=_mean(np.concatenate(values, axis=None)),
+        low=low,
+        high=high,
+        n=int(used.any(1).sum()),
+        null=null[np.isfinite(null)],
+        cells=cells,
+        statistic=averaged,
+        small=int((defined.any(1) & ~used.any(1)).sum()),
+        constant=int((np.isnan(cells) & (large | pooled) & (layout.counts(defined) > 1)).sum()),
     )
-    low, high = _percentiles(_row_means(resampled)) if layout.n_facts > 1 else (float("nan"), float("nan"))
-    null = _null(layout, forward, reverse, facts, groups, pooled, seed) if control else np.array([])
-    used = layout.large[layout.group] | pooled
-    n = int((np.isfinite(forward) & np.isfinite(reverse)).any(1)[used].sum())
-    name = "pooled within-group r" if pooled else f"mean within-group r over groups of at least {LEAST_FACTS} facts"
-    return GroupCorrelation(value, low, high, n, null[np.isfinite(null)], cells, name)
 
 
 def _null(
@@ -139,6 +153,7 @@ def _null(
     reverse: np.ndarray,
     facts: np.ndarray,
     groups: np.ndarray,
+    large: np.ndarray,
     pooled: bool,
     seed: int,
 ) -> np.ndarray:
@@ -148,8 +163,8 @@ def _null(
     partners = derangements(facts, groups, seed=seed)
     whole = np.isfinite(forward).all() and np.isfinite(reverse).all()
     if whole and (np.sort(partners, axis=1) == np.arange(len(facts))).all():
-        return layout.permuted(forward, reverse, partners, pooled)
-    return np.array([layout.deranged(forward, reverse, partner, pooled) for partner in partners])
+        return layout.permuted(forward, reverse, partners, large, pooled)
+    return np.array([layout.deranged(forward, reverse, partner, large, pooled) for partner in partners])
 
 
 def derangements(facts: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> np.ndarray:
@@ -175,7 +190,6 @@ class _Layout:
     group: np.ndarray
     n_facts: int
     n_groups: int
-    large: np.ndarray
     by_group: sparse.csr_matrix
     by_fact_group: sparse.csr_matrix
 
@@ -187,8 +201,16 @@ class _Layout:
         ones, column = np.ones(len(fact)), np.arange(len(fact))
         by_group = sparse.csr_matrix((ones, (group, column)), shape=(n_groups, len(fact)))
         by_both = sparse.csr_matrix((ones, (fact * n_groups + group, column)), shape=(n_facts * n_groups, len(fact)))
-        present = np.asarray(by_both.sum(1)).reshape(n_facts, n_groups) > 0
-        return cls(fact, group, n_facts, n_groups, present.sum(0) >= LEAST_FACTS, by_group, by_both)
+        return cls(fact, group, n_facts, n_groups, by_group, by_both)
+
+    def counts(self, defined: np.ndarray) -> np.ndarray:
+        """Defined pairs of each group. Shapes: `pair head -> group head`."""
+        return np.asarray(self.by_group @ defined.astype(float))
+
+    def defined_facts(self, forward: np.ndarray, reverse: np.ndarray) -> np.ndarray:
+        """Facts of each group with both scores defined. Shapes: `-> group head`."""
+        defined = (np.isfinite(forward) & np.isfinite(reverse)).astype(float)
+        return ((self.by_fact_group @ defined).reshape(self.n_facts, self.n_groups, -1) > 0).sum(0)
 
     def moments(self, forward: np.ndarray, reverse: np.ndarray) -> np.ndarray:
         """Per row n, x, y, xx, yy, xy of scores centred by group; zero where undefined. Shapes: `-> 6 pair head`."""
@@ -208,26 +230,34 @@ class _Layout:
         """Pearson r of every group and head. Shapes: `-> group head`."""
         return _pearson(np.stack([self.by_group @ m for m in self.moments(forward, reverse)]))
 
-    def correlations(self, forward: np.ndarray, reverse: np.ndarray, pooled: bool) -> np.ndarray:
+    def correlations(self, forward: np.ndarray, reverse: np.ndarray, large: np.ndarray, pooled: bool) -> np.ndarray:
         """What is averaged: r of the large groups, or one pooled r per head. Shapes: `-> group|1 head`."""
-        return self._combine(np.stack([self.by_group @ m for m in self.moments(forward, reverse)]), pooled)
+        sums = np.stack([self.by_group @ m for m in self.moments(forward, reverse)])
+        return _combine(sums, large, pooled)
 
-    def resampled(self, forward: np.ndarray, reverse: np.ndarray, draws: np.ndarray, pooled: bool) -> np.ndarray:
+    def resampled(
+        self, forward: np.ndarray, reverse: np.ndarray, draws: np.ndarray, large: np.ndarray, pooled: bool
+    ) -> np.ndarray:
         """The same under each resample of facts. Shapes: `-> resample cell`."""
-        keep = slice(None) if pooled else self.large
+        keep = np.ones(self.n_groups, dtype=bool) if pooled else large.any(1)
         sums = [
             (self.by_fact_group @ m).reshape(self.n_facts, self.n_groups, -1)[:, keep]
             for m in self.moments(forward, reverse)
         ]
         drawn = np.stack([np.tensordot(draws, s, axes=1) for s in sums])
-        return (_pooled(drawn, axis=1) if pooled else _pearson(drawn)).reshape(len(draws), -1)
+        values = _pooled(drawn, axis=1) if pooled else np.where(large[keep], _pearson(drawn), np.nan)
+        return values.reshape(len(draws), -1)
 
-    def deranged(self, forward: np.ndarray, reverse: np.ndarray, partner: np.ndarray, pooled: bool) -> float:
+    def deranged(
+        self, forward: np.ndarray, reverse: np.ndarray, partner: np.ndarray, large: np.ndarray, pooled: bool
+    ) -> float:
         """The value when each forward score meets the reverse score of its partner."""
         other = np.where((partner >= 0)[:, None], reverse[partner], np.nan)
-        return _mean(self.correlations(forward, other, pooled))
+        return _mean(self.correlations(forward, other, large, pooled))
 
-    def permuted(self, forward: np.ndarray, reverse: np.ndarray, partners: np.ndarray, pooled: bool) -> np.ndarray:
+    def permuted(
+        self, forward: np.ndarray, reverse: np.ndarray, partners: np.ndarray, large: np.ndarray, pooled: bool
+    ) -> np.ndarray:
         """`deranged` for many partners at once, where each permutes whole groups and every score is defined.
 
         Then only the products change: the sums and squares of a group are those of its true pairing.
@@ -238,11 +268,12 @@ class _Layout:
         values = []
         for partner in partners:
             sums[5] = self.by_group @ (true[1] * true[2][partner])
-            values.append(_mean(self._combine(sums, pooled)))
+            values.append(_mean(_combine(sums, large, pooled)))
         return np.array(values)
 
-    def _combine(self, sums: np.ndarray, pooled: bool) -> np.ndarray:
-        return _pooled(sums, axis=0)[None] if pooled else _pearson(sums)[self.large]
+
+def _combine(sums: np.ndarray, large: np.ndarray, pooled: bool) -> np.ndarray:
+    return _pooled(sums, axis=0)[None] if pooled else np.where(large, _pearson(sums), np.nan)
 
 
 def _pearson(sums: np.ndarray) -> np.ndarray:

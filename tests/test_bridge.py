@@ -1,11 +1,31 @@
 """The TransformerLens view: the same logits, the right attention, shared weights, and the model left as it was."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from revprobe import ProbedModel, RaddConfig, RaddForMaskedLM, RevprobeError, letter_pairs, letter_tokenizer, probe
+from revprobe import (
+    ProbedModel,
+    Query,
+    RaddConfig,
+    RaddForMaskedLM,
+    ReversalPair,
+    ReversalPairs,
+    RevprobeError,
+    letter_pairs,
+    letter_tokenizer,
+    load_model,
+    probe,
+)
+from revprobe.models import bridge as bridges
 from revprobe.models.radd import POSITION_ENCODINGS
+
+FIXTURES = Path(__file__).parent / "fixtures"
+# With logits and scores of the published code -> TransformerLens' own adapter for the causal relative.
+STOCK = {"llada-tiny": bridges.LlamaArchitectureAdapter, "dream-tiny": bridges.Qwen2ArchitectureAdapter}
 
 SMALL = {"vocab_size": 56, "max_position_embeddings": 64, "bos_token_id": 54, "eos_token_id": None, "pad_token_id": 55}
 
@@ -87,3 +107,70 @@ def test_an_architecture_without_an_adapter_is_named():
     model = ProbedModel(Unheard(GPT2Config(**SMALL, n_embd=16, n_layer=1, n_head=2)), objective="causal")
     with pytest.raises(RevprobeError, match=r"TransformerLens cannot bridge Unheard: .*register an adapter"):
         model.to_bridge()
+
+
+# --- LLaDA and Dream, against the published code's own numbers --------------------------------------------------------
+
+
+def differences(bridge, name: str) -> dict[str, float]:
+    """Bridge against published code: logits where they are valid, scores of row 0 in every layer and head."""
+    expected = load_file(FIXTURES / name / "reference.safetensors")
+    ids, mask = expected["input_ids"], expected["attention_mask"]
+    wanted = lambda hook: hook.endswith("hook_attn_scores")  # noqa: E731
+    with torch.no_grad():
+        padded = (bridge(ids, attention_mask=mask) - expected["logits"])[mask.bool()]
+        plain = bridge(ids) - expected["logits_nomask"]
+        _, cache = bridge.run_with_cache(ids[:1], names_filter=wanted)
+    layers = [cache[f"blocks.{layer}.attn.hook_attn_scores"][0] for layer in range(len(expected["scores_row0"]))]
+    scores = torch.stack(layers) - expected["scores_row0"]
+    return {"padded": padded.abs().max(), "plain": plain.abs().max(), "scores": scores.abs().max()}
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_the_bridge_gives_the_published_codes_logits_and_scores(name):
+    """Every entry of the scores is compared: a causal mask would put -inf above the diagonal."""
+    model = load_model(FIXTURES / name)
+    assert all(difference < 1e-4 for difference in differences(model.to_bridge(), name).values())
+    ids = load_file(FIXTURES / name / "reference.safetensors")["input_ids"]
+    torch.testing.assert_close(model.to_bridge()(ids), model.logits(ids), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_the_stock_adapter_would_be_seen(name, monkeypatch):
+    """The planted fault: TransformerLens' own adapters put the causal mask back."""
+    model = load_model(FIXTURES / name)
+    monkeypatch.setitem(bridges.ArchitectureAdapterFactory._adapters, type(model.module).__name__, STOCK[name])
+    found = differences(model.to_bridge(), name)
+    assert found["plain"] > 1e-3 and not found["scores"] < 1e-4
+
+
+def some_pairs(count: int = 12) -> ReversalPairs:
+    """Pairs of random ids with one target and one evidence token, all of the same two offsets."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for fact in range(count):
+        target, evidence, *rest = torch.randperm(240, generator=generator)[:5].tolist()
+        forward = Query([rest[0], evidence, rest[1], target, rest[2]], [3], [1])
+        pairs.append(ReversalPair(forward, Query([rest[0], target, rest[1], evidence], [1], [3]), fact=str(fact)))
+    return ReversalPairs.from_pairs(pairs)
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_all_three_readings_are_the_same_through_the_bridge(name):
+    """Gradients too: the bridge's unembedding holds a buffer where a Linear without bias has None."""
+    model, pairs = load_model(FIXTURES / name), some_pairs()
+    told = {"objective": "masked", "mask_token_id": model.mask_token_id, "logit_shift": model.logit_shift}
+    wrapped = ProbedModel(model.to_bridge(), **told)
+    for ours, theirs in zip(probe(model, pairs), probe(wrapped, pairs), strict=True):
+        assert (theirs.value, theirs.n) == pytest.approx((ours.value, ours.n), abs=1e-4), ours.name
+        assert theirs.interval == pytest.approx(ours.interval, abs=1e-3), ours.name
+
+
+@pytest.mark.parametrize("make", [gpt2, lambda: radd("rope")], ids=["gpt2", "radd"])
+def test_gradients_behind_a_bridged_layer_norm_are_refused_not_half_counted(make):
+    """TransformerLens applies a LayerNorm's weight itself, outside the module that owns it."""
+    model = make()
+    told = {"objective": model.objective, "mask_token_id": model.mask_token_id, "logit_shift": model.logit_shift}
+    wrapped = ProbedModel(model.to_bridge(), letter_tokenizer(), **told)
+    with pytest.raises(RevprobeError, match=r"(ln_1|norm).*used outside its module"):
+        probe(wrapped, letter_pairs(5, model=model), only=["gradient"])

@@ -11,7 +11,7 @@ import pytest
 
 import revprobe
 
-# Who may import whom (DESIGN 1); each may import itself. A new folder or root file needs a line here.
+# Who may import whom; each may import itself. A new folder or root file needs a line here.
 BELOW = {
     "errors": set(),
     "hooks": {"errors"},

@@ -35,6 +35,11 @@ def test_a_query_takes_ints_or_a_tensor():
     assert query.target == (4,) and query.evidence == (30,)
 
 
+def test_token_ids_are_whole_numbers():
+    with pytest.raises(TypeError):
+        Query([1.7, 5, 6], [0], [2])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

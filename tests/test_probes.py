@@ -28,6 +28,7 @@ from revprobe import (
 )
 from revprobe.hooks import attention as attention_hooks
 from revprobe.probes import batches, passes
+from revprobe.probes.estimates import pair_cosines
 
 ENCODINGS = ("rope", "alibi", "absolute", "none")
 
@@ -196,6 +197,37 @@ def two_token_pairs() -> ReversalPairs:
 
 def log_softmax_at(model: ProbedModel, ids: list[int], row: int) -> torch.Tensor:
     return model.module(input_ids=torch.tensor([ids])).logits[0, row].log_softmax(-1)
+
+
+def test_gradients_of_confident_answers_keep_their_digits(trained):
+    """Near p = 1 the difference p - 1 is lost in float32, and the cosine with it, below no floor that would say so."""
+    model = copy.deepcopy(trained)
+    for p in model.module.final_norm.parameters():
+        p.data *= 6.0
+    double = copy.deepcopy(model)
+    double.module.double()
+    pairs = letter_pairs(5, model=model)
+    frame = probe_reverse_probability(double, pairs).frame
+    forward = frame[frame.direction == "forward"].probability
+    assert forward.median() > 1 - 1e-6, "the answers must be confident to test anything"
+    single, exact = (probe_gradient_cosine(m, pairs, control=False) for m in (model, double))
+    np.testing.assert_allclose(pair_cosines(single.frame).cosine, pair_cosines(exact.frame).cosine, atol=1e-3)
+
+
+def test_ties_count_against_the_target():
+    """A model that gives every token the same logit ranks none of them first."""
+    model = mdm()
+    pairs = letter_pairs(4, model=model)
+    model.module.lm_head.weight.data.zero_()
+    frame = probe_reverse_probability(model, pairs).frame
+    assert not frame.argmax_match.any() and (frame["rank"] == 55).all()
+
+
+def test_a_model_with_constant_logits_can_be_wrapped():
+    """A zero unembedding contradicts neither objective; nothing can be found out, so what was said holds."""
+    model = mdm()
+    model.module.lm_head.weight.data.zero_()
+    assert ProbedModel(model.module, objective="masked").objective == "masked"
 
 
 def test_chain_reveals_left_to_right_and_parallel_hides_all():
@@ -480,6 +512,16 @@ def test_probing_leaves_no_trace(raises, monkeypatch):
     assert_same(before, state_of(model.module))
 
 
+def test_logits_that_overflow_are_an_error_and_not_an_accuracy():
+    """inf - inf is NaN, and NaN is greater than nothing: unchecked, every target would rank first."""
+    model = mdm()
+    pairs = letter_pairs(4, model=model)
+    model.module.lm_head.weight.data[0] = 3e38
+    model.module.final_norm.weight.data[:] = 100.0
+    with pytest.raises(RevprobeError, match="NaN logits: its weights are finite, so an activation overflowed"):
+        probe_reverse_probability(model, pairs)
+
+
 def test_nan_weights_are_named():
     model = mdm()
     broken = copy.deepcopy(model)
@@ -525,5 +567,6 @@ def test_unknown_names_and_modes_offer_the_nearest():
         probe_gradient_cosine(model, pairs, parameters=["lm_haed.weight"])
     with pytest.raises(RevprobeError, match="always prices a target token by token"):
         probe_reverse_probability(causal, letter_pairs(4, model=causal), mode="parallel")
-    with pytest.raises(RevprobeError, match="batch_size -1"):
-        probe(model, pairs, batch_size=-1)
+    for size in (-1, 0):
+        with pytest.raises(RevprobeError, match=f"batch_size {size}"):
+            probe(model, pairs, batch_size=size)

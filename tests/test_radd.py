@@ -77,7 +77,7 @@ def test_rope_scores_depend_on_the_offset_only_and_match_complex_rotation():
 
 @pytest.mark.parametrize("encoding", ["alibi", "none"])
 def test_a_symmetric_encoding_makes_the_model_reflection_equivariant(encoding):
-    """Identity (DESIGN 2): the reversed sequence gives the reversed logits, so forward equals reverse probability."""
+    """An identity: the reversed sequence gives the reversed logits, so forward equals reverse probability."""
     model = radd(encoding, n_layers=2).double()
     ids = torch.tensor([[53, 0, 7, 0, 30]])
     torch.testing.assert_close(

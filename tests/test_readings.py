@@ -48,6 +48,7 @@ def test_frames_have_the_documented_columns_and_meta_says_where_they_come_from(r
     for reading in readings:
         assert set(COLUMNS[reading.name].split()) <= set(reading.frame.columns)
         meta = reading.meta
+        assert set(reading.frame.kind) == {"same_target"}
         assert (meta["model"], meta["step"], meta["weights"], meta["kind"]) == ("tiny", 500, "ema", "same_target")
         assert (
             meta["dtype"] == "float32" and meta["versions"]["torch"] and meta["statistic"] and len(meta["pairs"]) == 16
@@ -57,7 +58,7 @@ def test_frames_have_the_documented_columns_and_meta_says_where_they_come_from(r
 def test_every_number_shows_with_its_interval_n_and_control(readings):
     for reading in readings:
         shown = repr(reading)
-        for number in (reading.value, *reading.interval, reading.control.value):
+        for number in (reading.value, *reading.interval, reading.control.value, reading.excess.value):
             assert f"{number:.4g}" in shown
         assert f"n={reading.n}" in shown
 
@@ -93,9 +94,20 @@ def test_summaries_measure_each_part_on_its_own(readings):
         gradient.summary(by="rol")
 
 
+def test_a_part_of_a_probability_is_that_of_its_reverse_queries(readings):
+    """Else one column would mean two things: forward in parts that hold forward rows only, reverse elsewhere."""
+    reading = readings["reverse_probability"]
+    reverse = reading.frame[reading.frame.direction == "reverse"]
+    by_rank = reading.summary(by="rank").set_index("rank")
+    expected = reverse.groupby("rank").probability.mean()
+    assert by_rank.value.dropna().to_dict() == pytest.approx(expected.to_dict())
+    assert by_rank.n.sum() == len(reverse)
+
+
 def test_measures_are_tidy_and_complete(readings):
     table = readings.measures()
-    assert list(table.columns) == ["step", "weights", "kind", "measure", "value", "n", "low", "high", "control"]
+    numbers = "value n low high control control_low control_high excess excess_low excess_high"
+    assert list(table.columns) == ["step", "weights", "kind", "measure", *numbers.split()]
     answers = {f"{side}_{what}" for side in ("forward", "reverse") for what in ("probability", "accuracy")}
     assert set(table.measure) == {"attention_correlation", "gradient_cosine"} | answers
     frame = readings["reverse_probability"].frame
@@ -135,7 +147,7 @@ def test_a_step_folder_appears_whole_or_not_at_all(readings, tmp_path, monkeypat
 def test_damaged_and_foreign_files_are_named(readings, tmp_path):
     path = readings[0].save(tmp_path / "a.parquet")
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(RevprobeError, match=r"a.parquet is damaged .*delete it and run the probe again"):
+    with pytest.raises(RevprobeError, match=r"a.parquet is damaged .*delete it and run the same command again"):
         Reading.load(path)
     pq.write_table(pa.table({"x": [1]}), tmp_path / "b.parquet")
     with pytest.raises(RevprobeError, match="parquet but not a reading"):
@@ -144,6 +156,25 @@ def test_damaged_and_foreign_files_are_named(readings, tmp_path):
         Reading.load(tmp_path / "c.parquet")
     with pytest.raises(RevprobeError, match="no readings at"):
         Readings.load(tmp_path / "nowhere")
+
+
+def test_no_flipped_byte_passes_for_a_reading(readings, tmp_path):
+    """Parquet pages carry checksums and the whole carries a digest: a damaged file is refused or reads as it was."""
+    reading = readings["attention_correlation"]
+    sound = reading.save(tmp_path / "a.parquet").read_bytes()
+    rng, refused = np.random.default_rng(0), 0
+    for place in rng.integers(0, len(sound), 60):
+        damaged = bytearray(sound)
+        damaged[place] ^= 1 << rng.integers(8)
+        (tmp_path / "b.parquet").write_bytes(damaged)
+        try:
+            again = Reading.load(tmp_path / "b.parquet")
+        except RevprobeError as error:
+            refused += "is damaged" in str(error) or "not a reading" in str(error)
+            continue
+        pd.testing.assert_frame_equal(again.frame, reading.frame, check_dtype=False)
+        assert again.measured == reading.measured
+    assert refused > 30
 
 
 def test_readings_are_chosen_by_name_step_and_weights(readings):

@@ -67,6 +67,31 @@ def test_small_groups_are_pooled_after_centring_and_named_so():
     assert found.value == pytest.approx(np.corrcoef(*centred)[0, 1], abs=1e-12)
 
 
+def test_pairs_in_small_groups_are_left_out_and_counted():
+    """Eight facts in one group and three in another: the three have no correlation of their own, and it is said."""
+    forward, reverse, facts, groups = scores(facts=8, groups=2, heads=1)
+    keep = (groups == 0) | (np.char.str_len(facts) > 0) & np.isin(facts, ["0", "1", "2"])
+    found = group_correlation(forward[keep], reverse[keep], facts[keep], groups[keep])
+    assert found.small == 3 and found.n == 8
+    assert found.value == pytest.approx(np.corrcoef(forward[groups == 0, 0], reverse[groups == 0, 0])[0, 1])
+
+
+def test_a_group_is_as_large_as_its_defined_scores():
+    """Eight facts of which two have scores: no correlation over two points passes for one over eight."""
+    forward, reverse, facts, groups = scores(facts=8, groups=1, heads=1)
+    forward[2:] = np.nan
+    found = group_correlation(forward, reverse, facts, groups)
+    assert found.statistic == "pooled within-group r" and found.n == 2
+
+
+def test_groups_without_a_defined_pair_are_not_called_constant():
+    forward, reverse, facts, groups = scores(facts=9, groups=2, heads=1)
+    reverse[groups == 1] = np.nan
+    assert group_correlation(forward, reverse, facts, groups).constant == 0
+    reverse[groups == 1] = 4.0
+    assert group_correlation(forward, reverse, facts, groups).constant == 1
+
+
 def test_undefined_scores_are_left_out_and_constant_groups_are_nan():
     forward, reverse, facts, groups = scores(heads=1)
     forward[0] = np.nan

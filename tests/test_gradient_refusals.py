@@ -1,0 +1,398 @@
+"""What the gradient engine must not get wrong silently: each is exact or an error that names the module.
+
+Every model here gave wrong numbers without a word at some time, or would if a check were left out.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from revprobe import ProbedModel, Query, ReversalPair, ReversalPairs, RevprobeError, probe_gradient_cosine
+from revprobe.hooks import gradient_graph, gradient_rules, gradients
+from revprobe.hooks.gradients import record_gradients
+
+WIDTH, SEQ = 6, 7
+
+
+class Base(nn.Module):
+    """Embedding, a layer, a norm, a head; subclasses put one difficulty between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layer, self.norm = nn.Embedding(9, WIDTH), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, 9)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.middle(self.embed(ids)))
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return self.norm(self.layer(hidden).cumsum(1).tanh())
+
+
+def worst_error(module: nn.Module, *, batch: int = 5, only: tuple[str, ...] = ()) -> float:
+    """The largest error of any inner product, as a share of the whole gradients' norms, in float64."""
+    module = module.double()
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(0, 9, (batch, SEQ), generator=generator)
+    weights = torch.rand(batch, SEQ, 9, generator=generator).double()
+
+    def loss(part: slice) -> Tensor:
+        return (module(ids[part]).log_softmax(-1) * weights[part]).sum((1, 2))
+
+    parameters = {n: p for n, p in module.named_parameters() if not only or n in only}
+    with record_gradients(module, parameters, batch) as recorder:
+        recorder.backward(loss(slice(None)))
+    left, right = torch.cartesian_prod(torch.arange(batch), torch.arange(batch)).T
+    found, rows = recorder.products(left, right), []
+    for n in range(batch):
+        grads = torch.autograd.grad(loss(slice(n, n + 1)).sum(), list(parameters.values()), allow_unused=True)
+        rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters.values(), strict=True)])
+    whole = torch.stack([torch.cat([g.flatten() for g in grads]).norm() for grads in rows])
+    errors = []
+    for k, name in enumerate(parameters):
+        each = torch.stack([grads[k].flatten() for grads in rows])
+        errors.append(((found[name] - (each @ each.T).flatten()).abs() / (whole[left] * whole[right])).max())
+    return float(torch.stack(errors).max())
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+# --- hooks and forwards of others -----------------------------------------------------------------------------------
+
+
+def test_a_hook_that_changes_a_modules_output_comes_after_the_module():
+    """Its factor belongs to what follows: recorded after it, the layer's gradient would be a third of the true one."""
+    for name in ("layer", "norm"):
+        module = Base()
+        module.get_submodule(name).register_forward_hook(lambda m, args, output: output * 3)
+        assert worst_error(module) < 1e-10
+
+
+class Gain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(WIDTH) + 0.5)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden * self.gain
+
+
+def test_a_hook_that_changes_a_replayed_modules_input_is_refused():
+    """Run again on what it was given, the module would see the change twice."""
+    module = Base()
+    module.norm = Gain()
+    module.norm.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
+    with pytest.raises(
+        RevprobeError, match=r"of a Gain cannot be split .* run again it gives other outputs"
+    ):
+        worst_error(module)
+    module = Base()
+    module.layer.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
+    assert worst_error(module) < 1e-10, "a rule runs nothing again"
+
+
+def test_a_forward_put_on_the_instance_and_a_normed_weight_are_replayed():
+    """Their type is Linear's, what they compute is not."""
+    module = Base()
+    plain = module.layer.forward
+    module.layer.forward = lambda hidden: 2 * plain(hidden)
+    assert worst_error(module) < 1e-10
+    with pytest.warns(FutureWarning):
+        module = Base()
+        nn.utils.weight_norm(module.layer)
+    assert {"layer.weight_g", "layer.weight_v"} <= set(dict(module.named_parameters()))
+    assert worst_error(module) < 1e-10
+
+
+# --- uses that no call covers ---------------------------------------------------------------------------------------
+
+
+class OneCallUnused(Base):
+    """Two calls, one of them for nothing, and one use outside: as many edges as calls."""
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        self.layer(hidden)
+        return self.norm(self.layer(hidden).tanh() @ self.layer.weight)
+
+
+class Opaque(Base):
+    """Its module returns an object that hides the tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.box = Boxing()
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return self.norm(self.box(self.layer(hidden)).hidden)
+
+
+class Boxing(Gain):
+    def forward(self, hidden: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(hidden=super().forward(hidden))
+
+
+class InPlace(Base):
+    """Its own gradient is fine with autograd; at the module's output it is no more to be had."""
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return self.norm(nn.functional.relu(self.layer(hidden), inplace=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (OneCallUnused, r"'layer.weight' reaches the loss 2 times, but only 1 calls .* used outside its module"),
+        (Opaque, r"'box.gain' reaches the loss 1 times, but only 0 calls"),
+        (InPlace, r"output of module 'layer' is overwritten in place, so the gradient of 'layer.weight' is lost"),
+    ],
+)
+def test_a_use_that_no_recorded_call_covers_is_refused(kind, message, monkeypatch):
+    with pytest.raises(RevprobeError, match=message):
+        worst_error(kind())
+    monkeypatch.setattr(gradients, "check_complete", lambda *_: None)
+    assert worst_error(kind()) > 1e-3, "without the check the numbers are wrong"
+
+
+def test_an_output_overwritten_in_place_is_exact_where_autograd_keeps_its_place():
+    """Without a bias the layer's output is no view: the gradient is asked for where the module left it."""
+    module = InPlace()
+    module.layer = nn.Linear(WIDTH, WIDTH, bias=False)
+    assert worst_error(module) < 1e-10
+
+
+def test_the_weight_of_a_convolution_that_a_model_calls_by_hand_is_refused():
+    """Qwen3.5's linear attention passes conv1d.weight to a kernel."""
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 4}
+    config = transformers.Qwen3_5TextConfig(
+        vocab_size=60, hidden_size=16, num_attention_heads=4, num_key_value_heads=2, head_dim=4, intermediate_size=24,
+        num_hidden_layers=4, linear_value_head_dim=4, **heads,
+    )  # fmt: skip
+    model = ProbedModel(transformers.AutoModelForCausalLM.from_config(config), objective="causal")
+    with pytest.raises(RevprobeError, match=r"conv1d\.weight' .* its weight is used outside its module"):
+        probe_gradient_cosine(model, some_pairs())
+
+
+def some_pairs() -> ReversalPairs:
+    pairs = [ReversalPair(Query([n, 5, 6, 7], [3], [1]), Query([n, 6, 5, 7], [3], [2]), fact=str(n)) for n in (1, 2)]
+    return ReversalPairs.from_pairs(pairs)
+
+
+# --- examples that are not told apart -------------------------------------------------------------------------------
+
+
+class FlatPositions(Base):
+    """Positions without a batch axis, as in nanoGPT: (seq, width)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(SEQ, WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.middle(self.embed(ids) + self.positions(torch.arange(ids.shape[1]))))
+
+
+class SequenceFirst(Base):
+    def middle(self, hidden: Tensor) -> Tensor:
+        return self.norm(self.layer(hidden.transpose(0, 1).cumsum(0)).tanh()).transpose(0, 1)
+
+
+class RelativeBias(Base):
+    """A bias for each row and column, as in T5: (seq, seq, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Embedding(2 * SEQ, 1)
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        place = torch.arange(hidden.shape[1])
+        scores = self.bias(place[:, None] - place + SEQ)[..., 0]
+        return self.norm(self.layer(scores.softmax(-1) @ hidden).tanh())
+
+
+@pytest.mark.parametrize("batch", [SEQ, 5], ids=["as many as positions", "fewer"])
+@pytest.mark.parametrize(
+    ("kind", "culprit"), [(FlatPositions, "positions"), (SequenceFirst, "layer"), (RelativeBias, "bias")]
+)
+def test_a_first_axis_that_is_not_the_batch_is_refused_also_where_its_length_fits(kind, culprit, batch, monkeypatch):
+    with pytest.raises(RevprobeError, match=rf"module '{culprit}' .* its gradients cannot be told apart"):
+        worst_error(kind(), batch=batch)
+    with pytest.raises(RevprobeError, match=rf"module '{culprit}' "):
+        worst_error(kind(), batch=batch, only=(f"{culprit}.weight",))
+    if batch == SEQ:
+        monkeypatch.setattr(gradients, "check_order", lambda *_: None)
+        assert worst_error(kind(), batch=batch) > 1e-3, "without the check the numbers are wrong"
+
+
+def test_as_many_examples_as_positions_are_fine_where_the_batch_is_first():
+    assert worst_error(Base(), batch=SEQ) < 1e-10
+
+
+# --- cut off from the loss ------------------------------------------------------------------------------------------
+
+
+class Deep(Base):
+    """Four blocks; one of them may be cut off from what is below it, inside or before the module."""
+
+    def __init__(self, cut: int, how: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Cutting(how == "inside" and n == cut) for n in range(4))
+        self.cut, self.how = cut, how
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        for n, block in enumerate(self.blocks):
+            hidden = hidden.detach() if n == self.cut and self.how == "before" else hidden
+            with torch.set_grad_enabled(not (n == self.cut and self.how == "no_grad")):
+                hidden = block(hidden).tanh()
+        return self.norm(self.layer(hidden))
+
+
+class Cutting(nn.Linear):
+    def __init__(self, cuts: bool) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.cuts = cuts
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden.detach() if self.cuts else hidden)
+
+
+@pytest.mark.parametrize("how", ["before", "inside"])
+def test_a_detach_in_the_middle_is_an_error_that_names_where(how):
+    """Autograd would give the modules below no gradient at all (None); left out, the rest is exact."""
+    with pytest.raises(
+        RevprobeError, match=r"'embed' ran, .* does not reach the loss: module 'blocks.2' detaches its input"
+    ):
+        worst_error(Deep(2, how))
+    with pytest.raises(RevprobeError, match=r"module 'blocks.1' ran, .*module 'blocks.2' detaches its input"):
+        worst_error(Deep(2, how), only=("blocks.1.weight", "blocks.2.weight"))
+    above = ("blocks.2.weight", "blocks.2.bias", "blocks.3.weight", "layer.weight", "norm.weight", "head.bias")
+    assert worst_error(Deep(2, how), only=above) < 1e-10
+
+
+def test_a_module_that_runs_without_gradient_is_an_error_that_names_it():
+    with pytest.raises(RevprobeError, match=r"module 'blocks.2' ran, .* runs without gradient"):
+        worst_error(Deep(2, "no_grad"), only=("blocks.2.weight", "blocks.3.weight"))
+
+    class Reentrant(Base):
+        def middle(self, hidden: Tensor) -> Tensor:
+            return checkpoint(super().middle, hidden, use_reentrant=True)
+
+    with pytest.raises(RevprobeError, match=r"module 'layer' ran, .* runs without gradient"):
+        worst_error(Reentrant(), only=("layer.weight", "head.weight"))
+
+
+def test_a_tied_weight_keeps_the_use_that_autograd_keeps():
+    """The embedding runs without gradient, the head with: half of the weight's uses count, as in autograd."""
+
+    class HalfTied(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            with torch.no_grad():
+                hidden = self.embed(ids)
+            return self.head(self.middle(hidden))
+
+    assert worst_error(HalfTied()) < 1e-10
+
+
+def test_a_loss_that_reaches_no_selected_parameter_is_refused():
+    module = Base()
+    with record_gradients(module, {"layer.weight": module.layer.weight}, 2) as recorder:
+        hidden = module.embed(torch.zeros(2, 3, dtype=torch.long))
+        with pytest.raises(RevprobeError, match="none of the selected parameters: no module of them ran"):
+            recorder.backward(module.head(hidden).sum((1, 2)))
+    model = ProbedModel(FrozenInside(), objective="causal")
+    with pytest.raises(RevprobeError, match="parameters: module 'embed' ran, but is detached"):
+        probe_gradient_cosine(model, some_pairs())
+
+
+class FrozenInside(Base):
+    def forward(self, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden = self.embed(ids)
+            return self.head(self.norm(self.layer(hidden.cumsum(1))))
+
+
+# --- not finite -----------------------------------------------------------------------------------------------------
+
+
+class Overflowing(Base):
+    """The gradient turns infinite between the layer and the norm: sqrt at zero."""
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return self.norm(hidden + (self.layer(hidden) * 0.0).abs().sqrt())
+
+
+def test_a_gradient_that_is_not_finite_names_the_module_where_it_starts():
+    """Everything below inherits it: the embedding, first in the model, is not to blame."""
+    with pytest.raises(RevprobeError, match=r"gradient at module 'layer' is not finite"):
+        worst_error(Overflowing())
+
+
+def test_an_input_that_is_not_finite_names_its_module():
+    class Diverging(Base):
+        def middle(self, hidden: Tensor) -> Tensor:
+            return self.norm(self.layer(hidden / 0.0).clamp(-1, 1).nan_to_num())
+
+    with pytest.raises(RevprobeError, match=r"module 'layer' is not finite"):
+        worst_error(Diverging(), only=("layer.weight", "head.weight"))
+
+
+# --- the self-check of replays --------------------------------------------------------------------------------------
+
+
+def planted(
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+) -> Callable[..., Callable[..., dict[str, Tensor]]]:
+    """A vmap whose result is changed, as a kernel that it batches wrongly would."""
+
+    def wrong(function: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+        return lambda *inputs: change(torch.vmap(function)(*inputs))
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda grads: {key: g * 1.01 for key, g in grads.items()},
+        lambda grads: {key: g.sum(0, keepdim=True).expand_as(g) for key, g in grads.items()},
+        lambda grads: {key: torch.zeros_like(g) for key, g in grads.items()},
+        lambda grads: {key: g * (torch.arange(len(g)) > 0)[:, None] for key, g in grads.items()},
+    ],
+    ids=["1 % off", "summed over the batch", "zero", "one example lost"],
+)
+def test_a_wrong_replay_is_seen(change, monkeypatch):
+    monkeypatch.setattr(gradient_rules, "vmap", planted(change))
+    with pytest.raises(RevprobeError, match=r"of a LayerNorm cannot be split .* do not add up to the batch's"):
+        worst_error(Base())
+    monkeypatch.setattr(gradient_rules, "_check_replay", lambda *_: None)
+    assert worst_error(Base()) > 1e-5, "without the check the numbers are wrong"
+
+
+def test_a_right_replay_passes_the_same_check():
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        plain = gradient_rules._check_replay
+        patch.setattr(gradient_rules, "_check_replay", lambda *given: calls.append(given) or plain(*given))
+        assert worst_error(Base()) < 1e-10
+    assert [type(given[0]) for given in calls] == [nn.LayerNorm]
+
+
+def test_the_graph_walk_finds_every_edge_between_a_modules_inputs_and_outputs():
+    """By hand: x w + w has two edges into w; behind the input lies one more, which the walk leaves to others."""
+    weight, other = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    given = other * weight
+    output = given * weight + weight
+    inside = gradient_graph.reach([output.grad_fn], [given.grad_fn]).edges
+    assert len(inside[id(weight)]) == 2 and id(other) not in inside
+    assert len(gradient_graph.reach([output.grad_fn]).edges[id(weight)]) == 3
