@@ -26,8 +26,8 @@ from transformers import set_seed
 from .. import __version__
 from ..errors import RevprobeError, did_you_mean, first_line
 from ..models.checkpoints import checkpoint_steps, step_of
-from ..models.probed import ProbedModel
 from ..models.hub import quiet_transformers
+from ..models.probed import ProbedModel
 from ..probes.readings import Readings
 from .building import build_model, probe_pairs, training_arguments
 from .config import RunConfig, dump_config, load_config

@@ -141,7 +141,7 @@ class ProbeCallback(TrainerCallback):
     def _wrap(self, module: nn.Module, **provenance: Any) -> ProbedModel:
         options = {**self.wrapping, **provenance, **self._known}
         if options.get("objective") is None:
-            options["objective"] = as_probed(module).objective
+            options |= {"objective": as_probed(module).objective, "check": False}
         probed = ProbedModel(module, **options)
         # Which way a model reads does not change while it trains.
         self._known = {"objective": probed.objective, "check": False}

@@ -7,7 +7,7 @@ covers is a use of a parameter that no rule has seen; a call whose outputs are n
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -80,12 +80,14 @@ class Output:
 class Call:
     """One call of a module that owns parameters: what went in, and the output tensors whose gradients are wanted.
 
-    `scale`: of the rows an embedding looked up (None: no lookup); `sources`: nodes of autograd's graph that lead into
-    the call; `cut`: floating-point tensors went in, and none carries gradient.
+    `own`: the parameters it answers for, by their path from the module; `scale`: of the rows an embedding looked up
+    (None: no lookup); `sources`: nodes of autograd's graph that lead into the call; `cut`: floating-point tensors went
+    in, and none carries gradient.
     """
 
     module: nn.Module
     name: str
+    own: Mapping[str, nn.Parameter]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: list[Output]
@@ -112,7 +114,7 @@ def check_complete(calls: Sequence[Call], parameters: Mapping[str, nn.Parameter]
     covered: dict[int, set[Edge]] = {id(p): set() for p in parameters.values()}
     own: dict[int, list[Call]] = {id(p): [] for p in parameters.values()}
     for call in calls:
-        keys = [id(p) for p in call.module._parameters.values() if id(p) in covered]
+        keys = [id(p) for p in call.own.values() if id(p) in covered]
         inside = reach(call.roots, call.sources).edges if reached.nodes.intersection(call.roots) else {}
         for key in keys:
             covered[key] |= inside.get(key, set())
@@ -152,6 +154,51 @@ def _cut_after(calls: Sequence[Call], call: Call, reached: set[Any]) -> str:
     return "a later module detaches its input, or the output is unused"
 
 
+def adopted_parameters(
+    module: nn.Module, parameters: Mapping[str, nn.Parameter], run: Callable[[], Tensor]
+) -> dict[str, dict[str, nn.Parameter]]:
+    """Parameters that one run reaches although the module that holds them is not called: who answers for them.
+
+    A parent that uses a child's weight without calling the child (TransformerLens' norms, quantized wrappers) is
+    replayed with the child's parameters as its own.
+    Returns: name of the nearest enclosing module that is called -> path from there -> parameter; empty for most models.
+    """
+    called: set[str] = set()
+    handles = [
+        child.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        for name, child in module.named_modules()
+    ]
+    flags = [(p, p.requires_grad) for p in module.parameters()]
+    try:
+        for p, _ in flags:
+            p.requires_grad_(True)
+        with torch.enable_grad():
+            reached = reach([run().grad_fn]).edges
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, flag in flags:
+            p.requires_grad_(flag)
+    wanted = {id(p) for p in parameters.values()} & set(reached)
+    modules = list(module.named_modules())
+    answered = {id(p) for name, child in modules if name in called for p in child._parameters.values()}
+    found: dict[str, dict[str, nn.Parameter]] = {}
+    for name, child in modules:
+        for key, parameter in child._parameters.items():
+            if parameter is not None and id(parameter) in wanted - answered:
+                parent = _nearest(name, called)
+                path = f"{name}.{key}".removeprefix(f"{parent}." if parent else "")
+                found.setdefault(parent, {})[path] = parameter
+    return found
+
+
+def _nearest(name: str, called: set[str]) -> str:
+    """The innermost module around `name` that is called; "" is the model itself."""
+    while name and name not in called:
+        name = name.rpartition(".")[0]
+    return name
+
+
 def check_order(calls: Sequence[Call], batch: int, loss: Tensor) -> None:
     """Outputs whose first axis could be something else: the first example's loss reaches its rows and no others.
 
@@ -175,3 +222,17 @@ def check_order(calls: Sequence[Call], batch: int, loss: Tensor) -> None:
 
 def _is_doubtful(shape: torch.Size, batch: int) -> bool:
     return shape[0] != batch or len(shape) <= 2 or bool({1, batch} & set(shape[1:-1]))
+
+
+def require_total(name: str, uses: Sequence[Any], total: Tensor) -> None:
+    """The examples' gradients of an adopted parameter add up to autograd's own for the batch.
+
+    Raises: RevprobeError, when they do not: another module uses the parameter.
+    """
+    found = sum((use.grads.double().sum(0) for use in uses), torch.zeros(total.numel(), dtype=torch.float64))
+    tolerance = 1e-3 * total.double().norm() + torch.finfo(total.dtype).eps
+    if (found.to(total.device) - total.double().flatten()).norm() > tolerance:
+        raise RevprobeError(
+            f"parameter {name!r} reaches the loss, but not through calls of its own module: its weight is used outside "
+            "its module, so its gradient would be incomplete"
+        )

@@ -9,7 +9,7 @@ Shapes below: batch, seq, out, in.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,20 +104,21 @@ def drop_silent_tokens(gradient: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor
 
 def replay(
     module: nn.Module,
+    own: Mapping[str, nn.Parameter],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     outputs: Sequence[Output],
     gradients: Sequence[Tensor | None],
     batch: int,
 ) -> dict[str, Use]:
-    """Per-example gradients of a module's own parameters, by a vector-Jacobian product vmapped over the batch.
+    """Per-example gradients of the parameters a module answers for, by a vector-Jacobian product vmapped over them.
 
     Its forward is run again, one example at a time under vmap. Tensors whose first axis is `(batch seq)` give each
     example its own rows.
     Raises: RevprobeError, for a module that vmap cannot run (experts chosen by their input), or that it runs wrongly:
         the outputs must be those of the recorded call, and the examples' gradients add up to the batch's own.
     """
-    own = {key: p.detach() for key, p in module._parameters.items() if p is not None and p.is_floating_point()}
+    own = {key: p.detach() for key, p in own.items() if p.is_floating_point()}
     cotangents = [
         torch.zeros_like(o.tensor) if g is None else g.to(o.dtype) for o, g in zip(outputs, gradients, strict=True)
     ]
@@ -145,7 +146,7 @@ def replay(
             raise RevprobeError(f"{_cannot(module)}: {first_line(error)}; leave them out with parameters=") from error
         _check_replay(module, (args, kwargs), own, grads, outputs, cotangents)
     wide = torch.promote_types(outputs[0].dtype, torch.float32)
-    flat = {key: g.reshape(batch, -1).to(wide) for key, g in grads.items()}
+    flat = {key: g.detach().reshape(batch, -1).to(wide) for key, g in grads.items()}
     return {key: FormedUse(g, g.pow(2).sum(1)) for key, g in flat.items()}
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import RevprobeError
-from .gradient_graph import Call, Output, check_complete, check_order, fed_without_gradient, sources
+from .gradient_graph import Call, Output, check_complete, check_order, fed_without_gradient, require_total, sources
 from .gradient_products import Use, merged, products, rounding
 from .gradient_rules import (
     carries_gradient,
@@ -43,11 +43,17 @@ from .gradient_rules import (
 
 _WIDER = "use a wider dtype, or check the weights for NaN"
 Parts = Mapping[str, Mapping[str, Tensor]]
+Adopted = Mapping[str, Mapping[str, nn.Parameter]]
 
 
 @contextmanager
 def record_gradients(
-    module: nn.Module, parameters: Mapping[str, nn.Parameter], batch: int, *, parts: Parts | None = None
+    module: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    batch: int,
+    *,
+    parts: Parts | None = None,
+    adopted: Adopted | None = None,
 ) -> Iterator[GradientRecorder]:
     """Record what is needed for the per-example gradients of `parameters` during one forward pass of `batch` examples.
 
@@ -56,11 +62,12 @@ def record_gradients(
     Args:
         parts: for a fused parameter, the output features of each of its parts, {name: {"q": indices, ...}}; its
             products then come apart under "name[q]" and so on.
+        adopted: parameters of modules that are not called, by the module that uses them; see `adopted_parameters`.
     Raises: RevprobeError, for no parameters.
     """
     if not parameters:
         raise RevprobeError("no parameter was selected, so there is no gradient; check parameters= and layers=")
-    recorder = GradientRecorder(module, dict(parameters), batch, parts or {})
+    recorder = GradientRecorder(module, dict(parameters), batch, parts or {}, adopted or {})
     flags = [(p, p.requires_grad) for p in module.parameters()]
     selected = {id(p) for p in parameters.values()}
     try:
@@ -77,8 +84,11 @@ def record_gradients(
 class GradientRecorder:
     """The factors of per-example gradients of one batch, and their inner products."""
 
-    def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter], batch: int, parts: Parts) -> None:
+    def __init__(
+        self, module: nn.Module, parameters: dict[str, nn.Parameter], batch: int, parts: Parts, adopted: Adopted
+    ) -> None:
         self.module, self.parameters, self.batch, self.parts = module, parameters, batch, parts
+        self._adopted = adopted
         self._names = {id(p): name for name, p in parameters.items()}
         self._calls: list[Call] = []
         self._handles: list[Any] = []
@@ -93,9 +103,14 @@ class GradientRecorder:
 
     def attach(self) -> None:
         for name, child in self.module.named_modules():
-            if any(id(p) in self._names for p in child._parameters.values() if p is not None):
+            if any(id(p) in self._names for p in self._answers_for(name, child).values()):
                 # Before the hooks of others: what they do to the output comes after the module.
                 self._handles.append(child.register_forward_hook(self._hook(name), with_kwargs=True, prepend=True))
+
+    def _answers_for(self, name: str, module: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters a module holds, and those it uses of children that are not called."""
+        own = {key: p for key, p in module._parameters.items() if p is not None}
+        return own | dict(self._adopted.get(name, {}))
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -120,7 +135,8 @@ class GradientRecorder:
             inputs, cut = sources(args, kwargs), fed_without_gradient(args, kwargs)
             args, kwargs = tree_map(lambda a: a.detach() if isinstance(a, Tensor) else a, (args, kwargs))
             outputs = [Output(leaf) for leaf in kept if carries_gradient(leaf)]
-            self._calls.append(Call(module, name, args, kwargs, outputs, scale, inputs, cut))
+            own = self._answers_for(name, module)
+            self._calls.append(Call(module, name, own, args, kwargs, outputs, scale, inputs, cut))
         return tree_unflatten(kept, structure)
 
     def _one_per_example(self, output: Tensor, name: str, module: nn.Module) -> Tensor:
@@ -169,6 +185,8 @@ class GradientRecorder:
 
     def _collect(self, loss: Tensor) -> dict[str, list[Use]]:
         """The uses of every label, from one backward pass."""
+        adopted = {key: p for own in self._adopted.values() for p in own.values() if (key := self._names.get(id(p)))}
+        totals = torch.autograd.grad(loss.sum(), list(adopted.values()), retain_graph=True) if adopted else ()
         wanted = [output.edge for call in self._calls for output in call.outputs if output.edge is not None]
         gradients = iter(torch.autograd.grad(loss.sum(), wanted, allow_unused=True))
         owned = [[None if o.edge is None else next(gradients) for o in call.outputs] for call in self._calls]
@@ -184,6 +202,9 @@ class GradientRecorder:
             if any(g is not None for g in own):
                 for label, use in self._read(call, own):
                     uses[label].append(use)
+        for name, total in zip(adopted, totals, strict=True):
+            # Whether the module that answers for a child really is the one that uses it shows in the sum alone.
+            require_total(name, merged(uses[name]), total)
         return uses
 
     @contextmanager
@@ -198,9 +219,9 @@ class GradientRecorder:
     def _read(self, call: Call, gradients: Sequence[Tensor | None]) -> Iterator[tuple[str, Use]]:
         """The uses of a module's own parameters in one call, under their labels."""
         module = call.module
-        if call.scale is None and not has_rule(module):
+        if call.name in self._adopted or (call.scale is None and not has_rule(module)):
             with self._replay_mode():
-                replayed = replay(call.module, call.args, call.kwargs, call.outputs, gradients, self.batch)
+                replayed = replay(call.module, call.own, call.args, call.kwargs, call.outputs, gradients, self.batch)
             yield from self._labelled(call, replayed)
             return
         assert gradients[0] is not None, "a module with a rule has one output"
@@ -226,7 +247,7 @@ class GradientRecorder:
 
     def _labelled(self, call: Call, uses: Mapping[str, Use]) -> Iterator[tuple[str, Use]]:
         for key, use in uses.items():
-            name = self._names.get(id(call.module._parameters[key]))
+            name = self._names.get(id(call.own[key]))
             if name is not None:
                 yield part_label(name), use
 

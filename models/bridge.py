@@ -81,6 +81,8 @@ class RaddAdapter(ArchitectureAdapter):
             "ln_final": NormalizationBridge(name="final_norm", config=c),
             "unembed": UnembeddingBridge(name="lm_head", config=c),
         }
+        if c.positional_embedding_type == "standard":
+            self.component_mapping["pos_embed"] = EmbeddingBridge(name="embed_positions")
 
     @staticmethod
     def _block(c: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from .probed import ProbedModel, as_probed
 from .strict_loading import require_match
 from .tokenizers import load_tokenizer
 
-__all__ = ["ProbedModel", "as_probed", "list_models", "load_model", "register_model"]
+__all__ = ["ProbedModel", "as_probed", "list_models", "load_model", "quiet_transformers", "register_model"]
 
 Loader = Callable[..., ProbedModel | nn.Module]
 _LOADERS: dict[str, Loader] = {}

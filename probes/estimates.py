@@ -108,7 +108,9 @@ def gradient_cosine(frame: pd.DataFrame, seed: int, control: bool = True) -> Mea
     statistic = "mean per-pair cosine"
     if "cosine_control" not in table:
         return Measured(mean_over_facts(cosine, facts, seed=seed), undefined=undefined, statistic=statistic)
-    return _with_control(cosine, table["cosine_control"].to_numpy(), facts, undefined, statistic, seed)
+    alone = frame["norm_control"].isna().groupby(frame["pair"]).any().to_numpy()
+    null = table["cosine_control"].to_numpy()
+    return _with_control(cosine, null, facts, undefined, statistic, seed, alone)
 
 
 def pair_cosines(frame: pd.DataFrame) -> pd.DataFrame:
@@ -158,21 +160,24 @@ def direction_mean(frame: pd.DataFrame, direction: str, column: str, seed: int) 
 
 
 def _with_control(
-    values: np.ndarray, null: np.ndarray, facts: np.ndarray, undefined: dict[str, int], statistic: str, seed: int
+    values: np.ndarray,
+    null: np.ndarray,
+    facts: np.ndarray,
+    undefined: dict[str, int],
+    statistic: str,
+    seed: int,
+    alone: np.ndarray | None = None,
 ) -> Measured:
+    """The mean of `values` beside that of `null`; `alone` marks pairs without a partner (all NaN of `null` if None)."""
     estimate = mean_over_facts(values, facts, seed=seed)
     floor = mean_over_facts(null, facts, seed=seed)
+    lonely = int((np.isnan(null) & np.isfinite(values) if alone is None else alone).sum())
+    undefined = undefined | ({NO_PARTNER: lonely} if lonely else {})
     if not floor.n:
-        return Measured(estimate, None, None, undefined | {NO_PARTNER: len(values)}, statistic)
-    lonely = int((np.isfinite(values) & np.isnan(null)).sum())
+        return Measured(estimate, undefined=undefined, statistic=statistic)
     control = Control(floor.value, (floor.low, floor.high), floor.n, "one derangement of facts within groups")
-    return Measured(
-        estimate,
-        control,
-        mean_over_facts(values - null, facts, seed=seed),
-        undefined | ({NO_PARTNER: lonely} if lonely else {}),
-        statistic,
-    )
+    excess = mean_over_facts(values - null, facts, seed=seed)
+    return Measured(estimate, control, excess, undefined, statistic)
 
 
 def _reasons(frame: pd.DataFrame) -> dict[str, int]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import RevprobeError, did_you_mean
 from ..hooks.attention import AttentionTap, tap_attention
+from ..hooks.gradient_graph import adopted_parameters
 from ..hooks.gradients import GradientRecorder, part_labels, record_gradients
 from ..hooks.untouched import untouched
 from ..models.layers import silent_layers
@@ -103,6 +104,7 @@ class _Pass:
         self.partner = partner if plan.control else np.full(len(pairs), -1)
         self.selected = select_parameters(model.module, plan.parameters) if plan.gradient else {}
         self.parts = fused_parts(model.module) if plan.gradient else {}
+        self.adopted: dict[str, dict[str, nn.Parameter]] | None = None
         labels = [label for name in self.selected for label in part_labels(name, self.parts)]
         labels = ["all"] if plan.summed else labels
         self.result = PassResult(pairs, self.partner, labels)
@@ -158,7 +160,16 @@ class _Pass:
     def _recorder(self, stack: ExitStack, size: int) -> GradientRecorder | None:
         if not self.plan.gradient:
             return None
-        return stack.enter_context(record_gradients(self.model.module, self.selected, size, parts=self.parts))
+        recording = record_gradients(self.model.module, self.selected, size, parts=self.parts, adopted=self._adopted())
+        return stack.enter_context(recording)
+
+    def _adopted(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Parameters that are used without calling their module, found by one run of the first query."""
+        if self.adopted is None:
+            first = make_batch(self.model, self.queries[:1])
+            run = lambda: self.model.logits(first.input_ids, first.attention_mask).sum()  # noqa: E731
+            self.adopted = adopted_parameters(self.model.module, self.selected, run)
+        return self.adopted
 
     def _readout(self, batch: QueryBatch) -> Tensor:
         """Log-probabilities at the readout rows. Shapes: `-> query token vocab`, float64.

@@ -19,6 +19,8 @@ from revprobe.cli import main
 from revprobe.finetune.config import RunConfig, SweepConfig, parse_config
 from revprobe.finetune.runs import Run
 from revprobe.finetune.saving import only_writer
+from revprobe.finetune.terminal import readings_table
+from revprobe.probes.theme import interval_text
 
 MODEL = "model: {d_model: 16, dropout: 0.1}"
 TRAINING = "training: {steps: 12, batch_size: 16, warmup_steps: 2, ema_decay: 0.8, device: cpu}"
@@ -145,6 +147,40 @@ def test_probe_takes_pairs_from_a_file(cli: Cli, trained: Path, tmp_path: Path) 
     assert "reverse probability" in " ".join(out.split())
 
 
+def test_probe_shows_the_excess_over_the_control(trained: Path) -> None:
+    """A value beside its control leaves the finding, whether the difference excludes zero, to the reader."""
+    reading = Run(trained).readings().select(name="attention_correlation", step=12, weights="ema")
+    table = readings_table(reading, "title")
+    cells = {str(column.header): str(next(iter(column.cells))) for column in table.columns}
+    excess = reading[0].excess
+    assert excess is not None
+    assert cells["value - control [95 %]"] == interval_text(excess.value, excess.low, excess.high)
+    model = rp.load_model(trained)
+    pairs = rp.letter_pairs(4, model=model)
+    table = readings_table(rp.probe(model, pairs, only=["attention"], control=False), "title")
+    cells = {str(column.header): str(next(iter(column.cells))) for column in table.columns}
+    assert (cells["control"], cells["value - control [95 %]"]) == ("-", "-")
+
+
+def test_a_bad_out_is_named_before_anything_is_probed(
+    cli: Cli, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half an hour of probing whose readings cannot be written is lost."""
+
+    def never(*args: object, **options: object) -> None:
+        raise AssertionError("probed before --out was tried")
+
+    monkeypatch.setattr("revprobe.finetune.snapshots.take_readings", never)
+    (tmp_path / "file").write_text("mine")
+    for out in ("file", "file/inside"):
+        assert_one_line(cli("probe", trained, "--pairs", "letters:4", "--out", out), "cannot use", "file")
+    assert (tmp_path / "file").read_text() == "mine"
+    if os.geteuid():  # root may write anywhere
+        (tmp_path / "locked").mkdir(mode=0o500)
+        result = cli("probe", trained, "--pairs", "letters:4", "--out", "locked")
+        assert_one_line(result, "cannot use", "locked", "choose a folder you may write to")
+
+
 def test_report_of_a_run_writes_both_files(cli: Cli, copied: Path) -> None:
     code, out, err = cli("report", copied)
     assert (code, err) == (0, "")
@@ -217,6 +253,8 @@ def test_a_config_for_another_model_is_named(cli: Cli, copied: Path) -> None:
         ),
         (["--pairs", "letters:4", "--weights", "mean"], ["has no 'mean' weights; it has raw and ema"]),
         (["--pairs", "absent.jsonl"], ["no pairs file at 'absent.jsonl'"]),
+        (["--pairs", "letters:4", "--device", "foo"], ["device 'foo' cannot be used here", "expected one of cpu"]),
+        (["--pairs", "letters:4", "--device", "cuda:99"], ["device 'cuda:99' cannot be used here"]),
     ],
 )
 def test_a_wrong_question_to_a_good_model_is_answered(
@@ -246,11 +284,32 @@ def test_a_wrong_pairs_file_is_explained(cli: Cli, trained: Path, tmp_path: Path
     assert_one_line(cli("probe", trained, "--pairs", "pairs.jsonl"), *words)
 
 
+def test_a_pairs_file_that_is_not_text_is_named(cli: Cli, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_bytes(b'{"fact": "\xe9t\xe9"}')
+    result = cli("probe", trained, "--pairs", "pairs.jsonl")
+    assert_one_line(result, "pairs.jsonl: not a text file", "byte 10", "expected JSON lines in UTF-8")
+
+
+def test_missing_readings_are_named_by_the_report_and_taken_by_train(cli: Cli, copied: Path, tmp_path: Path) -> None:
+    """A checkpoint alone does not make a run whole."""
+    (tmp_path / "tiny.yaml").write_text(RUN)
+    lost = copied / "readings" / "step-000006" / "gradient_cosine.raw.parquet"
+    before = lost.read_bytes()
+    lost.unlink()
+    result = cli("report", copied)
+    assert_one_line(result, "1 of 18 readings are missing (readings/step-000006/gradient_cosine.raw.parquet)")
+    assert "readings are missing" in (copied / "report.html").read_text()
+    with pytest.warns(UserWarning, match="1 missing readings were taken"):  # main prints it as a note; pytest keeps it
+        assert cli("train", "tiny.yaml", "--out", tmp_path)[0] == 0
+    assert lost.read_bytes() == before
+    assert "finished already" in cli("train", "tiny.yaml", "--out", tmp_path)[1]
+
+
 def test_a_corrupted_reading_is_named_by_the_report(cli: Cli, copied: Path) -> None:
     path = copied / "readings" / "step-000006" / "gradient_cosine.raw.parquet"
     path.write_bytes(path.read_bytes()[:50])
     assert_one_line(
-        cli("report", copied), "gradient_cosine.raw.parquet is damaged", "delete it and run the probe again"
+        cli("report", copied), "gradient_cosine.raw.parquet is damaged", "delete it and run the same command again"
     )
     assert not (copied / "report.html").exists()
 
@@ -318,6 +377,41 @@ def test_a_sweep_runs_side_by_side_skips_finished_runs_and_survives_a_failing_on
     for path in alone.path.glob("readings/*/*.parquet"):
         twin = sweep / "alibi-l4-s0" / path.relative_to(alone.path)
         assert twin.read_bytes() == path.read_bytes(), f"{path.name} depends on who ran beside it"
+
+
+def test_a_sweep_takes_other_cells_and_refuses_another_base(cli: Cli, tmp_path: Path) -> None:
+    """sweep.yaml overwritten in silence would put finished runs of the old base into the new one's report."""
+    one = SWEEP.replace("  - {objective: causal}\n", "")
+    sweep = tmp_path / "runs" / "grid"
+    (tmp_path / "grid.yaml").write_text(one)
+    assert cli("sweep", "grid.yaml")[0] == 0
+    written = (sweep / "sweep.yaml").read_text()
+    (tmp_path / "grid.yaml").write_text(one.replace("steps: 12", "steps: 13"))
+    result = cli("sweep", "grid.yaml")
+    assert_one_line(result, "another base: training.steps: 12 -> 13 (old -> new); restore the old values")
+    assert (sweep / "sweep.yaml").read_text() == written
+    (tmp_path / "grid.yaml").write_text(SWEEP)
+    code, out, err = cli("sweep", "grid.yaml")
+    assert (code, err) == (0, "")
+    assert "alibi-l4-s0: finished already, skipped" in out
+
+    # A run of another kind under the name of one of the sweep's: shown with what differs, not as one of its kind.
+    other = sweep / "arm-l4-s0" / "config.yaml"
+    other.write_text(other.read_text().replace("dropout: 0.1", "dropout: 0.2"))
+    words = "another run than the sweep's: model.dropout: 0.1 -> 0.2 (sweep -> run)"
+    assert_one_line(cli("report", sweep), "1 of 2 runs are not whole (arm-l4-s0: ", words)
+    problems = {run.name: run.problem for run in rp.open_sweep(sweep).for_report()}
+    assert problems["alibi-l4-s0"] is None and words in (problems["arm-l4-s0"] or "")
+
+
+def test_a_sweep_passes_on_what_its_runs_note(cli: Cli, tmp_path: Path) -> None:
+    """A run that starts anew, or takes readings again, says so on its stderr, which the sweep reads."""
+    (tmp_path / "grid.yaml").write_text(SWEEP.replace("  - {position_encoding: alibi}\n", ""))
+    assert cli("sweep", "grid.yaml")[0] == 0
+    (tmp_path / "runs/grid/arm-l4-s0/readings/step-000006/gradient_cosine.raw.parquet").unlink()
+    code, out, err = cli("sweep", "grid.yaml")
+    assert (code, err) == (0, "")
+    assert "arm-l4-s0: note: " in out and "1 missing readings were taken from their checkpoints" in out
 
 
 def test_ctrl_c_stops_a_sweep_and_its_children(tmp_path: Path) -> None:

@@ -43,6 +43,14 @@ def sweep(cells: str) -> SweepConfig:
         ("training: {steps: yes}", "training.steps is True; expected integer"),
         ("training: {steps: 0}", "training.steps is 0; expected greater than or equal to 1"),
         ("training: {steps: 1, ema_decay: 1.5}", "training.ema_decay is 1.5; expected less than 1"),
+        ("training: {steps: 1, learning_rate: true}", "training.learning_rate is True; expected number"),
+        ("training: {steps: 1, learning_rate: '1e-3'}", "training.learning_rate is '1e-3'; expected number"),
+        ("training: {steps: 1, learning_rate: .inf}", "training.learning_rate is inf; expected a finite number"),
+        ("training: {steps: 1, weight_decay: no}", "training.weight_decay is False; expected number"),
+        ("training: {steps: 1, gradient_clipping: yes}", "training.gradient_clipping is True; expected number"),
+        ("training: {steps: 1, ema_decay: '0.9'}", "training.ema_decay is '0.9'; expected number"),
+        ("training: {steps: 1}\nmodel: {dropout: no}", "model.dropout is False; expected number"),
+        ("training: {steps: 1, seed: 5000000000}", "training.seed is 5000000000; expected less than or equal to 4294"),
         ("training: {steps: 1, device: gpu}", "training.device is 'gpu'; expected 'auto', 'cpu' or 'cuda'"),
         ("training: 3", "training is 3; expected a section with keys of its own"),
         ("training: {steps: 1}\nmodel: {family: gtp2}", "expected 'radd' or 'gpt2'; the closest is 'gpt2'"),
@@ -72,6 +80,7 @@ def test_a_wrong_run_config_says_so_in_one_line(text: str, words: str) -> None:
     [
         ("- {position_encodin: rope}", "unknown key 'cells[0].position_encodin'; the closest is 'position_encoding'"),
         ("- {seed: [0, x]}", "cells[0].seed[1] is 'x'; expected integer"),
+        ("- {seed: [0, 4294967296]}", "cells[0].seed[1] is 4294967296; expected less than or equal to 4294967295"),
         ("- {seed: 0}\n- {position_encoding: rope}", "the cells ask for rope-l10-s0 more than once"),
         ("- {objective: causal, position_encoding: rope}", "learned absolute positions only"),
         ("- {objective: masekd}", "the closest is 'masked'"),
@@ -82,6 +91,15 @@ def test_a_wrong_sweep_config_says_so_in_one_line(cells: str, words: str) -> Non
         sweep(cells)
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("1.0e-3", 1e-3), ("1", 1.0), ("2.5E2", 250.0)])
+def test_numbers_are_numbers_however_they_are_written(text: str, value: float) -> None:
+    """YAML 1.1 takes 1e-3 for text, and text is refused."""
+    made = parse_config(f"name: mine\ntraining: {{steps: 1, learning_rate: {text}}}", RunConfig, "my.yaml")
+    assert made.training.learning_rate == value
+    largest = parse_config("name: mine\ntraining: {steps: 1, seed: 4294967295}", RunConfig, "my.yaml")
+    assert largest.training.seed == 2**32 - 1
 
 
 def test_a_name_that_is_no_folder_name_is_refused() -> None:

@@ -90,9 +90,7 @@ def test_a_hook_that_changes_a_replayed_modules_input_is_refused():
     module = Base()
     module.norm = Gain()
     module.norm.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
-    with pytest.raises(
-        RevprobeError, match=r"of a Gain cannot be split .* run again it gives other outputs"
-    ):
+    with pytest.raises(RevprobeError, match=r"of a Gain cannot be split .* run again it gives other outputs"):
         worst_error(module)
     module = Base()
     module.layer.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
@@ -168,15 +166,52 @@ def test_an_output_overwritten_in_place_is_exact_where_autograd_keeps_its_place(
     assert worst_error(module) < 1e-10
 
 
-def test_the_weight_of_a_convolution_that_a_model_calls_by_hand_is_refused():
-    """Qwen3.5's linear attention passes conv1d.weight to a kernel."""
+def test_a_weight_used_by_the_parent_of_its_module_is_exact():
+    """Qwen3.5's linear attention passes conv1d.weight to a kernel without calling conv1d: the parent answers for it."""
     heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 4}
     config = transformers.Qwen3_5TextConfig(
         vocab_size=60, hidden_size=16, num_attention_heads=4, num_key_value_heads=2, head_dim=4, intermediate_size=24,
         num_hidden_layers=4, linear_value_head_dim=4, **heads,
     )  # fmt: skip
-    model = ProbedModel(transformers.AutoModelForCausalLM.from_config(config), objective="causal")
-    with pytest.raises(RevprobeError, match=r"conv1d\.weight' .* its weight is used outside its module"):
+    torch.manual_seed(0)
+    model = ProbedModel(transformers.AutoModelForCausalLM.from_config(config).eval(), objective="causal")
+    pairs = some_pairs()
+    frame = probe_gradient_cosine(model, pairs, control=False).frame
+    query = pairs[0].forward
+    logits = model.module(torch.tensor([query.token_ids])).logits[0, query.target_positions[0] - 1]
+    loss = torch.nn.functional.cross_entropy(logits[None], torch.tensor(query.target[:1]))
+    named = dict(model.module.named_parameters())
+    norms = frame[frame.pair == 0].set_index("parameter").norm_forward
+    assert len(query.target) == 1 and any("conv1d" in name for name in named)
+    for name, gradient in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True):
+        assert norms[name] == pytest.approx(float(gradient.norm()), rel=1e-3, abs=1e-6), name
+
+
+def test_a_weight_used_by_somebody_elses_module_is_refused():
+    """The store is never called and its user keeps the bare tensor: no enclosing module answers for it truly."""
+
+    class User(nn.Module):
+        def __init__(self, weight: nn.Parameter) -> None:
+            super().__init__()
+            self.__dict__["kept"] = [weight]
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden @ self.kept[0].T
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.store = nn.Embedding(60, 8), nn.Linear(8, 60, bias=False)
+            self.user = User(self.store.weight)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            hidden = self.embed(ids)
+            return self.user(hidden + hidden.mean(1, keepdim=True))
+
+    model = ProbedModel(Model(), objective="masked", mask_token_id=59, logit_shift=0)
+    with pytest.raises(
+        RevprobeError, match=r"'store.weight' reaches the loss, .* its weight is used outside its module"
+    ):
         probe_gradient_cosine(model, some_pairs())
 
 

@@ -1,6 +1,12 @@
 """Loading: what is found, what is refused, and what the wrapper checks."""
 
+import contextlib
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
@@ -135,6 +141,67 @@ def test_a_damaged_checkpoint_gets_one_line_that_says_what_is_wrong(damage, tmp_
 def test_a_missing_folder_offers_the_nearest(run):
     with pytest.raises(RevprobeError, match=r"no model folder at .*rope-l10-s1.*the closest is .*rope-l10-s0"):
         load_model(run.parent / "rope-l10-s1")
+
+
+def test_a_missing_folder_with_one_slash_is_not_asked_of_the_hub(run, monkeypatch):
+    """`runs/rope-l10-s1` in a place that has a folder `runs` is a typing mistake, not somebody's hub model."""
+    monkeypatch.chdir(run.parents[1])
+    parent = run.parent.name
+    words = rf"no model folder at '{parent}/rope-l10-s1'; the closest is '{parent}/rope-l10-s0'"
+    with pytest.raises(RevprobeError, match=words):
+        load_model(f"{parent}/rope-l10-s1")
+    (run.parent / "zzzzzz").touch()
+    with pytest.raises(RevprobeError, match=rf"no model folder at '{parent}/zzzzz'; check the path"):
+        load_model(f"{parent}/zzzzz")
+
+
+def test_a_file_where_a_folder_is_expected_is_called_a_file(run, monkeypatch):
+    """Not "no model folder at X; the closest is X"."""
+    file = run / "config.yaml"
+    file.touch()
+    monkeypatch.chdir(run)
+    for given in (file, str(file), "config.yaml"):
+        with pytest.raises(RevprobeError, match=r"config.yaml' is a file; expected the folder of a run or of a model"):
+            load_model(given)
+
+
+HUB = """
+import revprobe, sys
+try:
+    revprobe.load_model(sys.argv[1])
+except revprobe.RevprobeError as error:
+    print(error)
+"""
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path):
+    """Its client tries every file six times with growing pauses, half a minute in all, with a line for each."""
+    asked = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    asked.append(1)
+                    connection.close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        hub = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"}
+        hub |= {"HF_HOME": str(tmp_path), "NO_PROXY": "*", "no_proxy": "*"}
+        command = [sys.executable, "-P", "-c", HUB, "somebody/a-model"]
+        done = subprocess.run(command, env=os.environ | hub, capture_output=True, text=True, cwd=tmp_path)
+        server.close()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("cannot read the config of 'somebody/a-model'") and done.stdout.count("\n") == 1
+    assert done.stderr == ""
+    assert len(asked) <= 2, f"asked {len(asked)} times"
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_named_before_anything_is_loaded(run, device):
+    with pytest.raises(RevprobeError, match=rf"device '{device}' cannot be used here \(.*\); expected one of cpu"):
+        load_model(run / "checkpoints" / "absent", device=device)
 
 
 def test_a_run_without_a_complete_checkpoint_says_so(run):

@@ -2,18 +2,23 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from revprobe import RevprobeError, open_run, train
+from revprobe.finetune.building import build_model, training_arguments
 from revprobe.finetune.config import RunConfig, parse_config
 from revprobe.finetune.saving import only_writer
+from revprobe.finetune.trainer import ForwardOnlyTrainer, TokenRows
 
 CONFIG = """
 name: tiny
@@ -195,17 +200,102 @@ def test_a_truncated_checkpoint_is_named_and_nothing_is_lost(stopped: Path) -> N
     """Training on from random weights, as the bare Trainer would for a missing tensor, is the silent alternative."""
     weights = stopped / "checkpoints" / "step-000000" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(RevprobeError, match=r"cannot resume from .*step-000000: .*; delete the run's folder"):
+    with pytest.raises(RevprobeError, match=r"cannot resume from .*step-000000: .*; delete that checkpoint's folder"):
         train(config(), stopped)
     assert open_run(stopped).steps == [0]
     assert "cannot resume from" in (open_run(stopped).problem or "")
+    weights.unlink()
+    with pytest.raises(RevprobeError, match=r"cannot resume from .*step-000000: its weights or trainer_state.json"):
+        train(config(), stopped)
 
 
 def test_a_truncated_average_is_named(stopped: Path) -> None:
     weights = stopped / "checkpoints" / "step-000000" / "ema" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(RevprobeError, match=r"cannot read the averaged weights in .*step-000000/ema"):
+    with pytest.raises(RevprobeError, match=r"averaged weights in .*step-000000/ema: .*; delete the checkpoint's fold"):
         train(config(), stopped)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize("rest", [0, 60])
+def test_a_truncated_state_is_named_and_the_fix_works(stopped: Path, name: str, rest: int) -> None:
+    """The line names the file; deleting the folder it names lets the same command finish the run."""
+    checkpoint = stopped / "checkpoints" / "step-000000"
+    (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:rest])
+    words = rf"cannot resume from .*step-000000: .*{name} is damaged .*; delete that checkpoint's folder to resume"
+    with pytest.raises(RevprobeError, match=words) as raised:
+        train(config(), stopped)
+    assert "\n" not in str(raised.value)
+    shutil.rmtree(checkpoint)
+    assert train(config(), stopped).finished
+
+
+@pytest.mark.parametrize("text", ["", '{"torch": "2', "[1]"])
+def test_a_damaged_versions_file_is_named(stopped: Path, text: str) -> None:
+    (stopped / "versions.json").write_text(text)
+    with pytest.raises(RevprobeError, match=r"versions.json is damaged .*; delete it to go on with the software"):
+        train(config(), stopped)
+    (stopped / "versions.json").unlink()
+    assert train(config(), stopped).finished
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, to be copied and damaged."""
+    return train(config(), tmp_path_factory.mktemp("finished") / "tiny").path
+
+
+@pytest.fixture
+def damaged(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "tiny"))
+
+
+def test_a_run_without_its_last_checkpoint_resumes_from_the_one_before(finished: Path, damaged: Path) -> None:
+    """It has to keep optimizer, scheduler and RNG: without them training goes on, to other numbers, in silence."""
+    shutil.rmtree(damaged / "checkpoints" / "step-000030")
+    first: list[int] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(config(), damaged, listener=lambda step, steps, loss: first.append(step))
+    assert first[0] == 20
+    assert outcome(damaged) == outcome(finished)
+
+
+def test_a_run_without_a_resumable_checkpoint_says_so_and_starts_anew(finished: Path, damaged: Path) -> None:
+    for step in (20, 30):
+        shutil.rmtree(damaged / "checkpoints" / f"step-0000{step}")
+    first: list[int] = []
+    with pytest.warns(UserWarning, match=r"step-000010 has no optimizer.pt and .*: training goes on from step 0"):
+        train(config(), damaged, listener=lambda step, steps, loss: first.append(step))
+    assert first[0] == 0
+    assert outcome(damaged) == outcome(finished)
+    with_state = [path.parent.name for path in sorted(damaged.glob("checkpoints/*/optimizer.pt"))]
+    assert with_state == ["step-000020", "step-000030"]
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_one_missing_state_file_is_enough_to_go_back_a_checkpoint(finished: Path, damaged: Path, name: str) -> None:
+    """transformers skips each of the three on its own."""
+    shutil.rmtree(damaged / "checkpoints" / "step-000030")
+    (damaged / "checkpoints" / "step-000020" / name).unlink()
+    with pytest.warns(UserWarning, match=rf"step-000020 has no {name[:9]}.*: training goes on from step 0"):
+        train(config(), damaged)
+    assert outcome(damaged) == outcome(finished)
+
+
+def test_a_trainer_told_to_resume_from_a_slim_checkpoint_refuses(finished: Path, tmp_path: Path) -> None:
+    """A folder named by hand is not replaced by another one."""
+    model, _ = build_model(config())
+    made = ForwardOnlyTrainer(
+        model=model,
+        args=training_arguments(config(), tmp_path),
+        train_dataset=TokenRows(torch.zeros(4, 4, dtype=torch.long)),
+        objective="masked",
+    )
+    with pytest.raises(RevprobeError, match=r"cannot resume from .*step-000010: it has no optimizer.pt and no sched"):
+        made.train(str(finished / "checkpoints" / "step-000010"))
+    with pytest.raises(RevprobeError, match=r"nothing to resume in .*; train without resuming"):
+        made.train(True)
 
 
 def test_weights_of_another_model_are_not_resumed_from(stopped: Path) -> None:

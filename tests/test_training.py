@@ -1,6 +1,7 @@
 """Training: what is trained on, what is saved, what is averaged, and that probing it changes nothing."""
 
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from revprobe.finetune.runs import Run, train
 from revprobe.finetune.snapshots import ProbeCallback, take_readings
 from revprobe.finetune.trainer import ForwardOnlyTrainer, Permutations, TokenRows
 from revprobe.models.checkpoints import step_name
+from revprobe.probes.fused import PROBES
 
 
 @pytest.fixture(autouse=True)
@@ -324,7 +326,7 @@ def test_the_run_folder_is_as_documented(finished: Run) -> None:
     with_state = [
         step for step in finished.steps if list(finished.path.glob(f"checkpoints/{step_name(step)}/optimizer.pt"))
     ]
-    assert with_state == [20], "only the last checkpoint is resumed from"
+    assert with_state == [10, 20], "the last two checkpoints can be resumed from, the older ones keep no state"
     assert not list(finished.path.glob("**/training_args.bin")), "a pickle that nothing reads"
     assert not list(finished.path.glob("**/checkpoint-*"))
     names = {p.name for p in (finished.path / "readings" / "step-000010").iterdir()}
@@ -414,4 +416,72 @@ def test_losses_of_trainer_and_objective_agree(tmp_path: Path) -> None:
 
 
 def test_probe_names_are_those_of_the_documentation() -> None:
-    assert list(snapshots.PROBES) == ["attention", "gradient", "probability"]
+    """One table of probes, that of the fused pass."""
+    assert list(PROBES) == ["attention", "gradient", "probability"]
+    assert snapshots.PROBES is PROBES
+
+
+def test_a_run_checks_once_which_way_its_model_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each check is two forward passes; the answer cannot change while the run trains."""
+    checks: list[str] = []
+    check = rp.ProbedModel._check_direction
+
+    def counted(model: rp.ProbedModel) -> None:
+        checks.append(str(model.weights))
+        check(model)
+
+    monkeypatch.setattr(rp.ProbedModel, "_check_direction", counted)
+    train(config(), tmp_path / "run")
+    assert len(checks) == 1, f"checked {len(checks)} times"
+    checks.clear()
+    model = rp.ProbedModel(tiny_model(), rp.letter_tokenizer(), objective="masked")
+    pairs = {"probability": rp.letter_pairs(4, model=model, placements="mirror")}
+    made = trainer(tmp_path / "found_out", tiny_model())
+    made.add_callback(ProbeCallback(pairs, steps=[1, 2, 3]))
+    checks.clear()
+    made.train()
+    assert len(checks) == 1, f"a callback that finds the objective out checked {len(checks)} times"
+
+
+# ---- readings that went missing ----
+
+
+@pytest.mark.parametrize("family", ["radd", "gpt2"])
+def test_missing_readings_are_taken_again_byte_for_byte(tmp_path: Path, family: str) -> None:
+    """A run is finished when every snapshot x probe x weights is there; the weights for the lost ones still are."""
+    run = train(config(family), tmp_path / "tiny")
+    whole = files(run)
+    lost = [
+        "readings/step-000010/gradient_cosine.raw.parquet",
+        "readings/step-000020/reverse_probability.raw.parquet",
+        "readings/step-000020/attention_correlation.raw.parquet",
+    ]
+    lost += [f"readings/step-000000/{path.name}" for path in (run.path / "readings" / "step-000000").iterdir()]
+    for name in lost:
+        (run.path / name).unlink()
+    (run.path / "readings" / "step-000000").rmdir()
+    kept = {path: path.stat().st_mtime_ns for path in run.path.glob("readings/*/*.parquet")}
+    assert not run.finished
+    assert f"{len(lost)} of {len(whole)} readings are missing (readings/step-000000/" in (run.problem or "")
+    assert run.for_report().problem == run.problem
+    with pytest.warns(UserWarning, match=f"{len(lost)} missing readings were taken from their checkpoints"):
+        again = train(config(family), run.path)
+    assert again.finished and again.problem is None
+    assert files(again) == whole
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items()), (
+        "readings that were there were rewritten"
+    )
+
+
+def test_a_reading_lost_with_its_checkpoint_is_named(tmp_path: Path) -> None:
+    """It cannot be taken again; the others are, and the run does not pass for whole."""
+    run = train(config("gpt2"), tmp_path / "tiny")
+    shutil.rmtree(run.path / "checkpoints" / "step-000010")
+    assert run.finished, "its readings are what a finished run owes"
+    lost, other = (run.path / "readings" / step_name(step) / "gradient_cosine.raw.parquet" for step in (10, 0))
+    lost.unlink()
+    other.unlink()
+    with pytest.raises(rp.RevprobeError, match=r"1 of 9 readings are missing .* checkpoint of step 10 with them; del"):
+        train(config("gpt2"), run.path)
+    assert other.is_file() and not run.finished
+    assert "checkpoint of step 10" in (run.problem or "")
