@@ -118,7 +118,7 @@ def replay(
     Raises: RevprobeError, for a module that vmap cannot run (experts chosen by their input), or that it runs wrongly:
         the outputs must be those of the recorded call, and the examples' gradients add up to the batch's own.
     """
-    own = {key: p.detach() for key, p in own.items() if p.is_floating_point()}
+    weights = {key: p.detach() for key, p in own.items() if p.is_floating_point()}
     cotangents = [
         torch.zeros_like(o.tensor) if g is None else g.to(o.dtype) for o, g in zip(outputs, gradients, strict=True)
     ]
@@ -132,19 +132,19 @@ def replay(
         inputs = [next(remaining) if v else leaf for leaf, v in zip(leaves, varies, strict=True)]
         one_args, one_kwargs = tree_unflatten(inputs, structure)
 
-        def forward(weights: dict[str, Tensor]) -> list[Tensor]:
+        def forward(values: dict[str, Tensor]) -> list[Tensor]:
             # A child that shares a parameter is recorded by itself (BERT's decoder and its head's bias).
-            found = functional_call(module, weights, one_args, one_kwargs, tie_weights=False)
+            found = functional_call(module, values, one_args, one_kwargs, tie_weights=False)
             return _leaves(found)
 
-        return vjp(forward, own)[1](cotangent)[0]
+        return vjp(forward, weights)[1](cotangent)[0]
 
     with _without_forward_hooks(module):
         try:
             grads = vmap(one_example)(varying, [_by_example(cotangent, batch) for cotangent in cotangents])
         except RuntimeError as error:
             raise RevprobeError(f"{_cannot(module)}: {first_line(error)}; leave them out with parameters=") from error
-        _check_replay(module, (args, kwargs), own, grads, outputs, cotangents)
+        _check_replay(module, (args, kwargs), weights, grads, outputs, cotangents)
     wide = torch.promote_types(outputs[0].dtype, torch.float32)
     flat = {key: g.detach().reshape(batch, -1).to(wide) for key, g in grads.items()}
     return {key: FormedUse(g, g.pow(2).sum(1)) for key, g in flat.items()}
