@@ -126,9 +126,10 @@ def probe(
 ) -> None:
     """Take readings of one model and show them beside their controls."""
     from .finetune.progress import shown_probes
-    from .finetune.snapshots import require_probes, take_readings
+    from .finetune.snapshots import take_readings
     from .finetune.terminal import make_console, readings_table
     from .models.registry import load_model
+    from .probes.fused import require_probes
 
     names = require_probes(name.strip() for name in probes.split(",") if name.strip())
     if not names:

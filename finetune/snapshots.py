@@ -16,26 +16,16 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import RevprobeError, did_you_mean
 from ..hooks.untouched import untouched
 from ..models.checkpoints import step_name
 from ..models.probed import ProbedModel, as_probed
-from ..probes.fused import PROBES, probe
+from ..probes.fused import probe, require_probes
 from ..probes.pairs import ReversalPairs
 from ..probes.readings import Reading, Readings
 from .saving import READINGS
 
 Pairs = ReversalPairs | Mapping[str, ReversalPairs]
 ProbeListener = Callable[[str, int, int], None]
-
-
-def require_probes(names: Iterable[str]) -> list[str]:
-    """The probe names as a list. Raises: RevprobeError, for one that does not exist; it names the nearest."""
-    names = list(names)
-    for name in names:
-        if name not in PROBES:
-            raise RevprobeError(f"unknown probe {name!r}{did_you_mean(name, PROBES)}")
-    return names
 
 
 def take_readings(

@@ -19,6 +19,15 @@ from .readings import Readings
 PROBES = {"attention": "attention_correlation", "gradient": "gradient_cosine", "probability": "reverse_probability"}
 
 
+def require_probes(names: Iterable[str]) -> list[str]:
+    """The probe names as a list. Raises: RevprobeError, for one that does not exist; it names the nearest."""
+    names = list(names)
+    for name in names:
+        if name not in PROBES:
+            raise RevprobeError(f"unknown probe {name!r}{did_you_mean(name, PROBES)}")
+    return names
+
+
 def probe(
     model: ProbedModel | nn.Module,
     pairs: ReversalPairs,
@@ -39,10 +48,7 @@ def probe(
     Raises: RevprobeError, for an unknown probe, and whatever the single probes raise.
     """
     model = as_probed(model)
-    wanted = list(PROBES) if only is None else list(only)
-    for name in wanted:
-        if name not in PROBES:
-            raise RevprobeError(f"unknown probe {name!r}{did_you_mean(name, PROBES)}")
+    wanted = list(PROBES) if only is None else require_probes(only)
     if not wanted:
         raise RevprobeError(f"no probe was named; expected some of {', '.join(PROBES)}")
     names = chosen_parameters(model, parameters, layers) if "gradient" in wanted else None
