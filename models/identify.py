@@ -18,7 +18,7 @@ from .roles import parameter_role
 
 def config_value(module: nn.Module, key: str) -> Any:
     """A setting of the module's config, of its text part where it has several; None when it has none."""
-    config = getattr(module, "config", None)
+    config = getattr(_inner(module), "config", None)
     text_part = getattr(config, "get_text_config", None)
     return getattr(text_part() if callable(text_part) else config, key, None)
 
@@ -61,7 +61,7 @@ def logit_shift(given: int | None, objective: str, module: nn.Module, name: str)
     bidirectional module may do either (LLaDA 0, Dream 1), and running it cannot tell.
     Raises: RevprobeError, when it cannot be told, or cannot be.
     """
-    stated = getattr(module, "logit_shift", None) if given is None else given
+    stated = getattr(_inner(module), "logit_shift", None) if given is None else given
     if stated is None and objective == "causal":
         return 1
     if stated is None and _is_masked_language_model(module):
@@ -93,10 +93,17 @@ def max_length(module: nn.Module) -> int | None:
     return limit
 
 
+def _inner(module: nn.Module) -> nn.Module:
+    """The transformers model inside a wrapper (peft, a TransformerLens bridge's `original_model`); else the module."""
+    original = getattr(module, "original_model", None)
+    found = (part for part in module.modules() if isinstance(part, PreTrainedModel))
+    return next(found, original if isinstance(original, nn.Module) else module)
+
+
 def _is_masked_language_model(module: nn.Module) -> bool:
     """Whether the module is, or wraps (peft), what AutoModelForMaskedLM would load for its config."""
-    inner = next((part for part in module.modules() if isinstance(part, PreTrainedModel)), None)
-    if inner is None or type(inner.config) not in MODEL_FOR_MASKED_LM_MAPPING:
+    inner = _inner(module)
+    if not isinstance(inner, PreTrainedModel) or type(inner.config) not in MODEL_FOR_MASKED_LM_MAPPING:
         return False
     kind: Any = MODEL_FOR_MASKED_LM_MAPPING[type(inner.config)]
     return isinstance(inner, kind)

@@ -102,6 +102,16 @@ def test_the_bridge_shares_weights_and_leaves_the_model_alone():
     torch.testing.assert_close(bridge(ids)[..., :53], model.logits(ids)[..., :53], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_bare_bridge_says_what_it_is(name):
+    """Objective, mask token and shift are found out through the model inside it."""
+    model = MODELS[name]()
+    pairs = letter_pairs(5, model=model)
+    ours, theirs = (probe(m, pairs, only=["probability"])[0] for m in (model, model.to_bridge()))
+    assert theirs.value == pytest.approx(ours.value, abs=1e-5)
+    assert theirs.meta["logit_shift"] == model.logit_shift and theirs.meta["objective"] == model.objective
+
+
 def test_an_architecture_without_an_adapter_is_named():
     class Unheard(GPT2LMHeadModel):
         pass

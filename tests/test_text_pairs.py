@@ -525,6 +525,19 @@ def test_text_pairs_pass_through_all_three_probes() -> None:
         assert all(reading.n > 0 for reading in readings), readings
 
 
+def test_summaries_can_be_split_by_flag() -> None:
+    """Flags stand in every probe's frame: the part of the flagged pairs is their own reading."""
+    pairs = pairs_from_frame(FACTS, **WORDING, model=BPE, carrier="Fact: ")
+    flagged = np.asarray(pairs.flags["shares_tokens"], dtype=bool)
+    for reading in probe(BPE, pairs, control=False):
+        assert reading.frame.groupby("pair").shares_tokens.first().to_list() == flagged.tolist()
+        parts = reading.summary(by="shares_tokens").set_index("shares_tokens")
+        assert set(parts.index) == set(flagged.tolist())
+    frame = reading.frame[reading.frame.direction == "reverse"]
+    for flag, part in frame.groupby("shares_tokens"):
+        assert parts.value[flag] == pytest.approx(part.probability.mean())
+
+
 def test_the_carrier_example_runs_and_counts(root: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     """On a table of the published file's shape: all pairs break without a carrier, none with it."""
     example = runpy.run_path(str(root / "examples" / "carrier_check.py"))
