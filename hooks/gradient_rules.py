@@ -90,9 +90,15 @@ def lookup(module: nn.Embedding, ids: Tensor, gradient: Tensor, scale: float) ->
     return LookupUse(ids, gradient.reshape(gradient.shape[0], -1, gradient.shape[-1]), module.num_embeddings)
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether no entry is NaN or infinite. Their sum tells in one read; where it overflows, each entry is asked."""
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
 def drop_silent_tokens(gradient: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Keep the tokens that carry gradient: the unembedding's readout rows, not the whole sequence."""
-    loud = (gradient != 0).any(-1)
+    # The 1-norm: one read, and unlike a sum of squares it does not underflow to silence.
+    loud = torch.linalg.vector_norm(gradient, 1, dim=-1) > 0
     keep = max(int(loud.sum(1).max()), 1)
     if keep == loud.shape[1]:
         return gradient, inputs

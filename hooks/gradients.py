@@ -32,6 +32,7 @@ from ..errors import RevprobeError
 from .gradient_graph import Call, Output, check_complete, check_order, fed_without_gradient, require_total, sources
 from .gradient_products import Use, merged, products, rounding
 from .gradient_rules import (
+    all_finite,
     carries_gradient,
     drop_silent_tokens,
     has_rule,
@@ -192,7 +193,7 @@ class GradientRecorder:
         owned = [[None if o.edge is None else next(gradients) for o in call.outputs] for call in self._calls]
         for call, own in zip(reversed(self._calls), reversed(owned), strict=True):
             # From the loss backwards: the first to be found is where it started, the others only inherit it.
-            if any(g is not None and not torch.isfinite(g).all() for g in own):
+            if any(g is not None and not all_finite(g) for g in own):
                 raise RevprobeError(
                     f"the gradient at module {call.name!r} is not finite: the loss overflows there or in what follows "
                     f"it; {_WIDER}"
@@ -236,7 +237,7 @@ class GradientRecorder:
         inputs = given.expand(self.batch, *given.shape[1:]) if given.shape[0] == 1 else given
         inputs = inputs.to(gradient.dtype).reshape(self.batch, -1, inputs.shape[-1])
         gradient, inputs = drop_silent_tokens(gradient.reshape(self.batch, -1, gradient.shape[-1]), inputs)
-        if not torch.isfinite(inputs).all():
+        if not all_finite(inputs):
             raise RevprobeError(f"the input of module {call.name!r} is not finite, so its gradient is not; {_WIDER}")
         for key in ("weight", "bias"):
             # .get: TransformerLens' unembedding swaps a missing bias for a buffer, which leaves no such parameter.
