@@ -416,9 +416,8 @@ def test_losses_of_trainer_and_objective_agree(tmp_path: Path) -> None:
 
 
 def test_probe_names_are_those_of_the_documentation() -> None:
-    """One table of probes, that of the fused pass."""
+    """Users write these names in mappings of pairs and on the command line."""
     assert list(PROBES) == ["attention", "gradient", "probability"]
-    assert snapshots.PROBES is PROBES
 
 
 def test_a_run_checks_once_which_way_its_model_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
