@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import revprobe as rp
-from revprobe.finetune import saving, snapshots
+from revprobe.finetune import saving
 from revprobe.finetune.building import build_model, probe_pairs
 from revprobe.finetune.config import RunConfig, parse_config
 from revprobe.finetune.ema import MovingAverage, warmed_decay
