@@ -1,6 +1,5 @@
 # Set-up and checks. `make help` lists the targets; all of them can be run again at any time.
-# Another interpreter: `make setup PYTHON=python3.12`. A CPU-only torch where the index offers CUDA builds:
-# `PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup`.
+# Another interpreter: `make setup PYTHON=python3.12`. An index with CPU-only builds of torch: PIP_EXTRA_INDEX_URL.
 
 PYTHON ?= python3
 VENV := .venv
