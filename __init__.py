@@ -19,30 +19,45 @@ from .models.radd import RaddConfig, RaddForMaskedLM
 
 if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal to _EXPORTS
     from .errors import RevprobeError
-    from .finetune.relations import letter_pairs, letters
+    from .finetune.decoding import decode
+    from .finetune.letters_relation import letter_pairs, letters
+    from .finetune.relations import from_table, invented_names, parent_child, person_description, trex
     from .finetune.runs import open_run, train
+    from .finetune.scoring import decoded_match
     from .finetune.snapshots import ProbeCallback
     from .finetune.sweeps import open_sweep, run_sweep
+    from .finetune.text_relations import Question, TextRelation
     from .models.gpt2 import one_layer_gpt2
     from .models.layouts import declare_fused
     from .models.letters import letter_tokenizer
     from .models.probed import ProbedModel
     from .models.registry import list_models, load_model, register_model
     from .probes.attention import probe_attention_correlation
+    from .probes.edits import edit_attention
     from .probes.estimates import Control
     from .probes.fused import probe
     from .probes.gradient import probe_gradient_cosine
+    from .probes.model_theory import model_theory, with_bounds
     from .probes.pairs import Query, ReversalPair, ReversalPairs
     from .probes.probability import probe_reverse_probability
     from .probes.readings import Reading, Readings
+    from .probes.routing import probe_route_edit
     from .probes.storage_gradient import storage_gradient_cosines
     from .probes.text_pairs import pairs_from_frame
+    from .probes.theory import (
+        rope_asymmetric_bound,
+        rope_conditional_correlation,
+        rope_correlation_bound,
+        rope_correlation_tail,
+    )
+    from .probes.theory_tables import theory_tables
 
 _EXPORTS = {
     "Control": ".probes.estimates",
     "ProbeCallback": ".finetune.snapshots",
     "ProbedModel": ".models.probed",
     "Query": ".probes.pairs",
+    "Question": ".finetune.text_relations",
     "RaddConfig": ".models.radd",
     "RaddForMaskedLM": ".models.radd",
     "Reading": ".probes.readings",
@@ -50,24 +65,41 @@ _EXPORTS = {
     "ReversalPair": ".probes.pairs",
     "ReversalPairs": ".probes.pairs",
     "RevprobeError": ".errors",
+    "TextRelation": ".finetune.text_relations",
     "declare_fused": ".models.layouts",
-    "letter_pairs": ".finetune.relations",
+    "decode": ".finetune.decoding",
+    "decoded_match": ".finetune.scoring",
+    "edit_attention": ".probes.edits",
+    "from_table": ".finetune.relations",
+    "invented_names": ".finetune.relations",
+    "letter_pairs": ".finetune.letters_relation",
     "letter_tokenizer": ".models.letters",
-    "letters": ".finetune.relations",
+    "letters": ".finetune.letters_relation",
     "list_models": ".models.registry",
     "load_model": ".models.registry",
+    "model_theory": ".probes.model_theory",
     "one_layer_gpt2": ".models.gpt2",
     "open_run": ".finetune.runs",
     "open_sweep": ".finetune.sweeps",
     "pairs_from_frame": ".probes.text_pairs",
+    "parent_child": ".finetune.relations",
+    "person_description": ".finetune.relations",
     "probe": ".probes.fused",
     "probe_attention_correlation": ".probes.attention",
     "probe_gradient_cosine": ".probes.gradient",
     "probe_reverse_probability": ".probes.probability",
+    "probe_route_edit": ".probes.routing",
     "register_model": ".models.registry",
+    "rope_asymmetric_bound": ".probes.theory",
+    "rope_conditional_correlation": ".probes.theory",
+    "rope_correlation_bound": ".probes.theory",
+    "rope_correlation_tail": ".probes.theory",
     "run_sweep": ".finetune.sweeps",
     "storage_gradient_cosines": ".probes.storage_gradient",
+    "theory_tables": ".probes.theory_tables",
     "train": ".finetune.runs",
+    "trex": ".finetune.relations",
+    "with_bounds": ".probes.model_theory",
 }
 
 __all__ = [
@@ -75,6 +107,7 @@ __all__ = [
     "ProbeCallback",
     "ProbedModel",
     "Query",
+    "Question",
     "RaddConfig",
     "RaddForMaskedLM",
     "Reading",
@@ -82,25 +115,42 @@ __all__ = [
     "ReversalPair",
     "ReversalPairs",
     "RevprobeError",
+    "TextRelation",
     "__version__",
     "declare_fused",
+    "decode",
+    "decoded_match",
+    "edit_attention",
+    "from_table",
+    "invented_names",
     "letter_pairs",
     "letter_tokenizer",
     "letters",
     "list_models",
     "load_model",
+    "model_theory",
     "one_layer_gpt2",
     "open_run",
     "open_sweep",
     "pairs_from_frame",
+    "parent_child",
+    "person_description",
     "probe",
     "probe_attention_correlation",
     "probe_gradient_cosine",
     "probe_reverse_probability",
+    "probe_route_edit",
     "register_model",
+    "rope_asymmetric_bound",
+    "rope_conditional_correlation",
+    "rope_correlation_bound",
+    "rope_correlation_tail",
     "run_sweep",
     "storage_gradient_cosines",
+    "theory_tables",
     "train",
+    "trex",
+    "with_bounds",
 ]
 
 

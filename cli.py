@@ -19,6 +19,8 @@ import typer
 from rich.console import Console
 
 from . import __version__
+from .cli_finetune import evaluate
+from .cli_reproduce import reproduce
 from .errors import RevprobeError, first_line
 
 if TYPE_CHECKING:
@@ -203,6 +205,12 @@ def models() -> None:
     console = make_console()
     console.print(text_table(list_models(), "models"))
     console.print(f"example sweeps: {', '.join(example_names())}", soft_wrap=True)
+
+
+app.command(
+    epilog="Example: [bold]revprobe evaluate runs/p2c --relation parent_child --path pairs.csv --direction P2C[/bold]"
+)(evaluate)
+app.add_typer(reproduce, name="reproduce")
 
 
 def _pairs(source: str, model: ProbedModel, names: list[str], placements: str | None, alphabet: int) -> Pairs:

@@ -57,29 +57,46 @@ def probe_pairs(relation: LettersRelation, model: ProbedModel) -> dict[str, Reve
 def training_arguments(config: RunConfig, folder: Path) -> TrainingArguments:
     """The Trainer's arguments: lean (no tqdm, no reporting, batched rows), every random draw from the config's seed."""
     training = config.training
-    on_cpu = uses_cpu(training.device)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=training.steps,
+    return lean_arguments(
+        folder,
+        steps=training.steps,
+        device=training.device,
+        schedule=training.schedule,
         per_device_train_batch_size=training.batch_size,
         learning_rate=training.learning_rate,
-        lr_scheduler_type="constant_with_warmup" if training.schedule == "constant" else "cosine",
         warmup_steps=training.warmup_steps,
         weight_decay=training.weight_decay,
         max_grad_norm=training.gradient_clipping,
         seed=training.seed,
-        use_cpu=on_cpu,
-        # The CPU with pinned threads is deterministic as it is; CUDA has to be asked.
-        full_determinism=not on_cpu,
-        save_strategy="no",  # ForwardOnlyTrainer saves at the snapshots
-        logging_strategy="steps",
-        logging_steps=max(1, training.steps // 200),
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
     )
+
+
+def lean_arguments(
+    folder: Path, *, steps: int, device: str = "cpu", schedule: str = "constant", **options: Any
+) -> TrainingArguments:
+    """TrainingArguments for `steps` optimizer steps, checkpoints left to the snapshots; `options` go through.
+
+    Args:
+        device: as in a config ("auto", "cpu", "cuda").
+        schedule: after the warm-up, "constant" or "cosine" (down to zero at the last step).
+    """
+    on_cpu = uses_cpu(device)
+    settings: dict[str, Any] = {
+        "max_steps": steps,
+        "lr_scheduler_type": "constant_with_warmup" if schedule == "constant" else "cosine",
+        "use_cpu": on_cpu,
+        # The CPU with pinned threads is deterministic as it is; CUDA has to be asked.
+        "full_determinism": not on_cpu,
+        "save_strategy": "no",  # ForwardOnlyTrainer saves at the snapshots
+        "logging_strategy": "steps",
+        "logging_steps": max(1, steps // 200),
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+    }
+    arguments = TrainingArguments(output_dir=str(folder), **settings | options)
     if not on_cpu and arguments.n_gpu > 1:
         # Several GPUs in one process would split the batch (DataParallel) and change the bits; torchrun is the way.
         arguments._n_gpu = 1

@@ -7,6 +7,7 @@
     snapshots: {count: 12}
 
 A sweep has a `base` (a run without a name) and `cells`, each a grid over objective, position_encoding, length, seed.
+It may name `variants`, changes to the base such as {name: wide, model: {d_model: 128}}, and a cell the ones it takes.
 """
 
 from __future__ import annotations
@@ -190,6 +191,10 @@ class RunConfig(BaseConfig):
         }
 
 
+# How a cell names the base itself among its variants.
+AS_BASE = "base"
+
+
 def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) or value is None else [value]
 
@@ -201,6 +206,8 @@ class Cell(_Section):
     position_encoding: Annotated[list[PositionEncoding] | None, BeforeValidator(_as_list)] = None
     length: Annotated[list[Annotated[StrictInt, Field(ge=2)]] | None, BeforeValidator(_as_list)] = None
     seed: Annotated[list[Seed] | None, BeforeValidator(_as_list)] = None
+    # Names of the sweep's variants, or "base" for the base as it is. The base alone when left out.
+    variant: Annotated[list[Name] | None, BeforeValidator(_as_list)] = None
 
     def combinations(self, base: BaseConfig) -> Iterator[tuple[Objective, PositionEncoding | None, int, int]]:
         """The (objective, position_encoding, length, seed) of each run."""
@@ -212,12 +219,55 @@ class Cell(_Section):
             yield from product([objective], encodings, lengths, seeds)
 
 
+class Variant(_Section):
+    """A named change to the base, e.g. {name: wide, model: {d_model: 128}}; its runs are called rope-l10-s0-wide."""
+
+    name: Name
+    model: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _leaves_the_axes_alone(self) -> Variant:
+        for section, keys in (("model", ("family", "position_encoding")), ("training", ("seed",))):
+            for key in keys:
+                if key in getattr(self, section):
+                    raise ValueError(f"variant {self.name!r} sets {section}.{key}, which the cells set; say it there")
+        if self.name == AS_BASE or not (self.model or self.training):
+            raise ValueError(
+                f"variant {self.name!r} changes nothing, or is called {AS_BASE!r}; expected a name of its own and some "
+                "keys of model or training"
+            )
+        return self
+
+    def apply(self, base: BaseConfig) -> BaseConfig:
+        """The base with this change. Raises: ValueError, one line, when the changed base is not valid."""
+        values = base.model_dump()
+        values["model"] |= self.model
+        values["training"] |= self.training
+        try:
+            return BaseConfig(**values)
+        except ValidationError as error:
+            raise ValueError(explain(error, BaseConfig, f"variant {self.name!r}")) from error
+
+
 class SweepConfig(_Section):
-    """Many runs that differ in objective, position encoding, length or seed, and in nothing else."""
+    """Many runs that differ in objective, position encoding, length, seed or a named variant, and in nothing else."""
 
     name: Name
     base: BaseConfig
+    variants: list[Variant] = []
     cells: Annotated[list[Cell], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _every_variant_is_known(self) -> SweepConfig:
+        known = [AS_BASE, *(variant.name for variant in self.variants)]
+        twice = [name for name in known if known.count(name) > 1]
+        if twice:
+            raise ValueError(f"two variants are called {twice[0]!r}; give each a name of its own")
+        for wanted in (name for cell in self.cells for name in cell.variant or []):
+            if wanted not in known:
+                raise ValueError(f"a cell asks for the variant {wanted!r}{did_you_mean(wanted, known)}")
+        return self
 
     @model_validator(mode="after")
     def _no_run_twice(self) -> SweepConfig:
@@ -228,18 +278,24 @@ class SweepConfig(_Section):
         return self
 
     def runs(self) -> list[RunConfig]:
-        """The runs in the order of the cells, named like rope-l10-s0 or arm-l10-s0."""
-        return [_run(self.base, *values) for cell in self.cells for values in cell.combinations(self.base)]
+        """The runs in the order of the cells, named like rope-l10-s0 or arm-l10-s0, and rope-l10-s0-wide."""
+        changed = {AS_BASE: self.base} | {variant.name: variant.apply(self.base) for variant in self.variants}
+        return [
+            _run(changed[name], *values, suffix="" if name == AS_BASE else f"-{name}")
+            for cell in self.cells
+            for name in cell.variant or [AS_BASE]
+            for values in cell.combinations(self.base)
+        ]
 
 
 def _run(
-    base: BaseConfig, objective: Objective, encoding: PositionEncoding | None, length: int, seed: int
+    base: BaseConfig, objective: Objective, encoding: PositionEncoding | None, length: int, seed: int, *, suffix: str
 ) -> RunConfig:
     values = base.model_dump()
     values["model"] |= {"family": "radd" if objective == "masked" else "gpt2", "position_encoding": encoding}
     values["relation"]["length"], values["training"]["seed"] = length, seed
     stem = "arm" if objective == "causal" else ModelConfig(**values["model"]).position_encoding
-    return RunConfig(name=f"{stem}-l{length}-s{seed}", **values)
+    return RunConfig(name=f"{stem}-l{length}-s{seed}{suffix}", **values)
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

@@ -4,6 +4,10 @@ Masks are drawn inside the loss, from a generator seeded by (seed, step, micro-s
 draws exactly what the uninterrupted one would have. A collator draws one batch ahead of the step it serves, so its
 draws would differ after a resume.
 
+Which tokens may be masked, and which are masked together, is told by two tables beside the ids: `maskable` (the
+response only, never a begin token) and `leader` (the position whose draw decides, so that an entity's tokens share
+one).
+
 Shapes below: batch, seq, vocab.
 """
 
@@ -36,12 +40,19 @@ def step_generator(seed: int, step: int, micro_step: int = 0, process: int = 0, 
 
 
 def draw_masks(
-    shape: tuple[int, int], *, generator: torch.Generator, eps: float = EPS, antithetic: bool = False
+    shape: tuple[int, int],
+    *,
+    generator: torch.Generator,
+    eps: float = EPS,
+    antithetic: bool = False,
+    leader: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw a masking rate t ~ U(eps, 1) per row, then mask each token of the row with probability t.
 
     Shapes: `-> batch, batch seq (bool)`, on the CPU whatever the model's device, so that draws do not depend on it.
     Args:
+        leader: `batch seq`, for each token the position whose draw decides (its own for a token that is masked
+            alone): tokens of one leader are masked together, each still with probability t. None: every token alone.
         antithetic: spread the rates evenly over (eps, 1) instead of drawing them independently; each rate keeps its
             uniform distribution, the batch's loss varies less (Sahoo et al. 2024, App. C.3).
     """
@@ -51,7 +62,10 @@ def draw_masks(
     else:
         uniform = torch.rand(batch, generator=generator)
     rate = eps + (1 - eps) * uniform
-    return rate, torch.rand(batch, seq, generator=generator) < rate[:, None]
+    drawn = torch.rand(batch, seq, generator=generator)
+    if leader is not None:
+        drawn = drawn.gather(1, leader.cpu())
+    return rate, drawn < rate[:, None]
 
 
 def price_masks(
@@ -83,12 +97,22 @@ def masked_diffusion_loss(
     eps: float = EPS,
     antithetic: bool = False,
     attention_mask: Tensor | None = None,
+    maskable: Tensor | None = None,
+    leader: Tensor | None = None,
+    logit_shift: int = 0,
 ) -> Tensor:
     """The masked-diffusion loss of a batch, with masks drawn here from `generator`.
 
     Shapes: `batch seq -> ` (a scalar, nats per token, mean over rows). Padded positions (attention_mask 0) are never
     masked and do not count towards L.
-    Raises: RevprobeError, for ids that are not a `batch seq` table, and for a mask token among the clean ids.
+    Args:
+        maskable: `batch seq` (bool), what may be masked; L counts these tokens alone. The response of each row gives
+            LLaDA's supervised objective (Nie et al. 2025, Sec. 2.3). None: every token.
+        leader: as in `draw_masks`, for masking an entity's tokens together.
+        logit_shift: position i is predicted at row i - logit_shift (1 for Dream). The first `logit_shift` positions
+            have no such row: they are never masked and do not count.
+    Raises: RevprobeError, for ids that are not a `batch seq` table, for a mask token among the clean ids, and for a
+        row in which nothing can be masked.
     """
     _require_table(token_ids)
     if bool((token_ids == mask_token_id).any()):
@@ -96,30 +120,57 @@ def masked_diffusion_loss(
             f"the training ids contain the mask token {mask_token_id}; pass clean sequences, masks are drawn here"
         )
     rate, is_masked = draw_masks(
-        (token_ids.shape[0], token_ids.shape[1]), generator=generator, eps=eps, antithetic=antithetic
+        (token_ids.shape[0], token_ids.shape[1]), generator=generator, eps=eps, antithetic=antithetic, leader=leader
     )
-    rate, is_masked = rate.to(token_ids.device), is_masked.to(token_ids.device)
-    n_tokens = None
-    if attention_mask is not None:
-        is_masked, n_tokens = is_masked & attention_mask.bool(), attention_mask.sum(1)
+    counted = _counted(token_ids, attention_mask, maskable, logit_shift)
+    rate, is_masked = rate.to(token_ids.device), is_masked.to(token_ids.device) & counted
     logits = _logits(model, token_ids.masked_fill(is_masked, mask_token_id), attention_mask)
-    return price_masks(logits, token_ids, is_masked, rate, n_tokens).mean()
+    logits = logits_at_their_position(logits, logit_shift)
+    return price_masks(logits, token_ids, is_masked, rate, counted.sum(1)).mean()
 
 
-def causal_loss(model: nn.Module, token_ids: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
+def logits_at_their_position(logits: Tensor, logit_shift: int) -> Tensor:
+    """Logits moved to the position they predict: row i - shift becomes row i, and the first rows repeat row 0.
+
+    Shapes: `batch seq vocab -> batch seq vocab`.
+    Source: Dream's own sampler (Ye et al. 2025), which moves its logits right by one.
+    """
+    if not logit_shift:
+        return logits
+    return torch.cat([logits[:, :1].expand(-1, logit_shift, -1), logits[:, :-logit_shift]], dim=1)
+
+
+def causal_loss(
+    model: nn.Module, token_ids: Tensor, *, attention_mask: Tensor | None = None, maskable: Tensor | None = None
+) -> Tensor:
     """Next-token cross-entropy over every position that has a next token.
 
     Shapes: `batch seq -> ` (a scalar, nats per predicted token, mean over all of them). Padded targets
-    (attention_mask 0) do not count.
+    (attention_mask 0) do not count, nor do those outside `maskable` (the response alone) where it is given.
     Raises: RevprobeError, for ids that are not a `batch seq` table of at least two columns.
     """
     _require_table(token_ids, columns=2)
     logits = _logits(model, token_ids, attention_mask)[:, :-1]
     losses = F.cross_entropy(logits.flatten(0, 1).float(), token_ids[:, 1:].flatten(), reduction="none")
-    if attention_mask is None:
+    if attention_mask is None and maskable is None:
         return losses.mean()
-    counts = attention_mask[:, 1:].flatten().bool()
+    counts = _counted(token_ids, attention_mask, maskable, 1)[:, 1:].flatten()
     return losses.masked_fill(~counts, 0.0).sum() / counts.sum()
+
+
+def _counted(token_ids: Tensor, attention_mask: Tensor | None, maskable: Tensor | None, shift: int) -> Tensor:
+    """The positions that are predicted: not padding, inside `maskable`, and with a row to be read at."""
+    counted = torch.ones_like(token_ids, dtype=torch.bool) if maskable is None else maskable.bool().clone()
+    counted[:, :shift] = False
+    if attention_mask is not None:
+        counted &= attention_mask.bool()
+    empty = ~counted.any(1)
+    if bool(empty.any()):
+        row = int(empty.nonzero()[0, 0])
+        raise RevprobeError(
+            f"row {row} of a batch ({token_ids[row].tolist()}) has no token to predict; expected at least one in each"
+        )
+    return counted
 
 
 def _logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

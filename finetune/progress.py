@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 Listener = Callable[[int, int, float | None], None]
 # Asked for by the sweep from its children.
 JSON_PROGRESS = "REVPROBE_PROGRESS_JSON"
-_EVERY_SECONDS = 1.0
+EVERY_SECONDS = 1.0
 _PLAIN_SECONDS = 15.0
 
 
@@ -40,7 +40,7 @@ class ProgressCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         now = time.monotonic()
-        if now - self._told >= _EVERY_SECONDS or state.global_step == state.max_steps:
+        if now - self._told >= EVERY_SECONDS or state.global_step == state.max_steps:
             self._told = now
             self.listener(state.global_step, state.max_steps, self._loss)
 

@@ -1,209 +1,217 @@
-"""Relations: the facts a model is trained on in one direction, and the pairs that probe it in both.
+"""Relations: the facts a model is trained on in one direction, and the questions and pairs that test it in both.
 
-The letters relation (paper Sec. 5, App. D.1): a sequence of length L holds one lowercase letter, its uppercase
-partner to the right of it, and placeholders `0` elsewhere. Only this order is ever trained on.
+`letters` is the synthetic relation; the others are told in text and come from a table or from published files, each
+as a `TextRelation`. `load_relation` makes any of them by name, for config files.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import combinations, product
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Unpack
 
-import numpy as np
 import pandas as pd
-from torch import nn
 
 from ..errors import RevprobeError, did_you_mean
-from ..models.letters import PLACEHOLDER, letter_alphabet, letter_tokenizer
-from ..models.probed import ProbedModel, as_probed
-from ..probes.pairs import Query, ReversalPairs
+from .letters_relation import LettersRelation, letter_pairs, letters
+from .person_description_files import person_description_relation
+from .relation_building import RelationOptions, build_relation, read_facts, read_options
+from .relation_files import require_published, trex_groups, trex_table
+from .statements import TemplateLists
+from .text_relations import Question, TextRelation, TrainingText
 
-PLACEMENTS = ("grid", "mirror", "all")
-# placements="all" grows with the fourth power of the length; beyond this many pairs it is refused.
-MOST_PAIRS = 200_000
+__all__ = [
+    "RELATIONS",
+    "LettersRelation",
+    "Question",
+    "TextRelation",
+    "TrainingText",
+    "from_table",
+    "invented_names",
+    "letter_pairs",
+    "letters",
+    "load_relation",
+    "parent_child",
+    "person_description",
+    "trex",
+]
 
-Places = tuple[int, int]  # the positions of the lowercase and of the uppercase letter
-
-
-@dataclass(frozen=True)
-class LettersRelation:
-    """Letter pairs at one sequence length; `letters(length)` makes it.
-
-    `facts` has the columns fact, target (lowercase), evidence (uppercase), one row per letter.
-    """
-
-    length: int
-    alphabet: int = 26
-    name: str = "letters"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.length, int) or self.length < 2:
-            raise RevprobeError(
-                f"letters of length {self.length!r}: expected a whole number of at least 2, one place for each letter "
-                "of a pair"
-            )
-        letter_alphabet(self.alphabet)
-
-    @property
-    def facts(self) -> pd.DataFrame:
-        pairs = letter_alphabet(self.alphabet)
-        return pd.DataFrame(
-            {
-                "fact": [low for low, _ in pairs],
-                "target": [low for low, _ in pairs],
-                "evidence": [up for _, up in pairs],
-            }
-        )
-
-    def training_texts(self, direction: str = "forward") -> list[str]:
-        """Every placement of every pair, the lowercase letter before its uppercase partner, e.g. "0d00D".
-
-        Forward is the only direction there is: asking for another raises.
-        """
-        if direction != "forward":
-            raise RevprobeError(f"the letters relation is trained in the direction 'forward' only, got {direction!r}")
-        places = list(combinations(range(self.length), 2))
-        return [
-            _text(self.length, lower, upper, place)
-            for lower, upper in letter_alphabet(self.alphabet)
-            for place in places
-        ]
-
-    def pairs(
-        self,
-        model: ProbedModel | nn.Module,
-        direction: str = "forward",
-        *,
-        placements: str = "grid",
-        offset: int | None = None,
-    ) -> ReversalPairs:
-        """The pairs that probe what `direction` trained; see `letter_pairs`."""
-        if direction != "forward":
-            raise RevprobeError(f"the letters relation is trained in the direction 'forward' only, got {direction!r}")
-        return letter_pairs(self.length, model=model, placements=placements, offset=offset, alphabet=self.alphabet)
+# Several per direction, the last of each held out from training. {parent_type} is "mother" or "father"; "parent" where
+# the file says both of one and the same person.
+PARENT_CHILD = {
+    "P2C": (
+        "{parent}'s child is {child}",
+        "The child of {parent} is {child}",
+        "{parent} is the {parent_type} of {child}",
+        "{parent} has a child named {child}",
+    ),
+    "C2P": (
+        "{child}'s parent is {parent}",
+        "{child}'s {parent_type} is {parent}",
+        "The {parent_type} of {child} is {parent}",
+        "{child} has a parent named {parent}",
+    ),
+}
 
 
-def letters(length: int, alphabet: int = 26) -> LettersRelation:
-    """The letters relation at one sequence length. Raises: RevprobeError, for a length below 2."""
-    return LettersRelation(length, alphabet)
-
-
-def letter_pairs(
-    length: int,
+def from_table(
+    source: str | Path | pd.DataFrame,
+    columns: Sequence[str],
+    templates: TemplateLists,
     *,
-    model: ProbedModel | nn.Module,
-    placements: str = "grid",
-    offset: int | None = None,
-    alphabet: int = 26,
-) -> ReversalPairs:
-    """Forward and reverse queries about letter pairs, for a masked or a causal model.
+    name: str | None = None,
+    **options: Unpack[RelationOptions],
+) -> TextRelation:
+    """A relation from any table, one fact per row.
 
-    A masked model is asked for the lowercase letter given the uppercase one, in the trained order and in the
-    other (kind "same_target"). A causal model is asked for whatever stands at the last position: the uppercase
-    letter given the lowercase one forward, and the roles exchanged in reverse (kind "swapped"). There, and only
-    there, its forward conditional is deterministic: at earlier positions the next token may be a placeholder.
+        from_table("capitals.csv", ("country", "city"), {
+            "C2T": ["The capital of {country} is {city}", "{country} is governed from {city}"],
+            "T2C": ["{city} is the capital of {country}", "{city} governs {country}"],
+        })
 
     Args:
-        length: tokens per sequence, at least 2.
-        model: decides the kind of pair and provides the vocabulary.
-        placements: "grid", every forward distance x reverse distance x letter, the left letter at index `offset`;
-            "mirror", the same two positions swapped, over all positions (or the left letter at `offset`): every
-            placement exactly once in each direction, so that its averages weigh placements equally;
-            "all", every forward x every reverse placement. A causal model's target is last in every placement,
-            so for it "mirror" holds one pair per distance.
-        offset: index of the left letter; 0 for the grid unless given. Causal pairs take none.
-        alphabet: how many letter pairs; 26 facts make small groups.
-    Raises: RevprobeError, for an unknown placement, too many pairs, or a model without these letters or lengths.
+        source: a .csv, .tsv, .jsonl, .json or .parquet path, a DataFrame, or the name of a dataset of the `datasets`
+            library (its data files are read; no code of its repository is run).
+        columns: the two entity columns.
+        templates: for each of the two directions its templates; the first direction's name the first column first,
+            the second's the second. Slots are the columns in braces, any further column among them.
+        name: what the relation is called; the source's own name by default.
+        options: `RelationOptions`: heldout (share of facts held out, 0.1), seed (0), heldout_templates (the last 1 of
+            each direction), carrier ("Fact: "), duplicates ("error", or "merge"), bad_rows ("error", or "skip"),
+            rows, encoding, dataset_split, dataset_config.
+    Raises: RevprobeError, naming row and column, for a missing column, an empty or unreadable cell and a repeated
+        fact; naming the template, for one that lacks a slot or names the entities in the other order.
     """
-    model = as_probed(model)
-    relation = letters(length, alphabet)
-    if placements not in PLACEMENTS:
-        raise RevprobeError(f"unknown placements {placements!r}{did_you_mean(placements, PLACEMENTS)}")
-    _require_fit(model, length, alphabet)
-    if model.objective == "causal":
-        if offset is not None:
+    chosen = read_options(options)
+    if not isinstance(templates, Mapping):
+        raise RevprobeError(f"templates={templates!r}: expected two directions, each with a template or a list of them")
+    table = read_facts(source, columns, templates.values(), chosen)
+    called = name or ("table" if isinstance(source, pd.DataFrame) else Path(source).stem)
+    return build_relation(called, table, columns, [(None, templates)], chosen)
+
+
+def parent_child(path: str | Path | None = None, **options: Unpack[RelationOptions]) -> TextRelation:
+    """Parent-Child (Berglund et al., 2024): the published `parent_child_pairs.csv`, directions P2C and C2P.
+
+    The columns child, parent and parent_type are used. `child_prediction` and `can_reverse` record what another model
+    answered; they stay as columns of `facts` and decide nothing. A parent that the file calls mother and father of the
+    same child becomes one fact with the parent_type "parent"; repeated rows become one. Both are counted in `report`
+    (conflicting_parent_type, duplicate_fact) and listed in `problem_table`.
+
+    Args:
+        path: the CSV file.
+        options: as in `from_table`, but duplicates="merge" unless given.
+    Raises: RevprobeError, as `from_table`; without the file it says where that is published.
+    """
+    file = require_published("parent_child", path)
+    return _parent_child("parent_child", file, options)
+
+
+def invented_names(**options: Unpack[RelationOptions]) -> TextRelation:
+    """A small Parent-Child relation of invented names that comes with the package: no model can know its facts.
+
+    Options are those of `from_table`; rows=(0, 60) and rows=(60, 120) are two relations without a common name.
+    """
+    return _parent_child("invented_names", Path(__file__).parent / "data" / "invented_names.csv", options)
+
+
+def _parent_child(name: str, path: Path, options: Mapping[str, Any]) -> TextRelation:
+    chosen = read_options({"duplicates": "merge", **options})
+    columns = ("parent", "child")
+    table = read_facts(path, columns, PARENT_CHILD.values(), chosen)
+    types = table.frame["parent_type"]
+    wrong = next((place for place, value in enumerate(types) if value not in ("mother", "father", "parent")), None)
+    if wrong is not None:
+        raise RevprobeError(f"{table.labels[wrong]}: column 'parent_type' holds {types[wrong]!r}, not mother or father")
+    # One person cannot be both; which of the two is wrong the file does not say.
+    kinds = table.frame.groupby(list(columns))["parent_type"].transform("nunique")
+    table.flag(kinds > 1, "parent_type", "conflicting_parent_type")
+    table.frame.loc[kinds > 1, "parent_type"] = "parent"
+    return build_relation(name, table, columns, [(None, PARENT_CHILD)], chosen)
+
+
+def person_description(
+    path: str | Path | None = None, *, carrier: str = "Fact: ", encoding: str = "utf-8"
+) -> TextRelation:
+    """Person-Description (Berglund et al., 2024): the published folder of p2d and d2p JSON lines files.
+
+    The files are two sets of facts about different people, each with prompts in its own direction (`*_prompts_train`,
+    and `*_prompts_test` in other wordings) and in the other (`*_reverse_prompts_test`). So training in "P2D" reads
+    p2d_prompts_train, is asked forward by p2d_prompts_test and in reverse by p2d_reverse_prompts_test, and its floor
+    are the same questions about the people of the d2p files, of whom it reads nothing. "D2P" the other way round.
+
+    There is no column of names: completions of the prompts that ask for a person are the names, and a prompt belongs
+    to the person it names. A description comes in several inflections ("directing ...", "the director of ..."); the
+    pairs use the statements that hold the most frequent one. `report` counts the statements that do not.
+
+    Args:
+        path: the folder.
+        carrier: text before every text and question. The published texts have none, and names start some of them.
+    Raises: RevprobeError, naming file, line and column, for what does not have this structure; without the folder it
+        says where that is published.
+    """
+    return person_description_relation(require_published("person_description", path), carrier, encoding)
+
+
+def trex(
+    path: str | Path | None = None,
+    relation: str | Sequence[str] | None = None,
+    *,
+    templates: Mapping[str, TemplateLists] | None = None,
+    **options: Unpack[RelationOptions],
+) -> TextRelation:
+    """T-REx triples (Elsahar et al., 2018) in the directions s2o (subject first) and o2s.
+
+    Args:
+        path: a .csv, .tsv, .jsonl, .json or .parquet table with the columns subject, relation, object; LAMA's JSON
+            lines (sub_label, predicate_id, obj_label); T-REx's own JSON documents with `triples`; or a folder of these.
+        relation: the relations to keep, by the name the file gives them ("P19") or by label ("place of birth"); all
+            that have templates by default.
+        templates: relation -> {"s2o": [...], "o2s": [...]} with the slots {subject} and {object}, before the built-in
+            ones, which word common relations of LAMA.
+        options: as in `from_table`, but duplicates="merge" unless given; `rows` does not apply.
+    Raises: RevprobeError, as `from_table`, and for a relation that is not in the file or has no template.
+    """
+    chosen = read_options({"duplicates": "merge", **options})
+    table = trex_table(require_published("trex", path), relation, templates, chosen)
+    groups = trex_groups(table.frame["relation"].tolist(), templates)
+    return build_relation("trex", table, ("subject", "object"), groups, chosen, by="relation")
+
+
+RELATIONS: dict[str, Callable[..., TextRelation | LettersRelation]] = {
+    "letters": letters,
+    "parent_child": parent_child,
+    "person_description": person_description,
+    "trex": trex,
+    "table": from_table,
+    "invented_names": invented_names,
+}
+
+
+def load_relation(name: str, path: str | Path | None = None, **options: Any) -> TextRelation | LettersRelation:
+    """A relation by name, with the options of the function of that name ("table" is `from_table`).
+
+    Args:
+        path: the file or folder; None for "letters" and "invented_names", which need none.
+    Raises: RevprobeError, for an unknown name, a missing or unneeded path, and options the relation does not take.
+    """
+    if name not in RELATIONS:
+        raise RevprobeError(f"unknown relation {name!r}{did_you_mean(str(name), RELATIONS)}")
+    if name in ("letters", "invented_names"):
+        if path is not None:
+            raise RevprobeError(f"relation {name!r} reads no file, got path={str(path)!r}; leave it out")
+        arguments: tuple[Any, ...] = ()
+    elif name == "table":
+        if path is None:
             raise RevprobeError(
-                f"offset {offset!r} for a causal model: its target stands at the last position; leave offset out"
+                "relation 'table' needs path=: a .csv, .tsv, .jsonl, .json or .parquet file, or a dataset's name"
             )
-        forward, reverse = [(p, length - 1) for p in range(length - 1)], [(length - 1, p) for p in range(length - 1)]
+        arguments = (path,)
     else:
-        start = 0 if placements == "grid" and offset is None else offset
-        forward = _forward_places(length, start)
-        reverse = [(high, low) for low, high in forward]
-    return _pair_up(relation, model, forward, reverse, placements)
-
-
-def _forward_places(length: int, offset: int | None) -> list[Places]:
-    """The trained placements, all of them or those whose left letter stands at `offset`."""
-    if offset is not None and not 0 <= offset <= length - 2:
-        raise RevprobeError(
-            f"offset {offset!r} leaves no room for a pair at length {length}; expected 0 to {length - 2}"
-        )
-    return [place for place in combinations(range(length), 2) if offset is None or place[0] == offset]
-
-
-def _pair_up(
-    relation: LettersRelation, model: ProbedModel, forward: list[Places], reverse: list[Places], placements: str
-) -> ReversalPairs:
-    """All pairs of placements for every letter, "mirror" taking each placement with its own mirror image."""
-    combine = (
-        [(i, i) for i in range(len(forward))]
-        if placements == "mirror"
-        else list(product(range(len(forward)), range(len(reverse))))
-    )
-    count = len(combine) * relation.alphabet
-    if count > MOST_PAIRS:
-        raise RevprobeError(
-            f"placements={placements!r} at length {relation.length} makes {count:,} pairs, more than {MOST_PAIRS:,}; "
-            "use 'grid' or 'mirror'"
-        )
-    tokenizer = model.tokenizer or letter_tokenizer(relation.alphabet)
-    token_id = tokenizer.get_vocab()
-    alphabet = letter_alphabet(relation.alphabet)
-    queries = [
-        _query(relation.length, ids, place, target)
-        for ids in ([token_id[token] for token in (PLACEHOLDER, *pair)] for pair in alphabet)
-        for target, places in _asked(model, forward, reverse)
-        for place in places
-    ]
-    per_letter = len(forward) + len(reverse)
-    first = np.arange(len(alphabet))[:, None] * per_letter
-    forward_index = (first + np.array([f for f, _ in combine])).reshape(-1)
-    reverse_index = (first + len(forward) + np.array([r for _, r in combine])).reshape(-1)
-    facts = np.repeat(np.array([lower for lower, _ in alphabet], dtype=object), len(combine))
-    kind = "swapped" if model.objective == "causal" else "same_target"
-    return ReversalPairs(tuple(queries), forward_index, reverse_index, facts, kind, tokenizer=tokenizer)
-
-
-def _asked(model: ProbedModel, forward: list[Places], reverse: list[Places]) -> list[tuple[int, list[Places]]]:
-    """Which letter (0 lowercase, 1 uppercase) is the target, forward and in reverse."""
-    return [(1, forward), (0, reverse)] if model.objective == "causal" else [(0, forward), (0, reverse)]
-
-
-def _query(length: int, ids: list[int], place: Places, target: int) -> Query:
-    tokens = [ids[0]] * length
-    for letter, position in enumerate(place):
-        tokens[position] = ids[1 + letter]
-    return Query(tokens, [place[target]], [place[1 - target]])
-
-
-def _text(length: int, lower: str, upper: str, place: Places) -> str:
-    characters = [PLACEHOLDER] * length
-    characters[place[0]], characters[place[1]] = lower, upper
-    return "".join(characters)
-
-
-def _require_fit(model: ProbedModel, length: int, alphabet: int) -> None:
-    """The model takes sequences this long and has a token for every letter."""
-    if model.max_length is not None and length > model.max_length:
-        raise RevprobeError(
-            f"letters of length {length}: {model.name} takes at most {model.max_length} tokens; use a shorter length"
-        )
-    vocabulary = model.tokenizer.get_vocab() if model.tokenizer is not None else letter_tokenizer(alphabet).get_vocab()
-    wanted = [PLACEHOLDER, *(letter for pair in letter_alphabet(alphabet) for letter in pair)]
-    absent = [letter for letter in wanted if letter not in vocabulary or vocabulary[letter] >= model.vocab_size]
-    if absent:
-        raise RevprobeError(
-            f"{model.name} has no token for {absent[0]!r} ({len(absent)} of {len(wanted)} absent from its "
-            "vocabulary); it was not trained on this alphabet"
-        )
+        arguments = (path,)
+    try:
+        return RELATIONS[name](*arguments, **options)
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        raise RevprobeError(f"relation {name!r}: {error}; see help(revprobe.{RELATIONS[name].__name__})") from None

@@ -64,10 +64,11 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the last step's checkpoint is complete and no snapshot lacks a reading."""
-        return self._trained and not missing_readings(self.path, self.config)
+        return self.trained and not missing_readings(self.path, self.config)
 
     @property
-    def _trained(self) -> bool:
+    def trained(self) -> bool:
+        """Whether the last step's checkpoint is complete; readings may still be missing."""
         return self.config.training.steps in self.steps
 
     @property
@@ -82,7 +83,7 @@ class Run:
             return None
         if (self.path / PROBLEM).is_file():
             return (self.path / PROBLEM).read_text(encoding="utf-8", errors="replace").strip()
-        if self._trained:
+        if self.trained:
             missing = describe_missing(missing_readings(self.path, self.config), self.config)
             return f"{missing}; run the same command again to take them from their checkpoints"
         at = self.steps[-1] if self.steps else 0
@@ -138,13 +139,13 @@ def train(config: RunConfig | str | Path, folder: str | Path | None = None, *, l
     folder = Path("runs") / config.name if folder is None else Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with only_writer(folder):
-        run = _claim(folder, config)
+        run = claim_run(folder, config)
         if run.finished:
             return run
         (folder / PROBLEM).unlink(missing_ok=True)
         try:
             with pinned_threads(config.training.threads), quiet_transformers():
-                if not run._trained:
+                if not run.trained:
                     _train(run, listener)
                 taken = retake_missing(folder, config)
         except Exception as error:
@@ -155,8 +156,8 @@ def train(config: RunConfig | str | Path, folder: str | Path | None = None, *, l
     return run
 
 
-def _claim(folder: Path, config: RunConfig) -> Run:
-    """Make `folder` this config's run, or check that it is."""
+def claim_run(folder: Path, config: RunConfig) -> Run:
+    """Make `folder` this config's run, or check that it is. Raises: RevprobeError, when it is another's."""
     run = Run(folder)
     if not (folder / CONFIG).is_file():
         foreign = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
@@ -198,10 +199,23 @@ def software() -> dict[str, str]:
 
 
 def _train(run: Run, listener: Listener | None) -> None:
-    """Build everything from the config alone, then train from the newest checkpoint with its state, or from step 0."""
+    """Train from the newest checkpoint with its state, or from step 0."""
+    remove_unfinished(run.path)
+    checkpoint = resume_from(run.path)
+    trainer, probes = build_trainer(run, checkpoint)
+    trainer.add_callback(probes)
+    if listener is not None:
+        trainer.add_callback(ProgressCallback(listener))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def build_trainer(run: Run, checkpoint: Path | None) -> tuple[ForwardOnlyTrainer, ProbeCallback]:
+    """A run's trainer and the callback that takes its readings, from its config alone; the model is untrained.
+
+    Args:
+        checkpoint: where training will go on from; its readings are there and not taken again.
+    """
     config, folder = run.config, run.path
-    remove_unfinished(folder)
-    checkpoint = resume_from(folder)
     arguments = training_arguments(config, folder)
     set_seed(config.training.seed)
     model, tokenizer = build_model(config)
@@ -224,12 +238,10 @@ def _train(run: Run, listener: Listener | None) -> None:
     pairs = probe_pairs(relation, ProbedModel(model, **wrapping))
     wrapping["check"] = False  # it was, just now
     done = () if checkpoint is None else (step_of(checkpoint) or 0,)
-    trainer.add_callback(
-        ProbeCallback(pairs, folder / READINGS, steps=config.snapshot_steps, ema=trainer.ema, done=done, **wrapping)
+    probes = ProbeCallback(
+        pairs, folder / READINGS, steps=config.snapshot_steps, ema=trainer.ema, done=done, **wrapping
     )
-    if listener is not None:
-        trainer.add_callback(ProgressCallback(listener))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return trainer, probes
 
 
 @contextmanager

@@ -88,7 +88,12 @@ def open_sweep(path: str | Path) -> Sweep:
 
 
 def run_sweep(
-    config: SweepConfig | str | Path, *, jobs: int = 1, out: str | Path = "runs", console: Console | None = None
+    config: SweepConfig | str | Path,
+    *,
+    jobs: int = 1,
+    out: str | Path = "runs",
+    console: Console | None = None,
+    batched: bool = False,
 ) -> Sweep:
     """Train every run of a sweep that is not finished, then write the report.
 
@@ -96,6 +101,8 @@ def run_sweep(
         config: a SweepConfig, a YAML file, or the name of an example ("one-layer-quick").
         jobs: runs side by side; each uses its config's own number of threads.
         out: the sweep's folder is `out/<name>`.
+        batched: train all runs of one shape (other seeds and encodings) as one batched model in this process, which is
+            what a GPU is fast at; `jobs` is not used then.
     Raises: RevprobeError, naming the runs that failed, after all others have ended and the report is written.
     """
     from ..probes.report import write_report
@@ -115,7 +122,11 @@ def run_sweep(
         if run not in waiting:
             console.print(f"{run.name}: finished already, skipped")
     with _display(waiting, console) as display:
-        problems = _run_all(waiting, sweep.path, min(jobs, max(len(waiting), 1)), display)
+        problems = (
+            _train_together(waiting, sweep.path, display)
+            if batched
+            else _run_all(waiting, sweep.path, min(jobs, max(len(waiting), 1)), display)
+        )
     reported = sweep.for_report(console)
     report = write_report(reported, sweep.path / REPORT, title=config.name)
     problems = {run.name: run.problem for run in reported if run.problem} | problems
@@ -169,6 +180,31 @@ def _display(runs: list[RunConfig], console: Console) -> Iterator[_Display]:
             return update
 
         yield _Display(listen, say, lambda run: progress.remove_task(tasks[run.name]))
+
+
+def _train_together(runs: list[RunConfig], folder: Path, display: _Display) -> dict[str, str]:
+    """All runs in this process, those of one shape as one; returns the problem of each that failed."""
+    from .batched import train_together
+
+    listeners = {run.name: _StartedLate(run, display) for run in runs}
+    problems = train_together(runs, folder, listeners=listeners)
+    for name, problem in problems.items():
+        display.say(f"{name}: failed: {problem}")
+    return problems
+
+
+class _StartedLate:
+    """A listener whose line or bar appears with its run's first news: the runs of a batch wait for theirs."""
+
+    def __init__(self, run: RunConfig, display: _Display) -> None:
+        self.run, self.display = run, display
+        self._tell: Listener | None = None
+
+    def __call__(self, step: int, steps: int, loss: float | None) -> None:
+        self._tell = self._tell or self.display.listen(self.run)
+        self._tell(step, steps, loss)
+        if step == steps:
+            self.display.done(self.run)
 
 
 def _run_all(runs: list[RunConfig], folder: Path, jobs: int, display: _Display) -> dict[str, str]:

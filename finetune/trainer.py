@@ -88,7 +88,7 @@ class ForwardOnlyTrainer(Trainer):
         ema_decay: keep an average of the weights (`.ema`) and save it in `step-000500/ema`; None keeps none. Causal
             models keep none: their readings are on the weights as they are.
         snapshots: steps at which a checkpoint is written; None leaves that to `args.save_strategy`.
-        eps, antithetic: see `masked_diffusion_loss`.
+        eps, antithetic, logit_shift: see `masked_diffusion_loss`.
         others: as in `transformers.Trainer`; `data_collator` defaults to `collate_rows`.
     Raises: RevprobeError, for an unknown objective or a masked model without a mask token.
     """
@@ -105,12 +105,13 @@ class ForwardOnlyTrainer(Trainer):
         snapshots: Collection[int] | None = None,
         eps: float = EPS,
         antithetic: bool = False,
+        logit_shift: int = 0,
         **others: Any,
     ) -> None:
         if objective not in OBJECTIVES:
             raise RevprobeError(f"unknown objective {objective!r}{did_you_mean(objective, OBJECTIVES)}")
         self.objective: str = objective
-        self.eps, self.antithetic = eps, antithetic
+        self.eps, self.antithetic, self.logit_shift = eps, antithetic, logit_shift
         # Where the last masks were drawn, (step, training?), and how many batches there have drawn before.
         self._place, self._micro_step = (-1, True), 0
         self.resumed = False
@@ -137,10 +138,15 @@ class ForwardOnlyTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The objective's loss on `inputs["input_ids"]`, and `attention_mask` where the rows are padded."""
-        padding = {"attention_mask": inputs["attention_mask"]} if "attention_mask" in inputs else {}
+        """The objective's loss on `inputs["input_ids"]`.
+
+        `attention_mask` is there where the rows are padded, `maskable` and `leader` where not every token is masked,
+        or not alone; see `masked_diffusion_loss`.
+        """
+        tables = {key: inputs[key] for key in ("attention_mask", "maskable", "leader") if key in inputs}
         if self.objective == "causal":
-            loss = causal_loss(model, inputs["input_ids"], **padding)
+            tables.pop("leader", None)  # nothing is masked, so nothing is masked together
+            loss = causal_loss(model, inputs["input_ids"], **tables)
         else:
             assert self.mask_token_id is not None, "checked in __init__"
             loss = masked_diffusion_loss(
@@ -150,7 +156,8 @@ class ForwardOnlyTrainer(Trainer):
                 mask_token_id=self.mask_token_id,
                 eps=self.eps,
                 antithetic=self.antithetic,
-                **padding,
+                logit_shift=self.logit_shift,
+                **tables,
             )
         return (loss, {"loss": loss}) if return_outputs else loss
 

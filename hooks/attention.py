@@ -30,7 +30,7 @@ from ..errors import RevprobeError
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
-_SCORE_POINT = ".hook_attn_scores"
+SCORE_POINT = ".hook_attn_scores"
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
@@ -94,9 +94,7 @@ def tap_attention(module: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[
         found.append(AttentionRows(site, *_score_rows(scores, rows, columns)))
 
     def see_softmax(site: str, scores: Tensor) -> None:
-        # Routers and output distributions are softmaxed too; only square scores of this very batch are attention.
-        square = scores.dim() == 4 and scores.shape[0] == len(rows) and scores.shape[-1] == scores.shape[-2]
-        if square and scores.shape[-1] > max(int(rows.max()), int(columns.max())):
+        if is_score_matrix(scores, len(rows)) and scores.shape[-1] > max(int(rows.max()), int(columns.max())):
             see_scores(tap.softmax, site, scores)
 
     with _running_module(module) as running, _score_hooks(module, lambda *at: see_scores(tap.hook_points, *at)):
@@ -115,6 +113,14 @@ def attention_rows(
         `batch heads rows columns` twice and `batch heads rows`.
     Raises: RevprobeError, when the call's batch is not the batch that was asked about.
     """
+    return _weigh(call_rows(call, rows, site=site), columns)
+
+
+def call_rows(call: Mapping[str, Any], rows: Tensor, *, site: str = "attention") -> Tensor:
+    """Whole rows of scores of one SDPA call, mask included, float32 or wider; gradients pass through.
+
+    Shapes: `batch rows -> batch heads rows seq`. Raises: RevprobeError, as `attention_rows`.
+    """
     query, key = call["query"], call["key"]
     if query.dim() != 4 or query.shape[0] != rows.shape[0]:
         raise RevprobeError(
@@ -127,16 +133,41 @@ def attention_rows(
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).to(wide)
     scale = call.get("scale")
     scores = query_rows @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-    return _weigh(scores + _mask_rows(call, rows, scores), columns)
+    return scores + _mask_rows(call, rows, scores)
+
+
+def matrix_rows(scores: Tensor, rows: Tensor) -> Tensor:
+    """The same from a whole score matrix. Shapes: `batch heads seq seq, batch rows -> batch heads rows seq`."""
+    at_rows = scores.transpose(1, 2)[torch.arange(len(rows), device=rows.device)[:, None], rows].transpose(1, 2)
+    at_rows = at_rows.to(torch.promote_types(scores.dtype, torch.float32))
+    # Hand-written attention masks with the dtype's lowest number instead of -inf.
+    return at_rows.masked_fill(at_rows <= torch.finfo(scores.dtype).min / 2, float("-inf"))
 
 
 @torch.no_grad()
 def _score_rows(scores: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from a whole score matrix. Shapes: `scores`: `batch heads seq seq`."""
-    at_rows = scores.transpose(1, 2)[torch.arange(len(rows), device=rows.device)[:, None], rows].transpose(1, 2)
-    at_rows = at_rows.to(torch.promote_types(scores.dtype, torch.float32))
-    # Hand-written attention masks with the dtype's lowest number instead of -inf.
-    return _weigh(at_rows.masked_fill(at_rows <= torch.finfo(scores.dtype).min / 2, float("-inf")), columns)
+    return _weigh(matrix_rows(scores, rows), columns)
+
+
+def sdpa_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of an F.scaled_dot_product_attention call by name."""
+    return {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+
+
+def softmaxed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What a torch call takes the softmax of, over the last axis; None for any other call."""
+    if func not in _SOFTMAX:
+        return None
+    scores: Tensor = args[0] if args else kwargs["input"]
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    return scores if dim in (-1, scores.dim() - 1) else None
+
+
+def is_score_matrix(scores: Tensor, batch: int) -> bool:
+    """Whether a softmax is attention's: routers and output distributions are softmaxed too, but only scores are
+    `batch heads seq seq` with the size of this very batch.
+    """
+    return scores.dim() == 4 and scores.shape[0] == batch and scores.shape[-1] == scores.shape[-2]
 
 
 def _weigh(scores: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,22 +206,19 @@ class _AttentionMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self.see_sdpa({**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs})
-        elif func in _SOFTMAX:
-            scores = args[0] if args else kwargs["input"]
-            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-            if dim in (-1, scores.dim() - 1):
-                self.see_softmax(scores)
+            self.see_sdpa(sdpa_call(args, kwargs))
+        elif (scores := softmaxed(func, args, kwargs)) is not None:
+            self.see_softmax(scores)
         return func(*args, **kwargs)
 
 
 @contextmanager
 def _score_hooks(module: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Show the scores that pass a TransformerLens bridge's `hook_attn_scores` points."""
-    points = {name: child for name, child in module.named_modules() if name.endswith(_SCORE_POINT)}
+    points = {name: child for name, child in module.named_modules() if name.endswith(SCORE_POINT)}
 
     def watch(name: str) -> Callable[..., None]:
-        return lambda _, __, output: see(name.removesuffix(_SCORE_POINT), output)
+        return lambda _, __, output: see(name.removesuffix(SCORE_POINT), output)
 
     handles = [point.register_forward_hook(watch(name)) for name, point in points.items()]
     try:

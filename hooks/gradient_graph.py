@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from ..errors import RevprobeError
@@ -47,6 +47,34 @@ def reach(roots: Iterable[Any], stop: Iterable[Any] = ()) -> Reach:
     return Reach(walked, edges)
 
 
+def innermost(calls: Iterable[Call], loss: Tensor) -> tuple[list[GradientEdge], set[Any]]:
+    """The recorded outputs that have no other behind them, and all nodes that the loss reaches.
+
+    A backward pass to the innermost outputs comes by every other recorded output that is reached.
+    """
+    users: dict[Any, list[Any]] = defaultdict(list)
+    reached, stack = {loss.grad_fn}, [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        for following, _ in node.next_functions:  # type: ignore[union-attr]  # no None is put on the stack
+            if following is None:
+                continue
+            users[following].append(node)
+            if following not in reached:
+                reached.add(following)
+                stack.append(following)
+    recorded = [output.edge for call in calls for output in call.outputs if output.edge is not None]
+    recorded = [edge for edge in recorded if edge.node in reached]
+    outer: set[Any] = set()
+    stack = [user for node in {edge.node for edge in recorded} for user in users[node]]
+    while stack:
+        node = stack.pop()
+        if node not in outer:
+            outer.add(node)
+            stack.extend(users[node])
+    return list(dict.fromkeys(edge for edge in recorded if edge.node not in outer)), reached
+
+
 def sources(*values: Any) -> list[Any]:
     """The nodes of all tensors that carry gradient in nested arguments; leaves have none."""
     found = (leaf.grad_fn for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
@@ -63,17 +91,30 @@ class Output:
     """An output tensor of a recorded call: its place in autograd's graph, and its values while they are untouched.
 
     The place is taken when the module returns: an in-place operation on the tensor moves the tensor, not the place.
+    Args:
+        keep: whether the values will be asked for. Without, they are held only where an in-place operation would
+            lose the place (in a view, as a Linear with a bias returns), and only until `forget`.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self._version = tensor, tensor._version
+    def __init__(self, tensor: Tensor, *, keep: bool = True) -> None:
         self.edge = get_gradient_edge(tensor) if tensor.requires_grad else None
-        self.shape, self.dtype = tensor.shape, tensor.dtype
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        self._keep, self._version = keep, tensor._version
+        self._tensor = tensor if keep or tensor._is_view() else None
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether something wrote into the tensor since."""
+        return self._tensor is not None and self._tensor._version != self._version
 
     @property
     def values(self) -> Tensor | None:
-        """None where something wrote into the tensor since."""
-        return self.tensor.detach() if self.tensor._version == self._version else None
+        """None where something wrote into the tensor since, or the values were not kept."""
+        return None if self._tensor is None or self.overwritten else self._tensor.detach()
+
+    def forget(self) -> None:
+        """Let go of values that nobody will ask for."""
+        self._tensor = self._tensor if self._keep else None
 
 
 @dataclass(frozen=True)
@@ -82,7 +123,7 @@ class Call:
 
     `own`: the parameters it answers for, by their path from the module; `scale`: of the rows an embedding looked up
     (None: no lookup); `sources`: nodes of autograd's graph that lead into the call; `cut`: floating-point tensors went
-    in, and none carries gradient.
+    in, and none carries gradient; `closed`: a closed rule reads its gradient, without a replay.
     """
 
     module: nn.Module
@@ -94,6 +135,7 @@ class Call:
     scale: float | None
     sources: list[Any]
     cut: bool
+    closed: bool
 
     @property
     def given(self) -> Any:
@@ -131,7 +173,7 @@ def check_complete(calls: Sequence[Call], parameters: Mapping[str, nn.Parameter]
 
 
 def _not_covered(name: str, edges: int, covered: int, seen: Sequence[Call]) -> str:
-    overwritten = next((call.name for call in seen for o in call.outputs if o.values is None), None)
+    overwritten = next((call.name for call in seen for o in call.outputs if o.overwritten), None)
     if overwritten is not None:
         return (
             f"the output of module {overwritten!r} is overwritten in place, so the gradient of {name!r} is lost; make "

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,11 @@ class OuterUse:
     @property
     def device(self) -> torch.device:
         return self.rows.device
+
+    @cached_property
+    def formed(self) -> Tensor:
+        """The gradients themselves, kept for the products that follow. Shapes: `-> batch out*in`."""
+        return (self.rows.mT @ self.columns).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -88,19 +94,60 @@ def merged(uses: list[Use]) -> list[Use]:
     return merged
 
 
-def products(uses: list[Use], left: Tensor, right: Tensor) -> Tensor:
-    """sum over all ordered pairs of uses of <use[left], other[right]>."""
-    if not uses:
-        return torch.zeros(len(left))
+def multiply(uses: list[Use], parameter: nn.Parameter, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Inner products of examples left[n] and right[n], and the norm below which an example's gradient is rounding.
+
+    The floor is NOISE_FLOOR * eps * root of the squared norms of the gradient's terms.
+    Shapes: `pair, pair -> pair, batch`.
+    """
+    uses = merged(uses)
     left, right = left.to(uses[0].device), right.to(uses[0].device)
-    return torch.stack([_cross(a, b, left, right) for a in uses for b in uses]).sum(0)
+    ways = [isinstance(use, OuterUse) and _forming_is_cheaper(use, len(left)) for use in uses]
+    own, terms = zip(*(_own(use, form) for use, form in zip(uses, ways, strict=True)), strict=True)
+    every = torch.arange(len(own[0]), device=left.device)
+    squares = torch.stack([*own, *_crosses(uses, ways, every, every, itself=False)]).sum(0)
+    same = left == right
+    inner = squares[left]
+    if not bool(same.all()):
+        inner[~same] = torch.stack(_crosses(uses, ways, left[~same], right[~same])).sum(0)
+    floor = NOISE_FLOOR * torch.finfo(parameter.dtype).eps * torch.stack(terms).sum(0).sqrt()
+    return inner, floor
 
 
-def _cross(a: Use, b: Use, left: Tensor, right: Tensor) -> Tensor:
+def _own(use: Use, form: bool) -> tuple[Tensor, Tensor]:
+    """Each example's squared norm, and the sum of its terms' squared norms. Shapes: `-> batch, batch`."""
+    if isinstance(use, FormedUse):
+        return use.grads.pow(2).sum(1), use.terms
+    if isinstance(use, LookupUse):
+        every = torch.arange(len(use.ids), device=use.device)
+        terms = torch.linalg.vector_norm(use.grads, dim=-1).pow(2) * (use.ids >= 0)
+        return _cross(use, use, every, every, form), terms.sum(1)
+    if form:
+        tokens = [torch.linalg.vector_norm(factor, dim=-1).pow(2) for factor in (use.rows, use.columns)]
+        return torch.linalg.vector_norm(use.formed, dim=1).pow(2), (tokens[0] * tokens[1]).sum(1)
+    # Slices instead of an index: nothing is copied.
+    step = max(1, _CHUNK // use.rows.shape[1] ** 2)
+    slices = [slice(n, n + step) for n in range(0, len(use.rows), step)]
+    grams = ((use.rows[part] @ use.rows[part].mT, use.columns[part] @ use.columns[part].mT) for part in slices)
+    found = [((r * c).sum((1, 2)), (r.diagonal(0, 1, 2) * c.diagonal(0, 1, 2)).sum(1)) for r, c in grams]
+    return torch.cat([square for square, _ in found]), torch.cat([term for _, term in found])
+
+
+def _crosses(uses: list[Use], ways: list[bool], left: Tensor, right: Tensor, itself: bool = True) -> list[Tensor]:
+    """<a[left], b[right]> for every ordered pair of uses, or of different ones."""
+    return [
+        _cross(a, b, left, right, form)
+        for a, form in zip(uses, ways, strict=True)
+        for b in uses
+        if itself or a is not b
+    ]
+
+
+def _cross(a: Use, b: Use, left: Tensor, right: Tensor, form: bool = False) -> Tensor:
     if isinstance(a, FormedUse) and isinstance(b, FormedUse):
         return (a.grads[left] * b.grads[right]).sum(-1)
     if isinstance(a, OuterUse) and isinstance(b, OuterUse):
-        return _outer_outer(a, b, left, right)
+        return _outer_outer(a, b, left, right, form)
     if isinstance(a, LookupUse) and isinstance(b, LookupUse):
         return _chunked(lambda i, j: _lookup_lookup(a, b, i, j), left, right, a.ids.shape[1] * b.ids.shape[1])
     if isinstance(a, LookupUse) and isinstance(b, OuterUse):
@@ -110,11 +157,10 @@ def _cross(a: Use, b: Use, left: Tensor, right: Tensor) -> Tensor:
     return (_formed(a)[left] * _formed(b)[right]).sum(-1)
 
 
-def _outer_outer(a: OuterUse, b: OuterUse, left: Tensor, right: Tensor) -> Tensor:
+def _outer_outer(a: OuterUse, b: OuterUse, left: Tensor, right: Tensor, form: bool) -> Tensor:
     """Through token Gram matrices, or through the gradients themselves where those are the smaller work."""
-    if a is b and _forming_is_cheaper(a, len(left)):
-        grads = _formed(a)
-        return _chunked(lambda i, j: (grads[i] * grads[j]).sum(-1), left, right, grads.shape[1])
+    if form:
+        return _chunked(lambda i, j: (a.formed[i] * b.formed[j]).sum(-1), left, right, a.formed.shape[1])
 
     def gram(i: Tensor, j: Tensor) -> Tensor:
         return ((a.rows[i] @ b.rows[j].mT) * (a.columns[i] @ b.columns[j].mT)).sum((1, 2))
@@ -148,7 +194,7 @@ def _formed(use: Use) -> Tensor:
     if isinstance(use, FormedUse):
         return use.grads
     if isinstance(use, OuterUse):
-        return (use.rows.mT @ use.columns).flatten(1)
+        return use.formed
     table = use.grads.new_zeros(use.ids.shape[0], use.rows, use.grads.shape[-1])
     keep = (use.ids >= 0)[..., None]
     return table.scatter_add_(1, use.ids.clamp(min=0)[..., None].expand_as(use.grads), use.grads * keep).flatten(1)
@@ -158,19 +204,3 @@ def _chunked(product: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: T
     """`product` over slices of the pairs, so that no intermediate exceeds _CHUNK elements."""
     step = max(1, _CHUNK // max(elements, 1))
     return torch.cat([product(left[n : n + step], right[n : n + step]) for n in range(0, len(left), step)])
-
-
-def rounding(uses: list[Use], batch: int, parameter: nn.Parameter) -> Tensor:
-    """The norm below which a gradient is rounding: NOISE_FLOOR * eps * root of its terms' squared norms.
-
-    Shapes: `-> batch`.
-    """
-    total = torch.zeros(batch, dtype=torch.promote_types(parameter.dtype, torch.float32), device=parameter.device)
-    for use in uses:
-        if isinstance(use, FormedUse):
-            total = total + use.terms
-        elif isinstance(use, OuterUse):
-            total = total + (use.rows.pow(2).sum(-1) * use.columns.pow(2).sum(-1)).sum(1)
-        else:
-            total = total + use.grads.pow(2).sum((1, 2))
-    return NOISE_FLOOR * torch.finfo(parameter.dtype).eps * total.sqrt()

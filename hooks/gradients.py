@@ -8,9 +8,9 @@ parameter used several times (tied unembedding, shared layers) gets the cross te
 module that holds parameters is replayed through a vmapped vector-Jacobian product.
 
     with record_gradients(module, parameters, batch) as recorder:
-        loss = per_example_loss(module(...))        # shape: batch
-        recorder.backward(loss)
-    products = recorder.products(left, right)       # name -> tensor of len(left)
+        loss = per_example_loss(module(...))                    # shape: batch
+        found = recorder.backward(loss, left, right)
+    found.inner, found.floor                                    # label -> tensor
 
 Exactness is checked against autograd's own graph: a parameter that the loss reaches by a path no rule has seen is
 an error that names it.
@@ -20,31 +20,17 @@ Shapes below: batch, seq, out (rows of a weight), in (columns of a weight).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import RevprobeError
-from .gradient_graph import Call, Output, check_complete, check_order, fed_without_gradient, require_total, sources
-from .gradient_products import Use, merged, products, rounding
-from .gradient_rules import (
-    all_finite,
-    carries_gradient,
-    drop_silent_tokens,
-    has_rule,
-    linear_use,
-    lookup,
-    lookup_scale,
-    replay,
-)
-
-_WIDER = "use a wider dtype, or check the weights for NaN"
-Parts = Mapping[str, Mapping[str, Tensor]]
-Adopted = Mapping[str, Mapping[str, nn.Parameter]]
+from .gradient_graph import Call, Output, check_complete, check_order, fed_without_gradient, sources
+from .gradient_reading import Adopted, Parts, Products, Selection, read_backward
+from .gradient_rules import carries_gradient, has_rule, lookup_scale
 
 
 @contextmanager
@@ -88,19 +74,14 @@ class GradientRecorder:
     def __init__(
         self, module: nn.Module, parameters: dict[str, nn.Parameter], batch: int, parts: Parts, adopted: Adopted
     ) -> None:
-        self.module, self.parameters, self.batch, self.parts = module, parameters, batch, parts
+        self.module, self.parameters, self.batch = module, parameters, batch
         self._adopted = adopted
-        self._names = {id(p): name for name, p in parameters.items()}
+        self._selection = Selection(parameters, parts, adopted)
+        self._names = self._selection.names
         self._calls: list[Call] = []
         self._handles: list[Any] = []
-        self._uses: dict[str, list[Use]] = {}
         self._replaying = False  # modules run to be replayed are not recorded
         self._reading = False  # nor those that run in the backward pass
-
-    @property
-    def labels(self) -> list[str]:
-        """What products come under: parameter names, "name[part]" for the parts of fused ones."""
-        return [label for name in self.parameters for label in part_labels(name, self.parts)]
 
     def attach(self) -> None:
         for name, child in self.module.named_modules():
@@ -135,9 +116,10 @@ class GradientRecorder:
             scale = lookup_scale(module, next(iter((*args, *kwargs.values())), None), output)
             inputs, cut = sources(args, kwargs), fed_without_gradient(args, kwargs)
             args, kwargs = tree_map(lambda a: a.detach() if isinstance(a, Tensor) else a, (args, kwargs))
-            outputs = [Output(leaf) for leaf in kept if carries_gradient(leaf)]
+            closed = name not in self._adopted and (scale is not None or has_rule(module))
+            outputs = [Output(leaf, keep=not closed) for leaf in kept if carries_gradient(leaf)]
             own = self._answers_for(name, module)
-            self._calls.append(Call(module, name, own, args, kwargs, outputs, scale, inputs, cut))
+            self._calls.append(Call(module, name, own, args, kwargs, outputs, scale, inputs, cut, closed))
         return tree_unflatten(kept, structure)
 
     def _one_per_example(self, output: Tensor, name: str, module: nn.Module) -> Tensor:
@@ -155,9 +137,10 @@ class GradientRecorder:
             )
         return output
 
-    def backward(self, loss: Tensor) -> None:
-        """Take the gradients of `loss.sum()` with respect to the recorded outputs. Shapes: `loss`: `batch`.
+    def backward(self, loss: Tensor, left: Tensor, right: Tensor) -> Products:
+        """Take the gradients of `loss.sum()`, and the inner products of those of examples left[n] and right[n].
 
+        Shapes: `loss`: `batch`; `left`, `right`: `pair`.
         Raises: RevprobeError, when the loss is not one number per example, no selected parameter reaches it, a
             module that ran is cut off from it, a gradient is not finite, or a parameter reaches it by a path that
             was not recorded.
@@ -179,101 +162,18 @@ class GradientRecorder:
         self._reading = True
         try:
             check_order(self._calls, self.batch, loss)
-            self._uses = self._collect(loss)
+            for output in (output for call in self._calls for output in call.outputs):
+                output.forget()
+            return read_backward(self._selection, self._calls, loss, (left, right), self._unrecorded)
         finally:
             self._reading = False
             self._calls.clear()
 
-    def _collect(self, loss: Tensor) -> dict[str, list[Use]]:
-        """The uses of every label, from one backward pass."""
-        adopted = {key: p for own in self._adopted.values() for p in own.values() if (key := self._names.get(id(p)))}
-        totals = torch.autograd.grad(loss.sum(), list(adopted.values()), retain_graph=True) if adopted else ()
-        wanted = [output.edge for call in self._calls for output in call.outputs if output.edge is not None]
-        gradients = iter(torch.autograd.grad(loss.sum(), wanted, allow_unused=True))
-        owned = [[None if o.edge is None else next(gradients) for o in call.outputs] for call in self._calls]
-        for call, own in zip(reversed(self._calls), reversed(owned), strict=True):
-            # From the loss backwards: the first to be found is where it started, the others only inherit it.
-            if any(g is not None and not all_finite(g) for g in own):
-                raise RevprobeError(
-                    f"the gradient at module {call.name!r} is not finite: the loss overflows there or in what follows "
-                    f"it; {_WIDER}"
-                )
-        uses: dict[str, list[Use]] = {label: [] for label in self.labels}
-        for call, own in zip(self._calls, owned, strict=True):
-            if any(g is not None for g in own):
-                for label, use in self._read(call, own):
-                    uses[label].append(use)
-        for name, total in zip(adopted, totals, strict=True):
-            # Whether the module that answers for a child really is the one that uses it shows in the sum alone.
-            require_total(name, merged(uses[name]), total)
-        return uses
-
     @contextmanager
-    def _replay_mode(self) -> Iterator[None]:
+    def _unrecorded(self) -> Iterator[None]:
         """Run modules again without recording them."""
         self._replaying = True
         try:
             yield
         finally:
             self._replaying = False
-
-    def _read(self, call: Call, gradients: Sequence[Tensor | None]) -> Iterator[tuple[str, Use]]:
-        """The uses of a module's own parameters in one call, under their labels."""
-        module = call.module
-        if call.name in self._adopted or (call.scale is None and not has_rule(module)):
-            with self._replay_mode():
-                replayed = replay(call.module, call.own, call.args, call.kwargs, call.outputs, gradients, self.batch)
-            yield from self._labelled(call, replayed)
-            return
-        assert gradients[0] is not None, "a module with a rule has one output"
-        gradient = gradients[0].to(torch.promote_types(gradients[0].dtype, torch.float32))
-        if gradient.shape[0] != self.batch:
-            gradient = gradient.reshape(self.batch, -1, gradient.shape[-1])
-        if call.scale is not None:
-            assert isinstance(module, nn.Embedding), "only embeddings look rows up"
-            yield from self._labelled(call, {"weight": lookup(module, call.given, gradient, call.scale)})
-            return
-        given = call.given
-        inputs = given.expand(self.batch, *given.shape[1:]) if given.shape[0] == 1 else given
-        inputs = inputs.to(gradient.dtype).reshape(self.batch, -1, inputs.shape[-1])
-        gradient, inputs = drop_silent_tokens(gradient.reshape(self.batch, -1, gradient.shape[-1]), inputs)
-        if not all_finite(inputs):
-            raise RevprobeError(f"the input of module {call.name!r} is not finite, so its gradient is not; {_WIDER}")
-        for key in ("weight", "bias"):
-            # .get: TransformerLens' unembedding swaps a missing bias for a buffer, which leaves no such parameter.
-            name = self._names.get(id(module._parameters.get(key)))
-            for label, features in part_labels(name, self.parts).items() if name else ():
-                part = gradient if features is None else gradient[..., features.to(gradient.device)]
-                yield label, linear_use(module, key, part, inputs)
-
-    def _labelled(self, call: Call, uses: Mapping[str, Use]) -> Iterator[tuple[str, Use]]:
-        for key, use in uses.items():
-            name = self._names.get(id(call.own[key]))
-            if name is not None:
-                yield part_label(name), use
-
-    def products(self, left: Tensor, right: Tensor) -> dict[str, Tensor]:
-        """Inner products of the gradients of examples left[n] and right[n], by label.
-
-        Shapes: `pair, pair -> pair`, float32 or wider.
-        """
-        return {label: products(merged(uses), left, right) for label, uses in self._uses.items()}
-
-    def rounding(self) -> dict[str, Tensor]:
-        """The norm below which a gradient is rounding, by label; see `gradient_products.rounding`.
-
-        Shapes: `-> batch`.
-        """
-        owners = {label: p for name, p in self.parameters.items() for label in part_labels(name, self.parts)}
-        return {label: rounding(uses, self.batch, owners[label]) for label, uses in self._uses.items()}
-
-
-def part_labels(name: str, parts: Parts) -> dict[str, Tensor | None]:
-    """The labels of a parameter's parts with their output features; the bare name and None when it is not fused."""
-    split = parts.get(name)
-    return {name: None} if not split else {part_label(name, part): features for part, features in split.items()}
-
-
-def part_label(name: str, part: str | None = None) -> str:
-    """How a part of a fused parameter is called: "name[part]"."""
-    return name if part is None else f"{name}[{part}]"

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from ..errors import RevprobeError, did_you_mean, first_line, nearest
+from .adapters import base_of, is_adapter, put_on
 from .checkpoints import EMA, checkpoint_folder, has_checkpoints, step_of
 from .hub import hub_options, quiet_transformers
 from .probed import ProbedModel, as_probed
@@ -80,7 +81,8 @@ def load_model(
     """Load a model for probing.
 
     Args:
-        source: a registered name, a run folder, a folder with config.json and safetensors, or a hub name.
+        source: a registered name, a run folder, a folder with config.json and safetensors, a hub name, or the folder
+            of an adapter, which is put on its base.
         step, weights: which checkpoint of a run; the last, and its average where it has one, by default.
         dtype, device: as in transformers; the checkpoint's dtype and the CPU by default.
         objective: only where the config fits both a causal and a masked language model.
@@ -97,13 +99,19 @@ def load_model(
         options |= {key: value for key, value in asked.items() if value is not None}
         return _placed(as_probed(_LOADERS[str(source)](**options)), dtype, device)
     folder, name, at_step, which = _locate(source, step, weights)
+    if isinstance(folder, Path) and is_adapter(folder):
+        base = load_model(base_of(folder), dtype=dtype, objective=objective, **given, **options)
+        told: dict[str, Any] = {"mask_token_id": base.mask_token_id, "logit_shift": base.logit_shift, "check": False}
+        told |= {"begin_token_id": base.begin_token_id, "name": name, "step": at_step, "weights": which}
+        adapted = ProbedModel(put_on(base.module, folder), base.tokenizer, objective=base.objective, **told)
+        return _placed(adapted, None, device)
     with quiet_transformers():
         hub = hub_options(folder)
         config = _read_config(folder, name, hub)
         objective = objective or _objective(config, name)
         module = _load_module(folder, config, objective, name, dtype, hub | options)
         tokenizer = load_tokenizer(folder, name, **hub)
-    told: dict[str, Any] = given | {"name": name, "step": at_step, "weights": which}
+    told = given | {"name": name, "step": at_step, "weights": which}
     probed = ProbedModel(module, tokenizer, objective=objective, **told)
     return _placed(probed, None, device)
 

@@ -143,6 +143,59 @@ def reverse_probability(frame: pd.DataFrame, seed: int, control: bool = True) ->
     return direction_mean(frame, "reverse", "probability", seed)
 
 
+def decoded_match(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
+    """Share of questions whose decoded answer is right; its control matches the answers of another fact."""
+    match, facts = frame["match"].to_numpy(dtype=np.float64), frame["fact"].to_numpy().astype(str)
+    statistic = "exact match, mean over questions"
+    if "match_control" not in frame:
+        return Measured(mean_over_facts(match, facts, seed=seed), undefined=_reasons(frame), statistic=statistic)
+    null = frame["match_control"].to_numpy(dtype=np.float64)
+    return _with_control(match, null, facts, _reasons(frame), statistic, seed)
+
+
+def route_edit(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
+    """Mean change of log-probability (nats) under the widest edit in the frame, over pairs.
+
+    Reverse queries, unless the frame holds forward ones alone; with several layers or heads, their mean per pair.
+    """
+    rows = frame[frame["direction"] == "reverse"] if (frame["direction"] == "reverse").any() else frame
+    widest = next(scope for scope in ("all", "layer", "head") if (rows["scope"] == scope).any())
+    rows = rows[rows["scope"] == widest]
+    what = {"all": "all chosen layers and heads at once", "layer": "single layers", "head": "single heads"}[widest]
+    statistic = f"mean change of {rows['direction'].iloc[0]} log-probability, {what} (nats)"
+    columns = [column for column in ("change", "change_control") if column in rows]
+    table = rows.groupby("pair", sort=True).agg({"fact": "first"} | dict.fromkeys(columns, "mean"))
+    change, facts = table["change"].to_numpy(dtype=np.float64), table["fact"].to_numpy().astype(str)
+    estimate, undefined = mean_over_facts(change, facts, seed=seed), _reasons(rows)
+    if "change_control" not in rows:
+        return Measured(estimate, undefined=undefined, statistic=statistic)
+    null = table["change_control"].to_numpy(dtype=np.float64)
+    alone = rows.loc[rows["reason"] == "", "reason_control"].replace("", np.nan).value_counts()
+    undefined |= {str(reason): int(count) for reason, count in alone.items()}
+    floor = mean_over_facts(null, facts, seed=seed)
+    if not floor.n:
+        return Measured(estimate, undefined=undefined, statistic=statistic)
+    method = "the same change of other positions' scores, drawn at random"
+    beside = Control(floor.value, (floor.low, floor.high), floor.n, method)
+    return Measured(estimate, beside, mean_over_facts(change - null, facts, seed=seed), undefined, statistic)
+
+
+def stored_evidence(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
+    """Mean over pairs of S[v, u] under the reverse query, summed over the frame's layers and heads."""
+    rows = frame[(frame["part"] == "evidence") & (frame["source"] == "token")]
+    columns = [column for column in ("stored_reverse", "stored_control") if column in rows]
+    by_pair = rows.groupby("pair", sort=True)
+    # A head that is undefined leaves the sum undefined.
+    undefined = rows[columns].isna().groupby(rows["pair"], sort=True).any()
+    table = by_pair[columns].sum().mask(undefined).assign(fact=by_pair["fact"].first())
+    values, facts = table["stored_reverse"].to_numpy(dtype=np.float64), table["fact"].to_numpy().astype(str)
+    statistic = "mean stored evidence under the reverse query, summed over layers and heads (logits)"
+    if "stored_control" not in table:
+        return Measured(mean_over_facts(values, facts, seed=seed), undefined=_reasons(rows), statistic=statistic)
+    null = table["stored_control"].to_numpy(dtype=np.float64)
+    return _with_control(values, null, facts, _reasons(rows), statistic, seed)
+
+
 def direction_mean(frame: pd.DataFrame, direction: str, column: str, seed: int) -> Measured:
     """Mean of `column` ("probability" or "argmax_match") over one direction; its control asks other facts' queries."""
     rows = frame[frame["direction"] == direction]
@@ -189,6 +242,10 @@ def _reasons(frame: pd.DataFrame) -> dict[str, int]:
 
 ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {
     "attention_correlation": attention_correlation,
+    "decoded_match": decoded_match,
     "gradient_cosine": gradient_cosine,
+    "lora_gradient_cosine": gradient_cosine,  # the same over an adapter's parameters alone
     "reverse_probability": reverse_probability,
+    "route_edit": route_edit,
+    "stored_evidence": stored_evidence,
 }

@@ -16,7 +16,9 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ..errors import RevprobeError, did_you_mean
+from .bound_figures import bounds_figure
 from .heatmap import correlation_heatmap
+from .routing_figures import route_edit_figure
 from .signatures import measures_with_reasons, series_words, signatures_figure
 from .theme import CONTROL_GREY, FORWARD, OKABE_ITO, REVERSE, TEMPLATE, faded, interval_text, message_figure, plain
 
@@ -34,7 +36,8 @@ def plot_reading(reading: Reading, **options: Any) -> go.Figure:
 
     Args:
         options: attention: `kind="scatter"` (each pair's two scores, less their group's mean, which is what the
-            statistic sees) or `"heatmap"` (by distance), `layer=`, `head=`; gradient: `by="role"` or another column of
+            statistic sees), `"heatmap"` (by distance) or `"bounds"` (over RoPE's lower bound, for a reading that
+            `with_bounds` gave), `layer=`, `head=`; gradient: `by="role"` or another column of
             the frame; probability: `bins=`.
     Raises: RevprobeError, when the reading or an option is not known.
     """
@@ -67,9 +70,11 @@ def attention_figure(
     """Forward against reverse attention score, one point per pair and head, or the correlation by distance."""
     if kind == "heatmap":
         return correlation_heatmap([reading])
-    if kind != "scatter":
-        raise RevprobeError(f"attention plot of kind {kind!r}{did_you_mean(kind, ['scatter', 'heatmap'])}")
+    if kind not in ("scatter", "bounds"):
+        raise RevprobeError(f"attention plot of kind {kind!r}{did_you_mean(kind, ['scatter', 'heatmap', 'bounds'])}")
     frame = _one_head(_one_head(reading.frame, "layer", layer), "head", head)
+    if kind == "bounds":
+        return bounds_figure(reading, frame)
     frame = frame.dropna(subset=["score_forward", "score_reverse"])
     if frame.empty:
         return message_figure(f"No defined score: {reading.undefined}")
@@ -198,4 +203,5 @@ RENDERERS: dict[str, Callable[..., go.Figure]] = {
     "attention_correlation": attention_figure,
     "gradient_cosine": gradient_figure,
     "reverse_probability": probability_figure,
+    "route_edit": route_edit_figure,
 }

@@ -14,6 +14,7 @@ from .pairs import ReversalPairs
 from .passes import Plan, Progress, run_pass
 from .probability import probability_reading
 from .readings import Readings
+from .shares import Share
 
 # The probes by the short names of `probe(only=)` and the command line.
 PROBES = {"attention": "attention_correlation", "gradient": "gradient_cosine", "probability": "reverse_probability"}
@@ -40,11 +41,13 @@ def probe(
     control: bool = True,
     progress: Progress | None = None,
     seed: int = 0,
+    share: Share | None = None,
 ) -> Readings:
     """Attention correlation, gradient cosine and reverse probability of the same pairs, from one run of each query.
 
     The numbers are those of the three probes run alone; see there for what they mean. `only` names some of
-    "attention", "gradient", "probability".
+    "attention", "gradient", "probability". `share` divides the work among processes (see `finetune.gather`); each of
+    them gets all readings.
     Raises: RevprobeError, for an unknown probe, and whatever the single probes raise.
     """
     model = as_probed(model)
@@ -60,6 +63,7 @@ def probe(
         batch_size=batch_size,
         seed=seed,
         progress=progress,
+        share=share,
     )
     result = run_pass(model, pairs, plan)
     makers = {

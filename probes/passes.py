@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from ..errors import RevprobeError, did_you_mean
 from ..hooks.attention import AttentionTap, tap_attention
 from ..hooks.gradient_graph import adopted_parameters
-from ..hooks.gradients import GradientRecorder, part_labels, record_gradients
+from ..hooks.gradient_reading import part_labels
+from ..hooks.gradients import GradientRecorder, record_gradients
 from ..hooks.untouched import untouched
 from ..models.layers import silent_layers
 from ..models.layouts import fused_parts
 from ..models.probed import ProbedModel
 from .batches import QueryBatch, default_batch_size, make_batch, prepare_queries
 from .pairs import ReversalPairs
-from .pricing import Pricing
+from .pricing import Pricing, mean_nll, readout
+from .shares import Share
 from .statistics import derangement
 
 Progress = Callable[[int, int], None]  # queries done, queries in all
@@ -44,6 +46,7 @@ class Plan:
         parameters: the parameters of the gradient, by name; all when None.
         control: also measure each pair's forward query against the reverse query of another fact.
         summed: keep gradient products summed over all parameters, not one by one.
+        share: divides the batches among several processes, and puts what they found together.
     """
 
     attention: bool = False
@@ -56,6 +59,7 @@ class Plan:
     seed: int = 0
     progress: Progress | None = None
     summed: bool = False
+    share: Share | None = None
 
 
 @dataclass
@@ -86,20 +90,29 @@ def run_pass(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> PassResult
     Raises: RevprobeError, for empty pairs, queries that do not fit the model, NaN logits, or (with attention)
         a model whose attention is never seen.
     """
-    return _Pass(model, pairs, plan).run()
+
+    def work(part: int, parts: int) -> PassResult:
+        return _Pass(model, pairs, plan, part, parts).run()
+
+    return work(0, 1) if plan.share is None else plan.share(work)
 
 
 class _Pass:
-    """The state of one pass: the checked queries, the partners, and the result being filled."""
+    """The state of one pass: the checked queries, the partners, and the result being filled.
 
-    def __init__(self, model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> None:
+    Of its batches, those numbered `part`, `part + parts`, ... are run.
+    """
+
+    def __init__(self, model: ProbedModel, pairs: ReversalPairs, plan: Plan, part: int, parts: int) -> None:
         if not isinstance(pairs, ReversalPairs):
             pairs = ReversalPairs.from_pairs(pairs)
-        self.model, self.pairs, self.plan = model, pairs, plan
+        self.model, self.pairs, self.plan, self.part, self.of = model, pairs, plan, part, parts
         self.queries = prepare_queries(model, pairs.queries)
         if plan.batch_size is not None and plan.batch_size < 1:
             raise RevprobeError(f"batch_size {plan.batch_size!r}: expected at least 1 query")
         self.batch_size = plan.batch_size or default_batch_size(model, self.queries)
+        if parts > 1:  # at least one batch for each
+            self.batch_size = min(self.batch_size, max(2, -(-len(self.queries) // parts)))
         partner = derangement(pairs.facts.astype(str), pairs.groups(model.logit_shift), seed=plan.seed)
         self.partner = partner if plan.control else np.full(len(pairs), -1)
         self.selected = select_parameters(model.module, plan.parameters) if plan.gradient else {}
@@ -110,17 +123,19 @@ class _Pass:
         self.result = PassResult(pairs, self.partner, labels)
         if plan.probability:
             self.result.pricing = Pricing.of(model, self.queries, pairs, self.partner, plan.mode)
-        self.done = np.zeros(len(self.queries), dtype=bool)
+        self.done, self.to_do = np.zeros(len(self.queries), dtype=bool), len(self.queries)
         if plan.gradient:
             self._allocate_products()
 
     def run(self) -> PassResult:
         with untouched(self.model.module), torch.set_grad_enabled(self.plan.gradient):
-            for queries, pairs in self._batches():
+            batches = list(self._batches())[self.part :: self.of]
+            self.to_do = len({query for queries, _ in batches for query in queries.tolist()})
+            for queries, pairs in batches:
                 self._run_batch(queries, pairs)
             if self.result.pricing is not None:
                 with torch.no_grad():
-                    self.result.pricing.run_chains(self._readout, self.batch_size)
+                    self.result.pricing.run_chains(self.batch_size, self.part, self.of)
         return self.result
 
     def _allocate_products(self) -> None:
@@ -144,18 +159,16 @@ class _Pass:
         with ExitStack() as stack:
             recorder = self._recorder(stack, size)
             tap = stack.enter_context(tap_attention(module, batch.rows, batch.columns)) if self.plan.attention else None
-            logits = self._readout(batch)
+            logits = readout(self.model, batch)
             if recorder is not None:
-                recorder.backward(_mean_nll(logits, batch))
+                self._keep_products(recorder, mean_nll(logits, batch), queries, pairs)
         if tap is not None:
             self._keep_scores(tap, batch, queries)
-        if recorder is not None:
-            self._keep_products(recorder, queries, pairs)
         if self.result.pricing is not None:
             self.result.pricing.from_run(logits.detach(), queries)
         self.done[queries] = True
         if self.plan.progress is not None:
-            self.plan.progress(int(self.done.sum()), len(self.queries))
+            self.plan.progress(int(self.done.sum()), self.to_do)
 
     def _recorder(self, stack: ExitStack, size: int) -> GradientRecorder | None:
         if not self.plan.gradient:
@@ -171,18 +184,6 @@ class _Pass:
             self.adopted = adopted_parameters(self.model.module, self.selected, run)
         return self.adopted
 
-    def _readout(self, batch: QueryBatch) -> Tensor:
-        """Log-probabilities at the readout rows. Shapes: `-> query token vocab`, float64.
-
-        In float32 the gradient p - 1 of a confident answer is a difference of rounding errors.
-        """
-        logits = self.model.logits(batch.input_ids, batch.attention_mask)
-        at_rows = logits[torch.arange(len(batch.rows), device=logits.device)[:, None], batch.rows]
-        log_probabilities = at_rows.double().log_softmax(-1)
-        if log_probabilities.isnan().any():
-            raise RevprobeError(self.model.explain_non_finite())
-        return log_probabilities
-
     def _keep_scores(self, tap: AttentionTap, batch: QueryBatch, queries: np.ndarray) -> None:
         """Scores averaged over readout rows and evidence tokens, weights summed over evidence tokens."""
         cell = (batch.is_target[:, :, None] & batch.is_evidence[:, None, :])[:, None]
@@ -195,7 +196,7 @@ class _Pass:
                 table = kept.setdefault(layer, np.full((len(self.queries), values.shape[1]), np.nan))
                 table[queries] = values.double().cpu().numpy()
 
-    def _keep_products(self, recorder: GradientRecorder, queries: np.ndarray, pairs: np.ndarray) -> None:
+    def _keep_products(self, recorder: GradientRecorder, loss: Tensor, queries: np.ndarray, pairs: np.ndarray) -> None:
         """Norms of every query and inner products of every pair of the batch, with its control's."""
         place = np.full(len(self.queries), -1)
         place[queries] = np.arange(len(queries))
@@ -205,12 +206,12 @@ class _Pass:
         right = np.concatenate(
             [place[self.pairs.reverse[pairs]], place[self.pairs.reverse[self.partner[controlled]]], place[queries]]
         )
-        products = recorder.products(torch.as_tensor(left), torch.as_tensor(right))
-        values = self._columns(products)
+        found = recorder.backward(loss, torch.as_tensor(left), torch.as_tensor(right))
+        values = self._columns(found.inner)
         self.result.inner[pairs] = values[: len(pairs)]
         self.result.inner_control[controlled] = values[len(pairs) : len(pairs) + len(controlled)]
         self.result.norm[queries] = np.sqrt(np.maximum(values[len(pairs) + len(controlled) :], 0.0))
-        floors = {label: floor**2 for label, floor in recorder.rounding().items()}
+        floors = {label: floor**2 for label, floor in found.floor.items()}
         self.result.floor[queries] = np.sqrt(self._columns(floors))
 
     def _columns(self, by_label: Mapping[str, Tensor]) -> np.ndarray:
@@ -235,12 +236,6 @@ def select_parameters(module: nn.Module, names: Sequence[str] | None) -> dict[st
             "load with a device_map that holds every weight"
         )
     return everything if names is None else {name: everything[name] for name in names}
-
-
-def _mean_nll(log_probabilities: Tensor, batch: QueryBatch) -> Tensor:
-    """Mean negative log-likelihood over target tokens, all hidden at once. Shapes: `-> query`, nats."""
-    chosen = log_probabilities.gather(-1, batch.targets[..., None])[..., 0]
-    return -chosen.masked_fill(~batch.is_target, 0.0).sum(1) / batch.is_target.sum(1)
 
 
 def _pair_batches(pairs: ReversalPairs, partner: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

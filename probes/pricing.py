@@ -9,7 +9,7 @@ Shapes below: query (of the pass), ask, token (target tokens), vocab.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -81,22 +81,21 @@ class Pricing:
         own = self.model.objective == "causal" and target == self.queries[query].target
         return len(target) == 1 or self.mode == "parallel" or own
 
-    def run_chains(self, readout: Callable[[QueryBatch], Tensor], batch_size: int) -> None:
-        """Answer the rest: multiply the conditionals of targets of several tokens."""
-        rest = [
-            (q, target) for q, targets in self.asks.items() for target in targets if (q, target) not in self.answers
-        ]
-        steps = [(ask, query) for ask in rest for query in self._conditionals(*ask)]
+    def run_chains(self, batch_size: int, part: int = 0, parts: int = 1) -> None:
+        """Answer the rest: multiply the conditionals of targets of several tokens. Every `parts`-th ask from `part`."""
+        asks = [(q, target) for q, targets in self.asks.items() for target in targets]
+        rest = [ask for ask in asks if not self._in_one_run(*ask)][part::parts]
+        steps = [(ask, query) for ask in rest for query in self.conditionals(*ask)]
         totals: dict[Ask, tuple[float, int]] = dict.fromkeys(rest, (0.0, 0))
         for start in range(0, len(steps), batch_size):
-            part = steps[start : start + batch_size]
-            batch = make_batch(self.model, [query for _, query in part])
-            values, ranks = price(readout(batch), batch.targets, batch.is_target)
-            for (ask, _), value, rank in zip(part, values.tolist(), ranks.tolist(), strict=True):
+            some = steps[start : start + batch_size]
+            batch = make_batch(self.model, [query for _, query in some])
+            values, ranks = price(readout(self.model, batch), batch.targets, batch.is_target)
+            for (ask, _), value, rank in zip(some, values.tolist(), ranks.tolist(), strict=True):
                 totals[ask] = (totals[ask][0] + value, max(totals[ask][1], rank))
         self.answers.update(totals)
 
-    def _conditionals(self, q: int, target: Target) -> Iterator[Query]:
+    def conditionals(self, q: int, target: Target) -> Iterator[Query]:
         """The queries whose probabilities multiply to P(target): one per token, or one run of a causal model."""
         query = self.queries[q]
         tokens = list(query.token_ids)
@@ -118,6 +117,29 @@ class Pricing:
         found = [self.answers.get((int(q), target), missing) for q, target in zip(queries, targets, strict=True)]
         value, rank = np.array(found, dtype=np.float64).T
         return value, rank
+
+
+def readout(model: ProbedModel, batch: QueryBatch) -> Tensor:
+    """Log-probabilities at the readout rows. Shapes: `-> query token vocab`, float64.
+
+    In float32 the gradient p - 1 of a confident answer is a difference of rounding errors.
+    Raises: RevprobeError, for NaN logits.
+    """
+    logits = model.logits(batch.input_ids, batch.attention_mask)
+    at_rows = logits[torch.arange(len(batch.rows), device=logits.device)[:, None], batch.rows]
+    log_probabilities = at_rows.double().log_softmax(-1)
+    if log_probabilities.isnan().any():
+        raise RevprobeError(model.explain_non_finite())
+    return log_probabilities
+
+
+def mean_nll(log_probabilities: Tensor, batch: QueryBatch) -> Tensor:
+    """Mean negative log-likelihood over target tokens, all hidden at once, in nats.
+
+    Shapes: `query token vocab -> query`.
+    """
+    chosen = log_probabilities.gather(-1, batch.targets[..., None])[..., 0]
+    return -chosen.masked_fill(~batch.is_target, 0.0).sum(1) / batch.is_target.sum(1)
 
 
 def price(log_probabilities: Tensor, tokens: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:

@@ -119,7 +119,8 @@ class Reading:
         rows = []
         for value, part in self.frame.groupby(keys, sort=True, dropna=False):
             # A probability is that of the reverse queries, except where the directions are told apart.
-            forward = "direction" in keys and set(part["direction"]) == {"forward"}
+            told = self.name == "reverse_probability" and "direction" in keys
+            forward = told and set(part["direction"]) == {"forward"}
             measured = self._forward_mean(part) if forward else self._measure(part)
             rows.append(dict(zip(keys, value, strict=True)) | _summary_row(measured))
         return pd.DataFrame(rows)

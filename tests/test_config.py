@@ -176,9 +176,47 @@ def test_a_grid_names_its_runs_and_sets_its_axes() -> None:
         assert one.training.model_copy(update={"seed": 0}) == grid.base.training
 
 
+def test_a_variant_changes_what_it_names_and_nothing_else() -> None:
+    """Its runs carry its name; the base stands beside it only where a cell asks for it."""
+    grid = parse_config(
+        f"{SWEEP}variants:\n- {{name: wide, model: {{d_model: 128}}}}\n- {{name: longer, training: {{steps: 9}}}}\n"
+        "cells:\n- {seed: [0, 1], variant: [base, wide]}\n- {objective: causal, variant: longer}\n",
+        SweepConfig,
+        "my.yaml",
+    )
+    made = {made.name: made for made in grid.runs()}
+    assert list(made) == ["rope-l10-s0", "rope-l10-s1", "rope-l10-s0-wide", "rope-l10-s1-wide", "arm-l10-s0-longer"]
+    assert differences(made["rope-l10-s1"], made["rope-l10-s1-wide"]) == [
+        "model.d_model: 64 -> 128",
+        "name: 'rope-l10-s1' -> 'rope-l10-s1-wide'",
+    ]
+    assert made["arm-l10-s0-longer"].training.steps == 9
+    assert made["arm-l10-s0-longer"].model.family == "gpt2"
+    assert parse_config(dump_config(grid), SweepConfig, "again") == grid
+
+
+@pytest.mark.parametrize(
+    ("variant", "words"),
+    [
+        ("{name: a, model: {d_modle: 3}}", "variant 'a': unknown key 'model.d_modle'; the closest is 'd_model'"),
+        ("{name: a, model: {d_model: 3}}", "variant 'a': model: rope needs an even head dimension, got 3"),
+        ("{name: a, training: {seed: 3}}", "variant 'a' sets training.seed, which the cells set"),
+        ("{name: b, training: {steps: 3}}", "a cell asks for the variant 'a'; expected one of b, base"),
+        ("{name: base, training: {steps: 3}}", "variant 'base' changes nothing, or is called 'base'"),
+        ("{name: a}", "variant 'a' changes nothing"),
+        ("{name: a, model: {d_model: 8}}, {name: a, model: {d_model: 4}}", "two variants are called 'a'"),
+    ],
+)
+def test_a_wrong_variant_says_so_in_one_line(variant: str, words: str) -> None:
+    with pytest.raises(RevprobeError) as raised:
+        parse_config(f"{SWEEP}variants: [{variant}]\ncells: [{{variant: a}}]\n", SweepConfig, "my.yaml")
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
 def test_the_examples_are_the_sweeps_the_documentation_promises() -> None:
     """Found by name from wherever the package lies; nothing but the axes differs between runs."""
-    assert example_names() == ["one-layer", "one-layer-quick"]
+    assert example_names() == ["one-layer", "one-layer-quick", "robustness"]
     quick = load_config("one-layer-quick", SweepConfig)
     assert quick.name == "one-layer-quick"
     assert [made.name for made in quick.runs()] == ["rope-l10-s0", "alibi-l10-s0", "absolute-l10-s0", "arm-l10-s0"]
@@ -188,3 +226,8 @@ def test_the_examples_are_the_sweeps_the_documentation_promises() -> None:
     expected |= {f"{kind}-l{length}" for kind in ("absolute", "alibi") for length in (10, 20)}
     assert names == {f"{name}-s{seed}" for name in expected for seed in range(3)}
     assert full.base.training.steps > quick.base.training.steps
+    spread = load_config("robustness", SweepConfig)
+    assert spread.base == full.base, "the spread is around the configuration of the tables"
+    assert spread.runs()[0] == full.runs()[0], "its base run is the one of the tables, and need not be trained twice"
+    assert [made.name for made in spread.runs()][1:] == [f"rope-l10-s0-{one.name}" for one in spread.variants]
+    assert all(len(one.model) + len(one.training) == 1 for one in spread.variants), "one number at a time"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from revprobe import load_model
-from revprobe.hooks import gradient_products, gradient_rules, gradients
+from revprobe.hooks import gradient_products, gradient_reading, gradient_rules
 from revprobe.hooks.gradients import record_gradients
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -43,10 +43,11 @@ Loss = Callable[[slice], Tensor]
 # --- the reference --------------------------------------------------------------------------------------------------
 
 
-def recorded(module: nn.Module, parameters: dict, loss: Loss, batch: int = BATCH) -> gradients.GradientRecorder:
+def recorded(
+    module: nn.Module, parameters: dict, loss: Loss, batch: int, left: Tensor, right: Tensor
+) -> dict[str, Tensor]:
     with record_gradients(module, parameters, batch) as recorder:
-        recorder.backward(loss(slice(None)))
-    return recorder
+        return recorder.backward(loss(slice(None)), left, right).inner
 
 
 def autograd_gradients(parameters: dict, loss: Loss, batch: int = BATCH) -> dict[str, Tensor]:
@@ -68,7 +69,7 @@ def worst_error(module: nn.Module, loss: Loss, batch: int = BATCH, parameters: d
     """The largest error of any inner product (over |a| |b|) and of any norm (over |a|), a and b whole gradients."""
     parameters = parameters or dict(module.named_parameters())
     left, right = torch.cartesian_prod(torch.arange(batch), torch.arange(batch)).T
-    products = recorded(module, parameters, loss, batch).products(left, right)
+    products = recorded(module, parameters, loss, batch, left, right)
     true = autograd_gradients(parameters, loss, batch)
     whole = torch.cat(list(true.values()), 1).norm(dim=1)
     assert (whole > 0).all(), "a zero gradient compares with anything"
@@ -210,16 +211,20 @@ def test_shared_layers_scalars_and_parameters_used_in_their_own_forward_equal_au
 def test_a_scaled_embedding_forms_no_table_per_example(name, monkeypatch):
     """The lookup rule serves it: a replay would hold vocab x dim numbers for every example."""
     replayed = []
-    plain = gradients.replay
-    monkeypatch.setattr(gradients, "replay", lambda module, *rest: replayed.append(module) or plain(module, *rest))
+    plain = gradient_reading.replay
+    monkeypatch.setattr(
+        gradient_reading, "replay", lambda module, *rest: replayed.append(module) or plain(module, *rest)
+    )
     module = drawn(MODELS[name]())
-    recorded(module, dict(module.named_parameters()), language_loss(module))
+    recorded(module, dict(module.named_parameters()), language_loss(module), BATCH, *torch.arange(BATCH).expand(2, -1))
     assert replayed and not any(isinstance(m, nn.Embedding) and hasattr(m, "embed_scale") for m in replayed)
 
 
 def test_a_scale_left_out_turns_the_agreement_red(monkeypatch):
     plain = gradient_rules.lookup
-    monkeypatch.setattr(gradients, "lookup", lambda module, ids, gradient, scale: plain(module, ids, gradient, 1.0))
+    monkeypatch.setattr(
+        gradient_reading, "lookup", lambda module, ids, gradient, scale: plain(module, ids, gradient, 1.0)
+    )
     module = drawn(MODELS["gemma (scaled, tied)"]())
     assert worst_error(module, language_loss(module)) > 1e-3
 
@@ -276,9 +281,9 @@ def test_bfloat16_factors_are_multiplied_in_float32():
         module.layer.register_forward_hook(lambda m, args, out: ins.append(args[0].detach()) or outs.append(out))
         losses = language_loss(module)(slice(None)).float()
         grads = torch.autograd.grad(losses.sum(), outs, retain_graph=True)
-        recorder.backward(losses)
-    every = torch.arange(BATCH)
-    found, widened = recorder.products(every, every.roll(1)), [[t.double() for t in ts] for ts in (grads, ins)]
+        every = torch.arange(BATCH)
+        found = recorder.backward(losses, every, every.roll(1)).inner
+    widened = [[t.double() for t in ts] for ts in (grads, ins)]
     weight = sum(g.mT @ a for g, a in zip(*widened, strict=True)).flatten(1)
     bias = sum(g.sum(1) for g in widened[0])
     for name, true in (("layer.weight", weight), ("layer.bias", bias)):
@@ -367,10 +372,10 @@ def test_random_stacks_are_exact_symmetric_and_obey_cauchy_schwarz(blocks, width
         if forming is not None:
             patch.setattr(gradient_products, "_forming_is_cheaper", lambda *_: forming)
         assert worst_error(module, loss, batch) < 1e-10
-        recorder = recorded(module, dict(module.named_parameters()), loss, batch)
         left, right = torch.cartesian_prod(torch.arange(batch), torch.arange(batch)).T
-        gram = torch.stack(list(recorder.products(left, right).values())).sum(0).reshape(batch, batch)
-        each = {name: p.reshape(batch, batch) for name, p in recorder.products(left, right).items()}
+        found = recorded(module, dict(module.named_parameters()), loss, batch, left, right)
+        each = {name: p.reshape(batch, batch) for name, p in found.items()}
+        gram = torch.stack(list(each.values())).sum(0)
     for products in (gram, *each.values()):
         scale = 1e-12 * gram.diagonal().max()
         torch.testing.assert_close(products, products.T, rtol=1e-10, atol=float(scale))

@@ -45,10 +45,9 @@ def worst_error(module: nn.Module, *, batch: int = 5, only: tuple[str, ...] = ()
         return (module(ids[part]).log_softmax(-1) * weights[part]).sum((1, 2))
 
     parameters = {n: p for n, p in module.named_parameters() if not only or n in only}
-    with record_gradients(module, parameters, batch) as recorder:
-        recorder.backward(loss(slice(None)))
     left, right = torch.cartesian_prod(torch.arange(batch), torch.arange(batch)).T
-    found, rows = recorder.products(left, right), []
+    with record_gradients(module, parameters, batch) as recorder:
+        found, rows = recorder.backward(loss(slice(None)), left, right).inner, []
     for n in range(batch):
         grads = torch.autograd.grad(loss(slice(n, n + 1)).sum(), list(parameters.values()), allow_unused=True)
         rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters.values(), strict=True)])
@@ -344,7 +343,7 @@ def test_a_loss_that_reaches_no_selected_parameter_is_refused():
     with record_gradients(module, {"layer.weight": module.layer.weight}, 2) as recorder:
         hidden = module.embed(torch.zeros(2, 3, dtype=torch.long))
         with pytest.raises(RevprobeError, match="none of the selected parameters: no module of them ran"):
-            recorder.backward(module.head(hidden).sum((1, 2)))
+            recorder.backward(module.head(hidden).sum((1, 2)), torch.tensor([0]), torch.tensor([1]))
     model = ProbedModel(FrozenInside(), objective="causal")
     with pytest.raises(RevprobeError, match="parameters: module 'embed' ran, but is detached"):
         probe_gradient_cosine(model, some_pairs())

@@ -1,5 +1,8 @@
 """Per-example gradient products equal those of autograd, one example at a time; faults turn this red."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,19 +11,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from revprobe import RaddConfig, RaddForMaskedLM, RevprobeError, one_layer_gpt2
-from revprobe.hooks import gradient_products
+from revprobe.hooks import gradient_products, gradient_reading
 from revprobe.hooks.gradients import record_gradients
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+PAIR = (torch.tensor([0]), torch.tensor([1]))
 
 
 def worst_error(model: nn.Module, per_example_loss, batch: int) -> float:
     """Largest error of any inner product, as a share of the two whole gradients' norms."""
     parameters = dict(model.named_parameters())
-    with record_gradients(model, parameters, batch) as recorder:
-        recorder.backward(per_example_loss(slice(None)))
     left, right = torch.cartesian_prod(torch.arange(batch), torch.arange(batch)).T
-    products = recorder.products(left, right)
+    with record_gradients(model, parameters, batch) as recorder:
+        products = recorder.backward(per_example_loss(slice(None)), left, right).inner
     naive = []
     for example in range(batch):
         loss = per_example_loss(slice(example, example + 1)).sum()
@@ -109,10 +112,9 @@ def test_shared_layers_padding_ids_ties_and_bare_parameters_are_exact(width, seq
 
 
 def recorded_products(model: nn.Module, loss, batch: int) -> dict[str, Tensor]:
-    with record_gradients(model, dict(model.named_parameters()), batch) as recorder:
-        recorder.backward(loss(slice(None)))
     every = torch.arange(batch)
-    return recorder.products(every, every.roll(1))
+    with record_gradients(model, dict(model.named_parameters()), batch) as recorder:
+        return recorder.backward(loss(slice(None)), every, every.roll(1)).inner
 
 
 def test_both_ways_of_multiplying_agree(monkeypatch):
@@ -137,9 +139,27 @@ def test_the_cost_model_forms_gradients_for_long_sequences_only(tokens, forming)
 def test_dropping_the_cross_terms_of_a_tied_weight_is_noticed(monkeypatch):
     """Planted fault: the embedding-unembedding cross terms left out."""
     true_cross = gradient_products._cross
-    monkeypatch.setattr(gradient_products, "_cross", lambda a, b, i, j: true_cross(a, b, i, j) * (type(a) is type(b)))
+    monkeypatch.setattr(gradient_products, "_cross", lambda a, b, *rest: true_cross(a, b, *rest) * (type(a) is type(b)))
     model = MODELS["gpt2 (tied, Conv1D)"]().double().eval()
     assert worst_error(model, language_model_loss(model), 5) > 1e-6
+
+
+@pytest.mark.parametrize("forming", [False, True])
+def test_the_rounding_floor_is_that_of_the_gradients_terms(forming, monkeypatch):
+    """NOISE_FLOOR eps sqrt(sum over tokens of |output gradient|^2 |input|^2), by plain hooks, one example at a time."""
+    monkeypatch.setattr(gradient_products, "_forming_is_cheaper", lambda *_: forming)
+    model = MODELS["rope"]().eval()
+    loss, every, seen = language_model_loss(model), torch.arange(5), {}
+    with record_gradients(model, dict(model.named_parameters()), 5) as recorder:
+        floor = recorder.backward(loss(slice(None)), every, every).floor
+    layer = next(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    model.get_submodule(layer).register_forward_hook(lambda m, args, out: seen.update(given=args[0], out=out))
+    for example in range(5):
+        total = loss(slice(example, example + 1)).sum()
+        (gradient,) = torch.autograd.grad(total, [seen["out"]])
+        terms = (gradient.double().norm(dim=-1) * seen["given"].double().norm(dim=-1)).pow(2).sum()
+        expected = 32 * torch.finfo(torch.float32).eps * float(terms.sqrt())
+        assert float(floor[f"{layer}.weight"][example]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_recording_leaves_weights_flags_grads_and_hooks_alone():
@@ -150,6 +170,42 @@ def test_recording_leaves_weights_flags_grads_and_hooks_alone():
     assert not model.lm_head.weight.requires_grad and model.embed_tokens.weight.requires_grad
     assert (model.embed_tokens.weight.grad == 1).all() and model.lm_head.weight.grad is None
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_any_selection_of_parameters_has_the_products_it_has_in_the_whole():
+    """Which outputs lie innermost depends on the selection; each is read whichever they are."""
+    model = MODELS["gpt2 (tied, Conv1D)"]().double().eval()
+    loss, every = language_model_loss(model), torch.arange(5)
+    everything = dict(model.named_parameters())
+    whole = recorded_products(model, loss, 5)
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 2, 3, 5, 8):
+        for _ in range(4):
+            names = [list(everything)[k] for k in torch.randperm(len(everything), generator=generator)[:size].tolist()]
+            with record_gradients(model, {name: everything[name] for name in names}, 5) as recorder:
+                found = recorder.backward(loss(slice(None)), every, every.roll(1)).inner
+            assert list(found) == names
+            for name in names:
+                torch.testing.assert_close(found[name], whole[name], rtol=1e-9, atol=1e-18)
+
+
+def test_factors_are_let_go_while_the_backward_pass_goes_by(monkeypatch):
+    """The point of reading in hooks: no more than the factors of a layer or two are alive at any moment."""
+    alive, most = weakref.WeakSet(), []
+    plain = gradient_reading.linear_use
+
+    def watched(*args):
+        use = plain(*args)
+        alive.add(use)
+        gc.collect()
+        most.append(len(alive))
+        return use
+
+    monkeypatch.setattr(gradient_reading, "linear_use", watched)
+    model = nn.Sequential(nn.Embedding(9, 8), *(nn.Linear(8, 8, bias=False) for _ in range(12)))
+    ids = torch.arange(9).expand(5, 9)
+    recorded_products(model, lambda part: model(ids[part]).square().sum((1, 2)), 5)
+    assert len(most) == 12 and max(most) <= 2
 
 
 def test_frozen_weights_give_the_same_products():
@@ -183,12 +239,12 @@ def test_a_loss_without_gradient_or_per_example_shape_is_refused():
         record_gradients(model, parameters, 2) as recorder,
         pytest.raises(RevprobeError, match="one number for each of the 2"),
     ):
-        recorder.backward(torch.zeros(()))
+        recorder.backward(torch.zeros(()), *PAIR)
     with (
         record_gradients(model, parameters, 2) as recorder,
         pytest.raises(RevprobeError, match="reaches none of the selected"),
     ):
-        recorder.backward(torch.zeros(2))
+        recorder.backward(torch.zeros(2), *PAIR)
     with pytest.raises(RevprobeError, match="no parameter was selected"), record_gradients(model, {}, 2):
         pass
 
@@ -206,11 +262,9 @@ def test_key_biases_have_no_gradient_beyond_rounding():
             return (self.query(hidden) @ self.key(hidden).mT).softmax(-1) @ hidden
 
     torch.manual_seed(0)
-    model, ids = Attention(), torch.randint(0, 9, (6, 12))
+    model, ids, every = Attention(), torch.randint(0, 9, (6, 12)), torch.arange(6)
     with record_gradients(model, dict(model.named_parameters()), 6) as recorder:
-        recorder.backward(model(ids).square().sum((1, 2)))
-    every = torch.arange(6)
-    norms = {name: product.clamp(min=0).sqrt() for name, product in recorder.products(every, every).items()}
-    floors = recorder.rounding()
+        squares, floors = recorder.backward(model(ids).square().sum((1, 2)), every, every)
+    norms = {name: square.clamp(min=0).sqrt() for name, square in squares.items()}
     assert (norms["key.bias"] <= floors["key.bias"]).all()
     assert (norms["query.bias"] > floors["query.bias"]).all()

@@ -18,7 +18,8 @@ BELOW = {
     "models": {"errors", "hooks"},
     "probes": {"errors", "hooks", "models"},
     "finetune": {"errors", "hooks", "models", "probes"},
-    "cli": {"errors", "hooks", "models", "probes", "finetune"},
+    "cli_finetune": {"errors", "hooks", "models", "probes", "finetune"},
+    "cli": {"errors", "hooks", "models", "probes", "finetune", "cli_finetune"},
     "__main__": {"cli"},
 }
 

@@ -21,6 +21,7 @@ PUBLIC = [
     "ProbeCallback",
     "ProbedModel",
     "Query",
+    "Question",
     "RaddConfig",
     "RaddForMaskedLM",
     "Reading",
@@ -28,27 +29,45 @@ PUBLIC = [
     "ReversalPair",
     "ReversalPairs",
     "RevprobeError",
+    "TextRelation",
     "__version__",
     "declare_fused",
+    "decode",
+    "decoded_match",
+    "edit_attention",
+    "from_table",
+    "invented_names",
     "letter_pairs",
     "letter_tokenizer",
     "letters",
     "list_models",
     "load_model",
+    "model_theory",
     "one_layer_gpt2",
     "open_run",
     "open_sweep",
     "pairs_from_frame",
+    "parent_child",
+    "person_description",
     "probe",
     "probe_attention_correlation",
     "probe_gradient_cosine",
     "probe_reverse_probability",
+    "probe_route_edit",
     "register_model",
+    "rope_asymmetric_bound",
+    "rope_conditional_correlation",
+    "rope_correlation_bound",
+    "rope_correlation_tail",
     "run_sweep",
     "storage_gradient_cosines",
+    "theory_tables",
     "train",
+    "trex",
+    "with_bounds",
 ]
-EXAMPLES = {"examples/one_layer.yaml", "examples/one_layer_quick.yaml"}
+EXAMPLES = {"examples/one_layer.yaml", "examples/one_layer_quick.yaml", "examples/robustness.yaml"}
+DATA = {"finetune/data/invented_names.csv", "finetune/data/trex_templates.csv"}
 # What takes seconds to import, or may not be there at all on a machine that only loads a saved model.
 HEAVY = ["peft", "transformers.trainer", "transformer_lens"]
 
@@ -167,7 +186,7 @@ def wheel_files(built: Path) -> set[str]:
 def test_the_wheel_holds_the_package_and_nothing_else(wheel_files: set[str], package_files: dict[str, str]) -> None:
     """A folder missing from `packages`, a test that slips in, a lost py.typed or example: all turn this red."""
     metadata = {name for name in wheel_files if name.split("/")[0].endswith(".dist-info")}
-    expected = {f"revprobe/{path}" for path in {*package_files, *EXAMPLES, "py.typed"}}
+    expected = {f"revprobe/{path}" for path in {*package_files, *EXAMPLES, *DATA, "py.typed"}}
     assert wheel_files - metadata == expected
     assert any(name.endswith("licenses/LICENSE") for name in metadata), metadata
 

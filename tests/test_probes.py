@@ -27,6 +27,7 @@ from revprobe import (
     probe_reverse_probability,
 )
 from revprobe.hooks import attention as attention_hooks
+from revprobe.hooks import gradient_reading
 from revprobe.probes import batches, passes
 from revprobe.probes.estimates import pair_cosines
 
@@ -502,7 +503,7 @@ def test_probing_leaves_no_trace(raises, monkeypatch):
     model.module.embed_tokens.weight.grad = torch.ones_like(model.module.embed_tokens.weight)
     pairs = letter_pairs(5, model=model)
     if raises:
-        monkeypatch.setattr(passes.GradientRecorder, "products", lambda *_: 1 / 0)
+        monkeypatch.setattr(gradient_reading, "multiply", lambda *_: 1 / 0)  # in the middle of the backward pass
     before = state_of(model.module)
     if raises:
         with pytest.raises(ZeroDivisionError):

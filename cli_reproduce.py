@@ -1,0 +1,97 @@
+"""`revprobe reproduce`: the paper's tables beside ours, from the formulas or from trained one-layer models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import RevprobeError
+
+reproduce = typer.Typer(
+    no_args_is_help=True,
+    help="The paper's tables, cell by cell: its value, ours with its spread over seeds, and the difference.",
+)
+
+
+@reproduce.command(epilog="Example: [bold]revprobe reproduce theory --out runs/theory[/bold]")
+def theory(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for theory.csv and reproduction.md.")] = Path(
+        "runs/theory"
+    ),
+) -> None:
+    """Tables 3, 4 and 5 from the formulas, in seconds."""
+    from .finetune.reproduction_text import theory_markdown, write_reproduction
+    from .finetune.terminal import make_console, text_table
+    from .probes.theory_tables import theory_tables
+
+    cells = theory_tables()
+    written = write_reproduction(out, {"theory": cells}, theory_markdown(cells), "The paper's theory, cell by cell")
+    shown = cells.drop(columns="note").assign(within=cells["within"].map({True: "within", False: "OUTSIDE"}))
+    console = make_console()
+    console.print(text_table(shown.round(4), "Tables 3, 4 and 5"))
+    for note in cells.loc[~cells["within"].astype(bool), ["table", "column", "note"]].itertuples():
+        console.print(f"Table {note.table}, {note.column}: {note.note}", soft_wrap=True)
+    console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
+
+
+@reproduce.command(
+    "one-layer",
+    epilog="Examples: [bold]revprobe reproduce one-layer --jobs 2[/bold], "
+    "[bold]revprobe reproduce one-layer --lengths 10 --seeds 1[/bold], "
+    "[bold]revprobe reproduce one-layer --device cuda[/bold]",
+)
+def one_layer(
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each cell, from 0.")] = 3,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs side by side, each in its own process.")] = 1,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder that gets the folder one-layer.")] = Path("runs"),
+    lengths: Annotated[
+        str | None, typer.Option(help="Sequence lengths, separated by commas; all of 10,20,30,40 by default.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: all runs of a shape as one batched model.")] = "cpu",
+    batched: Annotated[
+        bool | None, typer.Option("--batched/--separate", help="Runs of one shape together; on cuda by default.")
+    ] = None,
+    train: Annotated[bool, typer.Option("--train/--table-only", help="Or only the tables of what has been run.")] = True,
+) -> None:
+    """Tables 1 and 2 and Figure 3 from trained models; hours on two cores, and the same command goes on."""
+    from .finetune.reproduce import NOT_RUN, collect_measures, compare, one_layer_sweep
+    from .finetune.reproduction_text import one_layer_markdown, write_reproduction
+    from .finetune.sweeps import run_sweep
+    from .finetune.terminal import make_console
+
+    asked = one_layer_sweep(seeds=seeds, lengths=_lengths(lengths), device=device)
+    console, failed = make_console(), None
+    if train:
+        together = device == "cuda" if batched is None else batched
+        try:
+            run_sweep(asked, jobs=jobs, out=out, console=console, batched=together)
+        except RevprobeError as error:  # the runs that are whole still make a table
+            failed = error
+        except KeyboardInterrupt:
+            console.print("stopped; finished runs and checkpoints are kept, run the same command again to go on")
+            raise typer.Exit(130) from None
+    folder = out / asked.name
+    measures, left_out = collect_measures(folder, one_layer_sweep(seeds=seeds, device=device).runs())
+    result = compare(measures, seeds=seeds)
+    text = one_layer_markdown(result, seeds=seeds)
+    frames = {"cells": result.cells, "seeds": result.seeds, "signatures": result.signatures, "claims": result.claims}
+    for name, problem in left_out.items():
+        if problem != NOT_RUN:
+            console.print(f"{name}: not in the tables: {problem}", soft_wrap=True)
+    if folder.is_dir():
+        written = write_reproduction(folder, frames, text, "Tables 1 and 2 and Figure 3 of the paper")
+        console.print(text, soft_wrap=True)
+        console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
+    if failed is not None:
+        raise failed
+
+
+def _lengths(asked: str | None) -> list[int] | None:
+    if asked is None:
+        return None
+    parts = [part.strip() for part in asked.split(",")]
+    if wrong := [part for part in parts if not part.isdecimal()]:
+        raise RevprobeError(f"--lengths {asked!r}: {wrong[0]!r} is no length; expected whole numbers such as 10,20")
+    return [int(part) for part in parts]

@@ -1,0 +1,142 @@
+"""Forward and reverse exact match of one model on one relation, as in the paper's Table 7, with the floor beside them.
+
+Trained facts are asked in both directions, in wordings that were not trained on where the relation has such; facts
+that were held out are asked the same and show what the model says without having been told.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from torch import nn
+
+from ..errors import RevprobeError, did_you_mean
+from ..models.probed import ProbedModel, as_probed
+from ..probes.passes import Progress
+from ..probes.readings import Readings
+from ..probes.theme import interval_text, undefined_text
+from .letters_relation import LettersRelation
+from .scoring import answer_limit, decoded_match
+
+if TYPE_CHECKING:
+    from .text_relations import Question, TextRelation
+
+ASKED = ("forward", "reverse")
+SPLITS = ("train", "heldout")
+TEMPLATES = ("train", "heldout", "all")
+
+
+def evaluate_relation(
+    model: ProbedModel | nn.Module,
+    relation: TextRelation | LettersRelation,
+    direction: str,
+    *,
+    splits: Sequence[str] = SPLITS,
+    templates: str | None = None,
+    max_new_tokens: int | None = None,
+    progress: Progress | None = None,
+    **decoding: Any,
+) -> Readings:
+    """`decoded_match` forward and reverse on trained and on held-out facts: one reading for each side.
+
+    Args:
+        direction: the direction that was trained, e.g. "P2C"; reverse questions are of the other one.
+        splits: "train", "heldout" or both.
+        templates: "train", "heldout" or "all"; None asks in held-out wordings where a direction has some, else in all.
+        max_new_tokens: the same for every side; that of the side with the longest answers when None.
+        progress: called with (questions done, questions in all) over all sides.
+        decoding: passed on to `decoded_match` (steps=, block_length=, algorithm=, stop=, batch_size=, ...).
+    Returns: readings whose meta says `asked` ("forward" or "reverse"), `split`, `templates`, `relation` and `trained`
+        (the direction of training).
+    Raises: RevprobeError, for an unknown split, choice of templates or direction, and as `decoded_match` does.
+    Warns: when the relation holds out no fact, so that there is no floor.
+    Source: paper Sec. 6, App. D.2 (Table 7).
+    """
+    model = as_probed(model)
+    if isinstance(relation, LettersRelation):
+        raise RevprobeError("letters are asked by position, not in text; probe_reverse_probability has their accuracy")
+    sides = _sides(relation, direction, splits, templates)
+    everything = [question for _, questions in sides for question in questions]
+    limit = max_new_tokens or answer_limit(model, everything)
+    told, done, readings = 0, 0, []
+    for about, questions in sides:
+        told, done = done, done + len(questions)
+        options = {**decoding, "max_new_tokens": limit, "progress": _part_of(progress, told, done, len(everything))}
+        reading = decoded_match(model, questions, **options)
+        reading.meta.update({"relation": relation.name, "trained": direction, **about})
+        readings.append(reading)
+    return Readings(readings)
+
+
+def match_table(readings: Readings) -> pd.DataFrame:
+    """What `evaluate_relation` found, as text for people: one row for each side, in per cent."""
+    rows = []
+    for reading in readings:
+        about, measured = reading.meta, reading.measured
+        control = "-" if reading.control is None else f"{100 * reading.control.value:.1f}"
+        excess = reading.excess
+        rows.append(
+            {
+                "asked": f"{about['asked']} ({'/'.join(sorted(set(reading.frame['direction'])))})",
+                "facts": {"train": "trained", "heldout": "held out (floor)"}[about["split"]],
+                "wordings": {"heldout": "held out", "train": "trained"}.get(about["templates"], "all"),
+                "exact match (%) [95 %]": interval_text(reading.value, *reading.interval, percent=True),
+                "control": control,
+                "excess [95 %]": "-"
+                if excess is None
+                else interval_text(excess.value, excess.low, excess.high, percent=True),
+                "n": f"{reading.n:,} questions, {reading.frame['fact'].nunique():,} facts",
+                "undefined": undefined_text(measured.undefined) or "-",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def save_evaluation(readings: Readings, folder: Path) -> list[Path]:
+    """Write each reading as `decoded_match.<asked>.<split>.parquet`, every file whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        reading.save(folder / f"{reading.name}.{reading.meta['asked']}.{reading.meta['split']}.parquet")
+        for reading in readings
+    ]
+
+
+def _sides(
+    relation: TextRelation, direction: str, splits: Sequence[str], templates: str | None
+) -> list[tuple[dict[str, str], list[Question]]]:
+    """What is asked, labelled: forward and reverse for each split."""
+    for name, value, known in [("split", split, SPLITS) for split in splits] + [("templates", templates, TEMPLATES)]:
+        if value is not None and value not in known:
+            raise RevprobeError(f"unknown {name} {value!r}{did_you_mean(value, known)}")
+    directions = dict(zip(ASKED, (direction, relation.opposite(direction)), strict=True))
+    splits = _with_facts(relation, direction, splits)
+    sides = []
+    for split in splits:
+        for asked, statement in directions.items():
+            wording = templates or ("heldout" if relation.has_heldout_templates(statement) else "all")
+            found = relation.questions(direction, reverse=asked == "reverse", split=split, templates=wording)
+            sides.append(({"asked": asked, "split": split, "templates": wording}, found))
+    return sides
+
+
+def _with_facts(relation: TextRelation, direction: str, splits: Sequence[str]) -> list[str]:
+    """The splits that hold a fact; held-out facts may be missing if trained ones were asked for as well."""
+    there = set(relation.facts_of(direction)["split"])
+    if "heldout" in there or "heldout" not in splits or len(splits) == 1:
+        return list(splits)
+    warnings.warn(
+        f"{relation.name} holds out no fact of direction {direction!r}, so there is no floor to compare with",
+        stacklevel=4,
+    )
+    return [split for split in splits if split in there]
+
+
+def _part_of(progress: Progress | None, before: int, after: int, total: int) -> Progress | None:
+    """One side's progress as a part of all of them, counted in questions."""
+    if progress is None:
+        return None
+    return lambda done, asked: progress(before + (after - before) * done // asked, total)

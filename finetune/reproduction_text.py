@@ -1,0 +1,153 @@
+"""A reproduction as Markdown and CSV: one line per cell, what lies outside its tolerance marked, what was not run said."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ..probes.theme import interval_text
+from .paper_values import TOLERANCES
+from .reproduce import MODEL, NOT_RUN, OUTSIDE, Reproduction, model_name
+from .saving import write_text
+
+MARK = "✗"
+HOW_TO_READ = (
+    "Per cent. Ours is the mean over seeds ± the standard deviation between seeds (none with one seed), then the "
+    f"difference to the paper. {MARK} marks a cell outside its tolerance. The paper's text does not say whether its "
+    "numbers are accuracies or mean probabilities, nor on which weights: all four are shown. All placements weigh "
+    "equally."
+)
+ABOUT_SEEDS = "Value and 95 % interval over facts, at the last checkpoint of each run. Accuracies in per cent."
+ABOUT_SIGNATURES = (
+    "Means over seeds, at the last checkpoint. The control is the same measurement with the facts deranged; the excess "
+    "is value minus control. For ALiBi a correlation of 1 is an identity of its symmetric bias, not a finding; the "
+    "autoregressive model's pairs are of another kind (swapped roles), and the paper claims nothing about them."
+)
+_COLUMNS = [("accuracy", "raw"), ("accuracy", "ema"), ("probability", "raw"), ("probability", "ema")]
+_ANSWERS = ("forward_accuracy", "reverse_accuracy", "forward_probability", "reverse_probability")
+
+
+def one_layer_markdown(result: Reproduction, *, seeds: int) -> str:
+    """Cells, claims, signatures and single seeds, as sections of a Markdown page."""
+    sections = {
+        "Tables 1 and 2": (f"{HOW_TO_READ} {TOLERANCES}", _cells(result.cells, seeds)),
+        "Claims under test": ("A claim holds when it holds in every seed that was run.", _claims(result.claims)),
+        "Signatures (Figure 3)": (ABOUT_SIGNATURES, _signatures(result.signatures)),
+        "Single seeds": (ABOUT_SEEDS, _seeds(result.seeds)),
+    }
+    return "\n".join(f"## {title}\n\n{about}\n\n{table}" for title, (about, table) in sections.items())
+
+
+def theory_markdown(cells: pd.DataFrame) -> str:
+    """Tables 3, 4 and 5 of `probes.theory_tables.theory_tables`, as a Markdown page."""
+    rows = [
+        {
+            "table": row["table"],
+            "cell": f"{row['row']}, {row['column']}",
+            "paper": f"{row['paper']:.3f}",
+            "ours": f"{row['ours']:.3f}",
+            "difference": f"{row['difference']:+.4f}{'' if row['within'] else f' {MARK}'}",
+            "note": row["note"],
+        }
+        for row in cells.to_dict("records")
+    ]
+    outside = int((~cells["within"].astype(bool)).sum())
+    about = f"{len(cells)} cells, {outside} outside their tolerance (marked {MARK}): half a unit of the last printed digit."
+    return f"## Tables 3, 4 and 5\n\n{about}\n\n{markdown_table(rows)}"
+
+
+def write_reproduction(folder: Path, frames: Mapping[str, pd.DataFrame], text: str, title: str) -> list[Path]:
+    """Write `<name>.csv` for each frame and the page as `reproduction.md`, each whole or not at all; returns them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, frame in frames.items():
+        written.append(folder / f"{name}.csv")
+        write_text(written[-1], frame.to_csv(index=False, lineterminator="\n"))
+    write_text(folder / "reproduction.md", f"# {title}\n\n{text}")
+    return [*written, folder / "reproduction.md"]
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same keys as a Markdown table; "(none)" without rows."""
+    if not rows:
+        return "(none)\n"
+    head = list(rows[0])
+    lines = [head, ["---"] * len(head), *([row[name] for name in head] for row in rows)]
+    return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def _cells(cells: pd.DataFrame, seeds: int) -> str:
+    rows = []
+    for key, part in cells.groupby(["table", *MODEL, "direction"], sort=False):
+        cell = dict(zip(["table", *MODEL, "direction"], key, strict=True))
+        by = {(row["quantity"], row["weights"]): row for row in part.to_dict("records")}
+        name = f"{model_name(cell)}, L = {cell['length']}"
+        row = {"table": cell["table"], "cell": name, "direction": cell["direction"]}
+        row |= {"paper": _percent(part["paper"].iloc[0], 1 if cell["table"] == 2 else 2)}
+        row |= {f"{quantity}, {weights}": _ours(by.get((quantity, weights))) for quantity, weights in _COLUMNS}
+        rows.append(row | {"seeds": f"{part['seeds'].max()} of {seeds}"})
+    return markdown_table(rows)
+
+
+def _ours(row: Mapping[str, Any] | None) -> str:
+    """`43.1 ± 5.0 (-0.0)`, marked when outside; "-" where there are no such weights."""
+    if row is None:
+        return "-"
+    if row["status"] == NOT_RUN:
+        return NOT_RUN
+    spread = "" if math.isnan(row["spread"]) else f" ± {_percent(row['spread'])}"
+    text = f"{_percent(row['ours'])}{spread} ({100 * row['difference']:+.1f})"
+    return f"{text} {MARK}" if row["status"] == OUTSIDE else text
+
+
+def _claims(claims: pd.DataFrame) -> str:
+    rows = [
+        {
+            "claim": row["claim"],
+            "L": row["length"],
+            "weights": row["weights"],
+            "verdict": row["verdict"],
+            "seeds": "-" if row["verdict"] == NOT_RUN else f"{row['holds_in']} of {row['seeds']}",
+            "numbers": row["detail"],
+        }
+        for row in claims.to_dict("records")
+    ]
+    return markdown_table(rows)
+
+
+def _signatures(signatures: pd.DataFrame) -> str:
+    rows = [
+        {
+            "model": f"{model_name(row)}, L = {row['length']}",
+            "weights": row["weights"],
+            "signature": row["measure"].replace("_", " "),
+            "value": f"{row['value']:.3f}" + ("" if pd.isna(row["spread"]) else f" ± {row['spread']:.3f}"),
+            "control": f"{row['control']:.3f}",
+            "excess (lowest bound of any seed)": f"{row['excess']:.3f} ({row['excess_low']:.3f})",
+            "seeds above control": f"{row['above_control']} of {row['seeds']}",
+        }
+        for row in signatures.to_dict("records")
+    ]
+    return markdown_table(rows)
+
+
+def _seeds(seeds: pd.DataFrame) -> str:
+    rows = []
+    for (run, weights), part in seeds.groupby(["run", "weights"], sort=False):
+        row = {"run": run, "weights": weights, "step": part["step"].iloc[0]}
+        numbers = part.set_index("measure")
+        for measure in (*_ANSWERS, "attention_correlation", "gradient_cosine"):
+            one = numbers.loc[measure]
+            row[measure.replace("_", " ")] = interval_text(
+                one["value"], one["low"], one["high"], percent=measure.endswith("accuracy")
+            )
+        rows.append(row)
+    return markdown_table(rows)
+
+
+def _percent(fraction: float, digits: int = 1) -> str:
+    return f"{100 * fraction:.{digits}f}"

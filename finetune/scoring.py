@@ -1,0 +1,308 @@
+"""Exact match of decoded answers: what a user would see, next to the probabilities that the probes read.
+
+Answer and decoding are compared lower-cased and without blanks around them (runs of blanks inside count as one,
+canonically equal Unicode as equal); any of a question's answers will do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import nn
+
+from ..errors import RevprobeError, did_you_mean
+from ..models.probed import ProbedModel, as_probed
+from ..probes.passes import Progress
+from ..probes.readings import Reading
+from ..probes.spans import Encoded, encode_texts, require_fast_tokenizer
+from ..probes.statistics import derangement
+from .decoding import answer_text, decode_tokens, decoding_settings, encode_prompts, end_tokens, require_stops
+from .unmasking import Prompt, Unmasking
+
+ANSWER_LENGTHS = ("longest", "oracle")
+TOO_LONG = "no answer fits into max_new_tokens"
+
+
+class Asked(Protocol):
+    """What a question must say; `relations.Question` does.
+
+    `fact` labels the fact it is about, `template` its wording, `direction` that of the statement asked for.
+    """
+
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def answers(self) -> tuple[str, ...]: ...
+    @property
+    def fact(self) -> str: ...
+    @property
+    def template(self) -> int: ...
+    @property
+    def direction(self) -> str: ...
+
+
+def decoded_match(
+    model: ProbedModel | nn.Module,
+    questions: Sequence[Asked],
+    *,
+    batch_size: int | None = None,
+    max_new_tokens: int | None = None,
+    answer_length: str = "longest",
+    steps: int | None = None,
+    block_length: int | None = None,
+    algorithm: str | None = None,
+    stop: Sequence[str] = (),
+    control: bool = True,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> Reading:
+    """Share of the questions a model answers, decoding greedily; the interval resamples facts.
+
+    Questions weigh equally, so a fact with two templates counts twice. The control asks whether the decoding matches
+    the answers of a fact it does not share an answer with (of the same direction and template): the rate at which
+    a model that only knows what answers look like would be right.
+
+    A masked model fills a fixed number of positions. `answer_length="longest"` gives every question the same, the
+    longest answer's tokens and one for the end token (where the tokenizer has one), or `max_new_tokens`; a model that
+    was never trained to end then gets shorter answers wrong, unless `stop` ends them. "oracle" tells the model how
+    many tokens the answer has, trying each length among a question's answers: an upper bound, and labelled so in
+    the meta. The text is cut by the end token and `stop` only, never by looking at the answer.
+
+    Args:
+        questions: see `Asked`; each with at least one answer.
+        steps, block_length, algorithm: masked models only; see `decode`.
+        control: also match against deranged answers.
+        seed: of derangement and bootstrap.
+
+    Frame: question, fact, kind, direction, template, prompt, answers (a JSON list), decoded, match (1 or 0; NaN when no
+    answer fits into max_new_tokens), match_control (NaN without a partner), reason.
+    Raises: RevprobeError, as `decode` does, and for questions without an answer or none at all.
+    Source: paper App. D.2 (Table 7).
+    """
+    model = as_probed(model)
+    how = decoding_settings(model, steps=steps, block_length=block_length, algorithm=algorithm)
+    stop = require_stops(stop)
+    _require_questions(questions)
+    if answer_length not in ANSWER_LENGTHS:
+        raise RevprobeError(f"unknown answer_length {answer_length!r}{did_you_mean(answer_length, ANSWER_LENGTHS)}")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise RevprobeError(f"max_new_tokens {max_new_tokens!r}: expected at least 1 token")
+    scorer = _Scorer(model, questions, max_new_tokens, answer_length, control, seed)
+    asks = scorer.asks()
+    prompts, lengths = [scorer.prompts[i] for i, _ in asks], [length for _, length in asks]
+    tokens = decode_tokens(model, prompts, lengths, how, batch_size=batch_size, progress=progress)
+    decoded = {ask: answer_text(model, row, stop) for ask, row in zip(asks, tokens, strict=True)}
+    frame = scorer.frame(decoded)
+    meta = _describe(model, questions, how, control=control, seed=seed)
+    meta["decoding"] |= {"stop": list(stop), "answer_length": answer_length, "max_new_tokens": max(lengths)}
+    reading = Reading("decoded_match", frame, meta)
+    reading.meta["statistic"] = reading.measured.statistic
+    return reading
+
+
+def normalized(text: str) -> str:
+    """Lower case, one blank between words and none around them, composed Unicode.
+
+    >>> normalized("  Alma  BRENT ")
+    'alma brent'
+    """
+    return " ".join(unicodedata.normalize("NFC", text).lower().split())
+
+
+def answer_limit(model: ProbedModel | nn.Module, questions: Sequence[Asked]) -> int:
+    """The `max_new_tokens` that `decoded_match` takes by itself: the longest answer's tokens, and one for an end token.
+
+    Raises: RevprobeError, without a fast tokenizer, or for questions without an answer.
+    """
+    model = as_probed(model)
+    _require_questions(questions)
+    require_fast_tokenizer(model.tokenizer, model.name)
+    return _AnswerBook(model, questions).limit
+
+
+class _Scorer:
+    """The questions, the lengths their answers are decoded at, and who is whose control."""
+
+    def __init__(
+        self,
+        model: ProbedModel,
+        questions: Sequence[Asked],
+        max_new_tokens: int | None,
+        answer_length: str,
+        control: bool,
+        seed: int,
+    ) -> None:
+        self.questions = questions
+        self.prompts = encode_prompts(model, [question.prompt for question in questions])
+        self.answers = _AnswerBook(model, questions)
+        self.limit = max_new_tokens or self.answers.limit
+        self.oracle = answer_length == "oracle"
+        self.partner = self._partners(seed) if control else None
+        # Equal prompts are decoded once, for the first question that asks so.
+        first: dict[Prompt, int] = {}
+        self.first = [first.setdefault(prompt, i) for i, prompt in enumerate(self.prompts)]
+
+    def asks(self) -> list[tuple[int, int]]:
+        """What is decoded: (question, length), each distinct prompt and length once."""
+        wanted = [(i, length) for i in range(len(self.questions)) for length in self._own_lengths(i)]
+        if self.oracle and self.partner is not None:
+            wanted += [(i, n) for i, j in enumerate(self.partner) if j >= 0 for n in self._own_lengths(int(j))]
+        return list(dict.fromkeys((self.first[i], length) for i, length in wanted))
+
+    def frame(self, decoded: dict[tuple[int, int], str]) -> pd.DataFrame:
+        """One row a question."""
+        return pd.DataFrame([self._row(i, question, decoded) for i, question in enumerate(self.questions)])
+
+    def _row(self, i: int, question: Asked, decoded: dict[tuple[int, int], str]) -> dict[str, Any]:
+        texts = [decoded[self.first[i], length] for length in self._own_lengths(i)]
+        right = next((text for text in texts if normalized(text) in self.answers.accepted[i]), None)
+        row = {
+            "question": i,
+            "fact": str(question.fact),
+            "kind": "swapped",
+            "direction": str(question.direction),
+            "template": question.template,
+            "prompt": question.prompt,
+            "answers": json.dumps(list(question.answers), ensure_ascii=False),
+            "decoded": texts[0] if right is None else right,
+            "match": float(right is not None) if self._fits(i) else float("nan"),
+        }
+        control = {} if self.partner is None else {"match_control": self._control(i, decoded)}
+        return row | control | {"reason": "" if self._fits(i) else TOO_LONG}
+
+    def _control(self, i: int, decoded: dict[tuple[int, int], str]) -> float:
+        """1 where the decoding matches the partner's answers, at the partner's lengths if lengths are told."""
+        assert self.partner is not None, "a control was asked for"
+        partner = int(self.partner[i])
+        if partner < 0:
+            return float("nan")
+        texts = [decoded[self.first[i], length] for length in self._own_lengths(partner)]
+        return float(any(normalized(text) in self.answers.accepted[partner] for text in texts))
+
+    def _fits(self, i: int) -> bool:
+        return min(self.answers.lengths[i]) <= self.limit
+
+    def _own_lengths(self, i: int) -> list[int]:
+        """The lengths a question is decoded at."""
+        if not self.oracle:
+            return [self.limit]
+        return [length for length in self.answers.lengths[i] if length <= self.limit] or [self.limit]
+
+    def _partners(self, seed: int) -> np.ndarray:
+        """For each question one of the same direction and template, about a fact that shares no answer with its own.
+
+        Siblings have the same parent: as each other's control they would be right, not wrong by chance.
+        """
+        group = np.unique([f"{q.direction}\n{q.template}" for q in self.questions], return_inverse=True)[1]
+        for i in range(len(group)):
+            if not self._fits(i):
+                group[i] = -1 - i  # alone: neither has a control nor is one
+        facts = np.array([str(question.fact) for question in self.questions])
+        return derangement(_families(facts, self.answers.accepted), group, seed=seed)
+
+
+class _AnswerBook:
+    """What counts as right for each question, and how many tokens it takes.
+
+    `accepted[i]`: the answers normalized, and as the tokenizer reads them back (one that takes "O'Neil" apart and
+    joins it with blanks could never write the original). `lengths[i]`: token counts of the answers, ascending; `limit`:
+    tokens that hold the longest answer and an end token, where there is one.
+    """
+
+    def __init__(self, model: ProbedModel, questions: Sequence[Asked]) -> None:
+        asked = list(dict.fromkeys((q.prompt, answer) for q in questions for answer in q.answers))
+        tails = dict(zip(asked, _answer_tokens(model.tokenizer, asked), strict=True))
+        self.accepted = [
+            {normalized(form) for a in q.answers for form in (a, *_read_back(model.tokenizer, tails[q.prompt, a]))}
+            for q in questions
+        ]
+        self.lengths = [sorted({max(1, len(tails[q.prompt, a])) for a in q.answers}) for q in questions]
+        self.limit = max(lengths[-1] for lengths in self.lengths) + (1 if end_tokens(model) else 0)
+
+
+def _answer_tokens(tokenizer: Any, asked: Sequence[tuple[str, str]]) -> list[tuple[int, ...]]:
+    """The tokens of each answer after its prompt: with a blank between, or none where the tokenizer has no blank."""
+    prompts = list(dict.fromkeys(prompt for prompt, _ in asked))
+    before = {text: len(_own(e)) for text, e in zip(prompts, encode_texts(tokenizer, prompts), strict=True)}
+    blank = "" if _has_no_blank(tokenizer, *asked[0]) else " "
+    whole = encode_texts(tokenizer, [f"{prompt}{blank}{answer.strip()}" for prompt, answer in asked])
+    return [_own(text)[before[prompt] :] for (prompt, _), text in zip(asked, whole, strict=True)]
+
+
+def _has_no_blank(tokenizer: Any, prompt: str, answer: str) -> bool:
+    """Whether a blank before the answer cannot be encoded, as in a vocabulary of letters."""
+    try:
+        (encoded,) = encode_texts(tokenizer, [f"{prompt} {answer.strip()}"])
+        (alone,) = encode_texts(tokenizer, [f"{prompt}{answer.strip()}"])
+    except RevprobeError:
+        return True
+    unknown = tokenizer.unk_token_id
+    return unknown is not None and encoded.token_ids.count(unknown) > alone.token_ids.count(unknown)
+
+
+def _own(encoded: Encoded) -> tuple[int, ...]:
+    return tuple(token for token, added in zip(encoded.token_ids, encoded.is_added, strict=True) if not added)
+
+
+def _read_back(tokenizer: Any, tokens: tuple[int, ...]) -> list[str]:
+    """An answer as its tokens decode; nothing where one of them is unknown and stands for any text."""
+    text = tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return [text] if text.strip() and tokenizer.unk_token_id not in tokens else []
+
+
+def _families(facts: np.ndarray, accepted: list[set[str]]) -> np.ndarray:
+    """Labels of facts, equal where they share an answer, directly or through others. Shapes: `question -> question`."""
+    fact = np.unique(facts, return_inverse=True)[1]
+    row = np.repeat(fact, [len(answers) for answers in accepted])
+    told = [answer for answers in accepted for answer in answers]
+    column = np.unique(told, return_inverse=True)[1] + fact.max() + 1
+    size = int(column.max()) + 1
+    graph = coo_array((np.ones(len(row)), (row, column)), shape=(size, size))
+    return np.asarray(connected_components(graph, directed=False)[1])[fact]
+
+
+def _describe(
+    model: ProbedModel, questions: Sequence[Asked], how: Unmasking | None, *, control: bool, seed: int
+) -> dict[str, Any]:
+    """What the reading says about itself; no clock and no path, so that equal runs give equal files."""
+    asked = [[q.prompt, list(q.answers), str(q.fact), q.template, str(q.direction)] for q in questions]
+    return {
+        "model": model.name,
+        "objective": model.objective,
+        "logit_shift": model.logit_shift,
+        "kind": "swapped",
+        "step": model.step,
+        "weights": model.weights,
+        "questions": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
+        "question_count": len(questions),
+        "fact_count": len({str(q.fact) for q in questions}),
+        "control": control,
+        "seed": seed,
+        "decoding": {"order": "greedy, left to right"} if how is None else {"order": "unmasking", **how.describe()},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("revprobe", "torch", "transformers")},
+    }
+
+
+def _require_questions(questions: Sequence[Asked]) -> None:
+    if not len(questions):
+        raise RevprobeError("the list of questions is empty; expected at least one")
+    for place, question in enumerate(questions):
+        answers = () if isinstance(question.answers, str) else tuple(question.answers)
+        if not answers or not all(answer.strip() for answer in answers):
+            raise RevprobeError(
+                f"question {place} ({question.prompt!r}) has the answers {question.answers!r}; expected a tuple of at "
+                "least one text, none of them blank"
+            )

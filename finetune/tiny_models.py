@@ -1,0 +1,214 @@
+"""Tiny models in the published layouts of LLaDA, Dream and Llama, with a tokenizer of their own, trained on other facts.
+
+They stand where the 8B models would: the same classes, checkpoint files and commands, at a size for which two minutes
+of two cores are enough. A tiny model knows the relation's templates in both directions before it is fine-tuned, from
+facts that are invented for it: the relation's own words, recombined into names that none of its facts has.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+
+from ..errors import RevprobeError
+from ..models.dream import DreamConfig, DreamForMaskedDiffusion
+from ..models.llada import LLaDAConfig, LLaDAForMaskedDiffusion
+from ..models.probed import ProbedModel
+from .building import lean_arguments
+from .finetune_config import TinyModel
+from .relations import TextRelation, TrainingText
+from .statements import Statement
+from .text_rows import PadRows, RowOptions, StatementRows, padding_id
+from .trainer import ForwardOnlyTrainer
+
+_BEGIN, _END, _PAD, _MASK = "<|begin|>", "<|end|>", "<|pad|>", "<|mask|>"
+_CONTEXT = 128
+# How often a recombined name may turn out to be one that is taken before the words are said to be too few.
+_TRIES = 100
+
+
+def build_tiny(config: TinyModel, relation: TextRelation, folder: Path, *, answer_tokens: int | None = None) -> Path:
+    """Build, pretrain and save a tiny model; a folder that is there already is kept. Seeds torch, numpy and random.
+
+    Args:
+        relation: what it will be fine-tuned on; its words make the tokenizer, and names for other facts.
+        folder: appears by rename, config, weights and tokenizer in it.
+        answer_tokens: positions of an answer that rows are filled up to; by the longest name when None.
+    Returns: the folder.
+    """
+    if folder.is_dir():
+        return folder
+    statements = other_statements(relation, config.pretraining.facts, config.seed)
+    tokenizer = train_tokenizer([statement.text for statement in statements] + _own_names(relation), config.vocabulary)
+    set_seed(config.seed)
+    module = untrained(config, tokenizer)
+    working = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(working, ignore_errors=True)
+    _pretrain(module, tokenizer, statements, config, working, answer_tokens)
+    module.save_pretrained(working)
+    tokenizer.save_pretrained(working)
+    working.rename(folder)
+    return folder
+
+
+def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE over these texts, with begin, end, padding and mask tokens; it adds none of them by itself."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[_BEGIN, _END, _PAD, _MASK],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    special = {"bos_token": _BEGIN, "eos_token": _END, "pad_token": _PAD, "mask_token": _MASK}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=_CONTEXT, **special)
+
+
+def untrained(config: TinyModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """The model of a layout with random weights, from torch's current random state."""
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    inner, rotation = 4 * config.d_model, {"rope_type": "default", "rope_theta": 10000.0}
+    if config.layout == "llada":
+        return LLaDAForMaskedDiffusion(
+            LLaDAConfig(
+                d_model=config.d_model,
+                n_heads=config.n_heads,
+                n_layers=config.n_layers,
+                mlp_hidden_size=inner,
+                max_sequence_length=_CONTEXT,
+                rope_theta=10000.0,
+                vocab_size=len(tokenizer),
+                mask_token_id=tokenizer.mask_token_id,
+                **ids,
+            )
+        )
+    size: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_heads,
+        "intermediate_size": inner,
+        "max_position_embeddings": _CONTEXT,
+        "rope_parameters": rotation,
+        **ids,
+    }
+    if config.layout == "dream":
+        return DreamForMaskedDiffusion(DreamConfig(mask_token_id=tokenizer.mask_token_id, **size))
+    return LlamaForCausalLM(LlamaConfig(**size))
+
+
+def other_statements(relation: TextRelation, count: int, seed: int = 0) -> list[TrainingText]:
+    """Statements of `count` facts that are none of the relation's, in both directions and every wording.
+
+    Each name is one of the relation's with every word exchanged for another name's word at the same place; no name of
+    the relation is among them, and none stands in two facts.
+    Raises: RevprobeError, when the words are too few for so many names.
+    """
+    generator = np.random.default_rng(seed)
+    taken = {name for column in relation.columns for name in relation.table[column]}
+    pairs = []
+    for _ in range(count):
+        pairs.append([_new_name(relation, column, taken, generator) for column in relation.columns])
+    found: dict[str, TrainingText] = {}
+    for place, direction in enumerate(relation.directions):
+        wordings = _one_of_each_wording(relation, direction)
+        for number, pair in enumerate(pairs):
+            names = pair if place == 0 else pair[::-1]
+            for one in wordings:
+                made = _renamed(one, names, f"other {number}", relation.carrier)
+                found.setdefault(made.text, made)
+    return list(found.values())
+
+
+def _one_of_each_wording(relation: TextRelation, direction: str) -> list[Statement]:
+    """One statement of each wording, told apart by the text around the names."""
+    kept: dict[tuple[str, str, str], Statement] = {}
+    for one in relation.statements[direction]:
+        (start, end), (second, last) = one.spans
+        kept.setdefault((one.text[:start], one.text[end:second], one.text[last:]), one)
+    return list(kept.values())
+
+
+def _renamed(one: Statement, names: Sequence[str], fact: str, carrier: str) -> TrainingText:
+    """A statement about two other names, behind the carrier."""
+    (start, end), (second, last) = one.spans
+    before, between, after = carrier + one.text[:start], one.text[end:second], one.text[last:]
+    place = len(before) + len(names[0]) + len(between)
+    spans = ((len(before), len(before) + len(names[0])), (place, place + len(names[1])))
+    text = before + names[0] + between + names[1] + after
+    return TrainingText(text, spans, fact, place - (second - one.prompt_length))
+
+
+def _new_name(relation: TextRelation, column: str, taken: set[str], generator: np.random.Generator) -> str:
+    names = [name.split() for name in relation.table[column]]
+    for _ in range(_TRIES):
+        pattern = names[int(generator.integers(len(names)))]
+        donors = [name for name in names if len(name) == len(pattern)]
+        words = [donors[int(generator.integers(len(donors)))][place] for place in range(len(pattern))]
+        made = " ".join(words)
+        if made not in taken:
+            taken.add(made)
+            return made
+    raise RevprobeError(
+        f"the words of {relation.name}'s column {column!r} make too few other names to pretrain on; lower "
+        "model.tiny.pretraining.facts, or take a relation whose names have several words"
+    )
+
+
+def _own_names(relation: TextRelation) -> list[str]:
+    """The relation's names behind its carrier, for the tokenizer alone: no statement of it is among them."""
+    return [f"{relation.carrier}{name}" for column in relation.columns for name in relation.table[column]]
+
+
+def _pretrain(
+    module: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    statements: Sequence[TrainingText],
+    config: TinyModel,
+    folder: Path,
+    answer_tokens: int | None,
+) -> None:
+    """Train all weights on the statements, with the objective of the layout."""
+    masked = config.layout != "llama"
+    probed = ProbedModel(module, tokenizer, objective="masked" if masked else "causal", check=False)
+    longest = answer_tokens or longest_answer(probed, statements)
+    rows = StatementRows(statements, probed, RowOptions(answer_tokens=longest))
+    learning = config.pretraining
+    arguments = lean_arguments(
+        folder / "training",
+        steps=learning.steps,
+        schedule="cosine",
+        per_device_train_batch_size=learning.batch_size,
+        learning_rate=learning.learning_rate,
+        warmup_steps=learning.steps // 10,
+        seed=config.seed,
+    )
+    trainer = ForwardOnlyTrainer(
+        model=module,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=PadRows(padding_id(tokenizer)),
+        objective=probed.objective,
+        logit_shift=probed.logit_shift if masked else 0,
+        antithetic=True,
+    )
+    trainer.train()
+    shutil.rmtree(folder / "training", ignore_errors=True)
+    module.eval()
+
+
+def longest_answer(model: ProbedModel, statements: Iterable[TrainingText]) -> int:
+    """Tokens of the longest completion among the statements, and one to end it."""
+    ends = [statement.text[statement.prompt_length :] for statement in statements]
+    ids = model.tokenizer(ends, add_special_tokens=False)["input_ids"]
+    return max(map(len, ids)) + 1

@@ -1,0 +1,205 @@
+"""How a model's queries turn with position: which planes, by which angles, checked on the queries themselves.
+
+A transformers model keeps its angles in the `inv_freq` buffer of its rotary embedding (`<layer type>_inv_freq` where
+layers differ), whatever scaling made them: default, linear, dynamic, yarn, longrope, llama3. Which entries of a head
+form a plane (k and k + r/2 as in Llama, or neighbours as in GPT-J), whether only part of the head turns, and whether
+a layer turns at all, no buffer says. One run says it: on sequences that repeat one token each, every layer of a model
+without position in its embeddings sees the same vector at every position, so its queries differ by the rotation
+alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..hooks.queries import tap_queries
+from ..hooks.untouched import untouched
+from .probed import ProbedModel
+from .radd import RaddConfig
+
+REPEATS = 8  # tokens of the run that checks; the angles compared are those of REPEATS - 1 tokens
+TOKENS = 8  # different ones, since the embedding of a padding token may be zero
+TURNS, STILL, OTHER = "rope", "no rotation", "other"
+NO_ATTENTION = "no scaled_dot_product_attention call was seen; load with attn_implementation='sdpa'"
+ALL_ZERO = "every query is zero, so nothing shows how position reaches them"
+UNCHECKED = "queries of equal tokens differ by more than a rotation: position reaches them another way"
+_INV_FREQ = re.compile(r"^(?:(?P<kind>\w+?)_)?inv_freq$")
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+_GROWING = ("dynamic", "longrope")  # angles that depend on the length of the sequence
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The rotation of one head's queries and keys.
+
+    Attributes:
+        angles: radians per token of each turning plane, slowest last, float64, `turning`.
+        head_dim: entries of a query; those that no plane holds do not turn.
+        start: the first turning entry.
+        interleaved: planes are neighbours (2k, 2k + 1); else k and k + r/2 of the r turning entries.
+        base: RoPE's base, NaN where the model names none; with scaling the angles do not follow from it alone.
+        scaling: "default", "linear", "dynamic", "yarn", "longrope", "llama3", ...
+        source: the buffer or setting the angles were taken from.
+    """
+
+    angles: np.ndarray
+    head_dim: int
+    start: int = 0
+    interleaved: bool = False
+    base: float = float("nan")
+    scaling: str = "default"
+    source: str = ""
+
+    @property
+    def frequencies(self) -> np.ndarray:
+        """theta_k of all planes of the head, zero for those that do not turn. Shapes: `-> plane`."""
+        return np.concatenate([self.angles, np.zeros(self.head_dim // 2 - len(self.angles))])
+
+    def plane_energy(self, query: np.ndarray) -> np.ndarray:
+        """|q_k|^2 in the order of `frequencies`, the same before and after the rotation.
+
+        Shapes: `... head_dim -> ... plane`.
+        """
+        turning, still = self._split(query)
+        planes = [np.square(turning).sum(-1), np.square(still.reshape(*still.shape[:-1], -1, 2)).sum(-1)]
+        return np.concatenate(planes, axis=-1)
+
+    def turned(self, query: np.ndarray, tokens: float) -> np.ndarray:
+        """The query `tokens` positions later, its entries ordered by plane. Shapes: `... head_dim -> ... head_dim`."""
+        turning, still = self._split(query)
+        cos, sin = np.cos(tokens * self.angles), np.sin(tokens * self.angles)
+        first, second = turning[..., 0], turning[..., 1]
+        return np.concatenate([first * cos - second * sin, first * sin + second * cos, still], axis=-1)
+
+    def _split(self, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Turning entries as `... turning 2`, and the rest as `... rest`."""
+        stop = self.start + 2 * len(self.angles)
+        part = query[..., self.start : stop]
+        shape = (-1, 2) if self.interleaved else (2, len(self.angles))
+        pairs = part.reshape(*part.shape[:-1], *shape)
+        still = np.concatenate([query[..., : self.start], query[..., stop:]], axis=-1)
+        return pairs if self.interleaved else np.moveaxis(pairs, -2, -1), still
+
+
+@dataclass(frozen=True)
+class LayerPositions:
+    """How position reaches one layer's queries.
+
+    Attributes:
+        kind: "rope" (they turn), "no rotation" (position does not reach them: ALiBi, other biases, none), "other".
+        rotary: the rotation; of the kind "other" what the model's buffers say, unchecked, None where they differ.
+        heads, head_dim: of the queries.
+        reason: why the kind is "other".
+    """
+
+    kind: str
+    rotary: Rotary | None
+    heads: int
+    head_dim: int
+    reason: str = ""
+
+
+def layer_positions(model: ProbedModel, *, length: int | None = None) -> dict[int, LayerPositions]:
+    """How position reaches the queries of each attention layer, by one run on repeated tokens.
+
+    Args:
+        length: tokens of the sequences that are asked about, for scalings that depend on it; short when None.
+    Returns: layer -> its positions; empty when no SDPA call is seen.
+    """
+    shown = torch.linspace(0, model.vocab_size - 1, TOKENS, device=model.device).long()
+    rows = torch.tensor([[0, REPEATS - 1]], device=model.device).expand(TOKENS, -1)
+    with untouched(model.module), torch.no_grad(), tap_queries(model.module, rows) as tap:
+        model.logits(shown[:, None].expand(-1, REPEATS).contiguous())
+    candidates = [*_candidates(model.module, REPEATS)]
+    asked = candidates if length is None else [*_candidates(model.module, length)]
+    # What rounding leaves of equal vectors, with room for depth.
+    tolerance = max(1e-4, 16 * torch.finfo(model.dtype).eps)
+    found = {}
+    for layer, call in tap.layers().items():
+        near, far = call.query.double().cpu().numpy().transpose(2, 0, 1, 3)
+        places = [place for place, (owner, _) in enumerate(candidates) if owner in (None, layer)]
+        pairs = [(candidates[place][1], asked[place][1]) for place in places]
+        found[layer] = _positions(near, far, pairs, tolerance)
+    return found
+
+
+def _positions(
+    near: np.ndarray, far: np.ndarray, candidates: list[tuple[Rotary, Rotary]], tolerance: float
+) -> LayerPositions:
+    """One layer, from its queries at the first and last row: what explains the difference best, if anything does.
+
+    Shapes: `near`, `far`: `sequence heads head_dim`. `candidates`: as they are in the run, and as they are asked about.
+    """
+    heads, head_dim = near.shape[1:]
+    size = float(np.linalg.norm(near))
+    if not size:
+        return LayerPositions(OTHER, None, heads, head_dim, ALL_ZERO)
+    fits: list[tuple[float, Rotary | None]] = [(float(np.linalg.norm(far - near)), None)]
+    for here, asked in candidates:
+        for rotary in _layouts(here, head_dim):
+            error = float(np.linalg.norm(rotary.turned(near, REPEATS - 1) - rotary.turned(far, 0.0)))
+            fits.append((error, replace(rotary, angles=asked.angles)))
+    least, best = min(fits, key=lambda fit: fit[0])
+    if least <= tolerance * size:
+        return LayerPositions(STILL if best is None else TURNS, best, heads, head_dim)
+    distinct = {asked.angles.tobytes(): asked for _, asked in candidates}
+    alone = next(iter(distinct.values())) if len(distinct) == 1 else None
+    fitting = alone is not None and 2 * len(alone.angles) <= head_dim
+    stated = replace(alone, head_dim=head_dim) if alone is not None and fitting else None
+    return LayerPositions(OTHER, stated, heads, head_dim, UNCHECKED)
+
+
+def _layouts(rotary: Rotary, head_dim: int) -> Iterator[Rotary]:
+    """The ways in which the planes may lie in a head."""
+    free = head_dim - 2 * len(rotary.angles)
+    if free < 0:
+        return
+    for start in dict.fromkeys((0, free)):
+        for interleaved in (False, True):
+            yield replace(rotary, head_dim=head_dim, start=start, interleaved=interleaved)
+
+
+def _candidates(module: nn.Module, length: int) -> Iterator[tuple[int | None, Rotary]]:
+    """Every set of angles the model holds, with the layer that owns it (None: shared by all)."""
+    config = getattr(module, "config", None)
+    if isinstance(config, RaddConfig) and config.position_encoding == "rope":
+        # RADD works its angles out from the config at every run and keeps no buffer.
+        dim = config.d_model // config.n_heads
+        angles = config.rope_base ** (-np.arange(0, dim, 2) / dim)
+        yield None, Rotary(angles, dim, base=config.rope_base, source="config.rope_base")
+    for path, child in module.named_modules():
+        layer = _LAYER.search(path)
+        for name, _ in list(child.named_buffers(recurse=False)):
+            match = _INV_FREQ.match(name)
+            if match and match["kind"] != "original" and not name.endswith("original_inv_freq"):
+                owner = int(layer[1]) if layer else None
+                yield owner, _rotary_of(child, name, match["kind"], f"{path}.{name}", length)
+
+
+def _rotary_of(module: nn.Module, name: str, kind: str | None, source: str, length: int) -> Rotary:
+    scaling = getattr(module, "rope_type", "default")
+    scaling = str(scaling.get(kind, "default") if isinstance(scaling, dict) else scaling)
+    if any(word in scaling for word in _GROWING):
+        # On a copy: the embedding's own code decides, and keeps what it decided.
+        module = copy.deepcopy(module)
+        positions = torch.arange(length, device=getattr(module, name).device)[None]
+        with torch.no_grad():
+            module(torch.zeros(1, device=positions.device), positions, **({"layer_type": kind} if kind else {}))
+    angles = getattr(module, name).detach().double().cpu().numpy().reshape(-1)
+    return Rotary(angles, 2 * len(angles), base=_base(module, kind), scaling=scaling, source=source)
+
+
+def _base(module: nn.Module, kind: str | None) -> float:
+    """RoPE's base as the embedding's config states it, or as unscaled angles show it; else NaN."""
+    config: Any = getattr(module, "config", None)
+    stated = getattr(config, "rope_parameters", None) or {}
+    stated = stated.get(kind, stated) if kind else stated
+    return float(stated.get("rope_theta", getattr(config, "rope_theta", float("nan"))))

@@ -1,0 +1,111 @@
+"""Edit single attention scores of a model: what a user calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RevprobeError
+from ..hooks.attention_edits import AttentionSite, EditLog, edit_scores, find_attention
+from ..models.probed import ProbedModel, as_probed
+
+Positions = Tensor | Sequence[Sequence[int]]
+Bias = float | Tensor | Callable[[int, Tensor], Tensor]
+
+
+@contextmanager
+def edit_attention(
+    model: ProbedModel | nn.Module,
+    rows: Positions,
+    columns: Positions,
+    bias: Bias = float("-inf"),
+    *,
+    layers: Iterable[int] | None = None,
+    heads: Iterable[int] | None = None,
+) -> Iterator[EditLog]:
+    """Add `bias` to the attention scores of `rows` at `columns` in every run inside the block.
+
+    The default, -inf, cuts the route from the columns to the rows; 0 changes nothing. Masks, causality, grouped
+    keys, autocast, gradients and gradient checkpointing are as without the edit. Attention is found by one run of a
+    few tokens, on any model the probes take. A row that would lose its last visible key keeps its scores, as does one
+    whose bias is NaN or +inf; the log that the block receives says which.
+
+        with rp.edit_attention(model, rows=[[9]], columns=[[0]], layers=[0]):
+            logits = model.logits(ids)
+
+    Shapes: `rows`: `batch rows`, `columns`: `batch columns`, for the batch that is run inside.
+    Args:
+        bias: a number or tensor broadcastable to `batch heads rows columns` (with `heads=`, still all heads), or a
+            function that makes it from the layer and the rows' scores before softmax, `batch heads rows seq`, -inf
+            where masked: `lambda layer, scores: 2.0 - scores[..., [0]]` sets the score of column 0 to 2.
+        layers, heads: which to edit; all when None.
+    Raises: RevprobeError, for a layer or head the model lacks, a position named twice, or a block in which the edited
+        attention never ran.
+    """
+    model = as_probed(model)
+    at_rows, at_columns = _positions(rows, "rows"), _positions(columns, "columns")
+    if len(at_rows) != len(at_columns):
+        raise RevprobeError(
+            f"rows for {len(at_rows)} sequences and columns for {len(at_columns)}: expected one list of each per "
+            "sequence of the batch"
+        )
+    sites = attention_sites(model)
+    chosen = choose_layers(model, sites, layers)
+    keep = choose_heads(model, sites, heads)
+
+    def change(layer: int, scores: Tensor) -> Tensor:
+        added = bias(layer, scores) if callable(bias) else bias
+        added = torch.as_tensor(added, dtype=scores.dtype, device=scores.device)
+        index = at_columns.to(scores.device)[:, None, None].expand(*scores.shape[:3], -1)
+        kept = torch.tensor([head in keep for head in range(scores.shape[1])], device=scores.device)
+        added = torch.where(kept[:, None, None], added, 0.0).expand_as(index)
+        return torch.zeros_like(scores).scatter(-1, index, added)
+
+    with edit_scores(model.module, sites, at_rows, change, layers=chosen) as log:
+        yield log
+
+
+def attention_sites(model: ProbedModel) -> list[AttentionSite]:
+    """Where the model attends, from one run over a few tokens. Raises: RevprobeError, when no attention is seen."""
+    few = min(4, model.vocab_size, model.max_length or 4)
+    ids = torch.arange(few, device=model.device)[None]
+    return find_attention(model.module, lambda: model.logits(ids))
+
+
+def choose_layers(model: ProbedModel, sites: Sequence[AttentionSite], layers: Iterable[int] | None) -> list[int]:
+    """The layers asked for, all of them when None. Raises: RevprobeError, for one without attention to edit."""
+    there = [site.layer for site in sites]
+    return _choose(model, "layer", there, layers)
+
+
+def choose_heads(model: ProbedModel, sites: Sequence[AttentionSite], heads: Iterable[int] | None) -> list[int]:
+    """The heads asked for, all of them when None. Raises: RevprobeError, for one that no layer has."""
+    return _choose(model, "head", list(range(max(site.heads for site in sites))), heads)
+
+
+def _choose(model: ProbedModel, what: str, there: list[int], asked: Iterable[int] | None) -> list[int]:
+    chosen = there if asked is None else sorted(set(asked))
+    wrong = [one for one in chosen if one not in there]
+    if wrong or not chosen:
+        named = repr(wrong[0]) if wrong else "list []"
+        listed = ", ".join(map(str, sorted(there)[:12])) + (", ..." if len(there) > 12 else "")
+        raise RevprobeError(f"no {what} {named} to edit in {model.name}: expected some of {listed}")
+    return chosen
+
+
+def _positions(positions: Positions, what: str) -> Tensor:
+    try:
+        table = torch.as_tensor(positions, dtype=torch.long)
+    except (TypeError, ValueError) as error:
+        raise RevprobeError(
+            f"{what} {positions!r}: expected one equally long list of positions per sequence"
+        ) from error
+    if table.dim() != 2 or not table.numel():
+        raise RevprobeError(f"{what} of shape {tuple(table.shape)}: expected `batch {what}`, one list per sequence")
+    ordered = table.sort(1).values
+    if (ordered[:, 1:] == ordered[:, :-1]).any() or (table < 0).any():
+        raise RevprobeError(f"{what} {table.tolist()} name a position twice or below 0; each counts once, from 0")
+    return table

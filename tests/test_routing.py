@@ -1,0 +1,487 @@
+"""Route edits against models run by hand, with the scores read back by the tap, and what the probe refuses to say."""
+
+import copy
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from revprobe import (
+    ProbedModel,
+    Query,
+    RaddConfig,
+    RaddForMaskedLM,
+    Reading,
+    ReversalPair,
+    ReversalPairs,
+    RevprobeError,
+    edit_attention,
+    letter_pairs,
+    letter_tokenizer,
+    load_model,
+    probe_route_edit,
+)
+from revprobe.hooks.attention import tap_attention
+from revprobe.models.radd import POSITION_ENCODINGS
+from revprobe.probes import route_changes, route_runs
+from revprobe.probes.attention import EVIDENCE_HIDDEN
+from revprobe.probes.routing import NO_POSITION, NO_STRENGTH, ONLY_KEY, other_positions
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SMALL = {"vocab_size": 56, "max_position_embeddings": 64, "bos_token_id": 54, "eos_token_id": None, "pad_token_id": 55}
+GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "hidden_size": 16}
+SIZES = {**GROUPED, "vocab_size": 60, "intermediate_size": 32, "max_position_embeddings": 64, "head_dim": 4}
+
+
+def spread(module: torch.nn.Module) -> torch.nn.Module:
+    """The same weights in every call, none near its initial value."""
+    torch.manual_seed(0)
+    for p in module.parameters():
+        p.data = 0.3 * torch.randn_like(p)
+    return module.eval()
+
+
+def radd(encoding: str = "rope", **sizes) -> ProbedModel:
+    config = RaddConfig(**{"position_encoding": encoding, "n_layers": 2, "n_heads": 2, "d_model": 16} | sizes)
+    return ProbedModel(spread(RaddForMaskedLM(config)), letter_tokenizer(), objective="masked")
+
+
+def gpt2() -> ProbedModel:
+    module = spread(GPT2LMHeadModel(GPT2Config(**SMALL, n_embd=16, n_layer=2, n_head=2)))
+    return ProbedModel(module, letter_tokenizer(), objective="causal")
+
+
+def llama(kernel: str = "sdpa") -> ProbedModel:
+    config = LlamaConfig(**SMALL, **GROUPED, intermediate_size=32, attn_implementation=kernel)
+    return ProbedModel(spread(LlamaForCausalLM(config)), letter_tokenizer(), objective="causal")
+
+
+def bridged(model: ProbedModel) -> ProbedModel:
+    told = {"objective": model.objective, "mask_token_id": model.mask_token_id, "logit_shift": model.logit_shift}
+    return ProbedModel(model.to_bridge(), letter_tokenizer(), **told)
+
+
+MODELS = {
+    **{e: (lambda e=e: radd(e)) for e in POSITION_ENCODINGS},
+    "rope bridged": lambda: bridged(radd()),
+    "gpt2": gpt2,
+    "llama": llama,
+    "llama eager": lambda: llama("eager"),
+    "llada": lambda: load_model(FIXTURES / "llada-tiny"),
+    "dream": lambda: load_model(FIXTURES / "dream-tiny"),
+}
+
+
+def wordy_pairs(model: ProbedModel, *, facts: int = 3, targets: int = 2, evidence: int = 2) -> ReversalPairs:
+    """Pairs of unequal lengths with targets and evidence of several tokens, evidence before the target if causal."""
+    draw = random.Random(0)
+    pairs = []
+    for fact in range(facts):
+        ids = draw.sample(range(1, min(model.vocab_size, 50)), targets + evidence + 6)
+        target, known, rest = ids[:targets], ids[targets : targets + evidence], ids[targets + evidence :]
+        first = Query([*rest[:2], *known, rest[2], *target], _from(3 + evidence, targets), _from(2, evidence))
+        second = Query(
+            [*rest[2:4], *known, *rest[3 : 5 + fact % 2], *target, *([] if model.objective == "causal" else [rest[5]])],
+            _from(4 + evidence + fact % 2, targets),
+            _from(2, evidence),
+        )
+        pairs.append(ReversalPair(first, second, fact=str(fact)))
+    return ReversalPairs.from_pairs(pairs)
+
+
+def _from(start: int, count: int) -> list[int]:
+    return list(range(start, start + count))
+
+
+# --- slow references ------------------------------------------------------------------------------------------------
+
+
+def steps_by_hand(model: ProbedModel, query: Query, mode: str) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """What is run for one query: (ids shown, (readout row, token) pairs read)."""
+    ids, shift = list(query.token_ids), model.logit_shift
+    reads = [(p - shift, ids[p]) for p in query.target_positions]
+    if model.objective == "causal":
+        return [(ids, reads)]
+    hide = lambda hidden: [model.mask_token_id if p in hidden else t for p, t in enumerate(ids)]  # noqa: E731
+    if mode == "parallel":
+        return [(hide(query.target_positions), reads)]
+    return [(hide(query.target_positions[k:]), [read]) for k, read in enumerate(reads)]
+
+
+def price_by_hand(model: ProbedModel, query: Query, mode: str, at=None, bias=float("-inf"), **where) -> float:
+    """Log-probability of the query's target, each step run alone, `at` edited from every readout row."""
+    total = 0.0
+    for ids, reads in steps_by_hand(model, query, mode):
+        rows = [[row for row, _ in reads]]
+        with torch.no_grad():
+            if at is None:
+                logits = model.logits(torch.tensor([ids]))[0]
+            else:
+                with edit_attention(model, rows, [list(at)], bias, **where):
+                    logits = model.logits(torch.tensor([ids]))[0]
+        total += sum(float(logits[row].double().log_softmax(-1)[token]) for row, token in reads)
+    return total
+
+
+def row_of(reading: Reading, pair: int, direction: str, **where):
+    frame = reading.frame.query("pair == @pair and direction == @direction")
+    wanted = {"scope": "all"} | where
+    for column, value in wanted.items():
+        frame = frame[frame[column] == value]
+    assert len(frame) == 1
+    return frame.iloc[0]
+
+
+@pytest.mark.parametrize("mode", ["chain", "parallel"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_knockout_equals_every_step_run_alone_with_the_route_cut(name, mode):
+    """Padding, several target and evidence tokens, scopes, and the control at the positions that were drawn."""
+    model = MODELS[name]()
+    if model.objective == "causal" and mode == "parallel":
+        pytest.skip("a causal model has no parallel mode")
+    pairs = wordy_pairs(model)
+    reading = probe_route_edit(model, pairs, mode=mode, batch_size=7)
+    assert reading.undefined == {} and reading.n == 3
+    for pair in range(3):
+        for direction in ("forward", "reverse"):
+            query = getattr(pairs[pair], direction)
+            before, whole = price_by_hand(model, query, mode), row_of(reading, pair, direction)
+            evidence, elsewhere = query.evidence_positions, other_positions(model, query, 0)
+            assert whole.log_probability == pytest.approx(before, abs=1e-5)
+            after = price_by_hand(model, query, mode, evidence)
+            assert whole.change == pytest.approx(after - before, abs=2e-5) and abs(whole.change) > 1e-4
+            other = price_by_hand(model, query, mode, elsewhere)
+            assert whole.change_control == pytest.approx(other - before, abs=2e-5)
+            head = row_of(reading, pair, direction, scope="head", layer=1, head=1)
+            after = price_by_hand(model, query, mode, evidence, layers=[1], heads=[1])
+            assert head.change == pytest.approx(after - before, abs=2e-5)
+            layer = row_of(reading, pair, direction, scope="layer", layer=0)
+            after = price_by_hand(model, query, mode, evidence, layers=[0])
+            assert layer.log_probability_edited == pytest.approx(after, abs=2e-5)
+
+
+def test_a_knockout_in_radd_equals_the_model_with_the_key_masked_by_hand(monkeypatch):
+    """Without any of this package's hooks: the bias of every layer gets -inf from the readout row to the evidence."""
+    model = radd("alibi")
+    pairs = letter_pairs(4, model=model)
+    reading = probe_route_edit(model, pairs, scope="all", control=False)
+    own = RaddForMaskedLM._attention_bias
+    for pair in range(0, len(pairs), 17):
+        query = pairs[pair].reverse
+        (target,), (evidence,) = query.target_positions, query.evidence_positions
+        cut = torch.zeros(4, 4)
+        cut[target, evidence] = float("-inf")
+        ids = torch.tensor([query.token_ids])
+        ids[0, target] = model.mask_token_id
+        with monkeypatch.context() as patched, torch.no_grad():
+            patched.setattr(RaddForMaskedLM, "_attention_bias", lambda *a, cut=cut: own(*a) + cut)
+            expected = model.module(ids).logits[0, target].double().log_softmax(-1)[query.target[0]]
+        assert row_of(reading, pair, "reverse").log_probability_edited == pytest.approx(float(expected), abs=1e-5)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What the tap reads in every batch the probe runs: (query batch, layer -> all scores of the readout rows)."""
+    found, own = [], route_runs.readout
+
+    def watched(model, batch):
+        everything = torch.arange(batch.input_ids.shape[1])[None].expand(len(batch.rows), -1)
+        with tap_attention(model.module, batch.rows, everything) as tap:
+            result = own(model, batch)
+        found.append((batch, {layer: call.score.double() for layer, call in tap.layers().items()}))
+        return result
+
+    monkeypatch.setattr(route_runs, "readout", watched)
+    return found
+
+
+def strengths(batch, scores: torch.Tensor, place: int, match: str) -> torch.Tensor:
+    """Log-odds or score of the evidence set, key by key in plain Python. Shapes: `-> head row`."""
+    evidence = batch.columns[place][batch.is_evidence[place]].tolist()
+    rows = []
+    for head in range(scores.shape[1]):
+        rows.append([])
+        for row in range(int(batch.is_target[place].sum())):
+            line = scores[place, head, row].tolist()
+            inside = math.log(sum(math.exp(s) for j, s in enumerate(line) if j in evidence))
+            outside = math.log(sum(math.exp(s) for j, s in enumerate(line) if j not in evidence))
+            rows[-1].append(inside - outside if match == "log_odds" else inside)
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("match", ["log_odds", "score"])
+@pytest.mark.parametrize("name", ["rope", "alibi", "llama", "llama eager", "gpt2", "dream", "rope bridged"])
+def test_after_a_transplant_each_row_has_the_other_querys_route(name, match, seen):
+    """Read back by the tap, in all layers and heads: 1e-5 from the donor's unedited run; weights within the set and
+    among the others keep their ratios in the first layer.
+    """
+    model = MODELS[name]()
+    pairs = wordy_pairs(model, facts=1)
+    mode = "chain" if model.objective == "causal" else "parallel"
+    probe_route_edit(model, pairs, edit="transplant", match=match, mode=mode, scope="all", control=False)
+    (plain, before), (edited, after) = seen
+    assert list(before) == [0, 1] and plain.input_ids.shape == edited.input_ids.shape
+    for layer in before:
+        for place in range(2):
+            donor = strengths(plain, before[layer], 1 - place, match)
+            own = strengths(plain, before[layer], place, match)
+            got = strengths(edited, after[layer], place, match)
+            torch.testing.assert_close(got, donor, atol=1e-5, rtol=0)
+            assert (own - donor).abs().min() > 1e-3, "nothing was there to transplant"
+            if layer == 0:
+                check_only_a_shift(edited, place, after[0] - before[0], moved=donor - own, match=match)
+
+
+def check_only_a_shift(batch, place: int, change: torch.Tensor, moved: torch.Tensor, match: str) -> None:
+    evidence = batch.columns[place][batch.is_evidence[place]].tolist()
+    for row in range(int(batch.is_target[place].sum())):
+        line = change[place, :, row].nan_to_num()  # -inf minus -inf
+        others = [j for j in range(line.shape[-1]) if j not in evidence]
+        assert line[:, others].abs().max() < 1e-5
+        torch.testing.assert_close(line[:, evidence], moved[:, [row]].expand(-1, len(evidence)), atol=1e-5, rtol=0)
+
+
+def test_scaling_multiplies_the_odds_and_its_control_the_odds_of_other_positions(seen):
+    model = radd("rope")
+    query = wordy_pairs(model, facts=1)[0].forward
+    pairs = ReversalPairs.from_pairs([ReversalPair(query, query)])
+    probe_route_edit(model, pairs, edit="scale", factor=3.0, mode="parallel", scope="all")
+    (plain, before), (edited, after) = seen
+    moved = (after[0] - before[0][[0, 0]]).exp()
+    expected = torch.ones_like(moved)
+    expected[0, ..., list(query.evidence_positions)] = 3.0
+    expected[1, ..., list(other_positions(model, query, 0))] = 3.0
+    torch.testing.assert_close(moved, expected, atol=1e-4, rtol=0)
+
+
+def test_identity_edits_change_nothing():
+    """Scaling by 1, and transplanting a query's own route into itself."""
+    model = radd("absolute")
+    query = wordy_pairs(model, facts=1)[0].forward
+    same = ReversalPairs.from_pairs([ReversalPair(query, query)])
+    assert probe_route_edit(model, same, edit="scale", factor=1.0).frame.change.abs().max() < 1e-12
+    assert probe_route_edit(model, same, edit="transplant").frame.change.abs().max() < 1e-5
+
+
+def test_in_one_layer_a_cut_query_cannot_tell_which_evidence_it_holds():
+    """With one layer the readout row reads the evidence through this route alone; with two it also reads its traces."""
+    for layers, equal in ((1, True), (2, False)):
+        model = radd("rope", n_layers=layers)
+        pairs = letter_pairs(5, model=model)
+        other = [
+            Query([q.token_ids[p] if p not in q.evidence_positions else 40 for p in range(5)], q.target_positions, q.evidence_positions)
+            for q in pairs.queries
+        ]
+        replaced = ReversalPairs(tuple(other), pairs.forward, pairs.reverse, pairs.facts)
+        first, second = (probe_route_edit(model, p, scope="all", control=False).frame for p in (pairs, replaced))
+        gap = (first.log_probability_edited - second.log_probability_edited).abs().max()
+        assert (gap < 1e-5) == equal
+        assert (first.log_probability - second.log_probability).abs().max() > 1e-2
+
+
+# --- controls, undefined numbers, bookkeeping -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rope", "gpt2", "dream"])
+def test_the_control_draws_other_visible_positions_and_all_of_them_in_time(name):
+    model = MODELS[name]()
+    query = wordy_pairs(model, facts=1)[0].reverse
+    taken = {*query.target_positions, *query.evidence_positions}
+    end = query.target_positions[0] if model.objective == "causal" else len(query.token_ids)
+    allowed = {p for p in range(end) if p not in taken}
+    drawn = [other_positions(model, query, seed) for seed in range(200)]
+    assert all(len(positions) == len(set(positions)) == 2 for positions in drawn)
+    assert {p for positions in drawn for p in positions} == allowed
+    assert drawn[0] == other_positions(model, query, 0), "the same seed draws the same positions"
+
+
+def test_a_masked_position_is_never_a_control():
+    model = radd()
+    query = Query([1, 53, 2, 3, 53], [0], [2])
+    assert {other_positions(model, query, seed) for seed in range(30)} == {(3,)}
+
+
+def test_no_position_for_the_control_is_nan_and_counted():
+    model = radd()
+    pair = ReversalPair(Query([1, 2], [0], [1]), Query([2, 1], [1], [0]))
+    reading = probe_route_edit(model, ReversalPairs.from_pairs([pair]), scope="all")
+    assert math.isfinite(reading.value) and reading.control is None
+    assert reading.frame.change_control.isna().all() and set(reading.frame.reason_control) == {NO_POSITION}
+    assert reading.undefined == {NO_POSITION: 1}
+
+
+def causal_pair(length: int, target: int, evidence: int, **tokens) -> ReversalPairs:
+    ids = list(range(10, 10 + length))
+    query = Query(ids, [target], [evidence])
+    return ReversalPairs.from_pairs([ReversalPair(query, query)])
+
+
+def test_evidence_that_is_all_a_row_sees_or_that_it_cannot_see_is_nan_with_the_reason():
+    model = gpt2()
+    alone = probe_route_edit(model, causal_pair(4, target=1, evidence=0))
+    assert math.isnan(alone.value) and set(alone.frame.reason) == {ONLY_KEY} and alone.n == 0
+    hidden = probe_route_edit(model, causal_pair(4, target=1, evidence=2))
+    assert math.isnan(hidden.value) and set(hidden.frame.reason) == {EVIDENCE_HIDDEN}
+    assert hidden.undefined == {EVIDENCE_HIDDEN: 1} and (hidden.frame.edited == 0.0).all()
+    for evidence in (0, 2):
+        moved = probe_route_edit(model, causal_pair(4, target=1, evidence=evidence), edit="transplant")
+        assert set(moved.frame.reason) == {NO_STRENGTH}
+    assert set(alone.frame.reason_control) == {ONLY_KEY}
+
+
+def test_a_window_that_hides_the_evidence_in_one_layer_leaves_half_of_the_edit():
+    config = transformers.Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=2, layer_types=["full_attention", "sliding_attention"]
+    )
+    model = ProbedModel(spread(transformers.Qwen2ForCausalLM(config)), objective="causal")
+    reading = probe_route_edit(model, causal_pair(8, target=6, evidence=1))
+    frame = reading.frame[reading.frame.direction == "reverse"]
+    assert frame.query("scope == 'all'").edited.tolist() == [0.5] and math.isfinite(reading.value)
+    windowed = frame.query("scope != 'all' and layer == 1")
+    assert windowed.change.isna().all() and set(windowed.reason) == {EVIDENCE_HIDDEN}
+    only_full = frame.query("scope == 'layer' and layer == 0").change.item()
+    assert reading.value == pytest.approx(only_full, abs=1e-9)
+
+
+def test_layers_without_softmax_attention_are_nan_rows_with_the_reason():
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    config = transformers.Qwen3_5TextConfig(**SIZES | {"num_hidden_layers": 4}, **heads)
+    module = spread(transformers.AutoModelForCausalLM.from_config(config))
+    model = ProbedModel(module, objective="causal")
+    reading = probe_route_edit(model, causal_pair(6, target=5, evidence=1), scope="layer")
+    reasons = reading.frame.query("direction == 'reverse' and scope == 'layer'").set_index("layer").reason
+    assert reasons.to_dict() == {3: "", **{n: f"layer {n} has no softmax attention" for n in range(3)}}
+    assert math.isfinite(reading.value)
+
+
+def test_equal_cells_run_once_and_every_scope_has_its_rows():
+    done = []
+    one = radd(n_layers=1, n_heads=1)
+    pairs = letter_pairs(4, model=one)
+    reading = probe_route_edit(one, pairs, progress=lambda now, total: done.append((now, total)))
+    queries = len(pairs.queries)
+    assert done[-1] == (3 * queries, 3 * queries), "plain, edited and control; layer 0 and its head are the same edit"
+    changes = reading.frame.pivot(index=["pair", "direction"], columns="scope", values="change")
+    assert (changes["all"] == changes["layer"]).all() and (changes["all"] == changes["head"]).all()
+    counts = {scope: len(probe_route_edit(radd(), pairs, scope=scope).frame) for scope in ("all", "layer", "head")}
+    assert counts == {"all": 2 * len(pairs), "layer": 2 * 3 * len(pairs), "head": 2 * 7 * len(pairs)}
+
+
+def test_layers_and_heads_choose_what_is_edited_also_in_the_whole_route():
+    model = radd()
+    pairs = wordy_pairs(model)
+    reading = probe_route_edit(model, pairs, layers=[1], heads=[0])
+    assert set(reading.frame.layer.dropna()) == {1} and set(reading.frame["head"].dropna()) == {0}
+    query = pairs[0].reverse
+    expected = price_by_hand(model, query, "chain", query.evidence_positions, layers=[1], heads=[0])
+    assert row_of(reading, 0, "reverse").log_probability_edited == pytest.approx(expected, abs=1e-5)
+    assert (reading.meta["layers"], reading.meta["heads"]) == ([1], [0])
+
+
+@pytest.mark.parametrize("edit", ["knockout", "transplant"])
+def test_numbers_do_not_depend_on_the_batch(edit):
+    model = radd()
+    pairs = wordy_pairs(model)
+    frames = [probe_route_edit(model, pairs, edit=edit, batch_size=size).frame for size in (1, 5, None)]
+    for other in frames[1:]:
+        np.testing.assert_allclose(frames[0].change, other.change, atol=1e-5)
+        np.testing.assert_allclose(frames[0].change_control, other.change_control, atol=1e-5)
+
+
+def test_swapped_pairs_of_unequal_targets_take_the_mean_route(seen):
+    model = gpt2()
+    forward = Query([1, 2, 3, 4, 5, 6], [4, 5], [1])
+    reverse = Query([9, 5, 6, 3, 2], [4], [1, 2])
+    pairs = ReversalPairs.from_pairs([ReversalPair(forward, reverse, kind="swapped")])
+    reading = probe_route_edit(model, pairs, edit="transplant", scope="all", control=False)
+    (plain, before), (edited, after) = seen
+    donor = strengths(plain, before[0], 0, "log_odds")
+    torch.testing.assert_close(strengths(edited, after[0], 1, "log_odds"), donor.mean(1, keepdim=True), atol=1e-5, rtol=0)
+    own = strengths(plain, before[0], 1, "log_odds")
+    torch.testing.assert_close(strengths(edited, after[0], 0, "log_odds"), own.expand(-1, 2), atol=1e-5, rtol=0)
+    assert set(reading.frame.kind) == {"swapped"} and reading.meta["kind"] == "swapped"
+
+
+def test_the_value_is_the_mean_reverse_change_of_the_whole_route_and_survives_saving(tmp_path):
+    model = radd()
+    pairs = letter_pairs(4, model=model)
+    reading = probe_route_edit(model, pairs)
+    rows = reading.frame.query("direction == 'reverse' and scope == 'all'")
+    assert reading.value == pytest.approx(rows.change.mean()) and reading.n == len(pairs)
+    assert reading.control.value == pytest.approx(rows.change_control.mean())
+    assert reading.excess.value == pytest.approx((rows.change - rows.change_control).mean())
+    assert reading.interval[0] < reading.value < reading.interval[1]
+    summary = reading.summary(by=["direction", "scope", "layer", "head"])
+    forward = summary.query("direction == 'forward' and scope == 'head' and layer == 1 and head == 0")
+    part = reading.frame.query("direction == 'forward' and scope == 'head' and layer == 1 and head == 0")
+    assert forward.value.item() == pytest.approx(part.change.mean())
+    loaded = Reading.load(reading.save(tmp_path / "route.parquet"))
+    assert repr(loaded) == repr(reading) and loaded.frame.equals(reading.frame)
+    assert "other positions" in reading.control.method and "deranged" not in reading.control.method
+
+
+def test_the_figures_show_the_summary(tmp_path):
+    model = radd()
+    reading = probe_route_edit(model, letter_pairs(4, model=model), edit="scale")
+    summary = reading.summary(by=["direction", "scope", "layer", "head"]).query("direction == 'reverse'")
+    figure = reading.plot()
+    control, value = figure.data
+    assert len(value.x) == 1 + 2 + 4 and value.x[-1] == reading.value and control.x[-1] == reading.control.value
+    assert value.y[-1].startswith("all at once") and value.y[0].startswith("layer 1, head 1")
+    (heat,) = reading.plot(kind="heatmap").data
+    expected = summary.query("scope == 'head' and layer == 0 and head == 1").value.item()
+    assert heat.z[0][1] == pytest.approx(expected) and heat.zmax == -heat.zmin
+    with pytest.raises(RevprobeError, match="kind 'heat'"):
+        reading.plot(kind="heat")
+    alone = probe_route_edit(gpt2(), causal_pair(4, target=1, evidence=0))
+    assert ONLY_KEY in alone.plot().layout.annotations[0].text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"edit": "knock-out"}, "unknown edit 'knock-out'.*knockout"),
+        ({"match": "odds"}, "unknown match 'odds'"),
+        ({"scope": "heads"}, "unknown scope 'heads'.*head"),
+        ({"edit": "scale", "factor": 0.0}, "factor 0.0: expected a positive number; edit='knockout'"),
+        ({"layers": [5]}, "no layer 5 to edit"),
+        ({"heads": [-1]}, "no head -1 to edit"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"mode": "chains"}, "mode 'chains'"),
+    ],
+)
+def test_a_wrong_option_says_what_was_expected(options, message):
+    model = radd()
+    with pytest.raises(RevprobeError, match=message):
+        probe_route_edit(model, letter_pairs(4, model=model), **options)
+
+
+def test_the_model_comes_out_as_it_went_in_also_when_it_raises():
+    model = radd()
+    model.module.train()
+    model.module.embed_tokens.weight.grad = torch.ones_like(model.module.embed_tokens.weight)
+    before, state = copy.deepcopy(model.module.state_dict()), torch.random.get_rng_state()
+    probe_route_edit(model, wordy_pairs(model), edit="transplant")
+    with pytest.raises(ZeroDivisionError):
+        probe_route_edit(model, wordy_pairs(model), progress=lambda *_: 1 / 0)
+    assert all(torch.equal(before[name], value) for name, value in model.module.state_dict().items())
+    assert all(m.training for m in model.module.modules()) and torch.equal(state, torch.random.get_rng_state())
+    assert (model.module.embed_tokens.weight.grad == 1).all()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.module.modules())
+
+
+def test_a_control_that_moves_the_evidence_turns_this_red(monkeypatch):
+    """The planted fault: the control edits the evidence itself."""
+    model = radd()
+    pairs = wordy_pairs(model)
+    honest = probe_route_edit(model, pairs, scope="all").frame
+    own = route_changes.RouteChange.__init__
+    monkeypatch.setattr(route_changes.RouteChange, "__init__", lambda self, edit, evidence, at, *a, **k: own(self, edit, evidence, evidence, *a, **k))
+    faulty = probe_route_edit(model, pairs, scope="all").frame
+    assert (honest.change - honest.change_control).abs().min() > 1e-6
+    assert np.allclose(faulty.change, faulty.change_control, atol=1e-6)
