@@ -21,10 +21,12 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal t
     from .errors import RevprobeError
     from .finetune.decoding import decode
     from .finetune.letters_relation import letter_pairs, letters
+    from .finetune.one_step import one_step, one_step_curves
     from .finetune.relations import from_table, invented_names, parent_child, person_description, trex
     from .finetune.runs import open_run, train
     from .finetune.scoring import decoded_match
     from .finetune.snapshots import ProbeCallback
+    from .finetune.storage_curves import storage_curves
     from .finetune.sweeps import open_sweep, run_sweep
     from .finetune.text_relations import Question, TextRelation
     from .models.gpt2 import one_layer_gpt2
@@ -42,6 +44,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal t
     from .probes.probability import probe_reverse_probability
     from .probes.readings import Reading, Readings
     from .probes.routing import probe_route_edit
+    from .probes.storage import logit_contributions, probe_stored_evidence
     from .probes.storage_gradient import storage_gradient_cosines
     from .probes.text_pairs import pairs_from_frame
     from .probes.theory import (
@@ -77,8 +80,11 @@ _EXPORTS = {
     "letters": ".finetune.letters_relation",
     "list_models": ".models.registry",
     "load_model": ".models.registry",
+    "logit_contributions": ".probes.storage",
     "model_theory": ".probes.model_theory",
     "one_layer_gpt2": ".models.gpt2",
+    "one_step": ".finetune.one_step",
+    "one_step_curves": ".finetune.one_step",
     "open_run": ".finetune.runs",
     "open_sweep": ".finetune.sweeps",
     "pairs_from_frame": ".probes.text_pairs",
@@ -89,12 +95,14 @@ _EXPORTS = {
     "probe_gradient_cosine": ".probes.gradient",
     "probe_reverse_probability": ".probes.probability",
     "probe_route_edit": ".probes.routing",
+    "probe_stored_evidence": ".probes.storage",
     "register_model": ".models.registry",
     "rope_asymmetric_bound": ".probes.theory",
     "rope_conditional_correlation": ".probes.theory",
     "rope_correlation_bound": ".probes.theory",
     "rope_correlation_tail": ".probes.theory",
     "run_sweep": ".finetune.sweeps",
+    "storage_curves": ".finetune.storage_curves",
     "storage_gradient_cosines": ".probes.storage_gradient",
     "theory_tables": ".probes.theory_tables",
     "train": ".finetune.runs",
@@ -128,8 +136,11 @@ __all__ = [
     "letters",
     "list_models",
     "load_model",
+    "logit_contributions",
     "model_theory",
     "one_layer_gpt2",
+    "one_step",
+    "one_step_curves",
     "open_run",
     "open_sweep",
     "pairs_from_frame",
@@ -140,12 +151,14 @@ __all__ = [
     "probe_gradient_cosine",
     "probe_reverse_probability",
     "probe_route_edit",
+    "probe_stored_evidence",
     "register_model",
     "rope_asymmetric_bound",
     "rope_conditional_correlation",
     "rope_correlation_bound",
     "rope_correlation_tail",
     "run_sweep",
+    "storage_curves",
     "storage_gradient_cosines",
     "theory_tables",
     "train",

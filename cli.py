@@ -10,16 +10,13 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from . import __version__
-from .cli_finetune import evaluate
+from .cli_finetune import evaluate, finetune, interruptible
 from .cli_reproduce import reproduce
 from .errors import RevprobeError, first_line
 
@@ -92,13 +89,13 @@ def train(
     run_config = parse_config(sys.stdin.read(), RunConfig, "stdin") if config == "-" else load_config(config, RunConfig)
     folder, console = out / run_config.name, make_console()
     if os.environ.get(JSON_PROGRESS):  # a sweep is listening
-        with _interruptible(console):
+        with interruptible(console):
             train_run(run_config, folder, listener=json_lines)
         return
     if is_finished(folder, run_config):
         console.print(f"{run_config.name}: finished already, skipped ({folder})", soft_wrap=True)
         return
-    with _interruptible(console), shown_progress(run_config.name, console) as listener:
+    with interruptible(console), shown_progress(run_config.name, console) as listener:
         run = train_run(run_config, folder, listener=listener)
     print_final(summary_frame([run.for_report()]), console)
     console.print(f"checkpoints and readings: {folder}", soft_wrap=True)
@@ -166,7 +163,7 @@ def sweep(
     from .finetune.terminal import make_console, print_final, read_summary
 
     console = make_console()
-    with _interruptible(console):
+    with interruptible(console):
         done = run_sweep(config, jobs=jobs, out=out, console=console)
     print_final(read_summary(done.path), console)
     console.print(f"report: {done.path / 'report.html'}", soft_wrap=True)
@@ -179,13 +176,14 @@ def sweep(
 def report(path: Annotated[Path, typer.Argument(help="The folder of a run or of a sweep.")]) -> None:
     """Write report.html (one file, opens without a network) and summary.csv into the folder of a run or sweep."""
     from .finetune.runs import is_run, open_run
-    from .finetune.sweeps import open_sweep
+    from .finetune.sweeps import Sweep, open_sweep
     from .finetune.terminal import make_console, print_final, read_summary
     from .probes.report import write_report
 
     console = make_console()
-    runs = [open_run(path).for_report()] if is_run(path) else open_sweep(path).for_report(console)
-    written = write_report(runs, path / "report.html", title=path.resolve().name)
+    shown = open_run(path) if is_run(path) else open_sweep(path)
+    runs = shown.for_report(console) if isinstance(shown, Sweep) else [shown.for_report()]
+    written = write_report(runs, path / "report.html", title=path.resolve().name, sections=shown.report_sections())
     print_final(read_summary(path), console)
     console.print(f"report: {written}", soft_wrap=True)
     problems = [f"{run.name}: {run.problem}" for run in runs if run.problem]
@@ -208,8 +206,13 @@ def models() -> None:
 
 
 app.command(
-    epilog="Example: [bold]revprobe evaluate runs/p2c --relation parent_child --path pairs.csv --direction P2C[/bold]"
+    epilog="Examples: [bold]revprobe evaluate runs/llada-p2c-s0[/bold], "
+    "[bold]revprobe evaluate gpt2 --relation invented_names --direction P2C --out readings[/bold]"
 )(evaluate)
+app.command(
+    epilog="Examples: [bold]revprobe finetune finetune-tiny --jobs 2[/bold], "
+    "[bold]revprobe finetune my_finetuning.yaml[/bold]"
+)(finetune)
 app.add_typer(reproduce, name="reproduce")
 
 
@@ -236,16 +239,6 @@ def _require_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
-
-
-@contextmanager
-def _interruptible(console: Console) -> Iterator[None]:
-    """Say what Ctrl-C leaves behind."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        console.print("stopped; everything up to the last snapshot is kept, run the same command again to go on")
-        raise typer.Exit(130) from None
 
 
 def _os_line(error: OSError) -> str:

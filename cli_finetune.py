@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from .errors import RevprobeError
+
+if TYPE_CHECKING:
+    from .finetune.finetune_config import FinetuneConfig, FinetuneSweepConfig
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder that gets a folder of the config's name.")]
 
@@ -20,24 +28,84 @@ def finetune(
     ] = 1,
     out: Out = Path("runs"),
 ) -> None:
-    """Fine-tune a model on one direction of a relation, probe it at every snapshot, and score both directions."""
+    """Fine-tune on one direction of a relation, probe at every snapshot, and score both directions.
+
+    Resumes a run that was stopped, skips what is finished in a sweep, and writes a report with Table 7's layout.
+    """
+    from .finetune.finetune_config import FinetuneConfig, parse_finetune, read_finetune
+
+    chosen = parse_finetune(sys.stdin.read(), "stdin") if config == "-" else read_finetune(config)
+    if isinstance(chosen, FinetuneConfig):
+        _finetune_one(chosen, out / chosen.name)
+    else:
+        _finetune_all(chosen, jobs, out)
+
+
+def _finetune_one(config: FinetuneConfig, folder: Path) -> None:
+    """One run, with its numbers and its report; only its progress where a sweep listens."""
+    from .finetune.finetuning import finetune as run_finetuning
+    from .finetune.progress import JSON_PROGRESS, json_lines, shown_progress
+    from .finetune.runs import is_finished
+    from .finetune.table7 import print_table7
+    from .finetune.terminal import make_console, print_final
+    from .probes.report import summary_frame, write_report
+
+    console = make_console()
+    if os.environ.get(JSON_PROGRESS):
+        with interruptible(console):
+            run_finetuning(config, folder, listener=json_lines)
+        return
+    if is_finished(folder, config):
+        console.print(f"{config.name}: finished already, skipped ({folder})", soft_wrap=True)
+        return
+    with interruptible(console), shown_progress(config.name, console) as listener:
+        run = run_finetuning(config, folder, listener=listener)
+    if int(os.environ.get("RANK", "0")):  # another process of this run shows and writes it
+        return
+    print_final(summary_frame([run.for_report()]), console)
+    print_table7([run], console)
+    report = write_report([run.for_report()], folder / "report.html", title=run.name, sections=run.report_sections())
+    console.print(f"report: {report}", soft_wrap=True)
+
+
+def _finetune_all(config: FinetuneSweepConfig, jobs: int, out: Path) -> None:
+    from .finetune.finetuning import finetuning_runs
+    from .finetune.sweeps import run_sweep
+    from .finetune.table7 import print_table7
+    from .finetune.terminal import make_console, print_final, read_summary
+
+    console = make_console()
+    with interruptible(console):
+        done = run_sweep(config, jobs=jobs, out=out, console=console)
+    print_final(read_summary(done.path), console)
+    print_table7(finetuning_runs(done.runs), console)
+    console.print(f"report: {done.path / 'report.html'}", soft_wrap=True)
+
+
+@contextmanager
+def interruptible(console: Console) -> Iterator[None]:
+    """Say what Ctrl-C leaves behind."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("stopped; everything up to the last snapshot is kept, run the same command again to go on")
+        raise typer.Exit(130) from None
 
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="A run, a checkpoint folder, an adapter, a hub name.")],
-    relation: Annotated[str, typer.Option(help="A relation's name, such as parent_child or invented_names.")],
-    direction: Annotated[str, typer.Option(help="The direction that was trained, such as P2C.")],
+    relation: Annotated[str | None, typer.Option(help="A relation's name; a fine-tuning run's own by default.")] = None,
+    direction: Annotated[
+        str | None, typer.Option(help="The direction that was trained, such as P2C; a run knows its own.")
+    ] = None,
     path: Annotated[Path | None, typer.Option(help="The relation's published file or folder.")] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option(
-            "--option", help="How the relation was made for training, NAME=VALUE, such as seed=1; repeatable."
-        ),
+        typer.Option("--option", help="The relation's options in training, NAME=VALUE, such as seed=1; repeatable."),
     ] = None,
     split: Annotated[str, typer.Option(help="Which facts: train, heldout (the floor) or both.")] = "both",
     templates: Annotated[
-        str | None,
-        typer.Option(help="Wordings: train, heldout or all; held-out ones by default, where there are some."),
+        str | None, typer.Option(help="Wordings: train, heldout or all; held-out ones where there are some.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the readings, one parquet file for each side.")
@@ -50,29 +118,29 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
 ) -> None:
     """Score forward and reverse exact match by decoding: on trained facts, and on held-out ones as the floor."""
-    from .finetune.evaluation import SPLITS, evaluate_relation, match_table, save_evaluation
+    from .finetune.evaluation import SPLITS, evaluate_relation, match_table, save_evaluation, what_to_ask
     from .finetune.progress import shown_probes
-    from .finetune.relations import load_relation
     from .finetune.terminal import make_console, text_table
     from .models.registry import load_model
 
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)  # a wrong --out is told before anything is decoded
-    facts = load_relation(relation, path, **_relation_options(option or []))
+    options = _relation_options(option or [])
+    asking = what_to_ask(model, relation=relation, path=path, direction=direction, options=options)
     probed = load_model(model, step=step, device=device)
-    console, bar = make_console(), f"{probed.name}, {relation}"
+    console, bar = make_console(), f"{probed.name}, {asking.relation.name}"
     with shown_probes([bar], console) as listener:
         readings = evaluate_relation(
             probed,
-            facts,
-            direction,
+            asking.relation,
+            asking.direction,
             splits=SPLITS if split == "both" else (split,),
-            templates=templates,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
+            templates=templates or asking.options.templates,
+            max_new_tokens=max_new_tokens or asking.options.max_new_tokens,
+            batch_size=batch_size or asking.options.batch_size,
             progress=None if listener is None else lambda done, total: listener(bar, done, total),
         )
-    console.print(text_table(match_table(readings), f"{bar}, trained in direction {direction}"))
+    console.print(text_table(match_table(readings), f"{bar}, trained in direction {asking.direction}"))
     if out is not None:
         save_evaluation(readings, out)
         console.print(f"{len(readings)} readings: {out}", soft_wrap=True)

@@ -53,7 +53,9 @@ def one_layer(
     batched: Annotated[
         bool | None, typer.Option("--batched/--separate", help="Runs of one shape together; on cuda by default.")
     ] = None,
-    train: Annotated[bool, typer.Option("--train/--table-only", help="Or only the tables of what has been run.")] = True,
+    train: Annotated[
+        bool, typer.Option("--train/--table-only", help="Or only the tables of what has been run.")
+    ] = True,
 ) -> None:
     """Tables 1 and 2 and Figure 3 from trained models; hours on two cores, and the same command goes on."""
     from .finetune.reproduce import NOT_RUN, collect_measures, compare, one_layer_sweep
@@ -73,17 +75,17 @@ def one_layer(
             console.print("stopped; finished runs and checkpoints are kept, run the same command again to go on")
             raise typer.Exit(130) from None
     folder = out / asked.name
+    if not folder.is_dir():
+        raise RevprobeError(f"no runs at {str(folder)!r}; expected the folder of a sweep, or leave --table-only out")
     measures, left_out = collect_measures(folder, one_layer_sweep(seeds=seeds, device=device).runs())
     result = compare(measures, seeds=seeds)
     text = one_layer_markdown(result, seeds=seeds)
-    frames = {"cells": result.cells, "seeds": result.seeds, "signatures": result.signatures, "claims": result.claims}
     for name, problem in left_out.items():
         if problem != NOT_RUN:
             console.print(f"{name}: not in the tables: {problem}", soft_wrap=True)
-    if folder.is_dir():
-        written = write_reproduction(folder, frames, text, "Tables 1 and 2 and Figure 3 of the paper")
-        console.print(text, soft_wrap=True)
-        console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
+    written = write_reproduction(folder, result.frames, text, "Tables 1 and 2 and Figure 3 of the paper")
+    console.print(text, soft_wrap=True)
+    console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
     if failed is not None:
         raise failed
 

@@ -60,18 +60,31 @@ def train_together(
 
     Args:
         listeners: by run name, called with (step, steps, loss).
-    Returns: what went wrong, by run name; a group that fails does not stop the next.
-    Raises: RevprobeError, when a folder belongs to another config or is being written by another process.
+    Returns: what went wrong, by run name: training, or a folder that belongs to another config or is being written by
+        another process. Neither stops the others.
     """
     problems: dict[str, str] = {}
     for group in groups_of_one_shape(configs):
         with ExitStack() as held:
+            runs = []
             for config in group:
-                (Path(folder) / config.name).mkdir(parents=True, exist_ok=True)
-                held.enter_context(only_writer(Path(folder) / config.name))
-            runs = [claim_run(Path(folder) / config.name, config) for config in group]
+                try:
+                    runs.append(_claim(Path(folder) / config.name, config, held))
+                except (RevprobeError, OSError) as error:
+                    problems[config.name] = _line(error)
             problems |= _train_group([run for run in runs if not run.finished], listeners or {})
     return problems
+
+
+def _claim(folder: Path, config: RunConfig, held: ExitStack) -> Run:
+    """Hold a run's folder until `held` is left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held.enter_context(only_writer(folder))
+    return claim_run(folder, config)
+
+
+def _line(error: Exception) -> str:
+    return first_line(error, with_type=not isinstance(error, RevprobeError))
 
 
 def _train_group(runs: list[Run], listeners: Mapping[str, Listener]) -> dict[str, str]:
@@ -82,8 +95,7 @@ def _train_group(runs: list[Run], listeners: Mapping[str, Listener]) -> dict[str
             with pinned_threads(together[0].config.training.threads), quiet_transformers():
                 Batch(together, listeners).train()
         except Exception as error:
-            line = first_line(error, with_type=not isinstance(error, RevprobeError))
-            problems |= dict.fromkeys((run.path.name for run in together), line)
+            problems |= dict.fromkeys((run.path.name for run in together), _line(error))
     for run in runs:
         if run.path.name in problems:
             write_text(run.path / PROBLEM, f"{problems[run.path.name]}\n")

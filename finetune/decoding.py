@@ -21,6 +21,7 @@ from transformers.generation import GenerationMixin
 
 from ..errors import RevprobeError
 from ..hooks.untouched import untouched
+from ..models.adapters import without_wrapper
 from ..models.identify import config_value
 from ..models.probed import ProbedModel, as_probed
 from ..probes.batches import default_batch_size
@@ -260,12 +261,14 @@ def _takes_mask(module: nn.Module) -> bool:
 def _generator(module: nn.Module) -> Any:
     """What has transformers' `generate` for this causal module; None where there is none.
 
-    A peft model's own method rewrites its base's generation config: the base, adapters in place, is asked instead
-    (but for prompt tuning, which lives in the wrapper).
+    A peft model's own method rewrites its base's generation config: the base, adapters in place, is asked instead.
     """
-    found: Any = module
-    if hasattr(module, "peft_config") and not getattr(found.active_peft_config, "is_prompt_learning", False):
-        found = found.get_base_model()
+    if getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False):
+        raise RevprobeError(
+            f"{type(module).__name__} has learned prompts, which its base does not see; decode with its own generate, "
+            "or use an adapter inside the model, such as LoRA"
+        )
+    found: Any = without_wrapper(module)
     can = getattr(found, "can_generate", lambda: False)
     return found if isinstance(found, GenerationMixin) and can() else None
 

@@ -7,7 +7,8 @@ that were held out are asked the same and show what the model says without havin
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,15 @@ from torch import nn
 
 from ..errors import RevprobeError, did_you_mean
 from ..models.probed import ProbedModel, as_probed
+from ..probes.estimates import Measured, measure
 from ..probes.passes import Progress
-from ..probes.readings import Readings
+from ..probes.readings import Reading, Readings
 from ..probes.theme import interval_text, undefined_text
+from .config import load_config
+from .finetune_config import EvaluationOptions, FinetuneConfig, is_finetuning_text
 from .letters_relation import LettersRelation
+from .relations import load_relation
+from .runs import CONFIG
 from .scoring import answer_limit, decoded_match
 
 if TYPE_CHECKING:
@@ -28,6 +34,53 @@ if TYPE_CHECKING:
 ASKED = ("forward", "reverse")
 SPLITS = ("train", "heldout")
 TEMPLATES = ("train", "heldout", "all")
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What `revprobe evaluate` asks: a relation, the direction that was trained, and how answers are decoded."""
+
+    relation: TextRelation | LettersRelation
+    direction: str
+    options: EvaluationOptions
+
+
+def what_to_ask(
+    source: str | Path,
+    *,
+    relation: str | None = None,
+    path: str | Path | None = None,
+    direction: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Asking:
+    """The relation to ask a model about; a fine-tuning run's own comes exactly as it was trained on.
+
+    Another seed or share would hold out other facts than training did, and count trained ones as the floor.
+
+    Args:
+        source: the model as `load_model` takes it; a run, or a checkpoint of one, brings its config.
+        relation, path, direction, options: as `load_relation` takes them; a run's own when None.
+    Raises: RevprobeError, when the relation or the direction is told by neither, or a run was trained otherwise.
+    """
+    config = _run_config(Path(source))
+    if config is None or relation not in (None, config.relation.name):
+        if relation is None or direction is None:
+            raise RevprobeError(
+                f"{str(source)!r} is no fine-tuning run, which would say what it was trained on; name a relation "
+                "(--relation) and the direction that was trained (--direction)"
+            )
+        return Asking(load_relation(relation, path, **(options or {})), direction, EvaluationOptions())
+    trained = config.relation
+    if direction not in (None, trained.direction):
+        raise RevprobeError(
+            f"{str(source)!r} was trained in direction {trained.direction!r}, not {direction!r}; leave --direction out"
+        )
+    if options:
+        raise RevprobeError(
+            f"{str(source)!r} says itself how its relation was made, got {dict(options)}; leave --option out"
+        )
+    made = load_relation(trained.name, trained.path if path is None else path, **trained.options)
+    return Asking(made, trained.direction, config.evaluation)
 
 
 def evaluate_relation(
@@ -47,7 +100,7 @@ def evaluate_relation(
         direction: the direction that was trained, e.g. "P2C"; reverse questions are of the other one.
         splits: "train", "heldout" or both.
         templates: "train", "heldout" or "all"; None asks in held-out wordings where a direction has some, else in all.
-        max_new_tokens: the same for every side; that of the side with the longest answers when None.
+        max_new_tokens: the same for every side; `longest_answer` when None.
         progress: called with (questions done, questions in all) over all sides.
         decoding: passed on to `decoded_match` (steps=, block_length=, algorithm=, stop=, batch_size=, ...).
     Returns: readings whose meta says `asked` ("forward" or "reverse"), `split`, `templates`, `relation` and `trained`
@@ -60,16 +113,28 @@ def evaluate_relation(
     if isinstance(relation, LettersRelation):
         raise RevprobeError("letters are asked by position, not in text; probe_reverse_probability has their accuracy")
     sides = _sides(relation, direction, splits, templates)
-    everything = [question for _, questions in sides for question in questions]
-    limit = max_new_tokens or answer_limit(model, everything)
+    limit = max_new_tokens or longest_answer(model, relation, direction)
+    total = sum(len(questions) for _, questions in sides)
     told, done, readings = 0, 0, []
     for about, questions in sides:
         told, done = done, done + len(questions)
-        options = {**decoding, "max_new_tokens": limit, "progress": _part_of(progress, told, done, len(everything))}
+        options = {**decoding, "max_new_tokens": limit, "progress": _part_of(progress, told, done, total)}
         reading = decoded_match(model, questions, **options)
         reading.meta.update({"relation": relation.name, "trained": direction, **about})
         readings.append(reading)
     return Readings(readings)
+
+
+def longest_answer(model: ProbedModel | nn.Module, relation: TextRelation, direction: str) -> int:
+    """Tokens that hold any answer of the relation and its end, whichever side is asked: the length of a masked model's
+    answers must not depend on what else is asked.
+
+    Raises: RevprobeError, as `decoded_match` does.
+    """
+    splits = sorted(set(relation.facts_of(direction)["split"]))
+    sides = [(split, reverse) for split in splits for reverse in (False, True)]
+    asked = [relation.questions(direction, reverse=reverse, split=split) for split, reverse in sides]
+    return answer_limit(model, [question for questions in asked for question in questions])
 
 
 def match_table(readings: Readings) -> pd.DataFrame:
@@ -77,6 +142,7 @@ def match_table(readings: Readings) -> pd.DataFrame:
     rows = []
     for reading in readings:
         about, measured = reading.meta, reading.measured
+        begun = begins_with_answer(reading).estimate
         control = "-" if reading.control is None else f"{100 * reading.control.value:.1f}"
         excess = reading.excess
         rows.append(
@@ -85,6 +151,7 @@ def match_table(readings: Readings) -> pd.DataFrame:
                 "facts": {"train": "trained", "heldout": "held out (floor)"}[about["split"]],
                 "wordings": {"heldout": "held out", "train": "trained"}.get(about["templates"], "all"),
                 "exact match (%) [95 %]": interval_text(reading.value, *reading.interval, percent=True),
+                "begins with it (%)": interval_text(begun.value, begun.low, begun.high, percent=True),
                 "control": control,
                 "excess [95 %]": "-"
                 if excess is None
@@ -96,6 +163,14 @@ def match_table(readings: Readings) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def begins_with_answer(reading: Reading) -> Measured:
+    """The looser score of the same decodings: an answer, whatever follows it (as Berglund et al. 2024 count)."""
+    looser = {"match": reading.frame["begins"]}
+    if "begins_control" in reading.frame:
+        looser["match_control"] = reading.frame["begins_control"]
+    return measure("decoded_match", reading.frame.assign(**looser), seed=reading.seed)
+
+
 def save_evaluation(readings: Readings, folder: Path) -> list[Path]:
     """Write each reading as `decoded_match.<asked>.<split>.parquet`, every file whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,6 +178,14 @@ def save_evaluation(readings: Readings, folder: Path) -> list[Path]:
         reading.save(folder / f"{reading.name}.{reading.meta['asked']}.{reading.meta['split']}.parquet")
         for reading in readings
     ]
+
+
+def _run_config(source: Path) -> FinetuneConfig | None:
+    """The config of the fine-tuning run that a folder is, or is a checkpoint of."""
+    for folder in (source, source.parent.parent):
+        if source.is_dir() and (folder / CONFIG).is_file() and is_finetuning_text(folder / CONFIG):
+            return load_config(folder / CONFIG, FinetuneConfig)
+    return None
 
 
 def _sides(

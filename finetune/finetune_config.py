@@ -108,7 +108,7 @@ class FinetunedRelation(_Section):
     def options(self) -> dict[str, Any]:
         """What `load_relation` takes besides name and path."""
         apart = {"name", "path", "direction", "directions"}
-        return {key: value for key, value in self.model_dump(exclude=apart).items() if value is not None}
+        return {key: value for key, value in self.model_dump().items() if key not in apart}
 
     @model_serializer
     def _only_what_was_said(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class LoraOptions(_Section):
     """The adapter: w + (alpha / rank) B A on each target."""
 
     rank: Count = 16
-    alpha: Rate = 32
+    alpha: Count = 32
     dropout: Fraction = 0.0
     # auto: all attention and MLP projections; attention or mlp: those alone; or names as peft takes them.
     targets: Literal["auto", "attention", "mlp"] | Annotated[list[Text], Field(min_length=1)] = "auto"
@@ -182,6 +182,8 @@ class FinetuneSnapshots(SnapshotsConfig):
     # Facts whose pairs are probed; all that are trained by default.
     facts: Count | None = None
     batch_size: Count | None = None
+    # Also compare what each snapshot's gradients foretell of the next step with what it changed.
+    predictions: StrictBool = True
 
 
 class EvaluationOptions(_Section):
@@ -303,7 +305,7 @@ def read_finetune(source: str | Path) -> FinetuneConfig | FinetuneSweepConfig:
     Raises: RevprobeError, as `load_config`.
     """
     path = find_config(source)
-    return load_config(path, FinetuneSweepConfig if is_sweep_text(path) else FinetuneConfig)
+    return load_config(path, FinetuneSweepConfig) if is_sweep_text(path) else load_config(path, FinetuneConfig)
 
 
 def parse_finetune(text: str, source: str) -> FinetuneConfig:

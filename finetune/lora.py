@@ -8,6 +8,7 @@ MLP beside it. The unembedding lies outside the layers and is left alone.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -77,7 +78,9 @@ def add_lora(model: ProbedModel, options: LoraOptions, *, checkpointing: bool = 
     config = LoraConfig(
         r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=targets, bias="none"
     )
-    adapted: nn.Module = get_peft_model(module, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by names that it is renaming
+        adapted: nn.Module = get_peft_model(module, config)
     return adapted
 
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+import numpy as np
+import pandas as pd
+
 from ..errors import RevprobeError, did_you_mean
 from ..models.adapters import is_adapter_parameter
 from ..models.probed import ProbedModel
@@ -53,5 +56,5 @@ def _parts(reading: Reading, owner: str) -> Iterator[Reading]:
         yield Reading(LORA_GRADIENT, _kept(reading, adapter), reading.meta | {"parameters": "lora"})
 
 
-def _kept(reading: Reading, rows: object) -> object:
+def _kept(reading: Reading, rows: np.ndarray) -> pd.DataFrame:
     return reading.frame[rows].reset_index(drop=True)

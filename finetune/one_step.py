@@ -212,8 +212,8 @@ def one_step_curves(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
 
     Columns: step, optimizer, learning_rate, quantity, kind, n; before, came, predicted, error (came less predicted),
     came_control, excess (came less came_control) and predicted_control, each a mean with _low and _high (95 %, over
-    facts); ratio (mean came / mean predicted, 1 where curvature does not matter) with the same; correlation (Pearson
-    r of came and predicted over pairs); reason.
+    facts); slope (of came on predicted over pairs, through zero; 1 where curvature does not matter) with the same;
+    correlation (Pearson r of the two over pairs); reason.
     """
     table = table.assign(error=table["came"] - table["predicted"], excess=table["came"] - table["came_control"])
     keys = ["step", "optimizer", "learning_rate", "quantity", "kind"]
@@ -232,20 +232,18 @@ def one_step_curves(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
 
 
 def _agreement(part: pd.DataFrame, facts: np.ndarray, seed: int) -> dict[str, float]:
-    """Ratio of the mean changes, with its interval, and correlation over pairs; NaN without a prediction."""
+    """Least-squares slope through zero, with its interval, and Pearson r over pairs; NaN without a prediction."""
     came, predicted = (part[name].to_numpy(dtype=np.float64) for name in ("came", "predicted"))
-    nan = dict.fromkeys(("ratio", "ratio_low", "ratio_high", "correlation"), float("nan"))
+    found = dict.fromkeys(("slope", "slope_low", "slope_high", "correlation"), float("nan"))
     if not np.isfinite(predicted).all() or not predicted.any():
-        return nan
+        return found
     index = np.unique(facts, return_inverse=True)[1]
-    draws = resampled_facts(int(index.max()) + 1, seed=seed)
-    ratios = (draws @ np.bincount(index, came)) / (draws @ np.bincount(index, predicted))
-    low, high = np.percentile(ratios, [2.5, 97.5]) if index.max() else (np.nan, np.nan)
-    spread = min(np.ptp(came), np.ptp(predicted))
-    correlation = float(np.corrcoef(came, predicted)[0, 1]) if spread > 0 else float("nan")
-    return {
-        "ratio": float(came.mean() / predicted.mean()),
-        "ratio_low": float(low),
-        "ratio_high": float(high),
-        "correlation": correlation,
-    }
+    products, squares = np.bincount(index, came * predicted), np.bincount(index, predicted**2)
+    found["slope"] = float(products.sum() / squares.sum())
+    if len(products) > 1:
+        draws = resampled_facts(len(products), seed=seed)
+        low, high = np.percentile((draws @ products) / (draws @ squares), [2.5, 97.5])
+        found |= {"slope_low": float(low), "slope_high": float(high)}
+    if np.ptp(came) > 0 and np.ptp(predicted) > 0:
+        found["correlation"] = float(np.corrcoef(came, predicted)[0, 1])
+    return found

@@ -19,7 +19,8 @@ import pandas as pd
 
 from ..errors import RevprobeError
 from ..probes.templates import Span, Template
-from .relation_tables import Problem, clean, read_json_lines, require_column, require_file
+from .relation_cells import Problem, clean
+from .relation_tables import read_json_lines, require_column, require_file
 from .statements import Statement, holds
 from .text_relations import TextRelation
 

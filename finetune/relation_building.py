@@ -13,7 +13,8 @@ import pandas as pd
 from ..errors import RevprobeError, did_you_mean
 from ..probes.templates import ROLES
 from .forward_only import TextIndex, families, hold_out
-from .relation_tables import FactTable, read_table
+from .relation_cells import FactTable
+from .relation_tables import read_table
 from .statements import Statement, TemplateLists, answer_in_prompt, make_statements, named_slots, read_templates
 from .text_relations import TextRelation
 
@@ -122,7 +123,7 @@ def build_relation(
             statements.setdefault(direction.direction, []).extend(make_statements(facts, columns, direction))
     if len(statements) != 2:
         raise RevprobeError(f"{name} has templates of the directions {list(statements)}; expected the same two for all")
-    held = _held_out(table.frame, columns, by, statements, options)
+    held = _held_out(table, columns, by, statements, options)
     asking = {one.fact for listed in statements.values() for one in listed if answer_in_prompt(one)}
     table.flag(np.isin(np.arange(len(table.frame)), sorted(asking)), columns[0], "answer_in_prompt")
     first, second = statements
@@ -177,29 +178,31 @@ def _labelled(table: FactTable, columns: Sequence[str], by: str | None) -> FactT
 
 
 def _held_out(
-    facts: pd.DataFrame,
+    table: FactTable,
     columns: Sequence[str],
     by: str | None,
     statements: Mapping[str, Sequence[Statement]],
     options: Options,
 ) -> np.ndarray:
-    """Which facts are held out. Those whose names stand in a trained text all the same are trained instead."""
+    """Which facts are held out. Those whose names stand in a trained text all the same are trained, and flagged."""
+    facts = table.frame
     names = list(zip(facts[columns[0]], facts[columns[1]], strict=True))
     kinds = facts[by].tolist() if by else [""] * len(facts)
     # Facts of different relations may share an entity, which no prompt then shares, but never both.
     keys = [((kind, a), (kind, b), (a, b)) for kind, (a, b) in zip(kinds, names, strict=True)]
-    held = hold_out(keys, share=options.heldout, seed=options.seed)
-    family = families(keys)
+    drawn = hold_out(keys, share=options.heldout, seed=options.seed)
+    held, family = drawn.copy(), families(keys)
     while held.any():
         trained = [one.text for listed in statements.values() for one in listed if not held[one.fact]]
         index = TextIndex(trained)
         met = [fact for fact in np.flatnonzero(held) if index.first_with(names[fact]) is not None]
         if not met:
-            return held
+            break
         held &= ~np.isin(family, family[met])
-    if options.heldout:
+    if drawn.any() and not held.any():
         raise RevprobeError(
             f"heldout={options.heldout!r}: the names of every fact drawn with seed={options.seed!r} also stand in "
             "trained texts; use another seed, or heldout=0"
         )
+    table.flag(drawn & ~held, columns[0], "drawn_but_trained")
     return held

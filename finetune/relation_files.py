@@ -18,7 +18,8 @@ import pandas as pd
 
 from ..errors import RevprobeError, did_you_mean
 from .relation_building import Options
-from .relation_tables import SUFFIXES, FactTable, clean, decode, open_table, parse_json_object
+from .relation_cells import FactTable, clean
+from .relation_tables import SUFFIXES, decode, open_table, parse_json_object
 from .statements import TemplateLists
 
 _BERGLUND = "https://github.com/lukasberglund/reversal_curse"

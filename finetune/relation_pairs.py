@@ -42,9 +42,7 @@ def make_pairs(
     kind = _known_kind(kind, model)
     drop = (drop,) if isinstance(drop, str) else tuple(drop)
     require_entities_fit(table.loc[sorted({one.fact for one in forward})], columns, model)
-    align = partial(
-        pairs_from_frame, target=columns[0], evidence=columns[1], model=model, carrier=carrier, fact="fact"
-    )
+    align = partial(pairs_from_frame, target=columns[0], evidence=columns[1], model=model, carrier=carrier, fact="fact")
     groups, unpaired = _group(forward, reverse, swap)
     parts, dropped = [], Counter(no_wording=unpaired)
     for (first, second), members in groups.items():
@@ -82,6 +80,20 @@ def require_entities_fit(facts: pd.DataFrame, columns: Sequence[str], model: Pro
                     f"{facts['row'].iloc[place]}: column {column!r} holds an entity of {len(tokens)} tokens, longer "
                     f"than the {model.max_length} that {model.name} takes ({names[place][:40]!r}...); leave the row out"
                 )
+
+
+def require_texts_fit(texts: Sequence[tuple[str, str]], model: ProbedModel) -> None:
+    """Raises: RevprobeError, naming the row, for a text (row, text) of more tokens than the model's context."""
+    tokenizer = require_fast_tokenizer(model.tokenizer, model.name)
+    if model.max_length is None:
+        return
+    ids = tokenizer([text for _, text in texts], verbose=False)["input_ids"]
+    for (row, text), tokens in zip(texts, ids, strict=True):
+        if len(tokens) > model.max_length:
+            raise RevprobeError(
+                f"{row}: the training text {text[:60]!r}... has {len(tokens)} tokens, more than the {model.max_length} "
+                f"that {model.name} takes; leave the row out, or shorten the template"
+            )
 
 
 def _known_kind(kind: str | None, model: ProbedModel) -> str:

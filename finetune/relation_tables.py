@@ -1,8 +1,7 @@
-"""Reading a table of facts from anywhere, cell by cell: what is wrong is named by row and column.
+"""Reading a table of facts from anywhere: CSV and TSV, JSON lines, parquet, a pandas DataFrame, or a named dataset.
 
-CSV and TSV, JSON lines, parquet, a pandas DataFrame, or a dataset of the `datasets` library. Text is brought to
-Unicode's composed form (NFC), so that one name is one string; a byte order mark at the start of a file and blanks
-around a cell are taken off. Each of these is counted. Everything else that is not plain text is refused.
+Rows keep the name by which an error can point at them. A byte order mark at the start of a file and blank lines are
+skipped and counted; cells are checked by `relation_cells`.
 """
 
 from __future__ import annotations
@@ -10,10 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
-import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +17,10 @@ import numpy as np
 import pandas as pd
 
 from ..errors import RevprobeError, did_you_mean
+from .relation_cells import BYTE_ORDER_MARK, FactTable, Problem, clean
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 BAD_ROWS = ("error", "skip")
-_BOM = "\ufeff"
-_UNDECODED = re.compile("[\udc80-\udcff]+")  # what `surrogateescape` leaves of bytes that are no UTF-8
-# UTF-8 that was read as Windows' western encoding and written again: "Ã©" for "é", "â€™" for an apostrophe.
-_TWICE_ENCODED = re.compile("[ÂÃâð][\u0080-\u00bf\u0152-\u0178\u2010-\u203a\u20ac\u2122]")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A cell that was changed or a row that was left out: the row as errors name it, its column, and why."""
-
-    row: str
-    column: str
-    reason: str
-    detail: str
-
-
-@dataclass
-class FactTable:
-    """Rows of text: `frame` holds the columns asked for first, then the others as they came; `labels` name the rows."""
-
-    frame: pd.DataFrame
-    labels: list[str]
-    problems: list[Problem] = field(default_factory=list)
-
-    def flag(self, rows: Any, column: str, reason: str) -> None:
-        """Note a reason for the rows where `rows` is true; the cells of `column` are the detail. Shapes: `row`."""
-        cells = self.frame[column].tolist()
-        self.problems += [Problem(self.labels[i], column, reason, repr(cells[i])) for i in np.flatnonzero(rows)]
-
-    def take(self, places: np.ndarray) -> FactTable:
-        """Some of the rows; problems stay."""
-        return FactTable(
-            self.frame.iloc[places].reset_index(drop=True), [self.labels[place] for place in places], self.problems
-        )
 
 
 def read_table(source: str | Path | pd.DataFrame, columns: Sequence[str], **options: Any) -> FactTable:
@@ -95,61 +58,6 @@ def require_column(frame: pd.DataFrame, column: str, name: str) -> None:
     if count != 1:
         near = did_you_mean(column, [str(c) for c in frame.columns]) if not count else "; rename all but one"
         raise RevprobeError(f"{name} has {count or 'no'} column{'s' if count > 1 else ''} {column!r}{near}")
-
-
-def clean(table: FactTable, columns: Sequence[str], bad_rows: str = "error") -> FactTable:
-    """Check and normalize the cells of `columns`. Raises: RevprobeError, for the first bad cell unless skipped."""
-    problems, frame = list(table.problems), table.frame.copy()
-    bad: set[int] = set()
-    for column in columns:
-        cells = []
-        for place, (value, label) in enumerate(zip(frame[column], table.labels, strict=True)):
-            fault = _fault(value)
-            if fault and bad_rows == "error":
-                raise RevprobeError(f"{label}: column {column!r} {fault[1]}, or leave such rows out, bad_rows='skip'")
-            if fault and place not in bad:
-                bad.add(place)
-                problems.append(Problem(label, column, f"skipped_{fault[0]}", repr(value)))
-            cell, changes = ("", ()) if fault else _normalized(value)
-            problems += [Problem(label, column, reason, repr(value)) for reason in changes]
-            cells.append(cell)
-        frame[column] = pd.Series(cells, index=frame.index, dtype=object)
-    kept = [place for place in range(len(frame)) if place not in bad]
-    if not kept:
-        raise RevprobeError(f"all {len(frame)} rows are bad, the first being {table.labels[0]} ({problems[-1].reason})")
-    return FactTable(frame, table.labels, problems).take(np.array(kept))
-
-
-def _fault(value: Any) -> tuple[str, str] | None:
-    """Why a cell cannot be used, as a name and as the rest of a sentence; None when it can."""
-    if value is None or (pd.api.types.is_scalar(value) and bool(pd.isna(value))):
-        return "empty", f"is empty ({value!r}); fill it"
-    if not isinstance(value, str):
-        return "not_text", f"holds {value!r} ({type(value).__name__}), expected text; write it as text"
-    if not value.strip().strip(_BOM):
-        return "empty", f"is empty ({value!r}); fill it"
-    undecoded = _UNDECODED.search(value)
-    if undecoded:
-        bytes_found = undecoded.group().encode("utf-8", "surrogateescape")
-        return "encoding", (
-            f"holds the bytes {bytes_found!r} in {value.encode('utf-8', 'replace').decode()!r}, which are not in the "
-            "file's encoding: the file may mix encodings; write it in UTF-8, or say encoding='cp1252'"
-        )
-    if "\ufffd" in value or _TWICE_ENCODED.search(value):
-        return "encoding", (
-            f"holds {value!r}, which was decoded in a wrong encoding before it was saved; restore it from its source"
-        )
-    control = next((c for c in value.strip() if unicodedata.category(c) == "Cc" or c == _BOM), None)
-    if control:
-        return "control_character", f"holds {value!r} with the control character {control!r}; take it out"
-    return None
-
-
-def _normalized(value: str) -> tuple[str, tuple[str, ...]]:
-    stripped = value.strip()
-    composed = unicodedata.normalize("NFC", stripped)
-    changes = (("stripped_blanks", stripped != value), ("normalized", composed != stripped))
-    return composed, tuple(reason for reason, changed in changes if changed)
 
 
 def _some_rows(table: FactTable, rows: Any, name: str) -> FactTable:
@@ -201,7 +109,7 @@ def decode(path: Path, encoding: str = "utf-8") -> tuple[str, list[Problem]]:
         raise RevprobeError(
             f"{path} cannot be read as {encoding!r}: {error}; name its encoding, encoding=..."
         ) from None
-    if not text.startswith(_BOM):
+    if not text.startswith(BYTE_ORDER_MARK):
         return text, []
     return text[1:], [Problem("line 1", "", "byte_order_mark", "U+FEFF at the start of the file")]
 

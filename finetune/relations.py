@@ -96,7 +96,8 @@ def parent_child(path: str | Path | None = None, **options: Unpack[RelationOptio
     The columns child, parent and parent_type are used. `child_prediction` and `can_reverse` record what another model
     answered; they stay as columns of `facts` and decide nothing. A parent that the file calls mother and father of the
     same child becomes one fact with the parent_type "parent"; repeated rows become one. Both are counted in `report`
-    (conflicting_parent_type, duplicate_fact) and listed in `problem_table`.
+    (conflicting_parent_type, duplicate_fact) and listed in `problem_table`. Of a child with two trained parents no
+    model can give each a probability above 1/2 after "{child}'s parent is"; exact match accepts either.
 
     Args:
         path: the CSV file.

@@ -24,6 +24,7 @@ from .runs import is_finished, open_run
 AXES = ["objective", "position_encoding", "length", "seed"]
 COLUMNS = ["run", *AXES, "step", "weights", "kind", *MEASURE_COLUMNS]
 MODEL = ["objective", "position_encoding", "length"]
+QUANTITIES = ("accuracy", "probability")
 SIGNATURES = ("attention_correlation", "gradient_cosine")
 DEVICES = ("cpu", "cuda", "auto")
 WITHIN, OUTSIDE, NOT_RUN = "within", "outside", "not run"
@@ -39,12 +40,19 @@ class Reproduction:
         seeds: the numbers behind them, one row per run x measure x weights, at each run's last step.
         signatures: attention correlation and gradient cosine of each model and length against their controls.
         claims: the paper's claims about the one-layer models, each with its verdict.
+        curves: every measure at every checkpoint, over seeds.
     """
 
     cells: pd.DataFrame
     seeds: pd.DataFrame
     signatures: pd.DataFrame
     claims: pd.DataFrame
+    curves: pd.DataFrame
+
+    @property
+    def frames(self) -> dict[str, pd.DataFrame]:
+        """The frames by name, as they are written to CSV."""
+        return {name: getattr(self, name) for name in ("cells", "seeds", "signatures", "claims", "curves")}
 
 
 def one_layer_sweep(*, seeds: int = 3, lengths: Sequence[int] | None = None, device: str = "cpu") -> SweepConfig:
@@ -102,6 +110,7 @@ def compare(measures: pd.DataFrame, *, seeds: int = 3) -> Reproduction:
         seeds=last.sort_values([*MODEL, "seed", "weights", "measure"], ignore_index=True),
         signatures=_signatures(last),
         claims=_claims(last, measures, seeds),
+        curves=_curves(measures),
     )
 
 
@@ -112,14 +121,19 @@ def model_name(model: Mapping[str, Any]) -> str:
     return "ARM" if model["objective"] == "causal" else names.get(encoding, encoding)
 
 
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a frame as dicts."""
+    return [{str(column): value for column, value in row.items()} for row in frame.to_dict("records")]
+
+
 # ---- Tables 1 and 2 ----
 
 
 def _compare_cells(last: pd.DataFrame) -> pd.DataFrame:
     rows = [
         cell | {"quantity": quantity, "weights": weights} | _cell(last, cell, quantity, weights)
-        for cell in one_layer_cells().to_dict("records")
-        for quantity in ("accuracy", "probability")
+        for cell in records(one_layer_cells())
+        for quantity in QUANTITIES
         for weights in (("raw", "ema") if cell["objective"] == "masked" else ("raw",))
     ]
     return pd.DataFrame(rows)
@@ -157,7 +171,7 @@ def _at(frame: pd.DataFrame, model: dict[str, Any], weights: str, measure: str) 
 
 
 def _signatures(last: pd.DataFrame) -> pd.DataFrame:
-    """One row per model, length, weights and signature: means over seeds, and in how many the interval excludes zero."""
+    """One row per model, length, weights and signature: means over seeds, and how many stand above their control."""
     own = last[last["measure"].isin(SIGNATURES)]
     rows = []
     for key, part in own.groupby([*MODEL, "kind", "weights", "measure"], sort=False):
@@ -169,12 +183,20 @@ def _signatures(last: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*columns, "seeds", "above_control"])
 
 
+def _curves(measures: pd.DataFrame) -> pd.DataFrame:
+    """Each model's measures over training: mean over seeds, spread between them, lowest and highest."""
+    keys = [*MODEL, "kind", "weights", "measure", "step"]
+    values = measures.groupby(keys, sort=False)["value"]
+    table = values.agg(value="mean", spread="std", lowest="min", highest="max", seeds="size").reset_index()
+    return table.sort_values(keys, ignore_index=True)
+
+
 # ---- claims ----
 
 
 def _claims(last: pd.DataFrame, measures: pd.DataFrame, seeds: int) -> pd.DataFrame:
     """Each claim for raw and EMA weights: what was asked, in how many seeds it holds, and the verdict over them."""
-    models = one_layer_cells()[MODEL].drop_duplicates().to_dict("records")
+    models = records(one_layer_cells()[MODEL].drop_duplicates())
     masked = [model for model in models if model["objective"] == "masked"]
     rope = [model for model in masked if model["position_encoding"] == "rope"]
     rows = []
@@ -182,10 +204,10 @@ def _claims(last: pd.DataFrame, measures: pd.DataFrame, seeds: int) -> pd.DataFr
         rows += [_above_control(last, model, weights, SIGNATURES[0], seeds) for model in rope]
         rows += [_above_control(last, model, weights, SIGNATURES[1], seeds) for model in masked]
         rows += [_rises(last, measures, model, weights, seeds) for model in rope]
-        rows += [_ordering(last, 20, weights, quantity, seeds) for quantity in ("accuracy", "probability")]
+        rows += [_ordering(last, length, weights, kind, seeds) for length in (10, 20) for kind in QUANTITIES]
     for model in models:
         if model["objective"] == "causal":
-            rows += [_arm_stays_low(last, model, quantity, seeds) for quantity in ("accuracy", "probability")]
+            rows += [_arm_stays_low(last, model, quantity, seeds) for quantity in QUANTITIES]
     return pd.DataFrame(rows, columns=["claim", "length", "weights", "holds_in", "seeds", "verdict", "detail"])
 
 
@@ -206,13 +228,16 @@ def _above_control(last: pd.DataFrame, model: dict[str, Any], weights: str, meas
     return _verdict(claim, model["length"], weights, held, seeds, f"excess by seed: {', '.join(excesses)}")
 
 
-def _rises(last: pd.DataFrame, measures: pd.DataFrame, model: dict[str, Any], weights: str, seeds: int) -> dict[str, Any]:
+def _rises(
+    last: pd.DataFrame, measures: pd.DataFrame, model: dict[str, Any], weights: str, seeds: int
+) -> dict[str, Any]:
     """Figure 3 (right): the reverse probability after training against that of the same untrained model."""
-    own = _at(last, model, weights, "reverse_probability")
-    before = _at(measures[measures["step"] == 0], model, weights, "reverse_probability").set_index("seed")
-    held = [bool(row.low > before.loc[row.seed, "high"]) for row in own.itertuples()]
-    moved = [f"{before.loc[row.seed, 'value']:.3f} -> {row.value:.3f}" for row in own.itertuples()]
-    claim = f"{model_name(model)}: reverse probability rises from step 0, intervals apart"
+    own = records(_at(last, model, weights, "reverse_probability"))
+    untrained = records(_at(measures[measures["step"] == 0], model, weights, "reverse_probability"))
+    before = {row["seed"]: row for row in untrained}
+    held = [row["low"] > before[row["seed"]]["high"] for row in own]
+    moved = [f"{before[row['seed']]['value']:.3f} -> {row['value']:.3f}" for row in own]
+    claim = f"{model_name(model)}: reverse probability above that of step 0, intervals apart"
     return _verdict(claim, model["length"], weights, held, seeds, f"by seed: {', '.join(moved)}")
 
 

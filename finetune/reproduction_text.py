@@ -1,4 +1,4 @@
-"""A reproduction as Markdown and CSV: one line per cell, what lies outside its tolerance marked, what was not run said."""
+"""A reproduction as Markdown and CSV: what lies outside its tolerance is marked, what was not run is said."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pandas as pd
 
 from ..probes.theme import interval_text
 from .paper_values import TOLERANCES
-from .reproduce import MODEL, NOT_RUN, OUTSIDE, Reproduction, model_name
+from .reproduce import MODEL, NOT_RUN, OUTSIDE, SIGNATURES, Reproduction, model_name, records
 from .saving import write_text
 
 MARK = "✗"
@@ -27,6 +27,15 @@ ABOUT_SIGNATURES = (
     "is value minus control. For ALiBi a correlation of 1 is an identity of its symmetric bias, not a finding; the "
     "autoregressive model's pairs are of another kind (swapped roles), and the paper claims nothing about them."
 )
+ABOUT_CURVES = (
+    "Per cent, mean over seeds ± standard deviation between seeds, at every checkpoint. The tables above take the last "
+    "column and no other: the step, like the rest of the configuration, was fixed before."
+)
+ABOUT_SPREAD = (
+    "RoPE at length 10, seed 0, one number of the configuration changed at a time. Per cent, except probabilities. The "
+    "curve is the reverse accuracy at each checkpoint from step 0 to the last, from ▁ (0 %) to █ (100 %)."
+)
+_BARS = "▁▂▃▄▅▆▇█"
 _COLUMNS = [("accuracy", "raw"), ("accuracy", "ema"), ("probability", "raw"), ("probability", "ema")]
 _ANSWERS = ("forward_accuracy", "reverse_accuracy", "forward_probability", "reverse_probability")
 
@@ -37,6 +46,8 @@ def one_layer_markdown(result: Reproduction, *, seeds: int) -> str:
         "Tables 1 and 2": (f"{HOW_TO_READ} {TOLERANCES}", _cells(result.cells, seeds)),
         "Claims under test": ("A claim holds when it holds in every seed that was run.", _claims(result.claims)),
         "Signatures (Figure 3)": (ABOUT_SIGNATURES, _signatures(result.signatures)),
+        "Reverse accuracy over training": (ABOUT_CURVES, _curves(result.curves, "reverse_accuracy")),
+        "Reverse probability over training": ("As above.", _curves(result.curves, "reverse_probability")),
         "Single seeds": (ABOUT_SEEDS, _seeds(result.seeds)),
     }
     return "\n".join(f"## {title}\n\n{about}\n\n{table}" for title, (about, table) in sections.items())
@@ -53,10 +64,12 @@ def theory_markdown(cells: pd.DataFrame) -> str:
             "difference": f"{row['difference']:+.4f}{'' if row['within'] else f' {MARK}'}",
             "note": row["note"],
         }
-        for row in cells.to_dict("records")
+        for row in records(cells)
     ]
     outside = int((~cells["within"].astype(bool)).sum())
-    about = f"{len(cells)} cells, {outside} outside their tolerance (marked {MARK}): half a unit of the last printed digit."
+    about = (
+        f"{len(cells)} cells, {outside} outside their tolerance (marked {MARK}): half a unit of the last printed digit."
+    )
     return f"## Tables 3, 4 and 5\n\n{about}\n\n{markdown_table(rows)}"
 
 
@@ -84,7 +97,7 @@ def _cells(cells: pd.DataFrame, seeds: int) -> str:
     rows = []
     for key, part in cells.groupby(["table", *MODEL, "direction"], sort=False):
         cell = dict(zip(["table", *MODEL, "direction"], key, strict=True))
-        by = {(row["quantity"], row["weights"]): row for row in part.to_dict("records")}
+        by = {(row["quantity"], row["weights"]): row for row in records(part)}
         name = f"{model_name(cell)}, L = {cell['length']}"
         row = {"table": cell["table"], "cell": name, "direction": cell["direction"]}
         row |= {"paper": _percent(part["paper"].iloc[0], 1 if cell["table"] == 2 else 2)}
@@ -114,7 +127,7 @@ def _claims(claims: pd.DataFrame) -> str:
             "seeds": "-" if row["verdict"] == NOT_RUN else f"{row['holds_in']} of {row['seeds']}",
             "numbers": row["detail"],
         }
-        for row in claims.to_dict("records")
+        for row in records(claims)
     ]
     return markdown_table(rows)
 
@@ -130,7 +143,7 @@ def _signatures(signatures: pd.DataFrame) -> str:
             "excess (lowest bound of any seed)": f"{row['excess']:.3f} ({row['excess_low']:.3f})",
             "seeds above control": f"{row['above_control']} of {row['seeds']}",
         }
-        for row in signatures.to_dict("records")
+        for row in records(signatures)
     ]
     return markdown_table(rows)
 
@@ -139,14 +152,56 @@ def _seeds(seeds: pd.DataFrame) -> str:
     rows = []
     for (run, weights), part in seeds.groupby(["run", "weights"], sort=False):
         row = {"run": run, "weights": weights, "step": part["step"].iloc[0]}
-        numbers = part.set_index("measure")
-        for measure in (*_ANSWERS, "attention_correlation", "gradient_cosine"):
-            one = numbers.loc[measure]
-            row[measure.replace("_", " ")] = interval_text(
-                one["value"], one["low"], one["high"], percent=measure.endswith("accuracy")
-            )
+        numbers = {one["measure"]: one for one in records(part)}
+        for measure in (*_ANSWERS, *SIGNATURES):
+            one, percent = numbers[measure], measure.endswith("accuracy")
+            row[measure.replace("_", " ")] = interval_text(one["value"], one["low"], one["high"], percent=percent)
         rows.append(row)
     return markdown_table(rows)
+
+
+def _curves(curves: pd.DataFrame, measure: str) -> str:
+    own = curves[curves["measure"] == measure]
+    steps = sorted(own["step"].unique())
+    rows = []
+    for key, part in own.groupby([*MODEL, "weights"], sort=False):
+        model = dict(zip([*MODEL, "weights"], key, strict=True))
+        at = {row["step"]: row for row in records(part)}
+        row = {"model": f"{model_name(model)}, L = {model['length']}", "weights": model["weights"]}
+        rows.append(row | {f"{step}": _mean_and_spread(at.get(step)) for step in steps})
+    return markdown_table(rows)
+
+
+def _mean_and_spread(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    spread = "" if math.isnan(row["spread"]) else f" ± {100 * row['spread']:.0f}"
+    return f"{100 * row['value']:.0f}{spread}"
+
+
+def spread_markdown(measures: pd.DataFrame) -> str:
+    """One-at-a-time variants of a configuration, from the measures of their runs, as a section of a Markdown page."""
+    rows = []
+    for (run, weights), part in measures.groupby(["run", "weights"], sort=False):
+        last, reverse = part["step"].max(), part[part["measure"] == "reverse_accuracy"].sort_values("step")
+        at_end = {row["measure"]: row for row in records(part[part["step"] == last])}
+        late = reverse[reverse["step"] >= last / 2]["value"]
+        best = records(reverse[reverse["value"] == reverse["value"].max()])[0]
+        answer, probability = at_end["reverse_accuracy"], at_end["reverse_probability"]
+        rows.append(
+            {
+                "run": run,
+                "weights": weights,
+                "steps": last,
+                "forward accuracy": _percent(at_end["forward_accuracy"]["value"]),
+                "reverse accuracy": interval_text(answer["value"], answer["low"], answer["high"], percent=True),
+                "reverse probability": interval_text(probability["value"], probability["low"], probability["high"]),
+                "over the last half": f"{_percent(late.min())} to {_percent(late.max())}",
+                "highest (step)": f"{_percent(best['value'])} ({best['step']})",
+                "curve": "".join(_BARS[min(7, int(8 * value))] for value in reverse["value"]),
+            }
+        )
+    return f"## Spread over configurations\n\n{ABOUT_SPREAD}\n\n{markdown_table(rows)}"
 
 
 def _percent(fraction: float, digits: int = 1) -> str:

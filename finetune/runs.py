@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import BaseModel
 from transformers import set_seed
 
 from .. import __version__
@@ -31,6 +32,7 @@ from ..models.probed import ProbedModel
 from ..probes.readings import Readings
 from .building import build_model, probe_pairs, training_arguments
 from .config import RunConfig, dump_config, load_config
+from .finetune_config import is_finetuning_text
 from .missing import describe_missing, missing_readings, retake_missing
 from .mistakes import differences
 from .progress import Listener, ProgressCallback
@@ -93,6 +95,10 @@ class Run:
         """The readings of every snapshot. Raises: RevprobeError, when there are none yet or a file is damaged."""
         return Readings.load(self.path / READINGS)
 
+    def report_sections(self) -> list[str]:
+        """What a report shows besides its own sections; nothing for a run like this."""
+        return []
+
     def for_report(self) -> ReportRun:
         """The run as `probes.report` takes it; a run without readings stands there with its problem."""
         from ..probes.report import ReportRun  # plotly, which training does without
@@ -106,9 +112,9 @@ def is_run(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file()
 
 
-def is_finished(path: str | Path, config: RunConfig) -> bool:
+def is_finished(path: str | Path, config: BaseModel) -> bool:
     """Whether a folder holds this very run, complete. Raises: RevprobeError, when its config.yaml is damaged."""
-    return is_run(path) and Run(Path(path)).config == config and Run(Path(path)).finished
+    return is_run(path) and open_run(path).config == config and open_run(path).finished
 
 
 def open_run(path: str | Path) -> Run:
@@ -118,6 +124,10 @@ def open_run(path: str | Path) -> Run:
         beside = [str(p) for p in path.parent.glob("*") if is_run(p)] if path.parent.is_dir() else []
         hint = did_you_mean(str(path), beside) if beside else "; expected a folder written by `revprobe train`"
         raise RevprobeError(f"no run at {str(path)!r}{hint}")
+    if is_finetuning_text(path / CONFIG):
+        from .finetuning import FinetuneRun  # it imports this module
+
+        return FinetuneRun(path)
     return Run(path)
 
 
@@ -142,23 +152,18 @@ def train(config: RunConfig | str | Path, folder: str | Path | None = None, *, l
         run = claim_run(folder, config)
         if run.finished:
             return run
-        (folder / PROBLEM).unlink(missing_ok=True)
-        try:
-            with pinned_threads(config.training.threads), quiet_transformers():
-                if not run.trained:
-                    _train(run, listener)
-                taken = retake_missing(folder, config)
-        except Exception as error:
-            write_text(folder / PROBLEM, f"{first_line(error, with_type=not isinstance(error, RevprobeError))}\n")
-            raise
+        with noting_problems(folder), pinned_threads(config.training.threads), quiet_transformers():
+            if not run.trained:
+                _train(run, listener)
+            taken = retake_missing(folder, config)
         if taken:
             warnings.warn(f"{folder}: {len(taken)} missing readings were taken from their checkpoints", stacklevel=2)
     return run
 
 
-def claim_run(folder: Path, config: RunConfig) -> Run:
+def claim_run(folder: Path, config: BaseModel, kind: type[Run] | None = None) -> Run:
     """Make `folder` this config's run, or check that it is. Raises: RevprobeError, when it is another's."""
-    run = Run(folder)
+    run = (kind or Run)(folder)
     if not (folder / CONFIG).is_file():
         foreign = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
         if foreign:
@@ -242,6 +247,17 @@ def build_trainer(run: Run, checkpoint: Path | None) -> tuple[ForwardOnlyTrainer
         pairs, folder / READINGS, steps=config.snapshot_steps, ema=trainer.ema, done=done, **wrapping
     )
     return trainer, probes
+
+
+@contextmanager
+def noting_problems(folder: Path) -> Iterator[None]:
+    """Leave the first line of an error in the run's problem.txt, until the run is taken up again."""
+    (folder / PROBLEM).unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        write_text(folder / PROBLEM, f"{first_line(error, with_type=not isinstance(error, RevprobeError))}\n")
+        raise
 
 
 @contextmanager

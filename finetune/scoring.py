@@ -85,7 +85,9 @@ def decoded_match(
         seed: of derangement and bootstrap.
 
     Frame: question, fact, kind, direction, template, prompt, answers (a JSON list), decoded, match (1 or 0; NaN when no
-    answer fits into max_new_tokens), match_control (NaN without a partner), reason.
+    answer fits into max_new_tokens), match_control (NaN without a partner), begins (1 where the decoding begins with an
+    answer and goes on with another word or sign, as a model does that was trained on longer texts), begins_control,
+    reason.
     Raises: RevprobeError, as `decode` does, and for questions without an answer or none at all.
     Source: paper App. D.2 (Table 7).
     """
@@ -166,7 +168,7 @@ class _Scorer:
     def _row(self, i: int, question: Asked, decoded: dict[tuple[int, int], str]) -> dict[str, Any]:
         texts = [decoded[self.first[i], length] for length in self._own_lengths(i)]
         right = next((text for text in texts if normalized(text) in self.answers.accepted[i]), None)
-        row = {
+        row: dict[str, Any] = {
             "question": i,
             "fact": str(question.fact),
             "kind": "swapped",
@@ -175,19 +177,26 @@ class _Scorer:
             "prompt": question.prompt,
             "answers": json.dumps(list(question.answers), ensure_ascii=False),
             "decoded": texts[0] if right is None else right,
-            "match": float(right is not None) if self._fits(i) else float("nan"),
         }
-        control = {} if self.partner is None else {"match_control": self._control(i, decoded)}
-        return row | control | {"reason": "" if self._fits(i) else TOO_LONG}
+        scores = self._scores(i, i if self._fits(i) else -1, decoded)
+        controls = None if self.partner is None else self._scores(i, int(self.partner[i]), decoded)
+        for name, (value, control) in zip(
+            ("match", "begins"), zip(scores, controls or scores, strict=True), strict=True
+        ):
+            row |= {name: value} if controls is None else {name: value, f"{name}_control": control}
+        return row | {"reason": "" if self._fits(i) else TOO_LONG}
 
-    def _control(self, i: int, decoded: dict[tuple[int, int], str]) -> float:
-        """1 where the decoding matches the partner's answers, at the partner's lengths if lengths are told."""
-        assert self.partner is not None, "a control was asked for"
-        partner = int(self.partner[i])
-        if partner < 0:
-            return float("nan")
-        texts = [decoded[self.first[i], length] for length in self._own_lengths(partner)]
-        return float(any(normalized(text) in self.answers.accepted[partner] for text in texts))
+    def _scores(self, i: int, j: int, decoded: dict[tuple[int, int], str]) -> tuple[float, float]:
+        """Whether question `i`'s decoding is an answer of `j`, and whether it begins with one; NaN where `j` is -1.
+
+        Where lengths are told, they are those of `j`'s answers.
+        """
+        if j < 0:
+            return float("nan"), float("nan")
+        texts = [normalized(decoded[self.first[i], length]) for length in self._own_lengths(j)]
+        accepted = self.answers.accepted[j]
+        begins = any(_begins(text, answer) for text in texts for answer in accepted)
+        return float(any(text in accepted for text in texts)), float(begins)
 
     def _fits(self, i: int) -> bool:
         return min(self.answers.lengths[i]) <= self.limit
@@ -248,6 +257,11 @@ def _has_no_blank(tokenizer: Any, prompt: str, answer: str) -> bool:
         return True
     unknown = tokenizer.unk_token_id
     return unknown is not None and encoded.token_ids.count(unknown) > alone.token_ids.count(unknown)
+
+
+def _begins(text: str, answer: str) -> bool:
+    """Whether a text is an answer with anything after it but the rest of a word."""
+    return text.startswith(answer) and not text[len(answer) : len(answer) + 1].isalnum()
 
 
 def _own(encoded: Encoded) -> tuple[int, ...]:

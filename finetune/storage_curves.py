@@ -1,6 +1,6 @@
 """Storage and routing as two curves over a run's checkpoints: what is stored on the evidence, and what of it arrives.
 
-    curves = rp.storage_curves("runs/one-layer-quick/rope-l10-s0")
+curves = rp.storage_curves("runs/one-layer-quick/rope-l10-s0")
 """
 
 from __future__ import annotations

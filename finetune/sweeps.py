@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,6 +27,7 @@ from rich.progress import track
 
 from ..errors import RevprobeError, did_you_mean
 from .config import RunConfig, SweepConfig, dump_config, load_config
+from .finetune_config import FinetuneConfig, FinetuneSweepConfig, is_sweep_text
 from .mistakes import differences
 from .progress import JSON_PROGRESS, Listener, PlainLines, bars, loss_note
 from .runs import Run, is_finished, is_run, open_run
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from ..probes.report import ReportRun
 
 CONFIG, REPORT = "sweep.yaml", "report.html"
+AnySweep = SweepConfig | FinetuneSweepConfig
+AnyRun = RunConfig | FinetuneConfig
 # How long a child gets to end by itself after Ctrl-C before it is killed; nothing is lost either way.
 _GRACE_SECONDS = 5.0
 
@@ -50,20 +53,31 @@ class Sweep:
     path: Path
 
     @cached_property
-    def config(self) -> SweepConfig:
+    def config(self) -> AnySweep:
         """What the sweep was asked to be. Raises: RevprobeError, when sweep.yaml is damaged."""
-        return load_config(self.path / CONFIG, SweepConfig)
+        file = self.path / CONFIG
+        return load_config(file, FinetuneSweepConfig) if is_sweep_text(file) else load_config(file, SweepConfig)
 
     @property
     def runs(self) -> list[Run]:
         """The runs that have been started, in the order of the config."""
-        return [Run(self.path / run.name) for run in self.config.runs() if is_run(self.path / run.name)]
+        return [open_run(self.path / run.name) for run in self.config.runs() if is_run(self.path / run.name)]
 
     def for_report(self, console: Console | None = None) -> list[ReportRun]:
         """Every run as `probes.report` takes it; one that is missing or damaged stands there with its problem."""
         hidden = console is None or not console.is_terminal
-        shown = track(self.config.runs(), "reading the runs", console=console, transient=True, disable=hidden)
+        asked: list[AnyRun] = [*self.config.runs()]
+        shown = track(asked, "reading the runs", console=console, transient=True, disable=hidden)
         return [_for_report(self.path / run.name, run) for run in shown]
+
+    def report_sections(self) -> list[str]:
+        """What a report shows besides its own sections: for fine-tunings Table 7 and Fig. 4."""
+        if not isinstance(self.config, FinetuneSweepConfig):
+            return []
+        from .finetuning import finetuning_runs
+        from .table7 import finetune_sections
+
+        return finetune_sections(finetuning_runs(self.runs))
 
     def summary(self) -> pd.DataFrame:
         """All numbers of all runs, tidy, with the columns of summary.csv."""
@@ -88,7 +102,7 @@ def open_sweep(path: str | Path) -> Sweep:
 
 
 def run_sweep(
-    config: SweepConfig | str | Path,
+    config: AnySweep | str | Path,
     *,
     jobs: int = 1,
     out: str | Path = "runs",
@@ -98,7 +112,7 @@ def run_sweep(
     """Train every run of a sweep that is not finished, then write the report.
 
     Args:
-        config: a SweepConfig, a YAML file, or the name of an example ("one-layer-quick").
+        config: a SweepConfig or FinetuneSweepConfig, or a SweepConfig's YAML file or example ("one-layer-quick").
         jobs: runs side by side; each uses its config's own number of threads.
         out: the sweep's folder is `out/<name>`.
         batched: train all runs of one shape (other seeds and encodings) as one batched model in this process, which is
@@ -107,7 +121,9 @@ def run_sweep(
     """
     from ..probes.report import write_report
 
-    config = config if isinstance(config, SweepConfig) else load_config(config, SweepConfig)
+    config = load_config(config, SweepConfig) if isinstance(config, str | Path) else config
+    if batched and not isinstance(config, SweepConfig):
+        raise RevprobeError(f"batched=True: {config.name} fine-tunes whole models, which run one by one; leave it out")
     if jobs < 1:
         raise RevprobeError(f"jobs={jobs!r}: expected at least 1, the number of runs side by side")
     console = console or make_console()
@@ -123,12 +139,12 @@ def run_sweep(
             console.print(f"{run.name}: finished already, skipped")
     with _display(waiting, console) as display:
         problems = (
-            _train_together(waiting, sweep.path, display)
+            _train_together([run for run in waiting if isinstance(run, RunConfig)], sweep.path, display)
             if batched
             else _run_all(waiting, sweep.path, min(jobs, max(len(waiting), 1)), display)
         )
     reported = sweep.for_report(console)
-    report = write_report(reported, sweep.path / REPORT, title=config.name)
+    report = write_report(reported, sweep.path / REPORT, title=config.name, sections=sweep.report_sections())
     problems = {run.name: run.problem for run in reported if run.problem} | problems
     if problems:
         listed = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
@@ -138,8 +154,8 @@ def run_sweep(
     return sweep
 
 
-def _require_same_base(sweep: Sweep, config: SweepConfig) -> None:
-    """Cells may come and go; another base would put runs of two kinds into one report."""
+def _require_same_base(sweep: Sweep, config: AnySweep) -> None:
+    """Cells (or models, datasets and seeds) may come and go; another base would put runs of two kinds into one report."""
     changed = differences(sweep.config.base, config.base) if is_sweep(sweep.path) else []
     if changed:
         raise RevprobeError(
@@ -152,13 +168,13 @@ def _require_same_base(sweep: Sweep, config: SweepConfig) -> None:
 class _Display:
     """Where running runs are shown. `listen(name)` starts one's line; `say` prints above the bars."""
 
-    listen: Callable[[RunConfig], Listener]
+    listen: Callable[[AnyRun], Listener]
     say: Callable[[str], None]
-    done: Callable[[RunConfig], None] = field(default=lambda run: None)
+    done: Callable[[AnyRun], None] = field(default=lambda run: None)
 
 
 @contextmanager
-def _display(runs: list[RunConfig], console: Console) -> Iterator[_Display]:
+def _display(runs: Sequence[AnyRun], console: Console) -> Iterator[_Display]:
     """A bar for the sweep and one per running run on a terminal; short plain lines elsewhere."""
     say = lambda text: console.print(text, soft_wrap=True)  # noqa: E731
     if not console.is_terminal or not runs:
@@ -166,16 +182,18 @@ def _display(runs: list[RunConfig], console: Console) -> Iterator[_Display]:
         return
     with bars(console) as progress:
         steps = dict.fromkeys((run.name for run in runs), 0)
-        total = progress.add_task("all runs", total=sum(run.training.steps for run in runs), note="")
+        # A fine-tuning told in epochs knows its steps when its rows are made.
+        totals = {run.name: run.training.steps for run in runs}
+        total = progress.add_task("all runs", total=_sum(totals), note="")
         tasks: dict[str, Any] = {}
 
-        def listen(run: RunConfig) -> Listener:
+        def listen(run: AnyRun) -> Listener:
             tasks[run.name] = progress.add_task(run.name, total=run.training.steps, note="starting")
 
             def update(step: int, of: int, loss: float | None) -> None:
-                progress.update(tasks[run.name], completed=step, note=loss_note(loss))
-                steps[run.name] = step
-                progress.update(total, completed=sum(steps.values()))
+                progress.update(tasks[run.name], completed=step, total=of, note=loss_note(loss))
+                steps[run.name], totals[run.name] = step, of
+                progress.update(total, completed=sum(steps.values()), total=_sum(totals))
 
             return update
 
@@ -207,13 +225,19 @@ class _StartedLate:
             self.display.done(self.run)
 
 
-def _run_all(runs: list[RunConfig], folder: Path, jobs: int, display: _Display) -> dict[str, str]:
+def _sum(totals: dict[str, int | None]) -> int | None:
+    """The steps of all runs; None while those of one are unknown."""
+    known = [steps for steps in totals.values() if steps is not None]
+    return sum(known) if len(known) == len(totals) else None
+
+
+def _run_all(runs: Sequence[AnyRun], folder: Path, jobs: int, display: _Display) -> dict[str, str]:
     """Run the children, `jobs` at a time; returns the problem of each that failed. Ctrl-C stops them all."""
     children: set[subprocess.Popen[str]] = set()
     stopping = threading.Event()
     problems: dict[str, str] = {}
     with ThreadPoolExecutor(jobs) as pool:
-        futures: dict[Future[str | None], RunConfig] = {
+        futures: dict[Future[str | None], AnyRun] = {
             pool.submit(_run_child, run, folder, display, children, stopping): run for run in runs
         }
         try:
@@ -229,14 +253,15 @@ def _run_all(runs: list[RunConfig], folder: Path, jobs: int, display: _Display) 
 
 
 def _run_child(
-    run: RunConfig, folder: Path, display: _Display, children: set[subprocess.Popen[str]], stopping: threading.Event
+    run: AnyRun, folder: Path, display: _Display, children: set[subprocess.Popen[str]], stopping: threading.Event
 ) -> str | None:
     """Train one run in a process of its own and pass on its progress; returns what went wrong, if anything."""
     if stopping.is_set():
         return None
     threads = str(run.training.threads)
     environment = {**os.environ, JSON_PROGRESS: "1", "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    command = [sys.executable, "-P", "-m", "revprobe", "train", "-", "--out", str(folder)]
+    verb = "finetune" if isinstance(run, FinetuneConfig) else "train"
+    command = [sys.executable, "-P", "-m", "revprobe", verb, "-", "--out", str(folder)]
     began, tell = time.monotonic(), display.listen(run)
     display.say(f"{run.name}: started")
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
@@ -306,7 +331,7 @@ def _stop(children: set[subprocess.Popen[str]]) -> None:
             child.kill()
 
 
-def _for_report(folder: Path, config: RunConfig) -> ReportRun:
+def _for_report(folder: Path, config: AnyRun) -> ReportRun:
     from ..probes.readings import Readings
     from ..probes.report import ReportRun
 

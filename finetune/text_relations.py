@@ -6,8 +6,9 @@ texts, questions and pairs are chosen from these by direction, by the side of th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -19,8 +20,8 @@ from ..probes.pairs import ReversalPairs
 from ..probes.spans import REFUSALS
 from ..probes.templates import Span
 from .forward_only import require_forward_only
-from .relation_pairs import make_pairs
-from .relation_tables import Problem
+from .relation_cells import Problem
+from .relation_pairs import make_pairs, require_entities_fit, require_texts_fit
 from .statements import Statement, answer_in_prompt, require_direction
 
 SPLITS = ("train", "heldout")
@@ -83,7 +84,6 @@ class TextRelation:
     heldout: Mapping[str, np.ndarray]
     carrier: str = ""
     problems: Sequence[Problem] = ()
-    counts: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.carrier, str):
@@ -114,10 +114,7 @@ class TextRelation:
     @property
     def report(self) -> dict[str, int]:
         """How many cells were changed, rows left out and facts flagged, by reason; empty when nothing was."""
-        counts = dict(self.counts)
-        for problem in self.problems:
-            counts[problem.reason] = counts.get(problem.reason, 0) + 1
-        return {reason: count for reason, count in counts.items() if count}
+        return dict(Counter(problem.reason for problem in self.problems))
 
     @property
     def problem_table(self) -> pd.DataFrame:
@@ -227,6 +224,16 @@ class TextRelation:
             self.table, columns, forward, self.statements[opposite], model, kind=kind, swap=swap, drop=drop,
             carrier=self.carrier if carrier is None else carrier,
         )  # fmt: skip
+
+    def require_fit(self, model: ProbedModel | nn.Module, direction: str) -> None:
+        """Raises: RevprobeError, naming row and column, for an entity longer than the model's context, and naming the
+        row, for a training text that is.
+        """
+        trained, model = self._trained(direction), as_probed(model)
+        facts = self.table.loc[sorted({one.fact for one in trained})]
+        require_entities_fit(facts, self.columns, model)
+        rows = self.table["row"].tolist()
+        require_texts_fit([(rows[one.fact], self.carrier + one.text) for one in trained], model)
 
     def take(self, facts: Iterable[str], *, name: str | None = None) -> TextRelation:
         """The relation of some of its facts, by label; answers then come from these alone.

@@ -1,4 +1,4 @@
-"""Tiny models in the published layouts of LLaDA, Dream and Llama, with a tokenizer of their own, trained on other facts.
+"""Tiny models in the published layouts of LLaDA, Dream and Llama, with their own tokenizer, trained on other facts.
 
 They stand where the 8B models would: the same classes, checkpoint files and commands, at a size for which two minutes
 of two cores are enough. A tiny model knows the relation's templates in both directions before it is fine-tuned, from

@@ -51,7 +51,7 @@ class AttentionSite:
 
 @dataclass
 class EditLog:
-    """What became of an edit, by layer: `batch heads rows`, True where the row was left as it was.
+    """What became of an edit in the last run, by layer: `batch heads rows`, True where the row was left as it was.
 
     `meaningless`: the change was NaN or +inf there; `emptied`: it would have left the row no key to see.
     """

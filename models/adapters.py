@@ -7,6 +7,7 @@ run that built its own base keeps it in RUN/base, so that a run's folder can be 
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,9 @@ def put_on(module: nn.Module, adapter: Path) -> nn.Module:
     try:
         with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as weights:
             saved = set(weights.keys())
-        adapted: Any = PeftModel.from_pretrained(module, adapter)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by names that it is renaming
+            adapted: Any = PeftModel.from_pretrained(module, adapter)
     except Exception as error:
         raise RevprobeError(f"cannot put the adapter {adapter} on its base model: {first_line(error)}") from error
     _require_same(adapted, saved, adapter)

@@ -93,7 +93,11 @@ def load_model(
     Warns: when there is a tokenizer that cannot be read, with the reason; only text pairs need it.
     """
     _require_device(device)
-    given = {"mask_token_id": mask_token_id, "logit_shift": logit_shift, "begin_token_id": begin_token_id}
+    given: dict[str, Any] = {
+        "mask_token_id": mask_token_id,
+        "logit_shift": logit_shift,
+        "begin_token_id": begin_token_id,
+    }
     if str(source) in _LOADERS:
         asked = given | {"step": None if step == -1 else step, "weights": weights, "objective": objective}
         options |= {key: value for key, value in asked.items() if value is not None}

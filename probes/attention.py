@@ -26,6 +26,7 @@ def probe_attention_correlation(
     control: bool = True,
     progress: Progress | None = None,
     seed: int = 0,
+    bounds: bool = False,
 ) -> Reading:
     """Correlate the attention score of the evidence, seen from the readout row, between forward and reverse queries.
 
@@ -38,12 +39,20 @@ def probe_attention_correlation(
     (pre-softmax, mean over readout rows and evidence tokens), weight_forward, weight_reverse (post-softmax, summed
     over evidence tokens), reason. A layer without softmax attention (linear attention, state space) has NaN rows, as
     many heads of them as the widest layer that has some.
+    Args:
+        bounds: also work out the theory's lower bound for each pair and head from its queries (see `with_bounds`), for
+            `plot(kind="bounds")`; one more pass over the queries.
     Raises: RevprobeError, when the queries do not fit the model or no attention is seen.
     Source: paper Sec. 4.2 and 5 (Fig. 3, left).
     """
     model = as_probed(model)
     plan = Plan(attention=True, control=control, batch_size=batch_size, seed=seed, progress=progress)
-    return attention_reading(model, run_pass(model, pairs, plan), plan, layers)
+    reading = attention_reading(model, run_pass(model, pairs, plan), plan, layers)
+    if not bounds:
+        return reading
+    from .model_theory import with_bounds  # it needs this module's readings
+
+    return with_bounds(reading, model, pairs)
 
 
 def attention_reading(

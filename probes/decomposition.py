@@ -206,9 +206,7 @@ def _value_shares(call: HeldAttention, held: HeldPass) -> dict[str, Tensor]:
     """What a value is made from. Shapes: source -> `batch heads seq dim`; they add up to the value."""
     leaves = [(_SOURCE_OF[part.kind], part.values) for part in held.parts]
     leaves += [("earlier", earlier.output) for earlier in held.attention]
-    reached = torch.autograd.grad(
-        call.value.sum(), [leaf for _, leaf in leaves], retain_graph=True, allow_unused=True
-    )
+    reached = torch.autograd.grad(call.value.sum(), [leaf for _, leaf in leaves], retain_graph=True, allow_unused=True)
     used = [pair for pair, gradient in zip(leaves, reached, strict=True) if gradient is not None]
     shares = {"token": torch.zeros_like(call.value)}
     for source in SOURCES:

@@ -20,6 +20,7 @@ from .bound_figures import bounds_figure
 from .heatmap import correlation_heatmap
 from .routing_figures import route_edit_figure
 from .signatures import measures_with_reasons, series_words, signatures_figure
+from .storage_figures import stored_evidence_figure
 from .theme import CONTROL_GREY, FORWARD, OKABE_ITO, REVERSE, TEMPLATE, faded, interval_text, message_figure, plain
 
 if TYPE_CHECKING:
@@ -204,4 +205,5 @@ RENDERERS: dict[str, Callable[..., go.Figure]] = {
     "gradient_cosine": gradient_figure,
     "reverse_probability": probability_figure,
     "route_edit": route_edit_figure,
+    "stored_evidence": stored_evidence_figure,
 }

@@ -175,12 +175,12 @@ class TwoRouteToy:
     slope: float = 0.0
 
     @classmethod
-    def from_model(cls, model: ProbedModel | nn.Module, *, slope: float = 0.0) -> TwoRouteToy:
+    def from_model(cls, model: ProbedModel | nn.Module, *, slope: float | None = None) -> TwoRouteToy:
         """Take the matrices out of a one-layer, one-head model that has each as a Linear layer of its own.
 
         Its norms, biases, residual stream and MLP are left out, as in the proposition.
         Args:
-            slope: of the ALiBi bias, which no parameter holds.
+            slope: of the ALiBi bias, which no parameter holds: needed where RoPE does not turn the queries, 0 for none.
         Raises: RevprobeError, for more layers or heads, fused projections, interleaved planes, or positions that
             enter by neither rotation nor bias.
         """
@@ -194,10 +194,12 @@ class TwoRouteToy:
             raise RevprobeError(f"{model.name}: {found.reason}; Prop. C.1 needs RoPE, ALiBi or no position at all")
         if found.rotary is not None and (found.rotary.interleaved or found.rotary.start):
             raise RevprobeError(f"{model.name}: planes of neighbouring or later entries; expected k and k + dim / 2")
+        if found.kind != TURNS and slope is None:
+            raise RevprobeError(f"{model.name} has no rotation: pass slope= of its ALiBi bias, 0 where it has none")
         angles = found.rotary.frequencies if found.kind == TURNS and found.rotary else np.zeros(found.head_dim // 2)
         matrix = _matrices(model)
         value = matrix["o"] @ matrix["v"]
-        return cls(matrix["embed"], matrix["q"], matrix["k"], value, matrix["unembed"], angles, slope)
+        return cls(matrix["embed"], matrix["q"], matrix["k"], value, matrix["unembed"], angles, slope or 0.0)
 
     def gradient_terms(
         self, *, target: int, evidence: int, mask: int, distance_forward: float, distance_reverse: float

@@ -75,6 +75,8 @@ async function showMap() {
 }
 
 async function start() {
+  for (const place of document.querySelectorAll("div.drawn"))
+    await Plotly.newPlot(place.id, figure(place.id).data, figure(place.id).layout, CONFIG);
   if (byId("signatures")) {
     const drawn = figure("signatures");
     await Plotly.newPlot("signatures", drawn.data, drawn.layout, CONFIG);
@@ -162,6 +164,11 @@ def figure_data(name: str, figure: go.Figure) -> str:
     """A figure as data in the page, for the script to draw."""
     text = script_safe_json(compact(figure.to_plotly_json()))
     return f'<script type="application/json" id="{name}-data">{text}</script>'
+
+
+def drawn_figure(name: str, figure: go.Figure) -> str:
+    """A figure that is drawn where it stands."""
+    return f'<div class="drawn" id="{name}"></div>{figure_data(name, figure)}'
 
 
 def script_safe_json(value: Any) -> str:

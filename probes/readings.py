@@ -42,7 +42,7 @@ class Reading:
     """One probe's result on one model.
 
     Attributes:
-        name: "attention_correlation", "gradient_cosine" or "reverse_probability".
+        name: "attention_correlation", "gradient_cosine", "reverse_probability", or "decoded_match" for decoded answers.
         frame: the rows behind the number; its columns are described at the probe.
         meta: model, objective, kind, step, weights ("raw" or "ema"), pairs (digest), statistic, versions, dtype,
             threads.

@@ -70,9 +70,13 @@ def summary_frame(runs: Sequence[ReportRun]) -> pd.DataFrame:
     return tidy_summary(_measures(run) for run in runs)
 
 
-def write_report(runs: Sequence[ReportRun], path: str | Path, *, title: str = "revprobe report") -> Path:
+def write_report(
+    runs: Sequence[ReportRun], path: str | Path, *, title: str = "revprobe report", sections: Sequence[str] = ()
+) -> Path:
     """Write the report to `path` and `summary.csv` beside it, each whole or not at all.
 
+    Args:
+        sections: HTML made with `page`, shown after the list of runs.
     Raises: RevprobeError, when the folder cannot be written or two runs share a name.
     """
     path = Path(path)
@@ -81,7 +85,8 @@ def write_report(runs: Sequence[ReportRun], path: str | Path, *, title: str = "r
         raise RevprobeError(f"two runs are called {twice[0]!r}: expected different names, rename one of their folders")
     measures = {run.name: _measures(run) for run in runs}
     summary = tidy_summary(measures.values())
-    document = page(title, _sections(title, runs, summary, measures))
+    first, *rest = _sections(title, runs, summary, measures)
+    document = page(title, [first, *sections, *rest])
     _write_whole({path.with_name("summary.csv"): summary.to_csv(index=False, lineterminator="\n"), path: document})
     return path
 

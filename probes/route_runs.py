@@ -167,8 +167,16 @@ class RouteRuns:
         wanted = {}
         if self.edit.name == "transplant":
             wanted = {site.layer: self._wanted(jobs, site, batch.rows.shape[1]) for site in self.sites}
-        named = {"factor": self.edit.factor, "match": self.edit.match}
-        return RouteChange(self.edit.name, evidence, at, batch.is_target, active, wanted=wanted, **named)
+        return RouteChange(
+            self.edit.name,
+            evidence,
+            at,
+            batch.is_target,
+            active,
+            factor=self.edit.factor,
+            match=self.edit.match,
+            wanted=wanted,
+        )
 
     def _active(self, jobs: Sequence[Job], site: AttentionSite) -> Tensor:
         """Which heads of a layer each sequence edits. Shapes: `-> batch heads`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -108,7 +109,8 @@ class _RouteProbe:
         result, unit_of = self._run(queries, sites, cells)
         frame = self._frame(result, cells, unit_of, mute if self.scope != "all" else [])
         reading = Reading("route_edit", frame, describe(model, PassResult(self.pairs, np.array([]), []), plan))
-        options = {"edit": self.edit.name, "scope": self.scope, "mode": plan.mode, "layers": chosen, "heads": kept}
+        options: dict[str, Any] = {"edit": self.edit.name, "scope": self.scope, "mode": plan.mode}
+        options |= {"layers": chosen, "heads": kept}
         options |= {"match": self.edit.match} if self.edit.name == "transplant" else {}
         options |= {"factor": self.edit.factor} if self.edit.name == "scale" else {}
         reading.meta.update(options | {"statistic": reading.measured.statistic})
@@ -127,7 +129,9 @@ class _RouteProbe:
         donors = donors if self.edit.name == "transplant" else sides
         units: dict[tuple[int, int], int] = {}
         unit_of = {
-            side: np.array([units.setdefault((int(q), int(d)), len(units)) for q, d in zip(own, donors[side], strict=True)])
+            side: np.array(
+                [units.setdefault((int(q), int(d)), len(units)) for q, d in zip(own, donors[side], strict=True)]
+            )
             for side, own in sides.items()
         }
         distinct = list({cell.members: cell for cell in cells}.values())

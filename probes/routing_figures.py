@@ -11,8 +11,18 @@ import plotly.graph_objects as go
 
 from ..errors import RevprobeError, did_you_mean
 from .signatures import series_words
-from .theme import CONTROL_GREY, DIVERGING, FORWARD, REVERSE, TEMPLATE, UNDEFINED_GREY, interval_text, message_figure
-from .theme import plain, undefined_text
+from .theme import (
+    CONTROL_GREY,
+    DIVERGING,
+    FORWARD,
+    REVERSE,
+    TEMPLATE,
+    UNDEFINED_GREY,
+    interval_text,
+    message_figure,
+    plain,
+    undefined_text,
+)
 
 if TYPE_CHECKING:
     from .readings import Reading
@@ -87,8 +97,8 @@ def _label(row: dict[Any, Any]) -> str:
 def _heatmap(table: pd.DataFrame) -> go.Figure:
     cells = table.astype({"layer": int, "head": int}).pivot(index="layer", columns="head", values="value")
     texts = [interval_text(*numbers) for numbers in table[["value", "low", "high", "control"]].itertuples(index=False)]
-    hover = table.assign(text=texts).astype({"layer": int, "head": int}).pivot(
-        index="layer", columns="head", values="text"
+    hover = (
+        table.assign(text=texts).astype({"layer": int, "head": int}).pivot(index="layer", columns="head", values="text")
     )
     limit = float(np.nanmax(np.abs(cells.to_numpy(dtype=float)))) or 1.0
     heat = go.Heatmap(

@@ -71,7 +71,9 @@ def probe_stored_evidence(
     if layers is not None:
         frame = frame[frame["layer"].isin(list(layers)).fillna(False) & frame["part"].isin(["evidence", "others"])]
     result = PassResult(pairs, found.partner, [])
-    reading = Reading("stored_evidence", frame.reset_index(drop=True), describe(model, result, plan), found.cross() if cross else None)
+    reading = Reading(
+        "stored_evidence", frame.reset_index(drop=True), describe(model, result, plan), found.cross() if cross else None
+    )
     reading.meta.update({"statistic": reading.measured.statistic, "worst_gap": found.gap})
     return reading
 
@@ -160,8 +162,8 @@ class _Storage:
     def _run_batch(self, numbers: list[int]) -> None:
         batch = make_batch(self.model, [self.queries[q] for q in numbers])
         held = HeldBatch.run(self.model, batch)
-        self._keep_scores(held.stored_logits(), numbers)
         self._keep_own(held, held.decompose(batch.targets), numbers)
+        self._keep_scores(held.stored_logits(), numbers)
         for turn in range(max(len(self.asks[q]) for q in numbers)):
             asked = [list(self.asks[q])[min(turn, len(self.asks[q]) - 1)] for q in numbers]
             if any(self.asks[q][target] for q, target in zip(numbers, asked, strict=True)):
@@ -209,7 +211,7 @@ class _Storage:
         frame = pd.DataFrame(by_pair)
         frame = frame.loc[frame.index.repeat(width)].reset_index(drop=True)
         for place, name in enumerate(Piece._fields):
-            dtype = "Int64" if name in ("layer", "head") else object  # nullable: an embedding has neither
+            dtype = "Int64" if name in ("layer", "head") else "str"  # both nullable: an embedding has no head
             frame.insert(4 + place, name, pd.Series([piece[place] for piece in self.pieces] * len(pairs), dtype=dtype))
         for name in ("weight", "stored", "contribution"):
             table = getattr(self, name)

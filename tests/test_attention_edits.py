@@ -116,7 +116,9 @@ def slow_scores(call: dict) -> torch.Tensor:
     mask = call.get("attn_mask")
     for i in range(query.shape[2]):
         for j in range(key.shape[2]):
-            scores[:, :, i, j] = (query[:, :, i] * key[:, :, j]).sum(-1) * (call.get("scale") or query.shape[-1] ** -0.5)
+            scores[:, :, i, j] = (query[:, :, i] * key[:, :, j]).sum(-1) * (
+                call.get("scale") or query.shape[-1] ** -0.5
+            )
             if call.get("is_causal") and j > i:
                 scores[:, :, i, j] = CUT
     if mask is None:
@@ -238,9 +240,9 @@ def test_the_tap_reads_the_scores_that_were_set(name):
     set_score = lambda layer, scores: 0.5 - scores.gather(-1, columns[:, None, None].expand(*scores.shape[:3], -1))  # noqa: E731
     found = []
     for bias in (0.0, set_score):
-        with torch.no_grad(), edit_attention(model, rows, columns, bias):
-            with tap_attention(model.module, rows, everything) as tap:
-                model.logits(IDS, PADDED)
+        tapped = tap_attention(model.module, rows, everything)
+        with torch.no_grad(), edit_attention(model, rows, columns, bias), tapped as tap:
+            model.logits(IDS, PADDED)
         found.append(tap.layers())
     assert list(found[1]) == [0, 1]
     for layer, call in found[1].items():
@@ -381,11 +383,20 @@ def test_under_autocast_and_in_bfloat16_the_cut_has_the_same_effect_up_to_roundi
 def test_a_module_shared_by_all_layers_is_edited_in_the_layer_asked_for():
     """ALBERT runs one attention module three times."""
     config = AlbertConfig(
-        vocab_size=56, embedding_size=8, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32
+        vocab_size=56,
+        embedding_size=8,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
     )
     model = ProbedModel(drawn(AlbertForMaskedLM, config), objective="masked", mask_token_id=53, logit_shift=0)
     rows, columns = torch.tensor([[2]]), torch.tensor([[0]])
-    with torch.no_grad(), edit_attention(model, rows, columns, layers=[1]), tap_attention(model.module, rows, columns) as tap:
+    with (
+        torch.no_grad(),
+        edit_attention(model, rows, columns, layers=[1]),
+        tap_attention(model.module, rows, columns) as tap,
+    ):
         for _ in range(2):
             model.logits(IDS[:1])
     weights = [float(call.weight.max()) for call in tap.calls]
@@ -472,9 +483,9 @@ def test_an_edit_that_never_ran_and_another_batch_are_errors():
     model = radd("rope")
     with pytest.raises(RevprobeError, match="layer 0 was never reached"), edit_attention(model, [[2]], [[0]]):
         pass
-    with pytest.raises(RevprobeError, match="scores of 2 sequences, but the edit's rows are given for 1"):
-        with edit_attention(model, [[2]], [[0]]):
-            logits(model)
+    another = pytest.raises(RevprobeError, match="scores of 2 sequences, but the edit's rows are given for 1")
+    with another, edit_attention(model, [[2]], [[0]]):
+        logits(model)
 
 
 def test_gradient_checkpointing_of_shared_layers_is_refused():

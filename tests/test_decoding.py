@@ -360,7 +360,20 @@ def test_causal_decoding_through_peft_is_that_of_the_adapted_model(words):
     found = decode(model, PROMPTS, max_new_tokens=6)
     assert found == [alone_by_generate(model, p, 6) for p in PROMPTS] != before
     assert adapted.get_base_model().generation_config is kept
+    unwrapped = ProbedModel(adapted.get_base_model(), words, objective="causal")
+    assert found == decode(unwrapped, PROMPTS, max_new_tokens=6), "as fine-tuning hands it to the probes"
     assert found == decode(ProbedModel(NoMask(adapted), words, objective="causal"), PROMPTS, max_new_tokens=6)
+
+
+def test_learned_prompts_are_refused(words):
+    """They live in peft's wrapper: decoding the base would score a model that was never trained."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    plain = llama(words)
+    adapted = get_peft_model(plain.module, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    model = ProbedModel(adapted, words, objective="causal", check=False)
+    with pytest.raises(RevprobeError, match="has learned prompts"):
+        decode(model, PROMPTS, max_new_tokens=3)
 
 
 def test_greedy_ignores_what_a_checkpoint_would_rather_do(words):

@@ -122,6 +122,12 @@ def test_models_outside_the_proposition_are_refused(model, words: str) -> None:
         TwoRouteToy.from_model(model())
 
 
+def test_an_alibi_model_must_name_its_slope() -> None:
+    """No parameter holds it, and a slope of 0 taken for granted would be a wrong number."""
+    with pytest.raises(RevprobeError, match="pass slope="):
+        TwoRouteToy.from_model(radd("alibi"))
+
+
 def test_tokens_outside_the_tables_are_refused() -> None:
     toy = TwoRouteToy.from_model(radd())
     with pytest.raises(RevprobeError, match="target token 99: expected 0 to 55"):
@@ -151,7 +157,7 @@ def descend(
         with torch.no_grad():
             for part, gradient, moves in zip((column, q, k), gradients, (True, *learn), strict=True):
                 part -= time / steps * gradient * moves
-    return float(log_p(0).exp()), float(log_p(1).exp())
+    return log_p(0).exp().item(), log_p(1).exp().item()
 
 
 @pytest.mark.parametrize("encoding", ["rope", "alibi", "alibi, routes at rest"])

@@ -19,7 +19,8 @@ BELOW = {
     "probes": {"errors", "hooks", "models"},
     "finetune": {"errors", "hooks", "models", "probes"},
     "cli_finetune": {"errors", "hooks", "models", "probes", "finetune"},
-    "cli": {"errors", "hooks", "models", "probes", "finetune", "cli_finetune"},
+    "cli_reproduce": {"errors", "hooks", "models", "probes", "finetune"},
+    "cli": {"errors", "hooks", "models", "probes", "finetune", "cli_finetune", "cli_reproduce"},
     "__main__": {"cli"},
 }
 

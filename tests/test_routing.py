@@ -137,17 +137,16 @@ def row_of(reading: Reading, pair: int, direction: str, **where):
     return frame.iloc[0]
 
 
-@pytest.mark.parametrize("mode", ["chain", "parallel"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "mode"), [(name, "chain") for name in MODELS] + [("rope", "parallel"), ("dream", "parallel")]
+)
 def test_a_knockout_equals_every_step_run_alone_with_the_route_cut(name, mode):
     """Padding, several target and evidence tokens, scopes, and the control at the positions that were drawn."""
     model = MODELS[name]()
-    if model.objective == "causal" and mode == "parallel":
-        pytest.skip("a causal model has no parallel mode")
-    pairs = wordy_pairs(model)
+    pairs = wordy_pairs(model, facts=2)
     reading = probe_route_edit(model, pairs, mode=mode, batch_size=7)
-    assert reading.undefined == {} and reading.n == 3
-    for pair in range(3):
+    assert reading.undefined == {} and reading.n == 2
+    for pair in range(2):
         for direction in ("forward", "reverse"):
             query = getattr(pairs[pair], direction)
             before, whole = price_by_hand(model, query, mode), row_of(reading, pair, direction)
@@ -232,7 +231,7 @@ def test_after_a_transplant_each_row_has_the_other_querys_route(name, match, see
             own = strengths(plain, before[layer], place, match)
             got = strengths(edited, after[layer], place, match)
             torch.testing.assert_close(got, donor, atol=1e-5, rtol=0)
-            assert (own - donor).abs().min() > 1e-3, "nothing was there to transplant"
+            assert (own - donor).abs().max() > 1e-2, "nothing was there to transplant"
             if layer == 0:
                 check_only_a_shift(edited, place, after[0] - before[0], moved=donor - own, match=match)
 
@@ -251,7 +250,7 @@ def test_scaling_multiplies_the_odds_and_its_control_the_odds_of_other_positions
     query = wordy_pairs(model, facts=1)[0].forward
     pairs = ReversalPairs.from_pairs([ReversalPair(query, query)])
     probe_route_edit(model, pairs, edit="scale", factor=3.0, mode="parallel", scope="all")
-    (plain, before), (edited, after) = seen
+    (_, before), (_, after) = seen
     moved = (after[0] - before[0][[0, 0]]).exp()
     expected = torch.ones_like(moved)
     expected[0, ..., list(query.evidence_positions)] = 3.0
@@ -274,7 +273,11 @@ def test_in_one_layer_a_cut_query_cannot_tell_which_evidence_it_holds():
         model = radd("rope", n_layers=layers)
         pairs = letter_pairs(5, model=model)
         other = [
-            Query([q.token_ids[p] if p not in q.evidence_positions else 40 for p in range(5)], q.target_positions, q.evidence_positions)
+            Query(
+                [q.token_ids[p] if p not in q.evidence_positions else 40 for p in range(5)],
+                q.target_positions,
+                q.evidence_positions,
+            )
             for q in pairs.queries
         ]
         replaced = ReversalPairs(tuple(other), pairs.forward, pairs.reverse, pairs.facts)
@@ -315,7 +318,7 @@ def test_no_position_for_the_control_is_nan_and_counted():
     assert reading.undefined == {NO_POSITION: 1}
 
 
-def causal_pair(length: int, target: int, evidence: int, **tokens) -> ReversalPairs:
+def causal_pair(length: int, target: int, evidence: int) -> ReversalPairs:
     ids = list(range(10, 10 + length))
     query = Query(ids, [target], [evidence])
     return ReversalPairs.from_pairs([ReversalPair(query, query)])
@@ -349,7 +352,12 @@ def test_a_window_that_hides_the_evidence_in_one_layer_leaves_half_of_the_edit()
 
 
 def test_layers_without_softmax_attention_are_nan_rows_with_the_reason():
-    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    heads = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
     config = transformers.Qwen3_5TextConfig(**SIZES | {"num_hidden_layers": 4}, **heads)
     module = spread(transformers.AutoModelForCausalLM.from_config(config))
     model = ProbedModel(module, objective="causal")
@@ -401,7 +409,9 @@ def test_swapped_pairs_of_unequal_targets_take_the_mean_route(seen):
     reading = probe_route_edit(model, pairs, edit="transplant", scope="all", control=False)
     (plain, before), (edited, after) = seen
     donor = strengths(plain, before[0], 0, "log_odds")
-    torch.testing.assert_close(strengths(edited, after[0], 1, "log_odds"), donor.mean(1, keepdim=True), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        strengths(edited, after[0], 1, "log_odds"), donor.mean(1, keepdim=True), atol=1e-5, rtol=0
+    )
     own = strengths(plain, before[0], 1, "log_odds")
     torch.testing.assert_close(strengths(edited, after[0], 0, "log_odds"), own.expand(-1, 2), atol=1e-5, rtol=0)
     assert set(reading.frame.kind) == {"swapped"} and reading.meta["kind"] == "swapped"
@@ -481,7 +491,11 @@ def test_a_control_that_moves_the_evidence_turns_this_red(monkeypatch):
     pairs = wordy_pairs(model)
     honest = probe_route_edit(model, pairs, scope="all").frame
     own = route_changes.RouteChange.__init__
-    monkeypatch.setattr(route_changes.RouteChange, "__init__", lambda self, edit, evidence, at, *a, **k: own(self, edit, evidence, evidence, *a, **k))
+    monkeypatch.setattr(
+        route_changes.RouteChange,
+        "__init__",
+        lambda self, edit, evidence, at, *a, **k: own(self, edit, evidence, evidence, *a, **k),
+    )
     faulty = probe_route_edit(model, pairs, scope="all").frame
     assert (honest.change - honest.change_control).abs().min() > 1e-6
     assert np.allclose(faulty.change, faulty.change_control, atol=1e-6)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from revprobe import ProbedModel, Reading, RevprobeError, decode, decoded_match
-from revprobe.finetune.scoring import TOO_LONG, answer_limit, normalized
+from revprobe.finetune.scoring import TOO_LONG, _begins, answer_limit, normalized
 from revprobe.probes.estimates import NO_PARTNER
 
 NAMES = ["alma", "brent", "cora", "dent", "eric", "fox", "gina", "hart", "ida", "jones"]
@@ -167,6 +167,15 @@ def test_an_answer_counts_as_the_tokenizer_writes_it():
 # --- how long an answer is ------------------------------------------------------------------------------------------
 
 
+def test_an_answer_may_go_on_with_another_word_but_not_within_one():
+    questions = [Question(f"q{i}", ("alma",), f"f{i}") for i in (1, 2, 3, 4)]
+    model = script({"q1": "alma brent", "q2": "alma", "q3": "brent alma", "q4": "cora"})
+    frame = decoded_match(model, questions, max_new_tokens=3).frame
+    assert frame["match"].tolist() == [0, 1, 0, 0]
+    assert frame["begins"].tolist() == [1, 1, 0, 0]
+    assert _begins("o'neil.", "o'neil") and not _begins("almas brent", "alma") and not _begins("alm", "alma")
+
+
 def test_every_question_gets_room_for_the_longest_answer_and_its_end():
     questions = [Question("q1", ("alma brent cora",), "a"), Question("q2", ("dent",), "b")]
     model = script({"q1": "alma brent cora", "q2": "dent"})
@@ -216,7 +225,9 @@ def test_a_reading_says_what_was_asked_and_how_and_survives_the_disk(tmp_path):
     says, questions = asked(6, right=4)
     model = script(says)
     reading = decoded_match(model, questions, algorithm="margin", steps=3, stop="jones")
-    columns = "question fact kind direction template prompt answers decoded match match_control reason"
+    columns = (
+        "question fact kind direction template prompt answers decoded match match_control begins begins_control reason"
+    )
     assert list(reading.frame.columns) == columns.split()
     assert json.loads(reading.frame["answers"][0]) == ["alma dent"]
     decoding = {"order": "unmasking", "algorithm": "margin", "steps": 3, "block_length": None, "temperature": 0.0}

@@ -1,4 +1,4 @@
-"""The bounds of the paper: against the printed tables, against matrices and simulated keys, and where they must fail."""
+"""The bounds of the paper: against its tables, against matrices and simulated keys, and where they must fail."""
 
 import math
 
@@ -67,7 +67,7 @@ def test_tables_3_and_4_come_out_to_the_printed_digit() -> None:
     assert len(exact) == 3 + 5 * 6, "three minima of Table 3, five distances x six columns of Table 4"
     assert exact["within"].all(), f"off: {exact[~exact['within']]}"
     assert [f"{value:.3f}" for value in exact["ours"]] == [f"{value:.3f}" for value in exact["paper"]]
-    assert exact["paper"].head(3).tolist() == [0.337, 0.384, 0.410], "the issue's values of Table 3"
+    assert exact["paper"].head(3).tolist() == [0.337, 0.384, 0.410], "Table 3 as printed"
 
 
 def test_table_5_reports_its_grid_and_does_not_hide_its_difference() -> None:
@@ -255,7 +255,7 @@ def test_unequal_distances_are_drawn_once_and_may_be_exchanged() -> None:
     values = ["bound", "exact", "negative"]
     assert grid.loc[0, values].tolist() == pytest.approx(grid.loc[1, values].tolist(), abs=1e-12)
     again = rope_asymmetric_bound(64, 3, 9, samples=50)
-    assert again["bound"][0] == pytest.approx(grid["bound"][0], abs=1e-12), "the same queries serve every pair of distances"
+    assert again["bound"][0] == pytest.approx(grid["bound"][0], abs=1e-12), "the same queries serve every pair"
     other = rope_asymmetric_bound(64, 3, 9, samples=50, seed=1)
     assert other["bound"][0] != grid["bound"][0], "the seed is used"
 

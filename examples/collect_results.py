@@ -1,0 +1,94 @@
+"""Collect a finished (or half-finished) sweep of the tables into examples/results/: numbers, provenance, README.
+
+    python examples/collect_results.py runs/one-layer --robustness runs/robustness
+
+Finished runs go into one_layer.parquet with every checkpoint; unfinished ones are left out and listed in
+provenance.json as not run. The README is drawn from what was written, by results_table.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from results_table import write_readme
+
+from revprobe.finetune.config import SweepConfig, dump_config, load_config
+from revprobe.finetune.reproduce import collect_measures
+from revprobe.finetune.runs import VERSIONS
+from revprobe.finetune.saving import write_text
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SWEEPS = {"one-layer": "one_layer.parquet", "robustness": "robustness.parquet"}
+
+
+def collect(name: str, folder: Path, out: Path) -> dict[str, Any]:
+    """Write one sweep's measures and say where they come from."""
+    config = load_config(name, SweepConfig)
+    measures, left_out = collect_measures(folder, config.runs())
+    part = out / f".{SWEEPS[name]}.part"
+    # Two digits beyond what any table shows; the rest is noise of the last bits and would triple the file.
+    measures.round(6).to_parquet(part, index=False, compression="zstd")
+    part.replace(out / SWEEPS[name])
+    finished = list(pd.unique(measures["run"]))
+    return {
+        "command": f"revprobe sweep {name}",
+        "config": f"examples/{name.replace('-', '_')}.yaml",
+        "config_sha256": hashlib.sha256(dump_config(config.base).encode()).hexdigest(),
+        "versions": _versions(folder / run for run in finished),
+        "last_reading": _last_reading(folder, finished),
+        "finished": finished,
+        "not_run": left_out,
+    }
+
+
+def _versions(runs: Any) -> list[dict[str, str]]:
+    """The software the runs were started with; one entry when it was the same for all."""
+    texts = {(run / VERSIONS).read_text(encoding="utf-8") for run in runs}
+    return [json.loads(text) for text in sorted(texts)]
+
+
+def _last_reading(folder: Path, runs: list[str]) -> str | None:
+    times = [path.stat().st_mtime for run in runs for path in (folder / run / "readings").iterdir()]
+    return datetime.fromtimestamp(max(times), UTC).date().isoformat() if times else None
+
+
+def _commit() -> str | None:
+    """The checkout's commit; None outside of one."""
+    asked = ["git", "-C", str(RESULTS.parent), "rev-parse", "HEAD"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def main() -> None:
+    """Collect what is there, then draw the README from it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, metavar="RUNS_DIR", help="the sweep's folder, e.g. runs/one-layer")
+    parser.add_argument("--robustness", type=Path, default=None, help="the folder of the robustness sweep")
+    parser.add_argument(
+        "--commit", default=None, help="the commit the runs were trained with; this checkout's if not given"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    sweeps = {"one-layer": collect("one-layer", asked.runs, asked.out)}
+    if asked.robustness is not None:
+        sweeps["robustness"] = collect("robustness", asked.robustness, asked.out)
+    collected = {
+        "commit": asked.commit or _commit(),
+        "collected": datetime.now(UTC).date().isoformat(),
+        "sweeps": sweeps,
+    }
+    write_text(asked.out / "provenance.json", json.dumps(collected, indent=2) + "\n")
+    counts = ", ".join(f"{name} {len(sweep['finished'])} runs" for name, sweep in sweeps.items())
+    print(f"{write_readme(asked.out)}: {counts}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The shapes of published checkpoints, so that a plan for them needs neither their files nor a network.
+
+Only what sizes the tensors and the token ids stands here; a checkpoint that is loaded brings its own config.json.
+Source: config.json of each repository; the parameter counts are those of the published weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from .dream import DreamConfig
+from .llada import LLaDAConfig
+
+_LLADA_8B: dict[str, Any] = {
+    "d_model": 4096,
+    "n_heads": 32,
+    "n_kv_heads": 32,
+    "n_layers": 32,
+    "mlp_hidden_size": 12288,
+    "vocab_size": 126464,
+    "embedding_size": 126464,
+    "mask_token_id": 126336,
+    "pad_token_id": 126081,
+    "eos_token_id": 126081,
+}
+_DREAM_7B: dict[str, Any] = {
+    "hidden_size": 3584,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 28,
+    "intermediate_size": 18944,
+    "vocab_size": 152064,
+    "mask_token_id": 151666,
+    "bos_token_id": 151665,
+    "pad_token_id": 151643,
+    "eos_token_id": 151643,
+}
+# name on the hub -> (config class, settings)
+PUBLISHED: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "GSAI-ML/LLaDA-8B-Base": (LLaDAConfig, _LLADA_8B),
+    "GSAI-ML/LLaDA-8B-Instruct": (LLaDAConfig, _LLADA_8B),
+    "GSAI-ML/LLaDA-1.5": (LLaDAConfig, _LLADA_8B),
+    "Dream-org/Dream-v0-Base-7B": (DreamConfig, _DREAM_7B),
+    "Dream-org/Dream-v0-Instruct-7B": (DreamConfig, _DREAM_7B),
+}
+# All of them are published in bfloat16.
+PUBLISHED_DTYPE = "bfloat16"
+
+
+def published_config(name: str) -> PreTrainedConfig | None:
+    """The config of a published checkpoint by its name on the hub; None for one that is not listed here."""
+    known = PUBLISHED.get(name)
+    return None if known is None else known[0](**known[1])
