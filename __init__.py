@@ -21,7 +21,10 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal t
     from .errors import RevprobeError
     from .finetune.decoding import decode
     from .finetune.letters_relation import letter_pairs, letters
+    from .finetune.memory_plan import plan_memory
     from .finetune.one_step import one_step, one_step_curves
+    from .finetune.prediction import FirstOrderPrediction
+    from .finetune.finetuning import fine_tune
     from .finetune.relations import from_table, invented_names, parent_child, person_description, trex
     from .finetune.runs import open_run, train
     from .finetune.scoring import decoded_match
@@ -57,6 +60,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal t
 
 _EXPORTS = {
     "Control": ".probes.estimates",
+    "FirstOrderPrediction": ".finetune.prediction",
     "ProbeCallback": ".finetune.snapshots",
     "ProbedModel": ".models.probed",
     "Query": ".probes.pairs",
@@ -73,6 +77,7 @@ _EXPORTS = {
     "decode": ".finetune.decoding",
     "decoded_match": ".finetune.scoring",
     "edit_attention": ".probes.edits",
+    "fine_tune": ".finetune.finetuning",
     "from_table": ".finetune.relations",
     "invented_names": ".finetune.relations",
     "letter_pairs": ".finetune.letters_relation",
@@ -90,6 +95,7 @@ _EXPORTS = {
     "pairs_from_frame": ".probes.text_pairs",
     "parent_child": ".finetune.relations",
     "person_description": ".finetune.relations",
+    "plan_memory": ".finetune.memory_plan",
     "probe": ".probes.fused",
     "probe_attention_correlation": ".probes.attention",
     "probe_gradient_cosine": ".probes.gradient",
@@ -112,6 +118,7 @@ _EXPORTS = {
 
 __all__ = [
     "Control",
+    "FirstOrderPrediction",
     "ProbeCallback",
     "ProbedModel",
     "Query",
@@ -129,6 +136,7 @@ __all__ = [
     "decode",
     "decoded_match",
     "edit_attention",
+    "fine_tune",
     "from_table",
     "invented_names",
     "letter_pairs",
@@ -146,6 +154,7 @@ __all__ = [
     "pairs_from_frame",
     "parent_child",
     "person_description",
+    "plan_memory",
     "probe",
     "probe_attention_correlation",
     "probe_gradient_cosine",

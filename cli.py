@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import __version__
-from .cli_finetune import evaluate, finetune, interruptible
+from .cli_dashboard import dashboard
+from .cli_finetune import evaluate, finetune, interruptible, plan
 from .cli_reproduce import reproduce
 from .errors import RevprobeError, first_line
 
@@ -213,6 +214,13 @@ app.command(
     epilog="Examples: [bold]revprobe finetune finetune-tiny --jobs 2[/bold], "
     "[bold]revprobe finetune my_finetuning.yaml[/bold]"
 )(finetune)
+app.command(
+    epilog="Examples: [bold]revprobe plan llada-8b-parent-child[/bold], "
+    "[bold]revprobe plan my_finetuning.yaml --memory 24 --tokens 40[/bold]"
+)(plan)
+app.command(
+    epilog="Examples: [bold]revprobe dashboard runs[/bold], [bold]revprobe dashboard runs --port 0[/bold]"
+)(dashboard)
 app.add_typer(reproduce, name="reproduce")
 
 

@@ -33,6 +33,7 @@ from revprobe.probes.pairs import Query
 from revprobe.probes.statistics import Estimate, mean_over_facts, resampled_facts
 
 PLACEHOLDER = "0"
+ROUNDING = 1e-5  # nats; a smaller gap is the rounding of float32 logits (ALiBi's two queries are mirror images)
 GAP = "gap: forward less reverse log-probability"
 SHARE = "share of the gap closed, forward route"
 SHARE_CONTROL = "share of the gap closed, same shift elsewhere (control)"
@@ -149,7 +150,7 @@ def ratio(part: np.ndarray, whole: np.ndarray, facts: np.ndarray) -> Estimate:
     """Sum over sum, its interval by resampling facts; NaN where the whole's interval holds zero: no gap to close."""
     defined = np.isfinite(part) & np.isfinite(whole)
     gap = mean_over_facts(whole[defined], facts[defined])
-    if not defined.any() or not gap.low * gap.high > 0:
+    if not gap.low * gap.high > 0 or abs(gap.value) < ROUNDING:
         return Estimate(float("nan"), float("nan"), float("nan"), int(defined.sum()))
     fact = np.unique(facts[defined], return_inverse=True)[1]
     parts, wholes = (np.bincount(fact, values[defined]) for values in (part, whole))

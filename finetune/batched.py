@@ -179,15 +179,20 @@ class Batch:
         elif 0 in self.snapshots:
             self._write_snapshots()
         self.stack.base.train()
-        for rows in zip(*(member.batches(self.step) for member in self.members), strict=True):
-            losses = self._take_step(torch.stack(rows))
+        for token_ids in self.rows():
+            losses = self.take_step(token_ids)
             self.step += 1
             if self.step in self.snapshots:
                 self._require_finite(losses)
                 self._write_snapshots()
             self._tell(losses)
 
-    def _take_step(self, token_ids: Tensor) -> Tensor:
+    def rows(self) -> Iterator[Tensor]:
+        """Every run's own batch of each step that is left. Shapes: `-> models batch seq`."""
+        own = (member.batches(self.step) for member in self.members)
+        return (torch.stack(batches) for batches in zip(*own, strict=True))
+
+    def take_step(self, token_ids: Tensor) -> Tensor:
         """One optimizer step of every model. Shapes: `models batch seq -> models` (the losses)."""
         device = self.first.args.device
         losses = self.stack.losses(token_ids.to(device), *(drawn.to(device) for drawn in self._draw(token_ids.shape)))

@@ -303,7 +303,8 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 def example_names() -> list[str]:
     """Configs that come with the package and can be named instead of a file, e.g. "one-layer-quick"."""
-    return sorted(path.stem.replace("_", "-") for path in EXAMPLES.glob("*.yaml"))
+    named = (path for path in EXAMPLES.glob("*.yaml") if "\nname: " in path.read_text(encoding="utf-8"))
+    return sorted(path.stem.replace("_", "-") for path in named)  # without fsdp.yaml, which is accelerate's
 
 
 def find_config(source: str | Path) -> Path:

@@ -11,23 +11,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
-from transformers.generation import GenerationMixin
 
 from ..errors import RevprobeError
 from ..hooks.untouched import untouched
-from ..models.adapters import without_wrapper
-from ..models.identify import config_value
 from ..models.probed import ProbedModel, as_probed
 from ..probes.batches import default_batch_size
 from ..probes.pairs import Query
 from ..probes.passes import Progress
 from ..probes.spans import encode_texts, require_fast_tokenizer
+from .continuing import continue_greedily, end_tokens, generator_of
 from .unmasking import Prompt, Unmasking, unmask, unmasking
 
 
@@ -148,7 +144,7 @@ def decode_tokens(
             if how is not None:
                 written = unmask(model, asked, wanted, how, batch)
             else:
-                written = _continue(model, [list(prompt.before) for prompt in asked], wanted)
+                written = continue_greedily(model, [list(prompt.before) for prompt in asked], wanted)
             for place, answer in zip(batch, written, strict=True):
                 answers[place] = answer
             done += len(batch)
@@ -168,25 +164,6 @@ def answer_text(model: ProbedModel, tokens: Sequence[int], stop: Sequence[str] =
     text = _read(model.tokenizer, kept)
     cuts = [place for mark in stop if (place := text.find(mark)) >= 0]
     return text[: min(cuts, default=len(text))].strip()
-
-
-def end_tokens(model: ProbedModel) -> frozenset[int]:
-    """The ids that end an answer: the tokenizer's eos, pad and sep, and the config's that are special tokens to it.
-
-    A config's default is not taken at its word: in a small vocabulary its eos, 2, may be a word.
-    """
-    tokenizer = model.tokenizer
-    named = [getattr(tokenizer, f"{role}_token_id", None) for role in ("eos", "pad", "sep")]
-    generation = getattr(_generator(model.module), "generation_config", None)
-    for value in (config_value(model.module, "eos_token_id"), getattr(generation, "eos_token_id", None)):
-        several = value if isinstance(value, list | tuple) else [value]
-        named += [token for token in several if tokenizer is None or _is_special(tokenizer, token)]
-    return frozenset(t for t in named if t is not None and t != model.mask_token_id and 0 <= t < model.vocab_size)
-
-
-def _is_special(tokenizer: Any, token: int | None) -> bool:
-    added = getattr(tokenizer, "added_tokens_decoder", {}).get(token)
-    return token in tokenizer.all_special_ids or bool(added is not None and added.special)
 
 
 def _read(tokenizer: Any, tokens: list[int]) -> str:
@@ -243,7 +220,7 @@ def _batches(
     ]
     longest = max(len(p.before) + n + len(p.after) for p, n in zip(prompts, lengths, strict=True))
     size = batch_size or default_batch_size(model, [Query.unchecked(range(longest), (), ())])
-    apart = _generator(model.module) is not None if model.objective == "causal" else not _takes_mask(model.module)
+    apart = generator_of(model.module) is not None if model.objective == "causal" else not _takes_mask(model.module)
     batch: list[int] = []
     for place in sorted(range(len(prompts)), key=lambda i: (sizes[i], lengths[i])):
         if batch and (len(batch) == size or (apart and sizes[place] != sizes[batch[0]])):
@@ -256,70 +233,3 @@ def _batches(
 def _takes_mask(module: nn.Module) -> bool:
     parameters = inspect.signature(module.forward).parameters
     return "attention_mask" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-def _generator(module: nn.Module) -> Any:
-    """What has transformers' `generate` for this causal module; None where there is none.
-
-    A peft model's own method rewrites its base's generation config: the base, adapters in place, is asked instead.
-    """
-    if getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False):
-        raise RevprobeError(
-            f"{type(module).__name__} has learned prompts, which its base does not see; decode with its own generate, "
-            "or use an adapter inside the model, such as LoRA"
-        )
-    found: Any = without_wrapper(module)
-    can = getattr(found, "can_generate", lambda: False)
-    return found if isinstance(found, GenerationMixin) and can() else None
-
-
-def _continue(model: ProbedModel, prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
-    """Greedy continuations by a causal model, each up to its length or its first end token."""
-    ends = end_tokens(model)
-    generator = _generator(model.module)
-    if generator is None:
-        return _greedy(model, prompts, lengths, ends)
-    ids = torch.tensor(prompts, device=model.device)
-    settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True, "max_new_tokens": max(lengths)}
-    settings |= {"eos_token_id": sorted(ends) or None, "pad_token_id": min(ends, default=0)}
-    with _plain_generation(generator):
-        config = GenerationConfig(**settings)
-        written = generator.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    rows = written[:, ids.shape[1] :].tolist()
-    return [_until(row[:length], ends) for row, length in zip(rows, lengths, strict=True)]
-
-
-@contextmanager
-def _plain_generation(generator: Any) -> Iterator[None]:
-    """Greedy means the likeliest token: a checkpoint's own repetition penalty and the like stay out of it."""
-    kept = generator.generation_config
-    generator.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        generator.generation_config = kept
-
-
-def _greedy(model: ProbedModel, prompts: list[list[int]], lengths: list[int], ends: frozenset[int]) -> list[list[int]]:
-    """The likeliest next token again and again, for modules without `generate`; no cache, so quadratic in length.
-
-    Padding stands to the right, where a causal model cannot see it, so no mask is needed.
-    """
-    rows, goals = [list(prompt) for prompt in prompts], [len(p) + n for p, n in zip(prompts, lengths, strict=True)]
-    unfinished = list(range(len(rows)))
-    while unfinished:
-        width = max(len(rows[i]) for i in unfinished)
-        ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in unfinished], device=model.device)
-        last = torch.tensor([len(rows[i]) - 1 for i in unfinished], device=model.device)
-        logits = model.logits(ids)[torch.arange(len(unfinished), device=model.device), last]
-        if logits.isnan().any():
-            raise RevprobeError(model.explain_non_finite())
-        for i, token in zip(unfinished, logits.argmax(-1).tolist(), strict=True):
-            rows[i].append(token)
-        unfinished = [i for i in unfinished if len(rows[i]) < goals[i] and rows[i][-1] not in ends]
-    return [_until(row[len(prompt) :], ends) for row, prompt in zip(rows, prompts, strict=True)]
-
-
-def _until(tokens: list[int], ends: frozenset[int]) -> list[int]:
-    """The tokens up to the first end token, that one included."""
-    return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))]

@@ -161,6 +161,8 @@ def build_finetuning(
         report_to=training.report_to,
         run_name=config.name,
     )
+    # A step has the config's rows, however many processes take them.
+    arguments.per_device_train_batch_size = Team.of(arguments).per_process(training.batch_size)
     set_seed(training.seed)
     trainer = ForwardOnlyTrainer(
         model=add_lora(prepared.model, config.lora, checkpointing=training.gradient_checkpointing),
@@ -175,7 +177,8 @@ def build_finetuning(
         antithetic=objective.antithetic,
         snapshots=prepared.snapshots,
     )
-    _add_probes(trainer, config, folder, prepared, checkpoint)
+    if config.snapshots.during_training:
+        _add_probes(trainer, config, folder, prepared, checkpoint)
     return trainer
 
 

@@ -182,6 +182,8 @@ class FinetuneSnapshots(SnapshotsConfig):
     # Facts whose pairs are probed; all that are trained by default.
     facts: Count | None = None
     batch_size: Count | None = None
+    # False: readings are taken from the checkpoints when training is over, as weights spread by FSDP demand.
+    during_training: StrictBool = True
     # Also compare what each snapshot's gradients foretell of the next step with what it changed.
     predictions: StrictBool = True
 

@@ -49,7 +49,7 @@ RESOLVED, EVALUATION = "resolved.json", "evaluation"
 
 @dataclass(frozen=True)
 class FinetuneRun(Run):
-    """A fine-tuning's folder, finished or not; `open_run(path)` and `finetune(...)` return it."""
+    """A fine-tuning's folder, finished or not; `open_run(path)` and `fine_tune(...)` return it."""
 
     @cached_property
     def config(self) -> FinetuneConfig:  # type: ignore[override]  # what every run shares is what it writes
@@ -147,7 +147,7 @@ class FinetuneRun(Run):
         return self.path / READINGS / step_name(step)
 
 
-def finetune(
+def fine_tune(
     config: FinetuneConfig | str | Path, folder: str | Path | None = None, *, listener: Listener | None = None
 ) -> FinetuneRun:
     """Fine-tune one model, or take it up where it stopped; a finished run is returned as it is.
@@ -221,7 +221,8 @@ def _complete(run: FinetuneRun, prepared: Prepared, model: ProbedModel | None) -
         options = {"batch_size": config.snapshots.batch_size, "parameters": config.snapshots.parameters}
         probed = load_model(run.path, step=step, device=device)
         take_readings(probed, prepared.pairs, **options).save(run._readings_of(step))  # type: ignore[arg-type]
-        warnings.warn(f"{run.path}: missing readings of step {step} were taken from its checkpoint", stacklevel=3)
+        if config.snapshots.during_training:
+            warnings.warn(f"{run.path}: missing readings of step {step} were taken from its checkpoint", stacklevel=3)
     if not (run.path / EVALUATION).is_dir():
         probed = model or load_model(run.path, device=device)
         readings = evaluate_relation(

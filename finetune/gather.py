@@ -71,6 +71,17 @@ class Team:
                 raise RevprobeError(f"process {rank} of {self.size} failed: {found}")
         return [found for _, found in messages]
 
+    def per_process(self, batch: int) -> int:
+        """The rows of each process, so that a step has `batch` of them whatever the number of processes.
+
+        Raises: RevprobeError, when they cannot be divided evenly.
+        """
+        if batch % self.size:
+            raise RevprobeError(
+                f"a batch of {batch} rows cannot be divided among {self.size} processes; use a multiple, or fewer"
+            )
+        return batch // self.size
+
     def first_does(self, work: Callable[[], Found]) -> Found:
         """Let the first process do something alone (write a file, claim a folder); all get what it returned.
 

@@ -53,6 +53,18 @@ class LiveBytes(TorchDispatchMode):
         self.live -= self._sizes.pop(key, 0)
 
 
+class AnsweredYes(TorchDispatchMode):
+    """While entered, a yes-or-no question to a tensor without numbers is answered with yes.
+
+    transformers asks whether a batch is unpadded and unpacked when it makes the causal mask; it is.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
 class _FusedAttention(torch.autograd.Function):
     """What a fused kernel allocates and keeps, without its numbers."""
 
@@ -82,7 +94,7 @@ def fused_attention() -> Iterator[None]:
             return plain(query, key, value, *args, **kwargs)
         return _FusedAttention.apply(query, key, value)
 
-    F.scaled_dot_product_attention = planned  # type: ignore[assignment]
+    F.scaled_dot_product_attention = planned
     try:
         yield
     finally:

@@ -14,13 +14,15 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from ..errors import RevprobeError
 from ..hooks.gradient_products import _CHUNK
 from ..hooks.untouched import untouched
 from ..models.adapters import is_adapter_parameter
-from .live_bytes import LiveBytes, fused_attention
+from .live_bytes import AnsweredYes, LiveBytes, fused_attention
 
 GB = 10**9
 # The CUDA context with its kernels, and what the caching allocator holds beyond the tensors.
@@ -109,10 +111,11 @@ def plan_memory(
     }
     gradients = {"gradients": sum(_size(p) for p in trained)}
     phases: dict[str, dict[str, int]] = {}
-    phases["training"] = always | gradients | _training(module, batch, tokens, checkpointing, objective)
-    phases["probing"] = always | _probing(module, probe_batch, probe_tokens)
-    if prediction:
-        phases["prediction"] = always | gradients | _predicting(module, trained, probe_batch, probe_tokens)
+    with AnsweredYes():
+        phases["training"] = always | gradients | _training(module, batch, tokens, checkpointing, objective)
+        phases["probing"] = always | _probing(module, probe_batch, probe_tokens)
+        if prediction:
+            phases["prediction"] = always | gradients | _predicting(module, trained, probe_batch, probe_tokens)
     rows = tuple((phase, what, size) for phase, found in phases.items() for what, size in found.items())
     about = (
         f"training: {batch} rows of {tokens} tokens at once, {'with' if checkpointing else 'without'} checkpointing",
@@ -183,14 +186,19 @@ def _probing(module: nn.Module, batch: int, tokens: int) -> dict[str, int]:
 def _predicting(module: nn.Module, trained: Sequence[Tensor], batch: int, tokens: int) -> dict[str, int]:
     """Copies of what trains (before, after, the update made, the one foretold), and a run with slopes beside values."""
     ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
-    known = [*module.parameters(), *module.buffers(), ids]
-    with untouched(module), torch.no_grad(), fused_attention(), LiveBytes(known) as count:
-        logits = _logits(module, ids)
+    along = {name: torch.empty_like(p) for name, p in module.named_parameters() if p.requires_grad}
+    known = [*module.parameters(), *module.buffers(), ids, *along.values()]
+    # Without `fused_attention`: the run with slopes takes the plain kernel, which makes all scores.
+    with untouched(module), torch.no_grad(), LiveBytes(known) as count, forward_ad.dual_level():
+        parameters = dict(module.named_parameters())
+        moved = {name: forward_ad.make_dual(parameters[name].detach(), slope) for name, slope in along.items()}
+        output = functional_call(module, moved, (), {"input_ids": ids})
+        logits = output if isinstance(output, Tensor) else output.logits
         log_probabilities = logits[:, :_TARGETS].double().log_softmax(-1)
-        del logits, log_probabilities
+        del output, logits, log_probabilities
     return {
         "copies of what trains": 4 * sum(_size(p, least=4) for p in trained),
-        "a run with slopes": 2 * count.peak,
+        "a run with slopes": count.peak,
     }
 
 

@@ -4,7 +4,8 @@
     rp.one_step_curves(steps)
 
 From each checkpoint the run's own next step is taken on a copy: the same rows, masks, learning rate, clipping and
-AdamW, with the optimizer's saved state where the checkpoint keeps it (the last ones) and a fresh one elsewhere. The
+AdamW, with the optimizer's saved state where the checkpoint keeps it (the last ones) and a fresh one elsewhere, which
+moves every weight by about the learning rate: a longer step than the run's own, so each row says which it was. The
 change of every pair's losses stands beside its first-order prediction, the product of the loss gradient with
 the update that was made (preconditioner, momentum and decay included), so only curvature lies between the two.
 
@@ -16,8 +17,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -37,7 +39,7 @@ from ..probes.storage import evidence_by_pair, probe_stored_evidence
 from .runs import Run, build_trainer, open_run, pinned_threads
 from .saving import missing_state
 from .storage_curves import letter_questions
-from .trainer import ForwardOnlyTrainer, Permutations
+from .trainer import ForwardOnlyTrainer, Permutations, TokenRows
 
 NO_RATE = "the learning rate is 0 at this step"
 SWAPPED = "pairs of kind 'swapped' do not share an entry of S"
@@ -105,7 +107,7 @@ def next_step(run: Run, step: int = -1, *, learning_rate: float | None = None) -
         module = trainer.model
         assert module is not None, "build_trainer gives it one"
         before.module.to(trainer.args.device)
-        module.to(trainer.args.device)  # type: ignore[arg-type]  # transformers types it as a string
+        module.to(trainer.args.device)
         module.load_state_dict(before.module.state_dict())
         trainer.create_optimizer_and_scheduler(num_training_steps=run.config.training.steps)
         saved = not missing_state(checkpoint)
@@ -133,10 +135,11 @@ def _set_rate(trainer: ForwardOnlyTrainer, step: int, asked: float | None) -> fl
 def _take_step(trainer: ForwardOnlyTrainer, step: int) -> None:
     """Loss, gradient, clipping and update as in the run, on the rows and masks the run drew there."""
     module, arguments = trainer.model, trainer.args
-    assert module is not None and trainer.optimizer is not None and trainer.train_dataset is not None
+    assert module is not None and trainer.optimizer is not None, "the caller made both"
+    table = cast(TokenRows, trainer.train_dataset)  # build_trainer's own
     size = trainer.get_total_train_batch_size(arguments)
-    order = Permutations(len(trainer.train_dataset), (step + 1) * size, arguments.seed)  # type: ignore[arg-type]
-    rows = trainer.train_dataset.__getitems__(list(order)[step * size :])  # type: ignore[attr-defined]
+    order = Permutations(len(table), (step + 1) * size, arguments.seed)
+    rows = table.__getitems__(list(islice(order, step * size, None)))
     trainer.state.global_step = step
     module.train()
     loss = trainer.compute_loss(module, {"input_ids": rows.to(arguments.device)})

@@ -7,6 +7,7 @@ as a `TextRelation`. `load_relation` makes any of them by name, for config files
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -198,21 +199,17 @@ def load_relation(name: str, path: str | Path | None = None, **options: Any) -> 
     """
     if name not in RELATIONS:
         raise RevprobeError(f"unknown relation {name!r}{did_you_mean(str(name), RELATIONS)}")
-    if name in ("letters", "invented_names"):
-        if path is not None:
-            raise RevprobeError(f"relation {name!r} reads no file, got path={str(path)!r}; leave it out")
-        arguments: tuple[Any, ...] = ()
-    elif name == "table":
-        if path is None:
-            raise RevprobeError(
-                "relation 'table' needs path=: a .csv, .tsv, .jsonl, .json or .parquet file, or a dataset's name"
-            )
-        arguments = (path,)
-    else:
-        arguments = (path,)
+    reads_file = name not in ("letters", "invented_names")
+    if path is not None and not reads_file:
+        raise RevprobeError(f"relation {name!r} reads no file, got path={str(path)!r}; leave it out")
+    if path is None and name == "table":
+        raise RevprobeError(
+            "relation 'table' needs path=: a .csv, .tsv, .jsonl, .json or .parquet file, or a dataset's name"
+        )
+    arguments = (path,) if reads_file else ()
+    make = RELATIONS[name]
     try:
-        return RELATIONS[name](*arguments, **options)
+        signature(make).bind(*arguments, **options)
     except TypeError as error:
-        if "argument" not in str(error):
-            raise
-        raise RevprobeError(f"relation {name!r}: {error}; see help(revprobe.{RELATIONS[name].__name__})") from None
+        raise RevprobeError(f"relation {name!r}: {error}; see help(revprobe.{make.__name__})") from None
+    return make(*arguments, **options)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,149 +24,29 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..errors import RevprobeError
 from .attention import _running_module, call_rows, sdpa_call
+from .held_pass import HeldAttention, HeldPass, Part
 
 # Linear in the one tensor that varies; shapes, casts, sums and selections. "__get__" is an attribute (.mT, .shape).
-_LINEAR = frozenset(
-    [
-        "__get__",
-        "__getitem__",
-        "__setitem__",
-        "view",
-        "view_as",
-        "reshape",
-        "reshape_as",
-        "flatten",
-        "unflatten",
-        "transpose",
-        "permute",
-        "t",
-        "contiguous",
-        "squeeze",
-        "unsqueeze",
-        "expand",
-        "expand_as",
-        "narrow",
-        "select",
-        "chunk",
-        "split",
-        "tensor_split",
-        "unbind",
-        "movedim",
-        "swapaxes",
-        "cat",
-        "stack",
-        "concat",
-        "repeat",
-        "repeat_interleave",
-        "roll",
-        "to",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-        "type",
-        "type_as",
-        "clone",
-        "detach",
-        "sum",
-        "neg",
-        "masked_fill",
-        "where",
-        "gather",
-        "index_select",
-        "index_add",
-        "index_add_",
-        "dropout",
-        "requires_grad_",
-        "size",
-        "dim",
-        "numel",
-        "stride",
-        "is_contiguous",
-    ]
-)
-_SUMS = frozenset(
-    ["add", "sub", "rsub", "add_", "sub_", "__add__", "__radd__", "__iadd__", "__sub__", "__rsub__", "__isub__"]
-)
-_PRODUCTS = frozenset(
-    [
-        "mul",
-        "mul_",
-        "multiply",
-        "__mul__",
-        "__rmul__",
-        "__imul__",
-        "div",
-        "div_",
-        "divide",
-        "true_divide",
-        "__truediv__",
-    ]
-)
+# fmt: off
+_LINEAR = frozenset([
+    "__get__", "__getitem__", "__setitem__", "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten",
+    "transpose", "permute", "t", "contiguous", "squeeze", "unsqueeze", "expand", "expand_as", "narrow", "select",
+    "chunk", "split", "tensor_split", "unbind", "movedim", "swapaxes", "cat", "stack", "concat", "repeat",
+    "repeat_interleave", "roll", "to", "float", "double", "half", "bfloat16", "type", "type_as", "clone", "detach",
+    "sum", "neg", "masked_fill", "where", "gather", "index_select", "index_add", "index_add_", "dropout",
+    "requires_grad_", "size", "dim", "numel", "stride", "is_contiguous",
+])
+_SUMS = frozenset([
+    "add", "sub", "rsub", "add_", "sub_", "__add__", "__radd__", "__iadd__", "__sub__", "__rsub__", "__isub__",
+])
+_PRODUCTS = frozenset([
+    "mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__", "div", "div_", "divide", "true_divide", "__truediv__",
+])
+# fmt: on
 _MATRIX_PRODUCTS = frozenset(["matmul", "__matmul__", "bmm", "mm"])
 # How far the rows of a hand-written attention pattern may be from summing to one (bfloat16 has three digits).
 _PATTERN_SLACK = 2e-2
-
-
-@dataclass(frozen=True)
-class Part:
-    """A constant of the held pass.
-
-    `kind`: embed, position, bias, norm or mlp; `site`: the path of the module that ran, `function`: what it called;
-    `values`: a leaf of autograd's graph whose first axis is (or begins with) the batch.
-    """
-
-    kind: str
-    site: str
-    function: str
-    values: Tensor
-
-    def shares(self, gradient: Tensor, batch: int) -> Tensor:
-        """Its share of each example's logit. Shapes: `values, -> batch`, float32 or wider.
-
-        Raises: RevprobeError, when its first axis does not tell the examples apart.
-        """
-        if self.values.shape[0] % batch:
-            raise RevprobeError(
-                f"{self.site or 'the model'} gives {tuple(self.values.shape)} for {batch} examples, so they cannot be "
-                "told apart; use batch_size=1"
-            )
-        wide = torch.promote_types(self.values.dtype, torch.float32)
-        return (gradient.to(wide) * self.values.detach().to(wide)).reshape(batch, -1).sum(1)
-
-
-@dataclass(frozen=True)
-class HeldAttention:
-    """One attention call with its pattern held.
-
-    Shapes: `value`: `batch kv_heads seq dim`, carries the graph of how it was made from earlier parts; `output`:
-    `batch heads seq dim`, a leaf; `weight`, `hidden`: `batch heads rows seq`, the pattern at the rows asked for and
-    what the mask keeps from them.
-    """
-
-    site: str
-    value: Tensor
-    output: Tensor
-    weight: Tensor
-    hidden: Tensor
-
-    def by_head(self, values: Tensor) -> Tensor:
-        """One copy of a key-value head for each head that reads it. Shapes: `batch kv_heads ... -> batch heads ...`."""
-        return values.repeat_interleave(self.output.shape[1] // values.shape[1], dim=1)
-
-
-@dataclass
-class HeldPass:
-    """The parts and attention calls of one held forward pass, in the order they were made.
-
-    `eps`: rounding unit of the coarsest dtype that the residual stream passed through.
-    """
-
-    parts: list[Part] = field(default_factory=list)
-    attention: list[HeldAttention] = field(default_factory=list)
-    eps: float = 0.0
 
 
 @contextmanager
@@ -242,7 +121,7 @@ class _HoldingMode(TorchFunctionMode):
     def _embedding(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         given = dict(zip(("input", "weight"), args, strict=False)) | dict(kwargs)
         ids, weight = given.pop("input"), given.pop("weight")
-        if ids.dim() < 3 and (ids.dim() == 1 or ids.shape[0] == 1) and ids.numel() != len(self.rows):
+        if ids.dim() == 1 or (ids.dim() == 2 and ids.shape[0] == 1):
             # Positions come as one row for the whole batch; a part must tell its examples apart.
             ids = ids.expand(len(self.rows), -1)
         return self._part("embed" if weight is self.tokens else "position", func(ids, weight, *args[2:], **given))
@@ -251,6 +130,8 @@ class _HoldingMode(TorchFunctionMode):
 
     def _sum(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """a + b: a summand that does not vary is a part of its own."""
+        if len(args) < 2:
+            return self._cut(func, args, kwargs)
         shape = torch.broadcast_shapes(*(getattr(a, "shape", ()) for a in args[:2]))
         varying = next(a for a in args[:2] if _varying(a))
         sides = [a if _varying(a) else self._constant(a, shape, varying) for a in args[:2]]
@@ -261,7 +142,9 @@ class _HoldingMode(TorchFunctionMode):
         return self._part("bias", values.to(like.device).expand(shape).clone())
 
     def _product(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """a * b, a / b: linear if one varies; one number per position is a scale, and is held; else the end of it."""
+        """a * b, a / b: linear if one varies; one number per position is a scale, and is held; else a part."""
+        if len(args) < 2:
+            return self._cut(func, args, kwargs)
         first, second, *rest = args
         if _varying(first) and _varying(second):
             if _is_scale(second, first):
@@ -317,10 +200,8 @@ class _HoldingMode(TorchFunctionMode):
         if len(given["normalized_shape"]) != 1:
             return self._cut(func, args, kwargs)
         wide = states.to(torch.promote_types(states.dtype, torch.float32))
-        eps = given.get("eps")
-        scale = (
-            wide.detach().square().mean(-1, keepdim=True) + (torch.finfo(states.dtype).eps if eps is None else eps)
-        ).rsqrt()
+        eps = torch.finfo(states.dtype).eps if given.get("eps") is None else given["eps"]
+        scale = (wide.detach().square().mean(-1, keepdim=True) + eps).rsqrt()
         normed = (wide * scale).to(states.dtype)
         weight = given.get("weight")
         return self._seen(normed if weight is None else normed * weight)
@@ -340,8 +221,8 @@ class _HoldingMode(TorchFunctionMode):
         mixed = pattern.detach() @ value.detach()
         weight = pattern.detach().reshape(batch, -1, *pattern.shape[-2:])
         at_rows = weight.transpose(1, 2)[torch.arange(batch, device=weight.device)[:, None], self.rows].transpose(1, 2)
-        by_head = [t.reshape(batch, -1, *t.shape[-2:]) for t in (value, mixed)]
-        return self._attention(*by_head, at_rows, at_rows == 0).reshape(mixed.shape)
+        value, by_head = (t.reshape(batch, -1, *t.shape[-2:]) for t in (value, mixed))
+        return self._attention(value, by_head, at_rows, at_rows == 0).reshape(mixed.shape)
 
     def _attention(self, value: Tensor, mixed: Tensor, weight: Tensor, hidden: Tensor) -> Tensor:
         output = mixed.detach().requires_grad_()

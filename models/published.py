@@ -6,11 +6,14 @@ Source: config.json of each repository; the parameter counts are those of the pu
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
+from ..errors import RevprobeError, first_line
 from .dream import DreamConfig
+from .hub import hub_options
 from .llada import LLaDAConfig
 
 _LLADA_8B: dict[str, Any] = {
@@ -53,3 +56,16 @@ def published_config(name: str) -> PreTrainedConfig | None:
     """The config of a published checkpoint by its name on the hub; None for one that is not listed here."""
     known = PUBLISHED.get(name)
     return None if known is None else known[0](**known[1])
+
+
+def config_of(source: str) -> PreTrainedConfig:
+    """The config.json of a folder or hub name. Raises: RevprobeError, when it cannot be read."""
+    folder = Path(source)
+    place: str | Path = folder if folder.is_dir() else source
+    try:
+        return AutoConfig.from_pretrained(place, trust_remote_code=False, **hub_options(place))
+    except Exception as error:
+        raise RevprobeError(
+            f"no config.json for {source!r} ({first_line(error)}); give a folder that has one, or one of the published "
+            f"names: {', '.join(PUBLISHED)}"
+        ) from error

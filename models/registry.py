@@ -112,7 +112,7 @@ def load_model(
     with quiet_transformers():
         hub = hub_options(folder)
         config = _read_config(folder, name, hub)
-        objective = objective or _objective(config, name)
+        objective = objective or stated_objective(config, name)
         module = _load_module(folder, config, objective, name, dtype, hub | options)
         tokenizer = load_tokenizer(folder, name, **hub)
     told = given | {"name": name, "step": at_step, "weights": which}
@@ -178,8 +178,11 @@ def _read_config(folder: str | Path, name: str, options: dict[str, Any]) -> PreT
         raise RevprobeError(f"cannot read the config of {name!r}: {first_line(error)}{hint}") from error
 
 
-def _objective(config: PreTrainedConfig, name: str) -> str:
-    """What the checkpoint says it is (its architectures), else what its classes can only be."""
+def stated_objective(config: PreTrainedConfig, name: str) -> str:
+    """What the checkpoint says it is (its architectures), else what its classes can only be: "masked" or "causal".
+
+    Raises: RevprobeError, when the config fits neither, or both.
+    """
     classes = {
         "masked": MODEL_FOR_MASKED_LM_MAPPING.get(type(config), None),
         "causal": MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None),

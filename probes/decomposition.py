@@ -26,8 +26,9 @@ from .batches import QueryBatch
 # What a value is made from; "earlier" is what attention and MLPs of earlier layers wrote.
 SOURCES = ("token", "position", "norm", "bias", "earlier")
 _SOURCE_OF = {"embed": "token", "position": "position", "norm": "norm", "bias": "bias", "mlp": "earlier"}
-# The sum of the parts may miss the logit by this many rounding units of the parts' total size.
-_SLACK = 64.0
+# The sum of the parts may miss the logit by this many rounding units of the parts' total size, and by no more than
+# this share of it (64 units of bfloat16 would be a half).
+_SLACK, _MOST = 64.0, 0.02
 
 
 class Piece(NamedTuple):
@@ -105,12 +106,12 @@ class HeldBatch:
         Shapes: `-> batch piece, batch piece` (float64, bool).
         """
         evidence, asked = self._is_evidence[:, None, None], self.batch.is_target[:, None, :]
-        found = {}
+        found: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
         for layer, call in zip(self.layers, self.held.attention, strict=True):
-            hidden = ((call.hidden | ~evidence).all(-1) | ~asked).all(-1)
+            masked = ((call.hidden | ~evidence).all(-1) | ~asked).all(-1)
             for part, keep in (("evidence", evidence), ("others", ~evidence)):
                 mass = call.weight.double().masked_fill(~keep, 0.0).sum(-1).masked_fill(~asked, 0.0)
-                found[part, layer] = mass.sum(-1) / asked.sum(-1), hidden
+                found[part, layer] = mass.sum(-1) / asked.sum(-1), masked
         none = torch.full((len(asked),), torch.nan, dtype=torch.float64, device=asked.device)
         sides = [found.get((p.part, p.layer)) for p in pieces]
         weight = [none if s is None else s[0][:, p.head] for p, s in zip(pieces, sides, strict=True)]
@@ -174,7 +175,7 @@ class HeldBatch:
         total, size = contribution.sum(1), contribution.abs().sum(1)
         gap = (total - logit).abs() / size.clamp(min=torch.finfo(torch.float64).tiny)
         worst = int(gap.argmax())
-        if not gap[worst] <= _SLACK * self.held.eps:
+        if not gap[worst] <= min(_SLACK * self.held.eps, _MOST):
             raise RevprobeError(
                 f"{self.model.name}: the parts add up to {float(total[worst]):.6g}, the logit is "
                 f"{float(logit[worst]):.6g}; something between them is neither linear nor held, so this architecture "

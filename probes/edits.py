@@ -30,7 +30,8 @@ def edit_attention(
 
     The default, -inf, cuts the route from the columns to the rows; 0 changes nothing. Masks, causality, grouped
     keys, autocast, gradients and gradient checkpointing are as without the edit. Attention is found by one run of a
-    few tokens, on any model the probes take. A row that would lose its last visible key keeps its scores, as does one
+    few tokens when the block opens, on any model the probes take. The edit belongs to the model: runs in other
+    threads see it too. A row that would lose its last visible key keeps its scores, as does one
     whose bias is NaN or +inf; the log that the block receives says which.
 
         with rp.edit_attention(model, rows=[[9]], columns=[[0]], layers=[0]):

@@ -69,13 +69,23 @@ def probe_stored_evidence(
     found = _Storage(model, pairs, plan).run()
     frame = found.frame()
     if layers is not None:
-        frame = frame[frame["layer"].isin(list(layers)).fillna(False) & frame["part"].isin(["evidence", "others"])]
+        frame = _of_layers(frame, set(layers))
     result = PassResult(pairs, found.partner, [])
     reading = Reading(
         "stored_evidence", frame.reset_index(drop=True), describe(model, result, plan), found.cross() if cross else None
     )
     reading.meta.update({"statistic": reading.measured.statistic, "worst_gap": found.gap})
     return reading
+
+
+def _of_layers(frame: pd.DataFrame, layers: set[int]) -> pd.DataFrame:
+    """The rows of some layers' heads. Raises: RevprobeError, when there is none."""
+    heads = frame[frame["part"].isin(["evidence", "others"])]
+    kept = heads[heads["layer"].isin(layers)]
+    if kept.empty:
+        there = sorted(set(heads["layer"]))
+        raise RevprobeError(f"no attention in layers {sorted(layers)}; expected some of {there[0]} to {there[-1]}")
+    return kept
 
 
 def evidence_by_pair(reading: Reading) -> pd.DataFrame:
@@ -106,7 +116,7 @@ def logit_contributions(reading: Reading) -> pd.DataFrame:
     summed = reading.frame.groupby([*keys, "pair", "fact"], dropna=False, sort=False)[sides].sum().reset_index()
     whole = reading.frame.groupby("pair").first().reset_index()
     logits = {side: whole[side.replace("contribution", "logit")] for side in sides}
-    whole = whole.assign(part="logit", source=None, layer=pd.NA, **logits)
+    whole = whole.assign(part="logit", source=None, layer=pd.array([pd.NA] * len(whole), dtype="Int64"), **logits)
     rows = []
     for key, part in pd.concat([summed, whole[summed.columns]]).groupby(keys, dropna=False, sort=False):
         row: dict[str, Any] = dict(zip(keys, key, strict=True))
@@ -121,8 +131,9 @@ def logit_contributions(reading: Reading) -> pd.DataFrame:
 class _Storage:
     """The state of one pass: what is asked of each query, and what came out.
 
-    Shapes: `contribution`, `stored`, `weight`, `hidden`: `query piece`; `stored_control`: `pair piece`; `logit`: `query`;
-    `scores`: `query candidate`, S of every target of the pairs on the query's evidence, NaN for those of another length.
+    Shapes: `contribution`, `stored`, `weight`, `hidden`: `query piece`; `stored_control`: `pair piece`; `logit`:
+    `query`; `scores`: `query candidate`, S of every target of the pairs on the query's evidence, NaN for those of
+    another length.
     """
 
     def __init__(self, model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> None:
@@ -196,7 +207,7 @@ class _Storage:
             tokens = torch.tensor([self.candidates[place] for place in places], device=stored.device)
             rows = np.flatnonzero(widths == width)
             found = stored[torch.as_tensor(rows)][:, torch.arange(width), tokens].double().mean(-1)
-            self.scores[np.ix_(np.array(numbers)[rows], places)] = found.cpu().numpy()
+            self.scores[np.ix_(np.array(numbers)[rows], np.array(places))] = found.cpu().numpy()
 
     def frame(self) -> pd.DataFrame:
         """One row per pair and piece."""

@@ -255,6 +255,20 @@ def test_the_tap_reads_the_scores_that_were_set(name):
         torch.testing.assert_close(call.mass, torch.ones_like(call.mass), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["rope", "llama eager", "rope bridged"])
+def test_a_tap_sees_the_edited_scores_whichever_was_opened_first(name):
+    model, rows, columns = MODELS[name](), torch.tensor([[3], [3]]), torch.tensor([[1], [1]])
+    sites = find_attention(model.module, lambda: model.logits(IDS[:1]))
+    tap, edit = tap_attention(model.module, rows, columns), edit_scores(model.module, sites, rows, cut_one, layers=[1])
+    with torch.no_grad(), tap as seen, edit:
+        model.logits(IDS, PADDED)
+    assert [bool((call.weight == 0).all()) for call in seen.layers().values()] == [False, True]
+
+
+def cut_one(layer: int, scores: torch.Tensor) -> torch.Tensor:
+    return _at_column(scores, CUT)
+
+
 def four_dimensional(causal: bool) -> torch.Tensor:
     """The whole mask of IDS with the routes 2 <- 0 and 2 <- 1 cut, as an additive float mask."""
     seen = PADDED.bool()[:, None, None, :].expand(2, 1, 6, 6).clone()

@@ -18,7 +18,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from revprobe import ProbedModel, RaddConfig, RaddForMaskedLM, RevprobeError, decode
-from revprobe.finetune.decoding import answer_text, decode_tokens, decoding_settings, encode_prompts, end_tokens
+from revprobe.finetune.continuing import end_tokens
+from revprobe.finetune.decoding import answer_text, decode_tokens, decoding_settings, encode_prompts
 from revprobe.finetune.unmasking import ALGORITHMS, Prompt, Unmasking, _Canvas
 from revprobe.models.dream import DreamConfig, DreamForMaskedDiffusion
 from revprobe.models.llada import LLaDAConfig, LLaDAForMaskedDiffusion

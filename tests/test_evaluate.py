@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from revprobe import ProbedModel, Readings, RevprobeError, letters, register_model
 from revprobe.cli import app
+from revprobe.finetune.answers import normalized
 from revprobe.finetune.config import dump_config
 from revprobe.finetune.evaluation import (
     begins_with_answer,
@@ -23,7 +24,7 @@ from revprobe.finetune.evaluation import (
 )
 from revprobe.finetune.finetune_config import FinetuneConfig
 from revprobe.finetune.relations import from_table, invented_names, load_relation
-from revprobe.finetune.scoring import answer_limit, normalized
+from revprobe.finetune.scoring import answer_limit
 
 RELATION = invented_names(rows=(0, 24), heldout=0.25)
 

@@ -18,9 +18,10 @@ BELOW = {
     "models": {"errors", "hooks"},
     "probes": {"errors", "hooks", "models"},
     "finetune": {"errors", "hooks", "models", "probes"},
+    "cli_dashboard": {"errors", "hooks", "models", "probes", "finetune"},
     "cli_finetune": {"errors", "hooks", "models", "probes", "finetune"},
     "cli_reproduce": {"errors", "hooks", "models", "probes", "finetune"},
-    "cli": {"errors", "hooks", "models", "probes", "finetune", "cli_finetune", "cli_reproduce"},
+    "cli": {"errors", "hooks", "models", "probes", "finetune", "cli_dashboard", "cli_finetune", "cli_reproduce"},
     "__main__": {"cli"},
 }
 

@@ -3,13 +3,16 @@
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from scipy.integrate import quad
 from torch import Tensor, nn
 
 from revprobe import RaddConfig, RaddForMaskedLM, RevprobeError
 from revprobe.finetune.objectives import (
+    EPS,
     causal_loss,
     draw_masks,
     masked_diffusion_loss,
@@ -206,3 +209,152 @@ def test_wrong_training_rows_are_refused(model: nn.Module) -> None:
         masked_diffusion_loss(model, torch.tensor([0, 1, 2]), generator=draw, mask_token_id=MASK)
     with pytest.raises(RevprobeError, match=r"shape \(2, 1\): expected .* seq >= 2"):
         causal_loss(model, torch.tensor([[0], [1]]))
+
+
+# ---- entities, responses, shifted logits ----
+
+# Tokens 0 and 2 of the row are one entity: they are masked together.
+UNITS = [[0, 2], [1]]
+LEADER = [0, 1, 0]
+ROW = [2, 0, 1]
+
+
+def expected_over_rates(model: nn.Module, row: list[int], units: list[list[int]], counted: list[int]) -> float:
+    """The row's expected loss, t ~ U(eps, 1) integrated out: every subset of the units is masked in turn.
+
+    A subset of k out of n units has probability t^k (1-t)^(n-k); its loss is 1/t times the sum of -log p over L.
+    """
+    total = 0.0
+    for chosen in itertools.product([False, True], repeat=len(units)):
+        hidden = [any(take and i in unit for take, unit in zip(chosen, units, strict=True)) for i in range(len(row))]
+        hidden = [is_hidden and i in counted for i, is_hidden in enumerate(hidden)]
+        nats = slow_row_loss(model, row, hidden, rate=1.0) * len(row) / len(counted)
+        k, n = sum(chosen), len(units)
+        weight, _ = quad(lambda t, k=k, n=n: t ** (k - 1) * (1 - t) ** (n - k), EPS, 1.0, epsabs=1e-12)
+        total += nats * weight / (1 - EPS)
+    return total
+
+
+def mean_loss(model: nn.Module, row: list[int], **options: Any) -> tuple[float, float]:
+    """The loss's mean over many draws, and its standard error."""
+    ids = torch.tensor([row]).expand(4_000, -1)
+    tables = {key: value.expand(4_000, -1) for key, value in options.items()}
+    with torch.no_grad():
+        losses = torch.tensor(
+            [
+                masked_diffusion_loss(
+                    model, ids, generator=step_generator(0, step), mask_token_id=MASK, antithetic=True, **tables
+                ).item()
+                for step in range(15)
+            ]
+        )
+    return losses.mean().item(), (losses.std() / len(losses) ** 0.5).item()
+
+
+@pytest.mark.parametrize(
+    ("units", "counted", "options"),
+    [
+        ([[0], [1], [2]], [0, 1, 2], {}),
+        (UNITS, [0, 1, 2], {"leader": torch.tensor([LEADER])}),
+        ([[0], [1], [2]], [2], {"maskable": torch.tensor([[False, False, True]])}),
+    ],
+    ids=["whole sequence", "whole entity", "response only"],
+)
+def test_the_loss_is_that_of_every_mask_and_rate_enumerated(
+    model: nn.Module, units: list[list[int]], counted: list[int], options: dict[str, Tensor]
+) -> None:
+    """4-token vocabulary, length 3: the mean over draws against the sum over masks, rates integrated out."""
+    expected = expected_over_rates(model, ROW, units, counted)
+    mean, error = mean_loss(model, ROW, **options)
+    assert error < 0.01 * expected, f"too few draws to tell: {error} of {expected}"
+    assert abs(mean - expected) < 4 * error, f"{mean} against {expected}, standard error {error}"
+
+
+def test_the_three_ways_of_masking_have_different_losses(model: nn.Module) -> None:
+    """Else the test above could not tell them apart."""
+    singles = [[0], [1], [2]]
+    found = [
+        expected_over_rates(model, ROW, singles, [0, 1, 2]),
+        expected_over_rates(model, ROW, UNITS, [0, 1, 2]),
+        expected_over_rates(model, ROW, singles, [2]),
+    ]
+    assert min(abs(a - b) / a for a, b in itertools.combinations(found, 2)) > 0.05, found
+
+
+def test_tokens_of_one_leader_are_masked_together_at_their_rate() -> None:
+    """Each still at rate t; others on their own."""
+    leader = torch.tensor([LEADER]).expand(40_000, -1)
+    rate, mask = draw_masks((40_000, 3), generator=step_generator(0, 0), leader=leader)
+    assert torch.equal(mask[:, 0], mask[:, 2])
+    assert not torch.equal(mask[:, 0], mask[:, 1])
+    for low in (0.0, 0.5):
+        part = (rate > low) & (rate < low + 0.5)
+        shares = mask[part].float().mean(0)
+        assert torch.allclose(shares, rate[part].mean().expand(3), atol=0.015), shares
+
+
+def test_a_leader_of_its_own_changes_no_draw() -> None:
+    """Runs without entities must keep their masks, bit for bit."""
+    own = torch.arange(6).expand(4, -1)
+    plain, told = (draw_masks((4, 6), generator=step_generator(3, 1), leader=leader) for leader in (None, own))
+    assert torch.equal(plain[0], told[0])
+    assert torch.equal(plain[1], told[1])
+
+
+@pytest.mark.parametrize(("response_only", "moved"), [(False, [True, True]), (True, [False, True])])
+def test_the_gradient_moves_both_entities_unless_the_prompt_is_left_out(response_only: bool, moved: list[bool]) -> None:
+    """The first entity's logits must be trained: the probes' forward query asks for it."""
+    torch.manual_seed(0)
+    table = Table(torch.randn(64, 3, VOCAB).requires_grad_())
+    maskable = {"maskable": torch.tensor([[False, False, True]]).expand(64, -1)} if response_only else {}
+    ids = torch.tensor([[0, 1, 2]]).expand(64, -1)
+    masked_diffusion_loss(table, ids, generator=step_generator(0, 0), mask_token_id=MASK, **maskable).backward()
+    assert table.logits.grad is not None
+    size = table.logits.grad.abs().sum((0, 2))
+    assert [bool(size[position] > 0) for position in (0, 2)] == moved
+
+
+class Recorded(nn.Module):
+    """Logits from a table, and what was shown."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits, self.seen = logits, torch.empty(0)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        self.seen = input_ids
+        return self.logits
+
+
+def test_a_shifted_model_is_priced_one_row_earlier_and_never_at_its_first_position() -> None:
+    """Dream: the token at i is predicted at row i - 1; by hand, over many draws."""
+    torch.manual_seed(0)
+    logits, ids = torch.randn(256, 3, VOCAB), torch.tensor([[0, 1, 2]]).expand(256, -1)
+    model = Recorded(logits)
+    loss = masked_diffusion_loss(model, ids, generator=step_generator(0, 2), mask_token_id=MASK, logit_shift=1)
+    rate, _ = draw_masks((256, 3), generator=step_generator(0, 2))
+    hidden = model.seen == MASK
+    assert not hidden[:, 0].any()
+    assert hidden[:, 1:].any(0).all()
+    log_p = logits.log_softmax(-1)
+    by_hand = [
+        -sum(log_p[row, i - 1, ids[row, i]].item() for i in (1, 2) if hidden[row, i]) / rate[row].item() / 2
+        for row in range(256)
+    ]
+    assert loss.item() == pytest.approx(sum(by_hand) / 256, rel=1e-5)
+    unshifted = masked_diffusion_loss(model, ids, generator=step_generator(0, 2), mask_token_id=MASK)
+    assert abs(unshifted.item() - loss.item()) > 1e-2
+
+
+def test_the_causal_loss_can_price_the_response_alone() -> None:
+    torch.manual_seed(2)
+    logits, ids = torch.randn(1, LENGTH, VOCAB), torch.tensor([[0, 1, 2]])
+    loss = causal_loss(Table(logits), ids, maskable=torch.tensor([[False, False, True]]))
+    assert loss.item() == pytest.approx(-logits.log_softmax(-1)[0, 1, 2].item(), abs=1e-6)
+
+
+def test_a_row_with_nothing_to_predict_is_named(model: nn.Module) -> None:
+    nothing = torch.tensor([[True, True, True], [False, False, False]])
+    ids = torch.tensor([[0, 1, 2], [2, 1, 0]])
+    with pytest.raises(RevprobeError, match=r"row 1 of a batch \(\[2, 1, 0\]\) has no token to predict"):
+        masked_diffusion_loss(model, ids, generator=step_generator(0, 0), mask_token_id=MASK, maskable=nothing)

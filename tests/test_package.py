@@ -18,6 +18,7 @@ import revprobe
 
 PUBLIC = [
     "Control",
+    "FirstOrderPrediction",
     "ProbeCallback",
     "ProbedModel",
     "Query",
@@ -35,6 +36,7 @@ PUBLIC = [
     "decode",
     "decoded_match",
     "edit_attention",
+    "fine_tune",
     "from_table",
     "invented_names",
     "letter_pairs",
@@ -52,6 +54,7 @@ PUBLIC = [
     "pairs_from_frame",
     "parent_child",
     "person_description",
+    "plan_memory",
     "probe",
     "probe_attention_correlation",
     "probe_gradient_cosine",
@@ -72,6 +75,8 @@ PUBLIC = [
     "with_bounds",
 ]
 EXAMPLES = {"examples/one_layer.yaml", "examples/one_layer_quick.yaml", "examples/robustness.yaml"}
+EXAMPLES |= {"examples/llada_8b_parent_child.yaml"}
+EXAMPLES |= {"examples/finetune_tiny.yaml", "examples/table7.yaml", "examples/fsdp.yaml"}
 DATA = {"finetune/data/invented_names.csv", "finetune/data/trex_templates.csv"}
 # What takes seconds to import, or may not be there at all on a machine that only loads a saved model.
 HEAVY = ["peft", "transformers.trainer", "transformer_lens"]

@@ -75,3 +75,4 @@ def test_a_share_is_sum_over_sum_and_undefined_without_a_gap(example):
     noisy = example["ratio"](whole * rng.uniform(0, 1, 60), whole, facts)
     assert noisy.low < noisy.value < noisy.high
     assert np.isnan(example["ratio"](whole, rng.normal(0.0, 1.0, 60), facts).value)
+    assert np.isnan(example["ratio"](whole, 1e-9 * whole, facts).value), "a gap of rounding errors is none"

@@ -303,6 +303,12 @@ def test_the_control_draws_other_visible_positions_and_all_of_them_in_time(name)
     assert drawn[0] == other_positions(model, query, 0), "the same seed draws the same positions"
 
 
+def test_a_causal_control_stands_where_every_readout_row_sees_it():
+    query = Query(list(range(1, 10)), [4, 5], [1])
+    drawn = {position for seed in range(100) for position in other_positions(gpt2(), query, seed)}
+    assert drawn == {0, 2, 3}, "the first readout row is 3; later tokens are hidden from it"
+
+
 def test_a_masked_position_is_never_a_control():
     model = radd()
     query = Query([1, 53, 2, 3, 53], [0], [2])
@@ -399,6 +405,18 @@ def test_numbers_do_not_depend_on_the_batch(edit):
     for other in frames[1:]:
         np.testing.assert_allclose(frames[0].change, other.change, atol=1e-5)
         np.testing.assert_allclose(frames[0].change_control, other.change_control, atol=1e-5)
+
+
+def test_targets_of_different_lengths_share_a_batch():
+    """A padded readout row points at row 0, which must stay as it is: in layer 1 row 0 would be read."""
+    model = radd("absolute")
+    short = ReversalPair(Query([1, 2, 3, 4, 5], [2], [4]), Query([6, 5, 7, 3, 8], [3], [1]), fact="short")
+    pairs = ReversalPairs.from_pairs([short, *wordy_pairs(model, facts=1)])
+    reading = probe_route_edit(model, pairs, mode="parallel", scope="all")
+    for direction in ("forward", "reverse"):
+        query = getattr(short, direction)
+        expected = price_by_hand(model, query, "parallel", query.evidence_positions)
+        assert row_of(reading, 0, direction).log_probability_edited == pytest.approx(expected, abs=1e-5)
 
 
 def test_swapped_pairs_of_unequal_targets_take_the_mean_route(seen):

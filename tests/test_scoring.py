@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from revprobe import ProbedModel, Reading, RevprobeError, decode, decoded_match
-from revprobe.finetune.scoring import TOO_LONG, _begins, answer_limit, normalized
+from revprobe.finetune.answers import begins_with, normalized
+from revprobe.finetune.scoring import TOO_LONG, answer_limit
 from revprobe.probes.estimates import NO_PARTNER
 
 NAMES = ["alma", "brent", "cora", "dent", "eric", "fox", "gina", "hart", "ida", "jones"]
@@ -173,7 +174,9 @@ def test_an_answer_may_go_on_with_another_word_but_not_within_one():
     frame = decoded_match(model, questions, max_new_tokens=3).frame
     assert frame["match"].tolist() == [0, 1, 0, 0]
     assert frame["begins"].tolist() == [1, 1, 0, 0]
-    assert _begins("o'neil.", "o'neil") and not _begins("almas brent", "alma") and not _begins("alm", "alma")
+    assert (
+        begins_with("o'neil.", "o'neil") and not begins_with("almas brent", "alma") and not begins_with("alm", "alma")
+    )
 
 
 def test_every_question_gets_room_for_the_longest_answer_and_its_end():

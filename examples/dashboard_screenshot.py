@@ -1,0 +1,136 @@
+"""Take a picture of the dashboard: serve a folder of runs, open it in a headless Chromium, choose runs and a pair.
+
+    python examples/dashboard_screenshot.py runs/one-layer-quick examples/images/dashboard.png
+    python examples/dashboard_screenshot.py runs dashboard.png --runs one-layer/rope-l10-s0 one-layer/alibi-l10-s0
+
+Needs the extra `revprobe[dashboard]`, `pip install selenium`, and Chromium with its driver (Debian and Ubuntu:
+`apt-get install chromium chromium-driver`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from revprobe.errors import RevprobeError
+from revprobe.finetune.dashboard import LOOPBACK, make_app, make_dashboard_server
+
+WIDTH, HEIGHT = 1500, 2350
+PATIENCE = 180  # seconds until a figure must stand; a busy machine reads a run in tens of them
+
+
+def picture(runs_dir: Path, out: Path, *, chosen: list[str] | None = None) -> Path:
+    """Save the dashboard of `runs_dir`, with some runs over each other and one pair opened, as `out`.
+
+    Raises: RevprobeError, for no such folder; OSError, without a browser; TimeoutError, when nothing is drawn.
+    """
+    with served(runs_dir) as address, browser() as driver:
+        driver.get(address)
+        await_true(lambda: driver.find_elements("css selector", "#curves .main-svg"), "the curves")
+        keys = [box.get_attribute("value") for box in boxes(driver)]
+        for key in chosen or keys[:1]:
+            if key not in keys:
+                raise RevprobeError(f"no run {key!r} in {runs_dir}: expected some of {', '.join(map(str, keys))}")
+            pick(driver, key)
+        await_true(lambda: len(table_rows(driver)) >= len(chosen or keys[:1]), "the numbers")
+        driver.execute_script("window.dash_clientside.set_props('fact', {value: arguments[0]})", first_fact(driver))
+        await_true(lambda: driver.find_elements("css selector", "#opened .token"), "the pair")
+        time.sleep(2)  # what moves while it is drawn
+        out.parent.mkdir(parents=True, exist_ok=True)
+        driver.save_screenshot(str(out))
+    return out
+
+
+@contextmanager
+def served(runs_dir: Path) -> Iterator[str]:
+    """The dashboard at a free port of this machine, while open."""
+    server = make_dashboard_server(make_app(runs_dir), LOOPBACK[0], 0)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://{LOOPBACK[0]}:{server.port}/"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextmanager
+def browser() -> Iterator[Any]:
+    """A headless Chromium with a profile of its own."""
+    from selenium import webdriver
+
+    program, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if program is None or driver is None:
+        raise OSError("no Chromium and its driver found; try `apt-get install chromium chromium-driver`")
+    with tempfile.TemporaryDirectory() as profile:
+        options = webdriver.ChromeOptions()
+        options.binary_location = program
+        fixed = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-dev-shm-usage"]
+        for option in [*fixed, f"--user-data-dir={profile}", f"--window-size={WIDTH},{HEIGHT}"]:
+            options.add_argument(option)
+        opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+        try:
+            yield opened
+        finally:
+            opened.quit()
+
+
+def boxes(driver: Any) -> list[Any]:
+    """The check boxes of the runs that can be drawn."""
+    return [box for box in driver.find_elements("css selector", "#runs input[type=checkbox]") if box.is_enabled()]
+
+
+def pick(driver: Any, key: str) -> None:
+    """Choose a run that is not chosen yet."""
+    box = next(box for box in boxes(driver) if box.get_attribute("value") == key)
+    if not box.is_selected():
+        driver.execute_script("arguments[0].click()", box)
+
+
+def table_rows(driver: Any) -> list[Any]:
+    """The rows of the last checkpoints."""
+    return list(driver.find_elements("css selector", "#numbers tbody tr"))
+
+
+def first_fact(driver: Any) -> str:
+    """A fact of the run shown under "One checkpoint", once its readings are there."""
+    from selenium.webdriver.common.by import By  # noqa: F401  # selenium is there, or `browser` had said so
+
+    script = "return (window.dash_clientside.get_props || (() => []))('fact', 'options')"
+    return str(await_true(lambda: (driver.execute_script(script) or [None])[0], "the facts"))
+
+
+def await_true(told: Callable[[], Any], what: str) -> Any:
+    """What `told` returns once it is true. Raises: TimeoutError, when it never is."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        if found := told():
+            return found
+        time.sleep(0.2)
+    raise TimeoutError(f"{what} did not appear within {PATIENCE} s")
+
+
+def main() -> None:
+    """Read the command line, take the picture, or say in one line why not."""
+    parser = argparse.ArgumentParser(description="Save the dashboard of a folder of runs as a picture.")
+    parser.add_argument("runs_dir", type=Path, help="a folder of runs or sweeps")
+    parser.add_argument("picture", type=Path, help="the PNG to write")
+    parser.add_argument("--runs", nargs="+", metavar="RUN", help="paths from RUNS_DIR; the first run by default")
+    asked = parser.parse_args()
+    try:
+        print(picture(asked.runs_dir, asked.picture, chosen=asked.runs))
+    except (RevprobeError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

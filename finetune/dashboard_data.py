@@ -1,0 +1,340 @@
+"""What a folder of runs holds right now, for the dashboard: runs, sweeps, their readings, and what is wrong with them.
+
+Nothing outside the folder is read: every path is resolved before it is opened, and a run with a link that leads out is
+shown with that reason and left alone. Nothing here writes. A scan costs one `stat` per readings file; a file is parsed
+again only when its size or time changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ..errors import RevprobeError, did_you_mean, first_line
+from ..models.checkpoints import CHECKPOINTS, step_of
+from ..probes.readings import Reading
+from ..probes.signatures import measures_with_reasons
+from .runs import CONFIG, PROBLEM, Run, is_run, open_run
+from .saving import READINGS
+from .sweeps import CONFIG as SWEEP
+from .sweeps import open_sweep
+
+DEPTH = 3  # folders below RUNS_DIR that are looked into: RUNS_DIR / any / sweep / run
+WHOLE = 6  # readings kept with all their rows; those of a large model hold half a million
+_PARTS = {CONFIG, READINGS, CHECKPOINTS}  # a folder with one of these is a run, whole or not
+_SMALL = (CONFIG, PROBLEM, "resolved.json", CHECKPOINTS, READINGS, "evaluation")
+_MAGIC = b"PAR1"  # how every whole parquet file ends
+
+Stamp = tuple[int, int]  # time in ns and size
+
+
+@dataclass(frozen=True)
+class ReadingFile:
+    """One parquet file of a run's readings, as it was at the scan."""
+
+    path: Path
+    step: int
+    name: str
+    weights: str
+    stamp: Stamp
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A run as the list shows it, be it whole or not.
+
+    Attributes:
+        key: its path from RUNS_DIR, "." for RUNS_DIR itself; the only name a page may ask for it by.
+        group: the key of the folder it stands in, usually a sweep's.
+        family: equal for runs that differ in nothing but their seed.
+        total: training steps asked for; None where that is not known.
+        state: "complete", "open" (training, or stopped without an error), "stopped" (by an error), "broken", "empty"
+            or "waiting" (a sweep's run that has not begun).
+        problem: why it is not complete; None when it is.
+    """
+
+    key: str
+    group: str
+    name: str
+    state: str
+    problem: str | None = None
+    axes: Mapping[str, Any] = field(default_factory=dict)
+    family: str = ""
+    total: int | None = None
+    files: tuple[ReadingFile, ...] = ()
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps with readings, ascending."""
+        return sorted({file.step for file in self.files})
+
+
+class RunsFolder:
+    """A folder of runs and sweeps, read again as it changes; safe to ask from several threads.
+
+    Raises: RevprobeError, when there is no such folder.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        if not Path(root).is_dir():
+            raise RevprobeError(f"no folder at {str(root)!r}; expected one that holds runs, such as 'runs'")
+        self.root = Path(root).resolve()
+        self._lock = threading.RLock()
+        self._described: dict[str, tuple[object, Listed]] = {}
+        self._asked: dict[str, tuple[Stamp, list[tuple[str, dict[str, Any]]] | str]] = {}
+        self._numbers: dict[Path, tuple[Stamp, pd.DataFrame | str]] = {}
+        self._whole: OrderedDict[tuple[Path, Stamp], Reading] = OrderedDict()
+
+    def scan(self) -> list[Listed]:
+        """Every run there is, by folder; a sweep's runs in the order of its config, those not begun among them."""
+        with self._lock:
+            found = list(self._below(self.root, DEPTH))
+            self._described = {one.key: self._described[one.key] for one in found if one.key in self._described}
+            return found
+
+    def version(self, runs: Iterable[Listed]) -> str:
+        """A short text that changes when anything a page shows of these runs does."""
+        state = [(one.key, one.state, one.problem, [(str(f.path), f.stamp) for f in one.files]) for one in runs]
+        return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+
+    def run(self, key: str) -> Listed:
+        """The run of this key. Raises: RevprobeError, for any key that a scan does not give, `../other` among them."""
+        runs = {one.key: one for one in self.scan()}
+        if key not in runs:
+            raise RevprobeError(f"no run {key!r} in {self.root}{did_you_mean(key, runs)}")
+        return runs[key]
+
+    def confined(self, path: Path) -> Path:
+        """The path without links. Raises: RevprobeError, when it lies outside the folder."""
+        resolved = path.resolve()
+        if not resolved.is_relative_to(self.root):
+            shown = path.relative_to(self.root) if path.is_relative_to(self.root) else path
+            raise RevprobeError(f"{shown} leads out of {self.root}; a dashboard reads nothing outside its folder")
+        return resolved
+
+    def folder_of(self, run: Listed) -> Path:
+        """Where a run stands. Raises: RevprobeError, as `confined`."""
+        return self.confined(self.root / run.key)
+
+    def measures(self, runs: Sequence[Listed]) -> tuple[pd.DataFrame, dict[str, list[str]]]:
+        """The numbers of some runs over training, and for each run the files that could not be read, with the reason.
+
+        Returns: tidy rows with the columns of `measures_with_reasons`, the run's axes, its `family`; `run` is its key.
+        """
+        parts, problems = [], {}
+        for run in runs:
+            for file in run.files:
+                numbers = self._numbers_of(file)
+                if isinstance(numbers, str):
+                    problems.setdefault(run.key, []).append(numbers)
+                    continue
+                # A reading's own objective stands for a run whose config cannot be read.
+                known = {axis: value for axis, value in run.axes.items() if value is not None}
+                parts.append(numbers.assign(run=run.key, family=run.family, **known))
+        return (pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()), problems
+
+    def reading(self, run: Listed, name: str, step: int, weights: str) -> Reading:
+        """One reading with its rows. Raises: RevprobeError, when the run has none like it or the file is damaged."""
+        for file in run.files:
+            if (file.name, file.step, file.weights) == (name, step, weights):
+                return self._load(file)
+        raise RevprobeError(f"{run.key} has no {name} at step {step} on {weights} weights; choose another checkpoint")
+
+    def _load(self, file: ReadingFile) -> Reading:
+        with self._lock:
+            place = (file.path, file.stamp)
+            if place not in self._whole:
+                self._whole[place] = Reading.load(self.confined(file.path))
+            self._whole.move_to_end(place)
+            while len(self._whole) > WHOLE:
+                self._whole.popitem(last=False)
+            return self._whole[place]
+
+    def _numbers_of(self, file: ReadingFile) -> pd.DataFrame | str:
+        with self._lock:
+            stamp, numbers = self._numbers.get(file.path, (None, ""))
+            if stamp != file.stamp:
+                try:
+                    numbers = measures_with_reasons([Reading.load(self.confined(file.path))])
+                except Exception as error:  # whatever a damaged file raises is a line on the page, not its end
+                    numbers = _reason(error)
+                self._numbers[file.path] = (file.stamp, numbers)
+            return numbers
+
+    def _below(self, folder: Path, depth: int) -> Iterator[Listed]:
+        """The runs in a folder: itself, or those of its subfolders."""
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            yield self._listed(folder, "broken", f"cannot be read: {error.strerror}")
+            return
+        names = {entry.name for entry in entries}
+        visible = [entry for entry in entries if not entry.name.startswith(".")]
+        if names & _PARTS:
+            yield self._run(folder)
+            return
+        if not visible and folder != self.root:
+            yield self._listed(folder, "empty", "an empty folder: no config.yaml yet")
+            return
+        found = [one for entry in visible for one in self._entry(entry, depth)]
+        yield from found if SWEEP not in names else self._in_order(folder, found)
+
+    def _entry(self, entry: os.DirEntry[str], depth: int) -> Iterator[Listed]:
+        path = Path(entry.path)
+        if entry.is_symlink():
+            # A link to something inside is listed where that stands; one that leads out is not even looked at.
+            if not path.resolve().is_relative_to(self.root):
+                yield self._listed(path, "broken", f"a link that leads out of {self.root}: not read")
+        elif depth and entry.is_dir(follow_symlinks=False):
+            yield from self._below(path, depth - 1)
+
+    def _in_order(self, sweep: Path, found: list[Listed]) -> list[Listed]:
+        """A sweep's runs as its config orders them, with those that have not begun; others after them."""
+        asked = self._asked_of(sweep)
+        if isinstance(asked, str):
+            return [self._listed(sweep, "broken", asked), *found]
+        there = {one.name: one for one in found}
+        ordered = [
+            there.pop(name) if name in there else replace(self._listed(sweep / name, "waiting", "not begun"), axes=axes)
+            for name, axes in asked
+        ]
+        return ordered + list(there.values())
+
+    def _asked_of(self, sweep: Path) -> list[tuple[str, dict[str, Any]]] | str:
+        """Name and axes of each run of a sweep's config; the reason, where that cannot be read."""
+        try:
+            now = _stamp(os.stat(self.confined(sweep / SWEEP)))
+            stamp, asked = self._asked.get(str(sweep), (None, ""))
+            if stamp != now:
+                asked = [(run.name, run.axes) for run in open_sweep(sweep).config.runs()]
+                self._asked[str(sweep)] = (now, asked)
+            return asked
+        except Exception as error:
+            return _reason(error)
+
+    def _run(self, folder: Path) -> Listed:
+        """A run's line, worked out again when one of its files changed."""
+        key = self._key(folder)
+        try:
+            files = tuple(self._reading_files(folder))
+            stamp = (tuple(_stamp_or_none(folder / name) for name in _SMALL), files)
+        except (OSError, RevprobeError) as error:
+            return self._listed(folder, "broken", _reason(error))
+        known, listed = self._described.get(key, (None, None))
+        if listed is None or known != stamp:
+            listed = self._describe(folder, files)
+            self._described[key] = (stamp, listed)
+        return listed
+
+    def _describe(self, folder: Path, files: tuple[ReadingFile, ...]) -> Listed:
+        listed = self._listed(folder, "broken", files=files)
+        try:
+            self.require_no_way_out(folder)
+        except (OSError, RevprobeError) as error:
+            return replace(listed, problem=_reason(error), files=())
+        try:
+            if not is_run(folder):
+                return replace(listed, problem="half-written: it has no config.yaml, which a run writes first")
+            run = open_run(folder)
+            listed = replace(listed, axes=run.axes, family=_family(run), total=_total(run))
+            state, problem = _state(run)
+        except Exception as error:  # a damaged folder may raise anything; it is shown beside the sound ones
+            return replace(listed, problem=_reason(error))
+        cut = [file.path for file in files if not _ends_whole(file.path)]
+        if cut:
+            first = cut[0].relative_to(folder)
+            return replace(listed, problem=f"{first} is cut off or no parquet ({len(cut)} of {len(files)} files)")
+        return replace(listed, state=state, problem=problem)
+
+    def _reading_files(self, folder: Path) -> Iterator[ReadingFile]:
+        readings = folder / READINGS
+        if not self.confined(readings).is_dir():
+            return
+        steps = [(step, Path(e.path)) for e in os.scandir(readings) if (step := step_of(Path(e.name))) is not None]
+        for step, part in sorted(steps):
+            inside = sorted(os.scandir(self.confined(part)), key=lambda entry: entry.name) if part.is_dir() else []
+            for entry in inside:
+                name, _, weights = entry.name.removesuffix(".parquet").partition(".")
+                if entry.name.endswith(".parquet") and not entry.name.startswith("."):
+                    stamp = _stamp(os.stat(self.confined(Path(entry.path))) if entry.is_symlink() else entry.stat())
+                    yield ReadingFile(Path(entry.path), step, name, weights or "raw", stamp)
+
+    def require_no_way_out(self, folder: Path) -> None:
+        """Raises: RevprobeError, when a link below `folder` leads out of RUNS_DIR, however many links that takes."""
+        seen = set()
+        for here, inner, names in os.walk(folder, followlinks=True):
+            for name in [*inner, *names]:
+                if os.path.islink(os.path.join(here, name)):
+                    self.confined(Path(here, name))
+            new = [name for name in inner if os.path.realpath(os.path.join(here, name)) not in seen]
+            seen.update(os.path.realpath(os.path.join(here, name)) for name in new)
+            inner[:] = new
+
+    def _listed(self, folder: Path, state: str, problem: str | None = None, **more: Any) -> Listed:
+        key = self._key(folder)
+        group = "" if key == "." else self._key(folder.parent)
+        return Listed(key, "" if group == "." else group, folder.name, state, problem, **more)
+
+    def _key(self, folder: Path) -> str:
+        return folder.relative_to(self.root).as_posix()
+
+
+def _state(run: Run) -> tuple[str, str | None]:
+    """A readable run's state, and why it is not complete."""
+    if run.finished:
+        return "complete", None
+    noted, checkpoints = run.path / PROBLEM, run.path / CHECKPOINTS
+    if noted.is_file() or run.trained:
+        return "stopped", run.problem
+    if not run.steps:
+        return "open", "begun: no checkpoint yet"
+    last = datetime.fromtimestamp(checkpoints.stat().st_mtime).strftime("%Y-%m-%d %H:%M:%S")
+    of = _total(run)
+    return "open", f"training or stopped: at step {run.steps[-1]:,}{f' of {of:,}' if of else ''}, written {last}"
+
+
+def _total(run: Run) -> int | None:
+    """The training steps of a run; of a fine-tuning told in epochs only once it knows them."""
+    steps = getattr(run, "resolved", {}).get("steps") or run.config.training.steps
+    return None if steps is None else int(steps)
+
+
+def _family(run: Run) -> str:
+    """What a run is but for its name and seed."""
+    asked = run.config.model_dump(mode="json")
+    asked.pop("name", None)
+    asked.get("training", {}).pop("seed", None)
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _ends_whole(path: Path) -> bool:
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) < 2 * len(_MAGIC):
+            return False
+        file.seek(-len(_MAGIC), os.SEEK_END)
+        return file.read() == _MAGIC
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return status.st_mtime_ns, status.st_size
+
+
+def _stamp_or_none(path: Path) -> Stamp | None:
+    try:
+        return _stamp(os.lstat(path))
+    except OSError:
+        return None
+
+
+def _reason(error: BaseException) -> str:
+    return first_line(error, with_type=not isinstance(error, RevprobeError))
