@@ -35,7 +35,7 @@ def main() -> None:
         )
         probed = rp.ProbedModel(model, tokenizer, objective="masked")
         pairs = relation.pairs(probed, "P2C", limit=20)  # (2) what the trained direction is probed with
-        trainer.add_callback(rp.ProbeCallback(pairs, log=trainer.log, tokenizer=tokenizer))  # (3)
+        trainer.add_callback(rp.ProbeCallback(pairs, log=trainer.log, tokenizer=tokenizer, objective="masked"))  # (3)
         trainer.train()
 
         readings = rp.Readings.load(Path(folder) / "readings")

@@ -18,7 +18,6 @@ from flask import Response, abort, request
 from werkzeug.serving import BaseWSGIServer, make_server
 
 from ..errors import RevprobeError, first_line
-from ..probes.theme import message_figure
 from . import dashboard_page as page
 from .dashboard_data import Listed, RunsFolder
 from .dashboard_pairs import PairOpener
@@ -166,6 +165,7 @@ def _lists(app: Dash, folder: RunsFolder) -> None:
 def _curves(app: Dash, folder: RunsFolder) -> None:
     @app.callback(
         Output("curves", "figure"),
+        Output("curves", "style"),
         Output("numbers", "children"),
         Output("notes", "children"),
         Input("version", "data"),
@@ -176,11 +176,11 @@ def _curves(app: Dash, folder: RunsFolder) -> None:
     )
     def _draw(
         _: str, selected: list[str], values: Any, text: str | None, weights: str, bands: str
-    ) -> tuple[Any, Any, Any]:
+    ) -> tuple[Any, ...]:
         runs = [run for run in _shown(folder, values, text) if run.key in selected]
         figure, table, said, problems = curves(folder, runs, weights=weights, bands=bands)
         numbers = page.number_table(table) if len(table) else page.notes(["No number yet."])
-        return figure, numbers, [*page.notes(said), *page.notes(problems, problem=True)]
+        return figure, page.graph_style(figure), numbers, [*page.notes(said), *page.notes(problems, problem=True)]
 
     @app.callback(
         Output("one-run", "options"),
@@ -241,6 +241,7 @@ def _checkpoint(app: Dash, folder: RunsFolder) -> None:
 
     @app.callback(
         Output("one", "figure"),
+        Output("one", "style"),
         *CHECKPOINT,
         Input("one-kind", "value"),
         Input("one-layer", "value"),
@@ -249,14 +250,13 @@ def _checkpoint(app: Dash, folder: RunsFolder) -> None:
     )
     def _draw(
         key: str | None, step: int | None, weights: str | None, kind: str, layer: int | None, head: int | None, _: str
-    ) -> Any:
-        if key is None:
-            return message_figure("Choose a run at the left.")
+    ) -> tuple[Any, Any]:
         at = [None if place in (None, -1) else place for place in (layer, head)]
         name = READING_OF.get(kind, ATTENTION)
-        return or_reason(
-            lambda: checkpoint_figure(reading_at(folder, folder.run(key), name, step, weights), kind, *at)
+        figure = or_reason(
+            lambda: checkpoint_figure(reading_at(folder, folder.run(str(key)), name, step, weights), kind, *at)
         )
+        return figure, page.graph_style(figure)
 
 
 def _pair(app: Dash, folder: RunsFolder) -> None:

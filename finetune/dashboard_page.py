@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 from dash import dcc, html
 
 from ..probes.theme import OKABE_ITO
@@ -39,6 +40,7 @@ GRAPH = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d"]
 _BLUE = tuple(int(OKABE_ITO["blue"][start : start + 2], 16) for start in (1, 3, 5))
 
 STYLE = """
+:root { --Dash-Fill-Interactive-Strong: #0072B2; }
 body { font: 15px/1.45 Helvetica, Arial, "DejaVu Sans", sans-serif; color: #1a1a1a; margin: 0; background: white; }
 header { padding: 10px 20px; border-bottom: 1px solid #ccc; } h1 { font-size: 22px; margin: 0; display: inline; }
 h2 { font-size: 17px; margin: 22px 0 6px; border-bottom: 1px solid #ccc; } h3 { font-size: 14px; margin: 12px 0 4px; }
@@ -127,10 +129,14 @@ def runs_list(runs: Sequence[Listed], selected: Sequence[str]) -> list[Any]:
     shown: list[Any] = []
     for group, members in groupby(runs, key=lambda one: one.group):
         listed = list(members)
-        options = [{"label": _run_line(one), "value": one.key, "disabled": not one.files} for one in listed]
-        picked = [one.key for one in listed if one.key in selected and one.files]
+        begun = [one for one in listed if one.state != "waiting"]
+        options = [{"label": _run_line(one), "value": one.key, "disabled": not one.files} for one in begun]
+        picked = [one.key for one in begun if one.key in selected and one.files]
         shown.append(html.H3(f"{group or 'runs'} ({len(listed)})"))
         shown.append(dcc.Checklist(id={"type": "pick", "group": group}, options=options, value=picked, className="picks"))
+        waiting = [html.Div(one.name, className="why") for one in listed if one.state == "waiting"]
+        if waiting:
+            shown.append(html.Details([html.Summary(f"{len(waiting)} not begun", className="note"), *waiting]))
     return shown or [html.P("There are no runs in this folder yet; they appear here when they begin.")]
 
 
@@ -140,9 +146,15 @@ def _run_line(run: Listed) -> html.Span:
     told = [html.B(run.name), html.Span(f"  {STATES[run.state]}", className="note")]
     if steps:
         told.append(html.Span(f", {len(steps)} checkpoints, step {steps[-1]:,}{of}", className="note"))
-    if run.problem and run.state != "waiting":
+    if run.problem:
         told.append(html.Span(run.problem, className="why problem" if run.state in ("broken", "stopped") else "why"))
     return html.Span(told, className="run")
+
+
+def graph_style(figure: go.Figure) -> dict[str, str]:
+    """The size of a figure's element: as high as the figure asks for, and as wide where it says so."""
+    sizes = {"height": figure.layout.height or 450, "width": figure.layout.width}
+    return {side: f"{pixels:.0f}px" for side, pixels in sizes.items() if pixels}
 
 
 def number_table(table: pd.DataFrame) -> html.Table:

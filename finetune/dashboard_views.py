@@ -85,7 +85,7 @@ def curves(
     except RevprobeError as error:
         return message_figure(first_line(error, with_type=False)), pd.DataFrame(), [], problems
     # Zoom and hidden series stay while checkpoints come in, and start anew with other runs.
-    figure.update_layout(uirevision="|".join([weights, bands, *names]), autosize=True)
+    figure.update_layout(uirevision="|".join([weights, bands, *names]))
     return figure, table, said, problems
 
 

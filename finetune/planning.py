@@ -40,7 +40,7 @@ def plan_finetuning(config: FinetuneConfig, *, tokens: int | None = None) -> Mem
         module, objective = on_meta(config.model)
     training, snapshots = config.training, config.snapshots
     with AnsweredYes():  # one traced pass finds the projections
-        adapted = add_lora(ProbedModel(module, **_wrapping(module, objective), check=False), config.lora)
+        adapted = add_lora(_OnMeta(module, **_wrapping(module, objective), check=False), config.lora)
     plan = plan_memory(
         adapted,
         batch=training.batch_size,
@@ -116,6 +116,12 @@ def _tiny_on_meta(tiny: TinyModel) -> nn.Module:
 
     with torch.device("meta"):
         return untrained(tiny, _Vocabulary(tiny.vocabulary))  # type: ignore[arg-type]  # what it asks of a tokenizer
+
+
+class _OnMeta(ProbedModel):
+    """A model whose input, too, has shapes and no numbers."""
+
+    device = torch.device("meta")
 
 
 class _Vocabulary:

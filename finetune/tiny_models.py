@@ -8,7 +8,7 @@ facts that are invented for it: the relation's own words, recombined into names 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from .trainer import ForwardOnlyTrainer
 
 _BEGIN, _END, _PAD, _MASK = "<|begin|>", "<|end|>", "<|pad|>", "<|mask|>"
 _CONTEXT = 128
-# How often a recombined name may turn out to be one that is taken before the words are said to be too few.
-_TRIES = 100
+# How often the words are dealt out anew before they are said to be too few.
+_ROUNDS = 100
 
 
 def build_tiny(config: TinyModel, relation: TextRelation, folder: Path, *, answer_tokens: int | None = None) -> Path:
@@ -110,19 +110,17 @@ def untrained(config: TinyModel, tokenizer: PreTrainedTokenizerFast) -> PreTrain
 def other_statements(relation: TextRelation, count: int, seed: int = 0) -> list[TrainingText]:
     """Statements of `count` facts that are none of the relation's, in both directions and every wording.
 
-    Each name is one of the relation's with every word exchanged for another name's word at the same place; no name of
-    the relation is among them, and none stands in two facts.
+    Each name is made of words that names of the relation have at the same place; no name of its column is among them,
+    and none stands in two facts.
     Raises: RevprobeError, when the words are too few for so many names.
     """
     generator = np.random.default_rng(seed)
-    taken = {name for column in relation.columns for name in relation.table[column]}
-    pairs = []
-    for _ in range(count):
-        pairs.append([_new_name(relation, column, taken, generator) for column in relation.columns])
+    columns = (_new_names(relation, column, count, generator) for column in relation.columns)
+    facts = list(zip(*columns, strict=True))
     found: dict[str, TrainingText] = {}
     for place, direction in enumerate(relation.directions):
         wordings = _one_of_each_wording(relation, direction)
-        for number, pair in enumerate(pairs):
+        for number, pair in enumerate(facts):
             names = pair if place == 0 else pair[::-1]
             for one in wordings:
                 made = _renamed(one, names, f"other {number}", relation.carrier)
@@ -149,20 +147,28 @@ def _renamed(one: Statement, names: Sequence[str], fact: str, carrier: str) -> T
     return TrainingText(text, spans, fact, place - (second - one.prompt_length))
 
 
-def _new_name(relation: TextRelation, column: str, taken: set[str], generator: np.random.Generator) -> str:
-    names = [name.split() for name in relation.table[column]]
-    for _ in range(_TRIES):
-        pattern = names[int(generator.integers(len(names)))]
-        donors = [name for name in names if len(name) == len(pattern)]
-        words = [donors[int(generator.integers(len(donors)))][place] for place in range(len(pattern))]
-        made = " ".join(words)
-        if made not in taken:
-            taken.add(made)
-            return made
+def _new_names(relation: TextRelation, column: str, count: int, generator: np.random.Generator) -> list[str]:
+    """Names that are none of the column's. A round of them uses every word once, so that none is left unlearned."""
+    names = list(dict.fromkeys(relation.table[column]))
+    made: dict[str, None] = {}
+    for _ in range(_ROUNDS):
+        made.update(dict.fromkeys(name for name in _reshuffled(names, generator) if name not in names))
+        if len(made) >= count:
+            return list(made)[:count]
     raise RevprobeError(
-        f"the words of {relation.name}'s column {column!r} make too few other names to pretrain on; lower "
-        "model.tiny.pretraining.facts, or take a relation whose names have several words"
+        f"the words of {relation.name}'s column {column!r} make {len(made)} other names, fewer than "
+        f"model.tiny.pretraining.facts, {count}; lower it, or take a relation whose names have several words"
     )
+
+
+def _reshuffled(names: Sequence[str], generator: np.random.Generator) -> Iterator[str]:
+    """The names with the words of each place dealt out anew, among names of as many words."""
+    split = [name.split() for name in names]
+    for length in sorted({len(words) for words in split}):
+        alike = [words for words in split if len(words) == length]
+        places = [[words[place] for words in alike] for place in range(length)]
+        dealt = [[column[i] for i in generator.permutation(len(alike))] for column in places]
+        yield from (" ".join(words) for words in zip(*dealt, strict=True))
 
 
 def _own_names(relation: TextRelation) -> list[str]:

@@ -129,7 +129,7 @@ def test_targets_by_name_are_taken_and_unknown_ones_answered_with_the_nearest() 
     model = load_model(FIXTURES / "llada-tiny")
     assert target_modules(model, ["q_proj", "v_proj"]) == ["q_proj", "v_proj"]
     with pytest.raises(
-        RevprobeError, match="lora.targets: llada-tiny has no projection 'q_prj'; the closest is 'q_proj'"
+        RevprobeError, match=r"lora.targets: llada-tiny has no projection 'q_prj'; the closest is 'q_proj'"
     ):
         target_modules(model, ["q_prj"])
 
@@ -148,7 +148,7 @@ def test_only_the_adapter_is_trained_and_it_starts_at_nothing() -> None:
 
 def test_four_bits_need_a_gpu_and_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert quantization(None, torch.bfloat16, on_cpu=True) == {}
-    with pytest.raises(RevprobeError, match="model.quantize '4bit' needs a CUDA GPU"):
+    with pytest.raises(RevprobeError, match=r"model.quantize '4bit' needs a CUDA GPU"):
         quantization("4bit", torch.bfloat16, on_cpu=True)
     monkeypatch.setattr("revprobe.finetune.lora.find_spec", lambda name: None)
     with pytest.raises(RevprobeError, match="needs bitsandbytes, which is not installed; `pip install bitsandbytes`"):
@@ -206,7 +206,7 @@ def test_a_damaged_or_foreign_adapter_is_named(saved: Path) -> None:
     with pytest.raises(RevprobeError, match=r"adapter .* is of another model: base_model.*lora_A.weight do not match"):
         load_model(saved)
     (saved / "adapter_model.safetensors").write_bytes(b"")
-    with pytest.raises(RevprobeError, match="cannot put the adapter .* on its base model"):
+    with pytest.raises(RevprobeError, match=r"cannot put the adapter .* on its base model"):
         load_model(saved)
     (saved / "adapter_model.safetensors").rename(saved / "adapter_model.bin")
     with pytest.raises(RevprobeError, match=r"holds no adapter_model.safetensors; an adapter is read from safetensors"):
