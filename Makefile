@@ -11,9 +11,10 @@ PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.t
 PLACE := $(shell printf '%s' '$(CURDIR)' | cksum | cut -d ' ' -f 1)
 SETUP := $(VENV)/.setup-$(PLACE)
 TEST_SETUP := $(VENV)/.test-$(PLACE)
+DOCS_SETUP := $(VENV)/.docs-$(PLACE)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format build clean
+.PHONY: help setup demo test lint format docs build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -40,12 +41,17 @@ format: $(TEST_SETUP)  ## rewrite the code as ruff wants it
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+docs: $(DOCS_SETUP)  ## the guide and the reference, into site/
+	@echo "==> mkdocs, warnings are errors"
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	@echo "==> site/index.html; with search: $(VENV)/bin/python -m http.server -d site"
+
 build: $(TEST_SETUP)  ## sdist and wheel, into dist/
 	rm -rf build dist
 	$(PY) -m build --no-isolation
 
 clean:  ## remove builds and caches; .venv and runs/ stay
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 $(SETUP): pyproject.toml constraints.txt
@@ -59,9 +65,14 @@ $(SETUP): pyproject.toml constraints.txt
 	@echo "==> installing revprobe (editable) and what it needs"
 	$(PIP_INSTALL) --no-build-isolation -e .
 	@mkdir -p $(VENV)/typing && ln -sfn ../.. $(VENV)/typing/revprobe  # for mypy, see pyproject.toml
-	@rm -f $(VENV)/.setup-* $(VENV)/.test-* && touch $@
+	@rm -f $(VENV)/.setup-* $(VENV)/.test-* $(VENV)/.docs-* && touch $@
 
 $(TEST_SETUP): $(SETUP)
 	@echo "==> installing the test tools"
 	$(PIP_INSTALL) --quiet --no-build-isolation -e '.[test]'
+	@touch $@
+
+$(DOCS_SETUP): $(SETUP)
+	@echo "==> installing what builds the site"
+	$(PIP_INSTALL) --quiet --no-build-isolation -e '.[docs]'
 	@touch $@

@@ -10,6 +10,7 @@ Needs the extra `revprobe[dashboard]`, `pip install selenium`, and Chromium with
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
 import sys
 import tempfile
@@ -35,13 +36,13 @@ def picture(runs_dir: Path, out: Path, *, chosen: list[str] | None = None) -> Pa
     with served(runs_dir) as address, browser() as driver:
         driver.get(address)
         await_true(lambda: driver.find_elements("css selector", "#curves .main-svg"), "the curves")
-        keys = [box.get_attribute("value") for box in boxes(driver)]
+        keys = await_true(lambda: drawable(driver), "the list of runs")
         for key in chosen or keys[:1]:
             if key not in keys:
-                raise RevprobeError(f"no run {key!r} in {runs_dir}: expected some of {', '.join(map(str, keys))}")
+                raise RevprobeError(f"no run {key!r} in {runs_dir}: expected some of {', '.join(keys)}")
             pick(driver, key)
         await_true(lambda: len(table_rows(driver)) >= len(chosen or keys[:1]), "the numbers")
-        driver.execute_script("window.dash_clientside.set_props('fact', {value: arguments[0]})", first_fact(driver))
+        choose(driver, "fact")
         await_true(lambda: driver.find_elements("css selector", "#opened .token"), "the pair")
         time.sleep(2)  # what moves while it is drawn
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -50,9 +51,10 @@ def picture(runs_dir: Path, out: Path, *, chosen: list[str] | None = None) -> Pa
 
 
 @contextmanager
-def served(runs_dir: Path) -> Iterator[str]:
+def served(runs_dir: Path, *, every: float = 2.0) -> Iterator[str]:
     """The dashboard at a free port of this machine, while open."""
-    server = make_dashboard_server(make_app(runs_dir), LOOPBACK[0], 0)
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    server = make_dashboard_server(make_app(runs_dir, every=every), LOOPBACK[0], 0)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -77,6 +79,7 @@ def browser() -> Iterator[Any]:
         fixed = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-dev-shm-usage"]
         for option in [*fixed, f"--user-data-dir={profile}", f"--window-size={WIDTH},{HEIGHT}"]:
             options.add_argument(option)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
         try:
             yield opened
@@ -84,16 +87,19 @@ def browser() -> Iterator[Any]:
             opened.quit()
 
 
-def boxes(driver: Any) -> list[Any]:
-    """The check boxes of the runs that can be drawn."""
-    return [box for box in driver.find_elements("css selector", "#runs input[type=checkbox]") if box.is_enabled()]
+# In one script each: the list is made anew whenever a run changes, and an element held here would be gone.
+RUNS = "[...document.querySelectorAll('#runs input[type=checkbox]')].filter((box) => !box.disabled)"
 
 
-def pick(driver: Any, key: str) -> None:
-    """Choose a run that is not chosen yet."""
-    box = next(box for box in boxes(driver) if box.get_attribute("value") == key)
-    if not box.is_selected():
-        driver.execute_script("arguments[0].click()", box)
+def drawable(driver: Any) -> list[str]:
+    """The runs that can be chosen, as paths from RUNS_DIR."""
+    return [str(key) for key in driver.execute_script(f"return {RUNS}.map((box) => box.value)")]
+
+
+def pick(driver: Any, key: str, *, chosen: bool = True) -> None:
+    """Choose a run, or no longer."""
+    script = f"{RUNS}.filter((box) => box.value === arguments[0] && box.checked !== arguments[1])"
+    driver.execute_script(f"{script}.forEach((box) => box.click())", key, chosen)
 
 
 def table_rows(driver: Any) -> list[Any]:
@@ -101,12 +107,15 @@ def table_rows(driver: Any) -> list[Any]:
     return list(driver.find_elements("css selector", "#numbers tbody tr"))
 
 
-def first_fact(driver: Any) -> str:
-    """A fact of the run shown under "One checkpoint", once its readings are there."""
-    from selenium.webdriver.common.by import By  # noqa: F401  # selenium is there, or `browser` had said so
-
-    script = "return (window.dash_clientside.get_props || (() => []))('fact', 'options')"
-    return str(await_true(lambda: (driver.execute_script(script) or [None])[0], "the facts"))
+def choose(driver: Any, name: str, wanted: str | None = None) -> None:
+    """Open a drop-down list and take an entry, the first one unless its text is given."""
+    driver.find_element("id", name).click()
+    script = (
+        "const found = [...document.querySelectorAll('.dash-dropdown-content .dash-options-list-option')]"
+        ".find((one) => arguments[0] === null || one.textContent === arguments[0]);"
+        "if (found) found.click(); return Boolean(found);"
+    )
+    await_true(lambda: driver.execute_script(script, wanted), f"{wanted or 'an entry'} under {name}")
 
 
 def await_true(told: Callable[[], Any], what: str) -> Any:

@@ -8,6 +8,8 @@
 
 A sweep has a `base` (a run without a name) and `cells`, each a grid over objective, position_encoding, length, seed.
 It may name `variants`, changes to the base such as {name: wide, model: {d_model: 128}}, and a cell the ones it takes.
+
+Longer than other files: runs and sweeps share their sections and one loader, whose errors name the keys of both.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from flask import Response, abort, request
 from werkzeug.serving import BaseWSGIServer, make_server
 
 from ..errors import RevprobeError, first_line
+from ..probes.theme import message_figure
 from . import dashboard_page as page
 from .dashboard_data import Listed, RunsFolder
 from .dashboard_pairs import PairOpener
@@ -174,9 +175,7 @@ def _curves(app: Dash, folder: RunsFolder) -> None:
         Input("weights", "value"),
         Input("bands", "value"),
     )
-    def _draw(
-        _: str, selected: list[str], values: Any, text: str | None, weights: str, bands: str
-    ) -> tuple[Any, ...]:
+    def _draw(_: str, selected: list[str], values: Any, text: str | None, weights: str, bands: str) -> tuple[Any, ...]:
         runs = [run for run in _shown(folder, values, text) if run.key in selected]
         figure, table, said, problems = curves(folder, runs, weights=weights, bands=bands)
         numbers = page.number_table(table) if len(table) else page.notes(["No number yet."])
@@ -219,25 +218,29 @@ def _checkpoint(app: Dash, folder: RunsFolder) -> None:
         Output("one-layer", "options"),
         Output("one-head", "options"),
         Output("fact", "options"),
+        Output("fact", "value"),
         Output("pair-layer", "options"),
         Output("pair-head", "options"),
         Output("pair-layer", "value"),
         Output("pair-head", "value"),
         *CHECKPOINT,
+        State("fact", "value"),
         State("pair-layer", "value"),
         State("pair-head", "value"),
     )
-    def _parts(key: str | None, step: int | None, weights: str | None, layer: Any, head: Any) -> tuple[Any, ...]:
+    def _parts(
+        key: str | None, step: int | None, weights: str | None, fact: str | None, layer: Any, head: Any
+    ) -> tuple[Any, ...]:
         try:
             frame = reading_at(folder, folder.run(str(key)), ATTENTION, step, weights).frame
         except RevprobeError:
-            return [], [], [], [], [], None, None
+            return [], [], [], None, [], [], None, None
         layers, heads = (sorted(int(value) for value in frame[name].unique()) for name in ("layer", "head"))
         facts = sorted(frame["fact"].astype(str).unique())
         everything = [{"label": "all", "value": -1}]
         offered = [everything + [{"label": str(one), "value": one} for one in found] for found in (layers, heads)]
         kept = [one if one in found else found[0] for one, found in ((layer, layers), (head, heads))]
-        return (*offered, facts, layers, heads, *kept)
+        return (*offered, facts, fact if fact in facts else None, layers, heads, *kept)
 
     @app.callback(
         Output("one", "figure"),
@@ -253,8 +256,11 @@ def _checkpoint(app: Dash, folder: RunsFolder) -> None:
     ) -> tuple[Any, Any]:
         at = [None if place in (None, -1) else place for place in (layer, head)]
         name = READING_OF.get(kind, ATTENTION)
+        if key is None:
+            figure = message_figure("Choose a run at the left.")
+            return figure, page.graph_style(figure)
         figure = or_reason(
-            lambda: checkpoint_figure(reading_at(folder, folder.run(str(key)), name, step, weights), kind, *at)
+            lambda: checkpoint_figure(reading_at(folder, folder.run(key), name, step, weights), kind, *at)
         )
         return figure, page.graph_style(figure)
 

@@ -131,16 +131,19 @@ class RunsFolder:
 
         Returns: tidy rows with the columns of `measures_with_reasons`, the run's axes, its `family`; `run` is its key.
         """
-        parts, problems = [], {}
+        parts: list[pd.DataFrame] = []
+        problems: dict[str, list[str]] = {}
+        axes = dict.fromkeys(axis for run in runs for axis in run.axes)
         for run in runs:
             for file in run.files:
                 numbers = self._numbers_of(file)
                 if isinstance(numbers, str):
                     problems.setdefault(run.key, []).append(numbers)
                     continue
-                # A reading's own objective stands for a run whose config cannot be read.
-                known = {axis: value for axis, value in run.axes.items() if value is not None}
-                parts.append(numbers.assign(run=run.key, family=run.family, **known))
+                told = {axis: run.axes.get(axis) for axis in axes}  # None and not NaN where a run has no such axis
+                if told.get("objective") is None:  # the config cannot be read; the reading says it too
+                    told.pop("objective", None)
+                parts.append(numbers.assign(run=run.key, family=run.family or run.key, **told))
         return (pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()), problems
 
     def reading(self, run: Listed, name: str, step: int, weights: str) -> Reading:

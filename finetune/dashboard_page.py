@@ -36,7 +36,9 @@ KINDS = {
     "gradient": "gradient cosine by role",
     "probability": "probability of the target",
 }
-GRAPH = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d"], "responsive": True}
+# plotly's "Share chart" button would send a figure's data to plotly's servers.
+GRAPH: dict[str, Any] = {"displaylogo": False, "showSendToCloud": False, "plotlyServerURL": "", "responsive": True}
+GRAPH["modeBarButtonsToRemove"] = ["select2d", "lasso2d", "sendChartToCloud"]
 _BLUE = tuple(int(OKABE_ITO["blue"][start : start + 2], 16) for start in (1, 3, 5))
 
 STYLE = """
@@ -133,7 +135,9 @@ def runs_list(runs: Sequence[Listed], selected: Sequence[str]) -> list[Any]:
         options = [{"label": _run_line(one), "value": one.key, "disabled": not one.files} for one in begun]
         picked = [one.key for one in begun if one.key in selected and one.files]
         shown.append(html.H3(f"{group or 'runs'} ({len(listed)})"))
-        shown.append(dcc.Checklist(id={"type": "pick", "group": group}, options=options, value=picked, className="picks"))
+        shown.append(
+            dcc.Checklist(id={"type": "pick", "group": group}, options=options, value=picked, className="picks")
+        )
         waiting = [html.Div(one.name, className="why") for one in listed if one.state == "waiting"]
         if waiting:
             shown.append(html.Details([html.Summary(f"{len(waiting)} not begun", className="note"), *waiting]))

@@ -19,7 +19,7 @@ import torch
 from ..errors import RevprobeError
 from ..hooks.attention import tap_attention
 from ..hooks.untouched import untouched
-from ..models.adapters import base_of, is_adapter
+from ..models.adapters import ADAPTER_CONFIG, base_of, is_adapter
 from ..models.checkpoints import checkpoint_folder
 from ..models.hub import quiet_transformers
 from ..models.probed import ProbedModel
@@ -110,15 +110,17 @@ class PairOpener:
     def _require_inside(self, folder: Path, checkpoint: Path) -> None:
         """Raises: RevprobeError, when the checkpoint or the base of its adapter is not wholly inside RUNS_DIR."""
         self.runs.require_no_way_out(folder)
-        if not is_adapter(checkpoint):
-            return
-        base = base_of(checkpoint)
-        if not isinstance(base, Path):
-            raise RevprobeError(
-                f"its base model {base!r} is not inside {self.runs.root}, and a dashboard reads nothing outside; look "
-                "at this pair with revprobe.load_model in a notebook"
-            )
-        self.runs.require_no_way_out(self.runs.confined(base))
+        if is_adapter(checkpoint):
+            base = base_of(checkpoint)
+            if not isinstance(base, Path):
+                raise RevprobeError(
+                    f"its base model {base!r} is not inside {self.runs.root}, and a dashboard reads nothing outside; "
+                    "look at this pair with revprobe.load_model in a notebook"
+                )
+            checkpoint = self.runs.confined(base)
+            self.runs.require_no_way_out(checkpoint)
+        if (checkpoint / ADAPTER_CONFIG).exists():  # transformers would go and load the base that it names
+            raise RevprobeError(f"{checkpoint} is a model and an adapter at once, which no run writes: not read")
 
     def _pairs(self, folder: Path, model: ProbedModel) -> ReversalPairs:
         run = open_run(folder)

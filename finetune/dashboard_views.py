@@ -82,8 +82,9 @@ def curves(
         figure = signatures_figure(pooled, buttons=False).update_traces(visible=True)
         if bands == "seeds":
             figure.update_layout(title={"text": SEEDS_KEY})
-    except RevprobeError as error:
-        return message_figure(first_line(error, with_type=False)), pd.DataFrame(), [], problems
+    except Exception as error:  # numbers of another version may lack what a figure needs; the page stays
+        why = first_line(error, with_type=not isinstance(error, RevprobeError))
+        return message_figure(f"cannot be drawn: {why}"), pd.DataFrame(), [], problems
     # Zoom and hidden series stay while checkpoints come in, and start anew with other runs.
     figure.update_layout(uirevision="|".join([weights, bands, *names]))
     return figure, table, said, problems

@@ -124,14 +124,25 @@ def text_relation(config: FinetuneConfig) -> TextRelation:
 
 
 def _base(config: FinetuneConfig, relation: TextRelation, folder: Path, team: Team) -> ProbedModel:
-    """The model to put an adapter on, on the CPU unless it is loaded in 4 bits."""
+    """The model to put an adapter on; the Trainer places it, unless it is loaded in 4 bits."""
+    tiny, options = config.model.tiny, loading_options(config)
+    if tiny is None:
+        return load_model(str(config.model.name), **options)
+    return load_model(team.first_does(lambda: build_tiny(tiny, relation, folder / BASE)), **options)
+
+
+def loading_options(config: FinetuneConfig) -> dict[str, Any]:
+    """How `load_model` reads the base: its dtype, and the 4 bits where asked for."""
     chosen, on_cpu = config.model, uses_cpu(config.training.device)
     dtype = getattr(torch, chosen.dtype) if chosen.dtype else None
-    bits = quantization(chosen.quantize, dtype or torch.bfloat16, on_cpu=on_cpu)
-    if chosen.tiny is None:
-        return load_model(str(chosen.name), dtype=dtype, **bits)
-    tiny = chosen.tiny
-    return load_model(team.first_does(lambda: build_tiny(tiny, relation, folder / BASE)), dtype=dtype, **bits)
+    return {"dtype": dtype, **quantization(chosen.quantize, dtype or torch.bfloat16, on_cpu=on_cpu)}
+
+
+def placed_options(config: FinetuneConfig) -> dict[str, Any]:
+    """`loading_options` and the device training used; weights in 4 bits are placed as they are read."""
+    options = loading_options(config)
+    device = "cpu" if uses_cpu(config.training.device) else "cuda"
+    return options if "device_map" in options else {"device": device, **options}
 
 
 def build_finetuning(

@@ -28,10 +28,10 @@ from ..models.hub import quiet_transformers
 from ..models.probed import ProbedModel
 from ..models.registry import load_model
 from ..probes.readings import Readings
-from .building import lean_arguments, uses_cpu
+from .building import lean_arguments
 from .config import load_config
 from .evaluation import evaluate_relation, save_evaluation
-from .finetune_building import Prepared, build_finetuning, prepare
+from .finetune_building import Prepared, build_finetuning, placed_options, prepare
 from .finetune_config import FinetuneConfig
 from .gather import Team
 from .lora_readings import GRADIENT, LORA_GRADIENT
@@ -111,10 +111,12 @@ class FinetuneRun(Run):
     @property
     def problem(self) -> str | None:
         """Why the run is not finished; None when it is."""
-        if self.finished or not self.resolved:
-            return None if self.finished else self._noted or "not trained yet; run the same command again"
+        if self.finished:
+            return None
         if self._noted:
             return self._noted
+        if not self.resolved:
+            return "stopped before training; run the same command again to go on"
         if not self.trained:
             at = self.steps[-1] if self.steps else 0
             return f"stopped at step {at} of {self.resolved['steps']}; run the same command again to go on"
@@ -134,7 +136,7 @@ class FinetuneRun(Run):
 
     def report_sections(self) -> list[str]:
         """What a report shows besides: Table 7's numbers and Fig. 4."""
-        from .table7 import finetune_sections
+        from .finetune_report import finetune_sections
 
         return finetune_sections([self])
 
@@ -211,7 +213,7 @@ def _as_it_ends(trainer: ForwardOnlyTrainer, prepared: Prepared, run: FinetuneRu
 
 def _complete(run: FinetuneRun, prepared: Prepared, model: ProbedModel | None) -> None:
     """Take what is missing: readings from their checkpoints, and the answers of the last one."""
-    config, device = run.config, "cpu" if uses_cpu(run.config.training.device) else "cuda"
+    config = run.config
     for step in run.missing_steps:
         if step not in run.steps:
             raise RevprobeError(
@@ -219,12 +221,12 @@ def _complete(run: FinetuneRun, prepared: Prepared, model: ProbedModel | None) -
                 "folder to train it anew"
             )
         options = {"batch_size": config.snapshots.batch_size, "parameters": config.snapshots.parameters}
-        probed = load_model(run.path, step=step, device=device)
+        probed = load_model(run.path, step=step, **placed_options(config))
         take_readings(probed, prepared.pairs, **options).save(run._readings_of(step))  # type: ignore[arg-type]
         if config.snapshots.during_training:
             warnings.warn(f"{run.path}: missing readings of step {step} were taken from its checkpoint", stacklevel=3)
     if not (run.path / EVALUATION).is_dir():
-        probed = model or load_model(run.path, device=device)
+        probed = model or load_model(run.path, **placed_options(config))
         readings = evaluate_relation(
             probed,
             prepared.relation,

@@ -7,12 +7,15 @@ rank is raised on all: a rank that waits for a part that never comes would hang 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 from transformers import TrainingArguments
 
@@ -23,6 +26,8 @@ from ..probes.shares import Part, merged, part_of
 from ..probes.slopes import Slopes
 
 Found = TypeVar("Found")
+# What launchers tell a process about the others.
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
 class Asking(Protocol):
@@ -83,11 +88,18 @@ class Team:
         return batch // self.size
 
     def first_does(self, work: Callable[[], Found]) -> Found:
-        """Let the first process do something alone (write a file, claim a folder); all get what it returned.
+        """Let the first process do something alone (write a file, train a small model); all get what it returned.
 
         Raises: as `gather`.
         """
-        return self.gather(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+        if self.size == 1:
+            return work()
+
+        def alone() -> Found:
+            with working_alone():
+                return work()
+
+        return self.gather(lambda: alone() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
     def share(self, work: Callable[[int, int], PassResult]) -> PassResult:
         """A probe's pass in parts: `work(part, parts)` runs this rank's batches; the whole comes back on every rank."""
@@ -110,6 +122,21 @@ class Team:
         for rank, part in enumerate(parts):
             loss[rank :: self.size], slope[:, rank :: self.size] = part.loss, part.slope
         return Slopes(loss, slope)
+
+
+@contextmanager
+def working_alone() -> Iterator[None]:
+    """Hide the other processes from accelerate: a Trainer that one process makes inside must not wait for the rest."""
+    shared = {kind: kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)}
+    hidden = {name: os.environ.pop(name) for name in _LAUNCHED if name in os.environ}
+    try:
+        for kind in shared:
+            kind._shared_state = type(kind._shared_state)()  # those made before keep the state they have
+        yield
+    finally:
+        for kind, state in shared.items():
+            kind._shared_state = state
+        os.environ.update(hidden)
 
 
 def require_whole(module: nn.Module) -> None:

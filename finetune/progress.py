@@ -105,6 +105,20 @@ class PlainLines:
         self.console.print(f"{self.name}: step {step}/{steps}{note}{left}", soft_wrap=True)
 
 
+class ListenerAtFirstNews:
+    """A listener that is made when its run first has news, and told when it ends: runs of a batch wait their turn."""
+
+    def __init__(self, make: Callable[[], Listener], done: Callable[[], None]) -> None:
+        self.make, self.done = make, done
+        self._tell: Listener | None = None
+
+    def __call__(self, step: int, steps: int, loss: float | None) -> None:
+        self._tell = self._tell or self.make()
+        self._tell(step, steps, loss)
+        if step == steps:
+            self.done()
+
+
 def json_lines(step: int, steps: int, loss: float | None) -> None:
     """One JSON object per line on stdout, for the sweep that started this process.
 

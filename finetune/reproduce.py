@@ -68,11 +68,15 @@ def one_layer_sweep(*, seeds: int = 3, lengths: Sequence[int] | None = None, dev
         raise RevprobeError(f"seeds={seeds!r}: expected at least 1")
     if device not in DEVICES:
         raise RevprobeError(f"unknown device {device!r}{did_you_mean(device, DEVICES)}")
+    last = max(run.training.seed for run in full.runs())
     cells = []
     for cell in full.cells:
         kept = [length for length in cell.length or [full.base.relation.length] if lengths is None or length in lengths]
-        if kept:
-            cells.append(Cell(**cell.model_dump() | {"length": kept, "seed": list(range(seeds))}))
+        own = cell.seed or [full.base.training.seed]
+        # Further seeds go where the last one is, so that the order of the runs stays what it is.
+        wanted = [seed for seed in own if seed < seeds] + (list(range(last + 1, seeds)) if last in own else [])
+        if kept and wanted:
+            cells.append(Cell(**cell.model_dump() | {"length": kept, "seed": wanted}))
     base = full.base.model_copy(update={"training": full.base.training.model_copy(update={"device": device})})
     return SweepConfig(name=full.name, base=base, cells=cells)
 

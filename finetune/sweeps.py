@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from ..errors import RevprobeError, did_you_mean
 from .config import RunConfig, SweepConfig, dump_config, load_config
 from .finetune_config import FinetuneConfig, FinetuneSweepConfig, is_sweep_text
 from .mistakes import differences
-from .progress import JSON_PROGRESS, Listener, PlainLines, bars, loss_note
+from .progress import JSON_PROGRESS, Listener, ListenerAtFirstNews, PlainLines, bars, loss_note
 from .runs import Run, is_finished, is_run, open_run
 from .saving import write_text
 from .terminal import make_console
@@ -74,8 +74,8 @@ class Sweep:
         """What a report shows besides its own sections: for fine-tunings Table 7 and Fig. 4."""
         if not isinstance(self.config, FinetuneSweepConfig):
             return []
+        from .finetune_report import finetune_sections
         from .finetuning import finetuning_runs
-        from .table7 import finetune_sections
 
         return finetune_sections(finetuning_runs(self.runs))
 
@@ -155,7 +155,7 @@ def run_sweep(
 
 
 def _require_same_base(sweep: Sweep, config: AnySweep) -> None:
-    """Cells (or models, datasets and seeds) may come and go; another base would put runs of two kinds into one report."""
+    """Cells (models, datasets, seeds) may come and go; another base would put runs of two kinds into one report."""
     changed = differences(sweep.config.base, config.base) if is_sweep(sweep.path) else []
     if changed:
         raise RevprobeError(
@@ -204,25 +204,13 @@ def _train_together(runs: list[RunConfig], folder: Path, display: _Display) -> d
     """All runs in this process, those of one shape as one; returns the problem of each that failed."""
     from .batched import train_together
 
-    listeners = {run.name: _StartedLate(run, display) for run in runs}
+    listeners = {
+        run.name: ListenerAtFirstNews(partial(display.listen, run), partial(display.done, run)) for run in runs
+    }
     problems = train_together(runs, folder, listeners=listeners)
     for name, problem in problems.items():
         display.say(f"{name}: failed: {problem}")
     return problems
-
-
-class _StartedLate:
-    """A listener whose line or bar appears with its run's first news: the runs of a batch wait for theirs."""
-
-    def __init__(self, run: RunConfig, display: _Display) -> None:
-        self.run, self.display = run, display
-        self._tell: Listener | None = None
-
-    def __call__(self, step: int, steps: int, loss: float | None) -> None:
-        self._tell = self._tell or self.display.listen(self.run)
-        self._tell(step, steps, loss)
-        if step == steps:
-            self.display.done(self.run)
 
 
 def _sum(totals: dict[str, int | None]) -> int | None:

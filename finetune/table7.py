@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ..probes.page import drawn_figure, paragraph, section, table
 from ..probes.theme import interval_text
-from .figure4 import figure4, has_figure4
 from .terminal import text_table
 
 if TYPE_CHECKING:
@@ -29,10 +27,10 @@ FACTS = {"train": "trained facts", "heldout": "held-out facts (the floor)"}
 COLUMNS = ["run", "objective", "model", "dataset", "direction", "seed", "asked", "split", "templates"]
 NUMBERS = ["value", "low", "high", "n", "control"]
 NOTE = (
-    "Exact match in per cent after lower-casing and stripping blanks, decoded greedily; any of a fact's answers counts. "
-    "Mean over seeds, ± their sample standard deviation; with one seed the 95 % bootstrap interval over facts. Reverse "
-    "is asked about trained facts, of which training read the forward statements alone; held-out facts were never "
-    "read, in any direction."
+    "Exact match in per cent after lower-casing and stripping blanks, decoded greedily; any of a fact's answers "
+    "counts. Mean over seeds, ± their sample standard deviation; with one seed the 95 % bootstrap interval over facts. "
+    "Reverse is asked about trained facts, of which training read the forward statements alone; held-out facts were "
+    "never read, in any direction."
 )
 
 
@@ -94,33 +92,3 @@ def print_table7(runs: Sequence[FinetuneRun], console: Console) -> None:
     for split, facts in FACTS.items():
         if (matches["split"] == split).any():
             console.print(text_table(table7(matches, split), f"exact match (%), {facts}"))
-
-
-def finetune_sections(runs: Sequence[FinetuneRun]) -> list[str]:
-    """What a report of fine-tunings shows besides its own sections: Table 7, its floor, and Fig. 4."""
-    matches, parts = match_frame(runs), []
-    for split, facts in FACTS.items():
-        if (matches["split"] == split).any():
-            shown = table7(matches, split)
-            parts += [paragraph(f"{facts.capitalize()}:"), table(list(shown.columns), shown.to_numpy().tolist())]
-    if not parts:
-        parts = [paragraph("No run has been evaluated yet.")]
-    sections = [section("table7", "Exact match (Table 7)", *parts, paragraph(NOTE, note=True), *_labels(runs))]
-    if has_figure4(runs):
-        about = paragraph("Mean over seeds, the band from the lowest to the highest; dotted: the control.", note=True)
-        sections.append(
-            section("figure4", "Signatures while fine-tuning (Fig. 4)", drawn_figure("fig4", figure4(runs)), about)
-        )
-    return sections
-
-
-def _labels(runs: Sequence[FinetuneRun]) -> list[str]:
-    """What a reader of the numbers must know about single runs."""
-    only = [run.name for run in runs if run.config.objective.scope == "response_only"]
-    if not only:
-        return []
-    text = (
-        f"Trained on the response only: {', '.join(only)}. There the first entity is never masked, so for masked "
-        "models the probes' forward query is not what training asked."
-    )
-    return [paragraph(text, note=True)]

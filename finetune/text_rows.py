@@ -121,8 +121,9 @@ class StatementRows(Dataset[TokenRow]):
                 f"most {limit}; shorten it or leave the fact out"
             )
         first = answer if self.options.response_only else 0
-        # A position before the first logits row (shift 1) has nowhere to be predicted at.
-        maskable = [not a and i >= max(first, self.model.logit_shift) for i, a in enumerate(added)]
+        # A masked position before the first logits row (shift 1) has nowhere to be predicted at.
+        readable = self.model.logit_shift if self.model.objective == "masked" else 0
+        maskable = [not a and i >= max(first, readable) for i, a in enumerate(added)]
         if not any(maskable):
             raise RevprobeError(f"fact {statement.fact!r}: {statement.text!r} has no token to predict; check the text")
         leader = list(range(len(ids)))

@@ -110,12 +110,13 @@ def untrained(config: TinyModel, tokenizer: PreTrainedTokenizerFast) -> PreTrain
 def other_statements(relation: TextRelation, count: int, seed: int = 0) -> list[TrainingText]:
     """Statements of `count` facts that are none of the relation's, in both directions and every wording.
 
-    Each name is made of words that names of the relation have at the same place; no name of its column is among them,
-    and none stands in two facts.
+    Each name is made of words that names of the relation have at the same place; no name of the relation is among
+    them, and none stands in two facts.
     Raises: RevprobeError, when the words are too few for so many names.
     """
     generator = np.random.default_rng(seed)
-    columns = (_new_names(relation, column, count, generator) for column in relation.columns)
+    taken = {name for column in relation.columns for name in relation.table[column]}
+    columns = [_new_names(relation, column, count, generator, taken) for column in relation.columns]
     facts = list(zip(*columns, strict=True))
     found: dict[str, TrainingText] = {}
     for place, direction in enumerate(relation.directions):
@@ -147,14 +148,18 @@ def _renamed(one: Statement, names: Sequence[str], fact: str, carrier: str) -> T
     return TrainingText(text, spans, fact, place - (second - one.prompt_length))
 
 
-def _new_names(relation: TextRelation, column: str, count: int, generator: np.random.Generator) -> list[str]:
-    """Names that are none of the column's. A round of them uses every word once, so that none is left unlearned."""
+def _new_names(
+    relation: TextRelation, column: str, count: int, generator: np.random.Generator, taken: set[str]
+) -> list[str]:
+    """Names that are not taken yet, and then are. A round of them uses every word once: none stays unlearned."""
     names = list(dict.fromkeys(relation.table[column]))
     made: dict[str, None] = {}
     for _ in range(_ROUNDS):
-        made.update(dict.fromkeys(name for name in _reshuffled(names, generator) if name not in names))
+        made.update(dict.fromkeys(name for name in _reshuffled(names, generator) if name not in taken))
         if len(made) >= count:
-            return list(made)[:count]
+            chosen = list(made)[:count]
+            taken.update(chosen)
+            return chosen
     raise RevprobeError(
         f"the words of {relation.name}'s column {column!r} make {len(made)} other names, fewer than "
         f"model.tiny.pretraining.facts, {count}; lower it, or take a relation whose names have several words"

@@ -6,6 +6,8 @@ alone, so everything here is one pass of grouped sums.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
@@ -31,8 +33,8 @@ def unit_correlations(frame: pd.DataFrame) -> pd.DataFrame:
     scores = frame[SCORES].to_numpy(dtype=float).T
     sound = np.isfinite(scores).all(0)
     units = units.assign(**_sums_about_mean(scores[:, sound], code[sound], len(units)))
-    fact = np.unique(frame["fact"].to_numpy()[sound].astype(str), return_inverse=True)[1]
-    held = np.unique(code[sound] * (len(fact) + 1) + fact) // (len(fact) + 1)  # one entry per unit and fact
+    fact, names = pd.factorize(frame["fact"].to_numpy()[sound])
+    held = np.unique(code[sound] * (len(names) + 1) + fact) // (len(names) + 1)  # one entry per unit and fact
     units["facts"] = np.bincount(held, minlength=len(units))
     few, flat = units["n"] < 2, ~((units["forward"] > 0) & (units["reverse"] > 0))
     units["value"] = _ratio(units).mask(few | flat)
@@ -68,28 +70,39 @@ def distance_correlations(frame: pd.DataFrame) -> pd.DataFrame:
     Returns: one row per cell, `[*DISTANCES, value, n, groups, heads, offsets, reason]`; n counts pairs once, however
         many heads; value is NaN and reason says why where no group gives a number.
     """
-    units = unit_correlations(frame)
+    return cell_correlations(unit_correlations(frame))
+
+
+def cell_correlations(units: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
+    """`distance_correlations` of units that are at hand, also for each layer or each head.
+
+    Args:
+        units: what `unit_correlations` gives.
+        by: (), ("layer",) or ("layer", "head"); these columns come first in the result.
+    """
+    keys = [*by, *DISTANCES]
     large = units["facts"] >= LEAST_FACTS
-    pooled = ~large.groupby([units[name] for name in DISTANCES]).transform("any")
+    pooled = ~large.groupby([units[name] for name in keys]).transform("any")
     used = units[large | pooled]
-    sums = units[pooled].groupby([*DISTANCES, "layer", "head"])[SUMS].sum()
+    heads = [name for name in ("layer", "head") if name not in by]
+    sums = units[pooled].groupby([*keys, *heads])[SUMS].sum()
     by_head = _ratio(sums).replace([np.inf, -np.inf], np.nan)
-    averaged = used[used["facts"] >= LEAST_FACTS].groupby(DISTANCES)["value"].mean()
-    values = pd.concat([averaged, by_head.groupby(DISTANCES).mean()])
+    averaged = used[used["facts"] >= LEAST_FACTS].groupby(keys)["value"].mean()
+    values = pd.concat([averaged, by_head.groupby(keys).mean()])
     # Every head sees the same pairs: counting each would multiply n by the number of heads.
-    pairs = used.groupby([*DISTANCES, "group"])["n"].max().groupby(DISTANCES).sum()
-    return _described(used).assign(value=values, n=pairs).reset_index()
+    pairs = used.groupby([*keys, "group"])["n"].max().groupby(keys).sum()
+    return _described(used, keys).assign(value=values, n=pairs).reset_index()
 
 
-def _described(units: pd.DataFrame) -> pd.DataFrame:
-    cells = units.groupby(DISTANCES).agg(groups=("group", "nunique"), n_units=("group", "size"))
+def _described(units: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    cells = units.groupby(keys).agg(groups=("group", "nunique"), n_units=("group", "size"))
     offsets: dict[tuple[int, int], list[str]] = {}
     for *place, forward, reverse in units[DISTANCES + OFFSETS].drop_duplicates().astype(int).itertuples(index=False):
         offsets.setdefault(tuple(place), []).append(f"({forward:+d}, {reverse:+d})")
     undefined = units[units["reason"] != ""]
-    reasons = {place: _counted(part) for place, part in undefined.groupby(DISTANCES)["reason"]}
+    reasons = {place: _counted(part) for place, part in undefined.groupby(keys)["reason"]}
     cells["heads"] = cells.pop("n_units") // cells["groups"]
-    cells["offsets"] = [_first_four(offsets[place]) for place in cells.index]
+    cells["offsets"] = [_first_four(offsets[place[-2:]]) for place in cells.index]
     cells["reason"] = [reasons.get(place, "") for place in cells.index]
     return cells
 

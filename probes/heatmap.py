@@ -82,7 +82,12 @@ class Grid:
     def of(cls, tables: Iterable[pd.DataFrame]) -> Grid:
         """Every distance from smallest to largest; only the measured ones where that would be mostly white."""
         cells = pd.concat(list(tables), ignore_index=True)
-        forward, reverse = (sorted({int(distance) for distance in cells[name]}) for name in DISTANCES)
+        return cls.over(*(cells[name] for name in DISTANCES))
+
+    @classmethod
+    def over(cls, forward_distances: Iterable[int], reverse_distances: Iterable[int]) -> Grid:
+        """`of`, from the distances themselves."""
+        forward, reverse = (sorted({int(one) for one in found}) for found in (forward_distances, reverse_distances))
         return cls(*(_filled(axis) if axis[-1] - axis[0] < WIDEST else axis for axis in (forward, reverse)))
 
     def spread(self, cells: pd.DataFrame, column: str) -> list[list[Any]]:

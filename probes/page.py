@@ -1,4 +1,4 @@
-"""The HTML of a report: escaped tables, figures embedded as data, and the few lines of script that draw them.
+"""The HTML of a report: tabs, escaped tables, and figures embedded as data for the page's script to draw.
 
 Nothing is loaded from anywhere: plotly.js stands in the page once, and the page's own policy forbids requests. Text
 from data reaches the page in three ways and is made harmless in each: as HTML (`html.escape`), as plotly's pseudo-HTML
@@ -16,93 +16,45 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from .page_script import SCRIPT, STYLE
+from .theme import CONTROL_GREY, FORWARD, IN_THE_DARK, REVERSE, TEMPLATE, UNDEFINED_GREY, faded, in_the_dark
+
 DIGITS = 5  # significant digits of numbers in figures: finer than any screen, and half the size of full floats
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
-STYLE = """
-body { font: 15px/1.5 Helvetica, Arial, "DejaVu Sans", sans-serif; color: #1a1a1a; margin: 0 auto; max-width: 1200px;
-  padding: 8px 20px 40px; background: white; }
-h1 { font-size: 26px; margin: 16px 0 4px; overflow-wrap: anywhere; } h2 { font-size: 19px; margin: 34px 0 6px;
-  border-bottom: 1px solid #ccc; padding-bottom: 3px; }
-p { margin: 6px 0; max-width: 1000px; } .note { color: #555; font-size: 13px; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; margin: 8px 0; }
-th { text-align: left; vertical-align: bottom; border-bottom: 2px solid #333; padding: 4px 14px 4px 0; }
-td { border-bottom: 1px solid #e3e3e3; padding: 4px 14px 4px 0; vertical-align: top;
-  font-variant-numeric: tabular-nums; }
-td { overflow-wrap: break-word; } td:nth-child(-n+4) { white-space: nowrap; } td:first-child { min-width: 115px; }
-td small { display: block; color: #555; white-space: nowrap; }
-tr.problem td { background: #fdf1e7; }
-label { margin-right: 18px; font-size: 14px; } select { font: inherit; padding: 2px 4px; max-width: 420px; }
-pre { background: #f6f6f6; padding: 10px; font-size: 12px; overflow-x: auto; }
-summary { cursor: pointer; padding: 3px 0; }
-.controls { margin: 8px 0; }
-@media print { body { max-width: none; } .controls, .modebar { display: none; } h2 { break-after: avoid; } }
-"""
 
-# Figures stand in the page as JSON and are drawn from it; a heat map only when its run is chosen, since a sweep
-# has dozens. Choosing another run keeps the checkpoint, so that runs are compared at the same step.
-SCRIPT = """
-const CONFIG = {displaylogo: false, displayModeBar: "hover", responsive: true,
-  modeBarButtonsToRemove: ["select2d", "lasso2d"]};
-const byId = (id) => document.getElementById(id);
-const figure = (id) => JSON.parse(byId(id + "-data").textContent);
-const chosen = (id) => byId(id) ? byId(id).value : "all";
-let checkpoint = null;
+def page(title: str, tabs: Sequence[tuple[str, str, Sequence[str]]], *, above: str = "", chooser: str = "") -> str:
+    """The whole document.
 
-function showSeries() {
-  const [view, length, run] = ["choose-weights", "choose-length", "choose-run"].map(chosen);
-  const agrees = (tags) => (view === "all" || tags.views.includes(view)) && (length === "all" || tags.length === length)
-    && (run === "all" || tags.run === run);
-  const traces = byId("signatures").data, below = byId("signatures").layout.meta.below;
-  const rows = Math.ceil(traces.filter((trace) => trace.showlegend && agrees(trace.meta)).length / below.columns);
-  const bottom = below.axis + below.row * rows;
-  Plotly.update("signatures", {visible: traces.map((trace) => agrees(trace.meta))},
-    {"margin.b": bottom, height: below.panels + bottom});
-}
-
-async function showMap() {
-  const drawn = figure(chosen("choose-map"));
-  const slider = (drawn.layout.sliders || [])[0];
-  const wanted = slider ? slider.steps.findIndex((step) => step.label === checkpoint) : -1;
-  Plotly.purge("heatmap");
-  const plot = await Plotly.newPlot("heatmap", drawn.data, drawn.layout, CONFIG);
-  plot.on("plotly_sliderchange", (change) => { checkpoint = change.step.label; });
-  if (wanted >= 0) {
-    const [traces, layout] = slider.steps[wanted].args;
-    await Plotly.update(plot, traces, {...layout, "sliders[0].active": wanted});
-  }
-}
-
-async function start() {
-  for (const place of document.querySelectorAll("div.drawn"))
-    await Plotly.newPlot(place.id, figure(place.id).data, figure(place.id).layout, CONFIG);
-  if (byId("signatures")) {
-    const drawn = figure("signatures");
-    await Plotly.newPlot("signatures", drawn.data, drawn.layout, CONFIG);
-    for (const id of ["choose-weights", "choose-length", "choose-run"])
-      if (byId(id)) byId(id).addEventListener("change", showSeries);
-    if (byId("signatures").data[0].meta) showSeries();
-  }
-  if (byId("heatmap")) {
-    byId("choose-map").addEventListener("change", showMap);
-    await showMap();
-  }
-  document.body.dataset.drawn = "yes";
-}
-start();
-"""
-
-
-def page(title: str, sections: Iterable[str]) -> str:
-    """The whole document."""
+    Args:
+        tabs: (name, shown text, its parts as HTML); the first is open.
+        above: HTML over the tabs.
+        chooser: HTML of the controls that several tabs share.
+    """
     head = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n<script>{get_plotlyjs()}</script></head>\n<body>\n"
     )
-    return head + "\n".join(sections) + f"\n<script>{SCRIPT}</script>\n</body></html>\n"
+    buttons = "".join(
+        f'<button role="tab" data-tab="{name}" aria-selected="false">{html.escape(text)}</button>'
+        for name, text, _ in tabs
+    )
+    theme = '<button id="choose-theme" title="light or dark"></button>'
+    bar = f'<nav class="tabs"><div role="tablist">{buttons}{theme}</div>{chooser}</nav>'
+    panels = (f'<div role="tabpanel" id="tab-{name}" hidden>' + "\n".join(parts) + "</div>" for name, _, parts in tabs)
+    body = "\n".join([above, bar, *panels, data_block("look", _look())])
+    return f"{head}{body}\n<script>{SCRIPT}</script>\n</body></html>\n"
+
+
+def _look() -> dict[str, Any]:
+    """The colours and templates that the page's script draws with."""
+    template = TEMPLATE.to_plotly_json()
+    colours = {"forward": FORWARD, "reverse": REVERSE, "grey": CONTROL_GREY, "gone": UNDEFINED_GREY, "ink": "#1A1A1A"}
+    look = {"light": template, "dark": in_the_dark(template), "swap": IN_THE_DARK, "band": faded(FORWARD, 0.15)}
+    return look | colours
 
 
 def section(name: str, title: str, *parts: str) -> str:
@@ -161,9 +113,24 @@ def folded(summary: str, *parts: str) -> str:
 
 
 def figure_data(name: str, figure: go.Figure) -> str:
-    """A figure as data in the page, for the script to draw."""
-    text = script_safe_json(compact(figure.to_plotly_json()))
-    return f'<script type="application/json" id="{name}-data">{text}</script>'
+    """A figure as data in the page, for the script to draw with the page's own template."""
+    shown = figure.to_plotly_json()
+    shown["layout"].pop("template", None)
+    return data_block(name, shown)
+
+
+def data_block(name: str, value: Any) -> str:
+    """JSON in the page, under a name."""
+    return f'<script type="application/json" id="{name}-data">{script_safe_json(compact(value))}</script>'
+
+
+def gallery(name: str, label: str, figures: Sequence[tuple[str, go.Figure]]) -> str:
+    """Several figures in one place with a choice among them, by their labels; the last is shown first."""
+    ids = [f"{name}-{place}" for place in range(len(figures))]
+    options = [(one, text) for one, (text, _) in zip(ids, figures, strict=True)]
+    select = controls(choice(f"choose-{name}", label, options, chosen=ids[-1]))
+    data = "".join(figure_data(one, figure) for one, (_, figure) in zip(ids, figures, strict=True))
+    return f'{select}<div class="gallery" id="gallery-{name}" data-choice="choose-{name}"></div>{data}'
 
 
 def drawn_figure(name: str, figure: go.Figure) -> str:

@@ -1,7 +1,9 @@
 """One HTML file about a run or a sweep, and the tidy `summary.csv` beside it.
 
-The page opens without a network and shows what there is: a broken or unfinished run is listed with its reason. Both
-files are written to temporary names and renamed, so an interrupted report leaves the old one whole.
+A tab each for the overview, routing, gradients, probability, storage, edits and configuration; one checkpoint slider
+and the choice of layer and head drive three of them. The page opens without a network and shows what there is: a broken
+or unfinished run is listed with its reason. Both files are written to temporary names and renamed, so an interrupted
+report leaves the old one whole.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import pandas as pd
 import yaml
 
 from ..errors import RevprobeError
-from .heatmap import correlation_heatmap
+from .explorer_panels import explorer
 from .page import choice, controls, details, figure_data, folded, page, paragraph, section, table
+from .reading_tabs import edits_tab, storage_tab
 from .readings import Reading, Readings
 from .signatures import VIEWS, measures_with_reasons, signatures_figure
 from .tables import AXES, final_table, format_final_table, tidy_summary
@@ -85,8 +88,7 @@ def write_report(
         raise RevprobeError(f"two runs are called {twice[0]!r}: expected different names, rename one of their folders")
     measures = {run.name: _measures(run) for run in runs}
     summary = tidy_summary(measures.values())
-    first, *rest = _sections(title, runs, summary, measures)
-    document = page(title, [first, *sections, *rest])
+    document = _document(title, runs, summary, measures, sections)
     _write_whole({path.with_name("summary.csv"): summary.to_csv(index=False, lineterminator="\n"), path: document})
     return path
 
@@ -116,22 +118,33 @@ def _write_whole(texts: Mapping[Path, str]) -> None:
                 part.unlink()
 
 
-def _sections(
-    title: str, runs: Sequence[ReportRun], summary: pd.DataFrame, measures: Mapping[str, pd.DataFrame]
-) -> list[str]:
-    header = section("top", title, paragraph(WHAT), _runs_table(runs)).replace("h2>", "h1>")
+def _document(
+    title: str,
+    runs: Sequence[ReportRun],
+    summary: pd.DataFrame,
+    measures: Mapping[str, pd.DataFrame],
+    sections: Sequence[str],
+) -> str:
+    """The page: what it is about, and a tab for each side of the runs; a tab without data says why."""
+    header = section("top", title, paragraph(WHAT)).replace("h2>", "h1>")
+    overview = [section("runs", "Runs", _runs_table(runs)), *sections]
     if summary.empty:
         why = "There are no runs here yet." if not runs else "No run has a reading yet."
-        return [header, paragraph(f"Nothing to show: {why}"), _warnings(runs), _configs(runs)]
-    return [
-        header,
-        _final_section(runs, summary),
-        _signatures_section(pd.concat([part for part in measures.values() if len(part)], ignore_index=True)),
-        _heatmap_section(runs),
-        _warnings(runs),
-        _configs(runs),
-        _versions(runs),
+        overview.insert(0, paragraph(f"Nothing to show: {why}"))
+    else:
+        measured = pd.concat([part for part in measures.values() if len(part)], ignore_index=True)
+        overview += [_final_section(runs, summary), _signatures_section(measured)]
+    chooser, explored = explorer(runs)
+    tabs = [
+        ("overview", "overview", [*overview, _warnings(runs)]),
+        ("routing", "routing", explored["routing"]),
+        ("gradients", "gradients", explored["gradients"]),
+        ("probability", "probability", explored["probability"]),
+        ("storage", "storage", storage_tab(runs)),
+        ("edits", "edits", edits_tab(runs)),
+        ("configuration", "configuration", [_configs(runs), _versions(runs)]),
     ]
+    return page(title, tabs, above=header, chooser=chooser)
 
 
 def _runs_table(runs: Sequence[ReportRun]) -> str:
@@ -144,7 +157,8 @@ def _runs_table(runs: Sequence[ReportRun]) -> str:
         axes = ["-" if run.axes.get(axis) is None else run.axes[axis] for axis in AXES]
         rows.append([run.name, *axes, shown, run.problem or "complete"])
     names = [axis.replace("_", " ") for axis in AXES]
-    return table(["run", *names, "checkpoints (steps)", "state"], rows, problems=problems) if rows else ""
+    headings = ["run", *names, "checkpoints (steps)", "state"]
+    return table(headings, rows, problems=problems) if rows else paragraph("There are none.")
 
 
 def _final_section(runs: Sequence[ReportRun], summary: pd.DataFrame) -> str:
@@ -172,21 +186,6 @@ def _signatures_section(measures: pd.DataFrame) -> str:
     note = "Colour: position encoding (ARM: autoregressive model). A click on a legend entry hides its run."
     parts = [controls(*selects), '<div id="signatures"></div>', figure_data("signatures", figure)]
     return section("signatures", "The three signatures over training", *parts, paragraph(note, note=True))
-
-
-def _heatmap_section(runs: Sequence[ReportRun]) -> str:
-    shown = [run for run in runs if len(run.readings.select(name="attention_correlation"))]
-    if not shown:
-        return section("heatmap", "Attention correlation by distance", paragraph("No run has an attention reading."))
-    ids = [f"heatmap-{place}" for place in range(len(shown))]
-    select = choice("choose-map", "run", [(name, run.name) for name, run in zip(ids, shown, strict=True)])
-    data = [figure_data(name, correlation_heatmap(run.readings)) for name, run in zip(ids, shown, strict=True)]
-    note = (
-        "Each cell: mean Pearson r between forward and reverse attention scores of the pairs at these two distances, "
-        "within groups of one pair of signed offsets. White: no such pair. Grey: undefined, the hover says why."
-    )
-    parts = [controls(select), '<div id="heatmap"></div>', *data, paragraph(note, note=True)]
-    return section("heatmap", "Attention correlation by distance", *parts)
 
 
 def _warnings(runs: Sequence[ReportRun]) -> str:
@@ -228,7 +227,7 @@ def _configs(runs: Sequence[ReportRun]) -> str:
     shown = [details(run.name, _yaml(run.config)) for run in runs]
     if len(shown) > MANY:
         shown = [folded(f"{len(shown)} configurations", *shown)]
-    return section("configuration", "Configuration", *shown) if runs else ""
+    return section("configuration", "Configuration", *(shown or [paragraph("There are no runs here yet.")]))
 
 
 def _yaml(value: Mapping[str, Any]) -> str:
@@ -246,7 +245,8 @@ def _versions(runs: Sequence[ReportRun]) -> str:
                     if value not in found.setdefault(name, []):
                         found[name].append(value)
     rows = [[name, "; ".join(values)] for name, values in found.items()]
-    return section("versions", "Versions and settings", table(["name", "value"], rows))
+    shown = table(["name", "value"], rows) if rows else paragraph("No run has a reading yet.")
+    return section("versions", "Versions and settings", shown)
 
 
 def _named(key: str, value: Any) -> dict[str, str]:

@@ -14,6 +14,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from ..errors import RevprobeError, did_you_mean
+
 # Okabe and Ito 2008, "Color Universal Design": eight colours that stay apart for all common colour visions.
 OKABE_ITO = {
     "blue": "#0072B2",
@@ -72,6 +74,47 @@ TEMPLATE = go.layout.Template(
         "modebar": {"orientation": "v", "bgcolor": "rgba(255,255,255,0.6)"},
     }
 )
+
+
+# What ink and paper decide, light to dark; all other colours keep their meaning and stay legible on both.
+DARK_PAPER = "#16191D"
+IN_THE_DARK = {
+    "white": DARK_PAPER,
+    "#1A1A1A": "#E8E8E8",
+    "#333333": "#CFCFCF",
+    "#555": "#B5B5B5",
+    OKABE_ITO["black"]: "#FFFFFF",
+    OKABE_ITO["blue"]: "#4C9FD4",
+    CONTROL_GREY: "#A0A0A0",
+    UNDEFINED_GREY: "#5A5F66",
+    GRID_GREY: "#33383E",
+    "rgba(255,255,255,0.85)": "rgba(22,25,29,0.85)",
+    "rgba(255,255,255,0.6)": "rgba(22,25,29,0.6)",
+    "rgba(0,114,178,0.15)": "rgba(76,159,212,0.22)",
+    "rgba(0,114,178,0.25)": "rgba(76,159,212,0.4)",
+}
+THEMES = ("light", "dark")
+
+
+def in_the_dark(value: Any) -> Any:
+    """A figure's JSON with the colours of ink and paper swapped for a dark page; containers are copied."""
+    if isinstance(value, str):
+        return IN_THE_DARK.get(value, value)
+    if isinstance(value, dict):
+        return {key: in_the_dark(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [in_the_dark(inner) for inner in value]
+    return value
+
+
+def with_theme(figure: go.Figure, theme: str) -> go.Figure:
+    """The figure for a light page (as every figure is drawn) or for a dark one.
+
+    Raises: RevprobeError, for another theme.
+    """
+    if theme not in THEMES:
+        raise RevprobeError(f"theme {theme!r}{did_you_mean(theme, THEMES)}")
+    return figure if theme == "light" else go.Figure(in_the_dark(figure.to_plotly_json()))
 
 
 def plain(text: object, *, limit: int | None = LABEL_LIMIT) -> str:

@@ -216,7 +216,8 @@ def test_a_wrong_variant_says_so_in_one_line(variant: str, words: str) -> None:
 
 def test_the_examples_are_the_sweeps_the_documentation_promises() -> None:
     """Found by name from wherever the package lies; nothing but the axes differs between runs."""
-    assert example_names() == ["llada-8b-parent-child", "one-layer", "one-layer-quick", "robustness"]
+    finetunings = ["finetune-tiny", "llada-8b-parent-child", "table7"]
+    assert example_names() == sorted([*finetunings, "one-layer", "one-layer-quick", "robustness"])
     quick = load_config("one-layer-quick", SweepConfig)
     assert quick.name == "one-layer-quick"
     assert [made.name for made in quick.runs()] == ["rope-l10-s0", "alibi-l10-s0", "absolute-l10-s0", "arm-l10-s0"]

@@ -189,6 +189,13 @@ def test_a_failure_of_one_process_is_told_to_all(together: Path) -> None:
     assert [seen(together, rank)["first"] for rank in range(SIZE)] == ["by 0", "by 0"]
 
 
+def test_what_the_first_does_it_does_alone(together: Path, script: ModuleType) -> None:
+    """A Trainer inside must not wait for gradients of a process that waits for its result; nor change what follows."""
+    assert [seen(together, rank)["alone"] for rank in range(SIZE)] == [1, 1]
+    assert rp.Readings.load(together / "alone" / "readings").steps == list(script.STEPS)
+    assert seen(together, 0)["world"] == SIZE
+
+
 def test_alone_nothing_is_gathered() -> None:
     team = Team()
     assert team.gather(lambda: 3) == [3] and team.first_does(lambda: "x") == "x"

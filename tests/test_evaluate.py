@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -117,6 +118,19 @@ def test_every_side_is_decoded_at_one_length():
     told = evaluate_relation(model, RELATION, "P2C", max_new_tokens=9, algorithm="margin")
     assert {r.meta["decoding"]["max_new_tokens"] for r in told} == {9}
     assert {r.meta["decoding"]["algorithm"] for r in told} == {"margin"}
+
+
+def test_the_length_is_that_of_the_longest_answer_of_either_direction():
+    """Capitals of three words, countries of one: asked for a country, there is room for a capital all the same."""
+    facts = [(f"land{i}", f"new port{i} town") for i in range(8)]
+    templates = {"C2T": "{country} is ruled from {city}", "T2C": "{city} is the capital of {country}"}
+    table = pd.DataFrame(facts, columns=["country", "city"])
+    relation = from_table(table, ("country", "city"), templates, heldout=0.25, heldout_templates=0)
+    module = Rote({}, [*relation.training_texts("C2T"), *(" ".join(fact) for fact in facts), "is the capital of"])
+    settings = {"objective": "masked", "logit_shift": 0, "check": False}
+    model = ProbedModel(module, module.tokenizer, mask_token_id=2, **settings)
+    readings = evaluate_relation(model, relation, "C2T")
+    assert [r.meta["decoding"]["max_new_tokens"] for r in readings] == [4] * 4
 
 
 def test_wordings_that_were_not_trained_on_are_asked_by_default():

@@ -141,16 +141,37 @@ def test_a_config_that_differs_is_refused(runs: dict[str, FinetuneRun]) -> None:
 
 def test_training_learns_the_forward_direction_of_an_arm(tmp_path: Path) -> None:
     """The loss that is minimised is the right one, through the adapter alone."""
-    text = (
-        CONFIG.replace("d_model: 16", "d_model: 32").replace("steps: 4", "steps: 150").replace("steps: 6", "steps: 250")
-    )
-    text = text.replace("rank: 2, alpha: 4, dropout: 0.1", "rank: 16, alpha: 32").replace("every: 3", "steps: [0]")
+    text = CONFIG.replace("d_model: 16", "d_model: 64").replace("steps: 4, facts: 8", "steps: 250, facts: 12")
+    text = text.replace("rank: 2, alpha: 4, dropout: 0.1", "rank: 16, alpha: 32").replace("steps: 6", "steps: 300")
+    text = text.replace("1.0e-2", "3.0e-3").replace("every: 3", "steps: [0]").replace("size: 8,", "size: 16,")
+    text += "evaluation: {templates: train}\n"
     run = fine_tune(config("llama", text), tmp_path / "run")
     found = match_frame([run]).set_index(["asked", "split"])["value"]
-    first = run.readings().select(name="reverse_probability", step=0)[0].measures().set_index("measure")["value"]
-    last = run.readings().select(name="reverse_probability", step=250)[0].measures().set_index("measure")["value"]
-    assert last["forward_probability"] > 0.5 > first["forward_probability"]
-    assert found["forward", "train"] >= 0.5 > found["forward", "heldout"]
+    probability = {
+        step: run.readings().select(name="reverse_probability", step=step)[0].measures().set_index("measure")["value"]
+        for step in (0, 300)
+    }
+    # Some parents have two children, and either may be named: the probability of one is then half at most.
+    assert probability[300]["forward_probability"] > 0.3 > 0.01 > probability[0]["forward_probability"]
+    assert found["forward", "train"] >= 0.8 > 0.5 > found["forward", "heldout"]
+
+
+def test_the_options_of_large_models_train_and_probe(tmp_path: Path) -> None:
+    """bf16 weights and autocast, checkpointed activations, accumulation, epochs, whole entities together."""
+    text = CONFIG.replace("{tiny:", "{dtype: bfloat16, tiny:").replace("every: 3", "steps: [0], parameters: lora")
+    text = text.replace("steps: 6,", "epochs: 1, gradient_accumulation: 2, bf16: true, gradient_checkpointing: true,")
+    run = fine_tune(config("dream", text, whole_entity=True, antithetic=True), tmp_path / "run")
+    assert run.finished
+    assert run.resolved["steps"] == round(run.resolved["rows"] / 16)
+    measures = run.readings().measures()
+    assert "lora_gradient_cosine" in set(measures["measure"])
+    assert "gradient_cosine" not in set(measures["measure"])
+    assert {r.meta["dtype"] for r in run.readings()} == {"bfloat16"}
+    first, last = (rp.load_model(run.path, step=step).module for step in (0, -1))
+    moved = [bool((a != b).any()) for a, b in zip(first.parameters(), last.parameters(), strict=True)]
+    names = [name for name, _ in first.named_parameters()]
+    assert all(is_adapter_parameter(name) for name, did in zip(names, moved, strict=True) if did)
+    assert sum(moved) > len([name for name in names if ".lora_B." in name]) / 2
 
 
 # ---- killed and resumed ----
@@ -303,13 +324,15 @@ def test_an_entitys_tokens_share_a_leader(base: dict[str, ProbedModel]) -> None:
     """Each entity its own; the words between alone."""
     model = base["llada"]
     bare, _ = StatementRows([ANN], model, RowOptions(whole_entity=True, answer_tokens=12)).rows
-    for name in (" Ann Low", " Bo High"):
-        tokens = model.tokenizer(name)["input_ids"]
-        start = next(i for i in range(len(bare)) if list(bare.token_ids[i : i + len(tokens)]) == tokens)
-        assert set(bare.leader[start : start + len(tokens)]) == {start}
+    offsets = model.tokenizer(ANN.text, return_offsets_mapping=True)["offset_mapping"]
+    together = [
+        [i for i, (first, last) in enumerate(offsets) if first < end and last > start] for start, end in ANN.spans
+    ]
+    for tokens in together:
+        assert {bare.leader[i] for i in tokens} == {tokens[0]}
         assert len(tokens) > 1, "the test needs an entity of several tokens"
-    own = [i for i, leader in enumerate(bare.leader) if i == leader]
-    assert len(own) == len(bare) - sum(len(model.tokenizer(n)["input_ids"]) - 1 for n in (" Ann Low", " Bo High"))
+    alone = set(range(len(bare))) - set(together[0]) - set(together[1])
+    assert all(bare.leader[i] == i for i in alone)
 
 
 def test_rows_of_different_lengths_are_padded_and_say_so(base: dict[str, ProbedModel]) -> None:
@@ -327,10 +350,12 @@ def test_rows_of_different_lengths_are_padded_and_say_so(base: dict[str, ProbedM
 def test_what_cannot_be_trained_on_is_named(base: dict[str, ProbedModel]) -> None:
     model = base["llada"]
     long = Says("Fact: Ann Low's child is " + "Bo" * 200, ((6, 13), (25, 425)), 24)
-    with pytest.raises(RevprobeError, match=r"fact 'Ann Low': 'Fact: .* takes \d+ tokens, but llada takes at most 128"):
+    with pytest.raises(
+        RevprobeError, match=r"fact 'Ann Low': \"Fact: .* takes \d+ tokens, but llada takes at most 128"
+    ):
         StatementRows([long], model)
-    with pytest.raises(RevprobeError, match=r"fact 'Ann Low': the prompt 'Fact: Ann Low's child is B' is .* not so in"):
-        StatementRows([Says(ANN.text, ANN.spans, 26)], model)
+    with pytest.raises(RevprobeError, match=r"fact 'Ann Low': the prompt \"Fact: Ann Low's chi\" is .* not so in"):
+        StatementRows([Says(ANN.text, ANN.spans, 19)], model)
     with pytest.raises(RevprobeError, match="no training statement"):
         StatementRows([], model)
     endless = train_tokenizer([ANN.text], 300)

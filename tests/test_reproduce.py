@@ -272,7 +272,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         "name: one-layer\nbase:\n  relation: {length: 10, alphabet: 2}\n  model: {d_model: 8}\n"
         "  training: {steps: 2, batch_size: 8, warmup_steps: 1, device: cpu}\n  snapshots: {steps: [0]}\n"
         "cells:\n- {position_encoding: [rope, alibi], length: [10, 20], seed: [0, 1, 2]}\n"
-        "- {objective: causal, length: 10}\n"
+        "- {objective: causal, length: 10, seed: [0, 1, 2]}\n"
     )
     sweep = parse_config(text, SweepConfig, "tiny")
     monkeypatch.setattr("revprobe.finetune.reproduce.load_config", lambda source, kind: sweep)

@@ -71,7 +71,9 @@ def test_every_committed_run_has_every_number_with_its_interval_at_every_checkpo
             assert len(own) == len(run.snapshot_steps) * len(kinds) * 6, run.name
             assert not own.duplicated(["step", "weights", "measure"]).any()
             defined = own[own["value"].notna()]
-            assert (defined["low"] <= defined["value"] + 1e-6).all() and (defined["value"] <= defined["high"] + 1e-6).all()
+            assert (defined["low"] <= defined["value"] + 1e-6).all() and (
+                defined["value"] <= defined["high"] + 1e-6
+            ).all()
             assert (defined["n"] > 0).all()
             assert own[own["step"] == run.training.steps]["value"].notna().all(), f"{run.name} ends undefined"
 

@@ -142,9 +142,9 @@ def test_a_control_never_shares_an_answer():
 
 def test_controls_stay_within_direction_and_template():
     """A parent's name is no plausible answer to a question for a child, so it makes no control of it."""
-    children, parents = ["alma", "cora"], ["eric", "gina"]
-    questions = [Question(f"q{i}", (children[i],), f"f{i}", 0, "P2C") for i in range(2)]
-    questions += [Question(f"q{i + 2}", (parents[i],), f"f{i}", 0, "C2P") for i in range(2)]
+    # The facts' questions stand in different orders, so that a partner of the right direction is no luck.
+    questions = [Question("q0", ("alma",), "f0", 0, "P2C"), Question("q2", ("eric",), "f0", 0, "C2P")]
+    questions += [Question("q3", ("gina",), "f1", 0, "C2P"), Question("q1", ("cora",), "f1", 0, "P2C")]
     crossed = {"q0": "cora", "q1": "alma", "q2": "gina", "q3": "eric"}
     assert decoded_match(script(crossed), questions).control.value == 1.0
     assert decoded_match(script({"q0": "eric", "q1": "gina", "q2": "alma", "q3": "cora"}), questions).control.value == 0

@@ -64,7 +64,6 @@ def train(folder: Path) -> ForwardOnlyTrainer:
         max_steps=STEPS[-1],
         per_device_train_batch_size=8,
         use_cpu=True,
-        ddp_backend="gloo",
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -117,6 +116,7 @@ def main(folder: Path, rank: int, size: int) -> None:
     take_readings(letters_model, probed_lists(letters_model), share=team.share).save(folder / f"letters-{rank}")
     seen["failure"] = failure_of_one(team)
     seen["first"] = team.first_does(lambda: f"by {rank}")
+    seen["alone"] = team.first_does(lambda: train(folder / "alone").args.world_size)
 
     save = rp.Readings.save
 
