@@ -19,6 +19,7 @@ from .models.radd import RaddConfig, RaddForMaskedLM
 
 if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal to _EXPORTS
     from .errors import RevprobeError
+    from .finetune.compare import compare
     from .finetune.decoding import decode
     from .finetune.letters_relation import letter_pairs, letters
     from .finetune.memory_plan import plan_memory
@@ -40,6 +41,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal t
     from .probes.attention import probe_attention_correlation
     from .probes.edits import edit_attention
     from .probes.estimates import Control
+    from .probes.export import save_figure
     from .probes.fused import probe
     from .probes.gradient import probe_gradient_cosine
     from .probes.model_theory import model_theory, with_bounds
@@ -57,6 +59,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal t
         rope_correlation_tail,
     )
     from .probes.theory_tables import theory_tables
+    from .probes.token_strip import token_strip
 
 _EXPORTS = {
     "Control": ".probes.estimates",
@@ -73,6 +76,7 @@ _EXPORTS = {
     "ReversalPairs": ".probes.pairs",
     "RevprobeError": ".errors",
     "TextRelation": ".finetune.text_relations",
+    "compare": ".finetune.compare",
     "declare_fused": ".models.layouts",
     "decode": ".finetune.decoding",
     "decoded_match": ".finetune.scoring",
@@ -108,9 +112,11 @@ _EXPORTS = {
     "rope_correlation_bound": ".probes.theory",
     "rope_correlation_tail": ".probes.theory",
     "run_sweep": ".finetune.sweeps",
+    "save_figure": ".probes.export",
     "storage_curves": ".finetune.storage_curves",
     "storage_gradient_cosines": ".probes.storage_gradient",
     "theory_tables": ".probes.theory_tables",
+    "token_strip": ".probes.token_strip",
     "train": ".finetune.runs",
     "trex": ".finetune.relations",
     "with_bounds": ".probes.model_theory",
@@ -132,6 +138,7 @@ __all__ = [
     "RevprobeError",
     "TextRelation",
     "__version__",
+    "compare",
     "declare_fused",
     "decode",
     "decoded_match",
@@ -167,9 +174,11 @@ __all__ = [
     "rope_correlation_bound",
     "rope_correlation_tail",
     "run_sweep",
+    "save_figure",
     "storage_curves",
     "storage_gradient_cosines",
     "theory_tables",
+    "token_strip",
     "train",
     "trex",
     "with_bounds",

@@ -27,11 +27,12 @@ def dashboard(
         ) from None
     import logging
 
-    from .finetune.dashboard import LOOPBACK, make_app, make_dashboard_server
+    from .finetune.dashboard import make_app
+    from .finetune.dashboard_server import LOOPBACK, make_dashboard_server
     from .finetune.terminal import make_console
 
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for each request would be two a second
-    server = make_dashboard_server(make_app(runs_dir, every=every, host=host), host, port)
+    server = make_dashboard_server(make_app(runs_dir, every=every, host=host).server, host, port)
     console = make_console()
     if host not in LOOPBACK:
         console.print(

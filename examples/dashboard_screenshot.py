@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from revprobe.errors import RevprobeError
-from revprobe.finetune.dashboard import LOOPBACK, make_app, make_dashboard_server
+from revprobe.finetune.dashboard import make_app
+from revprobe.finetune.dashboard_server import LOOPBACK, make_dashboard_server
 
-WIDTH, HEIGHT = 1500, 2350
+WIDTH, HEIGHT, SCALE = 1400, 2450, 0.75
 PATIENCE = 180  # seconds until a figure must stand; a busy machine reads a run in tens of them
 
 
@@ -54,7 +55,7 @@ def picture(runs_dir: Path, out: Path, *, chosen: list[str] | None = None) -> Pa
 def served(runs_dir: Path, *, every: float = 2.0) -> Iterator[str]:
     """The dashboard at a free port of this machine, while open."""
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
-    server = make_dashboard_server(make_app(runs_dir, every=every), LOOPBACK[0], 0)
+    server = make_dashboard_server(make_app(runs_dir, every=every).server, LOOPBACK[0], 0)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -77,7 +78,12 @@ def browser() -> Iterator[Any]:
         options = webdriver.ChromeOptions()
         options.binary_location = program
         fixed = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-dev-shm-usage"]
-        for option in [*fixed, f"--user-data-dir={profile}", f"--window-size={WIDTH},{HEIGHT}"]:
+        for option in [
+            *fixed,
+            f"--user-data-dir={profile}",
+            f"--window-size={WIDTH},{HEIGHT}",
+            f"--force-device-scale-factor={SCALE}",
+        ]:
             options.add_argument(option)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))

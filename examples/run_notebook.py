@@ -53,10 +53,23 @@ def executed(notebook: Path, folder: Path, *, size: str = "full", pictures: bool
     NotebookClient(loaded, resources={"metadata": {"path": str(folder)}}, **settings).execute(env=surroundings)
     # The kernel writes its Python's version here, which would change with every machine.
     loaded.metadata["language_info"] = {"name": "python"}
-    for data in (output.data for cell in loaded.cells for output in cell.get("outputs", []) if "data" in output):
-        if "image/png" in data:
-            data["image/png"] = b64encode(packed(b64decode(data["image/png"]))).decode()
+    for cell in loaded.cells:
+        if cell.cell_type == "code":
+            cell.outputs = joined(cell.outputs)
+            for data in (output.data for output in cell.outputs if "image/png" in output.get("data", {})):
+                data["image/png"] = b64encode(packed(b64decode(data["image/png"]))).decode()
     return loaded
+
+
+def joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """Printed text that follows on printed text in one piece: where the kernel cuts it depends on the time it took."""
+    kept: list[NotebookNode] = []
+    for output in outputs:
+        if kept and output.output_type == kept[-1].output_type == "stream" and output.name == kept[-1].name:
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
 
 
 def packed(png: bytes) -> bytes:

@@ -1,7 +1,7 @@
 """Take a picture of a report: open it in a headless Chromium, wait until its figures are drawn, save a PNG.
 
     python examples/screenshots.py runs/one-layer-quick/report.html examples/images/report.png
-    python examples/screenshots.py report.html curves.png --sections signatures heatmap
+    python examples/screenshots.py report.html curves.png --sections signatures routing
 
 Needs Chromium (Debian and Ubuntu: `apt-get install chromium`) and nothing else: it is run twice on a copy of the page,
 once to learn how high the page is and once for the picture.
@@ -25,6 +25,7 @@ MEASURE = """
 <script>
 (async () => {
   while (document.body.dataset.drawn !== "yes") await new Promise((resolve) => setTimeout(resolve, 50));
+  if (%s) await showAll();  // the sections that were asked for may lie in other tabs than the first
   document.body.dataset.height = Math.ceil(document.body.getBoundingClientRect().bottom);
 })();
 </script>
@@ -45,7 +46,8 @@ def screenshot(report: Path, picture: Path, *, sections: list[str] | None = None
     style = f"{', '.join(hidden)} {{ display: none; }}" if hidden else ""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "page.html"
-        copy.write_text(page.replace("</body>", MEASURE % style + "</body>"), encoding="utf-8")
+        every = str(bool(sections)).lower()
+        copy.write_text(page.replace("</body>", MEASURE % (style, every) + "</body>"), encoding="utf-8")
         drawn = browse(copy, "--dump-dom", f"--window-size={width},1000")
         height = re.search(r'data-height="(\d+)"', drawn)
         if not height:
@@ -72,7 +74,7 @@ def main() -> None:
     parser.add_argument("report", type=Path, help="the report.html of a run or sweep")
     parser.add_argument("picture", type=Path, help="the PNG to write")
     parser.add_argument(
-        "--sections", nargs="+", metavar="NAME", help="top, final, signatures, heatmap, ... (default: all)"
+        "--sections", nargs="+", metavar="NAME", help="top, final, signatures, routing, ... (default: the first tab)"
     )
     asked = parser.parse_args()
     try:

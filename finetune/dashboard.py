@@ -14,14 +14,13 @@ from typing import Any
 
 from dash import ALL, Dash, Input, Output, State, no_update
 from dash.exceptions import PreventUpdate
-from flask import Response, abort, request
-from werkzeug.serving import BaseWSGIServer, make_server
 
 from ..errors import RevprobeError, first_line
 from ..probes.theme import message_figure
 from . import dashboard_page as page
-from .dashboard_data import Listed, RunsFolder
+from .dashboard_data import RunsFolder
 from .dashboard_pairs import PairOpener
+from .dashboard_server import LOOPBACK, guard
 from .dashboard_views import (
     ATTENTION,
     READING_OF,
@@ -35,14 +34,7 @@ from .dashboard_views import (
     pair_row,
     reading_at,
 )
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# Dash starts itself with an inline script; nothing may come from or go to any other place.
-POLICY = (
-    "default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'"
-)
+from .listed_runs import Listed
 
 
 def make_app(root: str | Path, *, every: float = 2.0, host: str = LOOPBACK[0]) -> Dash:
@@ -57,7 +49,7 @@ def make_app(root: str | Path, *, every: float = 2.0, host: str = LOOPBACK[0]) -
     app = Dash(
         __name__,
         title=f"revprobe: {folder.root.name}",
-        update_title=None,
+        update_title="",  # the title stays while something is worked out
         serve_locally=True,
         include_assets_files=False,
         suppress_callback_exceptions=True,
@@ -67,7 +59,7 @@ def make_app(root: str | Path, *, every: float = 2.0, host: str = LOOPBACK[0]) -
     app.index_string = page.INDEX
     # Worked out for each opening of the page.
     app.layout = lambda: page.layout(str(folder.root), every, _first(folder.scan()))
-    _guard(app, host)
+    guard(app.server, host)
     _watch(app, folder)
     _lists(app, folder)
     _curves(app, folder)
@@ -76,39 +68,9 @@ def make_app(root: str | Path, *, every: float = 2.0, host: str = LOOPBACK[0]) -
     return app
 
 
-def make_dashboard_server(app: Dash, host: str, port: int) -> BaseWSGIServer:
-    """A server that is listening (port 0 takes a free one); `serve_forever` answers. Raises: RevprobeError, when it
-    cannot listen there.
-    """
-    try:
-        return make_server(host, port, app.server, threaded=True)
-    except (OSError, SystemExit) as error:  # werkzeug leaves the process when a port is taken
-        raise RevprobeError(
-            f"cannot listen on {host}:{port} ({first_line(error)}); choose another --port, or --port 0 for a free one"
-        ) from None
-
-
 def _first(runs: Sequence[Listed]) -> list[str]:
     """What an opened page shows: the first run with readings."""
     return [run.key for run in runs if run.files][:1]
-
-
-def _guard(app: Dash, host: str) -> None:
-    """Refuse requests to other names (a web page may point its own name at this machine) and state the policy."""
-    allowed = {*LOOPBACK, host}
-
-    @app.server.before_request
-    def _only_our_names() -> None:
-        name = request.host.rpartition(":")[0] if request.host.rpartition(":")[2].isdecimal() else request.host
-        if host in LOOPBACK and name.strip("[]") not in allowed:
-            abort(403)
-
-    @app.server.after_request
-    def _policy(response: Response) -> Response:
-        response.headers["Content-Security-Policy"] = POLICY
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["Referrer-Policy"] = "no-referrer"
-        return response
 
 
 def _watch(app: Dash, folder: RunsFolder) -> None:

@@ -8,23 +8,32 @@ again only when its size or time changes.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from ..errors import RevprobeError, did_you_mean, first_line
+from ..errors import RevprobeError, did_you_mean
 from ..models.checkpoints import CHECKPOINTS, step_of
 from ..probes.readings import Reading
 from ..probes.signatures import measures_with_reasons
-from .runs import CONFIG, PROBLEM, Run, is_run, open_run
+from .listed_runs import (
+    Listed,
+    ReadingFile,
+    Stamp,
+    ends_whole,
+    family_of,
+    reason_of,
+    stamp_of,
+    state_of,
+    total_steps,
+)
+from .runs import CONFIG, PROBLEM, is_run, open_run
 from .saving import READINGS
 from .sweeps import CONFIG as SWEEP
 from .sweeps import open_sweep
@@ -33,50 +42,6 @@ DEPTH = 3  # folders below RUNS_DIR that are looked into: RUNS_DIR / any / sweep
 WHOLE = 6  # readings kept with all their rows; those of a large model hold half a million
 _PARTS = {CONFIG, READINGS, CHECKPOINTS}  # a folder with one of these is a run, whole or not
 _SMALL = (CONFIG, PROBLEM, "resolved.json", CHECKPOINTS, READINGS, "evaluation")
-_MAGIC = b"PAR1"  # how every whole parquet file ends
-
-Stamp = tuple[int, int]  # time in ns and size
-
-
-@dataclass(frozen=True)
-class ReadingFile:
-    """One parquet file of a run's readings, as it was at the scan."""
-
-    path: Path
-    step: int
-    name: str
-    weights: str
-    stamp: Stamp
-
-
-@dataclass(frozen=True)
-class Listed:
-    """A run as the list shows it, be it whole or not.
-
-    Attributes:
-        key: its path from RUNS_DIR, "." for RUNS_DIR itself; the only name a page may ask for it by.
-        group: the key of the folder it stands in, usually a sweep's.
-        family: equal for runs that differ in nothing but their seed.
-        total: training steps asked for; None where that is not known.
-        state: "complete", "open" (training, or stopped without an error), "stopped" (by an error), "broken", "empty"
-            or "waiting" (a sweep's run that has not begun).
-        problem: why it is not complete; None when it is.
-    """
-
-    key: str
-    group: str
-    name: str
-    state: str
-    problem: str | None = None
-    axes: Mapping[str, Any] = field(default_factory=dict)
-    family: str = ""
-    total: int | None = None
-    files: tuple[ReadingFile, ...] = ()
-
-    @property
-    def steps(self) -> list[int]:
-        """The steps with readings, ascending."""
-        return sorted({file.step for file in self.files})
 
 
 class RunsFolder:
@@ -170,7 +135,7 @@ class RunsFolder:
                 try:
                     numbers = measures_with_reasons([Reading.load(self.confined(file.path))])
                 except Exception as error:  # whatever a damaged file raises is a line on the page, not its end
-                    numbers = _reason(error)
+                    numbers = reason_of(error)
                 self._numbers[file.path] = (file.stamp, numbers)
             return numbers
 
@@ -216,14 +181,14 @@ class RunsFolder:
     def _asked_of(self, sweep: Path) -> list[tuple[str, dict[str, Any]]] | str:
         """Name and axes of each run of a sweep's config; the reason, where that cannot be read."""
         try:
-            now = _stamp(os.stat(self.confined(sweep / SWEEP)))
+            now = stamp_of(os.stat(self.confined(sweep / SWEEP)))
             stamp, asked = self._asked.get(str(sweep), (None, ""))
             if stamp != now:
                 asked = [(run.name, run.axes) for run in open_sweep(sweep).config.runs()]
                 self._asked[str(sweep)] = (now, asked)
             return asked
         except Exception as error:
-            return _reason(error)
+            return reason_of(error)
 
     def _run(self, folder: Path) -> Listed:
         """A run's line, worked out again when one of its files changed."""
@@ -232,7 +197,7 @@ class RunsFolder:
             files = tuple(self._reading_files(folder))
             stamp = (tuple(_stamp_or_none(folder / name) for name in _SMALL), files)
         except (OSError, RevprobeError) as error:
-            return self._listed(folder, "broken", _reason(error))
+            return self._listed(folder, "broken", reason_of(error))
         known, listed = self._described.get(key, (None, None))
         if listed is None or known != stamp:
             listed = self._describe(folder, files)
@@ -244,16 +209,16 @@ class RunsFolder:
         try:
             self.require_no_way_out(folder)
         except (OSError, RevprobeError) as error:
-            return replace(listed, problem=_reason(error), files=())
+            return replace(listed, problem=reason_of(error), files=())
         try:
             if not is_run(folder):
                 return replace(listed, problem="half-written: it has no config.yaml, which a run writes first")
             run = open_run(folder)
-            listed = replace(listed, axes=run.axes, family=_family(run), total=_total(run))
-            state, problem = _state(run)
+            listed = replace(listed, axes=run.axes, family=family_of(run), total=total_steps(run))
+            state, problem = state_of(run)
         except Exception as error:  # a damaged folder may raise anything; it is shown beside the sound ones
-            return replace(listed, problem=_reason(error))
-        cut = [file.path for file in files if not _ends_whole(file.path)]
+            return replace(listed, problem=reason_of(error))
+        cut = [file.path for file in files if not ends_whole(file.path)]
         if cut:
             first = cut[0].relative_to(folder)
             return replace(listed, problem=f"{first} is cut off or no parquet ({len(cut)} of {len(files)} files)")
@@ -269,12 +234,12 @@ class RunsFolder:
             for entry in inside:
                 name, _, weights = entry.name.removesuffix(".parquet").partition(".")
                 if entry.name.endswith(".parquet") and not entry.name.startswith("."):
-                    stamp = _stamp(os.stat(self.confined(Path(entry.path))) if entry.is_symlink() else entry.stat())
+                    stamp = stamp_of(os.stat(self.confined(Path(entry.path))) if entry.is_symlink() else entry.stat())
                     yield ReadingFile(Path(entry.path), step, name, weights or "raw", stamp)
 
     def require_no_way_out(self, folder: Path) -> None:
         """Raises: RevprobeError, when a link below `folder` leads out of RUNS_DIR, however many links that takes."""
-        seen = set()
+        seen: set[str] = set()
         for here, inner, names in os.walk(folder, followlinks=True):
             for name in [*inner, *names]:
                 if os.path.islink(os.path.join(here, name)):
@@ -292,52 +257,8 @@ class RunsFolder:
         return folder.relative_to(self.root).as_posix()
 
 
-def _state(run: Run) -> tuple[str, str | None]:
-    """A readable run's state, and why it is not complete."""
-    if run.finished:
-        return "complete", None
-    noted, checkpoints = run.path / PROBLEM, run.path / CHECKPOINTS
-    if noted.is_file() or run.trained:
-        return "stopped", run.problem
-    if not run.steps:
-        return "open", "begun: no checkpoint yet"
-    last = datetime.fromtimestamp(checkpoints.stat().st_mtime).strftime("%Y-%m-%d %H:%M:%S")
-    of = _total(run)
-    return "open", f"training or stopped: at step {run.steps[-1]:,}{f' of {of:,}' if of else ''}, written {last}"
-
-
-def _total(run: Run) -> int | None:
-    """The training steps of a run; of a fine-tuning told in epochs only once it knows them."""
-    steps = getattr(run, "resolved", {}).get("steps") or run.config.training.steps
-    return None if steps is None else int(steps)
-
-
-def _family(run: Run) -> str:
-    """What a run is but for its name and seed."""
-    asked = run.config.model_dump(mode="json")
-    asked.pop("name", None)
-    asked.get("training", {}).pop("seed", None)
-    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _ends_whole(path: Path) -> bool:
-    with path.open("rb") as file:
-        if file.seek(0, os.SEEK_END) < 2 * len(_MAGIC):
-            return False
-        file.seek(-len(_MAGIC), os.SEEK_END)
-        return file.read() == _MAGIC
-
-
-def _stamp(status: os.stat_result) -> Stamp:
-    return status.st_mtime_ns, status.st_size
-
-
 def _stamp_or_none(path: Path) -> Stamp | None:
     try:
-        return _stamp(os.lstat(path))
+        return stamp_of(os.lstat(path))
     except OSError:
         return None
-
-
-def _reason(error: BaseException) -> str:
-    return first_line(error, with_type=not isinstance(error, RevprobeError))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ import plotly.graph_objects as go
 from dash import dcc, html
 
 from ..probes.theme import OKABE_ITO
-from .dashboard_data import Listed
 from .dashboard_pairs import SAME, OpenedPair, ReadQuery, disagreement
+from .listed_runs import Listed
 
 FILTERS = ("group", "state", "objective", "position_encoding", "length", "model", "dataset", "direction", "seed")
 STATES = {
@@ -37,7 +38,7 @@ KINDS = {
     "probability": "probability of the target",
 }
 # plotly's "Share chart" button would send a figure's data to plotly's servers.
-GRAPH: dict[str, Any] = {"displaylogo": False, "showSendToCloud": False, "plotlyServerURL": "", "responsive": True}
+GRAPH: Any = {"displaylogo": False, "showSendToCloud": False, "plotlyServerURL": "", "responsive": True}
 GRAPH["modeBarButtonsToRemove"] = ["select2d", "lasso2d", "sendChartToCloud"]
 _BLUE = tuple(int(OKABE_ITO["blue"][start : start + 2], 16) for start in (1, 3, 5))
 
@@ -76,7 +77,9 @@ def layout(root: str, every: float, chosen: Sequence[str]) -> html.Div:
         dcc.Store(id="version"),
         dcc.Store(id="selected", data=list(chosen)),
     ]
-    header = html.Header([html.H1("revprobe"), html.Span(f"  {root}"), html.Div(id="status", className="note")])
+    header = html.Header(
+        [html.H1("revprobe"), html.Span(f"  {Path(root).name}", title=root), html.Div(id="status", className="note")]
+    )
     return html.Div([*stores, header, html.Div([_side(), _main()], id="page")])
 
 
@@ -123,7 +126,9 @@ def _radio(name: str, options: Mapping[str, str], chosen: str) -> html.Div:
 
 def _choice(name: str, label: str, value: str | None = None) -> html.Div:
     options = [{"label": text, "value": kind} for kind, text in KINDS.items()] if name == "one-kind" else []
-    return html.Div([html.Small(label), dcc.Dropdown(id=name, options=options, value=value, clearable=False)])
+    empty = "all" if name in ("one-layer", "one-head") else "choose"
+    dropdown = dcc.Dropdown(id=name, options=options, value=value, clearable=False, placeholder=empty)
+    return html.Div([html.Small(label), dropdown])
 
 
 def runs_list(runs: Sequence[Listed], selected: Sequence[str]) -> list[Any]:

@@ -30,8 +30,9 @@ from ..probes.pairs import Query, ReversalPairs
 from ..probes.pricing import readout
 from ..probes.readings import Reading
 from .building import probe_pairs
-from .dashboard_data import Listed, RunsFolder
+from .dashboard_data import RunsFolder
 from .finetuning import FinetuneRun
+from .listed_runs import Listed
 from .relations import letters
 from .runs import open_run
 

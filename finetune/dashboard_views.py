@@ -17,7 +17,8 @@ from ..probes.readings import Reading
 from ..probes.signatures import signatures_figure
 from ..probes.tables import final_table, format_final_table, tidy_summary
 from ..probes.theme import message_figure
-from .dashboard_data import Listed, RunsFolder
+from .dashboard_data import RunsFolder
+from .listed_runs import Listed
 from .seed_bands import SEEDS_KEY, pool_seeds
 
 ATTENTION = "attention_correlation"
@@ -157,6 +158,6 @@ def fact_pairs(frame: pd.DataFrame, fact: str | None) -> list[dict[str, Any]]:
     """The pairs of a fact, each told by its distances."""
     rows = frame[frame["fact"].astype(str) == str(fact)].drop_duplicates("pair")
     return [
-        {"label": f"pair {row.pair}: distances {row.distance_forward} / {row.distance_reverse}", "value": int(row.pair)}
-        for row in rows.itertuples()
+        {"label": f"pair {pair}: distances {forward} / {reverse}", "value": int(pair)}
+        for pair, forward, reverse in rows[["pair", "distance_forward", "distance_reverse"]].to_numpy().tolist()
     ]

@@ -12,6 +12,7 @@ from ..probes.page import drawn_figure, folded, paragraph, section, table
 from .figure4 import figure4, has_figure4
 from .prediction import PREDICTIONS
 from .table7 import FACTS, NOTE, match_frame, table7
+from .table7_figure import table7_figure
 
 if TYPE_CHECKING:
     from .finetuning import FinetuneRun
@@ -30,6 +31,7 @@ def finetune_sections(runs: Sequence[FinetuneRun]) -> list[str]:
         if (matches["split"] == split).any():
             shown = table7(matches, split)
             parts += [paragraph(f"{facts.capitalize()}:"), table(list(shown.columns), shown.to_numpy().tolist())]
+            parts.append(drawn_figure(f"table7-{split}", table7_figure(matches, split)))
     if not parts:
         parts = [paragraph("No run has been evaluated yet.")]
     sections = [section("table7", "Exact match (Table 7)", *parts, paragraph(NOTE, note=True), *_labels(runs))]

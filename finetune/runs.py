@@ -13,7 +13,7 @@ import json
 import platform
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -29,7 +29,7 @@ from ..errors import RevprobeError, did_you_mean, first_line
 from ..models.checkpoints import checkpoint_steps, step_of
 from ..models.hub import quiet_transformers
 from ..models.probed import ProbedModel
-from ..probes.readings import Readings
+from ..probes.readings import Reading, Readings
 from .building import build_model, probe_pairs, training_arguments
 from .config import RunConfig, dump_config, load_config
 from .finetune_config import is_finetuning_text
@@ -100,11 +100,26 @@ class Run:
         return []
 
     def for_report(self) -> ReportRun:
-        """The run as `probes.report` takes it; a run without readings stands there with its problem."""
+        """The run as `probes.report` takes it; one without readings, or with damaged ones, says so as its problem."""
         from ..probes.report import ReportRun  # plotly, which training does without
 
-        readings = self.readings() if (self.path / READINGS).is_dir() else Readings([])
-        return ReportRun(self.path.name, self.axes, self.config.model_dump(mode="json"), readings, self.problem)
+        readings, damaged = self._sound_readings()
+        problem = "; ".join(filter(None, (damaged, self.problem))) or None
+        return ReportRun(self.path.name, self.axes, self.config.model_dump(mode="json"), readings, problem)
+
+    def _sound_readings(self) -> tuple[Readings, str]:
+        """The readings that are whole, and what is wrong with the others."""
+        if not (self.path / READINGS).is_dir():
+            return Readings([]), ""
+        try:
+            return self.readings(), ""
+        except RevprobeError as error:
+            first = first_line(error, with_type=False)
+        sound, files = [], [file for file in sorted((self.path / READINGS).rglob("*.parquet")) if file.name[0] != "."]
+        for file in files:
+            with suppress(RevprobeError):
+                sound.append(Reading.load(file))
+        return Readings(sound), f"{len(files) - len(sound)} of {len(files)} files of readings are left out: {first}"
 
 
 def is_run(path: str | Path) -> bool:

@@ -30,10 +30,10 @@ def pool_seeds(measures: pd.DataFrame, names: dict[str, str]) -> tuple[pd.DataFr
     for _, series in measures.groupby(_SERIES, sort=False, dropna=False):
         runs = list(dict.fromkeys(series["run"]))
         label = family_label([names.get(run, run) for run in runs])
-        left_out = set()
-        for (step, _), part in series.groupby(["step", "measure"], sort=False, dropna=False):
+        left_out: set[int] = set()
+        for _, part in series.groupby(["step", "measure"], sort=False, dropna=False):
             if len(set(part["run"])) < len(runs):
-                left_out.add(int(step) if not pd.isna(step) else 0)
+                left_out.add(int(part["step"].fillna(0).iloc[0]))
                 continue
             rows.append(_pooled(part) | {"run": label})
         if left_out:

@@ -189,9 +189,10 @@ def _mask_rows(call: Mapping[str, Any], rows: Tensor, scores: Tensor) -> Tensor:
     mask = mask[(None,) * (4 - mask.dim())] if mask.dim() < 4 else mask
     mask = mask.expand(rows.shape[0], -1, call["query"].shape[-2], -1)
     at_rows = mask.transpose(1, 2)[torch.arange(rows.shape[0], device=rows.device)[:, None], rows].transpose(1, 2)
-    if at_rows.dtype == torch.bool:
-        at_rows = torch.zeros_like(at_rows, dtype=scores.dtype).masked_fill(~at_rows, float("-inf"))
-    return bias + at_rows.to(scores.dtype)
+    # An additive mask may hide with the dtype's lowest number instead of -inf (Falcon's ALiBi).
+    hidden = ~at_rows if at_rows.dtype == torch.bool else at_rows <= torch.finfo(at_rows.dtype).min / 2
+    added = torch.zeros_like(at_rows, dtype=scores.dtype) if at_rows.dtype == torch.bool else at_rows.to(scores.dtype)
+    return bias + added.masked_fill(hidden, float("-inf"))
 
 
 class _AttentionMode(TorchFunctionMode):

@@ -17,8 +17,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from ..errors import RevprobeError
+from .gradient_products import FormedUse
 
 Edge = tuple[Any, int]  # a node of the graph and the number of its input
+See = Callable[[int, int, Tensor | None], None]
 
 
 class Reach(NamedTuple):
@@ -81,6 +83,11 @@ def sources(*values: Any) -> list[Any]:
     return [node for node in found if node is not None]
 
 
+def versions(*values: Any) -> list[int]:
+    """How often each tensor in nested arguments has been written into."""
+    return [leaf._version for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
 def fed_without_gradient(*values: Any) -> bool:
     """Whether floating-point tensors went in and none of them carries gradient."""
     floating = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
@@ -99,13 +106,18 @@ class Output:
     def __init__(self, tensor: Tensor, *, keep: bool = True) -> None:
         self.edge = get_gradient_edge(tensor) if tensor.requires_grad else None
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
-        self._keep, self._version = keep, tensor._version
-        self._tensor = tensor if keep or tensor._is_view() else None
+        self._keep, self._version, self._is_view = keep, tensor._version, tensor._is_view()
+        self._tensor = tensor if keep or self._is_view else None
 
     @property
     def overwritten(self) -> bool:
         """Whether something wrote into the tensor since."""
         return self._tensor is not None and self._tensor._version != self._version
+
+    @property
+    def lost(self) -> bool:
+        """Whether the place no longer covers all uses: writing into a view takes its later uses past it."""
+        return self._is_view and self.overwritten
 
     @property
     def values(self) -> Tensor | None:
@@ -123,7 +135,8 @@ class Call:
 
     `own`: the parameters it answers for, by their path from the module; `scale`: of the rows an embedding looked up
     (None: no lookup); `sources`: nodes of autograd's graph that lead into the call; `cut`: floating-point tensors went
-    in, and none carries gradient; `closed`: a closed rule reads its gradient, without a replay.
+    in, and none carries gradient; `closed`: a closed rule reads its gradient, without a replay; `versions`: of the
+    tensors that went in, at that moment.
     """
 
     module: nn.Module
@@ -136,11 +149,20 @@ class Call:
     sources: list[Any]
     cut: bool
     closed: bool
+    versions: list[int]
 
     @property
     def given(self) -> Any:
         """The first argument, by position or by name."""
         return next(iter((*self.args, *self.kwargs.values())))
+
+    def require_unchanged(self) -> None:
+        """Raises: RevprobeError, when something has written into a tensor that went in."""
+        if versions(self.args, self.kwargs) != self.versions:
+            raise RevprobeError(
+                f"the input of module {self.name!r} was overwritten in place after the module ran, so its gradient is "
+                "lost; make what follows work out of place (inplace=False)"
+            )
 
     @property
     def roots(self) -> list[Any]:
@@ -157,6 +179,8 @@ def check_complete(calls: Sequence[Call], parameters: Mapping[str, nn.Parameter]
     own: dict[int, list[Call]] = {id(p): [] for p in parameters.values()}
     for call in calls:
         keys = [id(p) for p in call.own.values() if id(p) in covered]
+        if any(output.lost for output in call.outputs) and reached.nodes.intersection(call.roots):
+            raise RevprobeError(_overwritten(call.name, next(n for n, p in parameters.items() if id(p) in keys)))
         inside = reach(call.roots, call.sources).edges if reached.nodes.intersection(call.roots) else {}
         for key in keys:
             covered[key] |= inside.get(key, set())
@@ -175,13 +199,17 @@ def check_complete(calls: Sequence[Call], parameters: Mapping[str, nn.Parameter]
 def _not_covered(name: str, edges: int, covered: int, seen: Sequence[Call]) -> str:
     overwritten = next((call.name for call in seen for o in call.outputs if o.overwritten), None)
     if overwritten is not None:
-        return (
-            f"the output of module {overwritten!r} is overwritten in place, so the gradient of {name!r} is lost; make "
-            "what follows it work out of place (inplace=False)"
-        )
+        return _overwritten(overwritten, name)
     return (
         f"parameter {name!r} reaches the loss {edges} times, but only {covered} calls of its own module were seen: its "
         "weight is used outside its module, so its gradient would be incomplete"
+    )
+
+
+def _overwritten(module: str, name: str) -> str:
+    return (
+        f"the output of module {module!r} is overwritten in place, so the gradient of {name!r} is lost; make what "
+        "follows it work out of place (inplace=False)"
     )
 
 
@@ -241,6 +269,44 @@ def _nearest(name: str, called: set[str]) -> str:
     return name
 
 
+def walk_back(calls: Mapping[int, Call], loss: Tensor, see: See, *, retain_graph: bool = False) -> None:
+    """Run a backward pass and show the gradient of every recorded output, without holding any.
+
+    Args:
+        see: called with the key of a call, the number of one of its outputs, and its gradient (None: none came); of
+            the outputs that lie innermost at the end, of the others as the pass goes by.
+    """
+    ends, reached = innermost(calls.values(), loss)
+    at_end: dict[GradientEdge, list[tuple[int, int]]] = {edge: [] for edge in ends}
+    passed: set[int] = set()
+    handles = []
+
+    def passing(n: int, k: int, place: int) -> Callable[[tuple[Tensor | None, ...]], None]:
+        def show(gradients: tuple[Tensor | None, ...]) -> None:
+            passed.add(n)
+            see(n, k, gradients[place])
+
+        return show
+
+    for n, call in calls.items():
+        for k, output in enumerate(call.outputs):
+            if output.edge in at_end:
+                at_end[output.edge].append((n, k))
+            elif output.edge is not None:
+                handles.append(output.edge.node.register_prehook(passing(n, k, output.edge.output_nr)))
+    awaited = {n for n, call in calls.items() if reached.intersection(call.roots)}
+    try:
+        gradients = torch.autograd.grad(loss, ends, allow_unused=True, retain_graph=retain_graph) if ends else ()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for places, gradient in zip(at_end.values(), gradients, strict=True):
+        for n, k in places:
+            passed.add(n)
+            see(n, k, gradient)
+    assert awaited <= passed, "the backward pass did not come by every recorded output"
+
+
 def check_order(calls: Sequence[Call], batch: int, loss: Tensor) -> None:
     """Outputs whose first axis could be something else: the first example's loss reaches its rows and no others.
 
@@ -248,18 +314,25 @@ def check_order(calls: Sequence[Call], batch: int, loss: Tensor) -> None:
     `seq batch dim` where both are equal.
     Raises: RevprobeError, for an output that mixes examples.
     """
-    found = [(call, output) for call in calls for output in call.outputs if output.edge is not None]
-    doubtful = [(call, output) for call, output in found if _is_doubtful(output.shape, batch)]
+    found = [(n, o) for n, call in enumerate(calls) for o in call.outputs if o.edge is not None]
+    doubtful = {n: calls[n] for n, output in found if _is_doubtful(output.shape, batch)}
     if not doubtful or batch == 1:
         return
-    edges = [output.edge for _, output in doubtful if output.edge is not None]
-    gradients = torch.autograd.grad(loss[0], edges, retain_graph=True, allow_unused=True)
-    for (call, output), gradient in zip(doubtful, gradients, strict=True):
-        if gradient is not None and gradient[output.shape[0] // batch :].any():
-            raise RevprobeError(
-                f"module {call.name!r} ({type(call.module).__name__}) gives {tuple(output.shape)} for {batch} "
-                "examples, not one example after the other; its gradients cannot be told apart"
-            )
+
+    mixed: dict[int, torch.Size] = {}
+
+    def see(n: int, k: int, gradient: Tensor | None) -> None:
+        shape = calls[n].outputs[k].shape
+        if gradient is not None and _is_doubtful(shape, batch) and gradient[shape[0] // batch :].any():
+            mixed[n] = shape
+
+    walk_back(doubtful, loss[0], see, retain_graph=True)
+    if mixed:
+        first = min(mixed)
+        raise RevprobeError(
+            f"module {calls[first].name!r} ({type(calls[first].module).__name__}) gives {tuple(mixed[first])} for "
+            f"{batch} examples, not one example after the other; its gradients cannot be told apart"
+        )
 
 
 def _is_doubtful(shape: torch.Size, batch: int) -> bool:
@@ -271,9 +344,10 @@ def require_total(name: str, uses: Sequence[Any], total: Tensor) -> None:
 
     Raises: RevprobeError, when they do not: another module uses the parameter.
     """
-    found = sum((use.grads.double().sum(0) for use in uses), torch.zeros(total.numel(), dtype=torch.float64))
+    formed = [use for use in uses if isinstance(use, FormedUse)]
+    found = sum((use.grads.double().sum(0) for use in formed), torch.zeros(total.numel(), dtype=torch.float64))
     tolerance = 1e-3 * total.double().norm() + torch.finfo(total.dtype).eps
-    if (found.to(total.device) - total.double().flatten()).norm() > tolerance:
+    if len(formed) < len(uses) or (found.to(total.device) - total.double().flatten()).norm() > tolerance:
         raise RevprobeError(
             f"parameter {name!r} reaches the loss, but not through calls of its own module: its weight is used outside "
             "its module, so its gradient would be incomplete"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +33,6 @@ class OuterUse:
     @property
     def device(self) -> torch.device:
         return self.rows.device
-
-    @cached_property
-    def formed(self) -> Tensor:
-        """The gradients themselves, kept for the products that follow. Shapes: `-> batch out*in`."""
-        return (self.rows.mT @ self.columns).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -102,52 +96,59 @@ def multiply(uses: list[Use], parameter: nn.Parameter, left: Tensor, right: Tens
     """
     uses = merged(uses)
     left, right = left.to(uses[0].device), right.to(uses[0].device)
-    ways = [isinstance(use, OuterUse) and _forming_is_cheaper(use, len(left)) for use in uses]
-    own, terms = zip(*(_own(use, form) for use, form in zip(uses, ways, strict=True)), strict=True)
-    every = torch.arange(len(own[0]), device=left.device)
-    squares = torch.stack([*own, *_crosses(uses, ways, every, every, itself=False)]).sum(0)
     same = left == right
+    others = (left[~same], right[~same])
+    own, terms, crosses = zip(*(_products(use, *others, pairs=len(left)) for use in uses), strict=True)
+    every = torch.arange(len(own[0]), device=left.device)
+    different = [(a, b) for a in uses for b in uses if a is not b]
+    squares = torch.stack([*own, *(_cross(a, b, every, every) for a, b in different)]).sum(0)
     inner = squares[left]
-    if not bool(same.all()):
-        inner[~same] = torch.stack(_crosses(uses, ways, left[~same], right[~same])).sum(0)
+    if len(others[0]):
+        inner[~same] = torch.stack([*crosses, *(_cross(a, b, *others) for a, b in different)]).sum(0)
     floor = NOISE_FLOOR * torch.finfo(parameter.dtype).eps * torch.stack(terms).sum(0).sqrt()
     return inner, floor
 
 
-def _own(use: Use, form: bool) -> tuple[Tensor, Tensor]:
-    """Each example's squared norm, and the sum of its terms' squared norms. Shapes: `-> batch, batch`."""
+def _products(use: Use, left: Tensor, right: Tensor, pairs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A use with itself: squared norms, squared norms of its terms, inner products. Shapes: `-> batch, batch, pair`."""
     if isinstance(use, FormedUse):
-        return use.grads.pow(2).sum(1), use.terms
+        return use.grads.pow(2).sum(1), use.terms, _cross(use, use, left, right)
     if isinstance(use, LookupUse):
         every = torch.arange(len(use.ids), device=use.device)
         terms = torch.linalg.vector_norm(use.grads, dim=-1).pow(2) * (use.ids >= 0)
-        return _cross(use, use, every, every, form), terms.sum(1)
-    if form:
+        return _cross(use, use, every, every), terms.sum(1), _cross(use, use, left, right)
+    if _forming_is_cheaper(use, pairs):
         tokens = [torch.linalg.vector_norm(factor, dim=-1).pow(2) for factor in (use.rows, use.columns)]
-        return torch.linalg.vector_norm(use.formed, dim=1).pow(2), (tokens[0] * tokens[1]).sum(1)
+        squares, crosses = _by_forming(use, left, right)
+        return squares, (tokens[0] * tokens[1]).sum(1), crosses
     # Slices instead of an index: nothing is copied.
     step = max(1, _CHUNK // use.rows.shape[1] ** 2)
     slices = [slice(n, n + step) for n in range(0, len(use.rows), step)]
     grams = ((use.rows[part] @ use.rows[part].mT, use.columns[part] @ use.columns[part].mT) for part in slices)
     found = [((r * c).sum((1, 2)), (r.diagonal(0, 1, 2) * c.diagonal(0, 1, 2)).sum(1)) for r, c in grams]
-    return torch.cat([square for square, _ in found]), torch.cat([term for _, term in found])
+    squares, terms = (torch.cat(each) for each in zip(*found, strict=True))
+    return squares, terms, _cross(use, use, left, right)
 
 
-def _crosses(uses: list[Use], ways: list[bool], left: Tensor, right: Tensor, itself: bool = True) -> list[Tensor]:
-    """<a[left], b[right]> for every ordered pair of uses, or of different ones."""
-    return [
-        _cross(a, b, left, right, form)
-        for a, form in zip(uses, ways, strict=True)
-        for b in uses
-        if itself or a is not b
-    ]
+def _by_forming(use: OuterUse, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norms and inner products through the gradients themselves, some rows of the weight at a time."""
+    most = max(len(use.rows), len(left)) * use.columns.shape[-1]
+    step = max(1, _CHUNK // most)
+    squares = use.rows.new_zeros(len(use.rows))
+    crosses = use.rows.new_zeros(len(left))
+    for n in range(0, use.rows.shape[-1], step):
+        formed = (use.rows[..., n : n + step].mT @ use.columns).flatten(1)
+        squares += torch.linalg.vector_norm(formed, dim=1).pow(2)
+        crosses += (formed[left] * formed[right]).sum(-1)
+    return squares, crosses
 
 
-def _cross(a: Use, b: Use, left: Tensor, right: Tensor, form: bool = False) -> Tensor:
+def _cross(a: Use, b: Use, left: Tensor, right: Tensor) -> Tensor:
+    """<a[left], b[right]>. Shapes: `-> pair`."""
     if isinstance(a, FormedUse) and isinstance(b, FormedUse):
         return (a.grads[left] * b.grads[right]).sum(-1)
     if isinstance(a, OuterUse) and isinstance(b, OuterUse):
-        return _outer_outer(a, b, left, right, form)
+        return _outer_outer(a, b, left, right)
     if isinstance(a, LookupUse) and isinstance(b, LookupUse):
         return _chunked(lambda i, j: _lookup_lookup(a, b, i, j), left, right, a.ids.shape[1] * b.ids.shape[1])
     if isinstance(a, LookupUse) and isinstance(b, OuterUse):
@@ -157,10 +158,8 @@ def _cross(a: Use, b: Use, left: Tensor, right: Tensor, form: bool = False) -> T
     return (_formed(a)[left] * _formed(b)[right]).sum(-1)
 
 
-def _outer_outer(a: OuterUse, b: OuterUse, left: Tensor, right: Tensor, form: bool) -> Tensor:
-    """Through token Gram matrices, or through the gradients themselves where those are the smaller work."""
-    if form:
-        return _chunked(lambda i, j: (a.formed[i] * b.formed[j]).sum(-1), left, right, a.formed.shape[1])
+def _outer_outer(a: OuterUse, b: OuterUse, left: Tensor, right: Tensor) -> Tensor:
+    """Through token Gram matrices."""
 
     def gram(i: Tensor, j: Tensor) -> Tensor:
         return ((a.rows[i] @ b.rows[j].mT) * (a.columns[i] @ b.columns[j].mT)).sum((1, 2))
@@ -173,8 +172,7 @@ def _forming_is_cheaper(use: OuterUse, pairs: int) -> bool:
     """Count multiplications: T^2 (out + in) a pair by Gram matrices; else T out in an example, out in a pair."""
     batch, seq, out = use.rows.shape
     size = out * use.columns.shape[-1]
-    fits = batch * size <= _CHUNK
-    return fits and batch * seq * size + pairs * size < pairs * seq**2 * (out + use.columns.shape[-1])
+    return batch * seq * size + pairs * size < pairs * seq**2 * (out + use.columns.shape[-1])
 
 
 def _lookup_lookup(a: LookupUse, b: LookupUse, i: Tensor, j: Tensor) -> Tensor:
@@ -194,7 +192,7 @@ def _formed(use: Use) -> Tensor:
     if isinstance(use, FormedUse):
         return use.grads
     if isinstance(use, OuterUse):
-        return use.formed
+        return (use.rows.mT @ use.columns).flatten(1)
     table = use.grads.new_zeros(use.ids.shape[0], use.rows, use.grads.shape[-1])
     keep = (use.ids >= 0)[..., None]
     return table.scatter_add_(1, use.ids.clamp(min=0)[..., None].expand_as(use.grads), use.grads * keep).flatten(1)
@@ -203,4 +201,4 @@ def _formed(use: Use) -> Tensor:
 def _chunked(product: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor, elements: int) -> Tensor:
     """`product` over slices of the pairs, so that no intermediate exceeds _CHUNK elements."""
     step = max(1, _CHUNK // max(elements, 1))
-    return torch.cat([product(left[n : n + step], right[n : n + step]) for n in range(0, len(left), step)])
+    return torch.cat([product(left[n : n + step], right[n : n + step]) for n in range(0, max(len(left), 1), step)])

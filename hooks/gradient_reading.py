@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
 from ..errors import RevprobeError
-from .gradient_graph import Call, innermost, require_total
+from .gradient_graph import Call, require_total, walk_back
 from .gradient_products import Use, merged, multiply
 from .gradient_rules import all_finite, drop_silent_tokens, linear_use, lookup, replay
 
@@ -74,7 +73,7 @@ def read_backward(
     calls.clear()
     adopted = {name: p for name, p in selection.parameters.items() if name in _answered_for(selection)}
     totals = torch.autograd.grad(loss.sum(), list(adopted.values()), retain_graph=True) if adopted else ()
-    reader.walk_back(loss)
+    walk_back(dict(reader.pending), loss.sum(), reader.arrive)
     with unrecorded():
         reader.replay()
     for name, total in zip(adopted, totals, strict=True):
@@ -104,40 +103,8 @@ class _Reader:
         self.waiting: dict[str, list[Use]] = {label: [] for label, name in self.owners.items() if name not in alone}
         self.found = Products({}, {})
 
-    def walk_back(self, loss: Tensor) -> None:
-        """Take every output's gradient: of those that lie innermost at the end, of the others as it goes by."""
-        ends, reached = innermost(self.pending.values(), loss)
-        at_end: dict[GradientEdge, list[tuple[int, int]]] = {edge: [] for edge in ends}
-        passed: set[int] = set()
-        handles = []
-        for n, call in self.pending.items():
-            for k, output in enumerate(call.outputs):
-                if output.edge in at_end:
-                    at_end[output.edge].append((n, k))
-                elif output.edge is not None:
-                    see = self._passing(n, k, output.edge.output_nr, passed)
-                    handles.append(output.edge.node.register_prehook(see))
-        awaited = {n for n, call in self.pending.items() if reached.intersection(call.roots)}
-        try:
-            gradients = torch.autograd.grad(loss.sum(), ends, allow_unused=True)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for places, gradient in zip(at_end.values(), gradients, strict=True):
-            for n, k in places:
-                passed.add(n)
-                self._arrive(n, k, gradient)
-        assert awaited <= passed, "the backward pass did not come by every recorded output"
-
-    def _passing(self, n: int, k: int, place: int, passed: set[int]) -> Callable[[tuple[Tensor | None, ...]], None]:
-        def see(gradients: tuple[Tensor | None, ...]) -> None:
-            passed.add(n)
-            self._arrive(n, k, gradients[place])
-
-        return see
-
     @torch.no_grad()
-    def _arrive(self, n: int, k: int, gradient: Tensor | None) -> None:
+    def arrive(self, n: int, k: int, gradient: Tensor | None) -> None:
         """Take the gradient of output `k` of call `n`."""
         if gradient is None:
             return
@@ -159,6 +126,7 @@ class _Reader:
         """Read the calls that no closed rule covers."""
         for n, gradients in sorted(self.gradients.items()):
             call = self.pending.pop(n)
+            call.require_unchanged()
             uses = replay(call.module, call.own, call.args, call.kwargs, call.outputs, gradients, self.batch)
             for label, use in self._labelled(call, uses):
                 self._keep(label, use)
@@ -180,6 +148,7 @@ class _Reader:
 
     def _read(self, call: Call, gradient: Tensor) -> Iterator[tuple[str, Use]]:
         """The uses of a module's own parameters in one call, by closed rules, under their labels."""
+        call.require_unchanged()
         module, given = call.module, call.given
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         if gradient.shape[0] != self.batch:

@@ -157,7 +157,8 @@ def replay(
         _check_replay(module, (args, kwargs), weights, grads, outputs, cotangents)
     wide = torch.promote_types(outputs[0].dtype, torch.float32)
     flat = {key: g.detach().reshape(batch, -1).to(wide) for key, g in grads.items()}
-    return {key: FormedUse(g, g.pow(2).sum(1)) for key, g in flat.items()}
+    given = torch.stack([c.reshape(batch, -1).to(wide).pow(2).sum(1) for c in cotangents]).sum(0)
+    return {key: FormedUse(g, torch.maximum(g.pow(2).sum(1), given)) for key, g in flat.items()}
 
 
 @contextmanager

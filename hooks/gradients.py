@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import RevprobeError
-from .gradient_graph import Call, Output, check_complete, check_order, fed_without_gradient, sources
+from .gradient_graph import Call, Output, check_complete, check_order, fed_without_gradient, sources, versions
 from .gradient_reading import Adopted, Parts, Products, Selection, read_backward
 from .gradient_rules import carries_gradient, has_rule, lookup_scale
 
@@ -118,8 +118,8 @@ class GradientRecorder:
             args, kwargs = tree_map(lambda a: a.detach() if isinstance(a, Tensor) else a, (args, kwargs))
             closed = name not in self._adopted and (scale is not None or has_rule(module))
             outputs = [Output(leaf, keep=not closed) for leaf in kept if carries_gradient(leaf)]
-            own = self._answers_for(name, module)
-            self._calls.append(Call(module, name, own, args, kwargs, outputs, scale, inputs, cut, closed))
+            own, given = self._answers_for(name, module), versions(args, kwargs)
+            self._calls.append(Call(module, name, own, args, kwargs, outputs, scale, inputs, cut, closed, given))
         return tree_unflatten(kept, structure)
 
     def _one_per_example(self, output: Tensor, name: str, module: nn.Module) -> Tensor:

@@ -33,6 +33,7 @@ _BUILT_IN = {
     "llada": ("masked", "LLaDA-8B and models in its layout, from a folder or hub name"),
     "dream": ("masked", "Dream-7B, DiffuCoder and models in their layout, from a folder or hub name"),
     "gpt2": ("causal", "GPT-2 of any size, trained by `revprobe train` or loaded from transformers"),
+    "LoRA adapter": ("its base's", "a folder that peft wrote, or a run of `revprobe finetune`; put on its base"),
     "any transformers causal LM": ("causal", "a folder or hub name with safetensors weights"),
     "any transformers masked LM": ("masked", "a folder or hub name with safetensors weights and a mask token"),
 }

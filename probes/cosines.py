@@ -20,28 +20,27 @@ NOTHING = "none"  # the layer of a parameter that belongs to no layer: embedding
 def cell_cosines(frame: pd.DataFrame, by: Sequence[str], *, seed: int = 0) -> pd.DataFrame:
     """Mean per-pair cosine of the forward and reverse gradient for each value of the columns `by`.
 
-    Returns: `[*by, value, low, high, n, control]`, the control being that of deranged facts (NaN where the reading has
+    Returns: `[*by, low, high, n, value, control]`, the control being that of deranged facts (NaN where the reading has
         none); low and high are the 95 % interval by resampling facts.
     """
     keys = list(by)
     labelled = frame.assign(**{key: frame[key].astype(object).where(frame[key].notna(), NOTHING) for key in keys})
-    parts = labelled.groupby(keys, sort=False) if keys else [((), labelled)]
-    rows = []
-    cosines: list[pd.DataFrame] = []
-    for value, part in parts:
-        rows.append(dict(zip(keys, value, strict=True)))
-        cosines.append(pair_cosines(part))
-    table = pd.DataFrame(rows, index=range(len(cosines)))
-    facts = pd.concat([one["fact"] for one in cosines])
-    facts = facts[~facts.index.duplicated()].sort_index()
-    values = np.stack([one["cosine"].reindex(facts.index).to_numpy(dtype=float) for one in cosines], axis=1)
-    low, high = _intervals(values, facts.to_numpy().astype(str), seed)
-    nothing = pd.Series(np.nan, index=facts.index)
-    null = [float(one.get("cosine_control", nothing).mean()) for one in cosines]
+    cells = labelled[keys].drop_duplicates(ignore_index=True)
+    cell = labelled.groupby(keys, sort=False).ngroup().to_numpy() if keys else np.zeros(len(frame), dtype=np.int64)
+    pair, pairs = pd.factorize(frame["pair"], sort=True)
+    facts = frame["fact"].to_numpy()[np.unique(pair, return_index=True)[1]].astype(str)
+    # Every pair of every cell stands as a pair of its own, so that one pass serves all cells.
+    found = pair_cosines(labelled.assign(pair=cell * len(pairs) + pair))
+    values, null = np.full((2, len(pairs), len(cells) if keys else 1), np.nan)
+    at = found.index.to_numpy() % len(pairs), found.index.to_numpy() // len(pairs)
+    values[at] = found["cosine"]
+    null[at] = found.get("cosine_control", np.nan)
+    low, high = _intervals(values, facts, seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a column of NaN is an undefined cell
-        mean = np.nanmean(values, axis=0)
-    return table.assign(value=mean, low=low, high=high, n=np.isfinite(values).sum(0), control=null)
+        warnings.simplefilter("ignore", RuntimeWarning)  # a column of NaN is an undefined cell, or has no control
+        numbers = {"value": np.nanmean(values, axis=0), "control": np.nanmean(null, axis=0)}
+    table = cells if keys else pd.DataFrame(index=range(1))
+    return table.assign(low=low, high=high, n=np.isfinite(values).sum(0), **numbers)
 
 
 def _intervals(values: np.ndarray, facts: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -168,8 +168,7 @@ def _worked_out(place: int, reading: Reading) -> _Entry:
     frame = reading.frame
     units = unit_correlations(frame)
     cells = {level: cell_correlations(units, by) for level, by in BY.items()}
-    places, code = np.unique(frame[["layer", "head"]].to_numpy(dtype=np.int64), axis=0, return_inverse=True)
-    scores, _, groups = score_table(frame, code.reshape(-1), len(places))
+    _, scores, _, groups = score_table(frame)
     pairs = frame.drop_duplicates("pair").sort_values("pair")[["pair", "fact", *DISTANCES]].reset_index(drop=True)
     return _Entry(
         place, reading, head_correlations(frame, seed=reading.seed), cells, _less_group_means(scores, groups), pairs

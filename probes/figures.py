@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,43 +18,61 @@ import plotly.graph_objects as go
 from ..errors import RevprobeError, did_you_mean
 from .bound_figures import bounds_figure
 from .heatmap import correlation_heatmap
+from .layer_maps import head_map, role_map
+from .readings import Reading
 from .routing_figures import route_edit_figure
 from .signatures import measures_with_reasons, series_words, signatures_figure
 from .storage_figures import stored_evidence_figure
-from .theme import CONTROL_GREY, FORWARD, OKABE_ITO, REVERSE, TEMPLATE, faded, interval_text, message_figure, plain
+from .theme import (
+    CONTROL_GREY,
+    FORWARD,
+    OKABE_ITO,
+    REVERSE,
+    TEMPLATE,
+    faded,
+    interval_text,
+    message_figure,
+    plain,
+    with_theme,
+)
 
 if TYPE_CHECKING:
-    from .readings import Reading
+    from .pairs import ReversalPairs
 
 __all__ = ["correlation_heatmap", "plot_reading", "plot_readings", "signatures_figure"]
 
+KINDS = ("scatter", "heatmap", "heads", "bounds")
 POINTS = 5_000  # more points than this slow a browser down and show nothing new
 SIZE = {"width": 640, "height": 480}
 
 
-def plot_reading(reading: Reading, **options: Any) -> go.Figure:
+def plot_reading(reading: Reading, *, theme: str = "light", **options: Any) -> go.Figure:
     """Draw one reading.
 
     Args:
+        theme: "light" or "dark".
         options: attention: `kind="scatter"` (each pair's two scores, less their group's mean, which is what the
-            statistic sees), `"heatmap"` (by distance) or `"bounds"` (over RoPE's lower bound, for a reading that
-            `with_bounds` gave), `layer=`, `head=`; gradient: `by="role"` or another column of
-            the frame; probability: `bins=`.
+            statistic sees), `"heatmap"` (by distance), `"heads"` (by layer x head) or `"bounds"` (over RoPE's lower
+            bound, for a reading that `with_bounds` gave), `layer=`, `head=`, `pairs=` (the ReversalPairs it was taken
+            on, whose text then stands on the hover); gradient: `by="role"` or another column of the frame, or
+            `kind="layers"` (by layer x role); probability: `bins=`; route edits and stored evidence: `kind=`.
     Raises: RevprobeError, when the reading or an option is not known.
     """
     if reading.name not in RENDERERS:
         raise RevprobeError(f"cannot draw a reading called {reading.name!r}{did_you_mean(reading.name, RENDERERS)}")
-    return _called(RENDERERS[reading.name], reading, options, what=f"a plot of {reading.name}")
+    return with_theme(_called(RENDERERS[reading.name], reading, options, what=f"a plot of {reading.name}"), theme)
 
 
-def plot_readings(readings: Iterable[Reading], **options: Any) -> go.Figure:
+def plot_readings(readings: Iterable[Reading], *, theme: str = "light", **options: Any) -> go.Figure:
     """Draw readings over training steps: attention correlation, gradient cosine, target probability (Fig. 3).
 
     Args:
+        theme: "light" or "dark".
         options: `buttons=False` leaves out the choice of weights. For the map over distances see `correlation_heatmap`.
     Raises: RevprobeError, when an option is not known.
     """
-    return _called(signatures_figure, measures_with_reasons(readings), options, what="a plot of readings")
+    figure = _called(signatures_figure, measures_with_reasons(readings), options, what="a plot of readings")
+    return with_theme(figure, theme)
 
 
 def _called(draw: Callable[..., go.Figure], subject: Any, options: dict[str, Any], *, what: str) -> go.Figure:
@@ -66,14 +84,21 @@ def _called(draw: Callable[..., go.Figure], subject: Any, options: dict[str, Any
 
 
 def attention_figure(
-    reading: Reading, *, kind: str = "scatter", layer: int | None = None, head: int | None = None
+    reading: Reading,
+    *,
+    kind: str = "scatter",
+    layer: int | None = None,
+    head: int | None = None,
+    pairs: ReversalPairs | None = None,
 ) -> go.Figure:
-    """Forward against reverse attention score, one point per pair and head, or the correlation by distance."""
-    if kind == "heatmap":
-        return correlation_heatmap([reading])
-    if kind not in ("scatter", "bounds"):
-        raise RevprobeError(f"attention plot of kind {kind!r}{did_you_mean(kind, ['scatter', 'heatmap', 'bounds'])}")
+    """Forward against reverse attention score, one point per pair and head, or the correlation by distance or head."""
+    if kind not in KINDS:
+        raise RevprobeError(f"attention plot of kind {kind!r}{did_you_mean(kind, KINDS)}")
     frame = _one_head(_one_head(reading.frame, "layer", layer), "head", head)
+    if kind == "heatmap":
+        return correlation_heatmap([Reading(reading.name, frame.reset_index(drop=True), reading.meta)])
+    if kind == "heads":
+        return _titled(head_map(reading, frame), reading, "Pearson r within groups, all heads:")
     if kind == "bounds":
         return bounds_figure(reading, frame)
     frame = frame.dropna(subset=["score_forward", "score_reverse"])
@@ -83,7 +108,7 @@ def attention_figure(
     # Group means are position biases; left in, they would draw a correlation that the statistic does not count.
     frame[scores] -= frame.groupby(["group", "layer", "head"])[scores].transform("mean")
     shown = frame.sample(POINTS, random_state=0) if len(frame) > POINTS else frame
-    return _score_scatter(reading, shown, of=len(frame))
+    return _score_scatter(reading, shown, _pair_words(reading, pairs), of=len(frame))
 
 
 def _one_head(frame: pd.DataFrame, column: str, wanted: int | None) -> pd.DataFrame:
@@ -95,7 +120,19 @@ def _one_head(frame: pd.DataFrame, column: str, wanted: int | None) -> pd.DataFr
     return frame[frame[column] == wanted]
 
 
-def _score_scatter(reading: Reading, shown: pd.DataFrame, *, of: int) -> go.Figure:
+def _pair_words(reading: Reading, pairs: ReversalPairs | None) -> dict[int, str]:
+    """Each pair's two queries as text. Raises: RevprobeError, when the reading was taken on other pairs."""
+    if pairs is None:
+        return {}
+    if reading.meta.get("pairs") not in (None, pairs.digest):
+        raise RevprobeError(
+            f"pairs= has the digest {pairs.digest!r}: expected those of the reading, {reading.meta['pairs']!r}"
+        )
+    queries = pairs.to_frame().pivot(index="pair", columns="direction", values="query")
+    return {int(pair): "<br>".join(plain(text, limit=120) for text in row) for pair, *row in queries.itertuples()}
+
+
+def _score_scatter(reading: Reading, shown: pd.DataFrame, words: Mapping[int, str], *, of: int) -> go.Figure:
     limit = 1.05 * float(np.abs(shown[["score_forward", "score_reverse"]].to_numpy(dtype=float)).max()) or 1.0
     diagonal = {"color": CONTROL_GREY, "dash": "dot", "width": 1}
     figure = go.Figure(go.Scatter(x=[-limit, limit], y=[-limit, limit], mode="lines", line=diagonal, hoverinfo="skip"))
@@ -103,7 +140,7 @@ def _score_scatter(reading: Reading, shown: pd.DataFrame, *, of: int) -> go.Figu
     for place, (layer, rows) in enumerate(shown.groupby("layer")):
         marker = {"size": 4, "opacity": 0.5, "color": list(OKABE_ITO.values())[place % 7]}
         x, y = rows["score_forward"].tolist(), rows["score_reverse"].tolist()
-        hover = [_point_text(row) for row in rows.to_dict("records")]
+        hover = [_point_text(row, words.get(int(row["pair"]), ""), reading) for row in rows.to_dict("records")]
         points = go.Scatter(x=x, y=y, mode="markers", marker=marker, hovertext=hover, hoverinfo="text")
         figure.add_trace(points.update(name=f"layer {layer}"))
     part = f"{len(shown):,} of {of:,} points drawn" if len(shown) < of else f"{of:,} points"
@@ -112,14 +149,20 @@ def _score_scatter(reading: Reading, shown: pd.DataFrame, *, of: int) -> go.Figu
     return _titled(figure, reading, "Pearson r within groups")
 
 
-def _point_text(row: dict[Any, Any]) -> str:
+def _point_text(row: dict[Any, Any], words: str, reading: Reading) -> str:
     where = f"layer {row['layer']}, head {row['head']}, distances {row['distance_forward']} / {row['distance_reverse']}"
     scores = f"score − mean: {row['score_forward']:.3f} / {row['score_reverse']:.3f}"
-    return f"fact {plain(row['fact'])}, pair {plain(row['pair'])}<br>{where}<br>{scores}"
+    step = reading.meta.get("step")
+    lines = [f"fact {plain(row['fact'])}, pair {plain(row['pair'])}", words, where, scores]
+    return "<br>".join([*filter(None, lines), *([] if step is None else [f"step {int(step):,}"])])
 
 
-def gradient_figure(reading: Reading, *, by: str = "role") -> go.Figure:
+def gradient_figure(reading: Reading, *, by: str = "role", kind: str = "intervals") -> go.Figure:
     """Cosine of forward and reverse gradient by role of the parameter, beside its control; the last row is all."""
+    if kind not in ("intervals", "layers"):
+        raise RevprobeError(f"gradient plot of kind {kind!r}{did_you_mean(kind, ['intervals', 'layers'])}")
+    if kind == "layers":
+        return _titled(role_map(reading), reading, "gradient cosine, all parameters:")
     parts = reading.summary(by=by)
     everything = reading.summary().assign(**{by: "all"})
     rows = pd.concat([parts, everything], ignore_index=True).iloc[::-1]

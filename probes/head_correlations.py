@@ -28,8 +28,7 @@ def head_correlations(frame: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     Returns: `layer, head, value, low, high`, first everything (layer and head missing), then layers (head missing),
         then heads; low and high are the 95 % interval by resampling facts, NaN where it or the value is undefined.
     """
-    places, code = np.unique(frame[["layer", "head"]].to_numpy(dtype=np.int64), axis=0, return_inverse=True)
-    scores, facts, groups = score_table(frame, code.reshape(-1), len(places))
+    places, scores, facts, groups = score_table(frame)
     layout = _Layout.of(facts, groups)
     draws = resampled_facts(layout.n_facts, seed=seed)
     step = max(1, _BLOCK // max(layout.n_facts * layout.n_groups, 1))
@@ -49,15 +48,20 @@ def head_correlations(frame: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     return pd.concat([table, by_head.astype({"layer": "Int64", "head": "Int64"})], ignore_index=True)
 
 
-def score_table(frame: pd.DataFrame, head: np.ndarray, heads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A frame's scores as one array, and each pair's fact and group. Shapes: `-> 2 pair head, pair, pair`."""
+def score_table(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Layer and head of a frame's heads, its scores as one array, and each pair's fact and group.
+
+    Shapes: `-> head 2, 2 pair head, pair, pair`; pairs and heads in ascending order.
+    """
+    head = frame.groupby(["layer", "head"], sort=True).ngroup().to_numpy()
+    places = frame[["layer", "head"]].to_numpy(dtype=np.int64)[np.unique(head, return_index=True)[1]]
     pair, pairs = pd.factorize(frame["pair"], sort=True)
-    scores = np.full((2, len(pairs), heads), np.nan)
+    scores = np.full((2, len(pairs), len(places)), np.nan)
     for place, column in enumerate(("score_forward", "score_reverse")):
         scores[place, pair, head] = frame[column].to_numpy(dtype=np.float64)
     scores[~np.isfinite(scores)] = np.nan
     first = np.unique(pair, return_index=True)[1]
-    return scores, frame["fact"].to_numpy()[first].astype(str), frame["group"].to_numpy()[first]
+    return places, scores, frame["fact"].to_numpy()[first].astype(str), frame["group"].to_numpy()[first]
 
 
 def _of_heads(layout: _Layout, forward: np.ndarray, reverse: np.ndarray, draws: np.ndarray) -> list[np.ndarray]:

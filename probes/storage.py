@@ -99,7 +99,8 @@ def evidence_by_pair(reading: Reading) -> pd.DataFrame:
     sides = ("forward", "reverse")
     stored = [c for c in ("stored_forward", "stored_reverse", "stored_control") if c in frame]
     undefined = tokens[stored].count().lt(tokens.size(), axis=0)  # a head that is undefined leaves the sum undefined
-    table = tokens[["fact", "reason", *(f"{n}_{s}" for n in ("logit", "margin", "rank") for s in sides)]].first()
+    table = tokens[["fact", *(f"{n}_{s}" for n in ("logit", "margin", "rank") for s in sides)]].first()
+    table["reason"] = tokens["reason"].agg(lambda reasons: next(filter(None, reasons), ""))  # of any head
     table = table.join(tokens[stored].sum().mask(undefined)).join(tokens[[f"weight_{s}" for s in sides]].mean())
     contribution = frame.groupby("pair", sort=True)[[f"contribution_{s}" for s in sides]].sum()
     return table.join(contribution).reset_index().reindex(columns=["pair", *table.columns, *contribution.columns])

@@ -11,11 +11,13 @@ from revprobe import ProbedModel, Reading, Readings
 from revprobe.finetune.building import build_model, probe_pairs
 from revprobe.finetune.config import RunConfig, dump_config
 from revprobe.finetune.finetune_config import FinetuneConfig
+from revprobe.finetune.finetuning import fine_tune
 from revprobe.finetune.relations import letters
 from revprobe.finetune.snapshots import take_readings
 from revprobe.models.checkpoints import step_name
 
 EVIL = "<script>document.title='planted'<\u2215script><img src=x onerror=\"document.title='planted'\"><b>%{x}"
+CARRIER = "<script>x "  # what every template of the fine-tunings begins with
 FACTS = [EVIL, *"bcdefghi"]
 
 
@@ -28,9 +30,8 @@ def run_config(name: str, **changes: Any) -> RunConfig:
 
 
 def finetune_config(name: str) -> FinetuneConfig:
-    """A fine-tuning whose templates hold markup."""
-    templates = {"P2C": EVIL + " {parent}'s child is {child}", "C2P": "{child}'s parent is {parent}"}
-    relation = {"name": "invented_names", "direction": "P2C", "templates": templates}
+    """A fine-tuning whose templates begin with markup."""
+    relation = {"name": "invented_names", "direction": "P2C", "carrier": CARRIER}
     return FinetuneConfig(name=name, model={"name": "gpt2"}, relation=relation, training={"steps": 10})
 
 
@@ -87,4 +88,20 @@ def write_real_run(run: Path, config: RunConfig) -> Path:
         module.save_pretrained(checkpoint)
         tokenizer.save_pretrained(checkpoint)
         (checkpoint / "COMPLETE").touch()
+    return run
+
+
+def write_real_finetuning(run: Path) -> Path:
+    """A fine-tuning of two steps on a model made for it, its templates beginning with markup."""
+    tiny = {"layout": "dream", "d_model": 16, "n_layers": 2, "n_heads": 2}
+    tiny["pretraining"] = {"facts": 10, "steps": 2, "batch_size": 4}
+    config = FinetuneConfig(
+        name=run.name,
+        model={"tiny": tiny},
+        relation={"name": "invented_names", "direction": "P2C", "carrier": CARRIER},
+        training={"steps": 2, "batch_size": 4, "device": "cpu"},
+        snapshots={"count": 2, "facts": 6},
+        evaluation={"max_new_tokens": 2},
+    )
+    fine_tune(config, run)
     return run

@@ -20,10 +20,11 @@ from revprobe import Reading, RevprobeError
 from revprobe.cli import app as command_line
 from revprobe.finetune import dashboard_data
 from revprobe.finetune.config import SweepConfig, dump_config
-from revprobe.finetune.dashboard import make_app, make_dashboard_server
-from revprobe.finetune.dashboard_data import Listed, ReadingFile, RunsFolder
+from revprobe.finetune.dashboard import make_app
+from revprobe.finetune.dashboard_data import RunsFolder
 from revprobe.finetune.dashboard_page import opened_pair, runs_list
 from revprobe.finetune.dashboard_pairs import PairOpener, disagreement
+from revprobe.finetune.dashboard_server import make_dashboard_server
 from revprobe.finetune.dashboard_views import (
     checkpoint_choices,
     checkpoint_figure,
@@ -34,6 +35,7 @@ from revprobe.finetune.dashboard_views import (
     pair_row,
     reading_at,
 )
+from revprobe.finetune.listed_runs import Listed, ReadingFile
 from revprobe.finetune.seed_bands import SEEDS_KEY, family_label, pool_seeds
 
 ATTENTION = "attention_correlation"
@@ -378,6 +380,21 @@ def test_a_pair_opens_down_to_its_tokens(real: Path) -> None:
     assert not model.module.training and all(p.grad is None for p in model.module.parameters())
 
 
+def test_a_pair_of_a_fine_tuning_opens_too_wherever_its_folder_stands(tmp_path: Path) -> None:
+    """An adapter on the base that its run built, with a readout row before the target; the folder is moved after."""
+    made.write_real_finetuning(tmp_path / "first" / "ft")
+    (tmp_path / "first").rename(tmp_path / "moved")
+    folder = RunsFolder(tmp_path / "moved")
+    run = folder.run("ft")
+    assert run.state == "complete" and run.axes["model"] == "tiny-dream" and run.steps == [0, 1, 2]
+    reading = reading_at(folder, run, ATTENTION, -1, "raw")
+    row, opened = pair_row(reading.frame, 2, 1, 1), PairOpener(folder).open(run, reading, 2)
+    assert disagreement(opened, row) < 1e-5
+    evidence = [place for place, part in enumerate(opened.reverse.parts) if part == "evidence"]
+    assert opened.reverse.weights[1][1][evidence].sum() == pytest.approx(row["weight_reverse"], abs=1e-6)
+    assert "<script>" in "".join(opened.forward.tokens), "the template is shown as it is, for React to escape"
+
+
 def test_a_pair_whose_score_is_not_the_checkpoints_says_so(real: Path) -> None:
     folder = RunsFolder(real)
     run = folder.run("rope-s0")
@@ -470,10 +487,10 @@ def test_a_request_for_a_run_outside_gets_a_reason_and_no_data(client: Any, tmp_
 
 
 def test_it_listens_on_this_machine_alone_and_a_taken_port_is_named(tmp_path: Path) -> None:
-    app = make_app(tmp_path)
+    app = make_app(tmp_path).server
     server = make_dashboard_server(app, "127.0.0.1", 0)
     try:
-        assert server.socket.getsockname()[0] == "127.0.0.1" and not app.server.debug
+        assert server.socket.getsockname()[0] == "127.0.0.1" and not app.debug
         with pytest.raises(RevprobeError, match=rf"cannot listen on 127.0.0.1:{server.port} .*choose another --port"):
             make_dashboard_server(app, "127.0.0.1", server.port)
     finally:

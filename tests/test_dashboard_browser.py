@@ -41,6 +41,10 @@ return Object.fromEntries(shown.map((t) => [t.meta.run, t.y.length || t.y._input
 """
 
 
+# The tokens of the opened pair, without their weights.
+PIECES = "return [...document.querySelectorAll('#opened .token')].map((t) => t.firstChild.textContent).join('')"
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that trains, one with markup for a name and a problem, and one whose pairs can be opened."""
@@ -49,6 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made.write_run(folder / EVIL_NAME, 0, config=made.run_config("toy", seed=1))
     (folder / EVIL_NAME / "problem.txt").write_text(EVIL_PROBLEM)
     made.write_real_run(folder / "real", made.run_config("real"))
+    made.write_real_finetuning(folder / "ft")
     return folder
 
 
@@ -128,6 +133,16 @@ def test_the_whole_visit(driver: Any, folder: Path) -> None:
         assert len(strip.find_elements("css selector", ".target")) == 1
         assert len(strip.find_elements("css selector", ".evidence")) == 1
     assert "differ" not in text(driver, "#opened")
+    # A pair of a fine-tuning, whose template begins with markup.
+    shot.pick(driver, "real", chosen=False)
+    shot.pick(driver, "ft")
+    drawn(driver, {"ft": 3})
+    shot.await_true(lambda: "last (step 2)" in text(driver, "#one-step"), "the fine-tuning's checkpoints")
+    shot.await_true(lambda: not text(driver, "#opened"), "the other run's pair gone")
+    shot.choose(driver, "fact")
+    shot.await_true(lambda: "fact" in text(driver, "#opened"), "the fine-tuning's pair")
+    pieces = driver.execute_script(PIECES)
+    assert "<script>x" in pieces.replace("[", "").replace("]", ""), pieces
     assert driver.execute_script("return window.sameCopyOfThePage === true"), "the page was reloaded on the way"
 
 
@@ -142,7 +157,7 @@ def test_nothing_planted_ran_nothing_failed_and_nothing_left_the_page(driver: An
         one["params"]["url"] for one in sent if one["method"] == "Network.webSocketCreated"
     }
     ours = urlsplit(driver.current_url).netloc
-    asked = {url for url in urls if urlsplit(url).scheme not in ("data", "blob")}
+    asked = {url for url in urls if urlsplit(url).scheme not in ("data", "blob", "chrome")}  # chrome: its own first tab
     assert any("_dash-update-component" in url for url in asked), "the log kept nothing: this test could not fail"
     assert {urlsplit(url).netloc for url in asked} == {ours}, asked
     buttons = {one.get_attribute("data-title") for one in driver.find_elements("css selector", ".modebar-btn")}

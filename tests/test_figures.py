@@ -3,21 +3,29 @@
 import math
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from revprobe import Reading, Readings, RevprobeError
-from revprobe.probes.distances import distance_correlations
+from revprobe import ProbedModel, Query, Reading, Readings, ReversalPair, ReversalPairs, RevprobeError
+from revprobe.probes import export
+from revprobe.probes.cosines import cell_cosines
+from revprobe.probes.distances import cell_correlations, distance_correlations, unit_correlations
+from revprobe.probes.export import save_figure
 from revprobe.probes.figures import correlation_heatmap, plot_reading, plot_readings, signatures_figure
+from revprobe.probes.head_correlations import head_correlations
 from revprobe.probes.signatures import measures_with_reasons
 from revprobe.probes.step_axis import StepScale
-from revprobe.probes.theme import COLOURS, OKABE_ITO, band, interval_text, plain
+from revprobe.probes.theme import COLOURS, DARK_PAPER, IN_THE_DARK, OKABE_ITO, band, interval_text, plain
+from revprobe.probes.token_strip import token_strip
 
 DISTANCES = ["distance_forward", "distance_reverse"]
 
@@ -314,3 +322,152 @@ def test_numbers_as_people_read_them() -> None:
     assert interval_text(math.nan, 0.1, 0.2, 0.0) == "undefined"
     assert interval_text(0.987, 0.95, 1.0, -0.0004, percent=True) == "98.7 [95.0, 100.0] (control 0.0)"
     assert interval_text(0.2, 0.1, 0.3, -0.0004) == "0.20 [0.10, 0.30] (control 0.00)"
+
+
+@pytest.mark.parametrize(("facts", "heads"), [(10, 3), (4, 2)])
+def test_head_correlations_equal_the_reading_on_each_head(facts: int, heads: int) -> None:
+    """Parity with `Reading.summary`, one head at a time: values and intervals, large groups and pooled small ones."""
+    reading = attention(facts=facts, heads=heads)
+    reading.frame.loc[reading.frame["group"] == 1, "score_forward"] = 0.25  # a constant group
+    reading.frame.loc[(reading.frame["group"] == 2) & (reading.frame["pair"] % 3 == 0), "score_reverse"] = np.nan
+    table = head_correlations(reading.frame)
+    slow = reading.summary(by=["layer", "head"])
+    names = ["value", "low", "high"]
+    np.testing.assert_allclose(table.dropna(subset=["head"])[names], slow[names], atol=1e-12)
+    whole, layer = table.iloc[0][names].tolist(), table.iloc[1][names].tolist()
+    assert whole == layer == pytest.approx([reading.value, *reading.interval], abs=1e-12)
+    by = ["layer", "head"]
+    cells = cell_correlations(unit_correlations(reading.frame), by)
+    expected = reading.summary(by=[*by, *DISTANCES])
+    np.testing.assert_allclose(cells["value"], expected["value"], atol=1e-12)
+    assert cells["n"].tolist() == expected["n"].tolist()
+
+
+def test_a_head_without_a_large_group_is_left_out_of_the_mean_where_others_have_one() -> None:
+    """As the reading's own number does; pooling it in would mix two statistics."""
+    reading = attention(facts=10, heads=2)
+    small = (reading.frame["head"] == 1) & (reading.frame["fact"].astype(int) >= 5)
+    reading.frame.loc[small, "score_forward"] = np.nan
+    table = head_correlations(reading.frame)
+    assert table["value"][0] == pytest.approx(reading.value, abs=1e-12)
+    alone = Reading(reading.name, reading.frame[reading.frame["head"] == 1].reset_index(drop=True), reading.meta)
+    assert table["value"].iloc[-1] == pytest.approx(alone.value, abs=1e-12), "by itself it is pooled"
+
+
+@pytest.mark.parametrize("by", [[], ["role"], ["layer", "role"]])
+def test_cell_cosines_equal_the_reading_on_each_cell(by: list[str]) -> None:
+    reading = gradient()
+    frame = reading.frame
+    frame["layer"] = frame["role"].map({"embed": pd.NA, "q": 0, "v": 1}).astype("Int64")
+    frame.loc[(frame["pair"] == 3) & (frame["role"] == "q"), "norm_forward"] = 1e-9  # below the floor
+    found = cell_cosines(frame, by)
+    slow = Reading(reading.name, frame, reading.meta).summary(by=by or None)
+    if by:
+        found = found.set_index("role").loc[slow["role"]]
+    for name in ("value", "low", "high", "control"):
+        np.testing.assert_allclose(found[name], slow[name], atol=1e-12, err_msg=name)
+    assert found["n"].tolist() == slow["n"].tolist()
+
+
+def test_maps_by_head_and_by_role_show_the_summaries() -> None:
+    reading = attention(heads=3)
+    by_head = reading.summary(by=["layer", "head"])
+    heat = reading.plot(kind="heads").data[1]
+    np.testing.assert_allclose(heat.z[0], by_head["value"], atol=1e-12)
+    assert heat.text[0][1] == interval_text(*by_head[["value", "low", "high"]].iloc[1])
+    cosines = gradient()
+    by_role = cosines.summary(by=["layer", "role"]).set_index("role")
+    heat = cosines.plot(kind="layers").data[1]
+    np.testing.assert_allclose(heat.z[0], by_role.loc[list(heat.x), "value"], atol=1e-12)
+    assert f"{by_role['control'].iloc[0]:.2f}".removeprefix("-") in heat.text[0][0]
+
+
+def test_a_dark_figure_differs_in_ink_and_paper_alone(three_steps: Readings) -> None:
+    light, dark = (plot_readings(three_steps, theme=theme) for theme in ("light", "dark"))
+    assert light.layout.template.layout.paper_bgcolor == "white"
+    assert dark.layout.template.layout.paper_bgcolor == "#16191D" and dark.layout.title.font.color == "#B5B5B5"
+    for one, other in zip(light.data, dark.data, strict=True):
+        assert one.y == other.y and one.name == other.name
+        assert other.line.color != OKABE_ITO["black"], "black ink on dark paper"
+    with pytest.raises(RevprobeError, match="theme 'drak'; the closest is 'dark'"):
+        plot_readings(three_steps, theme="drak")
+
+
+def contrast(one: str, other: str) -> float:
+    """The contrast ratio of WCAG 2 between two #RRGGBB colours."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+    bright, dim = sorted([luminance(one), luminance(other)], reverse=True)
+    return (bright + 0.05) / (dim + 0.05)
+
+
+def test_lines_and_words_can_be_read_on_dark_paper() -> None:
+    """WCAG 2 asks 3 for graphics and 4.5 for text."""
+    for name, colour in OKABE_ITO.items():
+        assert contrast(IN_THE_DARK.get(colour, colour), DARK_PAPER) >= 3, name
+    assert contrast(IN_THE_DARK["#1A1A1A"], DARK_PAPER) >= 4.5
+
+
+def test_the_hover_shows_the_pairs_text_of_these_pairs_only() -> None:
+    queries = [Query([5, 1, 2], [0], [2]), Query([2, 1, 5], [2], [0])]
+    pairs = ReversalPairs.from_pairs([ReversalPair(*queries, fact="0")] * 90)
+    reading = attention()
+    reading.meta["pairs"] = pairs.digest
+    shown = pairs.to_frame()["query"].iloc[0]
+    assert plain(shown) in reading.plot(pairs=pairs).data[1].hovertext[0]
+    reading.meta["pairs"] = "others"
+    with pytest.raises(RevprobeError, match="expected those of the reading, 'others'"):
+        reading.plot(pairs=pairs)
+
+
+def test_the_token_strip_shows_where_the_readout_position_looks() -> None:
+    """Parity with the attention weights that transformers returns, eager, for one layer and head and the mean."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=11, n_positions=24, n_embd=8, n_layer=2, n_head=2)
+    module = transformers.GPT2LMHeadModel(config).eval()
+    query = Query([1, 2, 3, 4, 5, 6], [5], [1])
+    module.set_attn_implementation("eager")
+    with torch.no_grad():
+        layers = module(torch.tensor([[1, 2, 3, 4, 5, 6]]), output_attentions=True).attentions
+    module.set_attn_implementation("sdpa")
+    model = ProbedModel(module, objective="causal")
+    for layer, head in ((1, 0), (0, 1), (None, None)):
+        rows = torch.stack([one[0, :, 4] for one in layers])  # layer head token; position 5 is read at row 4
+        expected = rows.mean((0, 1)) if layer is None else rows[layer, head]
+        strip = token_strip(model, query, layer=layer, head=head)
+        np.testing.assert_allclose(strip.data[0].z[0], expected, atol=1e-6)
+    frames = {shape.line.color: (shape.x0 + shape.x1) / 2 for shape in strip.layout.shapes}
+    assert frames == {OKABE_ITO["orange"]: 5, OKABE_ITO["sky"]: 1}
+    with pytest.raises(RevprobeError, match=r"layer 7 has no attention.*\[0, 1\]"):
+        token_strip(model, query, layer=7)
+    with pytest.raises(RevprobeError, match="no head 2: expected 0 to 1"):
+        token_strip(model, query, head=2)
+
+
+def test_a_figure_is_saved_whole_or_the_reason_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = go.Figure(go.Scatter(y=[1, 2]))
+    page = save_figure(figure, tmp_path / "figure.html").read_text()
+    assert "plotly.js v" in page and 'src="http' not in page, "the page must open without a network"
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    with pytest.raises(RevprobeError, match=r"a figure as \.svg needs kaleido.*pip install kaleido"):
+        save_figure(figure, tmp_path / "figure.svg")
+    with pytest.raises(RevprobeError, match=r"cannot write a figure as 'figure\.pgn'; the closest is '\.png'"):
+        save_figure(figure, tmp_path / "figure.pgn")
+    with pytest.raises(RevprobeError, match="expected a writable folder"):
+        save_figure(figure, tmp_path / "nowhere" / "figure.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["figure.html"]
+
+
+def test_a_picture_is_asked_of_kaleido(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where kaleido is, plotly writes the picture; where its browser is missing, that is said in one line."""
+    figure = go.Figure(go.Scatter(y=[1, 2]))
+    monkeypatch.setattr(export, "find_spec", lambda name: object())
+    monkeypatch.setattr(go.Figure, "write_image", lambda self, path, scale: Path(path).write_text(f"x{scale}"))
+    assert save_figure(figure, tmp_path / "a.png", scale=3).read_text() == "x3"
+    monkeypatch.setattr(go.Figure, "write_image", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no Chrome")))
+    with pytest.raises(RevprobeError, match=r"cannot draw .*no Chrome.*save it as \.html"):
+        save_figure(figure, tmp_path / "b.png")

@@ -1,7 +1,7 @@
 """The engine against autograd on every kind of model, float32 and float64: products, norms, splits and properties.
 
 The reference is `torch.autograd.grad` of one example at a time, over the whole model. Errors are shares of the whole
-gradients' norms; seen are 1e-7 in float32 and 1e-15 in float64, the tolerances are those of the issue.
+gradients' norms; seen are 1e-7 in float32 and 1e-15 in float64, the tolerances are those of float32 and float64.
 """
 
 from collections.abc import Callable

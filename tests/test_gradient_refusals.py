@@ -143,9 +143,28 @@ class InPlace(Base):
         return self.norm(nn.functional.relu(self.layer(hidden), inplace=True))
 
 
+class UsedThenOverwritten(Base):
+    """Autograd sees both uses; past the overwritten view only the first comes by the place the module left it at."""
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        hidden = self.layer(hidden)
+        early = hidden.tanh()
+        return self.norm(hidden.relu_() + early)
+
+
+class PartlyOverwritten(Base):
+    def middle(self, hidden: Tensor) -> Tensor:
+        hidden = self.layer(hidden)
+        total = hidden.sum(-1, keepdim=True)
+        hidden[:, 0] = 0
+        return self.norm(hidden + total)
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
+        (UsedThenOverwritten, r"output of module 'layer' is overwritten in place, so the gradient of 'layer.weight'"),
+        (PartlyOverwritten, r"output of module 'layer' is overwritten in place, so the gradient of 'layer.weight'"),
         (OneCallUnused, r"'layer.weight' reaches the loss 2 times, but only 1 calls .* used outside its module"),
         (Opaque, r"'box.gain' reaches the loss 1 times, but only 0 calls"),
         (InPlace, r"output of module 'layer' is overwritten in place, so the gradient of 'layer.weight' is lost"),
@@ -156,6 +175,54 @@ def test_a_use_that_no_recorded_call_covers_is_refused(kind, message, monkeypatc
         worst_error(kind())
     monkeypatch.setattr(gradients, "check_complete", lambda *_: None)
     assert worst_error(kind()) > 1e-3, "without the check the numbers are wrong"
+
+
+class InputOverwritten(Base):
+    def middle(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.clone()
+        return self.norm(hidden.add_(self.layer(hidden)))
+
+
+class IdsOverwritten(Base):
+    def forward(self, ids: Tensor) -> Tensor:
+        ids = ids.clone()
+        hidden = self.embed(ids)
+        ids.fill_(3)
+        return self.head(self.middle(hidden))
+
+
+@pytest.mark.parametrize(
+    ("kind", "only", "name"),
+    [(InputOverwritten, {"layer.weight", "layer.bias", "head.weight"}, "layer"), (IdsOverwritten, None, "embed")],
+)
+def test_an_input_overwritten_in_place_is_refused(kind, only, name):
+    """Where the module lies innermost autograd does not look at its input any more, and cannot notice."""
+    with pytest.raises(RevprobeError, match=f"the input of module '{name}' was overwritten in place"):
+        worst_error(kind(), only=only)
+
+
+class BareKeyBias(nn.Module):
+    """Attention of bare parameters: replayed as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = (nn.Parameter(torch.randn(WIDTH, WIDTH)) for _ in range(2))
+        self.key_bias = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return ((hidden @ self.query) @ (hidden @ self.key + self.key_bias).mT / 3).softmax(-1) @ hidden
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_replayed_gradient_that_is_zero_in_theory_is_below_its_floor(dtype):
+    """Softmax ignores a constant added to all scores of a row: what is left of the key bias' gradient is rounding."""
+    module = nn.Sequential(nn.Embedding(9, WIDTH), BareKeyBias()).to(dtype)
+    ids, every = torch.randint(0, 9, (6, 12)), torch.arange(6)
+    with record_gradients(module, dict(module.named_parameters()), 6) as recorder:
+        squares, floor = recorder.backward(module(ids).square().sum((1, 2)), every, every)
+    norm = {name: square.clamp(min=0).sqrt() for name, square in squares.items()}
+    assert (norm["1.key_bias"] <= floor["1.key_bias"]).all()
+    assert (norm["1.key"] > 100 * floor["1.key"]).all() and (norm["1.query"] > 100 * floor["1.query"]).all()
 
 
 def test_an_output_overwritten_in_place_is_exact_where_autograd_keeps_its_place():
