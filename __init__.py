@@ -20,12 +20,14 @@ from .models.radd import RaddConfig, RaddForMaskedLM
 if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal to _EXPORTS
     from .errors import RevprobeError
     from .finetune.compare import compare
+    from .finetune.config import RunConfig, SweepConfig
     from .finetune.decoding import decode
+    from .finetune.finetune_config import FinetuneConfig
+    from .finetune.finetuning import fine_tune
     from .finetune.letters_relation import letter_pairs, letters
     from .finetune.memory_plan import plan_memory
     from .finetune.one_step import one_step, one_step_curves
     from .finetune.prediction import FirstOrderPrediction
-    from .finetune.finetuning import fine_tune
     from .finetune.relations import from_table, invented_names, parent_child, person_description, trex
     from .finetune.runs import open_run, train
     from .finetune.scoring import decoded_match
@@ -63,6 +65,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal t
 
 _EXPORTS = {
     "Control": ".probes.estimates",
+    "FinetuneConfig": ".finetune.finetune_config",
     "FirstOrderPrediction": ".finetune.prediction",
     "ProbeCallback": ".finetune.snapshots",
     "ProbedModel": ".models.probed",
@@ -75,6 +78,8 @@ _EXPORTS = {
     "ReversalPair": ".probes.pairs",
     "ReversalPairs": ".probes.pairs",
     "RevprobeError": ".errors",
+    "RunConfig": ".finetune.config",
+    "SweepConfig": ".finetune.config",
     "TextRelation": ".finetune.text_relations",
     "compare": ".finetune.compare",
     "declare_fused": ".models.layouts",
@@ -124,6 +129,7 @@ _EXPORTS = {
 
 __all__ = [
     "Control",
+    "FinetuneConfig",
     "FirstOrderPrediction",
     "ProbeCallback",
     "ProbedModel",
@@ -136,6 +142,8 @@ __all__ = [
     "ReversalPair",
     "ReversalPairs",
     "RevprobeError",
+    "RunConfig",
+    "SweepConfig",
     "TextRelation",
     "__version__",
     "compare",

@@ -218,9 +218,9 @@ app.command(
     epilog="Examples: [bold]revprobe plan llada-8b-parent-child[/bold], "
     "[bold]revprobe plan my_finetuning.yaml --memory 24 --tokens 40[/bold]"
 )(plan)
-app.command(
-    epilog="Examples: [bold]revprobe dashboard runs[/bold], [bold]revprobe dashboard runs --port 0[/bold]"
-)(dashboard)
+app.command(epilog="Examples: [bold]revprobe dashboard runs[/bold], [bold]revprobe dashboard runs --port 0[/bold]")(
+    dashboard
+)
 app.add_typer(reproduce, name="reproduce")
 
 

@@ -41,8 +41,6 @@ def dashboard(
         )
     console.print(f"{runs_dir}: http://{host}:{server.port} (Ctrl-C ends it)", soft_wrap=True)
     try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        console.print("ended")
+        server.serve_forever()  # until Ctrl-C, which it takes as its end
     finally:
         server.server_close()

@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, metavar="RUNS_DIR", help="the sweep's folder, e.g. runs/one-layer")
     parser.add_argument("--robustness", type=Path, default=None, help="the folder of the robustness sweep")
     parser.add_argument(
-        "--commit", default=None, help="the commit the runs were trained with; this checkout's if not given"
+        "--commit", default=None, help="the commit the runs were trained with; this checkout's is noted besides"
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
@@ -81,7 +81,8 @@ def main() -> None:
     if asked.robustness is not None:
         sweeps["robustness"] = collect("robustness", asked.robustness, asked.out)
     collected = {
-        "commit": asked.commit or _commit(),
+        "trained_at_commit": asked.commit,
+        "collected_at_commit": _commit(),
         "collected": datetime.now(UTC).date().isoformat(),
         "sweeps": sweeps,
     }

@@ -44,7 +44,9 @@ def readme(folder: Path) -> str:
 
 
 def _about(provenance: dict[str, Any]) -> str:
-    lines = [f"Collected {provenance['collected']}, commit {provenance['commit']}."]
+    trained = f"trained at commit {provenance['trained_at_commit']}, " if provenance["trained_at_commit"] else ""
+    collected = f"collected {provenance['collected']} at commit {provenance['collected_at_commit']}"
+    lines = [f"{trained}{collected}.".capitalize()]
     for sweep in provenance["sweeps"].values():
         versions = "; ".join(", ".join(f"{name} {value}" for name, value in one.items()) for one in sweep["versions"])
         lines.append(

@@ -24,8 +24,10 @@ HOW_TO_READ = (
 ABOUT_SEEDS = "Value and 95 % interval over facts, at the last checkpoint of each run. Accuracies in per cent."
 ABOUT_SIGNATURES = (
     "Means over seeds, at the last checkpoint. The control is the same measurement with the facts deranged; the excess "
-    "is value minus control. For ALiBi a correlation of 1 is an identity of its symmetric bias, not a finding; the "
-    "autoregressive model's pairs are of another kind (swapped roles), and the paper claims nothing about them."
+    'is value minus control, and "untrained" the same models\' excess at step 0: what stands there no training made. '
+    "For ALiBi a correlation of 1, a cosine of 1 and a reverse answer equal to the forward one are identities of its "
+    "symmetric bias in one layer, not findings, as is the half RoPE < ALiBi of the ordering. The ARM's "
+    "pairs are of another kind (swapped roles), and the paper claims nothing about them."
 )
 ABOUT_CURVES = (
     "Per cent, mean over seeds ± standard deviation between seeds, at every checkpoint. The tables above take the last "
@@ -141,6 +143,7 @@ def _signatures(signatures: pd.DataFrame) -> str:
             "value": f"{row['value']:.3f}" + ("" if pd.isna(row["spread"]) else f" ± {row['spread']:.3f}"),
             "control": f"{row['control']:.3f}",
             "excess (lowest bound of any seed)": f"{row['excess']:.3f} ({row['excess_low']:.3f})",
+            "untrained": f"{row['excess_untrained']:.3f}",
             "seeds above control": f"{row['above_control']} of {row['seeds']}",
         }
         for row in records(signatures)

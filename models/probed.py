@@ -185,12 +185,17 @@ def as_probed(model: ProbedModel | nn.Module) -> ProbedModel:
     return ProbedModel(model, objective="masked" if later_tokens_reach_back(trial) else "causal")
 
 
+def _some_tokens(model: ProbedModel, length: int) -> Tensor:
+    """The first tokens of the vocabulary, as many as the model takes. Shapes: `-> 1 length`."""
+    return torch.arange(min(length, model.max_length or length), device=model.device)[None] % model.vocab_size
+
+
 def depends_on_its_input(model: ProbedModel, length: int = 4) -> bool:
     """Whether changing every token moves any logit; not so with a zero unembedding.
 
     Raises: RevprobeError, when the logits are NaN.
     """
-    first = torch.arange(length, device=model.device)[None] % model.vocab_size
+    first = _some_tokens(model, length)
     with untouched(model.module), torch.no_grad():
         before, after = (model.logits(ids)[0].float() for ids in (first, (first + 1) % model.vocab_size))
     if before.isnan().any():
@@ -204,7 +209,7 @@ def later_tokens_reach_back(model: ProbedModel, length: int = 4) -> bool:
     A small change can be rounding (experts of a causal mixture get other batches); then the gradient decides.
     Raises: RevprobeError, when the logits are NaN.
     """
-    first = torch.arange(length, device=model.device)[None] % model.vocab_size
+    first = _some_tokens(model, length)
     second = first.clone()
     second[0, -1] = (first[0, -1] + 1) % model.vocab_size
     with untouched(model.module), torch.no_grad():

@@ -25,7 +25,7 @@ from ..hooks.untouched import untouched
 from .probed import ProbedModel
 from .radd import RaddConfig
 
-REPEATS = 8  # tokens of the run that checks; the angles compared are those of REPEATS - 1 tokens
+REPEATS = 8  # tokens of the run that checks, or as many as the model takes; the angles compared are the last one's
 TOKENS = 8  # different ones, since the embedding of a padding token may be zero
 TURNS, STILL, OTHER = "rope", "no rotation", "other"
 NO_ATTENTION = "no scaled_dot_product_attention call was seen; load with attn_implementation='sdpa'"
@@ -115,10 +115,11 @@ def layer_positions(model: ProbedModel, *, length: int | None = None) -> dict[in
     Returns: layer -> its positions; empty when no SDPA call is seen.
     """
     shown = torch.linspace(0, model.vocab_size - 1, TOKENS, device=model.device).long()
-    rows = torch.tensor([[0, REPEATS - 1]], device=model.device).expand(TOKENS, -1)
+    repeats = min(REPEATS, model.max_length or REPEATS)
+    rows = torch.tensor([[0, repeats - 1]], device=model.device).expand(TOKENS, -1)
     with untouched(model.module), torch.no_grad(), tap_queries(model.module, rows) as tap:
-        model.logits(shown[:, None].expand(-1, REPEATS).contiguous())
-    candidates = [*_candidates(model.module, REPEATS)]
+        model.logits(shown[:, None].expand(-1, repeats).contiguous())
+    candidates = [*_candidates(model.module, repeats)]
     asked = candidates if length is None else [*_candidates(model.module, length)]
     # What rounding leaves of equal vectors, with room for depth.
     tolerance = max(1e-4, 16 * torch.finfo(model.dtype).eps)
@@ -127,14 +128,14 @@ def layer_positions(model: ProbedModel, *, length: int | None = None) -> dict[in
         near, far = call.query.double().cpu().numpy().transpose(2, 0, 1, 3)
         places = [place for place, (owner, _) in enumerate(candidates) if owner in (None, layer)]
         pairs = [(candidates[place][1], asked[place][1]) for place in places]
-        found[layer] = _positions(near, far, pairs, tolerance)
+        found[layer] = _positions(near, far, repeats - 1, pairs, tolerance)
     return found
 
 
 def _positions(
-    near: np.ndarray, far: np.ndarray, candidates: list[tuple[Rotary, Rotary]], tolerance: float
+    near: np.ndarray, far: np.ndarray, apart: int, candidates: list[tuple[Rotary, Rotary]], tolerance: float
 ) -> LayerPositions:
-    """One layer, from its queries at the first and last row: what explains the difference best, if anything does.
+    """One layer, from its queries at two rows `apart`: what explains the difference best, if anything does.
 
     Shapes: `near`, `far`: `sequence heads head_dim`. `candidates`: as they are in the run, and as they are asked about.
     """
@@ -145,7 +146,7 @@ def _positions(
     fits: list[tuple[float, Rotary | None]] = [(float(np.linalg.norm(far - near)), None)]
     for here, asked in candidates:
         for rotary in _layouts(here, head_dim):
-            error = float(np.linalg.norm(rotary.turned(near, REPEATS - 1) - rotary.turned(far, 0.0)))
+            error = float(np.linalg.norm(rotary.turned(near, apart) - rotary.turned(far, 0.0)))
             fits.append((error, replace(rotary, angles=asked.angles)))
     least, best = min(fits, key=lambda fit: fit[0])
     if least <= tolerance * size:

@@ -43,7 +43,9 @@ def explorer(runs: Sequence[ReportRun]) -> tuple[str, dict[str, list[str]]]:
 
     A run whose readings cannot be worked out is left out with its reason.
     """
-    with_data, blocks, problems = [], [], []
+    with_data: list[str] = []
+    blocks: list[str] = []
+    problems: list[str] = []
     for run in runs:
         readings = Readings(one for one in run.readings if one.name in EXPLORED)
         if not len(readings):

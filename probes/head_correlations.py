@@ -32,7 +32,8 @@ def head_correlations(frame: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     layout = _Layout.of(facts, groups)
     draws = resampled_facts(layout.n_facts, seed=seed)
     step = max(1, _BLOCK // max(layout.n_facts * layout.n_groups, 1))
-    heads = [_of_heads(layout, *scores[:, :, start : start + step], draws) for start in range(0, len(places), step)]
+    blocks = [scores[:, :, start : start + step] for start in range(0, len(places), step)]
+    heads = [_of_heads(layout, block[0], block[1], draws) for block in blocks]
     sums, counts, drawn, drawn_counts, small = (np.concatenate(part, axis=-1) for part in zip(*heads, strict=True))
     units = [np.ones(len(places), dtype=bool), *(places[:, 0] == layer for layer in np.unique(places[:, 0]))]
     # As in the reading: where some head has a large group, those that have none are left out of the mean.
@@ -41,11 +42,11 @@ def head_correlations(frame: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     with np.errstate(invalid="ignore", divide="ignore"):
         values, resampled = sums / counts, drawn / drawn_counts
     lows, highs = _edges(resampled, layout.n_facts)
-    table = pd.DataFrame(rows, columns=["value", "low", "high"])
-    table.insert(0, "layer", pd.array([pd.NA, *np.unique(places[:, 0])], dtype="Int64"))
-    by_head = pd.DataFrame({"layer": places[:, 0], "head": places[:, 1], "value": values, "low": lows, "high": highs})
-    table.insert(1, "head", pd.array([pd.NA] * len(table), dtype="Int64"))
-    return pd.concat([table, by_head.astype({"layer": "Int64", "head": "Int64"})], ignore_index=True)
+    numbers = np.concatenate([np.array(rows), np.stack([values, lows, highs], axis=1)])
+    layers = [pd.NA, *np.unique(places[:, 0]), *places[:, 0]]
+    heads_of = [pd.NA] * len(rows) + list(places[:, 1])
+    table = pd.DataFrame({"layer": layers, "head": heads_of}, dtype="Int64")
+    return table.assign(value=numbers[:, 0], low=numbers[:, 1], high=numbers[:, 2])
 
 
 def score_table(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -106,6 +107,9 @@ def _edges(resampled: np.ndarray, facts: int) -> tuple[np.ndarray, np.ndarray]:
     """The 95 % interval of each column; one fact alone has none. Shapes: `draw unit -> unit, unit`."""
     if facts < 2:
         return np.full(resampled.shape[1], np.nan), np.full(resampled.shape[1], np.nan)
+    if np.isfinite(resampled).all():  # the quick way of the common case
+        low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
+        return low, high
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a column of NaN: an undefined head has no interval
         low, high = np.nanpercentile(resampled, [2.5, 97.5], axis=0)

@@ -146,18 +146,26 @@ function drawHeads(about) {
     coloraxis: "coloraxis", hovertemplate: "layer %{y}, head %{x}: r = %{text}<extra></extra>"};
   return draw("heads", [trace], layout);
 }
+function stretches(list, holds) {
+  const parts = [[]];
+  for (const one of list) holds(one) ? parts.at(-1).push(one) : parts.push([]);
+  return parts.filter((part) => part.length);
+}
 function drawCourse(about) {
   const at = data().series.indexOf(now.series), count = data().series.length;
   const numbers = data().steps.map((step, index) => correlation(about, index * count + at, unit(about, "head")));
   const x = data().positions, at_x = numbers.map((one, index) => [x[index], ...one]);
-  const defined = at_x.filter(([, , low]) => !Number.isNaN(low));
+  const outline = {x: [], y: []};  // a polygon for each stretch without a gap: an undefined checkpoint stays one
+  for (const part of stretches(at_x, ([, , low]) => !Number.isNaN(low))) {
+    outline.x.push(...part.map((one) => one[0]), ...part.map((one) => one[0]).reverse(), null);
+    outline.y.push(...part.map((one) => one[2]), ...part.map((one) => one[3]).reverse(), null);
+  }
   const layout = heading(panel("course"), `Correlation over training: ${words(about, "head")}`);
   layout.xaxis = {...layout.xaxis, ...data().axis};
   layout.shapes = [{type: "line", yref: "paper", y0: 0, y1: 1, x0: x[data().steps.indexOf(now.step)],
     x1: x[data().steps.indexOf(now.step)], line: {color: look.grey, width: 1, dash: "dot"}}];
-  const band = {x: [...defined.map((one) => one[0]), ...defined.map((one) => one[0]).reverse()], mode: "lines",
-    y: [...defined.map((one) => one[2]), ...defined.map((one) => one[3]).reverse()], fill: "toself",
-    fillcolor: look.band, line: {width: 0}, hoverinfo: "skip", showlegend: false};
+  const band = {...outline, mode: "lines", fill: "toself", fillcolor: look.band, line: {width: 0}, hoverinfo: "skip",
+    showlegend: false};
   const hover = numbers.map((one, index) => `step ${thousands(data().steps[index])}: ${interval(...one)}`);
   const line = {x, y: numbers.map((one) => Number.isNaN(one[0]) ? null : one[0]), mode: "lines+markers",
     line: {color: look.forward, width: 2}, hovertext: hover, hoverinfo: "text", showlegend: false};
@@ -358,6 +366,7 @@ function openTab(name) {
   return redraw([]);
 }
 async function showAll() {  // for printing and pictures: every tab under each other
+  if (byId("explore")) byId("explore").hidden = false;
   for (const tab of document.querySelectorAll("[role=tabpanel]")) {
     tab.hidden = false;
     await drawTab(tab.id.slice(4));

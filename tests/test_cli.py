@@ -311,7 +311,7 @@ def test_a_corrupted_reading_is_named_by_the_report(cli: Cli, copied: Path) -> N
     assert_one_line(
         cli("report", copied), "gradient_cosine.raw.parquet is damaged", "delete it and run the same command again"
     )
-    assert not (copied / "report.html").exists()
+    assert "gradient_cosine.raw.parquet is damaged" in (copied / "report.html").read_text(), "the page must say so too"
 
 
 def test_a_mistyped_key_names_key_file_and_nearest(cli: Cli, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import revprobe
 
 PUBLIC = [
     "Control",
+    "FinetuneConfig",
     "FirstOrderPrediction",
     "ProbeCallback",
     "ProbedModel",
@@ -30,6 +31,8 @@ PUBLIC = [
     "ReversalPair",
     "ReversalPairs",
     "RevprobeError",
+    "RunConfig",
+    "SweepConfig",
     "TextRelation",
     "__version__",
     "compare",

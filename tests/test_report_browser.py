@@ -175,6 +175,12 @@ def test_the_slider_and_the_selectors_draw_the_readings_numbers(opened: Any, run
     assert f"r = {reading.value:.2f} [" in said(opened, "routing-said")
 
 
+def test_an_undefined_checkpoint_is_a_gap_of_line_and_band(opened: Any) -> None:
+    """The band is drawn stretch by stretch, so that it never bridges what was not measured."""
+    stretches = "return JSON.stringify(stretches([[0, 1], [1, NaN], [2, 3], [3, 4]], ([, low]) => !Number.isNaN(low)))"
+    assert json.loads(opened.execute_script(stretches)) == [[[0, 1]], [[2, 3], [3, 4]]]
+
+
 def test_a_click_on_a_head_chooses_it(opened: Any) -> None:
     open_tab(opened, "routing")
     event = "document.getElementById('heads').emit('plotly_click', {points: [{x: '1', y: '0'}]})"

@@ -199,7 +199,8 @@ def test_one_seed_against_a_claim_is_enough_and_is_counted() -> None:
 def test_each_claim_can_fail() -> None:
     """An interval that reaches zero, an undefined excess, an ARM above 1 %, a probability no higher than untrained."""
     assert fails("RoPE: attention correlation", excess_low=-0.01)["holds_in"] == 0
-    assert fails("ALiBi: gradient cosine", excess_low=math.nan)["holds_in"] == 0
+    assert fails("absolute: gradient cosine", excess_low=math.nan)["holds_in"] == 0
+    assert fails("RoPE: reverse probability above", excess_low=0.0)["holds_in"] == 0, "no better than its control"
 
     def leaky(model: str, length: int, seed: int, step: int, measure: str) -> float:
         arm = model == "arm" and measure == "reverse_accuracy"
@@ -216,7 +217,14 @@ def test_signatures_stand_beside_their_controls() -> None:
     )
     assert (row["seeds"], row["above_control"]) == (3, 0)
     assert math.isclose(row["excess"], 0.2) and math.isclose(row["excess_low"], -0.5) and row["control"] == 0
-    assert math.isclose(row["value"], 0.56)
+    assert math.isclose(row["value"], 0.56) and math.isclose(row["excess_untrained"], 0.2)
+
+
+def test_identities_are_no_claims_under_test() -> None:
+    claims = compare(measures(like_the_paper)).claims
+    assert not claims["claim"].str.startswith("ALiBi").any()
+    told = claims[claims["claim"].str.startswith("RoPE: gradient cosine") & (claims["verdict"] == "holds")]
+    assert told["detail"].str.contains("; untrained: 0.200, 0.200, 0.200").all() and len(told)
 
 
 # ---- pages ----

@@ -54,7 +54,7 @@ def test_every_run_is_either_in_the_numbers_or_listed_as_not_run(results: Path) 
         assert sweep["config_sha256"] == hashlib.sha256(dump_config(config.base).encode()).hexdigest()
         assert sweep["versions"] and {"torch", "revprobe"} <= set(sweep["versions"][0])
         assert (results / SWEEPS[name]).stat().st_size < 3_000_000
-    assert len(provenance["commit"]) == 40
+    assert len(provenance["trained_at_commit"]) == len(provenance["collected_at_commit"]) == 40
 
 
 def test_every_committed_run_has_every_number_with_its_interval_at_every_checkpoint(results: Path) -> None:
