@@ -271,9 +271,9 @@ def _ordering(last: pd.DataFrame, length: int, weights: str, quantity: str, seed
     ]
     table = pd.concat([part.set_index("seed")["value"] for part in found], axis=1, join="inner")
     held = [bool((np.diff(values) > 0).all()) for values in table.to_numpy(float)]
-    shown = [" < ".join(f"{value:.3f}" for value in values) for values in table.to_numpy(float)]
+    shown = [" / ".join(f"{value:.3f}" for value in values) for values in table.to_numpy(float)]
     means = " / ".join(f"{value:.3f}" for value in table.mean().to_numpy(float))
-    detail = f"absolute / rope / alibi: means {means}; by seed (claimed order): {', '.join(shown)}"
+    detail = f"absolute / rope / alibi: means {means}; by seed: {', '.join(shown)}"
     return _verdict(f"reverse {quantity}: absolute < RoPE < ALiBi", length, weights, held, seeds, detail)
 
 
