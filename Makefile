@@ -28,7 +28,7 @@ demo: setup  ## train the quick sweep, probe every checkpoint, write the report
 
 test: lint  ## ruff, mypy and the whole test suite
 	@echo "==> pytest"
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist loadfile
 
 lint: $(TEST_SETUP)  ## ruff (lint, format check) and mypy
 	@echo "==> ruff"

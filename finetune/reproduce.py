@@ -185,7 +185,7 @@ def _signatures(last: pd.DataFrame, untrained: pd.DataFrame) -> pd.DataFrame:
         row = dict(zip([*MODEL, "kind", "weights", "measure"], key, strict=True))
         row |= {name: part[name].mean(skipna=False) for name in ("value", "control", "excess")}
         row |= {"spread": part["value"].std(ddof=1), "excess_low": part["excess_low"].min(skipna=False)}
-        before = _at(untrained, row, row["weights"], row["measure"])
+        before = _at(untrained, row, str(row["weights"]), str(row["measure"]))
         row["excess_untrained"] = before[before["seed"].isin(part["seed"])]["excess"].mean(skipna=False)
         rows.append(row | {"seeds": len(part), "above_control": int((part["excess_low"] > 0).sum())})
     columns = [*MODEL, "kind", "weights", "measure", "value", "spread", "control", "excess", "excess_low"]

@@ -38,7 +38,7 @@ summary { cursor: pointer; padding: 3px 0; }
 """
 
 BASICS = """
-const CONFIG = {displaylogo: false, displayModeBar: "hover", responsive: true,
+const CONFIG = {displaylogo: false, displayModeBar: "hover", responsive: true, showSendToCloud: false,
   modeBarButtonsToRemove: ["select2d", "lasso2d"]};
 const byId = (id) => document.getElementById(id);
 const held = {};

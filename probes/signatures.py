@@ -119,6 +119,8 @@ class Series:
 def _all_series(rows: pd.DataFrame) -> list[Series]:
     colours = _colours(rows)
     with_ema = set(rows.loc[rows["weights"] == "ema", "run"])
+    # Runs without a length beside runs with one: NaN equals nothing, not even itself.
+    rows = rows.astype({"length": object}).where(rows.notna(), None) if "length" in rows else rows
     lengths = list(dict.fromkeys(rows["length"])) if "length" in rows else [None]
     series = []
     for (run, weights, kind), part in rows.groupby(["run", "weights", "kind"], sort=False, dropna=False):

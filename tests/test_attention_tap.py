@@ -114,3 +114,14 @@ def test_third_party_code_is_seen_without_an_adapter():
     with tap_attention(model, at, at) as tap:
         model(x)
     torch.testing.assert_close(tap.layers()[0].score.flatten(), (x[0, 0, 1] @ x[0, 0, 1])[None])
+
+
+def test_a_mask_of_lowest_numbers_hides_as_one_of_minus_infinity_does():
+    """Falcon adds ALiBi and the dtype's lowest number: unnoticed, a hidden position would score -3.4e38."""
+    hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    for lowest in (torch.finfo(torch.float32).min, float("-inf")):
+        call = random_call(attn_mask=torch.zeros(5, 5).masked_fill(hidden, lowest)[None, None])
+        rows, columns = torch.full((len(call["query"]), 1), 2), torch.tensor([[1, 4]]).expand(len(call["query"]), -1)
+        score, weight, mass = attention_rows(call, rows, columns)
+        assert score[..., 0].isfinite().all() and (score[..., 1] == float("-inf")).all()
+        assert (weight[..., 1] == 0).all() and torch.allclose(mass, torch.ones_like(mass))

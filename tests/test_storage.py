@@ -365,6 +365,22 @@ DEEP = {
 }
 
 
+def test_a_pair_whose_evidence_one_layer_hides_says_so_whichever_layer_it_is() -> None:
+    """The sum over heads is undefined, so its reason must stand beside it: here the second layer's window is too short."""
+    windows = {"sliding_window": 2, "layer_types": ["full_attention", "sliding_attention"]}
+    model = causal(transformers.Gemma3TextConfig(**GROUPED | windows))
+    rows = [torch.randint(3, 30, (8,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(4)]
+    made = [
+        rp.ReversalPair(
+            rp.Query(row, [7], [2]), rp.Query([*row[:2], row[3], row[2], *row[4:]], [7], [3]), fact=str(fact)
+        )
+        for fact, row in enumerate(rows)
+    ]
+    table = evidence_by_pair(probe_stored_evidence(model, rp.ReversalPairs.from_pairs(made)))
+    assert table["stored_reverse"].isna().all()
+    assert (table["reason"] == "evidence hidden by the attention mask").all()
+
+
 @pytest.mark.parametrize("name", DEEP)
 def test_parts_add_up_to_the_mean_target_logit_of_a_plain_run(name: str) -> None:
     """Unequal lengths (padding), targets and evidence of one and of two tokens; the logit from the bare module."""
