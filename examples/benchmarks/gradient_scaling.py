@@ -59,7 +59,7 @@ def plot(rows: list[dict[str, object]]) -> go.Figure:
             name=f"{line[0]['parameters'] / 1e6:,.0f}M parameters",  # type: ignore[operator]
         )
     figure.update_xaxes(type="log", title="tokens in a query", tickvals=sorted({row["T"] for row in rows}))
-    figure.update_yaxes(title="seconds of the probe / seconds of a training step", rangemode="tozero")
+    figure.update_yaxes(title="probe / training step (seconds)", rangemode="tozero")
     figure.update_layout(
         template="plotly_white",
         width=720,
