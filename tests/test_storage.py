@@ -366,7 +366,7 @@ DEEP = {
 
 
 def test_a_pair_whose_evidence_one_layer_hides_says_so_whichever_layer_it_is() -> None:
-    """The sum over heads is undefined, so its reason must stand beside it: here the second layer's window is too short."""
+    """The sum over heads is undefined, and its reason stands beside it: the second layer has too short a window."""
     windows = {"sliding_window": 2, "layer_types": ["full_attention", "sliding_attention"]}
     model = causal(transformers.Gemma3TextConfig(**GROUPED | windows))
     rows = [torch.randint(3, 30, (8,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(4)]
