@@ -424,6 +424,8 @@ def test_ctrl_c_stops_a_sweep_and_its_children(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A suite that was itself started in the background (`make test &`) ignores Ctrl-C, and its children with it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     runs = [tmp_path / "runs" / "grid" / name for name in ("alibi-l4-s0", "arm-l4-s0")]
     deadline = time.monotonic() + 120
