@@ -22,7 +22,7 @@ from results_table import write_readme
 from revprobe.finetune.config import SweepConfig, dump_config, load_config
 from revprobe.finetune.reproduce import collect_measures
 from revprobe.finetune.runs import VERSIONS
-from revprobe.finetune.saving import write_text
+from revprobe.whole_files import write_text, written_whole
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SWEEPS = {"one-layer": "one_layer.parquet", "robustness": "robustness.parquet"}
@@ -32,10 +32,9 @@ def collect(name: str, folder: Path, out: Path) -> dict[str, Any]:
     """Write one sweep's measures and say where they come from."""
     config = load_config(name, SweepConfig)
     measures, left_out = collect_measures(folder, config.runs())
-    part = out / f".{SWEEPS[name]}.part"
-    # Two digits beyond what any table shows; the rest is noise of the last bits and would triple the file.
-    measures.round(6).to_parquet(part, index=False, compression="zstd")
-    part.replace(out / SWEEPS[name])
+    with written_whole(out / SWEEPS[name]) as part:
+        # Two digits beyond what any table shows; the rest is noise of the last bits and would triple the file.
+        measures.round(6).to_parquet(part, index=False, compression="zstd")
     finished = list(pd.unique(measures["run"]))
     return {
         "command": f"revprobe sweep {name}",

@@ -15,7 +15,7 @@ import pandas as pd
 
 from revprobe.finetune.reproduce import NOT_RUN, OUTSIDE, compare
 from revprobe.finetune.reproduction_text import one_layer_markdown, spread_markdown
-from revprobe.finetune.saving import write_text
+from revprobe.whole_files import write_text
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SEEDS = 3

@@ -21,7 +21,6 @@ All numbers are means over pairs with 95 % intervals that resample letters; prob
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +30,7 @@ import pandas as pd
 import revprobe as rp
 from revprobe.probes.pairs import Query
 from revprobe.probes.statistics import Estimate, mean_over_facts, resampled_facts
+from revprobe.whole_files import write_text
 
 PLACEHOLDER = "0"
 ROUNDING = 1e-5  # nats; a smaller gap is the rounding of float32 logits (ALiBi's two queries are mirror images)
@@ -197,9 +197,7 @@ def main() -> None:
         print("\n".join(verdicts(table)))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        part = arguments.out / ".route_edits.csv.part"
-        pd.concat(tables, ignore_index=True).to_csv(part, index=False)
-        os.replace(part, arguments.out / "route_edits.csv")
+        write_text(arguments.out / "route_edits.csv", pd.concat(tables, ignore_index=True).to_csv(index=False))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
+from revprobe.whole_files import write_text
+
 SIZE, SIZES = "REVPROBE_NOTEBOOK_SIZE", ("full", "small")
 PICTURE, JSON = "png", "plotly_mimetype"
 CELL_TIMEOUT = 1800  # seconds
@@ -98,9 +100,7 @@ def main() -> None:
     for notebook in parser.parse_args().notebooks:
         with tempfile.TemporaryDirectory() as folder:
             done = executed(notebook, Path(folder))
-        part = notebook.with_name(f".{notebook.name}.part")
-        nbformat.write(done, part)
-        os.replace(part, notebook)
+        write_text(notebook, nbformat.writes(done) + "\n")
         print(f"{notebook}: {notebook.stat().st_size / 1e3:.0f} kB", flush=True)
 
 

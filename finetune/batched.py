@@ -28,13 +28,14 @@ from transformers.trainer_callback import TrainerState
 
 from ..errors import RevprobeError, first_line
 from ..models.hub import quiet_transformers
+from ..whole_files import write_text
 from .config import RunConfig
 from .missing import retake_missing
 from .model_stack import StackedModels, clip_each
 from .objectives import draw_masks, step_generator
 from .progress import EVERY_SECONDS, Listener
 from .runs import PROBLEM, Run, build_trainer, claim_run, pinned_threads
-from .saving import only_writer, remove_unfinished, resume_from, write_text
+from .saving import only_writer, remove_unfinished, resume_from
 from .snapshots import ProbeCallback
 from .trainer import ForwardOnlyTrainer, Permutations, TokenRows
 

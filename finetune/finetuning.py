@@ -28,6 +28,7 @@ from ..models.hub import quiet_transformers
 from ..models.probed import ProbedModel
 from ..models.registry import load_model
 from ..probes.readings import Readings
+from ..whole_files import write_text
 from .building import lean_arguments
 from .config import load_config
 from .evaluation import evaluate_relation, save_evaluation
@@ -37,7 +38,7 @@ from .gather import Team
 from .lora_readings import GRADIENT, LORA_GRADIENT
 from .progress import Listener, ProgressCallback
 from .runs import CONFIG, PROBLEM, Run, claim_run, noting_problems, pinned_threads
-from .saving import READINGS, only_writer, remove_unfinished, resume_from, write_text
+from .saving import READINGS, only_writer, remove_unfinished, resume_from
 from .snapshots import take_readings
 from .trainer import ForwardOnlyTrainer
 

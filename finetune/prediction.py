@@ -13,7 +13,6 @@ Source: paper Sec. 4.3 (the alignment of forward and reverse gradients), taken f
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from ..probes.batches import prepare_queries
 from ..probes.pairs import Query, ReversalPairs
 from ..probes.slopes import loss_slopes
 from ..probes.statistics import derangement, mean_over_facts
+from ..whole_files import written_whole
 from .adamw_update import adamw_update, innermost_optimizer
 from .gather import Team, require_whole
 from .snapshots import Wrapping
@@ -285,8 +285,7 @@ def _wide(values: Tensor) -> Tensor:
 def _write(path: Path, table: pd.DataFrame, facts: dict[str, Any]) -> None:
     """Write the table as one parquet file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
     stored = pa.Table.from_pandas(table, preserve_index=False)
     stored = stored.replace_schema_metadata({**(stored.schema.metadata or {}), b"revprobe": json.dumps(facts).encode()})
-    pq.write_table(stored, part, compression="zstd")
-    os.replace(part, path)
+    with written_whole(path) as part:
+        pq.write_table(stored, part, compression="zstd")

@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 
 from ..probes.theme import interval_text
+from ..whole_files import write_text
 from .paper_values import TOLERANCES
 from .reproduce import MODEL, NOT_RUN, OUTSIDE, SIGNATURES, Reproduction, model_name, records
-from .saving import write_text
 
 MARK = "✗"
 HOW_TO_READ = (

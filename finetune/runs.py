@@ -30,6 +30,7 @@ from ..models.checkpoints import checkpoint_steps, step_of
 from ..models.hub import quiet_transformers
 from ..models.probed import ProbedModel
 from ..probes.readings import Reading, Readings
+from ..whole_files import write_text
 from .building import build_model, probe_pairs, training_arguments
 from .config import RunConfig, dump_config, load_config
 from .finetune_config import is_finetuning_text
@@ -37,7 +38,7 @@ from .missing import describe_missing, missing_readings, retake_missing
 from .mistakes import differences
 from .progress import Listener, ProgressCallback
 from .relations import letters
-from .saving import READINGS, only_writer, remove_unfinished, resume_from, write_text
+from .saving import READINGS, only_writer, remove_unfinished, resume_from
 from .snapshots import ProbeCallback
 from .trainer import ForwardOnlyTrainer, TokenRows
 

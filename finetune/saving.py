@@ -8,7 +8,6 @@ marked checkpoint can be damaged. Reading it then says so; deleting its folder g
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,13 +26,6 @@ _RESUME_ONLY = (*RESUME_STATE, "scaler.pt")
 _RESUMABLE = 2
 # A pickle of the TrainingArguments that nothing here reads.
 _UNUSED = ("training_args.bin",)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
-    working = path.with_name(f".{path.name}.{os.getpid()}")
-    working.write_text(text, encoding="utf-8")
-    working.replace(path)
 
 
 def complete_checkpoint(run: Path, step: int, *, working: Path, add: Callable[[Path], None] | None = None) -> Path:

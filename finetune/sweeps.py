@@ -26,12 +26,12 @@ from rich.console import Console
 from rich.progress import track
 
 from ..errors import RevprobeError, did_you_mean
+from ..whole_files import write_text
 from .config import RunConfig, SweepConfig, dump_config, load_config
 from .finetune_config import FinetuneConfig, FinetuneSweepConfig, is_sweep_text
 from .mistakes import differences
 from .progress import JSON_PROGRESS, Listener, ListenerAtFirstNews, PlainLines, bars, loss_note
 from .runs import Run, is_finished, is_run, open_run
-from .saving import write_text
 from .terminal import make_console
 
 if TYPE_CHECKING:

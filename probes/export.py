@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
 import plotly.graph_objects as go
 
 from ..errors import RevprobeError, did_you_mean, first_line
+from ..whole_files import written_whole
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -29,19 +29,16 @@ def save_figure(figure: go.Figure, path: str | Path, *, scale: float = 2.0) -> P
         raise RevprobeError(
             f"a figure as {ending} needs kaleido, which is not installed; `pip install kaleido`, or save it as .html"
         )
-    part = path.with_name(f".{path.stem}.part{ending}")
     try:
-        if ending == ".html":
-            figure.write_html(part, include_plotlyjs=True)
-        else:
-            figure.write_image(part, scale=scale)
-        os.replace(part, path)
+        with written_whole(path) as part:
+            if ending == ".html":
+                figure.write_html(part, include_plotlyjs=True)
+            else:
+                figure.write_image(part, format=ending.removeprefix("."), scale=scale)
     except OSError as error:
         raise RevprobeError(
             f"cannot write the figure {str(path)!r}: {first_line(error)}; expected a writable folder"
         ) from error
     except (ValueError, RuntimeError) as error:  # kaleido without a browser
         raise RevprobeError(f"cannot draw {str(path)!r}: {first_line(error)}; save it as .html instead") from error
-    finally:
-        part.unlink(missing_ok=True)
     return path

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import RevprobeError
+from ..whole_files import written_whole
 
 if TYPE_CHECKING:
     from .pairs import Query, ReversalPair, ReversalPairs
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 def save_pairs(pairs: ReversalPairs, path: Path) -> Path:
     """Write the pairs, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
+    with written_whole(path) as part, part.open("w", encoding="utf-8") as file:
         if pairs.dropped:
             file.write(json.dumps({"dropped": dict(pairs.dropped)}) + "\n")
         for i, pair in enumerate(pairs):
@@ -33,7 +32,6 @@ def save_pairs(pairs: ReversalPairs, path: Path) -> Path:
             if pairs.flags:
                 row["flags"] = {name: np.asarray(values)[i].item() for name, values in pairs.flags.items()}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(part, path)
     return path
 
 

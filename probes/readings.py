@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from ..errors import RevprobeError, did_you_mean, first_line
 from ..models.checkpoints import step_of
+from ..whole_files import written_whole
 from .estimates import Control, Measured, direction_mean, measure
 from .statistics import Estimate
 
@@ -157,15 +158,14 @@ class Reading:
     def save(self, path: str | Path) -> Path:
         """Write frame and meta as one parquet file, whole or not at all."""
         path = Path(path)
-        part = path.with_name(f".{path.name}.part")
         header: dict[str, Any] = {"name": self.name, "meta": self.meta, "measured": asdict(self.measured)}
         header |= {"measures": self._measures.to_dict("records"), "cross": _split(self.cross)}
         table = pa.Table.from_pandas(self.frame, preserve_index=False)
         stored = {_META: json.dumps(header).encode()}
         stored[_DIGEST] = _digest(stored[_META], self.frame).encode()
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), **stored})
-        pq.write_table(table, part, compression="zstd", write_page_checksum=True)
-        os.replace(part, path)
+        with written_whole(path) as part:
+            pq.write_table(table, part, compression="zstd", write_page_checksum=True)
         return path
 
     @classmethod

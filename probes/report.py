@@ -9,10 +9,9 @@ report leaves the old one whole.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import pandas as pd
 import yaml
 
 from ..errors import RevprobeError
+from ..whole_files import written_whole
 from .explorer_panels import explorer
 from .page import choice, controls, details, figure_data, folded, page, paragraph, section, table
 from .reading_tabs import edits_tab, storage_tab
@@ -100,22 +100,17 @@ def _measures(run: ReportRun) -> pd.DataFrame:
 
 def _write_whole(texts: Mapping[Path, str]) -> None:
     """Write every file under a temporary name first, so that a full disk leaves all the old ones."""
-    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in texts}
     try:
-        for path, part in parts.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(texts[path], encoding="utf-8", newline="")
-        for path, part in parts.items():
-            os.replace(part, path)
+        with ExitStack() as renamed_at_the_end:
+            for path, text in texts.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                part = renamed_at_the_end.enter_context(written_whole(path))
+                part.write_text(text, encoding="utf-8", newline="")
     except OSError as error:
         where = next(iter(texts)).parent
         raise RevprobeError(
             f"cannot write the report in {str(where)!r}: {error}; expected a writable folder"
         ) from error
-    finally:
-        for part in parts.values():
-            with suppress(OSError):  # the folder itself may be what is wrong; the first error says so
-                part.unlink()
 
 
 def _document(

@@ -466,8 +466,10 @@ def test_a_picture_is_asked_of_kaleido(tmp_path: Path, monkeypatch: pytest.Monke
     """Where kaleido is, plotly writes the picture; where its browser is missing, that is said in one line."""
     figure = go.Figure(go.Scatter(y=[1, 2]))
     monkeypatch.setattr(export, "find_spec", lambda name: object())
-    monkeypatch.setattr(go.Figure, "write_image", lambda self, path, scale: Path(path).write_text(f"x{scale}"))
-    assert save_figure(figure, tmp_path / "a.png", scale=3).read_text() == "x3"
+    monkeypatch.setattr(
+        go.Figure, "write_image", lambda self, path, format, scale: path.write_text(f"{format} x{scale}")
+    )
+    assert save_figure(figure, tmp_path / "a.png", scale=3).read_text() == "png x3"
     monkeypatch.setattr(go.Figure, "write_image", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no Chrome")))
     with pytest.raises(RevprobeError, match=r"cannot draw .*no Chrome.*save it as \.html"):
         save_figure(figure, tmp_path / "b.png")

@@ -1,0 +1,45 @@
+"""A file appears whole or not at all: a write that fails leaves the old content, and nothing beside it."""
+
+from pathlib import Path
+
+import pytest
+
+from revprobe.whole_files import write_text, written_whole
+
+
+def test_the_file_is_there_only_after_the_block(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    with written_whole(path) as part:
+        part.write_bytes(b"half")
+        assert not path.exists()
+        part.write_bytes(b"whole")
+    assert path.read_bytes() == b"whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("old", encoding="utf-8")
+    with pytest.raises(type(error)), written_whole(path) as part:
+        part.write_text("ne", encoding="utf-8")
+        raise error
+    assert path.read_text(encoding="utf-8") == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_missing_folder_is_the_error_that_comes_out(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"absent"), written_whole(tmp_path / "absent" / "a.txt") as part:
+        part.write_text("text", encoding="utf-8")
+
+
+def test_a_part_is_not_taken_for_a_finished_file(tmp_path: Path) -> None:
+    """Readers find readings by their ending; what another process is still writing must not match."""
+    with written_whole(tmp_path / "a.parquet") as part:
+        part.touch()
+        assert list(tmp_path.glob("*.parquet")) == []
+
+
+def test_text_keeps_its_line_ends(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "é\r\nz\n")
+    assert (tmp_path / "a.txt").read_bytes() == "é\r\nz\n".encode()

@@ -1,0 +1,35 @@
+"""Files that appear whole or not at all: written under a working name beside the final one, then renamed.
+
+A rename is atomic, so a reader sees the old content or the new, never a part. That is a promise about processes,
+not about power: nothing is forced to the disk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Yield a working path to write to; it becomes `path` when the block ends and is gone when the block raises.
+
+    The working name starts with a dot and carries the process id, so that two writers never share one, and ends with
+    .part, so that nobody takes it for a finished file. The folder must exist.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        with suppress(OSError):  # gone after the rename; elsewhere the folder itself may be what is wrong
+            part.unlink()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all, in UTF-8, with the line ends that the text has."""
+    with written_whole(path) as part:
+        part.write_text(text, encoding="utf-8", newline="")
