@@ -21,6 +21,7 @@ from ..errors import RevprobeError, did_you_mean
 from .statistics import LEAST_FACTS, Estimate, group_correlation, mean_over_facts
 
 BELOW_FLOOR = "gradient below the rounding floor"
+NO_GRADIENT = "gradient exactly zero in all of these parameters"
 NO_PARTNER = "no other fact in the group for the control"
 NO_VARIANCE = "no variance within the group"
 SMALL_GROUP = f"group of fewer than {LEAST_FACTS} facts"
@@ -104,7 +105,9 @@ def gradient_cosine(frame: pd.DataFrame, seed: int, control: bool = True) -> Mea
     """Per pair, sum over the frame's parameters, then the cosine; mean and interval over pairs."""
     table = pair_cosines(frame)
     cosine, facts = table["cosine"].to_numpy(), table["fact"].to_numpy().astype(str)
-    undefined = {BELOW_FLOOR: int(np.isnan(cosine).sum())} if np.isnan(cosine).any() else {}
+    silent = table["silent"].to_numpy()
+    counts = {NO_GRADIENT: int(silent.sum()), BELOW_FLOOR: int((np.isnan(cosine) & ~silent).sum())}
+    undefined = {reason: count for reason, count in counts.items() if count}
     statistic = "mean per-pair cosine"
     if "cosine_control" not in table:
         return Measured(mean_over_facts(cosine, facts, seed=seed), undefined=undefined, statistic=statistic)
@@ -116,13 +119,14 @@ def gradient_cosine(frame: pd.DataFrame, seed: int, control: bool = True) -> Mea
 def pair_cosines(frame: pd.DataFrame) -> pd.DataFrame:
     """One row per pair: its fact, the cosine over the frame's parameters, and the deranged pair's cosine.
 
-    NaN where a norm does not exceed its rounding floor.
+    NaN where a norm does not exceed its rounding floor; `silent` where one is zero, as of modules that never ran.
     """
     columns = [c for c in frame.columns if c.startswith(("norm_", "floor_"))]
     squared = frame.assign(**{c: frame[c].astype(float) ** 2 for c in columns})
     inner = [c for c in frame.columns if c.startswith("inner")]
     sums = squared.groupby("pair", sort=True).agg({"fact": "first"} | dict.fromkeys([*columns, *inner], "sum"))
-    table = pd.DataFrame({"fact": sums["fact"], "cosine": _cosine(sums, "inner", "reverse")})
+    silent = (sums["norm_forward"] == 0) | (sums["norm_reverse"] == 0)
+    table = pd.DataFrame({"fact": sums["fact"], "cosine": _cosine(sums, "inner", "reverse"), "silent": silent})
     if "inner_control" in frame:
         # A pair without a partner has NaN in every row; pandas sums that to 0, which the floor test turns back to NaN.
         table["cosine_control"] = _cosine(sums, "inner_control", "control")

@@ -128,7 +128,7 @@ def test_lora_at_its_first_step_is_a_reading_and_its_a_alone_is_nan_with_a_reaso
     frame = reading.frame[reading.frame.parameter.isin(only_a)]
     assert len(frame) == len(only_a) * 4 and (frame.norm_forward == 0).all()
     nothing = probe_gradient_cosine(model, pairs_of(), parameters=only_a, control=False)
-    assert math.isnan(nothing.value) and nothing.undefined == {"gradient below the rounding floor": 4}
+    assert math.isnan(nothing.value) and nothing.undefined == {"gradient exactly zero in all of these parameters": 4}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
