@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .errors import RevprobeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 reproduce = typer.Typer(
     no_args_is_help=True,
@@ -49,45 +52,64 @@ def one_layer(
     lengths: Annotated[
         str | None, typer.Option(help="Sequence lengths, separated by commas; all of 10,20,30,40 by default.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, or cuda: all runs of a shape as one batched model.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where new runs are trained: cpu, cuda, or auto.")] = "cpu",
     batched: Annotated[
-        bool | None, typer.Option("--batched/--separate", help="Runs of one shape together; on cuda by default.")
+        bool | None,
+        typer.Option(
+            "--batched/--separate", help="Runs of one shape as one model, without --jobs; by default on a GPU."
+        ),
     ] = None,
     train: Annotated[
         bool, typer.Option("--train/--table-only", help="Or only the tables of what has been run.")
     ] = True,
 ) -> None:
     """Tables 1 and 2 and Figure 3 from trained models; hours on two cores, and the same command goes on."""
-    from .finetune.reproduce import NOT_RUN, collect_measures, compare, one_layer_sweep
-    from .finetune.reproduction_text import one_layer_markdown, write_reproduction
-    from .finetune.sweeps import run_sweep
+    from .finetune.reproduce import one_layer_sweep
+    from .finetune.sweeps import RunsFailed, run_sweep
     from .finetune.terminal import make_console
 
     asked = one_layer_sweep(seeds=seeds, lengths=_lengths(lengths), device=device)
     console, failed = make_console(), None
     if train:
-        together = device == "cuda" if batched is None else batched
+        together = _on_gpu(device) if batched is None else batched
         try:
             run_sweep(asked, jobs=jobs, out=out, console=console, batched=together)
-        except RevprobeError as error:  # the runs that are whole still make a table
+        except RunsFailed as error:  # the runs that are whole still make a table
             failed = error
         except KeyboardInterrupt:
             console.print("stopped; finished runs and checkpoints are kept, run the same command again to go on")
             raise typer.Exit(130) from None
-    folder = out / asked.name
+    try:
+        _tabulate(out / asked.name, seeds, console)
+    finally:
+        if failed is not None:
+            raise failed
+
+
+def _tabulate(folder: Path, seeds: int, console: Console) -> None:
+    """Print and write the tables of what has been run in `folder`. Raises: RevprobeError, when no run is finished."""
+    from .finetune.reproduce import NOT_RUN, collect_measures, compare, one_layer_sweep
+    from .finetune.reproduction_text import one_layer_markdown, write_reproduction
+
     if not folder.is_dir():
         raise RevprobeError(f"no runs at {str(folder)!r}; expected the folder of a sweep, or leave --table-only out")
-    measures, left_out = collect_measures(folder, one_layer_sweep(seeds=seeds, device=device).runs())
-    result = compare(measures, seeds=seeds)
-    text = one_layer_markdown(result, seeds=seeds)
+    measures, left_out = collect_measures(folder, one_layer_sweep(seeds=seeds).runs())
     for name, problem in left_out.items():
         if problem != NOT_RUN:
             console.print(f"{name}: not in the tables: {problem}", soft_wrap=True)
+    if measures.empty:
+        raise RevprobeError(f"no finished run in {str(folder)!r}; no table was written, run without --table-only first")
+    result = compare(measures, seeds=seeds)
+    text = one_layer_markdown(result, seeds=seeds)
     written = write_reproduction(folder, result.frames, text, "Tables 1 and 2 and Figure 3 of the paper")
     console.print(text, soft_wrap=True)
     console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
-    if failed is not None:
-        raise failed
+
+
+def _on_gpu(device: str) -> bool:
+    import torch
+
+    return device == "cuda" or (device == "auto" and torch.cuda.is_available())
 
 
 def _lengths(asked: str | None) -> list[int] | None:

@@ -21,7 +21,7 @@ from results_table import write_readme
 
 from revprobe.finetune.config import SweepConfig, dump_config, load_config
 from revprobe.finetune.reproduce import collect_measures
-from revprobe.finetune.runs import VERSIONS
+from revprobe.finetune.runs import VERSIONS, open_run
 from revprobe.whole_files import write_text, written_whole
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -32,6 +32,8 @@ def collect(name: str, folder: Path, out: Path) -> dict[str, Any]:
     """Write one sweep's measures and say where they come from."""
     config = load_config(name, SweepConfig)
     measures, left_out = collect_measures(folder, config.runs())
+    if measures.empty:
+        raise SystemExit(f"no finished run of {name} in {str(folder)!r}; nothing was written")
     with written_whole(out / SWEEPS[name]) as part:
         # Two digits beyond what any table shows; the rest is noise of the last bits and would triple the file.
         measures.round(6).to_parquet(part, index=False, compression="zstd")
@@ -40,6 +42,7 @@ def collect(name: str, folder: Path, out: Path) -> dict[str, Any]:
         "command": f"revprobe sweep {name}",
         "config": f"examples/{name.replace('-', '_')}.yaml",
         "config_sha256": hashlib.sha256(dump_config(config.base).encode()).hexdigest(),
+        "devices": sorted({open_run(folder / run).config.training.device for run in finished}),
         "versions": _versions(folder / run for run in finished),
         "last_reading": _last_reading(folder, finished),
         "finished": finished,

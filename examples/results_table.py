@@ -14,11 +14,19 @@ from typing import Any
 import pandas as pd
 
 from revprobe.finetune.reproduce import NOT_RUN, OUTSIDE, compare
-from revprobe.finetune.reproduction_text import one_layer_markdown, spread_markdown
+from revprobe.finetune.reproduction_text import markdown_table, one_layer_markdown, spread_markdown
 from revprobe.whole_files import write_text
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SEEDS = 3
+ROUTE_EDITS = "route_edits.csv"
+ABOUT_ROUTES = (
+    "Made by `python examples/route_edits.py RUNS --out examples/results`, whose text says what is measured and how "
+    "much of it is algebra. Mirrored placements, the last checkpoint, the weights that a run is loaded with by default "
+    "(the average). Mean over seeds, in brackets the lowest and the highest bound of any seed's 95 % interval over "
+    "letters. Probabilities and shares are fractions, the rest nats; n is the number of pairs of each seed. NaN: "
+    "without a gap between the two directions there is no share of it."
+)
 
 
 def readme(folder: Path) -> str:
@@ -40,7 +48,36 @@ def readme(folder: Path) -> str:
     ]
     if (folder / "robustness.parquet").is_file():
         parts.append(spread_markdown(pd.read_parquet(folder / "robustness.parquet")))
+    else:
+        parts.append("## Spread over configurations\n\nnot run (`revprobe sweep robustness`)")
+    parts.append(_route_edits(folder / ROUTE_EDITS))
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _route_edits(path: Path) -> str:
+    """What cutting, moving and replacing the route does, one column per model: mean over seeds and widest interval."""
+    title = "## Causal edits of the route"
+    if not path.is_file():
+        return f"{title}\n\nnot run (`python examples/route_edits.py`)"
+    table = pd.read_csv(path).assign(model=lambda frame: frame["run"].str.rsplit("-s", n=1).str[0])
+    models = list(dict.fromkeys(table["model"]))
+    rows = []
+    for measure, part in table.groupby("measure", sort=False):
+        by = dict(iter(part.groupby("model")))
+        rows.append({"measure": measure} | {model: _over_seeds(by.get(model)) for model in models})
+    counts = ", ".join(
+        f"{model} {len(set(part['run']))} seeds, n = {part['n'].max()}"
+        for model, part in table.groupby("model", sort=False)
+    )
+    return f"{title}\n\n{ABOUT_ROUTES} {counts}.\n\n{markdown_table(rows)}"
+
+
+def _over_seeds(part: pd.DataFrame | None) -> str:
+    if part is None:
+        return "-"
+    if part["value"].isna().any():
+        return "NaN"
+    return f"{part['value'].mean():.4f} [{part['low'].min():.4f}, {part['high'].max():.4f}]"
 
 
 def _about(provenance: dict[str, Any]) -> str:
@@ -51,7 +88,8 @@ def _about(provenance: dict[str, Any]) -> str:
         versions = "; ".join(", ".join(f"{name} {value}" for name, value in one.items()) for one in sweep["versions"])
         lines.append(
             f"- `{sweep['command']}` (`{sweep['config']}`, sha256 of its base {sweep['config_sha256'][:12]}): "
-            f"{len(sweep['finished'])} runs finished, last reading {sweep['last_reading']}, {versions}."
+            f"{len(sweep['finished'])} runs finished on {', '.join(sweep['devices'])}, last reading "
+            f"{sweep['last_reading']}, {versions}."
         )
         if sweep["not_run"]:
             lines.append(f"  Not in the tables: {', '.join(sweep['not_run'])}.")

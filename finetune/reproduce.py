@@ -1,7 +1,8 @@
 """The paper's one-layer tables beside ours: every cell with its spread over seeds, and its claims with a verdict.
 
-Everything is worked out from one tidy frame, the measures of the finished runs of a sweep; a cell without a finished
-run is "not run", one outside its tolerance "outside". Nothing here chooses a configuration or leaves a run out.
+Everything is worked out from one tidy frame, the measures of the finished runs of a sweep. A cell without a finished
+run is "not run", one whose runs gave no number "undefined", one outside its tolerance "outside". Nothing here chooses
+a configuration or leaves a run out.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ MODEL = ["objective", "position_encoding", "length"]
 QUANTITIES = ("accuracy", "probability")
 SIGNATURES = ("attention_correlation", "gradient_cosine")
 DEVICES = ("cpu", "cuda", "auto")
-WITHIN, OUTSIDE, NOT_RUN = "within", "outside", "not run"
-HOLDS, FAILS = "holds", "does not hold"
+WITHIN, OUTSIDE, NOT_RUN, UNDEFINED = "within", "outside", "not run", "undefined"
+HOLDS, SO_FAR, FAILS = "holds", "holds so far", "does not hold"
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,15 @@ def one_layer_sweep(*, seeds: int = 3, lengths: Sequence[int] | None = None, dev
 def collect_measures(folder: str | Path, runs: Iterable[RunConfig]) -> tuple[pd.DataFrame, dict[str, str]]:
     """All numbers of the finished runs in `folder`, at every checkpoint, and why each of the others is left out.
 
+    A run belongs to its config wherever it was trained: the device may differ.
+
     Returns: a frame with the columns of COLUMNS, and the reasons by run name.
     """
     parts, left_out = [], {}
     for config in runs:
         path = Path(folder) / config.name
         try:
-            if is_finished(path, config):
+            if is_finished(path, on_device_of(path, config)):
                 measures = open_run(path).readings().measures()
                 parts.append(measures.assign(run=config.name, **config.axes)[COLUMNS])
                 continue
@@ -99,6 +102,12 @@ def collect_measures(folder: str | Path, runs: Iterable[RunConfig]) -> tuple[pd.
             left_out[config.name] = str(error) if path.is_dir() else NOT_RUN
     frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS)
     return frame.astype({"length": "Int64", "seed": "Int64", "step": "Int64", "n": "Int64"}), left_out
+
+
+def on_device_of(path: Path, config: RunConfig) -> RunConfig:
+    """`config` with the device of the run at `path`. Raises: RevprobeError, when there is no run."""
+    training = config.training.model_copy(update={"device": open_run(path).config.training.device})
+    return config.model_copy(update={"training": training})
 
 
 def compare(measures: pd.DataFrame, *, seeds: int = 3) -> Reproduction:
@@ -154,12 +163,14 @@ def _cell(last: pd.DataFrame, cell: dict[str, Any], quantity: str, weights: str)
     return {
         "ours": mean,
         "seeds": len(values),
+        # Questions per seed.
+        "n": int(own["n"].min()) if len(values) else 0,
         # Between seeds; one seed has none.
         "spread": float(values.std(ddof=1)) if len(values) > 1 else math.nan,
         "lowest": float(values.min()) if len(values) else math.nan,
         "highest": float(values.max()) if len(values) else math.nan,
         "difference": difference,
-        "status": NOT_RUN if not len(values) or math.isnan(mean) else WITHIN if within else OUTSIDE,
+        "status": NOT_RUN if not len(values) else UNDEFINED if math.isnan(mean) else WITHIN if within else OUTSIDE,
     }
 
 
@@ -225,11 +236,11 @@ def _claims(last: pd.DataFrame, measures: pd.DataFrame, seeds: int) -> pd.DataFr
 
 
 def _verdict(claim: str, length: object, weights: str, held: Sequence[bool], seeds: int, detail: str) -> dict[str, Any]:
-    """A claim holds when it does in every seed that was run; `holds_in` says in how many."""
-    verdict = NOT_RUN if not held else HOLDS if all(held) else FAILS
+    """A claim holds when it does in every seed asked for, and does not when one seed is against it."""
+    verdict = NOT_RUN if not held else FAILS if not all(held) else HOLDS if len(held) >= seeds else SO_FAR
     row: dict[str, Any] = {"claim": claim, "length": length, "weights": weights, "holds_in": sum(held)}
     if 0 < len(held) < seeds:
-        detail = f"{detail}; {len(held)} of {seeds} seeds were run"
+        detail = f"{detail}; {len(held)} of {seeds} seeds"
     return row | {"seeds": len(held), "verdict": verdict, "detail": detail if held else ""}
 
 
@@ -255,11 +266,13 @@ def _rises(
     """
     own = records(_at(last, model, weights, "reverse_probability"))
     before = {row["seed"]: row for row in records(_at(untrained, model, weights, "reverse_probability"))}
+    blind = [row["seed"] for row in own if row["seed"] not in before]
     own = [row for row in own if row["seed"] in before]
     held = [row["low"] > before[row["seed"]]["high"] and row["excess_low"] > 0 for row in own]
     moved = [f"{before[row['seed']]['value']:.3f} -> {row['value']:.3f} (excess {row['excess']:.3f})" for row in own]
     claim = f"{model_name(model)}: reverse probability above that of step 0 and above its control, intervals apart"
-    return _verdict(claim, model["length"], weights, held, seeds, f"by seed: {', '.join(moved)}")
+    detail = f"by seed: {', '.join(moved)}" + (f"; without a reading at step 0: seeds {blind}" if blind else "")
+    return _verdict(claim, model["length"], weights, held, seeds, detail)
 
 
 def _ordering(last: pd.DataFrame, length: int, weights: str, quantity: str, seeds: int) -> dict[str, Any]:

@@ -12,14 +12,22 @@ import pandas as pd
 from ..probes.theme import interval_text
 from ..whole_files import write_text
 from .paper_values import TOLERANCES
-from .reproduce import MODEL, NOT_RUN, OUTSIDE, SIGNATURES, Reproduction, model_name, records
+from .reproduce import MODEL, NOT_RUN, OUTSIDE, SIGNATURES, UNDEFINED, Reproduction, model_name, records
 
 MARK = "✗"
 HOW_TO_READ = (
     "Per cent. Ours is the mean over seeds ± the standard deviation between seeds (none with one seed), then the "
     f"difference to the paper. {MARK} marks a cell outside its tolerance. The paper's text does not say whether its "
-    "numbers are accuracies or mean probabilities, nor on which weights: all four are shown. All placements weigh "
-    "equally."
+    "numbers are accuracies or mean probabilities, nor on which weights: all four are shown. n is the number of "
+    "questions per seed. A masked model is asked every placement of every letter in both directions: the lowercase "
+    "letter, given the uppercase one. The ARM can only continue, so it is asked another question: what stands at the "
+    "last position, the uppercase letter given the lowercase one forward, the roles exchanged in reverse. All "
+    "placements weigh equally. The lengths of Table 2's rows are not in our text of the paper; they are inferred from "
+    "RoPE's reverse values, which are those of Table 1."
+)
+ABOUT_CLAIMS = (
+    "A claim holds when it holds in every seed asked for, so far while some of them have not been run, and does not "
+    "hold when one seed is against it."
 )
 ABOUT_SEEDS = "Value and 95 % interval over facts, at the last checkpoint of each run. Accuracies in per cent."
 ABOUT_SIGNATURES = (
@@ -46,7 +54,7 @@ def one_layer_markdown(result: Reproduction, *, seeds: int) -> str:
     """Cells, claims, signatures and single seeds, as sections of a Markdown page."""
     sections = {
         "Tables 1 and 2": (f"{HOW_TO_READ} {TOLERANCES}", _cells(result.cells, seeds)),
-        "Claims under test": ("A claim holds when it holds in every seed that was run.", _claims(result.claims)),
+        "Claims under test": (ABOUT_CLAIMS, _claims(result.claims)),
         "Signatures (Figure 3)": (ABOUT_SIGNATURES, _signatures(result.signatures)),
         "Reverse accuracy over training": (ABOUT_CURVES, _curves(result.curves, "reverse_accuracy")),
         "Reverse probability over training": ("As above.", _curves(result.curves, "reverse_probability")),
@@ -104,7 +112,7 @@ def _cells(cells: pd.DataFrame, seeds: int) -> str:
         row = {"table": cell["table"], "cell": name, "direction": cell["direction"]}
         row |= {"paper": _percent(part["paper"].iloc[0], 1 if cell["table"] == 2 else 2)}
         row |= {f"{quantity}, {weights}": _ours(by.get((quantity, weights))) for quantity, weights in _COLUMNS}
-        rows.append(row | {"seeds": f"{part['seeds'].max()} of {seeds}"})
+        rows.append(row | {"seeds": f"{part['seeds'].max()} of {seeds}", "n": part["n"].max() or "-"})
     return markdown_table(rows)
 
 
@@ -112,8 +120,8 @@ def _ours(row: Mapping[str, Any] | None) -> str:
     """`43.1 ± 5.0 (-0.0)`, marked when outside; "-" where there are no such weights."""
     if row is None:
         return "-"
-    if row["status"] == NOT_RUN:
-        return NOT_RUN
+    if row["status"] in (NOT_RUN, UNDEFINED):
+        return str(row["status"])
     spread = "" if math.isnan(row["spread"]) else f" ± {_percent(row['spread'])}"
     text = f"{_percent(row['ours'])}{spread} ({100 * row['difference']:+.1f})"
     return f"{text} {MARK}" if row["status"] == OUTSIDE else text
@@ -158,7 +166,8 @@ def _seeds(seeds: pd.DataFrame) -> str:
         numbers = {one["measure"]: one for one in records(part)}
         for measure in (*_ANSWERS, *SIGNATURES):
             one, percent = numbers[measure], measure.endswith("accuracy")
-            row[measure.replace("_", " ")] = interval_text(one["value"], one["low"], one["high"], percent=percent)
+            shown = interval_text(one["value"], one["low"], one["high"], percent=percent)
+            row[measure.replace("_", " ")] = f"{shown}, n = {one['n']}"
         rows.append(row)
     return markdown_table(rows)
 

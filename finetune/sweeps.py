@@ -101,6 +101,10 @@ def open_sweep(path: str | Path) -> Sweep:
     return Sweep(path)
 
 
+class RunsFailed(RevprobeError):
+    """Some runs of a sweep failed; the others have ended and are in its report."""
+
+
 def run_sweep(
     config: AnySweep | str | Path,
     *,
@@ -117,7 +121,8 @@ def run_sweep(
         out: the sweep's folder is `out/<name>`.
         batched: train all runs of one shape (other seeds and encodings) as one batched model in this process, which is
             what a GPU is fast at; `jobs` is not used then.
-    Raises: RevprobeError, naming the runs that failed, after all others have ended and the report is written.
+    Raises: RunsFailed, naming the runs that failed, after all others have ended and the report is written;
+        RevprobeError, for a folder of something else, before anything is trained.
     """
     from ..probes.report import write_report
 
@@ -148,9 +153,7 @@ def run_sweep(
     problems = {run.name: run.problem for run in reported if run.problem} | problems
     if problems:
         listed = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
-        raise RevprobeError(
-            f"{len(problems)} of {len(config.runs())} runs failed ({listed}); the others are in {report}"
-        )
+        raise RunsFailed(f"{len(problems)} of {len(config.runs())} runs failed ({listed}); the others are in {report}")
     return sweep
 
 

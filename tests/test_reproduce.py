@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import revprobe as rp
 from revprobe.cli import app
-from revprobe.finetune.config import SweepConfig, load_config, parse_config
+from revprobe.finetune.config import SweepConfig, dump_config, load_config, parse_config
 from revprobe.finetune.paper_values import one_layer_cells
 from revprobe.finetune.reproduce import COLUMNS, collect_measures, compare, one_layer_sweep
 from revprobe.finetune.reproduction_text import (
@@ -22,6 +22,7 @@ from revprobe.finetune.reproduction_text import (
     spread_markdown,
     theory_markdown,
 )
+from revprobe.finetune.sweeps import RunsFailed
 
 MEASURES = ["forward_accuracy", "reverse_accuracy", "forward_probability", "reverse_probability"]
 MEASURES += ["attention_correlation", "gradient_cosine"]
@@ -113,7 +114,7 @@ def test_a_cell_holds_the_mean_over_seeds_its_spread_and_the_difference() -> Non
         (0.532, "outside"),
         (0.331, "within"),
         (0.33, "outside"),
-        (math.nan, "not run"),
+        (math.nan, "undefined"),
     ],
 )
 def test_a_cell_outside_its_tolerance_is_marked(ours: float, status: str) -> None:
@@ -139,13 +140,15 @@ def test_what_was_not_run_is_said_and_takes_nothing_else_away() -> None:
     empty = compare(pd.DataFrame(columns=COLUMNS))
     assert set(empty.cells["status"]) == {"not run"} and set(empty.claims["verdict"]) == {"not run"}
     some = compare(measures(like_the_paper, seeds=2, lengths=(10,)))
+    assert set(some.claims["verdict"]) == {"holds so far", "not run"}, "two of three seeds decide nothing for a claim"
+    assert some.claims[some.claims["seeds"] == 2]["detail"].str.endswith("; 2 of 3 seeds").all()
     assert set(some.cells[some.cells["length"] == 10]["status"]) == {"within"}
     assert set(some.cells[some.cells["length"] > 10]["status"]) == {"not run"}
     text = one_layer_markdown(some, seeds=3)
     (line,) = (line for line in text.splitlines() if line.startswith("| 1 | RoPE, L = 10 | reverse"))
-    assert line.endswith("| 2 of 3 |") and "42.5 ± 0.7 (-0.6)" in line and MARK not in line
+    assert line.endswith("| 2 of 3 | 26 |") and "42.5 ± 0.7 (-0.6)" in line and MARK not in line
     (line,) = (line for line in text.splitlines() if line.startswith("| 1 | ARM, L = 40 | reverse"))
-    assert line == "| 1 | ARM, L = 40 | reverse | 0.00 | not run | - | not run | - | 0 of 3 |"
+    assert line == "| 1 | ARM, L = 40 | reverse | 0.00 | not run | - | not run | - | 0 of 3 | - |"
 
 
 def test_the_page_marks_every_cell_outside_and_no_other() -> None:
@@ -234,11 +237,11 @@ def test_the_theory_page_marks_the_cells_outside() -> None:
     cells = pd.DataFrame(
         {
             "table": [3, 5], "row": ["Minimum bound"] * 2, "column": ["d = 64"] * 2, "paper": [0.337, 0.275],
-            "ours": [0.3365, 0.19], "difference": [-0.0005, -0.085], "within": [True, False], "note": ["a", "b | c"],
+            "ours": [0.3364, 0.19], "difference": [-0.0006, -0.085], "within": [True, False], "note": ["a", "b | c"],
         }
     )  # fmt: skip
     text = theory_markdown(cells)
-    assert "| 3 | Minimum bound, d = 64 | 0.337 | 0.336 | -0.0005 | a |" in text or "0.337 | -0.0005 | a |" in text
+    assert "| 3 | Minimum bound, d = 64 | 0.337 | 0.336 | -0.0006 | a |" in text
     assert f"| 5 | Minimum bound, d = 64 | 0.275 | 0.190 | -0.0850 {MARK} | b \\| c |" in text
     assert "2 cells, 1 outside" in text
 
@@ -321,11 +324,44 @@ def test_a_run_that_failed_is_named_and_the_others_are_tabled(tiny: Path) -> Non
     (tiny / "alibi-l10-s0").mkdir(parents=True)
     (tiny / "alibi-l10-s0" / "notes.txt").write_text("mine")
     done = CliRunner().invoke(app, ["reproduce", "one-layer", "--lengths", "10", "--seeds", "1", "--batched"])
-    assert isinstance(done.exception, rp.RevprobeError) and "alibi-l10-s0" in str(done.exception)
+    assert isinstance(done.exception, RunsFailed) and "alibi-l10-s0" in str(done.exception)
     cells = pd.read_csv(tiny / "cells.csv")
     assert cell(
         cells, table=1, objective="causal", length=10, direction="forward", quantity="accuracy", weights="raw"
     )["seeds"] == 1  # fmt: skip
+
+
+def test_runs_side_by_side_are_tabled_on_any_device_and_a_stopped_one_is_taken_up(tiny: Path) -> None:
+    """The default path: a process per run; then tables alone, asked for another device than the runs had."""
+    command = ["reproduce", "one-layer", "--lengths", "10", "--seeds", "1", "--jobs", "2"]
+    rope, alibi, _ = one_layer_sweep(seeds=1, lengths=[10]).runs()
+
+    def stop(step: int, steps: int, loss: float | None) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rp.train(rope, tiny / rope.name, listener=stop)
+    (tiny / "sweep.yaml").write_text(dump_config(one_layer_sweep(seeds=1, lengths=[10])))
+    none = CliRunner().invoke(app, [*command, "--table-only"])
+    assert isinstance(none.exception, rp.RevprobeError) and "no finished run in" in str(none.exception)
+    assert not (tiny / "cells.csv").exists(), "a table of nothing must not take the place of a table"
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    page = (tiny / "reproduction.md").read_text()
+    assert page.count("| 1 of 3 |") == 0 and page.count("| 1 of 1 | 90 |") == 6, "rope in two tables, alibi in one"
+    other = CliRunner().invoke(app, [*command, "--table-only", "--device", "cuda"])
+    assert other.exit_code == 0 and (tiny / "reproduction.md").read_text() == page
+    assert rp.open_run(tiny / alibi.name).config.training.device == "cpu"
+
+
+def test_another_base_is_refused_before_any_table_is_touched(tiny: Path) -> None:
+    """Training on another device than the folder was begun with would mix two kinds of runs."""
+    command = ["reproduce", "one-layer", "--lengths", "10", "--seeds", "1", "--batched"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    cells = (tiny / "cells.csv").read_bytes()
+    refused = CliRunner().invoke(app, [*command, "--device", "auto"])
+    assert "training.device" in str(refused.exception) and not isinstance(refused.exception, RunsFailed)
+    assert (tiny / "cells.csv").read_bytes() == cells
 
 
 def test_the_command_refuses_in_one_line(tiny: Path) -> None:

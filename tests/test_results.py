@@ -78,6 +78,17 @@ def test_every_committed_run_has_every_number_with_its_interval_at_every_checkpo
             assert own[own["step"] == run.training.steps]["value"].notna().all(), f"{run.name} ends undefined"
 
 
+def test_a_folder_without_runs_leaves_the_collected_numbers_alone(
+    scripts: tuple[ModuleType, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one_layer.parquet").write_bytes(b"numbers")
+    monkeypatch.setattr(sys, "argv", ["collect", str(tmp_path / "mistyped"), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"no finished run of one-layer in '.*mistyped'; nothing was written"):
+        scripts[0].main()
+    assert [path.name for path in tmp_path.iterdir()] == ["one_layer.parquet"]
+    assert (tmp_path / "one_layer.parquet").read_bytes() == b"numbers"
+
+
 def test_collecting_leaves_unfinished_runs_out_and_says_so(
     scripts: tuple[ModuleType, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,4 +120,6 @@ def test_collecting_leaves_unfinished_runs_out_and_says_so(
     pd.testing.assert_series_equal(frame["value"], expected["value"].astype(float), check_names=False, atol=1e-6)
     text = (tmp_path / "out" / "README.md").read_text()
     assert text == page.readme(tmp_path / "out")
-    assert "| 1 of 3 |" in text and "Not in the tables: rope-l10-s1, rope-l10-s2." in text
+    assert "1 runs finished on cpu" in text
+    assert "## Spread over configurations\n\nnot run" in text and "## Causal edits of the route\n\nnot run" in text
+    assert "| 1 of 3 | 90 |" in text and "Not in the tables: rope-l10-s1, rope-l10-s2." in text
