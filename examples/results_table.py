@@ -47,7 +47,9 @@ def readme(folder: Path) -> str:
         one_layer_markdown(result, seeds=SEEDS),
     ]
     if (folder / "robustness.parquet").is_file():
-        parts.append(spread_markdown(pd.read_parquet(folder / "robustness.parquet")))
+        variants, full = pd.read_parquet(folder / "robustness.parquet"), pd.read_parquet(folder / "one_layer.parquet")
+        seeds = full[full["run"].str.startswith("rope-l10-s") & ~full["run"].isin(variants["run"])]
+        parts.append(spread_markdown(pd.concat([seeds, variants], ignore_index=True)))
     else:
         parts.append("## Spread over configurations\n\nnot run (`revprobe sweep robustness`)")
     parts.append(_route_edits(folder / ROUTE_EDITS))

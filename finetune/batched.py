@@ -2,8 +2,15 @@
 
 Runs that differ only in seed and, for RADD, in position encoding go together. Each keeps its own rows, masks, clipping
 and average, drawn and computed as if it trained alone, and writes an ordinary run folder; only dropout draws from a
-stream that the batch shares. Without dropout the weights equal those of separate training up to rounding. On a GPU,
-where a one-layer model leaves most of the device idle, that many runs take about the time of one.
+stream that the batch shares. Without dropout the weights equal those of separate training up to rounding.
+
+A run that fails stops none of the others: its slice of the stack is carried along unread, and as every operation keeps
+to its own slice, the others end with the bits that they would have had beside a sound run. (A batch that is stopped
+and taken up without it draws another dropout.)
+
+Meant for a GPU, most of which a one-layer model leaves idle, but run on CPUs only so far: with `device: cuda` torch is
+asked for deterministic kernels, and whether every operation of the batched step has one (the backward pass of an
+embedding under vmap, above all) has not been tried.
 
 A checkpoint written here holds what `revprobe train` writes (optimizer, schedule and random state of its own run), so
 either can take the other's run up.
@@ -16,7 +23,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +68,9 @@ def train_together(
 
     Args:
         listeners: by run name, called with (step, steps, loss).
-    Returns: what went wrong, by run name: training, or a folder that belongs to another config or is being written by
-        another process. Neither stops the others.
+    Returns: what went wrong, by run name: training, a damaged checkpoint, or a folder that belongs to another config
+        or is being written by another process. None stops the others. All but the last two stand in the run's
+        problem.txt too, until the same call takes it up again from its newest checkpoint.
     """
     problems: dict[str, str] = {}
     for group in groups_of_one_shape(configs):
@@ -70,10 +78,13 @@ def train_together(
             runs = []
             for config in group:
                 try:
-                    runs.append(_claim(Path(folder) / config.name, config, held))
+                    run = _claim(Path(folder) / config.name, config, held)
+                    if not run.finished:
+                        (run.path / PROBLEM).unlink(missing_ok=True)
+                        runs.append(run)
                 except (RevprobeError, OSError) as error:
                     problems[config.name] = _line(error)
-            problems |= _train_group([run for run in runs if not run.finished], listeners or {})
+            problems |= _train_group(runs, listeners or {}) if runs else {}
     return problems
 
 
@@ -88,32 +99,43 @@ def _line(error: Exception) -> str:
     return first_line(error, with_type=not isinstance(error, RevprobeError))
 
 
-def _train_group(runs: list[Run], listeners: Mapping[str, Listener]) -> dict[str, str]:
-    """Train runs of one shape and take what readings they lack; returns the problem of each that failed."""
-    problems: dict[str, str] = {}
-    for together in _by_checkpoint(run for run in runs if not run.trained):
+class Problems(dict[str, str]):
+    """What went wrong, by run name; a run's first problem stands, and is in its folder from then on."""
+
+    @contextmanager
+    def of(self, *runs: Run) -> Iterator[None]:
+        """An error inside is the problem of these runs and goes no further."""
         try:
-            with pinned_threads(together[0].config.training.threads), quiet_transformers():
-                Batch(together, listeners).train()
+            yield
         except Exception as error:
-            problems |= dict.fromkeys((run.path.name for run in together), _line(error))
-    for run in runs:
-        if run.path.name in problems:
-            write_text(run.path / PROBLEM, f"{problems[run.path.name]}\n")
-            continue
-        (run.path / PROBLEM).unlink(missing_ok=True)
-        with pinned_threads(run.config.training.threads), quiet_transformers():
-            retake_missing(run.path, run.config)
+            for run in runs:
+                if run.path.name not in self:
+                    self[run.path.name] = _line(error)
+                    with suppress(OSError):  # the disk may be what is wrong
+                        write_text(run.path / PROBLEM, f"{_line(error)}\n")
+
+
+def _train_group(runs: list[Run], listeners: Mapping[str, Listener]) -> Problems:
+    """Train runs of one shape and take what readings they lack; returns the problem of each that failed."""
+    problems = Problems()
+    with pinned_threads(runs[0].config.training.threads), quiet_transformers():
+        for together in _by_checkpoint([run for run in runs if not run.trained], problems):
+            with problems.of(*together):
+                Batch(together, listeners, problems).train()
+        for run in [run for run in runs if run.path.name not in problems]:
+            with problems.of(run):
+                retake_missing(run.path, run.config)
     return problems
 
 
-def _by_checkpoint(runs: Iterable[Run]) -> list[list[Run]]:
+def _by_checkpoint(runs: Iterable[Run], problems: Problems) -> list[list[Run]]:
     """Runs that can go on from the same step, together."""
     at: dict[str, list[Run]] = {}
     for run in runs:
-        remove_unfinished(run.path)
-        checkpoint = resume_from(run.path)
-        at.setdefault("" if checkpoint is None else checkpoint.name, []).append(run)
+        with problems.of(run):
+            remove_unfinished(run.path)
+            checkpoint = resume_from(run.path)
+            at.setdefault("" if checkpoint is None else checkpoint.name, []).append(run)
     return list(at.values())
 
 
@@ -139,6 +161,7 @@ class _Member:
         if checkpoint is not None:
             trainer._load_from_checkpoint(str(checkpoint))
             trainer._load_optimizer_and_scheduler(str(checkpoint))
+            trainer._load_rng_state(str(checkpoint))  # so that a damaged one is this run's problem, not the batch's
             trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         assert isinstance(trainer.model, PreTrainedModel), "build_trainer makes it one"
         return cls(run, trainer.model, trainer, probes, checkpoint)
@@ -158,10 +181,22 @@ class _Member:
 
 
 class Batch:
-    """Runs of one shape and one step, stepping as one; `listeners` as in `train_together`."""
+    """Runs of one shape and one step, stepping as one; `listeners` as in `train_together`.
 
-    def __init__(self, runs: Sequence[Run], listeners: Mapping[str, Listener]) -> None:
-        self.members = [_Member.open(run) for run in runs]
+    A run that fails gets into `problems` and is neither written nor told of any more; among `members`, those that
+    could be opened, it keeps its place. Raises: RevprobeError, when none could be opened.
+    """
+
+    def __init__(
+        self, runs: Sequence[Run], listeners: Mapping[str, Listener], problems: Problems | None = None
+    ) -> None:
+        self.problems = Problems() if problems is None else problems
+        self.members: list[_Member] = []
+        for run in runs:
+            with self.problems.of(run):
+                self.members.append(_Member.open(run))
+        if not self.members:
+            raise RevprobeError("; ".join(self.problems[run.path.name] for run in runs))
         self.listeners, self._told = listeners, 0.0
         trainers = [member.trainer for member in self.members]
         self.first, self.config = trainers[0], runs[0].config
@@ -171,9 +206,17 @@ class Batch:
         self.optimizer, self.scheduler = self.stack.optimizer(trainers)
         self.average = self.stack.average([trainer.ema for trainer in trainers], updates=self.step)
         self.snapshots = frozenset(self.config.snapshot_steps)
+        # Each model's last loss, or its first that was not finite, and the step before that one.
+        self._losses = torch.zeros(len(self.members), device=self.stack.device)
+        self._sound_until = torch.full_like(self._losses, self.step, dtype=torch.long)
+
+    @property
+    def going(self) -> list[tuple[int, _Member]]:
+        """The members without a problem, each with its place in the stack."""
+        return [(place, m) for place, m in enumerate(self.members) if m.run.path.name not in self.problems]
 
     def train(self) -> None:
-        """Take the steps that are left. Raises: RevprobeError, when a run's loss is not finite at a snapshot."""
+        """Take the steps that are left, for as long as any member is going."""
         set_seed(self.config.training.seed)  # of the dropout
         if self.members[0].checkpoint is not None:
             self.first._load_rng_state(str(self.members[0].checkpoint))
@@ -181,12 +224,13 @@ class Batch:
             self._write_snapshots()
         self.stack.base.train()
         for token_ids in self.rows():
-            losses = self.take_step(token_ids)
+            if not self.going:
+                return
+            self._watch(self.take_step(token_ids))
             self.step += 1
             if self.step in self.snapshots:
-                self._require_finite(losses)
                 self._write_snapshots()
-            self._tell(losses)
+            self._tell()
 
     def rows(self) -> Iterator[Tensor]:
         """Every run's own batch of each step that is left. Shapes: `-> models batch seq`."""
@@ -214,36 +258,45 @@ class Batch:
         drawn = [draw_masks((shape[1], shape[2]), generator=step_generator(seed, self.step)) for seed in seeds]
         return torch.stack([rate for rate, _ in drawn]), torch.stack([is_masked for _, is_masked in drawn])
 
-    def _tell(self, losses: Tensor) -> None:
-        """About once a second and at the end: reading the losses makes a GPU wait."""
+    def _watch(self, losses: Tensor) -> None:
+        """Keep the step at which a loss broke, without reading it: that would make a GPU wait."""
+        self._losses = torch.where(self._losses.isfinite(), losses, self._losses)
+        self._sound_until += self._losses.isfinite()
+
+    def _tell(self) -> None:
+        """About once a second and at the end, since it reads the losses."""
         now, steps = time.monotonic(), self.config.training.steps
         if self.listeners and (now - self._told >= EVERY_SECONDS or self.step == steps):
             self._told = now
-            for member, loss in zip(self.members, losses.tolist(), strict=True):
+            losses = self._losses.tolist()
+            for place, member in self.going:
                 if tell := self.listeners.get(member.run.path.name):
-                    tell(self.step, steps, loss)
-
-    def _require_finite(self, losses: Tensor) -> None:
-        for member, loss in zip(self.members, losses.tolist(), strict=True):
-            if not math.isfinite(loss):
-                raise RevprobeError(
-                    f"the training loss of {member.run.path.name} is {loss} at step {self.step}; lower learning_rate "
-                    "or raise warmup_steps, or leave that run out"
-                )
+                    tell(self.step, steps, losses[place])
 
     def _write_snapshots(self) -> None:
-        """Readings, then the checkpoint, of every run, from its own slice of the stack."""
-        for place, member in enumerate(self.members):
-            trainer = member.trainer
-            self.stack.unstack(place, trainer, self.optimizer)
-            if self.average is not None and trainer.ema is not None:
-                self.stack.unstack_weights(self.average.module, place, trainer.ema.module)
-            assert trainer.lr_scheduler is not None, "made when the run was opened"
-            trainer.lr_scheduler.load_state_dict(copy.deepcopy(self.scheduler.state_dict()))
-            trainer.state.global_step = self.step
-            at = (trainer.args, trainer.state, trainer.control)
-            if self.step == 0:
-                member.probes.on_train_begin(*at, model=member.model)
-            else:
-                member.probes.on_step_end(*at, model=member.model)
-            trainer._save_checkpoint(member.model, None)
+        """Readings, then the checkpoint, of every run that is going and whose loss has not broken since the last."""
+        losses, sound_until = self._losses.tolist(), self._sound_until.tolist()
+        for place, member in self.going:
+            with self.problems.of(member.run):
+                if not math.isfinite(losses[place]):
+                    raise RevprobeError(
+                        f"the training loss of {member.run.path.name} is {losses[place]} at step "
+                        f"{sound_until[place] + 1}; lower learning_rate or raise warmup_steps"
+                    )
+                self._write_snapshot(place, member)
+
+    def _write_snapshot(self, place: int, member: _Member) -> None:
+        """Of one run, from its own slice of the stack."""
+        trainer = member.trainer
+        self.stack.unstack(place, trainer, self.optimizer)
+        if self.average is not None and trainer.ema is not None:
+            self.stack.unstack_weights(self.average.module, place, trainer.ema.module)
+        assert trainer.lr_scheduler is not None, "made when the run was opened"
+        trainer.lr_scheduler.load_state_dict(copy.deepcopy(self.scheduler.state_dict()))
+        trainer.state.global_step = self.step
+        at = (trainer.args, trainer.state, trainer.control)
+        if self.step == 0:
+            member.probes.on_train_begin(*at, model=member.model)
+        else:
+            member.probes.on_step_end(*at, model=member.model)
+        trainer._save_checkpoint(member.model, None)

@@ -42,8 +42,9 @@ ABOUT_CURVES = (
     "column and no other: the step, like the rest of the configuration, was fixed before."
 )
 ABOUT_SPREAD = (
-    "RoPE at length 10, seed 0, one number of the configuration changed at a time. Per cent, except probabilities. The "
-    "curve is the reverse accuracy at each checkpoint from step 0 to the last, from ▁ (0 %) to █ (100 %)."
+    "RoPE at length 10, seed 0, one number of the configuration changed at a time; a run without a variant in its name "
+    "is the unchanged configuration, and its other seeds show what the seed alone does. Per cent, except probabilities. "
+    "The curve is the reverse accuracy at each checkpoint from step 0 to the last, from ▁ (0 %) to █ (100 %)."
 )
 _BARS = "▁▂▃▄▅▆▇█"
 _COLUMNS = [("accuracy", "raw"), ("accuracy", "ema"), ("probability", "raw"), ("probability", "ema")]
@@ -197,7 +198,7 @@ def spread_markdown(measures: pd.DataFrame) -> str:
     for (run, weights), part in measures.groupby(["run", "weights"], sort=False):
         last, reverse = part["step"].max(), part[part["measure"] == "reverse_accuracy"].sort_values("step")
         at_end = {row["measure"]: row for row in records(part[part["step"] == last])}
-        late = reverse[reverse["step"] >= last / 2]["value"]
+        late, curve = reverse[reverse["step"] >= last / 2]["value"], reverse["value"]
         best = records(reverse[reverse["value"] == reverse["value"].max()])[0]
         answer, probability = at_end["reverse_accuracy"], at_end["reverse_probability"]
         rows.append(
@@ -210,7 +211,7 @@ def spread_markdown(measures: pd.DataFrame) -> str:
                 "reverse probability": interval_text(probability["value"], probability["low"], probability["high"]),
                 "over the last half": f"{_percent(late.min())} to {_percent(late.max())}",
                 "highest (step)": f"{_percent(best['value'])} ({best['step']})",
-                "curve": "".join(_BARS[min(7, int(8 * value))] for value in reverse["value"]),
+                "curve": "".join(" " if math.isnan(value) else _BARS[min(7, int(8 * value))] for value in curve),
             }
         )
     return f"## Spread over configurations\n\n{ABOUT_SPREAD}\n\n{markdown_table(rows)}"

@@ -10,11 +10,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import revprobe as rp
-from revprobe.finetune.batched import groups_of_one_shape, train_together
+from revprobe.finetune.batched import Batch, groups_of_one_shape, train_together
 from revprobe.finetune.config import RunConfig, SweepConfig, parse_config
+from revprobe.finetune.missing import expected_readings
 from revprobe.finetune.model_stack import clip_each
-from revprobe.finetune.runs import open_run, train
-from revprobe.models.checkpoints import checkpoint_folder, checkpoint_steps
+from revprobe.finetune.progress import Listener
+from revprobe.finetune.runs import PROBLEM, open_run, train
+from revprobe.finetune.saving import READINGS
+from revprobe.models.checkpoints import checkpoint_folder, checkpoint_steps, step_name
 
 STEPS = 50
 
@@ -40,6 +43,40 @@ def configs(cells: str, steps: int = STEPS, dropout: float = 0.0, **training: An
 
 MASKED = "- {position_encoding: rope, seed: [0, 1]}\n- {position_encoding: [alibi, absolute]}"
 CAUSAL = "- {objective: causal, seed: 1}"
+
+
+def stop_at(last: int) -> Listener:
+    """A listener that stops the training, as Ctrl-C does."""
+
+    def stop(step: int, steps: int, loss: float | None) -> None:
+        if step >= last:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def recorder(told: list[int]) -> Listener:
+    """A listener that keeps the steps it is told of."""
+    return lambda step, steps, loss: told.append(step)
+
+
+def cut_off(file: Path) -> None:
+    """What a full disk or a lost power leaves of a file."""
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def poison(patch: pytest.MonkeyPatch, name: str, at: int) -> None:
+    """Make one number of one run's weights NaN before step `at` + 1, whichever batch the run is in."""
+    plain = Batch.take_step
+
+    def take_step(batch: Batch, token_ids: Tensor) -> Tensor:
+        for place, member in enumerate(batch.members):
+            if member.run.path.name == name and batch.step == at:
+                with torch.no_grad():
+                    batch.stack.weights[0][place].view(-1)[0] = float("nan")
+        return plain(batch, token_ids)
+
+    patch.setattr(Batch, "take_step", take_step)
 
 
 def weights(run: Path, step: int = -1, kind: str = "raw") -> dict[str, Tensor]:
@@ -102,14 +139,10 @@ def test_a_batch_that_was_stopped_is_taken_up_together_or_alone(both: Path, tmp_
     """Optimizer, schedule and average are in the checkpoint: from it either way reaches the uninterrupted end."""
     made = configs("- {position_encoding: [rope, absolute]}")
 
-    def stop(step: int, steps: int, loss: float | None) -> None:
-        if step >= STEPS // 2 + 1:
-            raise KeyboardInterrupt
-
     for way in ("together", "alone"):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr("revprobe.finetune.batched.EVERY_SECONDS", 0.0)
-            train_together(made, tmp_path / way, listeners={made[0].name: stop})
+            train_together(made, tmp_path / way, listeners={made[0].name: stop_at(STEPS // 2 + 1)})
         assert checkpoint_steps(tmp_path / way / made[0].name) == [0, STEPS // 2]
         if way == "together":
             assert train_together(made, tmp_path / way) == {}
@@ -126,14 +159,10 @@ def test_a_stopped_batch_with_dropout_goes_on_with_the_same_bits(tmp_path: Path)
     """The batch's own dropout stream is in the checkpoints."""
     made = configs("- {seed: [0, 1]}", steps=10, dropout=0.2)
 
-    def stop(step: int, steps: int, loss: float | None) -> None:
-        if step >= 7:
-            raise KeyboardInterrupt
-
     assert train_together(made, tmp_path / "straight") == {}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("revprobe.finetune.batched.EVERY_SECONDS", 0.0)
-        train_together(made, tmp_path / "stopped", listeners={made[1].name: stop})
+        train_together(made, tmp_path / "stopped", listeners={made[1].name: stop_at(7)})
     assert train_together(made, tmp_path / "stopped") == {}
     for config in made:
         assert apart(*(weights(tmp_path / way / config.name) for way in ("straight", "stopped"))) == 0
@@ -194,3 +223,86 @@ def test_a_group_that_fails_says_so_and_does_not_stop_the_next(tmp_path: Path) -
     assert "the training loss of rope-l4-s0 is nan at step 2; lower learning_rate" in problems["rope-l4-s0"]
     assert open_run(tmp_path / "rope-l4-s0").problem == problems["rope-l4-s0"]
     assert open_run(tmp_path / "arm-l4-s0").finished
+
+
+def test_a_run_whose_loss_breaks_leaves_the_others_of_its_batch_at_their_bits(both: Path, tmp_path: Path) -> None:
+    """It alone fails, named and with its step, and goes on from its checkpoint when it is asked for again."""
+    made = configs(MASKED)
+    name = made[1].name
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, name, at=30)
+        problems = train_together(made, tmp_path)
+    assert problems == {
+        name: f"the training loss of {name} is nan at step 31; lower learning_rate or raise warmup_steps"
+    }
+    assert open_run(tmp_path / name).problem == problems[name]
+    assert checkpoint_steps(tmp_path / name) == [0, STEPS // 2]
+    for other in {config.name for config in made} - {name}:
+        assert open_run(tmp_path / other).finished and not (tmp_path / other / PROBLEM).exists()
+        for kind in ("raw", "ema"):
+            ended = weights(tmp_path / other, kind=kind)
+            assert apart(ended, weights(both / "together" / other, kind=kind)) == 0, "the broken run moved it"
+            assert apart(ended, weights(both / "alone" / other, kind=kind)) < 1e-5
+    assert train_together(made, tmp_path) == {}
+    assert apart(weights(tmp_path / name), weights(both / "alone" / name)) < 1e-5
+    assert open_run(tmp_path / name).finished and not (tmp_path / name / PROBLEM).exists()
+
+
+def test_a_run_that_breaks_again_does_not_stop_the_others_of_a_resumed_batch(
+    both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands at an earlier checkpoint than they do, is tried again like any failed run, and fails alone."""
+    made = configs(MASKED)
+    poison(monkeypatch, made[0].name, at=10)
+    monkeypatch.setattr("revprobe.finetune.batched.EVERY_SECONDS", 0.0)
+    told: dict[str, list[int]] = {config.name: [] for config in made}
+    listeners: dict[str, Listener] = {name: recorder(steps) for name, steps in told.items()}
+    with pytest.raises(KeyboardInterrupt):
+        train_together(made, tmp_path, listeners=listeners | {made[-1].name: stop_at(STEPS // 2 + 1)})
+    assert told[made[0].name][-1] == STEPS // 2 - 1, "told of a run that has failed"
+    assert told[made[1].name][-1] == STEPS // 2 + 1
+    assert "at step 11; lower" in str(open_run(tmp_path / made[0].name).problem), "not written at once"
+    assert [checkpoint_steps(tmp_path / config.name)[-1] for config in made] == [0, *[STEPS // 2] * 3]
+
+    assert list(train_together(made, tmp_path, listeners=listeners)) == [made[0].name]
+    assert told[made[0].name][-1] == STEPS // 2 - 1, "a batch of failed runs only trains on"
+    for config in made[1:]:
+        assert apart(weights(tmp_path / config.name), weights(both / "alone" / config.name)) < 1e-5
+
+
+def test_a_damaged_state_stops_its_own_run_alone(both: Path, tmp_path: Path) -> None:
+    """Of a batch to take up, one optimizer and one random state are cut off, and a folder takes no readings."""
+    made = configs(MASKED)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("revprobe.finetune.batched.EVERY_SECONDS", 0.0)
+        train_together(made, tmp_path, listeners={made[0].name: stop_at(STEPS // 2 + 1)})
+    runs = [tmp_path / config.name for config in made]
+    for run, file in zip(runs[:2], ("rng_state.pth", "optimizer.pt"), strict=True):
+        cut_off(checkpoint_folder(run, weights="raw")[0] / file)
+    (runs[2] / READINGS / step_name(STEPS)).touch()  # where a folder will have to go
+    problems = train_together(made, tmp_path)
+    assert list(problems) == [run.name for run in runs[:3]]
+    for run, said in zip(runs[:3], ("rng_state.pth is damaged", "optimizer.pt is damaged", "Error: "), strict=True):
+        assert said in problems[run.name] and open_run(run).problem == problems[run.name]
+        assert checkpoint_steps(run) == [0, STEPS // 2]
+    assert apart(weights(runs[3]), weights(both / "alone" / runs[3].name)) < 1e-5
+
+
+def test_readings_that_cannot_be_taken_again_stop_their_own_run_alone(tmp_path: Path) -> None:
+    """Two trained runs lack a reading and one of them its weights too; the other and the next group are served."""
+    made = configs("- {seed: [0, 1]}\n- {objective: causal}", steps=4)
+    damaged, whole, next_group = (tmp_path / config.name for config in made)
+    assert train_together(made[:2], tmp_path) == {}
+    lost = [run / expected_readings(made[0])[-1].file for run in (damaged, whole)]  # of the last step, averaged
+    before = lost[1].read_bytes()
+    for file in lost:
+        file.unlink()
+    cut_off(checkpoint_folder(damaged, weights="ema")[0] / "model.safetensors")
+    for _ in range(2):  # asking again changes nothing
+        problems = train_together(made, tmp_path)
+        assert list(problems) == [damaged.name]
+        assert "the checkpoint is missing, cut off" in problems[damaged.name]
+        assert open_run(damaged).problem == problems[damaged.name]
+        assert lost[1].read_bytes() == before and open_run(whole).finished
+        assert open_run(next_group).finished
