@@ -153,7 +153,9 @@ def probe(
     "[bold]revprobe sweep my_sweep.yaml -j 8 -o /data/runs[/bold]"
 )
 def sweep(
-    config: Annotated[str, typer.Argument(help="A sweep's YAML file, or an example: one-layer-quick, one-layer.")],
+    config: Annotated[
+        str, typer.Argument(help="A sweep's YAML file, or an example: one-layer-quick, one-layer, robustness.")
+    ],
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", min=1, help="Runs side by side, each in a process of its own.")
     ] = 1,

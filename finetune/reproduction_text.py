@@ -43,8 +43,9 @@ ABOUT_CURVES = (
 )
 ABOUT_SPREAD = (
     "RoPE at length 10, seed 0, one number of the configuration changed at a time; a run without a variant in its name "
-    "is the unchanged configuration, and its other seeds show what the seed alone does. Per cent, except probabilities. "
-    "The curve is the reverse accuracy at each checkpoint from step 0 to the last, from ▁ (0 %) to █ (100 %)."
+    "is the unchanged configuration, and its other seeds show what the seed alone does. Per cent, except "
+    "probabilities. The curve is the reverse accuracy at each checkpoint from step 0 to the last, from ▁ (0 %) to █ "
+    "(100 %), blank where it is undefined."
 )
 _BARS = "▁▂▃▄▅▆▇█"
 _COLUMNS = [("accuracy", "raw"), ("accuracy", "ema"), ("probability", "raw"), ("probability", "ema")]
@@ -199,7 +200,7 @@ def spread_markdown(measures: pd.DataFrame) -> str:
         last, reverse = part["step"].max(), part[part["measure"] == "reverse_accuracy"].sort_values("step")
         at_end = {row["measure"]: row for row in records(part[part["step"] == last])}
         late, curve = reverse[reverse["step"] >= last / 2]["value"], reverse["value"]
-        best = records(reverse[reverse["value"] == reverse["value"].max()])[0]
+        best = reverse.loc[reverse["value"].fillna(-1.0).idxmax()]
         answer, probability = at_end["reverse_accuracy"], at_end["reverse_probability"]
         rows.append(
             {

@@ -254,6 +254,9 @@ def test_the_spread_page_shows_the_whole_curve() -> None:
         "| rope-l10-s0 | raw | 100 | 30.0 | 30.0 [29.0, 31.0] | 0.30 [0.29, 0.31] | 30.0 to 30.0 | 90.0 (0) | █▃ |"
         in text
     )
+    lost = frame[frame["run"] == "rope-l10-s0"]
+    lost = lost.assign(value=lost["value"].where((lost["step"] > 0) | (lost["weights"] == "ema")))
+    assert "| 30.0 (100) |  ▃ |" in spread_markdown(lost), "an undefined checkpoint is a blank, not the best one"
     assert markdown_table([]) == "(none)\n"
 
 
