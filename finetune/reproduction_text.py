@@ -200,7 +200,7 @@ def spread_markdown(measures: pd.DataFrame) -> str:
         last, reverse = part["step"].max(), part[part["measure"] == "reverse_accuracy"].sort_values("step")
         at_end = {row["measure"]: row for row in records(part[part["step"] == last])}
         late, curve = reverse[reverse["step"] >= last / 2]["value"], reverse["value"]
-        best = reverse.loc[reverse["value"].fillna(-1.0).idxmax()]
+        best = records(reverse.loc[[reverse["value"].fillna(-1.0).idxmax()]])[0]
         answer, probability = at_end["reverse_accuracy"], at_end["reverse_probability"]
         rows.append(
             {

@@ -134,6 +134,7 @@ class _SiteEdit:
     ) -> None:
         self.sites, self.layers, self.rows, self.change, self.log = sites, layers, rows, change, log
         self.running, self.reached = running, reached
+        self.last = int(rows.max())
         self.calls = 0
         self.modes: list[_EditMode] = []
 
@@ -159,8 +160,7 @@ class _SiteEdit:
         site, query = self._next_site(), call["query"]
         if site.layer not in self.layers:
             return call
-        if len(query) != len(self.rows):
-            raise _other_batch(site.path, len(query), len(self.rows))
+        self._require_fit(site, len(query), query.shape[-2] if query.shape[1] == site.heads else 1)
         # When a single token decodes, grouped queries come packed: `batch kv_heads group dim`.
         packed = query.shape[1] != site.heads
         whole = dict(call, query=query.reshape(len(query), site.heads, 1, -1)) if packed else call
@@ -177,11 +177,23 @@ class _SiteEdit:
         site = self._next_site()
         if site.layer not in self.layers:
             return scores
-        if len(scores) != len(self.rows):
-            raise _other_batch(site.path, len(scores), len(self.rows))
+        self._require_fit(site, len(scores), scores.shape[-2])
         rows = self.rows.to(scores.device)
         added = self._added(site, matrix_rows(scores, rows))
         return scores if added is None else _spread(scores, added, rows)
+
+    def _require_fit(self, site: AttentionSite, batch: int, length: int) -> None:
+        """Hold the edit's rows against the call's; on an accelerator a row too many would end the process."""
+        if batch != len(self.rows):
+            raise RevprobeError(
+                f"{site.path}: scores of {batch} sequences, but the edit's rows are given for {len(self.rows)}; run "
+                "the batch that the edit was made for"
+            )
+        if self.last >= length:
+            raise RevprobeError(
+                f"rows name position {self.last}, but {site.path} attends from {length} tokens; expected 0 to "
+                f"{length - 1}"
+            )
 
     def _next_site(self) -> AttentionSite:
         """The site of this call: a module shared between layers takes its turns, one after the other."""
@@ -249,10 +261,3 @@ def _spread(matrix: Tensor, added: Tensor, rows: Tensor) -> Tensor:
     """Add to some rows of a score matrix, out of place. Shapes: `batch heads seq seq, batch heads rows seq`."""
     index = rows[:, None, :, None].expand_as(added)
     return matrix.scatter_add(2, index, added.to(matrix.dtype))
-
-
-def _other_batch(path: str, found: int, expected: int) -> RevprobeError:
-    return RevprobeError(
-        f"{path}: scores of {found} sequences, but the edit's rows are given for {expected}; run the batch that the "
-        "edit was made for"
-    )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import index as whole
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import RevprobeError
 from ..hooks.attention_edits import AttentionSite, EditLog, edit_scores, find_attention
+from ..models.layers import silent_layers
 from ..models.probed import ProbedModel, as_probed
 
 Positions = Tensor | Sequence[Sequence[int]]
@@ -43,8 +45,8 @@ def edit_attention(
             function that makes it from the layer and the rows' scores before softmax, `batch heads rows seq`, -inf
             where masked: `lambda layer, scores: 2.0 - scores[..., [0]]` sets the score of column 0 to 2.
         layers, heads: which to edit; all when None.
-    Raises: RevprobeError, for a layer or head the model lacks, a position named twice, or a block in which the edited
-        attention never ran.
+    Raises: RevprobeError, for a layer or head the model lacks, a position named twice or outside the sequence that
+        is run, or a block in which the edited attention never ran.
     """
     model = as_probed(model)
     at_rows, at_columns = _positions(rows, "rows"), _positions(columns, "columns")
@@ -55,9 +57,14 @@ def edit_attention(
         )
     sites = attention_sites(model)
     chosen = choose_layers(model, sites, layers)
-    keep = choose_heads(model, sites, heads)
+    keep, last = choose_heads(model, sites, heads), int(at_columns.max())
 
     def change(layer: int, scores: Tensor) -> Tensor:
+        if last >= scores.shape[-1]:
+            raise RevprobeError(
+                f"columns name position {last}, but layer {layer} attends over {scores.shape[-1]} tokens; expected 0 "
+                f"to {scores.shape[-1] - 1}"
+            )
         added = bias(layer, scores) if callable(bias) else bias
         added = torch.as_tensor(added, dtype=scores.dtype, device=scores.device)
         index = at_columns.to(scores.device)[:, None, None].expand(*scores.shape[:3], -1)
@@ -78,8 +85,8 @@ def attention_sites(model: ProbedModel) -> list[AttentionSite]:
 
 def choose_layers(model: ProbedModel, sites: Sequence[AttentionSite], layers: Iterable[int] | None) -> list[int]:
     """The layers asked for, all of them when None. Raises: RevprobeError, for one without attention to edit."""
-    there = [site.layer for site in sites]
-    return _choose(model, "layer", there, layers)
+    silent = silent_layers(model.module, [site.path for site in sites])
+    return _choose(model, "layer", [site.layer for site in sites], layers, silent)
 
 
 def choose_heads(model: ProbedModel, sites: Sequence[AttentionSite], heads: Iterable[int] | None) -> list[int]:
@@ -87,13 +94,25 @@ def choose_heads(model: ProbedModel, sites: Sequence[AttentionSite], heads: Iter
     return _choose(model, "head", list(range(max(site.heads for site in sites))), heads)
 
 
-def _choose(model: ProbedModel, what: str, there: list[int], asked: Iterable[int] | None) -> list[int]:
-    chosen = there if asked is None else sorted(set(asked))
+def listed(what: str, asked: Iterable[int]) -> list[int]:
+    """Layers or heads as whole numbers, ascending, each once. Raises: RevprobeError, for anything else."""
+    try:
+        return sorted({whole(one) for one in asked})
+    except TypeError as error:
+        raise RevprobeError(f"{what}s {asked!r}: expected a list of whole numbers, such as {what}s=[0]") from error
+
+
+def _choose(
+    model: ProbedModel, what: str, there: list[int], asked: Iterable[int] | None, silent: Sequence[int] = ()
+) -> list[int]:
+    chosen = there if asked is None else listed(what, asked)
     wrong = [one for one in chosen if one not in there]
     if wrong or not chosen:
-        named = repr(wrong[0]) if wrong else "list []"
-        listed = ", ".join(map(str, sorted(there)[:12])) + (", ..." if len(there) > 12 else "")
-        raise RevprobeError(f"no {what} {named} to edit in {model.name}: expected some of {listed}")
+        named = f"{what} {wrong[0]!r}" if wrong else f"{what} list []"
+        some = ", ".join(map(str, sorted(there)[:12])) + (", ..." if len(there) > 12 else "")
+        if wrong and wrong[0] in silent:
+            raise RevprobeError(f"{named} of {model.name} has no softmax attention to edit: expected some of {some}")
+        raise RevprobeError(f"no {named} to edit in {model.name}: expected some of {some}")
     return chosen
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from .batches import QueryBatch, make_batch
 from .pairs import Query
 from .passes import Progress
 from .pricing import price, readout
-from .route_changes import RouteChange, StrengthRecorder
+from .route_changes import RouteChange, StrengthRecorder, VisibilityRecorder, other_positions
 
 EVIDENCE, CONTROL = 0, 1
 
@@ -77,20 +78,31 @@ class RouteResult:
 class RouteRuns:
     """The state of the loop.
 
-    `steps` holds for each query the queries that price its target (one per token in chain mode), `elsewhere` its
-    control positions, empty where it has none, `units` a (query, donor) each.
+    `steps` holds for each query the queries that price its target (one per token in chain mode), `units` a (query,
+    donor) each. `seed` draws each query's control positions, None for no control.
     """
 
     model: ProbedModel
     sites: Sequence[AttentionSite]
     edit: RouteEdit
+    queries: Sequence[Query]
     steps: Sequence[Sequence[Query]]
-    elsewhere: Sequence[tuple[int, ...]]
     units: Sequence[tuple[int, int]]
     cells: Sequence[Cell]
     batch_size: int
+    seed: int | None
     progress: Progress | None = None
     strength: dict[tuple[int, int], dict[int, Tensor]] = field(default_factory=dict)  # (query, step) -> layer -> ...
+    free: dict[int, np.ndarray] = field(default_factory=dict)  # query -> where its control may stand, `seq`
+    elsewhere: list[tuple[int, ...]] = field(default_factory=list)  # query -> its control's positions, if any
+
+    @cached_property
+    def heads(self) -> dict[int, list[int]]:
+        """All that is edited, layer -> heads."""
+        heads: dict[int, list[int]] = {}
+        for layer, head in sorted(frozenset[tuple[int, int]]().union(*(cell.members for cell in self.cells))):
+            heads.setdefault(layer, []).append(head)
+        return heads
 
     def run(self) -> RouteResult:
         """Every query as it is, then every unit, cell and side; the model comes out as it went in."""
@@ -98,12 +110,16 @@ class RouteRuns:
         zeros = [np.zeros(shape, dtype=kind) for kind in (np.float64, bool, np.int64, np.int64)]
         result = RouteResult(np.zeros(len(self.steps)), *zeros)
         plain = [(q, k) for q, steps in enumerate(self.steps) for k in range(len(steps))]
-        total, done = len(plain) + sum(1 for _ in self._jobs()), 0
+        sides = 1 if self.seed is None else 2
+        edited = sides * len(self.cells) * sum(len(self.steps[q]) for q, _ in self.units)
+        total, done = len(plain) + edited, 0
         with untouched(self.model.module), torch.no_grad():
             for start in range(0, len(plain), self.batch_size):
                 part = plain[start : start + self.batch_size]
                 self._run_plain(part, result)
                 done = self._report(done + len(part), total)
+            self._draw_controls()
+            done = total - sum(1 for _ in self._jobs())  # a query without a control is that much sooner done
             jobs = self._jobs()
             while part_jobs := list(islice(jobs, self.batch_size)):
                 self._run_edited(part_jobs, result)
@@ -123,32 +139,48 @@ class RouteRuns:
                     if self.elsewhere[q]:
                         yield Job(unit, step, cell, CONTROL)
 
+    def _draw_controls(self) -> None:
+        """Each query's control positions, the same in all its steps."""
+        mask = self.model.mask_token_id
+        self.elsewhere = [
+            () if self.seed is None else other_positions(query, self.free[q], self.seed, mask)
+            for q, query in enumerate(self.queries)
+        ]
+
     def _run_plain(self, part: Sequence[tuple[int, int]], result: RouteResult) -> None:
-        """The queries as they are: their log-probability and, for transplants, the strength of their routes."""
+        """The queries as they are: their log-probability, what their rows see, and the strength of their routes."""
         batch = make_batch(self.model, [self.steps[q][k] for q, k in part])
-        if self.edit.name == "transplant":
-            recorder = StrengthRecorder(_at(batch, batch.columns, batch.is_evidence), self.edit.match)
-            everywhere = [site.layer for site in self.sites]
-            with edit_scores(self.model.module, self.sites, batch.rows, recorder, layers=everywhere):
-                log_probabilities = readout(self.model, batch)
-            for place, key in enumerate(part):
-                rows = int(batch.is_target[place].sum())
-                self.strength[key] = {layer: found[place, :, :rows] for layer, found in recorder.found.items()}
-        else:
+        evidence = _evidence(batch)
+        strength = StrengthRecorder(evidence, self.edit.match) if self.edit.name == "transplant" else None
+        seen = None if self.seed is None else VisibilityRecorder(evidence, batch.is_target, self.heads)
+
+        def watch(layer: int, scores: Tensor) -> None:
+            for recorder in (strength, seen):
+                if recorder is not None:
+                    recorder(layer, scores)
+
+        layers = list(self.heads) if strength or seen else []
+        with edit_scores(self.model.module, self.sites, batch.rows, watch, layers=layers):
             log_probabilities = readout(self.model, batch)
+        for place, (q, k) in enumerate(part):
+            if strength is not None:
+                rows = int(batch.is_target[place].sum())
+                self.strength[q, k] = {layer: found[place, :, :rows] for layer, found in strength.found.items()}
+            if seen is not None and seen.free is not None:
+                free = seen.free[place, : len(self.queries[q].token_ids)].numpy()
+                self.free[q] = self.free.get(q, np.ones_like(free)) & free
         values = price(log_probabilities, batch.targets, batch.is_target)[0]
         np.add.at(result.before, [q for q, _ in part], values.cpu().numpy())
 
     def _run_edited(self, jobs: Sequence[Job], result: RouteResult) -> None:
         batch = make_batch(self.model, [self.steps[self.units[job.unit][0]][job.step] for job in jobs])
         change = self._change(jobs, batch)
-        active = [layer for layer, heads in change.active.items() if heads.any()]
-        with edit_scores(self.model.module, self.sites, batch.rows, change, layers=active) as log:
+        with edit_scores(self.model.module, self.sites, batch.rows, change, layers=list(change.active)) as log:
             log_probabilities = readout(self.model, batch)
         values = price(log_probabilities, batch.targets, batch.is_target)[0]
         index = tuple(np.array([(job.unit, job.cell, job.side) for job in jobs]).T)
         np.add.at(result.after, index, values.cpu().numpy())
-        asked = sum(change.active[layer].sum(1) for layer in active) * batch.is_target.sum(1).cpu()
+        asked = torch.stack([heads.sum(1) for heads in change.active.values()]).sum(0) * batch.is_target.sum(1).cpu()
         np.add.at(result.asked, index, asked.numpy())
         for flags in log.meaningless.values():
             np.add.at(result.left, index, flags.sum((1, 2)).cpu().numpy())
@@ -157,16 +189,19 @@ class RouteRuns:
 
     def _change(self, jobs: Sequence[Job], batch: QueryBatch) -> RouteChange:
         """The edit of each sequence of a batch."""
-        evidence = _at(batch, batch.columns, batch.is_evidence)
+        evidence = _evidence(batch)
         at = evidence.clone()
         for place, job in enumerate(jobs):
             if job.side == CONTROL:
-                at[place] = False
-                at[place, list(self.elsewhere[self.units[job.unit][0]])] = True
-        active = {site.layer: self._active(jobs, site) for site in self.sites}
+                there = self.elsewhere[self.units[job.unit][0]]
+                padded = [*there, *[there[0]] * (at.shape[1] - len(there))]
+                at[place] = torch.tensor(padded, device=at.device)
+        layers = {layer for cell in {job.cell for job in jobs} for layer, _ in self.cells[cell].members}
+        sites = [site for site in self.sites if site.layer in layers]
+        active = {site.layer: self._active(jobs, site) for site in sites}
         wanted = {}
         if self.edit.name == "transplant":
-            wanted = {site.layer: self._wanted(jobs, site, batch.rows.shape[1]) for site in self.sites}
+            wanted = {site.layer: self._wanted(jobs, site, batch.rows.shape[1]) for site in sites}
         return RouteChange(
             self.edit.name,
             evidence,
@@ -180,8 +215,8 @@ class RouteRuns:
 
     def _active(self, jobs: Sequence[Job], site: AttentionSite) -> Tensor:
         """Which heads of a layer each sequence edits. Shapes: `-> batch heads`."""
-        cells = [[(site.layer, head) in cell.members for head in range(site.heads)] for cell in self.cells]
-        return torch.tensor(cells)[[job.cell for job in jobs]]
+        members = [self.cells[job.cell].members for job in jobs]
+        return torch.tensor([[(site.layer, head) in inside for head in range(site.heads)] for inside in members])
 
     def _wanted(self, jobs: Sequence[Job], site: AttentionSite, width: int) -> Tensor:
         """The strength each sequence's donor has in a layer, row for row; padded rows get 0.
@@ -203,7 +238,6 @@ class RouteRuns:
         return wanted
 
 
-def _at(batch: QueryBatch, columns: Tensor, present: Tensor) -> Tensor:
-    """Positions as marks along the sequence. Shapes: `batch column, batch column (bool) -> batch seq (bool)`."""
-    marks = torch.zeros(batch.input_ids.shape, dtype=torch.long, device=columns.device)
-    return marks.scatter_add(1, columns, present.long()) > 0
+def _evidence(batch: QueryBatch) -> Tensor:
+    """The evidence's positions, padded by repeating the first. Shapes: `-> batch columns`."""
+    return torch.where(batch.is_evidence, batch.columns, batch.columns[:, :1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,19 +50,30 @@ def route_edit_figure(reading: Reading, *, kind: str = "intervals", direction: s
     for what, value, known in (("kind", kind, KINDS), ("direction", direction, tuple(COLOURS))):
         if value not in known:
             raise RevprobeError(f"route plot of {what} {value!r}{did_you_mean(value, known)}")
-    table = _summary(reading, direction)
+    part = _part(reading, direction=direction)
+    table = _summary(part)
     shown = table[table["scope"] == "head"] if kind == "heatmap" else table
+    if shown.empty:
+        return message_figure("No defined change: no single head was edited; measure with scope='head'")
     if shown["value"].isna().all():
-        why = undefined_text(reading.undefined) or "no single head was edited; measure with scope='head'"
-        return message_figure(f"No defined change: {why}")
+        return message_figure(
+            f"No defined change: {undefined_text(_part(part, scope=shown['scope'].iloc[0]).undefined)}"
+        )
     figure = _heatmap(shown) if kind == "heatmap" else _intervals(shown, direction)
-    return _titled(figure, reading, table.iloc[0], direction)
+    return _titled(figure, part, table.iloc[0], direction)
 
 
-def _summary(reading: Reading, direction: str) -> pd.DataFrame:
-    """One row per edit of one direction, the widest first."""
-    table = reading.summary(by=["direction", "scope", "layer", "head"])
-    table = table[table["direction"] == direction]
+def _part(reading: Reading, **where: str) -> Reading:
+    """The reading of the frame's rows with these values alone: its own n, undefined and numbers."""
+    frame = reading.frame
+    for column, value in where.items():
+        frame = frame[frame[column] == value]
+    return replace(reading, frame=frame)
+
+
+def _summary(reading: Reading) -> pd.DataFrame:
+    """One row per edit, the widest first."""
+    table = reading.summary(by=["scope", "layer", "head"])
     order = table["scope"].map({"all": 0, "layer": 1, "head": 2})
     return table.assign(order=order).sort_values(["order", "layer", "head"], ignore_index=True)
 
@@ -75,6 +87,8 @@ def _intervals(table: pd.DataFrame, direction: str) -> go.Figure:
         ("value", "low", "high", COLOURS[direction], "evidence", "circle"),
     ):
         value = rows[column].astype(float)
+        if value.isna().all():  # measured without a control
+            continue
         bars = {"type": "data", "symmetric": False, "array": (rows[high] - value).tolist(), "color": colour}
         bars["arrayminus"] = (value - rows[low]).tolist()
         hover = [interval_text(*numbers) for numbers in rows[[column, low, high]].astype(float).itertuples(index=False)]

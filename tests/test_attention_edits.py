@@ -481,6 +481,7 @@ def hooks_of(module: nn.Module) -> list[tuple[int, ...]]:
         ({"layers": [7]}, "no layer 7 to edit in .*expected some of 0, 1"),
         ({"heads": [2]}, "no head 2 to edit in .*expected some of 0, 1"),
         ({"layers": []}, r"no layer list \[\] to edit"),
+        ({"layers": 1}, r"layers 1: expected a list of whole numbers, such as layers=\[0\]"),
         ({"columns": [[0]]}, "rows for 2 sequences and columns for 1"),
         ({"columns": [[0, 0], [1, 2]]}, "name a position twice or below 0"),
         ({"columns": [0, 1]}, "expected `batch columns`"),
@@ -500,6 +501,18 @@ def test_an_edit_that_never_ran_and_another_batch_are_errors():
     another = pytest.raises(RevprobeError, match="scores of 2 sequences, but the edit's rows are given for 1")
     with another, edit_attention(model, [[2]], [[0]]):
         logits(model)
+
+
+@pytest.mark.parametrize("name", ["rope", "llama eager", "rope bridged"])
+def test_a_position_outside_the_sequence_that_is_run_is_named(name):
+    model = MODELS[name]()
+    for options, message in (
+        ({"rows": [[99], [0]]}, "rows name position 99, but .* attends from 6 tokens; expected 0 to 5"),
+        ({"columns": [[0], [99]]}, "columns name position 99, but layer 0 attends over 6 tokens; expected 0 to 5"),
+    ):
+        arguments = {"rows": [[2], [2]], "columns": [[0], [1]], **options}
+        with pytest.raises(RevprobeError, match=message), edit_attention(model, **arguments):
+            logits(model)
 
 
 def test_gradient_checkpointing_of_shared_layers_is_refused():

@@ -30,7 +30,8 @@ from revprobe.hooks.attention import tap_attention
 from revprobe.models.radd import POSITION_ENCODINGS
 from revprobe.probes import route_changes, route_runs
 from revprobe.probes.attention import EVIDENCE_HIDDEN
-from revprobe.probes.routing import NO_POSITION, NO_STRENGTH, ONLY_KEY, other_positions
+from revprobe.probes.route_changes import other_positions
+from revprobe.probes.routing import NO_POSITION, NO_STRENGTH, ONLY_KEY, ZERO_AFTER, ZERO_BEFORE, ZERO_CONTROL
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SMALL = {"vocab_size": 56, "max_position_embeddings": 64, "bos_token_id": 54, "eos_token_id": None, "pad_token_id": 55}
@@ -128,6 +129,16 @@ def price_by_hand(model: ProbedModel, query: Query, mode: str, at=None, bias=flo
     return total
 
 
+def drawn_by_hand(model: ProbedModel, query: Query, seed: int = 0) -> list[int]:
+    """Where the control stands in a model without windows: any position that the first readout row may see."""
+    causal = model.objective == "causal"
+    end = query.target_positions[0] - model.logit_shift + 1 if causal else len(query.token_ids)
+    taken = {*query.target_positions, *query.evidence_positions}
+    free = [p for p in range(end) if p not in taken and query.token_ids[p] != model.mask_token_id]
+    draw = np.random.default_rng([seed, *query.token_ids, *query.target_positions, *query.evidence_positions])
+    return sorted(draw.choice(free, size=len(query.evidence_positions), replace=False).tolist())
+
+
 def row_of(reading: Reading, pair: int, direction: str, **where):
     frame = reading.frame.query("pair == @pair and direction == @direction")
     wanted = {"scope": "all"} | where
@@ -150,7 +161,7 @@ def test_a_knockout_equals_every_step_run_alone_with_the_route_cut(name, mode):
         for direction in ("forward", "reverse"):
             query = getattr(pairs[pair], direction)
             before, whole = price_by_hand(model, query, mode), row_of(reading, pair, direction)
-            evidence, elsewhere = query.evidence_positions, other_positions(model, query, 0)
+            evidence, elsewhere = query.evidence_positions, drawn_by_hand(model, query)
             assert whole.log_probability == pytest.approx(before, abs=1e-5)
             after = price_by_hand(model, query, mode, evidence)
             assert whole.change == pytest.approx(after - before, abs=2e-5) and abs(whole.change) > 1e-4
@@ -254,7 +265,7 @@ def test_scaling_multiplies_the_odds_and_its_control_the_odds_of_other_positions
     moved = (after[0] - before[0][[0, 0]]).exp()
     expected = torch.ones_like(moved)
     expected[0, ..., list(query.evidence_positions)] = 3.0
-    expected[1, ..., list(other_positions(model, query, 0))] = 3.0
+    expected[1, ..., drawn_by_hand(model, query)] = 3.0
     torch.testing.assert_close(moved, expected, atol=1e-4, rtol=0)
 
 
@@ -294,25 +305,29 @@ def test_in_one_layer_a_cut_query_cannot_tell_which_evidence_it_holds():
 def test_the_control_draws_other_visible_positions_and_all_of_them_in_time(name):
     model = MODELS[name]()
     query = wordy_pairs(model, facts=1)[0].reverse
+    visible = np.ones(len(query.token_ids), dtype=bool)
+    visible[[0, -1]] = False
     taken = {*query.target_positions, *query.evidence_positions}
-    end = query.target_positions[0] if model.objective == "causal" else len(query.token_ids)
-    allowed = {p for p in range(end) if p not in taken}
-    drawn = [other_positions(model, query, seed) for seed in range(200)]
+    allowed = {p for p in range(1, len(visible) - 1) if p not in taken}
+    drawn = [other_positions(query, visible, seed, model.mask_token_id) for seed in range(200)]
     assert all(len(positions) == len(set(positions)) == 2 for positions in drawn)
     assert {p for positions in drawn for p in positions} == allowed
-    assert drawn[0] == other_positions(model, query, 0), "the same seed draws the same positions"
+    assert drawn[0] == other_positions(query, visible, 0, model.mask_token_id), "the same seed draws the same positions"
 
 
-def test_a_causal_control_stands_where_every_readout_row_sees_it():
-    query = Query(list(range(1, 10)), [4, 5], [1])
-    drawn = {position for seed in range(100) for position in other_positions(gpt2(), query, seed)}
+def test_a_causal_control_stands_where_every_readout_row_sees_it(monkeypatch):
+    query, model, drawn = Query(list(range(1, 10)), [4, 5], [1]), gpt2(), set()
+    watched = lambda *arguments: drawn.update(found := other_positions(*arguments)) or found  # noqa: E731
+    monkeypatch.setattr(route_runs, "other_positions", watched)
+    pairs = ReversalPairs.from_pairs([ReversalPair(query, query)])
+    for seed in range(30):
+        probe_route_edit(model, pairs, scope="all", seed=seed)
     assert drawn == {0, 2, 3}, "the first readout row is 3; later tokens are hidden from it"
 
 
 def test_a_masked_position_is_never_a_control():
-    model = radd()
     query = Query([1, 53, 2, 3, 53], [0], [2])
-    assert {other_positions(model, query, seed) for seed in range(30)} == {(3,)}
+    assert {other_positions(query, [True] * 5, seed, 53) for seed in range(30)} == {(3,)}
 
 
 def test_no_position_for_the_control_is_nan_and_counted():
@@ -320,6 +335,7 @@ def test_no_position_for_the_control_is_nan_and_counted():
     pair = ReversalPair(Query([1, 2], [0], [1]), Query([2, 1], [1], [0]))
     reading = probe_route_edit(model, ReversalPairs.from_pairs([pair]), scope="all")
     assert math.isfinite(reading.value) and reading.control is None
+    assert reading.frame.edited.eq(1.0).all() and reading.frame.edited_control.isna().all()
     assert reading.frame.change_control.isna().all() and set(reading.frame.reason_control) == {NO_POSITION}
     assert reading.undefined == {NO_POSITION: 1}
 
@@ -341,6 +357,49 @@ def test_evidence_that_is_all_a_row_sees_or_that_it_cannot_see_is_nan_with_the_r
         moved = probe_route_edit(model, causal_pair(4, target=1, evidence=evidence), edit="transplant")
         assert set(moved.frame.reason) == {NO_STRENGTH}
     assert set(alone.frame.reason_control) == {ONLY_KEY}
+
+
+def without_token(model: ProbedModel, below: float) -> ProbedModel:
+    """The model with every logit below some number at -inf, as masked vocabularies have them."""
+    model.module.lm_head.register_forward_hook(lambda _, __, out: out.masked_fill(out < below, float("-inf")))
+    return model
+
+
+@pytest.mark.filterwarnings("error")
+def test_probability_0_before_the_edit_is_a_reason_and_not_a_silent_nan():
+    model = gpt2()
+    pairs = letter_pairs(4, model=model)
+    token = pairs[0].reverse.target[0]
+    hide = lambda _, __, out: out.index_fill(-1, torch.tensor([token]), float("-inf"))  # noqa: E731
+    model.module.lm_head.register_forward_hook(hide)
+    frame = probe_route_edit(model, pairs, scope="all").frame
+    gone = frame.apply(lambda row: getattr(pairs[row.pair], row.direction).target[0] == token, axis=1)
+    assert 0 < gone.sum() < len(frame) and (frame.log_probability[gone] == -math.inf).all()
+    assert (frame.reason == ZERO_BEFORE).equals(gone) and (frame.reason_control == ZERO_BEFORE).equals(gone)
+    assert frame.change.isna().equals(gone) and frame.change_control.isna().equals(gone)
+    assert (frame.log_probability_edited[gone] == -math.inf).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_probability_0_under_an_edit_enters_no_mean_and_says_which_edit():
+    """Logits below the lowest one that the target has in any plain run are hidden, so that only edits get there."""
+    plain = gpt2()
+    pairs = wordy_pairs(plain, targets=1)
+    logits = []
+    for query in pairs.queries:
+        out = plain.logits(torch.tensor([query.token_ids])).detach()[0, query.target_positions[0] - 1]
+        logits.append(float(out[query.target[0]]))
+    model = without_token(gpt2(), min(logits) - 1e-4)
+    free = probe_route_edit(plain, pairs).frame
+    reading = probe_route_edit(model, pairs)
+    frame = reading.frame
+    fell, control_fell = frame.log_probability_edited == -math.inf, frame.log_probability_control == -math.inf
+    assert 0 < fell.sum() < len(frame) and (control_fell & ~fell).any()
+    assert np.isfinite(frame.log_probability).all() and (free.reason == "").all()
+    assert (frame.reason == np.where(fell, ZERO_AFTER, "")).all() and frame.change.isna().equals(fell)
+    assert (frame.reason_control == np.select([fell, control_fell], [ZERO_AFTER, ZERO_CONTROL], "")).all()
+    assert frame.change_control.isna().equals(fell | control_fell)
+    assert not np.isinf(reading.summary(by=["direction", "scope", "layer", "head"])["value"]).any()
 
 
 def test_a_window_that_hides_the_evidence_in_one_layer_leaves_half_of_the_edit():
@@ -367,10 +426,23 @@ def test_layers_without_softmax_attention_are_nan_rows_with_the_reason():
     config = transformers.Qwen3_5TextConfig(**SIZES | {"num_hidden_layers": 4}, **heads)
     module = spread(transformers.AutoModelForCausalLM.from_config(config))
     model = ProbedModel(module, objective="causal")
-    reading = probe_route_edit(model, causal_pair(6, target=5, evidence=1), scope="layer")
+    pairs = causal_pair(6, target=5, evidence=1)
+    reading = probe_route_edit(model, pairs, scope="layer")
+    assert len(reading.frame) == 2 * (1 + 4), "one row for each direction and edit"
     reasons = reading.frame.query("direction == 'reverse' and scope == 'layer'").set_index("layer").reason
     assert reasons.to_dict() == {3: "", **{n: f"layer {n} has no softmax attention" for n in range(3)}}
-    assert math.isfinite(reading.value)
+    assert math.isfinite(reading.value) and reading.meta["layers_without_attention"] == [0, 1, 2]
+    some = probe_route_edit(model, pairs, scope="all", layers=[0, 3])
+    assert (some.meta["layers"], some.meta["layers_without_attention"]) == ([3], [0])
+    silent = r"layer 0 of .* has no softmax attention to edit: expected some of 3$"
+    for call in (lambda: probe_route_edit(model, pairs, layers=[0]), lambda: opened(edit_attention, model, layers=[0])):
+        with pytest.raises(RevprobeError, match=silent):
+            call()
+
+
+def opened(edit, model: ProbedModel, **options) -> None:
+    with edit(model, [[1]], [[0]], **options):
+        pass
 
 
 def test_equal_cells_run_once_and_every_scope_has_its_rows():
@@ -384,6 +456,21 @@ def test_equal_cells_run_once_and_every_scope_has_its_rows():
     assert (changes["all"] == changes["layer"]).all() and (changes["all"] == changes["head"]).all()
     counts = {scope: len(probe_route_edit(radd(), pairs, scope=scope).frame) for scope in ("all", "layer", "head")}
     assert counts == {"all": 2 * len(pairs), "layer": 2 * 3 * len(pairs), "head": 2 * 7 * len(pairs)}
+
+
+@pytest.mark.parametrize("edit", ["knockout", "transplant"])
+def test_a_batch_prepares_the_layers_of_its_own_cells_alone(edit, monkeypatch):
+    """A deep model has hundreds of cells; each batch used to look at all of them in all layers."""
+    made, own = [], route_changes.RouteChange.__init__
+    watched = lambda self, *a, **k: made.append((a, k)) or own(self, *a, **k)  # noqa: E731
+    monkeypatch.setattr(route_changes.RouteChange, "__init__", watched)
+    model = radd(n_layers=3)
+    pairs = ReversalPairs.from_pairs([wordy_pairs(model, targets=1)[0]])
+    probe_route_edit(model, pairs, edit=edit, batch_size=1, control=False)
+    cells = [[0, 1, 2], [0], [1], [2], *([n] for n in (0, 0, 1, 1, 2, 2))]
+    assert [sorted(a[4]) for a, _ in made] == cells * 2
+    assert [sorted(k["wanted"]) for _, k in made] == (cells if edit == "transplant" else [[]] * 10) * 2
+    assert [int(sum(heads.sum() for heads in a[4].values())) for a, _ in made] == [6, 2, 2, 2, *[1] * 6] * 2
 
 
 def test_layers_and_heads_choose_what_is_edited_also_in_the_whole_route():
@@ -468,6 +555,24 @@ def test_the_figures_show_the_summary(tmp_path):
         reading.plot(kind="heat")
     alone = probe_route_edit(gpt2(), causal_pair(4, target=1, evidence=0))
     assert ONLY_KEY in alone.plot().layout.annotations[0].text
+    (only,) = probe_route_edit(model, letter_pairs(4, model=model), control=False).plot().data
+    assert only.name == "evidence"
+    whole = probe_route_edit(model, letter_pairs(4, model=model), scope="all")
+    assert "measure with scope='head'" in whole.plot(kind="heatmap").layout.annotations[0].text
+
+
+def test_the_figures_count_what_their_own_direction_lacks():
+    """Forward, the evidence stands after the target, hidden from it: in one pair of three, then in all."""
+    model = gpt2()
+    hidden = ReversalPair(Query([1, 2, 3, 4, 5], [2], [4]), Query([6, 5, 7, 3, 8], [3], [1]), fact="hidden")
+    reading = probe_route_edit(model, ReversalPairs.from_pairs([hidden, *wordy_pairs(model, facts=2)]))
+    forward, reverse = (reading.plot(direction=one).layout.title.text for one in ("forward", "reverse"))
+    assert forward.endswith("n = 2, 1 undefined") and reverse.endswith("n = 3")
+    alone = probe_route_edit(model, ReversalPairs.from_pairs([hidden]))
+    assert math.isfinite(alone.value)
+    for kind, count in (("intervals", 1), ("heatmap", 4)):
+        text = alone.plot(kind=kind, direction="forward").layout.annotations[0].text
+        assert text == f"No defined change: {count} {EVIDENCE_HIDDEN}"
 
 
 @pytest.mark.parametrize(
@@ -477,6 +582,14 @@ def test_the_figures_show_the_summary(tmp_path):
         ({"match": "odds"}, "unknown match 'odds'"),
         ({"scope": "heads"}, "unknown scope 'heads'.*head"),
         ({"edit": "scale", "factor": 0.0}, "factor 0.0: expected a positive number; edit='knockout'"),
+        ({"edit": "scale", "factor": True}, "factor True: expected a positive number"),
+        ({"edit": "scale", "factor": "2"}, "factor '2': expected a positive number"),
+        ({"factor": 3.0}, "factor=3.0 has no say in edit='knockout': leave it out, or use edit='scale'"),
+        ({"edit": "scale", "match": "score"}, "match='score' has no say in edit='scale'.*edit='transplant'"),
+        ({"layers": 3}, r"layers 3: expected a list of whole numbers, such as layers=\[0\]"),
+        ({"heads": 1}, r"heads 1: expected a list of whole numbers, such as heads=\[0\]"),
+        ({"layers": [0.5]}, r"layers \[0.5\]: expected a list of whole numbers"),
+        ({"layers": []}, r"no layer list \[\] to edit"),
         ({"layers": [5]}, "no layer 5 to edit"),
         ({"heads": [-1]}, "no head -1 to edit"),
         ({"batch_size": 0}, "batch_size 0"),
@@ -487,6 +600,15 @@ def test_a_wrong_option_says_what_was_expected(options, message):
     model = radd()
     with pytest.raises(RevprobeError, match=message):
         probe_route_edit(model, letter_pairs(4, model=model), **options)
+
+
+def test_a_numpy_number_is_a_factor_and_numpy_layers_survive_saving(tmp_path):
+    model = radd()
+    pairs = wordy_pairs(model)
+    options = {"edit": "scale", "scope": "all"}
+    reading = probe_route_edit(model, pairs, factor=np.float32(3.0), layers=np.array([0, 1]), **options)
+    assert reading.frame.equals(probe_route_edit(model, pairs, factor=3, **options).frame)
+    assert Reading.load(reading.save(tmp_path / "route.parquet")).meta["layers"] == [0, 1]
 
 
 def test_the_model_comes_out_as_it_went_in_also_when_it_raises():
