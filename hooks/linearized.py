@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .attention import _running_module, call_rows, sdpa_call
+from .attention import _running_module, call_rows, matrix_rows, sdpa_call, softmaxed
 from .held_pass import HeldAttention, HeldPass, Part
 
 # Linear in the one tensor that varies; shapes, casts, sums and selections. "__get__" is an attribute (.mT, .shape).
@@ -75,6 +75,7 @@ class _HoldingMode(TorchFunctionMode):
     def __init__(self, held: HeldPass, rows: Tensor, running: list[str], tokens: Tensor | None) -> None:
         super().__init__()
         self.held, self.rows, self.running, self.tokens = held, rows, running, tokens
+        self.hidden: Tensor | None = None  # what the mask keeps from the rows, by the last softmax of scores
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -91,6 +92,8 @@ class _HoldingMode(TorchFunctionMode):
             return _RULES[name](self, func, args, kwargs)
         if name in _LINEAR:
             return self._seen(func(*args, **kwargs))
+        if (scores := softmaxed(func, args, kwargs)) is not None:
+            self._keep_hidden(scores.detach())
         return self._cut(func, args, kwargs)
 
     # ---- making parts ----
@@ -222,7 +225,16 @@ class _HoldingMode(TorchFunctionMode):
         weight = pattern.detach().reshape(batch, -1, *pattern.shape[-2:])
         at_rows = weight.transpose(1, 2)[torch.arange(batch, device=weight.device)[:, None], self.rows].transpose(1, 2)
         value, by_head = (t.reshape(batch, -1, *t.shape[-2:]) for t in (value, mixed))
-        return self._attention(value, by_head, at_rows, at_rows == 0).reshape(mixed.shape)
+        hidden = self.hidden
+        if hidden is None or hidden.shape != at_rows.shape:
+            hidden = torch.zeros_like(at_rows, dtype=torch.bool)
+        return self._attention(value, by_head, at_rows, hidden).reshape(mixed.shape)
+
+    def _keep_hidden(self, scores: Tensor) -> None:
+        """What the mask hides stands in the scores; a weight of 0 may as well have underflowed."""
+        if _is_square(scores, len(self.rows)) and scores.shape[-1] > int(self.rows.max()):
+            by_head = scores.reshape(len(self.rows), -1, *scores.shape[-2:])
+            self.hidden = matrix_rows(by_head, self.rows).isneginf()
 
     def _attention(self, value: Tensor, mixed: Tensor, weight: Tensor, hidden: Tensor) -> Tensor:
         output = mixed.detach().requires_grad_()
@@ -258,9 +270,14 @@ def _is_scale(factor: Tensor, states: Tensor) -> bool:
     return factor.dim() > 0 and factor.shape[-1] == 1 and states.shape[-1] > 1
 
 
+def _is_square(values: Tensor, batch: int) -> bool:
+    """Whether these are squares of positions for each example and head, which may be folded into one axis."""
+    return values.dim() in (3, 4) and values.shape[-1] == values.shape[-2] and not values.shape[0] % batch
+
+
 def _is_pattern(weights: Tensor, batch: int) -> bool:
     """Rows of non-negative weights that sum to one, over a square of positions, for each example and head."""
-    if weights.dim() not in (3, 4) or weights.shape[-1] != weights.shape[-2] or weights.shape[0] % batch:
+    if not _is_square(weights, batch):
         return False
     held = weights.detach().float()
     return bool((held >= 0).all() and ((held.sum(-1) - 1).abs() < _PATTERN_SLACK).all())

@@ -11,6 +11,7 @@ Shapes below: batch (queries), token (target tokens), heads, seq, vocab.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -146,18 +147,9 @@ class HeldBatch:
     def _head_pieces(self, place: int, gradient: Tensor | None) -> dict[Piece, tuple[Tensor, Tensor]]:
         """Contribution and stored evidence of every head, position and source of one layer."""
         call, layer = self.held.attention[place], self.layers[place]
-        if gradient is None:
-            raise RevprobeError(
-                f"{self.model.name}: the heads of {call.site!r} reach the logit only through something nonlinear "
-                f"({self._last_cut()}), so they have no direct share in it"
-            )
-        batch = torch.arange(len(gradient), device=gradient.device)[:, None]
-        at_rows = gradient.transpose(1, 2)[batch, self.batch.rows].transpose(1, 2).double()
-        at_rows = at_rows.masked_fill(~self.batch.is_target[:, None, :, None], 0.0)
         evidence = self._is_evidence[:, None, None]
         found = {}
-        for source, values in self.values[place].items():
-            share = at_rows @ values.double().mT  # batch heads token seq
+        for source, share in self._shares(place, gradient).items():
             routed = (share * call.weight.double()).sum(2)
             stored = share.masked_fill(~evidence, 0.0).sum((2, 3)) / evidence.sum((2, 3))
             for part, keep in (("evidence", evidence), ("others", ~evidence)):
@@ -166,6 +158,37 @@ class HeldBatch:
                     kept = stored[:, head] if part == "evidence" else torch.full_like(stored[:, head], torch.nan)
                     found[Piece(part, source, layer, head)] = contribution[:, head], kept
         return found
+
+    def _shares(self, place: int, gradient: Tensor | None) -> dict[str, Tensor]:
+        """What each position would add to the logit through each head if it had all attention of the readout row.
+
+        Shapes: source -> `batch heads token seq`, float64. Raises: RevprobeError, without a direct share.
+        """
+        call = self.held.attention[place]
+        if gradient is None:
+            raise RevprobeError(
+                f"{self.model.name}: the heads of {call.site!r} reach the logit only through something nonlinear "
+                f"({self._last_cut()}), so they have no direct share in it"
+            )
+        batch = torch.arange(len(gradient), device=gradient.device)[:, None]
+        at_rows = gradient.transpose(1, 2)[batch, self.batch.rows].transpose(1, 2).double()
+        at_rows = at_rows.masked_fill(~self.batch.is_target[:, None, :, None], 0.0)
+        return {source: at_rows @ values.double().mT for source, values in self.values[place].items()}
+
+    def by_position(self) -> Iterator[tuple[int, HeldAttention, dict[str, Tensor]]]:
+        """Each layer, its attention call, and the shares of every position in the logits of the batch's own targets.
+
+        Each readout row's share is in its own target's logit (not their mean). Shapes: source -> `batch heads token
+        seq`, unrouted, float64. Raises: RevprobeError, as `decompose`.
+        """
+        self.decompose(self.batch.targets)
+        asked = self.batch.is_target
+        with torch.enable_grad():
+            objective = _chosen(self.logits, self.batch.targets).masked_fill(~asked, 0.0).sum()
+        outputs = [call.output for call in self.held.attention]
+        gradients = torch.autograd.grad(objective, outputs, retain_graph=True, allow_unused=True)
+        for place, (layer, call) in enumerate(zip(self.layers, self.held.attention, strict=True)):
+            yield layer, call, self._shares(place, gradients[place])
 
     def _last_cut(self) -> str:
         last = next((part for part in reversed(self.held.parts) if part.kind == "mlp"), None)

@@ -194,10 +194,15 @@ def stored_evidence(frame: pd.DataFrame, seed: int, control: bool = True) -> Mea
     table = by_pair[columns].sum().mask(undefined).assign(fact=by_pair["fact"].first())
     values, facts = table["stored_reverse"].to_numpy(dtype=np.float64), table["fact"].to_numpy().astype(str)
     statistic = "mean stored evidence under the reverse query, summed over layers and heads (logits)"
+    counts = _pair_reasons(rows, "reason")
     if "stored_control" not in table:
-        return Measured(mean_over_facts(values, facts, seed=seed), undefined=_reasons(rows), statistic=statistic)
+        return Measured(mean_over_facts(values, facts, seed=seed), undefined=counts, statistic=statistic)
     null = table["stored_control"].to_numpy(dtype=np.float64)
-    return _with_control(values, null, facts, _reasons(rows), statistic, seed)
+    alone = None
+    if "reason_control" in rows:
+        counts |= _pair_reasons(rows[rows["pair"].isin(table.index[np.isfinite(values)])], "reason_control")
+        alone = np.zeros(len(table), dtype=bool)  # counted just now, by reason
+    return _with_control(values, null, facts, counts, statistic, seed, alone)
 
 
 def direction_mean(frame: pd.DataFrame, direction: str, column: str, seed: int) -> Measured:
@@ -242,6 +247,11 @@ def _reasons(frame: pd.DataFrame) -> dict[str, int]:
         return {}
     counts = frame["reason"].replace("", np.nan).value_counts()
     return {str(reason): int(count) for reason, count in counts.items()}
+
+
+def _pair_reasons(frame: pd.DataFrame, column: str) -> dict[str, int]:
+    """Pairs (not rows) by the reason of any of their rows."""
+    return _reasons(frame[frame[column] != ""].drop_duplicates("pair").assign(reason=lambda rows: rows[column]))
 
 
 ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {

@@ -16,12 +16,15 @@ from ..models.probed import ProbedModel, as_probed
 from .attention import EVIDENCE_HIDDEN
 from .batches import default_batch_size, make_batch, prepare_queries
 from .decomposition import Decomposition, HeldBatch, Piece
+from .estimates import NO_PARTNER
 from .pairs import ReversalPairs
 from .passes import PassResult, Plan, Progress, describe
 from .readings import Reading
-from .statistics import derangement, mean_over_facts
+from .statistics import derangement
 
 DIFFERENT_TOKENS = "different tokens in the two directions"
+NO_LIKE_TARGET = "no other fact in the group has a target of as many tokens, for the control"
+NO_OTHER_TARGET = "no other target of as many tokens, for margin and rank"
 
 Target = tuple[int, ...]
 
@@ -48,16 +51,22 @@ def probe_stored_evidence(
     The value is the mean over pairs of S[v, u] under the reverse query, in logits, summed over layers and heads (or
     those of `layers`). The control is that of the same target on the evidence of another fact of the group. With
     `cross=True`, `reading.cross` holds S of every fact's target (rows) on every fact's evidence (columns) under
-    reverse queries.
+    reverse queries; NaN where the two targets differ in length, or a fact's own S is undefined.
 
     Frame: one row per pair and part: pair, fact, group, kind; part, source, layer, head; for each direction weight
-    (attention on the evidence, or on the others), stored (unrouted), contribution (routed), logit, margin (S[v, u]
-    less the largest S of the other targets on that evidence, all layers) and rank (of v among the targets, 1 is
-    largest); stored_control (reverse); reason. Parts: "evidence" and "others" (what a head reads there, by source:
+    (attention on the evidence, or on the others; mean over target rows), stored (unrouted), contribution (routed),
+    logit, margin (S[v, u] less the largest S of the other targets on that evidence, all layers) and rank (of v among
+    the targets, 1 is largest); stored_control (reverse); reason (why stored is NaN: the mask hides the evidence, or
+    the directions differ in tokens), reason_margin (why margin and rank are: the same of any layer, or no other target
+    has as many tokens) and reason_control. Parts: "evidence" and "others" (what a head reads there, by source:
     token, position, norm, bias, earlier layers), and what reaches the logit directly: "embed", "position", "mlp",
-    "norm" (centring) and "bias". `logit_contributions(reading)` sums it up.
-    Raises: RevprobeError, for pairs of kind "swapped" (S couples one target with one evidence token), and for a model
-        whose logit is no such sum: soft-capped logits, a nonlinear prediction head, or a custom kernel.
+    "norm" (centring) and "bias". `logit_contributions(reading)` sums it up, `token_contributions` goes by position.
+    The control's partner is of the same group and its target has as many tokens; where a pair has none, or the
+    partner's evidence is hidden, the control's n is below the value's, `undefined` counts those pairs, and the excess
+    is over the pairs that have both.
+    Raises: RevprobeError, for pairs of kind "swapped" (S couples one target with one evidence token), for a layer
+        without attention, and for a model whose logit is no such sum: soft-capped logits, a nonlinear prediction
+        head, or a custom kernel.
     Source: paper Sec. 4.1 (Prop. 4.1), with W_O and norms as they are on a real model.
     """
     model = as_probed(model)
@@ -66,67 +75,24 @@ def probe_stored_evidence(
     if pairs.kind != "same_target":
         raise RevprobeError(f"pairs of kind {pairs.kind!r} do not share an entry of S; use same_target pairs")
     plan = Plan(control=control, batch_size=batch_size, seed=seed, progress=progress)
-    found = _Storage(model, pairs, plan).run()
-    frame = found.frame()
-    if layers is not None:
-        frame = _of_layers(frame, set(layers))
-    result = PassResult(pairs, found.partner, [])
-    reading = Reading(
-        "stored_evidence", frame.reset_index(drop=True), describe(model, result, plan), found.cross() if cross else None
-    )
+    found = _Storage(model, pairs, plan, None if layers is None else set(layers)).run()
+    about = describe(model, PassResult(pairs, found.partner, []), plan)
+    reading = Reading("stored_evidence", found.frame(), about, found.cross() if cross else None)
     reading.meta.update({"statistic": reading.measured.statistic, "worst_gap": found.gap})
+    if found.layers is not None:
+        reading.meta["layers"] = sorted(map(int, found.layers))
     return reading
 
 
-def _of_layers(frame: pd.DataFrame, layers: set[int]) -> pd.DataFrame:
-    """The rows of some layers' heads. Raises: RevprobeError, when there is none."""
-    heads = frame[frame["part"].isin(["evidence", "others"])]
-    kept = heads[heads["layer"].isin(layers)]
-    if kept.empty:
-        there = sorted(set(heads["layer"]))
-        raise RevprobeError(f"no attention in layers {sorted(layers)}; expected some of {there[0]} to {there[-1]}")
-    return kept
+def control_partners(pairs: ReversalPairs, logit_shift: int, *, seed: int = 0) -> np.ndarray:
+    """For each pair one of another fact in its group whose targets have as many tokens; -1 where there is none.
 
-
-def evidence_by_pair(reading: Reading) -> pd.DataFrame:
-    """What the evidence holds and what of it arrives: one row per pair, summed over the reading's layers and heads.
-
-    Columns: pair, fact, stored_control, reason, and for each direction stored (S[v, u]), weight (the mean over
-    heads), contribution (the evidence position's whole value, routed), logit, margin and rank.
+    A target can be asked for only where as many tokens are hidden. Shapes: `-> pair` (indices).
     """
-    frame = reading.frame[reading.frame["part"] == "evidence"]
-    tokens = frame[frame["source"] == "token"].groupby("pair", sort=True)
-    sides = ("forward", "reverse")
-    stored = [c for c in ("stored_forward", "stored_reverse", "stored_control") if c in frame]
-    undefined = tokens[stored].count().lt(tokens.size(), axis=0)  # a head that is undefined leaves the sum undefined
-    table = tokens[["fact", *(f"{n}_{s}" for n in ("logit", "margin", "rank") for s in sides)]].first()
-    table["reason"] = tokens["reason"].agg(lambda reasons: next(filter(None, reasons), ""))  # of any head
-    table = table.join(tokens[stored].sum().mask(undefined)).join(tokens[[f"weight_{s}" for s in sides]].mean())
-    contribution = frame.groupby("pair", sort=True)[[f"contribution_{s}" for s in sides]].sum()
-    return table.join(contribution).reset_index().reindex(columns=["pair", *table.columns, *contribution.columns])
-
-
-def logit_contributions(reading: Reading) -> pd.DataFrame:
-    """What the logit is made of, on average: one row per part, source and layer, and the logit itself.
-
-    Columns: part, source, layer, and for each direction the mean contribution over pairs, in logits, with low and
-    high (95 %, over facts).
-    """
-    keys = ["part", "source", "layer"]
-    sides = [f"contribution_{side}" for side in ("forward", "reverse")]
-    summed = reading.frame.groupby([*keys, "pair", "fact"], dropna=False, sort=False)[sides].sum().reset_index()
-    whole = reading.frame.groupby("pair").first().reset_index()
-    logits = {side: whole[side.replace("contribution", "logit")] for side in sides}
-    whole = whole.assign(part="logit", source=None, layer=pd.array([pd.NA] * len(whole), dtype="Int64"), **logits)
-    rows = []
-    for key, part in pd.concat([summed, whole[summed.columns]]).groupby(keys, dropna=False, sort=False):
-        row: dict[str, Any] = dict(zip(keys, key, strict=True))
-        facts = part["fact"].to_numpy().astype(str)
-        for side in ("forward", "reverse"):
-            found = mean_over_facts(part[f"contribution_{side}"].to_numpy(float), facts, seed=reading.seed)
-            row |= {side: found.value, f"{side}_low": found.low, f"{side}_high": found.high}
-        rows.append(row)
-    return pd.DataFrame(rows).astype({"layer": "Int64"})
+    width = np.array([len(query.target_positions) for query in pairs.queries])
+    told = np.stack([pairs.groups(logit_shift), width[pairs.forward], width[pairs.reverse]], axis=1)
+    alike = np.unique(told, axis=0, return_inverse=True)[1].reshape(-1)
+    return derangement(pairs.facts.astype(str), alike, seed=seed)
 
 
 class _Storage:
@@ -137,13 +103,13 @@ class _Storage:
     another length.
     """
 
-    def __init__(self, model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> None:
-        self.model, self.pairs, self.plan = model, pairs, plan
+    def __init__(self, model: ProbedModel, pairs: ReversalPairs, plan: Plan, layers: set[int] | None) -> None:
+        self.model, self.pairs, self.plan, self.layers = model, pairs, plan, layers
         self.queries = prepare_queries(model, pairs.queries)
         if plan.batch_size is not None and plan.batch_size < 1:
             raise RevprobeError(f"batch_size {plan.batch_size!r}: expected at least 1 query")
         self.size = plan.batch_size or default_batch_size(model, self.queries)
-        partner = derangement(pairs.facts.astype(str), pairs.groups(model.logit_shift), seed=plan.seed)
+        partner = control_partners(pairs, model.logit_shift, seed=plan.seed)
         self.partner = partner if plan.control else np.full(len(pairs), -1)
         self.candidates: list[Target] = sorted({query.target for query in self.queries})
         self.asks = self._asks()
@@ -157,9 +123,7 @@ class _Storage:
         asks: list[dict[Target, list[int]]] = [{query.target: []} for query in self.queries]
         for pair in np.flatnonzero(self.partner >= 0):
             own = self.queries[self.pairs.reverse[pair]].target
-            other = int(self.pairs.reverse[self.partner[pair]])
-            if len(own) == len(self.queries[other].target):
-                asks[other].setdefault(own, []).append(int(pair))
+            asks[int(self.pairs.reverse[self.partner[pair]])].setdefault(own, []).append(int(pair))
         return asks
 
     def run(self) -> _Storage:
@@ -189,6 +153,7 @@ class _Storage:
     def _keep_own(self, held: HeldBatch, found: Decomposition, numbers: list[int]) -> None:
         if not self.pieces:
             self.pieces = found.pieces
+            self._require_layers()
             shape = len(self.queries), len(found.pieces)
             self.contribution, self.stored, self.weight = (np.full(shape, np.nan) for _ in range(3))
             self.hidden = np.zeros(shape, dtype=bool)
@@ -210,46 +175,88 @@ class _Storage:
             found = stored[torch.as_tensor(rows)][:, torch.arange(width), tokens].double().mean(-1)
             self.scores[np.ix_(np.array(numbers)[rows], np.array(places))] = found.cpu().numpy()
 
+    def _require_layers(self) -> None:
+        """Raises: RevprobeError, naming a layer that was asked for and has no attention."""
+        if self.layers is None:
+            return
+        there = sorted({piece.layer for piece in self.pieces if piece.layer is not None and piece.head is not None})
+        wrong = sorted(self.layers - set(there))
+        if wrong or not self.layers:
+            listed = ", ".join(map(str, there[:12])) + (", ..." if len(there) > 12 else "")
+            named = repr(wrong[0]) if wrong else "list []"
+            raise RevprobeError(f"no layer {named} to measure in {self.model.name}: expected some of {listed}")
+
     def frame(self) -> pd.DataFrame:
         """One row per pair and piece."""
         pairs, width = self.pairs, len(self.pieces)
-        own = np.array([self.candidates.index(query.target) for query in self.queries])
-        margin, rank = _against_others(self.scores, own)
         sides = {"forward": pairs.forward, "reverse": pairs.reverse}
-        by_pair: dict[str, Any] = {"pair": np.arange(len(pairs)), "fact": pairs.facts.astype(str), "kind": pairs.kind}
-        by_pair |= {"group": pairs.groups(self.model.logit_shift), **pairs.flags}
-        for name, values in (("logit", self.logit), ("margin", margin), ("rank", rank)):
-            by_pair |= {f"{name}_{side}": values[index] for side, index in sides.items()}
-        frame = pd.DataFrame(by_pair)
+        frame = self._by_pair(sides)
         frame = frame.loc[frame.index.repeat(width)].reset_index(drop=True)
         for place, name in enumerate(Piece._fields):
             dtype = "Int64" if name in ("layer", "head") else "str"  # both nullable: an embedding has no head
             frame.insert(4 + place, name, pd.Series([piece[place] for piece in self.pieces] * len(pairs), dtype=dtype))
+        reason = self._reasons()
         for name in ("weight", "stored", "contribution"):
-            table = getattr(self, name)
-            frame = frame.assign(**{f"{name}_{side}": table[index].reshape(-1) for side, index in sides.items()})
+            for side, index in sides.items():
+                values = getattr(self, name)[index]
+                kept = np.where(reason == "", values, np.nan) if name == "stored" else values
+                frame[f"{name}_{side}"] = kept.reshape(-1)
+        frame["reason"] = reason.reshape(-1)
         if self.plan.control:
-            frame["stored_control"] = self.stored_control.reshape(-1)
-        return self._with_reasons(frame)
+            beside = self._control_reasons()
+            defined = (reason == "") & (beside == "")
+            frame["stored_control"] = np.where(defined, self.stored_control, np.nan).reshape(-1)
+            frame["reason_control"] = beside.reshape(-1)
+        if self.layers is not None:
+            frame = frame[frame["head"].notna() & frame["layer"].isin(self.layers)]
+        return frame.reset_index(drop=True)
 
-    def _with_reasons(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Stored evidence that is no number of the two queries is NaN, with the reason."""
-        hidden = (self.hidden[self.pairs.forward] | self.hidden[self.pairs.reverse]).reshape(-1)
-        differ = frame.get("different_tokens", pd.Series(False, index=frame.index)).to_numpy(bool)
-        evidence = (frame["part"] == "evidence").to_numpy()
-        reason = np.where(differ, DIFFERENT_TOKENS, np.where(hidden, EVIDENCE_HIDDEN, ""))
-        reason = np.where(evidence, reason, "")
-        stored = [column for column in frame if str(column).startswith("stored")]
-        frame.loc[reason != "", stored] = np.nan
-        return frame.assign(reason=reason)
+    def _by_pair(self, sides: dict[str, np.ndarray]) -> pd.DataFrame:
+        """What a pair has once: logit, margin and rank, with the reason of the last two."""
+        pairs = self.pairs
+        own = np.array([self.candidates.index(query.target) for query in self.queries])
+        margin, rank = _against_others(self.scores, own)
+        alone = np.isnan(rank[pairs.forward]) | np.isnan(rank[pairs.reverse])
+        undefined = self._pair_reasons()
+        reason = np.where(undefined == "", np.where(alone, NO_OTHER_TARGET, ""), undefined)
+        by_pair: dict[str, Any] = {"pair": np.arange(len(pairs)), "fact": pairs.facts.astype(str), "kind": pairs.kind}
+        by_pair |= {"group": pairs.groups(self.model.logit_shift), **pairs.flags}
+        by_pair |= {f"logit_{side}": self.logit[index] for side, index in sides.items()}
+        for name, values in (("margin", margin), ("rank", rank)):
+            by_pair |= {f"{name}_{side}": np.where(reason == "", values[i], np.nan) for side, i in sides.items()}
+        return pd.DataFrame(by_pair | {"reason_margin": reason})
+
+    def _reasons(self) -> np.ndarray:
+        """Why S of a piece is no number of the pair's two queries; "" where it is. Shapes: `-> pair piece`."""
+        pairs = self.pairs
+        hidden = self.hidden[pairs.forward] | self.hidden[pairs.reverse]
+        differ = np.asarray(pairs.flags.get("different_tokens", np.zeros(len(pairs), dtype=bool)), dtype=bool)
+        reason = np.where(differ[:, None], DIFFERENT_TOKENS, np.where(hidden, EVIDENCE_HIDDEN, ""))
+        return np.where([piece.part == "evidence" for piece in self.pieces], reason, "")
+
+    def _pair_reasons(self) -> np.ndarray:
+        """The same for S summed over all layers and heads: any piece's reason. Shapes: `-> pair`."""
+        reasons = self._reasons()
+        return reasons[np.arange(len(reasons)), (reasons != "").argmax(1)]
+
+    def _control_reasons(self) -> np.ndarray:
+        """Why a piece has no control though it has S; "" where it has one. Shapes: `-> pair piece`."""
+        pairs = self.pairs
+        facts, groups = pairs.facts.astype(str), pairs.groups(self.model.logit_shift)
+        lonely = np.where(derangement(facts, groups, seed=self.plan.seed) < 0, NO_PARTNER, NO_LIKE_TARGET)
+        hidden = np.where(self.hidden[pairs.reverse[self.partner]], f"{EVIDENCE_HIDDEN} (control)", "")
+        reason = np.where((self.partner < 0)[:, None], lonely[:, None], hidden)
+        return np.where([piece.part == "evidence" for piece in self.pieces], reason, "")
 
     def cross(self) -> pd.DataFrame:
-        """S of every fact's target (rows) on every fact's evidence (columns), mean over reverse queries."""
-        reverse = pd.DataFrame(self.scores[self.pairs.reverse], columns=range(len(self.candidates)))
+        """S of every fact's target (rows) on every fact's evidence (columns), mean over defined reverse queries."""
+        gone = self._pair_reasons() != ""
+        scores = np.where(gone[:, None], np.nan, self.scores[self.pairs.reverse])
         facts = self.pairs.facts.astype(str)
-        on_evidence = reverse.groupby(facts, sort=True).mean().T  # candidate x fact
+        on_evidence = pd.DataFrame(scores).groupby(facts, sort=True).mean().T  # candidate x fact
         target = [self.candidates.index(self.queries[q].target) for q in self.pairs.reverse]
         chosen = on_evidence.loc[target].set_index(facts)
+        chosen[gone] = np.nan
         return chosen.groupby(level=0, sort=True).mean()
 
 

@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 
 from ..errors import RevprobeError, did_you_mean
 from .step_axis import StepScale
-from .storage import logit_contributions
+from .storage_tables import REST, logit_contributions
 from .theme import (
     CONTROL_GREY,
     DIVERGING,
@@ -76,7 +76,7 @@ def stored_evidence_figure(reading: Reading, *, kind: str = "parts") -> go.Figur
 
 
 def _part_label(row: dict[Any, Any]) -> str:
-    words = [str(row["part"])]
+    words = ["rest: not measured" if row["part"] == REST else str(row["part"])]
     words += [f"({row['source']})"] if isinstance(row["source"], str) else []
     words += [] if pd.isna(row["layer"]) else [f"layer {row['layer']}"]
     return plain(" ".join(words))
@@ -103,6 +103,8 @@ def _titled(figure: go.Figure, reading: Reading) -> go.Figure:
     control = reading.control.value if reading.control else math.nan
     numbers = f"stored evidence {interval_text(reading.value, *reading.interval, control)}, n = {reading.n:,}"
     gone = sum(reading.undefined.values())
+    if reading.control is not None and reading.control.n != reading.n:
+        numbers += f" (control over {reading.control.n:,})"
     numbers += f", {gone:,} undefined" if gone else ""
     text = f"<b>{plain(meta.get('model') or 'model')}</b>{step}{weights}<br>{numbers}"
     title = {"text": text, "font": {"size": 14}, "y": 1, "yref": "container", "pad": {"t": 12}}
@@ -115,7 +117,7 @@ def storage_curves_figure(curves: pd.DataFrame, *, weights: str | None = None) -
 
     Args:
         weights: "raw" or "ema"; the average where there is one when None.
-    Raises: RevprobeError, when a column is missing or there are no such weights.
+    Raises: RevprobeError, when a column is missing, there are no rows or no such weights.
     """
     rows = _chosen(curves, ("step", "weights", "curve", "direction", "value", "low", "high", "n"), CURVE_PANELS)
     there = sorted(set(rows["weights"]))
@@ -136,7 +138,7 @@ def storage_curves_figure(curves: pd.DataFrame, *, weights: str | None = None) -
 def one_step_figure(curves: pd.DataFrame) -> go.Figure:
     """What one optimizer step changes at each checkpoint, and what first order predicts: `one_step_curves`.
 
-    Raises: RevprobeError, when a column is missing.
+    Raises: RevprobeError, when a column is missing or there are no rows.
     """
     rows = _chosen(curves, ("step", "quantity", "came", "predicted", "came_control", "n"), STEP_PANELS, "quantity")
     scale, figure = _panels(rows, STEP_PANELS, "quantity", "one optimizer step")
@@ -154,7 +156,10 @@ def _chosen(
     missing = [column for column in needed if column not in rows]
     if missing:
         raise RevprobeError(f"curves lack the columns {missing}; expected what storage_curves or one_step_curves gives")
-    return rows[rows[key].isin([name for name, *_ in panels])]
+    chosen = rows[rows[key].isin([name for name, *_ in panels])]
+    if chosen.empty:
+        raise RevprobeError("the curves have no rows; expected what storage_curves or one_step_curves gives")
+    return chosen
 
 
 def _panels(

@@ -17,7 +17,8 @@ from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.batches import make_batch, prepare_queries
 from revprobe.probes.decomposition import HeldBatch
 from revprobe.probes.statistics import derangement
-from revprobe.probes.storage import DIFFERENT_TOKENS, evidence_by_pair, logit_contributions, probe_stored_evidence
+from revprobe.probes.storage import DIFFERENT_TOKENS, probe_stored_evidence
+from revprobe.probes.storage_tables import evidence_by_pair, logit_contributions
 
 SIZES = {
     "vocab_size": 56,
@@ -653,7 +654,7 @@ def test_batches_do_not_change_the_reading_and_layers_select_rows() -> None:
     by_layer = whole.summary(by="layer").dropna(subset=["layer"]).set_index("layer")
     assert last.value == pytest.approx(by_layer.loc[1, "value"])
     assert by_layer["value"].sum() == pytest.approx(whole.value)
-    with pytest.raises(rp.RevprobeError, match=r"no attention in layers \[2\]; expected some of 0 to 1"):
+    with pytest.raises(rp.RevprobeError, match="no layer 2 to measure in RaddForMaskedLM: expected some of 0, 1"):
         probe_stored_evidence(model, pairs, layers=[2])
     with pytest.raises(rp.RevprobeError, match="batch_size 0"):
         probe_stored_evidence(model, pairs, batch_size=0)
