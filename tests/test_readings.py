@@ -63,6 +63,16 @@ def test_every_number_shows_with_its_interval_n_and_control(readings):
         assert f"n={reading.n}" in shown
 
 
+def test_a_control_over_fewer_pairs_shows_its_own_n(readings):
+    """An excess over half the pairs is not value minus control of the whole."""
+    whole = readings["reverse_probability"]
+    assert "(n=" not in repr(whole)
+    rows = (whole.frame["direction"] == "reverse") & (whole.frame["pair"] < 3)
+    part = Reading(whole.name, whole.frame.assign(probability_control=whole.frame["probability_control"].mask(rows)))
+    fewer = f"(n={whole.n - 3})"
+    assert repr(part).count(fewer) == 2 and part.control.n == part.excess.n == whole.n - 3
+
+
 def test_roles_and_layers_split_the_whole_gradient(readings):
     """Inner products and squared norms over roles add up to those over all parameters, pair by pair."""
     frame = readings["gradient_cosine"].frame
