@@ -46,21 +46,28 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal t
     from .probes.export import save_figure
     from .probes.fused import probe
     from .probes.gradient import probe_gradient_cosine
-    from .probes.model_theory import model_theory, with_bounds
+    from .probes.gradient_flow import rope_transfer_condition, simulate_alibi_transfer, simulate_rope_transfer
+    from .probes.gradient_terms import TwoRouteToy
+    from .probes.model_theory import model_frequencies, model_theory, with_bounds
     from .probes.pairs import Query, ReversalPair, ReversalPairs
     from .probes.probability import probe_reverse_probability
     from .probes.readings import Reading, Readings
     from .probes.routing import probe_route_edit
-    from .probes.storage import logit_contributions, probe_stored_evidence
+    from .probes.storage import probe_stored_evidence
     from .probes.storage_gradient import storage_gradient_cosines
+    from .probes.storage_tables import logit_contributions
     from .probes.text_pairs import pairs_from_frame
     from .probes.theory import (
+        alibi_correlation,
         rope_asymmetric_bound,
         rope_conditional_correlation,
         rope_correlation_bound,
         rope_correlation_tail,
+        rope_limit_bound,
+        rope_query_bound,
     )
     from .probes.theory_tables import theory_tables
+    from .probes.token_contributions import token_contributions
     from .probes.token_strip import token_strip
 
 _EXPORTS = {
@@ -81,6 +88,8 @@ _EXPORTS = {
     "RunConfig": ".finetune.config",
     "SweepConfig": ".finetune.config",
     "TextRelation": ".finetune.text_relations",
+    "TwoRouteToy": ".probes.gradient_terms",
+    "alibi_correlation": ".probes.theory",
     "compare": ".finetune.compare",
     "declare_fused": ".models.layouts",
     "decode": ".finetune.decoding",
@@ -94,7 +103,8 @@ _EXPORTS = {
     "letters": ".finetune.letters_relation",
     "list_models": ".models.registry",
     "load_model": ".models.registry",
-    "logit_contributions": ".probes.storage",
+    "logit_contributions": ".probes.storage_tables",
+    "model_frequencies": ".probes.model_theory",
     "model_theory": ".probes.model_theory",
     "one_layer_gpt2": ".models.gpt2",
     "one_step": ".finetune.one_step",
@@ -116,11 +126,17 @@ _EXPORTS = {
     "rope_conditional_correlation": ".probes.theory",
     "rope_correlation_bound": ".probes.theory",
     "rope_correlation_tail": ".probes.theory",
+    "rope_limit_bound": ".probes.theory",
+    "rope_query_bound": ".probes.theory",
+    "rope_transfer_condition": ".probes.gradient_flow",
     "run_sweep": ".finetune.sweeps",
     "save_figure": ".probes.export",
+    "simulate_alibi_transfer": ".probes.gradient_flow",
+    "simulate_rope_transfer": ".probes.gradient_flow",
     "storage_curves": ".finetune.storage_curves",
     "storage_gradient_cosines": ".probes.storage_gradient",
     "theory_tables": ".probes.theory_tables",
+    "token_contributions": ".probes.token_contributions",
     "token_strip": ".probes.token_strip",
     "train": ".finetune.runs",
     "trex": ".finetune.relations",
@@ -145,7 +161,9 @@ __all__ = [
     "RunConfig",
     "SweepConfig",
     "TextRelation",
+    "TwoRouteToy",
     "__version__",
+    "alibi_correlation",
     "compare",
     "declare_fused",
     "decode",
@@ -160,6 +178,7 @@ __all__ = [
     "list_models",
     "load_model",
     "logit_contributions",
+    "model_frequencies",
     "model_theory",
     "one_layer_gpt2",
     "one_step",
@@ -181,11 +200,17 @@ __all__ = [
     "rope_conditional_correlation",
     "rope_correlation_bound",
     "rope_correlation_tail",
+    "rope_limit_bound",
+    "rope_query_bound",
+    "rope_transfer_condition",
     "run_sweep",
     "save_figure",
+    "simulate_alibi_transfer",
+    "simulate_rope_transfer",
     "storage_curves",
     "storage_gradient_cosines",
     "theory_tables",
+    "token_contributions",
     "token_strip",
     "train",
     "trex",

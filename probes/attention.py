@@ -9,7 +9,9 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from ..errors import RevprobeError
 from ..models.probed import ProbedModel, as_probed
+from .edits import listed
 from .pairs import ReversalPairs
 from .passes import PassResult, Plan, Progress, describe, run_pass
 from .readings import Reading
@@ -42,25 +44,26 @@ def probe_attention_correlation(
     Args:
         bounds: also work out the theory's lower bound for each pair and head from its queries (see `with_bounds`), for
             `plot(kind="bounds")`; one more pass over the queries.
-    Raises: RevprobeError, when the queries do not fit the model or no attention is seen.
+    Raises: RevprobeError, when the queries do not fit the model, no attention is seen, or a layer is asked for that the
+        model lacks.
     Source: paper Sec. 4.2 and 5 (Fig. 3, left).
     """
     model = as_probed(model)
+    layers = None if layers is None else listed("layer", layers)
     plan = Plan(attention=True, control=control, batch_size=batch_size, seed=seed, progress=progress)
     reading = attention_reading(model, run_pass(model, pairs, plan), plan, layers)
     if not bounds:
         return reading
     from .model_theory import with_bounds  # it needs this module's readings
 
-    return with_bounds(reading, model, pairs)
+    return with_bounds(reading, model, pairs, batch_size=batch_size)
 
 
 def attention_reading(
     model: ProbedModel, result: PassResult, plan: Plan, layers: Iterable[int] | None = None
 ) -> Reading:
-    """Join the scores of a pass to pairs."""
-    chosen = None if layers is None else set(layers)
-    wanted = [layer for layer in sorted([*result.score, *result.silent]) if chosen is None or layer in chosen]
+    """Join the scores of a pass to pairs. Raises: RevprobeError, for a layer that the model lacks."""
+    wanted = _choose_layers(model, sorted([*result.score, *result.silent]), layers)
     base = _pair_columns(result.pairs, model.logit_shift)
     most = max((scores.shape[1] for scores in result.score.values()), default=0)
     parts = [
@@ -72,6 +75,17 @@ def attention_reading(
     reading = Reading("attention_correlation", frame, describe(model, result, plan))
     reading.meta["statistic"] = reading.measured.statistic
     return reading
+
+
+def _choose_layers(model: ProbedModel, there: list[int], layers: Iterable[int] | None) -> list[int]:
+    """The layers asked for, all of them when None."""
+    chosen = there if layers is None else listed("layer", layers)
+    wrong = [layer for layer in chosen if layer not in there]
+    if wrong or (layers is not None and not chosen):
+        named = f"layer {wrong[0]!r}" if wrong else "layer list []"
+        some = ", ".join(map(str, there[:12])) + (", ..." if len(there) > 12 else "")
+        raise RevprobeError(f"no {named} to read in {model.name}: expected some of {some}")
+    return chosen
 
 
 def _pair_columns(pairs: ReversalPairs, logit_shift: int) -> pd.DataFrame:

@@ -6,6 +6,8 @@ angle 0. With yarn's and longrope's `attention_factor`, queries and keys are mea
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import torch
@@ -16,14 +18,16 @@ from ..errors import RevprobeError
 from ..hooks.queries import tap_queries
 from ..hooks.untouched import untouched
 from ..models.probed import ProbedModel, as_probed
-from ..models.rotary import NO_ATTENTION, OTHER, STILL, TURNS, LayerPositions, Rotary, layer_positions
+from ..models.rotary import OTHER, STILL, TURNS, LayerPositions, Rotary, layer_positions, seen_positions
 from .batches import default_batch_size, make_batch, prepare_queries
 from .pairs import Query, ReversalPairs
 from .readings import Reading
-from .theory import alibi_correlation, mean_bound, rope_query_bound, tail_bound
+from .theory import alibi_correlation, mean_bound, rope_asymmetric_bound, rope_query_bound, tail_bound
+from .theory_inputs import distance_pairs, number
 
 COLUMNS = ["layer", "heads", "head_dim", "encoding", "base", "scaling", "planes", "turning", "checked", "distance"]
-COLUMNS += ["bound", "tau", "tail", "reason"]
+COLUMNS += ["distance_reverse", "bound", "bound_error", "exact", "exact_error", "no_bound", "tau", "tail", "reason"]
+PROMISED = ["bound", "bound_error", "exact", "exact_error", "no_bound", "tail"]
 BOUNDS = ["bound_forward", "bound_reverse", "bound_mean", "bound_reason"]
 SWAPPED = "the bound is about one target asked both ways (kind same_target)"
 TOKENS_DIFFER = "the two queries name evidence or target by different tokens"
@@ -33,46 +37,86 @@ NOT_TURNED = "queries do not turn with position (ALiBi, other biases or none): n
 NOT_SEEN = "queries of this layer are not seen (no scaled_dot_product_attention call)"
 
 
-def model_theory(
-    model: ProbedModel | nn.Module, distances: ArrayLike, *, tau: float = 0.1, length: int | None = None
-) -> pd.DataFrame:
-    """What the theory promises for this model at equal forward and reverse distances.
+def model_frequencies(model: ProbedModel | nn.Module, *, length: int | None = None) -> pd.DataFrame:
+    """The angle by which one token turns each plane of each layer's queries, and what is known of it.
 
     Args:
-        distances: tokens between readout row and evidence, on either side.
+        length: as in `model_theory`; short when None.
+    Returns: one row per attention layer and plane: layer, encoding (as in `model_theory`), plane, first, second (the
+        entries of a head that form it; NA where that was not made out), frequency (radians per token; 0 for a plane
+        that does not turn, NaN where it is not known), base (NaN where the model names none; with scaling the
+        frequencies do not follow from it alone), scaling, source (the buffer or setting of the model), checked (found
+        in the layer's own queries), reason (why not). A layer's frequencies are what `frequencies=` takes elsewhere.
+    Raises: RevprobeError, when no attention can be seen.
+    """
+    model = as_probed(model)
+    return pd.concat(
+        [_plane_frame(layer, found) for layer, found in seen_positions(model, length=length).items()],
+        ignore_index=True,
+    )
+
+
+def _plane_frame(layer: int, found: LayerPositions) -> pd.DataFrame:
+    rotary, planes = found.rotary, found.head_dim // 2
+    unturned = np.zeros(planes) if found.kind == STILL else np.full(planes, np.nan)
+    entries = rotary.entries if rotary and found.kind == TURNS else np.arange(2 * planes).reshape(-1, 2)
+    first, second = (pd.array(column, dtype="Int64") for column in entries.T)
+    if found.kind == OTHER:
+        first[:], second[:] = pd.NA, pd.NA
+    columns = {"layer": layer, "encoding": found.kind, "plane": np.arange(planes), "first": first, "second": second}
+    columns |= {"frequency": rotary.frequencies if rotary else unturned, "base": rotary.base if rotary else np.nan}
+    columns |= {"scaling": rotary.scaling if rotary else "", "source": rotary.source if rotary else ""}
+    return pd.DataFrame(columns | {"checked": found.kind != OTHER, "reason": found.reason})
+
+
+def model_theory(
+    model: ProbedModel | nn.Module,
+    distances: ArrayLike,
+    *,
+    distance_reverse: ArrayLike | None = None,
+    tau: float = 0.1,
+    length: int | None = None,
+    samples: int = 4_000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """What the theory promises for this model at given forward and reverse distances.
+
+    Args:
+        distances: tokens between readout row and evidence: of the forward query, and of the reverse one too unless
+            `distance_reverse` is given, which is broadcast with it.
         tau: threshold of the share of queries.
         length: tokens of the sequence, for scalings whose angles depend on it (dynamic, longrope); the longest distance
             and one more when None.
-    Returns: one row per attention layer and distance: layer, heads, head_dim, encoding ("rope"; "no rotation": ALiBi,
-        other biases or none, where the correlation is exactly 1; "other"), base (NaN where the model names none),
-        scaling, planes, turning (planes that turn), checked (the angles were found in the layer's own queries),
-        distance, bound (least mean correlation over queries), tau, tail (least share of queries at or above tau; NaN
-        where tau is not below the bound), reason (why bound is NaN, or what was not checked).
-    Raises: RevprobeError, when no attention can be seen, or for a negative distance.
-    Source: paper Thm. 4.3, Prop. 4.5, App. B.2.
+        samples, seed: random queries of the bound at unequal distances.
+    Returns: one row per attention layer and pair of distances: layer, heads, head_dim, encoding ("rope"; "no rotation":
+        ALiBi, other biases or none, where the correlation is exactly 1; "other"), base (NaN where the model names
+        none), scaling, planes, turning (planes that turn), checked (the angles were found in the layer's own
+        queries), distance, distance_reverse, bound (least mean correlation over queries; at unequal distances the mean
+        surrogate of `rope_asymmetric_bound`) with bound_error (its standard error; 0 for a closed form), exact (mean
+        correlation at the worst alignment) with exact_error, no_bound (share of queries whose surrogate is negative
+        and bounds nothing; 0 at equal distances, where it is the correlation), tau, tail (least share of queries at or
+        above tau: 1 where the correlation is exactly 1 and tau at most that; NaN where tau is not below the bound or
+        the distances differ), reason (why bound is NaN, or what was not checked).
+    Raises: RevprobeError, when no attention can be seen, for a negative distance, distances that do not broadcast, a
+        tau that is not finite, or fewer than 2 samples for unequal distances.
+    Source: paper Thm. 4.3, Prop. 4.5, App. B.2 and B.3.
     """
     model = as_probed(model)
-    tokens = np.atleast_1d(np.asarray(distances, dtype=np.float64)).ravel()
-    alibi_correlation(tokens)  # refuses negative distances before the model runs
-    layers = layer_positions(model, length=int(tokens.max()) + 1 if length is None and tokens.size else length)
-    if not layers:
-        raise RevprobeError(f"{model.name}: {NO_ATTENTION}")
-    return pd.concat([_layer_frame(layer, found, tokens, tau) for layer, found in layers.items()], ignore_index=True)
+    number("tau", tau, -np.inf)
+    pairs = distance_pairs(distances, distances if distance_reverse is None else distance_reverse)
+    forward, reverse = (np.atleast_1d(part).ravel() for part in pairs)
+    longest = int(max(forward.max(initial=0), reverse.max(initial=0)))
+    frames = []
+    for layer, found in seen_positions(model, length=longest + 1 if length is None else length).items():
+        promised = _promised(found, forward, reverse, tau, samples, seed)
+        described = _described(layer, found) | {"distance": forward, "distance_reverse": reverse, "tau": tau}
+        frames.append(pd.DataFrame(described | promised)[COLUMNS])
+    return pd.concat(frames, ignore_index=True)
 
 
-def _layer_frame(layer: int, found: LayerPositions, distances: np.ndarray, tau: float) -> pd.DataFrame:
+def _described(layer: int, found: LayerPositions) -> dict[str, Any]:
     rotary = found.rotary
-    undefined = np.full(len(distances), np.nan)
-    if found.kind == STILL:
-        bound, tail = alibi_correlation(distances), np.where(tau <= 1, 1.0, undefined)
-    elif rotary is None:
-        bound, tail = undefined, undefined
-    else:
-        bound, tail = (
-            mean_bound(rotary.frequencies, distances),
-            tail_bound(rotary.frequencies, distances, tau),
-        )
-    columns = {
+    return {
         "layer": layer,
         "heads": found.heads,
         "head_dim": found.head_dim,
@@ -82,13 +126,32 @@ def _layer_frame(layer: int, found: LayerPositions, distances: np.ndarray, tau: 
         "planes": found.head_dim // 2,
         "turning": int(np.count_nonzero(rotary.angles)) if rotary else 0,
         "checked": found.kind != OTHER,
-        "distance": distances,
-        "bound": bound,
-        "tau": tau,
-        "tail": tail,
         "reason": found.reason,
     }
-    return pd.DataFrame(columns)[COLUMNS]
+
+
+def _promised(
+    found: LayerPositions, forward: np.ndarray, reverse: np.ndarray, tau: float, samples: int, seed: int
+) -> dict[str, np.ndarray]:
+    """The columns PROMISED of one layer. Shapes: `distance, distance -> distance` each."""
+    if found.kind != STILL and found.rotary is None:
+        return {name: np.full(len(forward), np.nan) for name in PROMISED}
+    promised = {name: np.zeros(len(forward)) for name in PROMISED}
+    if found.rotary is None:
+        promised["bound"] = promised["exact"] = alibi_correlation(forward, reverse)
+        promised["tail"][:] = 1.0 if tau <= 1 else np.nan
+        return promised
+    theta, equal = found.rotary.frequencies, forward == reverse
+    promised["bound"] = mean_bound(theta, forward)
+    promised["exact"] = promised["bound"].copy()  # alignment 0 is the worst, and there the correlation is the bound
+    promised["tail"] = np.where(equal, tail_bound(theta, forward, tau), np.nan)
+    if not equal.all():
+        apart = forward[~equal], reverse[~equal]
+        worst = rope_asymmetric_bound(2 * len(theta), *apart, samples=samples, seed=seed, frequencies=theta)
+        for name in ("bound", "bound_error", "exact", "exact_error"):
+            promised[name][~equal] = worst[name]
+        promised["no_bound"][~equal] = worst["negative"]
+    return promised
 
 
 def with_bounds(
@@ -100,7 +163,8 @@ def with_bounds(
     prompts give two queries, and the bound of each stands in its own column.
 
     Args:
-        reading: of `probe_attention_correlation` on this model and these pairs.
+        reading: of `probe_attention_correlation` on this model and these pairs; the bounds are those of its layers.
+        batch_size: queries of one run; chosen by the model's size when None.
     Returns: the reading, its frame with the columns bound_forward, bound_reverse (sum_k w_k cos(2 D theta_k), w from
         the forward or the reverse query at its readout row), bound_mean (its mean over random queries), bound_reason
         (why they are NaN: pairs of another kind, unequal distances, several tokens, a layer that RoPE does not turn).
@@ -112,8 +176,13 @@ def with_bounds(
     pair_reasons = _pair_reasons(pairs, model.logit_shift)
     eligible = np.flatnonzero(pair_reasons == "")
     positions = layer_positions(model, length=max(len(query.token_ids) for query in pairs.queries))
-    turning = {layer: found.rotary for layer, found in positions.items() if found.kind == TURNS and found.rotary}
     keys = reading.frame[["pair", "layer", "head"]]
+    asked = set(keys["layer"])
+    turning = {
+        layer: found.rotary
+        for layer, found in positions.items()
+        if layer in asked and found.kind == TURNS and found.rotary
+    }
     if len(eligible) and turning:
         parts = _bounds_by_pair(model, pairs.take(eligible), eligible, turning, batch_size)
         bounds = keys.merge(parts, on=["pair", "layer", "head"], how="left")[BOUNDS[:3]]
@@ -122,9 +191,7 @@ def with_bounds(
     layer_reasons = keys["layer"].map(lambda layer: _layer_reason(positions.get(layer)))
     reasons = np.where(pair_reasons[keys["pair"]] != "", pair_reasons[keys["pair"]], layer_reasons)
     columns = {name: bounds[name].to_numpy() for name in BOUNDS[:3]} | {"bound_reason": reasons}
-    bounded = Reading(reading.name, reading.frame.assign(**columns), reading.meta, reading.cross)
-    bounded.__dict__["measured"] = reading.measured  # the scores are the same: no second bootstrap
-    return bounded
+    return reading.with_columns(**columns)  # the scores are the same: no second bootstrap
 
 
 def _require_reading_of(reading: Reading, model: ProbedModel, pairs: ReversalPairs) -> None:

@@ -155,6 +155,12 @@ class Reading:
 
         return plot_reading(self, **options)
 
+    def with_columns(self, **columns: Any) -> Reading:
+        """This reading with further columns in its frame, on which none of its numbers depends."""
+        further = Reading(self.name, self.frame.assign(**columns), self.meta, self.cross)
+        further.__dict__["measured"] = self.measured
+        return further
+
     def save(self, path: str | Path) -> Path:
         """Write frame and meta as one parquet file, whole or not at all."""
         path = Path(path)
@@ -195,15 +201,17 @@ class Reading:
             reading.__dict__["_measures"] = pd.DataFrame(header["measures"], columns=MEASURE_COLUMNS)
         return reading
 
+    def _beside(self, number: Control | Estimate, low: float, high: float) -> str:
+        """A number with its interval, and its own n where that is not the reading's."""
+        own = f" (n={number.n})" if number.n != self.n else ""
+        return f"{number.value:.4g} [{low:.4g}, {high:.4g}]{own}"
+
     def __repr__(self) -> str:
         low, high = self.interval
-        control = (
-            f", control={self.control.value:.4g} [{self.control.interval[0]:.4g}, {self.control.interval[1]:.4g}]"
-            if self.control
-            else ", control=None"
-        )
+        null = self.control
+        control = f", control={self._beside(null, *null.interval)}" if null else ", control=None"
         if self.excess is not None:
-            control += f", excess={self.excess.value:.4g} [{self.excess.low:.4g}, {self.excess.high:.4g}]"
+            control += f", excess={self._beside(self.excess, self.excess.low, self.excess.high)}"
         left_out = f", undefined={self.undefined}" if self.undefined else ""
         where = "".join(
             f", {key}={self.meta[key]}" for key in ("kind", "step", "weights") if self.meta.get(key) is not None

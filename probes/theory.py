@@ -29,6 +29,7 @@ from numpy.typing import ArrayLike
 from scipy.special import sici
 
 from ..errors import RevprobeError
+from .theory_inputs import distance_pairs, distances, number, plane_frequencies, whole_number, within
 
 BASE = 10_000.0  # Su et al. 2024, and the paper's
 
@@ -38,11 +39,13 @@ def rope_frequencies(d: int, base: float = BASE) -> np.ndarray:
 
     Raises: RevprobeError, when d is not even and positive or base not positive.
     """
-    if isinstance(d, bool) or d != int(d) or d < 2 or d % 2:
-        raise RevprobeError(f"head dimension d={d!r}: expected an even number of at least 2, two for each plane")
-    if not 0 < base < np.inf:
+    expected = "an even number of at least 2, two for each plane"
+    size = whole_number("head dimension d", d, 2, expected)
+    if size % 2:
+        raise RevprobeError(f"head dimension d={d!r}: expected {expected}")
+    if not number("base", base, 0.0) > 0:
         raise RevprobeError(f"base={base!r}: expected a positive number; RoPE's own is {BASE:.0f}")
-    return float(base) ** (-np.arange(0, int(d), 2) / int(d))
+    return float(base) ** (-np.arange(0, size, 2) / size)
 
 
 def rope_correlation_bound(d: int, distance: ArrayLike, base: float = BASE) -> Any:
@@ -65,7 +68,7 @@ def mean_bound(frequencies: ArrayLike, distance: ArrayLike) -> Any:
 
     Shapes: `plane, ... -> ...`.
     """
-    return _turned_back(distance, np.asarray(frequencies, dtype=np.float64)).mean(-1)[()]
+    return _turned_back(distance, plane_frequencies(frequencies)).mean(-1)[()]
 
 
 def rope_query_bound(
@@ -116,8 +119,8 @@ def rope_conditional_correlation(
     Raises: RevprobeError, for an alignment outside [-1, 1], a negative weight, variance or distance.
     Source: paper App. A.3 and B.3.
     """
-    rho = _within("alignment", alignment, -1.0, 1.0)
-    weights = _within("weights", weights, 0.0, np.inf) * _within("variance", variance, 0.0, np.inf)
+    rho = within("alignment", alignment, -1.0, 1.0)
+    weights = within("weights", weights, 0.0, np.inf) * within("variance", variance, 0.0, np.inf)
     share = _shares(weights)
     theta = _frequencies(share.shape[-1], base, frequencies)
     far, near, ahead, behind = _asymmetric_cosines(distance_forward, distance_reverse, theta)
@@ -133,9 +136,9 @@ def rope_limit_bound(distance: ArrayLike, base: float = BASE) -> Any:
     Raises: RevprobeError, for a negative distance or a base of at most 1, where no integral stands behind it.
     Source: paper App. B.1.
     """
-    if not 1 < base < np.inf:
+    if not number("base", base, 0.0) > 1:
         raise RevprobeError(f"base={base!r}: the limiting integral needs a base above 1; RoPE's own is {BASE:.0f}")
-    twice = 2.0 * _distances(distance)
+    twice = 2.0 * distances(distance)
     with np.errstate(invalid="ignore", divide="ignore"):
         integral = (sici(twice)[1] - sici(twice / base)[1]) / np.log(base)
     return np.where(twice == 0, 1.0, integral)[()]
@@ -158,11 +161,11 @@ def rope_correlation_tail(d: int, distance: ArrayLike, tau: ArrayLike, base: flo
 
 def tail_bound(frequencies: ArrayLike, distance: ArrayLike, tau: ArrayLike) -> Any:
     """`rope_correlation_tail` for given theta_k. Shapes: `plane, ..., ... -> ...`."""
-    cosines = _turned_back(distance, np.asarray(frequencies, dtype=np.float64))
+    cosines = _turned_back(distance, plane_frequencies(frequencies))
     planes = cosines.shape[-1]
     mean = cosines.mean(-1)
     spread = np.square(cosines - mean[..., None]).sum(-1) / (planes * (planes + 1))
-    gap = mean - np.asarray(tau, dtype=np.float64)
+    gap = mean - within("tau", tau, -np.inf, np.inf)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(gap > 0, np.square(gap) / (np.square(gap) + spread), np.nan)[()]
 
@@ -174,6 +177,8 @@ def rope_asymmetric_bound(
     base: float = BASE,
     samples: int = 4_000,
     seed: int = 0,
+    *,
+    frequencies: ArrayLike | None = None,
 ) -> pd.DataFrame:
     """The worst admissible alignment at distances that may differ, averaged over random queries.
 
@@ -183,22 +188,25 @@ def rope_asymmetric_bound(
     no iteration is needed. It is below the correlation only where it is not negative, so the exact correlation at
     that rho stands beside it.
 
+    Args:
+        samples, seed: random queries q ~ N(0, I).
+        frequencies: theta_k of each plane, `plane`, where a model's own differ from base^(-2k/d).
     Returns: one row per pair of distances (broadcast and flattened): distance_forward, distance_reverse, bound (mean
         surrogate over draws of w), bound_error (its standard error), exact (mean correlation at that rho),
         exact_error, negative (share of draws whose surrogate is negative), samples, seed. The same draws serve every
         pair of distances.
-    Raises: RevprobeError, for an odd d, a negative distance, or fewer than 2 samples.
+    Raises: RevprobeError, for an odd d, a negative distance, distances that do not broadcast, frequencies of another
+        number of planes, or fewer than 2 samples.
     Source: paper App. B.3, Table 5.
     """
-    if samples < 2:
-        raise RevprobeError(f"samples={samples!r}: expected at least 2 random queries, for a mean and its error")
-    forward, reverse = (
-        part.ravel() for part in np.broadcast_arrays(*map(_distances, (distance_forward, distance_reverse)))
-    )
-    far, near, ahead, behind = (part.T for part in _asymmetric_cosines(forward, reverse, rope_frequencies(d, base)))
+    samples = whole_number("samples", samples, 2, "at least 2 random queries, a whole number, for a mean and its error")
+    own = rope_frequencies(d, base)
+    theta = own if frequencies is None else plane_frequencies(frequencies, len(own))
+    forward, reverse = (part.ravel() for part in distance_pairs(distance_forward, distance_reverse))
+    far, near, ahead, behind = (part.T for part in _asymmetric_cosines(forward, reverse, theta))
     worst = (near < 0).astype(np.float64)
     # |q_k|^2 of q ~ N(0, I) is exponential, and everything below is free of its scale: Dirichlet needs no division.
-    energy = np.random.default_rng(seed).exponential(size=(samples, d // 2))
+    energy = np.random.default_rng(seed).exponential(size=(samples, len(theta)))
     covariance = energy @ (far + worst * near)
     surrogate = covariance / (energy @ (1.0 + worst * far * near))
     exact = _correlation(covariance, energy @ (1.0 + worst * ahead), energy @ (1.0 + worst * behind))
@@ -216,19 +224,18 @@ def alibi_correlation(distance_forward: ArrayLike, distance_reverse: ArrayLike |
     Raises: RevprobeError, for a negative distance.
     Source: paper Prop. 4.5.
     """
-    forward = _distances(distance_forward)
-    reverse = forward if distance_reverse is None else _distances(distance_reverse)
-    return np.ones(np.broadcast_shapes(forward.shape, reverse.shape))[()]
+    forward, _ = distance_pairs(distance_forward, distance_forward if distance_reverse is None else distance_reverse)
+    return np.ones(forward.shape)[()]
 
 
 def _turned_back(distance: ArrayLike, theta: np.ndarray) -> np.ndarray:
     """cos(2 D theta_k). Shapes: `... -> ... plane`."""
-    return np.cos(2.0 * _distances(distance)[..., None] * theta)
+    return np.cos(2.0 * distances(distance)[..., None] * theta)
 
 
 def _asymmetric_cosines(forward: ArrayLike, reverse: ArrayLike, theta: np.ndarray) -> tuple[np.ndarray, ...]:
     """A_k, B_k, cos(2 D_f theta_k) and cos(2 D_r theta_k). Shapes: `..., ... -> ... plane` each."""
-    f, r = (_distances(distance)[..., None] for distance in (forward, reverse))
+    f, r = (tokens[..., None] for tokens in distance_pairs(forward, reverse))
     return tuple(np.cos(tokens * theta) for tokens in (f + r, f - r, 2.0 * f, 2.0 * r))
 
 
@@ -243,30 +250,13 @@ def _correlation(covariance: np.ndarray, forward: np.ndarray, reverse: np.ndarra
 def _frequencies(planes: int, base: float, given: ArrayLike | None) -> np.ndarray:
     if given is None:
         return rope_frequencies(2 * planes, base)
-    theta = np.asarray(given, dtype=np.float64)
-    if theta.shape[-1:] != (planes,):
-        raise RevprobeError(f"frequencies of shape {theta.shape}: expected one for each of the {planes} planes")
-    return theta
+    return plane_frequencies(given, planes)
 
 
 def _shares(weights: ArrayLike) -> np.ndarray:
     """Weights that sum to 1 over planes; NaN where they are all zero."""
-    values = _within("weights", weights, 0.0, np.inf)
+    values = within("weights", weights, 0.0, np.inf)
     if not values.ndim:
         raise RevprobeError(f"weights={weights!r}: expected one for each plane")
     with np.errstate(invalid="ignore", divide="ignore"):
         return values / values.sum(-1, keepdims=True)
-
-
-def _distances(distance: ArrayLike) -> np.ndarray:
-    return _within("distance", distance, 0.0, np.inf)
-
-
-def _within(name: str, values: ArrayLike, low: float, high: float) -> np.ndarray:
-    """As float64. Raises: RevprobeError, naming the first value outside [low, high] or not finite."""
-    array = np.asarray(values, dtype=np.float64)
-    wrong = ~(np.isfinite(array) & (array >= low) & (array <= high))
-    if wrong.any():
-        expected = f"in [{low:g}, {high:g}]" if np.isfinite(high) else f"finite and at least {low:g}"
-        raise RevprobeError(f"{name} {float(array[wrong].flat[0])!r}: expected numbers {expected}")
-    return array

@@ -1,4 +1,4 @@
-"""What the theory says of a given model: its own angles, found in its own queries, and the bound beside the scores."""
+"""What the theory says of a given model, by its own angles."""
 
 import copy
 import math
@@ -10,21 +10,16 @@ import transformers as tf
 
 from revprobe import (
     ProbedModel,
-    Query,
     RaddConfig,
     RaddForMaskedLM,
-    ReversalPair,
-    ReversalPairs,
     RevprobeError,
-    letter_pairs,
     letter_tokenizer,
+    model_frequencies,
     model_theory,
-    probe_attention_correlation,
-    probe_gradient_cosine,
+    rope_asymmetric_bound,
     rope_correlation_bound,
-    with_bounds,
+    rope_correlation_tail,
 )
-from revprobe.models.rotary import Rotary, layer_positions
 
 SIZES = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
@@ -105,19 +100,6 @@ def test_entries_that_do_not_turn_are_planes_with_angle_zero() -> None:
     assert frame["planes"].tolist() == [16, 16] and frame["turning"].tolist() == [4, 4]
 
 
-def test_planes_of_neighbours_and_layers_without_rotation_are_told_apart() -> None:
-    """Cohere interleaves its planes, SmolLM3 leaves every fourth layer unturned; both embed the padding token as 0."""
-    torch.manual_seed(0)
-    cohere = layer_positions(causal(tf.CohereForCausalLM(tf.CohereConfig(**SIZES, **TOKENS))))
-    assert [found.rotary.interleaved for found in cohere.values()] == [True, True]
-    plain = layer_positions(llama("default"))
-    assert [found.rotary.interleaved for found in plain.values()] == [False, False]
-    smol = tf.SmolLM3Config(**SIZES | {"num_hidden_layers": 4}, **TOKENS)
-    frame = model_theory(causal(tf.SmolLM3ForCausalLM(smol)), 20)
-    assert frame["encoding"].tolist() == ["rope"] * 3 + ["no rotation"]
-    assert frame["bound"][3] == 1.0 and (frame["bound"][:3] < 0.9).all()
-
-
 def test_layers_with_angles_of_their_own_get_their_own() -> None:
     """Gemma 3 turns local layers by base 10,000 and global ones by 1,000,000."""
     torch.manual_seed(0)
@@ -154,111 +136,86 @@ def test_a_model_whose_queries_are_never_seen_is_an_error() -> None:
         model_theory(llama("default"), -1)
 
 
-def test_plane_energy_reads_the_entries_of_each_plane() -> None:
-    """Both layouts, with the turning part first or last: plane 1 is named by its two entries."""
-    query = np.random.default_rng(0).normal(size=(3, 16))
-    angles = 100.0 ** (-np.arange(6) / 6)
-    for start in (0, 4):
-        for interleaved in (False, True):
-            rotary = Rotary(angles, 16, start=start, interleaved=interleaved)
-            energy = rotary.plane_energy(query)
-            assert energy.shape == (3, 8) and np.allclose(energy.sum(-1), np.square(query).sum(-1))
-            entries = [start + 2, start + 3] if interleaved else [start + 1, start + 7]
-            assert np.allclose(energy[:, 1], np.square(query[:, entries]).sum(-1)), "plane 1 by its entries"
-            assert np.allclose(np.square(rotary.turned(query, 5)).sum(-1), np.square(query).sum(-1))
+# --- the tail, and distances that differ -----------------------------------------------------------------------------
 
 
-# --- the bound beside the measurement --------------------------------------------------------------------------------
+@pytest.mark.parametrize("tau", [0.05, 0.3])
+def test_the_tail_is_cantellis_at_the_threshold_that_was_asked(tau: float) -> None:
+    """On every layer and distance, by the function that Table 4 pins; partial rotary by the plain sums."""
+    frame = model_theory(llama("default"), [2, 7, 30], tau=tau)
+    expected = rope_correlation_tail(32, [2, 7, 30], tau, 500.0)
+    assert frame["tail"].tolist() == pytest.approx([*expected] * 2, rel=1e-4, nan_ok=True)
+    assert (frame["tau"] == tau).all()
+    half = partial()
+    cosines = np.array([math.cos(10 * 1e4 ** (-2 * k / 8)) for k in range(4)] + [1.0] * 4)
+    mean, spread = cosines.mean(), np.square(cosines - cosines.mean()).sum() / (8 * 9)
+    slow = (mean - tau) ** 2 / ((mean - tau) ** 2 + spread)
+    assert model_theory(half, 5, tau=tau)["tail"].tolist() == pytest.approx([slow] * 2, rel=1e-4)
 
 
-def test_the_bound_of_a_head_is_that_of_the_masks_query() -> None:
-    """One layer: q = W_Q norm(e_M) by hand from the weights, before RoPE, head by head."""
-    model = radd(n_heads=2)
-    pairs = letter_pairs(length=6, model=model)
-    bounded = probe_attention_correlation(model, pairs, bounds=True).frame
-    weights = {name: p.detach().double().numpy() for name, p in model.module.named_parameters()}
-    embedded = weights["embed_tokens.weight"][model.mask_token_id]
-    normed = (embedded - embedded.mean()) / math.sqrt(embedded.var() + model.module.config.layer_norm_eps)
-    normed = normed * weights["blocks.0.attention_norm.weight"] + weights["blocks.0.attention_norm.bias"]
-    query = (weights["blocks.0.attention.q_proj.weight"] @ normed).reshape(2, 16)
-    theta = 1e4 ** (-np.arange(8) / 8)
-    equal = bounded[bounded["bound_reason"] == ""]
-    assert set(equal["offset_forward"]) == {1, 2, 3, 4, 5} and len(equal) == 26 * 5 * 2
-    for (head, distance), rows in equal.groupby(["head", "offset_forward"]):
-        energy = query[head, :8] ** 2 + query[head, 8:] ** 2
-        slow = (energy * np.cos(2 * distance * theta)).sum() / energy.sum()
-        for column in ("bound_forward", "bound_reverse"):
-            assert np.allclose(rows[column], slow, atol=1e-5), f"{column}, head {head}, distance {distance}"
-        assert np.allclose(rows["bound_mean"], rope_correlation_bound(16, distance), atol=1e-12)
+@pytest.mark.parametrize(("tau", "tail"), [(0.1, 1.0), (1.0, 1.0), (1.1, math.nan)])
+def test_every_query_of_an_alibi_model_reaches_one(tau: float, tail: float) -> None:
+    assert model_theory(radd("alibi"), 3, tau=tau)["tail"].tolist() == pytest.approx([tail], nan_ok=True)
 
 
-def test_what_has_no_bound_is_nan_with_its_reason() -> None:
-    model = radd()
-    frame = with_bounds(probe_attention_correlation(model, pairs := letter_pairs(5, model=model)), model, pairs).frame
-    unequal = frame["offset_forward"] != -frame["offset_reverse"]
-    assert unequal.any() and frame.loc[unequal, "bound_reason"].str.contains("equal distances").all()
-    assert (frame["bound_forward"].isna() == unequal).all() and (frame["bound_mean"].isna() == unequal).all()
-    alibi = radd("alibi")
-    frame = with_bounds(probe_attention_correlation(alibi, pairs), alibi, pairs).frame
-    assert frame["bound_mean"].isna().all()
-    assert frame.loc[~unequal, "bound_reason"].str.contains("do not turn").all()
+def partial() -> ProbedModel:
+    """Phi, half of whose sixteen entries turn."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    return causal(tf.PhiForCausalLM(tf.PhiConfig(**SIZES | {"hidden_size": 32}, rope_parameters=rope)))
 
 
-@pytest.mark.parametrize(
-    ("forward", "reverse", "kind", "words"),
-    [
-        (Query([1, 2, 0, 30], [0, 1], [3]), Query([30, 0, 1, 2], [2, 3], [0]), "same_target", "several tokens"),
-        (Query([1, 0, 30], [0], [2]), Query([1, 0, 30], [2], [0]), "swapped", "kind same_target"),
-    ],
-)
-def test_pairs_outside_the_theorem_have_no_bound(forward, reverse, kind: str, words: str) -> None:
-    model = radd()
-    pairs = ReversalPairs.from_pairs([ReversalPair(forward, reverse, kind=kind)])
-    frame = with_bounds(probe_attention_correlation(model, pairs, control=False), model, pairs).frame
-    assert frame["bound_forward"].isna().all() and frame["bound_reason"].str.contains(words).all()
+def test_unequal_distances_are_the_worst_case_by_the_models_own_angles() -> None:
+    """Against rotation matrices built entry by entry, with the worst of all corners of the alignment cube per query."""
+    model, samples = partial(), 40
+    frame = model_theory(model, [3, 21, 4], distance_reverse=[9, 50, 4], samples=samples, seed=5)
+    first = frame[frame["layer"] == 0].reset_index(drop=True)
+    theta = [1e4 ** (-2 * k / 8) for k in range(4)] + [0.0] * 4
+    energy = np.random.default_rng(5).exponential(size=(samples, 8))
+    corners = np.array(np.meshgrid(*[[0.0, 1.0]] * 8)).reshape(8, -1).T
+    for row, (forward, reverse) in enumerate([(3, 9), (21, 50)]):
+        far = np.array([math.cos((forward + reverse) * angle) for angle in theta])
+        near = np.array([math.cos((forward - reverse) * angle) for angle in theta])
+        top = (energy[:, None] * (far + corners * near)).sum(-1)
+        worst = (top / (energy[:, None] * (1 + corners * far * near)).sum(-1)).min(1)
+        assert first["bound"][row] == pytest.approx(worst.mean(), abs=1e-6), f"distances {forward}, {reverse}"
+        assert first["bound_error"][row] == pytest.approx(worst.std(ddof=1) / math.sqrt(samples), abs=1e-6)
+        assert first["no_bound"][row] == (worst < 0).mean()
+        assert first["exact"][row] >= first["bound"][row] - 1e-6 or first["no_bound"][row] > 0
+        assert math.isnan(first["tail"][row]) and first["distance_reverse"][row] == reverse
+    assert first["bound"][2] == model_theory(model, 4)["bound"][0], "equal distances keep the closed form"
+    assert first.loc[2, ["bound_error", "exact_error", "no_bound"]].tolist() == [0, 0, 0]
+    full = rope_asymmetric_bound(16, 21, 50, samples=samples, seed=5)["bound"][0]
+    assert abs(first["bound"][1] - full) > 0.01, "a bound by base^(-2k/d) would not know that half the head rests"
 
 
-def test_bounds_are_added_only_to_the_reading_they_belong_to() -> None:
-    model = radd()
-    pairs = letter_pairs(4, model=model)
-    reading = probe_attention_correlation(model, pairs)
-    with pytest.raises(RevprobeError, match="was taken with pairs"):
-        with_bounds(reading, model, letter_pairs(5, model=model))
-    with pytest.raises(RevprobeError, match="expected one of probe_attention_correlation"):
-        with_bounds(probe_gradient_cosine(model, pairs), model, pairs)
-    with pytest.raises(RevprobeError, match="add them with with_bounds"):
-        reading.plot(kind="bounds")
-    bounded = with_bounds(reading, model, pairs, batch_size=3)
-    assert (bounded.value, bounded.interval) == (reading.value, reading.interval), "the scores are the same"
-    whole = with_bounds(reading, model, pairs)
-    assert np.allclose(bounded.frame["bound_forward"], whole.frame["bound_forward"], atol=1e-6, equal_nan=True)
+def test_queries_for_which_the_surrogate_bounds_nothing_are_counted() -> None:
+    """At 21 and 50 tokens some draws are negative; the share is that of the function Table 5 rests on."""
+    frame = model_theory(llama("default"), 21, distance_reverse=50, samples=200)
+    expected = rope_asymmetric_bound(32, 21, 50, 500.0, samples=200)
+    assert expected["negative"][0] > 0.1
+    assert frame["no_bound"].tolist() == pytest.approx([expected["negative"][0]] * 2, abs=0.011)
+    for name in ("exact", "exact_error", "bound"):
+        assert frame[name].tolist() == pytest.approx([expected[name][0]] * 2, rel=1e-3)
 
 
-def test_the_figure_draws_each_heads_bound_and_the_mean_as_lines_of_their_own(tmp_path) -> None:
-    """Every drawn number against the frame; also after a round trip through parquet."""
-    model = radd(n_heads=2)
-    pairs = letter_pairs(5, model=model)
-    bounded = with_bounds(probe_attention_correlation(model, pairs), model, pairs)
-    bounded = type(bounded).load(bounded.save(tmp_path / "reading.parquet"))
-    figure = bounded.plot(kind="bounds")
-    traces = {trace.name: trace for trace in figure.data}
-    equal = bounded.frame[bounded.frame["bound_reason"] == ""]
-    for head in (0, 1):
-        rows = equal[equal["head"] == head].groupby("offset_forward")
-        assert np.allclose(traces[f"bound, layer 0, head {head}'s query"].y, rows["bound_forward"].mean(), atol=1e-6)
-        measured = [part["score_forward"].corr(part["score_reverse"]) for _, part in rows]
-        assert np.allclose(traces[f"measured, layer 0, head {head}"].y, measured, atol=1e-6)
-        assert list(traces[f"measured, layer 0, head {head}"].x) == [1, 2, 3, 4]
-    assert np.allclose(traces["bound, mean over queries"].y, rope_correlation_bound(16, [1, 2, 3, 4]))
-    assert len(figure.data) == 5
-    one = bounded.plot(kind="bounds", head=1)
-    assert one.data[0].name == "measured, layer 0, head 1" and len(one.data) == 3
-    assert "interval below the head's bound in" in figure.layout.title.text
+def test_distances_are_broadcast_and_alibi_is_one_at_all_of_them() -> None:
+    frame = model_theory(radd("alibi"), [1, 2, 3], distance_reverse=7)
+    assert (
+        frame["distance_reverse"].tolist() == [7, 7, 7] and (frame["bound"] == 1).all() and (frame["tail"] == 1).all()
+    )
+    assert (frame[["bound_error", "no_bound"]] == 0).all(axis=None) and (frame["exact"] == 1).all()
+    with pytest.raises(RevprobeError, match=r"shape \(2,\), reverse of shape \(3,\)"):
+        model_theory(radd("alibi"), [1, 2], distance_reverse=[1, 2, 3])
+    with pytest.raises(RevprobeError, match="tau nan"):
+        model_theory(radd("alibi"), 1, tau=math.nan)
 
 
-def test_without_a_bound_the_figure_says_why() -> None:
-    model = radd("alibi")
-    pairs = letter_pairs(4, model=model)
-    figure = with_bounds(probe_attention_correlation(model, pairs), model, pairs).plot(kind="bounds")
-    text = " ".join(note.text for note in figure.layout.annotations)
-    assert "queries do not turn with position" in text and not figure.data
+def test_the_angles_asked_about_fit_the_longer_of_the_two_distances() -> None:
+    """Dynamic scaling grows with the sequence: a reverse distance of 500 needs the angles of a long one."""
+    model = llama("dynamic")
+    long = model_theory(model, 3, distance_reverse=500, samples=20)["bound"][0]
+    theta = model_frequencies(model, length=501).query("layer == 0")["frequency"]
+    assert long == pytest.approx(rope_asymmetric_bound(32, 3, 500, samples=20, frequencies=theta)["bound"][0])
+    short = model_frequencies(model, length=32).query("layer == 0")["frequency"]
+    assert long != rope_asymmetric_bound(32, 3, 500, samples=20, frequencies=short)["bound"][0]

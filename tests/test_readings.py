@@ -68,7 +68,8 @@ def test_a_control_over_fewer_pairs_shows_its_own_n(readings):
     whole = readings["reverse_probability"]
     assert "(n=" not in repr(whole)
     rows = (whole.frame["direction"] == "reverse") & (whole.frame["pair"] < 3)
-    part = Reading(whole.name, whole.frame.assign(probability_control=whole.frame["probability_control"].mask(rows)))
+    control = whole.frame["probability_control"].mask(rows)
+    part = Reading(whole.name, whole.frame.assign(probability_control=control), whole.meta)
     fewer = f"(n={whole.n - 3})"
     assert repr(part).count(fewer) == 2 and part.control.n == part.excess.n == whole.n - 3
 

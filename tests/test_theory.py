@@ -10,13 +10,16 @@ from scipy.integrate import quad
 
 from revprobe import (
     RevprobeError,
+    alibi_correlation,
     rope_asymmetric_bound,
     rope_conditional_correlation,
     rope_correlation_bound,
     rope_correlation_tail,
+    rope_limit_bound,
+    rope_query_bound,
     theory_tables,
 )
-from revprobe.probes.theory import alibi_correlation, rope_frequencies, rope_limit_bound, rope_query_bound
+from revprobe.probes.theory import mean_bound, rope_frequencies
 
 QUERIES = 10_000
 
@@ -80,10 +83,23 @@ def test_table_5_reports_its_grid_and_does_not_hide_its_difference() -> None:
     assert fifth["note"].str.contains("exact correlation").all(), "the surrogate is a bound only where not negative"
 
 
+def test_the_error_of_random_queries_stands_in_a_column_of_its_own() -> None:
+    """Closed forms have none; Table 5's is that of the cell it was found in, larger than half a printed digit."""
+    tables = theory_tables(samples=500, seed=2)
+    assert (tables.query("table != 5")["standard_error"] == 0).all()
+    fifth = tables.query("table == 5")
+    for row in fifth.itertuples():
+        distances = [int(part) for part in row.note.split("D_f = ")[1].split(":")[0].split(", D_r = ")]
+        found = rope_asymmetric_bound(int(row.column[4:]), *distances, samples=500, seed=2)
+        assert row.standard_error == pytest.approx(found["bound_error"][0])
+        assert row.ours == pytest.approx(found["bound"][0])
+    assert (fifth["standard_error"] > fifth["tolerance"]).all()
+
+
 def test_the_columns_of_the_tables_are_a_contract() -> None:
     """The command line writes these columns; a boolean `within` selects the cells to mark."""
     tables = theory_tables(samples=10)
-    columns = ["table", "row", "column", "paper", "ours", "difference", "tolerance", "within", "note"]
+    columns = ["table", "row", "column", "paper", "ours", "standard_error", "difference", "tolerance", "within", "note"]
     assert tables.columns.tolist() == columns
     assert tables["within"].dtype == bool and not tables.isna().any().any()
     assert not tables.duplicated(["table", "row", "column"]).any(), "each cell once"
@@ -250,6 +266,22 @@ def test_no_admissible_alignment_is_worse_than_the_closed_form(forward, reverse,
     assert (surrogate >= dinkelbach(weights, far, near) - 1e-12).all()
 
 
+def test_frequencies_of_a_model_take_the_place_of_the_bases() -> None:
+    """Partial rotary: by brute force over all corners of the alignment cube, each query's worst, from plain sums."""
+    theta, samples = np.array([1.0, 0.2, 0.04, 0.0]), 300
+    row = rope_asymmetric_bound(8, 4, 23, samples=samples, seed=1, frequencies=theta).iloc[0]
+    energy = np.random.default_rng(1).exponential(size=(samples, 4))
+    far, near = np.cos(27 * theta), np.cos(19 * theta)
+    worst = np.full(samples, np.inf)
+    for corner in range(16):
+        rho = np.array([corner >> plane & 1 for plane in range(4)])
+        worst = np.minimum(worst, (energy * (far + rho * near)).sum(1) / (energy * (1 + rho * far * near)).sum(1))
+    assert row["bound"] == pytest.approx(worst.mean(), abs=1e-12)
+    assert abs(row["bound"] - rope_asymmetric_bound(8, 4, 23, samples=samples, seed=1)["bound"][0]) > 0.01
+    own = rope_asymmetric_bound(8, 4, 23, samples=samples, frequencies=rope_frequencies(8))
+    assert own["bound"][0] == rope_asymmetric_bound(8, 4, 23, samples=samples)["bound"][0]
+
+
 def test_unequal_distances_are_drawn_once_and_may_be_exchanged() -> None:
     grid = rope_asymmetric_bound(64, [3, 9, 4], [9, 3, 4], samples=50)
     values = ["bound", "exact", "negative"]
@@ -276,7 +308,7 @@ def test_alibi_is_exactly_one_for_any_keys_and_distances() -> None:
     ("call", "words"),
     [
         (lambda: rope_correlation_bound(7, 1), "d=7: expected an even number"),
-        (lambda: rope_correlation_bound(8, -1), "distance -1.0: expected numbers finite and at least 0"),
+        (lambda: rope_correlation_bound(8, -1), "distance -1.0: expected finite numbers of at least 0"),
         (lambda: rope_correlation_bound(8, math.nan), "distance nan"),
         (lambda: rope_correlation_bound(8, 1, base=0), "base=0: expected a positive number"),
         (lambda: rope_limit_bound(1, base=1), "needs a base above 1"),
@@ -285,6 +317,23 @@ def test_alibi_is_exactly_one_for_any_keys_and_distances() -> None:
         (lambda: rope_conditional_correlation([1, 1], [0, 1.5], 1, 1), r"alignment 1.5: expected numbers in \[-1, 1\]"),
         (lambda: rope_asymmetric_bound(8, 1, 1, samples=1), "samples=1: expected at least 2"),
         (lambda: alibi_correlation([1, -2]), "distance -2.0"),
+        (lambda: alibi_correlation([1, 2], [1, 2, 3]), r"shape \(2,\), reverse of shape \(3,\)"),
+        (lambda: rope_correlation_bound(math.nan, 3), "head dimension d=nan: expected an even number"),
+        (lambda: rope_correlation_bound(math.inf, 3), "head dimension d=inf: expected an even number"),
+        (lambda: rope_correlation_bound(None, 3), "head dimension d=None: expected an even number"),
+        (lambda: rope_correlation_bound("8", 3), "head dimension d='8': expected an even number"),
+        (lambda: rope_correlation_bound(8, "far"), "distance 'far': expected numbers"),
+        (lambda: rope_correlation_bound(8, 1, base=None), "base nan: expected finite numbers"),
+        (lambda: rope_correlation_tail(8, 1, tau=math.nan), "tau nan: expected finite numbers"),
+        (lambda: rope_query_bound([1, 1], 1, frequencies=[math.nan, 1]), "frequencies nan: expected finite numbers"),
+        (lambda: mean_bound([math.nan, 1], 1), "frequencies nan"),
+        (lambda: mean_bound([], 1), r"frequencies of shape \(0,\): expected one for each plane"),
+        (lambda: rope_asymmetric_bound(64, [1, 2], [1, 2, 3]), r"shape \(2,\), reverse of shape \(3,\): expected one"),
+        (
+            lambda: rope_asymmetric_bound(64, 1, 2, samples=2.5),
+            "samples=2.5: expected at least 2 random",
+        ),
+        (lambda: rope_asymmetric_bound(64, 1, 2, frequencies=[1.0]), "one for each of the 32 planes"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_by_name(call, words: str) -> None:
