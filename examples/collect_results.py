@@ -28,7 +28,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SWEEPS = {"one-layer": "one_layer.parquet", "robustness": "robustness.parquet"}
 
 
-def collect(name: str, folder: Path, out: Path) -> dict[str, Any]:
+def collect(name: str, folder: Path, out: Path, commit: str | None) -> dict[str, Any]:
     """Write one sweep's measures and say where they come from."""
     config = load_config(name, SweepConfig)
     measures, left_out = collect_measures(folder, config.runs())
@@ -40,6 +40,7 @@ def collect(name: str, folder: Path, out: Path) -> dict[str, Any]:
     finished = list(pd.unique(measures["run"]))
     return {
         "command": f"revprobe sweep {name}",
+        "trained_at_commit": commit,
         "config": f"examples/{name.replace('-', '_')}.yaml",
         "config_sha256": hashlib.sha256(dump_config(config.base).encode()).hexdigest(),
         "devices": sorted({open_run(folder / run).config.training.device for run in finished}),
@@ -73,17 +74,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, metavar="RUNS_DIR", help="the sweep's folder, e.g. runs/one-layer")
     parser.add_argument("--robustness", type=Path, default=None, help="the folder of the robustness sweep")
-    parser.add_argument(
-        "--commit", default=None, help="the commit the runs were trained with; this checkout's is noted besides"
-    )
+    parser.add_argument("--commit", help="the commit the runs were trained with; this checkout's is noted besides")
+    parser.add_argument("--robustness-commit", help="the same for the robustness sweep")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    sweeps = {"one-layer": collect("one-layer", asked.runs, asked.out)}
+    sweeps = {"one-layer": collect("one-layer", asked.runs, asked.out, asked.commit)}
     if asked.robustness is not None:
-        sweeps["robustness"] = collect("robustness", asked.robustness, asked.out)
+        sweeps["robustness"] = collect("robustness", asked.robustness, asked.out, asked.robustness_commit)
     collected = {
-        "trained_at_commit": asked.commit,
         "collected_at_commit": _commit(),
         "collected": datetime.now(UTC).date().isoformat(),
         "sweeps": sweeps,
