@@ -306,8 +306,9 @@ def test_the_fused_pass_gives_the_numbers_of_the_single_probes(model):
         )
 
 
-def test_layers_may_be_given_once_and_are_read_by_every_probe(model):
+def test_layers_may_be_given_once_and_are_read_by_every_probe():
     """A generator serves one loop; the attention and the gradient probe both need it."""
+    model = mdm()
     readings = probe(model, letter_pairs(5, model=model), layers=(layer for layer in [0]))
     assert set(readings["attention_correlation"].frame["layer"]) == {0}
     assert set(readings["gradient_cosine"].frame["layer"].dropna()) == {0}
