@@ -54,7 +54,64 @@ def test_every_run_is_either_in_the_numbers_or_listed_as_not_run(results: Path) 
         assert sweep["config_sha256"] == hashlib.sha256(dump_config(config.base).encode()).hexdigest()
         assert sweep["versions"] and {"torch", "revprobe"} <= set(sweep["versions"][0])
         assert (results / SWEEPS[name]).stat().st_size < 3_000_000
-    assert len(provenance["trained_at_commit"]) == len(provenance["collected_at_commit"]) == 40
+        assert len(sweep["trained_at_commit"]) == 40
+    assert len(provenance["collected_at_commit"]) == 40
+
+
+def test_the_route_edits_are_of_runs_in_the_tables_and_agree_with_them(results: Path) -> None:
+    """The unedited reverse probability is the tables' own, over the same placements and weights, to rounding."""
+    edits, tables = (pd.read_csv(results / "route_edits.csv"), pd.read_parquet(results / "one_layer.parquet"))
+    assert set(edits["run"]) <= set(tables["run"]) and edits.groupby("run")["n"].nunique().eq(1).all()
+    plain = edits[edits["measure"] == "reverse probability"].set_index("run")
+    last = tables[(tables["measure"] == "reverse_probability") & (tables["step"] == 20000)]
+    for run, row in plain.iterrows():
+        wanted = last[(last["run"] == run) & (last["weights"] == row["weights"])].iloc[0]
+        assert row["value"] == pytest.approx(wanted["value"], abs=2e-6) and row["n"] == wanted["n"], run
+    defined = edits.dropna(subset=["value", "low"])
+    assert (defined["low"] <= defined["value"] + 1e-6).all() and (defined["value"] <= defined["high"] + 1e-6).all()
+    # A gap that is not there has no share: ALiBi's two queries are mirror images.
+    no_share = edits[edits["value"].isna()]
+    assert set(no_share["measure"].str.split(",").str[0]) == {"share of the gap closed"}
+    assert no_share["run"].str.startswith("alibi").all()
+
+
+def test_the_page_averages_route_edits_over_seeds(scripts: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:
+    rows = [("gap", 1.0, 0.5, 1.5, 26, f"rope-l10-s{seed}") for seed in (0, 1)]
+    rows += [("gap", 2.0, 1.8, 2.6, 26, "rope-l10-s2"), ("share", float("nan"), 0.0, 0.0, 26, "alibi-l10-s0")]
+    pd.DataFrame(rows, columns=["measure", "value", "low", "high", "n", "run"]).to_csv(tmp_path / "r.csv", index=False)
+    text = scripts[1]._route_edits(tmp_path / "r.csv")
+    assert "| gap | 1.3333 [0.5000, 2.6000] | - |" in text and "| share | - | NaN |" in text
+    assert "rope-l10 3 seeds, n = 26, alibi-l10 1 seeds, n = 26." in text
+
+
+def test_the_storage_numbers_are_of_runs_in_the_tables_with_interval_n_and_control(results: Path) -> None:
+    tables = pd.read_parquet(results / "one_layer.parquet")
+    curves, steps = (pd.read_csv(results / name) for name in ("storage_curves.csv", "one_step.csv"))
+    assert set(curves["run"]) == set(steps["run"]) <= set(tables["run"])
+    for run, own in curves.groupby("run"):
+        assert set(own["step"]) == set(tables[tables["run"] == run]["step"]), f"{run}: every checkpoint"
+    stored = curves[(curves["curve"] == "stored") & (curves["direction"] == "reverse")]
+    assert stored[["low", "high", "n", "control", "control_low", "control_high"]].notna().all(axis=None)
+    assert steps[["came_low", "came_high", "n", "came_control", "predicted", "slope"]].notna().all(axis=None)
+    assert not steps.duplicated(["run", "step", "quantity"]).any()
+
+
+def test_the_page_counts_the_seeds_in_which_a_step_does_what_is_expected(
+    scripts: tuple[ModuleType, ModuleType], tmp_path: Path
+) -> None:
+    """S has to rise and a loss to fall, each with its whole interval; two of three do, then one."""
+    columns = ["quantity", "came", "came_low", "came_high", "came_control", "slope", "correlation", "run"]
+    rows: list[tuple[object, ...]] = []
+    for seed, low in enumerate((0.1, 0.2, -0.1)):
+        rows.append(("stored", low + 0.1, low, low + 0.2, 0.0, 1.0, 0.5, f"rope-l10-s{seed}"))
+        rows.append(("reverse_loss", 0.15 - low, 0.05 - low, 0.19 - low, 0.0, 1.0, 0.5, f"rope-l10-s{seed}"))
+    frame = pd.DataFrame(rows, columns=columns).assign(step=5, optimizer="saved", n=26)
+    frame.to_csv(tmp_path / "one_step.csv", index=False)
+    text = scripts[1]._one_step(tmp_path / "one_step.csv")
+    assert (
+        "| rope-l10 | 5 | saved | stored | +0.167 [-0.100, +0.400] | +0.000 | 2 of 3 seeds | 1.00 | 0.50 | 26 |" in text
+    )
+    assert "| rope-l10 | 5 | saved | reverse_loss | +0.083 [-0.150, +0.290] | +0.000 | 1 of 3 seeds |" in text
 
 
 def test_every_committed_run_has_every_number_with_its_interval_at_every_checkpoint(results: Path) -> None:
