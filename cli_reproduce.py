@@ -81,9 +81,10 @@ def one_layer(
             raise typer.Exit(130) from None
     try:
         _tabulate(out / asked.name, seeds, console)
-    finally:
-        if failed is not None:
-            raise failed
+    except RevprobeError as error:
+        raise (failed or error) from error
+    if failed is not None:
+        raise failed
 
 
 def _tabulate(folder: Path, seeds: int, console: Console) -> None:

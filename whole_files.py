@@ -7,6 +7,7 @@ not about power: nothing is forced to the disk.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,11 +17,11 @@ from pathlib import Path
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Yield a working path to write to; it becomes `path` when the block ends and is gone when the block raises.
 
-    The working name starts with a dot and carries the process id, so that two writers never share one, and ends with
-    .part, so that nobody takes it for a finished file. The folder must exist.
+    The working name starts with a dot and carries process and thread, so that two writers never share one, and ends
+    with .part, so that nobody takes it for a finished file. The folder must exist.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
         yield part
         part.replace(path)

@@ -87,10 +87,19 @@ def _storage_curves(path: Path) -> str:
     for model, part in table.groupby("model", sort=False):
         for name, (curve, direction, column) in shown.items():
             own = part[(part["curve"] == curve) & (part["direction"] == direction)]
-            numbers = own.groupby("step")[column].agg(["mean", "std"])
-            cells = {f"{step}": f"{one['mean']:.2f} ± {one['std']:.2f}" for step, one in numbers.iterrows()}
-            rows.append({"model": f"{model} ({own['run'].nunique()} seeds)", "curve": name} | cells)
+            seeds = own["run"].nunique()
+            cells = {f"{step}": _mean_and_spread(values, seeds) for step, values in own.groupby("step")[column]}
+            rows.append({"model": f"{model} ({seeds} seeds)", "curve": name} | cells)
     return f"{title}\n\n{ABOUT_CURVES}\n\n{markdown_table(rows)}"
+
+
+def _mean_and_spread(values: pd.Series, seeds: int) -> str:
+    """Mean ± standard deviation of the seeds in which there is a number; how many, where not all."""
+    defined = values.dropna()
+    if defined.empty:
+        return "NaN"
+    spread = f" ± {defined.std():.2f}" if len(defined) > 1 else ""
+    return f"{defined.mean():.2f}{spread}" + ("" if len(defined) == seeds else f" ({len(defined)} of {seeds})")
 
 
 def _one_step(path: Path) -> str:
@@ -102,13 +111,13 @@ def _one_step(path: Path) -> str:
     rows = []
     for key, part in _by_model(path).groupby(["model", "step", "optimizer", "quantity"], sort=False):
         row = dict(zip(("model", "step", "optimizer", "quantity"), key, strict=True))
-        sign = expected[str(row["quantity"])]
+        sign, part = expected[str(row["quantity"])], part.dropna(subset=["came_low"])
         clear = ((part["came_low"] if sign > 0 else -part["came_high"]) > 0).sum()
         change = f"{part['came'].mean():+.3f} [{part['came_low'].min():+.3f}, {part['came_high'].max():+.3f}]"
         told = {"change": change, "deranged facts": f"{part['came_control'].mean():+.3f}"}
         told |= {"as expected in": f"{clear} of {len(part)} seeds", "slope": f"{part['slope'].mean():.2f}"}
         told |= {"r": f"{part['correlation'].mean():.2f}"}
-        rows.append(row | told | {"n": part["n"].max()})
+        rows.append(row | told | {"n": part["n"].min()})
     return f"{title}\n\n{ABOUT_STEPS}\n\n{markdown_table(rows)}"
 
 

@@ -199,7 +199,7 @@ class Batch:
             raise RevprobeError("; ".join(self.problems[run.path.name] for run in runs))
         self.listeners, self._told = listeners, 0.0
         trainers = [member.trainer for member in self.members]
-        self.first, self.config = trainers[0], runs[0].config
+        self.first, self.config = trainers[0], self.members[0].run.config
         self.step = self.first.state.global_step
         masked = self.first.objective == "masked"
         self.stack = StackedModels([m.model for m in self.members], self.first.mask_token_id if masked else None)

@@ -31,6 +31,9 @@ from ..errors import RevprobeError
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
 SCORE_POINT = ".hook_attn_scores"
+# Masks written by hand hide with -1e4, -1e9 or a dtype's lowest number; a score this far below its row's best has no
+# weight in any dtype.
+FAR_BELOW = 9e3
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
@@ -133,7 +136,7 @@ def call_rows(call: Mapping[str, Any], rows: Tensor, *, site: str = "attention")
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).to(wide)
     scale = call.get("scale")
     scores = query_rows @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-    return scores + _mask_rows(call, rows, scores)
+    return _hidden_as_infinite(scores + _mask_rows(call, rows, scores))
 
 
 def matrix_rows(scores: Tensor, rows: Tensor) -> Tensor:
@@ -141,7 +144,12 @@ def matrix_rows(scores: Tensor, rows: Tensor) -> Tensor:
     at_rows = scores.transpose(1, 2)[torch.arange(len(rows), device=rows.device)[:, None], rows].transpose(1, 2)
     at_rows = at_rows.to(torch.promote_types(scores.dtype, torch.float32))
     # Hand-written attention masks with the dtype's lowest number instead of -inf.
-    return at_rows.masked_fill(at_rows <= torch.finfo(scores.dtype).min / 2, float("-inf"))
+    return _hidden_as_infinite(at_rows.masked_fill(at_rows <= torch.finfo(scores.dtype).min / 2, float("-inf")))
+
+
+def _hidden_as_infinite(at_rows: Tensor) -> Tensor:
+    """Rows of scores with -inf wherever a mask hides, whatever number it hides with."""
+    return at_rows.masked_fill(at_rows < at_rows.amax(-1, keepdim=True) - FAR_BELOW, float("-inf"))
 
 
 @torch.no_grad()

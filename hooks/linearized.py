@@ -225,9 +225,9 @@ class _HoldingMode(TorchFunctionMode):
         weight = pattern.detach().reshape(batch, -1, *pattern.shape[-2:])
         at_rows = weight.transpose(1, 2)[torch.arange(batch, device=weight.device)[:, None], self.rows].transpose(1, 2)
         value, by_head = (t.reshape(batch, -1, *t.shape[-2:]) for t in (value, mixed))
-        hidden = self.hidden
+        hidden, self.hidden = self.hidden, None  # those scores' own weights alone
         if hidden is None or hidden.shape != at_rows.shape:
-            hidden = torch.zeros_like(at_rows, dtype=torch.bool)
+            hidden = at_rows == 0  # without scores a weight that underflowed counts as hidden
         return self._attention(value, by_head, at_rows, hidden).reshape(mixed.shape)
 
     def _keep_hidden(self, scores: Tensor) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from ..errors import RevprobeError
+from ..models.layers import silent_layers
 from ..models.probed import ProbedModel, as_probed
-from .edits import listed
+from .chosen import chosen_of
+from .edits import attention_sites
 from .pairs import ReversalPairs
 from .passes import PassResult, Plan, Progress, describe, run_pass
 from .readings import Reading
@@ -49,7 +50,7 @@ def probe_attention_correlation(
     Source: paper Sec. 4.2 and 5 (Fig. 3, left).
     """
     model = as_probed(model)
-    layers = None if layers is None else listed("layer", layers)
+    layers = readable_layers(model, layers)
     plan = Plan(attention=True, control=control, batch_size=batch_size, seed=seed, progress=progress)
     reading = attention_reading(model, run_pass(model, pairs, plan), plan, layers)
     if not bounds:
@@ -63,7 +64,8 @@ def attention_reading(
     model: ProbedModel, result: PassResult, plan: Plan, layers: Iterable[int] | None = None
 ) -> Reading:
     """Join the scores of a pass to pairs. Raises: RevprobeError, for a layer that the model lacks."""
-    wanted = _choose_layers(model, sorted([*result.score, *result.silent]), layers)
+    there = sorted([*result.score, *result.silent])
+    wanted = chosen_of("layer", layers, there, model=model, purpose="read")
     base = _pair_columns(result.pairs, model.logit_shift)
     most = max((scores.shape[1] for scores in result.score.values()), default=0)
     parts = [
@@ -77,15 +79,16 @@ def attention_reading(
     return reading
 
 
-def _choose_layers(model: ProbedModel, there: list[int], layers: Iterable[int] | None) -> list[int]:
-    """The layers asked for, all of them when None."""
-    chosen = there if layers is None else listed("layer", layers)
-    wrong = [layer for layer in chosen if layer not in there]
-    if wrong or (layers is not None and not chosen):
-        named = f"layer {wrong[0]!r}" if wrong else "layer list []"
-        some = ", ".join(map(str, there[:12])) + (", ..." if len(there) > 12 else "")
-        raise RevprobeError(f"no {named} to read in {model.name}: expected some of {some}")
-    return chosen
+def readable_layers(model: ProbedModel, layers: Iterable[int] | None) -> list[int] | None:
+    """The layers asked for, found before a long pass over the pairs; None for all.
+
+    Raises: RevprobeError, for a layer the model lacks, or when no attention is seen.
+    """
+    if layers is None:
+        return None
+    sites = attention_sites(model)
+    there = {site.layer for site in sites} | set(silent_layers(model.module, [site.path for site in sites]))
+    return chosen_of("layer", layers, sorted(there), model=model, purpose="read")
 
 
 def _pair_columns(pairs: ReversalPairs, logit_shift: int) -> pd.DataFrame:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from operator import index as whole
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from ..errors import RevprobeError
 from ..hooks.attention_edits import AttentionSite, EditLog, edit_scores, find_attention
 from ..models.layers import silent_layers
 from ..models.probed import ProbedModel, as_probed
+from .chosen import chosen_of
 
 Positions = Tensor | Sequence[Sequence[int]]
 Bias = float | Tensor | Callable[[int, Tensor], Tensor]
@@ -86,34 +86,14 @@ def attention_sites(model: ProbedModel) -> list[AttentionSite]:
 def choose_layers(model: ProbedModel, sites: Sequence[AttentionSite], layers: Iterable[int] | None) -> list[int]:
     """The layers asked for, all of them when None. Raises: RevprobeError, for one without attention to edit."""
     silent = silent_layers(model.module, [site.path for site in sites])
-    return _choose(model, "layer", [site.layer for site in sites], layers, silent)
+    there = [site.layer for site in sites]
+    return chosen_of("layer", layers, there, model=model, purpose="edit", silent=silent)
 
 
 def choose_heads(model: ProbedModel, sites: Sequence[AttentionSite], heads: Iterable[int] | None) -> list[int]:
     """The heads asked for, all of them when None. Raises: RevprobeError, for one that no layer has."""
-    return _choose(model, "head", list(range(max(site.heads for site in sites))), heads)
-
-
-def listed(what: str, asked: Iterable[int]) -> list[int]:
-    """Layers or heads as whole numbers, ascending, each once. Raises: RevprobeError, for anything else."""
-    try:
-        return sorted({whole(one) for one in asked})
-    except TypeError as error:
-        raise RevprobeError(f"{what}s {asked!r}: expected a list of whole numbers, such as {what}s=[0]") from error
-
-
-def _choose(
-    model: ProbedModel, what: str, there: list[int], asked: Iterable[int] | None, silent: Sequence[int] = ()
-) -> list[int]:
-    chosen = there if asked is None else listed(what, asked)
-    wrong = [one for one in chosen if one not in there]
-    if wrong or not chosen:
-        named = f"{what} {wrong[0]!r}" if wrong else f"{what} list []"
-        some = ", ".join(map(str, sorted(there)[:12])) + (", ..." if len(there) > 12 else "")
-        if wrong and wrong[0] in silent:
-            raise RevprobeError(f"{named} of {model.name} has no softmax attention to edit: expected some of {some}")
-        raise RevprobeError(f"no {named} to edit in {model.name}: expected some of {some}")
-    return chosen
+    there = range(max(site.heads for site in sites))
+    return chosen_of("head", heads, there, model=model, purpose="edit")
 
 
 def _positions(positions: Positions, what: str) -> Tensor:

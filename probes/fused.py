@@ -8,8 +8,8 @@ from torch import nn
 
 from ..errors import RevprobeError, did_you_mean
 from ..models.probed import ProbedModel, as_probed
-from .attention import attention_reading
-from .edits import listed
+from .attention import attention_reading, readable_layers
+from .chosen import listed
 from .gradient import chosen_parameters, gradient_reading
 from .pairs import ReversalPairs
 from .passes import Plan, Progress, run_pass
@@ -55,7 +55,8 @@ def probe(
     wanted = list(PROBES) if only is None else require_probes(only)
     if not wanted:
         raise RevprobeError(f"no probe was named; expected some of {', '.join(PROBES)}")
-    layers = None if layers is None else listed("layer", layers)
+    if layers is not None:
+        layers = readable_layers(model, layers) if "attention" in wanted else listed("layer", layers)
     names = chosen_parameters(model, parameters, layers) if "gradient" in wanted else None
     plan = Plan(
         **{name: name in wanted for name in PROBES},

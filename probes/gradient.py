@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import RevprobeError
 from ..models.probed import ProbedModel, as_probed
 from ..models.roles import ParameterRole, parameter_role
+from .chosen import listed
 from .cross import cross_cosines
 from .pairs import ReversalPairs
 from .passes import PassResult, Plan, Progress, describe, run_pass
@@ -61,7 +62,7 @@ def chosen_parameters(
     """
     if layers is None:
         return None if parameters is None else list(parameters)
-    wanted = set(layers)
+    wanted = set(listed("layer", layers))
     names = list(parameters) if parameters is not None else [name for name, _ in model.module.named_parameters()]
     kept = [name for name in names if parameter_role(name).layer in wanted]
     if not kept:

@@ -18,7 +18,8 @@ from ..models.layers import silent_layers
 from ..models.probed import ProbedModel, as_probed
 from .attention import EVIDENCE_HIDDEN
 from .batches import default_batch_size, prepare_queries
-from .edits import attention_sites, choose_heads, choose_layers, listed
+from .chosen import listed
+from .edits import attention_sites, choose_heads, choose_layers
 from .pairs import Query, ReversalPairs
 from .passes import PassResult, Plan, Progress, describe
 from .pricing import Pricing

@@ -15,6 +15,7 @@ from ..hooks.untouched import untouched
 from ..models.probed import ProbedModel, as_probed
 from .attention import EVIDENCE_HIDDEN
 from .batches import default_batch_size, make_batch, prepare_queries
+from .chosen import chosen_of, listed
 from .decomposition import Decomposition, HeldBatch, Piece
 from .estimates import NO_PARTNER
 from .pairs import ReversalPairs
@@ -75,7 +76,7 @@ def probe_stored_evidence(
     if pairs.kind != "same_target":
         raise RevprobeError(f"pairs of kind {pairs.kind!r} do not share an entry of S; use same_target pairs")
     plan = Plan(control=control, batch_size=batch_size, seed=seed, progress=progress)
-    found = _Storage(model, pairs, plan, None if layers is None else set(layers)).run()
+    found = _Storage(model, pairs, plan, None if layers is None else set(listed("layer", layers))).run()
     about = describe(model, PassResult(pairs, found.partner, []), plan)
     reading = Reading("stored_evidence", found.frame(), about, found.cross() if cross else None)
     reading.meta.update({"statistic": reading.measured.statistic, "worst_gap": found.gap})
@@ -177,14 +178,8 @@ class _Storage:
 
     def _require_layers(self) -> None:
         """Raises: RevprobeError, naming a layer that was asked for and has no attention."""
-        if self.layers is None:
-            return
         there = sorted({piece.layer for piece in self.pieces if piece.layer is not None and piece.head is not None})
-        wrong = sorted(self.layers - set(there))
-        if wrong or not self.layers:
-            listed = ", ".join(map(str, there[:12])) + (", ..." if len(there) > 12 else "")
-            named = repr(wrong[0]) if wrong else "list []"
-            raise RevprobeError(f"no layer {named} to measure in {self.model.name}: expected some of {listed}")
+        chosen_of("layer", self.layers, there, model=self.model, purpose="measure")
 
     def frame(self) -> pd.DataFrame:
         """One row per pair and piece."""

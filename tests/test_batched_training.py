@@ -287,6 +287,8 @@ def test_a_damaged_state_stops_its_own_run_alone(both: Path, tmp_path: Path) -> 
         assert said in problems[run.name] and open_run(run).problem == problems[run.name]
         assert checkpoint_steps(run) == [0, STEPS // 2]
     assert apart(weights(runs[3]), weights(both / "alone" / runs[3].name)) < 1e-5
+    left = Batch([open_run(runs[0]), open_run(runs[3])], {})
+    assert left.config == open_run(runs[3]).config, "what the batch shares is that of a run in it"
 
 
 def test_readings_that_cannot_be_taken_again_stop_their_own_run_alone(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """A file appears whole or not at all: a write that fails leaves the old content, and nothing beside it."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,23 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, error: BaseException
         raise error
     assert path.read_text(encoding="utf-8") == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_threads_write_one_path_each_whole(tmp_path: Path) -> None:
+    """The dashboard and notebooks write from threads; a name shared by them lets one rename the other's half."""
+    path, started = tmp_path / "a.txt", threading.Barrier(2)
+
+    def write(letter: str) -> None:
+        with written_whole(path) as part:
+            started.wait(timeout=60)
+            part.write_text(letter * 10, encoding="utf-8")
+            started.wait(timeout=60)
+        seen.append(path.read_text(encoding="utf-8"))
+
+    seen: list[str] = []
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, "ab"))
+    assert set(seen) <= {"a" * 10, "b" * 10} and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_missing_folder_is_the_error_that_comes_out(tmp_path: Path) -> None:
