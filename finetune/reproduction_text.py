@@ -45,7 +45,8 @@ ABOUT_SPREAD = (
     "RoPE at length 10, seed 0, one number of the configuration changed at a time; a run without a variant in its name "
     "is the unchanged configuration, and its other seeds show what the seed alone does. Per cent, except "
     "probabilities. The curve is the reverse accuracy at each checkpoint from step 0 to the last, from ▁ (0 %) to █ "
-    "(100 %), blank where it is undefined."
+    "(100 %), blank where it is undefined. An average is warmed up by (1 + n) / (10 + n), which is below 0.9995 until "
+    "step 18,000, so a longer one changes nothing before."
 )
 _BARS = "▁▂▃▄▅▆▇█"
 _COLUMNS = [("accuracy", "raw"), ("accuracy", "ema"), ("probability", "raw"), ("probability", "ema")]
