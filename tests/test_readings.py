@@ -216,5 +216,7 @@ def test_layers_narrow_attention_and_gradient(model):
     readings = probe(model, letter_pairs(4, model=model), layers=[1])
     assert set(readings["attention_correlation"].frame.layer) == {1}
     assert set(readings["gradient_cosine"].frame.layer) == {1}
-    with pytest.raises(RevprobeError, match=r"layers \[7\] hold none of the parameters"):
+    with pytest.raises(RevprobeError, match=r"no layer 7 to read in .*: expected some of 0, 1"):
         probe(model, letter_pairs(4, model=model), layers=[7])
+    with pytest.raises(RevprobeError, match=r"layers \[7\] hold none of the parameters"):
+        probe(model, letter_pairs(4, model=model), layers=[7], only=["gradient"])

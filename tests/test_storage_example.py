@@ -34,7 +34,7 @@ def test_curves_and_steps_of_a_run_are_printed_and_saved(example, tmp_path, monk
     example["main"]()
     steps, curves = (pd.read_csv(tmp_path / "out" / name) for name in ("one_step.csv", "storage_curves.csv"))
     assert set(curves["step"]) == {0, 5, 10, 15, 20} and set(curves["weights"]) == {"raw"}
-    assert set(steps["step"]) == {5, 10} and set(steps["run"]) == {"masked"}
+    assert set(steps["step"]) == {5, 10, 15} and set(steps["run"]) == {"masked"}
     expected = rp.one_step_curves(rp.one_step(path, steps=[10]))
     row = expected[expected["quantity"] == "stored"].iloc[0]
     saved = steps[(steps["step"] == 10) & (steps["quantity"] == "stored")].iloc[0]

@@ -181,7 +181,7 @@ def test_a_partner_whose_evidence_is_hidden_is_no_control() -> None:
 @pytest.mark.parametrize("flat", [False, True])
 def test_a_weight_that_underflowed_is_not_a_mask(flat: bool) -> None:
     """Scores so wide that the evidence's weight is exactly 0: its S is what the matrices say, and nothing is hidden."""
-    model, pairs = hand_written(loud=3000.0, flat=flat), mixed_pairs([1] * 6)
+    model, pairs = hand_written(loud=1000.0, flat=flat), mixed_pairs([1] * 6)
     reading = probe_stored_evidence(model, pairs)
     rows = reading.frame[reading.frame["part"] == "evidence"]
     assert (rows[["weight_forward", "weight_reverse"]] == 0).any().all(), "no weight underflowed"
@@ -189,7 +189,7 @@ def test_a_weight_that_underflowed_is_not_a_mask(flat: bool) -> None:
     matrix = model.module.stored().sum(0)
     expected = np.mean([matrix[pair.reverse.target[0], pair.reverse.evidence[0]] for pair in pairs])
     assert reading.value == pytest.approx(expected, abs=1e-12)
-    hidden = probe_stored_evidence(hand_written(blind=pairs[2].forward.evidence[0], loud=3000.0, flat=flat), pairs)
+    hidden = probe_stored_evidence(hand_written(blind=pairs[2].forward.evidence[0], loud=1000.0, flat=flat), pairs)
     assert hidden.n == 5, "what the mask hides is still told"
 
 
