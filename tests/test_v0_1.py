@@ -1,0 +1,117 @@
+"""What version 0.1 wrote stays readable: runs, adapters, readings, pairs and configs give the numbers they gave."""
+
+import io
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import revprobe as rp
+from revprobe.finetune.config import EXAMPLES, RunConfig, SweepConfig, load_config
+from revprobe.finetune.finetune_config import FinetuneConfig, FinetuneSweepConfig
+from revprobe.probes.report import write_report
+
+HOME = Path(__file__).parent / "fixtures" / "v0_1"
+EXPECTED: dict[str, Any] = json.loads((HOME / "expected.json").read_text())
+KINDS = {"run": RunConfig, "sweep": SweepConfig, "finetune": FinetuneConfig, "finetune_sweep": FinetuneSweepConfig}
+# Another machine's kernels round differently; a value that the code moves differs by far more.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def then(name: str) -> pd.DataFrame:
+    """A table as version 0.1 gave it."""
+    return pd.read_json(io.StringIO(json.dumps(EXPECTED[name])), orient="split")
+
+
+def same_numbers(now: pd.DataFrame, before: pd.DataFrame, **tolerance: float) -> None:
+    now = pd.read_json(io.StringIO(now.to_json(orient="split", double_precision=15)), orient="split")
+    pd.testing.assert_frame_equal(now, before, check_dtype=False, **tolerance or CLOSE)
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED["configs"]))
+def test_every_config_parses_to_the_values_it_had(name: str) -> None:
+    """A reader that takes `1e-3`, `yes` or a date for something else turns this red, and so does a changed default."""
+    if name.startswith("examples/"):
+        file = EXAMPLES / name.removeprefix("examples/")
+        text = file.read_text()
+        kind = FinetuneConfig if "lora:" in text else SweepConfig
+        kind = FinetuneSweepConfig if "\nmodels:" in text else kind
+    else:
+        file, kind = HOME / "configs" / f"{name}.yaml", KINDS[name]
+    assert load_config(file, kind).model_dump(mode="json") == EXPECTED["configs"][name]
+
+
+@pytest.mark.parametrize("path", sorted((HOME / "readings").glob("*.parquet")), ids=lambda path: path.stem)
+def test_every_kind_of_reading_loads_with_its_value_and_draws(path: Path) -> None:
+    reading, expected = rp.Reading.load(path), EXPECTED[path.stem]
+    assert reading.name == path.stem
+    assert reading.value == pytest.approx(expected["value"], abs=1e-9)
+    assert reading.interval == pytest.approx(tuple(expected["interval"]), abs=1e-9)
+    assert reading.n == expected["n"]
+    assert reading.plot().data, "the figure is empty"
+
+
+@pytest.mark.parametrize("name", ["pairs", "text_pairs"])
+def test_pairs_load_with_the_digest_they_had(name: str) -> None:
+    pairs = rp.ReversalPairs.load(HOME / f"{name}.jsonl")
+    assert (pairs.digest, len(pairs)) == (EXPECTED["pairs"][name]["digest"], EXPECTED["pairs"][name]["n"])
+
+
+@pytest.mark.parametrize("name", ["attention_correlation", "gradient_cosine", "reverse_probability", "stored_evidence"])
+def test_a_run_probed_again_gives_the_frame_it_gave(name: str) -> None:
+    """Weights, pairs and probes together: the frame in the file was taken by version 0.1 on this checkpoint."""
+    model = rp.load_model(HOME / "tiny-sweep" / "rope-l4-s0", step=-1, weights="ema")
+    pairs = rp.ReversalPairs.load(HOME / "pairs.jsonl")
+    probe = {
+        "attention_correlation": rp.probe_attention_correlation,
+        "gradient_cosine": rp.probe_gradient_cosine,
+        "reverse_probability": rp.probe_reverse_probability,
+        "stored_evidence": rp.probe_stored_evidence,
+    }[name]
+    stored = rp.Reading.load(HOME / "readings" / f"{name}.parquet").frame
+    taken = probe(model, pairs).frame
+    pd.testing.assert_frame_equal(taken, stored[list(taken)], **CLOSE)
+
+
+def test_a_sweep_opens_and_its_report_holds_the_same_numbers(tmp_path: Path) -> None:
+    sweep = rp.open_sweep(HOME / "tiny-sweep")
+    assert [run.problem for run in sweep.runs] == [None, None]
+    same_numbers(sweep.summary(), then("summary"), rtol=1e-9, atol=1e-9)
+    write_report(sweep.for_report(), tmp_path / "report.html", title="of version 0.1")
+    same_numbers(pd.read_csv(tmp_path / "summary.csv"), then("summary"), rtol=1e-6, atol=1e-9)
+    stored = pd.read_csv(HOME / "tiny-sweep" / "summary.csv")
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "summary.csv"), stored, rtol=1e-6, atol=1e-9)
+
+
+def test_a_run_killed_under_v0_1_is_taken_up_and_ends_with_the_readings_it_ended_with(tmp_path: Path) -> None:
+    """The checkpoint of step 20 is cut off, so training goes on from step 10 with the state saved there."""
+    run = tmp_path / "half"
+    shutil.copytree(HOME / "half", run)
+    assert not rp.open_run(run).finished
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that other versions started it, where they did, and where it goes on from
+        done = rp.train(HOME / "configs" / "run.yaml", run)
+    assert done.finished
+    assert done.steps == [0, 10, 20]
+    same_numbers(done.readings().measures(), then("half, resumed"))
+
+
+def test_a_lora_run_loads_with_its_adapter_its_readings_and_its_answers() -> None:
+    run = rp.open_run(HOME / "lora")
+    assert run.finished
+    same_numbers(run.readings().measures(), then("lora"), rtol=1e-9, atol=1e-9)
+    model = rp.load_model(run.path, step=4)
+    pairs = rp.ReversalPairs.load(HOME / "text_pairs.jsonl", tokenizer=model.tokenizer)
+    taken = rp.probe_reverse_probability(model, pairs)
+    assert 0 < taken.value < 1
+    assert {r.meta["asked"] for r in run.evaluation()} == {"forward", "reverse"}
+    assert len(pd.read_parquet(run.path / "predictions.parquet"))
+
+
+def test_single_steps_written_by_v0_1_are_summed_up_as_they_were() -> None:
+    steps = pd.read_csv(HOME / "one_step.csv", keep_default_na=False, na_values=[""])
+    same_numbers(rp.one_step_curves(steps), then("one_step"), rtol=1e-9, atol=1e-12)
