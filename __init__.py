@@ -19,45 +19,40 @@ from .models.radd import RaddConfig, RaddForMaskedLM
 
 if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal to _EXPORTS
     from .errors import RevprobeError
-    from .finetune.compare import compare
-    from .finetune.config import RunConfig, SweepConfig
-    from .finetune.decoding import decode
-    from .finetune.finetune_config import FinetuneConfig
-    from .finetune.finetuning import fine_tune
-    from .finetune.letters_relation import letter_pairs, letters
-    from .finetune.memory_plan import plan_memory
-    from .finetune.one_step import one_step, one_step_curves
-    from .finetune.prediction import FirstOrderPrediction
-    from .finetune.relations import from_table, invented_names, parent_child, person_description, trex
-    from .finetune.runs import open_run, train
-    from .finetune.scoring import decoded_match
-    from .finetune.snapshots import ProbeCallback
-    from .finetune.storage_curves import storage_curves
-    from .finetune.sweeps import open_sweep, run_sweep
-    from .finetune.text_relations import Question, TextRelation
+    from .finetune.analysis.one_step import one_step, one_step_curves
+    from .finetune.analysis.storage_curves import storage_curves
+    from .finetune.config.finetuning import FinetuneConfig
+    from .finetune.config.one_layer import RunConfig, SweepConfig
+    from .finetune.memory.plan import plan_memory
+    from .finetune.runs.finetuning import fine_tune
+    from .finetune.runs.run import open_run, train
+    from .finetune.runs.sweeps import open_sweep, run_sweep
+    from .finetune.training.prediction_callback import FirstOrderPrediction
+    from .finetune.training.probe_callback import ProbeCallback
     from .models.gpt2 import one_layer_gpt2
     from .models.layouts import declare_fused
     from .models.letters import letter_tokenizer
     from .models.probed import ProbedModel
     from .models.registry import list_models, load_model, register_model
     from .probes.attention import probe_attention_correlation
+    from .probes.decoding.decode import decode
+    from .probes.decoding.exact_match import decoded_match
     from .probes.edits import edit_attention
-    from .probes.estimates import Control
-    from .probes.export import save_figure
+    from .probes.figures.export import save_figure
+    from .probes.figures.token_strip import token_strip
     from .probes.fused import probe
     from .probes.gradient import probe_gradient_cosine
-    from .probes.gradient_flow import rope_transfer_condition, simulate_alibi_transfer, simulate_rope_transfer
-    from .probes.gradient_terms import TwoRouteToy
-    from .probes.model_theory import model_frequencies, model_theory, with_bounds
-    from .probes.pairs import Query, ReversalPair, ReversalPairs
+    from .probes.pairs.pairs import Query, ReversalPair, ReversalPairs
+    from .probes.pairs.text import pairs_from_frame
     from .probes.probability import probe_reverse_probability
-    from .probes.readings import Reading, Readings
-    from .probes.routing import probe_route_edit
+    from .probes.readings.readings import Reading, Readings
+    from .probes.route_edit import probe_route_edit
+    from .probes.statistics.by_part import logit_contributions
+    from .probes.statistics.estimators import Control
     from .probes.storage import probe_stored_evidence
-    from .probes.storage_gradient import storage_gradient_cosines
-    from .probes.storage_tables import logit_contributions
-    from .probes.text_pairs import pairs_from_frame
-    from .probes.theory import (
+    from .probes.theory.gradient_flow import rope_transfer_condition, simulate_alibi_transfer, simulate_rope_transfer
+    from .probes.theory.model_bounds import model_frequencies, model_theory, with_bounds
+    from .probes.theory.score_correlation import (
         alibi_correlation,
         rope_asymmetric_bound,
         rope_conditional_correlation,
@@ -66,81 +61,86 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal t
         rope_limit_bound,
         rope_query_bound,
     )
-    from .probes.theory_tables import theory_tables
+    from .probes.theory.storage_gradient import storage_gradient_cosines
+    from .probes.theory.tables import theory_tables
+    from .probes.theory.two_route_toy import TwoRouteToy
     from .probes.token_contributions import token_contributions
-    from .probes.token_strip import token_strip
+    from .relations.catalog import from_table, invented_names, parent_child, person_description, trex
+    from .relations.letters import letter_pairs, letters
+    from .relations.text_relation import Question, TextRelation
+    from .report.summary.compare import compare
 
 _EXPORTS = {
-    "Control": ".probes.estimates",
-    "FinetuneConfig": ".finetune.finetune_config",
-    "FirstOrderPrediction": ".finetune.prediction",
-    "ProbeCallback": ".finetune.snapshots",
+    "Control": ".probes.statistics.estimators",
+    "FinetuneConfig": ".finetune.config.finetuning",
+    "FirstOrderPrediction": ".finetune.training.prediction_callback",
+    "ProbeCallback": ".finetune.training.probe_callback",
     "ProbedModel": ".models.probed",
-    "Query": ".probes.pairs",
-    "Question": ".finetune.text_relations",
+    "Query": ".probes.pairs.pairs",
+    "Question": ".relations.text_relation",
     "RaddConfig": ".models.radd",
     "RaddForMaskedLM": ".models.radd",
-    "Reading": ".probes.readings",
-    "Readings": ".probes.readings",
-    "ReversalPair": ".probes.pairs",
-    "ReversalPairs": ".probes.pairs",
+    "Reading": ".probes.readings.readings",
+    "Readings": ".probes.readings.readings",
+    "ReversalPair": ".probes.pairs.pairs",
+    "ReversalPairs": ".probes.pairs.pairs",
     "RevprobeError": ".errors",
-    "RunConfig": ".finetune.config",
-    "SweepConfig": ".finetune.config",
-    "TextRelation": ".finetune.text_relations",
-    "TwoRouteToy": ".probes.gradient_terms",
-    "alibi_correlation": ".probes.theory",
-    "compare": ".finetune.compare",
+    "RunConfig": ".finetune.config.one_layer",
+    "SweepConfig": ".finetune.config.one_layer",
+    "TextRelation": ".relations.text_relation",
+    "TwoRouteToy": ".probes.theory.two_route_toy",
+    "alibi_correlation": ".probes.theory.score_correlation",
+    "compare": ".report.summary.compare",
     "declare_fused": ".models.layouts",
-    "decode": ".finetune.decoding",
-    "decoded_match": ".finetune.scoring",
+    "decode": ".probes.decoding.decode",
+    "decoded_match": ".probes.decoding.exact_match",
     "edit_attention": ".probes.edits",
-    "fine_tune": ".finetune.finetuning",
-    "from_table": ".finetune.relations",
-    "invented_names": ".finetune.relations",
-    "letter_pairs": ".finetune.letters_relation",
+    "fine_tune": ".finetune.runs.finetuning",
+    "from_table": ".relations.catalog",
+    "invented_names": ".relations.catalog",
+    "letter_pairs": ".relations.letters",
     "letter_tokenizer": ".models.letters",
-    "letters": ".finetune.letters_relation",
+    "letters": ".relations.letters",
     "list_models": ".models.registry",
     "load_model": ".models.registry",
-    "logit_contributions": ".probes.storage_tables",
-    "model_frequencies": ".probes.model_theory",
-    "model_theory": ".probes.model_theory",
+    "logit_contributions": ".probes.statistics.by_part",
+    "model_frequencies": ".probes.theory.model_bounds",
+    "model_theory": ".probes.theory.model_bounds",
     "one_layer_gpt2": ".models.gpt2",
-    "one_step": ".finetune.one_step",
-    "one_step_curves": ".finetune.one_step",
-    "open_run": ".finetune.runs",
-    "open_sweep": ".finetune.sweeps",
-    "pairs_from_frame": ".probes.text_pairs",
-    "parent_child": ".finetune.relations",
-    "person_description": ".finetune.relations",
-    "plan_memory": ".finetune.memory_plan",
+    "one_step": ".finetune.analysis.one_step",
+    "one_step_curves": ".finetune.analysis.one_step",
+    "open_run": ".finetune.runs.run",
+    "open_sweep": ".finetune.runs.sweeps",
+    "pairs_from_frame": ".probes.pairs.text",
+    "parent_child": ".relations.catalog",
+    "person_description": ".relations.catalog",
+    "plan_memory": ".finetune.memory.plan",
     "probe": ".probes.fused",
     "probe_attention_correlation": ".probes.attention",
     "probe_gradient_cosine": ".probes.gradient",
     "probe_reverse_probability": ".probes.probability",
-    "probe_route_edit": ".probes.routing",
+    "probe_route_edit": ".probes.route_edit",
     "probe_stored_evidence": ".probes.storage",
     "register_model": ".models.registry",
-    "rope_asymmetric_bound": ".probes.theory",
-    "rope_conditional_correlation": ".probes.theory",
-    "rope_correlation_bound": ".probes.theory",
-    "rope_correlation_tail": ".probes.theory",
-    "rope_limit_bound": ".probes.theory",
-    "rope_query_bound": ".probes.theory",
-    "rope_transfer_condition": ".probes.gradient_flow",
-    "run_sweep": ".finetune.sweeps",
-    "save_figure": ".probes.export",
-    "simulate_alibi_transfer": ".probes.gradient_flow",
-    "simulate_rope_transfer": ".probes.gradient_flow",
-    "storage_curves": ".finetune.storage_curves",
-    "storage_gradient_cosines": ".probes.storage_gradient",
-    "theory_tables": ".probes.theory_tables",
+    "rope_asymmetric_bound": ".probes.theory.score_correlation",
+    "rope_conditional_correlation": ".probes.theory.score_correlation",
+    "rope_correlation_bound": ".probes.theory.score_correlation",
+    "rope_correlation_tail": ".probes.theory.score_correlation",
+    "rope_limit_bound": ".probes.theory.score_correlation",
+    "rope_query_bound": ".probes.theory.score_correlation",
+    "rope_transfer_condition": ".probes.theory.gradient_flow",
+    "run_sweep": ".finetune.runs.sweeps",
+    "save_figure": ".probes.figures.export",
+    "simulate_alibi_transfer": ".probes.theory.gradient_flow",
+    "simulate_rope_transfer": ".probes.theory.gradient_flow",
+    "storage_curves": ".finetune.analysis.storage_curves",
+    "storage_gradient_cosines": ".probes.theory.storage_gradient",
+    "theory_tables": ".probes.theory.tables",
     "token_contributions": ".probes.token_contributions",
-    "token_strip": ".probes.token_strip",
-    "train": ".finetune.runs",
-    "trex": ".finetune.relations",
-    "with_bounds": ".probes.model_theory",
+    "token_strip": ".probes.figures.token_strip",
+    "train": ".finetune.runs.run",
+    "trex": ".relations.catalog",
+    "with_bounds": ".probes.theory.model_bounds",
 }
 
 __all__ = [

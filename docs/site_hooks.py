@@ -31,7 +31,7 @@ def make_view(folder: Path, root: Path = ROOT) -> Path:
     package.mkdir()
     for path in sorted(root.glob("*.py")):
         (package / path.name).symlink_to(path)
-    for name in (name.removeprefix("revprobe.") for name in packages if "." in name):
+    for name in (name.removeprefix("revprobe.") for name in packages if name.count(".") == 1):
         (package / name).symlink_to(root / name)
     return folder
 

@@ -19,10 +19,10 @@ from typing import Any
 import pandas as pd
 from results_table import write_readme
 
-from revprobe.finetune.config import SweepConfig, dump_config, load_config
-from revprobe.finetune.reproduce import collect_measures
-from revprobe.finetune.runs import VERSIONS, open_run
-from revprobe.whole_files import write_text, written_whole
+from revprobe.atomic_files import write_text, written_whole
+from revprobe.finetune.config.one_layer import SweepConfig, dump_config, load_config
+from revprobe.finetune.runs.run import VERSIONS, open_run
+from revprobe.report.paper.reproduce import collect_measures
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SWEEPS = {"one-layer": "one_layer.parquet", "robustness": "robustness.parquet"}

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from revprobe.errors import RevprobeError
-from revprobe.finetune.dashboard import make_app
-from revprobe.finetune.dashboard_server import LOOPBACK, make_dashboard_server
+from revprobe.report.dashboard.app import make_app
+from revprobe.report.dashboard.server import LOOPBACK, make_dashboard_server
 
 WIDTH, HEIGHT, SCALE = 1400, 2450, 0.75
 PATIENCE = 180  # seconds until a figure must stand; a busy machine reads a run in tens of them

@@ -13,9 +13,9 @@ from typing import Any
 
 import pandas as pd
 
-from revprobe.finetune.reproduce import NOT_RUN, OUTSIDE, compare
-from revprobe.finetune.reproduction_text import markdown_table, one_layer_markdown, spread_markdown
-from revprobe.whole_files import write_text
+from revprobe.atomic_files import write_text
+from revprobe.report.paper.markdown import markdown_table, one_layer_markdown, spread_markdown
+from revprobe.report.paper.reproduce import NOT_RUN, OUTSIDE, compare
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SEEDS = 3

@@ -27,7 +27,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-from revprobe.whole_files import write_text
+from revprobe.atomic_files import write_text
 
 SIZE, SIZES = "REVPROBE_NOTEBOOK_SIZE", ("full", "small")
 PICTURE, JSON = "png", "plotly_mimetype"

@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 
 import revprobe as rp
-from revprobe.whole_files import write_text
+from revprobe.atomic_files import write_text
 
 CURVES, STEPS = "storage_curves.csv", "one_step.csv"
 # From checkpoints spread over training; the last before the end still has its optimizer.

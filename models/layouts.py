@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import RevprobeError, did_you_mean
-from ..hooks.gradient_rules import has_rule
+from ..hooks.gradients.rules import has_rule
 
 ORDERS = ("blocked", "per_head")
 # model_type of the config -> (pattern of the module's path, order of its output features):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import RevprobeError, did_you_mean
 from ..hooks.untouched import untouched
-from . import identify
+from . import introspect
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -64,14 +64,14 @@ class ProbedModel:
         self.module, self.tokenizer, self.objective = module, tokenizer, objective
         self.name = name or type(module).__name__
         self.step, self.weights = step, weights
-        self.mask_token_id = identify.mask_token(mask_token_id, tokenizer, module, self.vocab_size, self.name)
-        self.begin_token_id = identify.begin_token(begin_token_id, tokenizer, module, self.vocab_size, self.name)
+        self.mask_token_id = introspect.mask_token(mask_token_id, tokenizer, module, self.vocab_size, self.name)
+        self.begin_token_id = introspect.begin_token(begin_token_id, tokenizer, module, self.vocab_size, self.name)
         self._accepts = set(inspect.signature(module.forward).parameters)
         if objective == "masked" and self.mask_token_id is None:
             raise RevprobeError(f"{self.name} is masked but names no mask token; pass mask_token_id=")
         if check:
             self._check_direction()
-        self.logit_shift = identify.logit_shift(logit_shift, objective, module, self.name)
+        self.logit_shift = introspect.logit_shift(logit_shift, objective, module, self.name)
 
     @property
     def device(self) -> torch.device:
@@ -89,14 +89,14 @@ class ProbedModel:
         embed = getattr(self.module, "get_input_embeddings", lambda: None)()
         if embed is not None:
             return int(embed.weight.shape[0])
-        return identify.config_value(self.module, "vocab_size") or max(
+        return introspect.config_value(self.module, "vocab_size") or max(
             m.num_embeddings for m in self.module.modules() if isinstance(m, nn.Embedding)
         )
 
     @property
     def max_length(self) -> int | None:
         """The longest sequence the model takes; None when it names no limit."""
-        return identify.max_length(self.module)
+        return introspect.max_length(self.module)
 
     def hide(self, token_ids: Tensor, is_target: Tensor) -> Tensor:
         """The sequence as the model may see it: targets masked; unchanged for a causal model, which reads before them.

@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from ..errors import RevprobeError, did_you_mean, first_line, nearest
-from .adapters import base_of, is_adapter, put_on
 from .checkpoints import EMA, checkpoint_folder, has_checkpoints, step_of
 from .hub import hub_options, quiet_transformers
+from .peft_adapters import base_of, is_adapter, put_on
 from .probed import ProbedModel, as_probed
 from .strict_loading import require_match
 from .tokenizers import load_tokenizer

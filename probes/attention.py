@@ -11,11 +11,11 @@ from torch import nn
 
 from ..models.layers import silent_layers
 from ..models.probed import ProbedModel, as_probed
-from .chosen import chosen_of
 from .edits import attention_sites
-from .pairs import ReversalPairs
-from .passes import PassResult, Plan, Progress, describe, run_pass
-from .readings import Reading
+from .pairs.pairs import ReversalPairs
+from .passes.run import PassResult, Plan, Progress, describe, run_pass
+from .passes.selection import chosen_of
+from .readings.readings import Reading
 
 EVIDENCE_HIDDEN = "evidence hidden by the attention mask"
 
@@ -55,7 +55,7 @@ def probe_attention_correlation(
     reading = attention_reading(model, run_pass(model, pairs, plan), plan, layers)
     if not bounds:
         return reading
-    from .model_theory import with_bounds  # it needs this module's readings
+    from .theory.model_bounds import with_bounds  # it needs this module's readings
 
     return with_bounds(reading, model, pairs, batch_size=batch_size)
 

@@ -7,9 +7,9 @@ import pandas as pd
 
 from ..errors import RevprobeError
 from ..models.probed import ProbedModel
-from .batches import default_batch_size
-from .pairs import ReversalPairs
-from .passes import Plan, run_pass
+from .pairs.pairs import ReversalPairs
+from .passes.batches import default_batch_size
+from .passes.run import Plan, run_pass
 
 # Queries run about (facts / batch) times each; beyond this many cells that is hours.
 MOST_CELLS = 250_000

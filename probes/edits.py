@@ -12,7 +12,7 @@ from ..errors import RevprobeError
 from ..hooks.attention_edits import AttentionSite, EditLog, edit_scores, find_attention
 from ..models.layers import silent_layers
 from ..models.probed import ProbedModel, as_probed
-from .chosen import chosen_of
+from .passes.selection import chosen_of
 
 Positions = Tensor | Sequence[Sequence[int]]
 Bias = float | Tensor | Callable[[int, Tensor], Tensor]

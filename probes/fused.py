@@ -9,13 +9,13 @@ from torch import nn
 from ..errors import RevprobeError, did_you_mean
 from ..models.probed import ProbedModel, as_probed
 from .attention import attention_reading, readable_layers
-from .chosen import listed
 from .gradient import chosen_parameters, gradient_reading
-from .pairs import ReversalPairs
-from .passes import Plan, Progress, run_pass
+from .pairs.pairs import ReversalPairs
+from .passes.run import Plan, Progress, run_pass
+from .passes.selection import listed
+from .passes.shares import Share
 from .probability import probability_reading
-from .readings import Readings
-from .shares import Share
+from .readings.readings import Readings
 
 # The probes by the short names of `probe(only=)` and the command line.
 PROBES = {"attention": "attention_correlation", "gradient": "gradient_cosine", "probability": "reverse_probability"}
@@ -47,8 +47,8 @@ def probe(
     """Attention correlation, gradient cosine and reverse probability of the same pairs, from one run of each query.
 
     The numbers are those of the three probes run alone; see there for what they mean. `only` names some of
-    "attention", "gradient", "probability". `share` divides the work among processes (see `finetune.gather`); each of
-    them gets all readings.
+    "attention", "gradient", "probability". `share` divides the work among processes (see
+    `finetune.training.distributed`); each of them gets all readings.
     Raises: RevprobeError, for an unknown probe, and whatever the single probes raise.
     """
     model = as_probed(model)

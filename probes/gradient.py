@@ -12,11 +12,11 @@ from torch import nn
 from ..errors import RevprobeError
 from ..models.probed import ProbedModel, as_probed
 from ..models.roles import ParameterRole, parameter_role
-from .chosen import listed
 from .cross import cross_cosines
-from .pairs import ReversalPairs
-from .passes import PassResult, Plan, Progress, describe, run_pass
-from .readings import Reading
+from .pairs.pairs import ReversalPairs
+from .passes.run import PassResult, Plan, Progress, describe, run_pass
+from .passes.selection import listed
+from .readings.readings import Reading
 
 
 def probe_gradient_cosine(
@@ -34,7 +34,7 @@ def probe_gradient_cosine(
     """Cosine between the gradients of the forward and of the reverse loss over all (or the named) parameters.
 
     The loss of a query is the mean negative log-likelihood over its target tokens, all hidden at once. Gradients
-    are exact and per example, and none is ever formed (`hooks.gradients`). The value is the mean over pairs;
+    are exact and per example, and none is ever formed (`hooks.gradients.recorder`). The value is the mean over pairs;
     the control is the cosine with the reverse query of another fact of the same group, and `excess` their
     difference, since prompts alone already share most of a gradient. `cross=True` adds `reading.cross`, the cosine of
     every fact's forward gradient with every fact's reverse gradient (see `probes.cross`).

@@ -9,9 +9,9 @@ import pandas as pd
 from torch import nn
 
 from ..models.probed import ProbedModel, as_probed
-from .pairs import ReversalPairs
-from .passes import PassResult, Plan, Progress, describe, run_pass
-from .readings import Reading
+from .pairs.pairs import ReversalPairs
+from .passes.run import PassResult, Plan, Progress, describe, run_pass
+from .readings.readings import Reading
 
 
 def probe_reverse_probability(

@@ -14,14 +14,14 @@ from ..errors import RevprobeError
 from ..hooks.untouched import untouched
 from ..models.probed import ProbedModel, as_probed
 from .attention import EVIDENCE_HIDDEN
-from .batches import default_batch_size, make_batch, prepare_queries
-from .chosen import chosen_of, listed
-from .decomposition import Decomposition, HeldBatch, Piece
-from .estimates import NO_PARTNER
-from .pairs import ReversalPairs
-from .passes import PassResult, Plan, Progress, describe
-from .readings import Reading
-from .statistics import derangement
+from .pairs.pairs import ReversalPairs
+from .passes.batches import default_batch_size, make_batch, prepare_queries
+from .passes.decomposition import Decomposition, HeldBatch, Piece
+from .passes.run import PassResult, Plan, Progress, describe
+from .passes.selection import chosen_of, listed
+from .readings.readings import Reading
+from .statistics.estimators import NO_PARTNER
+from .statistics.group_correlation import derangement
 
 DIFFERENT_TOKENS = "different tokens in the two directions"
 NO_LIKE_TARGET = "no other fact in the group has a target of as many tokens, for the control"

@@ -11,9 +11,9 @@ from torch import nn
 from ..errors import RevprobeError
 from ..hooks.untouched import untouched
 from ..models.probed import ProbedModel, as_probed
-from .batches import make_batch, prepare_queries
-from .decomposition import HeldBatch
-from .pairs import Query, ReversalPair
+from .pairs.pairs import Query, ReversalPair
+from .passes.batches import make_batch, prepare_queries
+from .passes.decomposition import HeldBatch
 
 
 def token_contributions(model: ProbedModel | nn.Module, question: ReversalPair | Query) -> pd.DataFrame:

@@ -8,13 +8,13 @@ import pandas as pd
 import torch
 
 from revprobe import ProbedModel, Reading, Readings
-from revprobe.finetune.building import build_model, probe_pairs
-from revprobe.finetune.config import RunConfig, dump_config
-from revprobe.finetune.finetune_config import FinetuneConfig
-from revprobe.finetune.finetuning import fine_tune
-from revprobe.finetune.relations import letters
-from revprobe.finetune.snapshots import take_readings
+from revprobe.finetune.config.finetuning import FinetuneConfig
+from revprobe.finetune.config.one_layer import RunConfig, dump_config
+from revprobe.finetune.runs.building import build_model, probe_pairs
+from revprobe.finetune.runs.finetuning import fine_tune
+from revprobe.finetune.training.probe_callback import take_readings
 from revprobe.models.checkpoints import step_name
+from revprobe.relations.catalog import letters
 
 EVIL = "<script>document.title='planted'<\u2215script><img src=x onerror=\"document.title='planted'\"><b>%{x}"
 CARRIER = "<script>x "  # what every template of the fine-tunings begins with

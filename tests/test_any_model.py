@@ -22,8 +22,8 @@ from revprobe import (
     probe_gradient_cosine,
 )
 from revprobe.models.layers import silent_layers
-from revprobe.probes import passes
 from revprobe.probes.attention import EVIDENCE_HIDDEN
+from revprobe.probes.passes import run as passes
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SIZES = {

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import revprobe as rp
-from revprobe.finetune.batched import Batch, groups_of_one_shape, train_together
-from revprobe.finetune.config import RunConfig, SweepConfig, parse_config
-from revprobe.finetune.missing import expected_readings
-from revprobe.finetune.model_stack import clip_each
-from revprobe.finetune.progress import Listener
-from revprobe.finetune.runs import PROBLEM, open_run, train
-from revprobe.finetune.saving import READINGS
+from revprobe.finetune.config.one_layer import RunConfig, SweepConfig, parse_config
+from revprobe.finetune.runs.batched import Batch, groups_of_one_shape, train_together
+from revprobe.finetune.runs.missing import expected_readings
+from revprobe.finetune.runs.progress import Listener
+from revprobe.finetune.runs.run import PROBLEM, open_run, train
+from revprobe.finetune.training.checkpointing import READINGS
+from revprobe.finetune.training.stacked_models import clip_each
 from revprobe.models.checkpoints import checkpoint_folder, checkpoint_steps, step_name
 
 STEPS = 50
@@ -141,7 +141,7 @@ def test_a_batch_that_was_stopped_is_taken_up_together_or_alone(both: Path, tmp_
 
     for way in ("together", "alone"):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr("revprobe.finetune.batched.EVERY_SECONDS", 0.0)
+            patch.setattr("revprobe.finetune.runs.batched.EVERY_SECONDS", 0.0)
             train_together(made, tmp_path / way, listeners={made[0].name: stop_at(STEPS // 2 + 1)})
         assert checkpoint_steps(tmp_path / way / made[0].name) == [0, STEPS // 2]
         if way == "together":
@@ -161,7 +161,7 @@ def test_a_stopped_batch_with_dropout_goes_on_with_the_same_bits(tmp_path: Path)
 
     assert train_together(made, tmp_path / "straight") == {}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("revprobe.finetune.batched.EVERY_SECONDS", 0.0)
+        patch.setattr("revprobe.finetune.runs.batched.EVERY_SECONDS", 0.0)
         train_together(made, tmp_path / "stopped", listeners={made[1].name: stop_at(7)})
     assert train_together(made, tmp_path / "stopped") == {}
     for config in made:
@@ -254,7 +254,7 @@ def test_a_run_that_breaks_again_does_not_stop_the_others_of_a_resumed_batch(
     """It stands at an earlier checkpoint than they do, is tried again like any failed run, and fails alone."""
     made = configs(MASKED)
     poison(monkeypatch, made[0].name, at=10)
-    monkeypatch.setattr("revprobe.finetune.batched.EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("revprobe.finetune.runs.batched.EVERY_SECONDS", 0.0)
     told: dict[str, list[int]] = {config.name: [] for config in made}
     listeners: dict[str, Listener] = {name: recorder(steps) for name, steps in told.items()}
     with pytest.raises(KeyboardInterrupt):
@@ -275,7 +275,7 @@ def test_a_damaged_state_stops_its_own_run_alone(both: Path, tmp_path: Path) -> 
     made = configs(MASKED)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("revprobe.finetune.batched.EVERY_SECONDS", 0.0)
+        patch.setattr("revprobe.finetune.runs.batched.EVERY_SECONDS", 0.0)
         train_together(made, tmp_path, listeners={made[0].name: stop_at(STEPS // 2 + 1)})
     runs = [tmp_path / config.name for config in made]
     for run, file in zip(runs[:2], ("rng_state.pth", "optimizer.pt"), strict=True):

@@ -16,7 +16,7 @@ from revprobe import (
     rope_correlation_bound,
     with_bounds,
 )
-from revprobe.probes.bound_figures import MOST_IN_LAYER
+from revprobe.probes.figures.bounds import MOST_IN_LAYER
 
 
 def radd(encoding: str = "rope", **sizes) -> ProbedModel:

@@ -22,7 +22,7 @@ from revprobe import (
     rope_correlation_bound,
     with_bounds,
 )
-from revprobe.probes import model_theory as model_theory_file
+from revprobe.probes.theory import model_bounds as model_theory_file
 
 
 def radd(encoding: str = "rope", **sizes) -> ProbedModel:

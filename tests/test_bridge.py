@@ -23,7 +23,7 @@ from revprobe import (
 )
 from revprobe.models import bridge as bridges
 from revprobe.models.radd import POSITION_ENCODINGS
-from revprobe.probes.estimates import pair_cosines
+from revprobe.probes.statistics.estimators import pair_cosines
 
 FIXTURES = Path(__file__).parent / "fixtures"
 # With logits and scores of the published code -> TransformerLens' own adapter for the causal relative.

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import revprobe as rp
-from revprobe.cli import main
-from revprobe.finetune.config import RunConfig, SweepConfig, parse_config
-from revprobe.finetune.runs import Run
-from revprobe.finetune.saving import only_writer
-from revprobe.finetune.terminal import readings_table
-from revprobe.probes.theme import interval_text
+from revprobe.cli.main import main
+from revprobe.finetune.config.one_layer import RunConfig, SweepConfig, parse_config
+from revprobe.finetune.runs.run import Run
+from revprobe.finetune.training.checkpointing import only_writer
+from revprobe.probes.figures.theme import interval_text
+from revprobe.report.summary.terminal import readings_table
 
 MODEL = "model: {d_model: 16, dropout: 0.1}"
 TRAINING = "training: {steps: 12, batch_size: 16, warmup_steps: 2, ema_decay: 0.8, device: cpu}"
@@ -170,7 +170,7 @@ def test_a_bad_out_is_named_before_anything_is_probed(
     def never(*args: object, **options: object) -> None:
         raise AssertionError("probed before --out was tried")
 
-    monkeypatch.setattr("revprobe.finetune.snapshots.take_readings", never)
+    monkeypatch.setattr("revprobe.finetune.training.probe_callback.take_readings", never)
     (tmp_path / "file").write_text("mine")
     for out in ("file", "file/inside"):
         assert_one_line(cli("probe", trained, "--pairs", "letters:4", "--out", out), "cannot use", "file")

@@ -9,11 +9,11 @@ import pytest
 
 import revprobe
 from revprobe import Reading, Readings, RevprobeError
-from revprobe.finetune.compare import compare
-from revprobe.finetune.config import ModelConfig, RelationConfig, RunConfig, TrainingConfig, dump_config
-from revprobe.finetune.table7 import table7
-from revprobe.finetune.table7_figure import table7_figure
-from revprobe.probes.report import write_report
+from revprobe.finetune.config.one_layer import ModelConfig, RelationConfig, RunConfig, TrainingConfig, dump_config
+from revprobe.report.html.report import write_report
+from revprobe.report.paper.table7 import table7
+from revprobe.report.paper.table7_figure import table7_figure
+from revprobe.report.summary.compare import compare
 
 
 def probability(draw: int, step: int, weights: str) -> Reading:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from revprobe import RevprobeError
-from revprobe.finetune.config import (
+from revprobe.finetune.config.mistakes import differences
+from revprobe.finetune.config.one_layer import (
     RunConfig,
     SweepConfig,
     dump_config,
@@ -14,7 +15,6 @@ from revprobe.finetune.config import (
     load_config,
     parse_config,
 )
-from revprobe.finetune.mistakes import differences
 
 RUN = "name: mine\nrelation: {length: 6}\ntraining: {steps: 100}\n"
 SWEEP = "name: grid\nbase: {training: {steps: 5}}\n"

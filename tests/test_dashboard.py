@@ -17,15 +17,16 @@ import torch
 from typer.testing import CliRunner
 
 from revprobe import Reading, RevprobeError
-from revprobe.cli import app as command_line
-from revprobe.finetune import dashboard_data
-from revprobe.finetune.config import SweepConfig, dump_config
-from revprobe.finetune.dashboard import make_app
-from revprobe.finetune.dashboard_data import RunsFolder
-from revprobe.finetune.dashboard_page import opened_pair, runs_list
-from revprobe.finetune.dashboard_pairs import PairOpener, disagreement
-from revprobe.finetune.dashboard_server import make_dashboard_server
-from revprobe.finetune.dashboard_views import (
+from revprobe.cli.main import app as command_line
+from revprobe.finetune.config.one_layer import SweepConfig, dump_config
+from revprobe.report.dashboard import folder as dashboard_data
+from revprobe.report.dashboard.app import make_app
+from revprobe.report.dashboard.folder import RunsFolder
+from revprobe.report.dashboard.listed_runs import Listed, ReadingFile
+from revprobe.report.dashboard.open_pair import PairOpener, disagreement
+from revprobe.report.dashboard.page import opened_pair, runs_list
+from revprobe.report.dashboard.server import make_dashboard_server
+from revprobe.report.dashboard.views import (
     checkpoint_choices,
     checkpoint_figure,
     chosen_weights,
@@ -35,8 +36,7 @@ from revprobe.finetune.dashboard_views import (
     pair_row,
     reading_at,
 )
-from revprobe.finetune.listed_runs import Listed, ReadingFile
-from revprobe.finetune.seed_bands import SEEDS_KEY, family_label, pool_seeds
+from revprobe.report.summary.seed_bands import SEEDS_KEY, family_label, pool_seeds
 
 ATTENTION = "attention_correlation"
 

@@ -18,12 +18,12 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from revprobe import ProbedModel, RaddConfig, RaddForMaskedLM, RevprobeError, decode
-from revprobe.finetune.continuing import end_tokens
-from revprobe.finetune.decoding import answer_text, decode_tokens, decoding_settings, encode_prompts
-from revprobe.finetune.unmasking import ALGORITHMS, Prompt, Unmasking, _Canvas
 from revprobe.models.dream import DreamConfig, DreamForMaskedDiffusion
 from revprobe.models.llada import LLaDAConfig, LLaDAForMaskedDiffusion
 from revprobe.models.radd import POSITION_ENCODINGS
+from revprobe.probes.decoding.causal import end_tokens
+from revprobe.probes.decoding.decode import answer_text, decode_tokens, decoding_settings, encode_prompts
+from revprobe.probes.decoding.masked import ALGORITHMS, Prompt, Unmasking, _Canvas
 
 WORDS, MASK = 4, 4  # tokens of the toy's vocabulary, and the id after them
 UNK, END, MASK_WORD, BEGIN = range(4)  # ids of the small tokenizer's special tokens

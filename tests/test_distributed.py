@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 import revprobe as rp
-from revprobe.finetune.gather import Team, require_whole
-from revprobe.finetune.snapshots import take_readings
-from revprobe.probes.passes import PassResult, Plan, run_pass
-from revprobe.probes.shares import merged, part_of
+from revprobe.finetune.training.distributed import Team, require_whole
+from revprobe.finetune.training.probe_callback import take_readings
+from revprobe.probes.passes.run import PassResult, Plan, run_pass
+from revprobe.probes.passes.shares import merged, part_of
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 SIZE = 2

@@ -18,8 +18,8 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 import revprobe
-from revprobe.finetune.config import RunConfig
-from revprobe.finetune.tiny_models import train_tokenizer
+from revprobe.finetune.config.one_layer import RunConfig
+from revprobe.finetune.training.tiny_models import train_tokenizer
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 ENTRY = re.compile(r"^::: revprobe\.(\S+)$", re.M)

@@ -12,10 +12,13 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from revprobe import ProbedModel, Readings, RevprobeError, letters, register_model
-from revprobe.cli import app
-from revprobe.finetune.answers import normalized
-from revprobe.finetune.config import dump_config
-from revprobe.finetune.evaluation import (
+from revprobe.cli.main import app
+from revprobe.finetune.config.finetuning import FinetuneConfig
+from revprobe.finetune.config.one_layer import dump_config
+from revprobe.probes.decoding.answers import normalized
+from revprobe.probes.decoding.exact_match import answer_limit
+from revprobe.relations.catalog import from_table, invented_names, load_relation
+from revprobe.relations.evaluation import (
     begins_with_answer,
     evaluate_relation,
     longest_answer,
@@ -23,9 +26,6 @@ from revprobe.finetune.evaluation import (
     save_evaluation,
     what_to_ask,
 )
-from revprobe.finetune.finetune_config import FinetuneConfig
-from revprobe.finetune.relations import from_table, invented_names, load_relation
-from revprobe.finetune.scoring import answer_limit
 
 RELATION = invented_names(rows=(0, 24), heldout=0.25)
 

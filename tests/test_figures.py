@@ -16,16 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from revprobe import ProbedModel, Query, Reading, Readings, ReversalPair, ReversalPairs, RevprobeError
-from revprobe.probes import export
-from revprobe.probes.cosines import cell_cosines
-from revprobe.probes.distances import cell_correlations, distance_correlations, unit_correlations
-from revprobe.probes.export import save_figure
-from revprobe.probes.figures import correlation_heatmap, plot_reading, plot_readings, signatures_figure
-from revprobe.probes.head_correlations import head_correlations
-from revprobe.probes.signatures import measures_with_reasons
-from revprobe.probes.step_axis import StepScale
-from revprobe.probes.theme import COLOURS, DARK_PAPER, IN_THE_DARK, OKABE_ITO, band, interval_text, plain
-from revprobe.probes.token_strip import token_strip
+from revprobe.probes.figures import export
+from revprobe.probes.figures.export import save_figure
+from revprobe.probes.figures.plot import correlation_heatmap, plot_reading, plot_readings, signatures_figure
+from revprobe.probes.figures.step_axis import StepScale
+from revprobe.probes.figures.theme import COLOURS, DARK_PAPER, IN_THE_DARK, OKABE_ITO, band, interval_text, plain
+from revprobe.probes.figures.token_strip import token_strip
+from revprobe.probes.figures.training_curves import measures_with_reasons
+from revprobe.probes.statistics.by_distance import cell_correlations, distance_correlations, unit_correlations
+from revprobe.probes.statistics.by_head import head_correlations
+from revprobe.probes.statistics.by_role import cell_cosines
 
 DISTANCES = ["distance_forward", "distance_reverse"]
 

@@ -18,20 +18,20 @@ from transformers import AutoModelForMaskedLM
 
 import revprobe as rp
 from revprobe import ProbedModel, RevprobeError
-from revprobe.cli_finetune import finetune as command
-from revprobe.finetune.config import dump_config, load_config, parse_config
-from revprobe.finetune.figure4 import figure4, pooled
-from revprobe.finetune.finetune_building import FORWARD_UNTRAINED, prepare
-from revprobe.finetune.finetune_config import FinetuneConfig, FinetuneSweepConfig, read_finetune
-from revprobe.finetune.finetuning import FinetuneRun, fine_tune
-from revprobe.finetune.gather import Team
-from revprobe.finetune.relations import invented_names
-from revprobe.finetune.snapshots import logged_values
-from revprobe.finetune.sweeps import open_sweep
-from revprobe.finetune.table7 import match_frame, table7
-from revprobe.finetune.text_rows import PadRows, RowOptions, StatementRows
-from revprobe.finetune.tiny_models import build_tiny, other_statements, train_tokenizer
-from revprobe.models.adapters import is_adapter_parameter
+from revprobe.cli.finetune import finetune as command
+from revprobe.finetune.config.finetuning import FinetuneConfig, FinetuneSweepConfig, read_finetune
+from revprobe.finetune.config.one_layer import dump_config, load_config, parse_config
+from revprobe.finetune.runs.finetune_setup import FORWARD_UNTRAINED, prepare
+from revprobe.finetune.runs.finetuning import FinetuneRun, fine_tune
+from revprobe.finetune.runs.sweeps import open_sweep
+from revprobe.finetune.training.dataset import PadRows, RowOptions, StatementRows
+from revprobe.finetune.training.distributed import Team
+from revprobe.finetune.training.probe_callback import logged_values
+from revprobe.finetune.training.tiny_models import build_tiny, other_statements, train_tokenizer
+from revprobe.models.peft_adapters import is_adapter_parameter
+from revprobe.relations.catalog import invented_names
+from revprobe.report.paper.figure4 import figure4, pooled
+from revprobe.report.paper.table7 import match_frame, table7
 
 CONFIG = """
 name: NAME
@@ -179,9 +179,10 @@ def test_the_options_of_large_models_train_and_probe(tmp_path: Path) -> None:
 DRIVER = """
 import json, os, signal, sys
 from pathlib import Path
-from revprobe.finetune import finetuning, saving, trainer
-from revprobe.finetune.config import parse_config
-from revprobe.finetune.finetune_config import FinetuneConfig
+from revprobe.finetune.runs import finetuning
+from revprobe.finetune.training import trainer
+from revprobe.finetune.config.one_layer import parse_config
+from revprobe.finetune.config.finetuning import FinetuneConfig
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -432,7 +433,7 @@ def test_probe_values_are_logged_under_stable_names(runs: dict[str, FinetuneRun]
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("revprobe.finetune.finetune_building.find_spec", lambda name: None)
+    monkeypatch.setattr("revprobe.finetune.runs.finetune_setup.find_spec", lambda name: None)
     text = CONFIG.replace("device: cpu", "device: cpu, report_to: tensorboard")
     with pytest.raises(RevprobeError, match=r"training.report_to is 'tensorboard', which is not installed"):
         fine_tune(config("llama", text), tmp_path / "run")

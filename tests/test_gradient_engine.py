@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from revprobe import load_model
-from revprobe.hooks import gradient_products, gradient_reading, gradient_rules
-from revprobe.hooks.gradients import record_gradients
+from revprobe.hooks.gradients import backward as gradient_reading
+from revprobe.hooks.gradients import products as gradient_products
+from revprobe.hooks.gradients import rules as gradient_rules
+from revprobe.hooks.gradients.recorder import record_gradients
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}

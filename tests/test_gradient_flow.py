@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from revprobe import RevprobeError, rope_transfer_condition, simulate_alibi_transfer, simulate_rope_transfer
-from revprobe.probes.gradient_flow import rope_rotation
+from revprobe.probes.theory.gradient_flow import rope_rotation
 
 
 def descend(

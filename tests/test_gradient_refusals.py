@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from revprobe import ProbedModel, Query, ReversalPair, ReversalPairs, RevprobeError, probe_gradient_cosine
-from revprobe.hooks import gradient_graph, gradient_rules, gradients
-from revprobe.hooks.gradients import record_gradients
+from revprobe.hooks.gradients import graph as gradient_graph
+from revprobe.hooks.gradients import recorder as gradients
+from revprobe.hooks.gradients import rules as gradient_rules
+from revprobe.hooks.gradients.recorder import record_gradients
 
 WIDTH, SEQ = 6, 7
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from revprobe import RaddConfig, RaddForMaskedLM, RevprobeError, one_layer_gpt2
-from revprobe.hooks import gradient_products, gradient_reading
-from revprobe.hooks.gradients import record_gradients
+from revprobe.hooks.gradients import backward as gradient_reading
+from revprobe.hooks.gradients import products as gradient_products
+from revprobe.hooks.gradients.recorder import record_gradients
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 PAIR = (torch.tensor([0]), torch.tensor([1]))

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from revprobe import ProbedModel, Query, Readings, ReversalPair, ReversalPairs, RevprobeError, load_model
-from revprobe.finetune.finetune_config import LoraOptions
-from revprobe.finetune.lora import add_lora, projections, quantization, target_modules
-from revprobe.finetune.snapshots import take_readings
-from revprobe.models.adapters import is_adapter_parameter, without_wrapper
+from revprobe.finetune.config.finetuning import LoraOptions
+from revprobe.finetune.training.lora import add_lora, projections, quantization, target_modules
+from revprobe.finetune.training.probe_callback import take_readings
+from revprobe.models.peft_adapters import is_adapter_parameter, without_wrapper
 
 FIXTURES = Path(__file__).parent / "fixtures"
 OPTIONS = LoraOptions(rank=4, alpha=8)
@@ -150,7 +150,7 @@ def test_four_bits_need_a_gpu_and_bitsandbytes(monkeypatch: pytest.MonkeyPatch) 
     assert quantization(None, torch.bfloat16, on_cpu=True) == {}
     with pytest.raises(RevprobeError, match=r"model.quantize '4bit' needs a CUDA GPU"):
         quantization("4bit", torch.bfloat16, on_cpu=True)
-    monkeypatch.setattr("revprobe.finetune.lora.find_spec", lambda name: None)
+    monkeypatch.setattr("revprobe.finetune.training.lora.find_spec", lambda name: None)
     with pytest.raises(RevprobeError, match="needs bitsandbytes, which is not installed; `pip install bitsandbytes`"):
         quantization("4bit", torch.bfloat16, on_cpu=False)
 

@@ -14,13 +14,13 @@ from transformers import AutoModelForMaskedLM, TrainerControl, TrainerState, Tra
 from typer.testing import CliRunner
 
 import revprobe as rp
-from revprobe.cli import app
-from revprobe.finetune.finetune_config import read_finetune
-from revprobe.finetune.live_bytes import LiveBytes, fused_attention
-from revprobe.finetune.memory_plan import GB, RESERVE, plan_memory
-from revprobe.finetune.objectives import masked_diffusion_loss
-from revprobe.finetune.planning import plan_finetuning, require_room
-from revprobe.finetune.prediction import FirstOrderPrediction
+from revprobe.cli.main import app
+from revprobe.finetune.config.finetuning import read_finetune
+from revprobe.finetune.memory.from_config import plan_finetuning, require_room
+from revprobe.finetune.memory.live_bytes import LiveBytes, fused_attention
+from revprobe.finetune.memory.plan import GB, RESERVE, plan_memory
+from revprobe.finetune.training.objectives import masked_diffusion_loss
+from revprobe.finetune.training.prediction_callback import FirstOrderPrediction
 from revprobe.models.dream import DreamConfig, DreamForMaskedDiffusion
 from revprobe.models.llada import LLaDAConfig, LLaDAForMaskedDiffusion
 from revprobe.models.probed import ProbedModel

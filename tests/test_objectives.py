@@ -11,7 +11,7 @@ from scipy.integrate import quad
 from torch import Tensor, nn
 
 from revprobe import RaddConfig, RaddForMaskedLM, RevprobeError
-from revprobe.finetune.objectives import (
+from revprobe.finetune.training.objectives import (
     EPS,
     causal_loss,
     draw_masks,

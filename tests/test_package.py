@@ -92,7 +92,7 @@ PUBLIC = [
 EXAMPLES = {"examples/one_layer.yaml", "examples/one_layer_quick.yaml", "examples/robustness.yaml"}
 EXAMPLES |= {"examples/llada_8b_parent_child.yaml"}
 EXAMPLES |= {"examples/finetune_tiny.yaml", "examples/table7.yaml", "examples/fsdp.yaml"}
-DATA = {"finetune/data/invented_names.csv", "finetune/data/trex_templates.csv"}
+DATA = {"relations/data/invented_names.csv", "relations/data/trex_templates.csv"}
 # What takes seconds to import, or may not be there at all on a machine that only loads a saved model.
 HEAVY = ["peft", "transformers.trainer", "transformer_lens"]
 
@@ -233,7 +233,7 @@ def test_an_installed_wheel_runs_and_brings_its_examples(built: Path, tmp_path: 
     zipfile.ZipFile(next(built.glob("*.whl"))).extractall(site)
     code = (
         "import revprobe\n"
-        "from revprobe.finetune.config import SweepConfig, load_config\n"
+        "from revprobe.finetune.config.one_layer import SweepConfig, load_config\n"
         "sweeps = [load_config(name, SweepConfig) for name in ('one-layer', 'one-layer-quick')]\n"
         "print(revprobe.__file__)"
     )

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 import revprobe as rp
-from revprobe.finetune.adamw_update import adamw_update
-from revprobe.finetune.prediction import COLUMNS, NO_STEP_FOLLOWS, FirstOrderPrediction
-from revprobe.finetune.relations import letters
-from revprobe.finetune.trainer import ForwardOnlyTrainer, TokenRows
+from revprobe.finetune.training.adamw_update import adamw_update
+from revprobe.finetune.training.prediction_callback import COLUMNS, NO_STEP_FOLLOWS, FirstOrderPrediction
+from revprobe.finetune.training.trainer import ForwardOnlyTrainer, TokenRows
 from revprobe.models.probed import ProbedModel
-from revprobe.probes.batches import make_batch, prepare_queries
-from revprobe.probes.slopes import loss_slopes
+from revprobe.probes.passes.batches import make_batch, prepare_queries
+from revprobe.probes.passes.slopes import loss_slopes
+from revprobe.relations.catalog import letters
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,7 @@ def test_slopes_are_those_of_one_backward_pass_a_query(kind: str, by: str, monke
         def refuse(*_: Any) -> Any:
             raise NotImplementedError("no forward-mode rule")
 
-        monkeypatch.setattr("revprobe.probes.slopes._forward_mode", refuse)
+        monkeypatch.setattr("revprobe.probes.passes.slopes._forward_mode", refuse)
     objective = "causal" if kind == "gpt2" else "masked"
     module = tiny("gpt2" if kind == "gpt2" else "radd", torch.float64)
     module = with_lora(module).double() if kind == "lora" else module
@@ -290,7 +290,7 @@ def test_a_measurement_that_fails_leaves_the_weights_as_they_are(
     def fail(*_: Any, **__: Any) -> Any:
         raise rp.RevprobeError("planted")
 
-    monkeypatch.setattr("revprobe.finetune.prediction.loss_slopes", fail)
+    monkeypatch.setattr("revprobe.finetune.training.prediction_callback.loss_slopes", fail)
     with pytest.raises(rp.RevprobeError, match="planted"):
         made.train()
     assert all(torch.equal(seen[-1][name], tensor) for name, tensor in bits(model).items())

@@ -27,9 +27,10 @@ from revprobe import (
     probe_reverse_probability,
 )
 from revprobe.hooks import attention as attention_hooks
-from revprobe.hooks import gradient_reading
-from revprobe.probes import batches, passes
-from revprobe.probes.estimates import pair_cosines
+from revprobe.hooks.gradients import backward as gradient_reading
+from revprobe.probes.passes import run as passes
+from revprobe.probes.passes.run import batches
+from revprobe.probes.statistics.estimators import pair_cosines
 
 ENCODINGS = ("rope", "alibi", "absolute", "none")
 

@@ -20,7 +20,7 @@ from revprobe import (
     letter_tokenizer,
     probe,
 )
-from revprobe.probes.estimates import pair_cosines
+from revprobe.probes.statistics.estimators import pair_cosines
 
 COLUMNS = {
     "attention_correlation": "pair group layer head offset_forward offset_reverse distance_forward distance_reverse "

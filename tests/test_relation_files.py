@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 
 from revprobe import RevprobeError, from_table, invented_names, parent_child, person_description, trex
-from revprobe.finetune.relation_files import find_templates, trex_groups
-from revprobe.finetune.relation_tables import SUFFIXES, read_table
-from revprobe.finetune.statements import read_templates
+from revprobe.relations.published import find_templates, trex_groups
+from revprobe.relations.statements import read_templates
+from revprobe.relations.tables import SUFFIXES, read_table
 
 COLUMNS = ("country", "city")
 WORDING = {"C2T": "The capital of {country} is {city}", "T2C": "{city} is the capital of {country}"}

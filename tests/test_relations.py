@@ -28,9 +28,9 @@ from revprobe import (
     probe,
     trex,
 )
-from revprobe.finetune.forward_only import TextIndex, families, hold_out
-from revprobe.finetune.relations import PARENT_CHILD, RELATIONS, load_relation
-from revprobe.finetune.statements import holds
+from revprobe.relations.catalog import PARENT_CHILD, RELATIONS, load_relation
+from revprobe.relations.splits import TextIndex, families, hold_out
+from revprobe.relations.statements import holds
 
 CAPITALS = pd.DataFrame(
     {

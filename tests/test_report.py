@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import revprobe.probes.report as report_module
 from revprobe import Reading, Readings, RevprobeError
-from revprobe.probes.page import compact, script_safe_json
-from revprobe.probes.report import ReportRun, final_table, format_final_table, summary_frame, write_report
+from revprobe.report.html import report as report_module
+from revprobe.report.html.page import compact, script_safe_json
+from revprobe.report.html.report import ReportRun, final_table, format_final_table, summary_frame, write_report
 
 COLUMNS = ["run", "objective", "position_encoding", "length", "seed", "step", "weights", "kind"]
 COLUMNS += ["measure", "value", "n", "low", "high", "control"]

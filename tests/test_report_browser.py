@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from revprobe import Reading, Readings
-from revprobe.probes.report import ReportRun, write_report
+from revprobe.report.html.report import ReportRun, write_report
 
 DRIVER = shutil.which("chromedriver")
 CHROMIUM = next(

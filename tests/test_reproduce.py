@@ -11,18 +11,12 @@ import pytest
 from typer.testing import CliRunner
 
 import revprobe as rp
-from revprobe.cli import app
-from revprobe.finetune.config import SweepConfig, dump_config, load_config, parse_config
-from revprobe.finetune.paper_values import one_layer_cells
-from revprobe.finetune.reproduce import COLUMNS, collect_measures, compare, one_layer_sweep
-from revprobe.finetune.reproduction_text import (
-    MARK,
-    markdown_table,
-    one_layer_markdown,
-    spread_markdown,
-    theory_markdown,
-)
-from revprobe.finetune.sweeps import RunsFailed
+from revprobe.cli.main import app
+from revprobe.finetune.config.one_layer import SweepConfig, dump_config, load_config, parse_config
+from revprobe.finetune.runs.sweeps import RunsFailed
+from revprobe.report.paper.markdown import MARK, markdown_table, one_layer_markdown, spread_markdown, theory_markdown
+from revprobe.report.paper.printed_values import one_layer_cells
+from revprobe.report.paper.reproduce import COLUMNS, collect_measures, compare, one_layer_sweep
 
 MEASURES = ["forward_accuracy", "reverse_accuracy", "forward_probability", "reverse_probability"]
 MEASURES += ["attention_correlation", "gradient_cosine"]
@@ -289,7 +283,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         "- {objective: causal, length: 10, seed: [0, 1, 2]}\n"
     )
     sweep = parse_config(text, SweepConfig, "tiny")
-    monkeypatch.setattr("revprobe.finetune.reproduce.load_config", lambda source, kind: sweep)
+    monkeypatch.setattr("revprobe.report.paper.reproduce.load_config", lambda source, kind: sweep)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "runs" / "one-layer"
 

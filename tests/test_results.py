@@ -10,9 +10,9 @@ from types import ModuleType
 import pandas as pd
 import pytest
 
-from revprobe.finetune.config import SweepConfig, dump_config, load_config, parse_config
-from revprobe.finetune.reproduce import COLUMNS
-from revprobe.finetune.runs import train
+from revprobe.finetune.config.one_layer import SweepConfig, dump_config, load_config, parse_config
+from revprobe.finetune.runs.run import train
+from revprobe.report.paper.reproduce import COLUMNS
 
 SWEEPS = {"one-layer": "one_layer.parquet", "robustness": "robustness.parquet"}
 

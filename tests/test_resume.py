@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from revprobe import RevprobeError, open_run, train
-from revprobe.finetune.building import build_model, training_arguments
-from revprobe.finetune.config import RunConfig, parse_config
-from revprobe.finetune.saving import only_writer
-from revprobe.finetune.trainer import ForwardOnlyTrainer, TokenRows
+from revprobe.finetune.config.one_layer import RunConfig, parse_config
+from revprobe.finetune.runs.building import build_model, training_arguments
+from revprobe.finetune.training.checkpointing import only_writer
+from revprobe.finetune.training.trainer import ForwardOnlyTrainer, TokenRows
 
 CONFIG = """
 name: tiny
@@ -33,9 +33,10 @@ snapshots: {every: 10}
 DRIVER = """
 import json, os, signal, sys
 from pathlib import Path
-from revprobe.finetune import runs, saving, snapshots, trainer
-from revprobe.finetune.config import RunConfig, parse_config
-from revprobe.probes import readings
+from revprobe.finetune.runs import run as runs
+from revprobe.finetune.training import checkpointing as saving, probe_callback as snapshots, trainer
+from revprobe.finetune.config.one_layer import RunConfig, parse_config
+from revprobe.probes.readings import readings
 from transformers import Trainer
 
 def die(*args, **kwargs):

@@ -9,9 +9,9 @@ import transformers
 
 from revprobe import ProbedModel, Query, ReversalPair, ReversalPairs, probe_route_edit
 from revprobe.hooks.attention import tap_attention
-from revprobe.probes import route_runs
 from revprobe.probes.attention import EVIDENCE_HIDDEN
-from revprobe.probes.routing import NO_POSITION, UNEVEN
+from revprobe.probes.passes import route_runs
+from revprobe.probes.route_edit import NO_POSITION, UNEVEN
 
 SIZES = {
     "vocab_size": 60,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import revprobe as rp
-from revprobe.finetune.config import RunConfig, parse_config
+from revprobe.finetune.config.one_layer import RunConfig, parse_config
 
 CONFIG = """
 name: NAME

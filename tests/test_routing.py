@@ -28,10 +28,10 @@ from revprobe import (
 )
 from revprobe.hooks.attention import tap_attention
 from revprobe.models.radd import POSITION_ENCODINGS
-from revprobe.probes import route_changes, route_runs
 from revprobe.probes.attention import EVIDENCE_HIDDEN
-from revprobe.probes.route_changes import other_positions
-from revprobe.probes.routing import NO_POSITION, NO_STRENGTH, ONLY_KEY, ZERO_AFTER, ZERO_BEFORE, ZERO_CONTROL
+from revprobe.probes.passes import route_changes, route_runs
+from revprobe.probes.passes.route_changes import other_positions
+from revprobe.probes.route_edit import NO_POSITION, NO_STRENGTH, ONLY_KEY, ZERO_AFTER, ZERO_BEFORE, ZERO_CONTROL
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SMALL = {"vocab_size": 56, "max_position_embeddings": 64, "bos_token_id": 54, "eos_token_id": None, "pad_token_id": 55}

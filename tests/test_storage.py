@@ -10,15 +10,15 @@ import transformers
 from torch import Tensor, nn
 
 import revprobe as rp
-from revprobe.hooks import linearized
+from revprobe.hooks import linearize as linearized
 from revprobe.models.dream import DreamConfig, DreamForMaskedDiffusion
 from revprobe.models.llada import LLaDAConfig, LLaDAForMaskedDiffusion
 from revprobe.probes.attention import EVIDENCE_HIDDEN
-from revprobe.probes.batches import make_batch, prepare_queries
-from revprobe.probes.decomposition import HeldBatch
-from revprobe.probes.statistics import derangement
+from revprobe.probes.passes.batches import make_batch, prepare_queries
+from revprobe.probes.passes.decomposition import HeldBatch
+from revprobe.probes.statistics.by_part import evidence_by_pair, logit_contributions
+from revprobe.probes.statistics.group_correlation import derangement
 from revprobe.probes.storage import DIFFERENT_TOKENS, probe_stored_evidence
-from revprobe.probes.storage_tables import evidence_by_pair, logit_contributions
 
 SIZES = {
     "vocab_size": 56,

@@ -10,18 +10,18 @@ import pytest
 import torch
 
 import revprobe as rp
-from revprobe.finetune.config import RunConfig, parse_config
-from revprobe.finetune.finetune_building import text_relation
-from revprobe.finetune.finetune_config import FinetuneConfig
-from revprobe.finetune.finetuning import fine_tune
-from revprobe.finetune.next_step import next_step
-from revprobe.finetune.one_step import NO_RATE, PAST_END, SWAPPED, follow, one_step, one_step_curves
-from revprobe.finetune.runs import Run, train
-from revprobe.finetune.storage_curves import storage_curves
-from revprobe.probes.statistics import derangement
+from revprobe.finetune.analysis.next_step import next_step
+from revprobe.finetune.analysis.one_step import NO_RATE, PAST_END, SWAPPED, follow, one_step, one_step_curves
+from revprobe.finetune.analysis.storage_curves import storage_curves
+from revprobe.finetune.config.finetuning import FinetuneConfig
+from revprobe.finetune.config.one_layer import RunConfig, parse_config
+from revprobe.finetune.runs.finetune_setup import text_relation
+from revprobe.finetune.runs.finetuning import fine_tune
+from revprobe.finetune.runs.run import Run, train
+from revprobe.probes.figures.storage import one_step_figure, storage_curves_figure
+from revprobe.probes.statistics.by_part import evidence_by_pair
+from revprobe.probes.statistics.group_correlation import derangement
 from revprobe.probes.storage import probe_stored_evidence
-from revprobe.probes.storage_figures import one_step_figure, storage_curves_figure
-from revprobe.probes.storage_tables import evidence_by_pair
 
 
 def config(family: str = "radd") -> RunConfig:
@@ -333,7 +333,7 @@ def test_steps_weights_and_pairs_can_be_chosen(run: Run) -> None:
 
 
 def test_a_run_without_checkpoints_is_named(tmp_path: Path) -> None:
-    from revprobe.finetune.config import dump_config
+    from revprobe.finetune.config.one_layer import dump_config
 
     (tmp_path / "config.yaml").write_text(dump_config(config()))
     for call in (storage_curves, one_step):

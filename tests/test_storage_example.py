@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 import revprobe as rp
-from revprobe.finetune.config import RunConfig, parse_config
+from revprobe.finetune.config.one_layer import RunConfig, parse_config
 
 CONFIG = """
 name: masked

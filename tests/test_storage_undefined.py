@@ -10,15 +10,10 @@ from torch import Tensor, nn
 
 import revprobe as rp
 from revprobe.probes.attention import EVIDENCE_HIDDEN
-from revprobe.probes.estimates import NO_PARTNER
-from revprobe.probes.statistics import derangement
-from revprobe.probes.storage import (
-    DIFFERENT_TOKENS,
-    NO_LIKE_TARGET,
-    NO_OTHER_TARGET,
-    probe_stored_evidence,
-)
-from revprobe.probes.storage_tables import evidence_by_pair, logit_contributions
+from revprobe.probes.statistics.by_part import evidence_by_pair, logit_contributions
+from revprobe.probes.statistics.estimators import NO_PARTNER
+from revprobe.probes.statistics.group_correlation import derangement
+from revprobe.probes.storage import DIFFERENT_TOKENS, NO_LIKE_TARGET, NO_OTHER_TARGET, probe_stored_evidence
 
 LLAMA = {"vocab_size": 56, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
 LLAMA |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}

@@ -27,8 +27,9 @@ from revprobe import (
     probe,
     probe_reverse_probability,
 )
-from revprobe.probes import spans, text_pairs
-from revprobe.probes.text_rows import read_rows
+from revprobe.probes.pairs import spans
+from revprobe.probes.pairs import text as text_pairs
+from revprobe.probes.pairs.fact_rows import read_rows
 
 FORWARD, REVERSE = "{target}'s child is {evidence}", "{evidence}'s parent is {target}"
 WORDING = {"forward": FORWARD, "reverse": REVERSE, "target": "parent", "evidence": "child"}

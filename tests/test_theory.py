@@ -19,7 +19,7 @@ from revprobe import (
     rope_query_bound,
     theory_tables,
 )
-from revprobe.probes.theory import mean_bound, rope_frequencies
+from revprobe.probes.theory.score_correlation import mean_bound, rope_frequencies
 
 QUERIES = 10_000
 

@@ -20,17 +20,17 @@ from transformers import (
 )
 
 import revprobe as rp
-from revprobe.finetune import saving
-from revprobe.finetune.building import build_model, probe_pairs
-from revprobe.finetune.config import RunConfig, parse_config
-from revprobe.finetune.ema import MovingAverage, warmed_decay
-from revprobe.finetune.objectives import causal_loss, masked_diffusion_loss, step_generator
-from revprobe.finetune.relations import letters
-from revprobe.finetune.runs import Run, train
-from revprobe.finetune.snapshots import ProbeCallback, take_readings
-from revprobe.finetune.trainer import ForwardOnlyTrainer, Permutations, TokenRows
+from revprobe.finetune.config.one_layer import RunConfig, parse_config
+from revprobe.finetune.runs.building import build_model, probe_pairs
+from revprobe.finetune.runs.run import Run, train
+from revprobe.finetune.training import checkpointing as saving
+from revprobe.finetune.training.ema import MovingAverage, warmed_decay
+from revprobe.finetune.training.objectives import causal_loss, masked_diffusion_loss, step_generator
+from revprobe.finetune.training.probe_callback import ProbeCallback, take_readings
+from revprobe.finetune.training.trainer import ForwardOnlyTrainer, Permutations, TokenRows
 from revprobe.models.checkpoints import step_name
 from revprobe.probes.fused import PROBES
+from revprobe.relations.catalog import letters
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +106,7 @@ def test_every_batch_holds_forward_sequences_only(tmp_path: Path, monkeypatch: p
         seen.append(token_ids.clone())
         return masked_diffusion_loss(model, token_ids, **options)
 
-    monkeypatch.setattr("revprobe.finetune.trainer.masked_diffusion_loss", record)
+    monkeypatch.setattr("revprobe.finetune.training.trainer.masked_diffusion_loss", record)
     trainer(tmp_path, tiny_model()).train()
     tokenizer, _ = rows()
     texts = ["".join(tokenizer.convert_ids_to_tokens(row)) for batch in seen for row in batch.tolist()]
@@ -358,7 +358,7 @@ def test_readings_are_written_before_their_checkpoint_is_complete(
         seen.append((step, readings, (run / "checkpoints" / step_name(step)).exists()))
         return saving.complete_checkpoint(run, step, **options)
 
-    monkeypatch.setattr("revprobe.finetune.trainer.complete_checkpoint", spy)
+    monkeypatch.setattr("revprobe.finetune.training.trainer.complete_checkpoint", spy)
     train(config(), tmp_path / "run")
     assert seen == [(0, True, False), (10, True, False), (20, True, False)]
 

@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 
 import revprobe as rp
-from revprobe.finetune.config import EXAMPLES, RunConfig, SweepConfig, load_config
-from revprobe.finetune.finetune_config import FinetuneConfig, FinetuneSweepConfig
-from revprobe.probes.report import write_report
+from revprobe.finetune.config.finetuning import FinetuneConfig, FinetuneSweepConfig
+from revprobe.finetune.config.one_layer import EXAMPLES, RunConfig, SweepConfig, load_config
+from revprobe.report.html.report import write_report
 
 HOME = Path(__file__).parent / "fixtures" / "v0_1"
 EXPECTED: dict[str, Any] = json.loads((HOME / "expected.json").read_text())

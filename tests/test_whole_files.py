@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from revprobe.whole_files import write_text, written_whole
+from revprobe.atomic_files import write_text, written_whole
 
 
 def test_the_file_is_there_only_after_the_block(tmp_path: Path) -> None:

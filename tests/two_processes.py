@@ -15,13 +15,13 @@ import torch.distributed as dist
 from transformers import TrainingArguments, set_seed
 
 import revprobe as rp
-from revprobe.finetune.gather import Team
-from revprobe.finetune.prediction import FirstOrderPrediction
-from revprobe.finetune.relations import letters
-from revprobe.finetune.snapshots import ProbeCallback, take_readings
-from revprobe.finetune.trainer import ForwardOnlyTrainer, TokenRows
+from revprobe.finetune.training.distributed import Team
+from revprobe.finetune.training.prediction_callback import FirstOrderPrediction
+from revprobe.finetune.training.probe_callback import ProbeCallback, take_readings
+from revprobe.finetune.training.trainer import ForwardOnlyTrainer, TokenRows
 from revprobe.models.llada import LLaDAConfig, LLaDAForMaskedDiffusion
 from revprobe.models.probed import ProbedModel
+from revprobe.relations.catalog import letters
 
 STEPS = (0, 2, 4)
 

@@ -3,8 +3,8 @@
     python examples/benchmarks/batched_training.py                     # length 10, 3 seeds, one thread
     python examples/benchmarks/batched_training.py --device cuda --threads 16
 
-One by one is `ForwardOnlyTrainer`, run after run; together is the batched step of `finetune.batched`. Neither writes
-checkpoints or takes readings here. On the CPU the seconds are this process's own, on a GPU those of the clock.
+One by one is `ForwardOnlyTrainer`, run after run; together is the batched step of `finetune.runs.batched`. Neither
+writes checkpoints or takes readings here. On the CPU the seconds are this process's own, on a GPU those of the clock.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch
 from measuring import show
 from transformers import TrainerCallback
 
-from revprobe.finetune.batched import Batch
-from revprobe.finetune.config import RunConfig, SweepConfig, load_config
-from revprobe.finetune.runs import build_trainer, claim_run
+from revprobe.finetune.config.one_layer import RunConfig, SweepConfig, load_config
+from revprobe.finetune.runs.batched import Batch
+from revprobe.finetune.runs.run import build_trainer, claim_run
 from revprobe.models.hub import quiet_transformers
 
 

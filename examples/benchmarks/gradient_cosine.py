@@ -135,7 +135,7 @@ def main() -> None:
 
 def _difference(task: Task, reading: rp.Reading) -> float:
     """How far the probe's per-pair cosines are from the loop's."""
-    from revprobe.probes.estimates import pair_cosines
+    from revprobe.probes.statistics.estimators import pair_cosines
 
     ours = pair_cosines(reading.frame)["cosine"].tolist()
     return max(abs(a - b) for a, b in zip(ours, loop(task), strict=True))

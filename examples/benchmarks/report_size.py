@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from revprobe import Reading, Readings
-from revprobe.probes.report import ReportRun, write_report
+from revprobe.report.html.report import ReportRun, write_report
 
 PLACEMENTS = 10  # pairs of offsets: 500 pairs are 50 facts at ten of them
 ROLES = ("q", "k", "v", "o", "mlp", "mlp", "norm", "norm")  # of a layer's parameters

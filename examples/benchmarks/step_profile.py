@@ -24,13 +24,13 @@ from measuring import show
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback, set_seed
 
-from revprobe.finetune.building import build_model, training_arguments
-from revprobe.finetune.config import RunConfig, SweepConfig, load_config
-from revprobe.finetune.ema import MovingAverage
-from revprobe.finetune.objectives import causal_loss, draw_masks, price_masks, step_generator
-from revprobe.finetune.relations import letters
-from revprobe.finetune.trainer import ForwardOnlyTrainer, TokenRows
+from revprobe.finetune.config.one_layer import RunConfig, SweepConfig, load_config
+from revprobe.finetune.runs.building import build_model, training_arguments
+from revprobe.finetune.training.ema import MovingAverage
+from revprobe.finetune.training.objectives import causal_loss, draw_masks, price_masks, step_generator
+from revprobe.finetune.training.trainer import ForwardOnlyTrainer, TokenRows
 from revprobe.models.hub import quiet_transformers
+from revprobe.relations.catalog import letters
 
 MASK = 53
 

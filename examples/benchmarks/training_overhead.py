@@ -21,13 +21,13 @@ from measuring import show
 from torch import nn
 from transformers import TrainerState, TrainingArguments, set_seed
 
-from revprobe.finetune.building import build_model, probe_pairs, training_arguments
-from revprobe.finetune.config import RunConfig, SweepConfig, load_config
-from revprobe.finetune.relations import letters
-from revprobe.finetune.snapshots import ProbeCallback
-from revprobe.finetune.trainer import ForwardOnlyTrainer, TokenRows
+from revprobe.finetune.config.one_layer import RunConfig, SweepConfig, load_config
+from revprobe.finetune.runs.building import build_model, probe_pairs, training_arguments
+from revprobe.finetune.training.probe_callback import ProbeCallback
+from revprobe.finetune.training.trainer import ForwardOnlyTrainer, TokenRows
 from revprobe.models.probed import ProbedModel
 from revprobe.models.registry import quiet_transformers
+from revprobe.relations.catalog import letters
 
 
 class TimedProbes(ProbeCallback):

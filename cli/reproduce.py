@@ -1,0 +1,122 @@
+"""`revprobe reproduce`: the paper's tables beside ours, from the formulas or from trained one-layer models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import RevprobeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+reproduce = typer.Typer(
+    no_args_is_help=True,
+    help="The paper's tables, cell by cell: its value, ours with its spread over seeds, and the difference.",
+)
+
+
+@reproduce.command(epilog="Example: [bold]revprobe reproduce theory --out runs/theory[/bold]")
+def theory(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for theory.csv and reproduction.md.")] = Path(
+        "runs/theory"
+    ),
+) -> None:
+    """Tables 3, 4 and 5 from the formulas, in seconds."""
+    from ..probes.theory.tables import theory_tables
+    from ..report.paper.markdown import theory_markdown, write_reproduction
+    from ..report.summary.terminal import make_console, text_table
+
+    cells = theory_tables()
+    written = write_reproduction(out, {"theory": cells}, theory_markdown(cells), "The paper's theory, cell by cell")
+    shown = cells.drop(columns="note").assign(within=cells["within"].map({True: "within", False: "OUTSIDE"}))
+    console = make_console()
+    console.print(text_table(shown.round(4), "Tables 3, 4 and 5"))
+    for note in cells.loc[~cells["within"].astype(bool), ["table", "column", "note"]].itertuples():
+        console.print(f"Table {note.table}, {note.column}: {note.note}", soft_wrap=True)
+    console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
+
+
+@reproduce.command(
+    "one-layer",
+    epilog="Examples: [bold]revprobe reproduce one-layer --jobs 2[/bold], "
+    "[bold]revprobe reproduce one-layer --lengths 10 --seeds 1[/bold], "
+    "[bold]revprobe reproduce one-layer --device cuda[/bold]",
+)
+def one_layer(
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each cell, from 0.")] = 3,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs side by side, each in its own process.")] = 1,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder that gets the folder one-layer.")] = Path("runs"),
+    lengths: Annotated[
+        str | None, typer.Option(help="Sequence lengths, separated by commas; all of 10,20,30,40 by default.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where new runs are trained: cpu, cuda, or auto.")] = "cpu",
+    batched: Annotated[
+        bool | None,
+        typer.Option(
+            "--batched/--separate", help="Runs of one shape as one model, without --jobs; by default on a GPU."
+        ),
+    ] = None,
+    train: Annotated[
+        bool, typer.Option("--train/--table-only", help="Or only the tables of what has been run.")
+    ] = True,
+) -> None:
+    """Tables 1 and 2 and Figure 3 from trained models; hours on two cores, and the same command goes on."""
+    from ..finetune.runs.sweeps import RunsFailed, run_sweep
+    from ..report.paper.reproduce import one_layer_sweep
+    from ..report.summary.terminal import make_console
+
+    asked = one_layer_sweep(seeds=seeds, lengths=_lengths(lengths), device=device)
+    console, failed = make_console(), None
+    if train:
+        together = _on_gpu(device) if batched is None else batched
+        try:
+            run_sweep(asked, jobs=jobs, out=out, console=console, batched=together)
+        except RunsFailed as error:  # the runs that are whole still make a table
+            failed = error
+        except KeyboardInterrupt:
+            console.print("stopped; finished runs and checkpoints are kept, run the same command again to go on")
+            raise typer.Exit(130) from None
+    try:
+        _tabulate(out / asked.name, seeds, console)
+    except RevprobeError as error:
+        raise (failed or error) from error
+    if failed is not None:
+        raise failed
+
+
+def _tabulate(folder: Path, seeds: int, console: Console) -> None:
+    """Print and write the tables of what has been run in `folder`. Raises: RevprobeError, when no run is finished."""
+    from ..report.paper.markdown import one_layer_markdown, write_reproduction
+    from ..report.paper.reproduce import NOT_RUN, collect_measures, compare, one_layer_sweep
+
+    if not folder.is_dir():
+        raise RevprobeError(f"no runs at {str(folder)!r}; expected the folder of a sweep, or leave --table-only out")
+    measures, left_out = collect_measures(folder, one_layer_sweep(seeds=seeds).runs())
+    for name, problem in left_out.items():
+        if problem != NOT_RUN:
+            console.print(f"{name}: not in the tables: {problem}", soft_wrap=True)
+    if measures.empty:
+        raise RevprobeError(f"no finished run in {str(folder)!r}; no table was written, run without --table-only first")
+    result = compare(measures, seeds=seeds)
+    text = one_layer_markdown(result, seeds=seeds)
+    written = write_reproduction(folder, result.frames, text, "Tables 1 and 2 and Figure 3 of the paper")
+    console.print(text, soft_wrap=True)
+    console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
+
+
+def _on_gpu(device: str) -> bool:
+    import torch
+
+    return device == "cuda" or (device == "auto" and torch.cuda.is_available())
+
+
+def _lengths(asked: str | None) -> list[int] | None:
+    if asked is None:
+        return None
+    parts = [part.strip() for part in asked.split(",")]
+    if wrong := [part for part in parts if not part.isdecimal()]:
+        raise RevprobeError(f"--lengths {asked!r}: {wrong[0]!r} is no length; expected whole numbers such as 10,20")
+    return [int(part) for part in parts]

@@ -1,0 +1,96 @@
+"""A run's next optimizer step, taken on a copy: the rows, masks, dropout, clipping, AdamW and schedule of the run."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from itertools import islice
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import RevprobeError
+from ...hooks.untouched import untouched
+from ...models.checkpoints import checkpoint_folder
+from ...models.probed import ProbedModel
+from ...models.registry import load_model
+from ..runs.run import Run, build_trainer, pinned_threads
+from ..training.checkpointing import missing_state
+from ..training.trainer import ForwardOnlyTrainer, Permutations, TokenRows
+
+
+@dataclass(frozen=True)
+class Step:
+    """A checkpoint before and after its run's next optimizer step; two models that share nothing.
+
+    `optimizer`: "saved" (the checkpoint's own state) or "fresh"; `update`: what was added to each parameter, float64.
+    """
+
+    before: ProbedModel
+    after: ProbedModel
+    update: dict[str, Tensor]
+    learning_rate: float
+    optimizer: str
+
+
+def next_step(run: Run, step: int = -1, *, learning_rate: float | None = None) -> Step:
+    """The run's next optimizer step from a checkpoint; files, models and random generators stay as they are.
+
+    Raises: RevprobeError, when the run has no such checkpoint, or none comes after it and no learning rate is given.
+    """
+    checkpoint, step, _ = checkpoint_folder(run.path, step, "raw")
+    if step >= run.config.training.steps and learning_rate is None:
+        raise RevprobeError(f"step {step} is the last of {run.path}; pass learning_rate= to take another")
+    before = load_model(run.path, step=step, weights="raw")
+    with untouched(before.module), pinned_threads(run.config.training.threads):
+        trainer, _ = build_trainer(run, None)
+        module = trainer.model
+        assert module is not None, "build_trainer gives it one"
+        before.module.to(trainer.args.device)
+        module.to(trainer.args.device)
+        module.load_state_dict(before.module.state_dict())
+        trainer.create_optimizer_and_scheduler(num_training_steps=run.config.training.steps)
+        saved = not missing_state(checkpoint)
+        if saved:
+            trainer._load_optimizer_and_scheduler(str(checkpoint))
+        rate = _set_rate(trainer, step, learning_rate)
+        if saved:  # last: dropout then draws what the run drew
+            trainer._load_rng_state(str(checkpoint))
+        _take_step(trainer, step)
+    start, end = _in_float64(before, before.module), _in_float64(before, module)
+    moved = dict(end.module.named_parameters())
+    update = {name: (moved[name] - p).detach() for name, p in start.module.named_parameters()}
+    return Step(start, end, update, rate, "saved" if saved else "fresh")
+
+
+def _set_rate(trainer: ForwardOnlyTrainer, step: int, asked: float | None) -> float:
+    """The learning rate of step number `step` by the run's schedule, unless one is asked for."""
+    assert trainer.optimizer is not None and trainer.lr_scheduler is not None, "they were created just before"
+    lambdas = trainer.lr_scheduler.lr_lambdas
+    for group, schedule in zip(trainer.optimizer.param_groups, lambdas, strict=True):
+        group["lr"] = group["initial_lr"] * schedule(step) if asked is None else asked
+    return float(trainer.optimizer.param_groups[0]["lr"])
+
+
+def _take_step(trainer: ForwardOnlyTrainer, step: int) -> None:
+    """Loss, gradient, clipping and update as in the run, on the rows and masks the run drew there."""
+    module, arguments = trainer.model, trainer.args
+    assert module is not None and trainer.optimizer is not None, "the caller made both"
+    table = cast(TokenRows, trainer.train_dataset)  # build_trainer's own
+    size = trainer.get_total_train_batch_size(arguments)
+    order = Permutations(len(table), (step + 1) * size, arguments.seed)
+    rows = table.__getitems__(list(islice(order, step * size, None)))
+    trainer.state.global_step = step
+    module.train()
+    loss = trainer.compute_loss(module, {"input_ids": rows.to(arguments.device)})
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(module.parameters(), arguments.max_grad_norm)
+    trainer.optimizer.step()
+
+
+def _in_float64(model: ProbedModel, module: nn.Module) -> ProbedModel:
+    """A wrapped copy of `module`; what is known about `model` holds for it too."""
+    twin = copy.copy(model)
+    twin.module = copy.deepcopy(module).double().eval()
+    return twin

@@ -1,0 +1,131 @@
+"""Storage and routing as two curves over a run's checkpoints: what is stored on the evidence, and what of it arrives.
+
+curves = rp.storage_curves("runs/one-layer-quick/rope-l10-s0")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ...errors import RevprobeError
+from ...models.checkpoints import CHECKPOINTS, EMA, checkpoint_folder, step_name
+from ...models.probed import ProbedModel
+from ...models.registry import load_model
+from ...probes.pairs.pairs import ReversalPairs
+from ...probes.readings.readings import Reading
+from ...probes.statistics.by_part import evidence_by_pair
+from ...probes.statistics.group_correlation import mean_over_facts
+from ...probes.storage import probe_stored_evidence
+from ...relations.catalog import letters
+from ..config.one_layer import RunConfig
+from ..runs.run import Run, open_run
+
+# Per pair, summed over layers and heads; attention is averaged over them.
+CURVES = ("stored", "weight", "contribution", "margin", "rank", "logit")
+COLUMNS = ["step", "weights", "kind", "curve", "direction", "value", "n", "low", "high"]
+COLUMNS += ["control", "control_n", "control_low", "control_high"]
+
+
+def storage_curves(
+    run: Run | str | Path,
+    *,
+    pairs: ReversalPairs | None = None,
+    steps: Iterable[int] | None = None,
+    weights: str | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Stored evidence S[v, u] and the route a_ij at every checkpoint of a run.
+
+    Args:
+        pairs: what is asked; every placement of the run's letters, mirrored, when None. Of a fine-tuning they must be
+            given, of kind "same_target".
+        steps: which checkpoints, negative ones counted from the last; all that are complete when None.
+        weights: "raw" or "ema"; both where the run keeps an average when None.
+    Returns: tidy rows: step, weights, kind, curve, direction, value, n, low, high (95 %, over facts), and for the
+        stored evidence under the reverse query control, control_n, control_low, control_high. Curves: stored (S[v, u]),
+        weight (attention on the evidence, mean over layers and heads), contribution (what the evidence position adds
+        to the logit, all sources), margin and rank (of S[v, u] among the targets), logit.
+    Raises: RevprobeError, for a run without checkpoints, an empty list of steps, a step it lacks, a fine-tuning
+        without pairs, or a causal run, whose pairs swap roles (S couples one target with one evidence token).
+    """
+    run = run if isinstance(run, Run) else open_run(run)
+    require_masked(run, pairs)
+    rows: list[dict[str, Any]] = []
+    for model in checkpoints(run, steps, weights):
+        asked = letter_questions(run, model) if pairs is None else pairs
+        reading = probe_stored_evidence(model, asked, batch_size=batch_size, seed=seed)
+        rows += [{"step": model.step, "weights": model.weights, **row} for row in curve_rows(reading)]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def checkpoints(run: Run, steps: Iterable[int] | None, weights: str | None) -> Iterator[ProbedModel]:
+    """The models of a run's checkpoints, raw before their average.
+
+    Raises: RevprobeError, as `chosen_steps`, and for weights that are not there.
+    """
+    options: dict[str, Any] = {}
+    if not isinstance(run.config, RunConfig):
+        from ..runs.finetune_setup import placed_options  # what only fine-tunings need
+
+        options = placed_options(run.config)
+    for step in chosen_steps(run, steps):
+        averaged = (run.path / CHECKPOINTS / step_name(step) / EMA).is_dir()
+        for kind in (weights,) if weights else ("raw", "ema") if averaged else ("raw",):
+            yield load_model(run.path, step=step, weights=kind, **options)
+
+
+def chosen_steps(run: Run, steps: Iterable[int] | None) -> list[int]:
+    """The checkpoints asked for, each once; negative steps count from the last, and None is all of them.
+
+    Raises: RevprobeError, when there is none, not that step, or nothing is asked for.
+    """
+    if not run.steps:
+        raise RevprobeError(f"{run.path} has no complete checkpoint; train it first")
+    if steps is None:
+        return run.steps
+    chosen = list(dict.fromkeys(checkpoint_folder(run.path, step, "raw")[1] for step in steps))
+    if not chosen:
+        listed = ", ".join(map(str, run.steps))
+        raise RevprobeError(f"steps is an empty list; expected some of {listed}, or None for all of them")
+    return chosen
+
+
+def letter_questions(run: Run, model: ProbedModel) -> ReversalPairs:
+    """Every placement of the run's letters, mirrored: each placement once in each direction."""
+    return letters(run.config.relation.length, run.config.relation.alphabet).pairs(model, placements="mirror")
+
+
+def require_masked(run: Run, pairs: ReversalPairs | None) -> None:
+    """Raises: RevprobeError, when no pairs are given and the run has none of its own, or they swap their roles."""
+    if pairs is not None:
+        return
+    if not isinstance(run.config, RunConfig):
+        raise RevprobeError(f"{run.path} is a fine-tuning, which has no letters to ask; pass same_target pairs=")
+    if run.config.model.objective == "causal":
+        raise RevprobeError(
+            f"{run.path} is causal: its pairs of kind 'swapped' do not share an entry of S; pass same_target pairs"
+        )
+
+
+def curve_rows(reading: Reading) -> list[dict[str, Any]]:
+    """The curves of one reading: curve, direction, value, n, low, high and, where there is one, the control."""
+    table = evidence_by_pair(reading)
+    facts = table["fact"].to_numpy().astype(str)
+    rows: list[dict[str, Any]] = []
+    for curve in CURVES:
+        for direction in ("forward", "reverse"):
+            found = mean_over_facts(table[f"{curve}_{direction}"].to_numpy(dtype=np.float64), facts, seed=reading.seed)
+            row = {"kind": reading.meta["kind"], "curve": curve, "direction": direction, "value": found.value}
+            row |= {"n": found.n, "low": found.low, "high": found.high}
+            if (curve, direction) == ("stored", "reverse") and reading.control is not None:
+                low, high = reading.control.interval
+                row |= {"control": reading.control.value, "control_n": reading.control.n}
+                row |= {"control_low": low, "control_high": high}
+            rows.append(row)
+    return rows

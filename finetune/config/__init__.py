@@ -1,0 +1,1 @@
+"""What was asked for: runs and sweeps as checked objects, read from YAML."""

@@ -1,0 +1,333 @@
+"""What a fine-tuning and its sweep are made of; YAML in, checked objects out, as in `config`.
+
+    name: llada-p2c-s0
+    model: {name: GSAI-ML/LLaDA-8B-Base, dtype: bfloat16}
+    relation: {name: parent_child, path: parent_child_pairs.csv, direction: P2C}
+    training: {epochs: 10, batch_size: 8, learning_rate: 1e-4}
+
+A sweep has a `base` (what all runs share), `models` and `datasets` by label, the directions of each dataset, and
+`seeds`; `learning_rates` gives a model, or one of its datasets, a rate of its own.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StrictBool, StrictInt, StrictStr, model_serializer, model_validator
+
+from ...errors import RevprobeError
+from .mistakes import parse_yaml
+from .one_layer import (
+    Count,
+    Fraction,
+    Name,
+    Number,
+    Seed,
+    SnapshotsConfig,
+    _Section,
+    find_config,
+    load_config,
+    parse_config,
+)
+
+Text = Annotated[StrictStr, Field(min_length=1)]
+Rate = Annotated[Number, Field(gt=0)]
+Templates = dict[Text, Text | list[Text]]
+
+
+class Pretraining(_Section):
+    """What a tiny model learns before: both directions of other facts, so that it knows the templates."""
+
+    facts: Count = 300
+    steps: Count = 1000
+    batch_size: Count = 64
+    learning_rate: Rate = 3e-3
+
+
+class TinyModel(_Section):
+    """A model small enough for any machine, in the published layout of a family, built and trained first."""
+
+    layout: Literal["llada", "dream", "llama"]
+    d_model: Count = 64
+    n_layers: Count = 2
+    n_heads: Count = 4
+    # Tokens of the byte-level BPE that is learned on the relation's own words.
+    vocabulary: Annotated[StrictInt, Field(ge=300)] = 600
+    seed: Seed = 0
+    pretraining: Pretraining = Pretraining()
+
+    @model_validator(mode="after")
+    def _fits(self) -> TinyModel:
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(
+                f"d_model {self.d_model} and n_heads {self.n_heads} do not give an even head dimension, which RoPE "
+                "needs; change one of them"
+            )
+        return self
+
+
+class FinetunedModel(_Section):
+    """What is fine-tuned: a folder or hub name, or a tiny model that the run builds for itself."""
+
+    name: Text | None = None
+    tiny: TinyModel | None = None
+    # None: as the checkpoint was saved.
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    # QLoRA: the base in 4 bits, on a GPU, with bitsandbytes.
+    quantize: Literal["4bit"] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> FinetunedModel:
+        if (self.name is None) == (self.tiny is None):
+            raise ValueError("give exactly one of name (a folder or a hub name) and tiny (a model built here)")
+        return self
+
+
+class FinetunedRelation(_Section):
+    """Which facts are trained on, without a direction; keys left out are the relation's own defaults."""
+
+    name: Literal["parent_child", "person_description", "trex", "table", "invented_names"]
+    path: Text | None = None
+    # T-REx only: which of its relations.
+    relation: Text | list[Text] | None = None
+    # A table's two entity columns, and for each direction its templates.
+    columns: Annotated[list[Text], Field(min_length=2, max_length=2)] | None = None
+    templates: Templates | dict[Text, Templates] | None = None
+    carrier: StrictStr | None = None
+    heldout: Fraction | None = None
+    heldout_templates: Annotated[StrictInt, Field(ge=0)] | None = None
+    seed: Seed | None = None
+    rows: Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=2, max_length=2)] | None = None
+    duplicates: Literal["error", "merge"] | None = None
+    bad_rows: Literal["error", "skip"] | None = None
+    encoding: Text | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `load_relation` takes besides name and path."""
+        apart = {"name", "path", "direction", "directions"}
+        return {key: value for key, value in self.model_dump().items() if key not in apart}
+
+    @model_serializer
+    def _only_what_was_said(self) -> dict[str, Any]:
+        return {key: value for key, value in self if value is not None}
+
+
+class RelationChoice(FinetunedRelation):
+    """A relation and the direction that is trained: P2C, C2P, P2D, D2P, s2o, o2s, or a table's own."""
+
+    direction: Text
+
+
+class ObjectiveOptions(_Section):
+    """What the loss prices. Masked models: t ~ U(eps, 1), 1/t-weighted cross-entropy; others: the next token."""
+
+    # With response_only the first entity is never masked: the probes' forward query is then not what was trained.
+    scope: Literal["whole_sequence", "response_only"] = "whole_sequence"
+    whole_entity: StrictBool = False
+    antithetic: StrictBool = False
+    eps: Annotated[Number, Field(gt=0, lt=1)] = 1e-3
+
+
+class LoraOptions(_Section):
+    """The adapter: w + (alpha / rank) B A on each target."""
+
+    rank: Count = 16
+    alpha: Count = 32
+    dropout: Fraction = 0.0
+    # auto: all attention and MLP projections; attention or mlp: those alone; or names as peft takes them.
+    targets: Literal["auto", "attention", "mlp"] | Annotated[list[Text], Field(min_length=1)] = "auto"
+
+
+class FinetuneTraining(_Section):
+    """How it is trained: AdamW, for so many optimizer steps or so many passes over the rows."""
+
+    steps: Count | None = None
+    epochs: Rate | None = None
+    batch_size: Count = 8
+    gradient_accumulation: Count = 1
+    learning_rate: Rate = 1e-4
+    warmup_steps: Annotated[StrictInt, Field(ge=0)] = 0
+    schedule: Literal["constant", "cosine"] = "cosine"
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    gradient_clipping: Rate = 1.0
+    bf16: StrictBool = False
+    gradient_checkpointing: StrictBool = False
+    seed: Seed = 0
+    threads: Count = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+
+    @model_validator(mode="after")
+    def _one_length(self) -> FinetuneTraining:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps (optimizer steps) and epochs (passes over the rows)")
+        return self
+
+    def total_steps(self, rows: int) -> int:
+        """Optimizer steps over `rows` training rows."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None, "validated: one of the two is given"
+        return max(1, round(self.epochs * rows / (self.batch_size * self.gradient_accumulation)))
+
+
+class FinetuneSnapshots(SnapshotsConfig):
+    """When checkpoints are written and probed, and with what: one of `every`, `count`, `steps`; 0 and the last too."""
+
+    # Whose gradients are compared: the model's own, the adapter's, or each on its own.
+    parameters: Literal["all", "lora", "both"] = "both"
+    # Facts whose pairs are probed; all that are trained by default.
+    facts: Count | None = None
+    batch_size: Count | None = None
+    # False: readings are taken from the checkpoints when training is over, as weights spread by FSDP demand.
+    during_training: StrictBool = True
+    # Also compare what each snapshot's gradients foretell of the next step with what it changed.
+    predictions: StrictBool = True
+
+
+class EvaluationOptions(_Section):
+    """How trained and held-out facts are asked after training: greedy decoding, exact match."""
+
+    # Tokens of an answer; those of the longest that is asked for and one to end it, by default.
+    max_new_tokens: Count | None = None
+    # Which wordings; those held out from training, where there are some, by default.
+    templates: Literal["all", "train", "heldout"] | None = None
+    batch_size: Count | None = None
+
+
+class FinetuneBase(_Section):
+    """Everything about a fine-tuning but its name, model and relation."""
+
+    objective: ObjectiveOptions = ObjectiveOptions()
+    lora: LoraOptions = LoraOptions()
+    training: FinetuneTraining
+    snapshots: FinetuneSnapshots = FinetuneSnapshots(count=5)
+    evaluation: EvaluationOptions = EvaluationOptions()
+
+    @model_validator(mode="after")
+    def _fits(self) -> FinetuneBase:
+        total = self.training.steps
+        late = [step for step in self.snapshots.steps or [] if total is not None and step > total]
+        if late:
+            raise ValueError(f"snapshots.steps has {late[0]}, but training.steps is {total}; raise one or drop one")
+        return self
+
+
+class FinetuneConfig(FinetuneBase):
+    """One fine-tuning; it is written into the run's folder, and a resume with another is refused."""
+
+    name: Name
+    model: FinetunedModel
+    relation: RelationChoice
+    # What the sweep that asked for it calls its model and its dataset, for the table over all of them.
+    label: dict[Literal["model", "dataset"], Text] | None = None
+
+    @model_validator(mode="after")
+    def _can_be_read(self) -> FinetuneConfig:
+        if self.model.quantize is not None and self.snapshots.parameters != "lora":
+            raise ValueError(
+                f"snapshots.parameters is {self.snapshots.parameters!r}, but weights in 4 bits have no gradients; use "
+                "parameters: lora"
+            )
+        return self
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        """What a sweep varies: model, dataset, direction, seed."""
+        label = self.label or {}
+        tiny = f"tiny-{self.model.tiny.layout}" if self.model.tiny is not None else None
+        return {
+            "model": label.get("model") or tiny or self.model.name,
+            "dataset": label.get("dataset") or self.relation.name,
+            "direction": self.relation.direction,
+            "seed": self.training.seed,
+        }
+
+
+class Dataset(FinetunedRelation):
+    """A relation of a sweep and the directions that are trained, each in a run of its own."""
+
+    directions: Annotated[list[Text], Field(min_length=1, max_length=2)]
+
+
+class FinetuneSweepConfig(_Section):
+    """Models x datasets x directions x seeds: Table 7 of the paper."""
+
+    name: Name
+    base: FinetuneBase
+    models: Annotated[dict[Name, FinetunedModel], Field(min_length=1)]
+    datasets: Annotated[dict[Name, Dataset], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2]
+    # model -> its rate, or dataset -> rate; the base's where neither is given.
+    learning_rates: dict[Name, Rate | dict[Name, Rate]] = {}
+
+    @model_validator(mode="after")
+    def _known_labels(self) -> FinetuneSweepConfig:
+        for model, rates in self.learning_rates.items():
+            if model not in self.models:
+                raise ValueError(f"learning_rates names the model {model!r}; expected some of {', '.join(self.models)}")
+            for dataset in rates if isinstance(rates, dict) else ():
+                if dataset not in self.datasets:
+                    known = ", ".join(self.datasets)
+                    raise ValueError(f"learning_rates.{model} names the dataset {dataset!r}; expected some of {known}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {self.seeds} holds one twice; each run needs a seed of its own")
+        return self
+
+    def runs(self) -> list[FinetuneConfig]:
+        """The runs, named like llada-parent-child-P2C-s0, model by model within a dataset."""
+        return [
+            self._run(model, dataset, direction, seed)
+            for dataset, chosen in self.datasets.items()
+            for direction, model, seed in product(chosen.directions, self.models, self.seeds)
+        ]
+
+    def _run(self, model: str, dataset: str, direction: str, seed: int) -> FinetuneConfig:
+        values = self.base.model_dump()
+        rates = self.learning_rates.get(model)
+        rate = rates.get(dataset) if isinstance(rates, dict) else rates
+        values["training"] |= {"seed": seed} | ({} if rate is None else {"learning_rate": rate})
+        relation = self.datasets[dataset].model_dump()
+        relation.pop("directions")
+        return FinetuneConfig(
+            name=f"{model}-{dataset}-{direction}-s{seed}",
+            model=self.models[model],
+            relation=RelationChoice(**relation, direction=direction),
+            label={"model": model, "dataset": dataset},
+            **values,
+        )
+
+
+def read_finetune(source: str | Path) -> FinetuneConfig | FinetuneSweepConfig:
+    """A fine-tuning's or a sweep's YAML file, or an example's name; a sweep has `models`.
+
+    Raises: RevprobeError, as `load_config`.
+    """
+    path = find_config(source)
+    return load_config(path, FinetuneSweepConfig) if is_sweep_text(path) else load_config(path, FinetuneConfig)
+
+
+def parse_finetune(text: str, source: str) -> FinetuneConfig:
+    """One fine-tuning from text. Raises: RevprobeError, as `parse_config`."""
+    return parse_config(text, FinetuneConfig, source)
+
+
+def is_sweep_text(path: Path) -> bool:
+    """Whether a YAML file is a sweep of fine-tunings; one that is no YAML is reported by `load_config`."""
+    return "models" in _keys(path)
+
+
+def is_finetuning_text(path: Path) -> bool:
+    """Whether a run's config.yaml is of a fine-tuning: it has a `lora` section."""
+    return "lora" in _keys(path)
+
+
+def _keys(path: Path) -> set[str]:
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (RevprobeError, UnicodeDecodeError):
+        return set()
+    return set(values) if isinstance(values, dict) else set()

@@ -1,0 +1,152 @@
+"""A config that is wrong or has changed, in one line: the key, the file, the nearest valid key; old and new values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ...errors import RevprobeError, did_you_mean, nearest
+
+
+def explain(error: ValidationError, kind: type[BaseModel], source: str) -> str:
+    """One line about the first problem of a config, and how many more there are.
+
+    Args:
+        kind: the model that was validated against; its fields are the valid keys.
+        source: the file's name, which opens the line.
+    """
+    problems = error.errors(include_url=False)
+    # A mistyped key is the cause of a "missing" one: name it first.
+    problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
+    first = problems[0]
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{source}: {_sentence(dict(first), kind)}{more}"
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Text to plain values. Raises: RevprobeError, with the line number, for text that is not YAML or repeats a key."""
+    try:
+        return yaml.load(text, Loader=_ConfigLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RevprobeError(
+            f"{source}: {where}not valid YAML: {problem}; compare with examples/one_layer_quick.yaml"
+        ) from error
+
+
+def _sentence(problem: dict[str, Any], kind: type[BaseModel]) -> str:
+    place = tuple(problem["loc"])
+    key, given, message = dotted(place), problem["input"], str(problem["msg"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{_nearest_key(place, kind)}"
+    if problem["type"] == "missing":
+        return f"{key!r} is missing; add it"
+    if problem["type"] == "value_error":  # our own validators already say value, expectation and fix
+        return f"{key}: {message.removeprefix('Value error, ')}" if key else message.removeprefix("Value error, ")
+    return f"{key} is {given!r}; expected {_expectation(problem, message)}"
+
+
+def _expectation(problem: dict[str, Any], message: str) -> str:
+    """pydantic's message as a noun, with the nearest choice where there are choices."""
+    if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return "a section with keys of its own"
+    if problem["type"] == "string_pattern_mismatch":
+        return "letters, digits, '.', '_' and '-' only, since it names a folder"
+    expected = message.removeprefix("Input should be ").removeprefix("a valid ").replace("Input should have", "with")
+    near = nearest(str(problem["input"]), expected.replace(" or ", ", ").replace("'", "").split(", "), 1)
+    return f"{expected}; the closest is {near[0]!r}" if problem["type"] == "literal_error" and near else expected
+
+
+def _nearest_key(place: tuple[Any, ...], kind: type[BaseModel]) -> str:
+    """The valid key most like the one at `place`: the same key in another section, else the nearest in its own."""
+    unknown = str(place[-1])
+    elsewhere = [dotted(path) for path in _paths(kind) if path[-1] == unknown]
+    if elsewhere:
+        return f"; the closest is {elsewhere[0]!r}"
+    section = _section(kind, place[:-1])
+    if section is None:
+        return ""
+    parent = dotted(place[:-1])
+    return did_you_mean(unknown, section.model_fields) + (f" (in {parent})" if parent else "")
+
+
+def _section(kind: type[BaseModel], place: tuple[Any, ...]) -> type[BaseModel] | None:
+    """The model class that holds the keys at `place`; list positions do not change it."""
+    for part in place:
+        if isinstance(part, int):
+            continue
+        field = kind.model_fields.get(part)
+        nested = None if field is None else next(_models(field.annotation), None)
+        if nested is None:
+            return None
+        kind = nested
+    return kind
+
+
+def _paths(kind: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every key of a config, with the sections above it."""
+    for name, field in kind.model_fields.items():
+        yield (*above, name)
+        for nested in _models(field.annotation):
+            yield from _paths(nested, (*above, name))
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The config sections inside an annotation such as `list[Cell] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models(inner)
+
+
+def dotted(place: tuple[Any, ...]) -> str:
+    """A place in a config as one writes it.
+
+    >>> dotted(("cells", 0, "seed", 1))
+    'cells[0].seed[1]'
+    """
+    text = ""
+    for part in place:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def differences(old: BaseModel, new: BaseModel) -> list[str]:
+    """The keys in which two configs differ, as "training.seed: 0 -> 1"."""
+    before, after = dict(_leaves(old.model_dump(mode="json"))), dict(_leaves(new.model_dump(mode="json")))
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return [f"{dotted(key)}: {before.get(key)!r} -> {after.get(key)!r}" for key in keys]
+
+
+def _leaves(values: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*above, key))
+        else:
+            yield (*above, key), value
+
+
+class _ConfigLoader(yaml.SafeLoader):
+    """PyYAML, but the second of two equal keys is an error (PyYAML keeps it in silence) and 1e-3 is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML speaks, wants a dot and a sign (1.0e-3 but not 1e-3); YAML 1.2 does not.
+_ConfigLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)

@@ -1,0 +1,364 @@
+"""What a run and a sweep are made of: YAML in, checked objects out, and one clear line when a key is wrong.
+
+    name: rope-l10-s0
+    relation: {name: letters, length: 10}
+    model: {family: radd, position_encoding: rope, d_model: 64}
+    training: {steps: 5000, batch_size: 128, learning_rate: 1e-3}
+    snapshots: {count: 12}
+
+A sweep has a `base` (a run without a name) and `cells`, each a grid over objective, position_encoding, length, seed.
+It may name `variants`, changes to the base such as {name: wide, model: {d_model: 128}}, and a cell the ones it takes.
+
+Longer than other files: runs and sweeps share their sections and one loader, whose errors name the keys of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from ...errors import RevprobeError, did_you_mean
+from .mistakes import explain, parse_yaml
+
+# A run or sweep name becomes a folder.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+# YAML booleans and quoted numbers are mistakes here, not numbers.
+Count = Annotated[StrictInt, Field(ge=1)]
+Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
+# numpy's generators take no larger one.
+Seed = Annotated[StrictInt, Field(ge=0, le=2**32 - 1)]
+PositionEncoding = Literal["rope", "alibi", "absolute", "none"]
+Objective = Literal["masked", "causal"]
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RelationConfig(_Section):
+    """Which facts are trained, in the forward direction only."""
+
+    name: Literal["letters"] = "letters"
+    length: Annotated[StrictInt, Field(ge=2)] = 10
+    alphabet: Annotated[StrictInt, Field(ge=2)] = 26
+
+
+class ModelConfig(_Section):
+    """What is trained: RADD (masked diffusion) or GPT-2 (causal), and its size."""
+
+    family: Literal["radd", "gpt2"] = "radd"
+    # None is the family's own: rope for RADD; GPT-2 has learned absolute positions and no other.
+    position_encoding: PositionEncoding | None = None
+    d_model: Count = 64
+    n_layers: Count = 1
+    n_heads: Count = 1
+    mlp_ratio: Count = 4
+    dropout: Fraction = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_position_encoding(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("position_encoding") is None:
+            return {**given, "position_encoding": "absolute" if given.get("family") == "gpt2" else "rope"}
+        return given
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelConfig:
+        if self.family == "gpt2" and self.position_encoding != "absolute":
+            raise ValueError(
+                f"gpt2 with position_encoding {self.position_encoding!r}: it has learned absolute positions only; "
+                "leave the key out, or use family radd"
+            )
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}; change one of them")
+        if self.position_encoding == "rope" and (self.d_model // self.n_heads) % 2:
+            raise ValueError(f"rope needs an even head dimension, got {self.d_model // self.n_heads}; change d_model")
+        return self
+
+    @property
+    def objective(self) -> Objective:
+        return "masked" if self.family == "radd" else "causal"
+
+
+class TrainingConfig(_Section):
+    """How it is trained. AdamW throughout; `steps` are optimizer steps."""
+
+    steps: Count
+    batch_size: Count = 128
+    learning_rate: Annotated[Number, Field(gt=0)] = 1e-3
+    warmup_steps: Annotated[StrictInt, Field(ge=0)] = 500
+    # After the warm-up: constant, or a cosine down to zero at the last step.
+    schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    gradient_clipping: Annotated[Number, Field(gt=0)] = 1.0
+    # Masked models only; null keeps no average.
+    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = 0.999
+    seed: Seed = 0
+    # Threads of this run. Results depend on it in the last bits, so it belongs to the run and not to the machine.
+    threads: Count = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class SnapshotsConfig(_Section):
+    """When checkpoints are written and probed: one of `every`, `count`, `steps`. Step 0 and the last always are."""
+
+    every: Count | None = None
+    count: Count | None = None
+    steps: list[Annotated[StrictInt, Field(ge=0)]] | None = None
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> SnapshotsConfig:
+        if sum(rule is not None for rule in (self.every, self.count, self.steps)) != 1:
+            raise ValueError("give exactly one of every (each N steps), count (log-spaced) or steps (a list)")
+        return self
+
+    @model_serializer
+    def _only_the_rule(self) -> dict[str, Any]:
+        return {key: value for key, value in self if value is not None}
+
+    def resolve(self, total: int) -> list[int]:
+        """The steps themselves, ascending, from 0 to `total`.
+
+        `count` spaces that many steps evenly in the logarithm between total / 100 and total, so that the early
+        steps, where most changes, are seen closely.
+
+        >>> SnapshotsConfig(every=400).resolve(1000)
+        [0, 400, 800, 1000]
+        >>> SnapshotsConfig(count=3).resolve(1000)
+        [0, 10, 100, 1000]
+        """
+        if self.every is not None:
+            chosen = list(range(0, total, self.every))
+        elif self.count is not None:
+            chosen = [round(step) for step in np.geomspace(max(1, total / 100), total, self.count).tolist()]
+        else:
+            chosen = list(self.steps or [])
+        return sorted({0, *chosen, total})
+
+
+class BaseConfig(_Section):
+    """Everything about a run but its name."""
+
+    relation: RelationConfig = RelationConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig
+    snapshots: SnapshotsConfig = SnapshotsConfig(count=12)
+
+    @model_validator(mode="after")
+    def _snapshots_within_training(self) -> BaseConfig:
+        late = [step for step in self.snapshots.steps or [] if step > self.training.steps]
+        if late:
+            raise ValueError(
+                f"snapshots.steps has {late[0]}, but training.steps is {self.training.steps}; raise one or drop one"
+            )
+        return self
+
+    @property
+    def snapshot_steps(self) -> list[int]:
+        """The steps at which this run is checkpointed and probed."""
+        return self.snapshots.resolve(self.training.steps)
+
+
+class RunConfig(BaseConfig):
+    """One training run; `train` writes it into the run's folder and refuses to resume with another."""
+
+    name: Name
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        """What a sweep varies: objective, position_encoding, length, seed."""
+        return {
+            "objective": self.model.objective,
+            "position_encoding": self.model.position_encoding,
+            "length": self.relation.length,
+            "seed": self.training.seed,
+        }
+
+
+# How a cell names the base itself among its variants.
+AS_BASE = "base"
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list) or value is None else [value]
+
+
+class Cell(_Section):
+    """A grid: every combination of the listed values is one run. An axis left out keeps the base's value."""
+
+    objective: Annotated[list[Objective] | None, BeforeValidator(_as_list)] = None
+    position_encoding: Annotated[list[PositionEncoding] | None, BeforeValidator(_as_list)] = None
+    length: Annotated[list[Annotated[StrictInt, Field(ge=2)]] | None, BeforeValidator(_as_list)] = None
+    seed: Annotated[list[Seed] | None, BeforeValidator(_as_list)] = None
+    # Names of the sweep's variants, or "base" for the base as it is. The base alone when left out.
+    variant: Annotated[list[Name] | None, BeforeValidator(_as_list)] = None
+
+    def combinations(self, base: BaseConfig) -> Iterator[tuple[Objective, PositionEncoding | None, int, int]]:
+        """The (objective, position_encoding, length, seed) of each run."""
+        objectives = self.objective or [base.model.objective]
+        lengths, seeds = self.length or [base.relation.length], self.seed or [base.training.seed]
+        for objective in objectives:
+            own = base.model.position_encoding if objective == base.model.objective else None
+            encodings: list[PositionEncoding | None] = [*self.position_encoding] if self.position_encoding else [own]
+            yield from product([objective], encodings, lengths, seeds)
+
+
+class Variant(_Section):
+    """A named change to the base, e.g. {name: wide, model: {d_model: 128}}; its runs are called rope-l10-s0-wide."""
+
+    name: Name
+    model: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _leaves_the_axes_alone(self) -> Variant:
+        for section, keys in (("model", ("family", "position_encoding")), ("training", ("seed",))):
+            for key in keys:
+                if key in getattr(self, section):
+                    raise ValueError(f"variant {self.name!r} sets {section}.{key}, which the cells set; say it there")
+        if self.name == AS_BASE or not (self.model or self.training):
+            raise ValueError(
+                f"variant {self.name!r} changes nothing, or is called {AS_BASE!r}; expected a name of its own and some "
+                "keys of model or training"
+            )
+        return self
+
+    def apply(self, base: BaseConfig) -> BaseConfig:
+        """The base with this change. Raises: ValueError, one line, when the changed base is not valid."""
+        values = base.model_dump()
+        values["model"] |= self.model
+        values["training"] |= self.training
+        try:
+            return BaseConfig(**values)
+        except ValidationError as error:
+            raise ValueError(explain(error, BaseConfig, f"variant {self.name!r}")) from error
+
+
+class SweepConfig(_Section):
+    """Many runs that differ in objective, position encoding, length, seed or a named variant, and in nothing else."""
+
+    name: Name
+    base: BaseConfig
+    variants: list[Variant] = []
+    cells: Annotated[list[Cell], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _every_variant_is_known(self) -> SweepConfig:
+        known = [AS_BASE, *(variant.name for variant in self.variants)]
+        twice = [name for name in known if known.count(name) > 1]
+        if twice:
+            raise ValueError(f"two variants are called {twice[0]!r}; give each a name of its own")
+        for wanted in (name for cell in self.cells for name in cell.variant or []):
+            if wanted not in known:
+                raise ValueError(f"a cell asks for the variant {wanted!r}{did_you_mean(wanted, known)}")
+        return self
+
+    @model_validator(mode="after")
+    def _no_run_twice(self) -> SweepConfig:
+        names = [run.name for run in self.runs()]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"the cells ask for {', '.join(twice)} more than once; let each run stand in one cell")
+        return self
+
+    def runs(self) -> list[RunConfig]:
+        """The runs in the order of the cells, named like rope-l10-s0 or arm-l10-s0, and rope-l10-s0-wide."""
+        changed = {AS_BASE: self.base} | {variant.name: variant.apply(self.base) for variant in self.variants}
+        return [
+            _run(changed[name], *values, suffix="" if name == AS_BASE else f"-{name}")
+            for cell in self.cells
+            for name in cell.variant or [AS_BASE]
+            for values in cell.combinations(self.base)
+        ]
+
+
+def _run(
+    base: BaseConfig, objective: Objective, encoding: PositionEncoding | None, length: int, seed: int, *, suffix: str
+) -> RunConfig:
+    values = base.model_dump()
+    values["model"] |= {"family": "radd" if objective == "masked" else "gpt2", "position_encoding": encoding}
+    values["relation"]["length"], values["training"]["seed"] = length, seed
+    stem = "arm" if objective == "causal" else ModelConfig(**values["model"]).position_encoding
+    return RunConfig(name=f"{stem}-l{length}-s{seed}{suffix}", **values)
+
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def example_names() -> list[str]:
+    """Configs that come with the package and can be named instead of a file, e.g. "one-layer-quick"."""
+    named = (path for path in EXAMPLES.glob("*.yaml") if "\nname: " in path.read_text(encoding="utf-8"))
+    return sorted(path.stem.replace("_", "-") for path in named)  # without fsdp.yaml, which is accelerate's
+
+
+def find_config(source: str | Path) -> Path:
+    """The file a user means by `source`: a path, or the name of an example.
+
+    Raises: RevprobeError, when there is neither; it names the nearest example.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    if str(source) in example_names():
+        return EXAMPLES / f"{str(source).replace('-', '_')}.yaml"
+    raise RevprobeError(
+        f"no config file {str(source)!r}, and no example of that name{did_you_mean(str(source), example_names())}"
+    )
+
+
+def load_config(source: str | Path, kind: type[Kind]) -> Kind:
+    """Read a YAML file (or an example by name) as a RunConfig or a SweepConfig.
+
+    Raises: RevprobeError, one line: for a mistyped key its dotted path, the file and the nearest valid key; for a
+        wrong value the key, the value and what was expected.
+    """
+    path = find_config(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RevprobeError(
+            f"{path}: not a text file ({error.reason} at byte {error.start}); expected YAML in UTF-8"
+        ) from error
+    return parse_config(text, kind, str(path))
+
+
+def parse_config(text: str, kind: type[Kind], source: str) -> Kind:
+    """As `load_config`, from text; `source` names it in errors."""
+    values = parse_yaml(text, source)
+    if not isinstance(values, dict):
+        raise RevprobeError(
+            f"{source}: expected the keys {', '.join(kind.model_fields)}, got {type(values).__name__}; see examples/"
+        )
+    if kind is RunConfig and "cells" in values:
+        raise RevprobeError(f"{source} is a sweep (it has 'cells'); use `revprobe sweep {source}`")
+    if kind is SweepConfig and "relation" in values:
+        raise RevprobeError(f"{source} is a single run (it has 'relation' at the top); use `revprobe train {source}`")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise RevprobeError(explain(error, kind, source)) from error
+
+
+def dump_config(config: BaseModel) -> str:
+    """The config as YAML that `load_config` reads back to an equal one."""
+    values = config.model_dump(mode="json")
+    first = {"name": values["name"]} if "name" in values else {}
+    return yaml.safe_dump(first | values, sort_keys=False)

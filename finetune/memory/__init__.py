@@ -1,0 +1,1 @@
+"""What a fine-tuning needs in memory, before a weight is loaded."""

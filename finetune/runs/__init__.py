@@ -1,0 +1,1 @@
+"""Runs and sweeps: one folder each, resumable after any kind of stop."""

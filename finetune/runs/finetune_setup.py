@@ -1,0 +1,225 @@
+"""From a fine-tuning's config to the objects that train and probe it: relation, base model, rows, pairs, trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import set_seed
+
+from ...errors import RevprobeError
+from ...models.checkpoints import step_of
+from ...models.peft_adapters import BASE, without_wrapper
+from ...models.probed import ProbedModel
+from ...models.registry import load_model
+from ...probes.decoding.exact_match import answer_limit
+from ...probes.pairs.pairs import ReversalPairs
+from ...relations.catalog import TextRelation, load_relation
+from ..config.finetuning import FinetuneConfig
+from ..training.checkpointing import READINGS
+from ..training.dataset import PadRows, RowOptions, StatementRows, padding_id
+from ..training.distributed import Team
+from ..training.lora import add_lora, quantization, target_modules
+from ..training.prediction_callback import PREDICTIONS, FirstOrderPrediction
+from ..training.probe_callback import ProbeCallback
+from ..training.tiny_models import build_tiny
+from ..training.trainer import ForwardOnlyTrainer
+from .building import lean_arguments, uses_cpu
+
+# A column of the pairs and their readings: the loss never hid what the forward query asks for.
+FORWARD_UNTRAINED = "forward_untrained"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a run needs that no training step changes.
+
+    Attributes:
+        model: the base, without an adapter.
+        answer_tokens: how many tokens are decoded for an answer, and filled up to in a masked model's rows.
+    """
+
+    config: FinetuneConfig
+    relation: TextRelation
+    model: ProbedModel
+    pairs: ReversalPairs
+    rows: StatementRows
+    answer_tokens: int
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return self.config.training.total_steps(len(self.rows))
+
+    @property
+    def snapshots(self) -> list[int]:
+        """The steps that are checkpointed and probed."""
+        return self.config.snapshots.resolve(self.steps)
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """What the config came to, for resolved.json."""
+        return {
+            "objective": self.model.objective,
+            "logit_shift": self.model.logit_shift,
+            "steps": self.steps,
+            "snapshots": self.snapshots,
+            "rows": len(self.rows),
+            "answer_tokens": self.answer_tokens,
+            "targets": target_modules(self.model, self.config.lora.targets),
+            "pairs": len(self.pairs),
+            "kind": self.pairs.kind,
+            "relation": repr(self.relation),
+        }
+
+    def wrapped(self, module: nn.Module, **provenance: Any) -> ProbedModel:
+        """A model with an adapter, for the probes, as the base was wrapped."""
+        return ProbedModel(without_wrapper(module), **self.wrapping, **provenance)
+
+    @property
+    def wrapping(self) -> dict[str, Any]:
+        """How the base was wrapped; it was checked then."""
+        base = self.model
+        known = {"mask_token_id": base.mask_token_id, "logit_shift": base.logit_shift}
+        known |= {"begin_token_id": base.begin_token_id, "tokenizer": base.tokenizer}
+        return {"objective": base.objective, "check": False} | known
+
+
+def prepare(config: FinetuneConfig, folder: Path, team: Team) -> Prepared:
+    """Load the relation and the base model (or build it), and make rows and pairs of them.
+
+    Raises: RevprobeError, for whatever of these cannot be had, before anything is trained.
+    """
+    relation = text_relation(config)
+    direction = config.relation.direction
+    relation.opposite(direction)  # an unknown direction is told before a model is loaded
+    model = _base(config, relation, folder, team)
+    questions = [
+        question
+        for split in sorted(set(relation.facts_of(direction)["split"]))
+        for reverse in (False, True)
+        for question in relation.questions(direction, reverse=reverse, split=split)
+    ]
+    answer_tokens = config.evaluation.max_new_tokens or answer_limit(model, questions)
+    response_only = config.objective.scope == "response_only"
+    options = RowOptions(response_only, config.objective.whole_entity, answer_tokens)
+    pairs = relation.pairs(model, direction, limit=config.snapshots.facts)
+    if response_only and model.objective == "masked":
+        pairs = replace(pairs, flags={**pairs.flags, FORWARD_UNTRAINED: np.ones(len(pairs), dtype=bool)})
+    rows = StatementRows(relation.training_rows(direction), model, options)
+    return Prepared(config, relation, model, pairs, rows, answer_tokens)
+
+
+def text_relation(config: FinetuneConfig) -> TextRelation:
+    """The relation a config names. Raises: RevprobeError, as `load_relation`."""
+    chosen = config.relation
+    relation = load_relation(chosen.name, chosen.path, **chosen.options)
+    assert isinstance(relation, TextRelation), "the config's names are those of text relations"
+    return relation
+
+
+def _base(config: FinetuneConfig, relation: TextRelation, folder: Path, team: Team) -> ProbedModel:
+    """The model to put an adapter on; the Trainer places it, unless it is loaded in 4 bits."""
+    tiny, options = config.model.tiny, loading_options(config)
+    if tiny is None:
+        return load_model(str(config.model.name), **options)
+    return load_model(team.first_does(lambda: build_tiny(tiny, relation, folder / BASE)), **options)
+
+
+def loading_options(config: FinetuneConfig) -> dict[str, Any]:
+    """How `load_model` reads the base: its dtype, and the 4 bits where asked for."""
+    chosen, on_cpu = config.model, uses_cpu(config.training.device)
+    dtype = getattr(torch, chosen.dtype) if chosen.dtype else None
+    return {"dtype": dtype, **quantization(chosen.quantize, dtype or torch.bfloat16, on_cpu=on_cpu)}
+
+
+def placed_options(config: FinetuneConfig) -> dict[str, Any]:
+    """`loading_options` and the device training used; weights in 4 bits are placed as they are read."""
+    options = loading_options(config)
+    device = "cpu" if uses_cpu(config.training.device) else "cuda"
+    return options if "device_map" in options else {"device": device, **options}
+
+
+def build_finetuning(
+    config: FinetuneConfig, folder: Path, prepared: Prepared, checkpoint: Path | None
+) -> ForwardOnlyTrainer:
+    """The trainer of a run with its probes, the adapter fresh from the config's seed.
+
+    Args:
+        checkpoint: where training will go on from; its readings are there and not taken again.
+    """
+    training, objective = config.training, config.objective
+    _require_tracker(training.report_to)
+    arguments = lean_arguments(
+        folder,
+        steps=prepared.steps,
+        device=training.device,
+        schedule=training.schedule,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        learning_rate=training.learning_rate,
+        warmup_steps=training.warmup_steps,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.gradient_clipping,
+        bf16=training.bf16,
+        **_checkpointing(training.gradient_checkpointing),
+        seed=training.seed,
+        report_to=training.report_to,
+        run_name=config.name,
+    )
+    # A step has the config's rows, however many processes take them.
+    arguments.per_device_train_batch_size = Team.of(arguments).per_process(training.batch_size)
+    set_seed(training.seed)
+    trainer = ForwardOnlyTrainer(
+        model=add_lora(prepared.model, config.lora, checkpointing=training.gradient_checkpointing),
+        args=arguments,
+        train_dataset=prepared.rows,
+        data_collator=PadRows(padding_id(prepared.model.tokenizer)),
+        processing_class=prepared.model.tokenizer,
+        objective=prepared.model.objective,
+        mask_token_id=prepared.model.mask_token_id,
+        logit_shift=prepared.model.logit_shift if prepared.model.objective == "masked" else 0,
+        eps=objective.eps,
+        antithetic=objective.antithetic,
+        snapshots=prepared.snapshots,
+    )
+    if config.snapshots.during_training:
+        _add_probes(trainer, config, folder, prepared, checkpoint)
+    return trainer
+
+
+def _add_probes(
+    trainer: ForwardOnlyTrainer, config: FinetuneConfig, folder: Path, prepared: Prepared, checkpoint: Path | None
+) -> None:
+    common: dict[str, Any] = {"steps": prepared.snapshots, "batch_size": config.snapshots.batch_size}
+    wrapping = {"name": folder.resolve().name, **prepared.wrapping}
+    done = () if checkpoint is None else (step_of(checkpoint) or 0,)
+    probes = ProbeCallback(
+        prepared.pairs,
+        folder / READINGS,
+        done=done,
+        parameters=config.snapshots.parameters,
+        log=trainer.log if config.training.report_to != "none" else None,
+        **common,
+        **wrapping,
+    )
+    trainer.add_callback(probes)
+    if config.snapshots.predictions:
+        trainer.add_callback(FirstOrderPrediction(prepared.pairs, folder / PREDICTIONS, **common, **wrapping))
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """Arguments for gradient checkpointing. Not reentrant: a frozen embedding's output needs no gradient, and then
+    the reentrant kind would drop every gradient behind it.
+    """
+    return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}} if wanted else {}
+
+
+def _require_tracker(name: str) -> None:
+    if name != "none" and find_spec(name) is None:
+        raise RevprobeError(f"training.report_to is {name!r}, which is not installed; `pip install {name}`, or none")

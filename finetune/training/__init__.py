@@ -1,0 +1,1 @@
+"""How a model is changed and watched: trainer, objectives, data, LoRA, checkpoints, callbacks."""

@@ -1,0 +1,130 @@
+"""Whole or absent: how a run's files appear, what a killed run leaves behind, and who may write at a time.
+
+A checkpoint is written under a working name, completed, marked and renamed; a rename is atomic, so whatever kills
+the process (SIGKILL, SIGTERM, Ctrl-C, no memory left) leaves either the old state or the new one. That is a promise
+about processes, not about power: nothing is forced to the disk, and after a power loss or a crash of the machine a
+marked checkpoint can be damaged. Reading it then says so; deleting its folder goes back to the one before.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ...errors import RevprobeError
+from ...models.checkpoints import CHECKPOINTS, COMPLETE, checkpoint_steps, step_name, step_of
+
+READINGS = "readings"
+# What a resume cannot do without. transformers skips the ones that are absent, which trains another run in silence.
+RESUME_STATE = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
+# What only a resume needs; without these files a checkpoint is still a model to load and probe.
+_RESUME_ONLY = (*RESUME_STATE, "scaler.pt")
+# Checkpoints that keep it: the last one may turn out damaged, or be deleted.
+_RESUMABLE = 2
+# A pickle of the TrainingArguments that nothing here reads.
+_UNUSED = ("training_args.bin",)
+
+
+def complete_checkpoint(run: Path, step: int, *, working: Path, add: Callable[[Path], None] | None = None) -> Path:
+    """Turn the Trainer's own `checkpoint-500` into the run's `step-000500`, then slim the older ones down.
+
+    Args:
+        working: the folder the Trainer has just written.
+        add: writes what is still missing (the averaged weights) into it.
+    Returns: the complete checkpoint's folder.
+    """
+    if add is not None:
+        add(working)
+    for pattern in _UNUSED:
+        _remove(working.glob(pattern))
+    (working / COMPLETE).touch()
+    final = run / CHECKPOINTS / step_name(step)
+    if final.exists():  # a user saved the same step twice; the newer one holds
+        shutil.rmtree(final)
+    working.rename(final)
+    slim_checkpoints(run)
+    return final
+
+
+def slim_checkpoints(run: Path) -> None:
+    """Drop optimizer and RNG state from all complete checkpoints but the last two that have it."""
+    kept = resumable_steps(run)[-_RESUMABLE:]
+    for step in checkpoint_steps(run):
+        if step not in kept:
+            for pattern in _RESUME_ONLY:
+                _remove((run / CHECKPOINTS / step_name(step)).glob(pattern))
+
+
+def missing_state(checkpoint: Path) -> list[str]:
+    """Which of the files that a resume needs a checkpoint lacks."""
+    return [pattern for pattern in RESUME_STATE if not any(checkpoint.glob(pattern))]
+
+
+def resumable_steps(run: Path) -> list[int]:
+    """The steps of a run whose checkpoint is complete and can be resumed from, ascending."""
+    return [step for step in checkpoint_steps(run) if not missing_state(run / CHECKPOINTS / step_name(step))]
+
+
+def resume_from(run: Path) -> Path | None:
+    """The newest checkpoint that can be resumed from; None to start from step 0.
+
+    Warns: when a newer one cannot, since the steps from there on are then trained again.
+    """
+    complete, resumable = checkpoint_steps(run), resumable_steps(run)
+    if complete and complete[-1:] != resumable[-1:]:
+        lacking = run / CHECKPOINTS / step_name(complete[-1])
+        start = f"step {resumable[-1]}" if resumable else "step 0"
+        warnings.warn(
+            f"{lacking} has no {' and no '.join(missing_state(lacking))}, which a resume needs: training goes on from "
+            f"{start}",
+            stacklevel=2,
+        )
+    return run / CHECKPOINTS / step_name(resumable[-1]) if resumable else None
+
+
+def remove_unfinished(run: Path) -> list[Path]:
+    """Delete what a killed run left half-written: checkpoints without a mark, and readings without a checkpoint.
+
+    A reading is written before its checkpoint is completed, so a reading that is later than the last complete
+    checkpoint belongs to steps that will be trained again.
+
+    Returns: the folders deleted.
+    """
+    steps = checkpoint_steps(run)
+    last = steps[-1] if steps else -1
+    cut_off = list((run / CHECKPOINTS).glob("checkpoint-*")) + list((run / READINGS).glob(".step-*.part"))
+    unmarked = [p for p in (run / CHECKPOINTS).glob("step-*") if step_of(p) not in steps]
+    ahead = [p for p in (run / READINGS).glob("step-*") if (step_of(p) or 0) > last]
+    removed = [p for p in (*cut_off, *unmarked, *ahead) if p.is_dir()]
+    for folder in removed:
+        shutil.rmtree(folder)
+    return removed
+
+
+@contextmanager
+def only_writer(run: Path) -> Iterator[None]:
+    """Hold the run folder for this process; the kernel lets go of it however the process ends.
+
+    Raises: RevprobeError, when another process is writing the run.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows: nothing to hold, two writers are the caller's care
+        yield
+        return
+    with (run / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RevprobeError(
+                f"{run} is being written by another process; wait for it, or stop it, then run again"
+            ) from error
+        yield
+
+
+def _remove(paths: Iterator[Path]) -> None:
+    for path in list(paths):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,183 @@
+"""Training rows from statements: tokens, which of them may be masked, and which are masked together.
+
+A statement is encoded as the probes encode theirs, so that what is trained is what is probed. Its answer has to end
+somewhere for decoding to stop: a causal model's row gets one end token. A masked model decodes a fixed number of
+positions, so each of its statements gives two rows, one bare, as the probes ask it, and one filled up with end tokens
+to the decoded length, as LLaDA's own fine-tuning does.
+
+Shapes below: row, batch, seq.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ...errors import RevprobeError
+from ...models.probed import ProbedModel
+from ...probes.pairs.spans import Encoded, SpanError, encode_texts, entity_positions, require_fast_tokenizer
+from ...probes.pairs.templates import ROLES, Filled, Span
+
+
+class TrainingStatement(Protocol):
+    """What a relation's training text says of itself; see `relations.TrainingText`.
+
+    `spans` are the characters of the two entities in the order of the text, `prompt_length` those before the answer.
+    """
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def spans(self) -> tuple[Span, Span]: ...
+    @property
+    def fact(self) -> str: ...
+    @property
+    def prompt_length(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One row: its ids, what may be masked (or priced), and for each token the position whose draw masks it."""
+
+    token_ids: tuple[int, ...]
+    maskable: tuple[bool, ...]
+    leader: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """What of a statement is trained.
+
+    Args:
+        response_only: price the answer alone; the prompt is never masked.
+        whole_entity: mask an entity's tokens together.
+        answer_tokens: positions a masked model decodes; its answers are filled up to so many with end tokens.
+    """
+
+    response_only: bool = False
+    whole_entity: bool = False
+    answer_tokens: int = 0
+
+
+class StatementRows(Dataset[TokenRow]):
+    """The rows of a relation's training statements, as a model's tokenizer and objective want them.
+
+    Raises: RevprobeError, for no statements, a tokenizer without offsets or end token, a statement that is longer
+        than the model's context, whose prompt is not the beginning of its tokens, or that has nothing to predict.
+    """
+
+    def __init__(
+        self, statements: Sequence[TrainingStatement], model: ProbedModel, options: RowOptions = RowOptions()
+    ) -> None:
+        if not statements:
+            raise RevprobeError("no training statement; a relation needs at least one fact that is not held out")
+        self.model, self.options = model, options
+        self.tokenizer = require_fast_tokenizer(model.tokenizer, model.name)
+        if self.tokenizer.eos_token_id is None:
+            raise RevprobeError(
+                f"the tokenizer of {model.name} has no end token, so no answer could end; set tokenizer.eos_token"
+            )
+        texts = encode_texts(self.tokenizer, [statement.text for statement in statements])
+        prompts = encode_texts(self.tokenizer, [one.text[: one.prompt_length] for one in statements])
+        self.rows: list[TokenRow] = []
+        for statement, text, prompt in zip(statements, texts, prompts, strict=True):
+            self.rows += self._rows_of(statement, text, _answer_start(text, prompt, statement))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> TokenRow:
+        return self.rows[index]
+
+    def _rows_of(self, statement: TrainingStatement, text: Encoded, answer: int) -> list[TokenRow]:
+        """The rows of one statement: bare, and with its end; for a causal model the latter alone."""
+        last = max(i for i, added in enumerate(text.is_added) if not added) + 1
+        entities = self._entities(statement, text) if self.options.whole_entity else []
+        masked = self.model.objective == "masked"
+        missing = self.options.answer_tokens - (last - answer) if masked else 1
+        ends = [0, missing] if masked and missing > 0 else [max(0, missing)]
+        rows = []
+        for count in ends:
+            ids = [*text.token_ids[:last], *[self.tokenizer.eos_token_id] * count, *text.token_ids[last:]]
+            added = [*text.is_added[:last], *[False] * count, *text.is_added[last:]]
+            rows.append(self._row(ids, added, answer, entities, statement))
+        return rows
+
+    def _row(
+        self, ids: list[int], added: list[bool], answer: int, entities: list[list[int]], statement: TrainingStatement
+    ) -> TokenRow:
+        limit = self.model.max_length
+        if limit is not None and len(ids) > limit:
+            raise RevprobeError(
+                f"fact {statement.fact!r}: {statement.text!r} takes {len(ids)} tokens, but {self.model.name} takes at "
+                f"most {limit}; shorten it or leave the fact out"
+            )
+        first = answer if self.options.response_only else 0
+        # A masked position before the first logits row (shift 1) has nowhere to be predicted at.
+        readable = self.model.logit_shift if self.model.objective == "masked" else 0
+        maskable = [not a and i >= max(first, readable) for i, a in enumerate(added)]
+        if not any(maskable):
+            raise RevprobeError(f"fact {statement.fact!r}: {statement.text!r} has no token to predict; check the text")
+        leader = list(range(len(ids)))
+        for entity in entities:
+            for position in entity:
+                leader[position] = entity[0]
+        return TokenRow(tuple(ids), tuple(maskable), tuple(leader))
+
+    def _entities(self, statement: TrainingStatement, text: Encoded) -> list[list[int]]:
+        filled = Filled(text.text, dict(zip(ROLES, statement.spans, strict=True)))
+        try:
+            return [entity_positions(self.tokenizer, text, filled, role) for role in ROLES]
+        except SpanError as error:
+            raise RevprobeError(f"fact {statement.fact!r}: {error}") from error
+
+
+def _answer_start(text: Encoded, prompt: Encoded, statement: TrainingStatement) -> int:
+    """The position of the answer's first token. The prompt's own tokens must come before it, as decoding gives them."""
+    own = [token for token, added in zip(prompt.token_ids, prompt.is_added, strict=True) if not added]
+    begin = next(i for i, added in enumerate(text.is_added) if not added)
+    if list(text.token_ids[begin : begin + len(own)]) != own:
+        raise RevprobeError(
+            f"fact {statement.fact!r}: the prompt {prompt.text!r} is {list(prompt.pieces)} alone, but not so in "
+            f"{text.text!r} ({list(text.pieces)}); end the prompt at a blank"
+        )
+    return begin + len(own)
+
+
+@dataclass(frozen=True)
+class PadRows:
+    """Collate rows of different lengths: padded on the right, where causal positions do not feel it.
+
+    `attention_mask`, `maskable` and `leader` are given only where they say something, since a mask costs time.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
+        seq = max(map(len, rows))
+        lengths = torch.tensor([len(row) for row in rows])
+        table = {
+            "input_ids": torch.tensor([[*row.token_ids, *[self.pad_token_id] * (seq - len(row))] for row in rows]),
+            "maskable": torch.tensor([[*row.maskable, *[False] * (seq - len(row))] for row in rows]),
+            "leader": torch.tensor([[*row.leader, *range(len(row), seq)] for row in rows]),
+        }
+        if bool((lengths < seq).any()):
+            table["attention_mask"] = (torch.arange(seq) < lengths[:, None]).long()
+        if bool(table["maskable"].all()):
+            del table["maskable"]
+        if bool((table["leader"] == torch.arange(seq)).all()):
+            del table["leader"]
+        return table
+
+
+def padding_id(tokenizer: Any) -> int:
+    """What pads a row; any id would do, since padding is attended to by nothing and never predicted."""
+    return int(next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None))

@@ -1,0 +1,127 @@
+"""LoRA by peft: which projections get an adapter, and a base model prepared for it, in 4 bits where asked for.
+
+The projections are found, not known by name: one traced pass shows where attention is computed, and every linear
+module of the layers that hold those places is one of its query, key, value and output projections or belongs to the
+MLP beside it. The unembedding lies outside the layers and is left alone.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...errors import RevprobeError, did_you_mean
+from ...hooks.attention import tap_attention
+from ...hooks.untouched import untouched
+from ...models.probed import ProbedModel
+from ..config.finetuning import LoraOptions
+
+_LAYER = re.compile(r"^(?P<layers>.*?)\.(?P<number>\d+)(\.|$)")
+# Below this size in the traced pass nothing is learned from a longer one.
+_TRACED_TOKENS = 4
+
+
+def projections(model: ProbedModel) -> dict[str, str]:
+    """Every linear module inside the model's layers: its path -> "attention" or "mlp".
+
+    Raises: RevprobeError, when no attention is seen, or no linear module stands in the layers that compute it.
+    """
+    sites = _attention_sites(model)
+    stacks = {found["layers"] for site in sites if (found := _LAYER.match(site))}
+    linear = {name for name, part in model.module.named_modules() if isinstance(part, nn.Linear | Conv1D)}
+    inside = sorted(name for name in linear if any(name.startswith(f"{stack}.") for stack in stacks))
+    if not inside:
+        raise RevprobeError(
+            f"{model.name} computes attention at {sites[0]!r}, but has no linear module in numbered layers around it; "
+            "name the modules to adapt in lora.targets"
+        )
+    return {name: "attention" if _within(name, sites) else "mlp" for name in inside}
+
+
+def target_modules(model: ProbedModel, targets: str | Sequence[str] = "auto") -> list[str]:
+    """What peft's `target_modules` gets: short names (q_proj, up_proj, ...) where they mean exactly the projections.
+
+    Args:
+        targets: "auto" for all attention and MLP projections, "attention" or "mlp" for those alone, or names as peft
+            takes them (a module's path or the end of one).
+    Raises: RevprobeError, for a name that no linear module has; it lists the nearest.
+    """
+    found = projections(model)
+    if not isinstance(targets, str):
+        return _require_known(targets, found, model.name)
+    wanted = [name for name, kind in found.items() if targets in ("auto", kind)]
+    short = sorted({name.rpartition(".")[2] for name in wanted})
+    everywhere = {name for name, _ in model.module.named_modules() if name.rpartition(".")[2] in short}
+    return short if everywhere == set(wanted) else wanted
+
+
+def add_lora(model: ProbedModel, options: LoraOptions, *, checkpointing: bool = False) -> nn.Module:
+    """The model's module with a fresh adapter, everything else frozen; initial values from torch's random state.
+
+    Args:
+        checkpointing: prepare a 4-bit base for gradient checkpointing too.
+    Returns: a peft `PeftModel`; it changes nothing yet, since an adapter starts at zero.
+    """
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    module: Any = model.module
+    targets = target_modules(model, options.targets)
+    if getattr(module, "is_loaded_in_4bit", False):
+        module = prepare_model_for_kbit_training(module, use_gradient_checkpointing=checkpointing)
+    config = LoraConfig(
+        r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=targets, bias="none"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by names that it is renaming
+        adapted: nn.Module = get_peft_model(module, config)
+    return adapted
+
+
+def quantization(quantize: str | None, dtype: torch.dtype, *, on_cpu: bool) -> dict[str, Any]:
+    """What `from_pretrained` needs to load a base in 4 bits (QLoRA: NF4, doubly quantized); nothing for None.
+
+    Raises: RevprobeError, without a GPU or without bitsandbytes.
+    Source: Dettmers et al. 2023 (arXiv 2305.14314).
+    """
+    if quantize is None:
+        return {}
+    if on_cpu:
+        raise RevprobeError(f"model.quantize {quantize!r} needs a CUDA GPU, and torch sees none here; leave it out")
+    if find_spec("bitsandbytes") is None:
+        raise RevprobeError(
+            f"model.quantize {quantize!r} needs bitsandbytes, which is not installed; `pip install bitsandbytes`, or "
+            "leave it out"
+        )
+    from transformers import BitsAndBytesConfig
+
+    bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return {"quantization_config": bits, "device_map": {"": 0}}
+
+
+def _attention_sites(model: ProbedModel) -> list[str]:
+    """The modules that compute attention, seen in one pass over a few tokens; the model comes out as it went in."""
+    ids = torch.arange(_TRACED_TOKENS, device=model.device)[None] % model.vocab_size
+    with untouched(model.module), torch.no_grad(), tap_attention(model.module, ids[:, :1] * 0, ids[:, :1] * 0) as tap:
+        model.logits(ids)
+    return [call.site for call in tap.layers().values()]
+
+
+def _within(name: str, sites: Iterable[str]) -> bool:
+    return any(name.startswith(f"{site}.") for site in sites)
+
+
+def _require_known(targets: Sequence[str], found: Mapping[str, str], name: str) -> list[str]:
+    for target in targets:
+        if not any(path == target or path.endswith(f".{target}") for path in found):
+            ends = sorted({path.rpartition(".")[2] for path in found})
+            raise RevprobeError(f"lora.targets: {name} has no projection {target!r}{did_you_mean(target, ends)}")
+    return list(targets)

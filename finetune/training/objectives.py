@@ -1,0 +1,187 @@
+"""The two training losses, and the generators their masks are drawn from.
+
+Masks are drawn inside the loss, from a generator seeded by (seed, step, micro-step, process): a resumed run then
+draws exactly what the uninterrupted one would have. A collator draws one batch ahead of the step it serves, so its
+draws would differ after a resume.
+
+Which tokens may be masked, and which are masked together, is told by two tables beside the ids: `maskable` (the
+response only, never a begin token) and `leader` (the position whose draw decides, so that an entity's tokens share
+one).
+
+Shapes below: batch, seq, vocab.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import RevprobeError
+
+EPS = 1e-3
+
+
+def step_generator(seed: int, step: int, micro_step: int = 0, process: int = 0, phase: int = 0) -> torch.Generator:
+    """A CPU generator that belongs to one micro-batch of one training step, and to nothing else.
+
+    Args:
+        step: optimizer steps done so far.
+        micro_step: batches done inside this step (gradient accumulation).
+        process: rank of this process.
+        phase: 0 while training, 1 while evaluating, so that an evaluation never shifts the training masks.
+    """
+    # SeedSequence mixes: neighbouring steps and seeds get unrelated streams, which seed + step would not.
+    (mixed,) = np.random.SeedSequence([seed, step, micro_step, process, phase]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(mixed))
+
+
+def draw_masks(
+    shape: tuple[int, int],
+    *,
+    generator: torch.Generator,
+    eps: float = EPS,
+    antithetic: bool = False,
+    leader: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw a masking rate t ~ U(eps, 1) per row, then mask each token of the row with probability t.
+
+    Shapes: `-> batch, batch seq (bool)`, on the CPU whatever the model's device, so that draws do not depend on it.
+    Args:
+        leader: `batch seq`, for each token the position whose draw decides (its own for a token that is masked
+            alone): tokens of one leader are masked together, each still with probability t. None: every token alone.
+        antithetic: spread the rates evenly over (eps, 1) instead of drawing them independently; each rate keeps its
+            uniform distribution, the batch's loss varies less (Sahoo et al. 2024, App. C.3).
+    """
+    batch, seq = shape
+    if antithetic:
+        uniform = (torch.rand(1, generator=generator) + torch.arange(batch) / batch) % 1
+    else:
+        uniform = torch.rand(batch, generator=generator)
+    rate = eps + (1 - eps) * uniform
+    drawn = torch.rand(batch, seq, generator=generator)
+    if leader is not None:
+        drawn = drawn.gather(1, leader.cpu())
+    return rate, drawn < rate[:, None]
+
+
+def price_masks(
+    logits: Tensor, token_ids: Tensor, is_masked: Tensor, rate: Tensor, n_tokens: Tensor | None = None
+) -> Tensor:
+    """The loss of each row under one masking draw: (1/t) * sum over masked tokens of cross-entropy / L.
+
+    Shapes: `batch seq vocab, batch seq, batch seq (bool), batch, batch -> batch`.
+    Args:
+        logits: scores for the token AT each position.
+        token_ids: the clean ids.
+        n_tokens: L of each row; the sequence length when None (no padding).
+    Returns: nats per token; a row without a mask is 0. Its mean over draws bounds the negative log-likelihood per
+        token from above.
+    Source: lambda-DCE of Ou et al. 2025 (RADD), up to normalisation; Nie et al. 2025 (LLaDA), Sec. 2.1.
+    """
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), token_ids.flatten(), reduction="none").view_as(token_ids)
+    # masked_fill, not a product: an infinite loss at a visible position must not turn the row into NaN.
+    total = losses.masked_fill(~is_masked, 0.0).sum(1) / rate
+    return total / (token_ids.shape[1] if n_tokens is None else n_tokens)
+
+
+def masked_diffusion_loss(
+    model: nn.Module,
+    token_ids: Tensor,
+    *,
+    generator: torch.Generator,
+    mask_token_id: int,
+    eps: float = EPS,
+    antithetic: bool = False,
+    attention_mask: Tensor | None = None,
+    maskable: Tensor | None = None,
+    leader: Tensor | None = None,
+    logit_shift: int = 0,
+) -> Tensor:
+    """The masked-diffusion loss of a batch, with masks drawn here from `generator`.
+
+    Shapes: `batch seq -> ` (a scalar, nats per token, mean over rows). Padded positions (attention_mask 0) are never
+    masked and do not count towards L.
+    Args:
+        maskable: `batch seq` (bool), what may be masked; L counts these tokens alone. The response of each row gives
+            LLaDA's supervised objective (Nie et al. 2025, Sec. 2.3). None: every token.
+        leader: as in `draw_masks`, for masking an entity's tokens together.
+        logit_shift: position i is predicted at row i - logit_shift (1 for Dream). The first `logit_shift` positions
+            have no such row: they are never masked and do not count.
+    Raises: RevprobeError, for ids that are not a `batch seq` table, for a mask token among the clean ids, and for a
+        row in which nothing can be masked.
+    """
+    _require_table(token_ids)
+    if bool((token_ids == mask_token_id).any()):
+        raise RevprobeError(
+            f"the training ids contain the mask token {mask_token_id}; pass clean sequences, masks are drawn here"
+        )
+    rate, is_masked = draw_masks(
+        (token_ids.shape[0], token_ids.shape[1]), generator=generator, eps=eps, antithetic=antithetic, leader=leader
+    )
+    counted = _counted(token_ids, attention_mask, maskable, logit_shift)
+    rate, is_masked = rate.to(token_ids.device), is_masked.to(token_ids.device) & counted
+    logits = _logits(model, token_ids.masked_fill(is_masked, mask_token_id), attention_mask)
+    logits = logits_at_their_position(logits, logit_shift)
+    return price_masks(logits, token_ids, is_masked, rate, counted.sum(1)).mean()
+
+
+def logits_at_their_position(logits: Tensor, logit_shift: int) -> Tensor:
+    """Logits moved to the position they predict: row i - shift becomes row i, and the first rows repeat row 0.
+
+    Shapes: `batch seq vocab -> batch seq vocab`.
+    Source: Dream's own sampler (Ye et al. 2025), which moves its logits right by one.
+    """
+    if not logit_shift:
+        return logits
+    return torch.cat([logits[:, :1].expand(-1, logit_shift, -1), logits[:, :-logit_shift]], dim=1)
+
+
+def causal_loss(
+    model: nn.Module, token_ids: Tensor, *, attention_mask: Tensor | None = None, maskable: Tensor | None = None
+) -> Tensor:
+    """Next-token cross-entropy over every position that has a next token.
+
+    Shapes: `batch seq -> ` (a scalar, nats per predicted token, mean over all of them). Padded targets
+    (attention_mask 0) do not count, nor do those outside `maskable` (the response alone) where it is given.
+    Raises: RevprobeError, for ids that are not a `batch seq` table of at least two columns.
+    """
+    _require_table(token_ids, columns=2)
+    logits = _logits(model, token_ids, attention_mask)[:, :-1]
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), token_ids[:, 1:].flatten(), reduction="none")
+    if attention_mask is None and maskable is None:
+        return losses.mean()
+    counts = _counted(token_ids, attention_mask, maskable, 1)[:, 1:].flatten()
+    return losses.masked_fill(~counts, 0.0).sum() / counts.sum()
+
+
+def _counted(token_ids: Tensor, attention_mask: Tensor | None, maskable: Tensor | None, shift: int) -> Tensor:
+    """The positions that are predicted: not padding, inside `maskable`, and with a row to be read at."""
+    counted = torch.ones_like(token_ids, dtype=torch.bool) if maskable is None else maskable.bool().clone()
+    counted[:, :shift] = False
+    if attention_mask is not None:
+        counted &= attention_mask.bool()
+    empty = ~counted.any(1)
+    if bool(empty.any()):
+        row = int(empty.nonzero()[0, 0])
+        raise RevprobeError(
+            f"row {row} of a batch ({token_ids[row].tolist()}) has no token to predict; expected at least one in each"
+        )
+    return counted
+
+
+def _logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    # No attention_mask unless the caller padded: passing all ones costs a mask per layer and may pick a slower kernel.
+    extra: dict[str, Any] = {} if attention_mask is None else {"attention_mask": attention_mask}
+    output = model(input_ids=input_ids, **extra)
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def _require_table(token_ids: Tensor, columns: int = 1) -> None:
+    if token_ids.ndim != 2 or token_ids.shape[0] == 0 or token_ids.shape[1] < columns:
+        raise RevprobeError(
+            f"training ids of shape {tuple(token_ids.shape)}: expected (batch, seq), batch >= 1 and seq >= {columns}"
+        )

@@ -1,0 +1,193 @@
+"""Probe a model while it trains: a callback for any transformers Trainer.
+
+    trainer.add_callback(ProbeCallback(pairs))               # readings in output_dir/readings
+
+Readings are taken on the weights as they are, and on their average where there is one, before the checkpoint of the
+same step is completed. Probing leaves no trace: with and without the callback, training ends at the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ...hooks.untouched import untouched
+from ...models.checkpoints import step_name
+from ...models.peft_adapters import without_wrapper
+from ...models.probed import ProbedModel, as_probed
+from ...probes.fused import probe, require_probes
+from ...probes.pairs.pairs import ReversalPairs
+from ...probes.passes.shares import Share
+from ...probes.readings.readings import Reading, Readings
+from .checkpointing import READINGS
+from .distributed import Team, require_whole
+from .lora_readings import asked_parameters, by_owner
+
+Pairs = ReversalPairs | Mapping[str, ReversalPairs]
+ProbeListener = Callable[[str, int, int], None]
+
+
+def take_readings(
+    model: ProbedModel,
+    pairs: Pairs,
+    *,
+    batch_size: int | None = None,
+    parameters: str = "all",
+    listener: ProbeListener | None = None,
+    share: Share | None = None,
+) -> Readings:
+    """All three probes on one list of pairs (in one fused pass), or each named probe on its own list.
+
+    Args:
+        parameters: whose gradients are compared. "all": the model's own, an adapter's left out, as they are once it
+            is merged; "lora": the adapter's, as a reading of its own, `lora_gradient_cosine`; "both" gives both.
+        listener: called with the probe's name ("all" for the fused pass), queries done, and queries in all.
+        share: divides the work among processes, as in `probe`.
+    Raises: RevprobeError, for an unknown probe name, the parameters of an adapter that is not there, and for whatever
+        the probes refuse.
+    """
+    asked = asked_parameters(model, parameters)
+    options: dict[str, Any] = {"parameters": asked, "batch_size": batch_size, "share": share}
+
+    def progress(name: str) -> Callable[[int, int], None] | None:
+        return None if listener is None else partial(listener, name)
+
+    if isinstance(pairs, ReversalPairs):
+        taken = probe(model, pairs, progress=progress("all"), **options)
+        return by_owner(taken, parameters)
+    taken = Readings(
+        probe(model, pairs[name], only=[name], progress=progress(name), **options)[0] for name in require_probes(pairs)
+    )
+    return by_owner(taken, parameters)
+
+
+def logged_values(readings: Iterable[Reading]) -> dict[str, float]:
+    """What is handed to a tracker: each measure's value and control, averaged weights under "probe_ema/"."""
+    logged: dict[str, float] = {}
+    for reading in readings:
+        group = "probe_ema" if reading.meta.get("weights") == "ema" else "probe"
+        for row in reading.measures().itertuples():
+            logged[f"{group}/{row.measure}"] = float(row.value)  # type: ignore[arg-type]  # a column of floats
+            logged[f"{group}/{row.measure}_control"] = float(row.control)  # type: ignore[arg-type]
+    return logged
+
+
+class Wrapping:
+    """How to wrap a Trainer's model, time and again: what `ProbedModel` takes, and what the first time found out."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self._known: dict[str, Any] = {}
+
+    def __call__(self, module: nn.Module, **provenance: Any) -> ProbedModel:
+        options = {**self.options, **provenance, **self._known}
+        module = without_wrapper(module)
+        if options.get("objective") is None:
+            options |= {"objective": as_probed(module).objective, "check": False}
+        probed = ProbedModel(module, **options)
+        # Which way a model reads does not change while it trains.
+        self._known = {"objective": probed.objective, "check": False}
+        return probed
+
+    def forget(self) -> None:
+        """Find it out again: another training begins."""
+        self._known = {}
+
+
+class ProbeCallback(TrainerCallback):
+    """Take readings at step 0, at the steps asked for, and at the last step.
+
+    Under `accelerate launch` or `torchrun` every process probes its part of the pairs, and the first one writes.
+
+    Args:
+        pairs: one `ReversalPairs` for all three probes, or a mapping such as {"attention": grid, "probability": mirror}
+            that gives each named probe its own.
+        folder: where `step-000500/` folders appear; `output_dir/readings` of the Trainer when None.
+        steps: the steps to probe at; whenever the Trainer writes a checkpoint when None.
+        ema: an `AveragedModel` (or a module with `.module`); its weights are read too, labelled "ema".
+        done: steps whose readings are there already and are not taken again (a resumed run's own step).
+        batch_size, parameters: as in `take_readings`.
+        log: called with the probes' values under stable names ("probe/gradient_cosine", ...); `trainer.log` hands
+            them to whatever `report_to` names.
+        wrapping: how to wrap the Trainer's model: tokenizer, objective, mask_token_id, logit_shift, name, check, as
+            in `ProbedModel`. The objective is found out by running the model when it is not given, and held against
+            the model when it is; both at the first reading only.
+    Raises: RevprobeError, for an unknown probe name; while training, for weights sharded over processes.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        folder: str | Path | None = None,
+        *,
+        steps: Iterable[int] | None = None,
+        ema: nn.Module | None = None,
+        done: Collection[int] = (),
+        batch_size: int | None = None,
+        parameters: str = "all",
+        log: Callable[[dict[str, float]], None] | None = None,
+        **wrapping: Any,
+    ) -> None:
+        if not isinstance(pairs, ReversalPairs):
+            require_probes(pairs)
+        self.pairs, self.folder, self.ema = pairs, None if folder is None else Path(folder), ema
+        self.steps = None if steps is None else frozenset(steps)
+        self.batch_size, self.parameters, self.log = batch_size, parameters, log
+        self.wrapping = Wrapping(**wrapping)
+        self.done, self._done = frozenset(done), set(done)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **at: Any) -> None:
+        self._done = set(self.done)  # a second train() takes its own readings
+        self.wrapping.forget()
+        if state.global_step == 0:
+            self._take(at["model"], args, state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **at: Any) -> None:
+        # The Trainer's own callback has decided by now whether a checkpoint follows this step.
+        if control.should_save if self.steps is None else state.global_step in self.steps:
+            self._take(at["model"], args, state)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **at: Any) -> None:
+        if self.steps is None and control.should_save:
+            self._take(at["model"], args, state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **at: Any) -> None:
+        # Reached first only by checkpoints that nothing announced, such as those of save_strategy="best".
+        if self.steps is None:
+            self._take(at["model"], args, state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **at: Any) -> None:
+        if not args.load_best_model_at_end:  # else the model here is no longer that of the last step
+            self._take(at["model"], args, state)
+
+    def _take(self, model: nn.Module, args: TrainingArguments, state: TrainerState) -> None:
+        """Probe one step, unless it has been done; the first process writes its folder."""
+        step, team = state.global_step, Team.of(args)
+        if step in self._done:
+            return
+        home = Path(args.output_dir or ".")
+        name = self.wrapping.options.get("name") or home.resolve().name
+        readings: list[Reading] = []
+        for weights, module in (("raw", model), ("ema", getattr(self.ema, "module", None))):
+            if module is None:
+                continue
+            require_whole(module)
+            with untouched(module):
+                probed = self._wrap(module, name=name, step=step, weights=weights)
+                asked: dict[str, Any] = {"batch_size": self.batch_size, "parameters": self.parameters}
+                readings += take_readings(probed, self.pairs, share=team.share, **asked)
+        folder = self.folder or home / READINGS
+        if state.is_world_process_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            Readings(readings).save(folder / step_name(step))
+        self._done.add(step)
+        if self.log is not None:
+            self.log(logged_values(readings))
+
+    def _wrap(self, module: nn.Module, **provenance: Any) -> ProbedModel:
+        return self.wrapping(module, **provenance)

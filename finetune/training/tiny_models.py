@@ -1,0 +1,225 @@
+"""Tiny models in the published layouts of LLaDA, Dream and Llama, with their own tokenizer, trained on other facts.
+
+They stand where the 8B models would: the same classes, checkpoint files and commands, at a size for which two minutes
+of two cores are enough. A tiny model knows the relation's templates in both directions before it is fine-tuned, from
+facts that are invented for it: the relation's own words, recombined into names that none of its facts has.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+
+from ...errors import RevprobeError
+from ...models.dream import DreamConfig, DreamForMaskedDiffusion
+from ...models.llada import LLaDAConfig, LLaDAForMaskedDiffusion
+from ...models.probed import ProbedModel
+from ...relations.catalog import TextRelation, TrainingText
+from ...relations.statements import Statement
+from ..config.finetuning import TinyModel
+from ..runs.building import lean_arguments
+from .dataset import PadRows, RowOptions, StatementRows, padding_id
+from .trainer import ForwardOnlyTrainer
+
+_BEGIN, _END, _PAD, _MASK = "<|begin|>", "<|end|>", "<|pad|>", "<|mask|>"
+_CONTEXT = 128
+# How often the words are dealt out anew before they are said to be too few.
+_ROUNDS = 100
+
+
+def build_tiny(config: TinyModel, relation: TextRelation, folder: Path, *, answer_tokens: int | None = None) -> Path:
+    """Build, pretrain and save a tiny model; a folder that is there already is kept. Seeds torch, numpy and random.
+
+    Args:
+        relation: what it will be fine-tuned on; its words make the tokenizer, and names for other facts.
+        folder: appears by rename, config, weights and tokenizer in it.
+        answer_tokens: positions of an answer that rows are filled up to; by the longest name when None.
+    Returns: the folder.
+    """
+    if folder.is_dir():
+        return folder
+    statements = other_statements(relation, config.pretraining.facts, config.seed)
+    tokenizer = train_tokenizer([statement.text for statement in statements] + _own_names(relation), config.vocabulary)
+    set_seed(config.seed)
+    module = untrained(config, tokenizer)
+    working = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(working, ignore_errors=True)
+    _pretrain(module, tokenizer, statements, config, working, answer_tokens)
+    module.save_pretrained(working)
+    tokenizer.save_pretrained(working)
+    working.rename(folder)
+    return folder
+
+
+def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE over these texts, with begin, end, padding and mask tokens; it adds none of them by itself."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[_BEGIN, _END, _PAD, _MASK],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    special = {"bos_token": _BEGIN, "eos_token": _END, "pad_token": _PAD, "mask_token": _MASK}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=_CONTEXT, **special)
+
+
+def untrained(config: TinyModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """The model of a layout with random weights, from torch's current random state."""
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    inner, rotation = 4 * config.d_model, {"rope_type": "default", "rope_theta": 10000.0}
+    if config.layout == "llada":
+        return LLaDAForMaskedDiffusion(
+            LLaDAConfig(
+                d_model=config.d_model,
+                n_heads=config.n_heads,
+                n_layers=config.n_layers,
+                mlp_hidden_size=inner,
+                max_sequence_length=_CONTEXT,
+                rope_theta=10000.0,
+                vocab_size=len(tokenizer),
+                mask_token_id=tokenizer.mask_token_id,
+                **ids,
+            )
+        )
+    size: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_heads,
+        "intermediate_size": inner,
+        "max_position_embeddings": _CONTEXT,
+        "rope_parameters": rotation,
+        **ids,
+    }
+    if config.layout == "dream":
+        return DreamForMaskedDiffusion(DreamConfig(mask_token_id=tokenizer.mask_token_id, **size))
+    return LlamaForCausalLM(LlamaConfig(**size))
+
+
+def other_statements(relation: TextRelation, count: int, seed: int = 0) -> list[TrainingText]:
+    """Statements of `count` facts that are none of the relation's, in both directions and every wording.
+
+    Each name is made of words that names of the relation have at the same place; no name of the relation is among
+    them, and none stands in two facts.
+    Raises: RevprobeError, when the words are too few for so many names.
+    """
+    generator = np.random.default_rng(seed)
+    taken = {name for column in relation.columns for name in relation.table[column]}
+    columns = [_new_names(relation, column, count, generator, taken) for column in relation.columns]
+    facts = list(zip(*columns, strict=True))
+    found: dict[str, TrainingText] = {}
+    for place, direction in enumerate(relation.directions):
+        wordings = _one_of_each_wording(relation, direction)
+        for number, pair in enumerate(facts):
+            names = pair if place == 0 else pair[::-1]
+            for one in wordings:
+                made = _renamed(one, names, f"other {number}", relation.carrier)
+                found.setdefault(made.text, made)
+    return list(found.values())
+
+
+def _one_of_each_wording(relation: TextRelation, direction: str) -> list[Statement]:
+    """One statement of each wording, told apart by the text around the names."""
+    kept: dict[tuple[str, str, str], Statement] = {}
+    for one in relation.statements[direction]:
+        (start, end), (second, last) = one.spans
+        kept.setdefault((one.text[:start], one.text[end:second], one.text[last:]), one)
+    return list(kept.values())
+
+
+def _renamed(one: Statement, names: Sequence[str], fact: str, carrier: str) -> TrainingText:
+    """A statement about two other names, behind the carrier."""
+    (start, end), (second, last) = one.spans
+    before, between, after = carrier + one.text[:start], one.text[end:second], one.text[last:]
+    place = len(before) + len(names[0]) + len(between)
+    spans = ((len(before), len(before) + len(names[0])), (place, place + len(names[1])))
+    text = before + names[0] + between + names[1] + after
+    return TrainingText(text, spans, fact, place - (second - one.prompt_length))
+
+
+def _new_names(
+    relation: TextRelation, column: str, count: int, generator: np.random.Generator, taken: set[str]
+) -> list[str]:
+    """Names that are not taken yet, and then are. A round of them uses every word once: none stays unlearned."""
+    names = list(dict.fromkeys(relation.table[column]))
+    made: dict[str, None] = {}
+    for _ in range(_ROUNDS):
+        made.update(dict.fromkeys(name for name in _reshuffled(names, generator) if name not in taken))
+        if len(made) >= count:
+            chosen = list(made)[:count]
+            taken.update(chosen)
+            return chosen
+    raise RevprobeError(
+        f"the words of {relation.name}'s column {column!r} make {len(made)} other names, fewer than "
+        f"model.tiny.pretraining.facts, {count}; lower it, or take a relation whose names have several words"
+    )
+
+
+def _reshuffled(names: Sequence[str], generator: np.random.Generator) -> Iterator[str]:
+    """The names with the words of each place dealt out anew, among names of as many words."""
+    split = [name.split() for name in names]
+    for length in sorted({len(words) for words in split}):
+        alike = [words for words in split if len(words) == length]
+        places = [[words[place] for words in alike] for place in range(length)]
+        dealt = [[column[i] for i in generator.permutation(len(alike))] for column in places]
+        yield from (" ".join(words) for words in zip(*dealt, strict=True))
+
+
+def _own_names(relation: TextRelation) -> list[str]:
+    """The relation's names behind its carrier, for the tokenizer alone: no statement of it is among them."""
+    return [f"{relation.carrier}{name}" for column in relation.columns for name in relation.table[column]]
+
+
+def _pretrain(
+    module: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    statements: Sequence[TrainingText],
+    config: TinyModel,
+    folder: Path,
+    answer_tokens: int | None,
+) -> None:
+    """Train all weights on the statements, with the objective of the layout."""
+    masked = config.layout != "llama"
+    probed = ProbedModel(module, tokenizer, objective="masked" if masked else "causal", check=False)
+    longest = answer_tokens or longest_answer(probed, statements)
+    rows = StatementRows(statements, probed, RowOptions(answer_tokens=longest))
+    learning = config.pretraining
+    arguments = lean_arguments(
+        folder / "training",
+        steps=learning.steps,
+        schedule="cosine",
+        per_device_train_batch_size=learning.batch_size,
+        learning_rate=learning.learning_rate,
+        warmup_steps=learning.steps // 10,
+        seed=config.seed,
+    )
+    trainer = ForwardOnlyTrainer(
+        model=module,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=PadRows(padding_id(tokenizer)),
+        objective=probed.objective,
+        logit_shift=probed.logit_shift if masked else 0,
+        antithetic=True,
+    )
+    trainer.train()
+    shutil.rmtree(folder / "training", ignore_errors=True)
+    module.eval()
+
+
+def longest_answer(model: ProbedModel, statements: Iterable[TrainingText]) -> int:
+    """Tokens of the longest completion among the statements, and one to end it."""
+    ends = [statement.text[statement.prompt_length :] for statement in statements]
+    ids = model.tokenizer(ends, add_special_tokens=False)["input_ids"]
+    return max(map(len, ids)) + 1

@@ -1,0 +1,298 @@
+"""transformers' Trainer with the two objectives of this package and checkpoints that are whole or absent.
+
+What differs from a plain Trainer: masks are drawn in the loss from the step's own generator; rows come in gapless
+permutations (no short or dropped batch at the end of a pass); an average of the weights is kept; a checkpoint is
+written under the Trainer's own name, then completed, marked and renamed in one go to `step-000500`; a checkpoint at
+step 0 is written as well. Everything else (accumulation, distribution, clipping, logging, resume) is the Trainer's.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+from ...errors import RevprobeError, did_you_mean, first_line
+from ...models.checkpoints import CHECKPOINTS, EMA
+from ...models.probed import OBJECTIVES
+from .checkpointing import complete_checkpoint, missing_state, resume_from
+from .ema import MovingAverage
+from .objectives import EPS, causal_loss, masked_diffusion_loss, step_generator
+
+_FROM_THE_ONE_BEFORE = "delete that checkpoint's folder to resume from the one before"
+
+
+class TokenRows(Dataset[Tensor]):
+    """A table of token ids, handed out a batch at a time: one indexing call instead of one per row.
+
+    Shapes: `rows seq`.
+    """
+
+    def __init__(self, token_ids: Tensor) -> None:
+        if token_ids.ndim != 2 or token_ids.shape[0] == 0:
+            raise RevprobeError(
+                f"training ids of shape {tuple(token_ids.shape)}: expected (rows, seq) with at least one row"
+            )
+        self.token_ids = token_ids
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.token_ids[index]
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        return self.token_ids[indices]
+
+
+def collate_rows(rows: Tensor | list[Tensor]) -> dict[str, Tensor]:
+    """What the Trainer hands to the loss; `TokenRows` has stacked the batch already."""
+    return {"input_ids": rows if isinstance(rows, Tensor) else torch.stack(rows)}
+
+
+class Permutations(Sampler[int]):
+    """Row numbers of one random permutation after another, without a gap, `total` of them.
+
+    A batch may span the end of one pass and the start of the next, so every row is seen equally often and no short
+    batch is dropped or trained on. Order depends on the seed alone.
+    """
+
+    def __init__(self, rows: int, total: int, seed: int) -> None:
+        self.rows, self.total, self.seed = rows, total, seed
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed)
+        for start in range(0, self.total, self.rows):
+            yield from torch.randperm(self.rows, generator=generator)[: self.total - start].tolist()
+
+
+class ForwardOnlyTrainer(Trainer):
+    """A Trainer for rows of token ids, masked-diffusion or causal.
+
+    Args:
+        objective: "masked" or "causal".
+        mask_token_id: what masked positions show; taken from the model's config when None.
+        ema_decay: keep an average of the weights (`.ema`) and save it in `step-000500/ema`; None keeps none. Causal
+            models keep none: their readings are on the weights as they are.
+        snapshots: steps at which a checkpoint is written; None leaves that to `args.save_strategy`.
+        eps, antithetic, logit_shift: see `masked_diffusion_loss`.
+        others: as in `transformers.Trainer`; `data_collator` defaults to `collate_rows`.
+    Raises: RevprobeError, for an unknown objective or a masked model without a mask token.
+    """
+
+    # The loss is a mean over its batch, so the Trainer divides it by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        *args: Any,
+        objective: str,
+        mask_token_id: int | None = None,
+        ema_decay: float | None = None,
+        snapshots: Collection[int] | None = None,
+        eps: float = EPS,
+        antithetic: bool = False,
+        logit_shift: int = 0,
+        **others: Any,
+    ) -> None:
+        if objective not in OBJECTIVES:
+            raise RevprobeError(f"unknown objective {objective!r}{did_you_mean(objective, OBJECTIVES)}")
+        self.objective: str = objective
+        self.eps, self.antithetic, self.logit_shift = eps, antithetic, logit_shift
+        # Where the last masks were drawn, (step, training?), and how many batches there have drawn before.
+        self._place, self._micro_step = (-1, True), 0
+        self.resumed = False
+        others.setdefault("data_collator", collate_rows)
+        # First among the callbacks: it says where checkpoints are due before a ProbeCallback asks.
+        others["callbacks"] = [_Snapshots(self, snapshots), *(others.get("callbacks") or [])]
+        super().__init__(*args, **others)
+        for default in (PrinterCallback, ProgressCallback):
+            self.remove_callback(default)
+        model = self.model
+        assert model is not None, "Trainer.__init__ raises without a model"
+        config = getattr(model, "config", None)
+        self.mask_token_id = getattr(config, "mask_token_id", None) if mask_token_id is None else mask_token_id
+        if objective == "masked" and self.mask_token_id is None:
+            raise RevprobeError(f"{type(model).__name__} names no mask token; pass mask_token_id=")
+        self.ema = MovingAverage(model, ema_decay) if ema_decay is not None and objective == "masked" else None
+
+    # ---- loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective's loss on `inputs["input_ids"]`.
+
+        `attention_mask` is there where the rows are padded, `maskable` and `leader` where not every token is masked,
+        or not alone; see `masked_diffusion_loss`.
+        """
+        tables = {key: inputs[key] for key in ("attention_mask", "maskable", "leader") if key in inputs}
+        if self.objective == "causal":
+            tables.pop("leader", None)  # nothing is masked, so nothing is masked together
+            loss = causal_loss(model, inputs["input_ids"], **tables)
+        else:
+            assert self.mask_token_id is not None, "checked in __init__"
+            loss = masked_diffusion_loss(
+                model,
+                inputs["input_ids"],
+                generator=self._next_generator(model.training),
+                mask_token_id=self.mask_token_id,
+                eps=self.eps,
+                antithetic=self.antithetic,
+                logit_shift=self.logit_shift,
+                **tables,
+            )
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _next_generator(self, training: bool) -> torch.Generator:
+        """The generator of this micro-batch; counting starts anew at every step, so a resumed run counts alike."""
+        place = (self.state.global_step, training)
+        self._micro_step = self._micro_step + 1 if self._place == place else 0
+        self._place = place
+        step, process = self.state.global_step, self.args.process_index
+        return step_generator(self.args.seed, step, self._micro_step, process, phase=int(not training))
+
+    # ---- rows ----
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any] | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.max_steps <= 0:  # asked for in epochs: their ends matter then
+            return super()._get_train_sampler(train_dataset)
+        total = self.args.max_steps * self.get_total_train_batch_size(self.args)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return Permutations(len(dataset), total, seed)  # type: ignore[arg-type]  # map-style: it has a length
+
+    # ---- checkpoints ----
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> TrainOutput:
+        """As in Trainer; `True` resumes from the newest checkpoint of `args.output_dir` that can be resumed from.
+
+        Raises: RevprobeError, when there is none, or it is cut off or of another model.
+        Warns: when it is not the last one.
+        """
+        if resume_from_checkpoint is True:
+            run = Path(self.args.output_dir or ".")
+            checkpoint = resume_from(run)
+            if checkpoint is None:
+                raise RevprobeError(
+                    f"nothing to resume in {run}: it has no complete checkpoint with optimizer, scheduler and RNG "
+                    "state; train without resuming"
+                )
+            resume_from_checkpoint = str(checkpoint)
+        self.resumed = bool(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(Path(super()._get_output_dir(trial)) / CHECKPOINTS)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # every rank has put its RNG state into the folder that is renamed now
+        if self.args.should_save:
+            folder, step = Path(self._get_output_dir(trial)), self.state.global_step
+            working = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            complete_checkpoint(folder.parent, step, working=working, add=self._save_average)
+
+    def _save_average(self, checkpoint: Path) -> None:
+        if self.ema is not None:
+            self.ema.save(checkpoint / EMA, self.processing_class)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        missing = missing_state(folder)
+        if missing:
+            raise RevprobeError(
+                f"cannot resume from {folder}: it has no {' and no '.join(missing)}; {_FROM_THE_ONE_BEFORE}"
+            )
+        with _resuming(folder, "its weights or trainer_state.json"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+        if self.ema is not None:
+            self.ema.load(folder / EMA, updates=step)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _resuming(checkpoint, "optimizer.pt", "scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        names = sorted(path.name for path in Path(checkpoint).glob("rng_state*.pth")) if checkpoint else []
+        with _resuming(checkpoint, *names):
+            super()._load_rng_state(checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Stop where the Trainer would warn, and go on with whatever the missing tensors held."""
+        tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
+        wrong = sorted({*load_result.missing_keys, *load_result.unexpected_keys} - tied)
+        if wrong:
+            raise RevprobeError(f"the checkpoint holds another model's weights: {', '.join(wrong[:3])} do not match")
+
+
+@contextmanager
+def _resuming(checkpoint: str | Path | None, *names: str) -> Iterator[None]:
+    """Name the file of a checkpoint that cannot be taken up, and the way out."""
+    try:
+        yield
+    except RevprobeError:
+        raise
+    except Exception as error:
+        folder = Path(checkpoint or ".")
+        damaged = [name for name in names if not _is_archive(folder / name)] or list(names)
+        raise RevprobeError(
+            f"cannot resume from {folder}: {' or '.join(damaged)} is damaged ({first_line(error)}); "
+            f"{_FROM_THE_ONE_BEFORE}"
+        ) from error
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file is a whole torch archive: its directory stands at the end, which a truncated one lacks."""
+    return not path.name.endswith((".pt", ".pth")) or zipfile.is_zipfile(path)
+
+
+class _Snapshots(TrainerCallback):
+    """Says when a ForwardOnlyTrainer's checkpoints are due, writes the one at step 0, and feeds the average."""
+
+    def __init__(self, trainer: ForwardOnlyTrainer, steps: Collection[int] | None) -> None:
+        self.trainer, self.steps = trainer, None if steps is None else frozenset(steps)
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # Here, not in on_train_begin: by now every callback's readings at step 0 are written, and the loader has
+        # not drawn from the generator whose state the checkpoint keeps.
+        trainer = self.trainer
+        if state.global_step == 0 and self.steps is not None and 0 in self.steps and not trainer.resumed:
+            trainer._save_checkpoint(trainer.model_wrapped, None)
+            trainer.control = trainer.callback_handler.on_save(args, state, control)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.trainer.ema is not None and self.trainer.model is not None:
+            self.trainer.ema.update_parameters(self.trainer.model)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.steps is not None and state.global_step in self.steps:
+            loss = self.trainer._tr_loss
+            if not torch.isfinite(loss):
+                raise RevprobeError(
+                    f"the training loss is {loss.item()} at step {state.global_step}; "
+                    "lower learning_rate or raise warmup_steps"
+                )
+            control.should_save = True

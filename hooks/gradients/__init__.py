@@ -1,0 +1,1 @@
+"""Inner products of per-example parameter gradients, without forming a gradient."""

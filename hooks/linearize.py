@@ -1,0 +1,283 @@
+"""A forward pass in which everything nonlinear is held, so that the logits are a sum over what was written into them.
+
+Inside `hold_nonlinear(module, rows)` every operation that is not known to be linear hands on its value as a constant
+of its own, a part; sums keep their summands apart, norms hold their scale, attention holds its pattern. The logits
+do not change, and are affine in the parts: a logit is the sum over parts of (d logit / d part) . part, since
+what stands between a part and the logit is linear. Autograd knows those derivatives, so no module is named anywhere:
+what is found is how the model was run. An operation missing from the list of linear ones costs detail (its whole
+output becomes one part); one that should not be on it breaks the sum, which callers must hold against the logit.
+
+A part is one of: an embedding's rows (`embed` for tokens, `position` for the others), a constant that is added
+(`bias`), the mean that a norm subtracts (`norm`), an attention call's output by head, and whatever else is nonlinear
+(`mlp`: activations, and products of two computed tensors).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .attention import _running_module, call_rows, matrix_rows, sdpa_call, softmaxed
+from .linearized_pass import HeldAttention, HeldPass, Part
+
+# Linear in the one tensor that varies; shapes, casts, sums and selections. "__get__" is an attribute (.mT, .shape).
+# fmt: off
+_LINEAR = frozenset([
+    "__get__", "__getitem__", "__setitem__", "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten",
+    "transpose", "permute", "t", "contiguous", "squeeze", "unsqueeze", "expand", "expand_as", "narrow", "select",
+    "chunk", "split", "tensor_split", "unbind", "movedim", "swapaxes", "cat", "stack", "concat", "repeat",
+    "repeat_interleave", "roll", "to", "float", "double", "half", "bfloat16", "type", "type_as", "clone", "detach",
+    "sum", "neg", "masked_fill", "where", "gather", "index_select", "index_add", "index_add_", "dropout",
+    "requires_grad_", "size", "dim", "numel", "stride", "is_contiguous",
+])
+_SUMS = frozenset([
+    "add", "sub", "rsub", "add_", "sub_", "__add__", "__radd__", "__iadd__", "__sub__", "__rsub__", "__isub__",
+])
+_PRODUCTS = frozenset([
+    "mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__", "div", "div_", "divide", "true_divide", "__truediv__",
+])
+# fmt: on
+_MATRIX_PRODUCTS = frozenset(["matmul", "__matmul__", "bmm", "mm"])
+# How far the rows of a hand-written attention pattern may be from summing to one (bfloat16 has three digits).
+_PATTERN_SLACK = 2e-2
+
+
+@contextmanager
+def hold_nonlinear(module: nn.Module, rows: Tensor) -> Iterator[HeldPass]:
+    """Hold everything nonlinear of a forward pass while open; patterns are kept at `rows` (`batch rows`).
+
+    Parameters do not ask for gradient inside (their flags are restored); logits computed here carry the graph from
+    the parts. Adds hooks to the module tree and removes exactly those.
+    """
+    held = HeldPass()
+    tokens = _token_table(module)
+    flags = [(p, p.requires_grad) for p in module.parameters()]
+    try:
+        for p, _ in flags:
+            p.requires_grad_(False)
+        with torch.enable_grad(), _running_module(module) as running, _HoldingMode(held, rows, running, tokens):
+            yield held
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+class _HoldingMode(TorchFunctionMode):
+    """Runs linear functions as they are, and cuts the graph behind every other."""
+
+    def __init__(self, held: HeldPass, rows: Tensor, running: list[str], tokens: Tensor | None) -> None:
+        super().__init__()
+        self.held, self.rows, self.running, self.tokens = held, rows, running, tokens
+        self.hidden: Tensor | None = None  # what the mask keeps from the rows, by the last softmax of scores
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "embedding":
+            return self._embedding(func, args, kwargs)
+        if not _varying((args, kwargs)):
+            return func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return self._sdpa(sdpa_call(args, kwargs))
+        if name in _RULES:
+            return _RULES[name](self, func, args, kwargs)
+        if name in _LINEAR:
+            return self._seen(func(*args, **kwargs))
+        if (scores := softmaxed(func, args, kwargs)) is not None:
+            self._keep_hidden(scores.detach())
+        return self._cut(func, args, kwargs)
+
+    # ---- making parts ----
+
+    def _part(self, kind: str, values: Tensor, function: str = "") -> Tensor:
+        """A new part. The clone lets the model write into what it is given."""
+        leaf = values.detach().requires_grad_()
+        self.held.parts.append(Part(kind, self._site, function or kind, leaf))
+        return self._seen(leaf.clone())
+
+    @property
+    def _site(self) -> str:
+        return self.running[-1] if self.running else ""
+
+    def _seen(self, result: Any) -> Any:
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                self.held.eps = max(self.held.eps, torch.finfo(leaf.dtype).eps)
+        return result
+
+    def _cut(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Not known to be linear: every output that varies becomes a part."""
+        name = getattr(func, "__name__", "a function")
+        kind = "norm" if name == "mean" else "mlp"
+        part = lambda leaf: self._part(kind, leaf, name) if _varying(leaf) else leaf  # noqa: E731
+        return tree_map(part, func(*args, **kwargs))
+
+    def _embedding(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        given = dict(zip(("input", "weight"), args, strict=False)) | dict(kwargs)
+        ids, weight = given.pop("input"), given.pop("weight")
+        if ids.dim() == 1 or (ids.dim() == 2 and ids.shape[0] == 1):
+            # Positions come as one row for the whole batch; a part must tell its examples apart.
+            ids = ids.expand(len(self.rows), -1)
+        return self._part("embed" if weight is self.tokens else "position", func(ids, weight, *args[2:], **given))
+
+    # ---- functions with a rule of their own ----
+
+    def _sum(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """a + b: a summand that does not vary is a part of its own."""
+        if len(args) < 2:
+            return self._cut(func, args, kwargs)
+        shape = torch.broadcast_shapes(*(getattr(a, "shape", ()) for a in args[:2]))
+        varying = next(a for a in args[:2] if _varying(a))
+        sides = [a if _varying(a) else self._constant(a, shape, varying) for a in args[:2]]
+        return self._seen(func(*sides, *args[2:], **kwargs))
+
+    def _constant(self, constant: Any, shape: Sequence[int], like: Tensor) -> Tensor:
+        values = constant if isinstance(constant, Tensor) else torch.tensor(constant, dtype=like.dtype)
+        return self._part("bias", values.to(like.device).expand(shape).clone())
+
+    def _product(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """a * b, a / b: linear if one varies; one number per position is a scale, and is held; else a part."""
+        if len(args) < 2:
+            return self._cut(func, args, kwargs)
+        first, second, *rest = args
+        if _varying(first) and _varying(second):
+            if _is_scale(second, first):
+                second = second.detach()
+            elif _is_scale(first, second) and "div" not in func.__name__:
+                first = first.detach()
+            else:
+                return self._cut(func, args, kwargs)
+        elif _varying(second) and "div" in func.__name__:
+            return self._cut(func, args, kwargs)
+        return self._seen(func(first, second, *rest, **kwargs))
+
+    def _matrix_product(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """a @ b: linear if one varies; a pattern times its values is attention written by hand."""
+        if len(args) != 2 or not (_varying(args[0]) and _varying(args[1])):
+            return self._seen(func(*args, **kwargs))
+        if _is_pattern(args[0], len(self.rows)):
+            return self._pattern_times_value(*args)
+        return self._cut(func, args, kwargs)
+
+    def _linear(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs)
+        if not _varying(given["input"]) or _varying(given["weight"]):
+            return self._cut(func, args, kwargs)
+        return self._with_bias(func(given["input"], given["weight"]), given.get("bias"))
+
+    def _addmm(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """bias + x @ weight, as transformers' Conv1D writes it."""
+        if kwargs or len(args) != 3 or _varying(args[0]) or _varying(args[2]):
+            return self._cut(func, args, kwargs)
+        return self._with_bias(args[1] @ args[2], args[0])
+
+    def _with_bias(self, result: Tensor, bias: Tensor | None) -> Tensor:
+        return self._seen(result if bias is None else result + self._part("bias", bias.expand(result.shape).clone()))
+
+    def _layer_norm(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """(x - mean) / deviation * weight + bias with mean and bias as parts and the deviation held."""
+        names = ("input", "normalized_shape", "weight", "bias", "eps")
+        given = dict(zip(names, args, strict=False)) | dict(kwargs)
+        states = given["input"]
+        if len(given["normalized_shape"]) != 1:
+            return self._cut(func, args, kwargs)
+        wide = states.to(torch.promote_types(states.dtype, torch.float32))
+        variance = wide.detach().var(-1, keepdim=True, correction=0)
+        scale = (variance + given.get("eps", 1e-5)).rsqrt()
+        normed = ((wide - self._part("norm", wide.mean(-1, keepdim=True))) * scale).to(states.dtype)
+        weight = given.get("weight")
+        return self._with_bias(normed if weight is None else normed * weight, given.get("bias"))
+
+    def _rms_norm(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        given = dict(zip(("input", "normalized_shape", "weight", "eps"), args, strict=False)) | dict(kwargs)
+        states = given["input"]
+        if len(given["normalized_shape"]) != 1:
+            return self._cut(func, args, kwargs)
+        wide = states.to(torch.promote_types(states.dtype, torch.float32))
+        eps = torch.finfo(states.dtype).eps if given.get("eps") is None else given["eps"]
+        scale = (wide.detach().square().mean(-1, keepdim=True) + eps).rsqrt()
+        normed = (wide * scale).to(states.dtype)
+        weight = given.get("weight")
+        return self._seen(normed if weight is None else normed * weight)
+
+    # ---- attention ----
+
+    def _sdpa(self, call: dict[str, Any]) -> Tensor:
+        value = call["value"]
+        call |= {"query": call["query"].detach(), "key": call["key"].detach()}
+        mixed = F.scaled_dot_product_attention(**(call | {"value": value.detach()}))
+        score = call_rows(call, self.rows, site=self._site)
+        weight = score.softmax(-1).nan_to_num(0.0)  # a fully masked row has no weights
+        return self._attention(value, mixed, weight, score.isneginf())
+
+    def _pattern_times_value(self, pattern: Tensor, value: Tensor) -> Tensor:
+        batch = len(self.rows)
+        mixed = pattern.detach() @ value.detach()
+        weight = pattern.detach().reshape(batch, -1, *pattern.shape[-2:])
+        at_rows = weight.transpose(1, 2)[torch.arange(batch, device=weight.device)[:, None], self.rows].transpose(1, 2)
+        value, by_head = (t.reshape(batch, -1, *t.shape[-2:]) for t in (value, mixed))
+        hidden, self.hidden = self.hidden, None  # those scores' own weights alone
+        if hidden is None or hidden.shape != at_rows.shape:
+            hidden = at_rows == 0  # without scores a weight that underflowed counts as hidden
+        return self._attention(value, by_head, at_rows, hidden).reshape(mixed.shape)
+
+    def _keep_hidden(self, scores: Tensor) -> None:
+        """What the mask hides stands in the scores; a weight of 0 may as well have underflowed."""
+        if _is_square(scores, len(self.rows)) and scores.shape[-1] > int(self.rows.max()):
+            by_head = scores.reshape(len(self.rows), -1, *scores.shape[-2:])
+            self.hidden = matrix_rows(by_head, self.rows).isneginf()
+
+    def _attention(self, value: Tensor, mixed: Tensor, weight: Tensor, hidden: Tensor) -> Tensor:
+        output = mixed.detach().requires_grad_()
+        self.held.attention.append(HeldAttention(self._site, value, output, weight, hidden))
+        return self._seen(output.clone())
+
+
+_RULES: dict[str, Any] = {
+    **dict.fromkeys(_SUMS, _HoldingMode._sum),
+    **dict.fromkeys(_PRODUCTS, _HoldingMode._product),
+    **dict.fromkeys(_MATRIX_PRODUCTS, _HoldingMode._matrix_product),
+    "linear": _HoldingMode._linear,
+    "addmm": _HoldingMode._addmm,
+    "layer_norm": _HoldingMode._layer_norm,
+    "rms_norm": _HoldingMode._rms_norm,
+}
+
+
+def _token_table(module: nn.Module) -> Tensor | None:
+    """The weight that tokens are looked up in: the one the model names, else that of its largest embedding."""
+    named = getattr(module, "get_input_embeddings", lambda: None)()
+    found = [named] if named is not None else [m for m in module.modules() if isinstance(m, nn.Embedding)]
+    return max((m.weight for m in found), key=len, default=None)
+
+
+def _varying(values: Any) -> bool:
+    """Whether a tensor that depends on a part is among the (nested) arguments."""
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(values))
+
+
+def _is_scale(factor: Tensor, states: Tensor) -> bool:
+    """One number per position beside many: what a norm multiplies or divides by."""
+    return factor.dim() > 0 and factor.shape[-1] == 1 and states.shape[-1] > 1
+
+
+def _is_square(values: Tensor, batch: int) -> bool:
+    """Whether these are squares of positions for each example and head, which may be folded into one axis."""
+    return values.dim() in (3, 4) and values.shape[-1] == values.shape[-2] and not values.shape[0] % batch
+
+
+def _is_pattern(weights: Tensor, batch: int) -> bool:
+    """Rows of non-negative weights that sum to one, over a square of positions, for each example and head."""
+    if not _is_square(weights, batch):
+        return False
+    held = weights.detach().float()
+    return bool((held >= 0).all() and ((held.sum(-1) - 1).abs() < _PATTERN_SLACK).all())

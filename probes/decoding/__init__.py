@@ -1,0 +1,1 @@
+"""How a model answers in its own words, and whether the answer is right."""

@@ -1,0 +1,229 @@
+"""Exact match of decoded answers: what a user would see, next to the probabilities that the probes read.
+
+Answer and decoding are compared lower-cased and without blanks around them (runs of blanks inside count as one,
+canonically equal Unicode as equal); any of a question's answers will do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from ...errors import RevprobeError, did_you_mean
+from ...models.probed import ProbedModel, as_probed
+from ..pairs.spans import require_fast_tokenizer
+from ..passes.run import Progress
+from ..readings.readings import Reading
+from ..statistics.group_correlation import derangement
+from .answers import AnswerBook, Asked, begins_with, families, normalized
+from .decode import answer_text, decode_tokens, decoding_settings, encode_prompts, require_stops
+from .masked import Prompt, Unmasking
+
+ANSWER_LENGTHS = ("longest", "oracle")
+TOO_LONG = "no answer fits into max_new_tokens"
+
+
+def decoded_match(
+    model: ProbedModel | nn.Module,
+    questions: Sequence[Asked],
+    *,
+    batch_size: int | None = None,
+    max_new_tokens: int | None = None,
+    answer_length: str = "longest",
+    steps: int | None = None,
+    block_length: int | None = None,
+    algorithm: str | None = None,
+    stop: Sequence[str] = (),
+    control: bool = True,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> Reading:
+    """Share of the questions a model answers, decoding greedily; the interval resamples facts.
+
+    Questions weigh equally, so a fact with two templates counts twice. Where all facts are right, or none, resampling
+    them shows no width: none of 20 facts means "below about 3 / 20" (the rule of three), not exactly 0. The control
+    asks whether the decoding matches the answers of a fact it does not share an answer with (of the same direction and
+    template): the rate at which a model that only knows what answers look like would be right.
+
+    A masked model fills a fixed number of positions. `answer_length="longest"` gives every question the same, the
+    longest answer's tokens and one for the end token (where the tokenizer has one), or `max_new_tokens`; a model that
+    was never trained to end then gets shorter answers wrong, unless `stop` ends them. "oracle" tells the model how
+    many tokens the answer has, trying each length among a question's answers: an upper bound, and labelled so in
+    the meta. The text is cut by the end token and `stop` only, never by looking at the answer.
+
+    Args:
+        questions: see `Asked`; each with at least one answer.
+        steps, block_length, algorithm: masked models only; see `decode`.
+        control: also match against deranged answers.
+        seed: of derangement and bootstrap.
+
+    Frame: question, fact, kind, direction, template, prompt, answers (a JSON list), decoded, match (1 or 0; NaN when no
+    answer fits into max_new_tokens), match_control (NaN without a partner), begins (1 where the decoding begins with an
+    answer and goes on with another word or sign, as a model does that was trained on longer texts), begins_control,
+    reason.
+    Raises: RevprobeError, as `decode` does, and for questions without an answer or none at all.
+    Source: paper App. D.2 (Table 7).
+    """
+    model = as_probed(model)
+    how = decoding_settings(model, steps=steps, block_length=block_length, algorithm=algorithm)
+    stop = require_stops(stop)
+    _require_questions(questions)
+    if answer_length not in ANSWER_LENGTHS:
+        raise RevprobeError(f"unknown answer_length {answer_length!r}{did_you_mean(answer_length, ANSWER_LENGTHS)}")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise RevprobeError(f"max_new_tokens {max_new_tokens!r}: expected at least 1 token")
+    scorer = _Scorer(model, questions, max_new_tokens, answer_length, control, seed)
+    asks = scorer.asks()
+    prompts, lengths = [scorer.prompts[i] for i, _ in asks], [length for _, length in asks]
+    tokens = decode_tokens(model, prompts, lengths, how, batch_size=batch_size, progress=progress)
+    decoded = {ask: answer_text(model, row, stop) for ask, row in zip(asks, tokens, strict=True)}
+    frame = scorer.frame(decoded)
+    meta = _describe(model, questions, how, control=control, seed=seed)
+    meta["decoding"] |= {"stop": list(stop), "answer_length": answer_length, "max_new_tokens": max(lengths)}
+    reading = Reading("decoded_match", frame, meta)
+    reading.meta["statistic"] = reading.measured.statistic
+    return reading
+
+
+def answer_limit(model: ProbedModel | nn.Module, questions: Sequence[Asked]) -> int:
+    """The `max_new_tokens` that `decoded_match` takes by itself: the longest answer's tokens, and one for an end token.
+
+    Raises: RevprobeError, without a fast tokenizer, or for questions without an answer.
+    """
+    model = as_probed(model)
+    _require_questions(questions)
+    require_fast_tokenizer(model.tokenizer, model.name)
+    return AnswerBook(model, questions).limit
+
+
+class _Scorer:
+    """The questions, the lengths their answers are decoded at, and who is whose control."""
+
+    def __init__(
+        self,
+        model: ProbedModel,
+        questions: Sequence[Asked],
+        max_new_tokens: int | None,
+        answer_length: str,
+        control: bool,
+        seed: int,
+    ) -> None:
+        self.questions = questions
+        self.prompts = encode_prompts(model, [question.prompt for question in questions])
+        self.answers = AnswerBook(model, questions)
+        self.limit = max_new_tokens or self.answers.limit
+        self.oracle = answer_length == "oracle"
+        self.partner = self._partners(seed) if control else None
+        # Equal prompts are decoded once, for the first question that asks so.
+        first: dict[Prompt, int] = {}
+        self.first = [first.setdefault(prompt, i) for i, prompt in enumerate(self.prompts)]
+
+    def asks(self) -> list[tuple[int, int]]:
+        """What is decoded: (question, length), each distinct prompt and length once."""
+        wanted = [(i, length) for i in range(len(self.questions)) for length in self._own_lengths(i)]
+        if self.oracle and self.partner is not None:
+            wanted += [(i, n) for i, j in enumerate(self.partner) if j >= 0 for n in self._own_lengths(int(j))]
+        return list(dict.fromkeys((self.first[i], length) for i, length in wanted))
+
+    def frame(self, decoded: dict[tuple[int, int], str]) -> pd.DataFrame:
+        """One row a question."""
+        return pd.DataFrame([self._row(i, question, decoded) for i, question in enumerate(self.questions)])
+
+    def _row(self, i: int, question: Asked, decoded: dict[tuple[int, int], str]) -> dict[str, Any]:
+        texts = [decoded[self.first[i], length] for length in self._own_lengths(i)]
+        right = next((text for text in texts if normalized(text) in self.answers.accepted[i]), None)
+        row: dict[str, Any] = {
+            "question": i,
+            "fact": str(question.fact),
+            "kind": "swapped",
+            "direction": str(question.direction),
+            "template": question.template,
+            "prompt": question.prompt,
+            "answers": json.dumps(list(question.answers), ensure_ascii=False),
+            "decoded": texts[0] if right is None else right,
+        }
+        scores = self._scores(i, i if self._fits(i) else -1, decoded)
+        controls = None if self.partner is None else self._scores(i, int(self.partner[i]), decoded)
+        for name, (value, control) in zip(
+            ("match", "begins"), zip(scores, controls or scores, strict=True), strict=True
+        ):
+            row |= {name: value} if controls is None else {name: value, f"{name}_control": control}
+        return row | {"reason": "" if self._fits(i) else TOO_LONG}
+
+    def _scores(self, i: int, j: int, decoded: dict[tuple[int, int], str]) -> tuple[float, float]:
+        """Whether question `i`'s decoding is an answer of `j`, and whether it begins with one; NaN where `j` is -1.
+
+        Where lengths are told, they are those of `j`'s answers.
+        """
+        if j < 0:
+            return float("nan"), float("nan")
+        texts = [normalized(decoded[self.first[i], length]) for length in self._own_lengths(j)]
+        accepted = self.answers.accepted[j]
+        begins = any(begins_with(text, answer) for text in texts for answer in accepted)
+        return float(any(text in accepted for text in texts)), float(begins)
+
+    def _fits(self, i: int) -> bool:
+        return min(self.answers.lengths[i]) <= self.limit
+
+    def _own_lengths(self, i: int) -> list[int]:
+        """The lengths a question is decoded at."""
+        if not self.oracle:
+            return [self.limit]
+        return [length for length in self.answers.lengths[i] if length <= self.limit] or [self.limit]
+
+    def _partners(self, seed: int) -> np.ndarray:
+        """For each question one of the same direction and template, about a fact that shares no answer with its own.
+
+        Siblings have the same parent: as each other's control they would be right, not wrong by chance.
+        """
+        group = np.unique([f"{q.direction}\n{q.template}" for q in self.questions], return_inverse=True)[1]
+        for i in range(len(group)):
+            if not self._fits(i):
+                group[i] = -1 - i  # alone: neither has a control nor is one
+        facts = np.array([str(question.fact) for question in self.questions])
+        return derangement(families(facts, self.answers.accepted), group, seed=seed)
+
+
+def _describe(
+    model: ProbedModel, questions: Sequence[Asked], how: Unmasking | None, *, control: bool, seed: int
+) -> dict[str, Any]:
+    """What the reading says about itself; no clock and no path, so that equal runs give equal files."""
+    asked = [[q.prompt, list(q.answers), str(q.fact), q.template, str(q.direction)] for q in questions]
+    return {
+        "model": model.name,
+        "objective": model.objective,
+        "logit_shift": model.logit_shift,
+        "kind": "swapped",
+        "step": model.step,
+        "weights": model.weights,
+        "questions": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
+        "question_count": len(questions),
+        "fact_count": len({str(q.fact) for q in questions}),
+        "control": control,
+        "seed": seed,
+        "decoding": {"order": "greedy, left to right"} if how is None else {"order": "unmasking", **how.describe()},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("revprobe", "torch", "transformers")},
+    }
+
+
+def _require_questions(questions: Sequence[Asked]) -> None:
+    if not len(questions):
+        raise RevprobeError("the list of questions is empty; expected at least one")
+    for place, question in enumerate(questions):
+        answers = () if isinstance(question.answers, str) else tuple(question.answers)
+        if not answers or not all(answer.strip() for answer in answers):
+            raise RevprobeError(
+                f"question {place} ({question.prompt!r}) has the answers {question.answers!r}; expected a tuple of at "
+                "least one text, none of them blank"
+            )

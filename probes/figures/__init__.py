@@ -1,0 +1,1 @@
+"""How readings are drawn. A figure takes what it draws; it builds no reading."""

@@ -1,0 +1,181 @@
+"""Correlation of forward and reverse scores by (forward distance, reverse distance), with a checkpoint slider.
+
+A cell is the statistic of the attention probe on the pairs at these two distances: the mean over groups (one pair of
+signed offsets, one layer, one head) of the within-group Pearson r. Cells are aggregated here, so that a page carries
+one number per cell and not one point per pair.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from ...errors import RevprobeError
+from ..statistics.by_distance import DISTANCES, distance_correlations
+from .theme import DIVERGING, TEMPLATE, UNDEFINED_GREY, interval_text, message_figure
+from .training_curves import series_words
+
+if TYPE_CHECKING:
+    from ..readings.readings import Reading
+
+    Entry = tuple[Reading, pd.DataFrame]
+    Checkpoint = tuple[dict[str, list[Any]], dict[str, list[Any]]]
+
+WIDEST = 40  # distances per axis up to which those without a pair are drawn too, as white cells
+WRITTEN_OUT = 12  # cells a side up to which each cell also shows its number
+
+
+def correlation_heatmap(readings: Iterable[Reading]) -> go.Figure:
+    """Draw the within-group correlation by distance pair as a heat map, one slider step per checkpoint.
+
+    Raw and EMA weights (and the two kinds of pairs) get a panel each. White cells were not measured, grey ones are
+    undefined and say why. The colour scale is fixed at -1..1, so checkpoints and runs compare by eye.
+
+    Args:
+        readings: of one run or model; the attention ones are drawn.
+    Raises: RevprobeError, when two readings claim the same checkpoint, weights and kind.
+    """
+    found = [reading for reading in readings if reading.name == "attention_correlation"]
+    found.sort(key=lambda reading: reading.meta.get("weights") == "ema")  # raw left, EMA right, however they were read
+    if not found:
+        return message_figure("No attention reading: there is no correlation to draw.")
+    steps = sorted({_step(reading) for reading in found})
+    panels = list(dict.fromkeys(_panel(reading) for reading in found))
+    entries = _entries(found)
+    grid = Grid.of(cells for _, cells in entries.values())
+    figure = _empty_maps(panels, grid, heads=max((int(cells["heads"].max()) for _, cells in entries.values())))
+    for place, panel in enumerate(panels):
+        all_cells = pd.concat([entries[step, panel][1] for step in steps if (step, panel) in entries])
+        for trace in _map_traces(all_cells, grid):
+            figure.add_trace(trace, row=1, col=place + 1)
+    checkpoints = [_checkpoint([entries.get((step, panel)) for panel in panels], panels, grid) for step in steps]
+    return _add_slider(figure, steps, checkpoints)
+
+
+def _entries(readings: Iterable[Reading]) -> dict[tuple[int, str], Entry]:
+    entries: dict[tuple[int, str], Entry] = {}
+    for reading in readings:
+        place = _step(reading), _panel(reading)
+        if place in entries:
+            raise RevprobeError(
+                f"two attention readings at step {place[0]} ({place[1]}): expected one run's readings, "
+                "draw each run or model in a figure of its own"
+            )
+        entries[place] = reading, distance_correlations(reading.frame)
+    return entries
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The distances a heat map spans, the same for every checkpoint, so that a slider step moves no cell."""
+
+    forward: list[int]
+    reverse: list[int]
+
+    @classmethod
+    def of(cls, tables: Iterable[pd.DataFrame]) -> Grid:
+        """Every distance from smallest to largest; only the measured ones where that would be mostly white."""
+        cells = pd.concat(list(tables), ignore_index=True)
+        return cls.over(*(cells[name] for name in DISTANCES))
+
+    @classmethod
+    def over(cls, forward_distances: Iterable[int], reverse_distances: Iterable[int]) -> Grid:
+        """`of`, from the distances themselves."""
+        forward, reverse = (sorted({int(one) for one in found}) for found in (forward_distances, reverse_distances))
+        return cls(*(_filled(axis) if axis[-1] - axis[0] < WIDEST else axis for axis in (forward, reverse)))
+
+    def spread(self, cells: pd.DataFrame, column: str) -> list[list[Any]]:
+        """One column of `cells` as rows (forward) of columns (reverse); None where no pair was measured."""
+        known = {(int(f), int(r)): value for f, r, value in cells[[*DISTANCES, column]].itertuples(index=False)}
+        return [[known.get((forward, reverse)) for reverse in self.reverse] for forward in self.forward]
+
+
+def _filled(axis: Sequence[int]) -> list[int]:
+    return list(range(axis[0], axis[-1] + 1))
+
+
+def _step(reading: Reading) -> int:
+    return int(reading.meta.get("step") or 0)
+
+
+def _panel(reading: Reading) -> str:
+    return series_words(reading.meta.get("weights"), reading.meta.get("kind"))
+
+
+def _empty_maps(panels: Sequence[str], grid: Grid, *, heads: int) -> go.Figure:
+    gap = 0.3 / (2 * len(panels))
+    figure = make_subplots(1, len(panels), subplot_titles=[" "] * len(panels), horizontal_spacing=gap)
+    for column in range(1, len(panels) + 1):
+        anchor = {"scaleanchor": "x" if column == 1 else f"x{column}", "row": 1, "col": column}
+        figure.update_xaxes(title="reverse distance (tokens)", **_distance_axis(grid.reverse), row=1, col=column)
+        figure.update_yaxes(title="forward distance (tokens)", **_distance_axis(grid.forward), **anchor)
+    over = f"<br>mean over {heads} heads" if heads > 1 else ""
+    bar = {"title": {"text": f"Pearson r<br>within groups{over}"}, "thickness": 14}
+    scale = {"cmin": -1, "cmax": 1, "colorscale": DIVERGING, "colorbar": bar}
+    size = {"width": 230 + 460 * len(panels), "height": 590, "margin": {"t": 60, "b": 140, "l": 70, "r": 170}}
+    return figure.update_layout(template=TEMPLATE, coloraxis=scale, **size)
+
+
+def _distance_axis(distances: Sequence[int]) -> dict[str, Any]:
+    every = math.ceil(len(distances) / 20)
+    return {"type": "category", "showgrid": False, "constrain": "domain", "dtick": every, "tickmode": "linear"}
+
+
+def _map_traces(cells: pd.DataFrame, grid: Grid) -> list[go.Heatmap]:
+    """The undefined cells (grey, with the reason) and the defined ones; a checkpoint fills in the numbers."""
+    where = "forward distance %{y}, reverse distance %{x}<br>"
+    common: dict[str, Any] = {"x": grid.reverse, "y": grid.forward, "xgap": 1, "ygap": 1, "hoverongaps": False}
+    grey = {"colorscale": [[0, UNDEFINED_GREY], [1, UNDEFINED_GREY]], "showscale": False}
+    undefined = go.Heatmap(**common, **grey, hovertemplate=where + "undefined: %{customdata}<extra></extra>")
+    hover = where + "r = %{z:.3f}, n = %{customdata} pairs<br>offsets (forward, reverse): %{text}<extra></extra>"
+    value = go.Heatmap(**common, coloraxis="coloraxis", text=grid.spread(cells, "offsets"), hovertemplate=hover)
+    if max(len(grid.forward), len(grid.reverse)) <= WRITTEN_OUT:
+        value.update(texttemplate="%{z:.2f}", textfont={"size": 10})
+    return [undefined, value]
+
+
+def _checkpoint(entries: Sequence[Entry | None], panels: Sequence[str], grid: Grid) -> Checkpoint:
+    """What a slider step sets: `z` and `customdata` of every trace, and the panels' headings."""
+    traces: dict[str, list[Any]] = {"z": [], "customdata": []}
+    for entry in entries:
+        cells = entry[1] if entry else pd.DataFrame(columns=[*DISTANCES, "value", "n", "reason"])
+        gone = cells["value"].isna()
+        reasons = grid.spread(cells[gone], "reason")
+        marked = [[None if reason is None else 0 for reason in row] for row in reasons]
+        traces["z"] += [marked, grid.spread(cells[~gone], "value")]
+        traces["customdata"] += [reasons, grid.spread(cells, "n")]
+    return traces, {"annotations": [_title(place, panels, entry) for place, entry in enumerate(entries)]}
+
+
+def _title(place: int, panels: Sequence[str], entry: Entry | None) -> dict[str, Any]:
+    """A panel's heading with the reading's own value; part of each frame, since the value moves with the slider."""
+    if entry is None:
+        numbers = "no reading at this checkpoint"
+    else:
+        reading = entry[0]
+        control = reading.control.value if reading.control else math.nan
+        numbers = "r = " + interval_text(reading.value, *reading.interval, control) + f", n = {reading.n:,}"
+    text = f"<b>{panels[place]}</b><br>{numbers}"
+    anchor = {"xref": f"x{place + 1 if place else ''} domain", "yref": f"y{place + 1 if place else ''} domain"}
+    return {"text": text, "x": 0.5, "y": 1.02, "yanchor": "bottom", "showarrow": False, "font": {"size": 13}, **anchor}
+
+
+def _add_slider(figure: go.Figure, steps: Sequence[int], checkpoints: Sequence[Checkpoint]) -> go.Figure:
+    """Show the last checkpoint; with several, add a slider. Not frames: plotly would play those on opening."""
+    traces, layout = checkpoints[-1]
+    for place, trace in enumerate(figure.data):
+        trace.update({name: values[place] for name, values in traces.items()})
+    figure.update_layout(layout)
+    marks = [
+        {"label": f"{step:,}", "method": "update", "args": list(checkpoint)}
+        for step, checkpoint in zip(steps, checkpoints, strict=True)
+    ]
+    shown = {"prefix": "checkpoint: step ", "font": {"size": 14}}
+    slider = {"steps": marks, "active": len(steps) - 1, "currentvalue": shown, "pad": {"t": 60}}
+    return figure.update_layout(sliders=[slider]) if len(steps) > 1 else figure

@@ -1,0 +1,252 @@
+"""One figure for each kind of reading, and the signatures of several: what `.plot()` draws.
+
+Every function returns a plain `plotly.graph_objects.Figure` with the numbers of the reading in it, sample sizes on the
+axes, the 95 % interval over facts, and the control dashed or grey.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from ...errors import RevprobeError, did_you_mean
+from ..readings.readings import Reading
+from .bounds import bounds_figure
+from .heatmap import correlation_heatmap
+from .layer_maps import head_map, role_map
+from .route_edits import route_edit_figure
+from .storage import stored_evidence_figure
+from .theme import (
+    CONTROL_GREY,
+    FORWARD,
+    OKABE_ITO,
+    REVERSE,
+    TEMPLATE,
+    faded,
+    interval_text,
+    message_figure,
+    plain,
+    with_theme,
+)
+from .training_curves import measures_with_reasons, series_words, signatures_figure
+
+if TYPE_CHECKING:
+    from ..pairs.pairs import ReversalPairs
+
+__all__ = ["correlation_heatmap", "plot_reading", "plot_readings", "signatures_figure"]
+
+KINDS = ("scatter", "heatmap", "heads", "bounds")
+POINTS = 5_000  # more points than this slow a browser down and show nothing new
+SIZE = {"width": 640, "height": 480}
+
+
+def plot_reading(reading: Reading, *, theme: str = "light", **options: Any) -> go.Figure:
+    """Draw one reading.
+
+    Args:
+        theme: "light" or "dark".
+        options: attention: `kind="scatter"` (each pair's two scores, less their group's mean, which is what the
+            statistic sees), `"heatmap"` (by distance), `"heads"` (by layer x head) or `"bounds"` (over RoPE's lower
+            bound, for a reading that `with_bounds` gave), `layer=`, `head=`, `pairs=` (the ReversalPairs it was taken
+            on, whose text then stands on the hover); gradient: `by="role"` or another column of the frame, or
+            `kind="layers"` (by layer x role); probability: `bins=`; route edits and stored evidence: `kind=`.
+    Raises: RevprobeError, when the reading or an option is not known.
+    """
+    if reading.name not in RENDERERS:
+        raise RevprobeError(f"cannot draw a reading called {reading.name!r}{did_you_mean(reading.name, RENDERERS)}")
+    return with_theme(_called(RENDERERS[reading.name], reading, options, what=f"a plot of {reading.name}"), theme)
+
+
+def plot_readings(readings: Iterable[Reading], *, theme: str = "light", **options: Any) -> go.Figure:
+    """Draw readings over training steps: attention correlation, gradient cosine, target probability (Fig. 3).
+
+    Args:
+        theme: "light" or "dark".
+        options: `buttons=False` leaves out the choice of weights. For the map over distances see `correlation_heatmap`.
+    Raises: RevprobeError, when an option is not known.
+    """
+    figure = _called(signatures_figure, measures_with_reasons(readings), options, what="a plot of readings")
+    return with_theme(figure, theme)
+
+
+def _called(draw: Callable[..., go.Figure], subject: Any, options: dict[str, Any], *, what: str) -> go.Figure:
+    known = [name for name, one in inspect.signature(draw).parameters.items() if one.kind is one.KEYWORD_ONLY]
+    for option in options:
+        if option not in known:
+            raise RevprobeError(f"{what} has no option {option!r}{did_you_mean(option, known)}")
+    return draw(subject, **options)
+
+
+def attention_figure(
+    reading: Reading,
+    *,
+    kind: str = "scatter",
+    layer: int | None = None,
+    head: int | None = None,
+    pairs: ReversalPairs | None = None,
+) -> go.Figure:
+    """Forward against reverse attention score, one point per pair and head, or the correlation by distance or head."""
+    if kind not in KINDS:
+        raise RevprobeError(f"attention plot of kind {kind!r}{did_you_mean(kind, KINDS)}")
+    frame = _one_head(_one_head(reading.frame, "layer", layer), "head", head)
+    if kind == "heatmap":
+        return correlation_heatmap([Reading(reading.name, frame.reset_index(drop=True), reading.meta)])
+    if kind == "heads":
+        return _titled(head_map(reading, frame), reading, "Pearson r within groups, all heads:")
+    if kind == "bounds":
+        return bounds_figure(reading, frame)
+    frame = frame.dropna(subset=["score_forward", "score_reverse"])
+    if frame.empty:
+        return message_figure(f"No defined score: {reading.undefined}")
+    scores = ["score_forward", "score_reverse"]
+    # Group means are position biases; left in, they would draw a correlation that the statistic does not count.
+    frame[scores] -= frame.groupby(["group", "layer", "head"])[scores].transform("mean")
+    shown = frame.sample(POINTS, random_state=0) if len(frame) > POINTS else frame
+    return _score_scatter(reading, shown, _pair_words(reading, pairs), of=len(frame))
+
+
+def _one_head(frame: pd.DataFrame, column: str, wanted: int | None) -> pd.DataFrame:
+    if wanted is None:
+        return frame
+    if wanted not in set(frame[column]):
+        there = sorted(set(frame[column]))
+        raise RevprobeError(f"no {column} {wanted!r} in this reading: expected one of {there[0]} to {there[-1]}")
+    return frame[frame[column] == wanted]
+
+
+def _pair_words(reading: Reading, pairs: ReversalPairs | None) -> dict[int, str]:
+    """Each pair's two queries as text. Raises: RevprobeError, when the reading was taken on other pairs."""
+    if pairs is None:
+        return {}
+    if reading.meta.get("pairs") not in (None, pairs.digest):
+        raise RevprobeError(
+            f"pairs= has the digest {pairs.digest!r}: expected those of the reading, {reading.meta['pairs']!r}"
+        )
+    queries = pairs.to_frame().pivot(index="pair", columns="direction", values="query")
+    return {int(pair): "<br>".join(plain(text, limit=120) for text in row) for pair, *row in queries.itertuples()}
+
+
+def _score_scatter(reading: Reading, shown: pd.DataFrame, words: Mapping[int, str], *, of: int) -> go.Figure:
+    limit = 1.05 * float(np.abs(shown[["score_forward", "score_reverse"]].to_numpy(dtype=float)).max()) or 1.0
+    diagonal = {"color": CONTROL_GREY, "dash": "dot", "width": 1}
+    figure = go.Figure(go.Scatter(x=[-limit, limit], y=[-limit, limit], mode="lines", line=diagonal, hoverinfo="skip"))
+    figure.data[0].update(name="equal scores")
+    for place, (layer, rows) in enumerate(shown.groupby("layer")):
+        marker = {"size": 4, "opacity": 0.5, "color": list(OKABE_ITO.values())[place % 7]}
+        x, y = rows["score_forward"].tolist(), rows["score_reverse"].tolist()
+        hover = [_point_text(row, words.get(int(row["pair"]), ""), reading) for row in rows.to_dict("records")]
+        points = go.Scatter(x=x, y=y, mode="markers", marker=marker, hovertext=hover, hoverinfo="text")
+        figure.add_trace(points.update(name=f"layer {layer}"))
+    part = f"{len(shown):,} of {of:,} points drawn" if len(shown) < of else f"{of:,} points"
+    figure.update_xaxes(title=f"forward score − group mean ({part})", range=[-limit, limit])
+    figure.update_yaxes(title="reverse score − group mean (pre-softmax)", range=[-limit, limit], scaleanchor="x")
+    return _titled(figure, reading, "Pearson r within groups")
+
+
+def _point_text(row: dict[Any, Any], words: str, reading: Reading) -> str:
+    where = f"layer {row['layer']}, head {row['head']}, distances {row['distance_forward']} / {row['distance_reverse']}"
+    scores = f"score − mean: {row['score_forward']:.3f} / {row['score_reverse']:.3f}"
+    step = reading.meta.get("step")
+    lines = [f"fact {plain(row['fact'])}, pair {plain(row['pair'])}", words, where, scores]
+    return "<br>".join([*filter(None, lines), *([] if step is None else [f"step {int(step):,}"])])
+
+
+def gradient_figure(reading: Reading, *, by: str = "role", kind: str = "intervals") -> go.Figure:
+    """Cosine of forward and reverse gradient by role of the parameter, beside its control; the last row is all."""
+    if kind not in ("intervals", "layers"):
+        raise RevprobeError(f"gradient plot of kind {kind!r}{did_you_mean(kind, ['intervals', 'layers'])}")
+    if kind == "layers":
+        return _titled(role_map(reading), reading, "gradient cosine, all parameters:")
+    parts = reading.summary(by=by)
+    everything = reading.summary().assign(**{by: "all"})
+    rows = pd.concat([parts, everything], ignore_index=True).iloc[::-1]
+    names = ["none" if pd.isna(name) else plain(name) for name in rows[by]]
+    labels = [f"{name} (n = {int(n):,})" for name, n in zip(names, rows["n"], strict=True)]
+    figure = go.Figure()
+    for column, low, high, colour, name, symbol in (
+        ("control", "control_low", "control_high", CONTROL_GREY, "control (deranged facts)", "diamond-open"),
+        ("value", "low", "high", FORWARD, "forward and reverse gradient", "circle"),
+    ):
+        value = rows[column].astype(float)
+        bars = {"type": "data", "symmetric": False, "array": (rows[high] - value).tolist(), "color": colour}
+        bars["arrayminus"] = (value - rows[low]).tolist()
+        hover = [interval_text(*numbers) for numbers in rows[[column, low, high]].astype(float).itertuples(index=False)]
+        points = go.Scatter(
+            x=value.tolist(), y=labels, mode="markers", error_x=bars, hovertext=hover, hoverinfo="y+text"
+        )
+        figure.add_trace(points.update(name=name, marker={"color": colour, "symbol": symbol, "size": 9}))
+    lowest = float(np.nanmin(rows[["low", "control_low", "control", "value"]].to_numpy(dtype=float), initial=0.0))
+    figure.update_xaxes(title="cosine (mean over pairs)", range=[lowest - 0.05, 1.05])
+    figure.update_yaxes(type="category")
+    return _titled(figure, reading, "gradient cosine").update_layout(height=170 + 32 * len(rows))
+
+
+def probability_figure(reading: Reading, *, bins: int = 20) -> go.Figure:
+    """How the target's probability is spread over pairs: forward, reverse, and reverse under the control."""
+    frame = reading.frame
+    forward, reverse = (frame[frame["direction"] == direction] for direction in ("forward", "reverse"))
+    measures = reading.measures().set_index("measure")
+    figure = go.Figure()
+    edges = np.linspace(0.0, 1.0, bins + 1)
+    curves = [
+        ("forward", forward["probability"], FORWARD, "solid"),
+        ("reverse", reverse["probability"], REVERSE, "solid"),
+    ]
+    if "probability_control" in reverse:
+        curves.append(("control (reverse, deranged facts)", reverse["probability_control"], CONTROL_GREY, "dash"))
+    for name, values, colour, dash in curves:
+        trace = _histogram(values.dropna().to_numpy(dtype=float), edges, colour, dash)
+        figure.add_trace(trace.update(name=_mean_label(name, values, measures)))
+    figure.update_xaxes(title="probability of the target", range=[-0.01, 1.01])
+    figure.update_yaxes(title=f"share of pairs (n = {reading.n:,})", rangemode="tozero")
+    return _titled(figure, reading, "reverse probability")
+
+
+def _histogram(values: np.ndarray, edges: np.ndarray, colour: str, dash: str) -> go.Scatter:
+    share = np.histogram(values, bins=edges)[0] / max(len(values), 1)
+    ends = [
+        f"{low:.2f} to {high:.2f}: {part:.1%}" for low, high, part in zip(edges[:-1], edges[1:], share, strict=True)
+    ]
+    x, y = [*edges.tolist()], [*share.tolist(), share[-1].item()]  # hv steps: the last value is drawn twice
+    line = {"color": colour, "dash": dash, "width": 2, "shape": "hv"}
+    fill = None if dash == "dash" else "tozeroy"
+    trace = go.Scatter(x=x, y=y, mode="lines", line=line, fill=fill, hovertext=[*ends, ends[-1]], hoverinfo="name+text")
+    return trace.update(fillcolor=faded(colour, 0.12))
+
+
+def _mean_label(name: str, values: pd.Series, measures: pd.DataFrame) -> str:
+    if f"{name}_probability" not in measures.index:
+        return f"{name}: mean {values.mean():.2f}"
+    value, low, high = (float(measures[column][f"{name}_probability"]) for column in ("value", "low", "high"))
+    accuracy = 100 * float(measures["value"][f"{name}_accuracy"])
+    return f"{name}: mean {interval_text(value, low, high)}, accuracy {accuracy:.1f} %"
+
+
+def _titled(figure: go.Figure, reading: Reading, what: str) -> go.Figure:
+    """The heading every single reading carries: which model, step, weights and kind, and its value with control."""
+    meta = reading.meta
+    step = "" if meta.get("step") is None else f", step {int(meta['step']):,}"
+    model = plain(meta.get("model") or "model")
+    control = reading.control.value if reading.control else math.nan
+    numbers = f"{what} {interval_text(reading.value, *reading.interval, control)}, n = {reading.n:,}"
+    gone = sum(reading.undefined.values())
+    numbers += f", {gone:,} undefined" if gone else ""
+    text = f"<b>{model}</b>{step} ({series_words(meta.get('weights'), meta.get('kind'))})<br>{numbers}"
+    legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}
+    title = {"text": text, "font": {"size": 14}, "y": 1, "yref": "container", "pad": {"t": 12}}
+    return figure.update_layout(template=TEMPLATE, title=title, legend=legend, margin={"t": 110}, **SIZE)
+
+
+RENDERERS: dict[str, Callable[..., go.Figure]] = {
+    "attention_correlation": attention_figure,
+    "gradient_cosine": gradient_figure,
+    "reverse_probability": probability_figure,
+    "route_edit": route_edit_figure,
+    "stored_evidence": stored_evidence_figure,
+}

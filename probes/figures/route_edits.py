@@ -1,0 +1,144 @@
+"""Route edits drawn: the change of log-probability for everything at once, each layer and each head."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from ...errors import RevprobeError, did_you_mean
+from .theme import (
+    CONTROL_GREY,
+    DIVERGING,
+    FORWARD,
+    REVERSE,
+    TEMPLATE,
+    UNDEFINED_GREY,
+    interval_text,
+    message_figure,
+    plain,
+    undefined_text,
+)
+from .training_curves import series_words
+
+if TYPE_CHECKING:
+    from ..readings.readings import Reading
+
+KINDS = ("intervals", "heatmap")
+EDIT_WORDS = {
+    "knockout": "route to the evidence cut",
+    "transplant": "route of the other direction put in",
+    "scale": "odds of the evidence scaled",
+}
+COLOURS = {"forward": FORWARD, "reverse": REVERSE}
+CHANGE = "change of the target's log-probability (nats)"
+
+
+def route_edit_figure(reading: Reading, *, kind: str = "intervals", direction: str = "reverse") -> go.Figure:
+    """Draw a route-edit reading.
+
+    Args:
+        kind: "intervals", one row per edit (all at once, each layer, each head) with its 95 % interval and its
+            control; "heatmap", layer x head, for a reading of scope "head".
+        direction: of the queries that were edited.
+    Raises: RevprobeError, for an unknown kind or direction.
+    """
+    for what, value, known in (("kind", kind, KINDS), ("direction", direction, tuple(COLOURS))):
+        if value not in known:
+            raise RevprobeError(f"route plot of {what} {value!r}{did_you_mean(value, known)}")
+    part = _part(reading, direction=direction)
+    table = _summary(part)
+    shown = table[table["scope"] == "head"] if kind == "heatmap" else table
+    if shown.empty:
+        return message_figure("No defined change: no single head was edited; measure with scope='head'")
+    if shown["value"].isna().all():
+        return message_figure(
+            f"No defined change: {undefined_text(_part(part, scope=shown['scope'].iloc[0]).undefined)}"
+        )
+    figure = _heatmap(shown) if kind == "heatmap" else _intervals(shown, direction)
+    return _titled(figure, part, table.iloc[0], direction)
+
+
+def _part(reading: Reading, **where: str) -> Reading:
+    """The reading of the frame's rows with these values alone: its own n, undefined and numbers."""
+    frame = reading.frame
+    for column, value in where.items():
+        frame = frame[frame[column] == value]
+    return replace(reading, frame=frame)
+
+
+def _summary(reading: Reading) -> pd.DataFrame:
+    """One row per edit, the widest first."""
+    table = reading.summary(by=["scope", "layer", "head"])
+    order = table["scope"].map({"all": 0, "layer": 1, "head": 2})
+    return table.assign(order=order).sort_values(["order", "layer", "head"], ignore_index=True)
+
+
+def _intervals(table: pd.DataFrame, direction: str) -> go.Figure:
+    rows = table.iloc[::-1]
+    labels = [f"{_label(row)} (n = {int(row['n']):,})" for row in rows.to_dict("records")]
+    figure = go.Figure()
+    for column, low, high, colour, name, symbol in (
+        ("control", "control_low", "control_high", CONTROL_GREY, "control (other positions)", "diamond-open"),
+        ("value", "low", "high", COLOURS[direction], "evidence", "circle"),
+    ):
+        value = rows[column].astype(float)
+        if value.isna().all():  # measured without a control
+            continue
+        bars = {"type": "data", "symmetric": False, "array": (rows[high] - value).tolist(), "color": colour}
+        bars["arrayminus"] = (value - rows[low]).tolist()
+        hover = [interval_text(*numbers) for numbers in rows[[column, low, high]].astype(float).itertuples(index=False)]
+        points = go.Scatter(
+            x=value.tolist(), y=labels, mode="markers", error_x=bars, hovertext=hover, hoverinfo="y+text"
+        )
+        figure.add_trace(points.update(name=name, marker={"color": colour, "symbol": symbol, "size": 9}))
+    figure.add_vline(x=0, line={"color": CONTROL_GREY, "dash": "dot", "width": 1})
+    figure.update_xaxes(title=CHANGE)
+    figure.update_yaxes(type="category")
+    return figure.update_layout(height=190 + 24 * len(rows))
+
+
+def _label(row: dict[Any, Any]) -> str:
+    if row["scope"] == "all":
+        return "all at once"
+    return f"layer {row['layer']}" + ("" if row["scope"] == "layer" else f", head {row['head']}")
+
+
+def _heatmap(table: pd.DataFrame) -> go.Figure:
+    cells = table.astype({"layer": int, "head": int}).pivot(index="layer", columns="head", values="value")
+    texts = [interval_text(*numbers) for numbers in table[["value", "low", "high", "control"]].itertuples(index=False)]
+    hover = (
+        table.assign(text=texts).astype({"layer": int, "head": int}).pivot(index="layer", columns="head", values="text")
+    )
+    limit = float(np.nanmax(np.abs(cells.to_numpy(dtype=float)))) or 1.0
+    heat = go.Heatmap(
+        x=[str(head) for head in cells.columns],
+        y=[str(layer) for layer in cells.index],
+        z=[[None if math.isnan(value) else value for value in line] for line in cells.to_numpy(dtype=float).tolist()],
+        text=hover.to_numpy().tolist(),
+        hovertemplate="layer %{y}, head %{x}: %{text}<extra></extra>",
+        colorscale=DIVERGING,
+        zmin=-limit,
+        zmax=limit,
+        colorbar={"title": "nats"},
+    )
+    figure = go.Figure(heat).update_layout(plot_bgcolor=UNDEFINED_GREY)
+    figure.update_xaxes(title=f"head edited ({CHANGE})", type="category", showgrid=False)
+    return figure.update_yaxes(title="layer edited", type="category", showgrid=False)
+
+
+def _titled(figure: go.Figure, reading: Reading, widest: pd.Series, direction: str) -> go.Figure:
+    meta = reading.meta
+    step = "" if meta.get("step") is None else f", step {int(meta['step']):,}"
+    numbers = interval_text(*(float(widest[name]) for name in ("value", "low", "high", "control")))
+    gone = sum(reading.undefined.values())
+    what = f"{direction} queries, {EDIT_WORDS[meta['edit']]}: {numbers}, n = {int(widest['n']):,}"
+    what += f", {gone:,} undefined" if gone else ""
+    text = f"<b>{plain(meta.get('model') or 'model')}</b>{step} ({series_words(meta.get('weights'), meta.get('kind'))})"
+    title = {"text": f"{text}<br>{what}", "font": {"size": 14}, "y": 1, "yref": "container", "pad": {"t": 12}}
+    legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}
+    return figure.update_layout(template=TEMPLATE, title=title, legend=legend, margin={"t": 110}, width=640)

@@ -1,0 +1,196 @@
+"""How every figure of the package looks: one plotly template, colour-blind safe and readable in print.
+
+`TEMPLATE` is set on each figure (never registered as plotly's default: importing a library must not change a
+notebook's other plots). `plain` and `interval_text` write what comes from data: plotly draws a subset of HTML, so a run
+called `<b>x</b>` would change the page if it went in unescaped.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from ...errors import RevprobeError, did_you_mean
+
+# Okabe and Ito 2008, "Color Universal Design": eight colours that stay apart for all common colour visions.
+OKABE_ITO = {
+    "blue": "#0072B2",
+    "orange": "#E69F00",
+    "green": "#009E73",
+    "vermillion": "#D55E00",
+    "purple": "#CC79A7",
+    "sky": "#56B4E9",
+    "black": "#000000",
+    "yellow": "#F0E442",
+}
+# An encoding keeps its colour in every figure and report, whatever else is drawn beside it.
+COLOURS = {
+    "rope": OKABE_ITO["blue"],
+    "alibi": OKABE_ITO["green"],
+    "absolute": OKABE_ITO["orange"],
+    "none": OKABE_ITO["purple"],
+    "ARM": OKABE_ITO["vermillion"],
+}
+SPARE_COLOURS = (OKABE_ITO["blue"], OKABE_ITO["vermillion"], OKABE_ITO["green"], OKABE_ITO["purple"], OKABE_ITO["sky"])
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon")
+FORWARD, REVERSE = OKABE_ITO["blue"], OKABE_ITO["vermillion"]
+CONTROL_GREY, UNDEFINED_GREY, GRID_GREY = "#6B6B6B", "#C8C8C8", "#E3E3E3"
+# Both ends are Okabe-Ito colours of like lightness and the middle is white, so sign and size survive without hue.
+DIVERGING = ((0.0, OKABE_ITO["vermillion"]), (0.5, "#FFFFFF"), (1.0, OKABE_ITO["blue"]))
+FONT = "Helvetica, Arial, 'DejaVu Sans', sans-serif"
+LABEL_LIMIT = 60
+
+
+def _axis() -> dict[str, Any]:
+    return {
+        "showline": True,
+        "linecolor": "#333333",
+        "gridcolor": GRID_GREY,
+        "zeroline": False,
+        "ticks": "outside",
+        "tickcolor": "#333333",
+        "title": {"font": {"size": 13}, "standoff": 8},
+        "automargin": True,
+    }
+
+
+TEMPLATE = go.layout.Template(
+    layout={
+        "font": {"family": FONT, "size": 13, "color": "#1A1A1A"},
+        "title": {"font": {"size": 16}, "x": 0.0, "xref": "paper", "xanchor": "left", "yanchor": "top"},
+        "paper_bgcolor": "white",
+        "plot_bgcolor": "white",
+        "colorway": list(OKABE_ITO.values()),
+        "xaxis": _axis(),
+        "yaxis": _axis(),
+        "hoverlabel": {"bgcolor": "white", "font": {"size": 12}, "align": "left"},
+        "legend": {"bgcolor": "rgba(255,255,255,0.85)", "font": {"size": 12}},
+        "margin": {"l": 70, "r": 45, "t": 70, "b": 60},
+        # Upright at the right edge, where it covers neither titles nor buttons.
+        "modebar": {"orientation": "v", "bgcolor": "rgba(255,255,255,0.6)"},
+    }
+)
+
+
+# What ink and paper decide, light to dark; all other colours keep their meaning and stay legible on both.
+DARK_PAPER = "#16191D"
+IN_THE_DARK = {
+    "white": DARK_PAPER,
+    "#1A1A1A": "#E8E8E8",
+    "#333333": "#CFCFCF",
+    "#555": "#B5B5B5",
+    OKABE_ITO["black"]: "#FFFFFF",
+    OKABE_ITO["blue"]: "#4C9FD4",
+    CONTROL_GREY: "#A0A0A0",
+    UNDEFINED_GREY: "#5A5F66",
+    GRID_GREY: "#33383E",
+    "rgba(255,255,255,0.85)": "rgba(22,25,29,0.85)",
+    "rgba(255,255,255,0.6)": "rgba(22,25,29,0.6)",
+    "rgba(0,114,178,0.15)": "rgba(76,159,212,0.22)",
+    "rgba(0,114,178,0.25)": "rgba(76,159,212,0.4)",
+}
+THEMES = ("light", "dark")
+
+
+def in_the_dark(value: Any) -> Any:
+    """A figure's JSON with the colours of ink and paper swapped for a dark page; containers are copied."""
+    if isinstance(value, str):
+        return IN_THE_DARK.get(value, value)
+    if isinstance(value, dict):
+        return {key: in_the_dark(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [in_the_dark(inner) for inner in value]
+    return value
+
+
+def with_theme(figure: go.Figure, theme: str) -> go.Figure:
+    """The figure for a light page (as every figure is drawn) or for a dark one.
+
+    Raises: RevprobeError, for another theme.
+    """
+    if theme not in THEMES:
+        raise RevprobeError(f"theme {theme!r}{did_you_mean(theme, THEMES)}")
+    return figure if theme == "light" else go.Figure(in_the_dark(figure.to_plotly_json()))
+
+
+def plain(text: object, *, limit: int | None = LABEL_LIMIT) -> str:
+    """Text from data as plotly should show it: one line, shortened, with nothing left for plotly to interpret."""
+    line = " ".join(str(text).split())
+    if limit is not None and len(line) > limit:
+        line = line[: limit - 1] + "…"
+    return html.escape(line, quote=False)
+
+
+def interval_text(value: float, low: float, high: float, control: float = math.nan, *, percent: bool = False) -> str:
+    """A value as people read it: `0.53 [0.41, 0.62] (control 0.02)`; an undefined one is called so.
+
+    Args:
+        percent: the numbers are fractions and are shown as percentages (without the sign).
+    """
+    if math.isnan(value):
+        return "undefined"
+    text = _rounded(value, percent)
+    if not (math.isnan(low) or math.isnan(high)):
+        text += f" [{_rounded(low, percent)}, {_rounded(high, percent)}]"
+    return text if math.isnan(control) else f"{text} (control {_rounded(control, percent)})"
+
+
+def _rounded(number: float, percent: bool) -> str:
+    text = f"{100 * number:.1f}" if percent else f"{number:.2f}"
+    # A control just below zero would print as "-0.00", and its sign says nothing.
+    return text.removeprefix("-") if float(text) == 0 else text
+
+
+def undefined_text(undefined: Mapping[str, int]) -> str:
+    """The reasons of a reading's undefined points, counted: `26 constant scores; 3 masked out`."""
+    return "; ".join(f"{count:,} {reason}" for reason, count in undefined.items() if count)
+
+
+def counts_text(counts: Iterable[float]) -> str:
+    """Sample sizes for an axis title: `n = 702` or `n = 702 to 2,106`."""
+    found = sorted({int(count) for count in counts if not math.isnan(count)})
+    if not found:
+        return "n = 0"
+    return f"n = {found[0]:,}" if len(found) == 1 else f"n = {found[0]:,} to {found[-1]:,}"
+
+
+def faded(colour: str, alpha: float) -> str:
+    """A `#RRGGBB` colour with an opacity, as plotly takes it."""
+    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{alpha})"
+
+
+def band(x: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str, **options: Any) -> go.Scatter:
+    """The area between two curves; it breaks where either is NaN, so an undefined stretch stays a gap."""
+    outline_x: list[float | None] = []
+    outline_y: list[float | None] = []
+    for stretch in _defined_stretches(low, high):
+        outline_x += [x[i] for i in stretch] + [x[i] for i in reversed(stretch)] + [None]
+        outline_y += [low[i] for i in stretch] + [high[i] for i in reversed(stretch)] + [None]
+    # The thin edge keeps the interval of a single point visible: its polygon has no width.
+    line = {"width": 1, "color": faded(colour, 0.25)}
+    fill = {"fill": "toself", "fillcolor": faded(colour, 0.15)}
+    return go.Scatter(x=outline_x, y=outline_y, mode="lines", line=line, hoverinfo="skip", **fill, **options)
+
+
+def _defined_stretches(low: Sequence[float], high: Sequence[float]) -> list[list[int]]:
+    stretches: list[list[int]] = [[]]
+    for index, (bottom, top) in enumerate(zip(low, high, strict=True)):
+        if math.isnan(bottom) or math.isnan(top):
+            stretches.append([])
+        else:
+            stretches[-1].append(index)
+    return [stretch for stretch in stretches if stretch]
+
+
+def message_figure(message: str) -> go.Figure:
+    """A figure that says why there is nothing to draw."""
+    figure = go.Figure(layout={"template": TEMPLATE, "height": 160, "xaxis": {"visible": False}})
+    figure.update_yaxes(visible=False)
+    return figure.add_annotation(
+        text=plain(message, limit=None), showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper"
+    )

@@ -1,0 +1,244 @@
+"""The three panels of Fig. 3 over training: does the route, the gradient and the answer move together?
+
+One line per run, weights and kind of pair: raw and EMA weights, and `same_target` and `swapped` pairs, answer different
+questions, so they are never averaged and each line's label says which it is. Colour is the position encoding (or ARM),
+the dashed line in the same colour is the control, the band the 95 % interval.
+Source: Section 5 and Fig. 3 of the paper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from ...errors import RevprobeError
+from .step_axis import StepScale
+from .theme import (
+    COLOURS,
+    CONTROL_GREY,
+    SPARE_COLOURS,
+    SYMBOLS,
+    TEMPLATE,
+    band,
+    counts_text,
+    faded,
+    interval_text,
+    message_figure,
+    plain,
+    undefined_text,
+)
+
+if TYPE_CHECKING:
+    from ..readings.readings import Reading
+
+NEEDED = ("run", "step", "weights", "kind", "measure", "value", "n", "low", "high", "control")
+# Heights in pixels; they travel in the figure's meta, so that a page that hides series can take their room back.
+LEGEND = {"panels": 480, "axis": 70, "row": 20, "columns": 4}
+VIEWS = {"ema": "EMA weights (raw where there is no EMA)", "raw": "raw weights", "both": "raw and EMA"}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes: what it shows, where it stands in the grid of 2 rows x 3 columns."""
+
+    measure: str
+    title: str
+    unit: str
+    row: int
+    column: int
+    floor: float  # the lowest value worth showing even when the data stays above it
+
+
+PANELS = (
+    Panel("attention_correlation", "Routing: attention scores", "Pearson r of forward and reverse score", 1, 1, -0.25),
+    Panel("gradient_cosine", "Learning: gradients", "cosine over all parameters", 1, 2, -0.25),
+    Panel("forward_probability", "Answer: forward query", "target probability", 1, 3, 0.0),
+    Panel("reverse_probability", "Answer: reverse query", "target probability", 2, 3, 0.0),
+)
+
+
+def measures_with_reasons(readings: Iterable[Reading]) -> pd.DataFrame:
+    """`Readings.measures()` plus `run` (the reading's model) and `reason` (why points are undefined, counted)."""
+    parts = []
+    for reading in readings:
+        part = reading.measures()
+        for place, key in enumerate(("step", "weights", "kind")):
+            part.insert(place, key, reading.meta.get(key))
+        part.insert(0, "run", str(reading.meta.get("model") or "model"))
+        parts.append(part.assign(reason=undefined_text(reading.undefined), objective=reading.meta.get("objective")))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*NEEDED, "reason", "objective"])
+
+
+def signatures_figure(measures: pd.DataFrame, *, buttons: bool = True) -> go.Figure:
+    """Draw attention correlation, gradient cosine and target probability over training, each with its control.
+
+    Args:
+        measures: tidy rows with the columns of `summary.csv`; `objective`, `position_encoding`, `length` and `reason`
+            (shown where a value is undefined) are used when they are there.
+        buttons: add the buttons that choose raw weights, EMA weights or both.
+    Raises: RevprobeError, when a column is missing.
+    Source: Fig. 3 of the paper; forward and reverse probability have axes of their own, for ALiBi they coincide.
+    """
+    missing = [column for column in NEEDED if column not in measures]
+    if missing:
+        raise RevprobeError(f"measures lack the columns {missing}: expected those of summary.csv, see `summary_frame`")
+    rows = measures[measures["measure"].isin([panel.measure for panel in PANELS])]
+    if rows.empty:
+        return message_figure("No readings: nothing was measured yet.")
+    # A model loaded from a hub has no training step: its points stand at the left edge, and the axis says so.
+    rows = rows.assign(place=rows["step"].astype(float).fillna(0.0))
+    scale = StepScale.over(int(step) for step in rows["place"])
+    figure = _empty_panels(rows, scale)
+    if rows["step"].isna().all():
+        figure.update_xaxes(title="no training step recorded", showticklabels=False)
+    for series in _all_series(rows):
+        _draw_series(figure, series, scale)
+    if buttons and {"raw", "ema"} <= set(rows["weights"].dropna()):
+        _add_buttons(figure)
+    return figure
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of every panel: a run, its weights and the kind of its pairs, with how it is drawn."""
+
+    rows: pd.DataFrame
+    label: str
+    colour: str
+    symbol: str
+    dressing: dict[str, Any]  # what a selector needs to show or hide the traces: views, run, length
+
+
+def _all_series(rows: pd.DataFrame) -> list[Series]:
+    colours = _colours(rows)
+    with_ema = set(rows.loc[rows["weights"] == "ema", "run"])
+    # Runs without a length beside runs with one: NaN equals nothing, not even itself.
+    rows = rows.astype({"length": object}).where(rows.notna(), None) if "length" in rows else rows
+    lengths = list(dict.fromkeys(rows["length"])) if "length" in rows else [None]
+    series = []
+    for (run, weights, kind), part in rows.groupby(["run", "weights", "kind"], sort=False, dropna=False):
+        length = part["length"].iloc[0] if "length" in part else None
+        symbol = SYMBOLS[lengths.index(length) % len(SYMBOLS)] if len(lengths) > 1 else "circle"
+        tags = {"run": str(run), "length": str(length), "views": _views(weights, ema=run in with_ema)}
+        label = plain(run) + f" ({series_words(weights, kind)})"
+        open_marker = "-open" if weights == "raw" and run in with_ema else ""
+        series.append(Series(part, label, colours[colour_key(part.iloc[0])], symbol + open_marker, tags))
+    return series
+
+
+def series_words(weights: object, kind: object) -> str:
+    """Which weights and which kind of pairs a line stands for, in words: `EMA, same target`."""
+    shown = {"ema": "EMA", "raw": "raw"}.get(str(weights), "")
+    words = [shown, plain(str(kind).replace("_", " ")) if isinstance(kind, str) else ""]
+    return ", ".join(word for word in words if word) or "as loaded"
+
+
+def colour_key(row: pd.Series) -> str:
+    """What decides a run's colour: ARM, else its position encoding, else its name."""
+    if row.get("objective") == "causal":
+        return "ARM"
+    encoding = row.get("position_encoding")
+    return encoding if isinstance(encoding, str) and encoding else str(row["run"])
+
+
+def _colours(rows: pd.DataFrame) -> dict[str, str]:
+    keys = dict.fromkeys(colour_key(row) for _, row in rows.drop_duplicates("run").iterrows())
+    taken = {COLOURS[key] for key in keys if key in COLOURS}
+    spare = [colour for colour in SPARE_COLOURS if colour not in taken] or list(SPARE_COLOURS)
+    others = [key for key in keys if key not in COLOURS]
+    return COLOURS | {key: spare[place % len(spare)] for place, key in enumerate(others)}
+
+
+def _views(weights: Hashable, *, ema: bool) -> list[str]:
+    if weights == "ema":
+        return ["ema", "both"]
+    return ["raw", "both"] if ema else list(VIEWS)
+
+
+def _empty_panels(rows: pd.DataFrame, scale: StepScale) -> go.Figure:
+    specs = [[{"rowspan": 2}, {"rowspan": 2}, {}], [None, None, {}]]
+    titles = [f"<b>{panel.title}</b>" for panel in PANELS]
+    figure = make_subplots(2, 3, specs=specs, subplot_titles=titles, horizontal_spacing=0.075, vertical_spacing=0.2)
+    for panel in PANELS:
+        part = rows[rows["measure"] == panel.measure]
+        place = {"row": panel.row, "col": panel.column}
+        drawn = part[["value", "low", "control"]].to_numpy(dtype=float)
+        floor = min(panel.floor, float(np.nanmin(drawn, initial=panel.floor + 0.05)) - 0.05)
+        title = f"{panel.unit} ({counts_text(part['n'].astype(float))})"
+        if panel.column == 3:  # half as high as the others: the long title needs two lines
+            title = title.replace(" (", "<br>(")
+        figure.update_yaxes(title={"text": title}, range=[floor - 0.02, 1.04], **place)
+        figure.update_xaxes(scale.axis(), **place)
+    figure.update_xaxes(title=None, row=1, col=3)
+    key = "line: value · band: 95 % bootstrap interval over facts · dashed: control (deranged facts) · ×: undefined"
+    heading = {"text": key, "font": {"size": 12, "color": "#555"}, "y": 1, "yref": "container", "pad": {"t": 8}}
+    legend = {"orientation": "h", "yref": "container", "y": 0.0, "yanchor": "bottom", "x": 0, "entrywidth": 225}
+    series = rows.groupby(["run", "weights", "kind"], dropna=False).ngroups
+    below = LEGEND["axis"] + LEGEND["row"] * math.ceil(series / LEGEND["columns"])
+    size = {"height": LEGEND["panels"] + below, "margin": {"t": 80, "b": below, "r": 45}}
+    return figure.update_layout(template=TEMPLATE, title=heading, legend=legend, meta={"below": LEGEND}, **size)
+
+
+def _draw_series(figure: go.Figure, series: Series, scale: StepScale) -> None:
+    shown = True  # the legend lists a series once, at the first panel that holds it
+    for panel in PANELS:
+        rows = series.rows[series.rows["measure"] == panel.measure].sort_values("place")
+        if rows.empty:
+            continue
+        for trace in _panel_traces(rows, series, scale, floor=panel.floor):
+            trace.update(legendgroup=series.label, showlegend=shown and trace.meta["part"] == "value")
+            trace.update(visible="ema" in series.dressing["views"])
+            figure.add_trace(trace, row=panel.row, col=panel.column)
+        shown = False
+
+
+def _panel_traces(rows: pd.DataFrame, series: Series, scale: StepScale, *, floor: float) -> list[go.Scatter]:
+    x = [scale.position(step) for step in rows["place"]]
+    value, low, high, control = (rows[name].astype(float).tolist() for name in ("value", "low", "high", "control"))
+    hover = [_hover(series.label, row) for row in rows.to_dict("records")]
+    parts = {
+        "band": band(x, low, high, series.colour),
+        "control": go.Scatter(x=x, y=control, mode="lines", hoverinfo="skip"),
+        "value": go.Scatter(x=x, y=value, mode="lines+markers", hovertext=hover, hoverinfo="text"),
+        "undefined": _undefined_marks(x, value, hover, floor),
+    }
+    parts["control"].line = {"color": faded(series.colour, 0.75), "width": 1.5, "dash": "dash"}
+    parts["value"].line = {"color": series.colour, "width": 2}
+    parts["value"].marker = {"symbol": series.symbol, "size": 6}
+    for part, trace in parts.items():
+        trace.update(name=series.label, meta={"part": part, **series.dressing})
+    return [trace for trace in parts.values() if trace.x]
+
+
+def _undefined_marks(x: Sequence[float], value: Sequence[float], hover: Sequence[str], floor: float) -> go.Scatter:
+    """Grey crosses at the foot of the panel: the line keeps its gap, and the cross says why."""
+    gaps = [place for place, number in enumerate(value) if math.isnan(number)]
+    marker = {"symbol": "x-thin", "size": 8, "line": {"width": 2, "color": CONTROL_GREY}}
+    text = [hover[place] for place in gaps]
+    x, y = [x[place] for place in gaps], [floor for _ in gaps]
+    return go.Scatter(x=x, y=y, mode="markers", marker=marker, hovertext=text, hoverinfo="text")
+
+
+def _hover(label: str, row: dict[Hashable, Any]) -> str:
+    numbers = interval_text(float(row["value"]), float(row["low"]), float(row["high"]), float(row["control"]))
+    step = "" if pd.isna(row["step"]) else f"step {int(row['step']):,}: "
+    lines = [f"<b>{label}</b>", step + numbers, counts_text([float(row["n"])])]
+    if row.get("reason"):
+        lines.append(f"undefined: {plain(row['reason'], limit=200)}")
+    return "<br>".join(lines)
+
+
+def _add_buttons(figure: go.Figure) -> None:
+    buttons = []
+    for view, label in VIEWS.items():
+        visible = [view in trace.meta["views"] for trace in figure.data]
+        buttons.append({"label": label, "method": "restyle", "args": [{"visible": visible}]})
+    place = {"x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "pad": {"b": 36}, "direction": "right"}
+    figure.update_layout(updatemenus=[{"type": "buttons", "buttons": buttons, "showactive": True, **place}])

@@ -1,0 +1,121 @@
+"""Queries as tensors: what the model is shown, which rows are read, which tokens are priced.
+
+Shapes below: query, seq (longest of the batch, right-padded), token (most target tokens of the batch), column
+(most evidence tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+
+from ...errors import RevprobeError
+from ...models.probed import ProbedModel
+from ..pairs.pairs import Query
+
+# Tokens of one batch for a small model, and the parameters beyond which batches shrink.
+_TOKENS, _SMALL = 8192, 50_000_000
+
+
+@dataclass(frozen=True)
+class QueryBatch:
+    """Some queries, padded to one length, on the model's device.
+
+    Shapes: `input_ids` (target hidden), `attention_mask` (None without padding): `query seq`; `rows` (readout rows),
+    `targets` (token ids), `is_target`: `query token`; `columns` (evidence positions), `is_evidence`: `query column`.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    rows: Tensor
+    targets: Tensor
+    is_target: Tensor
+    columns: Tensor
+    is_evidence: Tensor
+
+
+def make_batch(model: ProbedModel, queries: Sequence[Query]) -> QueryBatch:
+    """Pad the queries and hide their targets the model's way.
+
+    Raises: RevprobeError, when a readout row would be before the sequence.
+    """
+    device = model.device
+    tokens, lengths = _padded([q.token_ids for q in queries], 0)
+    positions, counts = _padded([q.target_positions for q in queries], -1)
+    columns, widths = _padded([q.evidence_positions for q in queries], 0)
+    is_target = torch.arange(positions.shape[1]) < counts[:, None]
+    hidden = torch.zeros_like(tokens, dtype=torch.bool)
+    hidden.scatter_(1, torch.where(is_target, positions, positions[:, :1]), True)
+    rows = torch.where(is_target, positions - model.logit_shift, 0)
+    if (rows < 0).any():
+        raise RevprobeError(
+            f"a target at position 0 has no readout row in {model.name} (logit_shift 1); put a begin token before the "
+            "query"
+        )
+    targets = tokens.gather(1, positions.clamp(min=0))
+    padding = (
+        None
+        if (lengths == tokens.shape[1]).all()
+        else (torch.arange(tokens.shape[1]) < lengths[:, None]).long().to(device)
+    )
+    is_evidence = torch.arange(columns.shape[1]) < widths[:, None]
+    shown = model.hide(tokens.to(device), hidden.to(device))
+    return QueryBatch(shown, padding, *(t.to(device) for t in (rows, targets, is_target, columns, is_evidence)))
+
+
+def prepare_queries(model: ProbedModel, queries: Sequence[Query]) -> list[Query]:
+    """Check the queries against the model, and put a begin token before all of them where one target needs it.
+
+    Raises: RevprobeError, for a token outside the vocabulary, a query longer than the model takes, or a target at
+        position 0 of a shift-1 model that has no begin token.
+    """
+    highest = max(max(q.token_ids) for q in queries)
+    lowest = min(min(q.token_ids) for q in queries)
+    if not 0 <= lowest <= highest < model.vocab_size:
+        wrong = lowest if lowest < 0 else highest
+        raise RevprobeError(
+            f"token id {wrong} is outside the vocabulary of {model.name} (0 to {model.vocab_size - 1}); these pairs "
+            "were made for another model"
+        )
+    if model.objective == "masked" and any(model.mask_token_id in q.target for q in queries):
+        raise RevprobeError(
+            f"a target is the mask token {model.mask_token_id} itself, which is never predicted; give the clean "
+            "sequence"
+        )
+    if model.logit_shift and any(q.target_positions[0] == 0 for q in queries):
+        if model.begin_token_id is None:
+            raise RevprobeError(
+                f"a target stands at position 0, which {model.name} (logit_shift 1) cannot predict without a begin "
+                "token; pass begin_token_id="
+            )
+        queries = [_after_begin(q, model.begin_token_id) for q in queries]
+    longest = max(len(q.token_ids) for q in queries)
+    if model.max_length is not None and longest > model.max_length:
+        raise RevprobeError(
+            f"a query of {longest} tokens is longer than {model.name} takes ({model.max_length}); shorten it or load "
+            "a model with a longer context"
+        )
+    return list(queries)
+
+
+def default_batch_size(model: ProbedModel, queries: Sequence[Query]) -> int:
+    """Queries per batch: about 8,192 tokens for small models, fewer for large ones, at least two queries."""
+    parameters = sum(p.numel() for p in model.module.parameters())
+    tokens = max(512, int(_TOKENS * min(1.0, _SMALL / max(parameters, 1))))
+    return max(2, tokens // max(len(q.token_ids) for q in queries))
+
+
+def _after_begin(query: Query, begin: int) -> Query:
+    return Query(
+        [begin, *query.token_ids], [p + 1 for p in query.target_positions], [p + 1 for p in query.evidence_positions]
+    )
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
+    """Ragged rows as one tensor, with their lengths."""
+    table = torch.tensor(list(zip_longest(*rows, fillvalue=fill)), dtype=torch.long).T.contiguous()
+    return table, torch.tensor([len(row) for row in rows])

@@ -1,0 +1,260 @@
+"""The logit of a target as a sum: what each head read at each position, each MLP, the embedding, and the biases.
+
+With patterns, norm scales and activations held (`hooks.linearize`) a logit is linear in what was written into the
+residual stream, so z_i[v] = sum over layers, heads and positions of a_ij (g . value_j) + the direct shares of
+MLPs, embedding, biases and norms, with g the derivative of the logit by the head's output along the residual stream
+alone. A head's value is in turn the sum of what it was made from (its sources), of which the token embedding's share,
+g . W_V E[x_j] under held scales, is the stored-evidence entry S[v, x_j] of that head.
+
+Shapes below: batch (queries), token (target tokens), heads, seq, vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...errors import RevprobeError
+from ...hooks.linearize import HeldAttention, HeldPass, hold_nonlinear
+from ...models.probed import ProbedModel
+from ...models.roles import parameter_role
+from .batches import QueryBatch
+
+# What a value is made from; "earlier" is what attention and MLPs of earlier layers wrote.
+SOURCES = ("token", "position", "norm", "bias", "earlier")
+_SOURCE_OF = {"embed": "token", "position": "position", "norm": "norm", "bias": "bias", "mlp": "earlier"}
+# The sum of the parts may miss the logit by this many rounding units of the parts' total size, and by no more than
+# this share of it (64 units of bfloat16 would be a half).
+_SLACK, _MOST = 64.0, 0.02
+
+
+class Piece(NamedTuple):
+    """A summand of the logit. `part`: "evidence" or "others" (what a head reads there), embed, position, mlp, norm or
+    bias (what reaches the logit directly); `source`: of a head's piece; None where it does not apply.
+    """
+
+    part: str
+    source: str | None
+    layer: int | None
+    head: int | None
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """One target's logit taken apart; a target of several tokens has the mean logit.
+
+    Shapes: `contribution`: `batch piece`, adds up to `logit`, the model's own, `batch`; `stored`: `batch piece`, what
+    a head's piece would be if the evidence had all attention (mean over its tokens), NaN unless it is the evidence's;
+    `gap`: by how much the sum misses the logit, as a share of the pieces' total size, `batch`. All float64.
+    """
+
+    pieces: list[Piece]
+    contribution: Tensor
+    stored: Tensor
+    logit: Tensor
+    gap: Tensor
+
+
+@dataclass
+class HeldBatch:
+    """A batch run twice, as it is and with everything nonlinear held; targets are then decomposed one after another."""
+
+    model: ProbedModel
+    batch: QueryBatch
+    held: HeldPass
+    own: Tensor  # the model's logits at the readout rows, `batch token vocab`
+    logits: Tensor  # the same from the held pass, with its graph
+    layers: list[int]
+    values: list[dict[str, Tensor]]  # of each layer, by source
+
+    @classmethod
+    def run(cls, model: ProbedModel, batch: QueryBatch) -> HeldBatch:
+        """Raises: RevprobeError, when no attention is seen or the logits are NaN."""
+        at = torch.arange(len(batch.rows), device=batch.rows.device)[:, None], batch.rows
+        with torch.no_grad():
+            own = model.logits(batch.input_ids, batch.attention_mask)[at]
+        if own.isnan().any():
+            raise RevprobeError(model.explain_non_finite())
+        with hold_nonlinear(model.module, batch.rows) as held:
+            logits = model.logits(batch.input_ids, batch.attention_mask)[at]
+        if not held.attention:
+            raise RevprobeError(
+                f"{model.name}: no attention was seen whose pattern can be held (flash or flex kernels, "
+                "nn.MultiheadAttention); load it with attn_implementation='sdpa'"
+            )
+        numbers = [_layer(call.site) for call in held.attention]
+        by_path = [number for number in numbers if number is not None]
+        layers = by_path if len(by_path) == len(numbers) == len(set(by_path)) else list(range(len(numbers)))
+        with torch.enable_grad():
+            values = [_value_shares(call, held) for call in held.attention]
+        return cls(model, batch, held, own, logits, layers, values)
+
+    @property
+    def _is_evidence(self) -> Tensor:
+        """Shapes: `-> batch seq` (bool)."""
+        shown = torch.zeros_like(self.batch.input_ids, dtype=torch.bool)
+        columns = torch.where(self.batch.is_evidence, self.batch.columns, self.batch.columns[:, :1])
+        return shown.scatter_(1, columns, True)
+
+    def routes(self, pieces: list[Piece]) -> tuple[Tensor, Tensor]:
+        """Attention of each head's piece, and whether the mask keeps all evidence from it.
+
+        Attention is summed over the piece's positions and averaged over readout rows; NaN for other pieces.
+        Shapes: `-> batch piece, batch piece` (float64, bool).
+        """
+        evidence, asked = self._is_evidence[:, None, None], self.batch.is_target[:, None, :]
+        found: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
+        for layer, call in zip(self.layers, self.held.attention, strict=True):
+            masked = ((call.hidden | ~evidence).all(-1) | ~asked).all(-1)
+            for part, keep in (("evidence", evidence), ("others", ~evidence)):
+                mass = call.weight.double().masked_fill(~keep, 0.0).sum(-1).masked_fill(~asked, 0.0)
+                found[part, layer] = mass.sum(-1) / asked.sum(-1), masked
+        none = torch.full((len(asked),), torch.nan, dtype=torch.float64, device=asked.device)
+        sides = [found.get((p.part, p.layer)) for p in pieces]
+        weight = [none if s is None else s[0][:, p.head] for p, s in zip(pieces, sides, strict=True)]
+        hidden = [none > 0 if s is None else s[1][:, p.head] for p, s in zip(pieces, sides, strict=True)]
+        return torch.stack(weight, dim=1), torch.stack(hidden, dim=1)
+
+    def decompose(self, targets: Tensor) -> Decomposition:
+        """Take the logits of `targets` apart, and hold the sum against the model's own.
+
+        Shapes: `targets`: `batch token`, read at the batch's readout rows.
+        Raises: RevprobeError, when attention reaches the logit through something nonlinear, or the sum misses it.
+        """
+        asked = self.batch.is_target
+        mean = lambda logits: _chosen(logits, targets).masked_fill(~asked, 0.0).sum(1) / asked.sum(1)  # noqa: E731
+        outputs = [call.output for call in self.held.attention]
+        leaves = [*outputs, *(part.values for part in self.held.parts)]
+        with torch.enable_grad():
+            objective = mean(self.logits).sum()
+        gradients = torch.autograd.grad(objective, leaves, retain_graph=True, allow_unused=True)
+        found: dict[Piece, tuple[Tensor, Tensor]] = {}
+        for place in range(len(outputs)):
+            found |= self._head_pieces(place, gradients[place])
+        for part, gradient in zip(self.held.parts, gradients[len(outputs) :], strict=True):
+            if gradient is not None:
+                piece = Piece(part.kind, None, _layer(part.site), None)
+                share = part.shares(gradient, len(targets)).double()
+                before = found[piece][0] if piece in found else 0.0
+                found[piece] = share + before, torch.full_like(share, torch.nan)
+        contribution, stored = (torch.stack(columns, dim=1) for columns in zip(*found.values(), strict=True))
+        return self._checked(list(found), contribution, stored, mean(self.own).double())
+
+    def _head_pieces(self, place: int, gradient: Tensor | None) -> dict[Piece, tuple[Tensor, Tensor]]:
+        """Contribution and stored evidence of every head, position and source of one layer."""
+        call, layer = self.held.attention[place], self.layers[place]
+        evidence = self._is_evidence[:, None, None]
+        found = {}
+        for source, share in self._shares(place, gradient).items():
+            routed = (share * call.weight.double()).sum(2)
+            stored = share.masked_fill(~evidence, 0.0).sum((2, 3)) / evidence.sum((2, 3))
+            for part, keep in (("evidence", evidence), ("others", ~evidence)):
+                contribution = routed.masked_fill(~keep[:, 0], 0.0).sum(2)
+                for head in range(share.shape[1]):
+                    kept = stored[:, head] if part == "evidence" else torch.full_like(stored[:, head], torch.nan)
+                    found[Piece(part, source, layer, head)] = contribution[:, head], kept
+        return found
+
+    def _shares(self, place: int, gradient: Tensor | None) -> dict[str, Tensor]:
+        """What each position would add to the logit through each head if it had all attention of the readout row.
+
+        Shapes: source -> `batch heads token seq`, float64. Raises: RevprobeError, without a direct share.
+        """
+        call = self.held.attention[place]
+        if gradient is None:
+            raise RevprobeError(
+                f"{self.model.name}: the heads of {call.site!r} reach the logit only through something nonlinear "
+                f"({self._last_cut()}), so they have no direct share in it"
+            )
+        batch = torch.arange(len(gradient), device=gradient.device)[:, None]
+        at_rows = gradient.transpose(1, 2)[batch, self.batch.rows].transpose(1, 2).double()
+        at_rows = at_rows.masked_fill(~self.batch.is_target[:, None, :, None], 0.0)
+        return {source: at_rows @ values.double().mT for source, values in self.values[place].items()}
+
+    def by_position(self) -> Iterator[tuple[int, HeldAttention, dict[str, Tensor]]]:
+        """Each layer, its attention call, and the shares of every position in the logits of the batch's own targets.
+
+        Each readout row's share is in its own target's logit (not their mean). Shapes: source -> `batch heads token
+        seq`, unrouted, float64. Raises: RevprobeError, as `decompose`.
+        """
+        self.decompose(self.batch.targets)
+        asked = self.batch.is_target
+        with torch.enable_grad():
+            objective = _chosen(self.logits, self.batch.targets).masked_fill(~asked, 0.0).sum()
+        outputs = [call.output for call in self.held.attention]
+        gradients = torch.autograd.grad(objective, outputs, retain_graph=True, allow_unused=True)
+        for place, (layer, call) in enumerate(zip(self.layers, self.held.attention, strict=True)):
+            yield layer, call, self._shares(place, gradients[place])
+
+    def _last_cut(self) -> str:
+        last = next((part for part in reversed(self.held.parts) if part.kind == "mlp"), None)
+        return "an unseen function" if last is None else f"{last.function}, in {last.site or self.model.name!r}"
+
+    def _checked(self, pieces: list[Piece], contribution: Tensor, stored: Tensor, logit: Tensor) -> Decomposition:
+        total, size = contribution.sum(1), contribution.abs().sum(1)
+        gap = (total - logit).abs() / size.clamp(min=torch.finfo(torch.float64).tiny)
+        worst = int(gap.argmax())
+        if not gap[worst] <= min(_SLACK * self.held.eps, _MOST):
+            raise RevprobeError(
+                f"{self.model.name}: the parts add up to {float(total[worst]):.6g}, the logit is "
+                f"{float(logit[worst]):.6g}; something between them is neither linear nor held, so this architecture "
+                "cannot be decomposed (a custom autograd function does that; so do experts that sort the tokens of a "
+                "whole batch: try batch_size=1)"
+            )
+        return Decomposition(pieces, contribution, stored, logit, gap)
+
+    def stored_logits(self) -> Tensor:
+        """The stored evidence of every token of the vocabulary, summed over layers and heads: sum of S[:, u].
+
+        The mean over evidence tokens. Shapes: `-> batch token vocab`.
+        """
+        evidence = self._is_evidence
+        batch = torch.arange(len(evidence), device=evidence.device)[:, None]
+        outputs, pushed = [call.output for call in self.held.attention], []
+        for call, values in zip(self.held.attention, self.values, strict=True):
+            mean = (values["token"] * evidence[:, None, :, None]).sum(2) / evidence.sum(1)[:, None, None]
+            at_rows = mean[:, None].expand(-1, self.batch.rows.shape[1], -1, -1).clone()  # batch token heads dim
+            at_rows[~self.batch.is_target] = 0.0
+            written = torch.zeros_like(call.output).transpose(1, 2)
+            written.index_put_((batch, self.batch.rows), at_rows.to(written.dtype), accumulate=True)
+            pushed.append(written.transpose(1, 2))
+        with torch.enable_grad():
+            return _push_forward(self.logits, outputs, pushed)
+
+
+def _value_shares(call: HeldAttention, held: HeldPass) -> dict[str, Tensor]:
+    """What a value is made from. Shapes: source -> `batch heads seq dim`; they add up to the value."""
+    leaves = [(_SOURCE_OF[part.kind], part.values) for part in held.parts]
+    leaves += [("earlier", earlier.output) for earlier in held.attention]
+    reached = torch.autograd.grad(call.value.sum(), [leaf for _, leaf in leaves], retain_graph=True, allow_unused=True)
+    used = [pair for pair, gradient in zip(leaves, reached, strict=True) if gradient is not None]
+    shares = {"token": torch.zeros_like(call.value)}
+    for source in SOURCES:
+        chosen = [leaf for name, leaf in used if name == source]
+        if chosen:
+            shares[source] = _push_forward(call.value, chosen, [leaf.detach() for leaf in chosen])
+    return {source: call.by_head(share.detach()) for source, share in shares.items()}
+
+
+def _push_forward(output: Tensor, inputs: list[Tensor], directions: list[Tensor]) -> Tensor:
+    """How a tensor that is affine in `inputs` moves along `directions`: the transpose of the transpose.
+
+    Backward is linear in what it is given, so differentiating it by that gives the forward map; forward-mode autograd
+    would have to be on while the model ran. Shapes: `-> output`.
+    """
+    given = torch.zeros_like(output, requires_grad=True)
+    gradients = torch.autograd.grad(output, inputs, given, create_graph=True)
+    total = torch.stack([(g * d).sum() for g, d in zip(gradients, directions, strict=True)]).sum()
+    return torch.autograd.grad(total, given)[0].detach()
+
+
+def _chosen(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.gather(-1, targets[..., None])[..., 0]
+
+
+def _layer(site: str) -> int | None:
+    return parameter_role(f".{site}.").layer

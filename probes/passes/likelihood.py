@@ -1,0 +1,155 @@
+"""Pricing targets: the log-probability a query gives to some target tokens, and their rank.
+
+An ask is a query with the tokens it is priced for: its own target, or, for the control, the target of the fact
+deranged onto it. A single token is read off the query's own run; several tokens in chain mode are revealed left
+to right, which takes one run per token.
+
+Shapes below: query (of the pass), ask, token (target tokens), vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import RevprobeError, did_you_mean
+from ...models.probed import ProbedModel
+from ..pairs.pairs import Query, ReversalPairs
+from .batches import QueryBatch, make_batch
+
+MODES = ("chain", "parallel")
+
+Target = tuple[int, ...]
+Ask = tuple[int, Target]
+
+
+@dataclass
+class Pricing:
+    """The asks of one pass and their answers, (log-probability in nats, worst 1-based rank) each."""
+
+    model: ProbedModel
+    queries: Sequence[Query]
+    mode: str
+    asks: dict[int, list[Target]]
+    answers: dict[Ask, tuple[float, int]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, model: ProbedModel, queries: Sequence[Query], pairs: ReversalPairs, partner: np.ndarray, mode: str
+    ) -> Pricing:
+        """Every query's own target, and the targets that the control prices there.
+
+        Raises: RevprobeError, for an unknown mode, or parallel pricing of a causal model.
+        """
+        if mode not in MODES:
+            raise RevprobeError(f"unknown mode {mode!r}{did_you_mean(mode, MODES)}")
+        if mode == "parallel" and model.objective == "causal":
+            raise RevprobeError(
+                f"mode 'parallel' for {model.name}: a causal model always prices a target token by token; use "
+                "mode='chain'"
+            )
+        targets = [query.target for query in queries]
+        asks: dict[int, dict[Target, None]] = {q: {target: None} for q, target in enumerate(targets)}
+        for index in (pairs.forward, pairs.reverse):
+            for pair in np.flatnonzero(partner >= 0):
+                own, other = targets[index[pair]], int(index[partner[pair]])
+                if len(own) == len(targets[other]):
+                    asks[other][own] = None
+        return cls(model, queries, mode, {q: list(targets) for q, targets in asks.items()})
+
+    def from_run(self, log_probabilities: Tensor, queries: np.ndarray) -> None:
+        """Answer what these queries' own run can answer. Shapes: `query token vocab, query`."""
+        now = [
+            (row, int(q), t) for row, q in enumerate(queries) for t in self.asks[int(q)] if self._in_one_run(int(q), t)
+        ]
+        if not now:
+            return
+        width, device = log_probabilities.shape[1], log_probabilities.device
+        tokens = torch.tensor([[*target, *([0] * (width - len(target)))] for *_, target in now], device=device)
+        present = torch.tensor([[k < len(target) for k in range(width)] for *_, target in now], device=device)
+        rows = log_probabilities[torch.tensor([row for row, *_ in now], device=device)]
+        values, ranks = price(rows, tokens, present)
+        answers = zip(values.tolist(), ranks.tolist(), strict=True)
+        self.answers.update(((query, target), answer) for (_, query, target), answer in zip(now, answers, strict=True))
+
+    def _in_one_run(self, query: int, target: Target) -> bool:
+        """A single token, parallel mode, or a causal model reading its own clean sequence."""
+        own = self.model.objective == "causal" and target == self.queries[query].target
+        return len(target) == 1 or self.mode == "parallel" or own
+
+    def run_chains(self, batch_size: int, part: int = 0, parts: int = 1) -> None:
+        """Answer the rest: multiply the conditionals of targets of several tokens. Every `parts`-th ask from `part`."""
+        asks = [(q, target) for q, targets in self.asks.items() for target in targets]
+        rest = [ask for ask in asks if not self._in_one_run(*ask)][part::parts]
+        steps = [(ask, query) for ask in rest for query in self.conditionals(*ask)]
+        totals: dict[Ask, tuple[float, int]] = dict.fromkeys(rest, (0.0, 0))
+        for start in range(0, len(steps), batch_size):
+            some = steps[start : start + batch_size]
+            batch = make_batch(self.model, [query for _, query in some])
+            values, ranks = price(readout(self.model, batch), batch.targets, batch.is_target)
+            for (ask, _), value, rank in zip(some, values.tolist(), ranks.tolist(), strict=True):
+                totals[ask] = (totals[ask][0] + value, max(totals[ask][1], rank))
+        self.answers.update(totals)
+
+    def conditionals(self, q: int, target: Target) -> Iterator[Query]:
+        """The queries whose probabilities multiply to P(target): one per token, or one run of a causal model."""
+        query = self.queries[q]
+        tokens = list(query.token_ids)
+        for position, token in zip(query.target_positions, target, strict=True):
+            tokens[position] = token
+        if self.model.objective == "causal":
+            yield Query.unchecked(tokens, query.target_positions, query.evidence_positions)
+            return
+        assert self.model.mask_token_id is not None, "a masked ProbedModel has a mask token"
+        for k, position in enumerate(query.target_positions):
+            # Later target tokens are masked in the clean sequence itself; the wrapper hides the one asked for.
+            hidden = query.target_positions[k + 1 :]
+            shown = [self.model.mask_token_id if i in hidden else token for i, token in enumerate(tokens)]
+            yield Query.unchecked(shown, (position,), query.evidence_positions)
+
+    def look_up(self, queries: np.ndarray, targets: Sequence[Target]) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probability and rank of targets[n] at queries[n]; NaN where there is no query (-1) or no such ask."""
+        missing = (float("nan"), float("nan"))
+        found = [self.answers.get((int(q), target), missing) for q, target in zip(queries, targets, strict=True)]
+        value, rank = np.array(found, dtype=np.float64).T
+        return value, rank
+
+
+def readout(model: ProbedModel, batch: QueryBatch) -> Tensor:
+    """Log-probabilities at the readout rows. Shapes: `-> query token vocab`, float64.
+
+    In float32 the gradient p - 1 of a confident answer is a difference of rounding errors.
+    Raises: RevprobeError, for NaN logits.
+    """
+    logits = model.logits(batch.input_ids, batch.attention_mask)
+    at_rows = logits[torch.arange(len(batch.rows), device=logits.device)[:, None], batch.rows]
+    log_probabilities = at_rows.double().log_softmax(-1)
+    if log_probabilities.isnan().any():
+        raise RevprobeError(model.explain_non_finite())
+    return log_probabilities
+
+
+def mean_nll(log_probabilities: Tensor, batch: QueryBatch) -> Tensor:
+    """Mean negative log-likelihood over target tokens, all hidden at once, in nats.
+
+    Shapes: `query token vocab -> query`.
+    """
+    chosen = log_probabilities.gather(-1, batch.targets[..., None])[..., 0]
+    return -chosen.masked_fill(~batch.is_target, 0.0).sum(1) / batch.is_target.sum(1)
+
+
+def price(log_probabilities: Tensor, tokens: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed log-probability of the tokens (nats) and the worst of their 1-based ranks.
+
+    Ties count against the target: its rank is the number of tokens at least as likely, so that a model that gives
+    all tokens the same probability ranks none of them first.
+
+    Shapes: `ask token vocab, ask token, ask token (bool) -> ask, ask`.
+    """
+    chosen = log_probabilities.gather(-1, tokens[..., None])
+    rank = (log_probabilities >= chosen).sum(-1)
+    return chosen[..., 0].masked_fill(~present, 0.0).sum(1), rank.masked_fill(~present, 0).amax(1)

@@ -1,0 +1,291 @@
+"""One pass over the queries for all three probes: the model runs each query once, whatever is asked of it.
+
+A batch holds whole pairs (with the reverse query of the control's pair), since gradient products need both sides
+at once; scores and probabilities are kept per query and joined to pairs afterwards. Only multi-token targets in
+chain mode, and their controls, need further runs.
+
+Shapes below: query (distinct queries), pair, parameter, token (target tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...errors import RevprobeError, did_you_mean
+from ...hooks.attention import AttentionTap, tap_attention
+from ...hooks.gradients.backward import part_labels
+from ...hooks.gradients.graph import adopted_parameters
+from ...hooks.gradients.recorder import GradientRecorder, record_gradients
+from ...hooks.untouched import untouched
+from ...models.layers import silent_layers
+from ...models.layouts import fused_parts
+from ...models.probed import ProbedModel
+from ..pairs.pairs import ReversalPairs
+from ..statistics.group_correlation import derangement
+from .batches import QueryBatch, default_batch_size, make_batch, prepare_queries
+from .likelihood import Pricing, mean_nll, readout
+from .shares import Share
+
+Progress = Callable[[int, int], None]  # queries done, queries in all
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pass measures.
+
+    Args:
+        attention, probability, gradient: which probes take part.
+        mode: how multi-token targets are priced, "chain" or "parallel".
+        parameters: the parameters of the gradient, by name; all when None.
+        control: also measure each pair's forward query against the reverse query of another fact.
+        summed: keep gradient products summed over all parameters, not one by one.
+        share: divides the batches among several processes, and puts what they found together.
+    """
+
+    attention: bool = False
+    probability: bool = False
+    gradient: bool = False
+    mode: str = "chain"
+    parameters: Sequence[str] | None = None
+    control: bool = True
+    batch_size: int | None = None
+    seed: int = 0
+    progress: Progress | None = None
+    summed: bool = False
+    share: Share | None = None
+
+
+@dataclass
+class PassResult:
+    """What one pass collected.
+
+    Shapes: `score`, `weight`: layer -> `query head`; `inner`, `inner_control`: `pair parameter`; `norm`, `floor`:
+    `query parameter`, where a fused parameter has a column for each part. `partner` is the pair each pair is deranged
+    with, -1 for none. `silent`: layers beside the scored ones that have no softmax attention.
+    """
+
+    pairs: ReversalPairs
+    partner: np.ndarray
+    parameters: list[str]
+    score: dict[int, np.ndarray] = field(default_factory=dict)
+    weight: dict[int, np.ndarray] = field(default_factory=dict)
+    silent: list[int] = field(default_factory=list)
+    pricing: Pricing | None = None
+    inner: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    inner_control: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    norm: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    floor: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+
+
+def run_pass(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> PassResult:
+    """Run every query once and collect what the plan asks for; the model comes out as it went in.
+
+    Raises: RevprobeError, for empty pairs, queries that do not fit the model, NaN logits, or (with attention)
+        a model whose attention is never seen.
+    """
+
+    def work(part: int, parts: int) -> PassResult:
+        return _Pass(model, pairs, plan, part, parts).run()
+
+    return work(0, 1) if plan.share is None else plan.share(work)
+
+
+class _Pass:
+    """The state of one pass: the checked queries, the partners, and the result being filled.
+
+    Of its batches, those numbered `part`, `part + parts`, ... are run.
+    """
+
+    def __init__(self, model: ProbedModel, pairs: ReversalPairs, plan: Plan, part: int, parts: int) -> None:
+        if not isinstance(pairs, ReversalPairs):
+            pairs = ReversalPairs.from_pairs(pairs)
+        self.model, self.pairs, self.plan, self.part, self.of = model, pairs, plan, part, parts
+        self.queries = prepare_queries(model, pairs.queries)
+        if plan.batch_size is not None and plan.batch_size < 1:
+            raise RevprobeError(f"batch_size {plan.batch_size!r}: expected at least 1 query")
+        self.batch_size = plan.batch_size or default_batch_size(model, self.queries)
+        if parts > 1:  # at least one batch for each
+            self.batch_size = min(self.batch_size, max(2, -(-len(self.queries) // parts)))
+        partner = derangement(pairs.facts.astype(str), pairs.groups(model.logit_shift), seed=plan.seed)
+        self.partner = partner if plan.control else np.full(len(pairs), -1)
+        self.selected = select_parameters(model.module, plan.parameters) if plan.gradient else {}
+        self.parts = fused_parts(model.module) if plan.gradient else {}
+        self.adopted: dict[str, dict[str, nn.Parameter]] | None = None
+        labels = [label for name in self.selected for label in part_labels(name, self.parts)]
+        labels = ["all"] if plan.summed else labels
+        self.result = PassResult(pairs, self.partner, labels)
+        if plan.probability:
+            self.result.pricing = Pricing.of(model, self.queries, pairs, self.partner, plan.mode)
+        self.done, self.to_do = np.zeros(len(self.queries), dtype=bool), len(self.queries)
+        if plan.gradient:
+            self._allocate_products()
+
+    def run(self) -> PassResult:
+        with untouched(self.model.module), torch.set_grad_enabled(self.plan.gradient):
+            batches = list(self._batches())[self.part :: self.of]
+            self.to_do = len({query for queries, _ in batches for query in queries.tolist()})
+            for queries, pairs in batches:
+                self._run_batch(queries, pairs)
+            if self.result.pricing is not None:
+                with torch.no_grad():
+                    self.result.pricing.run_chains(self.batch_size, self.part, self.of)
+        return self.result
+
+    def _allocate_products(self) -> None:
+        columns = len(self.result.parameters)
+        self.result.inner = np.full((len(self.pairs), columns), np.nan)
+        self.result.inner_control = np.full((len(self.pairs), columns), np.nan)
+        self.result.norm = np.full((len(self.queries), columns), np.nan)
+        self.result.floor = np.full((len(self.queries), columns), np.nan)
+
+    def _batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Queries of each batch and, for gradients, the pairs that are whole in it."""
+        if self.plan.gradient:
+            yield from _pair_batches(self.pairs, self.partner, self.batch_size)
+            return
+        for start in range(0, len(self.queries), self.batch_size):
+            yield np.arange(start, min(start + self.batch_size, len(self.queries))), np.array([], dtype=int)
+
+    def _run_batch(self, queries: np.ndarray, pairs: np.ndarray) -> None:
+        batch = make_batch(self.model, [self.queries[q] for q in queries])
+        module, size = self.model.module, len(queries)
+        with ExitStack() as stack:
+            recorder = self._recorder(stack, size)
+            tap = stack.enter_context(tap_attention(module, batch.rows, batch.columns)) if self.plan.attention else None
+            logits = readout(self.model, batch)
+            if recorder is not None:
+                self._keep_products(recorder, mean_nll(logits, batch), queries, pairs)
+        if tap is not None:
+            self._keep_scores(tap, batch, queries)
+        if self.result.pricing is not None:
+            self.result.pricing.from_run(logits.detach(), queries)
+        self.done[queries] = True
+        if self.plan.progress is not None:
+            self.plan.progress(int(self.done.sum()), self.to_do)
+
+    def _recorder(self, stack: ExitStack, size: int) -> GradientRecorder | None:
+        if not self.plan.gradient:
+            return None
+        recording = record_gradients(self.model.module, self.selected, size, parts=self.parts, adopted=self._adopted())
+        return stack.enter_context(recording)
+
+    def _adopted(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Parameters that are used without calling their module, found by one run of the first query."""
+        if self.adopted is None:
+            first = make_batch(self.model, self.queries[:1])
+            run = lambda: self.model.logits(first.input_ids, first.attention_mask).sum()  # noqa: E731
+            self.adopted = adopted_parameters(self.model.module, self.selected, run)
+        return self.adopted
+
+    def _keep_scores(self, tap: AttentionTap, batch: QueryBatch, queries: np.ndarray) -> None:
+        """Scores averaged over readout rows and evidence tokens, weights summed over evidence tokens."""
+        cell = (batch.is_target[:, :, None] & batch.is_evidence[:, None, :])[:, None]
+        rows = batch.is_target.sum(1)[:, None]
+        self.result.silent = silent_layers(self.model.module, [call.site for call in tap.calls])
+        for layer, call in tap.layers().items():
+            score = call.score.masked_fill(~cell, 0.0).sum((2, 3)) / cell.sum((2, 3))
+            weight = call.weight.masked_fill(~cell, 0.0).sum((2, 3)) / rows
+            for kept, values in ((self.result.score, score), (self.result.weight, weight)):
+                table = kept.setdefault(layer, np.full((len(self.queries), values.shape[1]), np.nan))
+                table[queries] = values.double().cpu().numpy()
+
+    def _keep_products(self, recorder: GradientRecorder, loss: Tensor, queries: np.ndarray, pairs: np.ndarray) -> None:
+        """Norms of every query and inner products of every pair of the batch, with its control's."""
+        place = np.full(len(self.queries), -1)
+        place[queries] = np.arange(len(queries))
+        partner = self.partner[pairs]
+        controlled = pairs[partner >= 0]
+        left = np.concatenate([place[self.pairs.forward[pairs]], place[self.pairs.forward[controlled]], place[queries]])
+        right = np.concatenate(
+            [place[self.pairs.reverse[pairs]], place[self.pairs.reverse[self.partner[controlled]]], place[queries]]
+        )
+        found = recorder.backward(loss, torch.as_tensor(left), torch.as_tensor(right))
+        values = self._columns(found.inner)
+        self.result.inner[pairs] = values[: len(pairs)]
+        self.result.inner_control[controlled] = values[len(pairs) : len(pairs) + len(controlled)]
+        self.result.norm[queries] = np.sqrt(np.maximum(values[len(pairs) + len(controlled) :], 0.0))
+        floors = {label: floor**2 for label, floor in found.floor.items()}
+        self.result.floor[queries] = np.sqrt(self._columns(floors))
+
+    def _columns(self, by_label: Mapping[str, Tensor]) -> np.ndarray:
+        """One column per parameter, or their sum. Shapes: `-> row parameter`, float64."""
+        values = torch.stack([column.double().cpu() for column in by_label.values()], dim=1).numpy()
+        return values.sum(1, keepdims=True) if self.plan.summed else values
+
+
+def select_parameters(module: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
+    """The named parameters, all of them when None; tied ones once.
+
+    Raises: RevprobeError, for an unknown name, or weights that `device_map` left on disk or in offloaded memory.
+    """
+    everything = dict(module.named_parameters())
+    unknown = [name for name in names or [] if name not in everything]
+    if unknown:
+        raise RevprobeError(f"no parameter {unknown[0]!r}{did_you_mean(unknown[0], everything)}")
+    away = [name for name in everything if everything[name].is_meta]
+    if away:
+        raise RevprobeError(
+            f"parameter {away[0]!r} is on disk or offloaded ({len(away)} in all), so no gradient passes through it; "
+            "load with a device_map that holds every weight"
+        )
+    return everything if names is None else {name: everything[name] for name in names}
+
+
+def _pair_batches(pairs: ReversalPairs, partner: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Greedy batches of whole pairs, facts together, with at most `size` distinct queries (at least one pair)."""
+    queries: dict[int, None] = {}
+    members: list[int] = []
+    for pair in _along_cycle(pairs, partner):
+        wanted = [int(pairs.forward[pair]), int(pairs.reverse[pair])]
+        wanted += [int(pairs.reverse[partner[pair]])] if partner[pair] >= 0 else []
+        fresh = [q for q in wanted if q not in queries]
+        if members and len(queries) + len(fresh) > size:
+            yield np.array(list(queries)), np.array(members)
+            queries, members, fresh = {}, [], wanted
+        queries.update(dict.fromkeys(fresh))
+        members.append(int(pair))
+    yield np.array(list(queries)), np.array(members)
+
+
+def _along_cycle(pairs: ReversalPairs, partner: np.ndarray) -> np.ndarray:
+    """Pairs ordered so that a fact is followed by its control's fact: batches then share reverse queries."""
+    fact = np.unique(pairs.facts.astype(str), return_inverse=True)[1]
+    following = np.full(fact.max() + 1, -1)
+    following[fact[partner >= 0]] = fact[partner[partner >= 0]]
+    rank, place = np.full(len(following), -1), 0
+    for start in range(len(following)):
+        current = start
+        while current >= 0 and rank[current] < 0:
+            rank[current], place = place, place + 1
+            current = int(following[current])
+    return np.argsort(rank[fact], kind="stable")
+
+
+def describe(model: ProbedModel, result: PassResult, plan: Plan) -> dict[str, Any]:
+    """What every reading of a pass says about itself; no clock and no path, so that equal runs give equal files."""
+    from importlib.metadata import version
+
+    return {
+        "model": model.name,
+        "objective": model.objective,
+        "logit_shift": model.logit_shift,
+        "kind": result.pairs.kind,
+        "step": model.step,
+        "weights": model.weights,
+        "pairs": result.pairs.digest,
+        "pair_count": len(result.pairs),
+        "fact_count": len(set(result.pairs.facts)),
+        "control": plan.control,
+        "seed": plan.seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("revprobe", "torch", "transformers")},
+    }

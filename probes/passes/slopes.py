@@ -1,0 +1,135 @@
+"""How the loss of each query changes, to first order, when the parameters move along a given direction.
+
+The slope is the product of a query's loss gradient with the direction. It is taken by forward-mode differentiation:
+one run of the model carries the slope of every query, and no gradient is formed. A module that cannot carry
+a slope forward (a quantized layer with a backward pass of its own) is read query by query through plain autograd.
+
+Shapes below: query, direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ...hooks.untouched import untouched
+from ...models.probed import ProbedModel
+from ..pairs.pairs import Query
+from .batches import QueryBatch, default_batch_size, make_batch
+from .likelihood import mean_nll, readout
+
+Direction = Mapping[str, Tensor]
+
+
+class Slopes(NamedTuple):
+    """Losses in nats (mean over a query's target tokens, all hidden at once), and their slopes along each direction.
+
+    Shapes: `loss`: `query`; `slope`: `direction query`; both float64.
+    """
+
+    loss: np.ndarray
+    slope: np.ndarray
+
+
+def loss_slopes(
+    model: ProbedModel,
+    queries: Sequence[Query],
+    directions: Sequence[Direction] = (),
+    *,
+    batch_size: int | None = None,
+) -> Slopes:
+    """The loss of every query, and the product of its gradient with every direction; the model comes out as it went in.
+
+    Args:
+        queries: as `prepare_queries` returns them.
+        directions: each a tensor of the parameter's shape for some of the model's parameters, by name; the others
+            stay where they are.
+    Raises: RevprobeError, for NaN logits. KeyError, for a name that is no parameter.
+    """
+    if not queries:
+        return Slopes(np.zeros(0), np.zeros((len(directions), 0)))
+    size = batch_size or default_batch_size(model, queries)
+    batches = [make_batch(model, queries[start : start + size]) for start in range(0, len(queries), size)]
+    with untouched(model.module):
+        # A run of its own: forward mode takes another attention kernel, whose last bits would count as a change.
+        losses = torch.cat([_losses(model, batch) for batch in batches])
+        slopes = [torch.cat([_slopes(model, batch, along) for batch in batches]) for along in directions]
+    slope = torch.stack(slopes) if slopes else torch.zeros(0, len(queries))
+    return Slopes(losses.double().cpu().numpy(), slope.double().cpu().numpy())
+
+
+@torch.no_grad()
+def _losses(model: ProbedModel, batch: QueryBatch) -> Tensor:
+    return mean_nll(readout(model, batch), batch)
+
+
+def _slopes(model: ProbedModel, batch: QueryBatch, along: Direction) -> Tensor:
+    """The slope of each query of one batch. Shapes: `-> query`, float64."""
+    if not along:
+        return torch.zeros(len(batch.rows), dtype=torch.float64, device=batch.rows.device)
+    try:
+        return _forward_mode(model, batch, along)
+    except NotImplementedError:  # what autograd raises for an operation without a forward-mode rule
+        return _query_by_query(model, batch, along)
+
+
+@torch.no_grad()
+def _forward_mode(model: ProbedModel, batch: QueryBatch, along: Direction) -> Tensor:
+    parameters = dict(model.module.named_parameters())
+    # The fused attention kernels have no forward-mode rule; the plain one has.
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        moved = {
+            name: forward_ad.make_dual(parameters[name].detach(), direction.to(parameters[name]))
+            for name, direction in along.items()
+        }
+        losses = mean_nll(readout(_Moved.of(model, moved), batch), batch)
+        loss, slope = forward_ad.unpack_dual(losses)
+    return torch.zeros_like(loss) if slope is None else slope
+
+
+def _query_by_query(model: ProbedModel, batch: QueryBatch, along: Direction) -> Tensor:
+    """One backward pass for each query of the batch."""
+    parameters = dict(model.module.named_parameters())
+    chosen = {id(parameters[name]) for name in along}
+    for parameter in parameters.values():
+        parameter.requires_grad_(id(parameter) in chosen)  # `untouched` puts the flags back
+    with torch.enable_grad():
+        losses = mean_nll(readout(model, batch), batch)
+    slopes = []
+    for n in range(len(losses)):
+        keep = n + 1 < len(losses)
+        wanted = [parameters[name] for name in along]
+        grads = torch.autograd.grad(losses[n], wanted, retain_graph=keep, allow_unused=True)
+        products = [
+            (g.double() * direction.to(g).double()).sum()
+            for g, direction in zip(grads, along.values(), strict=True)
+            if g is not None
+        ]
+        slopes.append(torch.stack(products).sum() if products else losses.new_zeros(()))
+    return torch.stack(slopes).detach()
+
+
+class _Moved(nn.Module):
+    """The model's module with some parameters replaced for the call, tied ones together."""
+
+    def __init__(self, module: nn.Module, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.__dict__["module"] = module  # not a child: its parameters are not this module's
+        self.values = dict(values)
+
+    @classmethod
+    def of(cls, model: ProbedModel, values: Mapping[str, Tensor]) -> ProbedModel:
+        """The wrapped model, with its module replaced by one that runs on `values`."""
+        moved = ProbedModel.__new__(ProbedModel)
+        moved.__dict__.update(model.__dict__ | {"module": cls(model.module, values)})
+        return moved
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.__dict__["module"], self.values, args, kwargs)

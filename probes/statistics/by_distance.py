@@ -1,0 +1,115 @@
+"""The attention probe's statistic by (forward distance, reverse distance), aggregated for drawing.
+
+`Reading.summary(by=[...])` gives the same values with an interval each; a page over many checkpoints needs the values
+alone, so everything here is one pass of grouped sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from .group_correlation import CONSTANT, LEAST_FACTS
+
+DISTANCES = ["distance_forward", "distance_reverse"]
+OFFSETS = ["offset_forward", "offset_reverse"]
+SCORES = ["score_forward", "score_reverse"]
+UNIT = ["group", "layer", "head"]  # what one Pearson r is taken over: one position bias, one head
+SUMS = ["forward", "reverse", "both"]
+
+
+def unit_correlations(frame: pd.DataFrame) -> pd.DataFrame:
+    """Pearson r of forward and reverse score per group, layer and head of an attention reading's frame.
+
+    Returns: one row per unit, `[*DISTANCES, *UNIT, *OFFSETS, forward, reverse, both, n, facts, value, reason]`: the
+        sums of squares and products about the group's mean, how many scores and facts they rest on, and r, which is
+        NaN with a reason where fewer than 2 scores are defined or all are equal.
+    """
+    code = frame.groupby(UNIT, sort=True, dropna=False).ngroup().to_numpy()
+    first = np.unique(code, return_index=True)[1]
+    units = frame[[*DISTANCES, *UNIT, *OFFSETS]].iloc[first].reset_index(drop=True)
+    scores = frame[SCORES].to_numpy(dtype=float).T
+    sound = np.isfinite(scores).all(0)
+    units = units.assign(**_sums_about_mean(scores[:, sound], code[sound], len(units)))
+    fact, names = pd.factorize(frame["fact"].to_numpy()[sound])
+    held = np.unique(code[sound] * (len(names) + 1) + fact) // (len(names) + 1)  # one entry per unit and fact
+    units["facts"] = np.bincount(held, minlength=len(units))
+    few, flat = units["n"] < 2, ~((units["forward"] > 0) & (units["reverse"] > 0))
+    units["value"] = _ratio(units).mask(few | flat)
+    units["reason"] = np.select([few, flat], ["fewer than 2 defined scores", "constant scores"], default="")
+    return units
+
+
+def _sums_about_mean(scores: np.ndarray, code: np.ndarray, units: int) -> dict[str, np.ndarray]:
+    """Per unit n and the sums of squares and products. Shapes: `side score, score -> unit` each."""
+    n = np.bincount(code, minlength=units)
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return np.bincount(code, values, minlength=units) / np.maximum(n, 1)
+
+    centred = []
+    for side in scores:
+        deviation = side - mean(side)[code]
+        flat = np.sqrt(mean(deviation**2)) <= CONSTANT * np.sqrt(mean(side**2))
+        centred.append(np.where(flat[code], 0.0, deviation))  # float32 rounding is not variance
+    forward, reverse = centred
+    products = {"forward": forward**2, "reverse": reverse**2, "both": forward * reverse}
+    return {"n": n} | {name: np.bincount(code, values, minlength=units) for name, values in products.items()}
+
+
+def _ratio(sums: pd.DataFrame) -> pd.Series:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (sums["both"] / np.sqrt(sums["forward"] * sums["reverse"])).clip(-1, 1)
+
+
+def distance_correlations(frame: pd.DataFrame) -> pd.DataFrame:
+    """The correlation by distance pair: the mean over groups of at least LEAST_FACTS facts, else pooled within groups.
+
+    Returns: one row per cell, `[*DISTANCES, value, n, groups, heads, offsets, reason]`; n counts pairs once, however
+        many heads; value is NaN and reason says why where no group gives a number.
+    """
+    return cell_correlations(unit_correlations(frame))
+
+
+def cell_correlations(units: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
+    """`distance_correlations` of units that are at hand, also for each layer or each head.
+
+    Args:
+        units: what `unit_correlations` gives.
+        by: (), ("layer",) or ("layer", "head"); these columns come first in the result.
+    """
+    keys = [*by, *DISTANCES]
+    large = units["facts"] >= LEAST_FACTS
+    pooled = ~large.groupby([units[name] for name in keys]).transform("any")
+    used = units[large | pooled]
+    heads = [name for name in ("layer", "head") if name not in by]
+    sums = units[pooled].groupby([*keys, *heads])[SUMS].sum()
+    by_head = _ratio(sums).replace([np.inf, -np.inf], np.nan)
+    averaged = used[used["facts"] >= LEAST_FACTS].groupby(keys)["value"].mean()
+    values = pd.concat([averaged, by_head.groupby(keys).mean()])
+    # Every head sees the same pairs: counting each would multiply n by the number of heads.
+    pairs = used.groupby([*keys, "group"])["n"].max().groupby(keys).sum()
+    return _described(used, keys).assign(value=values, n=pairs).reset_index()
+
+
+def _described(units: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    cells = units.groupby(keys).agg(groups=("group", "nunique"), n_units=("group", "size"))
+    offsets: dict[tuple[int, int], list[str]] = {}
+    for *place, forward, reverse in units[DISTANCES + OFFSETS].drop_duplicates().astype(int).itertuples(index=False):
+        offsets.setdefault(tuple(place), []).append(f"({forward:+d}, {reverse:+d})")
+    undefined = units[units["reason"] != ""]
+    reasons = {place: _counted(part) for place, part in undefined.groupby(keys)["reason"]}
+    cells["heads"] = cells.pop("n_units") // cells["groups"]
+    cells["offsets"] = [_first_four(offsets[place[-2:]]) for place in cells.index]
+    cells["reason"] = [reasons.get(place, "") for place in cells.index]
+    return cells
+
+
+def _first_four(offsets: list[str]) -> str:
+    return ", ".join(offsets[:4]) + (", …" if len(offsets) > 4 else "")
+
+
+def _counted(reasons: pd.Series) -> str:
+    return "; ".join(f"{reason} ({count} groups x heads)" for reason, count in reasons.value_counts().items())

@@ -1,0 +1,62 @@
+"""What a storage reading holds, summed up: one row per pair, or one per part of the logit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from ..readings.readings import Reading
+from .group_correlation import mean_over_facts
+
+REST = "rest"
+
+
+def evidence_by_pair(reading: Reading) -> pd.DataFrame:
+    """What the evidence holds and what of it arrives: one row per pair, summed over the reading's layers and heads.
+
+    Columns: pair, fact, stored_control, reason, reason_margin, reason_control, and for each direction stored (S[v,
+    u]), weight (the mean over heads), contribution (the evidence position's whole value, routed), logit, margin and
+    rank.
+    """
+    frame = reading.frame[reading.frame["part"] == "evidence"]
+    tokens = frame[frame["source"] == "token"].groupby("pair", sort=True)
+    sides = ("forward", "reverse")
+    stored = [c for c in ("stored_forward", "stored_reverse", "stored_control") if c in frame]
+    undefined = tokens[stored].count().lt(tokens.size(), axis=0)  # a head that is undefined leaves the sum undefined
+    table = tokens[["fact", *(f"{n}_{s}" for n in ("logit", "margin", "rank") for s in sides)]].first()
+    for reason in (c for c in ("reason", "reason_margin", "reason_control") if c in frame):
+        table[reason] = tokens[reason].agg(lambda reasons: next(filter(None, reasons), ""))  # of any head
+    table = table.join(tokens[stored].sum().mask(undefined)).join(tokens[[f"weight_{s}" for s in sides]].mean())
+    contribution = frame.groupby("pair", sort=True)[[f"contribution_{s}" for s in sides]].sum()
+    return table.join(contribution).reset_index().reindex(columns=["pair", *table.columns, *contribution.columns])
+
+
+def logit_contributions(reading: Reading) -> pd.DataFrame:
+    """What the logit is made of, on average: one row per part, source and layer, and the logit itself.
+
+    Of a reading taken with `layers=`, the part "rest" is all that was not measured (other layers, MLPs, embedding,
+    norms and biases): the logit less the measured parts. So the rows before "logit" always add up to it.
+
+    Columns: part, source, layer, and for each direction the mean contribution over pairs, in logits, with low and
+    high (95 %, over facts).
+    """
+    keys = ["part", "source", "layer"]
+    sides = [f"contribution_{side}" for side in ("forward", "reverse")]
+    summed = reading.frame.groupby([*keys, "pair", "fact"], dropna=False, sort=False)[sides].sum().reset_index()
+    whole = reading.frame.groupby("pair").first().reset_index()
+    logits = {side: whole[side.replace("contribution", "logit")] for side in sides}
+    whole = whole.assign(part="logit", source=None, layer=pd.array([pd.NA] * len(whole), dtype="Int64"), **logits)
+    parts = [summed, whole[summed.columns]]
+    if reading.meta.get("layers") is not None:
+        measured = summed.groupby("pair")[sides].sum().reindex(whole["pair"]).to_numpy()
+        parts.insert(1, whole[summed.columns].assign(part=REST, **(whole[sides] - measured)))
+    rows = []
+    for key, part in pd.concat(parts).groupby(keys, dropna=False, sort=False):
+        row: dict[str, Any] = dict(zip(keys, key, strict=True))
+        facts = part["fact"].to_numpy().astype(str)
+        for side in ("forward", "reverse"):
+            found = mean_over_facts(part[f"contribution_{side}"].to_numpy(float), facts, seed=reading.seed)
+            row |= {side: found.value, f"{side}_low": found.low, f"{side}_high": found.high}
+        rows.append(row)
+    return pd.DataFrame(rows).astype({"layer": "Int64"})

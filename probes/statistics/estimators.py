@@ -1,0 +1,265 @@
+"""From a reading's tidy frame to its number: one estimator per probe, applied to the whole frame or to a part.
+
+    attention_correlation   mean within-group correlation of forward and reverse scores
+    gradient_cosine         mean per-pair cosine of the forward and reverse loss gradients
+    reverse_probability     mean probability of the target under the reverse query
+
+Each comes with a control from derangements (forward queries against reverse queries of another fact of the same
+group) and with counts of what is undefined, by reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ...errors import RevprobeError, did_you_mean
+from .group_correlation import LEAST_FACTS, Estimate, group_correlation, mean_over_facts
+
+BELOW_FLOOR = "gradient below the rounding floor"
+NO_GRADIENT = "gradient exactly zero in all of these parameters"
+NO_PARTNER = "no other fact in the group for the control"
+NO_VARIANCE = "no variance within the group"
+SMALL_GROUP = f"group of fewer than {LEAST_FACTS} facts"
+
+
+@dataclass(frozen=True)
+class Control:
+    """What the measure shows when facts are deranged: the null it has to be read against.
+
+    `interval` is 95 %: over derangements for the correlation (what chance pairings give), over facts otherwise.
+    """
+
+    value: float
+    interval: tuple[float, float]
+    n: int
+    method: str
+
+    def __repr__(self) -> str:
+        return f"Control({self.value:.4g} [{self.interval[0]:.4g}, {self.interval[1]:.4g}], n={self.n}, {self.method})"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An estimate, its control, the excess over it, and what was left out."""
+
+    estimate: Estimate
+    control: Control | None = None
+    excess: Estimate | None = None
+    undefined: dict[str, int] = field(default_factory=dict)
+    statistic: str = ""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Measured:
+        """The inverse of `dataclasses.asdict`, through JSON (where NaN is a number and tuples are lists)."""
+        control, excess = values["control"], values["excess"]
+        if control is not None:
+            control = Control(**control | {"interval": tuple(control["interval"])})
+        excess = None if excess is None else Estimate(**excess)
+        return cls(Estimate(**values["estimate"]), control, excess, values["undefined"], values["statistic"])
+
+
+def measure(name: str, frame: pd.DataFrame, *, seed: int = 0, control: bool = True) -> Measured:
+    """The number of probe `name` over `frame`. Raises: RevprobeError, for an unknown probe.
+
+    `control=False` spares the correlation its derangements; the other probes measure theirs or do not, and the
+    frame says which.
+    """
+    if name not in ESTIMATORS:
+        raise RevprobeError(f"unknown probe {name!r}{did_you_mean(name, ESTIMATORS)}")
+    return ESTIMATORS[name](frame, seed, control)
+
+
+def attention_correlation(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
+    """Correlation over pairs, per group and head; see `group_correlation`."""
+    heads = frame.groupby(["layer", "head"], sort=True, dropna=False).ngroup().to_numpy()
+    pairs, pair = np.unique(frame["pair"].to_numpy(), return_inverse=True)
+    scores = []
+    for column in ("score_forward", "score_reverse"):
+        table = np.full((len(pairs), heads.max() + 1), np.nan)
+        table[pair, heads] = frame[column].to_numpy(dtype=np.float64)
+        scores.append(table)
+    first = np.unique(pair, return_index=True)[1]
+    facts, groups = frame["fact"].to_numpy().astype(str)[first], frame["group"].to_numpy()[first]
+    found = group_correlation(scores[0], scores[1], facts, groups, control=control, seed=seed)
+    estimate = Estimate(found.value, found.low, found.high, found.n)
+    undefined = _reasons(frame)
+    undefined |= {NO_VARIANCE: found.constant} if found.constant else {}
+    undefined |= {SMALL_GROUP: found.small} if found.small else {}
+    if not found.null.size:
+        return Measured(estimate, undefined=undefined, statistic=found.statistic)
+    null = float(found.null.mean())
+    low, high = np.percentile(found.null, [2.5, 97.5])
+    method = f"{found.null.size} derangements of facts within groups"
+    excess = Estimate(found.value - null, found.low - null, found.high - null, found.n)
+    return Measured(
+        estimate, Control(null, (float(low), float(high)), found.n, method), excess, undefined, found.statistic
+    )
+
+
+def gradient_cosine(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
+    """Per pair, sum over the frame's parameters, then the cosine; mean and interval over pairs."""
+    table = pair_cosines(frame)
+    cosine, facts = table["cosine"].to_numpy(), table["fact"].to_numpy().astype(str)
+    silent = table["silent"].to_numpy()
+    counts = {NO_GRADIENT: int(silent.sum()), BELOW_FLOOR: int((np.isnan(cosine) & ~silent).sum())}
+    undefined = {reason: count for reason, count in counts.items() if count}
+    statistic = "mean per-pair cosine"
+    if "cosine_control" not in table:
+        return Measured(mean_over_facts(cosine, facts, seed=seed), undefined=undefined, statistic=statistic)
+    alone = frame["norm_control"].isna().groupby(frame["pair"]).any().to_numpy()
+    null = table["cosine_control"].to_numpy()
+    return _with_control(cosine, null, facts, undefined, statistic, seed, alone)
+
+
+def pair_cosines(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row per pair: its fact, the cosine over the frame's parameters, and the deranged pair's cosine.
+
+    NaN where a norm does not exceed its rounding floor; `silent` where one is zero, as of modules that never ran.
+    """
+    columns = [c for c in frame.columns if c.startswith(("norm_", "floor_"))]
+    squared = frame.assign(**{c: frame[c].astype(float) ** 2 for c in columns})
+    inner = [c for c in frame.columns if c.startswith("inner")]
+    sums = squared.groupby("pair", sort=True).agg({"fact": "first"} | dict.fromkeys([*columns, *inner], "sum"))
+    silent = (sums["norm_forward"] == 0) | (sums["norm_reverse"] == 0)
+    table = pd.DataFrame({"fact": sums["fact"], "cosine": _cosine(sums, "inner", "reverse"), "silent": silent})
+    if "inner_control" in frame:
+        # A pair without a partner has NaN in every row; pandas sums that to 0, which the floor test turns back to NaN.
+        table["cosine_control"] = _cosine(sums, "inner_control", "control")
+    return table
+
+
+def _cosine(sums: pd.DataFrame, inner: str, other: str) -> np.ndarray:
+    forward, reverse = np.sqrt(sums["norm_forward"].to_numpy()), np.sqrt(sums[f"norm_{other}"].to_numpy())
+    loud = (forward > np.sqrt(sums["floor_forward"].to_numpy())) & (
+        reverse > np.sqrt(sums[f"floor_{other}"].to_numpy())
+    )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(loud, sums[inner].to_numpy() / (forward * reverse), np.nan)
+
+
+def reverse_probability(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
+    """Mean probability of the target under the reverse queries of the frame."""
+    return direction_mean(frame, "reverse", "probability", seed)
+
+
+def decoded_match(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
+    """Share of questions whose decoded answer is right; its control matches the answers of another fact."""
+    match, facts = frame["match"].to_numpy(dtype=np.float64), frame["fact"].to_numpy().astype(str)
+    statistic = "exact match, mean over questions"
+    if "match_control" not in frame:
+        return Measured(mean_over_facts(match, facts, seed=seed), undefined=_reasons(frame), statistic=statistic)
+    null = frame["match_control"].to_numpy(dtype=np.float64)
+    return _with_control(match, null, facts, _reasons(frame), statistic, seed)
+
+
+def route_edit(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
+    """Mean change of log-probability (nats) under the widest edit in the frame, over pairs.
+
+    Reverse queries, unless the frame holds forward ones alone; with several layers or heads, their mean per pair.
+    """
+    rows = frame[frame["direction"] == "reverse"] if (frame["direction"] == "reverse").any() else frame
+    widest = next(scope for scope in ("all", "layer", "head") if (rows["scope"] == scope).any())
+    rows = rows[rows["scope"] == widest]
+    what = {"all": "all chosen layers and heads at once", "layer": "single layers", "head": "single heads"}[widest]
+    statistic = f"mean change of {rows['direction'].iloc[0]} log-probability, {what} (nats)"
+    columns = [column for column in ("change", "change_control") if column in rows]
+    table = rows.groupby("pair", sort=True).agg({"fact": "first"} | dict.fromkeys(columns, "mean"))
+    change, facts = table["change"].to_numpy(dtype=np.float64), table["fact"].to_numpy().astype(str)
+    estimate, undefined = mean_over_facts(change, facts, seed=seed), _reasons(rows)
+    if "change_control" not in rows:
+        return Measured(estimate, undefined=undefined, statistic=statistic)
+    null = table["change_control"].to_numpy(dtype=np.float64)
+    alone = rows.loc[rows["reason"] == "", "reason_control"].replace("", np.nan).value_counts()
+    undefined |= {str(reason): int(count) for reason, count in alone.items()}
+    floor = mean_over_facts(null, facts, seed=seed)
+    if not floor.n:
+        return Measured(estimate, undefined=undefined, statistic=statistic)
+    method = "the same change of other positions' scores, drawn at random"
+    beside = Control(floor.value, (floor.low, floor.high), floor.n, method)
+    return Measured(estimate, beside, mean_over_facts(change - null, facts, seed=seed), undefined, statistic)
+
+
+def stored_evidence(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
+    """Mean over pairs of S[v, u] under the reverse query, summed over the frame's layers and heads."""
+    rows = frame[(frame["part"] == "evidence") & (frame["source"] == "token")]
+    columns = [column for column in ("stored_reverse", "stored_control") if column in rows]
+    by_pair = rows.groupby("pair", sort=True)
+    # A head that is undefined leaves the sum undefined.
+    undefined = rows[columns].isna().groupby(rows["pair"], sort=True).any()
+    table = by_pair[columns].sum().mask(undefined).assign(fact=by_pair["fact"].first())
+    values, facts = table["stored_reverse"].to_numpy(dtype=np.float64), table["fact"].to_numpy().astype(str)
+    statistic = "mean stored evidence under the reverse query, summed over layers and heads (logits)"
+    counts = _pair_reasons(rows, "reason")
+    if "stored_control" not in table:
+        return Measured(mean_over_facts(values, facts, seed=seed), undefined=counts, statistic=statistic)
+    null = table["stored_control"].to_numpy(dtype=np.float64)
+    alone = None
+    if "reason_control" in rows:
+        counts |= _pair_reasons(rows[rows["pair"].isin(table.index[np.isfinite(values)])], "reason_control")
+        alone = np.zeros(len(table), dtype=bool)  # counted just now, by reason
+    return _with_control(values, null, facts, counts, statistic, seed, alone)
+
+
+def direction_mean(frame: pd.DataFrame, direction: str, column: str, seed: int) -> Measured:
+    """Mean of `column` ("probability" or "argmax_match") over one direction; its control asks other facts' queries."""
+    rows = frame[frame["direction"] == direction]
+    if rows.empty:
+        return Measured(
+            Estimate(float("nan"), float("nan"), float("nan"), 0), undefined={f"no {direction} query in this part": 1}
+        )
+    values, facts = rows[column].to_numpy(dtype=np.float64), rows["fact"].to_numpy().astype(str)
+    statistic = f"mean {direction} {column}"
+    if f"{column}_control" not in rows:
+        return Measured(mean_over_facts(values, facts, seed=seed), undefined=_reasons(rows), statistic=statistic)
+    return _with_control(
+        values, rows[f"{column}_control"].to_numpy(dtype=np.float64), facts, _reasons(rows), statistic, seed
+    )
+
+
+def _with_control(
+    values: np.ndarray,
+    null: np.ndarray,
+    facts: np.ndarray,
+    undefined: dict[str, int],
+    statistic: str,
+    seed: int,
+    alone: np.ndarray | None = None,
+) -> Measured:
+    """The mean of `values` beside that of `null`; `alone` marks pairs without a partner (all NaN of `null` if None)."""
+    estimate = mean_over_facts(values, facts, seed=seed)
+    floor = mean_over_facts(null, facts, seed=seed)
+    lonely = int((np.isnan(null) & np.isfinite(values) if alone is None else alone).sum())
+    undefined = undefined | ({NO_PARTNER: lonely} if lonely else {})
+    if not floor.n:
+        return Measured(estimate, undefined=undefined, statistic=statistic)
+    control = Control(floor.value, (floor.low, floor.high), floor.n, "one derangement of facts within groups")
+    excess = mean_over_facts(values - null, facts, seed=seed)
+    return Measured(estimate, control, excess, undefined, statistic)
+
+
+def _reasons(frame: pd.DataFrame) -> dict[str, int]:
+    if "reason" not in frame:
+        return {}
+    counts = frame["reason"].replace("", np.nan).value_counts()
+    return {str(reason): int(count) for reason, count in counts.items()}
+
+
+def _pair_reasons(frame: pd.DataFrame, column: str) -> dict[str, int]:
+    """Pairs (not rows) by the reason of any of their rows."""
+    return _reasons(frame[frame[column] != ""].drop_duplicates("pair").assign(reason=lambda rows: rows[column]))
+
+
+ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {
+    "attention_correlation": attention_correlation,
+    "decoded_match": decoded_match,
+    "gradient_cosine": gradient_cosine,
+    "lora_gradient_cosine": gradient_cosine,  # the same over an adapter's parameters alone
+    "reverse_probability": reverse_probability,
+    "route_edit": route_edit,
+    "stored_evidence": stored_evidence,
+}

@@ -1,0 +1,1 @@
+"""The paper's formulas, and what they say of a given model."""

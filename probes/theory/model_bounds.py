@@ -1,0 +1,264 @@
+"""What the theory promises for a given model: at given distances, and beside the scores that were measured.
+
+The angles are the model's own, scaled or partial as they are; entries of a head that do not turn count as planes with
+angle 0. With yarn's and longrope's `attention_factor`, queries and keys are meant as the score sees them, after it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import ArrayLike
+from torch import nn
+
+from ...errors import RevprobeError
+from ...hooks.queries import tap_queries
+from ...hooks.untouched import untouched
+from ...models.probed import ProbedModel, as_probed
+from ...models.rotary import OTHER, STILL, TURNS, LayerPositions, Rotary, layer_positions, seen_positions
+from ..pairs.pairs import Query, ReversalPairs
+from ..passes.batches import default_batch_size, make_batch, prepare_queries
+from ..readings.readings import Reading
+from .checks import distance_pairs, number
+from .score_correlation import alibi_correlation, mean_bound, rope_asymmetric_bound, rope_query_bound, tail_bound
+
+COLUMNS = ["layer", "heads", "head_dim", "encoding", "base", "scaling", "planes", "turning", "checked", "distance"]
+COLUMNS += ["distance_reverse", "bound", "bound_error", "exact", "exact_error", "no_bound", "tau", "tail", "reason"]
+PROMISED = ["bound", "bound_error", "exact", "exact_error", "no_bound", "tail"]
+BOUNDS = ["bound_forward", "bound_reverse", "bound_mean", "bound_reason"]
+SWAPPED = "the bound is about one target asked both ways (kind same_target)"
+TOKENS_DIFFER = "the two queries name evidence or target by different tokens"
+SEVERAL_TOKENS = "a score averaged over several tokens has no one distance"
+UNEQUAL = "the bound needs equal distances on opposite sides"
+NOT_TURNED = "queries do not turn with position (ALiBi, other biases or none): no bound by RoPE"
+NOT_SEEN = "queries of this layer are not seen (no scaled_dot_product_attention call)"
+
+
+def model_frequencies(model: ProbedModel | nn.Module, *, length: int | None = None) -> pd.DataFrame:
+    """The angle by which one token turns each plane of each layer's queries, and what is known of it.
+
+    Args:
+        length: as in `model_theory`; short when None.
+    Returns: one row per attention layer and plane: layer, encoding (as in `model_theory`), plane, first, second (the
+        entries of a head that form it; NA where that was not made out), frequency (radians per token; 0 for a plane
+        that does not turn, NaN where it is not known), base (NaN where the model names none; with scaling the
+        frequencies do not follow from it alone), scaling, source (the buffer or setting of the model), checked (found
+        in the layer's own queries), reason (why not). A layer's frequencies are what `frequencies=` takes elsewhere.
+    Raises: RevprobeError, when no attention can be seen.
+    """
+    model = as_probed(model)
+    return pd.concat(
+        [_plane_frame(layer, found) for layer, found in seen_positions(model, length=length).items()],
+        ignore_index=True,
+    )
+
+
+def _plane_frame(layer: int, found: LayerPositions) -> pd.DataFrame:
+    rotary, planes = found.rotary, found.head_dim // 2
+    unturned = np.zeros(planes) if found.kind == STILL else np.full(planes, np.nan)
+    entries = rotary.entries if rotary and found.kind == TURNS else np.arange(2 * planes).reshape(-1, 2)
+    first, second = (pd.array(column, dtype="Int64") for column in entries.T)
+    if found.kind == OTHER:
+        first[:], second[:] = pd.NA, pd.NA
+    columns = {"layer": layer, "encoding": found.kind, "plane": np.arange(planes), "first": first, "second": second}
+    columns |= {"frequency": rotary.frequencies if rotary else unturned, "base": rotary.base if rotary else np.nan}
+    columns |= {"scaling": rotary.scaling if rotary else "", "source": rotary.source if rotary else ""}
+    return pd.DataFrame(columns | {"checked": found.kind != OTHER, "reason": found.reason})
+
+
+def model_theory(
+    model: ProbedModel | nn.Module,
+    distances: ArrayLike,
+    *,
+    distance_reverse: ArrayLike | None = None,
+    tau: float = 0.1,
+    length: int | None = None,
+    samples: int = 4_000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """What the theory promises for this model at given forward and reverse distances.
+
+    Args:
+        distances: tokens between readout row and evidence: of the forward query, and of the reverse one too unless
+            `distance_reverse` is given, which is broadcast with it.
+        tau: threshold of the share of queries.
+        length: tokens of the sequence, for scalings whose angles depend on it (dynamic, longrope); the longest distance
+            and one more when None.
+        samples, seed: random queries of the bound at unequal distances.
+    Returns: one row per attention layer and pair of distances: layer, heads, head_dim, encoding ("rope"; "no rotation":
+        ALiBi, other biases or none, where the correlation is exactly 1; "other"), base (NaN where the model names
+        none), scaling, planes, turning (planes that turn), checked (the angles were found in the layer's own
+        queries), distance, distance_reverse, bound (least mean correlation over queries; at unequal distances the mean
+        surrogate of `rope_asymmetric_bound`) with bound_error (its standard error; 0 for a closed form), exact (mean
+        correlation at the worst alignment) with exact_error, no_bound (share of queries whose surrogate is negative
+        and bounds nothing; 0 at equal distances, where it is the correlation), tau, tail (least share of queries at or
+        above tau: 1 where the correlation is exactly 1 and tau at most that; NaN where tau is not below the bound or
+        the distances differ), reason (why bound is NaN, or what was not checked).
+    Raises: RevprobeError, when no attention can be seen, for a negative distance, distances that do not broadcast, a
+        tau that is not finite, or fewer than 2 samples for unequal distances.
+    Source: paper Thm. 4.3, Prop. 4.5, App. B.2 and B.3.
+    """
+    model = as_probed(model)
+    number("tau", tau, -np.inf)
+    pairs = distance_pairs(distances, distances if distance_reverse is None else distance_reverse)
+    forward, reverse = (np.atleast_1d(part).ravel() for part in pairs)
+    longest = int(max(forward.max(initial=0), reverse.max(initial=0)))
+    frames = []
+    for layer, found in seen_positions(model, length=longest + 1 if length is None else length).items():
+        promised = _promised(found, forward, reverse, tau, samples, seed)
+        described = _described(layer, found) | {"distance": forward, "distance_reverse": reverse, "tau": tau}
+        frames.append(pd.DataFrame(described | promised)[COLUMNS])
+    return pd.concat(frames, ignore_index=True)
+
+
+def _described(layer: int, found: LayerPositions) -> dict[str, Any]:
+    rotary = found.rotary
+    return {
+        "layer": layer,
+        "heads": found.heads,
+        "head_dim": found.head_dim,
+        "encoding": found.kind,
+        "base": rotary.base if rotary else np.nan,
+        "scaling": rotary.scaling if rotary else "",
+        "planes": found.head_dim // 2,
+        "turning": int(np.count_nonzero(rotary.angles)) if rotary else 0,
+        "checked": found.kind != OTHER,
+        "reason": found.reason,
+    }
+
+
+def _promised(
+    found: LayerPositions, forward: np.ndarray, reverse: np.ndarray, tau: float, samples: int, seed: int
+) -> dict[str, np.ndarray]:
+    """The columns PROMISED of one layer. Shapes: `distance, distance -> distance` each."""
+    if found.kind != STILL and found.rotary is None:
+        return {name: np.full(len(forward), np.nan) for name in PROMISED}
+    promised = {name: np.zeros(len(forward)) for name in PROMISED}
+    if found.rotary is None:
+        promised["bound"] = promised["exact"] = alibi_correlation(forward, reverse)
+        promised["tail"][:] = 1.0 if tau <= 1 else np.nan
+        return promised
+    theta, equal = found.rotary.frequencies, forward == reverse
+    promised["bound"] = mean_bound(theta, forward)
+    promised["exact"] = promised["bound"].copy()  # alignment 0 is the worst, and there the correlation is the bound
+    promised["tail"] = np.where(equal, tail_bound(theta, forward, tau), np.nan)
+    if not equal.all():
+        apart = forward[~equal], reverse[~equal]
+        worst = rope_asymmetric_bound(2 * len(theta), *apart, samples=samples, seed=seed, frequencies=theta)
+        for name in ("bound", "bound_error", "exact", "exact_error"):
+            promised[name][~equal] = worst[name]
+        promised["no_bound"][~equal] = worst["negative"]
+    return promised
+
+
+def with_bounds(
+    reading: Reading, model: ProbedModel | nn.Module, pairs: ReversalPairs, *, batch_size: int | None = None
+) -> Reading:
+    """An attention reading with RoPE's lower bound beside each score: then `.plot(kind="bounds")` draws both.
+
+    The theorem has one query for both directions. In a one-layer model the mask's query is that; deeper, the two
+    prompts give two queries, and the bound of each stands in its own column.
+
+    Args:
+        reading: of `probe_attention_correlation` on this model and these pairs; the bounds are those of its layers.
+        batch_size: queries of one run; chosen by the model's size when None.
+    Returns: the reading, its frame with the columns bound_forward, bound_reverse (sum_k w_k cos(2 D theta_k), w from
+        the forward or the reverse query at its readout row), bound_mean (its mean over random queries), bound_reason
+        (why they are NaN: pairs of another kind, unequal distances, several tokens, a layer that RoPE does not turn).
+    Raises: RevprobeError, when the reading is not an attention reading of these pairs and this checkpoint.
+    Source: paper App. A.3 and Thm. 4.3.
+    """
+    model = as_probed(model)
+    _require_reading_of(reading, model, pairs)
+    pair_reasons = _pair_reasons(pairs, model.logit_shift)
+    eligible = np.flatnonzero(pair_reasons == "")
+    positions = layer_positions(model, length=max(len(query.token_ids) for query in pairs.queries))
+    keys = reading.frame[["pair", "layer", "head"]]
+    asked = set(keys["layer"])
+    turning = {
+        layer: found.rotary
+        for layer, found in positions.items()
+        if layer in asked and found.kind == TURNS and found.rotary
+    }
+    if len(eligible) and turning:
+        parts = _bounds_by_pair(model, pairs.take(eligible), eligible, turning, batch_size)
+        bounds = keys.merge(parts, on=["pair", "layer", "head"], how="left")[BOUNDS[:3]]
+    else:
+        bounds = pd.DataFrame(np.nan, index=range(len(keys)), columns=BOUNDS[:3])
+    layer_reasons = keys["layer"].map(lambda layer: _layer_reason(positions.get(layer)))
+    reasons = np.where(pair_reasons[keys["pair"]] != "", pair_reasons[keys["pair"]], layer_reasons)
+    columns = {name: bounds[name].to_numpy() for name in BOUNDS[:3]} | {"bound_reason": reasons}
+    return reading.with_columns(**columns)  # the scores are the same: no second bootstrap
+
+
+def _require_reading_of(reading: Reading, model: ProbedModel, pairs: ReversalPairs) -> None:
+    if reading.name != "attention_correlation":
+        raise RevprobeError(f"bounds for a reading of {reading.name!r}: expected one of probe_attention_correlation")
+    found = {"pairs": pairs.digest, "model": model.name, "step": model.step, "weights": model.weights}
+    for name, value in found.items():
+        if reading.meta.get(name) != value:
+            raise RevprobeError(
+                f"the reading was taken with {name} {reading.meta.get(name)!r}, not {value!r}; pass the model and the "
+                "pairs it was taken on"
+            )
+
+
+def _pair_reasons(pairs: ReversalPairs, logit_shift: int) -> np.ndarray:
+    """Why the bound does not apply to a pair, "" where it does. Shapes: `-> pair`."""
+    forward, reverse = pairs.offsets(logit_shift)
+    several = np.array([len(query.target_positions) + len(query.evidence_positions) > 2 for query in pairs.queries])
+    differ = np.asarray(pairs.flags.get("different_tokens", np.zeros(len(pairs))), dtype=bool)
+    conditions = [
+        np.full(len(pairs), pairs.kind != "same_target"),
+        differ,
+        several[pairs.forward] | several[pairs.reverse],
+        (forward != -reverse) | (forward == 0),
+    ]
+    reasons = np.select(conditions, [SWAPPED, TOKENS_DIFFER, SEVERAL_TOKENS, UNEQUAL], default="")
+    return reasons.astype(object)
+
+
+def _layer_reason(found: LayerPositions | None) -> str:
+    if found is None:
+        return NOT_SEEN
+    return "" if found.kind == TURNS else NOT_TURNED if found.kind == STILL else found.reason
+
+
+def _bounds_by_pair(
+    model: ProbedModel, pairs: ReversalPairs, numbers: np.ndarray, turning: dict[int, Rotary], size: int | None
+) -> pd.DataFrame:
+    """Bounds of pairs of one target and one evidence token at opposite offsets, one row per pair, layer and head."""
+    distance = np.abs(pairs.offsets(model.logit_shift)[0])
+    by_query = np.zeros(len(pairs.queries))
+    by_query[pairs.forward], by_query[pairs.reverse] = distance, distance
+    bounds = _bounds_by_query(model, pairs.queries, by_query, turning, size)
+    parts = []
+    for layer, values in bounds.items():
+        heads = values.shape[1]
+        columns = {"pair": np.repeat(numbers, heads), "layer": layer, "head": np.tile(np.arange(heads), len(pairs))}
+        columns |= {"bound_forward": values[pairs.forward].ravel(), "bound_reverse": values[pairs.reverse].ravel()}
+        columns["bound_mean"] = np.repeat(mean_bound(turning[layer].frequencies, distance), heads)
+        parts.append(pd.DataFrame(columns))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _bounds_by_query(
+    model: ProbedModel, queries: tuple[Query, ...], distance: np.ndarray, turning: dict[int, Rotary], size: int | None
+) -> dict[int, np.ndarray]:
+    """The q-specific bound of each query at its distance. Shapes: layer -> `query head`."""
+    prepared = prepare_queries(model, queries)
+    size = size or default_batch_size(model, prepared)
+    found: dict[int, list[np.ndarray]] = {layer: [] for layer in turning}
+    with untouched(model.module), torch.no_grad():
+        for start in range(0, len(prepared), size):
+            batch = make_batch(model, prepared[start : start + size])
+            with tap_queries(model.module, batch.rows) as tap:
+                model.logits(batch.input_ids, batch.attention_mask)
+            calls, apart = tap.layers(), distance[start : start + size, None]
+            for layer, rotary in turning.items():
+                energy = rotary.plane_energy(calls[layer].query[:, :, 0].double().cpu().numpy())
+                found[layer].append(rope_query_bound(energy, apart, frequencies=rotary.frequencies))
+    return {layer: np.concatenate(parts) for layer, parts in found.items()}

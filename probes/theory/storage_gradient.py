@@ -1,0 +1,76 @@
+"""The gradient with respect to the stored-evidence matrix S of a one-layer model, which is no parameter.
+
+With z = sum_j a_j S[:, x_j] the gradient of a query's loss is an outer product, dL/dS = (p - 1_v) (x) m, where p is
+the predicted distribution, v the target and m[u] the attention mass on token u. So its cosine between two queries is
+a product of two (App. C.1): that of the prediction errors p - 1_v, and that of the attention masses m. With several
+heads S has a block per head and the masses are joined; a target of several tokens sums its outer products.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from ...errors import RevprobeError
+from ...hooks.attention import tap_attention
+from ...hooks.untouched import untouched
+from ...models.probed import ProbedModel, as_probed
+from ..pairs.pairs import Query, ReversalPairs
+from ..passes.batches import default_batch_size, make_batch, prepare_queries
+
+
+def storage_gradient_cosines(
+    model: ProbedModel | nn.Module, pairs: ReversalPairs, *, batch_size: int | None = None
+) -> pd.DataFrame:
+    """The two cosines whose product is the cosine of the gradients with respect to S, for every pair.
+
+    Returns: one row per pair: pair, fact, cosine, cosine_error (of p - 1_v), cosine_attention (of m).
+    Raises: RevprobeError, when the model has not exactly one attention layer, a target has several tokens, or the
+        pairs are of kind "swapped" (S couples one target with one evidence token).
+    Source: paper Sec. 4.3 (Thm 4.6) and App. C.1.
+    """
+    model = as_probed(model)
+    if pairs.kind != "same_target":
+        raise RevprobeError(f"pairs of kind {pairs.kind!r} do not share an entry of S; use same_target pairs")
+    if any(len(query.target_positions) > 1 for query in pairs.queries):
+        raise RevprobeError("a target of several tokens has no single prediction error; use single-token targets")
+    error, mass = _factors(model, pairs, batch_size)
+    parts = [_cosines(values, pairs) for values in (error, mass)]
+    columns = {"pair": np.arange(len(pairs)), "fact": pairs.facts.astype(str), "cosine": parts[0] * parts[1]}
+    return pd.DataFrame(columns | {"cosine_error": parts[0], "cosine_attention": parts[1]})
+
+
+def _factors(model: ProbedModel, pairs: ReversalPairs, batch_size: int | None) -> tuple[Tensor, Tensor]:
+    """p - 1_v and the attention mass per token of every query. Shapes: `query vocab, query (head vocab)`, float64."""
+    whole = [Query.unchecked(q.token_ids, q.target_positions, range(len(q.token_ids))) for q in pairs.queries]
+    queries = prepare_queries(model, whole)
+    size = batch_size or default_batch_size(model, queries)
+    parts = []
+    with untouched(model.module), torch.no_grad():
+        for start in range(0, len(queries), size):
+            parts.append(_batch_factors(model, queries[start : start + size]))
+    errors, masses = zip(*parts, strict=True)
+    return torch.cat(errors), torch.cat(masses)
+
+
+def _batch_factors(model: ProbedModel, queries: list[Query]) -> tuple[Tensor, Tensor]:
+    batch = make_batch(model, queries)
+    with tap_attention(model.module, batch.rows, batch.columns) as tap:
+        logits = model.logits(batch.input_ids, batch.attention_mask)
+    layers = tap.layers()
+    if len(layers) != 1:
+        raise RevprobeError(f"{model.name} has {len(layers)} attention layers; S is defined for one")
+    probability = logits[torch.arange(len(queries)), batch.rows[:, 0]].double().softmax(-1)
+    error = probability - torch.nn.functional.one_hot(batch.targets[:, 0], probability.shape[-1])
+    (call,) = layers.values()
+    weight = call.weight[:, :, 0].double().masked_fill(~batch.is_evidence[:, None], 0.0)  # query head seq
+    shown = batch.input_ids.gather(1, batch.columns)[:, None].expand_as(weight)
+    mass = weight.new_zeros(*weight.shape[:2], model.vocab_size).scatter_add_(2, shown, weight)
+    return error.cpu(), mass.flatten(1).cpu()
+
+
+def _cosines(values: Tensor, pairs: ReversalPairs) -> np.ndarray:
+    forward, reverse = (values[torch.as_tensor(index)] for index in (pairs.forward, pairs.reverse))
+    return torch.nn.functional.cosine_similarity(forward, reverse, dim=-1).numpy()

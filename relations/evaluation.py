@@ -1,0 +1,225 @@
+"""Forward and reverse exact match of one model on one relation, as in the paper's Table 7, with the floor beside them.
+
+Trained facts are asked in both directions, in wordings that were not trained on where the relation has such; facts
+that were held out are asked the same and show what the model says without having been told.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from torch import nn
+
+from ..errors import RevprobeError, did_you_mean
+from ..finetune.config.finetuning import EvaluationOptions, FinetuneConfig, is_finetuning_text
+from ..finetune.config.one_layer import load_config
+from ..finetune.runs.run import CONFIG
+from ..models.probed import ProbedModel, as_probed
+from ..probes.decoding.exact_match import answer_limit, decoded_match
+from ..probes.figures.theme import interval_text, undefined_text
+from ..probes.passes.run import Progress
+from ..probes.readings.readings import Reading, Readings
+from ..probes.statistics.estimators import Measured, measure
+from .catalog import load_relation
+from .letters import LettersRelation
+
+if TYPE_CHECKING:
+    from .text_relation import Question, TextRelation
+
+ASKED = ("forward", "reverse")
+SPLITS = ("train", "heldout")
+TEMPLATES = ("train", "heldout", "all")
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What `revprobe evaluate` asks: a relation, the direction that was trained, and how answers are decoded."""
+
+    relation: TextRelation | LettersRelation
+    direction: str
+    options: EvaluationOptions
+
+
+def what_to_ask(
+    source: str | Path,
+    *,
+    relation: str | None = None,
+    path: str | Path | None = None,
+    direction: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Asking:
+    """The relation to ask a model about; a fine-tuning run's own comes exactly as it was trained on.
+
+    Another seed or share would hold out other facts than training did, and count trained ones as the floor.
+
+    Args:
+        source: the model as `load_model` takes it; a run, or a checkpoint of one, brings its config.
+        relation, path, direction, options: as `load_relation` takes them; a run's own when None.
+    Raises: RevprobeError, when the relation or the direction is told by neither, or a run was trained otherwise.
+    """
+    config = _run_config(Path(source))
+    if config is None or relation not in (None, config.relation.name):
+        if relation is None or direction is None:
+            raise RevprobeError(
+                f"{str(source)!r} is no fine-tuning run, which would say what it was trained on; name a relation "
+                "(--relation) and the direction that was trained (--direction)"
+            )
+        return Asking(load_relation(relation, path, **(options or {})), direction, EvaluationOptions())
+    trained = config.relation
+    if direction not in (None, trained.direction):
+        raise RevprobeError(
+            f"{str(source)!r} was trained in direction {trained.direction!r}, not {direction!r}; leave --direction out"
+        )
+    if options:
+        raise RevprobeError(
+            f"{str(source)!r} says itself how its relation was made, got {dict(options)}; leave --option out"
+        )
+    made = load_relation(trained.name, trained.path if path is None else path, **trained.options)
+    return Asking(made, trained.direction, config.evaluation)
+
+
+def evaluate_relation(
+    model: ProbedModel | nn.Module,
+    relation: TextRelation | LettersRelation,
+    direction: str,
+    *,
+    splits: Sequence[str] = SPLITS,
+    templates: str | None = None,
+    max_new_tokens: int | None = None,
+    progress: Progress | None = None,
+    **decoding: Any,
+) -> Readings:
+    """`decoded_match` forward and reverse on trained and on held-out facts: one reading for each side.
+
+    Args:
+        direction: the direction that was trained, e.g. "P2C"; reverse questions are of the other one.
+        splits: "train", "heldout" or both.
+        templates: "train", "heldout" or "all"; None asks in held-out wordings where a direction has some, else in all.
+        max_new_tokens: the same for every side; `longest_answer` when None.
+        progress: called with (questions done, questions in all) over all sides.
+        decoding: passed on to `decoded_match` (steps=, block_length=, algorithm=, stop=, batch_size=, ...).
+    Returns: readings whose meta says `asked` ("forward" or "reverse"), `split`, `templates`, `relation` and `trained`
+        (the direction of training).
+    Raises: RevprobeError, for an unknown split, choice of templates or direction, and as `decoded_match` does.
+    Warns: when the relation holds out no fact, so that there is no floor.
+    Source: paper Sec. 6, App. D.2 (Table 7).
+    """
+    model = as_probed(model)
+    if isinstance(relation, LettersRelation):
+        raise RevprobeError("letters are asked by position, not in text; probe_reverse_probability has their accuracy")
+    sides = _sides(relation, direction, splits, templates)
+    limit = max_new_tokens or longest_answer(model, relation, direction)
+    total = sum(len(questions) for _, questions in sides)
+    told, done, readings = 0, 0, []
+    for about, questions in sides:
+        told, done = done, done + len(questions)
+        options = {**decoding, "max_new_tokens": limit, "progress": _part_of(progress, told, done, total)}
+        reading = decoded_match(model, questions, **options)
+        reading.meta.update({"relation": relation.name, "trained": direction, **about})
+        readings.append(reading)
+    return Readings(readings)
+
+
+def longest_answer(model: ProbedModel | nn.Module, relation: TextRelation, direction: str) -> int:
+    """Tokens that hold any answer of the relation and its end, whichever side is asked: the length of a masked model's
+    answers must not depend on what else is asked.
+
+    Raises: RevprobeError, as `decoded_match` does.
+    """
+    splits = sorted(set(relation.facts_of(direction)["split"]))
+    sides = [(split, reverse) for split in splits for reverse in (False, True)]
+    asked = [relation.questions(direction, reverse=reverse, split=split) for split, reverse in sides]
+    return answer_limit(model, [question for questions in asked for question in questions])
+
+
+def match_table(readings: Readings) -> pd.DataFrame:
+    """What `evaluate_relation` found, as text for people: one row for each side, in per cent."""
+    rows = []
+    for reading in readings:
+        about, measured = reading.meta, reading.measured
+        begun = begins_with_answer(reading).estimate
+        control = "-" if reading.control is None else f"{100 * reading.control.value:.1f}"
+        excess = reading.excess
+        rows.append(
+            {
+                "asked": f"{about['asked']} ({'/'.join(sorted(set(reading.frame['direction'])))})",
+                "facts": {"train": "trained", "heldout": "held out (floor)"}[about["split"]],
+                "wordings": {"heldout": "held out", "train": "trained"}.get(about["templates"], "all"),
+                "exact match (%) [95 %]": interval_text(reading.value, *reading.interval, percent=True),
+                "begins with it (%)": interval_text(begun.value, begun.low, begun.high, percent=True),
+                "control": control,
+                "excess [95 %]": "-"
+                if excess is None
+                else interval_text(excess.value, excess.low, excess.high, percent=True),
+                "n": f"{reading.n:,} questions, {reading.frame['fact'].nunique():,} facts",
+                "undefined": undefined_text(measured.undefined) or "-",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def begins_with_answer(reading: Reading) -> Measured:
+    """The looser score of the same decodings: an answer, whatever follows it (as Berglund et al. 2024 count)."""
+    looser = {"match": reading.frame["begins"]}
+    if "begins_control" in reading.frame:
+        looser["match_control"] = reading.frame["begins_control"]
+    return measure("decoded_match", reading.frame.assign(**looser), seed=reading.seed)
+
+
+def save_evaluation(readings: Readings, folder: Path) -> list[Path]:
+    """Write each reading as `decoded_match.<asked>.<split>.parquet`, every file whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        reading.save(folder / f"{reading.name}.{reading.meta['asked']}.{reading.meta['split']}.parquet")
+        for reading in readings
+    ]
+
+
+def _run_config(source: Path) -> FinetuneConfig | None:
+    """The config of the fine-tuning run that a folder is, or is a checkpoint of."""
+    for folder in (source, source.parent.parent):
+        if source.is_dir() and (folder / CONFIG).is_file() and is_finetuning_text(folder / CONFIG):
+            return load_config(folder / CONFIG, FinetuneConfig)
+    return None
+
+
+def _sides(
+    relation: TextRelation, direction: str, splits: Sequence[str], templates: str | None
+) -> list[tuple[dict[str, str], list[Question]]]:
+    """What is asked, labelled: forward and reverse for each split."""
+    for name, value, known in [("split", split, SPLITS) for split in splits] + [("templates", templates, TEMPLATES)]:
+        if value is not None and value not in known:
+            raise RevprobeError(f"unknown {name} {value!r}{did_you_mean(value, known)}")
+    directions = dict(zip(ASKED, (direction, relation.opposite(direction)), strict=True))
+    splits = _with_facts(relation, direction, splits)
+    sides = []
+    for split in splits:
+        for asked, statement in directions.items():
+            wording = templates or ("heldout" if relation.has_heldout_templates(statement) else "all")
+            found = relation.questions(direction, reverse=asked == "reverse", split=split, templates=wording)
+            sides.append(({"asked": asked, "split": split, "templates": wording}, found))
+    return sides
+
+
+def _with_facts(relation: TextRelation, direction: str, splits: Sequence[str]) -> list[str]:
+    """The splits that hold a fact; held-out facts may be missing if trained ones were asked for as well."""
+    there = set(relation.facts_of(direction)["split"])
+    if "heldout" in there or "heldout" not in splits or len(splits) == 1:
+        return list(splits)
+    warnings.warn(
+        f"{relation.name} holds out no fact of direction {direction!r}, so there is no floor to compare with",
+        stacklevel=4,
+    )
+    return [split for split in splits if split in there]
+
+
+def _part_of(progress: Progress | None, before: int, after: int, total: int) -> Progress | None:
+    """One side's progress as a part of all of them, counted in questions."""
+    if progress is None:
+        return None
+    return lambda done, asked: progress(before + (after - before) * done // asked, total)

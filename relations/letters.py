@@ -1,0 +1,209 @@
+"""The letters relation (paper Sec. 5, App. D.1), and the pairs that probe it in both directions.
+
+A sequence of length L holds one lowercase letter, its uppercase
+partner to the right of it, and placeholders `0` elsewhere. Only this order is ever trained on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations, product
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from ..errors import RevprobeError, did_you_mean
+from ..models.letters import PLACEHOLDER, letter_alphabet, letter_tokenizer
+from ..models.probed import ProbedModel, as_probed
+from ..probes.pairs.pairs import Query, ReversalPairs
+
+PLACEMENTS = ("grid", "mirror", "all")
+# placements="all" grows with the fourth power of the length; beyond this many pairs it is refused.
+MOST_PAIRS = 200_000
+
+Places = tuple[int, int]  # the positions of the lowercase and of the uppercase letter
+
+
+@dataclass(frozen=True)
+class LettersRelation:
+    """Letter pairs at one sequence length; `letters(length)` makes it.
+
+    `facts` has the columns fact, target (lowercase), evidence (uppercase), one row per letter.
+    """
+
+    length: int
+    alphabet: int = 26
+    name: str = "letters"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.length, int) or self.length < 2:
+            raise RevprobeError(
+                f"letters of length {self.length!r}: expected a whole number of at least 2, one place for each letter "
+                "of a pair"
+            )
+        letter_alphabet(self.alphabet)
+
+    @property
+    def facts(self) -> pd.DataFrame:
+        pairs = letter_alphabet(self.alphabet)
+        return pd.DataFrame(
+            {
+                "fact": [low for low, _ in pairs],
+                "target": [low for low, _ in pairs],
+                "evidence": [up for _, up in pairs],
+            }
+        )
+
+    def training_texts(self, direction: str = "forward") -> list[str]:
+        """Every placement of every pair, the lowercase letter before its uppercase partner, e.g. "0d00D".
+
+        Forward is the only direction there is: asking for another raises.
+        """
+        if direction != "forward":
+            raise RevprobeError(f"the letters relation is trained in the direction 'forward' only, got {direction!r}")
+        places = list(combinations(range(self.length), 2))
+        return [
+            _text(self.length, lower, upper, place)
+            for lower, upper in letter_alphabet(self.alphabet)
+            for place in places
+        ]
+
+    def pairs(
+        self,
+        model: ProbedModel | nn.Module,
+        direction: str = "forward",
+        *,
+        placements: str = "grid",
+        offset: int | None = None,
+    ) -> ReversalPairs:
+        """The pairs that probe what `direction` trained; see `letter_pairs`."""
+        if direction != "forward":
+            raise RevprobeError(f"the letters relation is trained in the direction 'forward' only, got {direction!r}")
+        return letter_pairs(self.length, model=model, placements=placements, offset=offset, alphabet=self.alphabet)
+
+
+def letters(length: int, alphabet: int = 26) -> LettersRelation:
+    """The letters relation at one sequence length. Raises: RevprobeError, for a length below 2."""
+    return LettersRelation(length, alphabet)
+
+
+def letter_pairs(
+    length: int,
+    *,
+    model: ProbedModel | nn.Module,
+    placements: str = "grid",
+    offset: int | None = None,
+    alphabet: int = 26,
+) -> ReversalPairs:
+    """Forward and reverse queries about letter pairs, for a masked or a causal model.
+
+    A masked model is asked for the lowercase letter given the uppercase one, in the trained order and in the
+    other (kind "same_target"). A causal model is asked for whatever stands at the last position: the uppercase
+    letter given the lowercase one forward, and the roles exchanged in reverse (kind "swapped"). There, and only
+    there, its forward conditional is deterministic: at earlier positions the next token may be a placeholder.
+
+    Args:
+        length: tokens per sequence, at least 2.
+        model: decides the kind of pair and provides the vocabulary.
+        placements: "grid", every forward distance x reverse distance x letter, the left letter at index `offset`;
+            "mirror", the same two positions swapped, over all positions (or the left letter at `offset`): every
+            placement exactly once in each direction, so that its averages weigh placements equally;
+            "all", every forward x every reverse placement. A causal model's target is last in every placement,
+            so for it "mirror" holds one pair per distance.
+        offset: index of the left letter; 0 for the grid unless given. Causal pairs take none.
+        alphabet: how many letter pairs; 26 facts make small groups.
+    Raises: RevprobeError, for an unknown placement, too many pairs, or a model without these letters or lengths.
+    """
+    model = as_probed(model)
+    relation = letters(length, alphabet)
+    if placements not in PLACEMENTS:
+        raise RevprobeError(f"unknown placements {placements!r}{did_you_mean(placements, PLACEMENTS)}")
+    _require_fit(model, length, alphabet)
+    if model.objective == "causal":
+        if offset is not None:
+            raise RevprobeError(
+                f"offset {offset!r} for a causal model: its target stands at the last position; leave offset out"
+            )
+        forward, reverse = [(p, length - 1) for p in range(length - 1)], [(length - 1, p) for p in range(length - 1)]
+    else:
+        start = 0 if placements == "grid" and offset is None else offset
+        forward = _forward_places(length, start)
+        reverse = [(high, low) for low, high in forward]
+    return _pair_up(relation, model, forward, reverse, placements)
+
+
+def _forward_places(length: int, offset: int | None) -> list[Places]:
+    """The trained placements, all of them or those whose left letter stands at `offset`."""
+    if offset is not None and not 0 <= offset <= length - 2:
+        raise RevprobeError(
+            f"offset {offset!r} leaves no room for a pair at length {length}; expected 0 to {length - 2}"
+        )
+    return [place for place in combinations(range(length), 2) if offset is None or place[0] == offset]
+
+
+def _pair_up(
+    relation: LettersRelation, model: ProbedModel, forward: list[Places], reverse: list[Places], placements: str
+) -> ReversalPairs:
+    """All pairs of placements for every letter, "mirror" taking each placement with its own mirror image."""
+    combine = (
+        [(i, i) for i in range(len(forward))]
+        if placements == "mirror"
+        else list(product(range(len(forward)), range(len(reverse))))
+    )
+    count = len(combine) * relation.alphabet
+    if count > MOST_PAIRS:
+        raise RevprobeError(
+            f"placements={placements!r} at length {relation.length} makes {count:,} pairs, more than {MOST_PAIRS:,}; "
+            "use 'grid' or 'mirror'"
+        )
+    tokenizer = model.tokenizer or letter_tokenizer(relation.alphabet)
+    token_id = tokenizer.get_vocab()
+    alphabet = letter_alphabet(relation.alphabet)
+    queries = [
+        _query(relation.length, ids, place, target)
+        for ids in ([token_id[token] for token in (PLACEHOLDER, *pair)] for pair in alphabet)
+        for target, places in _asked(model, forward, reverse)
+        for place in places
+    ]
+    per_letter = len(forward) + len(reverse)
+    first = np.arange(len(alphabet))[:, None] * per_letter
+    forward_index = (first + np.array([f for f, _ in combine])).reshape(-1)
+    reverse_index = (first + len(forward) + np.array([r for _, r in combine])).reshape(-1)
+    facts = np.repeat(np.array([lower for lower, _ in alphabet], dtype=object), len(combine))
+    kind = "swapped" if model.objective == "causal" else "same_target"
+    return ReversalPairs(tuple(queries), forward_index, reverse_index, facts, kind, tokenizer=tokenizer)
+
+
+def _asked(model: ProbedModel, forward: list[Places], reverse: list[Places]) -> list[tuple[int, list[Places]]]:
+    """Which letter (0 lowercase, 1 uppercase) is the target, forward and in reverse."""
+    return [(1, forward), (0, reverse)] if model.objective == "causal" else [(0, forward), (0, reverse)]
+
+
+def _query(length: int, ids: list[int], place: Places, target: int) -> Query:
+    tokens = [ids[0]] * length
+    for letter, position in enumerate(place):
+        tokens[position] = ids[1 + letter]
+    return Query(tokens, [place[target]], [place[1 - target]])
+
+
+def _text(length: int, lower: str, upper: str, place: Places) -> str:
+    characters = [PLACEHOLDER] * length
+    characters[place[0]], characters[place[1]] = lower, upper
+    return "".join(characters)
+
+
+def _require_fit(model: ProbedModel, length: int, alphabet: int) -> None:
+    """The model takes sequences this long and has a token for every letter."""
+    if model.max_length is not None and length > model.max_length:
+        raise RevprobeError(
+            f"letters of length {length}: {model.name} takes at most {model.max_length} tokens; use a shorter length"
+        )
+    vocabulary = model.tokenizer.get_vocab() if model.tokenizer is not None else letter_tokenizer(alphabet).get_vocab()
+    wanted = [PLACEHOLDER, *(letter for pair in letter_alphabet(alphabet) for letter in pair)]
+    absent = [letter for letter in wanted if letter not in vocabulary or vocabulary[letter] >= model.vocab_size]
+    if absent:
+        raise RevprobeError(
+            f"{model.name} has no token for {absent[0]!r} ({len(absent)} of {len(wanted)} absent from its "
+            "vocabulary); it was not trained on this alphabet"
+        )

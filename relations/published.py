@@ -1,0 +1,189 @@
+"""Published relation files: where they are, and T-REx triples in the three layouts they come in.
+
+Person-Description's files are read by `person_description_files`; Parent-Child's is a plain table.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..errors import RevprobeError, did_you_mean
+from .build import Options
+from .cells import FactTable, clean
+from .statements import TemplateLists
+from .tables import SUFFIXES, decode, open_table, parse_json_object
+
+_BERGLUND = "https://github.com/lukasberglund/reversal_curse"
+PUBLISHED = {
+    "parent_child": f"parent_child_pairs.csv in {_BERGLUND}/tree/main/data/celebrity_relations",
+    "person_description": (
+        f"the p2d and d2p JSON lines files in {_BERGLUND}/tree/main/data/reverse_experiments/june_version_7921032488"
+    ),
+    "trex": (
+        "T-REx at https://hadyelsahar.github.io/t-rex, or its relations P*.jsonl in the data of "
+        "https://github.com/facebookresearch/LAMA"
+    ),
+}
+TRIPLE = ("subject", "relation", "object")
+_LAMA = {"sub_label": "subject", "predicate_id": "relation", "obj_label": "object"}
+
+
+def require_published(name: str, path: str | Path | None) -> Path:
+    """The path, if something is there. Raises: RevprobeError, saying where the files are published."""
+    where = (
+        f"{name} needs a file that does not come with revprobe: download {PUBLISHED[name]}, and pass its path, path=..."
+    )
+    if path is None:
+        raise RevprobeError(where)
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise RevprobeError(f"there is no {found}; {where}")
+    return found
+
+
+def trex_table(
+    path: Path, relation: str | Sequence[str] | None, templates: Mapping[str, TemplateLists] | None, options: Options
+) -> FactTable:
+    """The triples of a file or folder whose relation is wanted and worded.
+
+    Raises: RevprobeError, for a file without triples, a cell that cannot be used, and a relation that is not there.
+    """
+    tables = [_triples(file, options) for file in _files(path)]
+    frame = pd.concat([table.frame for table in tables], ignore_index=True)
+    labels = [label for table in tables for label in table.labels]
+    table = FactTable(frame, labels, [problem for table in tables for problem in table.problems])
+    if options.rows is not None:
+        raise RevprobeError(
+            f"rows={options.rows!r}: a T-REx relation is chosen by relation=, not by rows; leave it out"
+        )
+    table = clean(table, TRIPLE, options.bad_rows)
+    found = table.frame["relation"]
+    wanted = found.map(_is_wanted(list(dict.fromkeys(found)), relation, path)).to_numpy(dtype=bool)
+    table = table.take(np.flatnonzero(wanted))
+    worded = table.frame["relation"].map(lambda name: find_templates(name, templates) is not None).to_numpy(dtype=bool)
+    if relation is not None and not worded.all():
+        place = int(np.flatnonzero(~worded)[0])
+        name = table.frame["relation"][place]
+        raise RevprobeError(
+            f"{table.labels[place]}: column 'relation' holds {name!r}, for which there is no template; pass "
+            f"templates={{{name!r}: {{'s2o': [...], 'o2s': [...]}}}}, with the slots {{subject}} and {{object}}"
+        )
+    table.flag(~worded, "relation", "skipped_no_template")
+    if not worded.any():
+        raise RevprobeError(
+            f"{path}: no relation has a template; there are {sorted(set(found))[:5]}; pass templates=..."
+        )
+    return table.take(np.flatnonzero(worded))
+
+
+def trex_groups(
+    relations: Sequence[str], templates: Mapping[str, TemplateLists] | None
+) -> list[tuple[str, TemplateLists]]:
+    """Each relation of the table with its templates."""
+    found = ((name, find_templates(name, templates)) for name in dict.fromkeys(relations))
+    return [(name, lists) for name, lists in found if lists is not None]
+
+
+def find_templates(name: str, templates: Mapping[str, TemplateLists] | None) -> TemplateLists | None:
+    """The caller's templates of a relation, or the built-in ones by id or label, or None."""
+    if templates is not None and name in templates:
+        return templates[name]
+    built_in, id_of = _built_in()
+    return built_in.get(id_of.get(name, name))
+
+
+@cache
+def _built_in() -> tuple[dict[str, dict[str, list[str]]], dict[str, str]]:
+    """relation id -> direction -> templates, and label -> id."""
+    templates: dict[str, dict[str, list[str]]] = {}
+    id_of: dict[str, str] = {}
+    with (Path(__file__).parent / "data" / "trex_templates.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            templates.setdefault(row["relation"], {}).setdefault(row["direction"], []).append(row["template"])
+            id_of[row["label"]] = row["relation"]
+    return templates, id_of
+
+
+def _is_wanted(found: list[str], relation: str | Sequence[str] | None, path: Path) -> Any:
+    """For each relation of the file whether it was asked for, by its name there, its id or its label."""
+    if relation is None:
+        return {name: True for name in found}
+    id_of = _built_in()[1]
+    asked = [relation] if isinstance(relation, str) else list(relation)
+    wanted = {name for name in found for one in asked if id_of.get(one, one) in (name, id_of.get(name))}
+    for one in asked:
+        if one not in wanted and not {id_of.get(one), *(n for n in found if id_of.get(n) == one)} & wanted:
+            raise RevprobeError(f"{path} has no relation {one!r}{did_you_mean(one, [*found, *id_of])}")
+    return {name: name in wanted for name in found}
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, or the data files of a folder by name."""
+    if path.is_file():
+        return [path]
+    files = sorted(
+        file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.name != "relations.jsonl"
+    )
+    if not files:
+        raise RevprobeError(f"the folder {path} holds no file that ends in one of {', '.join(SUFFIXES)}")
+    return files
+
+
+def _triples(path: Path, options: Options) -> FactTable:
+    """One file's triples, whatever its layout, in the columns subject, relation, object."""
+    if path.suffix.lower() in (".json", ".jsonl"):
+        documents = _documents(path, options.encoding)
+        if documents is not None:
+            return documents
+    table = open_table(path, options.encoding)
+    frame = table.frame
+    if set(_LAMA) <= set(frame.columns):
+        frame = frame.rename(columns=_LAMA)
+    missing = [column for column in TRIPLE if column not in frame.columns]
+    if missing:
+        raise RevprobeError(
+            f"{path} has no column {missing[0]!r}{did_you_mean(missing[0], frame.columns)}; expected subject, "
+            "relation, object, LAMA's sub_label, predicate_id, obj_label, or T-REx documents with 'triples'"
+        )
+    return replace(table, frame=frame[list(TRIPLE)])
+
+
+def _documents(path: Path, encoding: str) -> FactTable | None:
+    """T-REx's own layout: a JSON list (or lines) of documents, each with `triples`; None for another layout."""
+    text, problems = decode(path, encoding)
+    try:
+        loaded = json.loads(text) if text.lstrip().startswith("[") else None
+    except json.JSONDecodeError as error:
+        raise RevprobeError(f"{path} is not JSON: {error}") from None
+    if loaded is None:
+        first = next((line for line in text.splitlines() if line.strip()), "")
+        if not first or "triples" not in parse_json_object(first, f"{path.name}, row 0 (line 1)"):
+            return None
+        lines = enumerate(text.splitlines(), start=1)
+        loaded = [parse_json_object(line, f"{path.name}, line {number}") for number, line in lines if line.strip()]
+    if not all(isinstance(document, dict) and isinstance(document.get("triples"), list) for document in loaded):
+        return None
+    rows, labels = [], []
+    for number, document in enumerate(loaded):
+        for place, triple in enumerate(document["triples"]):
+            rows.append([_part(triple, part) for part in ("subject", "predicate", "object")])
+            labels.append(f"{path.name}, document {number}, triple {place}")
+    return FactTable(pd.DataFrame(rows, columns=list(TRIPLE), dtype=object), labels, problems)
+
+
+def _part(triple: Any, part: str) -> str | None:
+    """The words of an entity, or the id of a predicate, the end of its address; None, an empty cell, when missing."""
+    value = triple.get(part) if isinstance(triple, dict) else None
+    if not isinstance(value, dict):
+        return None
+    found = value.get("uri", "").rsplit("/", 1)[-1] if part == "predicate" else value.get("surfaceform")
+    return found or None

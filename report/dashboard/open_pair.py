@@ -1,0 +1,178 @@
+"""One pair down to its tokens: its queries, and the attention from the readout row to every token of them.
+
+Readings keep scores of the evidence alone, so the checkpoint they were taken from is run once more on the two queries.
+The pairs are made again from the run's config and must have the digest that the reading states; the score of the
+evidence comes out of the same run and stands beside the reading's. Model, adapter base and relation file are read only
+where they lie inside the dashboard's folder.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ...errors import RevprobeError
+from ...finetune.runs.building import probe_pairs
+from ...finetune.runs.finetuning import FinetuneRun
+from ...finetune.runs.run import open_run
+from ...hooks.attention import tap_attention
+from ...hooks.untouched import untouched
+from ...models.checkpoints import checkpoint_folder
+from ...models.hub import quiet_transformers
+from ...models.peft_adapters import ADAPTER_CONFIG, base_of, is_adapter
+from ...models.probed import ProbedModel
+from ...models.registry import load_model
+from ...probes.pairs.display import token_texts
+from ...probes.pairs.pairs import Query, ReversalPairs
+from ...probes.passes.batches import make_batch, prepare_queries
+from ...probes.passes.likelihood import readout
+from ...probes.readings.readings import Reading
+from ...relations.catalog import letters
+from .folder import RunsFolder
+from .listed_runs import Listed
+
+SAME = 1e-3  # two runs of one checkpoint differ by rounding; a score further off is another model's
+
+
+@dataclass(frozen=True)
+class ReadQuery:
+    """One query as the model saw it, and where its readout row looked.
+
+    Attributes:
+        tokens: each token as text; the target's are what was hidden (a causal model reads before them).
+        parts: "target", "evidence" or "" for each token.
+        weights: by layer, attention weights of the readout row (mean over rows of a longer target), `head token`.
+        scores: by layer, the pre-softmax score of the evidence (mean over readout rows and evidence tokens), `head`.
+        probability: of all target tokens, hidden together.
+    """
+
+    tokens: list[str]
+    parts: list[str]
+    weights: dict[int, np.ndarray]
+    scores: dict[int, np.ndarray]
+    probability: float
+
+
+@dataclass(frozen=True)
+class OpenedPair:
+    """A pair's two queries, run through one checkpoint; `hidden` says whether the targets were masked."""
+
+    forward: ReadQuery
+    reverse: ReadQuery
+    hidden: bool
+
+
+class PairOpener:
+    """Opens pairs of a folder's runs; keeps the last checkpoint loaded."""
+
+    def __init__(self, runs: RunsFolder) -> None:
+        self.runs = runs
+        self._lock = threading.Lock()  # one forward pass at a time: RNG state and hooks are the module's
+        self._held: tuple[object, ProbedModel, ReversalPairs] | None = None
+
+    def open(self, run: Listed, reading: Reading, pair: int) -> OpenedPair:
+        """Run the reading's checkpoint on one of its pairs.
+
+        Args:
+            reading: of attention; its step, weights and pairs are those that are opened.
+        Raises: RevprobeError, when the checkpoint is missing or damaged, something it needs lies outside the folder,
+            or the pairs that the config gives are not the reading's.
+        """
+        step, weights = int(reading.meta.get("step") or 0), str(reading.meta.get("weights") or "raw")
+        with self._lock:
+            model, pairs = self._loaded(run, step, weights)
+            if pairs.digest != reading.meta.get("pairs"):
+                raise RevprobeError(
+                    f"the pairs of {run.key}'s config are not those of this reading; its tokens are not known"
+                )
+            if not 0 <= pair < len(pairs):
+                raise RevprobeError(f"no pair {pair} in {run.key}: expected 0 to {len(pairs) - 1}")
+            queries = prepare_queries(model, pairs.queries)
+            forward, reverse = (read_query(model, queries[index[pair]]) for index in (pairs.forward, pairs.reverse))
+        return OpenedPair(forward, reverse, model.objective == "masked")
+
+    def _loaded(self, run: Listed, step: int, weights: str) -> tuple[ProbedModel, ReversalPairs]:
+        folder = self.runs.folder_of(run)
+        checkpoint, *_ = checkpoint_folder(folder, step, weights)
+        place = (checkpoint, checkpoint.stat().st_mtime_ns)
+        if self._held is None or self._held[0] != place:
+            self._held = None  # the old model's memory, before the new one takes its own
+            self._require_inside(folder, checkpoint)
+            with quiet_transformers():
+                model = load_model(folder, step=step, weights=weights, device="cpu")
+                self._held = (place, model, self._pairs(folder, model))
+        return self._held[1], self._held[2]
+
+    def _require_inside(self, folder: Path, checkpoint: Path) -> None:
+        """Raises: RevprobeError, when the checkpoint or the base of its adapter is not wholly inside RUNS_DIR."""
+        self.runs.require_no_way_out(folder)
+        if is_adapter(checkpoint):
+            base = base_of(checkpoint)
+            if not isinstance(base, Path):
+                raise RevprobeError(
+                    f"its base model {base!r} is not inside {self.runs.root}, and a dashboard reads nothing outside; "
+                    "look at this pair with revprobe.load_model in a notebook"
+                )
+            checkpoint = self.runs.confined(base)
+            self.runs.require_no_way_out(checkpoint)
+        if (checkpoint / ADAPTER_CONFIG).exists():  # transformers would go and load the base that it names
+            raise RevprobeError(f"{checkpoint} is a model and an adapter at once, which no run writes: not read")
+
+    def _pairs(self, folder: Path, model: ProbedModel) -> ReversalPairs:
+        run = open_run(folder)
+        if not isinstance(run, FinetuneRun):
+            relation = run.config.relation
+            return probe_pairs(letters(relation.length, relation.alphabet), model)["attention"]
+        from ...finetune.runs.finetune_setup import text_relation  # it imports the Trainer
+
+        chosen = run.config.relation
+        if chosen.name != "invented_names":
+            if chosen.path is None or not Path(chosen.path).exists():
+                raise RevprobeError(
+                    f"its relation {chosen.name!r} is no file inside {self.runs.root}, and a dashboard reads nothing "
+                    "outside; its tokens are not known here"
+                )
+            self.runs.confined(Path(chosen.path))
+        return text_relation(run.config).pairs(model, chosen.direction, limit=run.config.snapshots.facts)
+
+
+def read_query(model: ProbedModel, query: Query) -> ReadQuery:
+    """Run one query and keep the readout row's attention over all its tokens; the model stays as it is.
+
+    Raises: RevprobeError, when no attention is seen or the logits are NaN.
+    """
+    batch = make_batch(model, [query])
+    columns = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)[None]
+    evidence = list(query.evidence_positions)
+    with (
+        untouched(model.module),
+        torch.no_grad(),
+        tap_attention(model.module, batch.rows, columns) as tap,
+    ):
+        log_probabilities = readout(model, batch)
+    target = log_probabilities[0].gather(-1, batch.targets[0][:, None])
+    layers = tap.layers()
+    parts = dict.fromkeys(query.target_positions, "target") | dict.fromkeys(query.evidence_positions, "evidence")
+    return ReadQuery(
+        tokens=token_texts(query.token_ids, model.tokenizer),
+        parts=[parts.get(place, "") for place in range(len(query.token_ids))],
+        weights={layer: call.weight[0].mean(1).double().cpu().numpy() for layer, call in layers.items()},
+        scores={
+            layer: call.score[0][..., evidence].double().mean((1, 2)).cpu().numpy() for layer, call in layers.items()
+        },
+        probability=float(target.sum().exp()),
+    )
+
+
+def disagreement(opened: OpenedPair, row: pd.Series) -> float:
+    """How far the evidence's scores of this run are from those of the reading's row, the larger of both directions."""
+    layer, head = int(row["layer"]), int(row["head"])
+    return max(
+        abs(float(getattr(opened, side).scores[layer][head]) - float(row[f"score_{side}"]))
+        for side in ("forward", "reverse")
+    )

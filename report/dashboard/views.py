@@ -1,0 +1,163 @@
+"""What the dashboard draws of the runs it was asked for: figures, tables and choices, from the folder's state.
+
+Every function returns something to show, whatever the files are like: what cannot be drawn comes back as its reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from ...errors import RevprobeError, first_line
+from ...probes.figures.theme import message_figure
+from ...probes.figures.training_curves import signatures_figure
+from ...probes.readings.readings import Reading
+from ..summary.seed_bands import SEEDS_KEY, pool_seeds
+from ..summary.tables import final_table, format_final_table, tidy_summary
+from .folder import RunsFolder
+from .listed_runs import Listed
+
+ATTENTION = "attention_correlation"
+READING_OF = {
+    "heatmap": ATTENTION,
+    "scatter": ATTENTION,
+    "gradient": "gradient_cosine",
+    "probability": "reverse_probability",
+}
+LAST = -1  # the checkpoint choice that follows a run
+
+
+def axis_value(run: Listed, axis: str) -> str | None:
+    """A run's value of one filter, as text; None where it has none."""
+    value = getattr(run, axis) if axis in ("group", "state") else run.axes.get(axis)
+    return None if value in (None, "") else str(value)
+
+
+def filtered(runs: Sequence[Listed], wanted: Mapping[str, Sequence[str]], text: str = "") -> list[Listed]:
+    """The runs that have one of the wanted values on every axis, and the text in their path."""
+    asked = {axis: set(values) for axis, values in wanted.items() if values}
+    return [
+        run
+        for run in runs
+        if text.lower() in run.key.lower() and all(axis_value(run, axis) in values for axis, values in asked.items())
+    ]
+
+
+def filter_values(runs: Sequence[Listed], axis: str) -> list[str]:
+    """What a filter offers: numbers by size, words by alphabet."""
+    found = {value for run in runs if (value := axis_value(run, axis)) is not None}
+    return sorted(found, key=lambda value: (not value.isdecimal(), int(value) if value.isdecimal() else 0, value))
+
+
+def run_names(runs: Sequence[Listed]) -> dict[str, str]:
+    """What each run is called in a figure: its name, or its path where two share one."""
+    counts = Counter(run.name for run in runs)
+    return {run.key: run.name if counts[run.name] == 1 else run.key for run in runs}
+
+
+def curves(
+    folder: RunsFolder, runs: Sequence[Listed], *, weights: str, bands: str
+) -> tuple[go.Figure, pd.DataFrame, list[str], list[str]]:
+    """The signatures of some runs over each other.
+
+    Args:
+        weights: "ema" (raw where there is no average), "raw" or "both".
+        bands: "facts", each run with its bootstrap interval, or "seeds", runs that differ in their seed as one.
+    Returns: the figure, the table of the last checkpoints, notes, and problems.
+    """
+    names = run_names(runs)
+    measures, damaged = folder.measures(runs)
+    problems = [f"{names[key]}: {reason}" for key, reasons in damaged.items() for reason in reasons]
+    if measures.empty:
+        why = "Choose a run at the left." if not runs else "None of these runs has a reading that can be drawn."
+        return message_figure(why), pd.DataFrame(), [], problems
+    try:
+        drawn = chosen_weights(measures, weights)
+        named = drawn.assign(run=drawn["run"].map(names))
+        table = format_final_table(final_table(tidy_summary([named])))
+        pooled, said = pool_seeds(drawn, names) if bands == "seeds" else (named, [])
+        figure = signatures_figure(pooled, buttons=False).update_traces(visible=True)
+        if bands == "seeds":
+            figure.update_layout(title={"text": SEEDS_KEY})
+    except Exception as error:  # numbers of another version may lack what a figure needs; the page stays
+        why = first_line(error, with_type=not isinstance(error, RevprobeError))
+        return message_figure(f"cannot be drawn: {why}"), pd.DataFrame(), [], problems
+    # Zoom and hidden series stay while checkpoints come in, and start anew with other runs.
+    figure.update_layout(uirevision="|".join([weights, bands, *names]))
+    return figure, table, said, problems
+
+
+def chosen_weights(measures: pd.DataFrame, weights: str) -> pd.DataFrame:
+    """The rows of one choice of weights: "ema" takes a run's raw ones where it keeps no average."""
+    averaged = set(measures.loc[measures["weights"] == "ema", "run"])
+    if weights == "both":
+        return measures
+    if weights == "raw":
+        return measures[measures["weights"] != "ema"]
+    return measures[(measures["weights"] == "ema") | ~measures["run"].isin(averaged)]
+
+
+def checkpoint_choices(run: Listed, step: int | None, weights: str | None) -> dict[str, Any]:
+    """Steps and weights there are, with what stays chosen: a step that follows the run, and EMA where there is one."""
+    steps = run.steps
+    kinds = sorted({file.weights for file in run.files}) or ["raw"]
+    options = [{"label": f"last (step {steps[-1]:,})", "value": LAST}] if steps else []
+    return {
+        "steps": options + [{"label": f"step {one:,}", "value": one} for one in reversed(steps)],
+        "step": step if step in steps else LAST,
+        "weights": [{"label": "EMA" if kind == "ema" else kind, "value": kind} for kind in kinds],
+        "which": weights if weights in kinds else kinds[0],
+    }
+
+
+def reading_at(folder: RunsFolder, run: Listed, name: str, step: int | None, weights: str | None) -> Reading:
+    """A run's reading at a step, or at its last. Raises: RevprobeError, when there is none or it is damaged."""
+    if not run.steps:
+        raise RevprobeError(f"{run.name} has no reading yet{f': {run.problem}' if run.problem else ''}")
+    at = run.steps[-1] if step in (None, LAST) else int(step or 0)
+    return folder.reading(run, name, at, weights or "raw")
+
+
+def checkpoint_figure(reading: Reading, kind: str, layer: int | None, head: int | None) -> go.Figure:
+    """One reading drawn as asked for."""
+    if kind == "scatter":
+        return reading.plot(layer=layer, head=head)
+    if kind != "heatmap":
+        return reading.plot()
+    frame = reading.frame
+    for column, wanted in (("layer", layer), ("head", head)):
+        if wanted is not None:
+            frame = frame[frame[column] == wanted].reset_index(drop=True)
+    part = reading if len(frame) == len(reading.frame) else Reading(reading.name, frame, reading.meta)
+    return part.plot(kind="heatmap")
+
+
+def or_reason(draw: Callable[[], go.Figure]) -> go.Figure:
+    """What `draw` draws, or why it cannot."""
+    try:
+        return draw()
+    except RevprobeError as error:
+        return message_figure(first_line(error, with_type=False))
+    except Exception as error:  # a reading of another version may lack a column; the page stays
+        return message_figure(f"cannot be drawn: {first_line(error)}")
+
+
+def pair_row(frame: pd.DataFrame, pair: int, layer: int, head: int) -> pd.Series:
+    """An attention reading's row of one pair at one layer and head. Raises: RevprobeError, when there is none."""
+    rows = frame[(frame["pair"] == pair) & (frame["layer"] == layer) & (frame["head"] == head)]
+    if rows.empty:
+        raise RevprobeError(f"no pair {pair} at layer {layer}, head {head} in this reading; choose another")
+    return rows.iloc[0]
+
+
+def fact_pairs(frame: pd.DataFrame, fact: str | None) -> list[dict[str, Any]]:
+    """The pairs of a fact, each told by its distances."""
+    rows = frame[frame["fact"].astype(str) == str(fact)].drop_duplicates("pair")
+    return [
+        {"label": f"pair {pair}: distances {forward} / {reverse}", "value": int(pair)}
+        for pair, forward, reverse in rows[["pair", "distance_forward", "distance_reverse"]].to_numpy().tolist()
+    ]

@@ -1,0 +1,153 @@
+"""The tabs of a report that its slider and selectors drive: empty panels, controls, and the data of every run."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import plotly.graph_objects as go
+
+from ...errors import RevprobeError, first_line
+from ...probes.figures.heatmap import Grid
+from ...probes.figures.step_axis import StepScale
+from ...probes.figures.theme import DIVERGING, plain
+from ...probes.readings.readings import Readings
+from .explorer import ATTENTION, BINS, GRADIENT, PROBABILITY, explore
+from .page import choice, data_block, paragraph, section
+
+if TYPE_CHECKING:
+    from .report import ReportRun
+
+ROUNDED = (
+    "Worked out when the report was written and rounded: correlations and cosines to 0.00003, the colours of the map "
+    "over distances to 0.01, scores to 0.003 % of the largest. All numbers in full are in summary.csv and in the "
+    "run's readings."
+)
+ROUTING = (
+    "Values are means over the chosen heads of the within-group Pearson r between forward and reverse scores (a group "
+    "is one pair of signed offsets); bands and brackets: 95 % bootstrap intervals over facts. Points are scores less "
+    "their group's mean, averaged over the chosen heads. White: no such pair, or undefined in a layer x head map. "
+    "Grey: undefined, the hover says why."
+)
+GRADIENTS = (
+    "Mean over pairs of the cosine of forward and reverse gradient, summed over the parameters of a role (and layer); "
+    "bars and brackets: 95 % bootstrap intervals over facts; grey: control (deranged facts)."
+)
+SHARES = "How the target's probability is spread over pairs; means with their 95 % bootstrap intervals over facts."
+EXPLORED = (ATTENTION, GRADIENT, PROBABILITY)
+
+
+def explorer(runs: Sequence[ReportRun]) -> tuple[str, dict[str, list[str]]]:
+    """The controls that the three tabs share, and the parts of each tab; no controls where there is nothing to draw.
+
+    A run whose readings cannot be worked out is left out with its reason.
+    """
+    with_data: list[str] = []
+    blocks: list[str] = []
+    problems: list[str] = []
+    for run in runs:
+        readings = Readings(one for one in run.readings if one.name in EXPLORED)
+        if not len(readings):
+            continue
+        try:
+            blocks.append(data_block(f"run-{len(blocks)}", _run_data(readings, len(runs))))
+            with_data.append(run.name)
+        except RevprobeError as error:
+            problems.append(f"{run.name} cannot be explored: {first_line(error, with_type=False)}")
+    said = [paragraph(text) for text in problems]
+    if not with_data:
+        nothing = [paragraph("No run has a reading to draw here."), *said]
+        return "", {name: nothing for name in ("routing", "gradients", "probability")}
+    blocks.append(data_block("panels", _panels() | {"bins": BINS}))
+    notes = [*said, '<p class="note" id="explored-said"></p>', paragraph(ROUNDED, note=True), *blocks]
+    tabs = {
+        "routing": _tab("routing", "Attention correlation", ("heads", "course", "distances", "scores"), ROUTING, notes),
+        "gradients": _tab("gradients", "Gradient cosine", ("roles", "role-map"), GRADIENTS, said),
+        "probability": _tab("probability", "Probability of the target", ("shares",), SHARES, said),
+    }
+    return _controls(with_data), tabs
+
+
+def _run_data(readings: Readings, runs: int) -> dict[str, Any]:
+    explored = explore(readings, runs=runs)
+    data = explored.data
+    scale = StepScale.over(data["steps"])
+    data |= {"positions": [scale.position(step) for step in data["steps"]], "axis": scale.axis()}
+    # Names go into options, which take plain text; series words are escaped for plotly.
+    data |= {
+        "names": [html.unescape(words) for words in data["series"]],
+        "notes": [plain(n, limit=None) for n in explored.notes],
+    }
+    if ATTENTION in data:
+        maps = data[ATTENTION]["maps"]
+        grid = Grid.over(maps["cells"]["distance_forward"], maps["cells"]["distance_reverse"])
+        maps |= {"forward": grid.forward, "reverse": grid.reverse}
+    return data
+
+
+def _tab(name: str, title: str, panels: Sequence[str], note: str, notes: Sequence[str]) -> list[str]:
+    places = "".join(f'<div id="{panel}"></div>' for panel in panels)
+    said = f'<p id="{name}-said"></p>'
+    return [section(name, title, said, f'<div class="panels">{places}</div>', paragraph(note, note=True), *notes)]
+
+
+def _controls(names: Sequence[str]) -> str:
+    runs = choice("explore-run", "run", [(f"run-{place}", name) for place, name in enumerate(names)])
+    slider = (
+        '<label>checkpoint: step <output id="explore-step-shown"></output> '
+        '<input type="range" id="explore-step" min="0" max="0" value="0"></label>'
+    )
+    empty = [choice(f"explore-{name}", words, []) for name, words in (("series", "weights"), ("layer", "layer"))]
+    return f'<div id="explore" hidden>{runs}{empty[0]}{slider}{empty[1]}{choice("explore-head", "head", [])}</div>'
+
+
+def _panels() -> dict[str, Any]:
+    """The layouts of the panels; the script fills in traces, titles and the axes that depend on the run."""
+    diverging = {"cmin": -1, "cmax": 1, "colorscale": DIVERGING, "colorbar": {"title": {"text": "r"}, "thickness": 12}}
+    cosine = diverging | {"colorbar": {"title": {"text": "cosine"}, "thickness": 12}}
+    category = {"type": "category", "showgrid": False}
+    square = {**category, "constrain": "domain"}
+    layouts = {
+        "heads": {
+            "xaxis": {**category, "title": "head"},
+            "yaxis": {**category, "title": "layer"},
+            "coloraxis": diverging,
+            "height": 460,
+        },
+        "course": {
+            "xaxis": {},
+            "yaxis": {"title": "Pearson r of forward and reverse score", "range": [-1.04, 1.04]},
+            "height": 460,
+        },
+        "distances": {
+            "xaxis": {**square, "title": "reverse distance (tokens)"},
+            "yaxis": {**square, "title": "forward distance (tokens)", "scaleanchor": "x"},
+            "coloraxis": diverging,
+            "height": 500,
+        },
+        "scores": {
+            "xaxis": {"title": ""},
+            "yaxis": {"title": "reverse score − group mean (pre-softmax)", "scaleanchor": "x"},
+            "height": 500,
+        },
+        "roles": {
+            "xaxis": {"title": "cosine (mean over pairs)", "range": [-1.05, 1.05]},
+            "yaxis": {"type": "category"},
+            "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
+        },
+        "role-map": {
+            "xaxis": {**category, "title": "role of the parameter"},
+            "yaxis": {**category, "title": "layer"},
+            "coloraxis": cosine,
+            "height": 460,
+        },
+        "shares": {
+            "xaxis": {"title": "probability of the target", "range": [-0.01, 1.01]},
+            "yaxis": {"title": "", "rangemode": "tozero"},
+            "legend": {"orientation": "v", "y": -0.2, "yanchor": "top", "x": 0},
+            "height": 520,
+        },
+    }
+    size = {"width": 570, "title": {"text": "", "font": {"size": 14}}, "margin": {"t": 80}}
+    return {name: go.Layout(size | layout).to_plotly_json() for name, layout in layouts.items()}

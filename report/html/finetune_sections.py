@@ -1,0 +1,78 @@
+"""What a report of fine-tunings shows besides a report's own sections: Table 7, Fig. 4, and one-step predictions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from ...finetune.training.prediction_callback import PREDICTIONS
+from ..paper.figure4 import figure4, has_figure4
+from ..paper.table7 import FACTS, NOTE, match_frame, table7
+from ..paper.table7_figure import table7_figure
+from .page import drawn_figure, folded, paragraph, section, table
+
+if TYPE_CHECKING:
+    from ...finetune.runs.finetuning import FinetuneRun
+
+PREDICTED = (
+    "The optimizer step after each snapshot, measured twice: by the gradient of the loss at the snapshot times the "
+    "step that was made, and as the difference of the losses. 95 % intervals over facts; the control is the same for "
+    "each target under another fact's query."
+)
+
+
+def finetune_sections(runs: Sequence[FinetuneRun]) -> list[str]:
+    """Table 7 and its floor, Fig. 4, and the steps that the gradients foretold, each a section of HTML."""
+    matches, parts = match_frame(runs), []
+    for split, facts in FACTS.items():
+        if (matches["split"] == split).any():
+            shown = table7(matches, split)
+            parts += [paragraph(f"{facts.capitalize()}:"), table(list(shown.columns), shown.to_numpy().tolist())]
+            parts.append(drawn_figure(f"table7-{split}", table7_figure(matches, split)))
+    if not parts:
+        parts = [paragraph("No run has been evaluated yet.")]
+    sections = [section("table7", "Exact match (Table 7)", *parts, paragraph(NOTE, note=True), *_labels(runs))]
+    if has_figure4(runs):
+        about = paragraph("Mean over seeds, the band from the lowest to the highest; dotted: the control.", note=True)
+        sections.append(
+            section("figure4", "Signatures while fine-tuning (Fig. 4)", drawn_figure("fig4", figure4(runs)), about)
+        )
+    return sections + _predictions(runs)
+
+
+def _labels(runs: Sequence[FinetuneRun]) -> list[str]:
+    """What a reader of the numbers must know about single runs."""
+    only = [run.name for run in runs if run.config.objective.scope == "response_only"]
+    if not only:
+        return []
+    text = (
+        f"Trained on the response only: {', '.join(only)}. There the first entity is never masked, so for masked "
+        "models the probes' forward query is not what training asked."
+    )
+    return [paragraph(text, note=True)]
+
+
+def _predictions(runs: Sequence[FinetuneRun]) -> list[str]:
+    """The change of each direction's loss over the step after each snapshot: foretold, and as it came."""
+    rows = [
+        [run.name, f"{row['step']:,}", row["direction"], *(_change(row, name) for name in ("predicted", "came"))]
+        for run in runs
+        if (run.path / PREDICTIONS).is_file()
+        for row in pd.read_parquet(run.path / PREDICTIONS).to_dict("records")
+    ]
+    if not rows:
+        return []
+    headings = ["run", "step", "loss", "predicted change (nats)", "change that came (nats)"]
+    shown = folded(f"{len(rows)} rows", table(headings, rows))
+    return [section("predictions", "What one step does to the losses", paragraph(PREDICTED, note=True), shown)]
+
+
+def _change(row: dict[Hashable, Any], name: str) -> str:
+    """A change with its interval and what the same step did to deranged pairs; the reason where there is none."""
+    value, low, high, control = (float(row[f"{name}{end}"]) for end in ("", "_low", "_high", "_control"))
+    if math.isnan(value):
+        return str(row["reason"] or "undefined")
+    return f"{value:+.2e} [{low:+.2e}, {high:+.2e}] (control {control:+.2e})"

@@ -1,0 +1,83 @@
+"""The tabs of a report that show single readings as figures: what is stored, and what editing a route does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import plotly.graph_objects as go
+
+from ...errors import RevprobeError, first_line
+from ...probes.figures.route_edits import route_edit_figure
+from ...probes.figures.storage import stored_evidence_figure
+from ...probes.figures.theme import message_figure
+from ...probes.figures.training_curves import series_words
+from ...probes.readings.readings import Reading
+from .page import gallery, paragraph, section
+
+if TYPE_CHECKING:
+    from .report import ReportRun
+
+MOST = 60  # figures in one gallery; beyond, each run keeps its last checkpoint
+MANY_HEADS = 40  # edits of more single heads than this are a heat map
+STORED, EDITED = "stored_evidence", "route_edit"
+STORAGE = (
+    "What the target's logit is made of, forward and reverse: the stored evidence routed to the readout row, and what "
+    "reaches it otherwise; bars: 95 % bootstrap intervals over facts."
+)
+EDITS = (
+    "How the target's log-probability changes when attention from the readout rows to the evidence is edited, beside "
+    "the same edit of other positions (control); bars: 95 % bootstrap intervals over facts."
+)
+
+
+def storage_tab(runs: Sequence[ReportRun]) -> list[str]:
+    """Every stored-evidence reading as a figure, or why there is none."""
+    nothing = (
+        "No run has a reading of stored evidence. Runs do not take it by themselves: take one with "
+        "revprobe.probe_stored_evidence(model, pairs) and save it in the folder of its step under the run's readings."
+    )
+    return _tab("storage", "Stored evidence", runs, STORED, STORAGE, nothing)
+
+
+def edits_tab(runs: Sequence[ReportRun]) -> list[str]:
+    """Every route-edit reading as a figure, or why there is none."""
+    nothing = (
+        "No run has a reading of an edited route. Runs do not take it by themselves: take one with "
+        "revprobe.probe_route_edit(model, pairs) and save it in the folder of its step under the run's readings."
+    )
+    return _tab("edits", "Edited routes", runs, EDITED, EDITS, nothing)
+
+
+def _tab(name: str, title: str, runs: Sequence[ReportRun], what: str, note: str, nothing: str) -> list[str]:
+    found = [(run.name, reading) for run in runs for reading in run.readings if reading.name == what]
+    if not found:
+        return [section(name, title, paragraph(nothing))]
+    said = []
+    if len(found) > MOST:
+        last = {run.name: run.readings.steps[-1:] for run in runs}
+        kept = [(run, reading) for run, reading in found if reading.meta.get("step") in (None, *last[run])]
+        said.append(paragraph(f"{len(kept)} of {len(found)} readings: the last checkpoint of each run.", note=True))
+        found = kept or found[-MOST:]
+    figures = [(_label(run, reading), _figure(reading)) for run, reading in found]
+    return [section(name, title, gallery(name, "reading", figures), paragraph(note, note=True), *said)]
+
+
+def _label(run: str, reading: Reading) -> str:
+    step = reading.meta.get("step")
+    at = "" if step is None else f", step {int(step):,}"
+    edit = f", {reading.meta['edit']}" if "edit" in reading.meta else ""
+    return f"{run}{at} ({series_words(reading.meta.get('weights'), None)}{edit})"
+
+
+def _figure(reading: Reading) -> go.Figure:
+    """One reading drawn; what cannot be drawn says why."""
+    try:
+        if reading.name == STORED:
+            return stored_evidence_figure(reading)
+        single = reading.frame.loc[reading.frame["scope"] == "head", ["layer", "head"]].drop_duplicates()
+        return route_edit_figure(reading, kind="heatmap" if len(single) > MANY_HEADS else "intervals")
+    except RevprobeError as error:
+        return message_figure(first_line(error, with_type=False))
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        return message_figure(f"This reading cannot be drawn: {first_line(error)}")

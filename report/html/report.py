@@ -1,0 +1,250 @@
+"""One HTML file about a run or a sweep, and the tidy `summary.csv` beside it.
+
+A tab each for the overview, routing, gradients, probability, storage, edits and configuration; one checkpoint slider
+and the choice of layer and head drive three of them. The page opens without a network and shows what there is: a broken
+or unfinished run is listed with its reason. Both files are written to temporary names and renamed, so an interrupted
+report leaves the old one whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from ...atomic_files import written_whole
+from ...errors import RevprobeError
+from ...probes.figures.training_curves import VIEWS, measures_with_reasons, signatures_figure
+from ...probes.readings.readings import Reading, Readings
+from ..summary.tables import AXES, final_table, format_final_table, tidy_summary
+from .explorer_tabs import explorer
+from .page import choice, controls, details, figure_data, folded, page, paragraph, section, table
+from .reading_tabs import edits_tab, storage_tab
+
+__all__ = ["ReportRun", "final_table", "format_final_table", "summary_frame", "write_report"]
+
+MANY = 8  # more configurations than this are folded into one line
+WHAT = (
+    "For each checkpoint of each run this page shows whether a language model that saw a relation in one direction "
+    "answers the reversed question, and two signatures of why: whether attention routes to the evidence alike in both "
+    "directions, and whether the two gradients agree. Every number stands beside its 95 % bootstrap interval over "
+    "facts and its control, the same measurement with the facts deranged."
+)
+KINDS = (
+    "Kinds of pairs: same_target asks for the same target from the same evidence in opposite order (masked models); "
+    "swapped exchanges the roles (autoregressive models). The two answer different questions."
+)
+COUNTS = "n pairs: one number where the probes share their pairs, else those of answer / attention / gradient."
+IDENTITY = (
+    "For ALiBi, reverse = forward and correlation = 1 are identities of its symmetric position bias in a one-layer "
+    "model, not findings."
+)
+
+
+@dataclass(frozen=True)
+class ReportRun:
+    """What a report shows of one run.
+
+    Attributes:
+        axes: objective, position_encoding, length, seed; one that is missing stays empty.
+        problem: why the run is broken or unfinished; None when it is complete.
+    """
+
+    name: str
+    axes: Mapping[str, Any]
+    config: Mapping[str, Any]
+    readings: Readings
+    problem: str | None = None
+
+
+def summary_frame(runs: Sequence[ReportRun]) -> pd.DataFrame:
+    """All numbers of all runs, tidy.
+
+    Returns: exactly the columns run, objective, position_encoding, length, seed, step, weights, kind, measure, value,
+        n, low, high, control; probabilities and accuracies are fractions. NaN is undefined.
+    """
+    return tidy_summary(_measures(run) for run in runs)
+
+
+def write_report(
+    runs: Sequence[ReportRun], path: str | Path, *, title: str = "revprobe report", sections: Sequence[str] = ()
+) -> Path:
+    """Write the report to `path` and `summary.csv` beside it, each whole or not at all.
+
+    Args:
+        sections: HTML made with `page`, shown after the list of runs.
+    Raises: RevprobeError, when the folder cannot be written or two runs share a name.
+    """
+    path = Path(path)
+    twice = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
+    if twice:
+        raise RevprobeError(f"two runs are called {twice[0]!r}: expected different names, rename one of their folders")
+    measures = {run.name: _measures(run) for run in runs}
+    summary = tidy_summary(measures.values())
+    document = _document(title, runs, summary, measures, sections)
+    _write_whole({path.with_name("summary.csv"): summary.to_csv(index=False, lineterminator="\n"), path: document})
+    return path
+
+
+def _measures(run: ReportRun) -> pd.DataFrame:
+    axes = {axis: run.axes.get(axis) for axis in AXES}
+    return measures_with_reasons(run.readings).assign(run=run.name, **axes)
+
+
+def _write_whole(texts: Mapping[Path, str]) -> None:
+    """Write every file under a temporary name first, so that a full disk leaves all the old ones."""
+    try:
+        with ExitStack() as renamed_at_the_end:
+            for path, text in texts.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                part = renamed_at_the_end.enter_context(written_whole(path))
+                part.write_text(text, encoding="utf-8", newline="")
+    except OSError as error:
+        where = next(iter(texts)).parent
+        raise RevprobeError(
+            f"cannot write the report in {str(where)!r}: {error}; expected a writable folder"
+        ) from error
+
+
+def _document(
+    title: str,
+    runs: Sequence[ReportRun],
+    summary: pd.DataFrame,
+    measures: Mapping[str, pd.DataFrame],
+    sections: Sequence[str],
+) -> str:
+    """The page: what it is about, and a tab for each side of the runs; a tab without data says why."""
+    header = section("top", title, paragraph(WHAT)).replace("h2>", "h1>")
+    overview = [section("runs", "Runs", _runs_table(runs)), *sections]
+    if summary.empty:
+        why = "There are no runs here yet." if not runs else "No run has a reading yet."
+        overview.insert(0, paragraph(f"Nothing to show: {why}"))
+    else:
+        measured = pd.concat([part for part in measures.values() if len(part)], ignore_index=True)
+        overview += [_final_section(runs, summary), _signatures_section(measured)]
+    chooser, explored = explorer(runs)
+    tabs = [
+        ("overview", "overview", [*overview, _warnings(runs)]),
+        ("routing", "routing", explored["routing"]),
+        ("gradients", "gradients", explored["gradients"]),
+        ("probability", "probability", explored["probability"]),
+        ("storage", "storage", storage_tab(runs)),
+        ("edits", "edits", edits_tab(runs)),
+        ("configuration", "configuration", [_configs(runs), _versions(runs)]),
+    ]
+    return page(title, tabs, above=header, chooser=chooser)
+
+
+def _runs_table(runs: Sequence[ReportRun]) -> str:
+    rows, problems = [], []
+    for place, run in enumerate(runs):
+        steps = run.readings.steps
+        if run.problem:
+            problems.append(place)
+        shown = f"{len(steps)} ({steps[0]:,} to {steps[-1]:,})" if steps else str(min(len(run.readings), 1))
+        axes = ["-" if run.axes.get(axis) is None else run.axes[axis] for axis in AXES]
+        rows.append([run.name, *axes, shown, run.problem or "complete"])
+    names = [axis.replace("_", " ") for axis in AXES]
+    headings = ["run", *names, "checkpoints (steps)", "state"]
+    return table(headings, rows, problems=problems) if rows else paragraph("There are none.")
+
+
+def _final_section(runs: Sequence[ReportRun], summary: pd.DataFrame) -> str:
+    shown = format_final_table(final_table(summary))
+    broken = {run.name for run in runs if run.problem}
+    problems = [place for place, name in enumerate(shown["run"]) if name in broken]
+    notes = [KINDS, COUNTS + " Marked rows are of unfinished runs, at their last checkpoint." * bool(problems)]
+    if any(run.axes.get("position_encoding") == "alibi" for run in runs):
+        notes.append(IDENTITY)
+    body = table(list(shown.columns), shown.to_numpy().tolist(), problems=problems)
+    return section("final", "Last checkpoint", body, *(paragraph(note, note=True) for note in notes))
+
+
+def _signatures_section(measures: pd.DataFrame) -> str:
+    figure = signatures_figure(measures, buttons=False)
+    selects = []
+    if {"raw", "ema"} <= set(measures["weights"].dropna()):
+        selects.append(choice("choose-weights", "weights", list(VIEWS.items())))
+    for axis in ("length", "run"):
+        values = list(dict.fromkeys(str(value) for value in measures[axis]))
+        if len(values) > 1:
+            # Lengths are different tasks: a sweep opens on the first, not on all of them over each other.
+            first = values[0] if axis == "length" else "all"
+            selects.append(choice(f"choose-{axis}", axis, [("all", "all"), *((v, v) for v in values)], chosen=first))
+    note = "Colour: position encoding (ARM: autoregressive model). A click on a legend entry hides its run."
+    parts = [controls(*selects), '<div id="signatures"></div>', figure_data("signatures", figure)]
+    return section("signatures", "The three signatures over training", *parts, paragraph(note, note=True))
+
+
+def _warnings(runs: Sequence[ReportRun]) -> str:
+    rows = [[run.name, *row] for run in runs for row in _undefined_rows(run.readings)]
+    headings = ["run", "probe", "weights", "reason", "undefined points", "checkpoints"]
+    undefined = table(headings, rows) if rows else paragraph("No point is undefined.")
+    said = [f"{run.name}: {warning}" for run in runs for warning in _run_warnings(run)]
+    return section("undefined", "Undefined points and warnings", undefined, *(paragraph(text) for text in said))
+
+
+def _undefined_rows(readings: Sequence[Reading]) -> list[list[object]]:
+    counts: Counter[tuple[str, str, str]] = Counter()
+    checkpoints: Counter[tuple[str, str, str]] = Counter()
+    for reading in readings:
+        for reason, count in reading.undefined.items():
+            place = (reading.name, str(reading.meta.get("weights") or "-"), reason)
+            counts[place] += count
+            checkpoints[place] += 1
+    return [[*place, f"{count:,}", checkpoints[place]] for place, count in counts.items() if count]
+
+
+def _run_warnings(run: ReportRun) -> list[str]:
+    """What makes a run's numbers incomparable or incomplete, found in its readings' meta."""
+    found = [run.problem] if run.problem else []
+    steps = run.readings.steps
+    if steps and steps[0] != 0:
+        found.append(f"no reading of the untrained model: the first is at step {steps[0]:,}")
+    for key, words in (("pairs", "sets of pairs"), ("dtype", "dtypes"), ("versions", "sets of library versions")):
+        by_probe: dict[str, set[str]] = {}
+        for reading in run.readings:
+            by_probe.setdefault(reading.name, set()).add(json.dumps(reading.meta.get(key), sort_keys=True, default=str))
+        for probe, values in by_probe.items():
+            if len(values) > 1:
+                found.append(f"{probe} was taken with {len(values)} {words}; its checkpoints are not comparable")
+    return found
+
+
+def _configs(runs: Sequence[ReportRun]) -> str:
+    shown = [details(run.name, _yaml(run.config)) for run in runs]
+    if len(shown) > MANY:
+        shown = [folded(f"{len(shown)} configurations", *shown)]
+    return section("configuration", "Configuration", *(shown or [paragraph("There are no runs here yet.")]))
+
+
+def _yaml(value: Mapping[str, Any]) -> str:
+    # Through JSON first: safe_dump refuses paths and numpy numbers, and would fail the whole report for one of them.
+    plain = json.loads(json.dumps(dict(value), default=str))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _versions(runs: Sequence[ReportRun]) -> str:
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        for reading in run.readings:
+            for key in ("versions", "dtype", "threads", "statistic"):
+                for name, value in _named(key, reading.meta.get(key)).items():
+                    if value not in found.setdefault(name, []):
+                        found[name].append(value)
+    rows = [[name, "; ".join(values)] for name, values in found.items()]
+    shown = table(["name", "value"], rows) if rows else paragraph("No run has a reading yet.")
+    return section("versions", "Versions and settings", shown)
+
+
+def _named(key: str, value: Any) -> dict[str, str]:
+    if isinstance(value, Mapping):
+        return {str(name): str(inner) for name, inner in value.items()}
+    return {} if value is None else {key: str(value)}

@@ -1,0 +1,104 @@
+"""The numbers of many runs as tables: the tidy one of `summary.csv`, and the last checkpoint of each run.
+
+Raw and EMA weights, and the two kinds of pairs, keep rows of their own in both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import pandas as pd
+
+from ...errors import RevprobeError
+from ...probes.figures.theme import interval_text
+
+AXES = ["objective", "position_encoding", "length", "seed"]
+SERIES = ["run", *AXES, "step", "weights", "kind"]
+NUMBERS = ["value", "n", "low", "high", "control"]
+SUMMARY_COLUMNS = [*SERIES, "measure", *NUMBERS]
+MEASURES = {
+    "forward_accuracy": "forward accuracy (%)",
+    "reverse_accuracy": "reverse accuracy (%)",
+    "forward_probability": "forward probability",
+    "reverse_probability": "reverse probability",
+    "attention_correlation": "attention correlation",
+    "gradient_cosine": "gradient cosine",
+}
+# Each probe may have pairs of its own; the four measures of the answer share theirs.
+COUNTED = ("reverse_probability", "attention_correlation", "gradient_cosine")
+PAIRS = "n pairs"
+
+
+def tidy_summary(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Runs' measures under each other, in exactly the columns of `summary.csv`, in the order given.
+
+    Whole numbers stay whole: a run without a seed leaves a gap and does not turn the other seeds into 0.0.
+    """
+    filled = [part.reindex(columns=SUMMARY_COLUMNS) for part in parts if len(part)]
+    table = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=SUMMARY_COLUMNS)
+    for column in ("length", "seed", "step", "n"):
+        table[column] = pd.to_numeric(table[column]).astype("Int64")
+    for column in ("value", "low", "high", "control"):
+        table[column] = table[column].astype(float)
+    return table
+
+
+def final_table(summary: pd.DataFrame) -> pd.DataFrame:
+    """The last checkpoint of each run: one row per run, weights and kind of pairs.
+
+    Returns: the columns of SERIES, then for each measure (fractions, cosines and correlations, as in `summary.csv`)
+        `<measure>`, `<measure>_low`, `<measure>_high`, `<measure>_control`, `<measure>_n`; NaN where it was not
+        measured (its n is missing) or is undefined. `format_final_table` makes text of it.
+    Raises: RevprobeError, when a measure stands twice at one checkpoint.
+    """
+    last = summary[summary["step"].fillna(-1) == summary.groupby("run")["step"].transform("max").fillna(-1)]
+    twice = last[last.duplicated([*SERIES, "measure"])]
+    if len(twice):
+        row = twice.iloc[0]
+        raise RevprobeError(
+            f"{row['measure']} of run {row['run']!r} stands twice at step {row['step']}: expected one reading per "
+            "probe, weights and kind; give runs different names and probe each checkpoint with one set of pairs"
+        )
+    rows = [_final_row(part) for _, part in last.groupby(SERIES, sort=False, dropna=False)]
+    return pd.DataFrame(rows, columns=[*SERIES, *(name for measure in MEASURES for name in _columns(measure))])
+
+
+def _columns(measure: str) -> list[str]:
+    return [measure if number == "value" else f"{measure}_{number}" for number in NUMBERS]
+
+
+def _final_row(part: pd.DataFrame) -> dict[str, Any]:
+    row: dict[str, Any] = {name: part[name].iloc[0] for name in SERIES}
+    for measure in part.itertuples():
+        numbers = [math.nan if pd.isna(number) else number for number in (getattr(measure, name) for name in NUMBERS)]
+        row |= dict(zip(_columns(str(measure.measure)), numbers, strict=True))
+    return row
+
+
+def format_final_table(table: pd.DataFrame) -> pd.DataFrame:
+    """`final_table` as text for people: `0.53 [0.41, 0.62] (control 0.02)`, accuracies in per cent.
+
+    "undefined" is a value that could not be computed, "-" one that was not measured. n pairs is one number where the
+    probes share their pairs, else those of answer / attention / gradient.
+    """
+    rows = []
+    for row in table.to_dict("records"):
+        shown = {"run": str(row["run"]), "step": _count(row["step"])}
+        shown |= {name: "-" if pd.isna(row[name]) else str(row[name]) for name in ("weights", "kind")}
+        shown |= {title: _cell(row, measure) for measure, title in MEASURES.items()}
+        counts = [_count(row[f"{measure}_n"]) for measure in COUNTED]
+        rows.append(shown | {PAIRS: counts[0] if len(set(counts)) == 1 else " / ".join(counts)})
+    return pd.DataFrame(rows, columns=["run", "step", "weights", "kind", *MEASURES.values(), PAIRS])
+
+
+def _cell(row: dict[Any, Any], measure: str) -> str:
+    if pd.isna(row[f"{measure}_n"]):
+        return "-"
+    value, _, low, high, control = (float(row[name]) for name in _columns(measure))
+    return interval_text(value, low, high, control, percent=measure.endswith("accuracy"))
+
+
+def _count(number: Any) -> str:
+    return "-" if pd.isna(number) else f"{int(number):,}"

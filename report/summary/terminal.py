@@ -1,0 +1,87 @@
+"""What the terminal shows of finished work: numbers beside their intervals and controls, as tables that fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ...probes.figures.theme import interval_text
+from .tables import MEASURES, final_table
+
+if TYPE_CHECKING:
+    from ...probes.readings.readings import Readings
+
+# Where output is no terminal (a log), lines may be long: a table folded to 80 columns is unreadable.
+_LOG_WIDTH = 200
+# Columns a terminal needs to show all six measures beside each other.
+_WIDE = 108
+
+
+def make_console() -> Console:
+    """A console that is wide where output goes to a file, and prints brackets in paths as they are."""
+    console = Console(markup=False, highlight=False)
+    return console if console.is_terminal else Console(markup=False, highlight=False, width=_LOG_WIDTH)
+
+
+def readings_table(readings: Readings, title: str) -> Table:
+    """One row per number of some readings, with intervals and controls."""
+    rows = []
+    for row in readings.measures().to_dict("records"):
+        value = interval_text(row["value"], row["low"], row["high"])
+        control = "-" if pd.isna(row["control"]) else f"{row['control']:.3f}"
+        shown = {"measure": row["measure"].replace("_", " "), "value [95 %]": value, "control": control}
+        shown |= {"value - control [95 %]": _excess(row), "n": row["n"]}
+        rows.append(shown | {"weights": row["weights"] or "-", "kind": row["kind"].replace("_", " ")})
+    return text_table(pd.DataFrame(rows), title)
+
+
+def read_summary(folder: Path) -> pd.DataFrame:
+    """The summary.csv a report has just left: reading every run's files again would take as long as the report."""
+    return pd.read_csv(folder / "summary.csv", keep_default_na=False, na_values=[""])
+
+
+def print_final(summary: pd.DataFrame, console: Console) -> None:
+    """The last checkpoint of each run, one row per run and weights; a narrow terminal leaves out the probabilities."""
+    if not len(summary):
+        return
+    wide = console.width >= _WIDE
+    shown = [measure for measure in MEASURES if wide or not measure.endswith("probability")]
+    table = Table(title="last checkpoint: value, 95 % interval, control", title_justify="left", box=box.SIMPLE_HEAD)
+    table.padding = (0, 1, 0, 0)
+    for heading in ("run", *(MEASURES[measure] for measure in shown)):
+        table.add_column(heading, overflow="fold")
+    for row in final_table(summary).to_dict("records"):
+        what = f"{row['run']}\n{row['weights']}, step {row['step']}\n{str(row['kind']).replace('_', ' ')}"
+        table.add_row(Text(what), *(Text(_cell(row, measure)) for measure in shown))
+    console.print(table)
+    if not wide:
+        console.print("probabilities: see the report, or widen the terminal")
+
+
+def _excess(row: dict[Any, Any]) -> str:
+    """The value's excess over its control, which is what the finding rests on; "-" where there is no control."""
+    numbers = [row.get(name, float("nan")) for name in ("excess", "excess_low", "excess_high")]
+    return "-" if pd.isna(numbers[0]) else interval_text(*numbers)
+
+
+def _cell(row: dict[Any, Any], measure: str) -> str:
+    """A number on three lines: value, interval, control."""
+    numbers = [row[f"{measure}{part}"] for part in ("", "_low", "_high", "_control")]
+    text = interval_text(*numbers, percent=measure.endswith("accuracy"))
+    return text.replace(" [", "\n[").replace(" (control ", "\nctrl ").replace(")", "")
+
+
+def text_table(frame: pd.DataFrame, title: str) -> Table:
+    """A data frame of text as a rich table."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in frame.columns:
+        table.add_column(str(column), overflow="fold")
+    for row in frame.astype(str).to_numpy().tolist():
+        table.add_row(*(Text(cell) for cell in row))
+    return table
