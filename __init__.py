@@ -25,25 +25,26 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal t
     from .finetune.config.one_layer import RunConfig, SweepConfig
     from .finetune.memory.plan import plan_memory
     from .finetune.runs.finetuning import fine_tune
-    from .finetune.runs.run import open_run, train
-    from .finetune.runs.sweeps import open_sweep, run_sweep
+    from .finetune.runs.one_layer import train
+    from .finetune.runs.open import open_run
+    from .finetune.runs.sweeps import open_sweep
     from .finetune.training.prediction_callback import FirstOrderPrediction
     from .finetune.training.probe_callback import ProbeCallback
-    from .models.gpt2 import one_layer_gpt2
-    from .models.layouts import declare_fused
-    from .models.letters import letter_tokenizer
+    from .models.one_layer import letter_tokenizer, one_layer_gpt2
     from .models.probed import ProbedModel
     from .models.registry import list_models, load_model, register_model
+    from .models.structure import declare_fused
     from .probes.attention import probe_attention_correlation
     from .probes.decoding.decode import decode
     from .probes.decoding.exact_match import decoded_match
     from .probes.edits import edit_attention
-    from .probes.figures.export import save_figure
+    from .probes.figures.plot import save_figure
     from .probes.figures.token_strip import token_strip
     from .probes.fused import probe
     from .probes.gradient import probe_gradient_cosine
-    from .probes.pairs.pairs import Query, ReversalPair, ReversalPairs
-    from .probes.pairs.text import pairs_from_frame
+    from .probes.pairs.pairs import ReversalPairs
+    from .probes.pairs.query import Query, ReversalPair
+    from .probes.pairs.text import pair_from_text, pairs_from_frame
     from .probes.probability import probe_reverse_probability
     from .probes.readings.readings import Reading, Readings
     from .probes.route_edit import probe_route_edit
@@ -68,6 +69,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it equal t
     from .relations.catalog import from_table, invented_names, parent_child, person_description, trex
     from .relations.letters import letter_pairs, letters
     from .relations.text_relation import Question, TextRelation
+    from .report.run_sweep import run_sweep
     from .report.summary.compare import compare
 
 _EXPORTS = {
@@ -76,13 +78,13 @@ _EXPORTS = {
     "FirstOrderPrediction": ".finetune.training.prediction_callback",
     "ProbeCallback": ".finetune.training.probe_callback",
     "ProbedModel": ".models.probed",
-    "Query": ".probes.pairs.pairs",
+    "Query": ".probes.pairs.query",
     "Question": ".relations.text_relation",
     "RaddConfig": ".models.radd",
     "RaddForMaskedLM": ".models.radd",
     "Reading": ".probes.readings.readings",
     "Readings": ".probes.readings.readings",
-    "ReversalPair": ".probes.pairs.pairs",
+    "ReversalPair": ".probes.pairs.query",
     "ReversalPairs": ".probes.pairs.pairs",
     "RevprobeError": ".errors",
     "RunConfig": ".finetune.config.one_layer",
@@ -91,7 +93,7 @@ _EXPORTS = {
     "TwoRouteToy": ".probes.theory.two_route_toy",
     "alibi_correlation": ".probes.theory.score_correlation",
     "compare": ".report.summary.compare",
-    "declare_fused": ".models.layouts",
+    "declare_fused": ".models.structure",
     "decode": ".probes.decoding.decode",
     "decoded_match": ".probes.decoding.exact_match",
     "edit_attention": ".probes.edits",
@@ -99,18 +101,19 @@ _EXPORTS = {
     "from_table": ".relations.catalog",
     "invented_names": ".relations.catalog",
     "letter_pairs": ".relations.letters",
-    "letter_tokenizer": ".models.letters",
+    "letter_tokenizer": ".models.one_layer",
     "letters": ".relations.letters",
     "list_models": ".models.registry",
     "load_model": ".models.registry",
     "logit_contributions": ".probes.statistics.by_part",
     "model_frequencies": ".probes.theory.model_bounds",
     "model_theory": ".probes.theory.model_bounds",
-    "one_layer_gpt2": ".models.gpt2",
+    "one_layer_gpt2": ".models.one_layer",
     "one_step": ".finetune.analysis.one_step",
     "one_step_curves": ".finetune.analysis.one_step",
-    "open_run": ".finetune.runs.run",
+    "open_run": ".finetune.runs.open",
     "open_sweep": ".finetune.runs.sweeps",
+    "pair_from_text": ".probes.pairs.text",
     "pairs_from_frame": ".probes.pairs.text",
     "parent_child": ".relations.catalog",
     "person_description": ".relations.catalog",
@@ -129,8 +132,8 @@ _EXPORTS = {
     "rope_limit_bound": ".probes.theory.score_correlation",
     "rope_query_bound": ".probes.theory.score_correlation",
     "rope_transfer_condition": ".probes.theory.gradient_flow",
-    "run_sweep": ".finetune.runs.sweeps",
-    "save_figure": ".probes.figures.export",
+    "run_sweep": ".report.run_sweep",
+    "save_figure": ".probes.figures.plot",
     "simulate_alibi_transfer": ".probes.theory.gradient_flow",
     "simulate_rope_transfer": ".probes.theory.gradient_flow",
     "storage_curves": ".finetune.analysis.storage_curves",
@@ -138,7 +141,7 @@ _EXPORTS = {
     "theory_tables": ".probes.theory.tables",
     "token_contributions": ".probes.token_contributions",
     "token_strip": ".probes.figures.token_strip",
-    "train": ".finetune.runs.run",
+    "train": ".finetune.runs.one_layer",
     "trex": ".relations.catalog",
     "with_bounds": ".probes.theory.model_bounds",
 }
@@ -185,6 +188,7 @@ __all__ = [
     "one_step_curves",
     "open_run",
     "open_sweep",
+    "pair_from_text",
     "pairs_from_frame",
     "parent_child",
     "person_description",

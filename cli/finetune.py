@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-
-from ..errors import RevprobeError
 
 if TYPE_CHECKING:
     from ..finetune.config.finetuning import FinetuneConfig, FinetuneSweepConfig
@@ -45,9 +42,11 @@ def finetune(
 def _finetune_one(config: FinetuneConfig, folder: Path) -> None:
     """One run, with its numbers and its report; only its progress where a sweep listens."""
     from ..finetune.runs.finetuning import fine_tune
+    from ..finetune.runs.open import is_finished
     from ..finetune.runs.progress import JSON_PROGRESS, json_lines, shown_progress
-    from ..finetune.runs.run import is_finished
-    from ..report.html.report import summary_frame, write_report
+    from ..finetune.runs.record import summary_frame
+    from ..report.html.finetune_sections import finetune_sections
+    from ..report.html.report import write_report
     from ..report.paper.table7 import print_table7
     from ..report.summary.terminal import make_console, print_final
 
@@ -65,16 +64,17 @@ def _finetune_one(config: FinetuneConfig, folder: Path) -> None:
         run = fine_tune(config, folder, listener=listener)
     if int(os.environ.get("RANK", "0")):  # another process of this run shows and writes it
         return
-    print_final(summary_frame([run.for_report()]), console)
+    record = run.record()
+    print_final(summary_frame([record]), console)
     print_table7([run], console)
-    report = write_report([run.for_report()], folder / "report.html", title=run.name, sections=run.report_sections())
+    report = write_report([record], folder / "report.html", title=run.name, sections=finetune_sections([run]))
     console.print(f"report: {report}", soft_wrap=True)
 
 
 def _finetune_all(config: FinetuneSweepConfig, jobs: int, out: Path) -> None:
     from ..finetune.runs.finetuning import finetuning_runs
-    from ..finetune.runs.sweeps import run_sweep
     from ..report.paper.table7 import print_table7
+    from ..report.run_sweep import run_sweep
     from ..report.summary.terminal import make_console, print_final, read_summary
 
     console = make_console()
@@ -136,71 +136,3 @@ def _show_plan(
     for line in planned.about:
         console.print(line, soft_wrap=True)
     return planned, there
-
-
-def evaluate(
-    model: Annotated[str, typer.Argument(help="A run, a checkpoint folder, an adapter, a hub name.")],
-    relation: Annotated[str | None, typer.Option(help="A relation's name; a fine-tuning run's own by default.")] = None,
-    direction: Annotated[
-        str | None, typer.Option(help="The direction that was trained, such as P2C; a run knows its own.")
-    ] = None,
-    path: Annotated[Path | None, typer.Option(help="The relation's published file or folder.")] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--option", help="The relation's options in training, NAME=VALUE, such as seed=1; repeatable."),
-    ] = None,
-    split: Annotated[str, typer.Option(help="Which facts: train, heldout (the floor) or both.")] = "both",
-    templates: Annotated[
-        str | None, typer.Option(help="Wordings: train, heldout or all; held-out ones where there are some.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder for the readings, one parquet file for each side.")
-    ] = None,
-    step: Annotated[int, typer.Option(help="A run's checkpoint: a step, or -1 for the last.")] = -1,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Prompts per forward pass.")] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens to write; those of the longest answer, and its end, by default.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
-) -> None:
-    """Score forward and reverse exact match by decoding: on trained facts, and on held-out ones as the floor."""
-    from ..finetune.runs.progress import shown_probes
-    from ..models.registry import load_model
-    from ..relations.evaluation import SPLITS, evaluate_relation, match_table, save_evaluation, what_to_ask
-    from ..report.summary.terminal import make_console, text_table
-
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)  # a wrong --out is told before anything is decoded
-    options = _relation_options(option or [])
-    asking = what_to_ask(model, relation=relation, path=path, direction=direction, options=options)
-    probed = load_model(model, step=step, device=device)
-    console, bar = make_console(), f"{probed.name}, {asking.relation.name}"
-    with shown_probes([bar], console) as listener:
-        readings = evaluate_relation(
-            probed,
-            asking.relation,
-            asking.direction,
-            splits=SPLITS if split == "both" else (split,),
-            templates=templates or asking.options.templates,
-            max_new_tokens=max_new_tokens or asking.options.max_new_tokens,
-            batch_size=batch_size or asking.options.batch_size,
-            progress=None if listener is None else lambda done, total: listener(bar, done, total),
-        )
-    console.print(text_table(match_table(readings), f"{bar}, trained in direction {asking.direction}"))
-    if out is not None:
-        save_evaluation(readings, out)
-        console.print(f"{len(readings)} readings: {out}", soft_wrap=True)
-
-
-def _relation_options(given: list[str]) -> dict[str, Any]:
-    """`--option seed=1` as keywords: numbers, true, false and lists as JSON, anything else as the text it is."""
-    options = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier():
-            raise RevprobeError(f"--option {text!r}: expected NAME=VALUE, such as seed=1 or heldout=0.2")
-        try:
-            options[name] = json.loads(value)
-        except ValueError:
-            options[name] = value
-    return options

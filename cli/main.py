@@ -10,15 +10,16 @@ import os
 import sys
 import tempfile
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .. import __version__
 from ..errors import RevprobeError, first_line
 from .dashboard import dashboard
-from .finetune import evaluate, finetune, interruptible, plan
+from .evaluate import evaluate
+from .finetune import finetune, interruptible, plan
 from .reproduce import reproduce
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def main() -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"revprobe {__version__}")
+        print(f"revprobe {version('revprobe')}")
         raise typer.Exit
 
 
@@ -81,10 +82,10 @@ def train(
 ) -> None:
     """Train one run forward-only and probe it at every snapshot; the same command resumes a run that was stopped."""
     from ..finetune.config.one_layer import RunConfig, load_config, parse_config
+    from ..finetune.runs.one_layer import train as train_run
+    from ..finetune.runs.open import is_finished
     from ..finetune.runs.progress import JSON_PROGRESS, json_lines, shown_progress
-    from ..finetune.runs.run import is_finished
-    from ..finetune.runs.run import train as train_run
-    from ..report.html.report import summary_frame
+    from ..finetune.runs.record import summary_frame
     from ..report.summary.terminal import make_console, print_final
 
     run_config = parse_config(sys.stdin.read(), RunConfig, "stdin") if config == "-" else load_config(config, RunConfig)
@@ -98,7 +99,7 @@ def train(
         return
     with interruptible(console), shown_progress(run_config.name, console) as listener:
         run = train_run(run_config, folder, listener=listener)
-    print_final(summary_frame([run.for_report()]), console)
+    print_final(summary_frame([run.record()]), console)
     console.print(f"checkpoints and readings: {folder}", soft_wrap=True)
 
 
@@ -162,7 +163,7 @@ def sweep(
     out: Out = Path("runs"),
 ) -> None:
     """Train a grid of runs, skipping finished ones, and write one report over all of them."""
-    from ..finetune.runs.sweeps import run_sweep
+    from ..report.run_sweep import run_sweep
     from ..report.summary.terminal import make_console, print_final, read_summary
 
     console = make_console()
@@ -178,15 +179,22 @@ def sweep(
 )
 def report(path: Annotated[Path, typer.Argument(help="The folder of a run or of a sweep.")]) -> None:
     """Write report.html (one file, opens without a network) and summary.csv into the folder of a run or sweep."""
-    from ..finetune.runs.run import is_run, open_run
-    from ..finetune.runs.sweeps import Sweep, open_sweep
+    from ..finetune.runs.open import open_run
+    from ..finetune.runs.run import is_run
+    from ..finetune.runs.sweeps import open_sweep
+    from ..report.html.finetune_sections import finetune_sections
     from ..report.html.report import write_report
+    from ..report.run_sweep import shown_records
     from ..report.summary.terminal import make_console, print_final, read_summary
 
     console = make_console()
-    shown = open_run(path) if is_run(path) else open_sweep(path)
-    runs = shown.for_report(console) if isinstance(shown, Sweep) else [shown.for_report()]
-    written = write_report(runs, path / "report.html", title=path.resolve().name, sections=shown.report_sections())
+    if is_run(path):
+        one = open_run(path)
+        runs, sections = [one.record()], finetune_sections([one])
+    else:
+        all_of_them = open_sweep(path)
+        runs, sections = shown_records(all_of_them, console), finetune_sections(all_of_them.runs)
+    written = write_report(runs, path / "report.html", title=path.resolve().name, sections=sections)
     print_final(read_summary(path), console)
     console.print(f"report: {written}", soft_wrap=True)
     problems = [f"{run.name}: {run.problem}" for run in runs if run.problem]
@@ -228,7 +236,7 @@ app.add_typer(reproduce, name="reproduce")
 
 def _pairs(source: str, model: ProbedModel, names: list[str], placements: str | None, alphabet: int) -> Pairs:
     """What `--pairs` names, for each of the probes asked for."""
-    from ..finetune.runs.building import probe_pairs
+    from ..finetune.runs.one_layer import probe_pairs
     from ..probes.pairs.pairs import ReversalPairs
     from ..relations.catalog import letters
 

@@ -64,8 +64,8 @@ def one_layer(
     ] = True,
 ) -> None:
     """Tables 1 and 2 and Figure 3 from trained models; hours on two cores, and the same command goes on."""
-    from ..finetune.runs.sweeps import RunsFailed, run_sweep
     from ..report.paper.reproduce import one_layer_sweep
+    from ..report.run_sweep import RunsFailed, run_sweep
     from ..report.summary.terminal import make_console
 
     asked = one_layer_sweep(seeds=seeds, lengths=_lengths(lengths), device=device)

@@ -29,7 +29,7 @@ import pandas as pd
 
 import revprobe as rp
 from revprobe.atomic_files import write_text
-from revprobe.probes.pairs.pairs import Query
+from revprobe.probes.pairs.query import Query
 from revprobe.probes.statistics.group_correlation import Estimate, mean_over_facts, resampled_facts
 
 PLACEHOLDER = "0"

@@ -34,8 +34,6 @@ from .radd import RaddConfig
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-    from .probed import ProbedModel
-
 _TL_POSITIONS = {"rope": "rotary", "alibi": "alibi", "absolute": "standard", "none": "none"}
 
 
@@ -108,13 +106,12 @@ for _architecture, _adapter in _ADAPTERS.items():
     ArchitectureAdapterFactory.register_adapter(_architecture, _adapter)
 
 
-def to_bridge(model: ProbedModel) -> TransformerBridge:
-    """A TransformerBridge of the model, whose `hook_attn_scores` and `hook_pattern` are those of its own attention.
+def to_bridge(module: nn.Module) -> TransformerBridge:
+    """A TransformerBridge of a model, whose `hook_attn_scores` and `hook_pattern` are those of its own attention.
 
     Its logits equal the model's to 1e-4; parameters are shared, the module tree is not.
     Raises: RevprobeError, when TransformerLens has no adapter for the architecture.
     """
-    module = model.module
     architecture = type(module).__name__
     config: Any = module.config
     described: dict[str, Any] = (

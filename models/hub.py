@@ -1,7 +1,11 @@
-"""The model hub, asked once whether it answers: its client would try every file six times, for half a minute each."""
+"""The model hub, asked once whether it answers, and the tokenizer beside a model's weights.
+
+The hub's own client would try every file six times, for half a minute each.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +14,10 @@ from typing import Any
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 from huggingface_hub.utils import logging as hub_logging
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
+
+from ..errors import first_line
 
 _SECONDS = 5.0
 
@@ -42,3 +49,24 @@ def quiet_transformers() -> Iterator[None]:
         hub_logging.set_verbosity(level)
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model")
+
+
+def load_tokenizer(folder: str | Path, name: str, **options: Any) -> Any:
+    """The tokenizer of a folder or hub name; None when there is none, or (with a warning) when it cannot be read.
+
+    Only text pairs need one, so a model whose tokenizer is broken is still probed by token ids.
+    """
+    if isinstance(folder, Path) and not any(any(folder.glob(pattern)) for pattern in _FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    except Exception as error:
+        warnings.warn(
+            f"the tokenizer of {name!r} cannot be read: {first_line(error)}; pairs of token ids work, text pairs need "
+            "one: pass tokenizer= to ProbedModel",
+            stacklevel=3,
+        )
+        return None

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from ..errors import RevprobeError
-from .roles import parameter_role
+from .structure import parameter_role
 
 
 def config_value(module: nn.Module, key: str) -> Any:

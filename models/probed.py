@@ -134,7 +134,7 @@ class ProbedModel:
         """
         from .bridge import to_bridge  # TransformerLens takes seconds to import
 
-        return to_bridge(self)
+        return to_bridge(self.module)
 
     def explain_non_finite(self) -> str:
         """Name the first weight that is not finite, for the error that reports NaN logits."""

@@ -18,11 +18,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from ..errors import RevprobeError, did_you_mean, first_line, nearest
 from .checkpoints import EMA, checkpoint_folder, has_checkpoints, step_of
-from .hub import hub_options, quiet_transformers
+from .hub import hub_options, load_tokenizer, quiet_transformers
 from .peft_adapters import base_of, is_adapter, put_on
 from .probed import ProbedModel, as_probed
 from .strict_loading import require_match
-from .tokenizers import load_tokenizer
 
 __all__ = ["ProbedModel", "as_probed", "list_models", "load_model", "quiet_transformers", "register_model"]
 

@@ -21,12 +21,11 @@ import torch
 from torch import nn
 
 from ..errors import RevprobeError
-from ..hooks.attention import SCORE_POINT
-from ..hooks.queries import tap_queries
+from ..hooks.attention import SCORE_POINT, tap_queries
 from ..hooks.untouched import untouched
 from .probed import ProbedModel
 from .radd import RaddConfig
-from .roles import parameter_roles
+from .structure import parameter_roles
 
 REPEATS = 8  # tokens of the run that checks, or as many as the model takes; the angles compared are the last one's
 TOKENS = 8  # different ones, since the embedding of a padding token may be zero

@@ -9,11 +9,12 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from ..models.layers import silent_layers
 from ..models.probed import ProbedModel, as_probed
+from ..models.structure import silent_layers
 from .edits import attention_sites
 from .pairs.pairs import ReversalPairs
-from .passes.run import PassResult, Plan, Progress, describe, run_pass
+from .passes.plan import PassResult, Plan, Progress
+from .passes.run import describe, run_pass
 from .passes.selection import chosen_of
 from .readings.readings import Reading
 

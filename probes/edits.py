@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import RevprobeError
 from ..hooks.attention_edits import AttentionSite, EditLog, edit_scores, find_attention
-from ..models.layers import silent_layers
 from ..models.probed import ProbedModel, as_probed
+from ..models.structure import silent_layers
 from .passes.selection import chosen_of
 
 Positions = Tensor | Sequence[Sequence[int]]

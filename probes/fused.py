@@ -11,9 +11,9 @@ from ..models.probed import ProbedModel, as_probed
 from .attention import attention_reading, readable_layers
 from .gradient import chosen_parameters, gradient_reading
 from .pairs.pairs import ReversalPairs
-from .passes.run import Plan, Progress, run_pass
+from .passes.plan import Plan, Progress, Share
+from .passes.run import run_pass
 from .passes.selection import listed
-from .passes.shares import Share
 from .probability import probability_reading
 from .readings.readings import Readings
 

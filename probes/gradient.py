@@ -11,10 +11,11 @@ from torch import nn
 
 from ..errors import RevprobeError
 from ..models.probed import ProbedModel, as_probed
-from ..models.roles import ParameterRole, parameter_role
-from .cross import cross_cosines
+from ..models.structure import ParameterRole, parameter_role
 from .pairs.pairs import ReversalPairs
-from .passes.run import PassResult, Plan, Progress, describe, run_pass
+from .passes.batches import default_batch_size
+from .passes.plan import PassResult, Plan, Progress
+from .passes.run import describe, run_pass
 from .passes.selection import listed
 from .readings.readings import Reading
 
@@ -37,10 +38,10 @@ def probe_gradient_cosine(
     are exact and per example, and none is ever formed (`hooks.gradients.recorder`). The value is the mean over pairs;
     the control is the cosine with the reverse query of another fact of the same group, and `excess` their
     difference, since prompts alone already share most of a gradient. `cross=True` adds `reading.cross`, the cosine of
-    every fact's forward gradient with every fact's reverse gradient (see `probes.cross`).
+    every fact's forward gradient with every fact's reverse gradient (see `probes.gradient`).
 
     Frame: one row per pair and parameter (three for a fused query-key-value projection of declared layout, with roles
-    q, k and v; see `models.layouts`): pair, fact, kind, parameter, role, layer, inner, norm_forward, norm_reverse,
+    q, k and v; see `models.structure`): pair, fact, kind, parameter, role, layer, inner, norm_forward, norm_reverse,
     floor_forward, floor_reverse (rounding level of the norms), and inner_control, norm_control, floor_control.
     A cosine whose norm does not exceed its rounding level is NaN.
     Raises: RevprobeError, when a parameter is unknown, unreached, or reached by an unseen path.
@@ -120,3 +121,58 @@ def _control_columns(result: PassResult) -> dict[str, np.ndarray]:
         for name, values in (("norm", result.norm), ("floor", result.floor))
     }
     return {name: values.reshape(-1) for name, values in columns.items()}
+
+
+# Queries run about (facts / batch) times each; beyond this many cells that is hours.
+MOST_CELLS = 250_000
+
+
+def cross_cosines(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> pd.DataFrame:
+    """Cosine of every forward gradient with every reverse gradient of the same group, averaged over groups.
+
+    Returns: facts (forward) x facts (reverse); the diagonal is what the probe reports, NaN where two facts share no
+        group or a norm is below its rounding level.
+    Raises: RevprobeError, when there are more than MOST_CELLS combinations.
+    """
+    left, right = _combinations(model, pairs, plan.batch_size)
+    # Labels that sort as the combinations are ordered, block by block, so that batches share queries.
+    places = np.array([f"{n:09d}" for n in range(len(left))], dtype=object)
+    crossed = ReversalPairs(pairs.queries, pairs.forward[left], pairs.reverse[right], places, pairs.kind)
+    summed = Plan(
+        gradient=True,
+        parameters=plan.parameters,
+        control=False,
+        batch_size=plan.batch_size,
+        seed=plan.seed,
+        progress=plan.progress,
+        summed=True,
+    )
+    result = run_pass(model, crossed, summed)
+    forward, reverse = result.norm[crossed.forward, 0], result.norm[crossed.reverse, 0]
+    loud = (forward > result.floor[crossed.forward, 0]) & (reverse > result.floor[crossed.reverse, 0])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosine = np.where(loud, result.inner[:, 0] / (forward * reverse), np.nan)
+    facts = pairs.facts.astype(str)
+    table = pd.DataFrame({"forward": facts[left], "reverse": facts[right], "cosine": cosine})
+    return table.pivot_table(index="forward", columns="reverse", values="cosine", aggfunc="mean")
+
+
+def _combinations(model: ProbedModel, pairs: ReversalPairs, batch_size: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Every ordered couple of pairs of one group, in blocks that fit a batch."""
+    groups = pairs.groups(model.logit_shift)
+    cells = int((np.bincount(groups) ** 2).sum())
+    if cells > MOST_CELLS:
+        raise RevprobeError(
+            f"cross=True over {len(pairs)} pairs makes {cells:,} combinations, over {MOST_CELLS:,}; take fewer"
+        )
+    order = np.argsort(groups, kind="stable")
+    couples = [
+        np.stack(np.meshgrid(members, members, indexing="ij"), -1).reshape(-1, 2)
+        for members in np.split(order, np.cumsum(np.bincount(groups))[:-1])
+    ]
+    left, right = np.concatenate(couples).T
+    block = max(1, (batch_size or default_batch_size(model, pairs.queries)) // 2)
+    rank = np.empty(len(pairs), dtype=int)
+    rank[order] = np.arange(len(pairs))
+    blocked = np.lexsort((rank[right], rank[left], rank[right] // block, rank[left] // block))
+    return left[blocked], right[blocked]

@@ -10,7 +10,8 @@ from torch import nn
 
 from ..models.probed import ProbedModel, as_probed
 from .pairs.pairs import ReversalPairs
-from .passes.run import PassResult, Plan, Progress, describe, run_pass
+from .passes.plan import PassResult, Plan, Progress
+from .passes.run import describe, run_pass
 from .readings.readings import Reading
 
 

@@ -14,16 +14,18 @@ from torch import nn
 
 from ..errors import RevprobeError, did_you_mean
 from ..hooks.attention_edits import AttentionSite
-from ..models.layers import silent_layers
 from ..models.probed import ProbedModel, as_probed
+from ..models.structure import silent_layers
 from .attention import EVIDENCE_HIDDEN
 from .edits import attention_sites, choose_heads, choose_layers
-from .pairs.pairs import Query, ReversalPairs
+from .pairs.pairs import ReversalPairs
+from .pairs.query import Query
 from .passes.batches import default_batch_size, prepare_queries
 from .passes.likelihood import Pricing
+from .passes.plan import PassResult, Plan, Progress
 from .passes.route_changes import EDITS, MATCHES
 from .passes.route_runs import CONTROL, EVIDENCE, Cell, RouteEdit, RouteResult, RouteRuns
-from .passes.run import PassResult, Plan, Progress, describe
+from .passes.run import describe
 from .passes.selection import listed
 from .readings.readings import Reading
 

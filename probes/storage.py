@@ -17,7 +17,8 @@ from .attention import EVIDENCE_HIDDEN
 from .pairs.pairs import ReversalPairs
 from .passes.batches import default_batch_size, make_batch, prepare_queries
 from .passes.decomposition import Decomposition, HeldBatch, Piece
-from .passes.run import PassResult, Plan, Progress, describe
+from .passes.plan import PassResult, Plan, Progress
+from .passes.run import describe
 from .passes.selection import chosen_of, listed
 from .readings.readings import Reading
 from .statistics.estimators import NO_PARTNER

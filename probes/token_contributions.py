@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import RevprobeError
 from ..hooks.untouched import untouched
 from ..models.probed import ProbedModel, as_probed
-from .pairs.pairs import Query, ReversalPair
+from .pairs.query import Query, ReversalPair
 from .passes.batches import make_batch, prepare_queries
 from .passes.decomposition import HeldBatch
 

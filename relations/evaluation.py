@@ -7,8 +7,7 @@ that were held out are asked the same and show what the model says without havin
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +15,12 @@ import pandas as pd
 from torch import nn
 
 from ..errors import RevprobeError, did_you_mean
-from ..finetune.config.finetuning import EvaluationOptions, FinetuneConfig, is_finetuning_text
-from ..finetune.config.one_layer import load_config
-from ..finetune.runs.run import CONFIG
 from ..models.probed import ProbedModel, as_probed
 from ..probes.decoding.exact_match import answer_limit, decoded_match
 from ..probes.figures.theme import interval_text, undefined_text
-from ..probes.passes.run import Progress
+from ..probes.passes.plan import Progress
 from ..probes.readings.readings import Reading, Readings
 from ..probes.statistics.estimators import Measured, measure
-from .catalog import load_relation
 from .letters import LettersRelation
 
 if TYPE_CHECKING:
@@ -34,53 +29,6 @@ if TYPE_CHECKING:
 ASKED = ("forward", "reverse")
 SPLITS = ("train", "heldout")
 TEMPLATES = ("train", "heldout", "all")
-
-
-@dataclass(frozen=True)
-class Asking:
-    """What `revprobe evaluate` asks: a relation, the direction that was trained, and how answers are decoded."""
-
-    relation: TextRelation | LettersRelation
-    direction: str
-    options: EvaluationOptions
-
-
-def what_to_ask(
-    source: str | Path,
-    *,
-    relation: str | None = None,
-    path: str | Path | None = None,
-    direction: str | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> Asking:
-    """The relation to ask a model about; a fine-tuning run's own comes exactly as it was trained on.
-
-    Another seed or share would hold out other facts than training did, and count trained ones as the floor.
-
-    Args:
-        source: the model as `load_model` takes it; a run, or a checkpoint of one, brings its config.
-        relation, path, direction, options: as `load_relation` takes them; a run's own when None.
-    Raises: RevprobeError, when the relation or the direction is told by neither, or a run was trained otherwise.
-    """
-    config = _run_config(Path(source))
-    if config is None or relation not in (None, config.relation.name):
-        if relation is None or direction is None:
-            raise RevprobeError(
-                f"{str(source)!r} is no fine-tuning run, which would say what it was trained on; name a relation "
-                "(--relation) and the direction that was trained (--direction)"
-            )
-        return Asking(load_relation(relation, path, **(options or {})), direction, EvaluationOptions())
-    trained = config.relation
-    if direction not in (None, trained.direction):
-        raise RevprobeError(
-            f"{str(source)!r} was trained in direction {trained.direction!r}, not {direction!r}; leave --direction out"
-        )
-    if options:
-        raise RevprobeError(
-            f"{str(source)!r} says itself how its relation was made, got {dict(options)}; leave --option out"
-        )
-    made = load_relation(trained.name, trained.path if path is None else path, **trained.options)
-    return Asking(made, trained.direction, config.evaluation)
 
 
 def evaluate_relation(
@@ -178,14 +126,6 @@ def save_evaluation(readings: Readings, folder: Path) -> list[Path]:
         reading.save(folder / f"{reading.name}.{reading.meta['asked']}.{reading.meta['split']}.parquet")
         for reading in readings
     ]
-
-
-def _run_config(source: Path) -> FinetuneConfig | None:
-    """The config of the fine-tuning run that a folder is, or is a checkpoint of."""
-    for folder in (source, source.parent.parent):
-        if source.is_dir() and (folder / CONFIG).is_file() and is_finetuning_text(folder / CONFIG):
-            return load_config(folder / CONFIG, FinetuneConfig)
-    return None
 
 
 def _sides(

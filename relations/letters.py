@@ -14,9 +14,10 @@ import pandas as pd
 from torch import nn
 
 from ..errors import RevprobeError, did_you_mean
-from ..models.letters import PLACEHOLDER, letter_alphabet, letter_tokenizer
+from ..models.one_layer import PLACEHOLDER, letter_alphabet, letter_tokenizer
 from ..models.probed import ProbedModel, as_probed
-from ..probes.pairs.pairs import Query, ReversalPairs
+from ..probes.pairs.pairs import ReversalPairs
+from ..probes.pairs.query import Query
 
 PLACEMENTS = ("grid", "mirror", "all")
 # placements="all" grows with the fourth power of the length; beyond this many pairs it is refused.

@@ -12,7 +12,8 @@ import pandas as pd
 
 from ..errors import RevprobeError, did_you_mean
 from ..models.probed import ProbedModel
-from ..probes.pairs.pairs import KINDS, Query, ReversalPairs
+from ..probes.pairs.pairs import ReversalPairs
+from ..probes.pairs.query import KINDS, Query
 from ..probes.pairs.spans import SpanError, require_fast_tokenizer
 from ..probes.pairs.text import pairs_from_frame
 from .statements import Statement, slot_source

@@ -10,8 +10,8 @@ import torch
 from revprobe import ProbedModel, Reading, Readings
 from revprobe.finetune.config.finetuning import FinetuneConfig
 from revprobe.finetune.config.one_layer import RunConfig, dump_config
-from revprobe.finetune.runs.building import build_model, probe_pairs
 from revprobe.finetune.runs.finetuning import fine_tune
+from revprobe.finetune.runs.one_layer import build_model, probe_pairs
 from revprobe.finetune.training.probe_callback import take_readings
 from revprobe.models.checkpoints import step_name
 from revprobe.relations.catalog import letters

@@ -21,7 +21,7 @@ from revprobe import (
     probe_attention_correlation,
     probe_gradient_cosine,
 )
-from revprobe.models.layers import silent_layers
+from revprobe.models.structure import silent_layers
 from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.passes import run as passes
 

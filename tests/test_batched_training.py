@@ -12,9 +12,10 @@ from torch import Tensor
 import revprobe as rp
 from revprobe.finetune.config.one_layer import RunConfig, SweepConfig, parse_config
 from revprobe.finetune.runs.batched import Batch, groups_of_one_shape, train_together
-from revprobe.finetune.runs.missing import expected_readings
+from revprobe.finetune.runs.one_layer import train
+from revprobe.finetune.runs.open import open_run
 from revprobe.finetune.runs.progress import Listener
-from revprobe.finetune.runs.run import PROBLEM, open_run, train
+from revprobe.finetune.runs.run import PROBLEM
 from revprobe.finetune.training.checkpointing import READINGS
 from revprobe.finetune.training.stacked_models import clip_each
 from revprobe.models.checkpoints import checkpoint_folder, checkpoint_steps, step_name
@@ -296,7 +297,7 @@ def test_readings_that_cannot_be_taken_again_stop_their_own_run_alone(tmp_path: 
     made = configs("- {seed: [0, 1]}\n- {objective: causal}", steps=4)
     damaged, whole, next_group = (tmp_path / config.name for config in made)
     assert train_together(made[:2], tmp_path) == {}
-    lost = [run / expected_readings(made[0])[-1].file for run in (damaged, whole)]  # of the last step, averaged
+    lost = [run / open_run(run).expected_readings[-1].file for run in (damaged, whole)]  # of the last step, averaged
     before = lost[1].read_bytes()
     for file in lost:
         file.unlink()

@@ -400,7 +400,7 @@ def test_a_sweep_takes_other_cells_and_refuses_another_base(cli: Cli, tmp_path: 
     other.write_text(other.read_text().replace("dropout: 0.1", "dropout: 0.2"))
     words = "another run than the sweep's: model.dropout: 0.1 -> 0.2 (sweep -> run)"
     assert_one_line(cli("report", sweep), "1 of 2 runs are not whole (arm-l4-s0: ", words)
-    problems = {run.name: run.problem for run in rp.open_sweep(sweep).for_report()}
+    problems = {run.name: run.problem for run in rp.open_sweep(sweep).records()}
     assert problems["alibi-l4-s0"] is None and words in (problems["arm-l4-s0"] or "")
 
 

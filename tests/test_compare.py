@@ -11,8 +11,7 @@ import revprobe
 from revprobe import Reading, Readings, RevprobeError
 from revprobe.finetune.config.one_layer import ModelConfig, RelationConfig, RunConfig, TrainingConfig, dump_config
 from revprobe.report.html.report import write_report
-from revprobe.report.paper.table7 import table7
-from revprobe.report.paper.table7_figure import table7_figure
+from revprobe.report.paper.table7 import table7, table7_figure
 from revprobe.report.summary.compare import compare
 
 
@@ -107,7 +106,7 @@ def test_a_damaged_reading_is_left_out_of_the_report_and_named(tmp_path: Path) -
     path = run(tmp_path, "rope", 0, (0, 10, 20))
     cut = path / "readings" / "step-000010" / "reverse_probability.ema.parquet"
     cut.write_bytes(cut.read_bytes()[:1000])
-    reported = revprobe.open_run(path).for_report()
+    reported = revprobe.open_run(path).record()
     assert len(reported.readings) == 5 and reported.readings.select(weights="ema").steps == [0, 20]
     assert reported.problem is not None
     assert "1 of 6 files of readings are left out" in reported.problem and cut.name in reported.problem

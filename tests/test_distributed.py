@@ -19,8 +19,8 @@ from torch import nn
 import revprobe as rp
 from revprobe.finetune.training.distributed import Team, require_whole
 from revprobe.finetune.training.probe_callback import take_readings
-from revprobe.probes.passes.run import PassResult, Plan, run_pass
-from revprobe.probes.passes.shares import merged, part_of
+from revprobe.probes.passes.plan import PassResult, Plan, merged, part_of
+from revprobe.probes.passes.run import run_pass
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 SIZE = 2

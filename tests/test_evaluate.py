@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from revprobe import ProbedModel, Readings, RevprobeError, letters, register_model
+from revprobe.cli.evaluate import what_to_ask
 from revprobe.cli.main import app
 from revprobe.finetune.config.finetuning import FinetuneConfig
 from revprobe.finetune.config.one_layer import dump_config
-from revprobe.probes.decoding.answers import normalized
-from revprobe.probes.decoding.exact_match import answer_limit
+from revprobe.probes.decoding.exact_match import answer_limit, normalized
 from revprobe.relations.catalog import from_table, invented_names, load_relation
 from revprobe.relations.evaluation import (
     begins_with_answer,
@@ -24,7 +24,6 @@ from revprobe.relations.evaluation import (
     longest_answer,
     match_table,
     save_evaluation,
-    what_to_ask,
 )
 
 RELATION = invented_names(rows=(0, 24), heldout=0.25)

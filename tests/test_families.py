@@ -28,7 +28,7 @@ from revprobe import (
     probe_reverse_probability,
 )
 from revprobe.models.probed import as_probed
-from revprobe.models.roles import parameter_roles
+from revprobe.models.structure import parameter_roles
 
 SIZES = {
     "vocab_size": 56,

@@ -16,11 +16,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from revprobe import ProbedModel, Query, Reading, Readings, ReversalPair, ReversalPairs, RevprobeError
-from revprobe.probes.figures import export
-from revprobe.probes.figures.export import save_figure
-from revprobe.probes.figures.plot import correlation_heatmap, plot_reading, plot_readings, signatures_figure
-from revprobe.probes.figures.step_axis import StepScale
-from revprobe.probes.figures.theme import COLOURS, DARK_PAPER, IN_THE_DARK, OKABE_ITO, band, interval_text, plain
+from revprobe.probes.figures import plot
+from revprobe.probes.figures.plot import (
+    correlation_heatmap,
+    plot_reading,
+    plot_readings,
+    save_figure,
+    signatures_figure,
+)
+from revprobe.probes.figures.theme import (
+    COLOURS,
+    DARK_PAPER,
+    IN_THE_DARK,
+    OKABE_ITO,
+    StepScale,
+    band,
+    interval_text,
+    plain,
+)
 from revprobe.probes.figures.token_strip import token_strip
 from revprobe.probes.figures.training_curves import measures_with_reasons
 from revprobe.probes.statistics.by_distance import cell_correlations, distance_correlations, unit_correlations
@@ -452,7 +465,7 @@ def test_a_figure_is_saved_whole_or_the_reason_is_said(tmp_path: Path, monkeypat
     figure = go.Figure(go.Scatter(y=[1, 2]))
     page = save_figure(figure, tmp_path / "figure.html").read_text()
     assert "plotly.js v" in page and 'src="http' not in page, "the page must open without a network"
-    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    monkeypatch.setattr(plot, "find_spec", lambda name: None)
     with pytest.raises(RevprobeError, match=r"a figure as \.svg needs kaleido.*pip install kaleido"):
         save_figure(figure, tmp_path / "figure.svg")
     with pytest.raises(RevprobeError, match=r"cannot write a figure as 'figure\.pgn'; the closest is '\.png'"):
@@ -465,7 +478,7 @@ def test_a_figure_is_saved_whole_or_the_reason_is_said(tmp_path: Path, monkeypat
 def test_a_picture_is_asked_of_kaleido(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where kaleido is, plotly writes the picture; where its browser is missing, that is said in one line."""
     figure = go.Figure(go.Scatter(y=[1, 2]))
-    monkeypatch.setattr(export, "find_spec", lambda name: object())
+    monkeypatch.setattr(plot, "find_spec", lambda name: object())
     monkeypatch.setattr(
         go.Figure, "write_image", lambda self, path, format, scale: path.write_text(f"{format} x{scale}")
     )

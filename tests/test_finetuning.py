@@ -30,6 +30,7 @@ from revprobe.finetune.training.probe_callback import logged_values
 from revprobe.finetune.training.tiny_models import build_tiny, other_statements, train_tokenizer
 from revprobe.models.peft_adapters import is_adapter_parameter
 from revprobe.relations.catalog import invented_names
+from revprobe.report.html.finetune_sections import finetune_sections
 from revprobe.report.paper.figure4 import figure4, pooled
 from revprobe.report.paper.table7 import match_frame, table7
 
@@ -387,7 +388,7 @@ def test_response_only_is_said_by_the_run_its_pairs_and_its_report(tmp_path: Pat
     assert run.axes["objective"] == "masked (response only)"
     for reading in run.readings():
         assert reading.frame[FORWARD_UNTRAINED].all(), reading.name
-    assert "Trained on the response only: run." in "".join(run.report_sections())
+    assert "Trained on the response only: run." in "".join(finetune_sections([run]))
     causal = prepare(config("llama", scope="response_only"), tmp_path / "llama", Team())
     assert FORWARD_UNTRAINED not in causal.pairs.flags, "an ARM's forward query asks for what the response is"
 

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from revprobe import ProbedModel, Query, ReversalPair, ReversalPairs, RevprobeError, probe_gradient_cosine
-from revprobe.models.roles import parameter_role
+from revprobe.models.structure import parameter_role
 
 VOCAB = 60
 SIZES = {

@@ -1,129 +1,177 @@
-"""The shape of the code: imports point one way, no file is imported twice, no file is a drawer for odds and ends."""
+"""The shape of the code: imports point one way by room, no circle, no file twice, no drawer, nothing too long."""
 
 import ast
 import importlib
 import sys
-from collections.abc import Iterator
-from importlib.util import resolve_name
+from collections import Counter
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-import revprobe
-
-# Who may import whom; each may import itself. A new folder or root file needs a line here.
-BELOW = {
-    "errors": set(),
-    "atomic_files": set(),
-    "hooks": {"errors"},
-    "models": {"errors", "hooks"},
-    "probes": {"errors", "atomic_files", "hooks", "models"},
-    # The last name of these two goes when the circles are opened.
-    "relations": {"errors", "atomic_files", "hooks", "models", "probes", "finetune"},
-    "finetune": {"errors", "atomic_files", "hooks", "models", "probes", "relations", "report"},
-    "report": {"errors", "atomic_files", "hooks", "models", "probes", "relations", "finetune"},
-    "cli": {"errors", "hooks", "models", "probes", "relations", "finetune", "report"},
-    "__main__": {"cli"},
-}
+FOLDER, FILE, FUNCTION = 18, 400, 60  # at most: files in a folder, lines of a file, lines of a function
+DRAWERS = {"utils.py", "helpers.py", "common.py", "misc.py"}
 
 
-def imports(source: str, package: str) -> Iterator[tuple[int, str, bool]]:
-    """Each import of a source text as (line, absolute dotted target, written relatively).
-
-    Imports inside functions, under TYPE_CHECKING and through `import_module("...")` count like any other.
-    """
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name, False) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = resolve_name("." * node.level + (node.module or ""), package)
-            yield from ((node.lineno, f"{base}.{alias.name}", node.level > 0) for alias in node.names)
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
-            if called in {"import_module", "__import__"} and isinstance(node.args[0].value, str):
-                name = node.args[0].value
-                yield node.lineno, resolve_name(name, package), name.startswith(".")
+def load_file_graph() -> ModuleType:
+    """docs/file_graph.py, which reads the graph and draws the page."""
+    spec = spec_from_file_location("file_graph", Path(__file__).resolve().parents[1] / "docs" / "file_graph.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def layer_of(target: str) -> str:
-    """The layer a target `revprobe.x...` lies in; a name the root exports lies where its module does."""
-    name = target.removeprefix("revprobe").lstrip(".").split(".")[0]
-    return revprobe._EXPORTS.get(name, name).lstrip(".").split(".")[0]
+file_graph = load_file_graph()
 
 
-def faults(source: str, path: str) -> list[str]:
-    """What is wrong with the imports of the package's file `path`, a line for each."""
+def misspelt(source: str, path: str) -> list[str]:
+    """The imports of the package's file `path` that are not relative, a line for each."""
+    tops = {room.split("/")[0].removesuffix(".py") for room in file_graph.ROOMS}
     found = []
-    layer = path.split("/")[0].removesuffix(".py")
-    package = ".".join(["revprobe", *path.split("/")[:-1]])
-    for line, target, relative in imports(source, package):
-        first, reached = target.split(".")[0], layer_of(target)
-        if first in BELOW:
+    for line, target, relative in file_graph.imports(source, file_graph.package_of(path)):
+        first = target.split(".")[0]
+        if first in tops:
             found.append(f"{path}:{line}: {target} is a bare name; write `from ..{first} import`")
         elif first == "revprobe" and not relative:
             found.append(f"{path}:{line}: {target} is absolute; imports inside the package are relative")
-        elif first == "revprobe" and reached not in {layer, *BELOW[layer], "__version__"}:
-            found.append(f"{path}:{line}: {layer} imports {target}; it may import {sorted(BELOW[layer])}")
     return found
 
 
-def test_imports_point_one_way(root: Path, package_files: dict[str, str]) -> None:
-    """errors <- hooks <- models <- probes <- relations <- finetune <- report <- cli, and no arrow back."""
-    paths = [path for path in package_files if path != "__init__.py"]
-    unplaced = [path for path in paths if path.split("/")[0].removesuffix(".py") not in BELOW]
-    assert not unplaced, f"no layer is stated for {unplaced}: give each a line in BELOW"
-    found = [fault for path in paths for fault in faults((root / path).read_text(), path)]
+def test_the_graph_is_that_of_the_package(package_files: dict[str, str]) -> None:
+    """A walk that misses a folder would find it in order whatever it imports."""
+    graph = file_graph.file_graph()
+    assert set(graph) == set(package_files) - {"__init__.py"}
+    rooms = {file_graph.room_of(path) for path in graph}
+    unplaced = {room for room in rooms if room not in file_graph.ROOMS and room != "finetune"}  # only its __init__.py
+    assert not unplaced, f"no place is stated for {unplaced}: give it one"
+    assert sum(map(len, graph.values())) > 400, "hardly any import was seen"
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    found = file_graph.circles(file_graph.file_graph())
+    assert not found, f"circles: {found}"
+
+
+def test_no_import_points_to_a_room_above() -> None:
+    found = file_graph.upward(file_graph.file_graph())
+    assert not found, "\n".join(found)
+
+
+def test_imports_inside_the_package_are_relative(root: Path, package_files: dict[str, str]) -> None:
+    found = [fault for path in package_files for fault in misspelt((root / path).read_text(), path)]
     assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize(
     ("path", "planted", "words"),
     [
-        ("hooks/attention.py", "from ..models.radd import RaddConfig", "hooks imports revprobe.models.radd"),
-        ("models/registry.py", "from ..probes import pairs", "models imports revprobe.probes"),
-        ("probes/fused.py", "from .. import finetune", "probes imports revprobe.finetune"),
-        ("probes/fused.py", "from .. import train", "probes imports revprobe.train"),
-        ("probes/fused.py", "def late():\n    from ..finetune.runs import train", "fused.py:2: probes imports"),
-        ("probes/fused.py", "import importlib\nimportlib.import_module('..finetune', __package__)", "fused.py:2"),
-        ("finetune/runs/run.py", "from ..cli import main", "finetune imports revprobe.cli.main"),
-        ("finetune/deep/runs.py", "from ...cli import main", "finetune imports revprobe.cli.main"),
-        ("errors.py", "from .hooks import attention", "errors imports revprobe.hooks"),
-        ("cli/main.py", "from ..__main__ import main", "cli imports revprobe.__main__"),
-        ("cli/main.py", "import revprobe.probes", "is absolute"),
-        ("cli/main.py", "from revprobe import probe", "is absolute"),
-        ("cli/main.py", "from probes.pairs.pairs import Query", "is a bare name"),
+        ("hooks/gradients/new.py", "from ..attention import tap_attention", "hooks/attention.py"),
+        ("hooks/new.py", "from ..models.radd import RaddConfig", "models/radd.py"),
+        ("models/new.py", "from ..probes.pairs import query", "probes/pairs/query.py"),
+        ("probes/statistics/new.py", "from ..readings.readings import Reading", "probes/readings/readings.py"),
+        ("probes/figures/new.py", "from ..attention import attention_reading", "probes/attention.py"),
+        ("probes/new.py", "from .. import relations", "relations/__init__.py"),
+        ("probes/new.py", "from .. import train", "__init__.py"),
+        ("probes/new.py", "from .. import __version__", "__init__.py"),
+        ("probes/new.py", "def late():\n    from ..finetune.runs.open import open_run", "new.py:2 imports finetune"),
+        ("probes/new.py", "import importlib\nimportlib.import_module('..relations.letters', __package__)", "new.py:2"),
+        ("relations/new.py", "from ..finetune.config import one_layer", "finetune/config/one_layer.py"),
+        ("finetune/training/new.py", "from ..runs.run import Run", "finetune/runs/run.py"),
+        ("finetune/runs/new.py", "from ...report.html.page import page", "report/html/page.py"),
+        ("report/summary/new.py", "from ..html import page", "report/html/page.py"),
+        ("errors.py", "from .hooks import attention", "hooks/attention.py"),
+        ("cli/new.py", "from ..__main__ import main", "__main__.py"),
     ],
 )
 def test_a_planted_import_against_the_direction_is_named(path: str, planted: str, words: str) -> None:
     """The checker itself: each of these must be seen, with its line, or the test above proves nothing."""
-    found = faults(planted, path)
+    found = file_graph.upward(file_graph.file_graph(changed={path: planted}))
     assert len(found) == 1, f"{planted!r} in {path} gave {found}"
-    assert words in found[0], found[0]
+    assert found[0].startswith(f"{path}:") and words in found[0], found[0]
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        {"hooks/a.py": "from .b import x", "hooks/b.py": "from .a import y"},
+        {
+            "hooks/a.py": "from . import b",
+            "hooks/b.py": "def late():\n    from .c import z",
+            "hooks/c.py": "from .a import y",
+        },
+        {"models/a.py": "if TYPE_CHECKING:\n    from .b import x", "models/b.py": "from .a import y"},
+    ],
+)
+def test_a_planted_circle_is_named(planted: dict[str, str]) -> None:
+    """Imports in functions and under TYPE_CHECKING tie files together as well: neither can be read alone."""
+    assert file_graph.circles(file_graph.file_graph(changed=planted)) == [sorted(planted)]
+
+
+@pytest.mark.parametrize(
+    ("planted", "words"),
+    [
+        ("import revprobe.probes", "is absolute"),
+        ("from revprobe import probe", "is absolute"),
+        ("from probes.pairs import Query", "is a bare name"),
+    ],
+)
+def test_a_planted_absolute_import_is_named(planted: str, words: str) -> None:
+    found = misspelt(planted, "cli/main.py")
+    assert len(found) == 1 and words in found[0], found
 
 
 def test_imports_along_the_direction_are_left_alone() -> None:
     """A checker that refuses everything would pass the planted cases as well."""
-    source = "import torch\nfrom .pairs import Query\nfrom ..errors import nearest\nfrom .. import __version__, models"
-    assert faults(source, "probes/fused.py") == []
-    assert faults("from .cli import main", "__main__.py") == []
+    along = "import torch\nfrom .pairs.query import Query\nfrom ..errors import nearest\nfrom ..models import probed"
+    changed = {"probes/new.py": along, "cli/new.py": "from ..report.html import page"}
+    graph = file_graph.file_graph(changed=changed)
+    assert not file_graph.upward(graph) and not file_graph.circles(graph)
+    assert set(graph["probes/new.py"]) == {"probes/pairs/query.py", "errors.py", "models/probed.py"}
 
 
-def test_the_root_imports_radd_and_nothing_else_of_the_package(root: Path) -> None:
-    """Everything else the root exports is a string until it is used; TYPE_CHECKING and function bodies do not run."""
-    body = ast.parse((root / "__init__.py").read_text()).body
-    runs = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
-    targets = [target for _, target, relative in imports(ast.unparse(ast.Module(runs, [])), "revprobe") if relative]
-    assert {target.rpartition(".")[0] for target in targets} == {"revprobe.models.radd"}, targets
+def test_the_architecture_page_shows_the_graph(root: Path) -> None:
+    """`python docs/file_graph.py` draws it anew."""
+    page = (root / "docs" / "architecture.md").read_text()
+    drawn = file_graph.drawing(file_graph.file_graph())
+    assert file_graph.page_with(page, drawn) == page, "the rooms have changed: run `python docs/file_graph.py`"
+    other = file_graph.drawing(file_graph.file_graph(changed={"hooks/new.py": "from ..errors import nearest"}))
+    assert file_graph.page_with(page, other) != page, "a new file does not show"
+
+
+def functions(source: str) -> list[tuple[str, int]]:
+    """Every function of a source text with its length in lines, docstring included."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    return [(node.name, (node.end_lineno or node.lineno) - node.lineno + 1) for node in found]
+
+
+def test_nothing_is_too_long_to_read(root: Path, package_files: dict[str, str]) -> None:
+    folders = Counter(path.rpartition("/")[0] for path in package_files if not path.endswith("__init__.py"))
+    crowded = {folder: count for folder, count in folders.items() if count > FOLDER}
+    assert not crowded, f"more than {FOLDER} files: {crowded}; make a room of its own for what belongs together"
+    sources = {path: (root / path).read_text() for path in package_files}
+    long = {path: lines for path, source in sources.items() if (lines := source.count("\n")) > FILE}
+    assert not long, f"files of more than {FILE} lines: {long}"
+    wide = [(path, *one) for path, source in sources.items() for one in functions(source) if one[1] > FUNCTION]
+    assert not wide, f"functions of more than {FUNCTION} lines: {wide}"
+
+
+def test_the_length_of_a_function_is_told() -> None:
+    source = "def short():\n    pass\n\nclass A:\n    async def long(self):\n" + "        x = 1\n" * 61
+    assert functions(source) == [("short", 2), ("long", 62)]
 
 
 def test_tests_and_examples_import_the_package_by_its_name(root: Path) -> None:
     """`import models` works when the checkout is on sys.path, and makes a second copy of every class in it."""
+    tops = {room.split("/")[0].removesuffix(".py") for room in file_graph.ROOMS} - {"__main__"}
     files = [*root.glob("tests/**/*.py"), *root.glob("examples/**/*.py")]
     found = [
         f"{path.relative_to(root)}:{line}: {target}"
         for path in files
-        for line, target, relative in imports(path.read_text(), path.parent.name)
-        if relative or target.split(".")[0] in BELOW
+        for line, target, relative in file_graph.imports(path.read_text(), path.parent.name)
+        if relative or target.split(".")[0] in tops
     ]
     assert not found, "write `from revprobe. ... import` in:\n" + "\n".join(found)
 
@@ -143,6 +191,5 @@ def test_each_file_is_one_module_object(root: Path, package_files: dict[str, str
 
 def test_no_file_is_a_drawer(package_files: dict[str, str]) -> None:
     """A file is named after its idea; these four names say that it has none."""
-    drawers = {"utils.py", "helpers.py", "common.py", "misc.py"}
-    found = [path for path in package_files if path.split("/")[-1] in drawers]
+    found = [path for path in package_files if path.split("/")[-1] in DRAWERS]
     assert not found, f"name these after what they hold: {found}"

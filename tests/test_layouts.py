@@ -19,8 +19,8 @@ from transformers import (
 
 from revprobe import ProbedModel, RevprobeError, letter_pairs, letter_tokenizer, probe_gradient_cosine
 from revprobe.hooks.attention import tap_attention
-from revprobe.models import layouts
-from revprobe.models.layouts import declare_fused, fused_parts
+from revprobe.models import structure
+from revprobe.models.structure import declare_fused, fused_parts
 
 HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES = {"vocab_size": 56, "hidden_size": 16, "intermediate_size": 32, **HEADS}
@@ -91,7 +91,7 @@ def test_the_parts_are_slices_of_the_autograd_gradient_and_add_up_to_the_whole(n
 
 
 def test_an_undeclared_layout_stays_whole_and_a_declared_one_comes_apart(monkeypatch):
-    monkeypatch.setattr(layouts, "_FUSED", {})
+    monkeypatch.setattr(structure, "_FUSED", {})
     model = ProbedModel(build("gpt2"), letter_tokenizer(), objective="causal")
     pairs = letter_pairs(5, model=model)[:2]
     assert "qkv" in set(probe_gradient_cosine(model, pairs, control=False).frame.role)

@@ -58,6 +58,7 @@ PUBLIC = [
     "one_step_curves",
     "open_run",
     "open_sweep",
+    "pair_from_text",
     "pairs_from_frame",
     "parent_child",
     "person_description",

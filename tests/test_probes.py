@@ -28,8 +28,8 @@ from revprobe import (
 )
 from revprobe.hooks import attention as attention_hooks
 from revprobe.hooks.gradients import backward as gradient_reading
+from revprobe.probes.passes import batches
 from revprobe.probes.passes import run as passes
-from revprobe.probes.passes.run import batches
 from revprobe.probes.statistics.estimators import pair_cosines
 
 ENCODINGS = ("rope", "alibi", "absolute", "none")

@@ -29,7 +29,7 @@ from revprobe import (
 from revprobe.models import registry
 from revprobe.models.checkpoints import COMPLETE, step_name
 from revprobe.models.probed import as_probed
-from revprobe.models.roles import parameter_role
+from revprobe.models.structure import parameter_role
 
 
 def save(module, folder) -> None:

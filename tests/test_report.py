@@ -15,9 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from revprobe import Reading, Readings, RevprobeError
+from revprobe.finetune.runs.record import RunRecord, summary_frame
 from revprobe.report.html import report as report_module
 from revprobe.report.html.page import compact, script_safe_json
-from revprobe.report.html.report import ReportRun, final_table, format_final_table, summary_frame, write_report
+from revprobe.report.html.report import write_report
+from revprobe.report.summary.tables import final_table, format_final_table
 
 COLUMNS = ["run", "objective", "position_encoding", "length", "seed", "step", "weights", "kind"]
 COLUMNS += ["measure", "value", "n", "low", "high", "control"]
@@ -61,14 +63,14 @@ def readings(*steps: int, weights: tuple[str, ...] = ("raw", "ema"), **more: Any
     return Readings(made)
 
 
-def run(name: str, *steps: int, problem: str | None = None, **more: Any) -> ReportRun:
+def run(name: str, *steps: int, problem: str | None = None, **more: Any) -> RunRecord:
     axes = {"objective": "masked", "position_encoding": "rope", "length": 10, "seed": 0} | more.pop("axes", {})
     config = more.pop("config", {"name": name})
-    return ReportRun(name, axes, config, readings(*steps, **more) if steps else Readings([]), problem)
+    return RunRecord(name, axes, config, readings(*steps, **more) if steps else Readings([]), problem)
 
 
 @pytest.fixture(scope="module")
-def runs() -> list[ReportRun]:
+def runs() -> list[RunRecord]:
     arm = {"objective": "causal", "position_encoding": None}
     return [
         run("rope-l10-s0", 0, 10, 500),
@@ -78,7 +80,7 @@ def runs() -> list[ReportRun]:
 
 
 @pytest.fixture(scope="module")
-def written(runs: list[ReportRun], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(runs: list[RunRecord], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(runs, tmp_path_factory.mktemp("report") / "report.html", title="A <b>title</b>")
 
 
@@ -110,7 +112,7 @@ def embedded(page: str) -> dict[str, dict[str, Any]]:
     return {name: json.loads(text) for name, text in blocks}
 
 
-def test_the_summary_is_tidy_and_holds_every_number_exactly(runs: list[ReportRun], written: Path) -> None:
+def test_the_summary_is_tidy_and_holds_every_number_exactly(runs: list[RunRecord], written: Path) -> None:
     """The columns of the issue, the readings' own numbers bit for bit, whole numbers whole, undefined empty."""
     raw = (written.parent / "summary.csv").read_text()
     table = pd.read_csv(written.parent / "summary.csv", dtype=dict.fromkeys(NUMBERS, str), keep_default_na=False)
@@ -140,7 +142,7 @@ def test_undefined_is_empty_and_never_zero(tmp_path: Path) -> None:
     assert shown["gradient cosine"].tolist() == ["-"], "not measured is not undefined"
 
 
-def test_the_final_table_is_the_last_step_of_each_run_and_weights(runs: list[ReportRun]) -> None:
+def test_the_final_table_is_the_last_step_of_each_run_and_weights(runs: list[RunRecord]) -> None:
     summary = summary_frame(runs)
     table = final_table(summary)
     assert table[["run", "step", "weights", "kind"]].to_numpy().tolist() == [
@@ -161,13 +163,13 @@ def test_the_final_table_is_the_last_step_of_each_run_and_weights(runs: list[Rep
     assert text["reverse accuracy (%)"][2].startswith(f"{100 * accuracy:.1f} ["), text["reverse accuracy (%)"][2]
 
 
-def test_a_measure_that_stands_twice_is_refused(runs: list[ReportRun]) -> None:
-    twice = ReportRun("rope", {}, {}, Readings([*runs[0].readings, *runs[0].readings]))
+def test_a_measure_that_stands_twice_is_refused(runs: list[RunRecord]) -> None:
+    twice = RunRecord("rope", {}, {}, Readings([*runs[0].readings, *runs[0].readings]))
     with pytest.raises(RevprobeError, match=r"attention_correlation of run 'rope' stands twice at step 500"):
         final_table(summary_frame([twice]))
 
 
-def test_the_page_holds_the_numbers_of_the_readings(runs: list[ReportRun], written: Path) -> None:
+def test_the_page_holds_the_numbers_of_the_readings(runs: list[RunRecord], written: Path) -> None:
     """What the page draws is what was measured, to five digits: signatures, and every step of every heat map."""
     figures = embedded(written.read_text())
     assert sorted(figures) == ["look", "panels", "run-0", "run-1", "signatures"]
@@ -247,7 +249,7 @@ def test_compact_rounds_and_keeps_undefined() -> None:
 
 @pytest.mark.parametrize("planted", ["figure", "disk"])
 def test_a_report_that_fails_leaves_the_old_one(
-    planted: str, runs: list[ReportRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planted: str, runs: list[RunRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole or not at all, both files: an exception in drawing, or a disk that fills up at the second file."""
     path = tmp_path / "report.html"
@@ -271,29 +273,29 @@ def test_a_report_that_fails_leaves_the_old_one(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "summary.csv"], "a temporary file was left"
 
 
-def test_an_unwritable_folder_is_named(runs: list[ReportRun], tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_named(runs: list[RunRecord], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RevprobeError, match=r"cannot write the report in '.*file'.*expected a writable folder"):
         write_report(runs[2:], tmp_path / "file" / "report.html")
 
 
-def test_two_runs_of_one_name_are_refused(runs: list[ReportRun], tmp_path: Path) -> None:
+def test_two_runs_of_one_name_are_refused(runs: list[RunRecord], tmp_path: Path) -> None:
     with pytest.raises(RevprobeError, match="two runs are called 'rope-l10-s0'"):
         write_report([runs[0], runs[0]], tmp_path / "report.html")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("which", ["no runs", "no readings"])
-def test_an_empty_report_says_so(which: str, runs: list[ReportRun], tmp_path: Path) -> None:
+def test_an_empty_report_says_so(which: str, runs: list[RunRecord], tmp_path: Path) -> None:
     text = Elements(write_report(runs[2:] * (which == "no readings"), tmp_path / "report.html").read_text()).text
     assert "Nothing to show" in text and ("is truncated: <cut>" in text) == (which == "no readings")
     assert (tmp_path / "summary.csv").read_text() == ",".join(COLUMNS) + "\n"
 
 
-def test_a_broken_run_and_what_makes_numbers_incomparable_are_said(runs: list[ReportRun], tmp_path: Path) -> None:
+def test_a_broken_run_and_what_makes_numbers_incomparable_are_said(runs: list[RunRecord], tmp_path: Path) -> None:
     assert "step-000010 is truncated: <cut>" in Elements(write_report(runs, tmp_path / "a.html").read_text()).text
     changed = Readings([*readings(10, pairs="d1"), *readings(20, pairs="d2")])
-    late = ReportRun("late", {}, {}, changed)
+    late = RunRecord("late", {}, {}, changed)
     text = Elements(write_report([late], tmp_path / "b.html").read_text()).text
     assert "late: no reading of the untrained model: the first is at step 10" in text
     assert "late: attention_correlation was taken with 2 sets of pairs" in text

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 from revprobe import Reading, Readings
-from revprobe.report.html.report import ReportRun, write_report
+from revprobe.finetune.runs.record import RunRecord
+from revprobe.report.html.report import write_report
 
 DRIVER = shutil.which("chromedriver")
 CHROMIUM = next(
@@ -70,11 +71,11 @@ def readings(*steps: int, weights: tuple[str, ...] = ("raw", "ema"), **more: Any
 
 
 @pytest.fixture(scope="module")
-def runs() -> list[ReportRun]:
+def runs() -> list[RunRecord]:
     return [
-        ReportRun(EVIL, {"position_encoding": EVIL}, {EVIL: EVIL}, readings(0, 10, 500, model=EVIL), EVIL),
-        ReportRun("b", {"position_encoding": "rope"}, {}, readings(0, 10, weights=("raw",)), None),
-        ReportRun("broken", {}, {}, Readings([]), "step-000010 is truncated: <cut>"),
+        RunRecord(EVIL, {"position_encoding": EVIL}, {EVIL: EVIL}, readings(0, 10, 500, model=EVIL), EVIL),
+        RunRecord("b", {"position_encoding": "rope"}, {}, readings(0, 10, weights=("raw",)), None),
+        RunRecord("broken", {}, {}, Readings([]), "step-000010 is truncated: <cut>"),
     ]
 
 
@@ -97,7 +98,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def opened(runs: list[ReportRun], browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def opened(runs: list[RunRecord], browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = write_report(runs, tmp_path_factory.mktemp("report") / "report.html", title="t")
     browser.get("about:blank")
     browser.get_log("performance")  # what the browser's own first page asked for
@@ -137,7 +138,7 @@ def said(browser: Any, name: str) -> str:
     return str(browser.execute_script(f"return document.getElementById('{name}').textContent"))
 
 
-def test_the_slider_and_the_selectors_draw_the_readings_numbers(opened: Any, runs: list[ReportRun]) -> None:
+def test_the_slider_and_the_selectors_draw_the_readings_numbers(opened: Any, runs: list[RunRecord]) -> None:
     """Each choice shows the correlation that `Reading.summary` gives for it; a shifted index turns it red."""
     open_tab(opened, "routing")
     change(opened, "explore-run", "run-0")
@@ -193,7 +194,7 @@ def test_a_click_on_a_head_chooses_it(opened: Any) -> None:
     assert "layer 0, head 1" in opened.execute_script("return document.getElementById('course').layout.title.text")
 
 
-def test_gradients_and_probabilities_follow_the_same_choices(opened: Any, runs: list[ReportRun]) -> None:
+def test_gradients_and_probabilities_follow_the_same_choices(opened: Any, runs: list[RunRecord]) -> None:
     change(opened, "explore-run", "run-0")
     change(opened, "explore-series", "raw, same target")
     change(opened, "explore-step", 1)

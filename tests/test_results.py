@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from revprobe.finetune.config.one_layer import SweepConfig, dump_config, load_config, parse_config
-from revprobe.finetune.runs.run import train
+from revprobe.finetune.runs.one_layer import train
 from revprobe.report.paper.reproduce import COLUMNS
 
 SWEEPS = {"one-layer": "one_layer.parquet", "robustness": "robustness.parquet"}

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from revprobe import RevprobeError, open_run, train
 from revprobe.finetune.config.one_layer import RunConfig, parse_config
-from revprobe.finetune.runs.building import build_model, training_arguments
+from revprobe.finetune.runs.one_layer import build_model, training_arguments
 from revprobe.finetune.training.checkpointing import only_writer
 from revprobe.finetune.training.trainer import ForwardOnlyTrainer, TokenRows
 

@@ -12,8 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from revprobe import ProbedModel, Reading, RevprobeError, decode, decoded_match
-from revprobe.probes.decoding.answers import begins_with, normalized
-from revprobe.probes.decoding.exact_match import TOO_LONG, answer_limit
+from revprobe.probes.decoding.exact_match import TOO_LONG, answer_limit, begins_with, normalized
 from revprobe.probes.statistics.estimators import NO_PARTNER
 
 NAMES = ["alma", "brent", "cora", "dent", "eric", "fox", "gina", "hart", "ida", "jones"]

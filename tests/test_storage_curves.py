@@ -17,7 +17,8 @@ from revprobe.finetune.config.finetuning import FinetuneConfig
 from revprobe.finetune.config.one_layer import RunConfig, parse_config
 from revprobe.finetune.runs.finetune_setup import text_relation
 from revprobe.finetune.runs.finetuning import fine_tune
-from revprobe.finetune.runs.run import Run, train
+from revprobe.finetune.runs.one_layer import train
+from revprobe.finetune.runs.run import Run
 from revprobe.probes.figures.storage import one_step_figure, storage_curves_figure
 from revprobe.probes.statistics.by_part import evidence_by_pair
 from revprobe.probes.statistics.group_correlation import derangement

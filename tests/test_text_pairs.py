@@ -23,6 +23,7 @@ from revprobe import (
     RevprobeError,
     letter_tokenizer,
     one_layer_gpt2,
+    pair_from_text,
     pairs_from_frame,
     probe,
     probe_reverse_probability,
@@ -157,7 +158,7 @@ def test_each_kind_of_tokenizer_gives_the_entitys_own_tokens(kind: str) -> None:
     forward, reverse = "Fact: {target} raised {evidence} .", "Fact: {evidence} is from {target} ."
     for target, evidence in FACTS[["parent", "child"]].itertuples(index=False):
         try:
-            pair = ReversalPair.from_text(forward, reverse, target=target, evidence=evidence, model=MASKED[kind])
+            pair = pair_from_text(forward, reverse, target=target, evidence=evidence, model=MASKED[kind])
         except RevprobeError as error:
             assert kind == "byte fallback" and error.reason in ("straddling_span", "different_tokens"), error
             continue
@@ -184,7 +185,7 @@ def test_any_text_gives_the_entity_or_an_error_never_a_wrong_span(
     forward, reverse = f"{head}{{target}}{middle}{{evidence}}", f"{head}{{evidence}}{middle}{{target}}"
     options = {"model": MASKED[kind], "allow_different_tokens": True}
     try:
-        pair = ReversalPair.from_text(forward, reverse, target=target, evidence=evidence, **options)
+        pair = pair_from_text(forward, reverse, target=target, evidence=evidence, **options)
     except RevprobeError:
         return
     for query, order in ((pair.forward, (target, evidence)), (pair.reverse, (evidence, target))):
@@ -220,9 +221,9 @@ def test_these_tests_would_see_a_span_off_by_one(monkeypatch: pytest.MonkeyPatch
     forward, reverse = "Fact: {target} raised {evidence} .", "Fact: {evidence} is from {target} ."
     options = {"target": "Ann Lee", "evidence": "Bo Hart", "model": BPE, "allow_different_tokens": True}
     texts = [side.format(target="Ann Lee", evidence="Bo Hart") for side in (forward, reverse)]
-    require_right_spans(ReversalPair.from_text(forward, reverse, **options), BPE.tokenizer, texts, "Ann Lee", "Bo Hart")
+    require_right_spans(pair_from_text(forward, reverse, **options), BPE.tokenizer, texts, "Ann Lee", "Bo Hart")
     monkeypatch.setattr(text_pairs, "entity_positions", shifted)
-    pair = ReversalPair.from_text(forward, reverse, **options)
+    pair = pair_from_text(forward, reverse, **options)
     with pytest.raises(AssertionError):
         require_right_spans(pair, BPE.tokenizer, texts, "Ann Lee", "Bo Hart")
 
@@ -297,17 +298,14 @@ def test_special_tokens_stay_in_the_query_and_positions_follow() -> None:
 
 
 def test_one_text_is_the_row_of_a_frame() -> None:
-    """from_text and pairs_from_frame agree, further slots included."""
+    """pair_from_text and pairs_from_frame agree, further slots included."""
     wording = {"forward": "In {year} {target} had {evidence}", "reverse": "In {year} {evidence} had {target}"}
     from_frame = pairs_from_frame(FACTS, **wording, target="parent", evidence="child", model=BPE)
     for pair, row in zip(from_frame, FACTS.itertuples(), strict=True):
         slots = {"year": row.year}
-        one = ReversalPair.from_text(**wording, target=row.parent, evidence=row.child, slots=slots, model=BPE)
+        one = pair_from_text(**wording, target=row.parent, evidence=row.child, slots=slots, model=BPE)
         assert one == pair and one.fact == f"{row.parent} | {row.child}"
-    assert (
-        ReversalPair.from_text(**wording, target="Bo", evidence="Al", slots={"year": "1"}, fact="f", model=BPE).fact
-        == "f"
-    )
+    assert pair_from_text(**wording, target="Bo", evidence="Al", slots={"year": "1"}, fact="f", model=BPE).fact == "f"
 
 
 def test_several_templates_are_paired_one_by_one_and_a_single_one_with_all() -> None:
@@ -343,7 +341,7 @@ def test_flags_are_columns_and_counts_and_nothing_is_dropped_unless_asked() -> N
 def test_the_begin_token_that_probes_will_add_counts_for_the_length() -> None:
     """A shift-1 masked model (Dream's kind) whose target stands at position 0 runs one token more."""
     wording = {"forward": "{target} : {evidence}", "reverse": "{evidence} : {target}", "allow_different_tokens": True}
-    pair = ReversalPair.from_text(**wording, target="Bo Hart", evidence="Ann Lee", model=BPE)
+    pair = pair_from_text(**wording, target="Bo Hart", evidence="Ann Lee", model=BPE)
     length = len(pair.forward.token_ids)
     module = masked(BPE.tokenizer, max_length=max(length, len(pair.reverse.token_ids))).module
     facts = pd.DataFrame({"target": ["Bo Hart"], "evidence": ["Ann Lee"]})
@@ -387,18 +385,18 @@ def test_a_span_that_cannot_be_told_is_an_error_that_shows_the_tokens(target, ev
     tokenizer = byte_level()
     tokenizer.add_tokens(["lee"])  # one token over the slot's edge
     with pytest.raises(RevprobeError) as caught:
-        ReversalPair.from_text(forward, reverse, target=target, evidence=evidence, model=masked(tokenizer), carrier="")
+        pair_from_text(forward, reverse, target=target, evidence=evidence, model=masked(tokenizer), carrier="")
     assert caught.value.reason == reason and shown in str(caught.value) and "okens [" in str(caught.value)
 
 
 def test_a_name_within_a_longer_word_is_not_ambiguous() -> None:
-    pairs = ReversalPair.from_text(FORWARD, REVERSE, target="Ann", evidence="Annabel", model=BPE, carrier="Fact: ")
+    pairs = pair_from_text(FORWARD, REVERSE, target="Ann", evidence="Annabel", model=BPE, carrier="Fact: ")
     assert BPE.tokenizer.decode(pairs.forward.target) == " Ann"
 
 
 def test_an_unknown_token_stands_for_too_much() -> None:
     with pytest.raises(RevprobeError, match=r"special or unknown token '\[UNK\]'"):
-        ReversalPair.from_text(FORWARD, REVERSE, target="日本", evidence="Bo", model=MASKED["WordPiece"])
+        pair_from_text(FORWARD, REVERSE, target="日本", evidence="Bo", model=MASKED["WordPiece"])
 
 
 @pytest.mark.parametrize(

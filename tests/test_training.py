@@ -21,8 +21,8 @@ from transformers import (
 
 import revprobe as rp
 from revprobe.finetune.config.one_layer import RunConfig, parse_config
-from revprobe.finetune.runs.building import build_model, probe_pairs
-from revprobe.finetune.runs.run import Run, train
+from revprobe.finetune.runs.one_layer import build_model, probe_pairs, train
+from revprobe.finetune.runs.run import Run
 from revprobe.finetune.training import checkpointing as saving
 from revprobe.finetune.training.ema import MovingAverage, warmed_decay
 from revprobe.finetune.training.objectives import causal_loss, masked_diffusion_loss, step_generator
@@ -462,7 +462,7 @@ def test_missing_readings_are_taken_again_byte_for_byte(tmp_path: Path, family: 
     kept = {path: path.stat().st_mtime_ns for path in run.path.glob("readings/*/*.parquet")}
     assert not run.finished
     assert f"{len(lost)} of {len(whole)} readings are missing (readings/step-000000/" in (run.problem or "")
-    assert run.for_report().problem == run.problem
+    assert run.record().problem == run.problem
     with pytest.warns(UserWarning, match=f"{len(lost)} missing readings were taken from their checkpoints"):
         again = train(config(family), run.path)
     assert again.finished and again.problem is None

@@ -81,7 +81,7 @@ def test_a_sweep_opens_and_its_report_holds_the_same_numbers(tmp_path: Path) -> 
     sweep = rp.open_sweep(HOME / "tiny-sweep")
     assert [run.problem for run in sweep.runs] == [None, None]
     same_numbers(sweep.summary(), then("summary"), rtol=1e-9, atol=1e-9)
-    write_report(sweep.for_report(), tmp_path / "report.html", title="of version 0.1")
+    write_report(sweep.records(), tmp_path / "report.html", title="of version 0.1")
     same_numbers(pd.read_csv(tmp_path / "summary.csv"), then("summary"), rtol=1e-6, atol=1e-9)
     stored = pd.read_csv(HOME / "tiny-sweep" / "summary.csv")
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "summary.csv"), stored, rtol=1e-6, atol=1e-9)

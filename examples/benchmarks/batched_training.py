@@ -23,7 +23,8 @@ from transformers import TrainerCallback
 
 from revprobe.finetune.config.one_layer import RunConfig, SweepConfig, load_config
 from revprobe.finetune.runs.batched import Batch
-from revprobe.finetune.runs.run import build_trainer, claim_run
+from revprobe.finetune.runs.one_layer import build_trainer
+from revprobe.finetune.runs.run import claim_run
 from revprobe.models.hub import quiet_transformers
 
 

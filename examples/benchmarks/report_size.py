@@ -24,7 +24,8 @@ import numpy as np
 import pandas as pd
 
 from revprobe import Reading, Readings
-from revprobe.report.html.report import ReportRun, write_report
+from revprobe.finetune.runs.record import RunRecord
+from revprobe.report.html.report import write_report
 
 PLACEMENTS = 10  # pairs of offsets: 500 pairs are 50 facts at ten of them
 ROLES = ("q", "k", "v", "o", "mlp", "mlp", "norm", "norm")  # of a layer's parameters
@@ -39,7 +40,7 @@ def main() -> None:
     readings = made_up(asked.checkpoints, asked.layers, asked.heads, asked.pairs)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        run = ReportRun("large", {"objective": "masked", "position_encoding": "rope"}, {"name": "large"}, readings)
+        run = RunRecord("large", {"objective": "masked", "position_encoding": "rope"}, {"name": "large"}, readings)
         page = write_report([run], Path(folder) / "report.html", title="a large run")
         written = time.perf_counter() - began
         rounds = [opened(page, Path(folder) / f"profile-{turn}") for turn in range(asked.rounds)]

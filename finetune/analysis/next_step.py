@@ -14,8 +14,8 @@ from ...errors import RevprobeError
 from ...hooks.untouched import untouched
 from ...models.checkpoints import checkpoint_folder
 from ...models.probed import ProbedModel
-from ...models.registry import load_model
-from ..runs.run import Run, build_trainer, pinned_threads
+from ..runs.one_layer import OneLayerRun, build_trainer
+from ..runs.run import pinned_threads
 from ..training.checkpointing import missing_state
 from ..training.trainer import ForwardOnlyTrainer, Permutations, TokenRows
 
@@ -34,7 +34,7 @@ class Step:
     optimizer: str
 
 
-def next_step(run: Run, step: int = -1, *, learning_rate: float | None = None) -> Step:
+def next_step(run: OneLayerRun, step: int = -1, *, learning_rate: float | None = None) -> Step:
     """The run's next optimizer step from a checkpoint; files, models and random generators stay as they are.
 
     Raises: RevprobeError, when the run has no such checkpoint, or none comes after it and no learning rate is given.
@@ -42,7 +42,7 @@ def next_step(run: Run, step: int = -1, *, learning_rate: float | None = None) -
     checkpoint, step, _ = checkpoint_folder(run.path, step, "raw")
     if step >= run.config.training.steps and learning_rate is None:
         raise RevprobeError(f"step {step} is the last of {run.path}; pass learning_rate= to take another")
-    before = load_model(run.path, step=step, weights="raw")
+    before = run.load(step, "raw")
     with untouched(before.module), pinned_threads(run.config.training.threads):
         trainer, _ = build_trainer(run, None)
         module = trainer.model

@@ -25,15 +25,16 @@ import torch
 
 from ...errors import RevprobeError
 from ...models.probed import ProbedModel
-from ...models.registry import load_model
-from ...probes.pairs.pairs import Query, ReversalPairs
+from ...probes.pairs.pairs import ReversalPairs
+from ...probes.pairs.query import Query
 from ...probes.passes.batches import prepare_queries
 from ...probes.passes.slopes import loss_slopes
 from ...probes.statistics.by_part import evidence_by_pair
 from ...probes.statistics.group_correlation import mean_over_facts, resampled_facts
 from ...probes.storage import control_partners, probe_stored_evidence
-from ..config.one_layer import RunConfig
-from ..runs.run import Run, open_run
+from ..runs.one_layer import OneLayerRun
+from ..runs.open import open_run
+from ..runs.run import Run
 from ..training.prediction_callback import PREDICTIONS
 from .next_step import Step, next_step
 from .storage_curves import chosen_steps, letter_questions
@@ -72,8 +73,7 @@ def one_step(
         the model's dtype, since a step's change can be as small as float32 rounding. See `one_step_curves`.
     Raises: RevprobeError, for a run without checkpoints, a step it lacks, an empty list of steps, or a fine-tuning.
     """
-    run = run if isinstance(run, Run) else open_run(run)
-    require_own_steps(run)
+    run = _own_steps(run if isinstance(run, Run) else open_run(run))
     chosen = chosen_steps(run, steps)
     if steps is None:
         chosen = [at for at in chosen if at < run.config.training.steps]
@@ -86,20 +86,21 @@ def one_step(
             asked = letter_questions(run, step.before) if pairs is None else pairs
             table = follow(step, asked, batch_size=batch_size, seed=seed)
         else:
-            asked = letter_questions(run, load_model(run.path, step=at, weights="raw")) if pairs is None else pairs
+            asked = letter_questions(run, run.load(at, "raw")) if pairs is None else pairs
             table = _not_taken(asked)
         table.insert(0, "step", at)
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
 
 
-def require_own_steps(run: Run) -> None:
-    """Raises: RevprobeError, for a run whose next step this module cannot take: a fine-tuning's."""
-    if not isinstance(run.config, RunConfig):
+def _own_steps(run: Run) -> OneLayerRun:
+    """The run, if its next step can be taken here. Raises: RevprobeError, for a fine-tuning."""
+    if not isinstance(run, OneLayerRun):
         raise RevprobeError(
             f"{run.path} is a fine-tuning; one_step takes the steps of runs that `revprobe train` made. What a "
             f"fine-tuning's gradients foretell is in its {PREDICTIONS}"
         )
+    return run
 
 
 def follow(step: Step, pairs: ReversalPairs, *, batch_size: int | None = None, seed: int = 0) -> pd.DataFrame:

@@ -15,15 +15,15 @@ import pandas as pd
 from ...errors import RevprobeError
 from ...models.checkpoints import CHECKPOINTS, EMA, checkpoint_folder, step_name
 from ...models.probed import ProbedModel
-from ...models.registry import load_model
 from ...probes.pairs.pairs import ReversalPairs
 from ...probes.readings.readings import Reading
 from ...probes.statistics.by_part import evidence_by_pair
 from ...probes.statistics.group_correlation import mean_over_facts
 from ...probes.storage import probe_stored_evidence
 from ...relations.catalog import letters
-from ..config.one_layer import RunConfig
-from ..runs.run import Run, open_run
+from ..runs.one_layer import OneLayerRun
+from ..runs.open import open_run
+from ..runs.run import Run
 
 # Per pair, summed over layers and heads; attention is averaged over them.
 CURVES = ("stored", "weight", "contribution", "margin", "rank", "logit")
@@ -69,15 +69,10 @@ def checkpoints(run: Run, steps: Iterable[int] | None, weights: str | None) -> I
 
     Raises: RevprobeError, as `chosen_steps`, and for weights that are not there.
     """
-    options: dict[str, Any] = {}
-    if not isinstance(run.config, RunConfig):
-        from ..runs.finetune_setup import placed_options  # what only fine-tunings need
-
-        options = placed_options(run.config)
     for step in chosen_steps(run, steps):
         averaged = (run.path / CHECKPOINTS / step_name(step) / EMA).is_dir()
         for kind in (weights,) if weights else ("raw", "ema") if averaged else ("raw",):
-            yield load_model(run.path, step=step, weights=kind, **options)
+            yield run.load(step, kind)
 
 
 def chosen_steps(run: Run, steps: Iterable[int] | None) -> list[int]:
@@ -105,7 +100,7 @@ def require_masked(run: Run, pairs: ReversalPairs | None) -> None:
     """Raises: RevprobeError, when no pairs are given and the run has none of its own, or they swap their roles."""
     if pairs is not None:
         return
-    if not isinstance(run.config, RunConfig):
+    if not isinstance(run, OneLayerRun):
         raise RevprobeError(f"{run.path} is a fine-tuning, which has no letters to ask; pass same_target pairs=")
     if run.config.model.objective == "causal":
         raise RevprobeError(

@@ -251,7 +251,7 @@ class _checkpointed:  # reads as a verb in `with`
 
 def _default_probe_batch(module: nn.Module, tokens: int) -> int:
     from ...models.probed import ProbedModel
-    from ...probes.pairs.pairs import Query
+    from ...probes.pairs.query import Query
     from ...probes.passes.batches import default_batch_size
 
     bare = ProbedModel.__new__(ProbedModel)

@@ -42,9 +42,9 @@ from ..training.objectives import draw_masks, step_generator
 from ..training.probe_callback import ProbeCallback
 from ..training.stacked_models import StackedModels, clip_each
 from ..training.trainer import ForwardOnlyTrainer, Permutations, TokenRows
-from .missing import retake_missing
+from .one_layer import OneLayerRun, build_trainer
 from .progress import EVERY_SECONDS, Listener
-from .run import PROBLEM, Run, build_trainer, claim_run, pinned_threads
+from .run import PROBLEM, Run, claim_run, pinned_threads
 
 # What may differ between runs that train together.
 _OWN: dict[str, Any] = {"name": True, "training": {"seed"}, "model": {"position_encoding"}}
@@ -88,11 +88,13 @@ def train_together(
     return problems
 
 
-def _claim(folder: Path, config: RunConfig, held: ExitStack) -> Run:
+def _claim(folder: Path, config: RunConfig, held: ExitStack) -> OneLayerRun:
     """Hold a run's folder until `held` is left."""
     folder.mkdir(parents=True, exist_ok=True)
     held.enter_context(only_writer(folder))
-    return claim_run(folder, config)
+    run = OneLayerRun(folder)
+    claim_run(run, config)
+    return run
 
 
 def _line(error: Exception) -> str:
@@ -115,7 +117,7 @@ class Problems(dict[str, str]):
                         write_text(run.path / PROBLEM, f"{_line(error)}\n")
 
 
-def _train_group(runs: list[Run], listeners: Mapping[str, Listener]) -> Problems:
+def _train_group(runs: list[OneLayerRun], listeners: Mapping[str, Listener]) -> Problems:
     """Train runs of one shape and take what readings they lack; returns the problem of each that failed."""
     problems = Problems()
     with pinned_threads(runs[0].config.training.threads), quiet_transformers():
@@ -124,13 +126,13 @@ def _train_group(runs: list[Run], listeners: Mapping[str, Listener]) -> Problems
                 Batch(together, listeners, problems).train()
         for run in [run for run in runs if run.path.name not in problems]:
             with problems.of(run):
-                retake_missing(run.path, run.config)
+                run.backfill_readings(run.take)
     return problems
 
 
-def _by_checkpoint(runs: Iterable[Run], problems: Problems) -> list[list[Run]]:
+def _by_checkpoint(runs: Iterable[OneLayerRun], problems: Problems) -> list[list[OneLayerRun]]:
     """Runs that can go on from the same step, together."""
-    at: dict[str, list[Run]] = {}
+    at: dict[str, list[OneLayerRun]] = {}
     for run in runs:
         with problems.of(run):
             remove_unfinished(run.path)
@@ -143,14 +145,14 @@ def _by_checkpoint(runs: Iterable[Run], problems: Problems) -> list[list[Run]]:
 class _Member:
     """One run of a batch: its trainer never trains, it holds the run's model and average and writes its files."""
 
-    run: Run
+    run: OneLayerRun
     model: PreTrainedModel
     trainer: ForwardOnlyTrainer
     probes: ProbeCallback
     checkpoint: Path | None
 
     @classmethod
-    def open(cls, run: Run) -> _Member:
+    def open(cls, run: OneLayerRun) -> _Member:
         checkpoint = resume_from(run.path)
         trainer, probes = build_trainer(run, checkpoint)
         trainer.create_optimizer_and_scheduler(run.config.training.steps)
@@ -188,7 +190,7 @@ class Batch:
     """
 
     def __init__(
-        self, runs: Sequence[Run], listeners: Mapping[str, Listener], problems: Problems | None = None
+        self, runs: Sequence[OneLayerRun], listeners: Mapping[str, Listener], problems: Problems | None = None
     ) -> None:
         self.problems = Problems() if problems is None else problems
         self.members: list[_Member] = []

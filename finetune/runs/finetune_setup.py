@@ -21,6 +21,7 @@ from ...probes.decoding.exact_match import answer_limit
 from ...probes.pairs.pairs import ReversalPairs
 from ...relations.catalog import TextRelation, load_relation
 from ..config.finetuning import FinetuneConfig
+from ..training.arguments import training_arguments, uses_cpu
 from ..training.checkpointing import READINGS
 from ..training.dataset import PadRows, RowOptions, StatementRows, padding_id
 from ..training.distributed import Team
@@ -29,7 +30,6 @@ from ..training.prediction_callback import PREDICTIONS, FirstOrderPrediction
 from ..training.probe_callback import ProbeCallback
 from ..training.tiny_models import build_tiny
 from ..training.trainer import ForwardOnlyTrainer
-from .building import lean_arguments, uses_cpu
 
 # A column of the pairs and their readings: the loss never hid what the forward query asks for.
 FORWARD_UNTRAINED = "forward_untrained"
@@ -155,7 +155,7 @@ def build_finetuning(
     """
     training, objective = config.training, config.objective
     _require_tracker(training.report_to)
-    arguments = lean_arguments(
+    arguments = training_arguments(
         folder,
         steps=prepared.steps,
         device=training.device,

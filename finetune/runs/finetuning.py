@@ -17,14 +17,13 @@ import shutil
 import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...atomic_files import write_text
 from ...errors import RevprobeError, first_line
-from ...models.checkpoints import step_name
 from ...models.hub import quiet_transformers
 from ...models.probed import ProbedModel
 from ...models.registry import load_model
@@ -32,18 +31,14 @@ from ...probes.readings.readings import Readings
 from ...relations.evaluation import evaluate_relation, save_evaluation
 from ..config.finetuning import FinetuneConfig
 from ..config.one_layer import load_config
+from ..training.arguments import training_arguments
 from ..training.checkpointing import READINGS, only_writer, remove_unfinished, resume_from
 from ..training.distributed import Team
-from ..training.lora_readings import GRADIENT, LORA_GRADIENT
-from ..training.probe_callback import take_readings
+from ..training.probe_callback import GRADIENT, LORA_GRADIENT, take_readings
 from ..training.trainer import ForwardOnlyTrainer
-from .building import lean_arguments
 from .finetune_setup import Prepared, build_finetuning, placed_options, prepare
 from .progress import Listener, ProgressCallback
-from .run import CONFIG, PROBLEM, Run, claim_run, noting_problems, pinned_threads
-
-if TYPE_CHECKING:
-    from ...report.html.report import ReportRun
+from .run import CONFIG, Expected, Run, claim_run, noting_problems, pinned_threads
 
 RESOLVED, EVALUATION = "resolved.json", "evaluation"
 
@@ -53,8 +48,7 @@ class FinetuneRun(Run):
     """A fine-tuning's folder, finished or not; `open_run(path)` and `fine_tune(...)` return it."""
 
     @cached_property
-    def config(self) -> FinetuneConfig:  # type: ignore[override]  # what every run shares is what it writes
-        """What was asked for. Raises: RevprobeError, when config.yaml is damaged."""
+    def config(self) -> FinetuneConfig:
         return load_config(self.path / CONFIG, FinetuneConfig)
 
     @property
@@ -75,34 +69,6 @@ class FinetuneRun(Run):
             raise RevprobeError(f"{file} is damaged ({first_line(error)}); delete it and run again") from error
 
     @property
-    def trained(self) -> bool:
-        return bool(self.resolved) and self.resolved["steps"] in self.steps
-
-    @property
-    def finished(self) -> bool:
-        """Whether it is trained, no snapshot lacks a reading, and both directions have been asked."""
-        return self.trained and not self.missing_steps and (self.path / EVALUATION).is_dir()
-
-    @property
-    def missing_steps(self) -> list[int]:
-        """Snapshots up to the last checkpoint that lack a reading."""
-        last = max(self.steps, default=-1)
-        there = {step: {p.name for p in self._readings_of(step).glob("*.parquet")} for step in self.snapshots}
-        return [step for step in self.snapshots if step <= last and not self.expected <= there[step]]
-
-    @property
-    def snapshots(self) -> list[int]:
-        """The steps that are checkpointed and probed."""
-        return list(self.resolved.get("snapshots", []))
-
-    @property
-    def expected(self) -> set[str]:
-        """The files of one snapshot's readings."""
-        gradients = {"all": [GRADIENT], "lora": [LORA_GRADIENT], "both": [GRADIENT, LORA_GRADIENT]}
-        names = ["attention_correlation", "reverse_probability", *gradients[self.config.snapshots.parameters]]
-        return {f"{name}.raw.parquet" for name in names}
-
-    @property
     def axes(self) -> dict[str, Any]:
         """objective (with what it leaves out), seed, model, dataset, direction."""
         objective = self.resolved.get("objective")
@@ -110,19 +76,26 @@ class FinetuneRun(Run):
         return {"objective": objective and objective + only} | self.config.axes
 
     @property
-    def problem(self) -> str | None:
-        """Why the run is not finished; None when it is."""
-        if self.finished:
-            return None
-        if self._noted:
-            return self._noted
-        if not self.resolved:
-            return "stopped before training; run the same command again to go on"
-        if not self.trained:
-            at = self.steps[-1] if self.steps else 0
-            return f"stopped at step {at} of {self.resolved['steps']}; run the same command again to go on"
-        lacking = f"the readings of step {self.missing_steps[0]} are" if self.missing_steps else "its evaluation is"
-        return f"{lacking} missing; run the same command again"
+    def total_steps(self) -> int | None:
+        return self.resolved.get("steps")
+
+    @property
+    def snapshots(self) -> list[int]:
+        """The steps that are checkpointed and probed."""
+        return list(self.resolved.get("snapshots", []))
+
+    @property
+    def expected_readings(self) -> list[Expected]:
+        gradients = {"all": [GRADIENT], "lora": [LORA_GRADIENT], "both": [GRADIENT, LORA_GRADIENT]}
+        names = ["attention_correlation", "reverse_probability", *gradients[self.config.snapshots.parameters]]
+        return [Expected(step, name, "raw") for step in self.snapshots for name in names]
+
+    @property
+    def lacks(self) -> str | None:
+        return None if (self.path / EVALUATION).is_dir() else "its evaluation is missing"
+
+    def load(self, step: int = -1, weights: str | None = None) -> ProbedModel:
+        return load_model(self.path, step=step, weights=weights, **placed_options(self.config))
 
     def evaluation(self) -> Readings:
         """Exact match forward and reverse, on trained and held-out facts. Raises: RevprobeError, before it is taken."""
@@ -131,23 +104,6 @@ class FinetuneRun(Run):
     def readings_so_far(self) -> Readings:
         """The readings there are; none before the first snapshot."""
         return self.readings() if (self.path / READINGS).is_dir() else Readings([])
-
-    def for_report(self) -> ReportRun:
-        return replace(super().for_report(), axes=self.axes)
-
-    def report_sections(self) -> list[str]:
-        """What a report shows besides: Table 7's numbers and Fig. 4."""
-        from ...report.html.finetune_sections import finetune_sections
-
-        return finetune_sections([self])
-
-    @property
-    def _noted(self) -> str | None:
-        file = self.path / PROBLEM
-        return file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else None
-
-    def _readings_of(self, step: int) -> Path:
-        return self.path / READINGS / step_name(step)
 
 
 def fine_tune(
@@ -170,7 +126,7 @@ def fine_tune(
     folder.mkdir(parents=True, exist_ok=True)
     team, run = _team(config), FinetuneRun(folder)
     with only_writer(folder) if team.rank == 0 else nullcontext():
-        if team.first_does(lambda: claim_run(folder, config, FinetuneRun).finished):
+        if team.first_does(lambda: _claimed(run, config)):
             return run
         with noting_problems(folder), pinned_threads(config.training.threads), quiet_transformers():
             prepared = prepare(config, folder, team)
@@ -188,7 +144,7 @@ def _team(config: FinetuneConfig) -> Team:
     """The processes of this run; TrainingArguments are what joins them."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Team()
-    return Team.of(lean_arguments(Path("."), steps=1, device=config.training.device))
+    return Team.of(training_arguments(Path("."), steps=1, device=config.training.device))
 
 
 def _train(run: FinetuneRun, prepared: Prepared, team: Team, listener: Listener | None) -> ProbedModel:
@@ -212,24 +168,27 @@ def _as_it_ends(trainer: ForwardOnlyTrainer, prepared: Prepared, run: FinetuneRu
     return prepared.wrapped(trainer.model, name=run.name, step=run.resolved["steps"], weights="raw")
 
 
+def _claimed(run: FinetuneRun, config: FinetuneConfig) -> bool:
+    """Whether the folder, now this config's, holds a finished run."""
+    claim_run(run, config)
+    return run.finished
+
+
 def _complete(run: FinetuneRun, prepared: Prepared, model: ProbedModel | None) -> None:
     """Take what is missing: readings from their checkpoints, and the answers of the last one."""
     config = run.config
-    for step in run.missing_steps:
-        if step not in run.steps:
-            raise RevprobeError(
-                f"{run.path}: the readings of step {step} are missing, and its checkpoint with them; delete the run's "
-                "folder to train it anew"
-            )
-        options = {"batch_size": config.snapshots.batch_size, "parameters": config.snapshots.parameters}
-        probed = load_model(run.path, step=step, **placed_options(config))
-        take_readings(probed, prepared.pairs, **options).save(run._readings_of(step))  # type: ignore[arg-type]
-        if config.snapshots.during_training:
+
+    def take(step: int, weights: str, names: set[str]) -> Readings:
+        options: dict[str, Any] = {"batch_size": config.snapshots.batch_size, "parameters": config.snapshots.parameters}
+        return take_readings(run.load(step, weights), prepared.pairs, **options)
+
+    taken = run.backfill_readings(take)
+    if config.snapshots.during_training:
+        for step in dict.fromkeys(one.step for one in taken):
             warnings.warn(f"{run.path}: missing readings of step {step} were taken from its checkpoint", stacklevel=3)
-    if not (run.path / EVALUATION).is_dir():
-        probed = model or load_model(run.path, **placed_options(config))
+    if run.lacks:
         readings = evaluate_relation(
-            probed,
+            model or run.load(),
             prepared.relation,
             config.relation.direction,
             templates=config.evaluation.templates,

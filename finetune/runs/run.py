@@ -5,6 +5,8 @@ RUN/versions.json     the software that started it
 RUN/readings/step-000500/<probe>.<weights>.parquet
 RUN/checkpoints/step-000500/, step-000500/ema/
 RUN/problem.txt       why it ended early, until it is taken up again
+
+What the two kinds of run share; `one_layer` and `finetuning` have what they do not.
 """
 
 from __future__ import annotations
@@ -12,52 +14,73 @@ from __future__ import annotations
 import json
 import platform
 import warnings
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel
-from transformers import set_seed
 
-from ... import __version__
 from ...atomic_files import write_text
-from ...errors import RevprobeError, did_you_mean, first_line
-from ...models.checkpoints import checkpoint_steps, step_of
-from ...models.hub import quiet_transformers
+from ...errors import RevprobeError, first_line
+from ...models.checkpoints import checkpoint_steps, step_name
 from ...models.probed import ProbedModel
 from ...probes.readings.readings import Reading, Readings
-from ...relations.catalog import letters
-from ..config.finetuning import is_finetuning_text
 from ..config.mistakes import differences
-from ..config.one_layer import RunConfig, dump_config, load_config
-from ..training.checkpointing import READINGS, only_writer, remove_unfinished, resume_from
-from ..training.probe_callback import ProbeCallback
-from ..training.trainer import ForwardOnlyTrainer, TokenRows
-from .building import build_model, probe_pairs, training_arguments
-from .missing import describe_missing, missing_readings, retake_missing
-from .progress import Listener, ProgressCallback
-
-if TYPE_CHECKING:
-    from ...report.html.report import ReportRun
+from ..config.one_layer import dump_config
+from ..training.checkpointing import READINGS
+from .record import RunRecord
 
 CONFIG, VERSIONS, PROBLEM = "config.yaml", "versions.json", "problem.txt"
+_SHOWN = 3
+
+
+class Expected(NamedTuple):
+    """A reading that a run should have: at a step, by its name, on weights ("raw" or "ema")."""
+
+    step: int
+    name: str
+    weights: str
+
+    @property
+    def file(self) -> str:
+        """Its path from the run's folder."""
+        return f"{READINGS}/{step_name(self.step)}/{self.name}.{self.weights}.parquet"
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run folder, finished or not; `open_run(path)` and `train(...)` return it."""
+class Run(ABC):
+    """A run folder, finished or not; `open_run(path)`, `train(...)` and `fine_tune(...)` return one of its kinds."""
 
     path: Path
 
-    @cached_property
-    def config(self) -> RunConfig:
+    @property
+    @abstractmethod
+    def config(self) -> Any:
         """What the run was asked to be. Raises: RevprobeError, when config.yaml is damaged."""
-        return load_config(self.path / CONFIG, RunConfig)
+
+    @property
+    @abstractmethod
+    def axes(self) -> dict[str, Any]:
+        """What a sweep varies, by name: objective, seed and more."""
+
+    @property
+    @abstractmethod
+    def total_steps(self) -> int | None:
+        """The last step; None while it is not known (epochs, before the rows are made)."""
+
+    @property
+    @abstractmethod
+    def expected_readings(self) -> list[Expected]:
+        """Every snapshot x reading x weights."""
+
+    @abstractmethod
+    def load(self, step: int = -1, weights: str | None = None) -> ProbedModel:
+        """The model of a checkpoint, where and in what dtype it was trained."""
 
     @property
     def steps(self) -> list[int]:
@@ -65,19 +88,25 @@ class Run:
         return checkpoint_steps(self.path)
 
     @property
-    def finished(self) -> bool:
-        """Whether the last step's checkpoint is complete and no snapshot lacks a reading."""
-        return self.trained and not missing_readings(self.path, self.config)
+    def missing_readings(self) -> list[Expected]:
+        """The readings that should be there by the last complete checkpoint, and are not."""
+        last = max(self.steps, default=-1)
+        return [one for one in self.expected_readings if one.step <= last and not (self.path / one.file).is_file()]
 
     @property
     def trained(self) -> bool:
         """Whether the last step's checkpoint is complete; readings may still be missing."""
-        return self.config.training.steps in self.steps
+        return self.total_steps in self.steps
 
     @property
-    def axes(self) -> dict[str, Any]:
-        """objective, position_encoding, length, seed."""
-        return self.config.axes
+    def lacks(self) -> str | None:
+        """What a trained run with all its readings still needs, in words."""
+        return None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step's checkpoint is complete and nothing that follows from it is missing."""
+        return self.trained and not self.missing_readings and self.lacks is None
 
     @property
     def problem(self) -> str | None:
@@ -86,27 +115,57 @@ class Run:
             return None
         if (self.path / PROBLEM).is_file():
             return (self.path / PROBLEM).read_text(encoding="utf-8", errors="replace").strip()
-        if self.trained:
-            missing = describe_missing(missing_readings(self.path, self.config), self.config)
-            return f"{missing}; run the same command again to take them from their checkpoints"
-        at = self.steps[-1] if self.steps else 0
-        return f"stopped at step {at} of {self.config.training.steps}; run the same command again to go on"
+        if not self.trained:
+            at = self.steps[-1] if self.steps else 0
+            where = "before training" if self.total_steps is None else f"at step {at} of {self.total_steps}"
+            return f"stopped {where}; run the same command again to go on"
+        if missing := self.missing_readings:
+            return f"{self._named(missing)}; run the same command again to take them from their checkpoints"
+        return f"{self.lacks}; run the same command again"
 
     def readings(self) -> Readings:
         """The readings of every snapshot. Raises: RevprobeError, when there are none yet or a file is damaged."""
         return Readings.load(self.path / READINGS)
 
-    def report_sections(self) -> list[str]:
-        """What a report shows besides its own sections; nothing for a run like this."""
-        return []
-
-    def for_report(self) -> ReportRun:
-        """The run as a report takes it; one without readings, or with damaged ones, says so as its problem."""
-        from ...report.html.report import ReportRun  # plotly, which training does without
-
+    def record(self) -> RunRecord:
+        """What the run came to so far; one without readings, or with damaged ones, says so as its problem."""
         readings, damaged = self._sound_readings()
         problem = "; ".join(filter(None, (damaged, self.problem))) or None
-        return ReportRun(self.path.name, self.axes, self.config.model_dump(mode="json"), readings, problem)
+        return RunRecord(self.path.name, self.axes, self.config.model_dump(mode="json"), readings, problem)
+
+    def backfill_readings(self, take: Callable[[int, str, set[str]], Iterable[Reading]]) -> list[Expected]:
+        """Take the missing readings from the run's checkpoints and write them; the others stay as they are.
+
+        A checkpoint holds exactly the weights its readings were taken on, so a reading taken again is the one that
+        was lost, byte for byte (on the same software and machine).
+
+        Args:
+            take: gives the readings of those names, and maybe others, at (step, weights).
+        Returns: the readings taken.
+        Raises: RevprobeError, for readings whose checkpoint is missing as well, after all others were taken.
+        """
+        missing, there = self.missing_readings, self.steps
+        taken = [one for one in missing if one.step in there]
+        for step, weights in dict.fromkeys((one.step, one.weights) for one in taken):
+            wanted = {one.name: one for one in taken if (one.step, one.weights) == (step, weights)}
+            for reading in take(step, weights, set(wanted)):
+                if reading.name in wanted:
+                    file = self.path / wanted[reading.name].file
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    reading.save(file)
+        lost = [one for one in missing if one.step not in there]
+        if lost:
+            raise RevprobeError(
+                f"{self.path}: {self._named(lost)}, and the checkpoint of step {lost[0].step} with them; delete the "
+                "run's folder to train it anew"
+            )
+        return taken
+
+    def _named(self, missing: list[Expected]) -> str:
+        """How many readings are missing, and the first of them, for one line."""
+        named = ", ".join(one.file for one in missing[:_SHOWN])
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        return f"{len(missing)} of {len(self.expected_readings)} readings are missing ({named}{more})"
 
     def _sound_readings(self) -> tuple[Readings, str]:
         """The readings that are whole, and what is wrong with the others."""
@@ -128,59 +187,10 @@ def is_run(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file()
 
 
-def is_finished(path: str | Path, config: BaseModel) -> bool:
-    """Whether a folder holds this very run, complete. Raises: RevprobeError, when its config.yaml is damaged."""
-    return is_run(path) and open_run(path).config == config and open_run(path).finished
-
-
-def open_run(path: str | Path) -> Run:
-    """Open a run folder. Raises: RevprobeError, when it is none; it names the nearest run beside it."""
-    path = Path(path)
-    if not is_run(path):
-        beside = [str(p) for p in path.parent.glob("*") if is_run(p)] if path.parent.is_dir() else []
-        hint = did_you_mean(str(path), beside) if beside else "; expected a folder written by `revprobe train`"
-        raise RevprobeError(f"no run at {str(path)!r}{hint}")
-    if is_finetuning_text(path / CONFIG):
-        from .finetuning import FinetuneRun  # it imports this module
-
-        return FinetuneRun(path)
-    return Run(path)
-
-
-def train(config: RunConfig | str | Path, folder: str | Path | None = None, *, listener: Listener | None = None) -> Run:
-    """Train one run, or take it up where it stopped; a finished one is returned as it is.
-
-    Readings that have gone missing are taken again from their checkpoints.
-    Seeds torch, numpy and random from the config: they do not come out as they went in.
-
-    Args:
-        config: a RunConfig, a YAML file, or the name of an example.
-        folder: the run's folder; `runs/<name>` when None.
-        listener: called with (step, steps, loss) about once a second.
-    Raises: RevprobeError, when the folder belongs to another config (the difference is shown), is being written by
-        another process, or holds a damaged checkpoint; OSError, when it cannot be written.
-    Warns: when it goes on from an earlier checkpoint than the last, takes readings again, or its software changed.
-    """
-    config = config if isinstance(config, RunConfig) else load_config(config, RunConfig)
-    folder = Path("runs") / config.name if folder is None else Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with only_writer(folder):
-        run = claim_run(folder, config)
-        if run.finished:
-            return run
-        with noting_problems(folder), pinned_threads(config.training.threads), quiet_transformers():
-            if not run.trained:
-                _train(run, listener)
-            taken = retake_missing(folder, config)
-        if taken:
-            warnings.warn(f"{folder}: {len(taken)} missing readings were taken from their checkpoints", stacklevel=2)
-    return run
-
-
-def claim_run(folder: Path, config: BaseModel, kind: type[Run] | None = None) -> Run:
-    """Make `folder` this config's run, or check that it is. Raises: RevprobeError, when it is another's."""
-    run = (kind or Run)(folder)
-    if not (folder / CONFIG).is_file():
+def claim_run(run: Run, config: BaseModel) -> None:
+    """Make the run's folder this config's, or check that it is. Raises: RevprobeError, when it is another's."""
+    folder = run.path
+    if not is_run(folder):
         foreign = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
         if foreign:
             raise RevprobeError(f"{folder} is not a run and not empty (it holds {foreign[0]!r}); choose another folder")
@@ -199,7 +209,6 @@ def claim_run(folder: Path, config: BaseModel, kind: type[Run] | None = None) ->
         warnings.warn(
             f"{folder} was started with other versions ({', '.join(newer)}): its bits may differ", stacklevel=3
         )
-    return run
 
 
 def _newer_software(file: Path) -> list[str]:
@@ -216,53 +225,8 @@ def _newer_software(file: Path) -> list[str]:
 def software() -> dict[str, str]:
     """Versions that can move bits."""
     names = ("torch", "transformers", "accelerate", "numpy")
-    return {"revprobe": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def _train(run: Run, listener: Listener | None) -> None:
-    """Train from the newest checkpoint with its state, or from step 0."""
-    remove_unfinished(run.path)
-    checkpoint = resume_from(run.path)
-    trainer, probes = build_trainer(run, checkpoint)
-    trainer.add_callback(probes)
-    if listener is not None:
-        trainer.add_callback(ProgressCallback(listener))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-
-
-def build_trainer(run: Run, checkpoint: Path | None) -> tuple[ForwardOnlyTrainer, ProbeCallback]:
-    """A run's trainer and the callback that takes its readings, from its config alone; the model is untrained.
-
-    Args:
-        checkpoint: where training will go on from; its readings are there and not taken again.
-    """
-    config, folder = run.config, run.path
-    arguments = training_arguments(config, folder)
-    set_seed(config.training.seed)
-    model, tokenizer = build_model(config)
-    relation = letters(config.relation.length, config.relation.alphabet)
-    token_ids = torch.tensor(tokenizer(relation.training_texts())["input_ids"])
-    trainer = ForwardOnlyTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=TokenRows(token_ids),
-        processing_class=tokenizer,
-        objective=config.model.objective,
-        ema_decay=config.training.ema_decay,
-        snapshots=config.snapshot_steps,
-    )
-    wrapping: dict[str, Any] = {
-        "tokenizer": tokenizer,
-        "objective": config.model.objective,
-        "name": folder.resolve().name,
-    }
-    pairs = probe_pairs(relation, ProbedModel(model, **wrapping))
-    wrapping["check"] = False  # it was, just now
-    done = () if checkpoint is None else (step_of(checkpoint) or 0,)
-    probes = ProbeCallback(
-        pairs, folder / READINGS, steps=config.snapshot_steps, ema=trainer.ema, done=done, **wrapping
-    )
-    return trainer, probes
+    own = {"revprobe": version("revprobe"), "python": platform.python_version()}
+    return own | {name: version(name) for name in names}
 
 
 @contextmanager

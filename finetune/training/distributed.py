@@ -20,9 +20,8 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ...errors import RevprobeError, first_line
-from ...probes.pairs.pairs import Query
-from ...probes.passes.run import PassResult
-from ...probes.passes.shares import Part, merged, part_of
+from ...probes.pairs.query import Query
+from ...probes.passes.plan import Part, PassResult, merged, part_of
 from ...probes.passes.slopes import Slopes
 
 Found = TypeVar("Found")

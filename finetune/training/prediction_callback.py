@@ -32,7 +32,8 @@ from ...atomic_files import written_whole
 from ...errors import RevprobeError, first_line
 from ...models.peft_adapters import without_wrapper
 from ...models.probed import ProbedModel
-from ...probes.pairs.pairs import Query, ReversalPairs
+from ...probes.pairs.pairs import ReversalPairs
+from ...probes.pairs.query import Query
 from ...probes.passes.batches import prepare_queries
 from ...probes.passes.slopes import loss_slopes
 from ...probes.statistics.group_correlation import derangement, mean_over_facts

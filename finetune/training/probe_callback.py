@@ -8,28 +8,34 @@ same step is completed. Probing leaves no trace: with and without the callback, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ...errors import RevprobeError, did_you_mean
 from ...hooks.untouched import untouched
 from ...models.checkpoints import step_name
-from ...models.peft_adapters import without_wrapper
+from ...models.peft_adapters import is_adapter_parameter, without_wrapper
 from ...models.probed import ProbedModel, as_probed
 from ...probes.fused import probe, require_probes
 from ...probes.pairs.pairs import ReversalPairs
-from ...probes.passes.shares import Share
+from ...probes.passes.plan import Share
 from ...probes.readings.readings import Reading, Readings
 from .checkpointing import READINGS
 from .distributed import Team, require_whole
-from .lora_readings import asked_parameters, by_owner
 
 Pairs = ReversalPairs | Mapping[str, ReversalPairs]
 ProbeListener = Callable[[str, int, int], None]
+# Whose parameters' gradients are compared, and what the readings are called.
+OWNERS = ("all", "lora", "both")
+GRADIENT, LORA_GRADIENT = "gradient_cosine", "lora_gradient_cosine"
 
 
 def take_readings(
@@ -191,3 +197,42 @@ class ProbeCallback(TrainerCallback):
 
     def _wrap(self, module: nn.Module, **provenance: Any) -> ProbedModel:
         return self.wrapping(module, **provenance)
+
+
+def asked_parameters(model: ProbedModel, owner: str) -> list[str] | None:
+    """The parameters a gradient probe is to read; None for every one there is.
+
+    Raises: RevprobeError, for an unknown owner, and for an adapter's parameters where there is none.
+    """
+    if owner not in OWNERS:
+        raise RevprobeError(f"unknown parameters {owner!r}{did_you_mean(owner, OWNERS)}")
+    names = [name for name, _ in model.module.named_parameters()]
+    lora = [name for name in names if is_adapter_parameter(name)]
+    if owner == "all":
+        return [name for name in names if not is_adapter_parameter(name)] if lora else None
+    if not lora:
+        raise RevprobeError(f"{model.name} has no LoRA parameters; use parameters='all', or load an adapter")
+    return lora if owner == "lora" else None
+
+
+def by_owner(readings: Iterable[Reading], owner: str) -> Readings:
+    """The readings, with the gradient's split into those asked for."""
+    return Readings(part for reading in readings for part in _parts(reading, owner))
+
+
+def _parts(reading: Reading, owner: str) -> Iterator[Reading]:
+    if reading.name != GRADIENT:
+        yield reading
+        return
+    adapter = reading.frame["parameter"].map(is_adapter_parameter).to_numpy(dtype=bool)
+    if owner == "all" and reading.meta["parameters"] == "all":
+        yield reading
+        return
+    if owner in ("all", "both"):
+        yield replace(reading, frame=_kept(reading, ~adapter), meta=reading.meta | {"parameters": "all"})
+    if owner in ("lora", "both"):
+        yield Reading(LORA_GRADIENT, _kept(reading, adapter), reading.meta | {"parameters": "lora"})
+
+
+def _kept(reading: Reading, rows: np.ndarray) -> pd.DataFrame:
+    return reading.frame[rows].reset_index(drop=True)

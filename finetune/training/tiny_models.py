@@ -23,7 +23,7 @@ from ...models.probed import ProbedModel
 from ...relations.catalog import TextRelation, TrainingText
 from ...relations.statements import Statement
 from ..config.finetuning import TinyModel
-from ..runs.building import lean_arguments
+from .arguments import training_arguments
 from .dataset import PadRows, RowOptions, StatementRows, padding_id
 from .trainer import ForwardOnlyTrainer
 
@@ -195,7 +195,7 @@ def _pretrain(
     longest = answer_tokens or longest_answer(probed, statements)
     rows = StatementRows(statements, probed, RowOptions(answer_tokens=longest))
     learning = config.pretraining
-    arguments = lean_arguments(
+    arguments = training_arguments(
         folder / "training",
         steps=learning.steps,
         schedule="cosine",

@@ -19,10 +19,10 @@ from torch import nn
 from ...errors import RevprobeError
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
-from ..pairs.pairs import Query
+from ..pairs.query import Query
 from ..pairs.spans import encode_texts, require_fast_tokenizer
 from ..passes.batches import default_batch_size
-from ..passes.run import Progress
+from ..passes.plan import Progress
 from .causal import continue_greedily, end_tokens, generator_of
 from .masked import Prompt, Unmasking, unmask, unmasking
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from ...errors import RevprobeError
 from ..statistics.group_correlation import LEAST_FACTS
+from .drawable import Drawable
 from .theme import OKABE_ITO, SYMBOLS, TEMPLATE, band, counts_text, interval_text, message_figure, plain
-
-if TYPE_CHECKING:
-    from ..readings.readings import Reading
 
 # Black is the line of the mean, and yellow is not seen on white.
 COLOURS = [colour for name, colour in OKABE_ITO.items() if name not in ("black", "yellow")]
@@ -24,7 +22,7 @@ GROUP = ["layer", "head", "offset_forward"]
 UNIT = ["layer", "head", "distance"]
 
 
-def bounds_figure(reading: Reading, frame: pd.DataFrame) -> go.Figure:
+def bounds_figure(reading: Drawable, frame: pd.DataFrame) -> go.Figure:
     """Pearson r over facts by distance, one curve per head, its bound dotted, the mean bound over queries dashed.
 
     Only groups at equal distances on opposite sides have a bound, and only those of at least LEAST_FACTS facts are
@@ -76,10 +74,10 @@ def _what_fits(bounded: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     return bounded, left_out
 
 
-def _cells(reading: Reading, bounded: pd.DataFrame) -> pd.DataFrame:
+def _cells(reading: Drawable, bounded: pd.DataFrame) -> pd.DataFrame:
     """One row per head and distance: r with its interval and control, and the bounds with their extremes."""
     bounded = bounded.assign(distance=bounded["offset_forward"].abs())
-    cells = type(reading)(reading.name, bounded, reading.meta).summary(by=UNIT)
+    cells = reading.part(bounded).summary(by=UNIT)
     grouped = bounded.groupby(UNIT)[["bound_forward", "bound_reverse", "bound_mean"]]
     means, least, most = grouped.mean(), grouped.min(), grouped.max()
     sides = ["bound_forward", "bound_reverse"]
@@ -144,7 +142,7 @@ def _finding(cells: pd.DataFrame) -> str:
     return text
 
 
-def _laid_out(figure: go.Figure, reading: Reading, cells: pd.DataFrame, left_out: list[str]) -> go.Figure:
+def _laid_out(figure: go.Figure, reading: Drawable, cells: pd.DataFrame, left_out: list[str]) -> go.Figure:
     step = reading.meta.get("step")
     where = plain(reading.meta.get("model") or "model") + ("" if step is None else f", step {int(step):,}")
     text = "<br>".join([f"<b>{where}</b>", _finding(cells), *left_out])

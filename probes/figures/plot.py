@@ -1,4 +1,4 @@
-"""One figure for each kind of reading, and the signatures of several: what `.plot()` draws.
+"""One figure for each kind of reading, the signatures of several (what `.plot()` draws), and figures as files.
 
 Every function returns a plain `plotly.graph_objects.Figure` with the numbers of the reading in it, sample sizes on the
 axes, the 95 % interval over facts, and the control dashed or grey.
@@ -9,17 +9,20 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from ...errors import RevprobeError, did_you_mean
-from ..readings.readings import Reading
+from ...atomic_files import written_whole
+from ...errors import RevprobeError, did_you_mean, first_line
+from ..pairs.pairs import ReversalPairs
+from .attention_maps import correlation_heatmap, head_map, role_map
 from .bounds import bounds_figure
-from .heatmap import correlation_heatmap
-from .layer_maps import head_map, role_map
+from .drawable import Drawable
 from .route_edits import route_edit_figure
 from .storage import stored_evidence_figure
 from .theme import (
@@ -36,9 +39,6 @@ from .theme import (
 )
 from .training_curves import measures_with_reasons, series_words, signatures_figure
 
-if TYPE_CHECKING:
-    from ..pairs.pairs import ReversalPairs
-
 __all__ = ["correlation_heatmap", "plot_reading", "plot_readings", "signatures_figure"]
 
 KINDS = ("scatter", "heatmap", "heads", "bounds")
@@ -46,7 +46,7 @@ POINTS = 5_000  # more points than this slow a browser down and show nothing new
 SIZE = {"width": 640, "height": 480}
 
 
-def plot_reading(reading: Reading, *, theme: str = "light", **options: Any) -> go.Figure:
+def plot_reading(reading: Drawable, *, theme: str = "light", **options: Any) -> go.Figure:
     """Draw one reading.
 
     Args:
@@ -63,7 +63,7 @@ def plot_reading(reading: Reading, *, theme: str = "light", **options: Any) -> g
     return with_theme(_called(RENDERERS[reading.name], reading, options, what=f"a plot of {reading.name}"), theme)
 
 
-def plot_readings(readings: Iterable[Reading], *, theme: str = "light", **options: Any) -> go.Figure:
+def plot_readings(readings: Iterable[Drawable], *, theme: str = "light", **options: Any) -> go.Figure:
     """Draw readings over training steps: attention correlation, gradient cosine, target probability (Fig. 3).
 
     Args:
@@ -84,7 +84,7 @@ def _called(draw: Callable[..., go.Figure], subject: Any, options: dict[str, Any
 
 
 def attention_figure(
-    reading: Reading,
+    reading: Drawable,
     *,
     kind: str = "scatter",
     layer: int | None = None,
@@ -96,7 +96,7 @@ def attention_figure(
         raise RevprobeError(f"attention plot of kind {kind!r}{did_you_mean(kind, KINDS)}")
     frame = _one_head(_one_head(reading.frame, "layer", layer), "head", head)
     if kind == "heatmap":
-        return correlation_heatmap([Reading(reading.name, frame.reset_index(drop=True), reading.meta)])
+        return correlation_heatmap([reading.part(frame.reset_index(drop=True))])
     if kind == "heads":
         return _titled(head_map(reading, frame), reading, "Pearson r within groups, all heads:")
     if kind == "bounds":
@@ -120,7 +120,7 @@ def _one_head(frame: pd.DataFrame, column: str, wanted: int | None) -> pd.DataFr
     return frame[frame[column] == wanted]
 
 
-def _pair_words(reading: Reading, pairs: ReversalPairs | None) -> dict[int, str]:
+def _pair_words(reading: Drawable, pairs: ReversalPairs | None) -> dict[int, str]:
     """Each pair's two queries as text. Raises: RevprobeError, when the reading was taken on other pairs."""
     if pairs is None:
         return {}
@@ -132,7 +132,7 @@ def _pair_words(reading: Reading, pairs: ReversalPairs | None) -> dict[int, str]
     return {int(pair): "<br>".join(plain(text, limit=120) for text in row) for pair, *row in queries.itertuples()}
 
 
-def _score_scatter(reading: Reading, shown: pd.DataFrame, words: Mapping[int, str], *, of: int) -> go.Figure:
+def _score_scatter(reading: Drawable, shown: pd.DataFrame, words: Mapping[int, str], *, of: int) -> go.Figure:
     limit = 1.05 * float(np.abs(shown[["score_forward", "score_reverse"]].to_numpy(dtype=float)).max()) or 1.0
     diagonal = {"color": CONTROL_GREY, "dash": "dot", "width": 1}
     figure = go.Figure(go.Scatter(x=[-limit, limit], y=[-limit, limit], mode="lines", line=diagonal, hoverinfo="skip"))
@@ -149,7 +149,7 @@ def _score_scatter(reading: Reading, shown: pd.DataFrame, words: Mapping[int, st
     return _titled(figure, reading, "Pearson r within groups")
 
 
-def _point_text(row: dict[Any, Any], words: str, reading: Reading) -> str:
+def _point_text(row: dict[Any, Any], words: str, reading: Drawable) -> str:
     where = f"layer {row['layer']}, head {row['head']}, distances {row['distance_forward']} / {row['distance_reverse']}"
     scores = f"score − mean: {row['score_forward']:.3f} / {row['score_reverse']:.3f}"
     step = reading.meta.get("step")
@@ -157,7 +157,7 @@ def _point_text(row: dict[Any, Any], words: str, reading: Reading) -> str:
     return "<br>".join([*filter(None, lines), *([] if step is None else [f"step {int(step):,}"])])
 
 
-def gradient_figure(reading: Reading, *, by: str = "role", kind: str = "intervals") -> go.Figure:
+def gradient_figure(reading: Drawable, *, by: str = "role", kind: str = "intervals") -> go.Figure:
     """Cosine of forward and reverse gradient by role of the parameter, beside its control; the last row is all."""
     if kind not in ("intervals", "layers"):
         raise RevprobeError(f"gradient plot of kind {kind!r}{did_you_mean(kind, ['intervals', 'layers'])}")
@@ -187,7 +187,7 @@ def gradient_figure(reading: Reading, *, by: str = "role", kind: str = "interval
     return _titled(figure, reading, "gradient cosine").update_layout(height=170 + 32 * len(rows))
 
 
-def probability_figure(reading: Reading, *, bins: int = 20) -> go.Figure:
+def probability_figure(reading: Drawable, *, bins: int = 20) -> go.Figure:
     """How the target's probability is spread over pairs: forward, reverse, and reverse under the control."""
     frame = reading.frame
     forward, reverse = (frame[frame["direction"] == direction] for direction in ("forward", "reverse"))
@@ -228,7 +228,7 @@ def _mean_label(name: str, values: pd.Series, measures: pd.DataFrame) -> str:
     return f"{name}: mean {interval_text(value, low, high)}, accuracy {accuracy:.1f} %"
 
 
-def _titled(figure: go.Figure, reading: Reading, what: str) -> go.Figure:
+def _titled(figure: go.Figure, reading: Drawable, what: str) -> go.Figure:
     """The heading every single reading carries: which model, step, weights and kind, and its value with control."""
     meta = reading.meta
     step = "" if meta.get("step") is None else f", step {int(meta['step']):,}"
@@ -250,3 +250,37 @@ RENDERERS: dict[str, Callable[..., go.Figure]] = {
     "route_edit": route_edit_figure,
     "stored_evidence": stored_evidence_figure,
 }
+
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def save_figure(figure: go.Figure, path: str | Path, *, scale: float = 2.0) -> Path:
+    """Write a figure by its path's ending: .html (self-contained), .png, .svg or .pdf; whole or not at all.
+
+    Args:
+        scale: pixels of a picture per pixel of the figure.
+    Raises: RevprobeError, for another ending, a picture without kaleido (`pip install kaleido`; it also needs Chrome
+        or Chromium), or a folder that cannot be written.
+    """
+    path = Path(path)
+    ending = path.suffix.lower()
+    if ending not in (".html", *PICTURES):
+        raise RevprobeError(f"cannot write a figure as {path.name!r}{did_you_mean(ending, ['.html', *PICTURES])}")
+    if ending in PICTURES and find_spec("kaleido") is None:
+        raise RevprobeError(
+            f"a figure as {ending} needs kaleido, which is not installed; `pip install kaleido`, or save it as .html"
+        )
+    try:
+        with written_whole(path) as part:
+            if ending == ".html":
+                figure.write_html(part, include_plotlyjs=True)
+            else:
+                figure.write_image(part, format=ending.removeprefix("."), scale=scale)
+    except OSError as error:
+        raise RevprobeError(
+            f"cannot write the figure {str(path)!r}: {first_line(error)}; expected a writable folder"
+        ) from error
+    except (ValueError, RuntimeError) as error:  # kaleido without a browser
+        raise RevprobeError(f"cannot draw {str(path)!r}: {first_line(error)}; save it as .html instead") from error
+    return path

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from ...errors import RevprobeError, did_you_mean
+from .drawable import Drawable
 from .theme import (
     CONTROL_GREY,
     DIVERGING,
@@ -25,9 +25,6 @@ from .theme import (
 )
 from .training_curves import series_words
 
-if TYPE_CHECKING:
-    from ..readings.readings import Reading
-
 KINDS = ("intervals", "heatmap")
 EDIT_WORDS = {
     "knockout": "route to the evidence cut",
@@ -38,7 +35,7 @@ COLOURS = {"forward": FORWARD, "reverse": REVERSE}
 CHANGE = "change of the target's log-probability (nats)"
 
 
-def route_edit_figure(reading: Reading, *, kind: str = "intervals", direction: str = "reverse") -> go.Figure:
+def route_edit_figure(reading: Drawable, *, kind: str = "intervals", direction: str = "reverse") -> go.Figure:
     """Draw a route-edit reading.
 
     Args:
@@ -63,15 +60,15 @@ def route_edit_figure(reading: Reading, *, kind: str = "intervals", direction: s
     return _titled(figure, part, table.iloc[0], direction)
 
 
-def _part(reading: Reading, **where: str) -> Reading:
+def _part(reading: Drawable, **where: str) -> Drawable:
     """The reading of the frame's rows with these values alone: its own n, undefined and numbers."""
     frame = reading.frame
     for column, value in where.items():
         frame = frame[frame[column] == value]
-    return replace(reading, frame=frame)
+    return reading.part(frame)
 
 
-def _summary(reading: Reading) -> pd.DataFrame:
+def _summary(reading: Drawable) -> pd.DataFrame:
     """One row per edit, the widest first."""
     table = reading.summary(by=["scope", "layer", "head"])
     order = table["scope"].map({"all": 0, "layer": 1, "head": 2})
@@ -131,7 +128,7 @@ def _heatmap(table: pd.DataFrame) -> go.Figure:
     return figure.update_yaxes(title="layer edited", type="category", showgrid=False)
 
 
-def _titled(figure: go.Figure, reading: Reading, widest: pd.Series, direction: str) -> go.Figure:
+def _titled(figure: go.Figure, reading: Drawable, widest: pd.Series, direction: str) -> go.Figure:
     meta = reading.meta
     step = "" if meta.get("step") is None else f", step {int(meta['step']):,}"
     numbers = interval_text(*(float(widest[name]) for name in ("value", "low", "high", "control")))

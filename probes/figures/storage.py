@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 
 from ...errors import RevprobeError, did_you_mean
 from ..statistics.by_part import REST, logit_contributions
-from .step_axis import StepScale
+from .drawable import Drawable
 from .theme import (
     CONTROL_GREY,
     DIVERGING,
@@ -21,15 +21,13 @@ from .theme import (
     OKABE_ITO,
     REVERSE,
     TEMPLATE,
+    StepScale,
     band,
     counts_text,
     interval_text,
     message_figure,
     plain,
 )
-
-if TYPE_CHECKING:
-    from ..readings.readings import Reading
 
 KEY = "line: mean over pairs · band: 95 % bootstrap interval over facts · dashed: control (evidence of other facts)"
 # Panels of `storage_curves_figure`: curve, title, unit.
@@ -45,7 +43,7 @@ STEP_PANELS = (
 )
 
 
-def stored_evidence_figure(reading: Reading, *, kind: str = "parts") -> go.Figure:
+def stored_evidence_figure(reading: Drawable, *, kind: str = "parts") -> go.Figure:
     """What the target's logit is made of, forward and reverse; or the matrix S of a reading taken with `cross=True`.
 
     Raises: RevprobeError, for another kind, or a matrix that the reading does not have.
@@ -82,7 +80,7 @@ def _part_label(row: dict[Any, Any]) -> str:
     return plain(" ".join(words))
 
 
-def _matrix_figure(reading: Reading) -> go.Figure:
+def _matrix_figure(reading: Drawable) -> go.Figure:
     if reading.cross is None:
         raise RevprobeError("this reading holds no matrix; take it with probe_stored_evidence(..., cross=True)")
     values = reading.cross.to_numpy(dtype=float)
@@ -96,7 +94,7 @@ def _matrix_figure(reading: Reading) -> go.Figure:
     return _titled(figure, reading).update_layout(width=640, height=600)
 
 
-def _titled(figure: go.Figure, reading: Reading) -> go.Figure:
+def _titled(figure: go.Figure, reading: Drawable) -> go.Figure:
     meta = reading.meta
     step = "" if meta.get("step") is None else f", step {int(meta['step']):,}"
     weights = f" ({plain(meta['weights'])})" if meta.get("weights") else ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
@@ -194,3 +195,44 @@ def message_figure(message: str) -> go.Figure:
     return figure.add_annotation(
         text=plain(message, limit=None), showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper"
     )
+
+
+@dataclass(frozen=True)
+class StepScale:
+    """Where a training step stands on the x axis; step 0 has its place also among log-spaced checkpoints."""
+
+    ticks: tuple[int, ...]
+    unit: float | None  # None: linear; else position = log10(1 + step / unit)
+
+    @classmethod
+    def over(cls, steps: Iterable[int]) -> StepScale:
+        """Log-like for log-spaced checkpoints (the last gap dwarfs the first), linear for even ones."""
+        found = sorted(set(steps))
+        positive = [step for step in found if step > 0]
+        if len(positive) < 3 or positive[-1] - positive[-2] <= 4 * (positive[1] - positive[0]):
+            return cls(ticks=(), unit=None)
+        scale = cls(ticks=(), unit=float(positive[0]))
+        return cls(ticks=scale._spaced(found[0], found[-1]), unit=scale.unit)
+
+    def position(self, step: float) -> float:
+        """The x coordinate of a step."""
+        return float(step) if self.unit is None else math.log10(1 + step / self.unit)
+
+    def _spaced(self, first: int, last: int) -> tuple[int, ...]:
+        """0 and round numbers, none so close to another that their labels would touch."""
+        room = (self.position(last) - self.position(first)) / 7
+        decades = [10**power for power in range(12) if first < 10**power <= last]
+        between = [head * 10**power for power in range(12) for head in (2, 5) if first < head * 10**power <= last]
+        kept = [first]
+        for tick in decades + between:
+            if all(abs(self.position(tick) - self.position(other)) > room for other in kept):
+                kept.append(tick)
+        return tuple(sorted(kept))
+
+    def axis(self) -> dict[str, Any]:
+        """The plotly settings of an x axis on this scale."""
+        if self.unit is None:
+            return {"title": {"text": "training step"}, "rangemode": "tozero"}
+        places = [self.position(tick) for tick in self.ticks]
+        title = {"text": "training step (log scale, with 0)"}
+        return {"title": title, "tickvals": places, "ticktext": [f"{tick:,}" for tick in self.ticks]}

@@ -14,7 +14,7 @@ from ...hooks.attention import tap_attention
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
 from ..pairs.display import token_texts
-from ..pairs.pairs import Query, ReversalPair
+from ..pairs.query import Query, ReversalPair
 from ..passes.batches import make_batch, prepare_queries
 from ..passes.likelihood import readout
 from .theme import FORWARD, OKABE_ITO, TEMPLATE, plain, with_theme

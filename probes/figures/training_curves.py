@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,13 +19,14 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ...errors import RevprobeError
-from .step_axis import StepScale
+from .drawable import Drawable
 from .theme import (
     COLOURS,
     CONTROL_GREY,
     SPARE_COLOURS,
     SYMBOLS,
     TEMPLATE,
+    StepScale,
     band,
     counts_text,
     faded,
@@ -34,9 +35,6 @@ from .theme import (
     plain,
     undefined_text,
 )
-
-if TYPE_CHECKING:
-    from ..readings.readings import Reading
 
 NEEDED = ("run", "step", "weights", "kind", "measure", "value", "n", "low", "high", "control")
 # Heights in pixels; they travel in the figure's meta, so that a page that hides series can take their room back.
@@ -64,7 +62,7 @@ PANELS = (
 )
 
 
-def measures_with_reasons(readings: Iterable[Reading]) -> pd.DataFrame:
+def measures_with_reasons(readings: Iterable[Drawable]) -> pd.DataFrame:
     """`Readings.measures()` plus `run` (the reading's model) and `reason` (why points are undefined, counted)."""
     parts = []
     for reading in readings:

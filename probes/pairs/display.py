@@ -1,4 +1,4 @@
-"""How pairs are shown: the frame of `ReversalPairs.to_frame` and the coloured table of a notebook.
+"""How a query is shown: its tokens as text, and coloured for a notebook.
 
 Every token stands for itself. A blank that belongs to a token is shown as `␣`, since " Ann" and "Ann" are different
 tokens that would otherwise look alike; a character made of several byte-level tokens shows as `é(1/2) é(2/2)`.
@@ -8,44 +8,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-import pandas as pd
+from .query import Query
 
-if TYPE_CHECKING:
-    from .pairs import Query, ReversalPairs
-
-_STYLES = {"target": "background:#E69F00;color:#000", "evidence": "background:#56B4E9;color:#000"}
+STYLES = {"target": "background:#E69F00;color:#000", "evidence": "background:#56B4E9;color:#000"}
 _BROKEN = "�"  # what a decoder writes for bytes that are no whole character
 _MOST_BYTES = 4  # of one character in UTF-8
-
-
-def pair_frame(pairs: ReversalPairs) -> pd.DataFrame:
-    """One row per pair and direction: fact, kind, query (token by token), target, evidence, distance, flags."""
-    shown = [_show(query, pairs.tokenizer) for query in pairs.queries]
-    frames = []
-    for direction, index, distance in zip(
-        ("forward", "reverse"), (pairs.forward, pairs.reverse), pairs.distances(), strict=True
-    ):
-        columns = {"pair": np.arange(len(pairs)), "fact": pairs.facts, "direction": direction, "kind": pairs.kind}
-        columns |= {key: [shown[i][key] for i in index] for key in ("query", "target", "evidence")}
-        frames.append(pd.DataFrame(columns | {"distance": distance} | dict(pairs.flags)))
-    return pd.concat(frames).sort_values(["pair", "direction"], kind="stable").reset_index(drop=True)
-
-
-def pair_html(pairs: ReversalPairs, limit: int) -> str:
-    """The first pairs as a table, target and evidence tokens coloured; all text escaped."""
-    rows = "".join(
-        f"<tr><td>{html.escape(pair.fact)}</td><td>{_tokens_html(pair.forward, pairs.tokenizer)}</td>"
-        f"<td>{_tokens_html(pair.reverse, pairs.tokenizer)}</td></tr>"
-        for pair in pairs[:limit]
-    )
-    more = f"<p>... and {len(pairs) - limit} more</p>" if len(pairs) > limit else ""
-    parts = " ".join(f'<span style="{style}">{part}</span>' for part, style in _STYLES.items())
-    counted = "".join(f"; {html.escape(name)}: {count}" for name, count in pairs.report.items())
-    legend = f"<p>{html.escape(repr(pairs))}: {parts}{counted}</p>"
-    return f"{legend}<table><tr><th>fact</th><th>forward</th><th>reverse</th></tr>{rows}</table>{more}"
 
 
 def token_texts(token_ids: Sequence[int], tokenizer: Any) -> list[str]:
@@ -85,7 +54,7 @@ def _visible(text: str) -> str:
     return text.replace(" ", "␣").replace("\n", "⏎")
 
 
-def _show(query: Query, tokenizer: Any) -> dict[str, str]:
+def shown_query(query: Query, tokenizer: Any) -> dict[str, str]:
     """The query token by token, target in [brackets], evidence in {braces}; target and evidence as text."""
     tokens = token_texts(query.token_ids, tokenizer)
     marked = [
@@ -102,9 +71,9 @@ def _text(token_ids: Sequence[int], tokenizer: Any) -> str:
     return str(tokenizer.decode(list(token_ids))).strip()
 
 
-def _tokens_html(query: Query, tokenizer: Any) -> str:
+def tokens_html(query: Query, tokenizer: Any) -> str:
     parts = dict.fromkeys(query.target_positions, "target") | dict.fromkeys(query.evidence_positions, "evidence")
     return " ".join(
-        f'<span style="{_STYLES.get(parts.get(i, ""), "")}">{html.escape(token)}</span>'
+        f'<span style="{STYLES.get(parts.get(i, ""), "")}">{html.escape(token)}</span>'
         for i, token in enumerate(token_texts(query.token_ids, tokenizer))
     )

@@ -1,167 +1,31 @@
-"""Forward and reverse queries, and lists of them.
+"""Lists of reversal pairs, in columns, and as JSON lines on disk.
 
-A `Query` is a clean sequence with the positions of its target and of its evidence. A `ReversalPair` asks for one
-fact twice, in the order it was trained in and in the other. `ReversalPairs` keeps many of them in columns:
-queries that occur in several pairs are stored, and later run, once. The three stand in one file, a little long,
-because each is defined by the one before; how pairs are shown, stored and made from text are files of their own.
+`ReversalPairs` keeps many pairs in columns: queries that occur in several pairs are stored, and later run, once. A file
+holds one pair a line, after a first line for what was dropped when anything was:
+
+{"fact": "d", "kind": "same_target", "forward": {"token_ids": [...], "target_positions": [...],
+ "evidence_positions": [...]}, "reverse": {...}, "flags": {"shares_tokens": false, ...}}
+
+A little long, since a list, its table and its file are read together.
 """
 
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from operator import index as whole
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import numpy as np
 import pandas as pd
 
-from ...errors import RevprobeError, did_you_mean
-from .display import pair_frame, pair_html
-from .pair_files import load_pairs, save_pairs
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from ...models.probed import ProbedModel
-
-KINDS = ("same_target", "swapped")
-
-
-@dataclass(frozen=True)
-class Query:
-    """A clean sequence, the positions of the target (asked for) and of the evidence (given).
-
-    The model's wrapper hides the target; the tokens here are what it should have been. `token_ids` may be ints or
-    a 1-D tensor; positions are sorted.
-
-    >>> Query([4, 0, 0, 30], target_positions=[0], evidence_positions=[3]).target
-    (4,)
-
-    Raises: RevprobeError, when a position is outside the sequence, target or evidence is empty, they overlap, or
-        their tokens are the same (then the question contains its answer).
-    """
-
-    token_ids: tuple[int, ...]
-    target_positions: tuple[int, ...]
-    evidence_positions: tuple[int, ...]
-
-    def __init__(
-        self, token_ids: Iterable[int], target_positions: Iterable[int], evidence_positions: Iterable[int]
-    ) -> None:
-        object.__setattr__(self, "token_ids", tuple(whole(token) for token in token_ids))
-        object.__setattr__(self, "target_positions", tuple(sorted(whole(p) for p in target_positions)))
-        object.__setattr__(self, "evidence_positions", tuple(sorted(whole(p) for p in evidence_positions)))
-        self._validate()
-
-    @property
-    def target(self) -> tuple[int, ...]:
-        """The token ids asked for."""
-        return tuple(self.token_ids[p] for p in self.target_positions)
-
-    @property
-    def evidence(self) -> tuple[int, ...]:
-        """The token ids of the evidence."""
-        return tuple(self.token_ids[p] for p in self.evidence_positions)
-
-    def _validate(self) -> None:
-        for part, positions in (("target", self.target_positions), ("evidence", self.evidence_positions)):
-            if not positions:
-                raise RevprobeError(f"query {list(self.token_ids)} has no {part} position; name at least one")
-            if not 0 <= positions[0] <= positions[-1] < len(self.token_ids):
-                raise RevprobeError(
-                    f"{part} positions {list(positions)} leave the sequence of {len(self.token_ids)} tokens; expected "
-                    f"0 to {len(self.token_ids) - 1}"
-                )
-            if len(set(positions)) < len(positions):
-                raise RevprobeError(f"{part} positions {list(positions)} name a position twice; each token counts once")
-        shared = set(self.target_positions) & set(self.evidence_positions)
-        if shared:
-            raise RevprobeError(f"position {min(shared)} is both target and evidence; the evidence must stay visible")
-        if self.target == self.evidence:
-            raise RevprobeError(
-                f"evidence equals target (tokens {list(self.target)}), so the question contains its answer; choose "
-                "another pair"
-            )
-
-    @classmethod
-    def unchecked(
-        cls, token_ids: Sequence[int], target_positions: Sequence[int], evidence_positions: Sequence[int]
-    ) -> Query:
-        """A query that skips the checks, for steps on the way to a target whose tokens need not make sense together."""
-        query = cls.__new__(cls)
-        for name, value in zip(
-            ("token_ids", "target_positions", "evidence_positions"),
-            (token_ids, target_positions, evidence_positions),
-            strict=True,
-        ):
-            object.__setattr__(query, name, tuple(value))
-        return query
-
-
-@dataclass(frozen=True)
-class ReversalPair:
-    """One fact asked in the trained order (`forward`) and in the other (`reverse`).
-
-    `different_tokens` is the opt-out from the check below: the two queries name the same words by different tokens.
-    Probabilities remain comparable as those of words; the theory's bounds and the shared column of S do not apply.
-
-    Raises: RevprobeError, for the kind "same_target", when the two queries differ in target or evidence tokens;
-        for "swapped", when one's target is not the other's evidence.
-    """
-
-    forward: Query
-    reverse: Query
-    kind: str = "same_target"
-    fact: str = ""
-    different_tokens: bool = False
-
-    @classmethod
-    def from_text(
-        cls,
-        forward: str,
-        reverse: str,
-        *,
-        target: str,
-        evidence: str,
-        model: ProbedModel | nn.Module,
-        slots: Mapping[str, str] | None = None,
-        carrier: str = "",
-        fact: str = "",
-        allow_different_tokens: bool = False,
-    ) -> ReversalPair:
-        """One pair from two templates such as "{target}'s child is {evidence}", aligned by the model's tokenizer.
-
-        `slots` fills further slots; the rest is as in `pairs_from_frame`, which makes many pairs from a table.
-        Raises: RevprobeError, as `pairs_from_frame` does.
-        """
-        from .text import pair_from_text  # it needs this module, and a model
-
-        values = {**(slots or {}), "target": target, "evidence": evidence}
-        options = {"carrier": carrier, "fact": fact, "allow_different_tokens": allow_different_tokens}
-        return pair_from_text(forward, reverse, values, model, **options)
-
-    def __post_init__(self) -> None:
-        _require_kind(self.kind)
-        if self.different_tokens:
-            return
-        same = (self.forward.target, self.forward.evidence) == (self.reverse.target, self.reverse.evidence)
-        swapped = (self.forward.target, self.forward.evidence) == (self.reverse.evidence, self.reverse.target)
-        if not (same if self.kind == "same_target" else swapped):
-            expected = (
-                "the same target and evidence tokens"
-                if self.kind == "same_target"
-                else "target and evidence tokens exchanged"
-            )
-            raise RevprobeError(
-                f"pair {self.fact!r} of kind {self.kind!r} needs {expected}, got target {list(self.forward.target)} / "
-                f"evidence {list(self.forward.evidence)} "
-                f"forward and target {list(self.reverse.target)} / evidence {list(self.reverse.evidence)} in reverse; "
-                "align the tokens or use the other kind"
-            )
+from ...atomic_files import written_whole
+from ...errors import RevprobeError
+from .display import STYLES, shown_query, tokens_html
+from .query import Query, ReversalPair, require_kind
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -192,7 +56,7 @@ class ReversalPairs(Sequence[ReversalPair]):
     dropped: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _require_kind(self.kind)
+        require_kind(self.kind)
         lengths = {len(self.forward), len(self.reverse), len(self.facts), *(len(v) for v in self.flags.values())}
         if lengths == {0}:
             raise RevprobeError("the list of pairs is empty; a probe needs at least one pair")
@@ -290,25 +154,73 @@ class ReversalPairs(Sequence[ReversalPair]):
         """One row per pair and direction: what is asked, token by token, with target in [brackets] and evidence in
         {braces}; distances and flags. A blank that belongs to a token is shown as `␣`.
         """
-        return pair_frame(self)
+        shown = [shown_query(query, self.tokenizer) for query in self.queries]
+        frames = []
+        for direction, index, distance in zip(
+            ("forward", "reverse"), (self.forward, self.reverse), self.distances(), strict=True
+        ):
+            columns = {"pair": np.arange(len(self)), "fact": self.facts, "direction": direction, "kind": self.kind}
+            columns |= {key: [shown[i][key] for i in index] for key in ("query", "target", "evidence")}
+            frames.append(pd.DataFrame(columns | {"distance": distance} | dict(self.flags)))
+        return pd.concat(frames).sort_values(["pair", "direction"], kind="stable").reset_index(drop=True)
 
     def save(self, path: str | Path) -> Path:
         """Write the pairs as JSON lines (whole or not at all), to be read by `load` and `revprobe probe --pairs`."""
-        return save_pairs(self, Path(path))
+        path = Path(path)
+        with written_whole(path) as part, part.open("w", encoding="utf-8") as file:
+            if self.dropped:
+                file.write(json.dumps({"dropped": dict(self.dropped)}) + "\n")
+            for i, pair in enumerate(self):
+                sides = {side: _query_fields(getattr(pair, side)) for side in ("forward", "reverse")}
+                row: dict[str, Any] = {"fact": pair.fact, "kind": pair.kind, **sides}
+                if self.flags:
+                    row["flags"] = {name: np.asarray(values)[i].item() for name, values in self.flags.items()}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return path
 
     @classmethod
     def load(cls, path: str | Path, *, tokenizer: Any = None) -> ReversalPairs:
         """Read pairs written by `save`. Raises: RevprobeError, naming file, line and problem."""
-        return load_pairs(Path(path), tokenizer)
+        path = Path(path)
+        if not path.is_file():
+            raise RevprobeError(
+                f"no pairs file at {str(path)!r}; write one with ReversalPairs.save, or use letters:LENGTH"
+            )
+        pairs: list[ReversalPair] = []
+        flags: list[Mapping[str, Any]] = []
+        dropped: dict[str, int] = {}
+        for number, line in enumerate(_read_text(path).splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                if "dropped" in row:
+                    dropped = {str(reason): int(count) for reason, count in row["dropped"].items()}
+                    continue
+                pairs.append(_pair(row, number))
+                flags.append(row.get("flags", {}))
+                if flags[-1].keys() != flags[0].keys():
+                    raise ValueError(f"flags {sorted(flags[-1])}, but {sorted(flags[0])} on the lines before")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise RevprobeError(
+                    f"{path}, line {number}: {type(error).__name__}: {error}; expected fact, kind, forward and "
+                    "reverse with token_ids, target_positions, evidence_positions, and the same flags on every line"
+                ) from error
+        if not pairs:
+            raise RevprobeError(f"{path} holds no pairs; expected one JSON object per line")
+        columns = {name: np.array([row[name] for row in flags]) for name in flags[0]}
+        return replace(cls.from_pairs(pairs, tokenizer=tokenizer), flags=columns, dropped=dropped)
 
     def _repr_html_(self, limit: int = 20) -> str:
         """The first pairs as a table, target and evidence tokens coloured; all text escaped."""
-        return pair_html(self, limit)
-
-
-def _require_kind(kind: str) -> None:
-    if kind not in KINDS:
-        raise RevprobeError(f"unknown kind of pair {kind!r}{did_you_mean(kind, KINDS)}")
+        rows = "".join(
+            f"<tr><td>{html.escape(pair.fact)}</td><td>{tokens_html(pair.forward, self.tokenizer)}</td>"
+            f"<td>{tokens_html(pair.reverse, self.tokenizer)}</td></tr>"
+            for pair in self[:limit]
+        )
+        more = f"<p>... and {len(self) - limit} more</p>" if len(self) > limit else ""
+        parts = " ".join(f'<span style="{style}">{part}</span>' for part, style in STYLES.items())
+        counted = "".join(f"; {html.escape(name)}: {count}" for name, count in self.report.items())
+        legend = f"<p>{html.escape(repr(self))}: {parts}{counted}</p>"
+        return f"{legend}<table><tr><th>fact</th><th>forward</th><th>reverse</th></tr>{rows}</table>{more}"
 
 
 def _edge_distance(query: Query) -> int:
@@ -317,3 +229,22 @@ def _edge_distance(query: Query) -> int:
         for t in (query.target_positions[0], query.target_positions[-1])
         for e in (query.evidence_positions[0], query.evidence_positions[-1])
     )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RevprobeError(
+            f"{path}: not a text file ({error.reason} at byte {error.start}); expected JSON lines in UTF-8"
+        ) from error
+
+
+def _pair(row: Mapping[str, Any], number: int) -> ReversalPair:
+    forward, reverse = Query(**row["forward"]), Query(**row["reverse"])
+    differ = bool(row.get("flags", {}).get("different_tokens", False))
+    return ReversalPair(forward, reverse, row.get("kind", "same_target"), str(row.get("fact", number)), differ)
+
+
+def _query_fields(query: Query) -> dict[str, list[int]]:
+    return {name: list(getattr(query, name)) for name in ("token_ids", "target_positions", "evidence_positions")}

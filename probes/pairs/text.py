@@ -19,7 +19,8 @@ from torch import nn
 from ...errors import RevprobeError, did_you_mean
 from ...models.probed import ProbedModel, as_probed
 from .fact_rows import TextRow, read_rows
-from .pairs import Query, ReversalPair, ReversalPairs
+from .pairs import ReversalPairs
+from .query import Query, ReversalPair
 from .spans import REFUSALS, Encoded, SpanError, encode_texts, entity_positions, require_fast_tokenizer
 from .templates import ROLES, Filled, Template, pair_templates
 
@@ -86,13 +87,26 @@ def pairs_from_frame(
 
 
 def pair_from_text(
-    forward: str, reverse: str, values: Mapping[str, str], model: ProbedModel | nn.Module, **options: Any
+    forward: str,
+    reverse: str,
+    *,
+    target: str,
+    evidence: str,
+    model: ProbedModel | nn.Module,
+    slots: Mapping[str, str] | None = None,
+    carrier: str = "",
+    fact: str = "",
+    allow_different_tokens: bool = False,
 ) -> ReversalPair:
-    """The one pair of `ReversalPair.from_text`: `pairs_from_frame` on a table of one row."""
-    row = pd.DataFrame([dict(values)])
-    label = options.pop("fact")
+    """One pair from two templates such as "{target}'s child is {evidence}", aligned by the model's tokenizer.
+
+    `slots` fills further slots; the rest is as in `pairs_from_frame`, which makes many pairs from a table.
+    Raises: RevprobeError, as `pairs_from_frame` does.
+    """
+    row = pd.DataFrame([{**(slots or {}), "target": target, "evidence": evidence}])
+    options: dict[str, Any] = {"carrier": carrier, "allow_different_tokens": allow_different_tokens}
     pair = pairs_from_frame(row, forward=forward, reverse=reverse, model=model, **options)[0]
-    return replace(pair, fact=label) if label else pair
+    return replace(pair, fact=fact) if fact else pair
 
 
 @dataclass(frozen=True)
@@ -221,7 +235,7 @@ def _raise_refusals(refused: list[tuple[_Task, SpanError]], total: int) -> None:
         return
     task, error = refused[0]
     counts = Counter(e.reason for _, e in refused)
-    if total == 1:  # the caller has the pair in hand, from_text above all
+    if total == 1:  # the caller has the pair in hand, pair_from_text above all
         raise error
     among = ", ".join(f"{count} x {reason}" for reason, count in counts.items())
     drop = f"drop={list(counts)!r} leaves them out and counts them"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import RevprobeError
 from ...models.probed import ProbedModel
-from ..pairs.pairs import Query
+from ..pairs.query import Query
 
 # Tokens of one batch for a small model, and the parameters beyond which batches shrink.
 _TOKENS, _SMALL = 8192, 50_000_000

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...errors import RevprobeError
 from ...hooks.linearize import HeldAttention, HeldPass, hold_nonlinear
 from ...models.probed import ProbedModel
-from ...models.roles import parameter_role
+from ...models.structure import parameter_role
 from .batches import QueryBatch
 
 # What a value is made from; "earlier" is what attention and MLPs of earlier layers wrote.

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ...errors import RevprobeError, did_you_mean
 from ...models.probed import ProbedModel
-from ..pairs.pairs import Query, ReversalPairs
+from ..pairs.pairs import ReversalPairs
+from ..pairs.query import Query
 from .batches import QueryBatch, make_batch
 
 MODES = ("chain", "parallel")

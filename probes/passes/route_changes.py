@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..pairs.pairs import Query
+from ..pairs.query import Query
 
 EDITS = ("knockout", "transplant", "scale")
 MATCHES = ("log_odds", "score")

@@ -22,11 +22,11 @@ from torch import Tensor
 from ...hooks.attention_edits import AttentionSite, edit_scores
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
-from ..pairs.pairs import Query
+from ..pairs.query import Query
 from .batches import QueryBatch, make_batch
 from .likelihood import price, readout
+from .plan import Progress
 from .route_changes import RouteChange, StrengthRecorder, VisibilityRecorder, other_positions
-from .run import Progress
 
 EVIDENCE, CONTROL = 0, 1
 

@@ -9,9 +9,8 @@ Shapes below: query (distinct queries), pair, parameter, token (target tokens).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,64 +23,13 @@ from ...hooks.gradients.backward import part_labels
 from ...hooks.gradients.graph import adopted_parameters
 from ...hooks.gradients.recorder import GradientRecorder, record_gradients
 from ...hooks.untouched import untouched
-from ...models.layers import silent_layers
-from ...models.layouts import fused_parts
 from ...models.probed import ProbedModel
+from ...models.structure import fused_parts, silent_layers
 from ..pairs.pairs import ReversalPairs
 from ..statistics.group_correlation import derangement
 from .batches import QueryBatch, default_batch_size, make_batch, prepare_queries
 from .likelihood import Pricing, mean_nll, readout
-from .shares import Share
-
-Progress = Callable[[int, int], None]  # queries done, queries in all
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a pass measures.
-
-    Args:
-        attention, probability, gradient: which probes take part.
-        mode: how multi-token targets are priced, "chain" or "parallel".
-        parameters: the parameters of the gradient, by name; all when None.
-        control: also measure each pair's forward query against the reverse query of another fact.
-        summed: keep gradient products summed over all parameters, not one by one.
-        share: divides the batches among several processes, and puts what they found together.
-    """
-
-    attention: bool = False
-    probability: bool = False
-    gradient: bool = False
-    mode: str = "chain"
-    parameters: Sequence[str] | None = None
-    control: bool = True
-    batch_size: int | None = None
-    seed: int = 0
-    progress: Progress | None = None
-    summed: bool = False
-    share: Share | None = None
-
-
-@dataclass
-class PassResult:
-    """What one pass collected.
-
-    Shapes: `score`, `weight`: layer -> `query head`; `inner`, `inner_control`: `pair parameter`; `norm`, `floor`:
-    `query parameter`, where a fused parameter has a column for each part. `partner` is the pair each pair is deranged
-    with, -1 for none. `silent`: layers beside the scored ones that have no softmax attention.
-    """
-
-    pairs: ReversalPairs
-    partner: np.ndarray
-    parameters: list[str]
-    score: dict[int, np.ndarray] = field(default_factory=dict)
-    weight: dict[int, np.ndarray] = field(default_factory=dict)
-    silent: list[int] = field(default_factory=list)
-    pricing: Pricing | None = None
-    inner: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
-    inner_control: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
-    norm: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
-    floor: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+from .plan import PassResult, Plan
 
 
 def run_pass(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> PassResult:

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
-from ..pairs.pairs import Query
+from ..pairs.query import Query
 from .batches import QueryBatch, default_batch_size, make_batch
 from .likelihood import mean_nll, readout
 

@@ -155,6 +155,10 @@ class Reading:
 
         return plot_reading(self, **options)
 
+    def part(self, frame: pd.DataFrame) -> Reading:
+        """The reading of some of its rows, every number worked out from them."""
+        return Reading(self.name, frame, self.meta)
+
     def with_columns(self, **columns: Any) -> Reading:
         """This reading with further columns in its frame, on which none of its numbers depends."""
         further = Reading(self.name, self.frame.assign(**columns), self.meta, self.cross)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 
-from ..readings.readings import Reading
 from .group_correlation import mean_over_facts
 
 REST = "rest"
 
 
-def evidence_by_pair(reading: Reading) -> pd.DataFrame:
+class StoredReading(Protocol):
+    """A reading of stored evidence, as far as its parts need it."""
+
+    @property
+    def frame(self) -> pd.DataFrame: ...
+    @property
+    def meta(self) -> dict[str, Any]: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def evidence_by_pair(reading: StoredReading) -> pd.DataFrame:
     """What the evidence holds and what of it arrives: one row per pair, summed over the reading's layers and heads.
 
     Columns: pair, fact, stored_control, reason, reason_margin, reason_control, and for each direction stored (S[v,
@@ -32,7 +42,7 @@ def evidence_by_pair(reading: Reading) -> pd.DataFrame:
     return table.join(contribution).reset_index().reindex(columns=["pair", *table.columns, *contribution.columns])
 
 
-def logit_contributions(reading: Reading) -> pd.DataFrame:
+def logit_contributions(reading: StoredReading) -> pd.DataFrame:
     """What the logit is made of, on average: one row per part, source and layer, and the logit itself.
 
     Of a reading taken with `layers=`, the part "rest" is all that was not measured (other layers, MLPs, embedding,

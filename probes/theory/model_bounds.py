@@ -15,11 +15,12 @@ from numpy.typing import ArrayLike
 from torch import nn
 
 from ...errors import RevprobeError
-from ...hooks.queries import tap_queries
+from ...hooks.attention import tap_queries
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
 from ...models.rotary import OTHER, STILL, TURNS, LayerPositions, Rotary, layer_positions, seen_positions
-from ..pairs.pairs import Query, ReversalPairs
+from ..pairs.pairs import ReversalPairs
+from ..pairs.query import Query
 from ..passes.batches import default_batch_size, make_batch, prepare_queries
 from ..readings.readings import Reading
 from .checks import distance_pairs, number

@@ -17,7 +17,8 @@ from ...errors import RevprobeError
 from ...hooks.attention import tap_attention
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
-from ..pairs.pairs import Query, ReversalPairs
+from ..pairs.pairs import ReversalPairs
+from ..pairs.query import Query
 from ..passes.batches import default_batch_size, make_batch, prepare_queries
 
 

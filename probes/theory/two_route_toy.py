@@ -18,8 +18,8 @@ from torch import nn
 
 from ...errors import RevprobeError
 from ...models.probed import ProbedModel, as_probed
-from ...models.roles import parameter_roles
 from ...models.rotary import OTHER, TURNS, Rotary, seen_positions
+from ...models.structure import parameter_roles
 from .checks import both_distances, number
 
 

@@ -19,7 +19,8 @@ from typing import Any
 import pandas as pd
 
 from ...errors import RevprobeError, did_you_mean
-from ...finetune.runs.run import CONFIG, PROBLEM, is_run, open_run
+from ...finetune.runs.open import open_run
+from ...finetune.runs.run import CONFIG, PROBLEM, is_run
 from ...finetune.runs.sweeps import CONFIG as SWEEP
 from ...finetune.runs.sweeps import open_sweep
 from ...finetune.training.checkpointing import READINGS

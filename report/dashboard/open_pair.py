@@ -17,9 +17,9 @@ import pandas as pd
 import torch
 
 from ...errors import RevprobeError
-from ...finetune.runs.building import probe_pairs
 from ...finetune.runs.finetuning import FinetuneRun
-from ...finetune.runs.run import open_run
+from ...finetune.runs.one_layer import probe_pairs
+from ...finetune.runs.open import open_run
 from ...hooks.attention import tap_attention
 from ...hooks.untouched import untouched
 from ...models.checkpoints import checkpoint_folder
@@ -28,7 +28,8 @@ from ...models.peft_adapters import ADAPTER_CONFIG, base_of, is_adapter
 from ...models.probed import ProbedModel
 from ...models.registry import load_model
 from ...probes.pairs.display import token_texts
-from ...probes.pairs.pairs import Query, ReversalPairs
+from ...probes.pairs.pairs import ReversalPairs
+from ...probes.pairs.query import Query
 from ...probes.passes.batches import make_batch, prepare_queries
 from ...probes.passes.likelihood import readout
 from ...probes.readings.readings import Reading

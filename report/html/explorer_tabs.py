@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 import plotly.graph_objects as go
 
 from ...errors import RevprobeError, first_line
-from ...probes.figures.heatmap import Grid
-from ...probes.figures.step_axis import StepScale
-from ...probes.figures.theme import DIVERGING, plain
+from ...probes.figures.attention_maps import Grid
+from ...probes.figures.theme import DIVERGING, StepScale, plain
 from ...probes.readings.readings import Readings
 from .explorer import ATTENTION, BINS, GRADIENT, PROBABILITY, explore
 from .page import choice, data_block, paragraph, section
 
 if TYPE_CHECKING:
-    from .report import ReportRun
+    from ...finetune.runs.record import RunRecord
 
 ROUNDED = (
     "Worked out when the report was written and rounded: correlations and cosines to 0.00003, the colours of the map "
@@ -38,7 +37,7 @@ SHARES = "How the target's probability is spread over pairs; means with their 95
 EXPLORED = (ATTENTION, GRADIENT, PROBABILITY)
 
 
-def explorer(runs: Sequence[ReportRun]) -> tuple[str, dict[str, list[str]]]:
+def explorer(runs: Sequence[RunRecord]) -> tuple[str, dict[str, list[str]]]:
     """The controls that the three tabs share, and the parts of each tab; no controls where there is nothing to draw.
 
     A run whose readings cannot be worked out is left out with its reason.

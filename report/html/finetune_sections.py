@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
+from ...finetune.runs.finetuning import FinetuneRun, finetuning_runs
+from ...finetune.runs.run import Run
 from ...finetune.training.prediction_callback import PREDICTIONS
 from ..paper.figure4 import figure4, has_figure4
-from ..paper.table7 import FACTS, NOTE, match_frame, table7
-from ..paper.table7_figure import table7_figure
+from ..paper.table7 import FACTS, NOTE, match_frame, table7, table7_figure
 from .page import drawn_figure, folded, paragraph, section, table
-
-if TYPE_CHECKING:
-    from ...finetune.runs.finetuning import FinetuneRun
 
 PREDICTED = (
     "The optimizer step after each snapshot, measured twice: by the gradient of the loss at the snapshot times the "
@@ -24,8 +22,15 @@ PREDICTED = (
 )
 
 
-def finetune_sections(runs: Sequence[FinetuneRun]) -> list[str]:
-    """Table 7 and its floor, Fig. 4, and the steps that the gradients foretold, each a section of HTML."""
+def finetune_sections(runs: Sequence[Run]) -> list[str]:
+    """Table 7 and its floor, Fig. 4, and the steps that the gradients foretold, each a section of HTML; none without a
+    fine-tuning.
+    """
+    tuned = finetuning_runs(runs)
+    return _sections(tuned) if tuned else []
+
+
+def _sections(runs: Sequence[FinetuneRun]) -> list[str]:
     matches, parts = match_frame(runs), []
     for split, facts in FACTS.items():
         if (matches["split"] == split).any():

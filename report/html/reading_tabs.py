@@ -16,7 +16,7 @@ from ...probes.readings.readings import Reading
 from .page import gallery, paragraph, section
 
 if TYPE_CHECKING:
-    from .report import ReportRun
+    from ...finetune.runs.record import RunRecord
 
 MOST = 60  # figures in one gallery; beyond, each run keeps its last checkpoint
 MANY_HEADS = 40  # edits of more single heads than this are a heat map
@@ -31,7 +31,7 @@ EDITS = (
 )
 
 
-def storage_tab(runs: Sequence[ReportRun]) -> list[str]:
+def storage_tab(runs: Sequence[RunRecord]) -> list[str]:
     """Every stored-evidence reading as a figure, or why there is none."""
     nothing = (
         "No run has a reading of stored evidence. Runs do not take it by themselves: take one with "
@@ -40,7 +40,7 @@ def storage_tab(runs: Sequence[ReportRun]) -> list[str]:
     return _tab("storage", "Stored evidence", runs, STORED, STORAGE, nothing)
 
 
-def edits_tab(runs: Sequence[ReportRun]) -> list[str]:
+def edits_tab(runs: Sequence[RunRecord]) -> list[str]:
     """Every route-edit reading as a figure, or why there is none."""
     nothing = (
         "No run has a reading of an edited route. Runs do not take it by themselves: take one with "
@@ -49,7 +49,7 @@ def edits_tab(runs: Sequence[ReportRun]) -> list[str]:
     return _tab("edits", "Edited routes", runs, EDITED, EDITS, nothing)
 
 
-def _tab(name: str, title: str, runs: Sequence[ReportRun], what: str, note: str, nothing: str) -> list[str]:
+def _tab(name: str, title: str, runs: Sequence[RunRecord], what: str, note: str, nothing: str) -> list[str]:
     found = [(run.name, reading) for run in runs for reading in run.readings if reading.name == what]
     if not found:
         return [section(name, title, paragraph(nothing))]

@@ -12,7 +12,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,13 @@ import yaml
 
 from ...atomic_files import written_whole
 from ...errors import RevprobeError
+from ...finetune.runs.record import AXES, RunRecord, tidy_summary
 from ...probes.figures.training_curves import VIEWS, measures_with_reasons, signatures_figure
-from ...probes.readings.readings import Reading, Readings
-from ..summary.tables import AXES, final_table, format_final_table, tidy_summary
+from ...probes.readings.readings import Reading
+from ..summary.tables import final_table, format_final_table
 from .explorer_tabs import explorer
 from .page import choice, controls, details, figure_data, folded, page, paragraph, section, table
 from .reading_tabs import edits_tab, storage_tab
-
-__all__ = ["ReportRun", "final_table", "format_final_table", "summary_frame", "write_report"]
 
 MANY = 8  # more configurations than this are folded into one line
 WHAT = (
@@ -48,33 +46,8 @@ IDENTITY = (
 )
 
 
-@dataclass(frozen=True)
-class ReportRun:
-    """What a report shows of one run.
-
-    Attributes:
-        axes: objective, position_encoding, length, seed; one that is missing stays empty.
-        problem: why the run is broken or unfinished; None when it is complete.
-    """
-
-    name: str
-    axes: Mapping[str, Any]
-    config: Mapping[str, Any]
-    readings: Readings
-    problem: str | None = None
-
-
-def summary_frame(runs: Sequence[ReportRun]) -> pd.DataFrame:
-    """All numbers of all runs, tidy.
-
-    Returns: exactly the columns run, objective, position_encoding, length, seed, step, weights, kind, measure, value,
-        n, low, high, control; probabilities and accuracies are fractions. NaN is undefined.
-    """
-    return tidy_summary(_measures(run) for run in runs)
-
-
 def write_report(
-    runs: Sequence[ReportRun], path: str | Path, *, title: str = "revprobe report", sections: Sequence[str] = ()
+    runs: Sequence[RunRecord], path: str | Path, *, title: str = "revprobe report", sections: Sequence[str] = ()
 ) -> Path:
     """Write the report to `path` and `summary.csv` beside it, each whole or not at all.
 
@@ -86,16 +59,11 @@ def write_report(
     twice = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
     if twice:
         raise RevprobeError(f"two runs are called {twice[0]!r}: expected different names, rename one of their folders")
-    measures = {run.name: _measures(run) for run in runs}
+    measures = {run.name: run.label(measures_with_reasons(run.readings)) for run in runs}
     summary = tidy_summary(measures.values())
     document = _document(title, runs, summary, measures, sections)
     _write_whole({path.with_name("summary.csv"): summary.to_csv(index=False, lineterminator="\n"), path: document})
     return path
-
-
-def _measures(run: ReportRun) -> pd.DataFrame:
-    axes = {axis: run.axes.get(axis) for axis in AXES}
-    return measures_with_reasons(run.readings).assign(run=run.name, **axes)
 
 
 def _write_whole(texts: Mapping[Path, str]) -> None:
@@ -115,7 +83,7 @@ def _write_whole(texts: Mapping[Path, str]) -> None:
 
 def _document(
     title: str,
-    runs: Sequence[ReportRun],
+    runs: Sequence[RunRecord],
     summary: pd.DataFrame,
     measures: Mapping[str, pd.DataFrame],
     sections: Sequence[str],
@@ -142,7 +110,7 @@ def _document(
     return page(title, tabs, above=header, chooser=chooser)
 
 
-def _runs_table(runs: Sequence[ReportRun]) -> str:
+def _runs_table(runs: Sequence[RunRecord]) -> str:
     rows, problems = [], []
     for place, run in enumerate(runs):
         steps = run.readings.steps
@@ -156,7 +124,7 @@ def _runs_table(runs: Sequence[ReportRun]) -> str:
     return table(headings, rows, problems=problems) if rows else paragraph("There are none.")
 
 
-def _final_section(runs: Sequence[ReportRun], summary: pd.DataFrame) -> str:
+def _final_section(runs: Sequence[RunRecord], summary: pd.DataFrame) -> str:
     shown = format_final_table(final_table(summary))
     broken = {run.name for run in runs if run.problem}
     problems = [place for place, name in enumerate(shown["run"]) if name in broken]
@@ -183,7 +151,7 @@ def _signatures_section(measures: pd.DataFrame) -> str:
     return section("signatures", "The three signatures over training", *parts, paragraph(note, note=True))
 
 
-def _warnings(runs: Sequence[ReportRun]) -> str:
+def _warnings(runs: Sequence[RunRecord]) -> str:
     rows = [[run.name, *row] for run in runs for row in _undefined_rows(run.readings)]
     headings = ["run", "probe", "weights", "reason", "undefined points", "checkpoints"]
     undefined = table(headings, rows) if rows else paragraph("No point is undefined.")
@@ -202,7 +170,7 @@ def _undefined_rows(readings: Sequence[Reading]) -> list[list[object]]:
     return [[*place, f"{count:,}", checkpoints[place]] for place, count in counts.items() if count]
 
 
-def _run_warnings(run: ReportRun) -> list[str]:
+def _run_warnings(run: RunRecord) -> list[str]:
     """What makes a run's numbers incomparable or incomplete, found in its readings' meta."""
     found = [run.problem] if run.problem else []
     steps = run.readings.steps
@@ -218,7 +186,7 @@ def _run_warnings(run: ReportRun) -> list[str]:
     return found
 
 
-def _configs(runs: Sequence[ReportRun]) -> str:
+def _configs(runs: Sequence[RunRecord]) -> str:
     shown = [details(run.name, _yaml(run.config)) for run in runs]
     if len(shown) > MANY:
         shown = [folded(f"{len(shown)} configurations", *shown)]
@@ -231,7 +199,7 @@ def _yaml(value: Mapping[str, Any]) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)
 
 
-def _versions(runs: Sequence[ReportRun]) -> str:
+def _versions(runs: Sequence[RunRecord]) -> str:
     found: dict[str, list[str]] = {}
     for run in runs:
         for reading in run.readings:

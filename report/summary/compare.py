@@ -13,7 +13,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ...errors import RevprobeError, did_you_mean
-from ...finetune.runs.run import Run, open_run
+from ...finetune.runs.open import open_run
+from ...finetune.runs.run import Run
 from ...finetune.runs.sweeps import Sweep, is_sweep, open_sweep
 from .seed_bands import SEEDS_KEY, pool_seeds
 

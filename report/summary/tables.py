@@ -1,4 +1,4 @@
-"""The numbers of many runs as tables: the tidy one of `summary.csv`, and the last checkpoint of each run.
+"""The last checkpoint of each run, as a table of numbers and as text.
 
 Raw and EMA weights, and the two kinds of pairs, keep rows of their own in both.
 """
@@ -6,18 +6,14 @@ Raw and EMA weights, and the two kinds of pairs, keep rows of their own in both.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
 
 from ...errors import RevprobeError
+from ...finetune.runs.record import NUMBERS, SERIES
 from ...probes.figures.theme import interval_text
 
-AXES = ["objective", "position_encoding", "length", "seed"]
-SERIES = ["run", *AXES, "step", "weights", "kind"]
-NUMBERS = ["value", "n", "low", "high", "control"]
-SUMMARY_COLUMNS = [*SERIES, "measure", *NUMBERS]
 MEASURES = {
     "forward_accuracy": "forward accuracy (%)",
     "reverse_accuracy": "reverse accuracy (%)",
@@ -29,20 +25,6 @@ MEASURES = {
 # Each probe may have pairs of its own; the four measures of the answer share theirs.
 COUNTED = ("reverse_probability", "attention_correlation", "gradient_cosine")
 PAIRS = "n pairs"
-
-
-def tidy_summary(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
-    """Runs' measures under each other, in exactly the columns of `summary.csv`, in the order given.
-
-    Whole numbers stay whole: a run without a seed leaves a gap and does not turn the other seeds into 0.0.
-    """
-    filled = [part.reindex(columns=SUMMARY_COLUMNS) for part in parts if len(part)]
-    table = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=SUMMARY_COLUMNS)
-    for column in ("length", "seed", "step", "n"):
-        table[column] = pd.to_numeric(table[column]).astype("Int64")
-    for column in ("value", "low", "high", "control"):
-        table[column] = table[column].astype(float)
-    return table
 
 
 def final_table(summary: pd.DataFrame) -> pd.DataFrame:

@@ -1,18 +1,47 @@
-"""The tokenizer of the letters relation: one character is one token.
-
-The vocabulary is the placeholder `0`, the lowercase letters (targets of the masked model), their uppercase
-partners (evidence), and the special tokens. Alphabets beyond a-z go on through Unicode's cased pairs, so that
-a sequence stays one character per token at any size.
-"""
+"""What the one-layer experiments need besides RADD: GPT-2 at their size, and the tokenizer of the letters."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from ..errors import RevprobeError
+
+
+def one_layer_gpt2(
+    vocab_size: int = 56,
+    *,
+    d_model: int = 64,
+    n_layers: int = 1,
+    n_heads: int = 1,
+    mlp_ratio: int = 4,
+    dropout: float = 0.0,
+    max_length: int = 64,
+    bos_token_id: int | None = 54,
+    pad_token_id: int | None = 55,
+) -> GPT2LMHeadModel:
+    """A randomly initialised GPT-2 (learned absolute positions, tied unembedding), one layer unless asked otherwise.
+
+    Source: the paper's ARM baseline, Sec. 5 and App. D.1.
+    """
+    config = GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=max_length,
+        n_embd=d_model,
+        n_layer=n_layers,
+        n_head=n_heads,
+        n_inner=mlp_ratio * d_model,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=bos_token_id,
+        eos_token_id=None,
+        pad_token_id=pad_token_id,
+    )
+    return GPT2LMHeadModel(config)
+
 
 PLACEHOLDER = "0"
 MASK, BEGIN, PAD = "<mask>", "<bos>", "<pad>"

@@ -1,0 +1,192 @@
+"""One-layer runs: RADD or GPT-2 trained from scratch on the letters, probed on raw and averaged weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, enable_full_determinism, set_seed
+
+from ...models.checkpoints import step_of
+from ...models.hub import quiet_transformers
+from ...models.one_layer import letter_tokenizer, one_layer_gpt2
+from ...models.probed import ProbedModel
+from ...models.radd import RaddConfig, RaddForMaskedLM
+from ...models.registry import load_model
+from ...probes.fused import PROBES
+from ...probes.pairs.pairs import ReversalPairs
+from ...probes.readings.readings import Reading
+from ...relations.catalog import LettersRelation, letters
+from ..config.one_layer import RunConfig, load_config
+from ..training.arguments import training_arguments, uses_cpu
+from ..training.checkpointing import READINGS, only_writer, remove_unfinished, resume_from
+from ..training.probe_callback import ProbeCallback, take_readings
+from ..training.trainer import ForwardOnlyTrainer, TokenRows
+from .progress import Listener, ProgressCallback
+from .run import CONFIG, Expected, Run, claim_run, noting_problems, pinned_threads
+
+
+@dataclass(frozen=True)
+class OneLayerRun(Run):
+    """A run of `train(...)`, finished or not."""
+
+    @cached_property
+    def config(self) -> RunConfig:
+        return load_config(self.path / CONFIG, RunConfig)
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        """objective, position_encoding, length, seed."""
+        return self.config.axes
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.training.steps
+
+    @property
+    def expected_readings(self) -> list[Expected]:
+        config = self.config
+        averaged = config.model.objective == "masked" and config.training.ema_decay is not None
+        weights = ("raw", "ema") if averaged else ("raw",)
+        names = PROBES.values()
+        return [Expected(step, name, kind) for step in config.snapshot_steps for kind in weights for name in names]
+
+    @property
+    def relation(self) -> LettersRelation:
+        """The facts it is trained on."""
+        return letters(self.config.relation.length, self.config.relation.alphabet)
+
+    def load(self, step: int = -1, weights: str | None = None) -> ProbedModel:
+        device = "cpu" if uses_cpu(self.config.training.device) else "cuda"
+        return load_model(self.path, step=step, weights=weights, device=device)
+
+    def take(self, step: int, weights: str, names: set[str]) -> Iterable[Reading]:
+        """Some of a checkpoint's readings, by name, as they are taken while training."""
+        if not uses_cpu(self.config.training.device):
+            enable_full_determinism(self.config.training.seed)  # as it was while training
+        model = self.load(step, weights)
+        pairs = probe_pairs(self.relation, model)
+        return take_readings(model, {probe: pairs[probe] for probe, name in PROBES.items() if name in names})
+
+
+def train(
+    config: RunConfig | str | Path, folder: str | Path | None = None, *, listener: Listener | None = None
+) -> OneLayerRun:
+    """Train one run, or take it up where it stopped; a finished one is returned as it is.
+
+    Readings that have gone missing are taken again from their checkpoints.
+    Seeds torch, numpy and random from the config: they do not come out as they went in.
+
+    Args:
+        config: a RunConfig, a YAML file, or the name of an example.
+        folder: the run's folder; `runs/<name>` when None.
+        listener: called with (step, steps, loss) about once a second.
+    Raises: RevprobeError, when the folder belongs to another config (the difference is shown), is being written by
+        another process, or holds a damaged checkpoint; OSError, when it cannot be written.
+    Warns: when it goes on from an earlier checkpoint than the last, takes readings again, or its software changed.
+    """
+    config = config if isinstance(config, RunConfig) else load_config(config, RunConfig)
+    run = OneLayerRun(Path("runs") / config.name if folder is None else Path(folder))
+    run.path.mkdir(parents=True, exist_ok=True)
+    with only_writer(run.path):
+        claim_run(run, config)
+        if run.finished:
+            return run
+        with noting_problems(run.path), pinned_threads(config.training.threads), quiet_transformers():
+            if not run.trained:
+                _train(run, listener)
+            taken = run.backfill_readings(run.take)
+        if taken:
+            warnings.warn(f"{run.path}: {len(taken)} missing readings were taken from their checkpoints", stacklevel=2)
+    return run
+
+
+def _train(run: OneLayerRun, listener: Listener | None) -> None:
+    """Train from the newest checkpoint with its state, or from step 0."""
+    remove_unfinished(run.path)
+    checkpoint = resume_from(run.path)
+    trainer, probes = build_trainer(run, checkpoint)
+    trainer.add_callback(probes)
+    if listener is not None:
+        trainer.add_callback(ProgressCallback(listener))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def build_trainer(run: OneLayerRun, checkpoint: Path | None) -> tuple[ForwardOnlyTrainer, ProbeCallback]:
+    """A run's trainer and the callback that takes its readings, from its config alone; the model is untrained.
+
+    Args:
+        checkpoint: where training will go on from; its readings are there and not taken again.
+    """
+    config, training = run.config, run.config.training
+    arguments = training_arguments(
+        run.path,
+        steps=training.steps,
+        device=training.device,
+        schedule=training.schedule,
+        per_device_train_batch_size=training.batch_size,
+        learning_rate=training.learning_rate,
+        warmup_steps=training.warmup_steps,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.gradient_clipping,
+        seed=training.seed,
+    )
+    set_seed(training.seed)
+    model, tokenizer = build_model(config)
+    trainer = ForwardOnlyTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=TokenRows(torch.tensor(tokenizer(run.relation.training_texts())["input_ids"])),
+        processing_class=tokenizer,
+        objective=config.model.objective,
+        ema_decay=training.ema_decay,
+        snapshots=config.snapshot_steps,
+    )
+    name = run.path.resolve().name
+    wrapping: dict[str, Any] = {"tokenizer": tokenizer, "objective": config.model.objective, "name": name}
+    pairs = probe_pairs(run.relation, ProbedModel(model, **wrapping))
+    wrapping["check"] = False  # it was, just now
+    done = () if checkpoint is None else (step_of(checkpoint) or 0,)
+    steps = config.snapshot_steps
+    return trainer, ProbeCallback(pairs, run.path / READINGS, steps=steps, ema=trainer.ema, done=done, **wrapping)
+
+
+def build_model(config: RunConfig) -> tuple[PreTrainedModel, Any]:
+    """The untrained model and its tokenizer, from torch's current random state, for sequences of `relation.length`."""
+    tokenizer = letter_tokenizer(config.relation.alphabet)
+    size = config.model.model_dump(exclude={"family", "position_encoding"})
+    tokens = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if config.model.family == "gpt2":
+        return one_layer_gpt2(**tokens, **size, max_length=config.relation.length), tokenizer
+    radd = RaddConfig(
+        **tokens,
+        **size,
+        mask_token_id=tokenizer.mask_token_id,
+        position_encoding=config.model.position_encoding or "rope",
+        max_length=config.relation.length,
+    )
+    return RaddForMaskedLM(radd), tokenizer
+
+
+def probe_pairs(relation: LettersRelation, model: ProbedModel) -> dict[str, ReversalPairs]:
+    """Which pairs each probe sees at a snapshot.
+
+    The correlation needs every combination of distances ("grid"). The cosine takes the same two positions swapped,
+    the left one first in the sequence: every distance equally often. Probabilities and accuracies weigh every
+    placement equally ("mirror").
+    """
+    masked = model.objective == "masked"
+    return {
+        "attention": relation.pairs(model, placements="grid"),
+        "gradient": relation.pairs(model, placements="mirror", offset=0 if masked else None),
+        "probability": relation.pairs(model, placements="mirror"),
+    }

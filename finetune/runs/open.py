@@ -1,0 +1,28 @@
+"""A run's folder, whichever of the two kinds it holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from ...errors import RevprobeError, did_you_mean
+from ..config.finetuning import is_finetuning_text
+from .finetuning import FinetuneRun
+from .one_layer import OneLayerRun
+from .run import CONFIG, Run, is_run
+
+
+def open_run(path: str | Path) -> Run:
+    """Open a run folder. Raises: RevprobeError, when it is none; it names the nearest run beside it."""
+    path = Path(path)
+    if not is_run(path):
+        beside = [str(p) for p in path.parent.glob("*") if is_run(p)] if path.parent.is_dir() else []
+        hint = did_you_mean(str(path), beside) if beside else "; expected a folder written by `revprobe train`"
+        raise RevprobeError(f"no run at {str(path)!r}{hint}")
+    return FinetuneRun(path) if is_finetuning_text(path / CONFIG) else OneLayerRun(path)
+
+
+def is_finished(path: str | Path, config: BaseModel) -> bool:
+    """Whether a folder holds this very run, complete. Raises: RevprobeError, when its config.yaml is damaged."""
+    return is_run(path) and open_run(path).config == config and open_run(path).finished

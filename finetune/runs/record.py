@@ -1,0 +1,59 @@
+"""What a run came to, whole or not, and many of them as one tidy table: that of `summary.csv`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from ...probes.readings.readings import Readings
+
+AXES = ["objective", "position_encoding", "length", "seed"]
+SERIES = ["run", *AXES, "step", "weights", "kind"]
+NUMBERS = ["value", "n", "low", "high", "control"]
+SUMMARY_COLUMNS = [*SERIES, "measure", *NUMBERS]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a report shows of one run.
+
+    Attributes:
+        axes: objective, position_encoding, length, seed; one that is missing stays empty.
+        problem: why the run is broken or unfinished; None when it is complete.
+    """
+
+    name: str
+    axes: Mapping[str, Any]
+    config: Mapping[str, Any]
+    readings: Readings
+    problem: str | None = None
+
+    def label(self, measures: pd.DataFrame) -> pd.DataFrame:
+        """A table about the run's readings with columns for its name and axes."""
+        return measures.assign(run=self.name, **{axis: self.axes.get(axis) for axis in AXES})
+
+
+def summary_frame(runs: Sequence[RunRecord]) -> pd.DataFrame:
+    """All numbers of all runs, tidy.
+
+    Returns: exactly the columns run, objective, position_encoding, length, seed, step, weights, kind, measure, value,
+        n, low, high, control; probabilities and accuracies are fractions. NaN is undefined.
+    """
+    return tidy_summary(run.label(run.readings.measures()) for run in runs)
+
+
+def tidy_summary(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Runs' measures under each other, in exactly the columns of `summary.csv`, in the order given.
+
+    Whole numbers stay whole: a run without a seed leaves a gap and does not turn the other seeds into 0.0.
+    """
+    filled = [part.reindex(columns=SUMMARY_COLUMNS) for part in parts if len(part)]
+    table = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=SUMMARY_COLUMNS)
+    for column in ("length", "seed", "step", "n"):
+        table[column] = pd.to_numeric(table[column]).astype("Int64")
+    for column in ("value", "low", "high", "control"):
+        table[column] = table[column].astype(float)
+    return table

@@ -1,0 +1,121 @@
+"""What a pass is asked for and what it collects, also when several processes run it in parts.
+
+Two parts never disagree: a query or pair measured by one is NaN (or absent) in the others, except where batches of
+different parts hold the same query; then the first part's value stands, and the other equals it up to rounding.
+
+Shapes are those of `PassResult`: query (distinct queries), pair, parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ..pairs.pairs import ReversalPairs
+from .likelihood import Ask, Pricing
+
+Progress = Callable[[int, int], None]  # queries done, queries in all
+# Gets `work(part, parts)`, which runs one part of a pass; returns the whole result.
+Share = Callable[[Callable[[int, int], "PassResult"]], "PassResult"]
+_TABLES = ("inner", "inner_control", "norm", "floor")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pass measures.
+
+    Args:
+        attention, probability, gradient: which probes take part.
+        mode: how multi-token targets are priced, "chain" or "parallel".
+        parameters: the parameters of the gradient, by name; all when None.
+        control: also measure each pair's forward query against the reverse query of another fact.
+        summed: keep gradient products summed over all parameters, not one by one.
+        share: divides the batches among several processes, and puts what they found together.
+    """
+
+    attention: bool = False
+    probability: bool = False
+    gradient: bool = False
+    mode: str = "chain"
+    parameters: Sequence[str] | None = None
+    control: bool = True
+    batch_size: int | None = None
+    seed: int = 0
+    progress: Progress | None = None
+    summed: bool = False
+    share: Share | None = None
+
+
+@dataclass
+class PassResult:
+    """What one pass collected.
+
+    Shapes: `score`, `weight`: layer -> `query head`; `inner`, `inner_control`: `pair parameter`; `norm`, `floor`:
+    `query parameter`, where a fused parameter has a column for each part. `partner` is the pair each pair is deranged
+    with, -1 for none. `silent`: layers beside the scored ones that have no softmax attention.
+    """
+
+    pairs: ReversalPairs
+    partner: np.ndarray
+    parameters: list[str]
+    score: dict[int, np.ndarray] = field(default_factory=dict)
+    weight: dict[int, np.ndarray] = field(default_factory=dict)
+    silent: list[int] = field(default_factory=list)
+    pricing: Pricing | None = None
+    inner: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    inner_control: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    norm: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    floor: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one process found, without the model and the pairs, so that it can be sent."""
+
+    score: dict[int, np.ndarray]
+    weight: dict[int, np.ndarray]
+    silent: list[int]
+    answers: dict[Ask, tuple[float, int]]
+    tables: dict[str, np.ndarray]
+
+
+def part_of(result: PassResult) -> Part:
+    """The part of a result that was measured here."""
+    answers = {} if result.pricing is None else result.pricing.answers
+    tables = {name: getattr(result, name) for name in _TABLES}
+    return Part(result.score, result.weight, result.silent, answers, tables)
+
+
+def merged(own: PassResult, parts: Sequence[Part]) -> PassResult:
+    """The whole result: what `own` says about pairs and parameters, and the measurements of all parts."""
+    pricing = None
+    if own.pricing is not None:
+        answers: dict[Ask, tuple[float, int]] = {}
+        for part in reversed(parts):  # so that the first part's answer stands
+            answers |= part.answers
+        pricing = replace(own.pricing, answers=answers)
+    tables: dict[str, Any] = {name: _filled([part.tables[name] for part in parts]) for name in _TABLES}
+    return replace(
+        own,
+        score=_by_layer([part.score for part in parts]),
+        weight=_by_layer([part.weight for part in parts]),
+        silent=sorted({layer for part in parts for layer in part.silent}),
+        pricing=pricing,
+        **tables,
+    )
+
+
+def _by_layer(parts: Sequence[dict[int, np.ndarray]]) -> dict[int, np.ndarray]:
+    layers = sorted({layer for part in parts for layer in part})
+    return {layer: _filled([part[layer] for part in parts if layer in part]) for layer in layers}
+
+
+def _filled(tables: Sequence[np.ndarray]) -> np.ndarray:
+    """The first value that is not NaN in each cell."""
+    whole = tables[0].copy()
+    for table in tables[1:]:
+        whole = np.where(np.isnan(whole), table, whole)
+    return whole

@@ -1,0 +1,146 @@
+"""Train the runs of a sweep that are not finished, then write one report over all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from ..atomic_files import write_text
+from ..errors import RevprobeError
+from ..finetune.config.mistakes import differences
+from ..finetune.config.one_layer import RunConfig, SweepConfig, dump_config, load_config
+from ..finetune.runs.jobs import Display, run_all
+from ..finetune.runs.open import is_finished
+from ..finetune.runs.progress import Listener, ListenerAtFirstNews, PlainLines, bars, loss_note
+from ..finetune.runs.record import RunRecord
+from ..finetune.runs.run import is_run
+from ..finetune.runs.sweeps import CONFIG, AnyRun, AnySweep, Sweep, is_sweep
+from .html.finetune_sections import finetune_sections
+from .html.report import write_report
+from .summary.terminal import make_console
+
+REPORT = "report.html"
+
+
+class RunsFailed(RevprobeError):
+    """Some runs of a sweep failed; the others have ended and are in its report."""
+
+
+def run_sweep(
+    config: AnySweep | str | Path,
+    *,
+    jobs: int = 1,
+    out: str | Path = "runs",
+    console: Console | None = None,
+    batched: bool = False,
+) -> Sweep:
+    """Train every run of a sweep that is not finished, then write the report.
+
+    Args:
+        config: a SweepConfig or FinetuneSweepConfig, or a SweepConfig's YAML file or example ("one-layer-quick").
+        jobs: runs side by side; each uses its config's own number of threads.
+        out: the sweep's folder is `out/<name>`.
+        batched: train all runs of one shape (other seeds and encodings) as one batched model in this process, which is
+            what a GPU is fast at; `jobs` is not used then.
+    Raises: RunsFailed, naming the runs that failed, after all others have ended and the report is written;
+        RevprobeError, for a folder of something else, before anything is trained.
+    """
+    config = load_config(config, SweepConfig) if isinstance(config, str | Path) else config
+    if batched and not isinstance(config, SweepConfig):
+        raise RevprobeError(f"batched=True: {config.name} fine-tunes whole models, which run one by one; leave it out")
+    if jobs < 1:
+        raise RevprobeError(f"jobs={jobs!r}: expected at least 1, the number of runs side by side")
+    console = console or make_console()
+    sweep = Sweep(Path(out) / config.name)
+    sweep.path.mkdir(parents=True, exist_ok=True)
+    if is_run(sweep.path):
+        raise RevprobeError(f"{sweep.path} is a single run, not a sweep; choose another name or folder")
+    _require_same_base(sweep, config)
+    write_text(sweep.path / CONFIG, dump_config(config))
+    waiting = [run for run in config.runs() if not is_finished(sweep.path / run.name, run)]
+    for run in config.runs():
+        if run not in waiting:
+            console.print(f"{run.name}: finished already, skipped")
+    with _display(waiting, console) as display:
+        problems = (
+            _train_together([run for run in waiting if isinstance(run, RunConfig)], sweep.path, display)
+            if batched
+            else run_all(waiting, sweep.path, min(jobs, max(len(waiting), 1)), display)
+        )
+    reported = shown_records(sweep, console)
+    report = write_report(reported, sweep.path / REPORT, title=config.name, sections=finetune_sections(sweep.runs))
+    problems = {run.name: run.problem for run in reported if run.problem} | problems
+    if problems:
+        listed = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+        raise RunsFailed(f"{len(problems)} of {len(config.runs())} runs failed ({listed}); the others are in {report}")
+    return sweep
+
+
+def shown_records(sweep: Sweep, console: Console) -> list[RunRecord]:
+    """What every run came to, with a bar on a terminal: reading many runs takes a while."""
+    hidden = not console.is_terminal
+    return sweep.records(
+        lambda asked: track(list(asked), "reading the runs", console=console, transient=True, disable=hidden)
+    )
+
+
+def _require_same_base(sweep: Sweep, config: AnySweep) -> None:
+    """Cells (models, datasets, seeds) may come and go; another base would put runs of two kinds into one report."""
+    changed = differences(sweep.config.base, config.base) if is_sweep(sweep.path) else []
+    if changed:
+        raise RevprobeError(
+            f"{sweep.path} was started with another base: {', '.join(changed)} (old -> new); restore the old values, "
+            "or choose another name or folder (cells can be added and removed)"
+        )
+
+
+@contextmanager
+def _display(runs: Sequence[AnyRun], console: Console) -> Iterator[Display]:
+    """A bar for the sweep and one per running run on a terminal; short plain lines elsewhere."""
+    say = lambda text: console.print(text, soft_wrap=True)  # noqa: E731
+    if not console.is_terminal or not runs:
+        yield Display(lambda run: PlainLines(run.name, console), say)
+        return
+    with bars(console) as progress:
+        steps = dict.fromkeys((run.name for run in runs), 0)
+        # A fine-tuning told in epochs knows its steps when its rows are made.
+        totals = {run.name: run.training.steps for run in runs}
+        total = progress.add_task("all runs", total=_sum(totals), note="")
+        tasks: dict[str, Any] = {}
+
+        def listen(run: AnyRun) -> Listener:
+            tasks[run.name] = progress.add_task(run.name, total=run.training.steps, note="starting")
+
+            def update(step: int, of: int, loss: float | None) -> None:
+                progress.update(tasks[run.name], completed=step, total=of, note=loss_note(loss))
+                steps[run.name], totals[run.name] = step, of
+                progress.update(total, completed=sum(steps.values()), total=_sum(totals))
+
+            return update
+
+        yield Display(listen, say, lambda run: progress.remove_task(tasks[run.name]))
+
+
+def _train_together(runs: list[RunConfig], folder: Path, display: Display) -> dict[str, str]:
+    """All runs in this process, those of one shape as one; returns the problem of each that failed."""
+    from ..finetune.runs.batched import train_together
+
+    listeners = {
+        run.name: ListenerAtFirstNews(partial(display.listen, run), partial(display.done, run)) for run in runs
+    }
+    problems = train_together(runs, folder, listeners=listeners)
+    for name, problem in problems.items():
+        display.say(f"{name}: failed: {problem}")
+    return problems
+
+
+def _sum(totals: dict[str, int | None]) -> int | None:
+    """The steps of all runs; None while those of one are unknown."""
+    known = [steps for steps in totals.values() if steps is not None]
+    return sum(known) if len(known) == len(totals) else None
