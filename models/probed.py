@@ -8,6 +8,7 @@ is "masked" and must not when it is "causal".
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,71 @@ OBJECTIVES = ("masked", "causal")
 _ROUNDING = 64.0
 
 
-class ProbedModel:
+class CalledModule:
+    """A module and how it wants to be called: all that is needed to run it, before anything else is known of it."""
+
+    def __init__(self, module: nn.Module, name: str | None = None) -> None:
+        self.module, self.name = module, name or type(module).__name__
+        parameters = inspect.signature(module.forward).parameters.values()
+        self._accepts = {parameter.name for parameter in parameters}
+        self._accepts_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the input goes: the first parameter's device, passing over those that wait on disk ("meta")."""
+        devices = (p.device for p in self.module.parameters())
+        return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the input embedding, the mask token included."""
+        embed = getattr(self.module, "get_input_embeddings", lambda: None)()
+        if embed is not None:
+            return int(embed.weight.shape[0])
+        return introspect.config_value(self.module, "vocab_size") or max(
+            m.num_embeddings for m in self.module.modules() if isinstance(m, nn.Embedding)
+        )
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence the model takes; None when it names no limit."""
+        return introspect.max_length(self.module)
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Run the module. Shapes: `batch seq, batch seq -> batch seq vocab`.
+
+        Raises: RevprobeError, when a padded batch meets a module without an attention_mask argument.
+        """
+        kwargs: dict[str, Any] = {}
+        if attention_mask is not None:
+            if "attention_mask" not in self._accepts and not self._accepts_any:
+                raise RevprobeError(
+                    f"{self.name} takes no attention_mask, so queries of different lengths cannot share a batch; use "
+                    "batch_size=1"
+                )
+            kwargs["attention_mask"] = attention_mask
+        if "use_cache" in self._accepts:
+            kwargs["use_cache"] = False
+        output = self.module(input_ids, **kwargs)
+        return output if isinstance(output, Tensor) else output.logits
+
+    def explain_non_finite(self) -> str:
+        """Name the first weight that is not finite, for the error that reports NaN logits."""
+        held = ((name, p) for name, p in self.module.named_parameters() if not p.is_meta)
+        bad = next((name for name, p in held if not torch.isfinite(p).all()), None)
+        where = (
+            f"its weight {bad!r} holds NaN or infinity"
+            if bad
+            else "its weights are finite, so an activation overflowed"
+        )
+        return f"{self.name} gives NaN logits: {where}; load a sound checkpoint or a wider dtype"
+
+
+class ProbedModel(CalledModule):
     """A language model with what a probe must know about it.
 
     Args:
@@ -61,42 +126,25 @@ class ProbedModel:
     ) -> None:
         if objective not in OBJECTIVES:
             raise RevprobeError(f"unknown objective {objective!r}{did_you_mean(objective, OBJECTIVES)}")
-        self.module, self.tokenizer, self.objective = module, tokenizer, objective
-        self.name = name or type(module).__name__
-        self.step, self.weights = step, weights
+        super().__init__(module, name)
+        self.tokenizer, self.objective, self.step, self.weights = tokenizer, objective, step, weights
         self.mask_token_id = introspect.mask_token(mask_token_id, tokenizer, module, self.vocab_size, self.name)
         self.begin_token_id = introspect.begin_token(begin_token_id, tokenizer, module, self.vocab_size, self.name)
-        self._accepts = set(inspect.signature(module.forward).parameters)
         if objective == "masked" and self.mask_token_id is None:
             raise RevprobeError(f"{self.name} is masked but names no mask token; pass mask_token_id=")
         if check:
             self._check_direction()
         self.logit_shift = introspect.logit_shift(logit_shift, objective, module, self.name)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the input goes: the first parameter's device, passing over those that wait on disk ("meta")."""
-        devices = (p.device for p in self.module.parameters())
-        return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+    def with_module(self, module: nn.Module, **provenance: Any) -> ProbedModel:
+        """The same wrapping around another module of the same kind: a copy, an adapter put on, weights moved.
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.module.parameters()).dtype
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the input embedding, the mask token included."""
-        embed = getattr(self.module, "get_input_embeddings", lambda: None)()
-        if embed is not None:
-            return int(embed.weight.shape[0])
-        return introspect.config_value(self.module, "vocab_size") or max(
-            m.num_embeddings for m in self.module.modules() if isinstance(m, nn.Embedding)
-        )
-
-    @property
-    def max_length(self) -> int | None:
-        """The longest sequence the model takes; None when it names no limit."""
-        return introspect.max_length(self.module)
+        Args:
+            provenance: name, step or weights, where they change.
+        """
+        other = copy.copy(self)
+        other.__dict__ |= {"module": module, **provenance}
+        return other
 
     def hide(self, token_ids: Tensor, is_target: Tensor) -> Tensor:
         """The sequence as the model may see it: targets masked; unchanged for a causal model, which reads before them.
@@ -108,25 +156,6 @@ class ProbedModel:
         assert self.mask_token_id is not None, "checked when wrapped"
         return token_ids.masked_fill(is_target, self.mask_token_id)
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Run the module. Shapes: `batch seq, batch seq -> batch seq vocab`.
-
-        Raises: RevprobeError, when a padded batch meets a module without an attention_mask argument.
-        """
-        kwargs: dict[str, Any] = {}
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(self.module.forward).parameters.values())
-        if attention_mask is not None:
-            if "attention_mask" not in self._accepts and not takes_any:
-                raise RevprobeError(
-                    f"{self.name} takes no attention_mask, so queries of different lengths cannot share a batch; use "
-                    "batch_size=1"
-                )
-            kwargs["attention_mask"] = attention_mask
-        if "use_cache" in self._accepts:
-            kwargs["use_cache"] = False
-        output = self.module(input_ids, **kwargs)
-        return output if isinstance(output, Tensor) else output.logits
-
     def to_bridge(self) -> TransformerBridge:
         """A TransformerLens view of this model, sharing its weights; see `models.bridge.to_bridge`.
 
@@ -135,17 +164,6 @@ class ProbedModel:
         from .bridge import to_bridge  # TransformerLens takes seconds to import
 
         return to_bridge(self.module)
-
-    def explain_non_finite(self) -> str:
-        """Name the first weight that is not finite, for the error that reports NaN logits."""
-        held = ((name, p) for name, p in self.module.named_parameters() if not p.is_meta)
-        bad = next((name for name, p in held if not torch.isfinite(p).all()), None)
-        where = (
-            f"its weight {bad!r} holds NaN or infinity"
-            if bad
-            else "its weights are finite, so an activation overflowed"
-        )
-        return f"{self.name} gives NaN logits: {where}; load a sound checkpoint or a wider dtype"
 
     def _check_direction(self) -> None:
         if not depends_on_its_input(self):
@@ -179,18 +197,15 @@ def as_probed(model: ProbedModel | nn.Module) -> ProbedModel:
         return model
     if not isinstance(model, nn.Module):
         raise RevprobeError(f"expected a model, got {type(model).__name__}; pass an nn.Module or load_model(...)")
-    trial = ProbedModel.__new__(ProbedModel)
-    trial.module, trial.name = model, type(model).__name__
-    trial._accepts = set(inspect.signature(model.forward).parameters)
-    return ProbedModel(model, objective="masked" if later_tokens_reach_back(trial) else "causal")
+    return ProbedModel(model, objective="masked" if later_tokens_reach_back(CalledModule(model)) else "causal")
 
 
-def _some_tokens(model: ProbedModel, length: int) -> Tensor:
+def _some_tokens(model: CalledModule, length: int) -> Tensor:
     """The first tokens of the vocabulary, as many as the model takes. Shapes: `-> 1 length`."""
     return torch.arange(min(length, model.max_length or length), device=model.device)[None] % model.vocab_size
 
 
-def depends_on_its_input(model: ProbedModel, length: int = 4) -> bool:
+def depends_on_its_input(model: CalledModule, length: int = 4) -> bool:
     """Whether changing every token moves any logit; not so with a zero unembedding.
 
     Raises: RevprobeError, when the logits are NaN.
@@ -203,7 +218,7 @@ def depends_on_its_input(model: ProbedModel, length: int = 4) -> bool:
     return bool((before != after).any())
 
 
-def later_tokens_reach_back(model: ProbedModel, length: int = 4) -> bool:
+def later_tokens_reach_back(model: CalledModule, length: int = 4) -> bool:
     """Whether changing the last of `length` tokens moves any earlier logit.
 
     A small change can be rounding (experts of a causal mixture get other batches); then the gradient decides.
@@ -224,7 +239,7 @@ def later_tokens_reach_back(model: ProbedModel, length: int = 4) -> bool:
     return bool(change > _ROUNDING * torch.finfo(model.dtype).eps * size) or _gradient_reaches_back(model, first)
 
 
-def _gradient_reaches_back(model: ProbedModel, ids: Tensor) -> bool:
+def _gradient_reaches_back(model: CalledModule, ids: Tensor) -> bool:
     """Whether the last token's embedding has a gradient from earlier logits; True where that cannot be asked."""
     embed = getattr(model.module, "get_input_embeddings", lambda: None)()
     if embed is None or any(p.is_meta for p in model.module.parameters()):

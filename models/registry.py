@@ -105,9 +105,7 @@ def load_model(
     folder, name, at_step, which = _locate(source, step, weights)
     if isinstance(folder, Path) and is_adapter(folder):
         base = load_model(base_of(folder), dtype=dtype, objective=objective, **given, **options)
-        told: dict[str, Any] = {"mask_token_id": base.mask_token_id, "logit_shift": base.logit_shift, "check": False}
-        told |= {"begin_token_id": base.begin_token_id, "name": name, "step": at_step, "weights": which}
-        adapted = ProbedModel(put_on(base.module, folder), base.tokenizer, objective=base.objective, **told)
+        adapted = base.with_module(put_on(base.module, folder), name=name, step=at_step, weights=which)
         return _placed(adapted, None, device)
     with quiet_transformers():
         hub = hub_options(folder)

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import RevprobeError
 from ...hooks.untouched import untouched
@@ -58,7 +58,7 @@ def next_step(run: OneLayerRun, step: int = -1, *, learning_rate: float | None =
         if saved:  # last: dropout then draws what the run drew
             trainer._load_rng_state(str(checkpoint))
         _take_step(trainer, step)
-    start, end = _in_float64(before, before.module), _in_float64(before, module)
+    start, end = (before.with_module(copy.deepcopy(one).double().eval()) for one in (before.module, module))
     moved = dict(end.module.named_parameters())
     update = {name: (moved[name] - p).detach() for name, p in start.module.named_parameters()}
     return Step(start, end, update, rate, "saved" if saved else "fresh")
@@ -87,10 +87,3 @@ def _take_step(trainer: ForwardOnlyTrainer, step: int) -> None:
     loss.backward()
     torch.nn.utils.clip_grad_norm_(module.parameters(), arguments.max_grad_norm)
     trainer.optimizer.step()
-
-
-def _in_float64(model: ProbedModel, module: nn.Module) -> ProbedModel:
-    """A wrapped copy of `module`; what is known about `model` holds for it too."""
-    twin = copy.copy(model)
-    twin.module = copy.deepcopy(module).double().eval()
-    return twin

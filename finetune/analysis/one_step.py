@@ -161,11 +161,10 @@ def _slope_along(step: Step, stored: Callable[[ProbedModel], pd.DataFrame]) -> p
 @torch.no_grad()
 def _moved(step: Step, share: float) -> ProbedModel:
     """The checkpoint moved by a share of the update."""
-    twin = copy.copy(step.before)
-    twin.module = copy.deepcopy(step.before.module)
-    for name, parameter in twin.module.named_parameters():
+    module = copy.deepcopy(step.before.module)
+    for name, parameter in module.named_parameters():
         parameter.add_(step.update[name], alpha=share)
-    return twin
+    return step.before.with_module(module)
 
 
 def _loss_changes(

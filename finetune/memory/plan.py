@@ -250,13 +250,11 @@ class _checkpointed:  # reads as a verb in `with`
 
 
 def _default_probe_batch(module: nn.Module, tokens: int) -> int:
-    from ...models.probed import ProbedModel
+    from ...models.probed import CalledModule
     from ...probes.pairs.query import Query
     from ...probes.passes.batches import default_batch_size
 
-    bare = ProbedModel.__new__(ProbedModel)
-    bare.module = module
-    return default_batch_size(bare, [Query.unchecked(range(tokens), (0,), (1,))])
+    return default_batch_size(CalledModule(module), [Query.unchecked(range(tokens), (0,), (1,))])
 
 
 def _weights(module: nn.Module, four_bit: bool) -> int:

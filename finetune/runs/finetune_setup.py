@@ -79,7 +79,7 @@ class Prepared:
 
     def wrapped(self, module: nn.Module, **provenance: Any) -> ProbedModel:
         """A model with an adapter, for the probes, as the base was wrapped."""
-        return ProbedModel(without_wrapper(module), **self.wrapping, **provenance)
+        return self.model.with_module(without_wrapper(module), **provenance)
 
     @property
     def wrapping(self) -> dict[str, Any]:

@@ -88,21 +88,21 @@ class Wrapping:
 
     def __init__(self, **options: Any) -> None:
         self.options = options
-        self._known: dict[str, Any] = {}
+        self._first: ProbedModel | None = None
 
     def __call__(self, module: nn.Module, **provenance: Any) -> ProbedModel:
-        options = {**self.options, **provenance, **self._known}
         module = without_wrapper(module)
-        if options.get("objective") is None:
-            options |= {"objective": as_probed(module).objective, "check": False}
-        probed = ProbedModel(module, **options)
+        if self._first is None:
+            options = {**self.options, **provenance}
+            if options.get("objective") is None:
+                options |= {"objective": as_probed(module).objective, "check": False}
+            self._first = ProbedModel(module, **options)
         # Which way a model reads does not change while it trains.
-        self._known = {"objective": probed.objective, "check": False}
-        return probed
+        return self._first.with_module(module, **provenance)
 
     def forget(self) -> None:
         """Find it out again: another training begins."""
-        self._known = {}
+        self._first = None
 
 
 class ProbeCallback(TrainerCallback):

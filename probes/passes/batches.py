@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import RevprobeError
-from ...models.probed import ProbedModel
+from ...models.probed import CalledModule, ProbedModel
 from ..pairs.query import Query
 
 # Tokens of one batch for a small model, and the parameters beyond which batches shrink.
@@ -102,7 +102,7 @@ def prepare_queries(model: ProbedModel, queries: Sequence[Query]) -> list[Query]
     return list(queries)
 
 
-def default_batch_size(model: ProbedModel, queries: Sequence[Query]) -> int:
+def default_batch_size(model: CalledModule, queries: Sequence[Query]) -> int:
     """Queries per batch: about 8,192 tokens for small models, fewer for large ones, at least two queries."""
     parameters = sum(p.numel() for p in model.module.parameters())
     tokens = max(512, int(_TOKENS * min(1.0, _SMALL / max(parameters, 1))))

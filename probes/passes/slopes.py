@@ -89,7 +89,7 @@ def _forward_mode(model: ProbedModel, batch: QueryBatch, along: Direction) -> Te
             name: forward_ad.make_dual(parameters[name].detach(), direction.to(parameters[name]))
             for name, direction in along.items()
         }
-        losses = mean_nll(readout(_Moved.of(model, moved), batch), batch)
+        losses = mean_nll(readout(model.with_module(_Moved(model.module, moved)), batch), batch)
         loss, slope = forward_ad.unpack_dual(losses)
     return torch.zeros_like(loss) if slope is None else slope
 
@@ -123,13 +123,6 @@ class _Moved(nn.Module):
         super().__init__()
         self.__dict__["module"] = module  # not a child: its parameters are not this module's
         self.values = dict(values)
-
-    @classmethod
-    def of(cls, model: ProbedModel, values: Mapping[str, Tensor]) -> ProbedModel:
-        """The wrapped model, with its module replaced by one that runs on `values`."""
-        moved = ProbedModel.__new__(ProbedModel)
-        moved.__dict__.update(model.__dict__ | {"module": cls(model.module, values)})
-        return moved
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return functional_call(self.__dict__["module"], self.values, args, kwargs)
