@@ -13,7 +13,7 @@ from ..errors import RevprobeError
 from ..models.probed import ProbedModel, as_probed
 from ..models.structure import ParameterRole, parameter_role
 from .pairs.pairs import ReversalPairs
-from .passes.batches import default_batch_size
+from .passes.batches import queries_per_batch
 from .passes.plan import PassResult, Plan, Progress
 from .passes.run import describe, run_pass
 from .passes.selection import listed
@@ -171,7 +171,7 @@ def _combinations(model: ProbedModel, pairs: ReversalPairs, batch_size: int | No
         for members in np.split(order, np.cumsum(np.bincount(groups))[:-1])
     ]
     left, right = np.concatenate(couples).T
-    block = max(1, (batch_size or default_batch_size(model, pairs.queries)) // 2)
+    block = max(1, queries_per_batch(model, pairs.queries, batch_size) // 2)
     rank = np.empty(len(pairs), dtype=int)
     rank[order] = np.arange(len(pairs))
     blocked = np.lexsort((rank[right], rank[left], rank[right] // block, rank[left] // block))

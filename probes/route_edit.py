@@ -20,7 +20,7 @@ from .attention import EVIDENCE_HIDDEN
 from .edits import attention_sites, choose_heads, choose_layers
 from .pairs.pairs import ReversalPairs
 from .pairs.query import Query
-from .passes.batches import default_batch_size, prepare_queries
+from .passes.batches import prepare_queries, queries_per_batch
 from .passes.likelihood import Pricing
 from .passes.plan import PassResult, Plan, Progress
 from .passes.route_changes import EDITS, MATCHES
@@ -113,8 +113,6 @@ class _RouteProbe:
         if not isinstance(self.pairs, ReversalPairs):
             self.pairs = ReversalPairs.from_pairs(self.pairs)
         queries = prepare_queries(model, self.pairs.queries)
-        if plan.batch_size is not None and plan.batch_size < 1:
-            raise RevprobeError(f"batch_size {plan.batch_size!r}: expected at least 1 query")
         sites = attention_sites(model)
         silent = silent_layers(model.module, [site.path for site in sites])
         asked = None if layers is None else listed("layer", layers)
@@ -150,7 +148,7 @@ class _RouteProbe:
             for side, own in sides.items()
         }
         distinct = list({cell.members: cell for cell in cells}.values())
-        size = self.plan.batch_size or default_batch_size(self.model, queries)
+        size = queries_per_batch(self.model, queries, self.plan.batch_size)
         seed = self.plan.seed if self.plan.control else None
         runs = RouteRuns(
             self.model, sites, self.edit, queries, steps, list(units), distinct, size, seed, self.plan.progress

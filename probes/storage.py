@@ -15,7 +15,7 @@ from ..hooks.untouched import untouched
 from ..models.probed import ProbedModel, as_probed
 from .attention import EVIDENCE_HIDDEN
 from .pairs.pairs import ReversalPairs
-from .passes.batches import default_batch_size, make_batch, prepare_queries
+from .passes.batches import make_batch, prepare_queries, queries_per_batch
 from .passes.decomposition import Decomposition, HeldBatch, Piece
 from .passes.plan import PassResult, Plan, Progress
 from .passes.run import describe
@@ -108,9 +108,7 @@ class _Storage:
     def __init__(self, model: ProbedModel, pairs: ReversalPairs, plan: Plan, layers: set[int] | None) -> None:
         self.model, self.pairs, self.plan, self.layers = model, pairs, plan, layers
         self.queries = prepare_queries(model, pairs.queries)
-        if plan.batch_size is not None and plan.batch_size < 1:
-            raise RevprobeError(f"batch_size {plan.batch_size!r}: expected at least 1 query")
-        self.size = plan.batch_size or default_batch_size(model, self.queries)
+        self.size = queries_per_batch(model, self.queries, plan.batch_size)
         partner = control_partners(pairs, model.logit_shift, seed=plan.seed)
         self.partner = partner if plan.control else np.full(len(pairs), -1)
         self.candidates: list[Target] = sorted({query.target for query in self.queries})

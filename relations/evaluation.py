@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import RevprobeError, did_you_mean
 from ..models.probed import ProbedModel, as_probed
-from ..probes.decoding.exact_match import answer_limit, decoded_match
+from ..probes.decoding.exact_match import AnswerBook, decoded_match
 from ..probes.figures.theme import interval_text, undefined_text
 from ..probes.passes.plan import Progress
 from ..probes.readings.readings import Reading, Readings
@@ -48,7 +48,7 @@ def evaluate_relation(
         direction: the direction that was trained, e.g. "P2C"; reverse questions are of the other one.
         splits: "train", "heldout" or both.
         templates: "train", "heldout" or "all"; None asks in held-out wordings where a direction has some, else in all.
-        max_new_tokens: the same for every side; `longest_answer` when None.
+        max_new_tokens: the same for every side; that of the longest answer of any when None.
         progress: called with (questions done, questions in all) over all sides.
         decoding: passed on to `decoded_match` (steps=, block_length=, algorithm=, stop=, batch_size=, ...).
     Returns: readings whose meta says `asked` ("forward" or "reverse"), `split`, `templates`, `relation` and `trained`
@@ -61,28 +61,33 @@ def evaluate_relation(
     if isinstance(relation, LettersRelation):
         raise RevprobeError("letters are asked by position, not in text; probe_reverse_probability has their accuracy")
     sides = _sides(relation, direction, splits, templates)
-    limit = max_new_tokens or longest_answer(model, relation, direction)
+    # Of every side, asked or not: the length of a masked model's answers must not depend on what else is asked.
+    book = answer_book(model, relation, direction)
     total = sum(len(questions) for _, questions in sides)
     told, done, readings = 0, 0, []
     for about, questions in sides:
         told, done = done, done + len(questions)
-        options = {**decoding, "max_new_tokens": limit, "progress": _part_of(progress, told, done, total)}
+        options = {
+            **decoding,
+            "max_new_tokens": max_new_tokens or book.limit,
+            "answers": book,
+            "progress": _part_of(progress, told, done, total),
+        }
         reading = decoded_match(model, questions, **options)
         reading.meta.update({"relation": relation.name, "trained": direction, **about})
         readings.append(reading)
     return Readings(readings)
 
 
-def longest_answer(model: ProbedModel | nn.Module, relation: TextRelation, direction: str) -> int:
-    """Tokens that hold any answer of the relation and its end, whichever side is asked: the length of a masked model's
-    answers must not depend on what else is asked.
+def answer_book(model: ProbedModel, relation: TextRelation, direction: str) -> AnswerBook:
+    """What counts as right for every question about the relation, in either direction and split.
 
     Raises: RevprobeError, as `decoded_match` does.
     """
     splits = sorted(set(relation.facts_of(direction)["split"]))
     sides = [(split, reverse) for split in splits for reverse in (False, True)]
     asked = [relation.questions(direction, reverse=reverse, split=split) for split, reverse in sides]
-    return answer_limit(model, [question for questions in asked for question in questions])
+    return AnswerBook(model, [question for questions in asked for question in questions])
 
 
 def match_table(readings: Readings) -> pd.DataFrame:

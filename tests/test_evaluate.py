@@ -16,12 +16,12 @@ from revprobe.cli.evaluate import what_to_ask
 from revprobe.cli.main import app
 from revprobe.finetune.config.finetuning import FinetuneConfig
 from revprobe.finetune.config.one_layer import dump_config
-from revprobe.probes.decoding.exact_match import answer_limit, normalized
+from revprobe.probes.decoding.exact_match import AnswerBook, normalized
 from revprobe.relations.catalog import from_table, invented_names, load_relation
 from revprobe.relations.evaluation import (
+    answer_book,
     begins_with_answer,
     evaluate_relation,
-    longest_answer,
     match_table,
     save_evaluation,
 )
@@ -111,7 +111,7 @@ def test_every_side_is_decoded_at_one_length():
     model = half_reversed()
     sides = evaluate_relation(model, RELATION, "P2C")
     limits = {reading.meta["decoding"]["max_new_tokens"] for reading in sides}
-    assert limits == {answer_limit(model, list(every_question()))} == {longest_answer(model, RELATION, "P2C")}
+    assert limits == {AnswerBook(model, list(every_question())).limit} == {answer_book(model, RELATION, "P2C").limit}
     alone = evaluate_relation(model, RELATION, "P2C", splits=["heldout"], templates="heldout")
     assert {reading.meta["decoding"]["max_new_tokens"] for reading in alone} == limits
     told = evaluate_relation(model, RELATION, "P2C", max_new_tokens=9, algorithm="margin")

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from revprobe import ProbedModel, Reading, RevprobeError, decode, decoded_match
-from revprobe.probes.decoding.exact_match import TOO_LONG, answer_limit, begins_with, normalized
+from revprobe.probes.decoding.exact_match import TOO_LONG, AnswerBook, begins_with, normalized
 from revprobe.probes.statistics.estimators import NO_PARTNER
 
 NAMES = ["alma", "brent", "cora", "dent", "eric", "fox", "gina", "hart", "ida", "jones"]
@@ -181,11 +181,11 @@ def test_an_answer_may_go_on_with_another_word_but_not_within_one():
 def test_every_question_gets_room_for_the_longest_answer_and_its_end():
     questions = [Question("q1", ("alma brent cora",), "a"), Question("q2", ("dent",), "b")]
     model = script({"q1": "alma brent cora", "q2": "dent"})
-    assert answer_limit(model, questions) == 4
+    assert AnswerBook(model, questions).limit == 4
     reading = decoded_match(model, questions)
     assert reading.value == 1.0 and reading.meta["decoding"]["max_new_tokens"] == 4
     model.tokenizer.eos_token = None
-    assert answer_limit(model, questions) == 3
+    assert AnswerBook(model, questions).limit == 3
 
 
 def test_a_model_that_never_ends_is_wrong_unless_it_is_told_where_to():

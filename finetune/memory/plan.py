@@ -22,6 +22,9 @@ from ...errors import RevprobeError
 from ...hooks.gradients.products import _CHUNK
 from ...hooks.untouched import untouched
 from ...models.peft_adapters import is_adapter_parameter
+from ...models.probed import CalledModule
+from ...probes.pairs.query import Query
+from ...probes.passes.batches import queries_per_batch
 from .live_bytes import AnsweredYes, LiveBytes, fused_attention
 
 GB = 10**9
@@ -250,11 +253,7 @@ class _checkpointed:  # reads as a verb in `with`
 
 
 def _default_probe_batch(module: nn.Module, tokens: int) -> int:
-    from ...models.probed import CalledModule
-    from ...probes.pairs.query import Query
-    from ...probes.passes.batches import default_batch_size
-
-    return default_batch_size(CalledModule(module), [Query.unchecked(range(tokens), (0,), (1,))])
+    return queries_per_batch(CalledModule(module), [Query.unchecked(range(tokens), (0,), (1,))])
 
 
 def _weights(module: nn.Module, four_bit: bool) -> int:

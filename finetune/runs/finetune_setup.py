@@ -17,9 +17,9 @@ from ...models.checkpoints import step_of
 from ...models.peft_adapters import BASE, without_wrapper
 from ...models.probed import ProbedModel
 from ...models.registry import load_model
-from ...probes.decoding.exact_match import answer_limit
 from ...probes.pairs.pairs import ReversalPairs
 from ...relations.catalog import TextRelation, load_relation
+from ...relations.evaluation import answer_book
 from ..config.finetuning import FinetuneConfig
 from ..training.arguments import training_arguments, uses_cpu
 from ..training.checkpointing import READINGS
@@ -99,13 +99,7 @@ def prepare(config: FinetuneConfig, folder: Path, team: Team) -> Prepared:
     direction = config.relation.direction
     relation.opposite(direction)  # an unknown direction is told before a model is loaded
     model = _base(config, relation, folder, team)
-    questions = [
-        question
-        for split in sorted(set(relation.facts_of(direction)["split"]))
-        for reverse in (False, True)
-        for question in relation.questions(direction, reverse=reverse, split=split)
-    ]
-    answer_tokens = config.evaluation.max_new_tokens or answer_limit(model, questions)
+    answer_tokens = config.evaluation.max_new_tokens or answer_book(model, relation, direction).limit
     response_only = config.objective.scope == "response_only"
     options = RowOptions(response_only, config.objective.whole_entity, answer_tokens)
     pairs = relation.pairs(model, direction, limit=config.snapshots.facts)

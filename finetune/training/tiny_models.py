@@ -8,7 +8,7 @@ facts that are invented for it: the relation's own words, recombined into names 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,9 @@ def _pretrain(
     """Train all weights on the statements, with the objective of the layout."""
     masked = config.layout != "llama"
     probed = ProbedModel(module, tokenizer, objective="masked" if masked else "causal", check=False)
-    longest = answer_tokens or longest_answer(probed, statements)
+    ends = [statement.text[statement.prompt_length :] for statement in statements]
+    # The longest completion and one token to end it.
+    longest = answer_tokens or max(map(len, tokenizer(ends, add_special_tokens=False)["input_ids"])) + 1
     rows = StatementRows(statements, probed, RowOptions(answer_tokens=longest))
     learning = config.pretraining
     arguments = training_arguments(
@@ -216,10 +218,3 @@ def _pretrain(
     trainer.train()
     shutil.rmtree(folder / "training", ignore_errors=True)
     module.eval()
-
-
-def longest_answer(model: ProbedModel, statements: Iterable[TrainingText]) -> int:
-    """Tokens of the longest completion among the statements, and one to end it."""
-    ends = [statement.text[statement.prompt_length :] for statement in statements]
-    ids = model.tokenizer(ends, add_special_tokens=False)["input_ids"]
-    return max(map(len, ids)) + 1

@@ -21,7 +21,7 @@ from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
 from ..pairs.query import Query
 from ..pairs.spans import encode_texts, require_fast_tokenizer
-from ..passes.batches import default_batch_size
+from ..passes.batches import queries_per_batch
 from ..passes.plan import Progress
 from .causal import continue_greedily, end_tokens, generator_of
 from .masked import Prompt, Unmasking, unmask, unmasking
@@ -212,14 +212,12 @@ def _batches(
     `generate` needs padding on the left, which moves learned positions and is ignored by some architectures: prompts
     of one length need none. So do those of a module that takes no attention mask.
     """
-    if batch_size is not None and batch_size < 1:
-        raise RevprobeError(f"batch_size {batch_size!r}: expected at least 1 prompt")
     sizes = [
         len(p.before) if model.objective == "causal" else len(p.before) + n + len(p.after)
         for p, n in zip(prompts, lengths, strict=True)
     ]
     longest = max(len(p.before) + n + len(p.after) for p, n in zip(prompts, lengths, strict=True))
-    size = batch_size or default_batch_size(model, [Query.unchecked(range(longest), (), ())])
+    size = queries_per_batch(model, [Query.unchecked(range(longest), (), ())], batch_size)
     apart = generator_of(model.module) is not None if model.objective == "causal" else not _takes_mask(model.module)
     batch: list[int] = []
     for place in sorted(range(len(prompts)), key=lambda i: (sizes[i], lengths[i])):

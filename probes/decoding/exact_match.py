@@ -48,6 +48,7 @@ def decoded_match(
     control: bool = True,
     progress: Progress | None = None,
     seed: int = 0,
+    answers: AnswerBook | None = None,
 ) -> Reading:
     """Share of the questions a model answers, decoding greedily; the interval resamples facts.
 
@@ -67,6 +68,7 @@ def decoded_match(
         steps, block_length, algorithm: masked models only; see `decode`.
         control: also match against deranged answers.
         seed: of derangement and bootstrap.
+        answers: these questions' `AnswerBook`, which may hold others too; made here when None.
 
     Frame: question, fact, kind, direction, template, prompt, answers (a JSON list), decoded, match (1 or 0; NaN when no
     answer fits into max_new_tokens), match_control (NaN without a partner), begins (1 where the decoding begins with an
@@ -83,7 +85,8 @@ def decoded_match(
         raise RevprobeError(f"unknown answer_length {answer_length!r}{did_you_mean(answer_length, ANSWER_LENGTHS)}")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise RevprobeError(f"max_new_tokens {max_new_tokens!r}: expected at least 1 token")
-    scorer = _Scorer(model, questions, max_new_tokens, answer_length, control, seed)
+    book = answers or AnswerBook(model, questions)
+    scorer = _Scorer(model, questions, book, max_new_tokens, answer_length == "oracle", control, seed)
     asks = scorer.asks()
     prompts, lengths = [scorer.prompts[i] for i, _ in asks], [length for _, length in asks]
     tokens = decode_tokens(model, prompts, lengths, how, batch_size=batch_size, progress=progress)
@@ -96,17 +99,6 @@ def decoded_match(
     return reading
 
 
-def answer_limit(model: ProbedModel | nn.Module, questions: Sequence[Asked]) -> int:
-    """The `max_new_tokens` that `decoded_match` takes by itself: the longest answer's tokens, and one for an end token.
-
-    Raises: RevprobeError, without a fast tokenizer, or for questions without an answer.
-    """
-    model = as_probed(model)
-    _require_questions(questions)
-    require_fast_tokenizer(model.tokenizer, model.name)
-    return AnswerBook(model, questions).limit
-
-
 class _Scorer:
     """The questions, the lengths their answers are decoded at, and who is whose control."""
 
@@ -114,16 +106,18 @@ class _Scorer:
         self,
         model: ProbedModel,
         questions: Sequence[Asked],
+        book: AnswerBook,
         max_new_tokens: int | None,
-        answer_length: str,
+        oracle: bool,
         control: bool,
         seed: int,
     ) -> None:
         self.questions = questions
         self.prompts = encode_prompts(model, [question.prompt for question in questions])
-        self.answers = AnswerBook(model, questions)
-        self.limit = max_new_tokens or self.answers.limit
-        self.oracle = answer_length == "oracle"
+        self.accepted = [book.accepted[asked_key(question)] for question in questions]
+        self.lengths = [book.lengths[asked_key(question)] for question in questions]
+        self.limit = max_new_tokens or book.limit
+        self.oracle = oracle
         self.partner = self._partners(seed) if control else None
         # Equal prompts are decoded once, for the first question that asks so.
         first: dict[Prompt, int] = {}
@@ -142,7 +136,7 @@ class _Scorer:
 
     def _row(self, i: int, question: Asked, decoded: dict[tuple[int, int], str]) -> dict[str, Any]:
         texts = [decoded[self.first[i], length] for length in self._own_lengths(i)]
-        right = next((text for text in texts if normalized(text) in self.answers.accepted[i]), None)
+        right = next((text for text in texts if normalized(text) in self.accepted[i]), None)
         row: dict[str, Any] = {
             "question": i,
             "fact": str(question.fact),
@@ -169,18 +163,18 @@ class _Scorer:
         if j < 0:
             return float("nan"), float("nan")
         texts = [normalized(decoded[self.first[i], length]) for length in self._own_lengths(j)]
-        accepted = self.answers.accepted[j]
+        accepted = self.accepted[j]
         begins = any(begins_with(text, answer) for text in texts for answer in accepted)
         return float(any(text in accepted for text in texts)), float(begins)
 
     def _fits(self, i: int) -> bool:
-        return min(self.answers.lengths[i]) <= self.limit
+        return min(self.lengths[i]) <= self.limit
 
     def _own_lengths(self, i: int) -> list[int]:
         """The lengths a question is decoded at."""
         if not self.oracle:
             return [self.limit]
-        return [length for length in self.answers.lengths[i] if length <= self.limit] or [self.limit]
+        return [length for length in self.lengths[i] if length <= self.limit] or [self.limit]
 
     def _partners(self, seed: int) -> np.ndarray:
         """For each question one of the same direction and template, about a fact that shares no answer with its own.
@@ -192,7 +186,7 @@ class _Scorer:
             if not self._fits(i):
                 group[i] = -1 - i  # alone: neither has a control nor is one
         facts = np.array([str(question.fact) for question in self.questions])
-        return derangement(families(facts, self.answers.accepted), group, seed=seed)
+        return derangement(families(facts, self.accepted), group, seed=seed)
 
 
 def _describe(
@@ -259,23 +253,34 @@ def normalized(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).lower().split())
 
 
+def asked_key(question: Asked) -> tuple[str, tuple[str, ...]]:
+    """What an answer book finds a question by."""
+    return question.prompt, tuple(question.answers)
+
+
 class AnswerBook:
     """What counts as right for each question, and how many tokens it takes.
 
-    `accepted[i]`: the answers normalized, and as the tokenizer reads them back (one that takes "O'Neil" apart and
-    joins it with blanks could never write the original). `lengths[i]`: token counts of the answers, ascending; `limit`:
-    tokens that hold the longest answer and an end token, where there is one.
+    `accepted`, by `asked_key`: the answers normalized, and as the tokenizer reads them back (one that takes "O'Neil"
+    apart and joins it with blanks could never write the original). `lengths`: token counts of the answers, ascending;
+    `limit`: tokens that hold the longest answer and an end token, where there is one, which is the `max_new_tokens`
+    that `decoded_match` takes by itself.
+
+    Raises: RevprobeError, without a fast tokenizer, or for questions without an answer.
     """
 
     def __init__(self, model: ProbedModel, questions: Sequence[Asked]) -> None:
+        _require_questions(questions)
+        require_fast_tokenizer(model.tokenizer, model.name)
         asked = list(dict.fromkeys((q.prompt, answer) for q in questions for answer in q.answers))
         tails = dict(zip(asked, _answer_tokens(model.tokenizer, asked), strict=True))
-        self.accepted = [
-            {normalized(form) for a in q.answers for form in (a, *_read_back(model.tokenizer, tails[q.prompt, a]))}
+        read_back = lambda prompt, answer: _read_back(model.tokenizer, tails[prompt, answer])  # noqa: E731
+        self.accepted = {
+            asked_key(q): {normalized(form) for a in q.answers for form in (a, *read_back(q.prompt, a))}
             for q in questions
-        ]
-        self.lengths = [sorted({max(1, len(tails[q.prompt, a])) for a in q.answers}) for q in questions]
-        self.limit = max(lengths[-1] for lengths in self.lengths) + (1 if end_tokens(model) else 0)
+        }
+        self.lengths = {asked_key(q): sorted({max(1, len(tails[q.prompt, a])) for a in q.answers}) for q in questions}
+        self.limit = max(lengths[-1] for lengths in self.lengths.values()) + (1 if end_tokens(model) else 0)
 
 
 def _answer_tokens(tokenizer: Any, asked: Sequence[tuple[str, str]]) -> list[tuple[int, ...]]:

@@ -102,8 +102,15 @@ def prepare_queries(model: ProbedModel, queries: Sequence[Query]) -> list[Query]
     return list(queries)
 
 
-def default_batch_size(model: CalledModule, queries: Sequence[Query]) -> int:
-    """Queries per batch: about 8,192 tokens for small models, fewer for large ones, at least two queries."""
+def queries_per_batch(model: CalledModule, queries: Sequence[Query], batch_size: int | None = None) -> int:
+    """What was asked for; by itself about 8,192 tokens for small models, fewer for large ones, at least two queries.
+
+    Raises: RevprobeError, for a batch size below 1.
+    """
+    if batch_size is not None:
+        if batch_size < 1:
+            raise RevprobeError(f"batch_size {batch_size!r}: expected at least 1 query")
+        return batch_size
     parameters = sum(p.numel() for p in model.module.parameters())
     tokens = max(512, int(_TOKENS * min(1.0, _SMALL / max(parameters, 1))))
     return max(2, tokens // max(len(q.token_ids) for q in queries))

@@ -27,7 +27,7 @@ from ...models.probed import ProbedModel
 from ...models.structure import fused_parts, silent_layers
 from ..pairs.pairs import ReversalPairs
 from ..statistics.group_correlation import derangement
-from .batches import QueryBatch, default_batch_size, make_batch, prepare_queries
+from .batches import QueryBatch, make_batch, prepare_queries, queries_per_batch
 from .likelihood import Pricing, mean_nll, readout
 from .plan import PassResult, Plan
 
@@ -56,9 +56,7 @@ class _Pass:
             pairs = ReversalPairs.from_pairs(pairs)
         self.model, self.pairs, self.plan, self.part, self.of = model, pairs, plan, part, parts
         self.queries = prepare_queries(model, pairs.queries)
-        if plan.batch_size is not None and plan.batch_size < 1:
-            raise RevprobeError(f"batch_size {plan.batch_size!r}: expected at least 1 query")
-        self.batch_size = plan.batch_size or default_batch_size(model, self.queries)
+        self.batch_size = queries_per_batch(model, self.queries, plan.batch_size)
         if parts > 1:  # at least one batch for each
             self.batch_size = min(self.batch_size, max(2, -(-len(self.queries) // parts)))
         partner = derangement(pairs.facts.astype(str), pairs.groups(model.logit_shift), seed=plan.seed)

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
 from ..pairs.query import Query
-from .batches import QueryBatch, default_batch_size, make_batch
+from .batches import QueryBatch, make_batch, queries_per_batch
 from .likelihood import mean_nll, readout
 
 Direction = Mapping[str, Tensor]
@@ -55,7 +55,7 @@ def loss_slopes(
     """
     if not queries:
         return Slopes(np.zeros(0), np.zeros((len(directions), 0)))
-    size = batch_size or default_batch_size(model, queries)
+    size = queries_per_batch(model, queries, batch_size)
     batches = [make_batch(model, queries[start : start + size]) for start in range(0, len(queries), size)]
     with untouched(model.module):
         # A run of its own: forward mode takes another attention kernel, whose last bits would count as a change.

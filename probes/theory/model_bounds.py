@@ -21,7 +21,7 @@ from ...models.probed import ProbedModel, as_probed
 from ...models.rotary import OTHER, STILL, TURNS, LayerPositions, Rotary, layer_positions, seen_positions
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
-from ..passes.batches import default_batch_size, make_batch, prepare_queries
+from ..passes.batches import make_batch, prepare_queries, queries_per_batch
 from ..readings.readings import Reading
 from .checks import distance_pairs, number
 from .score_correlation import alibi_correlation, mean_bound, rope_asymmetric_bound, rope_query_bound, tail_bound
@@ -251,7 +251,7 @@ def _bounds_by_query(
 ) -> dict[int, np.ndarray]:
     """The q-specific bound of each query at its distance. Shapes: layer -> `query head`."""
     prepared = prepare_queries(model, queries)
-    size = size or default_batch_size(model, prepared)
+    size = queries_per_batch(model, prepared, size)
     found: dict[int, list[np.ndarray]] = {layer: [] for layer in turning}
     with untouched(model.module), torch.no_grad():
         for start in range(0, len(prepared), size):

@@ -19,7 +19,7 @@ from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
-from ..passes.batches import default_batch_size, make_batch, prepare_queries
+from ..passes.batches import make_batch, prepare_queries, queries_per_batch
 
 
 def storage_gradient_cosines(
@@ -47,7 +47,7 @@ def _factors(model: ProbedModel, pairs: ReversalPairs, batch_size: int | None) -
     """p - 1_v and the attention mass per token of every query. Shapes: `query vocab, query (head vocab)`, float64."""
     whole = [Query.unchecked(q.token_ids, q.target_positions, range(len(q.token_ids))) for q in pairs.queries]
     queries = prepare_queries(model, whole)
-    size = batch_size or default_batch_size(model, queries)
+    size = queries_per_batch(model, queries, batch_size)
     parts = []
     with untouched(model.module), torch.no_grad():
         for start in range(0, len(queries), size):
