@@ -10,16 +10,17 @@ asked for. It looks in three places and takes the first that shows anything:
                   older research code); seq x seq exists there anyway
 
 Each call is attributed to the module that made it. Scores are pre-softmax and include what is added to them (ALiBi
-arrives as an additive mask); a position that the mask forbids has score -inf and weight 0.
+arrives as an additive mask); a position that the mask forbids has score -inf and weight 0. `tap_queries` keeps the query
+vectors of SDPA calls instead.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -65,20 +66,36 @@ class AttentionTap:
         return self.hook_points or self.sdpa or self.softmax
 
     def layers(self) -> dict[int, AttentionRows]:
-        """The calls by layer: the number in the module's path, or the order of calls where paths do not differ.
-
-        Raises: RevprobeError, when no call was seen.
-        """
+        """The calls by layer, as `by_layer` numbers them. Raises: RevprobeError, when no call was seen."""
         if not self.calls:
             raise RevprobeError(
                 "no attention was seen: the model calls neither scaled_dot_product_attention nor a softmax over "
                 "[batch, heads, seq, seq] (flash or flex kernels, nn.MultiheadAttention); load it with "
                 "attn_implementation='sdpa'"
             )
-        numbers = [_LAYER.search(call.site) for call in self.calls]
-        by_path = [int(number[1]) for number in numbers if number]
-        distinct = len(by_path) == len(self.calls) == len(set(by_path))
-        return dict(zip(by_path if distinct else range(len(self.calls)), self.calls, strict=True))
+        return by_layer(self.calls)
+
+
+@dataclass(frozen=True)
+class QueryRows:
+    """The queries of one attention call, as the scores see them: after RoPE, before the scale.
+
+    Shapes: `query`: `batch heads rows dim`, float32 or wider.
+    """
+
+    site: str
+    query: Tensor
+
+
+Call = TypeVar("Call", AttentionRows, QueryRows)
+
+
+def by_layer(calls: Sequence[Call]) -> dict[int, Call]:
+    """Calls by layer: the number in the module's path, or the order of calls where paths do not differ."""
+    numbers = [_LAYER.search(call.site) for call in calls]
+    by_path = [int(number[1]) for number in numbers if number]
+    distinct = len(by_path) == len(calls) == len(set(by_path))
+    return dict(zip(by_path if distinct else range(len(calls)), calls, strict=True))
 
 
 @contextmanager
@@ -100,10 +117,38 @@ def tap_attention(module: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[
         if is_score_matrix(scores, len(rows)) and scores.shape[-1] > max(int(rows.max()), int(columns.max())):
             see_scores(tap.softmax, site, scores)
 
-    with _running_module(module) as running, _score_hooks(module, lambda *at: see_scores(tap.hook_points, *at)):
-        site = lambda: running[-1] if running else ""  # noqa: E731
-        with _AttentionMode(lambda call: see_sdpa(site(), call), lambda scores: see_softmax(site(), scores)):
-            yield tap
+    def watch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        site = running[-1] if running else ""
+        if func is F.scaled_dot_product_attention:
+            see_sdpa(site, sdpa_call(args, kwargs))
+        elif (scores := softmaxed(func, args, kwargs)) is not None:
+            see_softmax(site, scores)
+        return func(*args, **kwargs)
+
+    hooks = _score_hooks(module, lambda *at: see_scores(tap.hook_points, *at))
+    with running_module(module) as running, hooks, FunctionMode(watch):
+        yield tap
+
+
+@contextmanager
+def tap_queries(module: nn.Module, rows: Tensor) -> Iterator[list[QueryRows]]:
+    """Record the queries at `rows` of every SDPA call of `module` while open, in the order of the calls.
+
+    Shapes: `rows`: `batch rows` (long). Adds hooks to the module tree and removes exactly those, also when the forward
+    pass raises.
+    Raises: RevprobeError, when a call's batch is not the batch that was asked about.
+    """
+    calls: list[QueryRows] = []
+
+    def watch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is F.scaled_dot_product_attention:
+            site = running[-1] if running else ""
+            query = sdpa_call(args, kwargs)["query"].detach()
+            calls.append(QueryRows(site, _query_rows(query, rows.to(query.device), site)))
+        return func(*args, **kwargs)
+
+    with running_module(module) as running, FunctionMode(watch):
+        yield calls
 
 
 @torch.no_grad()
@@ -125,18 +170,24 @@ def call_rows(call: Mapping[str, Any], rows: Tensor, *, site: str = "attention")
     Shapes: `batch rows -> batch heads rows seq`. Raises: RevprobeError, as `attention_rows`.
     """
     query, key = call["query"], call["key"]
-    if query.dim() != 4 or query.shape[0] != rows.shape[0]:
-        raise RevprobeError(
-            f"{site}: attention over query {tuple(query.shape)}, expected {rows.shape[0]} sequences x heads x seq x "
-            "dim; the model reshapes its batch"
-        )
-    wide = torch.promote_types(query.dtype, torch.float32)
-    batch = torch.arange(rows.shape[0], device=rows.device)[:, None]
-    query_rows = query.transpose(1, 2)[batch, rows].transpose(1, 2).to(wide)
+    query_rows = _query_rows(query, rows, site)
+    wide = query_rows.dtype
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).to(wide)
     scale = call.get("scale")
     scores = query_rows @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
     return _hidden_as_infinite(scores + _mask_rows(call, rows, scores))
+
+
+def _query_rows(query: Tensor, rows: Tensor, site: str) -> Tensor:
+    """The queries of some rows. Shapes: `batch heads seq dim, batch rows -> batch heads rows dim`, float32 or wider."""
+    if query.dim() != 4 or query.shape[0] != rows.shape[0]:
+        raise RevprobeError(
+            f"{site or 'attention'}: attention over query {tuple(query.shape)}, expected {rows.shape[0]} sequences x "
+            "heads x seq x dim; the model reshapes its batch"
+        )
+    batch = torch.arange(rows.shape[0], device=rows.device)[:, None]
+    at_rows = query.transpose(1, 2)[batch, rows].transpose(1, 2)
+    return at_rows.to(torch.promote_types(query.dtype, torch.float32))
 
 
 def matrix_rows(scores: Tensor, rows: Tensor) -> Tensor:
@@ -203,22 +254,17 @@ def _mask_rows(call: Mapping[str, Any], rows: Tensor, scores: Tensor) -> Tensor:
     return bias + added.masked_fill(hidden, float("-inf"))
 
 
-class _AttentionMode(TorchFunctionMode):
-    """Show every SDPA call and every softmax over the last axis, then make them unchanged."""
+class FunctionMode(TorchFunctionMode):
+    """Every torch call inside goes through `make(func, args, kwargs)`, which makes it, as it is or another."""
 
-    def __init__(self, see_sdpa: Callable[[dict[str, Any]], None], see_softmax: Callable[[Tensor], None]) -> None:
+    def __init__(self, make: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
         super().__init__()
-        self.see_sdpa, self.see_softmax = see_sdpa, see_softmax
+        self.make = make
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            self.see_sdpa(sdpa_call(args, kwargs))
-        elif (scores := softmaxed(func, args, kwargs)) is not None:
-            self.see_softmax(scores)
-        return func(*args, **kwargs)
+        return self.make(func, args, kwargs or {})
 
 
 @contextmanager
@@ -238,7 +284,7 @@ def _score_hooks(module: nn.Module, see: Callable[[str, Tensor], None]) -> Itera
 
 
 @contextmanager
-def _running_module(module: nn.Module) -> Iterator[list[str]]:
+def running_module(module: nn.Module) -> Iterator[list[str]]:
     """The path of modules that are running now, innermost last."""
     running: list[str] = []
     handles = []
@@ -256,63 +302,3 @@ def _running_module(module: nn.Module) -> Iterator[list[str]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@dataclass(frozen=True)
-class QueryRows:
-    """The queries of one attention call. Shapes: `query`: `batch heads rows dim`, float32 or wider."""
-
-    site: str
-    query: Tensor
-
-
-@dataclass
-class QueryTap:
-    """The calls a tap saw, in their order."""
-
-    calls: list[QueryRows] = field(default_factory=list)
-
-    def layers(self) -> dict[int, QueryRows]:
-        """The calls by layer, numbered as `AttentionTap.layers` numbers them; empty when no call was seen."""
-        numbers = [_LAYER.search(call.site) for call in self.calls]
-        by_path = [int(number[1]) for number in numbers if number]
-        distinct = len(by_path) == len(self.calls) == len(set(by_path))
-        return dict(zip(by_path if distinct else range(len(self.calls)), self.calls, strict=True))
-
-
-@contextmanager
-def tap_queries(module: nn.Module, rows: Tensor) -> Iterator[QueryTap]:
-    """Record the queries at `rows` of every SDPA call of `module` while open. Shapes: `rows`: `batch rows` (long).
-
-    Adds hooks to the module tree and removes exactly those, also when the forward pass raises.
-    Raises: RevprobeError, when a call's batch is not the batch that was asked about.
-    """
-    tap = QueryTap()
-    with _running_module(module) as running, _QueryMode(tap, rows, running):
-        yield tap
-
-
-class _QueryMode(TorchFunctionMode):
-    """Keep the query rows of every SDPA call, then make it unchanged."""
-
-    def __init__(self, tap: QueryTap, rows: Tensor, running: list[str]) -> None:
-        super().__init__()
-        self.tap, self.rows, self.running = tap, rows, running
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            self._keep(args[0] if args else (kwargs or {})["query"])
-        return func(*args, **(kwargs or {}))
-
-    def _keep(self, query: Tensor) -> None:
-        site = self.running[-1] if self.running else ""
-        if query.dim() != 4 or query.shape[0] != self.rows.shape[0]:
-            raise RevprobeError(
-                f"{site or 'attention'}: query {tuple(query.shape)}, expected {self.rows.shape[0]} sequences x heads x "
-                "seq x dim; the model reshapes its batch"
-            )
-        batch = torch.arange(len(self.rows), device=query.device)[:, None]
-        at_rows = query.detach().transpose(1, 2)[batch, self.rows.to(query.device)].transpose(1, 2)
-        self.tap.calls.append(QueryRows(site, at_rows.to(torch.promote_types(query.dtype, torch.float32))))

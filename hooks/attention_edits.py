@@ -26,10 +26,18 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..errors import RevprobeError
-from .attention import SCORE_POINT, call_rows, is_score_matrix, matrix_rows, sdpa_call, softmaxed, tap_attention
+from .attention import (
+    SCORE_POINT,
+    FunctionMode,
+    call_rows,
+    is_score_matrix,
+    matrix_rows,
+    sdpa_call,
+    softmaxed,
+    tap_attention,
+)
 from .untouched import untouched
 
 # What to add to the scores of a layer, `batch heads rows seq -> ` anything broadcastable to it; None to add nothing.
@@ -136,11 +144,11 @@ class _SiteEdit:
         self.running, self.reached = running, reached
         self.last = int(rows.max())
         self.calls = 0
-        self.modes: list[_EditMode] = []
+        self.modes: list[FunctionMode] = []
 
     def enter(self, *_: Any) -> None:
         self.running.append(self.sites[0].path)
-        self.modes.append(_EditMode(self))
+        self.modes.append(FunctionMode(self.make))
         self.modes[-1].__enter__()
 
     def leave(self, *_: Any) -> None:  # a returned value would replace the module's output
@@ -154,6 +162,17 @@ class _SiteEdit:
 
     def hook_point(self, _: Any, __: Any, scores: Tensor) -> Tensor:
         return self.matrix(scores)
+
+    def make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Send the SDPA calls or softmaxes of this module through the edit."""
+        if not self.innermost:
+            return func(*args, **kwargs)
+        if self.sites[0].source == "sdpa":
+            if func is F.scaled_dot_product_attention:
+                return func(**self.sdpa(sdpa_call(args, kwargs)))
+        elif (scores := softmaxed(func, args, kwargs)) is not None and is_score_matrix(scores, len(self.rows)):
+            return func(self.matrix(scores), *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
+        return func(*args, **kwargs)
 
     def sdpa(self, call: dict[str, Any]) -> dict[str, Any]:
         """The call with the edit in its mask."""
@@ -218,27 +237,6 @@ class _SiteEdit:
         emptied = scores.isfinite().any(-1) & (scores + added).isneginf().all(-1)
         self.log.meaningless[site.layer], self.log.emptied[site.layer] = meaningless, emptied
         return added.masked_fill(emptied[..., None], 0.0)
-
-
-class _EditMode(TorchFunctionMode):
-    """Send the SDPA calls or softmaxes of one running module through its edit."""
-
-    def __init__(self, edit: _SiteEdit) -> None:
-        super().__init__()
-        self.edit = edit
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if not self.edit.innermost:
-            return func(*args, **kwargs)
-        if self.edit.sites[0].source == "sdpa":
-            if func is F.scaled_dot_product_attention:
-                return func(**self.edit.sdpa(sdpa_call(args, kwargs)))
-        elif (scores := softmaxed(func, args, kwargs)) is not None and is_score_matrix(scores, len(self.edit.rows)):
-            return func(self.edit.matrix(scores), *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
-        return func(*args, **kwargs)
 
 
 def _call_mask(call: dict[str, Any], heads: int) -> Tensor:

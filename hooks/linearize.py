@@ -21,10 +21,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .attention import _running_module, call_rows, matrix_rows, sdpa_call, softmaxed
+from .attention import FunctionMode, call_rows, matrix_rows, running_module, sdpa_call, softmaxed
 from .linearized_pass import HeldAttention, HeldPass, Part
 
 # Linear in the one tensor that varies; shapes, casts, sums and selections. "__get__" is an attribute (.mT, .shape).
@@ -62,25 +61,25 @@ def hold_nonlinear(module: nn.Module, rows: Tensor) -> Iterator[HeldPass]:
     try:
         for p, _ in flags:
             p.requires_grad_(False)
-        with torch.enable_grad(), _running_module(module) as running, _HoldingMode(held, rows, running, tokens):
+        with (
+            torch.enable_grad(),
+            running_module(module) as running,
+            FunctionMode(_Holding(held, rows, running, tokens).make),
+        ):
             yield held
     finally:
         for p, flag in flags:
             p.requires_grad_(flag)
 
 
-class _HoldingMode(TorchFunctionMode):
+class _Holding:
     """Runs linear functions as they are, and cuts the graph behind every other."""
 
     def __init__(self, held: HeldPass, rows: Tensor, running: list[str], tokens: Tensor | None) -> None:
-        super().__init__()
         self.held, self.rows, self.running, self.tokens = held, rows, running, tokens
         self.hidden: Tensor | None = None  # what the mask keeps from the rows, by the last softmax of scores
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", "")
         if name == "embedding":
             return self._embedding(func, args, kwargs)
@@ -243,13 +242,13 @@ class _HoldingMode(TorchFunctionMode):
 
 
 _RULES: dict[str, Any] = {
-    **dict.fromkeys(_SUMS, _HoldingMode._sum),
-    **dict.fromkeys(_PRODUCTS, _HoldingMode._product),
-    **dict.fromkeys(_MATRIX_PRODUCTS, _HoldingMode._matrix_product),
-    "linear": _HoldingMode._linear,
-    "addmm": _HoldingMode._addmm,
-    "layer_norm": _HoldingMode._layer_norm,
-    "rms_norm": _HoldingMode._rms_norm,
+    **dict.fromkeys(_SUMS, _Holding._sum),
+    **dict.fromkeys(_PRODUCTS, _Holding._product),
+    **dict.fromkeys(_MATRIX_PRODUCTS, _Holding._matrix_product),
+    "linear": _Holding._linear,
+    "addmm": _Holding._addmm,
+    "layer_norm": _Holding._layer_norm,
+    "rms_norm": _Holding._rms_norm,
 }
 
 

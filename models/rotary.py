@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ..errors import RevprobeError
-from ..hooks.attention import SCORE_POINT, tap_queries
+from ..hooks.attention import SCORE_POINT, by_layer, tap_queries
 from ..hooks.untouched import untouched
 from .probed import ProbedModel
 from .radd import RaddConfig
@@ -144,14 +144,14 @@ def layer_positions(model: ProbedModel, *, length: int | None = None) -> dict[in
     shown = torch.linspace(0, model.vocab_size - 1, TOKENS, device=model.device).long()
     repeats = min(REPEATS, model.max_length or REPEATS)
     rows = torch.tensor([[0, repeats - 1]], device=model.device).expand(TOKENS, -1)
-    with untouched(model.module), torch.no_grad(), tap_queries(model.module, rows) as tap:
+    with untouched(model.module), torch.no_grad(), tap_queries(model.module, rows) as calls:
         model.logits(shown[:, None].expand(-1, repeats).contiguous())
     candidates = [*_candidates(model.module, repeats)]
     asked = candidates if length is None else [*_candidates(model.module, length)]
     eps = torch.finfo(model.dtype).eps
     tolerance = {kind: max(least, times * eps) for kind, (least, times) in WITHIN.items()}
     found: dict[int, LayerPositions] = {}
-    for layer, call in sorted(tap.layers().items()):
+    for layer, call in sorted(by_layer(calls).items()):
         near, far = call.query.double().cpu().numpy().transpose(2, 0, 1, 3)
         places = [place for place, (owner, _) in enumerate(candidates) if owner in (None, layer)]
         pairs = [(candidates[place][1], asked[place][1]) for place in places]

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from torch import nn
 
 from ...errors import RevprobeError
-from ...hooks.attention import tap_queries
+from ...hooks.attention import by_layer, tap_queries
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
 from ...models.rotary import OTHER, STILL, TURNS, LayerPositions, Rotary, layer_positions, seen_positions
@@ -256,9 +256,9 @@ def _bounds_by_query(
     with untouched(model.module), torch.no_grad():
         for start in range(0, len(prepared), size):
             batch = make_batch(model, prepared[start : start + size])
-            with tap_queries(model.module, batch.rows) as tap:
+            with tap_queries(model.module, batch.rows) as seen:
                 model.logits(batch.input_ids, batch.attention_mask)
-            calls, apart = tap.layers(), distance[start : start + size, None]
+            calls, apart = by_layer(seen), distance[start : start + size, None]
             for layer, rotary in turning.items():
                 energy = rotary.plane_energy(calls[layer].query[:, :, 0].double().cpu().numpy())
                 found[layer].append(rope_query_bound(energy, apart, frequencies=rotary.frequencies))
