@@ -30,7 +30,7 @@ import pandas as pd
 import revprobe as rp
 from revprobe.atomic_files import write_text
 from revprobe.probes.pairs.query import Query
-from revprobe.probes.statistics.group_correlation import Estimate, mean_over_facts, resampled_facts
+from revprobe.probes.statistics.resampling import Estimate, mean_over_facts, resampled_facts
 
 PLACEHOLDER = "0"
 ROUNDING = 1e-5  # nats; a smaller gap is the rounding of float32 logits (ALiBi's two queries are mirror images)

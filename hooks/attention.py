@@ -10,8 +10,8 @@ asked for. It looks in three places and takes the first that shows anything:
                   older research code); seq x seq exists there anyway
 
 Each call is attributed to the module that made it. Scores are pre-softmax and include what is added to them (ALiBi
-arrives as an additive mask); a position that the mask forbids has score -inf and weight 0. `tap_queries` keeps the query
-vectors of SDPA calls instead.
+arrives as an additive mask); a position that the mask forbids has score -inf and weight 0.
+`tap_queries` keeps the query vectors of SDPA calls instead.
 """
 
 from __future__ import annotations

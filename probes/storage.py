@@ -22,7 +22,7 @@ from .passes.run import describe
 from .passes.selection import chosen_of, listed
 from .readings.readings import Reading
 from .statistics.estimators import NO_PARTNER
-from .statistics.group_correlation import derangement
+from .statistics.resampling import derangement
 
 DIFFERENT_TOKENS = "different tokens in the two directions"
 NO_LIKE_TARGET = "no other fact in the group has a target of as many tokens, for the control"

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 import revprobe as rp
 from revprobe.cli.main import main
 from revprobe.finetune.config.one_layer import RunConfig, SweepConfig, parse_config
-from revprobe.finetune.runs.run import Run
 from revprobe.finetune.training.checkpointing import only_writer
 from revprobe.probes.figures.theme import interval_text
 from revprobe.report.summary.terminal import readings_table
@@ -128,7 +127,10 @@ def test_probe_of_a_run_gives_the_readings_of_its_last_snapshot(cli: Cli, traine
     """--pairs letters:4 means the very pairs the snapshots used, so the numbers can be compared."""
     code, out, err = cli("probe", trained, "--pairs", "letters:4", "--out", "readings")
     assert (code, err) == (0, "")
-    again, saved = rp.Readings.load(tmp_path / "readings"), Run(trained).readings().select(step=12, weights="ema")
+    again, saved = (
+        rp.Readings.load(tmp_path / "readings"),
+        rp.open_run(trained).readings().select(step=12, weights="ema"),
+    )
     assert len(again) == 3
     for reading in again:
         assert reading.frame.equals(saved[reading.name].frame), reading.name
@@ -149,7 +151,7 @@ def test_probe_takes_pairs_from_a_file(cli: Cli, trained: Path, tmp_path: Path) 
 
 def test_probe_shows_the_excess_over_the_control(trained: Path) -> None:
     """A value beside its control leaves the finding, whether the difference excludes zero, to the reader."""
-    reading = Run(trained).readings().select(name="attention_correlation", step=12, weights="ema")
+    reading = rp.open_run(trained).readings().select(name="attention_correlation", step=12, weights="ema")
     table = readings_table(reading, "title")
     cells = {str(column.header): str(next(iter(column.cells))) for column in table.columns}
     excess = reading[0].excess

@@ -128,7 +128,8 @@ def test_a_lost_reading_and_a_lost_evaluation_are_taken_again(tmp_path: Path) ->
     for file in (run.path / "evaluation").iterdir():
         file.unlink()
     (run.path / "evaluation").rmdir()
-    assert run.problem == "the readings of step 3 are missing; run the same command again"
+    lost = "1 of 12 readings are missing (readings/step-000003/gradient_cosine.raw.parquet)"
+    assert run.problem == f"{lost}; run the same command again to take them from their checkpoints"
     with pytest.warns(UserWarning, match="missing readings of step 3 were taken from its checkpoint"):
         assert fine_tune(config("llama"), run.path).finished
     assert rp.Reading.load(lost).value == expected

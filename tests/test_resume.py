@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from revprobe import RevprobeError, open_run, train
 from revprobe.finetune.config.one_layer import RunConfig, parse_config
-from revprobe.finetune.runs.one_layer import build_model, training_arguments
+from revprobe.finetune.runs.one_layer import build_model
+from revprobe.finetune.training.arguments import training_arguments
 from revprobe.finetune.training.checkpointing import only_writer
 from revprobe.finetune.training.trainer import ForwardOnlyTrainer, TokenRows
 
@@ -33,7 +34,7 @@ snapshots: {every: 10}
 DRIVER = """
 import json, os, signal, sys
 from pathlib import Path
-from revprobe.finetune.runs import run as runs
+from revprobe.finetune.runs import one_layer, run as runs
 from revprobe.finetune.training import checkpointing as saving, probe_callback as snapshots, trainer
 from revprobe.finetune.config.one_layer import RunConfig, parse_config
 from revprobe.probes.readings import readings
@@ -76,7 +77,7 @@ def in_a_fork(config, folder, moment=None):
             owner, name, count, before = MOMENTS[moment]
             setattr(owner, name, nth(getattr(owner, name), count, before=before))
         try:
-            runs.train(config, folder)
+            one_layer.train(config, folder)
         except BaseException:
             import traceback
             traceback.print_exc()
@@ -289,7 +290,7 @@ def test_a_trainer_told_to_resume_from_a_slim_checkpoint_refuses(finished: Path,
     model, _ = build_model(config())
     made = ForwardOnlyTrainer(
         model=model,
-        args=training_arguments(config(), tmp_path),
+        args=training_arguments(tmp_path, steps=30, seed=3),
         train_dataset=TokenRows(torch.zeros(4, 4, dtype=torch.long)),
         objective="masked",
     )

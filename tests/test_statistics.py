@@ -6,13 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from revprobe.probes.statistics.group_correlation import (
-    LEAST_FACTS,
-    derangement,
-    group_correlation,
-    mean_over_facts,
-    resampled_facts,
-)
+from revprobe.probes.statistics.group_correlation import LEAST_FACTS, group_correlation
+from revprobe.probes.statistics.resampling import derangement, mean_over_facts, resampled_facts
 
 
 def scores(facts: int = 12, groups: int = 3, heads: int = 2, slope: float = 1.0, seed: int = 0):

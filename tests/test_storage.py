@@ -17,7 +17,7 @@ from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.passes.batches import make_batch, prepare_queries
 from revprobe.probes.passes.decomposition import HeldBatch
 from revprobe.probes.statistics.by_part import evidence_by_pair, logit_contributions
-from revprobe.probes.statistics.group_correlation import derangement
+from revprobe.probes.statistics.resampling import derangement
 from revprobe.probes.storage import DIFFERENT_TOKENS, probe_stored_evidence
 
 SIZES = {

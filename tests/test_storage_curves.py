@@ -21,7 +21,7 @@ from revprobe.finetune.runs.one_layer import train
 from revprobe.finetune.runs.run import Run
 from revprobe.probes.figures.storage import one_step_figure, storage_curves_figure
 from revprobe.probes.statistics.by_part import evidence_by_pair
-from revprobe.probes.statistics.group_correlation import derangement
+from revprobe.probes.statistics.resampling import derangement
 from revprobe.probes.storage import probe_stored_evidence
 
 

@@ -12,7 +12,7 @@ import revprobe as rp
 from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.statistics.by_part import evidence_by_pair, logit_contributions
 from revprobe.probes.statistics.estimators import NO_PARTNER
-from revprobe.probes.statistics.group_correlation import derangement
+from revprobe.probes.statistics.resampling import derangement
 from revprobe.probes.storage import DIFFERENT_TOKENS, NO_LIKE_TARGET, NO_OTHER_TARGET, probe_stored_evidence
 
 LLAMA = {"vocab_size": 56, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}

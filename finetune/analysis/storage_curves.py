@@ -18,7 +18,7 @@ from ...models.probed import ProbedModel
 from ...probes.pairs.pairs import ReversalPairs
 from ...probes.readings.readings import Reading
 from ...probes.statistics.by_part import evidence_by_pair
-from ...probes.statistics.group_correlation import mean_over_facts
+from ...probes.statistics.resampling import mean_over_facts
 from ...probes.storage import probe_stored_evidence
 from ...relations.catalog import letters
 from ..runs.one_layer import OneLayerRun

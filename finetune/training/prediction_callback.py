@@ -36,7 +36,7 @@ from ...probes.pairs.pairs import ReversalPairs
 from ...probes.pairs.query import Query
 from ...probes.passes.batches import prepare_queries
 from ...probes.passes.slopes import loss_slopes
-from ...probes.statistics.group_correlation import derangement, mean_over_facts
+from ...probes.statistics.resampling import derangement, mean_over_facts
 from .adamw_update import adamw_update, innermost_optimizer
 from .distributed import Team, require_whole
 from .probe_callback import Wrapping

@@ -25,7 +25,7 @@ from ...models.probed import ProbedModel, as_probed
 from ..pairs.spans import Encoded, encode_texts, require_fast_tokenizer
 from ..passes.plan import Progress
 from ..readings.readings import Reading
-from ..statistics.group_correlation import derangement
+from ..statistics.resampling import derangement
 from .causal import end_tokens
 from .decode import answer_text, decode_tokens, decoding_settings, encode_prompts, require_stops
 from .masked import Prompt, Unmasking

@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 import pandas as pd
 
 from ..statistics.estimators import Control
-from ..statistics.group_correlation import Estimate
+from ..statistics.resampling import Estimate
 
 
 class Drawable(Protocol):

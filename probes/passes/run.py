@@ -26,7 +26,7 @@ from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
 from ...models.structure import fused_parts, silent_layers
 from ..pairs.pairs import ReversalPairs
-from ..statistics.group_correlation import derangement
+from ..statistics.resampling import derangement
 from .batches import QueryBatch, make_batch, prepare_queries, queries_per_batch
 from .likelihood import Pricing, mean_nll, readout
 from .plan import PassResult, Plan

@@ -26,7 +26,7 @@ from ...atomic_files import written_whole
 from ...errors import RevprobeError, did_you_mean, first_line
 from ...models.checkpoints import step_of
 from ..statistics.estimators import Control, Measured, direction_mean, measure
-from ..statistics.group_correlation import Estimate
+from ..statistics.resampling import Estimate
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

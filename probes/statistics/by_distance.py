@@ -11,52 +11,35 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from .group_correlation import CONSTANT, LEAST_FACTS
+from .by_head import score_table
+from .group_correlation import LEAST_FACTS, Layout, deviations
 
 DISTANCES = ["distance_forward", "distance_reverse"]
 OFFSETS = ["offset_forward", "offset_reverse"]
-SCORES = ["score_forward", "score_reverse"]
-UNIT = ["group", "layer", "head"]  # what one Pearson r is taken over: one position bias, one head
 SUMS = ["forward", "reverse", "both"]
 
 
 def unit_correlations(frame: pd.DataFrame) -> pd.DataFrame:
     """Pearson r of forward and reverse score per group, layer and head of an attention reading's frame.
 
-    Returns: one row per unit, `[*DISTANCES, *UNIT, *OFFSETS, forward, reverse, both, n, facts, value, reason]`: the
-        sums of squares and products about the group's mean, how many scores and facts they rest on, and r, which is
+    Returns: one row per unit, `[*DISTANCES, group, layer, head, *OFFSETS, forward, reverse, both, n, facts, value,
+        reason]`: the sums of squares and products about the group's mean, how many scores and facts they rest on, and r, which is
         NaN with a reason where fewer than 2 scores are defined or all are equal.
     """
-    code = frame.groupby(UNIT, sort=True, dropna=False).ngroup().to_numpy()
-    first = np.unique(code, return_index=True)[1]
-    units = frame[[*DISTANCES, *UNIT, *OFFSETS]].iloc[first].reset_index(drop=True)
-    scores = frame[SCORES].to_numpy(dtype=float).T
-    sound = np.isfinite(scores).all(0)
-    units = units.assign(**_sums_about_mean(scores[:, sound], code[sound], len(units)))
-    fact, names = pd.factorize(frame["fact"].to_numpy()[sound])
-    held = np.unique(code[sound] * (len(names) + 1) + fact) // (len(names) + 1)  # one entry per unit and fact
-    units["facts"] = np.bincount(held, minlength=len(units))
+    places, (forward, reverse), facts, groups = score_table(frame)
+    layout = Layout.of(facts, groups)
+    sums = layout.moments(forward, reverse).groups.reshape(6, -1)
+    codes, first = np.unique(groups, return_index=True)
+    pair = frame.drop_duplicates("pair").sort_values("pair", ignore_index=True)
+    units = pair.loc[np.repeat(first, len(places)), [*DISTANCES, "group"]].reset_index(drop=True)
+    units["layer"], units["head"] = np.tile(places, (len(codes), 1)).T
+    units[OFFSETS] = pair.loc[np.repeat(first, len(places)), OFFSETS].to_numpy()
+    units["forward"], units["reverse"], units["both"] = deviations(sums)
+    units["n"], units["facts"] = sums[0].astype(int), layout.defined_facts(forward, reverse).reshape(-1)
     few, flat = units["n"] < 2, ~((units["forward"] > 0) & (units["reverse"] > 0))
     units["value"] = _ratio(units).mask(few | flat)
     units["reason"] = np.select([few, flat], ["fewer than 2 defined scores", "constant scores"], default="")
     return units
-
-
-def _sums_about_mean(scores: np.ndarray, code: np.ndarray, units: int) -> dict[str, np.ndarray]:
-    """Per unit n and the sums of squares and products. Shapes: `side score, score -> unit` each."""
-    n = np.bincount(code, minlength=units)
-
-    def mean(values: np.ndarray) -> np.ndarray:
-        return np.bincount(code, values, minlength=units) / np.maximum(n, 1)
-
-    centred = []
-    for side in scores:
-        deviation = side - mean(side)[code]
-        flat = np.sqrt(mean(deviation**2)) <= CONSTANT * np.sqrt(mean(side**2))
-        centred.append(np.where(flat[code], 0.0, deviation))  # float32 rounding is not variance
-    forward, reverse = centred
-    products = {"forward": forward**2, "reverse": reverse**2, "both": forward * reverse}
-    return {"n": n} | {name: np.bincount(code, values, minlength=units) for name, values in products.items()}
 
 
 def _ratio(sums: pd.DataFrame) -> pd.Series:

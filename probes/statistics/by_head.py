@@ -11,9 +11,8 @@ import warnings
 import numpy as np
 import pandas as pd
 
-from .group_correlation import LEAST_FACTS, _Layout, resampled_facts
-
-_BLOCK = 2_000_000  # sums per block, to bound memory on models with many heads
+from .group_correlation import LEAST_FACTS, Layout, Moments
+from .resampling import resampled_facts
 
 
 def head_correlations(frame: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
@@ -29,11 +28,11 @@ def head_correlations(frame: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
         then heads; low and high are the 95 % interval by resampling facts, NaN where it or the value is undefined.
     """
     places, scores, facts, groups = score_table(frame)
-    layout = _Layout.of(facts, groups)
+    layout = Layout.of(facts, groups)
     draws = resampled_facts(layout.n_facts, seed=seed)
-    step = max(1, _BLOCK // max(layout.n_facts * layout.n_groups, 1))
-    blocks = [scores[:, :, start : start + step] for start in range(0, len(places), step)]
-    heads = [_of_heads(layout, block[0], block[1], draws) for block in blocks]
+    forward, reverse = scores
+    large = layout.defined_facts(forward, reverse) >= LEAST_FACTS
+    heads = [_of_heads(moments, part, draws) for moments, part in layout.blocks(forward, reverse, large)]
     sums, counts, drawn, drawn_counts, small = (np.concatenate(part, axis=-1) for part in zip(*heads, strict=True))
     units = [np.ones(len(places), dtype=bool), *(places[:, 0] == layer for layer in np.unique(places[:, 0]))]
     # As in the reading: where some head has a large group, those that have none are left out of the mean.
@@ -65,24 +64,23 @@ def score_table(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return places, scores, frame["fact"].to_numpy()[first].astype(str), frame["group"].to_numpy()[first]
 
 
-def _of_heads(layout: _Layout, forward: np.ndarray, reverse: np.ndarray, draws: np.ndarray) -> list[np.ndarray]:
+def _of_heads(moments: Moments, large: np.ndarray, draws: np.ndarray) -> list[np.ndarray]:
     """Sum and number of each head's correlations, as measured and resampled, and whether the head was pooled.
 
-    Shapes: `pair head, pair head, draw fact -> head, head, draw head, draw head, head`.
+    Shapes: `group head, draw fact -> head, head, draw head, draw head, head`.
     """
-    large = layout.defined_facts(forward, reverse) >= LEAST_FACTS
     found: list[list[np.ndarray]] = []
     for pooled in (False, True):
         of_kind = ~large.any(0) if pooled else large.any(0)
-        measured = layout.correlations(forward, reverse, large, pooled)
+        measured = moments.correlations(large, pooled)
         keep = 1 if pooled else int(large.any(1).sum())
         drawn = np.empty((len(draws), 0, 0))
         if of_kind.any() and keep:
-            drawn = layout.resampled(forward, reverse, draws, large, pooled).reshape(len(draws), keep, -1)
+            drawn = moments.resampled(draws, large, pooled).reshape(len(draws), keep, -1)
         parts = []
         for values, axis in ((measured, 0), (drawn, 1)):
             if not values.size:
-                shape = (forward.shape[1],) if axis == 0 else (len(draws), forward.shape[1])
+                shape = (large.shape[1],) if axis == 0 else (len(draws), large.shape[1])
                 parts += [np.zeros(shape), np.zeros(shape)]
                 continue
             defined = np.isfinite(values) & of_kind

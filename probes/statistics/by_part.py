@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import pandas as pd
 
-from .group_correlation import mean_over_facts
+from .resampling import mean_over_facts
 
 REST = "rest"
 

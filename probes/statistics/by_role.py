@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .estimators import pair_cosines
-from .group_correlation import resampled_facts
+from .resampling import resampled_facts
 
 NOTHING = "none"  # the layer of a parameter that belongs to no layer: embeddings, the final norm
 

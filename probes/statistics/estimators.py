@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 
 from ...errors import RevprobeError, did_you_mean
-from .group_correlation import LEAST_FACTS, Estimate, group_correlation, mean_over_facts
+from .group_correlation import LEAST_FACTS, group_correlation
+from .resampling import Estimate, mean_over_facts
 
 BELOW_FLOOR = "gradient below the rounding floor"
 NO_GRADIENT = "gradient exactly zero in all of these parameters"

@@ -1,86 +1,26 @@
-"""From rows to numbers with their uncertainty: bootstrap over facts, within-group correlation, derangements.
+"""Correlation of forward and reverse scores within groups, its interval over facts and its null.
 
-Pairs about one fact are not independent (they share letters, names, weights), so intervals resample facts, not
-rows. Every routine works on whole arrays; the slow, obvious versions stand in the tests.
+Everything rests on one table of sufficient statistics, `Moments`: sums of each fact in each group for each head. By
+head and by distance (`by_head`, `by_distance`) are views of it. The slow, obvious versions stand in the tests.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 
 import numpy as np
 from scipy import sparse
 
-RESAMPLES = 1000
-DERANGEMENTS = 200
+from .resampling import derangements, resampled_facts
+
 # A within-group correlation over fewer facts than this is mostly noise; smaller groups are pooled.
 LEAST_FACTS = 8
 # Scores that vary by less than this share of their size are constant up to float32 rounding.
 CONSTANT = 1e-6
 # Cells per block, to bound memory on models with many heads.
 _BLOCK = 2_000_000
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean or correlation with its 95 % interval and the number of pairs behind it; NaN when undefined."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
-def mean_over_facts(values: np.ndarray, facts: np.ndarray, *, seed: int = 0) -> Estimate:
-    """Mean over defined values, its interval by resampling facts. Shapes: `row, row ->`.
-
-    One fact alone has no interval (NaN).
-    """
-    defined = np.isfinite(values)
-    n = int(defined.sum())
-    if n == 0:
-        return Estimate(float("nan"), float("nan"), float("nan"), 0)
-    index = np.unique(facts[defined], return_inverse=True)[1]
-    sums, counts = np.bincount(index, values[defined]), np.bincount(index)
-    low, high = float("nan"), float("nan")
-    if len(sums) > 1:
-        draws = resampled_facts(len(sums), seed=seed)
-        low, high = np.percentile((draws @ sums) / (draws @ counts), [2.5, 97.5])
-    return Estimate(float(values[defined].mean()), float(low), float(high), n)
-
-
-@lru_cache(maxsize=32)  # every number of a checkpoint resamples the same facts
-def resampled_facts(count: int, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """How often each fact is drawn in each resample. Shapes: `-> resample fact`."""
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
-    draws.flags.writeable = False
-    return draws
-
-
-def derangement(facts: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """For each pair, a pair of another fact in the same group; -1 where its group has one fact only.
-
-    Facts are put in one random cyclic order; in each group a pair's partner is the next fact of that order that
-    the group holds. One order for all groups keeps the dependence between groups in the null.
-    Shapes: `pair, pair -> pair` (indices).
-    """
-    fact = np.unique(facts, return_inverse=True)[1]
-    rank = np.random.default_rng(seed).permutation(fact.max() + 1)[fact]
-    order = np.lexsort((rank, groups))  # by group, then along the cycle, then as given
-    starts = np.flatnonzero(np.r_[True, (np.diff(groups[order]) != 0) | (np.diff(rank[order]) != 0)])
-    sizes = np.diff(np.r_[starts, len(order)])
-    run_group = groups[order][starts]
-    first_run = np.searchsorted(run_group, run_group, side="left")
-    last_run = np.searchsorted(run_group, run_group, side="right") - 1
-    following = np.where(np.arange(len(starts)) == last_run, first_run, np.arange(len(starts)) + 1)
-    run = np.repeat(np.arange(len(starts)), sizes)
-    within = np.arange(len(order)) - starts[run]
-    target = following[run]
-    partner = np.full(len(order), -1)
-    chosen = order[starts[target] + within % sizes[target]]
-    partner[order] = np.where(target == run, -1, chosen)
-    return partner
 
 
 @dataclass(frozen=True)
@@ -118,15 +58,14 @@ def group_correlation(
     LEAST_FACTS facts give one correlation each; if there is none, deviations from group means are pooled.
     Shapes: `forward`, `reverse`: `pair head`; `facts`, `groups`: `pair`. NaN scores are left out.
     """
-    layout = _Layout.of(facts, groups)
+    layout = Layout.of(facts, groups)
     large = layout.defined_facts(forward, reverse) >= LEAST_FACTS
     pooled = not large.any()
     draws = resampled_facts(layout.n_facts, seed=seed)
-    step = max(1, _BLOCK // max(layout.n_facts * layout.n_groups, 1))
-    blocks = [slice(h, h + step) for h in range(0, forward.shape[1], step)]
-    cells = np.concatenate([layout.cells(forward[:, b], reverse[:, b]) for b in blocks], axis=1)
-    values = [layout.correlations(forward[:, b], reverse[:, b], large[:, b], pooled) for b in blocks]
-    resampled = [layout.resampled(forward[:, b], reverse[:, b], draws, large[:, b], pooled) for b in blocks]
+    blocks = list(layout.blocks(forward, reverse, large))
+    cells = np.concatenate([_pearson(moments.groups) for moments, _ in blocks], axis=1)
+    values = [moments.correlations(part, pooled) for moments, part in blocks]
+    resampled = [moments.resampled(draws, part, pooled) for moments, part in blocks]
     low, high = float("nan"), float("nan")
     if layout.n_facts > 1:
         low, high = _percentiles(_row_means(np.concatenate(resampled, axis=1)))
@@ -148,7 +87,7 @@ def group_correlation(
 
 
 def _null(
-    layout: _Layout,
+    layout: Layout,
     forward: np.ndarray,
     reverse: np.ndarray,
     facts: np.ndarray,
@@ -163,27 +102,14 @@ def _null(
     partners = derangements(facts, groups, seed=seed)
     whole = np.isfinite(forward).all() and np.isfinite(reverse).all()
     if whole and (np.sort(partners, axis=1) == np.arange(len(facts))).all():
-        return layout.permuted(forward, reverse, partners, large, pooled)
-    return np.array([layout.deranged(forward, reverse, partner, large, pooled) for partner in partners])
-
-
-def derangements(facts: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """DERANGEMENTS derangements with seeds from `seed` on; kept for the next checkpoint's reading of the same pairs.
-
-    Shapes: `pair, pair -> null pair`.
-    """
-    fact, group = (np.unique(values, return_inverse=True)[1].reshape(-1) for values in (facts, groups))
-    return _derangements(fact.astype(np.int32).tobytes(), group.astype(np.int32).tobytes(), seed)
-
-
-@lru_cache(maxsize=4)
-def _derangements(facts: bytes, groups: bytes, seed: int) -> np.ndarray:
-    fact, group = (np.frombuffer(codes, dtype=np.int32) for codes in (facts, groups))
-    return np.stack([derangement(fact, group, seed=seed + k) for k in range(DERANGEMENTS)]).astype(np.int32)
+        return layout.moments(forward, reverse).permuted(partners, large, pooled)
+    # Each forward score meets the reverse score of its partner.
+    others = (np.where((partner >= 0)[:, None], reverse[partner], np.nan) for partner in partners)
+    return np.array([_mean(layout.moments(forward, other).correlations(large, pooled)) for other in others])
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """Which fact and group each pair belongs to, as sparse summing matrices."""
 
     fact: np.ndarray
@@ -194,7 +120,7 @@ class _Layout:
     by_fact_group: sparse.csr_matrix
 
     @classmethod
-    def of(cls, facts: np.ndarray, groups: np.ndarray) -> _Layout:
+    def of(cls, facts: np.ndarray, groups: np.ndarray) -> Layout:
         fact = np.unique(facts, return_inverse=True)[1]
         group = np.unique(groups, return_inverse=True)[1].reshape(-1)
         n_facts, n_groups = int(fact.max()) + 1, int(group.max()) + 1
@@ -212,11 +138,20 @@ class _Layout:
         defined = (np.isfinite(forward) & np.isfinite(reverse)).astype(float)
         return ((self.by_fact_group @ defined).reshape(self.n_facts, self.n_groups, -1) > 0).sum(0)
 
-    def moments(self, forward: np.ndarray, reverse: np.ndarray) -> np.ndarray:
-        """Per row n, x, y, xx, yy, xy of scores centred by group; zero where undefined. Shapes: `-> 6 pair head`."""
+    def moments(self, forward: np.ndarray, reverse: np.ndarray) -> Moments:
+        """What correlations rest on, for some heads. Shapes: `pair head, pair head ->`."""
         defined = np.isfinite(forward) & np.isfinite(reverse)
         x, y = (self._centred(v, defined) for v in (forward, reverse))
-        return np.stack([defined.astype(float), x, y, x * x, y * y, x * y])
+        return Moments(self, np.stack([defined.astype(float), x, y, x * x, y * y, x * y]))
+
+    def blocks(
+        self, forward: np.ndarray, reverse: np.ndarray, large: np.ndarray
+    ) -> Iterator[tuple[Moments, np.ndarray]]:
+        """The moments of so many heads at a time as memory allows, with their part of `large` (`group head`)."""
+        step = max(1, _BLOCK // max(self.n_facts * self.n_groups, 1))
+        for head in range(0, forward.shape[1], step):
+            part = slice(head, head + step)
+            yield self.moments(forward[:, part], reverse[:, part]), large[:, part]
 
     def _centred(self, values: np.ndarray, defined: np.ndarray) -> np.ndarray:
         values = np.where(defined, values.astype(np.float64), 0.0)
@@ -226,48 +161,47 @@ class _Layout:
         spread = np.sqrt((self.by_group @ centred**2) / count)[self.group]
         return np.where(spread > CONSTANT * size, centred, 0.0)  # a constant group has no variance, not a tiny one
 
-    def cells(self, forward: np.ndarray, reverse: np.ndarray) -> np.ndarray:
-        """Pearson r of every group and head. Shapes: `-> group head`."""
-        return _pearson(np.stack([self.by_group @ m for m in self.moments(forward, reverse)]))
 
-    def correlations(self, forward: np.ndarray, reverse: np.ndarray, large: np.ndarray, pooled: bool) -> np.ndarray:
+@dataclass(frozen=True)
+class Moments:
+    """n, x, y, xx, yy, xy of some heads' scores, centred by group and zero where undefined.
+
+    Shapes: `pairs`: `6 pair head`.
+    """
+
+    layout: Layout
+    pairs: np.ndarray
+
+    @cached_property
+    def groups(self) -> np.ndarray:
+        """Their sums by group. Shapes: `-> 6 group head`."""
+        return np.stack([self.layout.by_group @ moment for moment in self.pairs])
+
+    def facts(self, keep: np.ndarray) -> list[np.ndarray]:
+        """Their sums by fact in the groups to keep. Shapes: `group -> 6 x (fact group head)`."""
+        shape = (self.layout.n_facts, self.layout.n_groups, -1)
+        return [(self.layout.by_fact_group @ moment).reshape(shape)[:, keep] for moment in self.pairs]
+
+    def correlations(self, large: np.ndarray, pooled: bool) -> np.ndarray:
         """What is averaged: r of the large groups, or one pooled r per head. Shapes: `-> group|1 head`."""
-        sums = np.stack([self.by_group @ m for m in self.moments(forward, reverse)])
-        return _combine(sums, large, pooled)
+        return _combine(self.groups, large, pooled)
 
-    def resampled(
-        self, forward: np.ndarray, reverse: np.ndarray, draws: np.ndarray, large: np.ndarray, pooled: bool
-    ) -> np.ndarray:
+    def resampled(self, draws: np.ndarray, large: np.ndarray, pooled: bool) -> np.ndarray:
         """The same under each resample of facts. Shapes: `-> resample cell`."""
-        keep = np.ones(self.n_groups, dtype=bool) if pooled else large.any(1)
-        sums = [
-            (self.by_fact_group @ m).reshape(self.n_facts, self.n_groups, -1)[:, keep]
-            for m in self.moments(forward, reverse)
-        ]
-        drawn = np.stack([np.tensordot(draws, s, axes=1) for s in sums])
+        keep = np.asarray(pooled | large.any(1))
+        drawn = np.stack([np.tensordot(draws, part, axes=1) for part in self.facts(keep)])
         values = _pooled(drawn, axis=1) if pooled else np.where(large[keep], _pearson(drawn), np.nan)
         return values.reshape(len(draws), -1)
 
-    def deranged(
-        self, forward: np.ndarray, reverse: np.ndarray, partner: np.ndarray, large: np.ndarray, pooled: bool
-    ) -> float:
-        """The value when each forward score meets the reverse score of its partner."""
-        other = np.where((partner >= 0)[:, None], reverse[partner], np.nan)
-        return _mean(self.correlations(forward, other, large, pooled))
-
-    def permuted(
-        self, forward: np.ndarray, reverse: np.ndarray, partners: np.ndarray, large: np.ndarray, pooled: bool
-    ) -> np.ndarray:
-        """`deranged` for many partners at once, where each permutes whole groups and every score is defined.
+    def permuted(self, partners: np.ndarray, large: np.ndarray, pooled: bool) -> np.ndarray:
+        """The value under many derangements at once, where each permutes whole groups and every score is defined.
 
         Then only the products change: the sums and squares of a group are those of its true pairing.
         Shapes: `partners`: `null pair`; returns `null`.
         """
-        true = self.moments(forward, reverse)
-        sums = np.stack([self.by_group @ m for m in true])
-        values = []
+        sums, values = self.groups.copy(), []
         for partner in partners:
-            sums[5] = self.by_group @ (true[1] * true[2][partner])
+            sums[5] = self.layout.by_group @ (self.pairs[1] * self.pairs[2][partner])
             values.append(_mean(_combine(sums, large, pooled)))
         return np.array(values)
 
@@ -278,15 +212,16 @@ def _combine(sums: np.ndarray, large: np.ndarray, pooled: bool) -> np.ndarray:
 
 def _pearson(sums: np.ndarray) -> np.ndarray:
     """r from n, x, y, xx, yy, xy along the first axis; NaN without variance."""
-    return _ratio(*_deviations(sums))
+    return _ratio(*deviations(sums))
 
 
 def _pooled(sums: np.ndarray, axis: int) -> np.ndarray:
     """One r from the deviations of all groups, which stand along `axis` of each sum."""
-    return _ratio(*(part.sum(axis) for part in _deviations(sums)))
+    return _ratio(*(part.sum(axis) for part in deviations(sums)))
 
 
-def _deviations(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def deviations(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Squares and products about the mean from n, x, y, xx, yy, xy along the first axis."""
     n, x, y, xx, yy, xy = sums
     n = np.maximum(n, 1)
     return np.maximum(xx - x * x / n, 0), np.maximum(yy - y * y / n, 0), xy - x * y / n
