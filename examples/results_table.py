@@ -29,7 +29,7 @@ ABOUT_CURVES = (
 ABOUT_STEPS = (
     "Made by the same command: the change by the run's own next optimizer step, which trains the forward direction "
     "alone. Mean over seeds, in brackets the lowest and the highest bound of any seed's 95 % interval over letters; "
-    "then the same change for deranged facts; in how many seeds the interval lies on the side that the theory expects "
+    "then the same change for shuffled facts; in how many seeds the interval lies on the side that the theory expects "
     "(S[v, u] rises, the losses fall); and the slope of the change on its first-order prediction over pairs (1: no "
     "curvature) with Pearson's r. A checkpoint that no longer has its optimizer takes a step from a fresh one, longer "
     "than the run's own."
@@ -111,10 +111,12 @@ def _one_step(path: Path) -> str:
     rows = []
     for key, part in _by_model(path).groupby(["model", "step", "optimizer", "quantity"], sort=False):
         row = dict(zip(("model", "step", "optimizer", "quantity"), key, strict=True))
-        sign, part = expected[str(row["quantity"])], part.dropna(subset=["came_low"])
-        clear = ((part["came_low"] if sign > 0 else -part["came_high"]) > 0).sum()
-        change = f"{part['came'].mean():+.3f} [{part['came_low'].min():+.3f}, {part['came_high'].max():+.3f}]"
-        told = {"change": change, "deranged facts": f"{part['came_control'].mean():+.3f}"}
+        sign, part = expected[str(row["quantity"])], part.dropna(subset=["observed_low"])
+        clear = ((part["observed_low"] if sign > 0 else -part["observed_high"]) > 0).sum()
+        change = (
+            f"{part['observed'].mean():+.3f} [{part['observed_low'].min():+.3f}, {part['observed_high'].max():+.3f}]"
+        )
+        told = {"change": change, "shuffled facts": f"{part['observed_control'].mean():+.3f}"}
         told |= {"as expected in": f"{clear} of {len(part)} seeds", "slope": f"{part['slope'].mean():.2f}"}
         told |= {"r": f"{part['correlation'].mean():.2f}"}
         rows.append(row | told | {"n": part["n"].min()})

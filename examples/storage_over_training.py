@@ -7,7 +7,7 @@ reverse (storage_curves.csv), and from some checkpoints the run's own next step 
 the reverse loss fall although only the forward direction is trained, and how well is it foretold to first order?
 
 Raw weights. All numbers are means over mirrored placements with 95 % intervals that resample letters, beside the same
-numbers for deranged facts. Checkpoints without a saved optimizer take the step from a fresh one, which moves every
+numbers for shuffled facts. Checkpoints without a saved optimizer take the step from a fresh one, which moves every
 weight by about the learning rate: a longer step than the run's own; the column `optimizer` says which it was.
 """
 
@@ -49,10 +49,13 @@ def verdicts(steps: pd.DataFrame) -> list[str]:
         told = []
         for quantity, name in (("stored", "S[v, u]"), ("reverse_loss", "reverse loss")):
             row = by.loc[quantity]
-            moved = "rises" if row.came_low > 0 else "falls" if row.came_high < 0 else "moves by nothing certain"
+            moved = (
+                "rises" if row.observed_low > 0 else "falls" if row.observed_high < 0 else "moves by nothing certain"
+            )
             told.append(
-                f"{name} {moved}: {row.came:+.4f} [{row.came_low:+.4f}, {row.came_high:+.4f}] (deranged facts "
-                f"{row.came_control:+.4f}), slope on its prediction {row.slope:.2f}, r {row.correlation:.2f}"
+                f"{name} {moved}: {row.observed:+.4f} [{row.observed_low:+.4f}, {row.observed_high:+.4f}] "
+                f"(shuffled facts {row.observed_control:+.4f}), slope on its prediction {row.slope:.2f}, "
+                f"r {row.correlation:.2f}"
             )
         lines.append(f"step {step} ({part['optimizer'].iloc[0]} optimizer): {'; '.join(told)}")
     return lines

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .attention import FunctionMode, call_rows, matrix_rows, running_module, sdpa_call, softmaxed
-from .linearized_pass import HeldAttention, HeldPass, Part
+from .linearized_pass import LinearizedAttention, LinearizedPass, Part
 
 # Linear in the one tensor that varies; shapes, casts, sums and selections. "__get__" is an attribute (.mT, .shape).
 # fmt: off
@@ -49,13 +49,13 @@ _PATTERN_SLACK = 2e-2
 
 
 @contextmanager
-def hold_nonlinear(module: nn.Module, rows: Tensor) -> Iterator[HeldPass]:
+def hold_nonlinear(module: nn.Module, rows: Tensor) -> Iterator[LinearizedPass]:
     """Hold everything nonlinear of a forward pass while open; patterns are kept at `rows` (`batch rows`).
 
     Parameters do not ask for gradient inside (their flags are restored); logits computed here carry the graph from
     the parts. Adds hooks to the module tree and removes exactly those.
     """
-    held = HeldPass()
+    held = LinearizedPass()
     tokens = _token_table(module)
     flags = [(p, p.requires_grad) for p in module.parameters()]
     try:
@@ -75,7 +75,7 @@ def hold_nonlinear(module: nn.Module, rows: Tensor) -> Iterator[HeldPass]:
 class _Holding:
     """Runs linear functions as they are, and cuts the graph behind every other."""
 
-    def __init__(self, held: HeldPass, rows: Tensor, running: list[str], tokens: Tensor | None) -> None:
+    def __init__(self, held: LinearizedPass, rows: Tensor, running: list[str], tokens: Tensor | None) -> None:
         self.held, self.rows, self.running, self.tokens = held, rows, running, tokens
         self.hidden: Tensor | None = None  # what the mask keeps from the rows, by the last softmax of scores
 
@@ -237,7 +237,7 @@ class _Holding:
 
     def _attention(self, value: Tensor, mixed: Tensor, weight: Tensor, hidden: Tensor) -> Tensor:
         output = mixed.detach().requires_grad_()
-        self.held.attention.append(HeldAttention(self._site, value, output, weight, hidden))
+        self.held.attention.append(LinearizedAttention(self._site, value, output, weight, hidden))
         return self._seen(output.clone())
 
 

@@ -41,7 +41,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class HeldAttention:
+class LinearizedAttention:
     """One attention call with its pattern held.
 
     Shapes: `value`: `batch kv_heads seq dim`, carries the graph of how it was made from earlier parts; `output`:
@@ -61,12 +61,12 @@ class HeldAttention:
 
 
 @dataclass
-class HeldPass:
+class LinearizedPass:
     """The parts and attention calls of one held forward pass, in the order they were made.
 
     `eps`: rounding unit of the coarsest dtype that the residual stream passed through.
     """
 
     parts: list[Part] = field(default_factory=list)
-    attention: list[HeldAttention] = field(default_factory=list)
+    attention: list[LinearizedAttention] = field(default_factory=list)
     eps: float = 0.0

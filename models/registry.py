@@ -113,8 +113,8 @@ def load_model(
         objective = objective or stated_objective(config, name)
         module = _load_module(folder, config, objective, name, dtype, hub | options)
         tokenizer = load_tokenizer(folder, name, **hub)
-    told = given | {"name": name, "step": at_step, "weights": which}
-    probed = ProbedModel(module, tokenizer, objective=objective, **told)
+    known = given | {"name": name, "step": at_step, "weights": which}
+    probed = ProbedModel(module, tokenizer, objective=objective, **known)
     return _placed(probed, None, device)
 
 

@@ -68,7 +68,7 @@ def parameter_roles(module: nn.Module) -> dict[str, ParameterRole]:
 _STACK = re.compile(r"(?:(?P<stack>.*?)\.)?(?P<layer>\d+)(?:\.|$)")
 
 
-def silent_layers(module: nn.Module, sites: Iterable[str]) -> list[int]:
+def layers_without_attention(module: nn.Module, sites: Iterable[str]) -> list[int]:
     """The layers without attention, in the stacks of layers where the modules at `sites` made some.
 
     Qwen3.5 alternates softmax and linear attention: its linear layers make no call and are listed here. Empty where

@@ -10,7 +10,7 @@ import pandas as pd
 from torch import nn
 
 from ..models.probed import ProbedModel, as_probed
-from ..models.structure import silent_layers
+from ..models.structure import layers_without_attention
 from .edits import attention_sites
 from .pairs.pairs import ReversalPairs
 from .passes.plan import PassResult, Plan, Progress
@@ -36,7 +36,7 @@ def probe_attention_correlation(
 
     The value is the mean over groups (one forward and one reverse offset) of the Pearson correlation over facts
     within the group, over all layers and heads; with fewer than 8 facts in every group, the pooled correlation of
-    deviations from group means (`meta["statistic"]` says which). The control deranges facts within groups.
+    deviations from group means (`meta["statistic"]` says which). The control shuffles facts within groups.
 
     Frame: pair, fact, group, kind, layer, head, offset_forward, offset_reverse (first evidence token minus first
     readout row, tokens), distance_forward, distance_reverse (nearest edges, tokens), score_forward, score_reverse
@@ -88,7 +88,7 @@ def readable_layers(model: ProbedModel, layers: Iterable[int] | None) -> list[in
     if layers is None:
         return None
     sites = attention_sites(model)
-    there = {site.layer for site in sites} | set(silent_layers(model.module, [site.path for site in sites]))
+    there = {site.layer for site in sites} | set(layers_without_attention(model.module, [site.path for site in sites]))
     return chosen_of("layer", layers, sorted(there), model=model, purpose="read")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import RevprobeError
 from ..hooks.attention_edits import AttentionSite, EditLog, edit_scores, find_attention
 from ..models.probed import ProbedModel, as_probed
-from ..models.structure import silent_layers
+from ..models.structure import layers_without_attention
 from .passes.selection import chosen_of
 
 Positions = Tensor | Sequence[Sequence[int]]
@@ -85,7 +85,7 @@ def attention_sites(model: ProbedModel) -> list[AttentionSite]:
 
 def choose_layers(model: ProbedModel, sites: Sequence[AttentionSite], layers: Iterable[int] | None) -> list[int]:
     """The layers asked for, all of them when None. Raises: RevprobeError, for one without attention to edit."""
-    silent = silent_layers(model.module, [site.path for site in sites])
+    silent = layers_without_attention(model.module, [site.path for site in sites])
     there = [site.layer for site in sites]
     return chosen_of("layer", layers, there, model=model, purpose="edit", silent=silent)
 

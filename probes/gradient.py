@@ -149,9 +149,9 @@ def cross_cosines(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> pd.Da
     )
     result = run_pass(model, crossed, summed)
     forward, reverse = result.norm[crossed.forward, 0], result.norm[crossed.reverse, 0]
-    loud = (forward > result.floor[crossed.forward, 0]) & (reverse > result.floor[crossed.reverse, 0])
+    above_floor = (forward > result.floor[crossed.forward, 0]) & (reverse > result.floor[crossed.reverse, 0])
     with np.errstate(invalid="ignore", divide="ignore"):
-        cosine = np.where(loud, result.inner[:, 0] / (forward * reverse), np.nan)
+        cosine = np.where(above_floor, result.inner[:, 0] / (forward * reverse), np.nan)
     facts = pairs.facts.astype(str)
     table = pd.DataFrame({"forward": facts[left], "reverse": facts[right], "cosine": cosine})
     return table.pivot_table(index="forward", columns="reverse", values="cosine", aggfunc="mean")

@@ -61,12 +61,12 @@ def probability_reading(model: ProbedModel, result: PassResult, plan: Plan) -> R
 
 def _direction_frame(result: PassResult, direction: str, index: np.ndarray) -> pd.DataFrame:
     """One direction: each pair's own target at its own query, and at its control's query."""
-    assert result.pricing is not None, "the pass was planned without probabilities"
+    assert result.likelihoods is not None, "the pass was planned without probabilities"
     targets = [query.target for query in result.pairs.queries]
     own = [targets[q] for q in index]
-    value, rank = result.pricing.look_up(index, own)
+    value, rank = result.likelihoods.look_up(index, own)
     other = np.where(result.partner >= 0, index[result.partner], -1)
-    control_value, control_rank = result.pricing.look_up(other, own)
+    control_value, control_rank = result.likelihoods.look_up(other, own)
     return pd.DataFrame(
         {
             "pair": np.arange(len(index)),

@@ -15,13 +15,13 @@ from torch import nn
 from ..errors import RevprobeError, did_you_mean
 from ..hooks.attention_edits import AttentionSite
 from ..models.probed import ProbedModel, as_probed
-from ..models.structure import silent_layers
+from ..models.structure import layers_without_attention
 from .attention import EVIDENCE_HIDDEN
 from .edits import attention_sites, choose_heads, choose_layers
 from .pairs.pairs import ReversalPairs
 from .pairs.query import Query
 from .passes.batches import prepare_queries, queries_per_batch
-from .passes.likelihood import Pricing
+from .passes.likelihood import Likelihoods
 from .passes.plan import PassResult, Plan, Progress
 from .passes.route_changes import EDITS, MATCHES
 from .passes.route_runs import CONTROL, EVIDENCE, Cell, RouteEdit, RouteResult, RouteRuns
@@ -114,17 +114,19 @@ class _RouteProbe:
             self.pairs = ReversalPairs.from_pairs(self.pairs)
         queries = prepare_queries(model, self.pairs.queries)
         sites = attention_sites(model)
-        silent = silent_layers(model.module, [site.path for site in sites])
+        silent = layers_without_attention(model.module, [site.path for site in sites])
         asked = None if layers is None else listed("layer", layers)
-        mute = [layer for layer in silent if asked is None or layer in asked]
-        chosen = choose_layers(model, sites, None if asked is None else [n for n in asked if n not in mute] or asked)
+        without_attention = [layer for layer in silent if asked is None or layer in asked]
+        chosen = choose_layers(
+            model, sites, None if asked is None else [n for n in asked if n not in without_attention] or asked
+        )
         kept = choose_heads(model, sites, heads)
         cells = _cells([site for site in sites if site.layer in chosen], kept, self.scope)
         result, unit_of = self._run(queries, sites, cells)
-        frame = self._frame(result, cells, unit_of, mute if self.scope != "all" else [])
+        frame = self._frame(result, cells, unit_of, without_attention if self.scope != "all" else [])
         reading = Reading("route_edit", frame, describe(model, PassResult(self.pairs, np.array([]), []), plan))
         options: dict[str, Any] = {"edit": self.edit.name, "scope": self.scope, "mode": plan.mode}
-        options |= {"layers": chosen, "heads": kept, "layers_without_attention": mute}
+        options |= {"layers": chosen, "heads": kept, "layers_without_attention": without_attention}
         options |= {"match": self.edit.match} if self.edit.name == "transplant" else {}
         options |= {"factor": self.edit.factor} if self.edit.name == "scale" else {}
         reading.meta.update(options | {"statistic": reading.measured.statistic})
@@ -134,7 +136,7 @@ class _RouteProbe:
         self, queries: Sequence[Query], sites: Sequence[AttentionSite], cells: Sequence[Cell]
     ) -> tuple[RouteResult, dict[str, np.ndarray]]:
         """Run everything; the unit of each pair is given by direction."""
-        pricing = Pricing.of(self.model, queries, self.pairs, np.full(len(self.pairs), -1), self.plan.mode)
+        pricing = Likelihoods.of(self.model, queries, self.pairs, np.full(len(self.pairs), -1), self.plan.mode)
         parallel = self.plan.mode == "parallel"
         steps = [[q] if parallel else list(pricing.conditionals(i, q.target)) for i, q in enumerate(queries)]
         sides = {"forward": self.pairs.forward, "reverse": self.pairs.reverse}
@@ -160,7 +162,11 @@ class _RouteProbe:
         return RouteResult(result.before, *spread), unit_of
 
     def _frame(
-        self, result: RouteResult, cells: Sequence[Cell], unit_of: dict[str, np.ndarray], mute: Sequence[int]
+        self,
+        result: RouteResult,
+        cells: Sequence[Cell],
+        unit_of: dict[str, np.ndarray],
+        without_attention: Sequence[int],
     ) -> pd.DataFrame:
         parts = [
             self._cell_frame(result, direction, unit_of[direction], place, cell)
@@ -169,7 +175,7 @@ class _RouteProbe:
         ]
         nothing: dict[str, float] = dict.fromkeys(NUMBERS[1:], np.nan) | {"edited": 0.0, "edited_control": 0.0}
         silent = [part.assign(**nothing) for part in parts[:: len(cells)]]
-        for layer in mute:
+        for layer in without_attention:
             why = f"layer {layer} has no softmax attention"
             parts += [part.assign(scope="layer", layer=layer, reason=why, reason_control=why) for part in silent]
         frame = pd.concat(parts, ignore_index=True)

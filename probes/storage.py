@@ -16,7 +16,7 @@ from ..models.probed import ProbedModel, as_probed
 from .attention import EVIDENCE_HIDDEN
 from .pairs.pairs import ReversalPairs
 from .passes.batches import make_batch, prepare_queries, queries_per_batch
-from .passes.decomposition import Decomposition, HeldBatch, Piece
+from .passes.decomposition import Decomposition, LinearizedBatch, Piece
 from .passes.plan import PassResult, Plan, Progress
 from .passes.run import describe
 from .passes.selection import chosen_of, listed
@@ -92,8 +92,8 @@ def control_partners(pairs: ReversalPairs, logit_shift: int, *, seed: int = 0) -
     A target can be asked for only where as many tokens are hidden. Shapes: `-> pair` (indices).
     """
     width = np.array([len(query.target_positions) for query in pairs.queries])
-    told = np.stack([pairs.groups(logit_shift), width[pairs.forward], width[pairs.reverse]], axis=1)
-    alike = np.unique(told, axis=0, return_inverse=True)[1].reshape(-1)
+    traits = np.stack([pairs.groups(logit_shift), width[pairs.forward], width[pairs.reverse]], axis=1)
+    alike = np.unique(traits, axis=0, return_inverse=True)[1].reshape(-1)
     return derangement(pairs.facts.astype(str), alike, seed=seed)
 
 
@@ -137,7 +137,7 @@ class _Storage:
 
     def _run_batch(self, numbers: list[int]) -> None:
         batch = make_batch(self.model, [self.queries[q] for q in numbers])
-        held = HeldBatch.run(self.model, batch)
+        held = LinearizedBatch.run(self.model, batch)
         self._keep_own(held, held.decompose(batch.targets), numbers)
         self._keep_scores(held.stored_logits(), numbers)
         for turn in range(max(len(self.asks[q]) for q in numbers)):
@@ -150,7 +150,7 @@ class _Storage:
                 for row, (q, target) in enumerate(zip(numbers, asked, strict=True)):
                     self.stored_control[self.asks[q][target]] = found[row]
 
-    def _keep_own(self, held: HeldBatch, found: Decomposition, numbers: list[int]) -> None:
+    def _keep_own(self, held: LinearizedBatch, found: Decomposition, numbers: list[int]) -> None:
         if not self.pieces:
             self.pieces = found.pieces
             self._require_layers()
@@ -237,20 +237,20 @@ class _Storage:
         """Why a piece has no control though it has S; "" where it has one. Shapes: `-> pair piece`."""
         pairs = self.pairs
         facts, groups = pairs.facts.astype(str), pairs.groups(self.model.logit_shift)
-        lonely = np.where(derangement(facts, groups, seed=self.plan.seed) < 0, NO_PARTNER, NO_LIKE_TARGET)
+        no_partner = np.where(derangement(facts, groups, seed=self.plan.seed) < 0, NO_PARTNER, NO_LIKE_TARGET)
         hidden = np.where(self.hidden[pairs.reverse[self.partner]], f"{EVIDENCE_HIDDEN} (control)", "")
-        reason = np.where((self.partner < 0)[:, None], lonely[:, None], hidden)
+        reason = np.where((self.partner < 0)[:, None], no_partner[:, None], hidden)
         return np.where([piece.part == "evidence" for piece in self.pieces], reason, "")
 
     def cross(self) -> pd.DataFrame:
         """S of every fact's target (rows) on every fact's evidence (columns), mean over defined reverse queries."""
-        gone = self._pair_reasons() != ""
-        scores = np.where(gone[:, None], np.nan, self.scores[self.pairs.reverse])
+        undefined = self._pair_reasons() != ""
+        scores = np.where(undefined[:, None], np.nan, self.scores[self.pairs.reverse])
         facts = self.pairs.facts.astype(str)
         on_evidence = pd.DataFrame(scores).groupby(facts, sort=True).mean().T  # candidate x fact
         target = [self.candidates.index(self.queries[q].target) for q in self.pairs.reverse]
         chosen = on_evidence.loc[target].set_index(facts)
-        chosen[gone] = np.nan
+        chosen[undefined] = np.nan
         return chosen.groupby(level=0, sort=True).mean()
 
 

@@ -13,7 +13,7 @@ from ..hooks.untouched import untouched
 from ..models.probed import ProbedModel, as_probed
 from .pairs.query import Query, ReversalPair
 from .passes.batches import make_batch, prepare_queries
-from .passes.decomposition import HeldBatch
+from .passes.decomposition import LinearizedBatch
 
 
 def token_contributions(model: ProbedModel | nn.Module, question: ReversalPair | Query) -> pd.DataFrame:
@@ -53,7 +53,7 @@ def token_contributions(model: ProbedModel | nn.Module, question: ReversalPair |
 def _of_query(model: ProbedModel, query: Query) -> pd.DataFrame:
     batch, tables = make_batch(model, [query]), []
     rows, targets, shown = batch.rows[0].cpu(), batch.targets[0].cpu(), batch.input_ids[0].cpu()
-    for layer, call, shares in HeldBatch.run(model, batch).by_position():
+    for layer, call, shares in LinearizedBatch.run(model, batch).by_position():
         weight = call.weight[0].double()  # head row position
         whole = torch.stack(list(shares.values())).sum(0)[0] * weight
         head, row, position = (index.cpu() for index in torch.nonzero(~call.hidden[0].expand_as(weight), as_tuple=True))

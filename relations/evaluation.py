@@ -64,14 +64,14 @@ def evaluate_relation(
     # Of every side, asked or not: the length of a masked model's answers must not depend on what else is asked.
     book = answer_book(model, relation, direction)
     total = sum(len(questions) for _, questions in sides)
-    told, done, readings = 0, 0, []
+    before, done, readings = 0, 0, []
     for about, questions in sides:
-        told, done = done, done + len(questions)
+        before, done = done, done + len(questions)
         options = {
             **decoding,
             "max_new_tokens": max_new_tokens or book.limit,
             "answers": book,
-            "progress": _part_of(progress, told, done, total),
+            "progress": _part_of(progress, before, done, total),
         }
         reading = decoded_match(model, questions, **options)
         reading.meta.update({"relation": relation.name, "trained": direction, **about})

@@ -21,7 +21,7 @@ from revprobe import (
     probe_attention_correlation,
     probe_gradient_cosine,
 )
-from revprobe.models.structure import silent_layers
+from revprobe.models.structure import layers_without_attention
 from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.passes import run as passes
 
@@ -91,7 +91,7 @@ def test_layers_without_softmax_attention_are_named_in_an_otherwise_good_reading
 
 def test_a_silent_layer_that_is_not_noticed_turns_this_red(monkeypatch):
     """The planted fault: without the search the linear layers would be missing from the frame, unsaid."""
-    monkeypatch.setattr(passes, "silent_layers", lambda module, sites: [])
+    monkeypatch.setattr(passes, "layers_without_attention", lambda module, sites: [])
     reading = probe_attention_correlation(linear_and_softmax(), pairs_at((2, 5), (1, 6)))
     assert sorted(reading.frame.layer.unique()) == [3, 7] and not reading.undefined
 
@@ -117,7 +117,7 @@ class Tree(nn.Module):
     ],
 )
 def test_silent_layers_are_told_only_where_paths_number_them(sites, silent):
-    assert silent_layers(Tree(), sites) == silent
+    assert layers_without_attention(Tree(), sites) == silent
 
 
 def test_evidence_outside_a_sliding_window_is_nan_with_a_reason():

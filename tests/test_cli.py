@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import revprobe as rp
 from revprobe.cli.main import main
 from revprobe.finetune.config.one_layer import RunConfig, SweepConfig, parse_config
-from revprobe.finetune.training.checkpointing import only_writer
+from revprobe.finetune.training.checkpointing import run_lock
 from revprobe.probes.figures.theme import interval_text
 from revprobe.report.summary.terminal import readings_table
 
@@ -441,5 +441,5 @@ def test_ctrl_c_stops_a_sweep_and_its_children(tmp_path: Path) -> None:
     assert "run the same command again to go on" in out
     assert "Traceback" not in err
     for run in runs:
-        with only_writer(run):  # raises while a child still holds the folder
+        with run_lock(run):  # raises while a child still holds the folder
             pass

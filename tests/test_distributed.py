@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import revprobe as rp
-from revprobe.finetune.training.distributed import Team, require_whole
+from revprobe.finetune.training.distributed import ProcessGroup, require_whole
 from revprobe.finetune.training.probe_callback import take_readings
 from revprobe.probes.passes.plan import PassResult, Plan, merged, part_of
 from revprobe.probes.passes.run import run_pass
@@ -174,9 +174,9 @@ def test_its_predictions_are_those_of_its_checkpoints(together: Path, script: Mo
             row = table[(table["step"] == step) & (table["direction"] == direction)].iloc[0]
             losses = -frame[frame["direction"] == direction]["log_probability"]
             assert row["loss"] == pytest.approx(losses.mean(), abs=1e-5)
-            assert row["n"] == len(pairs) and row["came"] != 0
-            assert row["ahead"] == pytest.approx(row["predicted"], rel=2e-3, abs=1e-7)
-    np.testing.assert_allclose(table["error"], table["came"] - table["predicted"], atol=1e-7)
+            assert row["n"] == len(pairs) and row["observed"] != 0
+            assert row["predicted_by_adamw"] == pytest.approx(row["predicted"], rel=2e-3, abs=1e-7)
+    np.testing.assert_allclose(table["error"], table["observed"] - table["predicted"], atol=1e-7)
 
 
 # ---- failures ----
@@ -197,8 +197,8 @@ def test_what_the_first_does_it_does_alone(together: Path, script: ModuleType) -
 
 
 def test_alone_nothing_is_gathered() -> None:
-    team = Team()
-    assert team.gather(lambda: 3) == [3] and team.first_does(lambda: "x") == "x"
+    team = ProcessGroup()
+    assert team.gather(lambda: 3) == [3] and team.on_rank_zero(lambda: "x") == "x"
     with pytest.raises(ZeroDivisionError):
         team.gather(lambda: 1 // 0)
 

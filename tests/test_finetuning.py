@@ -25,7 +25,7 @@ from revprobe.finetune.runs.finetune_setup import FORWARD_UNTRAINED, prepare
 from revprobe.finetune.runs.finetuning import FinetuneRun, fine_tune
 from revprobe.finetune.runs.sweeps import open_sweep
 from revprobe.finetune.training.dataset import PadRows, RowOptions, StatementRows
-from revprobe.finetune.training.distributed import Team
+from revprobe.finetune.training.distributed import ProcessGroup
 from revprobe.finetune.training.probe_callback import logged_values
 from revprobe.finetune.training.tiny_models import build_tiny, other_statements, train_tokenizer
 from revprobe.models.peft_adapters import is_adapter_parameter
@@ -128,8 +128,8 @@ def test_a_lost_reading_and_a_lost_evaluation_are_taken_again(tmp_path: Path) ->
     for file in (run.path / "evaluation").iterdir():
         file.unlink()
     (run.path / "evaluation").rmdir()
-    lost = "1 of 12 readings are missing (readings/step-000003/gradient_cosine.raw.parquet)"
-    assert run.problem == f"{lost}; run the same command again to take them from their checkpoints"
+    said = "1 of 12 readings are missing (readings/step-000003/gradient_cosine.raw.parquet)"
+    assert run.problem == f"{said}; run the same command again to take them from their checkpoints"
     with pytest.warns(UserWarning, match="missing readings of step 3 were taken from its checkpoint"):
         assert fine_tune(config("llama"), run.path).finished
     assert rp.Reading.load(lost).value == expected
@@ -370,7 +370,7 @@ def test_what_cannot_be_trained_on_is_named(base: dict[str, ProbedModel]) -> Non
 def test_training_reads_forward_statements_of_trained_facts_only(tmp_path: Path) -> None:
     """Tokens back to text: no statement of the other direction, no held-out fact, no wording that is held out."""
     chosen = config()
-    prepared = prepare(chosen, tmp_path, Team())
+    prepared = prepare(chosen, tmp_path, ProcessGroup())
     texts = {prepared.model.tokenizer.decode(row.token_ids).replace("<|end|>", "") for row in prepared.rows.rows}
     assert texts == set(prepared.relation.training_texts("P2C"))
     assert not texts & set(prepared.relation.training_texts("C2P"))
@@ -390,7 +390,7 @@ def test_response_only_is_said_by_the_run_its_pairs_and_its_report(tmp_path: Pat
     for reading in run.readings():
         assert reading.frame[FORWARD_UNTRAINED].all(), reading.name
     assert "Trained on the response only: run." in "".join(finetune_sections([run]))
-    causal = prepare(config("llama", scope="response_only"), tmp_path / "llama", Team())
+    causal = prepare(config("llama", scope="response_only"), tmp_path / "llama", ProcessGroup())
     assert FORWARD_UNTRAINED not in causal.pairs.flags, "an ARM's forward query asks for what the response is"
 
 

@@ -190,8 +190,8 @@ def test_sgd_in_closed_form(tmp_path: Path) -> None:
         assert table.loc[direction, "loss"] == pytest.approx(loss[index].mean(), rel=1e-9)
     norm = torch.stack([g.square().sum() for g in seen.values()]).sum().sqrt()
     assert table["update_norm"].to_numpy() == pytest.approx(0.25 * float(norm), rel=1e-6)
-    assert table["ahead"].isna().all()
-    assert (table["reason"] == "ahead: no formula for SGD; expected torch's Adam or AdamW").all()
+    assert table["predicted_by_adamw"].isna().all()
+    assert (table["reason"] == "predicted_by_adamw: no formula for SGD; expected torch's Adam or AdamW").all()
     assert (table["n"] == len(pairs)).all()
     assert set(table["optimizer"]) == {"SGD"}
 
@@ -206,8 +206,8 @@ def test_the_prediction_becomes_exact_as_the_step_shrinks(tmp_path: Path, optimi
         table = predicted(tmp_path / str(rate), tiny(dtype=torch.float64), **options)
         row = table[(table["step"] == 0) & (table["direction"] == "reverse")].iloc[0]
         errors.append(abs(row["error"]))
-        shares.append(row["came"] / row["predicted"])
-        assert row["error"] == pytest.approx(row["came"] - row["predicted"], rel=1e-6, abs=1e-12)
+        shares.append(row["observed"] / row["predicted"])
+        assert row["error"] == pytest.approx(row["observed"] - row["predicted"], rel=1e-6, abs=1e-12)
     assert errors[0] / errors[1] > 30 and errors[1] / errors[2] > 30, errors
     assert abs(shares[-1] - 1) < 1e-2, shares
 
@@ -223,13 +223,13 @@ def test_the_step_ahead_predicts_what_the_made_step_does(tmp_path: Path, kind: s
     assert list(table.columns) == COLUMNS
     assert sorted(table["step"]) == [0, 0, 1, 1, 3, 3]
     first = table[table["step"] == 0]
-    assert (first["update_norm"] == 0).all() and (first["came"] == 0).all(), "the warm-up starts at rate 0"
+    assert (first["update_norm"] == 0).all() and (first["observed"] == 0).all(), "the warm-up starts at rate 0"
     later = table[table["step"] > 0]
     assert (later["predicted"].abs() > 1e-6).all()
-    np.testing.assert_allclose(later["ahead"], later["predicted"], rtol=2e-3, atol=1e-7)
+    np.testing.assert_allclose(later["predicted_by_adamw"], later["predicted"], rtol=2e-3, atol=1e-7)
     assert (later["reason"] == "").all()
     assert later["n"].min() > 0 and later["learning_rate"].between(0, 1e-3, inclusive="right").all()
-    for name in ("predicted", "came", "predicted_control", "came_control"):
+    for name in ("predicted", "observed", "predicted_control", "observed_control"):
         assert (later[f"{name}_low"] <= later[name]).all() and (later[name] <= later[f"{name}_high"]).all(), name
 
 
@@ -237,8 +237,8 @@ def test_the_control_prices_the_target_at_another_facts_query(tmp_path: Path) ->
     """By hand: the same loss with the tokens of another fact around the target. Its prediction becomes exact too."""
     table = predicted(tmp_path, tiny(dtype=torch.float64), learning_rate=1e-5)
     reverse = table[(table["direction"] == "reverse") & (table["step"] == 3)].iloc[0]
-    assert reverse["came_control"] == pytest.approx(reverse["predicted_control"], rel=1e-2)
-    assert reverse["came_control"] != pytest.approx(reverse["came"], rel=1e-3), (
+    assert reverse["observed_control"] == pytest.approx(reverse["predicted_control"], rel=1e-2)
+    assert reverse["observed_control"] != pytest.approx(reverse["observed"], rel=1e-3), (
         "the control asks the pairs' own queries"
     )
 
@@ -306,7 +306,7 @@ def test_snapshots_follow_the_checkpoints_and_the_last_has_no_step_after_it(tmp_
     table = pd.read_parquet(tmp_path / "predictions.parquet")
     assert list(table["step"]) == [0, 0, 2, 2, 4, 4]
     last = table[table["step"] == 4]
-    assert last[["predicted", "came"]].isna().all().all() and (last["reason"] == NO_STEP_FOLLOWS).all()
+    assert last[["predicted", "observed"]].isna().all().all() and (last["reason"] == NO_STEP_FOLLOWS).all()
     assert (last["n"] == 0).all()
     assert table["predicted_control"].isna().all(), "no control was asked for"
     longer = trainer(tmp_path, tiny(), **saving, max_steps=6)
@@ -315,7 +315,7 @@ def test_snapshots_follow_the_checkpoints_and_the_last_has_no_step_after_it(tmp_
     again = pd.read_parquet(tmp_path / "predictions.parquet")
     assert list(again["step"]) == [0, 0, 2, 2, 4, 4, 6, 6]
     pd.testing.assert_frame_equal(again[again["step"] < 4], table[table["step"] < 4])
-    assert again[again["step"] == 4]["came"].notna().all()
+    assert again[again["step"] == 4]["observed"].notna().all()
     assert not list(tmp_path.glob(".predictions*")), "a half-written file"
 
 

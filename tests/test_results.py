@@ -92,7 +92,9 @@ def test_the_storage_numbers_are_of_runs_in_the_tables_with_interval_n_and_contr
         assert set(own["step"]) == set(tables[tables["run"] == run]["step"]), f"{run}: every checkpoint"
     stored = curves[(curves["curve"] == "stored") & (curves["direction"] == "reverse")]
     assert stored[["low", "high", "n", "control", "control_low", "control_high"]].notna().all(axis=None)
-    assert steps[["came_low", "came_high", "n", "came_control", "predicted", "slope"]].notna().all(axis=None)
+    assert (
+        steps[["observed_low", "observed_high", "n", "observed_control", "predicted", "slope"]].notna().all(axis=None)
+    )
     assert not steps.duplicated(["run", "step", "quantity"]).any()
 
 
@@ -100,7 +102,16 @@ def test_the_page_counts_the_seeds_in_which_a_step_does_what_is_expected(
     scripts: tuple[ModuleType, ModuleType], tmp_path: Path
 ) -> None:
     """S has to rise and a loss to fall, each with its whole interval; two of three do, then one."""
-    columns = ["quantity", "came", "came_low", "came_high", "came_control", "slope", "correlation", "run"]
+    columns = [
+        "quantity",
+        "observed",
+        "observed_low",
+        "observed_high",
+        "observed_control",
+        "slope",
+        "correlation",
+        "run",
+    ]
     rows: list[tuple[object, ...]] = []
     for seed, low in enumerate((0.1, 0.2, -0.1)):
         rows.append(("stored", low + 0.1, low, low + 0.2, 0.0, 1.0, 0.5, f"rope-l10-s{seed}"))

@@ -18,7 +18,7 @@ from revprobe import RevprobeError, open_run, train
 from revprobe.finetune.config.one_layer import RunConfig, parse_config
 from revprobe.finetune.runs.one_layer import build_model
 from revprobe.finetune.training.arguments import training_arguments
-from revprobe.finetune.training.checkpointing import only_writer
+from revprobe.finetune.training.checkpointing import run_lock
 from revprobe.finetune.training.trainer import ForwardOnlyTrainer, TokenRows
 
 CONFIG = """
@@ -66,7 +66,7 @@ MOMENTS = {
     "after the Trainer's checkpoint, before the average": (trainer.MovingAverage, "save", 2, True),
     "before the mark": (saving, "_remove", 3, True),
     "after the mark, before the rename": (saving.Path, "touch", 3, False),
-    "after the checkpoint, before the older one is slimmed": (saving, "slim_checkpoints", 3, True),
+    "after the checkpoint, before the older one is slimmed": (saving, "prune_optimizer_state", 3, True),
     "after the last step, before its checkpoint": (trainer.ForwardOnlyTrainer, "_save_checkpoint", 4, True),
 }
 
@@ -194,7 +194,7 @@ def test_a_resume_with_another_config_shows_the_difference_and_changes_nothing(s
 
 def test_a_run_that_another_process_writes_is_left_alone(stopped: Path) -> None:
     """Two writers would delete each other's half-written checkpoints."""
-    with only_writer(stopped), pytest.raises(RevprobeError, match="being written by another process; wait for it"):
+    with run_lock(stopped), pytest.raises(RevprobeError, match="being written by another process; wait for it"):
         train(config(), stopped)
 
 

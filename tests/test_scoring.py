@@ -127,7 +127,7 @@ def test_the_control_is_right_as_often_as_another_facts_answer_would_be():
 
 
 def test_a_control_never_shares_an_answer():
-    """Siblings have one parent: as each other's control they would be right. Families of facts are deranged whole."""
+    """Siblings have one parent: as each other's control they would be right. Families of facts are shuffled whole."""
     parents = ["alma", "alma", "cora", "cora", "eric", "eric"]
     questions = [
         Question(f"q{i}", (parent, "gina") if i == 5 else (parent,), f"f{i}") for i, parent in enumerate(parents)

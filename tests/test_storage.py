@@ -15,7 +15,7 @@ from revprobe.models.dream import DreamConfig, DreamForMaskedDiffusion
 from revprobe.models.llada import LLaDAConfig, LLaDAForMaskedDiffusion
 from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.passes.batches import make_batch, prepare_queries
-from revprobe.probes.passes.decomposition import HeldBatch
+from revprobe.probes.passes.decomposition import LinearizedBatch
 from revprobe.probes.statistics.by_part import evidence_by_pair, logit_contributions
 from revprobe.probes.statistics.resampling import derangement
 from revprobe.probes.storage import DIFFERENT_TOKENS, probe_stored_evidence
@@ -503,7 +503,7 @@ def test_summed_scores_of_all_targets_equal_target_by_target() -> None:
     for name in ("radd-absolute", "qwen2"):
         model = DEEP[name]()
         batch = make_batch(model, prepare_queries(model, two_token_pairs().queries))
-        held = HeldBatch.run(model, batch)
+        held = LinearizedBatch.run(model, batch)
         pushed = held.stored_logits().gather(-1, batch.targets[..., None])[..., 0]
         pushed = pushed.masked_fill(~batch.is_target, 0.0).sum(1) / batch.is_target.sum(1)
         found = held.decompose(batch.targets)

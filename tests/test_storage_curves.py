@@ -116,11 +116,11 @@ def test_predictions_are_gradient_times_update_and_changes_are_differences(run: 
                 came = (loss(step.after, asked, target) - before).item()
                 row = table.loc[(f"{side}_loss", pair)]
                 assert row[f"predicted{ending}"] == pytest.approx(predicted, abs=1e-10)
-                assert row[f"came{ending}"] == pytest.approx(came, abs=1e-10)
+                assert row[f"observed{ending}"] == pytest.approx(came, abs=1e-10)
     start, end = (evidence_by_pair(probe_stored_evidence(m, pairs)) for m in (step.before, step.after))
     stored = table.loc["stored"]
-    assert np.allclose(stored["came"], end["stored_reverse"] - start["stored_reverse"], atol=1e-14)
-    assert np.allclose(stored["came_control"], end["stored_control"] - start["stored_control"], atol=1e-14)
+    assert np.allclose(stored["observed"], end["stored_reverse"] - start["stored_reverse"], atol=1e-14)
+    assert np.allclose(stored["observed_control"], end["stored_control"] - start["stored_control"], atol=1e-14)
     assert stored["predicted"].notna().all()
 
 
@@ -186,7 +186,7 @@ def test_controls_meet_targets_of_as_many_tokens(run: Run) -> None:
     step, pairs = next_step(run, 11), mixed_pairs()
     assert len(set(pairs.groups(0))) == 1
     table = follow(step, pairs)
-    assert table[["came", "came_control", "predicted", "predicted_control"]].notna().all().all()
+    assert table[["observed", "observed_control", "predicted", "predicted_control"]].notna().all().all()
     partner = derangement(pairs.facts.astype(str), np.arange(6) % 2, seed=0)
     losses = table[table["quantity"] == "reverse_loss"].set_index("pair")
     for pair in range(6):
@@ -198,7 +198,7 @@ def test_controls_meet_targets_of_as_many_tokens(run: Run) -> None:
             with torch.no_grad():
                 logs = model.module(ids).logits[0, rows].log_softmax(-1)
             values.append(-logs[range(len(rows)), list(own.target)].mean().item())
-        assert losses.loc[pair, "came_control"] == pytest.approx(values[1] - values[0], abs=1e-12)
+        assert losses.loc[pair, "observed_control"] == pytest.approx(values[1] - values[0], abs=1e-12)
     lonely = one_step_curves(one_step(run, steps=[11], pairs=pairs[:4]))
     assert set(lonely["n"]) == set(lonely["n_control"]) == {4}
     lonely = one_step_curves(one_step(run, steps=[11], pairs=pairs.take(np.array([0, 1, 2]))))
@@ -211,12 +211,12 @@ def test_the_runs_last_step_has_no_next_one(run: Run) -> None:
     assert sorted(set(one_step(run)["step"])) == [0, 5, 11]
     table = one_step(run, steps=[-1])
     assert set(table["step"]) == {12}
-    assert table[["before", "came", "predicted", "came_control", "learning_rate"]].isna().all().all()
+    assert table[["before", "observed", "predicted", "observed_control", "learning_rate"]].isna().all().all()
     curves = one_step_curves(table)
     assert curves["quantity"].tolist() == ["stored", "forward_loss", "reverse_loss"]
     assert set(curves["reason"]) == {PAST_END}
     assert set(curves["n"]) == {0}
-    assert one_step_curves(one_step(run, steps=[12], learning_rate=1e-3))["came"].ne(0).all()
+    assert one_step_curves(one_step(run, steps=[12], learning_rate=1e-3))["observed"].ne(0).all()
     with pytest.raises(rp.RevprobeError, match=r"step 12 is the last of .*; pass learning_rate= to take another"):
         next_step(run)
 
@@ -253,34 +253,34 @@ def test_curves_are_means_over_pairs_and_the_slope_is_least_squares(run: Run) ->
     curves = one_step_curves(table).set_index("quantity")
     part = table[table["quantity"] == "reverse_loss"]
     row = curves.loc["reverse_loss"]
-    for name in ("before", "came", "predicted", "came_control"):
+    for name in ("before", "observed", "predicted", "observed_control"):
         assert row[name] == pytest.approx(part[name].mean())
         assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
-    assert row["slope"] == pytest.approx(np.linalg.lstsq(part[["predicted"]], part["came"], rcond=None)[0][0])
+    assert row["slope"] == pytest.approx(np.linalg.lstsq(part[["predicted"]], part["observed"], rcond=None)[0][0])
     assert row["slope_low"] <= row["slope"] <= row["slope_high"]
-    assert row["correlation"] == pytest.approx(part["came"].corr(part["predicted"]))
-    assert row["excess"] == pytest.approx((part["came"] - part["came_control"]).mean())
+    assert row["correlation"] == pytest.approx(part["observed"].corr(part["predicted"]))
+    assert row["excess"] == pytest.approx((part["observed"] - part["observed_control"]).mean())
     assert row["n"] == row["n_control"] == len(part)
-    numbers = ["came", "predicted"]
+    numbers = ["observed", "predicted"]
     gone = table.assign(**table[numbers].where(table["pair"] != 3))
     row, kept = one_step_curves(gone).set_index("quantity").loc["reverse_loss"], part[part["pair"] != 3]
     assert row["n"] == len(kept)
-    assert row["slope"] == pytest.approx(np.linalg.lstsq(kept[["predicted"]], kept["came"], rcond=None)[0][0])
+    assert row["slope"] == pytest.approx(np.linalg.lstsq(kept[["predicted"]], kept["observed"], rcond=None)[0][0])
 
 
 def test_a_warm_up_starts_at_rate_zero_where_nothing_moves_and_nothing_is_compared(run: Run) -> None:
     curves = one_step_curves(one_step(run, steps=[0]))
-    assert (curves["came"] == 0).all()
+    assert (curves["observed"] == 0).all()
     assert curves["slope"].isna().all()
     assert set(curves["reason"]) == {NO_RATE}
     asked = one_step_curves(one_step(run, steps=[0], learning_rate=1e-3)).set_index("quantity")
-    assert (asked["came"] != 0).all()
+    assert (asked["observed"] != 0).all()
     assert not asked["reason"].any()
 
 
 def test_a_causal_run_has_losses_and_no_entry_of_s(causal_run: Run) -> None:
     curves = one_step_curves(one_step(causal_run, steps=[11])).set_index("quantity")
-    assert np.isnan(curves.loc["stored", "came"])
+    assert np.isnan(curves.loc["stored", "observed"])
     assert curves.loc["stored", "reason"] == SWAPPED
     assert np.isfinite(curves.loc["reverse_loss", "predicted"])
     step = next_step(causal_run, 11)
@@ -354,14 +354,14 @@ def test_figures_hold_the_numbers_of_the_curves(run: Run) -> None:
     steps = one_step_curves(one_step(run, steps=[5, 11]))
     drawn = one_step_figure(steps)
     lines = [trace for trace in drawn.data if trace.mode == "lines+markers"]
-    assert len(lines) == 6, "came and predicted of S and of two losses"
-    for name in ("came", "predicted"):
+    assert len(lines) == 6, "observed and predicted of S and of two losses"
+    for name in ("observed", "predicted"):
         drawn_lines = [trace for trace in lines if trace.name == name]
         for trace, quantity in zip(drawn_lines, ("stored", "forward_loss", "reverse_loss"), strict=True):
             wanted = steps[steps["quantity"] == quantity].sort_values("step")[name]
             assert np.array_equal(np.array(trace.y, dtype=float), wanted), f"{name} of {quantity}"
     controls = [trace for trace in drawn.data if trace.name == "control"]
-    wanted = steps[steps["quantity"] == "reverse_loss"].sort_values("step")["came_control"]
+    wanted = steps[steps["quantity"] == "reverse_loss"].sort_values("step")["observed_control"]
     assert np.array_equal(np.array(controls[2].y, dtype=float), wanted)
     with pytest.raises(rp.RevprobeError, match="no 'emma' weights among the curves"):
         storage_curves_figure(curves, weights="emma")

@@ -38,6 +38,6 @@ def test_curves_and_steps_of_a_run_are_printed_and_saved(example, tmp_path, monk
     expected = rp.one_step_curves(rp.one_step(path, steps=[10]))
     row = expected[expected["quantity"] == "stored"].iloc[0]
     saved = steps[(steps["step"] == 10) & (steps["quantity"] == "stored")].iloc[0]
-    assert saved["came"] == pytest.approx(row["came"], abs=1e-6)
-    moved = "rises" if row["came_low"] > 0 else "falls" if row["came_high"] < 0 else "moves by nothing certain"
-    assert f"step 10 (fresh optimizer): S[v, u] {moved}: {row['came']:+.4f} [" in capsys.readouterr().out
+    assert saved["observed"] == pytest.approx(row["observed"], abs=1e-6)
+    moved = "rises" if row["observed_low"] > 0 else "falls" if row["observed_high"] < 0 else "moves by nothing certain"
+    assert f"step 10 (fresh optimizer): S[v, u] {moved}: {row['observed']:+.4f} [" in capsys.readouterr().out

@@ -13,6 +13,9 @@ import pytest
 import revprobe as rp
 from revprobe.finetune.config.finetuning import FinetuneConfig, FinetuneSweepConfig
 from revprobe.finetune.config.one_layer import EXAMPLES, RunConfig, SweepConfig, load_config
+from revprobe.probes.figures.storage import one_step_figure
+from revprobe.probes.statistics.old_columns import current_columns
+from revprobe.report.html.finetune_sections import finetune_sections
 from revprobe.report.html.report import write_report
 
 HOME = Path(__file__).parent / "fixtures" / "v0_1"
@@ -113,5 +116,18 @@ def test_a_lora_run_loads_with_its_adapter_its_readings_and_its_answers() -> Non
 
 
 def test_single_steps_written_by_v0_1_are_summed_up_as_they_were() -> None:
+    """`came` is now `observed`; a figure of curves that were saved under the old name draws too."""
     steps = pd.read_csv(HOME / "one_step.csv", keep_default_na=False, na_values=[""])
-    same_numbers(rp.one_step_curves(steps), then("one_step"), rtol=1e-9, atol=1e-12)
+    curves = then("one_step")
+    same_numbers(rp.one_step_curves(steps), current_columns(curves), rtol=1e-9, atol=1e-12)
+    assert "observed" in rp.one_step_curves(steps) and "came" in curves
+    assert len(one_step_figure(curves).data) == len(one_step_figure(current_columns(curves)).data) > 0
+
+
+def test_predictions_written_by_v0_1_stand_in_the_report() -> None:
+    run = rp.open_run(HOME / "lora")
+    table = pd.read_parquet(run.path / "predictions.parquet")
+    assert {"came", "ahead"} <= set(table)
+    assert {"observed", "predicted_by_adamw", "observed_low"} <= set(current_columns(table))
+    shown = "".join(finetune_sections([run]))
+    assert "observed change (nats)" in shown and f"{table['came'].iloc[0]:+.2e}" in shown

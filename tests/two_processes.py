@@ -15,7 +15,7 @@ import torch.distributed as dist
 from transformers import TrainingArguments, set_seed
 
 import revprobe as rp
-from revprobe.finetune.training.distributed import Team
+from revprobe.finetune.training.distributed import ProcessGroup
 from revprobe.finetune.training.prediction_callback import FirstOrderPrediction
 from revprobe.finetune.training.probe_callback import ProbeCallback, take_readings
 from revprobe.finetune.training.trainer import ForwardOnlyTrainer, TokenRows
@@ -86,7 +86,7 @@ def train(folder: Path) -> ForwardOnlyTrainer:
     return trainer
 
 
-def failure_of_one(team: Team) -> str:
+def failure_of_one(team: ProcessGroup) -> str:
     """What this process is told when the second one fails."""
 
     def work() -> int:
@@ -108,15 +108,15 @@ def main(folder: Path, rank: int, size: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     seen: dict[str, Any] = {"saved": [], "queries": 0}
-    team = Team(rank, size)
+    team = ProcessGroup(rank, size)
     model, pairs = long_names()
     counted = lambda name, done, total: seen.update(queries=total)  # noqa: E731
     take_readings(model, pairs, share=team.share, listener=counted).save(folder / f"long-{rank}")
     letters_model = letter_model()
     take_readings(letters_model, probed_lists(letters_model), share=team.share).save(folder / f"letters-{rank}")
     seen["failure"] = failure_of_one(team)
-    seen["first"] = team.first_does(lambda: f"by {rank}")
-    seen["alone"] = team.first_does(lambda: train(folder / "alone").args.world_size)
+    seen["first"] = team.on_rank_zero(lambda: f"by {rank}")
+    seen["alone"] = team.on_rank_zero(lambda: train(folder / "alone").args.world_size)
 
     save = rp.Readings.save
 

@@ -30,6 +30,7 @@ from ...probes.pairs.query import Query
 from ...probes.passes.batches import prepare_queries
 from ...probes.passes.slopes import loss_slopes
 from ...probes.statistics.by_part import evidence_by_pair
+from ...probes.statistics.old_columns import current_columns
 from ...probes.statistics.resampling import mean_over_facts, resampled_facts
 from ...probes.storage import control_partners, probe_stored_evidence
 from ..runs.one_layer import OneLayerRun
@@ -43,7 +44,7 @@ NO_RATE = "the learning rate is 0 at this step"
 SWAPPED = "pairs of kind 'swapped' do not share an entry of S"
 PAST_END = "past the end of the run"
 QUANTITIES = ("stored", "forward_loss", "reverse_loss")
-FOLLOWED = ("before", "came", "predicted", "came_control", "predicted_control")
+FOLLOWED = ("before", "observed", "predicted", "observed_control", "predicted_control")
 # How far the central difference of S reaches, as a share of the parameters' norm: in float64 its own error (the square
 # of this) and rounding (1e-16 by this) are then about as small.
 _REACH = 1e-5
@@ -67,8 +68,8 @@ def one_step(
         learning_rate: instead of the schedule's (which is 0 at step 0 of a warm-up, and ends with the run).
     Returns: one row per checkpoint, quantity and pair: step, optimizer ("saved" or "fresh" state), learning_rate,
         quantity ("stored": S[v, u] under the reverse query, logits; "forward_loss", "reverse_loss": nats), pair,
-        fact, kind, before, came (the change), predicted (to first order: the derivative along the update),
-        came_control and predicted_control (the same target on the evidence of another fact), reason. The run's last
+        fact, kind, before, observed (the change), predicted (to first order: the derivative along the update),
+        observed_control and predicted_control (the same target on the evidence of another fact), reason. The run's last
         step, asked for without a learning rate, is NaN with a reason. Measured in float64 whatever
         the model's dtype, since a step's change can be as small as float32 rounding. See `one_step_curves`.
     Raises: RevprobeError, for a run without checkpoints, a step it lacks, an empty list of steps, or a fine-tuning.
@@ -138,7 +139,7 @@ def _stored_change(step: Step, pairs: ReversalPairs, batch_size: int | None, see
     start, end, slope = stored(step.before), stored(step.after), _slope_along(step, stored)
     columns = {"before": start["stored_reverse"].to_numpy(), "reason": start["reason"].to_numpy()}
     for column, ending in (("stored_reverse", ""), ("stored_control", "_control")):
-        columns |= {f"came{ending}": (end[column] - start[column]).to_numpy()}
+        columns |= {f"observed{ending}": (end[column] - start[column]).to_numpy()}
         columns |= {f"predicted{ending}": slope[column].to_numpy()}
     return columns
 
@@ -181,11 +182,11 @@ def _loss_changes(
             moved = _with_target(queries[index[partner[pair]]], queries[index[pair]].target)
             elsewhere[side][pair] = asked.setdefault(moved, len(asked))
     before = loss_slopes(step.before, list(asked), [step.update], batch_size=batch_size)
-    came = loss_slopes(step.after, list(asked), batch_size=batch_size).loss - before.loss
+    observed = loss_slopes(step.after, list(asked), batch_size=batch_size).loss - before.loss
     for side, index in own.items():
         other = elsewhere[side]
-        columns = {"before": before.loss[index], "came": came[index], "predicted": before.slope[0][index]}
-        for name, values in (("came_control", came), ("predicted_control", before.slope[0])):
+        columns = {"before": before.loss[index], "observed": observed[index], "predicted": before.slope[0][index]}
+        for name, values in (("observed_control", observed), ("predicted_control", before.slope[0])):
             columns[name] = np.where(other >= 0, values[other], np.nan)
         yield side, columns | {"reason": ""}
 
@@ -201,25 +202,28 @@ def _with_target(query: Query, target: tuple[int, ...]) -> Query:
 def one_step_curves(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     """What `one_step` gave, averaged over pairs: one row per checkpoint and quantity.
 
-    Columns: step, optimizer, learning_rate, quantity, kind, n, n_control (pairs behind came and behind came_control);
-    before, came, predicted, error (came less predicted), came_control, excess (came less came_control, over the pairs
-    that have both) and predicted_control, each a mean with _low and _high (95 %, over facts); slope (of came on
-    predicted over pairs, through zero; 1 where curvature does not matter) with the same; correlation (Pearson r of the
-    two over pairs); reason.
+    Columns: step, optimizer, learning_rate, quantity, kind, n, n_control (pairs behind observed and behind its
+    control); before, observed, predicted, error (observed less predicted), observed_control, excess (observed less its
+    control, over the pairs that have both) and predicted_control, each a mean with _low and _high (95 %, over facts);
+    slope (of observed on predicted over pairs, through zero; 1 where curvature does not matter) with the same;
+    correlation (Pearson r of the two over pairs); reason.
     Raises: RevprobeError, for a table without rows.
     """
     if table.empty:
         raise RevprobeError("the table has no rows; expected what one_step gives")
-    table = table.assign(error=table["came"] - table["predicted"], excess=table["came"] - table["came_control"])
+    table = current_columns(table)
+    table = table.assign(
+        error=table["observed"] - table["predicted"], excess=table["observed"] - table["observed_control"]
+    )
     keys = ["step", "optimizer", "learning_rate", "quantity", "kind"]
     rows = []
     for key, part in table.groupby(keys, sort=False, dropna=False):
         row: dict[str, Any] = dict(zip(keys, key, strict=True))
         facts = part["fact"].to_numpy().astype(str)
-        for name in ("before", "came", "predicted", "error", "came_control", "excess", "predicted_control"):
+        for name in ("before", "observed", "predicted", "error", "observed_control", "excess", "predicted_control"):
             found = mean_over_facts(part[name].to_numpy(dtype=np.float64), facts, seed=seed)
             row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
-            row |= {"came": {"n": found.n}, "came_control": {"n_control": found.n}}.get(name, {})
+            row |= {"observed": {"n": found.n}, "observed_control": {"n_control": found.n}}.get(name, {})
         row |= _agreement(part, facts, seed)
         row["reason"] = NO_RATE if row["learning_rate"] == 0 else next(iter(part["reason"][part["reason"] != ""]), "")
         rows.append(row)
@@ -228,19 +232,19 @@ def one_step_curves(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
 
 def _agreement(part: pd.DataFrame, facts: np.ndarray, seed: int) -> dict[str, float]:
     """Least-squares slope through zero, with its interval, and Pearson r over pairs; NaN without a prediction."""
-    came, predicted = (part[name].to_numpy(dtype=np.float64) for name in ("came", "predicted"))
+    observed, predicted = (part[name].to_numpy(dtype=np.float64) for name in ("observed", "predicted"))
     found = dict.fromkeys(("slope", "slope_low", "slope_high", "correlation"), float("nan"))
-    defined = np.isfinite(came) & np.isfinite(predicted)
-    came, predicted, facts = came[defined], predicted[defined], facts[defined]
+    defined = np.isfinite(observed) & np.isfinite(predicted)
+    observed, predicted, facts = observed[defined], predicted[defined], facts[defined]
     if not predicted.any():
         return found
     index = np.unique(facts, return_inverse=True)[1]
-    products, squares = np.bincount(index, came * predicted), np.bincount(index, predicted**2)
+    products, squares = np.bincount(index, observed * predicted), np.bincount(index, predicted**2)
     found["slope"] = float(products.sum() / squares.sum())
     if len(products) > 1:
         draws = resampled_facts(len(products), seed=seed)
         low, high = np.percentile((draws @ products) / (draws @ squares), [2.5, 97.5])
         found |= {"slope_low": float(low), "slope_high": float(high)}
-    if np.ptp(came) > 0 and np.ptp(predicted) > 0:
-        found["correlation"] = float(np.corrcoef(came, predicted)[0, 1])
+    if np.ptp(observed) > 0 and np.ptp(predicted) > 0:
+        found["correlation"] = float(np.corrcoef(observed, predicted)[0, 1])
     return found

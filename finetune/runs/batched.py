@@ -37,7 +37,7 @@ from ...atomic_files import write_text
 from ...errors import RevprobeError, first_line
 from ...models.hub import quiet_transformers
 from ..config.one_layer import RunConfig
-from ..training.checkpointing import only_writer, remove_unfinished, resume_from
+from ..training.checkpointing import remove_unfinished, resume_from, run_lock
 from ..training.objectives import draw_masks, step_generator
 from ..training.probe_callback import ProbeCallback
 from ..training.stacked_models import StackedModels, clip_each
@@ -91,7 +91,7 @@ def train_together(
 def _claim(folder: Path, config: RunConfig, held: ExitStack) -> OneLayerRun:
     """Hold a run's folder until `held` is left."""
     folder.mkdir(parents=True, exist_ok=True)
-    held.enter_context(only_writer(folder))
+    held.enter_context(run_lock(folder))
     run = OneLayerRun(folder)
     claim_run(run, config)
     return run

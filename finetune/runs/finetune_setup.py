@@ -24,7 +24,7 @@ from ..config.finetuning import FinetuneConfig
 from ..training.arguments import training_arguments, uses_cpu
 from ..training.checkpointing import READINGS
 from ..training.dataset import PadRows, RowOptions, StatementRows, padding_id
-from ..training.distributed import Team
+from ..training.distributed import ProcessGroup
 from ..training.lora import add_lora, quantization, target_modules
 from ..training.prediction_callback import PREDICTIONS, FirstOrderPrediction
 from ..training.probe_callback import ProbeCallback
@@ -90,7 +90,7 @@ class Prepared:
         return {"objective": base.objective, "check": False} | known
 
 
-def prepare(config: FinetuneConfig, folder: Path, team: Team) -> Prepared:
+def prepare(config: FinetuneConfig, folder: Path, team: ProcessGroup) -> Prepared:
     """Load the relation and the base model (or build it), and make rows and pairs of them.
 
     Raises: RevprobeError, for whatever of these cannot be had, before anything is trained.
@@ -117,12 +117,12 @@ def text_relation(config: FinetuneConfig) -> TextRelation:
     return relation
 
 
-def _base(config: FinetuneConfig, relation: TextRelation, folder: Path, team: Team) -> ProbedModel:
+def _base(config: FinetuneConfig, relation: TextRelation, folder: Path, team: ProcessGroup) -> ProbedModel:
     """The model to put an adapter on; the Trainer places it, unless it is loaded in 4 bits."""
     tiny, options = config.model.tiny, loading_options(config)
     if tiny is None:
         return load_model(str(config.model.name), **options)
-    return load_model(team.first_does(lambda: build_tiny(tiny, relation, folder / BASE)), **options)
+    return load_model(team.on_rank_zero(lambda: build_tiny(tiny, relation, folder / BASE)), **options)
 
 
 def loading_options(config: FinetuneConfig) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def build_finetuning(
         run_name=config.name,
     )
     # A step has the config's rows, however many processes take them.
-    arguments.per_device_train_batch_size = Team.of(arguments).per_process(training.batch_size)
+    arguments.per_device_train_batch_size = ProcessGroup.of(arguments).per_process(training.batch_size)
     set_seed(training.seed)
     trainer = ForwardOnlyTrainer(
         model=add_lora(prepared.model, config.lora, checkpointing=training.gradient_checkpointing),

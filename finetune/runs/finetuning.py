@@ -32,8 +32,8 @@ from ...relations.evaluation import evaluate_relation, save_evaluation
 from ..config.finetuning import FinetuneConfig
 from ..config.one_layer import load_config
 from ..training.arguments import training_arguments
-from ..training.checkpointing import READINGS, only_writer, remove_unfinished, resume_from
-from ..training.distributed import Team
+from ..training.checkpointing import READINGS, remove_unfinished, resume_from, run_lock
+from ..training.distributed import ProcessGroup
 from ..training.probe_callback import GRADIENT, LORA_GRADIENT, take_readings
 from ..training.trainer import ForwardOnlyTrainer
 from .finetune_setup import Prepared, build_finetuning, placed_options, prepare
@@ -125,13 +125,13 @@ def fine_tune(
     folder = Path("runs") / config.name if folder is None else Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     team, run = _team(config), FinetuneRun(folder)
-    with only_writer(folder) if team.rank == 0 else nullcontext():
-        if team.first_does(lambda: _claimed(run, config)):
+    with run_lock(folder) if team.rank == 0 else nullcontext():
+        if team.on_rank_zero(lambda: _claimed(run, config)):
             return run
         with noting_problems(folder), pinned_threads(config.training.threads), quiet_transformers():
             prepared = prepare(config, folder, team)
             model = None if run.trained else _train(run, prepared, team, listener)
-            team.first_does(lambda: _complete(run, prepared, model))
+            team.on_rank_zero(lambda: _complete(run, prepared, model))
     return run
 
 
@@ -140,14 +140,14 @@ def finetuning_runs(runs: Iterable[Run]) -> list[FinetuneRun]:
     return [run for run in runs if isinstance(run, FinetuneRun)]
 
 
-def _team(config: FinetuneConfig) -> Team:
+def _team(config: FinetuneConfig) -> ProcessGroup:
     """The processes of this run; TrainingArguments are what joins them."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Team()
-    return Team.of(training_arguments(Path("."), steps=1, device=config.training.device))
+        return ProcessGroup()
+    return ProcessGroup.of(training_arguments(Path("."), steps=1, device=config.training.device))
 
 
-def _train(run: FinetuneRun, prepared: Prepared, team: Team, listener: Listener | None) -> ProbedModel:
+def _train(run: FinetuneRun, prepared: Prepared, team: ProcessGroup, listener: Listener | None) -> ProbedModel:
     """Train from the newest checkpoint with its state, or from step 0; returns the model as it ends."""
 
     def start() -> Path | None:
@@ -155,7 +155,7 @@ def _train(run: FinetuneRun, prepared: Prepared, team: Team, listener: Listener 
         remove_unfinished(run.path)
         return resume_from(run.path)
 
-    checkpoint = team.first_does(start)
+    checkpoint = team.on_rank_zero(start)
     trainer = build_finetuning(run.config, run.path, prepared, checkpoint)
     if listener is not None and team.rank == 0:
         trainer.add_callback(ProgressCallback(listener))

@@ -24,7 +24,7 @@ from ...probes.readings.readings import Reading
 from ...relations.catalog import LettersRelation, letters
 from ..config.one_layer import RunConfig, load_config
 from ..training.arguments import training_arguments, uses_cpu
-from ..training.checkpointing import READINGS, only_writer, remove_unfinished, resume_from
+from ..training.checkpointing import READINGS, remove_unfinished, resume_from, run_lock
 from ..training.probe_callback import ProbeCallback, take_readings
 from ..training.trainer import ForwardOnlyTrainer, TokenRows
 from .progress import Listener, ProgressCallback
@@ -93,7 +93,7 @@ def train(
     config = config if isinstance(config, RunConfig) else load_config(config, RunConfig)
     run = OneLayerRun(Path("runs") / config.name if folder is None else Path(folder))
     run.path.mkdir(parents=True, exist_ok=True)
-    with only_writer(run.path):
+    with run_lock(run.path):
         claim_run(run, config)
         if run.finished:
             return run

@@ -45,11 +45,11 @@ def complete_checkpoint(run: Path, step: int, *, working: Path, add: Callable[[P
     if final.exists():  # a user saved the same step twice; the newer one holds
         shutil.rmtree(final)
     working.rename(final)
-    slim_checkpoints(run)
+    prune_optimizer_state(run)
     return final
 
 
-def slim_checkpoints(run: Path) -> None:
+def prune_optimizer_state(run: Path) -> None:
     """Drop optimizer and RNG state from all complete checkpoints but the last two that have it."""
     kept = resumable_steps(run)[-_RESUMABLE:]
     for step in checkpoint_steps(run):
@@ -105,7 +105,7 @@ def remove_unfinished(run: Path) -> list[Path]:
 
 
 @contextmanager
-def only_writer(run: Path) -> Iterator[None]:
+def run_lock(run: Path) -> Iterator[None]:
     """Hold the run folder for this process; the kernel lets go of it however the process ends.
 
     Raises: RevprobeError, when another process is writing the run.

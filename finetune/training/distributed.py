@@ -37,7 +37,7 @@ class Asking(Protocol):
 
 
 @dataclass(frozen=True)
-class Team:
+class ProcessGroup:
     """The processes that train one model together; alone, a team of one that gathers nothing.
 
     `rank` is this process's number, `size` how many there are.
@@ -47,7 +47,7 @@ class Team:
     size: int = 1
 
     @classmethod
-    def of(cls, args: TrainingArguments) -> Team:
+    def of(cls, args: TrainingArguments) -> ProcessGroup:
         """The team of a Trainer."""
         if args.world_size > 1 and dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
@@ -86,7 +86,7 @@ class Team:
             )
         return batch // self.size
 
-    def first_does(self, work: Callable[[], Found]) -> Found:
+    def on_rank_zero(self, work: Callable[[], Found]) -> Found:
         """Let the first process do something alone (write a file, train a small model); all get what it returned.
 
         Raises: as `gather`.

@@ -36,21 +36,22 @@ from ...probes.pairs.pairs import ReversalPairs
 from ...probes.pairs.query import Query
 from ...probes.passes.batches import prepare_queries
 from ...probes.passes.slopes import loss_slopes
+from ...probes.statistics.old_columns import current_columns
 from ...probes.statistics.resampling import derangement, mean_over_facts
 from .adamw_update import adamw_update, innermost_optimizer
-from .distributed import Team, require_whole
+from .distributed import ProcessGroup, require_whole
 from .probe_callback import Wrapping
 
 PREDICTIONS = "predictions.parquet"
 NO_STEP_FOLLOWS = "training ended here: no step follows this snapshot"
 # Means over pairs, each with an interval from resampling facts.
-_MEASURES = ("loss", "predicted", "ahead", "came", "error", "predicted_control", "came_control")
+_MEASURES = ("loss", "predicted", "predicted_by_adamw", "observed", "error", "predicted_control", "observed_control")
 _INTERVALS = [f"{name}{end}" for name in _MEASURES for end in ("", "_low", "_high")]
 COLUMNS = ["step", "direction", "kind", "n", *_INTERVALS, "learning_rate", "update_norm", "optimizer", "reason"]
 
 
 class FirstOrderPrediction(TrainerCallback):
-    """Compare the first-order prediction of each snapshot's next step with the change that came.
+    """Compare the first-order prediction of each snapshot's next step with the change observed.
 
     Args:
         pairs: whose forward and reverse losses are followed. The loss of a query is the mean negative log-likelihood
@@ -64,10 +65,11 @@ class FirstOrderPrediction(TrainerCallback):
         wrapping: how to wrap the Trainer's model, as in `ProbeCallback`.
 
     The table has two rows a snapshot, one for each direction: step, direction, kind, n (pairs); then, each with _low
-    and _high (95 %, over facts), loss (before the step), predicted (<gradient, update made>), ahead (<gradient,
-    AdamW's formula worked out before the step>; NaN with the reason for other optimizers), came (loss after minus
-    loss before), error (came minus predicted), predicted_control and came_control; then learning_rate, update_norm
-    (Euclidean, over all trainable parameters), optimizer, reason. All changes are in nats.
+    and _high (95 %, over facts), loss (before the step), predicted (<gradient, update made>), predicted_by_adamw
+    (<gradient, AdamW's formula worked out before the step>; NaN with the reason for other optimizers), observed (loss
+    after minus loss before), error (observed minus predicted), predicted_control and
+    observed_control; then learning_rate, update_norm (Euclidean, over all trainable parameters), optimizer, reason.
+    All changes are in nats.
     Raises: RevprobeError, for pairs that are no ReversalPairs, and whatever the probes refuse.
     """
 
@@ -141,13 +143,15 @@ class FirstOrderPrediction(TrainerCallback):
         require_whole(model)
         probed = self.wrap(model, name=Path(args.output_dir or ".").resolve().name, step=state.global_step)
         asked = _Asked.of(probed, self.pairs, self.control, self.seed)
-        team = Team.of(args)
-        directions = [made] if step.ahead is None else [made, step.ahead]
+        team = ProcessGroup.of(args)
+        directions = [made] if step.by_formula is None else [made, step.by_formula]
         with _holding(parameters, step.before):
             before = team.slopes(lambda part: loss_slopes(probed, part, directions, batch_size=self.batch_size), asked)
         after = team.slopes(lambda part: loss_slopes(probed, part, batch_size=self.batch_size), asked)
-        values = {"loss": before.loss, "predicted": before.slope[0], "came": after.loss - before.loss}
-        values["ahead"] = before.slope[1] if step.ahead is not None else np.full(len(asked.queries), np.nan)
+        values = {"loss": before.loss, "predicted": before.slope[0], "observed": after.loss - before.loss}
+        values["predicted_by_adamw"] = (
+            before.slope[1] if step.by_formula is not None else np.full(len(asked.queries), np.nan)
+        )
         facts = {
             "step": state.global_step,
             "kind": self.pairs.kind,
@@ -161,14 +165,14 @@ class FirstOrderPrediction(TrainerCallback):
     def _row(self, direction: str, values: Mapping[str, np.ndarray], asked: _Asked) -> dict[str, Any]:
         own, other = asked.index[direction], asked.index[f"{direction}_control"]
         columns = {name: each[own] for name, each in values.items()}
-        columns["error"] = columns["came"] - columns["predicted"]
-        for name in ("predicted", "came"):
+        columns["error"] = columns["observed"] - columns["predicted"]
+        for name in ("predicted", "observed"):
             columns[f"{name}_control"] = np.where(other >= 0, values[name][other], np.nan)
         row: dict[str, Any] = {"direction": direction}
         for name in _MEASURES:
             found = mean_over_facts(columns[name], self.pairs.facts.astype(str), seed=self.seed)
             row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
-            if name == "came":
+            if name == "observed":
                 row["n"] = found.n
         return row
 
@@ -182,7 +186,7 @@ class FirstOrderPrediction(TrainerCallback):
         if step == 0 or not path.is_file():
             return pd.DataFrame(columns=COLUMNS)
         try:
-            table = pd.read_parquet(path)
+            table = current_columns(pd.read_parquet(path))
             return table[table["step"] < step][COLUMNS]
         except Exception as error:
             raise RevprobeError(
@@ -203,7 +207,7 @@ class _ComingStep:
     """What is known just before a step: the weights, the update AdamW's formula gives, or why there is none."""
 
     before: dict[str, Tensor]
-    ahead: dict[str, Tensor] | None
+    by_formula: dict[str, Tensor] | None
     reason: str
     learning_rate: float
     optimizer: str
@@ -211,16 +215,16 @@ class _ComingStep:
     @classmethod
     def of(cls, model: nn.Module, optimizer: Any) -> _ComingStep:
         trained = {name: p for name, p in without_wrapper(model).named_parameters() if p.requires_grad}
-        ahead, reason = None, ""
+        by_formula, reason = None, ""
         try:
             by_parameter = adamw_update(optimizer)
-            ahead = {name: by_parameter[id(p)] for name, p in trained.items() if id(p) in by_parameter}
+            by_formula = {name: by_parameter[id(p)] for name, p in trained.items() if id(p) in by_parameter}
         except RevprobeError as error:
-            reason = f"ahead: {error}"
+            reason = f"predicted_by_adamw: {error}"
         torch_optimizer = innermost_optimizer(optimizer)
         before = {name: p.detach().clone() for name, p in trained.items()}
         rate = float(torch_optimizer.param_groups[0]["lr"])
-        return cls(before, ahead, reason, rate, type(torch_optimizer).__name__)
+        return cls(before, by_formula, reason, rate, type(torch_optimizer).__name__)
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that train, by name."""

@@ -29,7 +29,7 @@ from ...probes.pairs.pairs import ReversalPairs
 from ...probes.passes.plan import Share
 from ...probes.readings.readings import Reading, Readings
 from .checkpointing import READINGS
-from .distributed import Team, require_whole
+from .distributed import ProcessGroup, require_whole
 
 Pairs = ReversalPairs | Mapping[str, ReversalPairs]
 ProbeListener = Callable[[str, int, int], None]
@@ -173,7 +173,7 @@ class ProbeCallback(TrainerCallback):
 
     def _take(self, model: nn.Module, args: TrainingArguments, state: TrainerState) -> None:
         """Probe one step, unless it has been done; the first process writes its folder."""
-        step, team = state.global_step, Team.of(args)
+        step, team = state.global_step, ProcessGroup.of(args)
         if step in self._done:
             return
         home = Path(args.output_dir or ".")

@@ -101,11 +101,11 @@ def drop_silent_tokens(gradient: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor
     Where most of them do, picking them would cost more than it saves.
     """
     # The 1-norm: one read, and unlike a sum of squares it does not underflow to silence.
-    loud = torch.linalg.vector_norm(gradient, 1, dim=-1) > 0
-    keep = max(int(loud.sum(1).max()), 1)
-    if keep > loud.shape[1] / 2:
+    carries = torch.linalg.vector_norm(gradient, 1, dim=-1) > 0
+    keep = max(int(carries.sum(1).max()), 1)
+    if keep > carries.shape[1] / 2:
         return gradient, inputs
-    order = loud.int().argsort(dim=1, descending=True, stable=True)[:, :keep, None]
+    order = carries.int().argsort(dim=1, descending=True, stable=True)[:, :keep, None]
     return gradient.gather(1, order.expand(-1, -1, gradient.shape[-1])), inputs.gather(
         1, order.expand(-1, -1, inputs.shape[-1])
     )

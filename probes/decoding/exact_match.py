@@ -66,7 +66,7 @@ def decoded_match(
     Args:
         questions: see `Asked`; each with at least one answer.
         steps, block_length, algorithm: masked models only; see `decode`.
-        control: also match against deranged answers.
+        control: also match against shuffled answers.
         seed: of derangement and bootstrap.
         answers: these questions' `AnswerBook`, which may hold others too; made here when None.
 
@@ -322,8 +322,8 @@ def families(facts: np.ndarray, accepted: list[set[str]]) -> np.ndarray:
     """Labels of facts, equal where they share an answer, directly or through others. Shapes: `question -> question`."""
     fact = np.unique(facts, return_inverse=True)[1]
     row = np.repeat(fact, [len(answers) for answers in accepted])
-    told = [answer for answers in accepted for answer in answers]
-    column = np.unique(told, return_inverse=True)[1] + fact.max() + 1
+    listed = [answer for answers in accepted for answer in answers]
+    column = np.unique(listed, return_inverse=True)[1] + fact.max() + 1
     size = int(column.max()) + 1
     graph = coo_array((np.ones(len(row)), (row, column)), shape=(size, size))
     return np.asarray(connected_components(graph, directed=False)[1])[fact]

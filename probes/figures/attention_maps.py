@@ -145,10 +145,10 @@ def _checkpoint(entries: Sequence[Entry | None], panels: Sequence[str], grid: Gr
     traces: dict[str, list[Any]] = {"z": [], "customdata": []}
     for entry in entries:
         cells = entry[1] if entry else pd.DataFrame(columns=[*DISTANCES, "value", "n", "reason"])
-        gone = cells["value"].isna()
-        reasons = grid.spread(cells[gone], "reason")
+        undefined = cells["value"].isna()
+        reasons = grid.spread(cells[undefined], "reason")
         marked = [[None if reason is None else 0 for reason in row] for row in reasons]
-        traces["z"] += [marked, grid.spread(cells[~gone], "value")]
+        traces["z"] += [marked, grid.spread(cells[~undefined], "value")]
         traces["customdata"] += [reasons, grid.spread(cells, "n")]
     return traces, {"annotations": [_title(place, panels, entry) for place, entry in enumerate(entries)]}
 
@@ -216,11 +216,11 @@ def _map(table: pd.DataFrame, column: str, hover: str, unit: str) -> go.Figure:
     text = [[cells.get((layer, one), (0, "not measured"))[1] for one in columns] for layer in layers]
     shown: dict[str, Any] = {"x": [str(one) for one in columns], "y": [str(layer) for layer in layers], "xgap": 1}
     grey = {"colorscale": [[0, UNDEFINED_GREY], [1, UNDEFINED_GREY]], "showscale": False, "hoverinfo": "text"}
-    gone = [
+    undefined = [
         [0 if number is None and words == "undefined" else None for number, words in zip(*pair, strict=True)]
         for pair in zip(z, text, strict=True)
     ]
-    under = go.Heatmap(**shown, **grey, z=gone, text=text, ygap=1, hoverongaps=False)
+    under = go.Heatmap(**shown, **grey, z=undefined, text=text, ygap=1, hoverongaps=False)
     bar = {"title": {"text": unit}, "thickness": 14}
     scale = {"colorscale": DIVERGING, "zmin": -1, "zmax": 1, "colorbar": bar, "hoverongaps": False, "ygap": 1}
     cell = go.Heatmap(**shown, **scale, z=z, text=text, hovertemplate=hover)

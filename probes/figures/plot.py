@@ -170,7 +170,7 @@ def gradient_figure(reading: Drawable, *, by: str = "role", kind: str = "interva
     labels = [f"{name} (n = {int(n):,})" for name, n in zip(names, rows["n"], strict=True)]
     figure = go.Figure()
     for column, low, high, colour, name, symbol in (
-        ("control", "control_low", "control_high", CONTROL_GREY, "control (deranged facts)", "diamond-open"),
+        ("control", "control_low", "control_high", CONTROL_GREY, "control (shuffled facts)", "diamond-open"),
         ("value", "low", "high", FORWARD, "forward and reverse gradient", "circle"),
     ):
         value = rows[column].astype(float)
@@ -199,7 +199,7 @@ def probability_figure(reading: Drawable, *, bins: int = 20) -> go.Figure:
         ("reverse", reverse["probability"], REVERSE, "solid"),
     ]
     if "probability_control" in reverse:
-        curves.append(("control (reverse, deranged facts)", reverse["probability_control"], CONTROL_GREY, "dash"))
+        curves.append(("control (reverse, shuffled facts)", reverse["probability_control"], CONTROL_GREY, "dash"))
     for name, values, colour, dash in curves:
         trace = _histogram(values.dropna().to_numpy(dtype=float), edges, colour, dash)
         figure.add_trace(trace.update(name=_mean_label(name, values, measures)))
@@ -235,8 +235,8 @@ def _titled(figure: go.Figure, reading: Drawable, what: str) -> go.Figure:
     model = plain(meta.get("model") or "model")
     control = reading.control.value if reading.control else math.nan
     numbers = f"{what} {interval_text(reading.value, *reading.interval, control)}, n = {reading.n:,}"
-    gone = sum(reading.undefined.values())
-    numbers += f", {gone:,} undefined" if gone else ""
+    undefined = sum(reading.undefined.values())
+    numbers += f", {undefined:,} undefined" if undefined else ""
     text = f"<b>{model}</b>{step} ({series_words(meta.get('weights'), meta.get('kind'))})<br>{numbers}"
     legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}
     title = {"text": text, "font": {"size": 14}, "y": 1, "yref": "container", "pad": {"t": 12}}

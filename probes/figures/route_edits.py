@@ -132,9 +132,9 @@ def _titled(figure: go.Figure, reading: Drawable, widest: pd.Series, direction: 
     meta = reading.meta
     step = "" if meta.get("step") is None else f", step {int(meta['step']):,}"
     numbers = interval_text(*(float(widest[name]) for name in ("value", "low", "high", "control")))
-    gone = sum(reading.undefined.values())
+    undefined = sum(reading.undefined.values())
     what = f"{direction} queries, {EDIT_WORDS[meta['edit']]}: {numbers}, n = {int(widest['n']):,}"
-    what += f", {gone:,} undefined" if gone else ""
+    what += f", {undefined:,} undefined" if undefined else ""
     text = f"<b>{plain(meta.get('model') or 'model')}</b>{step} ({series_words(meta.get('weights'), meta.get('kind'))})"
     title = {"text": f"{text}<br>{what}", "font": {"size": 14}, "y": 1, "yref": "container", "pad": {"t": 12}}
     legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}

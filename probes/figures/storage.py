@@ -13,6 +13,7 @@ from plotly.subplots import make_subplots
 
 from ...errors import RevprobeError, did_you_mean
 from ..statistics.by_part import REST, logit_contributions
+from ..statistics.old_columns import current_columns
 from .drawable import Drawable
 from .theme import (
     CONTROL_GREY,
@@ -100,10 +101,10 @@ def _titled(figure: go.Figure, reading: Drawable) -> go.Figure:
     weights = f" ({plain(meta['weights'])})" if meta.get("weights") else ""
     control = reading.control.value if reading.control else math.nan
     numbers = f"stored evidence {interval_text(reading.value, *reading.interval, control)}, n = {reading.n:,}"
-    gone = sum(reading.undefined.values())
+    undefined = sum(reading.undefined.values())
     if reading.control is not None and reading.control.n != reading.n:
         numbers += f" (control over {reading.control.n:,})"
-    numbers += f", {gone:,} undefined" if gone else ""
+    numbers += f", {undefined:,} undefined" if undefined else ""
     text = f"<b>{plain(meta.get('model') or 'model')}</b>{step}{weights}<br>{numbers}"
     title = {"text": text, "font": {"size": 14}, "y": 1, "yref": "container", "pad": {"t": 12}}
     legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}
@@ -138,13 +139,14 @@ def one_step_figure(curves: pd.DataFrame) -> go.Figure:
 
     Raises: RevprobeError, when a column is missing or there are no rows.
     """
-    rows = _chosen(curves, ("step", "quantity", "came", "predicted", "came_control", "n"), STEP_PANELS, "quantity")
+    needed = ("step", "quantity", "observed", "predicted", "observed_control", "n")
+    rows = _chosen(current_columns(curves), needed, STEP_PANELS, "quantity")
     scale, figure = _panels(rows, STEP_PANELS, "quantity", "one optimizer step")
     for place, (quantity, *_) in enumerate(STEP_PANELS, start=1):
         part = rows[rows["quantity"] == quantity].sort_values("step")
-        for name, colour in (("came", OKABE_ITO["blue"]), ("predicted", OKABE_ITO["orange"])):
+        for name, colour in (("observed", OKABE_ITO["blue"]), ("predicted", OKABE_ITO["orange"])):
             _draw(figure, part, scale, (name, f"{name}_low", f"{name}_high"), name, colour, place)
-        _draw_control(figure, part, scale, "came_control", place)
+        _draw_control(figure, part, scale, "observed_control", place)
     return figure
 
 

@@ -175,7 +175,7 @@ def _empty_panels(rows: pd.DataFrame, scale: StepScale) -> go.Figure:
         figure.update_yaxes(title={"text": title}, range=[floor - 0.02, 1.04], **place)
         figure.update_xaxes(scale.axis(), **place)
     figure.update_xaxes(title=None, row=1, col=3)
-    key = "line: value · band: 95 % bootstrap interval over facts · dashed: control (deranged facts) · ×: undefined"
+    key = "line: value · band: 95 % bootstrap interval over facts · dashed: control (shuffled facts) · ×: undefined"
     heading = {"text": key, "font": {"size": 12, "color": "#555"}, "y": 1, "yref": "container", "pad": {"t": 8}}
     legend = {"orientation": "h", "yref": "container", "y": 0.0, "yanchor": "bottom", "x": 0, "entrywidth": 225}
     series = rows.groupby(["run", "weights", "kind"], dropna=False).ngroups

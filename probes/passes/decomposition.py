@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...errors import RevprobeError
-from ...hooks.linearize import HeldAttention, HeldPass, hold_nonlinear
+from ...hooks.linearize import LinearizedAttention, LinearizedPass, hold_nonlinear
 from ...models.probed import ProbedModel
 from ...models.structure import parameter_role
 from .batches import QueryBatch
@@ -60,19 +60,19 @@ class Decomposition:
 
 
 @dataclass
-class HeldBatch:
+class LinearizedBatch:
     """A batch run twice, as it is and with everything nonlinear held; targets are then decomposed one after another."""
 
     model: ProbedModel
     batch: QueryBatch
-    held: HeldPass
+    held: LinearizedPass
     own: Tensor  # the model's logits at the readout rows, `batch token vocab`
     logits: Tensor  # the same from the held pass, with its graph
     layers: list[int]
     values: list[dict[str, Tensor]]  # of each layer, by source
 
     @classmethod
-    def run(cls, model: ProbedModel, batch: QueryBatch) -> HeldBatch:
+    def run(cls, model: ProbedModel, batch: QueryBatch) -> LinearizedBatch:
         """Raises: RevprobeError, when no attention is seen or the logits are NaN."""
         at = torch.arange(len(batch.rows), device=batch.rows.device)[:, None], batch.rows
         with torch.no_grad():
@@ -175,7 +175,7 @@ class HeldBatch:
         at_rows = at_rows.masked_fill(~self.batch.is_target[:, None, :, None], 0.0)
         return {source: at_rows @ values.double().mT for source, values in self.values[place].items()}
 
-    def by_position(self) -> Iterator[tuple[int, HeldAttention, dict[str, Tensor]]]:
+    def by_position(self) -> Iterator[tuple[int, LinearizedAttention, dict[str, Tensor]]]:
         """Each layer, its attention call, and the shares of every position in the logits of the batch's own targets.
 
         Each readout row's share is in its own target's logit (not their mean). Shapes: source -> `batch heads token
@@ -226,7 +226,7 @@ class HeldBatch:
             return _push_forward(self.logits, outputs, pushed)
 
 
-def _value_shares(call: HeldAttention, held: HeldPass) -> dict[str, Tensor]:
+def _value_shares(call: LinearizedAttention, held: LinearizedPass) -> dict[str, Tensor]:
     """What a value is made from. Shapes: source -> `batch heads seq dim`; they add up to the value."""
     leaves = [(_SOURCE_OF[part.kind], part.values) for part in held.parts]
     leaves += [("earlier", earlier.output) for earlier in held.attention]

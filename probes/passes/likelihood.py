@@ -1,10 +1,10 @@
-"""Pricing targets: the log-probability a query gives to some target tokens, and their rank.
+"""Likelihoods targets: the log-probability a query gives to some target tokens, and their rank.
 
-An ask is a query with the tokens it is priced for: its own target, or, for the control, the target of the fact
+An request is a query with the tokens it is priced for: its own target, or, for the control, the target of the fact
 deranged onto it. A single token is read off the query's own run; several tokens in chain mode are revealed left
 to right, which takes one run per token.
 
-Shapes below: query (of the pass), ask, token (target tokens), vocab.
+Shapes below: query (of the pass), request, token (target tokens), vocab.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from .batches import QueryBatch, make_batch
 MODES = ("chain", "parallel")
 
 Target = tuple[int, ...]
-Ask = tuple[int, Target]
+Request = tuple[int, Target]
 
 
 @dataclass
-class Pricing:
-    """The asks of one pass and their answers, (log-probability in nats, worst 1-based rank) each."""
+class Likelihoods:
+    """The requests of one pass and their answers, (log-probability in nats, worst 1-based rank) each."""
 
     model: ProbedModel
     queries: Sequence[Query]
     mode: str
-    asks: dict[int, list[Target]]
-    answers: dict[Ask, tuple[float, int]] = field(default_factory=dict)
+    requests: dict[int, list[Target]]
+    answers: dict[Request, tuple[float, int]] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls, model: ProbedModel, queries: Sequence[Query], pairs: ReversalPairs, partner: np.ndarray, mode: str
-    ) -> Pricing:
+    ) -> Likelihoods:
         """Every query's own target, and the targets that the control prices there.
 
-        Raises: RevprobeError, for an unknown mode, or parallel pricing of a causal model.
+        Raises: RevprobeError, for an unknown mode, or parallel likelihoods of a causal model.
         """
         if mode not in MODES:
             raise RevprobeError(f"unknown mode {mode!r}{did_you_mean(mode, MODES)}")
@@ -54,18 +54,21 @@ class Pricing:
                 "mode='chain'"
             )
         targets = [query.target for query in queries]
-        asks: dict[int, dict[Target, None]] = {q: {target: None} for q, target in enumerate(targets)}
+        requests: dict[int, dict[Target, None]] = {q: {target: None} for q, target in enumerate(targets)}
         for index in (pairs.forward, pairs.reverse):
             for pair in np.flatnonzero(partner >= 0):
                 own, other = targets[index[pair]], int(index[partner[pair]])
                 if len(own) == len(targets[other]):
-                    asks[other][own] = None
-        return cls(model, queries, mode, {q: list(targets) for q, targets in asks.items()})
+                    requests[other][own] = None
+        return cls(model, queries, mode, {q: list(targets) for q, targets in requests.items()})
 
     def from_run(self, log_probabilities: Tensor, queries: np.ndarray) -> None:
         """Answer what these queries' own run can answer. Shapes: `query token vocab, query`."""
         now = [
-            (row, int(q), t) for row, q in enumerate(queries) for t in self.asks[int(q)] if self._in_one_run(int(q), t)
+            (row, int(q), t)
+            for row, q in enumerate(queries)
+            for t in self.requests[int(q)]
+            if self._in_one_run(int(q), t)
         ]
         if not now:
             return
@@ -83,17 +86,17 @@ class Pricing:
         return len(target) == 1 or self.mode == "parallel" or own
 
     def run_chains(self, batch_size: int, part: int = 0, parts: int = 1) -> None:
-        """Answer the rest: multiply the conditionals of targets of several tokens. Every `parts`-th ask from `part`."""
-        asks = [(q, target) for q, targets in self.asks.items() for target in targets]
-        rest = [ask for ask in asks if not self._in_one_run(*ask)][part::parts]
-        steps = [(ask, query) for ask in rest for query in self.conditionals(*ask)]
-        totals: dict[Ask, tuple[float, int]] = dict.fromkeys(rest, (0.0, 0))
+        """Answer the rest, targets of several tokens, conditional by conditional; every `parts`-th from `part`."""
+        requests = [(q, target) for q, targets in self.requests.items() for target in targets]
+        rest = [request for request in requests if not self._in_one_run(*request)][part::parts]
+        steps = [(request, query) for request in rest for query in self.conditionals(*request)]
+        totals: dict[Request, tuple[float, int]] = dict.fromkeys(rest, (0.0, 0))
         for start in range(0, len(steps), batch_size):
             some = steps[start : start + batch_size]
             batch = make_batch(self.model, [query for _, query in some])
             values, ranks = price(readout(self.model, batch), batch.targets, batch.is_target)
-            for (ask, _), value, rank in zip(some, values.tolist(), ranks.tolist(), strict=True):
-                totals[ask] = (totals[ask][0] + value, max(totals[ask][1], rank))
+            for (request, _), value, rank in zip(some, values.tolist(), ranks.tolist(), strict=True):
+                totals[request] = (totals[request][0] + value, max(totals[request][1], rank))
         self.answers.update(totals)
 
     def conditionals(self, q: int, target: Target) -> Iterator[Query]:
@@ -113,7 +116,7 @@ class Pricing:
             yield Query.unchecked(shown, (position,), query.evidence_positions)
 
     def look_up(self, queries: np.ndarray, targets: Sequence[Target]) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probability and rank of targets[n] at queries[n]; NaN where there is no query (-1) or no such ask."""
+        """Log-probability and rank of targets[n] at queries[n]; NaN where there is no query (-1) or no such request."""
         missing = (float("nan"), float("nan"))
         found = [self.answers.get((int(q), target), missing) for q, target in zip(queries, targets, strict=True)]
         value, rank = np.array(found, dtype=np.float64).T
@@ -149,7 +152,7 @@ def price(log_probabilities: Tensor, tokens: Tensor, present: Tensor) -> tuple[T
     Ties count against the target: its rank is the number of tokens at least as likely, so that a model that gives
     all tokens the same probability ranks none of them first.
 
-    Shapes: `ask token vocab, ask token, ask token (bool) -> ask, ask`.
+    Shapes: `request token vocab, request token, request token (bool) -> request, request`.
     """
     chosen = log_probabilities.gather(-1, tokens[..., None])
     rank = (log_probabilities >= chosen).sum(-1)

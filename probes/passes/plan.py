@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..pairs.pairs import ReversalPairs
-from .likelihood import Ask, Pricing
+from .likelihood import Likelihoods, Request
 
 Progress = Callable[[int, int], None]  # queries done, queries in all
 # Gets `work(part, parts)`, which runs one part of a pass; returns the whole result.
@@ -64,7 +64,7 @@ class PassResult:
     score: dict[int, np.ndarray] = field(default_factory=dict)
     weight: dict[int, np.ndarray] = field(default_factory=dict)
     silent: list[int] = field(default_factory=list)
-    pricing: Pricing | None = None
+    likelihoods: Likelihoods | None = None
     inner: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     inner_control: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     norm: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
@@ -78,32 +78,32 @@ class Part:
     score: dict[int, np.ndarray]
     weight: dict[int, np.ndarray]
     silent: list[int]
-    answers: dict[Ask, tuple[float, int]]
+    answers: dict[Request, tuple[float, int]]
     tables: dict[str, np.ndarray]
 
 
 def part_of(result: PassResult) -> Part:
     """The part of a result that was measured here."""
-    answers = {} if result.pricing is None else result.pricing.answers
+    answers = {} if result.likelihoods is None else result.likelihoods.answers
     tables = {name: getattr(result, name) for name in _TABLES}
     return Part(result.score, result.weight, result.silent, answers, tables)
 
 
 def merged(own: PassResult, parts: Sequence[Part]) -> PassResult:
     """The whole result: what `own` says about pairs and parameters, and the measurements of all parts."""
-    pricing = None
-    if own.pricing is not None:
-        answers: dict[Ask, tuple[float, int]] = {}
+    likelihoods = None
+    if own.likelihoods is not None:
+        answers: dict[Request, tuple[float, int]] = {}
         for part in reversed(parts):  # so that the first part's answer stands
             answers |= part.answers
-        pricing = replace(own.pricing, answers=answers)
+        likelihoods = replace(own.likelihoods, answers=answers)
     tables: dict[str, Any] = {name: _filled([part.tables[name] for part in parts]) for name in _TABLES}
     return replace(
         own,
         score=_by_layer([part.score for part in parts]),
         weight=_by_layer([part.weight for part in parts]),
         silent=sorted({layer for part in parts for layer in part.silent}),
-        pricing=pricing,
+        likelihoods=likelihoods,
         **tables,
     )
 

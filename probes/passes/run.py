@@ -24,11 +24,11 @@ from ...hooks.gradients.graph import adopted_parameters
 from ...hooks.gradients.recorder import GradientRecorder, record_gradients
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
-from ...models.structure import fused_parts, silent_layers
+from ...models.structure import fused_parts, layers_without_attention
 from ..pairs.pairs import ReversalPairs
 from ..statistics.resampling import derangement
 from .batches import QueryBatch, make_batch, prepare_queries, queries_per_batch
-from .likelihood import Pricing, mean_nll, readout
+from .likelihood import Likelihoods, mean_nll, readout
 from .plan import PassResult, Plan
 
 
@@ -68,7 +68,7 @@ class _Pass:
         labels = ["all"] if plan.summed else labels
         self.result = PassResult(pairs, self.partner, labels)
         if plan.probability:
-            self.result.pricing = Pricing.of(model, self.queries, pairs, self.partner, plan.mode)
+            self.result.likelihoods = Likelihoods.of(model, self.queries, pairs, self.partner, plan.mode)
         self.done, self.to_do = np.zeros(len(self.queries), dtype=bool), len(self.queries)
         if plan.gradient:
             self._allocate_products()
@@ -79,9 +79,9 @@ class _Pass:
             self.to_do = len({query for queries, _ in batches for query in queries.tolist()})
             for queries, pairs in batches:
                 self._run_batch(queries, pairs)
-            if self.result.pricing is not None:
+            if self.result.likelihoods is not None:
                 with torch.no_grad():
-                    self.result.pricing.run_chains(self.batch_size, self.part, self.of)
+                    self.result.likelihoods.run_chains(self.batch_size, self.part, self.of)
         return self.result
 
     def _allocate_products(self) -> None:
@@ -110,8 +110,8 @@ class _Pass:
                 self._keep_products(recorder, mean_nll(logits, batch), queries, pairs)
         if tap is not None:
             self._keep_scores(tap, batch, queries)
-        if self.result.pricing is not None:
-            self.result.pricing.from_run(logits.detach(), queries)
+        if self.result.likelihoods is not None:
+            self.result.likelihoods.from_run(logits.detach(), queries)
         self.done[queries] = True
         if self.plan.progress is not None:
             self.plan.progress(int(self.done.sum()), self.to_do)
@@ -134,7 +134,7 @@ class _Pass:
         """Scores averaged over readout rows and evidence tokens, weights summed over evidence tokens."""
         cell = (batch.is_target[:, :, None] & batch.is_evidence[:, None, :])[:, None]
         rows = batch.is_target.sum(1)[:, None]
-        self.result.silent = silent_layers(self.model.module, [call.site for call in tap.calls])
+        self.result.silent = layers_without_attention(self.model.module, [call.site for call in tap.calls])
         for layer, call in tap.layers().items():
             score = call.score.masked_fill(~cell, 0.0).sum((2, 3)) / cell.sum((2, 3))
             weight = call.weight.masked_fill(~cell, 0.0).sum((2, 3)) / rows

@@ -89,7 +89,7 @@ class Reading:
 
     @property
     def control(self) -> Control | None:
-        """The same measure with facts deranged; None when it was not asked for or no group has two facts."""
+        """The same measure with facts shuffled; None when it was not asked for or no group has two facts."""
         return self.measured.control
 
     @property
@@ -120,8 +120,8 @@ class Reading:
         rows = []
         for value, part in self.frame.groupby(keys, sort=True, dropna=False):
             # A probability is that of the reverse queries, except where the directions are told apart.
-            told = self.name == "reverse_probability" and "direction" in keys
-            forward = told and set(part["direction"]) == {"forward"}
+            by_direction = self.name == "reverse_probability" and "direction" in keys
+            forward = by_direction and set(part["direction"]) == {"forward"}
             measured = self._forward_mean(part) if forward else self._measure(part)
             rows.append(dict(zip(keys, value, strict=True)) | _summary_row(measured))
         return pd.DataFrame(rows)

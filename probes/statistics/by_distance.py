@@ -23,8 +23,8 @@ def unit_correlations(frame: pd.DataFrame) -> pd.DataFrame:
     """Pearson r of forward and reverse score per group, layer and head of an attention reading's frame.
 
     Returns: one row per unit, `[*DISTANCES, group, layer, head, *OFFSETS, forward, reverse, both, n, facts, value,
-        reason]`: the sums of squares and products about the group's mean, how many scores and facts they rest on, and r, which is
-        NaN with a reason where fewer than 2 scores are defined or all are equal.
+        reason]`: the sums of squares and products about the group's mean, how many scores and facts they rest on, and
+        r, which is NaN with a reason where fewer than 2 scores are defined or all are equal.
     """
     places, (forward, reverse), facts, groups = score_table(frame)
     layout = Layout.of(facts, groups)

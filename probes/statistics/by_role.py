@@ -20,7 +20,7 @@ NOTHING = "none"  # the layer of a parameter that belongs to no layer: embedding
 def cell_cosines(frame: pd.DataFrame, by: Sequence[str], *, seed: int = 0) -> pd.DataFrame:
     """Mean per-pair cosine of the forward and reverse gradient for each value of the columns `by`.
 
-    Returns: `[*by, low, high, n, value, control]`, the control being that of deranged facts (NaN where the reading has
+    Returns: `[*by, low, high, n, value, control]`, the control being that of shuffled facts (NaN where the reading has
         none); low and high are the 95 % interval by resampling facts.
     """
     keys = list(by)

@@ -30,7 +30,7 @@ SMALL_GROUP = f"group of fewer than {LEAST_FACTS} facts"
 
 @dataclass(frozen=True)
 class Control:
-    """What the measure shows when facts are deranged: the null it has to be read against.
+    """What the measure shows when facts are shuffled: the null it has to be read against.
 
     `interval` is 95 %: over derangements for the correlation (what chance pairings give), over facts otherwise.
     """
@@ -118,7 +118,7 @@ def gradient_cosine(frame: pd.DataFrame, seed: int, control: bool = True) -> Mea
 
 
 def pair_cosines(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per pair: its fact, the cosine over the frame's parameters, and the deranged pair's cosine.
+    """One row per pair: its fact, the cosine over the frame's parameters, and the shuffled pair's cosine.
 
     NaN where a norm does not exceed its rounding floor; `silent` where one is zero, as of modules that never ran.
     """
@@ -136,11 +136,11 @@ def pair_cosines(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _cosine(sums: pd.DataFrame, inner: str, other: str) -> np.ndarray:
     forward, reverse = np.sqrt(sums["norm_forward"].to_numpy()), np.sqrt(sums[f"norm_{other}"].to_numpy())
-    loud = (forward > np.sqrt(sums["floor_forward"].to_numpy())) & (
+    above_floor = (forward > np.sqrt(sums["floor_forward"].to_numpy())) & (
         reverse > np.sqrt(sums[f"floor_{other}"].to_numpy())
     )
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(loud, sums[inner].to_numpy() / (forward * reverse), np.nan)
+        return np.where(above_floor, sums[inner].to_numpy() / (forward * reverse), np.nan)
 
 
 def reverse_probability(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
@@ -234,8 +234,8 @@ def _with_control(
     """The mean of `values` beside that of `null`; `alone` marks pairs without a partner (all NaN of `null` if None)."""
     estimate = mean_over_facts(values, facts, seed=seed)
     floor = mean_over_facts(null, facts, seed=seed)
-    lonely = int((np.isnan(null) & np.isfinite(values) if alone is None else alone).sum())
-    undefined = undefined | ({NO_PARTNER: lonely} if lonely else {})
+    without_partner = int((np.isnan(null) & np.isfinite(values) if alone is None else alone).sum())
+    undefined = undefined | ({NO_PARTNER: without_partner} if without_partner else {})
     if not floor.n:
         return Measured(estimate, undefined=undefined, statistic=statistic)
     control = Control(floor.value, (floor.low, floor.high), floor.n, "one derangement of facts within groups")

@@ -96,10 +96,10 @@ class RunsFolder:
                 if isinstance(numbers, str):
                     problems.setdefault(run.key, []).append(numbers)
                     continue
-                told = {axis: run.axes.get(axis) for axis in axes}  # None and not NaN where a run has no such axis
-                if told.get("objective") is None:  # the config cannot be read; the reading says it too
-                    told.pop("objective", None)
-                parts.append(numbers.assign(run=run.key, family=run.family or run.key, **told))
+                labels = {axis: run.axes.get(axis) for axis in axes}  # None and not NaN where a run has no such axis
+                if labels.get("objective") is None:  # the config cannot be read; the reading says it too
+                    labels.pop("objective", None)
+                parts.append(numbers.assign(run=run.key, family=run.family or run.key, **labels))
         return (pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()), problems
 
     def reading(self, run: Listed, name: str, step: int, weights: str) -> Reading:

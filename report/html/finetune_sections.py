@@ -11,6 +11,7 @@ import pandas as pd
 from ...finetune.runs.finetuning import FinetuneRun, finetuning_runs
 from ...finetune.runs.run import Run
 from ...finetune.training.prediction_callback import PREDICTIONS
+from ...probes.statistics.old_columns import current_columns
 from ..paper.figure4 import figure4, has_figure4
 from ..paper.table7 import FACTS, NOTE, match_frame, table7, table7_figure
 from .page import drawn_figure, folded, paragraph, section, table
@@ -61,16 +62,16 @@ def _labels(runs: Sequence[FinetuneRun]) -> list[str]:
 
 
 def _predictions(runs: Sequence[FinetuneRun]) -> list[str]:
-    """The change of each direction's loss over the step after each snapshot: foretold, and as it came."""
+    """The change of each direction's loss over the step after each snapshot: predicted, and as observed."""
     rows = [
-        [run.name, f"{row['step']:,}", row["direction"], *(_change(row, name) for name in ("predicted", "came"))]
+        [run.name, f"{row['step']:,}", row["direction"], *(_change(row, name) for name in ("predicted", "observed"))]
         for run in runs
         if (run.path / PREDICTIONS).is_file()
-        for row in pd.read_parquet(run.path / PREDICTIONS).to_dict("records")
+        for row in current_columns(pd.read_parquet(run.path / PREDICTIONS)).to_dict("records")
     ]
     if not rows:
         return []
-    headings = ["run", "step", "loss", "predicted change (nats)", "change that came (nats)"]
+    headings = ["run", "step", "loss", "predicted change (nats)", "observed change (nats)"]
     shown = folded(f"{len(rows)} rows", table(headings, rows))
     return [section("predictions", "What one step does to the losses", paragraph(PREDICTED, note=True), shown)]
 

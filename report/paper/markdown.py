@@ -31,7 +31,7 @@ ABOUT_CLAIMS = (
 )
 ABOUT_SEEDS = "Value and 95 % interval over facts, at the last checkpoint of each run. Accuracies in per cent."
 ABOUT_SIGNATURES = (
-    "Means over seeds, at the last checkpoint. The control is the same measurement with the facts deranged; the excess "
+    "Means over seeds, at the last checkpoint. The control is the same measurement with the facts shuffled; the excess "
     'is value minus control, and "untrained" the same models\' excess at step 0: what stands there no training made. '
     "For ALiBi a correlation of 1, a cosine of 1 and a reverse answer equal to the forward one are identities of its "
     "symmetric bias in one layer, not findings, as is the half RoPE < ALiBi of the ordering. The ARM's "

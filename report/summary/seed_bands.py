@@ -58,11 +58,11 @@ def _pooled(part: pd.DataFrame) -> dict[str, Any]:
     """One row for the seeds at one step: mean, range, fewest pairs."""
     row: dict[str, Any] = {str(name): value for name, value in part.iloc[0].items()}
     values = part["value"].astype(float)
-    gone = int(values.isna().sum())
+    undefined = int(values.isna().sum())
     row |= {"value": values.mean(skipna=False), "low": values.min(skipna=False), "high": values.max(skipna=False)}
     row |= {"control": part["control"].astype(float).mean(skipna=False), "n": part["n"].min()}
     why = next((str(reason) for reason, value in zip(part["reason"], values, strict=True) if math.isnan(value)), "")
-    row["reason"] = f"{gone} of {len(part)} seeds: {why}" if gone else ""
+    row["reason"] = f"{undefined} of {len(part)} seeds: {why}" if undefined else ""
     if len(part) == 1:  # a single run keeps its interval over facts off: this figure's band is the range of seeds
         row |= {"low": math.nan, "high": math.nan}
     return row | {name: math.nan for name in ("control_low", "control_high", "excess_low", "excess_high")}
