@@ -29,7 +29,7 @@ from transformer_lens.model_bridge.supported_architectures.llama import LlamaArc
 from transformer_lens.model_bridge.supported_architectures.qwen2 import Qwen2ArchitectureAdapter
 
 from ..errors import RevprobeError
-from .radd import RaddConfig
+from .configs import RaddConfig
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -12,9 +12,8 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..errors import RevprobeError, first_line
-from .dream import DreamConfig
+from .configs import DreamConfig, LLaDAConfig
 from .hub import hub_options
-from .llada import LLaDAConfig
 
 _LLADA_8B: dict[str, Any] = {
     "d_model": 4096,

@@ -16,62 +16,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from ..errors import RevprobeError, did_you_mean
-
-POSITION_ENCODINGS = ("rope", "alibi", "absolute", "none")
-
-
-class RaddConfig(PreTrainedConfig):
-    """Sizes and position encoding of a RADD model; the defaults are the one-layer preset of the letters relation.
-
-    Raises: RevprobeError, for an unknown encoding, heads that do not divide d_model, an odd RoPE head dimension,
-        or a mask token outside the vocabulary.
-    """
-
-    model_type = "radd"
-    attribute_map = {
-        "hidden_size": "d_model",
-        "num_attention_heads": "n_heads",
-        "num_hidden_layers": "n_layers",
-        "max_position_embeddings": "max_length",
-    }
-
-    vocab_size: int = 56
-    mask_token_id: int = 53
-    pad_token_id: int | None = 55
-    bos_token_id: int | None = 54
-    d_model: int = 64
-    n_layers: int = 1
-    n_heads: int = 1
-    mlp_ratio: int = 4
-    dropout: float = 0.0
-    position_encoding: str = "rope"
-    rope_base: float = 10000.0
-    max_length: int = 64
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-5
-    tie_word_embeddings: bool = False
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if self.position_encoding not in POSITION_ENCODINGS:
-            hint = did_you_mean(self.position_encoding, POSITION_ENCODINGS)
-            raise RevprobeError(f"unknown position_encoding {self.position_encoding!r}{hint}")
-        if self.d_model % self.n_heads:
-            raise RevprobeError(
-                f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}; change one of them"
-            )
-        if self.position_encoding == "rope" and (self.d_model // self.n_heads) % 2:
-            raise RevprobeError(
-                f"rope needs an even head dimension, got {self.d_model // self.n_heads}; change d_model or n_heads"
-            )
-        if not 0 <= self.mask_token_id < self.vocab_size:
-            raise RevprobeError(
-                f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size} tokens"
-            )
-        super().__post_init__(**kwargs)
+from ..errors import RevprobeError
+from .configs import RaddConfig
 
 
 def alibi_slopes(n_heads: int) -> Tensor:
@@ -269,7 +218,3 @@ class RaddForMaskedLM(PreTrainedModel):
             padded = padded.masked_fill(attention_mask == 0, float("-inf"))[:, None, None, :]
             bias = padded if bias is None else bias + padded
         return bias
-
-
-AutoConfig.register("radd", RaddConfig, exist_ok=True)
-AutoModelForMaskedLM.register(RaddConfig, RaddForMaskedLM, exist_ok=True)

@@ -23,8 +23,8 @@ from torch import nn
 from ..errors import RevprobeError
 from ..hooks.attention import SCORE_POINT, by_layer, tap_queries
 from ..hooks.untouched import untouched
+from .configs import RaddConfig
 from .probed import ProbedModel
-from .radd import RaddConfig
 from .structure import parameter_roles
 
 REPEATS = 8  # tokens of the run that checks, or as many as the model takes; the angles compared are the last one's

@@ -24,7 +24,7 @@ from transformers import (
 from revprobe import ProbedModel, RaddConfig, RaddForMaskedLM, RevprobeError, edit_attention, load_model
 from revprobe.hooks.attention import sdpa_call, tap_attention
 from revprobe.hooks.attention_edits import AttentionSite, edit_scores, find_attention
-from revprobe.models.radd import POSITION_ENCODINGS
+from revprobe.models.configs import POSITION_ENCODINGS
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CUT = float("-inf")

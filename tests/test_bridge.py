@@ -22,7 +22,7 @@ from revprobe import (
     probe,
 )
 from revprobe.models import bridge as bridges
-from revprobe.models.radd import POSITION_ENCODINGS
+from revprobe.models.configs import POSITION_ENCODINGS
 from revprobe.probes.statistics.estimators import pair_cosines
 
 FIXTURES = Path(__file__).parent / "fixtures"

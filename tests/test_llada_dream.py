@@ -29,8 +29,9 @@ from revprobe import (
     probe_reverse_probability,
 )
 from revprobe.hooks.attention import tap_attention
-from revprobe.models.dream import DreamConfig, DreamForMaskedDiffusion
-from revprobe.models.llada import LLaDAConfig, LLaDAForMaskedDiffusion, official_name
+from revprobe.models.configs import DreamConfig, LLaDAConfig
+from revprobe.models.dream import DreamForMaskedDiffusion
+from revprobe.models.llada import LLaDAForMaskedDiffusion, official_name
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FOLDERS = ["llada-tiny", "llada-tiny-sharded", "dream-tiny"]

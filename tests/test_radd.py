@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForMaskedLM
 
 from revprobe import RaddConfig, RaddForMaskedLM, RevprobeError
-from revprobe.models.radd import POSITION_ENCODINGS, alibi_bias, alibi_slopes, rope_tables, rotate
+from revprobe.models.configs import POSITION_ENCODINGS
+from revprobe.models.radd import alibi_bias, alibi_slopes, rope_tables, rotate
 
 
 def radd(encoding: str = "rope", **sizes) -> RaddForMaskedLM:

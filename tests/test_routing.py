@@ -27,7 +27,7 @@ from revprobe import (
     probe_route_edit,
 )
 from revprobe.hooks.attention import tap_attention
-from revprobe.models.radd import POSITION_ENCODINGS
+from revprobe.models.configs import POSITION_ENCODINGS
 from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.passes import route_changes, route_runs
 from revprobe.probes.passes.route_changes import other_positions

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import revprobe as rp
 from revprobe.hooks import linearize as linearized
-from revprobe.models.dream import DreamConfig, DreamForMaskedDiffusion
-from revprobe.models.llada import LLaDAConfig, LLaDAForMaskedDiffusion
+from revprobe.models.configs import DreamConfig, LLaDAConfig
+from revprobe.models.dream import DreamForMaskedDiffusion
+from revprobe.models.llada import LLaDAForMaskedDiffusion
 from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.passes.batches import make_batch, prepare_queries
 from revprobe.probes.passes.decomposition import LinearizedBatch

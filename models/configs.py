@@ -1,0 +1,188 @@
+"""Config and tokenizer classes of the model families, without modelling code.
+
+They are registered with transformers' Auto classes while those are being imported, when no model class can be
+imported yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig, Qwen2Config, Qwen2Tokenizer
+
+from ..errors import RevprobeError, did_you_mean
+
+POSITION_ENCODINGS = ("rope", "alibi", "absolute", "none")
+
+
+class RaddConfig(PreTrainedConfig):
+    """Sizes and position encoding of a RADD model; the defaults are the one-layer preset of the letters relation.
+
+    Raises: RevprobeError, for an unknown encoding, heads that do not divide d_model, an odd RoPE head dimension,
+        or a mask token outside the vocabulary.
+    """
+
+    model_type = "radd"
+    attribute_map = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "n_heads",
+        "num_hidden_layers": "n_layers",
+        "max_position_embeddings": "max_length",
+    }
+
+    vocab_size: int = 56
+    mask_token_id: int = 53
+    pad_token_id: int | None = 55
+    bos_token_id: int | None = 54
+    d_model: int = 64
+    n_layers: int = 1
+    n_heads: int = 1
+    mlp_ratio: int = 4
+    dropout: float = 0.0
+    position_encoding: str = "rope"
+    rope_base: float = 10000.0
+    max_length: int = 64
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.position_encoding not in POSITION_ENCODINGS:
+            hint = did_you_mean(self.position_encoding, POSITION_ENCODINGS)
+            raise RevprobeError(f"unknown position_encoding {self.position_encoding!r}{hint}")
+        if self.d_model % self.n_heads:
+            raise RevprobeError(
+                f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}; change one of them"
+            )
+        if self.position_encoding == "rope" and (self.d_model // self.n_heads) % 2:
+            raise RevprobeError(
+                f"rope needs an even head dimension, got {self.d_model // self.n_heads}; change d_model or n_heads"
+            )
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise RevprobeError(
+                f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size} tokens"
+            )
+        super().__post_init__(**kwargs)
+
+
+# What the published code can be switched to and a Llama cannot.
+_LLADA_ONLY: dict[str, Any] = {
+    "alibi": False,
+    "attention_layer_norm": False,
+    "bias_for_layer_norm": False,
+    "block_group_size": 1,
+    "block_type": "llama",
+    "clip_qkv": None,
+    "embedding_dropout": 0.0,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "residual_dropout": 0.0,
+    "rope": True,
+    "scale_logits": False,
+}
+
+
+_LLADA_ACTIVATIONS = ("silu", "gelu", "relu")
+
+
+class LLaDAConfig(PreTrainedConfig):
+    """The published config.json, key by key; Llama's names read through `attribute_map`.
+
+    Raises: RevprobeError, for a setting that the Llama architecture does not have.
+    """
+
+    model_type = "llada"
+    attribute_map = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "num_hidden_layers": "n_layers",
+        "intermediate_size": "mlp_hidden_size",
+        "max_position_embeddings": "max_sequence_length",
+        "hidden_act": "activation_type",
+        "initializer_range": "init_std",
+        "tie_word_embeddings": "weight_tying",
+    }
+    is_causal = False
+    attention_bias = False
+    mlp_bias = False
+
+    d_model: int = 4096
+    n_heads: int = 32
+    n_kv_heads: int | None = None
+    n_layers: int = 32
+    mlp_hidden_size: int | None = None
+    mlp_ratio: int = 4
+    activation_type: str = "silu"
+    attention_dropout: float = 0.0
+    max_sequence_length: int = 4096
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    rope_parameters: dict | None = None
+    vocab_size: int = 126464
+    embedding_size: int | None = None
+    # No default: the published file names it, and a file that does not must be asked about, not guessed for.
+    mask_token_id: int | None = None
+    pad_token_id: int | None = None
+    eos_token_id: int | None = None
+    bos_token_id: int | None = None
+    init_std: float = 0.02
+    weight_tying: bool = False
+    multi_query_attention: bool | None = None
+    use_cache: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for key, only in _LLADA_ONLY.items():
+            if kwargs.get(key, only) not in (only, None):
+                raise RevprobeError(f"LLaDA config: {key}={kwargs[key]!r} is not supported; expected {only!r}")
+        if self.activation_type not in _LLADA_ACTIVATIONS:
+            raise RevprobeError(
+                f"LLaDA config: activation_type={self.activation_type!r} is not supported; expected one of "
+                f"{', '.join(_LLADA_ACTIVATIONS)}"
+            )
+        if self.n_kv_heads is None:
+            self.n_kv_heads = 1 if self.multi_query_attention else self.n_heads
+        if self.mlp_hidden_size is None:
+            self.mlp_hidden_size = self.mlp_ratio * self.d_model
+        if self.embedding_size:  # the published code sizes both tables by it
+            self.vocab_size = self.embedding_size
+        super().__post_init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+
+# What the published code ignores or never had; Qwen2 would act on the first.
+_DREAM_ONLY: dict[str, Any] = {"use_sliding_window": False, "use_mrope": False}
+
+
+class DreamConfig(Qwen2Config):
+    """The published config.json, which is Qwen2's plus the mask token.
+
+    Raises: RevprobeError, for sliding windows and multimodal positions.
+    """
+
+    model_type = "Dream"
+    is_causal = False
+    mask_token_id: int | None = None
+    # A field, so that saving keeps the key: the published code falls back to 1e4 without it.
+    rope_theta: float = 10000.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for key, only in _DREAM_ONLY.items():
+            given = kwargs.get(key, getattr(self, key, only))
+            if given not in (only, None):
+                raise RevprobeError(f"Dream config: {key}={given!r} is not supported; expected {only!r}")
+        super().__post_init__(**kwargs)
+        self.use_cache = False  # the published file says true, for its own sampler
+
+
+class DreamTokenizer(Qwen2Tokenizer):
+    """Qwen2's byte-level BPE under the class name that Dream's tokenizer_config.json asks for.
+
+    The mask is `<|mask|>`, the begin token `<|beginoftext|>`; their ids are those the file lists.
+    """
