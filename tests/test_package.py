@@ -94,6 +94,8 @@ EXAMPLES = {"examples/one_layer.yaml", "examples/one_layer_quick.yaml", "example
 EXAMPLES |= {"examples/llada_8b_parent_child.yaml"}
 EXAMPLES |= {"examples/finetune_tiny.yaml", "examples/table7.yaml", "examples/fsdp.yaml"}
 DATA = {"relations/data/invented_names.csv", "relations/data/trex_templates.csv"}
+DATA |= {f"report/html/{name}" for name in ("explorer.html", "page.css", "page.html", "page.js", "parts.html")}
+DATA |= {"report/dashboard/index.html", "report/dashboard/page.css"}
 # What takes seconds to import, or may not be there at all on a machine that only loads a saved model.
 HEAVY = ["peft", "transformers.trainer", "transformer_lens"]
 
@@ -242,3 +244,24 @@ def test_an_installed_wheel_runs_and_brings_its_examples(built: Path, tmp_path: 
     assert Path(where.strip()) == site / "revprobe" / "__init__.py"
     shown = run_python("-m", "revprobe", "--help", cwd=tmp_path, path=site)
     assert all(command in shown for command in ("train", "probe", "sweep", "report", "models")), shown
+
+
+@pytest.mark.parametrize("how", ["unpacked", "zipped"])
+def test_an_installed_wheel_writes_the_report_it_writes_here(how: str, built: Path, tmp_path: Path) -> None:
+    """Away from the checkout: templates, style and script come from the wheel, also where it stays a zip."""
+    from revprobe.report.html.report import write_report
+
+    site = next(built.glob("*.whl"))
+    if how == "unpacked":
+        zipfile.ZipFile(site).extractall(site := tmp_path / "site")
+    code = (
+        "import revprobe\n"
+        "from revprobe.report.dashboard.page import index\n"
+        "from revprobe.report.html.report import write_report\n"
+        "write_report([], 'there.html')\n"
+        "print(revprobe.__file__, '<style>' in index())"
+    )
+    where = run_python("-c", code, cwd=tmp_path, path=site)
+    assert where.split() == [str(site / "revprobe" / "__init__.py"), "True"]
+    here = write_report([], tmp_path / "here.html").read_text()
+    assert (tmp_path / "there.html").read_text() == here and "function drawTab" in here

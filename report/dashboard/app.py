@@ -56,7 +56,7 @@ def make_app(root: str | Path, *, every: float = 2.0, host: str = LOOPBACK[0]) -
         add_log_handler=False,
         enable_mcp=False,
     )
-    app.index_string = page.INDEX
+    app.index_string = page.index()
     # Worked out for each opening of the page.
     app.layout = lambda: page.layout(str(folder.root), every, _first(folder.scan()))
     guard(app.server, host)

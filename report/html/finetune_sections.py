@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import pandas as pd
+from markupsafe import Markup
 
 from ...finetune.runs.finetuning import FinetuneRun, finetuning_runs
 from ...finetune.runs.run import Run
@@ -22,15 +23,15 @@ PREDICTED = (
 )
 
 
-def finetune_sections(runs: Sequence[Run]) -> list[str]:
-    """Table 7 and its floor, Fig. 4, and the steps that the gradients foretold, each a section of HTML; none without a
+def finetune_sections(runs: Sequence[Run]) -> list[Markup]:
+    """Table 7 and its floor, Fig. 4, and the steps that the gradients foretold, each a section; none without a
     fine-tuning.
     """
     tuned = finetuning_runs(runs)
     return _sections(tuned) if tuned else []
 
 
-def _sections(runs: Sequence[FinetuneRun]) -> list[str]:
+def _sections(runs: Sequence[FinetuneRun]) -> list[Markup]:
     matches, parts = match_frame(runs), []
     for split, facts in FACTS.items():
         if (matches["split"] == split).any():
@@ -48,7 +49,7 @@ def _sections(runs: Sequence[FinetuneRun]) -> list[str]:
     return sections + _predictions(runs)
 
 
-def _labels(runs: Sequence[FinetuneRun]) -> list[str]:
+def _labels(runs: Sequence[FinetuneRun]) -> list[Markup]:
     """What a reader of the numbers must know about single runs."""
     only = [run.name for run in runs if run.config.objective.scope == "response_only"]
     if not only:
@@ -60,7 +61,7 @@ def _labels(runs: Sequence[FinetuneRun]) -> list[str]:
     return [paragraph(text, note=True)]
 
 
-def _predictions(runs: Sequence[FinetuneRun]) -> list[str]:
+def _predictions(runs: Sequence[FinetuneRun]) -> list[Markup]:
     """The change of each direction's loss over the step after each snapshot: foretold, and as it came."""
     rows = [
         [run.name, f"{row['step']:,}", row["direction"], *(_change(row, name) for name in ("predicted", "came"))]
