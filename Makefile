@@ -30,12 +30,15 @@ test: lint  ## ruff, mypy and the whole test suite
 	@echo "==> pytest"
 	$(PY) -m pytest -n auto --dist loadfile
 
-lint: $(TEST_SETUP)  ## ruff (lint, format check) and mypy
+lint: $(TEST_SETUP)  ## ruff (lint, format check), mypy, and the report's script where node is there
 	@echo "==> ruff"
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	@echo "==> mypy"
 	$(PY) -m mypy
+	@echo "==> node"
+	@if command -v node > /dev/null; then echo "node --check report/html/page.js"; node --check report/html/page.js; \
+	    else echo "skipped: no node on this machine, so report/html/page.js is not checked"; fi
 
 format: $(TEST_SETUP)  ## rewrite the code as ruff wants it
 	$(PY) -m ruff check --fix .

@@ -29,7 +29,7 @@ def make_view(folder: Path, root: Path = ROOT) -> Path:
     packages = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     package = folder / "revprobe"
     package.mkdir()
-    for path in sorted(root.glob("*.py")):
+    for path in sorted(root.glob("*.py*")):  # the stub too: it says where the public names are
         (package / path.name).symlink_to(path)
     for name in (name.removeprefix("revprobe.") for name in packages if name.count(".") == 1):
         (package / name).symlink_to(root / name)

@@ -69,6 +69,9 @@ class _WatchedLoader(Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)  # what runpy and importlib.resources ask of a spec that is not imported yet
+
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None, "the import system gives it one"
         module.__spec__.loader = module.__loader__ = self.loader

@@ -4,21 +4,26 @@ import base64
 import json
 import math
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from markupsafe import Markup
 
 from revprobe import Reading, Readings, RevprobeError
 from revprobe.finetune.runs.record import RunRecord, summary_frame
+from revprobe.report.html import page as parts
 from revprobe.report.html import report as report_module
-from revprobe.report.html.page import compact, script_safe_json
+from revprobe.report.html.explorer_tabs import EXPLORER
 from revprobe.report.html.report import write_report
+from revprobe.report.html.templates import compact
 from revprobe.report.summary.tables import final_table, format_final_table
 
 COLUMNS = ["run", "objective", "position_encoding", "length", "seed", "step", "weights", "kind"]
@@ -238,9 +243,44 @@ def test_planted_markup_stays_text(tmp_path: Path) -> None:
     )
 )
 def test_json_in_a_script_cannot_end_it_and_reads_back(value: Any) -> None:
-    text = script_safe_json({"planted": "</script><!--\u2028", "value": value})
+    block = str(parts.data_block("a", {"planted": "</script><!--\u2028", "value": value}))
+    text = block.removeprefix('<script type="application/json" id="a-data">').removesuffix("</script>")
     assert not set("<>&\u2028\u2029") & set(text), text
     assert json.loads(text)["value"] == value
+
+
+def drawing(text: str) -> go.Figure:
+    return go.Figure(go.Scatter(x=[0], y=[0], name=text), go.Layout(title=text))
+
+
+TEMPLATED: dict[str, Callable[[str], str]] = {
+    "page": lambda text: parts.page(text, text, [(text, text, [parts.paragraph(text)])], chooser=Markup()),
+    "section": lambda text: parts.section(text, text, parts.paragraph(text), parts.paragraph(text, note=True)),
+    "a part that is no markup": lambda text: parts.section("a", "b", text, parts.folded("a", text)),  # type: ignore
+    "table": lambda text: parts.table([text], [[text, f"{text} [0.1, 0.2] (control {text})"]], problems=[0]),
+    "choice": lambda text: parts.controls(parts.choice(text, text, [("a", "b"), (text, text)], chosen=text)),
+    "folded": lambda text: parts.folded(text, parts.details(text, text)),
+    "figure": lambda text: parts.drawn_figure(text, drawing(text)) + parts.figure_place(text),
+    "gallery": lambda text: parts.gallery(text, text, [(text, drawing(text)), ("b", drawing(text))]),
+    "explorer": lambda text: EXPLORER.controls([("run-0", text)]) + EXPLORER.panels(text, [text]) + EXPLORER.notes(),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATED)
+def test_every_template_shows_text_as_it_is(name: str) -> None:
+    """Not escaped, it adds an element; escaped twice, it shows as `&lt;`: the page must hold it to a letter, wherever a
+    plain word would stand.
+    """
+    plain, planted = (seen(TEMPLATED[name](text)) for text in ("a-plain-word", EVIL))
+    assert plain.count("a-plain-word") > 1
+    assert json.loads(planted) == json.loads(plain.replace("a-plain-word", json.dumps(EVIL)[1:-1]))
+
+
+def seen(page: str) -> str:
+    """All that a browser makes of a page, as JSON: elements with their attributes, text, and scripts, data read."""
+    found = Elements(page)
+    data = [json.loads(script) if script.startswith("{") else script for script in found.scripts]
+    return json.dumps([found.tags, found.words, data])
 
 
 def test_compact_rounds_and_keeps_undefined() -> None:

@@ -66,8 +66,7 @@ def decoded_match(
     Args:
         questions: see `Asked`; each with at least one answer.
         steps, block_length, algorithm: masked models only; see `decode`.
-        control: also match against shuffled answers.
-        seed: of derangement and bootstrap.
+        control: also match against shuffled answers; `seed` is that of the shuffling and of the bootstrap.
         answers: these questions' `AnswerBook`, which may hold others too; made here when None.
 
     Frame: question, fact, kind, direction, template, prompt, answers (a JSON list), decoded, match (1 or 0; NaN when no
@@ -85,18 +84,16 @@ def decoded_match(
         raise RevprobeError(f"unknown answer_length {answer_length!r}{did_you_mean(answer_length, ANSWER_LENGTHS)}")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise RevprobeError(f"max_new_tokens {max_new_tokens!r}: expected at least 1 token")
-    book = answers or AnswerBook(model, questions)
-    scorer = _Scorer(model, questions, book, max_new_tokens, answer_length == "oracle", control, seed)
+    book, oracle = answers or AnswerBook(model, questions), answer_length == "oracle"
+    scorer = _Scorer(model, questions, book, max_new_tokens, oracle, control, seed)
     asks = scorer.asks()
     prompts, lengths = [scorer.prompts[i] for i, _ in asks], [length for _, length in asks]
     tokens = decode_tokens(model, prompts, lengths, how, batch_size=batch_size, progress=progress)
     decoded = {ask: answer_text(model, row, stop) for ask, row in zip(asks, tokens, strict=True)}
-    frame = scorer.frame(decoded)
-    meta = _describe(model, questions, how, control=control, seed=seed)
+    frame, meta = scorer.frame(decoded), _describe(model, questions, how, control=control, seed=seed)
     meta["decoding"] |= {"stop": list(stop), "answer_length": answer_length, "max_new_tokens": max(lengths)}
-    reading = Reading("decoded_match", frame, meta)
-    reading.meta["statistic"] = reading.measured.statistic
-    return reading
+    meta["statistic"] = Reading("decoded_match", frame, meta).measured.statistic
+    return Reading("decoded_match", frame, meta)
 
 
 class _Scorer:

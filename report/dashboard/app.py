@@ -56,7 +56,7 @@ def make_app(root: str | Path, *, every: float = 2.0, host: str = LOOPBACK[0]) -
         add_log_handler=False,
         enable_mcp=False,
     )
-    app.index_string = page.INDEX
+    app.index_string = page.index()
     # Worked out for each opening of the page.
     app.layout = lambda: page.layout(str(folder.root), every, _first(folder.scan()))
     guard(app.server, host)
@@ -64,6 +64,7 @@ def make_app(root: str | Path, *, every: float = 2.0, host: str = LOOPBACK[0]) -
     _lists(app, folder)
     _curves(app, folder)
     _checkpoint(app, folder)
+    _layers_heads_and_facts(app, folder)
     _pair(app, folder)
     return app
 
@@ -177,34 +178,6 @@ def _checkpoint(app: Dash, folder: RunsFolder) -> None:
         return choices["steps"], choices["step"], choices["weights"], choices["which"]
 
     @app.callback(
-        Output("one-layer", "options"),
-        Output("one-head", "options"),
-        Output("fact", "options"),
-        Output("fact", "value"),
-        Output("pair-layer", "options"),
-        Output("pair-head", "options"),
-        Output("pair-layer", "value"),
-        Output("pair-head", "value"),
-        *CHECKPOINT,
-        State("fact", "value"),
-        State("pair-layer", "value"),
-        State("pair-head", "value"),
-    )
-    def _parts(
-        key: str | None, step: int | None, weights: str | None, fact: str | None, layer: Any, head: Any
-    ) -> tuple[Any, ...]:
-        try:
-            frame = reading_at(folder, folder.run(str(key)), ATTENTION, step, weights).frame
-        except RevprobeError:
-            return [], [], [], None, [], [], None, None
-        layers, heads = (sorted(int(value) for value in frame[name].unique()) for name in ("layer", "head"))
-        facts = sorted(frame["fact"].astype(str).unique())
-        everything = [{"label": "all", "value": -1}]
-        offered = [everything + [{"label": str(one), "value": one} for one in found] for found in (layers, heads)]
-        kept = [one if one in found else found[0] for one, found in ((layer, layers), (head, heads))]
-        return (*offered, facts, fact if fact in facts else None, layers, heads, *kept)
-
-    @app.callback(
         Output("one", "figure"),
         Output("one", "style"),
         *CHECKPOINT,
@@ -225,6 +198,36 @@ def _checkpoint(app: Dash, folder: RunsFolder) -> None:
             lambda: checkpoint_figure(reading_at(folder, folder.run(key), name, step, weights), kind, *at)
         )
         return figure, page.graph_style(figure)
+
+
+def _layers_heads_and_facts(app: Dash, folder: RunsFolder) -> None:
+    @app.callback(
+        Output("one-layer", "options"),
+        Output("one-head", "options"),
+        Output("fact", "options"),
+        Output("fact", "value"),
+        Output("pair-layer", "options"),
+        Output("pair-head", "options"),
+        Output("pair-layer", "value"),
+        Output("pair-head", "value"),
+        *CHECKPOINT,
+        State("fact", "value"),
+        State("pair-layer", "value"),
+        State("pair-head", "value"),
+    )
+    def _offer(
+        key: str | None, step: int | None, weights: str | None, fact: str | None, layer: Any, head: Any
+    ) -> tuple[Any, ...]:
+        try:
+            frame = reading_at(folder, folder.run(str(key)), ATTENTION, step, weights).frame
+        except RevprobeError:
+            return [], [], [], None, [], [], None, None
+        layers, heads = (sorted(int(value) for value in frame[name].unique()) for name in ("layer", "head"))
+        facts = sorted(frame["fact"].astype(str).unique())
+        everything = [{"label": "all", "value": -1}]
+        offered = [everything + [{"label": str(one), "value": one} for one in found] for found in (layers, heads)]
+        kept = [one if one in found else found[0] for one, found in ((layer, layers), (head, heads))]
+        return (*offered, facts, fact if fact in facts else None, layers, heads, *kept)
 
 
 def _pair(app: Dash, folder: RunsFolder) -> None:

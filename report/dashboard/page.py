@@ -7,6 +7,7 @@ Text from data is only ever a component's child or attribute, which React escape
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -42,32 +43,12 @@ GRAPH: Any = {"displaylogo": False, "showSendToCloud": False, "plotlyServerURL":
 GRAPH["modeBarButtonsToRemove"] = ["select2d", "lasso2d", "sendChartToCloud"]
 _BLUE = tuple(int(OKABE_ITO["blue"][start : start + 2], 16) for start in (1, 3, 5))
 
-STYLE = """
-:root { --Dash-Fill-Interactive-Strong: #0072B2; }
-body { font: 15px/1.45 Helvetica, Arial, "DejaVu Sans", sans-serif; color: #1a1a1a; margin: 0; background: white; }
-header { padding: 10px 20px; border-bottom: 1px solid #ccc; } h1 { font-size: 22px; margin: 0; display: inline; }
-h2 { font-size: 17px; margin: 22px 0 6px; border-bottom: 1px solid #ccc; } h3 { font-size: 14px; margin: 12px 0 4px; }
-#page { display: flex; align-items: flex-start; } #side { width: 350px; flex: none; padding: 10px 14px;
-  border-right: 1px solid #ddd; height: calc(100vh - 66px); overflow-y: auto; box-sizing: border-box; }
-#main { flex: 1; min-width: 0; padding: 4px 20px 60px; height: calc(100vh - 66px); overflow-y: auto;
-  box-sizing: border-box; }
-.note, .why { color: #555; font-size: 12px; } .why { display: block; overflow-wrap: anywhere; }
-.problem { color: #8a3c00; } .controls { display: flex; flex-wrap: wrap; gap: 10px; align-items: end; margin: 6px 0; }
-.controls > div { min-width: 130px; font-size: 13px; } .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; } th { text-align: left; border-bottom: 2px solid #333; }
-th, td { padding: 3px 12px 3px 0; vertical-align: top; } td { border-bottom: 1px solid #e3e3e3; }
-.run { font-size: 13px; overflow-wrap: anywhere; } .picks label { display: flex; gap: 6px; padding: 2px 0; }
-.strip { display: flex; flex-wrap: wrap; gap: 3px; margin: 4px 0 8px; }
-.token { border: 2px solid transparent; border-radius: 4px; padding: 2px 5px; text-align: center; min-width: 30px;
-  font-family: "DejaVu Sans Mono", monospace; font-size: 14px; }
-.token small { display: block; font-size: 10px; } .token.target { border: 2px dashed #D55E00; }
-.token.evidence { border: 2px solid #E69F00; } #search { width: 100%; box-sizing: border-box; }
-"""
-INDEX = (
-    "<!DOCTYPE html><html><head>{%metas%}<title>{%title%}</title>{%favicon%}{%css%}<style>"
-    + STYLE
-    + "</style></head><body>{%app_entry%}<footer>{%config%}{%scripts%}{%renderer%}</footer></body></html>"
-)
+
+def index() -> str:
+    """The document around the page: Dash puts its own parts where it finds their names, we our style."""
+    here = files(__package__)
+    style = here.joinpath("page.css").read_text(encoding="utf-8")
+    return here.joinpath("index.html").read_text(encoding="utf-8").replace("{%style%}", style)
 
 
 def layout(root: str, every: float, chosen: Sequence[str]) -> html.Div:

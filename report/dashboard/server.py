@@ -30,6 +30,8 @@ def make_dashboard_server(app: Flask, host: str, port: int) -> BaseWSGIServer:
 
 def guard(server: Flask, host: str) -> None:
     """Refuse requests to other names (a web page may point its own name at this machine) and state the policy."""
+    # Not Flask's TRUSTED_HOSTS: werkzeug cuts its entries at the first colon, so that none admits [::1], and a Flask
+    # before 3.1, which Dash accepts, ignores the setting in silence.
     allowed = {*LOOPBACK, host}
 
     @server.before_request

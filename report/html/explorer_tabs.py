@@ -7,17 +7,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
+from markupsafe import Markup
 
 from ...errors import RevprobeError, first_line
 from ...probes.figures.attention_maps import Grid
 from ...probes.figures.theme import DIVERGING, StepScale, plain
 from ...probes.readings.readings import Readings
 from .explorer import ATTENTION, BINS, GRADIENT, PROBABILITY, explore
-from .page import choice, data_block, paragraph, section
+from .page import data_block, paragraph, section
+from .templates import macros
 
 if TYPE_CHECKING:
     from ...finetune.runs.record import RunRecord
 
+EXPLORER = macros("explorer.html")
 ROUNDED = (
     "Worked out when the report was written and rounded: correlations and cosines to 0.00003, the colours of the map "
     "over distances to 0.01, scores to 0.003 % of the largest. All numbers in full are in summary.csv and in the "
@@ -31,19 +34,19 @@ ROUTING = (
 )
 GRADIENTS = (
     "Mean over pairs of the cosine of forward and reverse gradient, summed over the parameters of a role (and layer); "
-    "bars and brackets: 95 % bootstrap intervals over facts; grey: control (deranged facts)."
+    "bars and brackets: 95 % bootstrap intervals over facts; grey: control (shuffled facts)."
 )
 SHARES = "How the target's probability is spread over pairs; means with their 95 % bootstrap intervals over facts."
 EXPLORED = (ATTENTION, GRADIENT, PROBABILITY)
 
 
-def explorer(runs: Sequence[RunRecord]) -> tuple[str, dict[str, list[str]]]:
+def explorer(runs: Sequence[RunRecord]) -> tuple[Markup, dict[str, list[Markup]]]:
     """The controls that the three tabs share, and the parts of each tab; no controls where there is nothing to draw.
 
     A run whose readings cannot be worked out is left out with its reason.
     """
     with_data: list[str] = []
-    blocks: list[str] = []
+    blocks: list[Markup] = []
     problems: list[str] = []
     for run in runs:
         readings = Readings(one for one in run.readings if one.name in EXPLORED)
@@ -57,15 +60,15 @@ def explorer(runs: Sequence[RunRecord]) -> tuple[str, dict[str, list[str]]]:
     said = [paragraph(text) for text in problems]
     if not with_data:
         nothing = [paragraph("No run has a reading to draw here."), *said]
-        return "", {name: nothing for name in ("routing", "gradients", "probability")}
+        return Markup(), {name: nothing for name in ("routing", "gradients", "probability")}
     blocks.append(data_block("panels", _panels() | {"bins": BINS}))
-    notes = [*said, '<p class="note" id="explored-said"></p>', paragraph(ROUNDED, note=True), *blocks]
+    notes = [*said, EXPLORER.notes(), paragraph(ROUNDED, note=True), *blocks]
     tabs = {
         "routing": _tab("routing", "Attention correlation", ("heads", "course", "distances", "scores"), ROUTING, notes),
         "gradients": _tab("gradients", "Gradient cosine", ("roles", "role-map"), GRADIENTS, said),
         "probability": _tab("probability", "Probability of the target", ("shares",), SHARES, said),
     }
-    return _controls(with_data), tabs
+    return EXPLORER.controls([(f"run-{place}", name) for place, name in enumerate(with_data)]), tabs
 
 
 def _run_data(readings: Readings, runs: int) -> dict[str, Any]:
@@ -85,20 +88,8 @@ def _run_data(readings: Readings, runs: int) -> dict[str, Any]:
     return data
 
 
-def _tab(name: str, title: str, panels: Sequence[str], note: str, notes: Sequence[str]) -> list[str]:
-    places = "".join(f'<div id="{panel}"></div>' for panel in panels)
-    said = f'<p id="{name}-said"></p>'
-    return [section(name, title, said, f'<div class="panels">{places}</div>', paragraph(note, note=True), *notes)]
-
-
-def _controls(names: Sequence[str]) -> str:
-    runs = choice("explore-run", "run", [(f"run-{place}", name) for place, name in enumerate(names)])
-    slider = (
-        '<label>checkpoint: step <output id="explore-step-shown"></output> '
-        '<input type="range" id="explore-step" min="0" max="0" value="0"></label>'
-    )
-    empty = [choice(f"explore-{name}", words, []) for name, words in (("series", "weights"), ("layer", "layer"))]
-    return f'<div id="explore" hidden>{runs}{empty[0]}{slider}{empty[1]}{choice("explore-head", "head", [])}</div>'
+def _tab(name: str, title: str, panels: Sequence[str], note: str, notes: Sequence[Markup]) -> list[Markup]:
+    return [section(name, title, EXPLORER.panels(name, panels), paragraph(note, note=True), *notes)]
 
 
 def _panels() -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import pandas as pd
+from markupsafe import Markup
 
 from ...finetune.runs.finetuning import FinetuneRun, finetuning_runs
 from ...finetune.runs.run import Run
@@ -23,15 +24,15 @@ PREDICTED = (
 )
 
 
-def finetune_sections(runs: Sequence[Run]) -> list[str]:
-    """Table 7 and its floor, Fig. 4, and the steps that the gradients foretold, each a section of HTML; none without a
+def finetune_sections(runs: Sequence[Run]) -> list[Markup]:
+    """Table 7 and its floor, Fig. 4, and the steps that the gradients foretold, each a section; none without a
     fine-tuning.
     """
     tuned = finetuning_runs(runs)
     return _sections(tuned) if tuned else []
 
 
-def _sections(runs: Sequence[FinetuneRun]) -> list[str]:
+def _sections(runs: Sequence[FinetuneRun]) -> list[Markup]:
     matches, parts = match_frame(runs), []
     for split, facts in FACTS.items():
         if (matches["split"] == split).any():
@@ -49,7 +50,7 @@ def _sections(runs: Sequence[FinetuneRun]) -> list[str]:
     return sections + _predictions(runs)
 
 
-def _labels(runs: Sequence[FinetuneRun]) -> list[str]:
+def _labels(runs: Sequence[FinetuneRun]) -> list[Markup]:
     """What a reader of the numbers must know about single runs."""
     only = [run.name for run in runs if run.config.objective.scope == "response_only"]
     if not only:
@@ -61,7 +62,7 @@ def _labels(runs: Sequence[FinetuneRun]) -> list[str]:
     return [paragraph(text, note=True)]
 
 
-def _predictions(runs: Sequence[FinetuneRun]) -> list[str]:
+def _predictions(runs: Sequence[FinetuneRun]) -> list[Markup]:
     """The change of each direction's loss over the step after each snapshot: predicted, and as observed."""
     rows = [
         [run.name, f"{row['step']:,}", row["direction"], *(_change(row, name) for name in ("predicted", "observed"))]
@@ -77,7 +78,7 @@ def _predictions(runs: Sequence[FinetuneRun]) -> list[str]:
 
 
 def _change(row: dict[Hashable, Any], name: str) -> str:
-    """A change with its interval and what the same step did to deranged pairs; the reason where there is none."""
+    """A change with its interval and what the same step did to shuffled pairs; the reason where there is none."""
     value, low, high, control = (float(row[f"{name}{end}"]) for end in ("", "_low", "_high", "_control"))
     if math.isnan(value):
         return str(row["reason"] or "undefined")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
+from markupsafe import Markup
 
 from ...errors import RevprobeError, first_line
 from ...probes.figures.route_edits import route_edit_figure
@@ -31,7 +32,7 @@ EDITS = (
 )
 
 
-def storage_tab(runs: Sequence[RunRecord]) -> list[str]:
+def storage_tab(runs: Sequence[RunRecord]) -> list[Markup]:
     """Every stored-evidence reading as a figure, or why there is none."""
     nothing = (
         "No run has a reading of stored evidence. Runs do not take it by themselves: take one with "
@@ -40,7 +41,7 @@ def storage_tab(runs: Sequence[RunRecord]) -> list[str]:
     return _tab("storage", "Stored evidence", runs, STORED, STORAGE, nothing)
 
 
-def edits_tab(runs: Sequence[RunRecord]) -> list[str]:
+def edits_tab(runs: Sequence[RunRecord]) -> list[Markup]:
     """Every route-edit reading as a figure, or why there is none."""
     nothing = (
         "No run has a reading of an edited route. Runs do not take it by themselves: take one with "
@@ -49,7 +50,7 @@ def edits_tab(runs: Sequence[RunRecord]) -> list[str]:
     return _tab("edits", "Edited routes", runs, EDITED, EDITS, nothing)
 
 
-def _tab(name: str, title: str, runs: Sequence[RunRecord], what: str, note: str, nothing: str) -> list[str]:
+def _tab(name: str, title: str, runs: Sequence[RunRecord], what: str, note: str, nothing: str) -> list[Markup]:
     found = [(run.name, reading) for run in runs for reading in run.readings if reading.name == what]
     if not found:
         return [section(name, title, paragraph(nothing))]

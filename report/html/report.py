@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 import yaml
+from markupsafe import Markup
 
 from ...atomic_files import written_whole
 from ...errors import RevprobeError
@@ -25,7 +26,7 @@ from ...probes.figures.training_curves import VIEWS, measures_with_reasons, sign
 from ...probes.readings.readings import Reading
 from ..summary.tables import final_table, format_final_table
 from .explorer_tabs import explorer
-from .page import choice, controls, details, figure_data, folded, page, paragraph, section, table
+from .page import choice, controls, details, figure_data, figure_place, folded, page, paragraph, section, table
 from .reading_tabs import edits_tab, storage_tab
 
 MANY = 8  # more configurations than this are folded into one line
@@ -33,7 +34,7 @@ WHAT = (
     "For each checkpoint of each run this page shows whether a language model that saw a relation in one direction "
     "answers the reversed question, and two signatures of why: whether attention routes to the evidence alike in both "
     "directions, and whether the two gradients agree. Every number stands beside its 95 % bootstrap interval over "
-    "facts and its control, the same measurement with the facts deranged."
+    "facts and its control, the same measurement with the facts shuffled."
 )
 KINDS = (
     "Kinds of pairs: same_target asks for the same target from the same evidence in opposite order (masked models); "
@@ -47,12 +48,12 @@ IDENTITY = (
 
 
 def write_report(
-    runs: Sequence[RunRecord], path: str | Path, *, title: str = "revprobe report", sections: Sequence[str] = ()
+    runs: Sequence[RunRecord], path: str | Path, *, title: str = "revprobe report", sections: Sequence[Markup] = ()
 ) -> Path:
     """Write the report to `path` and `summary.csv` beside it, each whole or not at all.
 
     Args:
-        sections: HTML made with `page`, shown after the list of runs.
+        sections: made with `page`, shown after the list of runs.
     Raises: RevprobeError, when the folder cannot be written or two runs share a name.
     """
     path = Path(path)
@@ -86,10 +87,9 @@ def _document(
     runs: Sequence[RunRecord],
     summary: pd.DataFrame,
     measures: Mapping[str, pd.DataFrame],
-    sections: Sequence[str],
+    sections: Sequence[Markup],
 ) -> str:
     """The page: what it is about, and a tab for each side of the runs; a tab without data says why."""
-    header = section("top", title, paragraph(WHAT)).replace("h2>", "h1>")
     overview = [section("runs", "Runs", _runs_table(runs)), *sections]
     if summary.empty:
         why = "There are no runs here yet." if not runs else "No run has a reading yet."
@@ -107,10 +107,10 @@ def _document(
         ("edits", "edits", edits_tab(runs)),
         ("configuration", "configuration", [_configs(runs), _versions(runs)]),
     ]
-    return page(title, tabs, above=header, chooser=chooser)
+    return page(title, WHAT, tabs, chooser=chooser)
 
 
-def _runs_table(runs: Sequence[RunRecord]) -> str:
+def _runs_table(runs: Sequence[RunRecord]) -> Markup:
     rows, problems = [], []
     for place, run in enumerate(runs):
         steps = run.readings.steps
@@ -124,7 +124,7 @@ def _runs_table(runs: Sequence[RunRecord]) -> str:
     return table(headings, rows, problems=problems) if rows else paragraph("There are none.")
 
 
-def _final_section(runs: Sequence[RunRecord], summary: pd.DataFrame) -> str:
+def _final_section(runs: Sequence[RunRecord], summary: pd.DataFrame) -> Markup:
     shown = format_final_table(final_table(summary))
     broken = {run.name for run in runs if run.problem}
     problems = [place for place, name in enumerate(shown["run"]) if name in broken]
@@ -135,7 +135,7 @@ def _final_section(runs: Sequence[RunRecord], summary: pd.DataFrame) -> str:
     return section("final", "Last checkpoint", body, *(paragraph(note, note=True) for note in notes))
 
 
-def _signatures_section(measures: pd.DataFrame) -> str:
+def _signatures_section(measures: pd.DataFrame) -> Markup:
     figure = signatures_figure(measures, buttons=False)
     selects = []
     if {"raw", "ema"} <= set(measures["weights"].dropna()):
@@ -147,11 +147,11 @@ def _signatures_section(measures: pd.DataFrame) -> str:
             first = values[0] if axis == "length" else "all"
             selects.append(choice(f"choose-{axis}", axis, [("all", "all"), *((v, v) for v in values)], chosen=first))
     note = "Colour: position encoding (ARM: autoregressive model). A click on a legend entry hides its run."
-    parts = [controls(*selects), '<div id="signatures"></div>', figure_data("signatures", figure)]
+    parts = [controls(*selects), figure_place("signatures"), figure_data("signatures", figure)]
     return section("signatures", "The three signatures over training", *parts, paragraph(note, note=True))
 
 
-def _warnings(runs: Sequence[RunRecord]) -> str:
+def _warnings(runs: Sequence[RunRecord]) -> Markup:
     rows = [[run.name, *row] for run in runs for row in _undefined_rows(run.readings)]
     headings = ["run", "probe", "weights", "reason", "undefined points", "checkpoints"]
     undefined = table(headings, rows) if rows else paragraph("No point is undefined.")
@@ -186,7 +186,7 @@ def _run_warnings(run: RunRecord) -> list[str]:
     return found
 
 
-def _configs(runs: Sequence[RunRecord]) -> str:
+def _configs(runs: Sequence[RunRecord]) -> Markup:
     shown = [details(run.name, _yaml(run.config)) for run in runs]
     if len(shown) > MANY:
         shown = [folded(f"{len(shown)} configurations", *shown)]
@@ -199,7 +199,7 @@ def _yaml(value: Mapping[str, Any]) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)
 
 
-def _versions(runs: Sequence[RunRecord]) -> str:
+def _versions(runs: Sequence[RunRecord]) -> Markup:
     found: dict[str, list[str]] = {}
     for run in runs:
         for reading in run.readings:

@@ -1,43 +1,10 @@
-"""The style and the script of a report's page: tabs, a checkpoint slider, selectors, light and dark.
+// The script of a report's page: tabs, a checkpoint slider, selectors, light and dark.
+//
+// It draws what stands in the page as JSON and asks nobody for anything. A panel is drawn when its tab is first opened
+// and again when a choice changes what it shows.
 
-The script draws what stands in the page as JSON and asks nobody for anything. A panel is drawn when its tab is first
-opened and again when a choice changes what it shows.
-"""
+// --- Basics: data out of the page, colours, drawing, numbers as text ---
 
-STYLE = """
-:root { --ink: #1a1a1a; --paper: white; --quiet: #555; --line: #e3e3e3; --edge: #ccc; --strong: #333;
-  --shade: #f6f6f6; --problem: #fdf1e7; --accent: #0072B2; }
-:root.dark { --ink: #e8e8e8; --paper: #16191d; --quiet: #b5b5b5; --line: #33383e; --edge: #4a5058; --strong: #cfcfcf;
-  --shade: #22262b; --problem: #3a2a1c; --accent: #56B4E9; color-scheme: dark; }
-body { font: 15px/1.5 Helvetica, Arial, "DejaVu Sans", sans-serif; color: var(--ink); margin: 0 auto;
-  max-width: 1200px; padding: 8px 20px 40px; background: var(--paper); }
-h1 { font-size: 26px; margin: 16px 0 4px; overflow-wrap: anywhere; } h2 { font-size: 19px; margin: 34px 0 6px;
-  border-bottom: 1px solid var(--edge); padding-bottom: 3px; }
-p { margin: 6px 0; max-width: 1000px; } .note { color: var(--quiet); font-size: 13px; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; margin: 8px 0; }
-th { text-align: left; vertical-align: bottom; border-bottom: 2px solid var(--strong); padding: 4px 14px 4px 0; }
-td { border-bottom: 1px solid var(--line); padding: 4px 14px 4px 0; vertical-align: top;
-  font-variant-numeric: tabular-nums; }
-td { overflow-wrap: break-word; } td:nth-child(-n+4) { white-space: nowrap; } td:first-child { min-width: 115px; }
-td small { display: block; color: var(--quiet); white-space: nowrap; }
-tr.problem td { background: var(--problem); }
-label { margin-right: 18px; font-size: 14px; } select { font: inherit; padding: 2px 4px; max-width: 420px; }
-pre { background: var(--shade); padding: 10px; font-size: 12px; overflow-x: auto; }
-summary { cursor: pointer; padding: 3px 0; }
-.controls { margin: 8px 0; }
-.tabs { position: sticky; top: 0; z-index: 5; background: var(--paper); padding-top: 6px; }
-.tabs [role=tablist] { display: flex; flex-wrap: wrap; border-bottom: 1px solid var(--edge); }
-.tabs button { font: inherit; color: var(--ink); background: none; border: 0; border-bottom: 3px solid transparent;
-  padding: 6px 14px; cursor: pointer; }
-.tabs button[aria-selected=true] { border-bottom-color: var(--accent); font-weight: bold; }
-.tabs #choose-theme { margin-left: auto; color: var(--quiet); }
-#explore { display: flex; flex-wrap: wrap; align-items: center; padding: 6px 0; border-bottom: 1px solid var(--edge); }
-#explore[hidden] { display: none; } #explore-step { width: 260px; vertical-align: middle; }
-.panels { display: flex; flex-wrap: wrap; gap: 4px 16px; } .panels > div { flex: 0 0 auto; }
-@media print { body { max-width: none; } .controls, .modebar, .tabs { display: none; } h2 { break-after: avoid; } }
-"""
-
-BASICS = """
 const CONFIG = {displaylogo: false, displayModeBar: "hover", responsive: true, showSendToCloud: false,
   modeBarButtonsToRemove: ["select2d", "lasso2d"]};
 const byId = (id) => document.getElementById(id);
@@ -77,9 +44,9 @@ function interval(value, low, high, control) {
   return rounded(value) + (known(low) && known(high) ? ` [${rounded(low)}, ${rounded(high)}]` : "")
     + (known(control) ? ` (control ${rounded(control)})` : "");
 }
-"""
 
-OVERVIEW = """
+// --- Overview: the signatures over training, and which of them are shown ---
+
 function showSeries() {
   const [view, length, run] = ["choose-weights", "choose-length", "choose-run"].map(chosen);
   const agrees = (tags) => (view === "all" || tags.views.includes(view)) && (length === "all" || tags.length === length)
@@ -94,9 +61,9 @@ async function drawSignatures() {
   await drawFigure("signatures", keep("signatures"));
   if (byId("signatures").data[0]?.meta) await showSeries();
 }
-"""
 
-EXPLORER = """
+// --- Explorer: one checkpoint of one run, by layer and head (numbers as report/html/explorer.py packs them) ---
+
 const UNDEFINED = -32768, FINE = 30000, COARSE = 100, UNMEASURED = -128, FIRST_REASON = -127;
 const fine = (number) => number === UNDEFINED ? NaN : number / FINE;
 const now = {run: null, step: null, series: null, layer: "all", head: "all"};
@@ -242,7 +209,7 @@ function drawRoles(about, layer) {
   const counts = arrays(about, "counts", Int32Array);
   const numbers = rows.map(([role, at]) => cosine(about, at)), known = (one) => Number.isNaN(one) ? null : one;
   const y = rows.map(([role, at]) => `${role} (n = ${thousands(counts[place() * about.role.length + at])})`);
-  const control = {x: numbers.map((one) => known(one[3])), y, mode: "markers", name: "control (deranged facts)",
+  const control = {x: numbers.map((one) => known(one[3])), y, mode: "markers", name: "control (shuffled facts)",
     marker: {color: look.grey, symbol: "diamond-open", size: 9}, hoverinfo: "x+y+name"};
   const value = {x: numbers.map((one) => known(one[0])), y, mode: "markers", name: "forward and reverse gradient",
     marker: {color: look.forward, size: 9}, hovertext: numbers.map((one) => interval(...one)), hoverinfo: "y+text",
@@ -285,7 +252,7 @@ async function drawProbability() {
   if (!about) return;
   const shares = arrays(about, "shares", Int16Array), bins = keep("panels").bins;
   const curves = [["forward", look.forward, "solid"], ["reverse", look.reverse, "solid"],
-    ["control (reverse, deranged facts)", look.grey, "dash"]];
+    ["control (reverse, shuffled facts)", look.grey, "dash"]];
   const x = Array.from({length: bins + 1}, (_, index) => index / bins);
   const traces = curves.map(([name, color, dash], row) => {
     const y = x.map((_, index) => fine(shares[(place() * 3 + row) * bins + Math.min(index, bins - 1)]));
@@ -300,9 +267,9 @@ async function drawProbability() {
   layout.yaxis.title.text = `share of pairs (n = ${title ? thousands(title.n) : 0})`;
   await draw("shares", title ? traces : [], layout);
 }
-"""
 
-CHOICES = """
+// --- Choices: selectors, tabs, light and dark, and one drawing after the other ---
+
 function fill(id, values, names, wanted) {
   const select = byId(id);
   select.replaceChildren(...values.map((value, index) => new Option(names[index], value)));
@@ -409,6 +376,3 @@ function start() {
 }
 addEventListener("beforeprint", showAll);
 start();
-"""
-
-SCRIPT = BASICS + OVERVIEW + EXPLORER + CHOICES
