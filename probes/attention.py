@@ -67,13 +67,21 @@ def attention_reading(
     """Join the scores of a pass to pairs. Raises: RevprobeError, for a layer that the model lacks."""
     there = sorted([*result.score, *result.silent])
     wanted = chosen_of("layer", layers, there, model=model, purpose="read")
-    base = _pair_columns(result.pairs, model.logit_shift)
+    pairs = result.pairs
+    offsets, distances = pairs.offsets(model.logit_shift), pairs.distances()
+    columns: dict[str, Any] = {"pair": np.arange(len(pairs)), "fact": pairs.facts.astype(str)}
+    columns |= {"group": pairs.groups(model.logit_shift), "kind": pairs.kind}
+    columns |= {"offset_forward": offsets[0], "offset_reverse": offsets[1]}
+    base = pd.DataFrame(columns | {"distance_forward": distances[0], "distance_reverse": distances[1], **pairs.flags})
     most = max((scores.shape[1] for scores in result.score.values()), default=0)
-    parts = [
-        _head_frame(result, base, layer, head) if layer in result.score else _silent_frame(base, layer, head)
-        for layer in wanted
-        for head in range(result.score[layer].shape[1] if layer in result.score else most)
-    ]
+    nothing = dict.fromkeys(("score_forward", "score_reverse", "weight_forward", "weight_reverse"), np.nan)
+    parts = []
+    for layer in wanted:
+        if layer in result.score:
+            parts += [_head_frame(result, base, layer, head) for head in range(result.score[layer].shape[1])]
+        else:
+            why = f"layer {layer} has no softmax attention"
+            parts += [base.assign(layer=layer, head=head, **nothing, reason=why) for head in range(most)]
     frame = pd.concat(parts, ignore_index=True) if parts else base.iloc[:0]
     reading = Reading("attention_correlation", frame, describe(model, result, plan))
     reading.meta["statistic"] = reading.measured.statistic
@@ -92,17 +100,6 @@ def readable_layers(model: ProbedModel, layers: Iterable[int] | None) -> list[in
     return chosen_of("layer", layers, sorted(there), model=model, purpose="read")
 
 
-def _pair_columns(pairs: ReversalPairs, logit_shift: int) -> pd.DataFrame:
-    offsets, distances = pairs.offsets(logit_shift), pairs.distances()
-    columns: dict[str, Any] = {
-        "pair": np.arange(len(pairs)),
-        "fact": pairs.facts.astype(str),
-        "group": pairs.groups(logit_shift),
-    }
-    columns |= {"kind": pairs.kind, "offset_forward": offsets[0], "offset_reverse": offsets[1]}
-    return pd.DataFrame(columns | {"distance_forward": distances[0], "distance_reverse": distances[1], **pairs.flags})
-
-
 def _head_frame(result: PassResult, base: pd.DataFrame, layer: int, head: int) -> pd.DataFrame:
     """The rows of one head; a score the mask forbids is NaN with its reason."""
     sides = {"forward": result.pairs.forward, "reverse": result.pairs.reverse}
@@ -113,9 +110,3 @@ def _head_frame(result: PassResult, base: pd.DataFrame, layer: int, head: int) -
     columns |= {f"weight_{side}": result.weight[layer][queries, head] for side, queries in sides.items()}
     hidden = np.isnan(columns["score_forward"]) | np.isnan(columns["score_reverse"])
     return base.assign(**columns, reason=np.where(hidden, EVIDENCE_HIDDEN, ""))
-
-
-def _silent_frame(base: pd.DataFrame, layer: int, head: int) -> pd.DataFrame:
-    """The rows of one head of a layer that makes no softmax attention: NaN with the reason."""
-    values = dict.fromkeys(("score_forward", "score_reverse", "weight_forward", "weight_reverse"), np.nan)
-    return base.assign(layer=layer, head=head, **values, reason=f"layer {layer} has no softmax attention")

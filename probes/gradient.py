@@ -19,6 +19,9 @@ from .passes.run import describe, run_pass
 from .passes.selection import listed
 from .readings.readings import Reading
 
+# Of `cross=True`: queries run about (facts / batch) times each; beyond this many cells that is hours.
+MOST_CELLS = 250_000
+
 
 def probe_gradient_cosine(
     model: ProbedModel | nn.Module,
@@ -38,7 +41,7 @@ def probe_gradient_cosine(
     are exact and per example, and none is ever formed (`hooks.gradients.recorder`). The value is the mean over pairs;
     the control is the cosine with the reverse query of another fact of the same group, and `excess` their
     difference, since prompts alone already share most of a gradient. `cross=True` adds `reading.cross`, the cosine of
-    every fact's forward gradient with every fact's reverse gradient (see `probes.gradient`).
+    every fact's forward gradient with every fact's reverse gradient (see `cross_cosines`).
 
     Frame: one row per pair and parameter (three for a fused query-key-value projection of declared layout, with roles
     q, k and v; see `models.structure`): pair, fact, kind, parameter, role, layer, inner, norm_forward, norm_reverse,
@@ -90,7 +93,11 @@ def gradient_reading(model: ProbedModel, result: PassResult, plan: Plan) -> Read
     columns |= {f"norm_{side}": result.norm[index].reshape(-1) for side, index in sides.items()}
     columns |= {f"floor_{side}": result.floor[index].reshape(-1) for side, index in sides.items()}
     if plan.control:
-        columns |= _control_columns(result)
+        # The same forward queries against the partner's reverse query; NaN where a group has one fact.
+        alone, other = (result.partner < 0)[:, None], pairs.reverse[result.partner]
+        columns["inner_control"] = result.inner_control.reshape(-1)
+        for name, values in (("norm", result.norm), ("floor", result.floor)):
+            columns[f"{name}_control"] = np.where(alone, np.nan, values[other]).reshape(-1)
     frame = pd.DataFrame(columns)
     layers = pd.Series([r.layer for r in roles] * count, dtype="Int64")  # nullable: embeddings have no layer
     frame.insert(5, "layer", layers)
@@ -109,22 +116,6 @@ def _part_of(label: str) -> tuple[str, ParameterRole]:
     name, _, part = label.removesuffix("]").partition("[")
     role = parameter_role(name)
     return name, replace(role, role=part) if part else role
-
-
-def _control_columns(result: PassResult) -> dict[str, np.ndarray]:
-    """The same forward queries against the partner's reverse query; NaN where a group has one fact."""
-    alone = (result.partner < 0)[:, None]
-    other = result.pairs.reverse[result.partner]
-    columns = {"inner_control": result.inner_control}
-    columns |= {
-        f"{name}_control": np.where(alone, np.nan, values[other])
-        for name, values in (("norm", result.norm), ("floor", result.floor))
-    }
-    return {name: values.reshape(-1) for name, values in columns.items()}
-
-
-# Queries run about (facts / batch) times each; beyond this many cells that is hours.
-MOST_CELLS = 250_000
 
 
 def cross_cosines(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> pd.DataFrame:

@@ -47,31 +47,19 @@ def probe_reverse_probability(
 
 def probability_reading(model: ProbedModel, result: PassResult, plan: Plan) -> Reading:
     """Join the priced targets of a pass to pairs and directions."""
-    frames = [
-        _direction_frame(result, direction, index)
-        for direction, index in (("forward", result.pairs.forward), ("reverse", result.pairs.reverse))
-    ]
-    frame = pd.concat(frames, ignore_index=True).sort_values(["pair", "direction"], kind="stable", ignore_index=True)
-    if not plan.control:
-        frame = frame.drop(columns=["probability_control", "argmax_match_control"])
-    reading = Reading("reverse_probability", frame, describe(model, result, plan))
-    reading.meta.update({"statistic": reading.measured.statistic, "mode": plan.mode})
-    return reading
-
-
-def _direction_frame(result: PassResult, direction: str, index: np.ndarray) -> pd.DataFrame:
-    """One direction: each pair's own target at its own query, and at its control's query."""
     assert result.likelihoods is not None, "the pass was planned without probabilities"
-    targets = [query.target for query in result.pairs.queries]
-    own = [targets[q] for q in index]
-    value, rank = result.likelihoods.look_up(index, own)
-    other = np.where(result.partner >= 0, index[result.partner], -1)
-    control_value, control_rank = result.likelihoods.look_up(other, own)
-    return pd.DataFrame(
-        {
+    pairs = result.pairs
+    frames = []
+    for direction, index in (("forward", pairs.forward), ("reverse", pairs.reverse)):
+        own = [pairs.queries[q].target for q in index]
+        value, rank = result.likelihoods.look_up(index, own)
+        # The pair's own target at the query of its control.
+        other = np.where(result.partner >= 0, index[result.partner], -1)
+        control_value, control_rank = result.likelihoods.look_up(other, own)
+        columns = {
             "pair": np.arange(len(index)),
-            "fact": result.pairs.facts.astype(str),
-            "kind": result.pairs.kind,
+            "fact": pairs.facts.astype(str),
+            "kind": pairs.kind,
             "direction": direction,
             "probability": np.exp(value),
             "log_probability": value,
@@ -80,6 +68,12 @@ def _direction_frame(result: PassResult, direction: str, index: np.ndarray) -> p
             "probability_control": np.exp(control_value),
             "argmax_match_control": np.where(np.isnan(control_value), np.nan, control_rank == 1),
             "reason": "",
-            **result.pairs.flags,
+            **pairs.flags,
         }
-    )
+        frames.append(pd.DataFrame(columns))
+    frame = pd.concat(frames, ignore_index=True).sort_values(["pair", "direction"], kind="stable", ignore_index=True)
+    if not plan.control:
+        frame = frame.drop(columns=["probability_control", "argmax_match_control"])
+    reading = Reading("reverse_probability", frame, describe(model, result, plan))
+    reading.meta.update({"statistic": reading.measured.statistic, "mode": plan.mode})
+    return reading

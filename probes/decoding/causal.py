@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,22 +39,15 @@ def continue_greedily(model: ProbedModel, prompts: list[list[int]], lengths: lis
     ids = torch.tensor(prompts, device=model.device)
     settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True, "max_new_tokens": max(lengths)}
     settings |= {"eos_token_id": sorted(ends) or None, "pad_token_id": min(ends, default=0)}
-    with _plain_generation(generator):
+    # Greedy means the likeliest token: a checkpoint's own repetition penalty and the like stay out of it.
+    own, generator.generation_config = generator.generation_config, GenerationConfig()
+    try:
         config = GenerationConfig(**settings)
         written = generator.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    finally:
+        generator.generation_config = own
     rows = written[:, ids.shape[1] :].tolist()
     return [_until(row[:length], ends) for row, length in zip(rows, lengths, strict=True)]
-
-
-@contextmanager
-def _plain_generation(generator: Any) -> Iterator[None]:
-    """Greedy means the likeliest token: a checkpoint's own repetition penalty and the like stay out of it."""
-    kept = generator.generation_config
-    generator.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        generator.generation_config = kept
 
 
 def _greedy(model: ProbedModel, prompts: list[list[int]], lengths: list[int], ends: frozenset[int]) -> list[list[int]]:
@@ -91,13 +82,10 @@ def end_tokens(model: ProbedModel) -> frozenset[int]:
     """
     tokenizer = model.tokenizer
     named = [getattr(tokenizer, f"{role}_token_id", None) for role in ("eos", "pad", "sep")]
+    special = set() if tokenizer is None else set(tokenizer.all_special_ids)
+    special |= {token for token, added in getattr(tokenizer, "added_tokens_decoder", {}).items() if added.special}
     generation = getattr(generator_of(model.module), "generation_config", None)
     for value in (config_value(model.module, "eos_token_id"), getattr(generation, "eos_token_id", None)):
         several = value if isinstance(value, list | tuple) else [value]
-        named += [token for token in several if tokenizer is None or _is_special(tokenizer, token)]
+        named += [token for token in several if tokenizer is None or token in special]
     return frozenset(t for t in named if t is not None and t != model.mask_token_id and 0 <= t < model.vocab_size)
-
-
-def _is_special(tokenizer: Any, token: int | None) -> bool:
-    added = getattr(tokenizer, "added_tokens_decoder", {}).get(token)
-    return token in tokenizer.all_special_ids or bool(added is not None and added.special)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def decode(
     Args:
         max_new_tokens: how many tokens to write, for all prompts or for each; a masked model fills exactly so many
             positions and then ends at its end token, a causal one may end before.
-        steps, block_length, algorithm, temperature, seed: masked models only; see `unmasking.Unmasking`. A causal
+        steps, block_length, algorithm, temperature, seed: masked models only; see `masked.Unmasking`. A causal
             model decodes greedily.
         stop: strings that end an answer; they are no part of it.
         batch_size: prompts per forward pass; by the size of the model when None.
@@ -161,18 +162,15 @@ def answer_text(model: ProbedModel, tokens: Sequence[int], stop: Sequence[str] =
     """
     ends = end_tokens(model)
     kept = list(tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))])
-    text = _read(model.tokenizer, kept)
+    read = partial(model.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    pieces = model.tokenizer.convert_ids_to_tokens(kept)
+    if None in pieces:  # embeddings are often wider than the vocabulary, and decoding drops ids beyond it in silence
+        each = zip(kept, pieces, strict=True)
+        text = "".join(f"<{token}>" if piece is None else read([token]) for token, piece in each)
+    else:
+        text = read(kept)
     cuts = [place for mark in stop if (place := text.find(mark)) >= 0]
     return text[: min(cuts, default=len(text))].strip()
-
-
-def _read(tokenizer: Any, tokens: list[int]) -> str:
-    """Tokens as text. Embeddings are often wider than the vocabulary, and decoding drops ids beyond it in silence."""
-    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    if all(piece is not None for piece in tokenizer.convert_ids_to_tokens(tokens)):
-        return str(tokenizer.decode(tokens, **options))
-    pieces = ((token, tokenizer.convert_ids_to_tokens(token)) for token in tokens)
-    return "".join(f"<{token}>" if piece is None else tokenizer.decode([token], **options) for token, piece in pieces)
 
 
 def _after_begin(model: ProbedModel, prompt: Prompt) -> Prompt:
@@ -218,7 +216,11 @@ def _batches(
     ]
     longest = max(len(p.before) + n + len(p.after) for p, n in zip(prompts, lengths, strict=True))
     size = queries_per_batch(model, [Query.unchecked(range(longest), (), ())], batch_size)
-    apart = generator_of(model.module) is not None if model.objective == "causal" else not _takes_mask(model.module)
+    if model.objective == "causal":
+        apart = generator_of(model.module) is not None
+    else:
+        taken = inspect.signature(model.module.forward).parameters
+        apart = "attention_mask" not in taken and all(one.kind is not one.VAR_KEYWORD for one in taken.values())
     batch: list[int] = []
     for place in sorted(range(len(prompts)), key=lambda i: (sizes[i], lengths[i])):
         if batch and (len(batch) == size or (apart and sizes[place] != sizes[batch[0]])):
@@ -226,8 +228,3 @@ def _batches(
             batch = []
         batch.append(place)
     yield batch
-
-
-def _takes_mask(module: nn.Module) -> bool:
-    parameters = inspect.signature(module.forward).parameters
-    return "attention_mask" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

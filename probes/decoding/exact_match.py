@@ -268,25 +268,25 @@ class AnswerBook:
 
     def __init__(self, model: ProbedModel, questions: Sequence[Asked]) -> None:
         _require_questions(questions)
-        require_fast_tokenizer(model.tokenizer, model.name)
+        tokenizer = require_fast_tokenizer(model.tokenizer, model.name)
         asked = list(dict.fromkeys((q.prompt, answer) for q in questions for answer in q.answers))
-        tails = dict(zip(asked, _answer_tokens(model.tokenizer, asked), strict=True))
-        read_back = lambda prompt, answer: _read_back(model.tokenizer, tails[prompt, answer])  # noqa: E731
+        prompts = list(dict.fromkeys(prompt for prompt, _ in asked))
+        before = {text: len(_own(e)) for text, e in zip(prompts, encode_texts(tokenizer, prompts), strict=True)}
+        # An answer's tokens are those after its prompt's: with a blank between, where the tokenizer has one.
+        blank = "" if _has_no_blank(tokenizer, *asked[0]) else " "
+        whole = encode_texts(tokenizer, [f"{prompt}{blank}{answer.strip()}" for prompt, answer in asked])
+        tails = {(prompt, a): _own(text)[before[prompt] :] for (prompt, a), text in zip(asked, whole, strict=True)}
+        read_back: dict[tuple[str, str], list[str]] = {}
+        for key, tail in tails.items():
+            text = tokenizer.decode(list(tail), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            # An unknown token stands for any text.
+            read_back[key] = [text] if text.strip() and tokenizer.unk_token_id not in tail else []
         self.accepted = {
-            asked_key(q): {normalized(form) for a in q.answers for form in (a, *read_back(q.prompt, a))}
+            asked_key(q): {normalized(form) for a in q.answers for form in (a, *read_back[q.prompt, a])}
             for q in questions
         }
         self.lengths = {asked_key(q): sorted({max(1, len(tails[q.prompt, a])) for a in q.answers}) for q in questions}
         self.limit = max(lengths[-1] for lengths in self.lengths.values()) + (1 if end_tokens(model) else 0)
-
-
-def _answer_tokens(tokenizer: Any, asked: Sequence[tuple[str, str]]) -> list[tuple[int, ...]]:
-    """The tokens of each answer after its prompt: with a blank between, or none where the tokenizer has no blank."""
-    prompts = list(dict.fromkeys(prompt for prompt, _ in asked))
-    before = {text: len(_own(e)) for text, e in zip(prompts, encode_texts(tokenizer, prompts), strict=True)}
-    blank = "" if _has_no_blank(tokenizer, *asked[0]) else " "
-    whole = encode_texts(tokenizer, [f"{prompt}{blank}{answer.strip()}" for prompt, answer in asked])
-    return [_own(text)[before[prompt] :] for (prompt, _), text in zip(asked, whole, strict=True)]
 
 
 def _has_no_blank(tokenizer: Any, prompt: str, answer: str) -> bool:
@@ -307,12 +307,6 @@ def begins_with(text: str, answer: str) -> bool:
 
 def _own(encoded: Encoded) -> tuple[int, ...]:
     return tuple(token for token, added in zip(encoded.token_ids, encoded.is_added, strict=True) if not added)
-
-
-def _read_back(tokenizer: Any, tokens: tuple[int, ...]) -> list[str]:
-    """An answer as its tokens decode; nothing where one of them is unknown and stands for any text."""
-    text = tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return [text] if text.strip() and tokenizer.unk_token_id not in tokens else []
 
 
 def families(facts: np.ndarray, accepted: list[set[str]]) -> np.ndarray:

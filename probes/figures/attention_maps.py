@@ -1,8 +1,9 @@
-"""Correlation of forward and reverse scores by (forward distance, reverse distance), with a checkpoint slider.
+"""Heat maps of readings: the attention correlation by distances, with a checkpoint slider, and by head; the gradient
+cosine by role.
 
-A cell is the statistic of the attention probe on the pairs at these two distances: the mean over groups (one pair of
-signed offsets, one layer, one head) of the within-group Pearson r. Cells are aggregated here, so that a page carries
-one number per cell and not one point per pair.
+A cell of the first is the statistic of the attention probe on the pairs at these two distances: the mean over groups
+(one pair of signed offsets, one layer, one head) of the within-group Pearson r. Cells are aggregated here, so that a
+page carries one number per cell and not one point per pair.
 """
 
 from __future__ import annotations
@@ -45,30 +46,25 @@ def correlation_heatmap(readings: Iterable[Drawable]) -> go.Figure:
     found.sort(key=lambda reading: reading.meta.get("weights") == "ema")  # raw left, EMA right, however they were read
     if not found:
         return message_figure("No attention reading: there is no correlation to draw.")
-    steps = sorted({_step(reading) for reading in found})
-    panels = list(dict.fromkeys(_panel(reading) for reading in found))
-    entries = _entries(found)
-    grid = Grid.of(cells for _, cells in entries.values())
-    figure = _empty_maps(panels, grid, heads=max((int(cells["heads"].max()) for _, cells in entries.values())))
-    for place, panel in enumerate(panels):
-        all_cells = pd.concat([entries[step, panel][1] for step in steps if (step, panel) in entries])
-        for trace in _map_traces(all_cells, grid):
-            figure.add_trace(trace, row=1, col=place + 1)
-    checkpoints = [_checkpoint([entries.get((step, panel)) for panel in panels], panels, grid) for step in steps]
-    return _add_slider(figure, steps, checkpoints)
-
-
-def _entries(readings: Iterable[Drawable]) -> dict[tuple[int, str], Entry]:
     entries: dict[tuple[int, str], Entry] = {}
-    for reading in readings:
-        place = _step(reading), _panel(reading)
+    for reading in found:
+        place = int(reading.meta.get("step") or 0), series_words(reading.meta.get("weights"), reading.meta.get("kind"))
         if place in entries:
             raise RevprobeError(
                 f"two attention readings at step {place[0]} ({place[1]}): expected one run's readings, "
                 "draw each run or model in a figure of its own"
             )
         entries[place] = reading, distance_correlations(reading.frame)
-    return entries
+    steps = sorted({step for step, _ in entries})
+    panels = list(dict.fromkeys(panel for _, panel in entries))
+    grid = Grid.of(cells for _, cells in entries.values())
+    figure = _empty_maps(panels, grid, heads=max((int(cells["heads"].max()) for _, cells in entries.values())))
+    for column, panel in enumerate(panels, start=1):
+        all_cells = pd.concat([entries[step, panel][1] for step in steps if (step, panel) in entries])
+        for trace in _map_traces(all_cells, grid):
+            figure.add_trace(trace, row=1, col=column)
+    checkpoints = [_checkpoint([entries.get((step, panel)) for panel in panels], panels, grid) for step in steps]
+    return _add_slider(figure, steps, checkpoints)
 
 
 @dataclass(frozen=True)
@@ -87,25 +83,13 @@ class Grid:
     @classmethod
     def over(cls, forward_distances: Iterable[int], reverse_distances: Iterable[int]) -> Grid:
         """`of`, from the distances themselves."""
-        forward, reverse = (sorted({int(one) for one in found}) for found in (forward_distances, reverse_distances))
-        return cls(*(_filled(axis) if axis[-1] - axis[0] < WIDEST else axis for axis in (forward, reverse)))
+        axes = [sorted({int(one) for one in found}) for found in (forward_distances, reverse_distances)]
+        return cls(*(list(range(axis[0], axis[-1] + 1)) if axis[-1] - axis[0] < WIDEST else axis for axis in axes))
 
     def spread(self, cells: pd.DataFrame, column: str) -> list[list[Any]]:
         """One column of `cells` as rows (forward) of columns (reverse); None where no pair was measured."""
         known = {(int(f), int(r)): value for f, r, value in cells[[*DISTANCES, column]].itertuples(index=False)}
         return [[known.get((forward, reverse)) for reverse in self.reverse] for forward in self.forward]
-
-
-def _filled(axis: Sequence[int]) -> list[int]:
-    return list(range(axis[0], axis[-1] + 1))
-
-
-def _step(reading: Drawable) -> int:
-    return int(reading.meta.get("step") or 0)
-
-
-def _panel(reading: Drawable) -> str:
-    return series_words(reading.meta.get("weights"), reading.meta.get("kind"))
 
 
 def _empty_maps(panels: Sequence[str], grid: Grid, *, heads: int) -> go.Figure:
@@ -181,9 +165,6 @@ def _add_slider(figure: go.Figure, steps: Sequence[int], checkpoints: Sequence[C
     return figure.update_layout(sliders=[slider]) if len(steps) > 1 else figure
 
 
-WRITTEN_OUT = 12  # cells a side up to which each cell also shows its number
-
-
 def head_map(reading: Drawable, frame: pd.DataFrame) -> go.Figure:
     """Within-group correlation of forward and reverse scores by layer x head; the hover has each 95 % interval.
 
@@ -211,9 +192,12 @@ def _map(table: pd.DataFrame, column: str, hover: str, unit: str) -> go.Figure:
     cells: dict[tuple[Any, Any], Any] = {}
     for row in table.to_dict("records"):
         control = float(row.get("control", math.nan))
-        cells[row["layer"], row[column]] = row["value"], interval_text(row["value"], row["low"], row["high"], control)
-    z = [[_or_none(cells.get((layer, one), (math.nan,))[0]) for one in columns] for layer in layers]
-    text = [[cells.get((layer, one), (0, "not measured"))[1] for one in columns] for layer in layers]
+        number = None if math.isnan(row["value"]) else float(row["value"])
+        cells[row["layer"], row[column]] = number, interval_text(row["value"], row["low"], row["high"], control)
+    z, text = (
+        [[cells.get((layer, one), (None, "not measured"))[part] for one in columns] for layer in layers]
+        for part in (0, 1)
+    )
     shown: dict[str, Any] = {"x": [str(one) for one in columns], "y": [str(layer) for layer in layers], "xgap": 1}
     grey = {"colorscale": [[0, UNDEFINED_GREY], [1, UNDEFINED_GREY]], "showscale": False, "hoverinfo": "text"}
     undefined = [
@@ -229,7 +213,3 @@ def _map(table: pd.DataFrame, column: str, hover: str, unit: str) -> go.Figure:
     figure = go.Figure([under, cell]).update_layout(template=TEMPLATE)
     figure.update_xaxes(type="category", showgrid=False)
     return figure.update_yaxes(type="category", showgrid=False)
-
-
-def _or_none(number: float) -> float | None:
-    return None if math.isnan(number) else float(number)

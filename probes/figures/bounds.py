@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -42,7 +41,9 @@ def bounds_figure(reading: Drawable, frame: pd.DataFrame) -> go.Figure:
     bounded = frame[frame["bound_mean"].notna()]
     bounded = bounded[bounded.groupby(GROUP)["fact"].transform("nunique") >= LEAST_FACTS]
     if bounded.empty:
-        return message_figure(f"No bound to draw. {_why_none(frame)}")
+        counted = frame.loc[frame["bound_reason"] != "", "bound_reason"].value_counts()
+        why = plain("; ".join(f"{count:,} scores: {reason}" for reason, count in counted.items()), limit=None)
+        return message_figure(f"No bound to draw. {why or f'No group at equal distances has {LEAST_FACTS} facts.'}")
     bounded, left_out = _what_fits(bounded)
     cells = _cells(reading, bounded)
     figure = go.Figure()
@@ -52,13 +53,6 @@ def bounds_figure(reading: Drawable, frame: pd.DataFrame) -> go.Figure:
     for trace in _mean_traces(cells):
         figure.add_trace(trace)
     return _laid_out(figure, reading, cells, left_out)
-
-
-def _why_none(frame: pd.DataFrame) -> str:
-    counted = frame.loc[frame["bound_reason"] != "", "bound_reason"].value_counts()
-    if counted.empty:
-        return f"No group at equal distances has {LEAST_FACTS} facts."
-    return plain("; ".join(f"{count:,} scores: {reason}" for reason, count in counted.items()), limit=None)
 
 
 def _what_fits(bounded: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -90,30 +84,27 @@ def _cells(reading: Drawable, bounded: pd.DataFrame) -> pd.DataFrame:
 def _head_traces(rows: pd.DataFrame, name: str, place: int) -> list[go.Scatter]:
     colour, symbol = COLOURS[place % len(COLOURS)], SYMBOLS[place // len(COLOURS) % len(SYMBOLS)]
     at = rows["distance"].tolist()
+    measured_text, bound_text = [], []
+    for row in rows.to_dict("records"):
+        numbers = interval_text(row["value"], row["low"], row["high"], row["control"])
+        apart = f"forward queries {row['bound_forward']:.3f}, reverse queries {row['bound_reverse']:.3f}"
+        apart += f"; {row['least']:.3f} to {row['most']:.3f}"
+        measured_text.append(f"distance {row['distance']}: {numbers}, n = {row['n']:,}")
+        bound_text.append(f"distance {row['distance']}: {row['bound']:.3f} ({apart})")
     bars = {"type": "data", "symmetric": False, "color": colour, "thickness": 1, "width": 3}
     bars |= {"array": (rows["high"] - rows["value"]).tolist(), "arrayminus": (rows["value"] - rows["low"]).tolist()}
     measured = go.Scatter(x=at, y=rows["value"].tolist(), mode="lines+markers", error_y=bars, line={"color": colour})
     measured.update(name=f"measured, {name}", marker={"color": colour, "size": 7, "symbol": symbol})
-    measured.update(hovertext=[_measured_text(row) for row in rows.to_dict("records")], hoverinfo="name+text")
+    measured.update(hovertext=measured_text, hoverinfo="name+text")
     bound = go.Scatter(x=at, y=rows["bound"].tolist(), mode="lines+markers")
     bound.update(name=f"bound, {name}", line={"color": colour, "dash": "dot", "width": 2})
     bound.update(marker={"color": colour, "size": 5, "symbol": f"{symbol}-open"})
-    bound.update(hovertext=[_bound_text(row) for row in rows.to_dict("records")], hoverinfo="name+text")
+    bound.update(hovertext=bound_text, hoverinfo="name+text")
     if (rows["spread"] <= ONE_NUMBER).all():
         return [measured.update(legendgroup=name), bound.update(legendgroup=name)]
     span = band(at, rows["least"].tolist(), rows["most"].tolist(), colour, showlegend=False)
     span.update(name=f"bounds, {name}: least to greatest")
     return [one.update(legendgroup=name) for one in (measured, bound, span)]
-
-
-def _measured_text(row: dict[Any, Any]) -> str:
-    numbers = interval_text(row["value"], row["low"], row["high"], row["control"])
-    return f"distance {row['distance']}: {numbers}, n = {row['n']:,}"
-
-
-def _bound_text(row: dict[Any, Any]) -> str:
-    apart = f"forward queries {row['bound_forward']:.3f}, reverse queries {row['bound_reverse']:.3f}"
-    return f"distance {row['distance']}: {row['bound']:.3f} ({apart}; {row['least']:.3f} to {row['most']:.3f})"
 
 
 def _mean_traces(cells: pd.DataFrame) -> list[go.Scatter]:

@@ -1,6 +1,6 @@
 """One figure for each kind of reading, the signatures of several (what `.plot()` draws), and figures as files.
 
-Every function returns a plain `plotly.graph_objects.Figure` with the numbers of the reading in it, sample sizes on the
+Every drawing is a plain `plotly.graph_objects.Figure` with the numbers of the reading in it, sample sizes on the
 axes, the 95 % interval over facts, and the control dashed or grey.
 """
 
@@ -44,6 +44,7 @@ __all__ = ["correlation_heatmap", "plot_reading", "plot_readings", "signatures_f
 KINDS = ("scatter", "heatmap", "heads", "bounds")
 POINTS = 5_000  # more points than this slow a browser down and show nothing new
 SIZE = {"width": 640, "height": 480}
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def plot_reading(reading: Drawable, *, theme: str = "light", **options: Any) -> go.Figure:
@@ -137,24 +138,23 @@ def _score_scatter(reading: Drawable, shown: pd.DataFrame, words: Mapping[int, s
     diagonal = {"color": CONTROL_GREY, "dash": "dot", "width": 1}
     figure = go.Figure(go.Scatter(x=[-limit, limit], y=[-limit, limit], mode="lines", line=diagonal, hoverinfo="skip"))
     figure.data[0].update(name="equal scores")
+    at_step = "" if reading.meta.get("step") is None else f"step {int(reading.meta['step']):,}"
     for place, (layer, rows) in enumerate(shown.groupby("layer")):
         marker = {"size": 4, "opacity": 0.5, "color": list(OKABE_ITO.values())[place % 7]}
         x, y = rows["score_forward"].tolist(), rows["score_reverse"].tolist()
-        hover = [_point_text(row, words.get(int(row["pair"]), ""), reading) for row in rows.to_dict("records")]
+        hover = []
+        for row in rows.to_dict("records"):
+            fact = f"fact {plain(row['fact'])}, pair {plain(row['pair'])}"
+            apart = f"distances {row['distance_forward']} / {row['distance_reverse']}"
+            where = f"layer {row['layer']}, head {row['head']}, {apart}"
+            scores = f"score − mean: {row['score_forward']:.3f} / {row['score_reverse']:.3f}"
+            hover.append("<br>".join(filter(None, [fact, words.get(int(row["pair"])), where, scores, at_step])))
         points = go.Scatter(x=x, y=y, mode="markers", marker=marker, hovertext=hover, hoverinfo="text")
         figure.add_trace(points.update(name=f"layer {layer}"))
     part = f"{len(shown):,} of {of:,} points drawn" if len(shown) < of else f"{of:,} points"
     figure.update_xaxes(title=f"forward score − group mean ({part})", range=[-limit, limit])
     figure.update_yaxes(title="reverse score − group mean (pre-softmax)", range=[-limit, limit], scaleanchor="x")
     return _titled(figure, reading, "Pearson r within groups")
-
-
-def _point_text(row: dict[Any, Any], words: str, reading: Drawable) -> str:
-    where = f"layer {row['layer']}, head {row['head']}, distances {row['distance_forward']} / {row['distance_reverse']}"
-    scores = f"score − mean: {row['score_forward']:.3f} / {row['score_reverse']:.3f}"
-    step = reading.meta.get("step")
-    lines = [f"fact {plain(row['fact'])}, pair {plain(row['pair'])}", words, where, scores]
-    return "<br>".join([*filter(None, lines), *([] if step is None else [f"step {int(step):,}"])])
 
 
 def gradient_figure(reading: Drawable, *, by: str = "role", kind: str = "intervals") -> go.Figure:
@@ -201,8 +201,13 @@ def probability_figure(reading: Drawable, *, bins: int = 20) -> go.Figure:
     if "probability_control" in reverse:
         curves.append(("control (reverse, shuffled facts)", reverse["probability_control"], CONTROL_GREY, "dash"))
     for name, values, colour, dash in curves:
+        label = f"{name}: mean {values.mean():.2f}"
+        if f"{name}_probability" in measures.index:
+            numbers = [float(measures[column][f"{name}_probability"]) for column in ("value", "low", "high")]
+            accuracy = 100 * float(measures["value"][f"{name}_accuracy"])
+            label = f"{name}: mean {interval_text(*numbers)}, accuracy {accuracy:.1f} %"
         trace = _histogram(values.dropna().to_numpy(dtype=float), edges, colour, dash)
-        figure.add_trace(trace.update(name=_mean_label(name, values, measures)))
+        figure.add_trace(trace.update(name=label))
     figure.update_xaxes(title="probability of the target", range=[-0.01, 1.01])
     figure.update_yaxes(title=f"share of pairs (n = {reading.n:,})", rangemode="tozero")
     return _titled(figure, reading, "reverse probability")
@@ -218,14 +223,6 @@ def _histogram(values: np.ndarray, edges: np.ndarray, colour: str, dash: str) ->
     fill = None if dash == "dash" else "tozeroy"
     trace = go.Scatter(x=x, y=y, mode="lines", line=line, fill=fill, hovertext=[*ends, ends[-1]], hoverinfo="name+text")
     return trace.update(fillcolor=faded(colour, 0.12))
-
-
-def _mean_label(name: str, values: pd.Series, measures: pd.DataFrame) -> str:
-    if f"{name}_probability" not in measures.index:
-        return f"{name}: mean {values.mean():.2f}"
-    value, low, high = (float(measures[column][f"{name}_probability"]) for column in ("value", "low", "high"))
-    accuracy = 100 * float(measures["value"][f"{name}_accuracy"])
-    return f"{name}: mean {interval_text(value, low, high)}, accuracy {accuracy:.1f} %"
 
 
 def _titled(figure: go.Figure, reading: Drawable, what: str) -> go.Figure:
@@ -250,9 +247,6 @@ RENDERERS: dict[str, Callable[..., go.Figure]] = {
     "route_edit": route_edit_figure,
     "stored_evidence": stored_evidence_figure,
 }
-
-
-PICTURES = (".png", ".svg", ".pdf")
 
 
 def save_figure(figure: go.Figure, path: str | Path, *, scale: float = 2.0) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -48,7 +47,9 @@ def route_edit_figure(reading: Drawable, *, kind: str = "intervals", direction: 
         if value not in known:
             raise RevprobeError(f"route plot of {what} {value!r}{did_you_mean(value, known)}")
     part = _part(reading, direction=direction)
-    table = _summary(part)
+    table = part.summary(by=["scope", "layer", "head"])
+    table = table.assign(order=table["scope"].map({"all": 0, "layer": 1, "head": 2}))
+    table = table.sort_values(["order", "layer", "head"], ignore_index=True)  # one row per edit, the widest first
     shown = table[table["scope"] == "head"] if kind == "heatmap" else table
     if shown.empty:
         return message_figure("No defined change: no single head was edited; measure with scope='head'")
@@ -68,16 +69,13 @@ def _part(reading: Drawable, **where: str) -> Drawable:
     return reading.part(frame)
 
 
-def _summary(reading: Drawable) -> pd.DataFrame:
-    """One row per edit, the widest first."""
-    table = reading.summary(by=["scope", "layer", "head"])
-    order = table["scope"].map({"all": 0, "layer": 1, "head": 2})
-    return table.assign(order=order).sort_values(["order", "layer", "head"], ignore_index=True)
-
-
 def _intervals(table: pd.DataFrame, direction: str) -> go.Figure:
     rows = table.iloc[::-1]
-    labels = [f"{_label(row)} (n = {int(row['n']):,})" for row in rows.to_dict("records")]
+    labels = []
+    for row in rows.to_dict("records"):
+        head = f", head {row['head']}" if row["scope"] == "head" else ""
+        place = "all at once" if row["scope"] == "all" else f"layer {row['layer']}{head}"
+        labels.append(f"{place} (n = {int(row['n']):,})")
     figure = go.Figure()
     for column, low, high, colour, name, symbol in (
         ("control", "control_low", "control_high", CONTROL_GREY, "control (other positions)", "diamond-open"),
@@ -97,12 +95,6 @@ def _intervals(table: pd.DataFrame, direction: str) -> go.Figure:
     figure.update_xaxes(title=CHANGE)
     figure.update_yaxes(type="category")
     return figure.update_layout(height=190 + 24 * len(rows))
-
-
-def _label(row: dict[Any, Any]) -> str:
-    if row["scope"] == "all":
-        return "all at once"
-    return f"layer {row['layer']}" + ("" if row["scope"] == "layer" else f", head {row['head']}")
 
 
 def _heatmap(table: pd.DataFrame) -> go.Figure:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -56,7 +55,12 @@ def stored_evidence_figure(reading: Drawable, *, kind: str = "parts") -> go.Figu
     rows = logit_contributions(reading).iloc[::-1]
     if rows.empty:
         return message_figure(f"No defined part: {reading.undefined}")
-    labels = [_part_label(row) for row in rows.to_dict("records")]
+    labels = []
+    for row in rows.to_dict("records"):
+        words = ["rest: not measured" if row["part"] == REST else str(row["part"])]
+        words += [f"({row['source']})"] if isinstance(row["source"], str) else []
+        words += [] if pd.isna(row["layer"]) else [f"layer {row['layer']}"]
+        labels.append(plain(" ".join(words)))
     figure = go.Figure()
     for side, colour in (("forward", FORWARD), ("reverse", REVERSE)):
         value, low, high = (rows[name].astype(float) for name in (side, f"{side}_low", f"{side}_high"))
@@ -72,13 +76,6 @@ def stored_evidence_figure(reading: Drawable, *, kind: str = "parts") -> go.Figu
     )
     figure.update_yaxes(type="category")
     return _titled(figure, reading).update_layout(height=190 + 24 * len(rows), width=640)
-
-
-def _part_label(row: dict[Any, Any]) -> str:
-    words = ["rest: not measured" if row["part"] == REST else str(row["part"])]
-    words += [f"({row['source']})"] if isinstance(row["source"], str) else []
-    words += [] if pd.isna(row["layer"]) else [f"layer {row['layer']}"]
-    return plain(" ".join(words))
 
 
 def _matrix_figure(reading: Drawable) -> go.Figure:

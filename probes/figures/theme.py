@@ -11,6 +11,7 @@ import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import plotly.graph_objects as go
@@ -44,6 +45,24 @@ CONTROL_GREY, UNDEFINED_GREY, GRID_GREY = "#6B6B6B", "#C8C8C8", "#E3E3E3"
 DIVERGING = ((0.0, OKABE_ITO["vermillion"]), (0.5, "#FFFFFF"), (1.0, OKABE_ITO["blue"]))
 FONT = "Helvetica, Arial, 'DejaVu Sans', sans-serif"
 LABEL_LIMIT = 60
+# What ink and paper decide, light to dark; all other colours keep their meaning and stay legible on both.
+DARK_PAPER = "#16191D"
+IN_THE_DARK = {
+    "white": DARK_PAPER,
+    "#1A1A1A": "#E8E8E8",
+    "#333333": "#CFCFCF",
+    "#555": "#B5B5B5",
+    OKABE_ITO["black"]: "#FFFFFF",
+    OKABE_ITO["blue"]: "#4C9FD4",
+    CONTROL_GREY: "#A0A0A0",
+    UNDEFINED_GREY: "#5A5F66",
+    GRID_GREY: "#33383E",
+    "rgba(255,255,255,0.85)": "rgba(22,25,29,0.85)",
+    "rgba(255,255,255,0.6)": "rgba(22,25,29,0.6)",
+    "rgba(0,114,178,0.15)": "rgba(76,159,212,0.22)",
+    "rgba(0,114,178,0.25)": "rgba(76,159,212,0.4)",
+}
+THEMES = ("light", "dark")
 
 
 def _axis() -> dict[str, Any]:
@@ -75,26 +94,6 @@ TEMPLATE = go.layout.Template(
         "modebar": {"orientation": "v", "bgcolor": "rgba(255,255,255,0.6)"},
     }
 )
-
-
-# What ink and paper decide, light to dark; all other colours keep their meaning and stay legible on both.
-DARK_PAPER = "#16191D"
-IN_THE_DARK = {
-    "white": DARK_PAPER,
-    "#1A1A1A": "#E8E8E8",
-    "#333333": "#CFCFCF",
-    "#555": "#B5B5B5",
-    OKABE_ITO["black"]: "#FFFFFF",
-    OKABE_ITO["blue"]: "#4C9FD4",
-    CONTROL_GREY: "#A0A0A0",
-    UNDEFINED_GREY: "#5A5F66",
-    GRID_GREY: "#33383E",
-    "rgba(255,255,255,0.85)": "rgba(22,25,29,0.85)",
-    "rgba(255,255,255,0.6)": "rgba(22,25,29,0.6)",
-    "rgba(0,114,178,0.15)": "rgba(76,159,212,0.22)",
-    "rgba(0,114,178,0.25)": "rgba(76,159,212,0.4)",
-}
-THEMES = ("light", "dark")
 
 
 def in_the_dark(value: Any) -> Any:
@@ -169,23 +168,16 @@ def band(x: Sequence[float], low: Sequence[float], high: Sequence[float], colour
     """The area between two curves; it breaks where either is NaN, so an undefined stretch stays a gap."""
     outline_x: list[float | None] = []
     outline_y: list[float | None] = []
-    for stretch in _defined_stretches(low, high):
+    for undefined, places in groupby(range(len(x)), lambda i: math.isnan(low[i]) or math.isnan(high[i])):
+        if undefined:
+            continue
+        stretch = list(places)
         outline_x += [x[i] for i in stretch] + [x[i] for i in reversed(stretch)] + [None]
         outline_y += [low[i] for i in stretch] + [high[i] for i in reversed(stretch)] + [None]
     # The thin edge keeps the interval of a single point visible: its polygon has no width.
     line = {"width": 1, "color": faded(colour, 0.25)}
     fill = {"fill": "toself", "fillcolor": faded(colour, 0.15)}
     return go.Scatter(x=outline_x, y=outline_y, mode="lines", line=line, hoverinfo="skip", **fill, **options)
-
-
-def _defined_stretches(low: Sequence[float], high: Sequence[float]) -> list[list[int]]:
-    stretches: list[list[int]] = [[]]
-    for index, (bottom, top) in enumerate(zip(low, high, strict=True)):
-        if math.isnan(bottom) or math.isnan(top):
-            stretches.append([])
-        else:
-            stretches[-1].append(index)
-    return [stretch for stretch in stretches if stretch]
 
 
 def message_figure(message: str) -> go.Figure:

@@ -9,7 +9,7 @@ Source: Section 5 and Fig. 3 of the paper.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,12 @@ def signatures_figure(measures: pd.DataFrame, *, buttons: bool = True) -> go.Fig
     for series in _all_series(rows):
         _draw_series(figure, series, scale)
     if buttons and {"raw", "ema"} <= set(rows["weights"].dropna()):
-        _add_buttons(figure)
+        choices = []
+        for view, label in VIEWS.items():
+            visible = [view in trace.meta["views"] for trace in figure.data]
+            choices.append({"label": label, "method": "restyle", "args": [{"visible": visible}]})
+        place = {"x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "pad": {"b": 36}, "direction": "right"}
+        figure.update_layout(updatemenus=[{"type": "buttons", "buttons": choices, "showactive": True, **place}])
     return figure
 
 
@@ -115,7 +120,12 @@ class Series:
 
 
 def _all_series(rows: pd.DataFrame) -> list[Series]:
-    colours = _colours(rows)
+    # A run without a colour of its own takes a spare one that none of the others has.
+    keys = dict.fromkeys(colour_key(row) for _, row in rows.drop_duplicates("run").iterrows())
+    taken = {COLOURS[key] for key in keys if key in COLOURS}
+    spare = [colour for colour in SPARE_COLOURS if colour not in taken] or list(SPARE_COLOURS)
+    others = [key for key in keys if key not in COLOURS]
+    colours = COLOURS | {key: spare[place % len(spare)] for place, key in enumerate(others)}
     with_ema = set(rows.loc[rows["weights"] == "ema", "run"])
     # Runs without a length beside runs with one: NaN equals nothing, not even itself.
     rows = rows.astype({"length": object}).where(rows.notna(), None) if "length" in rows else rows
@@ -124,7 +134,8 @@ def _all_series(rows: pd.DataFrame) -> list[Series]:
     for (run, weights, kind), part in rows.groupby(["run", "weights", "kind"], sort=False, dropna=False):
         length = part["length"].iloc[0] if "length" in part else None
         symbol = SYMBOLS[lengths.index(length) % len(SYMBOLS)] if len(lengths) > 1 else "circle"
-        tags = {"run": str(run), "length": str(length), "views": _views(weights, ema=run in with_ema)}
+        views = ["ema", "both"] if weights == "ema" else ["raw", "both"] if run in with_ema else list(VIEWS)
+        tags = {"run": str(run), "length": str(length), "views": views}
         label = plain(run) + f" ({series_words(weights, kind)})"
         open_marker = "-open" if weights == "raw" and run in with_ema else ""
         series.append(Series(part, label, colours[colour_key(part.iloc[0])], symbol + open_marker, tags))
@@ -144,20 +155,6 @@ def colour_key(row: pd.Series) -> str:
         return "ARM"
     encoding = row.get("position_encoding")
     return encoding if isinstance(encoding, str) and encoding else str(row["run"])
-
-
-def _colours(rows: pd.DataFrame) -> dict[str, str]:
-    keys = dict.fromkeys(colour_key(row) for _, row in rows.drop_duplicates("run").iterrows())
-    taken = {COLOURS[key] for key in keys if key in COLOURS}
-    spare = [colour for colour in SPARE_COLOURS if colour not in taken] or list(SPARE_COLOURS)
-    others = [key for key in keys if key not in COLOURS]
-    return COLOURS | {key: spare[place % len(spare)] for place, key in enumerate(others)}
-
-
-def _views(weights: Hashable, *, ema: bool) -> list[str]:
-    if weights == "ema":
-        return ["ema", "both"]
-    return ["raw", "both"] if ema else list(VIEWS)
 
 
 def _empty_panels(rows: pd.DataFrame, scale: StepScale) -> go.Figure:
@@ -185,43 +182,34 @@ def _empty_panels(rows: pd.DataFrame, scale: StepScale) -> go.Figure:
 
 
 def _draw_series(figure: go.Figure, series: Series, scale: StepScale) -> None:
+    """In every panel: the band, the control, the line, and crosses where it is undefined."""
     shown = True  # the legend lists a series once, at the first panel that holds it
     for panel in PANELS:
         rows = series.rows[series.rows["measure"] == panel.measure].sort_values("place")
         if rows.empty:
             continue
-        for trace in _panel_traces(rows, series, scale, floor=panel.floor):
-            trace.update(legendgroup=series.label, showlegend=shown and trace.meta["part"] == "value")
-            trace.update(visible="ema" in series.dressing["views"])
-            figure.add_trace(trace, row=panel.row, col=panel.column)
+        x = [scale.position(step) for step in rows["place"]]
+        value, low, high, control = (rows[name].astype(float).tolist() for name in ("value", "low", "high", "control"))
+        hover = [_hover(series.label, row) for row in rows.to_dict("records")]
+        # Grey crosses at the foot of the panel: the line keeps its gap, and the cross says why.
+        gaps = [place for place, number in enumerate(value) if math.isnan(number)]
+        cross = {"symbol": "x-thin", "size": 8, "line": {"width": 2, "color": CONTROL_GREY}}
+        foot = {"x": [x[place] for place in gaps], "y": [panel.floor for _ in gaps], "mode": "markers", "marker": cross}
+        parts = {
+            "band": band(x, low, high, series.colour),
+            "control": go.Scatter(x=x, y=control, mode="lines", hoverinfo="skip"),
+            "value": go.Scatter(x=x, y=value, mode="lines+markers", hovertext=hover, hoverinfo="text"),
+            "undefined": go.Scatter(**foot, hovertext=[hover[place] for place in gaps], hoverinfo="text"),
+        }
+        parts["control"].line = {"color": faded(series.colour, 0.75), "width": 1.5, "dash": "dash"}
+        parts["value"].line = {"color": series.colour, "width": 2}
+        parts["value"].marker = {"symbol": series.symbol, "size": 6}
+        for part, trace in parts.items():
+            if trace.x:
+                trace.update(name=series.label, meta={"part": part, **series.dressing}, legendgroup=series.label)
+                trace.update(showlegend=shown and part == "value", visible="ema" in series.dressing["views"])
+                figure.add_trace(trace, row=panel.row, col=panel.column)
         shown = False
-
-
-def _panel_traces(rows: pd.DataFrame, series: Series, scale: StepScale, *, floor: float) -> list[go.Scatter]:
-    x = [scale.position(step) for step in rows["place"]]
-    value, low, high, control = (rows[name].astype(float).tolist() for name in ("value", "low", "high", "control"))
-    hover = [_hover(series.label, row) for row in rows.to_dict("records")]
-    parts = {
-        "band": band(x, low, high, series.colour),
-        "control": go.Scatter(x=x, y=control, mode="lines", hoverinfo="skip"),
-        "value": go.Scatter(x=x, y=value, mode="lines+markers", hovertext=hover, hoverinfo="text"),
-        "undefined": _undefined_marks(x, value, hover, floor),
-    }
-    parts["control"].line = {"color": faded(series.colour, 0.75), "width": 1.5, "dash": "dash"}
-    parts["value"].line = {"color": series.colour, "width": 2}
-    parts["value"].marker = {"symbol": series.symbol, "size": 6}
-    for part, trace in parts.items():
-        trace.update(name=series.label, meta={"part": part, **series.dressing})
-    return [trace for trace in parts.values() if trace.x]
-
-
-def _undefined_marks(x: Sequence[float], value: Sequence[float], hover: Sequence[str], floor: float) -> go.Scatter:
-    """Grey crosses at the foot of the panel: the line keeps its gap, and the cross says why."""
-    gaps = [place for place, number in enumerate(value) if math.isnan(number)]
-    marker = {"symbol": "x-thin", "size": 8, "line": {"width": 2, "color": CONTROL_GREY}}
-    text = [hover[place] for place in gaps]
-    x, y = [x[place] for place in gaps], [floor for _ in gaps]
-    return go.Scatter(x=x, y=y, mode="markers", marker=marker, hovertext=text, hoverinfo="text")
 
 
 def _hover(label: str, row: dict[Hashable, Any]) -> str:
@@ -231,12 +219,3 @@ def _hover(label: str, row: dict[Hashable, Any]) -> str:
     if row.get("reason"):
         lines.append(f"undefined: {plain(row['reason'], limit=200)}")
     return "<br>".join(lines)
-
-
-def _add_buttons(figure: go.Figure) -> None:
-    buttons = []
-    for view, label in VIEWS.items():
-        visible = [view in trace.meta["views"] for trace in figure.data]
-        buttons.append({"label": label, "method": "restyle", "args": [{"visible": visible}]})
-    place = {"x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "pad": {"b": 36}, "direction": "right"}
-    figure.update_layout(updatemenus=[{"type": "buttons", "buttons": buttons, "showactive": True, **place}])

@@ -169,7 +169,9 @@ class Reading:
         """Write frame and meta as one parquet file, whole or not at all."""
         path = Path(path)
         header: dict[str, Any] = {"name": self.name, "meta": self.meta, "measured": asdict(self.measured)}
-        header |= {"measures": self._measures.to_dict("records"), "cross": _split(self.cross)}
+        header["measures"] = self._measures.to_dict("records")
+        split = None if self.cross is None else self.cross.to_json(orient="split", double_precision=15)
+        header["cross"] = None if split is None else json.loads(split)
         table = pa.Table.from_pandas(self.frame, preserve_index=False)
         stored = {_META: json.dumps(header).encode()}
         stored[_DIGEST] = _digest(stored[_META], self.frame).encode()
@@ -198,7 +200,8 @@ class Reading:
             raise RevprobeError(
                 f"{path} is damaged ({first_line(error)}); delete it and run the same command again"
             ) from error
-        reading = cls(header["name"], frame, header["meta"], _joined(header["cross"]))
+        cross = None if header["cross"] is None else pd.DataFrame(**header["cross"], dtype=float)
+        reading = cls(header["name"], frame, header["meta"], cross)
         if header["meta"].get("versions", {}).get("revprobe") == version("revprobe"):
             # The numbers as they were worked out when saved: bootstrapping a run's readings again takes a minute.
             reading.__dict__["measured"] = Measured.from_dict(header["measured"])
@@ -348,14 +351,6 @@ def _digest(header: bytes, frame: pd.DataFrame) -> str:
     """What changes when a number or a row of a saved reading does."""
     rows = pd.util.hash_pandas_object(frame, index=False).to_numpy()
     return hashlib.sha256(header + ",".join(map(str, frame.columns)).encode() + rows.tobytes()).hexdigest()
-
-
-def _split(matrix: pd.DataFrame | None) -> dict[str, Any] | None:
-    return None if matrix is None else json.loads(matrix.to_json(orient="split", double_precision=15))
-
-
-def _joined(split: dict[str, Any] | None) -> pd.DataFrame | None:
-    return None if split is None else pd.DataFrame(**split, dtype=float)
 
 
 def _raw_first(path: Path) -> tuple[str, bool]:

@@ -6,8 +6,6 @@ angle 0. With yarn's and longrope's `attention_factor`, queries and keys are mea
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 import torch
@@ -51,23 +49,19 @@ def model_frequencies(model: ProbedModel | nn.Module, *, length: int | None = No
     Raises: RevprobeError, when no attention can be seen.
     """
     model = as_probed(model)
-    return pd.concat(
-        [_plane_frame(layer, found) for layer, found in seen_positions(model, length=length).items()],
-        ignore_index=True,
-    )
-
-
-def _plane_frame(layer: int, found: LayerPositions) -> pd.DataFrame:
-    rotary, planes = found.rotary, found.head_dim // 2
-    unturned = np.zeros(planes) if found.kind == STILL else np.full(planes, np.nan)
-    entries = rotary.entries if rotary and found.kind == TURNS else np.arange(2 * planes).reshape(-1, 2)
-    first, second = (pd.array(column, dtype="Int64") for column in entries.T)
-    if found.kind == OTHER:
-        first[:], second[:] = pd.NA, pd.NA
-    columns = {"layer": layer, "encoding": found.kind, "plane": np.arange(planes), "first": first, "second": second}
-    columns |= {"frequency": rotary.frequencies if rotary else unturned, "base": rotary.base if rotary else np.nan}
-    columns |= {"scaling": rotary.scaling if rotary else "", "source": rotary.source if rotary else ""}
-    return pd.DataFrame(columns | {"checked": found.kind != OTHER, "reason": found.reason})
+    frames = []
+    for layer, found in seen_positions(model, length=length).items():
+        rotary, planes = found.rotary, found.head_dim // 2
+        unturned = np.zeros(planes) if found.kind == STILL else np.full(planes, np.nan)
+        entries = rotary.entries if rotary and found.kind == TURNS else np.arange(2 * planes).reshape(-1, 2)
+        first, second = (pd.array(column, dtype="Int64") for column in entries.T)
+        if found.kind == OTHER:
+            first[:], second[:] = pd.NA, pd.NA
+        columns = {"layer": layer, "encoding": found.kind, "plane": np.arange(planes), "first": first, "second": second}
+        columns |= {"frequency": rotary.frequencies if rotary else unturned, "base": rotary.base if rotary else np.nan}
+        columns |= {"scaling": rotary.scaling if rotary else "", "source": rotary.source if rotary else ""}
+        frames.append(pd.DataFrame(columns | {"checked": found.kind != OTHER, "reason": found.reason}))
+    return pd.concat(frames, ignore_index=True)
 
 
 def model_theory(
@@ -109,26 +103,15 @@ def model_theory(
     longest = int(max(forward.max(initial=0), reverse.max(initial=0)))
     frames = []
     for layer, found in seen_positions(model, length=longest + 1 if length is None else length).items():
-        promised = _promised(found, forward, reverse, tau, samples, seed)
-        described = _described(layer, found) | {"distance": forward, "distance_reverse": reverse, "tau": tau}
-        frames.append(pd.DataFrame(described | promised)[COLUMNS])
+        rotary = found.rotary
+        columns = {"layer": layer, "heads": found.heads, "head_dim": found.head_dim, "encoding": found.kind}
+        columns |= {"base": rotary.base if rotary else np.nan, "scaling": rotary.scaling if rotary else ""}
+        columns |= {"planes": found.head_dim // 2, "turning": np.count_nonzero(rotary.angles) if rotary else 0}
+        columns |= {"checked": found.kind != OTHER, "reason": found.reason}
+        columns |= {"distance": forward, "distance_reverse": reverse, "tau": tau}
+        columns |= _promised(found, forward, reverse, tau, samples, seed)
+        frames.append(pd.DataFrame(columns)[COLUMNS])
     return pd.concat(frames, ignore_index=True)
-
-
-def _described(layer: int, found: LayerPositions) -> dict[str, Any]:
-    rotary = found.rotary
-    return {
-        "layer": layer,
-        "heads": found.heads,
-        "head_dim": found.head_dim,
-        "encoding": found.kind,
-        "base": rotary.base if rotary else np.nan,
-        "scaling": rotary.scaling if rotary else "",
-        "planes": found.head_dim // 2,
-        "turning": int(np.count_nonzero(rotary.angles)) if rotary else 0,
-        "checked": found.kind != OTHER,
-        "reason": found.reason,
-    }
 
 
 def _promised(
@@ -189,7 +172,9 @@ def with_bounds(
         bounds = keys.merge(parts, on=["pair", "layer", "head"], how="left")[BOUNDS[:3]]
     else:
         bounds = pd.DataFrame(np.nan, index=range(len(keys)), columns=BOUNDS[:3])
-    layer_reasons = keys["layer"].map(lambda layer: _layer_reason(positions.get(layer)))
+    by_kind = {TURNS: "", STILL: NOT_TURNED}
+    reason_of = {layer: by_kind.get(found.kind, found.reason) for layer, found in positions.items()}
+    layer_reasons = keys["layer"].map(lambda layer: reason_of.get(layer, NOT_SEEN))
     reasons = np.where(pair_reasons[keys["pair"]] != "", pair_reasons[keys["pair"]], layer_reasons)
     columns = {name: bounds[name].to_numpy() for name in BOUNDS[:3]} | {"bound_reason": reasons}
     return reading.with_columns(**columns)  # the scores are the same: no second bootstrap
@@ -220,12 +205,6 @@ def _pair_reasons(pairs: ReversalPairs, logit_shift: int) -> np.ndarray:
     ]
     reasons = np.select(conditions, [SWAPPED, TOKENS_DIFFER, SEVERAL_TOKENS, UNEQUAL], default="")
     return reasons.astype(object)
-
-
-def _layer_reason(found: LayerPositions | None) -> str:
-    if found is None:
-        return NOT_SEEN
-    return "" if found.kind == TURNS else NOT_TURNED if found.kind == STILL else found.reason
 
 
 def _bounds_by_pair(

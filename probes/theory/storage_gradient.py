@@ -37,26 +37,22 @@ def storage_gradient_cosines(
         raise RevprobeError(f"pairs of kind {pairs.kind!r} do not share an entry of S; use same_target pairs")
     if any(len(query.target_positions) > 1 for query in pairs.queries):
         raise RevprobeError("a target of several tokens has no single prediction error; use single-token targets")
-    error, mass = _factors(model, pairs, batch_size)
-    parts = [_cosines(values, pairs) for values in (error, mass)]
-    columns = {"pair": np.arange(len(pairs)), "fact": pairs.facts.astype(str), "cosine": parts[0] * parts[1]}
-    return pd.DataFrame(columns | {"cosine_error": parts[0], "cosine_attention": parts[1]})
-
-
-def _factors(model: ProbedModel, pairs: ReversalPairs, batch_size: int | None) -> tuple[Tensor, Tensor]:
-    """p - 1_v and the attention mass per token of every query. Shapes: `query vocab, query (head vocab)`, float64."""
     whole = [Query.unchecked(q.token_ids, q.target_positions, range(len(q.token_ids))) for q in pairs.queries]
     queries = prepare_queries(model, whole)
     size = queries_per_batch(model, queries, batch_size)
-    parts = []
     with untouched(model.module), torch.no_grad():
-        for start in range(0, len(queries), size):
-            parts.append(_batch_factors(model, queries[start : start + size]))
-    errors, masses = zip(*parts, strict=True)
-    return torch.cat(errors), torch.cat(masses)
+        parts = [_factors(model, queries[start : start + size]) for start in range(0, len(queries), size)]
+    forward, reverse = torch.as_tensor(pairs.forward), torch.as_tensor(pairs.reverse)
+    of_error, of_mass = (
+        torch.nn.functional.cosine_similarity(values[forward], values[reverse], dim=-1).numpy()
+        for values in map(torch.cat, zip(*parts, strict=True))
+    )
+    columns = {"pair": np.arange(len(pairs)), "fact": pairs.facts.astype(str), "cosine": of_error * of_mass}
+    return pd.DataFrame(columns | {"cosine_error": of_error, "cosine_attention": of_mass})
 
 
-def _batch_factors(model: ProbedModel, queries: list[Query]) -> tuple[Tensor, Tensor]:
+def _factors(model: ProbedModel, queries: list[Query]) -> tuple[Tensor, Tensor]:
+    """p - 1_v and the attention mass per token of each query. Shapes: `query vocab, query (head vocab)`, float64."""
     batch = make_batch(model, queries)
     with tap_attention(model.module, batch.rows, batch.columns) as tap:
         logits = model.logits(batch.input_ids, batch.attention_mask)
@@ -70,8 +66,3 @@ def _batch_factors(model: ProbedModel, queries: list[Query]) -> tuple[Tensor, Te
     shown = batch.input_ids.gather(1, batch.columns)[:, None].expand_as(weight)
     mass = weight.new_zeros(*weight.shape[:2], model.vocab_size).scatter_add_(2, shown, weight)
     return error.cpu(), mass.flatten(1).cpu()
-
-
-def _cosines(values: Tensor, pairs: ReversalPairs) -> np.ndarray:
-    forward, reverse = (values[torch.as_tensor(index)] for index in (pairs.forward, pairs.reverse))
-    return torch.nn.functional.cosine_similarity(forward, reverse, dim=-1).numpy()
