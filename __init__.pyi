@@ -39,7 +39,7 @@ from .probes.pairs.query import ReversalPair as ReversalPair
 from .probes.pairs.text import pair_from_text as pair_from_text
 from .probes.pairs.text import pairs_from_frame as pairs_from_frame
 from .probes.probability import probe_reverse_probability as probe_reverse_probability
-from .probes.readings.readings import Reading as Reading
+from .probes.readings.reading import Reading as Reading
 from .probes.readings.readings import Readings as Readings
 from .probes.route_edit import probe_route_edit as probe_route_edit
 from .probes.statistics.by_part import logit_contributions as logit_contributions

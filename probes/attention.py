@@ -16,7 +16,7 @@ from .pairs.pairs import ReversalPairs
 from .passes.plan import PassResult, Plan, Progress
 from .passes.run import describe, run_pass
 from .passes.selection import chosen_of
-from .readings.readings import Reading
+from .readings.reading import Reading
 
 EVIDENCE_HIDDEN = "evidence hidden by the attention mask"
 

@@ -17,7 +17,7 @@ from .passes.batches import queries_per_batch
 from .passes.plan import PassResult, Plan, Progress
 from .passes.run import describe, run_pass
 from .passes.selection import listed
-from .readings.readings import Reading
+from .readings.reading import Reading
 
 # Of `cross=True`: queries run about (facts / batch) times each; beyond this many cells that is hours.
 MOST_CELLS = 250_000

@@ -12,7 +12,7 @@ from ..models.probed import ProbedModel, as_probed
 from .pairs.pairs import ReversalPairs
 from .passes.plan import PassResult, Plan, Progress
 from .passes.run import describe, run_pass
-from .readings.readings import Reading
+from .readings.reading import Reading
 
 
 def probe_reverse_probability(

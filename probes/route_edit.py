@@ -27,7 +27,7 @@ from .passes.route_changes import EDITS, MATCHES
 from .passes.route_runs import CONTROL, EVIDENCE, Cell, RouteEdit, RouteResult, RouteRuns
 from .passes.run import describe
 from .passes.selection import listed
-from .readings.readings import Reading
+from .readings.reading import Reading
 
 SCOPES = ("all", "layer", "head")
 ONLY_KEY = "the evidence is all that the readout row sees"

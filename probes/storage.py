@@ -20,7 +20,7 @@ from .passes.decomposition import Decomposition, LinearizedBatch, Piece
 from .passes.plan import PassResult, Plan, Progress
 from .passes.run import describe
 from .passes.selection import chosen_of, listed
-from .readings.readings import Reading
+from .readings.reading import Reading
 from .statistics.estimators import NO_PARTNER
 from .statistics.resampling import derangement
 

@@ -19,7 +19,8 @@ from ..models.probed import ProbedModel, as_probed
 from ..probes.decoding.exact_match import AnswerBook, decoded_match
 from ..probes.figures.theme import interval_text, undefined_text
 from ..probes.passes.plan import Progress
-from ..probes.readings.readings import Reading, Readings
+from ..probes.readings.reading import Reading
+from ..probes.readings.readings import Readings
 from ..probes.statistics.estimators import Measured, measure
 from .letters import LettersRelation
 

@@ -118,7 +118,10 @@ def test_parts_put_together_are_the_whole(script: ModuleType, parts: int) -> Non
     assert whole.likelihoods is not None and again.likelihoods is not None
     assert again.likelihoods.answers.keys() == whole.likelihoods.answers.keys()
     for ask, (value, rank) in whole.likelihoods.answers.items():
-        assert again.likelihoods.answers[ask][0] == pytest.approx(value, abs=1e-5) and again.likelihoods.answers[ask][1] == rank
+        assert (
+            again.likelihoods.answers[ask][0] == pytest.approx(value, abs=1e-5)
+            and again.likelihoods.answers[ask][1] == rank
+        )
     for name in ("inner", "inner_control", "norm", "floor"):
         np.testing.assert_allclose(getattr(again, name), getattr(whole, name), atol=1e-6, rtol=1e-4, err_msg=name)
     assert again.score.keys() == whole.score.keys() == {0, 1}

@@ -37,7 +37,7 @@ from pathlib import Path
 from revprobe.finetune.runs import one_layer, run as runs
 from revprobe.finetune.training import checkpointing as saving, probe_callback as snapshots, trainer
 from revprobe.finetune.config.one_layer import RunConfig, parse_config
-from revprobe.probes.readings import readings
+from revprobe.probes.readings import reading
 from transformers import Trainer
 
 def die(*args, **kwargs):
@@ -60,7 +60,7 @@ MOMENTS = {
     "after the config, before anything else": (runs, "software", 1, True),
     "before anything is trained": (snapshots.Readings, "save", 1, True),
     "between two snapshots": (trainer.ForwardOnlyTrainer, "training_step", 17, True),
-    "inside a readings folder": (readings.Reading, "save", 8, True),
+    "inside a readings folder": (reading.Reading, "save", 8, True),
     "after the readings, before the checkpoint": (trainer.ForwardOnlyTrainer, "_save_checkpoint", 2, True),
     "after the weights, before the optimizer": (trainer.ForwardOnlyTrainer, "_save_optimizer_and_scheduler", 3, True),
     "after the Trainer's checkpoint, before the average": (trainer.MovingAverage, "save", 2, True),

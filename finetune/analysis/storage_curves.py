@@ -16,7 +16,7 @@ from ...errors import RevprobeError
 from ...models.checkpoints import CHECKPOINTS, EMA, checkpoint_folder, step_name
 from ...models.probed import ProbedModel
 from ...probes.pairs.pairs import ReversalPairs
-from ...probes.readings.readings import Reading
+from ...probes.readings.reading import Reading
 from ...probes.statistics.by_part import evidence_by_pair
 from ...probes.statistics.resampling import mean_over_facts
 from ...probes.storage import probe_stored_evidence

@@ -21,7 +21,7 @@ from ...models.radd import RaddForMaskedLM
 from ...models.registry import load_model
 from ...probes.fused import PROBES
 from ...probes.pairs.pairs import ReversalPairs
-from ...probes.readings.readings import Reading
+from ...probes.readings.reading import Reading
 from ...relations.catalog import LettersRelation, letters
 from ..config.one_layer import RunConfig, load_config
 from ..training.arguments import training_arguments, uses_cpu

@@ -29,7 +29,8 @@ from ...atomic_files import write_text
 from ...errors import RevprobeError, first_line
 from ...models.checkpoints import checkpoint_steps, step_name
 from ...models.probed import ProbedModel
-from ...probes.readings.readings import Reading, Readings
+from ...probes.readings.reading import Reading
+from ...probes.readings.readings import Readings
 from ..config.mistakes import differences
 from ..config.one_layer import dump_config
 from ..training.checkpointing import READINGS

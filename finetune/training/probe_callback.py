@@ -27,7 +27,8 @@ from ...models.probed import ProbedModel, as_probed
 from ...probes.fused import probe, require_probes
 from ...probes.pairs.pairs import ReversalPairs
 from ...probes.passes.plan import Share
-from ...probes.readings.readings import Reading, Readings
+from ...probes.readings.reading import Reading
+from ...probes.readings.readings import Readings
 from .checkpointing import READINGS
 from .distributed import ProcessGroup, require_whole
 

@@ -24,7 +24,7 @@ from ...errors import RevprobeError, did_you_mean
 from ...models.probed import ProbedModel, as_probed
 from ..pairs.spans import Encoded, encode_texts, require_fast_tokenizer
 from ..passes.plan import Progress
-from ..readings.readings import Reading
+from ..readings.reading import Reading
 from ..statistics.resampling import derangement
 from .causal import end_tokens
 from .decode import answer_text, decode_tokens, decoding_settings, encode_prompts, require_stops

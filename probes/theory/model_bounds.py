@@ -20,7 +20,7 @@ from ...models.rotary import OTHER, STILL, TURNS, LayerPositions, Rotary, layer_
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
 from ..passes.batches import make_batch, prepare_queries, queries_per_batch
-from ..readings.readings import Reading
+from ..readings.reading import Reading
 from .checks import distance_pairs, number
 from .score_correlation import alibi_correlation, mean_bound, rope_asymmetric_bound, rope_query_bound, tail_bound
 

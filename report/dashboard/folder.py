@@ -26,7 +26,7 @@ from ...finetune.runs.sweeps import open_sweep
 from ...finetune.training.checkpointing import READINGS
 from ...models.checkpoints import CHECKPOINTS, step_of
 from ...probes.figures.training_curves import measures_with_reasons
-from ...probes.readings.readings import Reading
+from ...probes.readings.reading import Reading
 from .listed_runs import Listed, ReadingFile, Stamp, ends_whole, family_of, reason_of, stamp_of, state_of, total_steps
 
 DEPTH = 3  # folders below RUNS_DIR that are looked into: RUNS_DIR / any / sweep / run

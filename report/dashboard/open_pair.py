@@ -32,7 +32,7 @@ from ...probes.pairs.pairs import ReversalPairs
 from ...probes.pairs.query import Query
 from ...probes.passes.batches import make_batch, prepare_queries
 from ...probes.passes.likelihood import readout
-from ...probes.readings.readings import Reading
+from ...probes.readings.reading import Reading
 from ...relations.catalog import letters
 from .folder import RunsFolder
 from .listed_runs import Listed

@@ -16,7 +16,7 @@ from ...errors import RevprobeError, first_line
 from ...finetune.runs.record import tidy_summary
 from ...probes.figures.theme import message_figure
 from ...probes.figures.training_curves import signatures_figure
-from ...probes.readings.readings import Reading
+from ...probes.readings.reading import Reading
 from ..summary.seed_bands import SEEDS_KEY, pool_seeds
 from ..summary.tables import final_table, format_final_table
 from .folder import RunsFolder

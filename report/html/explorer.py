@@ -19,7 +19,7 @@ import pandas as pd
 from ...errors import RevprobeError, first_line
 from ...probes.figures.theme import plain, undefined_text
 from ...probes.figures.training_curves import series_words
-from ...probes.readings.readings import Reading
+from ...probes.readings.reading import Reading
 from ...probes.statistics.by_distance import DISTANCES, cell_correlations, unit_correlations
 from ...probes.statistics.by_head import head_correlations, score_table
 from ...probes.statistics.by_role import cell_cosines

@@ -13,7 +13,7 @@ from ...probes.figures.route_edits import route_edit_figure
 from ...probes.figures.storage import stored_evidence_figure
 from ...probes.figures.theme import message_figure
 from ...probes.figures.training_curves import series_words
-from ...probes.readings.readings import Reading
+from ...probes.readings.reading import Reading
 from .page import gallery, paragraph, section
 
 if TYPE_CHECKING:

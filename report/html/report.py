@@ -23,7 +23,7 @@ from ...atomic_files import written_whole
 from ...errors import RevprobeError
 from ...finetune.runs.record import AXES, RunRecord, tidy_summary
 from ...probes.figures.training_curves import VIEWS, measures_with_reasons, signatures_figure
-from ...probes.readings.readings import Reading
+from ...probes.readings.reading import Reading
 from ..summary.tables import final_table, format_final_table
 from .explorer_tabs import explorer
 from .page import choice, controls, details, figure_data, figure_place, folded, page, paragraph, section, table

@@ -19,7 +19,7 @@ import pandas as pd
 from ...errors import RevprobeError, did_you_mean
 from ...finetune.config.one_layer import Cell, RunConfig, SweepConfig, load_config
 from ...finetune.runs.open import is_finished, open_run
-from ...probes.readings.readings import MEASURE_COLUMNS
+from ...probes.readings.reading import MEASURE_COLUMNS
 from .printed_values import ARM_REVERSE_TOLERANCE, one_layer_cells
 
 AXES = ["objective", "position_encoding", "length", "seed"]
