@@ -110,8 +110,9 @@ def tap_attention(module: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[
     def see_sdpa(site: str, call: Mapping[str, Any]) -> None:
         tap.sdpa.append(AttentionRows(site, *attention_rows(call, rows, columns, site=site)))
 
+    @torch.no_grad()
     def see_scores(found: list[AttentionRows], site: str, scores: Tensor) -> None:
-        found.append(AttentionRows(site, *_score_rows(scores, rows, columns)))
+        found.append(AttentionRows(site, *_weigh(matrix_rows(scores, rows), columns)))
 
     def see_softmax(site: str, scores: Tensor) -> None:
         if is_score_matrix(scores, len(rows)) and scores.shape[-1] > max(int(rows.max()), int(columns.max())):
@@ -201,11 +202,6 @@ def matrix_rows(scores: Tensor, rows: Tensor) -> Tensor:
 def _hidden_as_infinite(at_rows: Tensor) -> Tensor:
     """Rows of scores with -inf wherever a mask hides, whatever number it hides with."""
     return at_rows.masked_fill(at_rows < at_rows.amax(-1, keepdim=True) - FAR_BELOW, float("-inf"))
-
-
-@torch.no_grad()
-def _score_rows(scores: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _weigh(matrix_rows(scores, rows), columns)
 
 
 def sdpa_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

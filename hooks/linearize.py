@@ -56,7 +56,10 @@ def hold_nonlinear(module: nn.Module, rows: Tensor) -> Iterator[LinearizedPass]:
     the parts. Adds hooks to the module tree and removes exactly those.
     """
     held = LinearizedPass()
-    tokens = _token_table(module)
+    named = getattr(module, "get_input_embeddings", lambda: None)()
+    found = [named] if named is not None else [m for m in module.modules() if isinstance(m, nn.Embedding)]
+    # Tokens are looked up in the table that the model names, else in its largest.
+    tokens = max((m.weight for m in found), key=len, default=None)
     flags = [(p, p.requires_grad) for p in module.parameters()]
     try:
         for p, _ in flags:
@@ -163,8 +166,11 @@ class _Holding:
         """a @ b: linear if one varies; a pattern times its values is attention written by hand."""
         if len(args) != 2 or not (_varying(args[0]) and _varying(args[1])):
             return self._seen(func(*args, **kwargs))
-        if _is_pattern(args[0], len(self.rows)):
-            return self._pattern_times_value(*args)
+        if _is_square(args[0], len(self.rows)):
+            weights = args[0].detach().float()
+            # A pattern: rows of non-negative weights that sum to one.
+            if (weights >= 0).all() and ((weights.sum(-1) - 1).abs() < _PATTERN_SLACK).all():
+                return self._pattern_times_value(*args)
         return self._cut(func, args, kwargs)
 
     def _linear(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
@@ -252,13 +258,6 @@ _RULES: dict[str, Any] = {
 }
 
 
-def _token_table(module: nn.Module) -> Tensor | None:
-    """The weight that tokens are looked up in: the one the model names, else that of its largest embedding."""
-    named = getattr(module, "get_input_embeddings", lambda: None)()
-    found = [named] if named is not None else [m for m in module.modules() if isinstance(m, nn.Embedding)]
-    return max((m.weight for m in found), key=len, default=None)
-
-
 def _varying(values: Any) -> bool:
     """Whether a tensor that depends on a part is among the (nested) arguments."""
     return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(values))
@@ -272,11 +271,3 @@ def _is_scale(factor: Tensor, states: Tensor) -> bool:
 def _is_square(values: Tensor, batch: int) -> bool:
     """Whether these are squares of positions for each example and head, which may be folded into one axis."""
     return values.dim() in (3, 4) and values.shape[-1] == values.shape[-2] and not values.shape[0] % batch
-
-
-def _is_pattern(weights: Tensor, batch: int) -> bool:
-    """Rows of non-negative weights that sum to one, over a square of positions, for each example and head."""
-    if not _is_square(weights, batch):
-        return False
-    held = weights.detach().float()
-    return bool((held >= 0).all() and ((held.sum(-1) - 1).abs() < _PATTERN_SLACK).all())

@@ -9,11 +9,12 @@ extension point, do not.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from transformer_lens.config.transformer_bridge_config import TransformerBridgeConfig
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.generalized_components import (
     BlockBridge,
@@ -30,9 +31,6 @@ from transformer_lens.model_bridge.supported_architectures.qwen2 import Qwen2Arc
 
 from ..errors import RevprobeError
 from .configs import RaddConfig
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
 
 _TL_POSITIONS = {"rope": "rotary", "alibi": "alibi", "absolute": "standard", "none": "none"}
 
@@ -118,17 +116,14 @@ def to_bridge(module: nn.Module) -> TransformerBridge:
         {"tl_config": _radd_config(config)} if isinstance(config, RaddConfig) else {"hf_config": config}
     )
     try:
-        return build_bridge_from_module(_sharing_parameters(module), architecture, **described)
+        # The bridge replaces submodules of the tree it is given, so it is given a second one over the same parameters.
+        second = copy.deepcopy(module, {id(p): p for p in module.parameters()})
+        return build_bridge_from_module(second, architecture, **described)
     except (ValueError, KeyError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise RevprobeError(
             f"TransformerLens cannot bridge {architecture}: {reason}; register an adapter for it"
         ) from error
-
-
-def _sharing_parameters(module: nn.Module) -> nn.Module:
-    """A second module tree over the same parameters: the bridge replaces submodules of the tree it is given."""
-    return copy.deepcopy(module, {id(p): p for p in module.parameters()})
 
 
 def _radd_config(config: RaddConfig) -> TransformerBridgeConfig:

@@ -13,6 +13,27 @@ from transformers import PreTrainedConfig, Qwen2Config, Qwen2Tokenizer
 from ..errors import RevprobeError, did_you_mean
 
 POSITION_ENCODINGS = ("rope", "alibi", "absolute", "none")
+# What the published LLaDA code can be switched to and a Llama cannot.
+_LLADA_ONLY: dict[str, Any] = {
+    "alibi": False,
+    "attention_layer_norm": False,
+    "bias_for_layer_norm": False,
+    "block_group_size": 1,
+    "block_type": "llama",
+    "clip_qkv": None,
+    "embedding_dropout": 0.0,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "residual_dropout": 0.0,
+    "rope": True,
+    "scale_logits": False,
+}
+_LLADA_ACTIVATIONS = ("silu", "gelu", "relu")
+# What the published Dream code ignores or never had; Qwen2 would act on the first.
+_DREAM_ONLY: dict[str, Any] = {"use_sliding_window": False, "use_mrope": False}
 
 
 class RaddConfig(PreTrainedConfig):
@@ -63,29 +84,6 @@ class RaddConfig(PreTrainedConfig):
                 f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size} tokens"
             )
         super().__post_init__(**kwargs)
-
-
-# What the published code can be switched to and a Llama cannot.
-_LLADA_ONLY: dict[str, Any] = {
-    "alibi": False,
-    "attention_layer_norm": False,
-    "bias_for_layer_norm": False,
-    "block_group_size": 1,
-    "block_type": "llama",
-    "clip_qkv": None,
-    "embedding_dropout": 0.0,
-    "include_bias": False,
-    "include_qkv_bias": False,
-    "input_emb_norm": False,
-    "layer_norm_type": "rms",
-    "layer_norm_with_affine": True,
-    "residual_dropout": 0.0,
-    "rope": True,
-    "scale_logits": False,
-}
-
-
-_LLADA_ACTIVATIONS = ("silu", "gelu", "relu")
 
 
 class LLaDAConfig(PreTrainedConfig):
@@ -154,10 +152,6 @@ class LLaDAConfig(PreTrainedConfig):
     @property
     def head_dim(self) -> int:
         return self.d_model // self.n_heads
-
-
-# What the published code ignores or never had; Qwen2 would act on the first.
-_DREAM_ONLY: dict[str, Any] = {"use_sliding_window": False, "use_mrope": False}
 
 
 class DreamConfig(Qwen2Config):

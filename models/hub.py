@@ -20,21 +20,19 @@ from transformers.utils import logging as transformers_logging
 from ..errors import first_line
 
 _SECONDS = 5.0
+_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model")  # one of them is there where a folder holds a tokenizer
 
 
 def hub_options(source: str | Path) -> dict[str, Any]:
     """What `from_pretrained` needs for `source`: the local cache alone, where a hub name meets a hub out of reach."""
-    if isinstance(source, Path) or constants.HF_HUB_OFFLINE or _hub_answers():
+    if isinstance(source, Path) or constants.HF_HUB_OFFLINE:
         return {}
-    return {"local_files_only": True}
-
-
-def _hub_answers() -> bool:
     try:
         status = get_session().head(constants.ENDPOINT, timeout=_SECONDS).status_code
+        answers = status < 500 and status != 429  # these, too, are what the client would try again and again
     except Exception:  # whatever the client's transport raises: no network, no name, a proxy that refuses
-        return False
-    return status < 500 and status != 429  # these, too, are what the client would try again and again
+        answers = False
+    return {} if answers else {"local_files_only": True}
 
 
 @contextmanager
@@ -49,9 +47,6 @@ def quiet_transformers() -> Iterator[None]:
         hub_logging.set_verbosity(level)
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model")
 
 
 def load_tokenizer(folder: str | Path, name: str, **options: Any) -> Any:

@@ -61,11 +61,13 @@ def logit_shift(given: int | None, objective: str, module: nn.Module, name: str)
     bidirectional module may do either (LLaDA 0, Dream 1), and running it cannot tell.
     Raises: RevprobeError, when it cannot be told, or cannot be.
     """
-    stated = getattr(_inner(module), "logit_shift", None) if given is None else given
+    inner = _inner(module)
+    stated = getattr(inner, "logit_shift", None) if given is None else given
     if stated is None and objective == "causal":
         return 1
-    if stated is None and _is_masked_language_model(module):
-        return 0
+    if stated is None and isinstance(inner, PreTrainedModel) and type(inner.config) in MODEL_FOR_MASKED_LM_MAPPING:
+        kind: Any = MODEL_FOR_MASKED_LM_MAPPING[type(inner.config)]  # what AutoModelForMaskedLM loads for it
+        stated = 0 if isinstance(inner, kind) else None
     if stated is None:
         raise RevprobeError(
             f"cannot tell at which row {name} predicts a masked token; pass logit_shift=0 (row i predicts token i) or "
@@ -98,12 +100,3 @@ def _inner(module: nn.Module) -> nn.Module:
     original = getattr(module, "original_model", None)
     found = (part for part in module.modules() if isinstance(part, PreTrainedModel))
     return next(found, original if isinstance(original, nn.Module) else module)
-
-
-def _is_masked_language_model(module: nn.Module) -> bool:
-    """Whether the module is, or wraps (peft), what AutoModelForMaskedLM would load for its config."""
-    inner = _inner(module)
-    if not isinstance(inner, PreTrainedModel) or type(inner.config) not in MODEL_FOR_MASKED_LM_MAPPING:
-        return False
-    kind: Any = MODEL_FOR_MASKED_LM_MAPPING[type(inner.config)]
-    return isinstance(inner, kind)

@@ -12,9 +12,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from transformers import (
-    LlamaForCausalLM,
-)
+from transformers import LlamaForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 

@@ -9,6 +9,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from ..errors import RevprobeError
 
+PLACEHOLDER = "0"
+MASK, BEGIN, PAD = "<mask>", "<bos>", "<pad>"
+
 
 def one_layer_gpt2(
     vocab_size: int = 56,
@@ -41,10 +44,6 @@ def one_layer_gpt2(
         pad_token_id=pad_token_id,
     )
     return GPT2LMHeadModel(config)
-
-
-PLACEHOLDER = "0"
-MASK, BEGIN, PAD = "<mask>", "<bos>", "<pad>"
 
 
 @lru_cache(maxsize=1)

@@ -69,7 +69,7 @@ def put_on(module: nn.Module, adapter: Path) -> nn.Module:
 
     Raises: RevprobeError, when the adapter's weights are pickled, missing, cut off or of another model.
     """
-    from peft import PeftModel  # seconds to import, and only adapters need it
+    from peft import PeftModel, get_peft_model_state_dict  # seconds to import, and only adapters need it
     from safetensors import safe_open
 
     if not (adapter / ADAPTER_WEIGHTS).is_file():
@@ -82,14 +82,8 @@ def put_on(module: nn.Module, adapter: Path) -> nn.Module:
             adapted: Any = PeftModel.from_pretrained(module, adapter)
     except Exception as error:
         raise RevprobeError(f"cannot put the adapter {adapter} on its base model: {first_line(error)}") from error
-    _require_same(adapted, saved, adapter)
-    return without_wrapper(adapted).eval()
-
-
-def _require_same(adapted: Any, saved: set[str], adapter: Path) -> None:
-    """peft leaves a missing tensor at its initial value, and one too many unread; both are another model's adapter."""
-    from peft import get_peft_model_state_dict
-
+    # peft leaves a missing tensor at its initial value, and one too many unread; both are another model's adapter.
     wrong = sorted(set(get_peft_model_state_dict(adapted)) ^ saved)
     if wrong:
         raise RevprobeError(f"the adapter {adapter} is of another model: {', '.join(wrong[:3])} do not match")
+    return without_wrapper(adapted).eval()

@@ -120,40 +120,31 @@ def load_model(
 
 def _locate(source: str | Path, step: int, weights: str | None) -> tuple[str | Path, str, int | None, str | None]:
     """Folder (or hub name), display name, step and weights of what `source` names."""
-    path = Path(source)
+    path, name = Path(source), str(source)
+    if has_checkpoints(path):
+        folder, run_step, which = checkpoint_folder(path, step, weights)
+        return folder, path.resolve().name, run_step, which
     if path.is_dir():
-        if has_checkpoints(path):
-            folder, at_step, which = checkpoint_folder(path, step, weights)
-            return folder, path.resolve().name, at_step, which
-        return _locate_folder(path.resolve(), weights)
+        path = path.resolve()
+        checkpoint = path.parent if path.name == EMA else path
+        at_step = step_of(checkpoint)
+        if at_step is None:
+            return path, path.name, None, None
+        # Inside a run its step and weights are read off the path.
+        which = "ema" if path.name == EMA else "raw"
+        if weights not in (None, which):
+            raise RevprobeError(f"{path} holds {which} weights, not {weights!r}; name the run folder to choose")
+        return path, checkpoint.parent.parent.name, at_step, which
     if path.is_file():
-        raise RevprobeError(f"{str(source)!r} is a file; expected the folder of a run or of a model, or a hub name")
-    if not _can_be_on_the_hub(source):
+        raise RevprobeError(f"{name!r} is a file; expected the folder of a run or of a model, or a hub name")
+    # A model on the hub is `name` or `owner/name`, and there is no folder called `owner` here.
+    is_path = isinstance(source, Path) or path.is_absolute() or name.startswith(".") or name.count("/") > 1
+    if is_path or ("/" in name and path.parent.is_dir()):
         folders = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         near = nearest(path.name, folders, 1)
         where = f"; the closest is {str(path.parent / near[0])!r}" if near else "; check the path"
-        raise RevprobeError(f"no model folder at {str(source)!r}{where}")
-    return str(source), str(source), None, None
-
-
-def _can_be_on_the_hub(source: str | Path) -> bool:
-    """Whether a name that is no local folder can be a hub's: `name` or `owner/name`, with no folder called `owner`."""
-    path = Path(source)
-    if isinstance(source, Path) or path.is_absolute() or source.startswith(".") or source.count("/") > 1:
-        return False
-    return "/" not in source or not path.parent.is_dir()
-
-
-def _locate_folder(path: Path, weights: str | None) -> tuple[Path, str, int | None, str | None]:
-    """A plain model folder; inside a run its step and weights are read off the path."""
-    checkpoint = path.parent if path.name == EMA else path
-    at_step = step_of(checkpoint)
-    if at_step is None:
-        return path, path.name, None, None
-    which = "ema" if path.name == EMA else "raw"
-    if weights not in (None, which):
-        raise RevprobeError(f"{path} holds {which} weights, not {weights!r}; name the run folder to choose")
-    return path, checkpoint.parent.parent.name, at_step, which
+        raise RevprobeError(f"no model folder at {name!r}{where}")
+    return name, name, None, None
 
 
 def _read_config(folder: str | Path, name: str, options: dict[str, Any]) -> PreTrainedConfig:
@@ -205,8 +196,14 @@ def _load_module(
     folder: str | Path, config: PreTrainedConfig, objective: str, name: str, dtype: Any, options: dict[str, Any]
 ) -> nn.Module:
     auto = AutoModelForMaskedLM if objective == "masked" else AutoModelForCausalLM
-    if isinstance(folder, Path):
-        _refuse_pickles(folder)
+    if isinstance(folder, Path) and not any(folder.glob("model*.safetensors*")):
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+        raise RevprobeError(
+            f"{folder} holds only pickled weights ({pickles[0]}), which can run code when read; convert them to "
+            "safetensors"
+            if pickles
+            else f"{folder} holds no model.safetensors; the checkpoint is missing or was cut off while being saved"
+        )
     settings = {
         "config": config,
         "dtype": dtype or "auto",
@@ -227,20 +224,6 @@ def _load_module(
     # Published checkpoints of transformers' own classes may carry another task's head.
     require_match(info, folder, strict=not type(module).__module__.startswith("transformers."))
     return module.eval()
-
-
-def _refuse_pickles(folder: Path) -> None:
-    if any(folder.glob("model*.safetensors*")):
-        return
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
-    if pickles:
-        raise RevprobeError(
-            f"{folder} holds only pickled weights ({pickles[0]}), which can run code when read; convert them to "
-            "safetensors"
-        )
-    raise RevprobeError(
-        f"{folder} holds no model.safetensors; the checkpoint is missing or was cut off while being saved"
-    )
 
 
 def _require_device(device: torch.device | str | None) -> None:

@@ -14,6 +14,7 @@ import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -197,7 +198,10 @@ def _positions(
         return LayerPositions(OTHER, None, heads, head_dim, ALL_ZERO)
     fits: list[tuple[float, Rotary | None]] = [(float(np.linalg.norm(far - near)), None)]
     for here, asked in candidates:
-        for rotary in _layouts(here, head_dim):
+        free = head_dim - 2 * len(here.angles)
+        starts = dict.fromkeys((0, free)) if free >= 0 else {}  # the planes may lie at either end of a head
+        for start, interleaved in product(starts, (False, True)):
+            rotary = replace(here, head_dim=head_dim, start=start, interleaved=interleaved)
             error = float(np.linalg.norm(rotary.turned(near, apart) - rotary.turned(far, 0.0)))
             fits.append((error, replace(rotary, angles=asked.angles)))
     least, best = min(fits, key=lambda fit: fit[0])
@@ -209,16 +213,6 @@ def _positions(
     fitting = alone is not None and 2 * len(alone.angles) <= head_dim
     stated = replace(alone, head_dim=head_dim) if alone is not None and fitting else None
     return LayerPositions(OTHER, stated, heads, head_dim, UNCHECKED)
-
-
-def _layouts(rotary: Rotary, head_dim: int) -> Iterator[Rotary]:
-    """The ways in which the planes may lie in a head."""
-    free = head_dim - 2 * len(rotary.angles)
-    if free < 0:
-        return
-    for start in dict.fromkeys((0, free)):
-        for interleaved in (False, True):
-            yield replace(rotary, head_dim=head_dim, start=start, interleaved=interleaved)
 
 
 def _candidates(module: nn.Module, length: int) -> Iterator[tuple[int | None, Rotary]]:
@@ -248,12 +242,8 @@ def _rotary_of(module: nn.Module, name: str, kind: str | None, source: str, leng
         with torch.no_grad():
             module(torch.zeros(1, device=positions.device), positions, **({"layer_type": kind} if kind else {}))
     angles = getattr(module, name).detach().double().cpu().numpy().reshape(-1)
-    return Rotary(angles, 2 * len(angles), base=_base(module, kind), scaling=scaling, source=source)
-
-
-def _base(module: nn.Module, kind: str | None) -> float:
-    """RoPE's base as the embedding's config states it, or as unscaled angles show it; else NaN."""
     config: Any = getattr(module, "config", None)
     stated = getattr(config, "rope_parameters", None) or {}
     stated = stated.get(kind, stated) if kind else stated
-    return float(stated.get("rope_theta", getattr(config, "rope_theta", float("nan"))))
+    base = float(stated.get("rope_theta", getattr(config, "rope_theta", float("nan"))))
+    return Rotary(angles, 2 * len(angles), base=base, scaling=scaling, source=source)

@@ -29,7 +29,9 @@ def require_match(
     Raises: RevprobeError, naming the tensors.
     """
     outside: list[str] = []
-    keys = {kind: sorted(map(_name, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
+    keys = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected")}
+    mismatched = info["mismatched_keys"]
+    keys["mismatched"] = sorted(f"{name} ({tuple(found)} for {tuple(asked)})" for name, found, asked in mismatched)
     if not strict:
         outside = [name for name in keys["unexpected"] if not _IN_A_LAYER.search(name)]
         keys["unexpected"] = [name for name in keys["unexpected"] if name not in outside]
@@ -43,11 +45,6 @@ def require_match(
         warnings.warn(
             f"{source}: {_listed(outside, official)} left over; the language model has no place for them", stacklevel=2
         )
-
-
-def _name(key: Any) -> str:
-    """The tensor's name; mismatched keys come as (name, found shape, expected shape)."""
-    return key if isinstance(key, str) else f"{key[0]} ({tuple(key[1])} for {tuple(key[2])})"
 
 
 def _listed(names: list[str], official: Callable[[str], str]) -> str:

@@ -36,6 +36,18 @@ _WRAPPERS = re.compile(
     r"(\.base_layer|\.lora_(embedding_)?[AB](\.\w+)?|\.lora_magnitude_vector\.\w+|\.modules_to_save\.\w+|"
     r"\.original_module|\.(weight|bias))+$"
 )
+_STACK = re.compile(r"(?:(?P<stack>.*?)\.)?(?P<layer>\d+)(?:\.|$)")
+ORDERS = ("blocked", "per_head")
+# model_type of the config -> (pattern of the module's path, order of its output features):
+#   blocked   all of q, then all of k, then all of v
+#   per_head  q, k, v of the first head, then of the second, ...
+_FUSED: dict[str, tuple[str, str]] = {
+    "gpt2": (r"attn\.c_attn$", "blocked"),
+    "modernbert": (r"attn\.Wqkv$", "blocked"),
+    "phi3": (r"self_attn\.qkv_proj$", "blocked"),
+    "gpt_neox": (r"attention\.query_key_value$", "per_head"),
+    "bloom": (r"self_attention\.query_key_value$", "per_head"),
+}
 
 
 @dataclass(frozen=True)
@@ -65,9 +77,6 @@ def parameter_roles(module: nn.Module) -> dict[str, ParameterRole]:
     return {name: parameter_role(name) for name, _ in module.named_parameters()}
 
 
-_STACK = re.compile(r"(?:(?P<stack>.*?)\.)?(?P<layer>\d+)(?:\.|$)")
-
-
 def layers_without_attention(module: nn.Module, sites: Iterable[str]) -> list[int]:
     """The layers without attention, in the stacks of layers where the modules at `sites` made some.
 
@@ -84,19 +93,6 @@ def layers_without_attention(module: nn.Module, sites: Iterable[str]) -> list[in
         return []
     layers = {int(name) for name, _ in module.get_submodule(stacks.pop()).named_children() if name.isdigit()}
     return sorted(layers - {layer for _, layer in places})
-
-
-ORDERS = ("blocked", "per_head")
-# model_type of the config -> (pattern of the module's path, order of its output features):
-#   blocked   all of q, then all of k, then all of v
-#   per_head  q, k, v of the first head, then of the second, ...
-_FUSED: dict[str, tuple[str, str]] = {
-    "gpt2": (r"attn\.c_attn$", "blocked"),
-    "modernbert": (r"attn\.Wqkv$", "blocked"),
-    "phi3": (r"self_attn\.qkv_proj$", "blocked"),
-    "gpt_neox": (r"attention\.query_key_value$", "per_head"),
-    "bloom": (r"self_attention\.query_key_value$", "per_head"),
-}
 
 
 def declare_fused(model_type: str, pattern: str, order: str) -> None:

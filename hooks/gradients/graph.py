@@ -193,17 +193,14 @@ def check_complete(calls: Sequence[Call], parameters: Mapping[str, nn.Parameter]
                 f"{_cut_after(calls, seen[-1], reached.nodes)}; leave the parameter out with parameters="
             )
         if edges - covered[id(parameter)]:
-            raise RevprobeError(_not_covered(name, len(edges), len(edges & covered[id(parameter)]), seen))
-
-
-def _not_covered(name: str, edges: int, covered: int, seen: Sequence[Call]) -> str:
-    overwritten = next((call.name for call in seen for o in call.outputs if o.overwritten), None)
-    if overwritten is not None:
-        return _overwritten(overwritten, name)
-    return (
-        f"parameter {name!r} reaches the loss {edges} times, but only {covered} calls of its own module were seen: its "
-        "weight is used outside its module, so its gradient would be incomplete"
-    )
+            overwritten = next((call.name for call in seen for o in call.outputs if o.overwritten), None)
+            if overwritten is not None:
+                raise RevprobeError(_overwritten(overwritten, name))
+            raise RevprobeError(
+                f"parameter {name!r} reaches the loss {len(edges)} times, but only "
+                f"{len(edges & covered[id(parameter)])} calls of its own module were seen: its weight is used outside "
+                "its module, so its gradient would be incomplete"
+            )
 
 
 def _overwritten(module: str, name: str) -> str:
@@ -256,17 +253,12 @@ def adopted_parameters(
     for name, child in modules:
         for key, parameter in child._parameters.items():
             if parameter is not None and id(parameter) in wanted - answered:
-                parent = _nearest(name, called)
+                parent = name  # becomes the innermost module around it that is called; "" is the model itself
+                while parent and parent not in called:
+                    parent = parent.rpartition(".")[0]
                 path = f"{name}.{key}".removeprefix(f"{parent}." if parent else "")
                 found.setdefault(parent, {})[path] = parameter
     return found
-
-
-def _nearest(name: str, called: set[str]) -> str:
-    """The innermost module around `name` that is called; "" is the model itself."""
-    while name and name not in called:
-        name = name.rpartition(".")[0]
-    return name
 
 
 def walk_back(calls: Mapping[int, Call], loss: Tensor, see: See, *, retain_graph: bool = False) -> None:

@@ -148,7 +148,10 @@ def _cross(a: Use, b: Use, left: Tensor, right: Tensor) -> Tensor:
     if isinstance(a, FormedUse) and isinstance(b, FormedUse):
         return (a.grads[left] * b.grads[right]).sum(-1)
     if isinstance(a, OuterUse) and isinstance(b, OuterUse):
-        return _outer_outer(a, b, left, right)
+        # Through token Gram matrices.
+        gram = lambda i, j: ((a.rows[i] @ b.rows[j].mT) * (a.columns[i] @ b.columns[j].mT)).sum((1, 2))  # noqa: E731
+        wide = max(a.rows.shape[-1], a.columns.shape[-1], b.rows.shape[1])
+        return _chunked(gram, left, right, a.rows.shape[1] * wide)
     if isinstance(a, LookupUse) and isinstance(b, LookupUse):
         return _chunked(lambda i, j: _lookup_lookup(a, b, i, j), left, right, a.ids.shape[1] * b.ids.shape[1])
     if isinstance(a, LookupUse) and isinstance(b, OuterUse):
@@ -156,16 +159,6 @@ def _cross(a: Use, b: Use, left: Tensor, right: Tensor) -> Tensor:
     if isinstance(a, OuterUse) and isinstance(b, LookupUse):
         return _cross(b, a, right, left)
     return (_formed(a)[left] * _formed(b)[right]).sum(-1)
-
-
-def _outer_outer(a: OuterUse, b: OuterUse, left: Tensor, right: Tensor) -> Tensor:
-    """Through token Gram matrices."""
-
-    def gram(i: Tensor, j: Tensor) -> Tensor:
-        return ((a.rows[i] @ b.rows[j].mT) * (a.columns[i] @ b.columns[j].mT)).sum((1, 2))
-
-    wide = max(a.rows.shape[-1], a.columns.shape[-1], b.rows.shape[1])
-    return _chunked(gram, left, right, a.rows.shape[1] * wide)
 
 
 def _forming_is_cheaper(use: OuterUse, pairs: int) -> bool:

@@ -21,7 +21,12 @@ def token_texts(token_ids: Sequence[int], tokenizer: Any) -> list[str]:
     """Each token as a reader should see it; the ids themselves without a tokenizer."""
     if tokenizer is None:
         return [str(token) for token in token_ids]
-    texts = [_token_text(token, tokenizer) for token in token_ids]
+    texts = []
+    for token in token_ids:
+        text = tokenizer.decode([token])
+        piece = tokenizer.convert_ids_to_tokens(token) if hasattr(tokenizer, "convert_ids_to_tokens") else ""
+        # SentencePiece decoders drop the blank of a first token, which here would be every token.
+        texts.append(_visible(f" {text}" if piece and piece.startswith("▁") and not text.startswith(" ") else text))
     start = 0
     while start < len(texts):
         width = _width(token_ids, texts, start, tokenizer)
@@ -43,13 +48,6 @@ def _width(token_ids: Sequence[int], texts: list[str], start: int, tokenizer: An
     return 1
 
 
-def _token_text(token: int, tokenizer: Any) -> str:
-    text = tokenizer.decode([token])
-    piece = tokenizer.convert_ids_to_tokens(token) if hasattr(tokenizer, "convert_ids_to_tokens") else ""
-    # SentencePiece decoders drop the blank of a first token, which here would be every token.
-    return _visible(f" {text}" if piece and piece.startswith("▁") and not text.startswith(" ") else text)
-
-
 def _visible(text: str) -> str:
     return text.replace(" ", "␣").replace("\n", "⏎")
 
@@ -61,14 +59,11 @@ def shown_query(query: Query, tokenizer: Any) -> dict[str, str]:
         f"[{t}]" if i in query.target_positions else f"{{{t}}}" if i in query.evidence_positions else t
         for i, t in enumerate(tokens)
     ]
-    parts = {"target": query.target, "evidence": query.evidence}
-    return {"query": " ".join(marked), **{part: _text(ids, tokenizer) for part, ids in parts.items()}}
-
-
-def _text(token_ids: Sequence[int], tokenizer: Any) -> str:
-    if tokenizer is None:
-        return " ".join(map(str, token_ids))
-    return str(tokenizer.decode(list(token_ids))).strip()
+    texts = {
+        part: " ".join(map(str, ids)) if tokenizer is None else str(tokenizer.decode(list(ids))).strip()
+        for part, ids in (("target", query.target), ("evidence", query.evidence))
+    }
+    return {"query": " ".join(marked), **texts}
 
 
 def tokens_html(query: Query, tokenizer: Any) -> str:

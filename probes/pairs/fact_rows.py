@@ -34,7 +34,11 @@ def read_rows(frame: pd.DataFrame, columns: Mapping[str, str], fact: str | None 
     if not len(frame):
         raise RevprobeError(f"the frame has no rows (columns {[str(c) for c in frame.columns]}); a pair needs one")
     for slot, column in {**columns, **({"fact": fact} if fact is not None else {})}.items():
-        _require_column(frame, slot, column)
+        count = list(frame.columns).count(column)
+        if count == 0:
+            raise RevprobeError(f"the frame has no column {column!r} (for {slot}){did_you_mean(column, frame.columns)}")
+        if count > 1:
+            raise RevprobeError(f"the frame has {count} columns {column!r}; rename all but one")
     if columns["target"] == columns["evidence"]:
         raise RevprobeError(f"column {columns['target']!r} is both target and evidence; name two columns")
     labels = [f"row {i}" + ("" if index == i else f" (index {index!r})") for i, index in enumerate(frame.index)]
@@ -45,17 +49,12 @@ def read_rows(frame: pd.DataFrame, columns: Mapping[str, str], fact: str | None 
     if fact is None:
         facts = [f"{t} | {e}" for t, e in zip(cells["target"], cells["evidence"], strict=True)]
     else:
-        facts = [_fact_cell(value, fact, where) for value, where in zip(frame[fact], labels, strict=True)]
+        for value, where in zip(frame[fact], labels, strict=True):
+            if _is_empty(value):
+                raise RevprobeError(f"{where}: column {fact!r} labels the fact but is empty ({value!r}); fill it")
+        facts = [str(value) for value in frame[fact]]
     rows = (dict(zip(cells, values, strict=True)) for values in zip(*cells.values(), strict=True))
     return [TextRow(*row) for row in zip(rows, facts, labels, strict=True)]
-
-
-def _require_column(frame: pd.DataFrame, slot: str, column: str) -> None:
-    count = list(frame.columns).count(column)
-    if count == 0:
-        raise RevprobeError(f"the frame has no column {column!r} (for {slot}){did_you_mean(column, frame.columns)}")
-    if count > 1:
-        raise RevprobeError(f"the frame has {count} columns {column!r}; rename all but one")
 
 
 def _text_cell(value: Any, column: str, where: str) -> str:
@@ -74,12 +73,6 @@ def _text_cell(value: Any, column: str, where: str) -> str:
             f"{where}: column {column!r} holds {value!r} with blanks around it, which would change its tokens; use "
             f"frame[{column!r}].str.strip()"
         )
-    return str(value)
-
-
-def _fact_cell(value: Any, column: str, where: str) -> str:
-    if _is_empty(value):
-        raise RevprobeError(f"{where}: column {column!r} labels the fact but is empty ({value!r}); fill it")
     return str(value)
 
 

@@ -15,7 +15,7 @@ import hashlib
 import html
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -124,7 +124,9 @@ class ReversalPairs(Sequence[ReversalPair]):
 
     def distances(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens from target to evidence, between their nearest edges, forward and reverse. Shapes: `pair, pair`."""
-        distance = np.array([_edge_distance(q) for q in self.queries])
+        edges = np.array([[(p[0], p[-1]) for p in (q.target_positions, q.evidence_positions)] for q in self.queries])
+        # From either end of the target to either end of the evidence: `query edge edge`.
+        distance = np.abs(edges[:, 0, :, None] - edges[:, 1, None, :]).min((1, 2))
         return distance[self.forward], distance[self.reverse]
 
     def groups(self, logit_shift: int) -> np.ndarray:
@@ -171,8 +173,8 @@ class ReversalPairs(Sequence[ReversalPair]):
             if self.dropped:
                 file.write(json.dumps({"dropped": dict(self.dropped)}) + "\n")
             for i, pair in enumerate(self):
-                sides = {side: _query_fields(getattr(pair, side)) for side in ("forward", "reverse")}
-                row: dict[str, Any] = {"fact": pair.fact, "kind": pair.kind, **sides}
+                row: dict[str, Any] = {"fact": pair.fact, "kind": pair.kind}
+                row |= {"forward": asdict(pair.forward), "reverse": asdict(pair.reverse)}
                 if self.flags:
                     row["flags"] = {name: np.asarray(values)[i].item() for name, values in self.flags.items()}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -195,7 +197,10 @@ class ReversalPairs(Sequence[ReversalPair]):
                 if "dropped" in row:
                     dropped = {str(reason): int(count) for reason, count in row["dropped"].items()}
                     continue
-                pairs.append(_pair(row, number))
+                forward, reverse = Query(**row["forward"]), Query(**row["reverse"])
+                differ = bool(row.get("flags", {}).get("different_tokens", False))
+                kind, fact = row.get("kind", "same_target"), str(row.get("fact", number))
+                pairs.append(ReversalPair(forward, reverse, kind, fact, differ))
                 flags.append(row.get("flags", {}))
                 if flags[-1].keys() != flags[0].keys():
                     raise ValueError(f"flags {sorted(flags[-1])}, but {sorted(flags[0])} on the lines before")
@@ -223,14 +228,6 @@ class ReversalPairs(Sequence[ReversalPair]):
         return f"{legend}<table><tr><th>fact</th><th>forward</th><th>reverse</th></tr>{rows}</table>{more}"
 
 
-def _edge_distance(query: Query) -> int:
-    return min(
-        abs(t - e)
-        for t in (query.target_positions[0], query.target_positions[-1])
-        for e in (query.evidence_positions[0], query.evidence_positions[-1])
-    )
-
-
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -238,13 +235,3 @@ def _read_text(path: Path) -> str:
         raise RevprobeError(
             f"{path}: not a text file ({error.reason} at byte {error.start}); expected JSON lines in UTF-8"
         ) from error
-
-
-def _pair(row: Mapping[str, Any], number: int) -> ReversalPair:
-    forward, reverse = Query(**row["forward"]), Query(**row["reverse"])
-    differ = bool(row.get("flags", {}).get("different_tokens", False))
-    return ReversalPair(forward, reverse, row.get("kind", "same_target"), str(row.get("fact", number)), differ)
-
-
-def _query_fields(query: Query) -> dict[str, list[int]]:
-    return {name: list(getattr(query, name)) for name in ("token_ids", "target_positions", "evidence_positions")}

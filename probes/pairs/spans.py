@@ -83,7 +83,11 @@ def entity_positions(tokenizer: Any, encoded: Encoded, filled: Filled, role: str
     start, end = filled.spans[role]
     entity = encoded.text[start:end]
     _require_once(tokenizer, encoded, (start, end), role)
-    found = [i for i in range(len(encoded.token_ids)) if _touches(encoded, i, (start, end))]
+    found = []
+    for position, added in enumerate(encoded.is_added):
+        first, last = _without_blank(encoded, position, start)
+        if not added and first < min(last, end) and last > start:
+            found.append(position)
     while found and _is_blank_mark(encoded, found[0]):
         found = found[1:]
     for position in found:
@@ -94,7 +98,14 @@ def entity_positions(tokenizer: Any, encoded: Encoded, filled: Filled, role: str
                 f"token {encoded.pieces[position]!r} covers part of the {role} {entity!r} and part of the text around "
                 f"it; tokens {list(encoded.pieces)}; put a space between the slot and the text beside it",
             )
-    _require_covered(encoded, found, (start, end), role)
+    covered = {c for i in found for c in range(*encoded.offsets[i])}
+    bare = [encoded.text[c] for c in range(start, end) if c not in covered and not encoded.text[c].isspace()]
+    if bare or not found:
+        raise SpanError(
+            "unreadable_span",
+            f"no token covers {''.join(bare)!r} of the {role} {entity!r} (the tokenizer drops it); tokens "
+            f"{list(encoded.pieces)}; clean the text",
+        )
     positions = list(range(found[0], found[-1] + 1))
     _require_readable(tokenizer, encoded, positions, entity, role)
     return positions
@@ -130,27 +141,11 @@ def _without_blank(encoded: Encoded, position: int, start: int) -> Span:
     return first, last
 
 
-def _touches(encoded: Encoded, position: int, span: Span) -> bool:
-    first, last = _without_blank(encoded, position, span[0])
-    return not encoded.is_added[position] and first < last and first < span[1] and last > span[0]
-
-
 def _is_blank_mark(encoded: Encoded, position: int) -> bool:
     """A mark put before the text's first character, whose offsets claim that character."""
     first, last = encoded.offsets[position]
     piece = encoded.pieces[position]
     return any(set(piece) == {mark} and mark not in encoded.text[first:last] for mark in _BLANK_MARKS)
-
-
-def _require_covered(encoded: Encoded, found: list[int], span: Span, role: str) -> None:
-    covered = {c for i in found for c in range(*encoded.offsets[i])}
-    bare = [encoded.text[c] for c in range(*span) if c not in covered and not encoded.text[c].isspace()]
-    if bare or not found:
-        raise SpanError(
-            "unreadable_span",
-            f"no token covers {''.join(bare)!r} of the {role} {encoded.text[slice(*span)]!r} (the tokenizer drops it); "
-            f"tokens {list(encoded.pieces)}; clean the text",
-        )
 
 
 def _require_once(tokenizer: Any, encoded: Encoded, span: Span, role: str) -> None:
@@ -179,19 +174,17 @@ def _require_readable(tokenizer: Any, encoded: Encoded, positions: list[int], en
             "more than this text; clean the text or leave the fact out",
         )
     read = _decoded(tokenizer, ids)
-    if read == _no_blanks(entity) or read in _other_readings(tokenizer, entity):
+    if read == _no_blanks(entity):
+        return
+    # Some tokenizers change text (lower case, accents, compatibility forms): as they do, so may the entity read.
+    alone = _decoded(tokenizer, tokenizer(entity, add_special_tokens=False, verbose=False)["input_ids"])
+    if read in (_no_blanks(_normalized(tokenizer, entity)), alone):
         return
     raise SpanError(
         "unreadable_span",
         f"the tokens {pieces} of the {role} {entity!r} decode to {read!r}; all tokens {list(encoded.pieces)}; the "
         "tokenizer joins the entity with the text around it, or has no decoder",
     )
-
-
-def _other_readings(tokenizer: Any, entity: str) -> set[str]:
-    """What an entity reads like through a tokenizer that changes text (lower case, accents, compatibility forms)."""
-    alone = _decoded(tokenizer, tokenizer(entity, add_special_tokens=False, verbose=False)["input_ids"])
-    return {_no_blanks(_normalized(tokenizer, entity)), alone}
 
 
 def _normalized(tokenizer: Any, text: str) -> str:

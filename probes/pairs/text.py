@@ -143,7 +143,15 @@ class _Builder:
                 kept.append((task, self._pair(task, encoded)))
             except SpanError as error:
                 refused.append((task, error))
-        _raise_refusals([r for r in refused if r[1].reason not in drop], len(tasks))
+        wrong = [(task, error) for task, error in refused if error.reason not in drop]
+        if wrong:
+            task, first = wrong[0]
+            if len(tasks) == 1:  # the caller has the pair in hand, pair_from_text above all
+                raise first
+            counts = Counter(error.reason for _, error in wrong)
+            among = ", ".join(f"{count} x {reason}" for reason, count in counts.items())
+            among += f" among {len(tasks)} pairs; drop={list(counts)!r} leaves them out and counts them"
+            raise SpanError(first.reason, f"{task.row.label}: {first} ({among})")
         dropped = Counter(error.reason for _, error in refused)
         if not kept:
             raise RevprobeError(f"all {len(tasks)} pairs were dropped: {dict(dropped)}; ask for fewer drops")
@@ -227,16 +235,3 @@ def _known_drops(drop: str | Iterable[str], allow_different_tokens: bool) -> tup
     if allow_different_tokens and "different_tokens" in names:
         raise RevprobeError("different_tokens cannot be both allowed and dropped; choose one")
     return names
-
-
-def _raise_refusals(refused: list[tuple[_Task, SpanError]], total: int) -> None:
-    """Tell the first refusal in full, and how many of which kind there are."""
-    if not refused:
-        return
-    task, error = refused[0]
-    counts = Counter(e.reason for _, e in refused)
-    if total == 1:  # the caller has the pair in hand, pair_from_text above all
-        raise error
-    among = ", ".join(f"{count} x {reason}" for reason, count in counts.items())
-    drop = f"drop={list(counts)!r} leaves them out and counts them"
-    raise SpanError(error.reason, f"{task.row.label}: {error} ({among} among {total} pairs; {drop})")

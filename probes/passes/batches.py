@@ -87,12 +87,16 @@ def prepare_queries(model: ProbedModel, queries: Sequence[Query]) -> list[Query]
             "sequence"
         )
     if model.logit_shift and any(q.target_positions[0] == 0 for q in queries):
-        if model.begin_token_id is None:
+        begin = model.begin_token_id
+        if begin is None:
             raise RevprobeError(
                 f"a target stands at position 0, which {model.name} (logit_shift 1) cannot predict without a begin "
                 "token; pass begin_token_id="
             )
-        queries = [_after_begin(q, model.begin_token_id) for q in queries]
+        queries = [
+            Query([begin, *q.token_ids], [p + 1 for p in q.target_positions], [p + 1 for p in q.evidence_positions])
+            for q in queries
+        ]
     longest = max(len(q.token_ids) for q in queries)
     if model.max_length is not None and longest > model.max_length:
         raise RevprobeError(
@@ -114,12 +118,6 @@ def queries_per_batch(model: CalledModule, queries: Sequence[Query], batch_size:
     parameters = sum(p.numel() for p in model.module.parameters())
     tokens = max(512, int(_TOKENS * min(1.0, _SMALL / max(parameters, 1))))
     return max(2, tokens // max(len(q.token_ids) for q in queries))
-
-
-def _after_begin(query: Query, begin: int) -> Query:
-    return Query(
-        [begin, *query.token_ids], [p + 1 for p in query.target_positions], [p + 1 for p in query.evidence_positions]
-    )
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:

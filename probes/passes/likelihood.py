@@ -1,6 +1,6 @@
-"""Likelihoods targets: the log-probability a query gives to some target tokens, and their rank.
+"""Likelihoods of targets: the log-probability a query gives to some target tokens, and their rank.
 
-An request is a query with the tokens it is priced for: its own target, or, for the control, the target of the fact
+A request is a query with the tokens it is priced for: its own target, or, for the control, the target of the fact
 deranged onto it. A single token is read off the query's own run; several tokens in chain mode are revealed left
 to right, which takes one run per token.
 

@@ -94,10 +94,39 @@ class _Pass:
     def _batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Queries of each batch and, for gradients, the pairs that are whole in it."""
         if self.plan.gradient:
-            yield from _pair_batches(self.pairs, self.partner, self.batch_size)
+            yield from self._pair_batches()
             return
         for start in range(0, len(self.queries), self.batch_size):
             yield np.arange(start, min(start + self.batch_size, len(self.queries))), np.array([], dtype=int)
+
+    def _pair_batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Greedy batches of whole pairs, facts together: at least one pair, at most `batch_size` distinct queries."""
+        queries: dict[int, None] = {}
+        members: list[int] = []
+        for pair in self._along_cycle():
+            wanted = [int(self.pairs.forward[pair]), int(self.pairs.reverse[pair])]
+            wanted += [int(self.pairs.reverse[self.partner[pair]])] if self.partner[pair] >= 0 else []
+            fresh = [q for q in wanted if q not in queries]
+            if members and len(queries) + len(fresh) > self.batch_size:
+                yield np.array(list(queries)), np.array(members)
+                queries, members, fresh = {}, [], wanted
+            queries.update(dict.fromkeys(fresh))
+            members.append(int(pair))
+        yield np.array(list(queries)), np.array(members)
+
+    def _along_cycle(self) -> np.ndarray:
+        """Pairs ordered so that a fact is followed by its control's fact: batches then share reverse queries."""
+        fact = np.unique(self.pairs.facts.astype(str), return_inverse=True)[1]
+        partnered = self.partner >= 0
+        following = np.full(fact.max() + 1, -1)
+        following[fact[partnered]] = fact[self.partner[partnered]]
+        rank, place = np.full(len(following), -1), 0
+        for start in range(len(following)):
+            current = start
+            while current >= 0 and rank[current] < 0:
+                rank[current], place = place, place + 1
+                current = int(following[current])
+        return np.argsort(rank[fact], kind="stable")
 
     def _run_batch(self, queries: np.ndarray, pairs: np.ndarray) -> None:
         batch = make_batch(self.model, [self.queries[q] for q in queries])
@@ -182,36 +211,6 @@ def select_parameters(module: nn.Module, names: Sequence[str] | None) -> dict[st
             "load with a device_map that holds every weight"
         )
     return everything if names is None else {name: everything[name] for name in names}
-
-
-def _pair_batches(pairs: ReversalPairs, partner: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Greedy batches of whole pairs, facts together, with at most `size` distinct queries (at least one pair)."""
-    queries: dict[int, None] = {}
-    members: list[int] = []
-    for pair in _along_cycle(pairs, partner):
-        wanted = [int(pairs.forward[pair]), int(pairs.reverse[pair])]
-        wanted += [int(pairs.reverse[partner[pair]])] if partner[pair] >= 0 else []
-        fresh = [q for q in wanted if q not in queries]
-        if members and len(queries) + len(fresh) > size:
-            yield np.array(list(queries)), np.array(members)
-            queries, members, fresh = {}, [], wanted
-        queries.update(dict.fromkeys(fresh))
-        members.append(int(pair))
-    yield np.array(list(queries)), np.array(members)
-
-
-def _along_cycle(pairs: ReversalPairs, partner: np.ndarray) -> np.ndarray:
-    """Pairs ordered so that a fact is followed by its control's fact: batches then share reverse queries."""
-    fact = np.unique(pairs.facts.astype(str), return_inverse=True)[1]
-    following = np.full(fact.max() + 1, -1)
-    following[fact[partner >= 0]] = fact[partner[partner >= 0]]
-    rank, place = np.full(len(following), -1), 0
-    for start in range(len(following)):
-        current = start
-        while current >= 0 and rank[current] < 0:
-            rank[current], place = place, place + 1
-            current = int(following[current])
-    return np.argsort(rank[fact], kind="stable")
 
 
 def describe(model: ProbedModel, result: PassResult, plan: Plan) -> dict[str, Any]:

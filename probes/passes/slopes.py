@@ -59,15 +59,11 @@ def loss_slopes(
     batches = [make_batch(model, queries[start : start + size]) for start in range(0, len(queries), size)]
     with untouched(model.module):
         # A run of its own: forward mode takes another attention kernel, whose last bits would count as a change.
-        losses = torch.cat([_losses(model, batch) for batch in batches])
+        with torch.no_grad():
+            losses = torch.cat([mean_nll(readout(model, batch), batch) for batch in batches])
         slopes = [torch.cat([_slopes(model, batch, along) for batch in batches]) for along in directions]
     slope = torch.stack(slopes) if slopes else torch.zeros(0, len(queries))
     return Slopes(losses.double().cpu().numpy(), slope.double().cpu().numpy())
-
-
-@torch.no_grad()
-def _losses(model: ProbedModel, batch: QueryBatch) -> Tensor:
-    return mean_nll(readout(model, batch), batch)
 
 
 def _slopes(model: ProbedModel, batch: QueryBatch, along: Direction) -> Tensor:

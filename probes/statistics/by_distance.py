@@ -78,21 +78,17 @@ def cell_correlations(units: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFra
 
 
 def _described(units: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """How many groups and heads each cell has, its first four offsets, and why some of its units have no value."""
     cells = units.groupby(keys).agg(groups=("group", "nunique"), n_units=("group", "size"))
     offsets: dict[tuple[int, int], list[str]] = {}
     for *place, forward, reverse in units[DISTANCES + OFFSETS].drop_duplicates().astype(int).itertuples(index=False):
         offsets.setdefault(tuple(place), []).append(f"({forward:+d}, {reverse:+d})")
-    undefined = units[units["reason"] != ""]
-    reasons = {place: _counted(part) for place, part in undefined.groupby(keys)["reason"]}
+    shown = {place: ", ".join(some[:4]) + (", …" if len(some) > 4 else "") for place, some in offsets.items()}
+    reasons = {
+        cell: "; ".join(f"{why} ({count} groups x heads)" for why, count in part.value_counts().items())
+        for cell, part in units[units["reason"] != ""].groupby(keys)["reason"]
+    }
     cells["heads"] = cells.pop("n_units") // cells["groups"]
-    cells["offsets"] = [_first_four(offsets[place[-2:]]) for place in cells.index]
-    cells["reason"] = [reasons.get(place, "") for place in cells.index]
+    cells["offsets"] = [shown[cell[-2:]] for cell in cells.index]
+    cells["reason"] = [reasons.get(cell, "") for cell in cells.index]
     return cells
-
-
-def _first_four(offsets: list[str]) -> str:
-    return ", ".join(offsets[:4]) + (", …" if len(offsets) > 4 else "")
-
-
-def _counted(reasons: pd.Series) -> str:
-    return "; ".join(f"{reason} ({count} groups x heads)" for reason, count in reasons.value_counts().items())

@@ -1,11 +1,14 @@
 """From a reading's tidy frame to its number: one estimator per probe, applied to the whole frame or to a part.
 
     attention_correlation   mean within-group correlation of forward and reverse scores
-    gradient_cosine         mean per-pair cosine of the forward and reverse loss gradients
+    decoded_match           share of questions whose decoded answer is right
+    gradient_cosine         mean per-pair cosine of the forward and reverse loss gradients (or of an adapter's alone)
     reverse_probability     mean probability of the target under the reverse query
+    route_edit              mean change of log-probability under an edit of attention scores
+    stored_evidence         mean stored evidence under the reverse query, summed over layers and heads
 
 Each comes with a control from derangements (forward queries against reverse queries of another fact of the same
-group) and with counts of what is undefined, by reason.
+group; for route edits, the same change at random positions) and with counts of what is undefined, by reason.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def group_correlation(
     resampled = [moments.resampled(draws, part, pooled) for moments, part in blocks]
     low, high = float("nan"), float("nan")
     if layout.n_facts > 1:
-        low, high = _percentiles(_row_means(np.concatenate(resampled, axis=1)))
+        low, high = _interval(np.concatenate(resampled, axis=1))
     null = _null(layout, forward, reverse, facts, groups, large, pooled, seed) if control else np.array([])
     defined = np.isfinite(forward) & np.isfinite(reverse)
     used = defined & (large[layout.group] | pooled)
@@ -238,15 +238,10 @@ def _mean(values: np.ndarray) -> float:
     return float(defined.mean()) if defined.size else float("nan")
 
 
-def _row_means(values: np.ndarray) -> np.ndarray:
-    defined = np.isfinite(values)
+def _interval(resampled: np.ndarray) -> tuple[float, float]:
+    """95 % of the resamples' means over their defined cells; NaN where none is defined. Shapes: `resample cell ->`."""
+    defined = np.isfinite(resampled)
     count = defined.sum(1)
-    return np.where(count > 0, np.where(defined, values, 0.0).sum(1) / np.maximum(count, 1), np.nan)
-
-
-def _percentiles(values: np.ndarray) -> tuple[float, float]:
-    defined = values[np.isfinite(values)]
-    if not defined.size:
-        return float("nan"), float("nan")
-    low, high = np.percentile(defined, [2.5, 97.5])
+    means = np.where(defined, resampled, 0.0).sum(1)[count > 0] / count[count > 0]
+    low, high = np.percentile(means, [2.5, 97.5]) if means.size else (np.nan, np.nan)
     return float(low), float(high)

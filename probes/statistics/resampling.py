@@ -12,8 +12,6 @@ from functools import lru_cache
 import numpy as np
 
 RESAMPLES = 1000
-
-
 DERANGEMENTS = 200
 
 
