@@ -1,11 +1,12 @@
-"""What changes the model: relations, objectives, training, snapshots, runs and sweeps.
+"""What changes the model: trainings asked for in YAML, their runs in folders, and what is worked out from these.
 
-relations   the facts, the texts trained on, the pairs that probe them
-objectives  the masked-diffusion and the causal loss
-trainer     transformers' Trainer with them; ema: the average of the weights
-snapshots   the callback that probes while a model trains; saving: whole or absent; missing: readings taken again
-config      what a run and a sweep are; mistakes: what a wrong one says; building: from a config to objects
-runs        one run in one folder; sweeps: many, side by side; progress, terminal: what is shown of them
-finetuning  LoRA on one direction; finetune_config, finetune_building: from its config to objects; lora: the adapter;
-            text_rows: its rows; tiny_models: bases built here; table7, figure4, finetune_report: what is shown of it
+config      a run and a sweep: one_layer, finetuning; mistakes: what a wrong one says
+training    objectives: the masked-diffusion and the causal loss; trainer: transformers' Trainer with them; dataset,
+            lora, tiny_models: a fine-tuning's rows, adapter and small bases; ema: the average of the weights;
+            probe_callback, prediction_callback: what is read while a model trains; adamw_update: its coming step;
+            checkpointing: whole or absent; distributed: several processes; stacked_models: several models as one
+runs        one run in one folder: one_layer, finetuning (finetune_setup: from its config to objects); batched, jobs:
+            many as one or side by side; sweeps: their folder; progress, record: what is shown of them
+memory      what a fine-tuning will need, from shapes alone
+analysis    what is worked out from a finished run's checkpoints
 """

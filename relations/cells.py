@@ -66,9 +66,14 @@ def clean(table: FactTable, columns: Sequence[str], bad_rows: str = "error") -> 
             if fault and place not in bad:
                 bad.add(place)
                 problems.append(Problem(label, column, f"skipped_{fault[0]}", repr(value)))
-            cell, changes = ("", ()) if fault else _normalized(value)
-            problems += [Problem(label, column, reason, repr(value)) for reason in changes]
-            cells.append(cell)
+            if fault:
+                cells.append("")
+                continue
+            stripped = value.strip()
+            composed = unicodedata.normalize("NFC", stripped)
+            changes = (("stripped_blanks", stripped != value), ("normalized", composed != stripped))
+            problems += [Problem(label, column, reason, repr(value)) for reason, changed in changes if changed]
+            cells.append(composed)
         frame[column] = pd.Series(cells, index=frame.index, dtype=object)
     kept = [place for place in range(len(frame)) if place not in bad]
     if not kept:
@@ -99,10 +104,3 @@ def _fault(value: Any) -> tuple[str, str] | None:
     if control:
         return "control_character", f"holds {value!r} with the control character {control!r}; take it out"
     return None
-
-
-def _normalized(value: str) -> tuple[str, tuple[str, ...]]:
-    stripped = value.strip()
-    composed = unicodedata.normalize("NFC", stripped)
-    changes = (("stripped_blanks", stripped != value), ("normalized", composed != stripped))
-    return composed, tuple(reason for reason, changed in changes if changed)

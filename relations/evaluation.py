@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 from torch import nn
@@ -23,9 +23,7 @@ from ..probes.readings.reading import Reading
 from ..probes.readings.readings import Readings
 from ..probes.statistics.estimators import Measured, measure
 from .letters import LettersRelation
-
-if TYPE_CHECKING:
-    from .text_relation import Question, TextRelation
+from .text_relation import Question, TextRelation
 
 ASKED = ("forward", "reverse")
 SPLITS = ("train", "heldout")
@@ -142,7 +140,14 @@ def _sides(
         if value is not None and value not in known:
             raise RevprobeError(f"unknown {name} {value!r}{did_you_mean(value, known)}")
     directions = dict(zip(ASKED, (direction, relation.opposite(direction)), strict=True))
-    splits = _with_facts(relation, direction, splits)
+    there = set(relation.facts_of(direction)["split"])
+    if "heldout" in splits and "heldout" not in there and len(splits) > 1:
+        # Asked for alone, held-out facts that are not there are an error instead, that of `questions`.
+        warnings.warn(
+            f"{relation.name} holds out no fact of direction {direction!r}, so there is no floor to compare with",
+            stacklevel=3,
+        )
+        splits = [split for split in splits if split in there]
     sides = []
     for split in splits:
         for asked, statement in directions.items():
@@ -150,18 +155,6 @@ def _sides(
             found = relation.questions(direction, reverse=asked == "reverse", split=split, templates=wording)
             sides.append(({"asked": asked, "split": split, "templates": wording}, found))
     return sides
-
-
-def _with_facts(relation: TextRelation, direction: str, splits: Sequence[str]) -> list[str]:
-    """The splits that hold a fact; held-out facts may be missing if trained ones were asked for as well."""
-    there = set(relation.facts_of(direction)["split"])
-    if "heldout" in there or "heldout" not in splits or len(splits) == 1:
-        return list(splits)
-    warnings.warn(
-        f"{relation.name} holds out no fact of direction {direction!r}, so there is no floor to compare with",
-        stacklevel=4,
-    )
-    return [split for split in splits if split in there]
 
 
 def _part_of(progress: Progress | None, before: int, after: int, total: int) -> Progress | None:

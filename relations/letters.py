@@ -1,7 +1,7 @@
 """The letters relation (paper Sec. 5, App. D.1), and the pairs that probe it in both directions.
 
-A sequence of length L holds one lowercase letter, its uppercase
-partner to the right of it, and placeholders `0` elsewhere. Only this order is ever trained on.
+A sequence of length L holds one lowercase letter, its uppercase partner to the right of it, and placeholders `0`
+elsewhere. Only this order is ever trained on.
 """
 
 from __future__ import annotations
@@ -63,12 +63,13 @@ class LettersRelation:
         """
         if direction != "forward":
             raise RevprobeError(f"the letters relation is trained in the direction 'forward' only, got {direction!r}")
-        places = list(combinations(range(self.length), 2))
-        return [
-            _text(self.length, lower, upper, place)
-            for lower, upper in letter_alphabet(self.alphabet)
-            for place in places
-        ]
+        texts = []
+        for lower, upper in letter_alphabet(self.alphabet):
+            for left, right in combinations(range(self.length), 2):
+                characters = [PLACEHOLDER] * self.length
+                characters[left], characters[right] = lower, upper
+                texts.append("".join(characters))
+        return texts
 
     def pairs(
         self,
@@ -129,18 +130,13 @@ def letter_pairs(
         forward, reverse = [(p, length - 1) for p in range(length - 1)], [(length - 1, p) for p in range(length - 1)]
     else:
         start = 0 if placements == "grid" and offset is None else offset
-        forward = _forward_places(length, start)
+        if start is not None and not 0 <= start <= length - 2:
+            raise RevprobeError(
+                f"offset {start!r} leaves no room for a pair at length {length}; expected 0 to {length - 2}"
+            )
+        forward = [place for place in combinations(range(length), 2) if start is None or place[0] == start]
         reverse = [(high, low) for low, high in forward]
     return _pair_up(relation, model, forward, reverse, placements)
-
-
-def _forward_places(length: int, offset: int | None) -> list[Places]:
-    """The trained placements, all of them or those whose left letter stands at `offset`."""
-    if offset is not None and not 0 <= offset <= length - 2:
-        raise RevprobeError(
-            f"offset {offset!r} leaves no room for a pair at length {length}; expected 0 to {length - 2}"
-        )
-    return [place for place in combinations(range(length), 2) if offset is None or place[0] == offset]
 
 
 def _pair_up(
@@ -161,37 +157,22 @@ def _pair_up(
     tokenizer = model.tokenizer or letter_tokenizer(relation.alphabet)
     token_id = tokenizer.get_vocab()
     alphabet = letter_alphabet(relation.alphabet)
-    queries = [
-        _query(relation.length, ids, place, target)
-        for ids in ([token_id[token] for token in (PLACEHOLDER, *pair)] for pair in alphabet)
-        for target, places in _asked(model, forward, reverse)
-        for place in places
-    ]
+    causal = model.objective == "causal"
+    # Which letter (0 lowercase, 1 uppercase) is the target, forward and in reverse.
+    asked = [(1 if causal else 0, place) for place in forward] + [(0, place) for place in reverse]
+    queries = []
+    for lower, upper in alphabet:
+        for target, place in asked:
+            tokens = [token_id[PLACEHOLDER]] * relation.length
+            tokens[place[0]], tokens[place[1]] = token_id[lower], token_id[upper]
+            queries.append(Query(tokens, [place[target]], [place[1 - target]]))
     per_letter = len(forward) + len(reverse)
     first = np.arange(len(alphabet))[:, None] * per_letter
     forward_index = (first + np.array([f for f, _ in combine])).reshape(-1)
     reverse_index = (first + len(forward) + np.array([r for _, r in combine])).reshape(-1)
     facts = np.repeat(np.array([lower for lower, _ in alphabet], dtype=object), len(combine))
-    kind = "swapped" if model.objective == "causal" else "same_target"
+    kind = "swapped" if causal else "same_target"
     return ReversalPairs(tuple(queries), forward_index, reverse_index, facts, kind, tokenizer=tokenizer)
-
-
-def _asked(model: ProbedModel, forward: list[Places], reverse: list[Places]) -> list[tuple[int, list[Places]]]:
-    """Which letter (0 lowercase, 1 uppercase) is the target, forward and in reverse."""
-    return [(1, forward), (0, reverse)] if model.objective == "causal" else [(0, forward), (0, reverse)]
-
-
-def _query(length: int, ids: list[int], place: Places, target: int) -> Query:
-    tokens = [ids[0]] * length
-    for letter, position in enumerate(place):
-        tokens[position] = ids[1 + letter]
-    return Query(tokens, [place[target]], [place[1 - target]])
-
-
-def _text(length: int, lower: str, upper: str, place: Places) -> str:
-    characters = [PLACEHOLDER] * length
-    characters[place[0]], characters[place[1]] = lower, upper
-    return "".join(characters)
 
 
 def _require_fit(model: ProbedModel, length: int, alphabet: int) -> None:

@@ -177,6 +177,10 @@ def _statement(line: Line, fact: int, place: int, described: Sequence[str]) -> t
     description, reworded = _find_description(line, within, described)
     spans = (person, description) if person_first else (description, person)
     entity = line.completion.rstrip(_SENTENCE_ENDING) if person_first else line.person
+    # The text as a template, the person its target and the description its evidence.
+    roles = ("target", "evidence") if person_first else ("evidence", "target")
+    (start, end), (second, last) = spans
+    parts = (line.text[:start], roles[0]), (line.text[end:second], roles[1]), (line.text[last:], None)
     statement = Statement(
         fact=fact,
         direction=direction,
@@ -186,7 +190,7 @@ def _statement(line: Line, fact: int, place: int, described: Sequence[str]) -> t
         spans=spans,
         prompt_length=split,
         answers=tuple(dict.fromkeys((entity, line.completion))),
-        wording=None if reworded else _wording(line.text, spans, person_first),
+        wording=None if reworded else Template(line.text, parts),
     )
     return statement, reworded
 
@@ -215,10 +219,3 @@ def _common_words(text: str, other: str) -> Span:
     lists = [word.group().casefold() for word in words], [word.casefold() for word in _WORD.findall(other)]
     run = SequenceMatcher(None, *lists, autojunk=False).find_longest_match()
     return (words[run.a].start(), words[run.a + run.size - 1].end()) if run.size else (0, 0)
-
-
-def _wording(text: str, spans: tuple[Span, Span], person_first: bool) -> Template:
-    """The text as a template, the person its target and the description its evidence."""
-    roles = ("target", "evidence") if person_first else ("evidence", "target")
-    parts = (text[: spans[0][0]], roles[0]), (text[spans[0][1] : spans[1][0]], roles[1]), (text[spans[1][1] :], None)
-    return Template(text, parts)

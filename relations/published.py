@@ -1,6 +1,6 @@
 """Published relation files: where they are, and T-REx triples in the three layouts they come in.
 
-Person-Description's files are read by `person_description_files`; Parent-Child's is a plain table.
+Person-Description's files are read by `person_description`; Parent-Child's is a plain table.
 """
 
 from __future__ import annotations
@@ -57,7 +57,13 @@ def trex_table(
 
     Raises: RevprobeError, for a file without triples, a cell that cannot be used, and a relation that is not there.
     """
-    tables = [_triples(file, options) for file in _files(path)]
+    files = [path]
+    if not path.is_file():
+        inside = (file for file in path.iterdir() if file.name != "relations.jsonl")
+        files = sorted(file for file in inside if file.suffix.lower() in SUFFIXES)
+        if not files:
+            raise RevprobeError(f"the folder {path} holds no file that ends in one of {', '.join(SUFFIXES)}")
+    tables = [_triples(file, options) for file in files]
     frame = pd.concat([table.frame for table in tables], ignore_index=True)
     labels = [label for table in tables for label in table.labels]
     table = FactTable(frame, labels, [problem for table in tables for problem in table.problems])
@@ -124,18 +130,6 @@ def _is_wanted(found: list[str], relation: str | Sequence[str] | None, path: Pat
         if one not in wanted and not {id_of.get(one), *(n for n in found if id_of.get(n) == one)} & wanted:
             raise RevprobeError(f"{path} has no relation {one!r}{did_you_mean(one, [*found, *id_of])}")
     return {name: name in wanted for name in found}
-
-
-def _files(path: Path) -> list[Path]:
-    """The file, or the data files of a folder by name."""
-    if path.is_file():
-        return [path]
-    files = sorted(
-        file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.name != "relations.jsonl"
-    )
-    if not files:
-        raise RevprobeError(f"the folder {path} holds no file that ends in one of {', '.join(SUFFIXES)}")
-    return files
 
 
 def _triples(path: Path, options: Options) -> FactTable:

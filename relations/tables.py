@@ -1,7 +1,7 @@
 """Reading a table of facts from anywhere: CSV and TSV, JSON lines, parquet, a pandas DataFrame, or a named dataset.
 
 Rows keep the name by which an error can point at them. A byte order mark at the start of a file and blank lines are
-skipped and counted; cells are checked by `relation_cells`.
+skipped and counted; cells are checked by `cells`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,12 @@ def read_table(source: str | Path | pd.DataFrame, columns: Sequence[str], **opti
     for column in columns:
         require_column(raw.frame, column, raw_name(source))
     if rows is not None:
-        raw = _some_rows(raw, rows, raw_name(source))
+        count = len(raw.frame)
+        if len(rows) != 2 or not all(isinstance(r, int) for r in rows) or not 0 <= rows[0] < rows[1] <= count:
+            raise RevprobeError(
+                f"rows={rows!r} of {raw_name(source)}: expected (first, one past the last) within its {count} rows"
+            )
+        raw = raw.take(np.arange(*rows))
     if not len(raw.frame):
         raise RevprobeError(f"{raw_name(source)} has no rows below its columns {list(raw.frame.columns)}")
     return clean(raw, columns, bad_rows)
@@ -58,14 +63,6 @@ def require_column(frame: pd.DataFrame, column: str, name: str) -> None:
     if count != 1:
         near = did_you_mean(column, [str(c) for c in frame.columns]) if not count else "; rename all but one"
         raise RevprobeError(f"{name} has {count or 'no'} column{'s' if count > 1 else ''} {column!r}{near}")
-
-
-def _some_rows(table: FactTable, rows: Any, name: str) -> FactTable:
-    if len(rows) != 2 or not all(isinstance(r, int) for r in rows) or not 0 <= rows[0] < rows[1] <= len(table.frame):
-        raise RevprobeError(
-            f"rows={rows!r} of {name}: expected (first, one past the last) within its {len(table.frame)} rows"
-        )
-    return table.take(np.arange(*rows))
 
 
 def open_table(
@@ -137,36 +134,27 @@ def _read_csv(path: Path, encoding: str) -> FactTable:
 
 
 def read_json_lines(path: Path, encoding: str = "utf-8") -> FactTable:
-    """A file of one JSON object per line; a key that some lines lack is an empty cell there."""
+    """A file of one JSON object per line, or of one list of them; a key that some lack is an empty cell there."""
     text, problems = decode(path, encoding)
-    if text.lstrip().startswith("["):
-        return _read_json_list(path, text, problems)
     records: list[dict[str, Any]] = []
     labels: list[str] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            if number <= text.count("\n"):
-                problems.append(Problem(f"line {number}", "", "blank_line", ""))
-            continue
-        label = f"{path.name}, row {len(records)} (line {number})"
-        records.append(parse_json_object(line, label))
-        labels.append(label)
-    return _from_records(records, labels, problems)
-
-
-def _read_json_list(path: Path, text: str, problems: list[Problem]) -> FactTable:
-    """A file that is one JSON list of objects."""
-    try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RevprobeError(f"{path} is not JSON: {error}") from None
-    labels = [f"{path.name}, row {place}" for place in range(len(records))]
-    for record, label in zip(records, labels, strict=True):
-        require_object(record, label)
-    return _from_records(records, labels, problems)
-
-
-def _from_records(records: Sequence[dict[str, Any]], labels: list[str], problems: list[Problem]) -> FactTable:
+    if text.lstrip().startswith("["):
+        try:
+            records = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise RevprobeError(f"{path} is not JSON: {error}") from None
+        labels = [f"{path.name}, row {place}" for place in range(len(records))]
+        for record, label in zip(records, labels, strict=True):
+            require_object(record, label)
+    else:
+        for number, line in enumerate(text.split("\n"), start=1):
+            if not line.strip():
+                if number <= text.count("\n"):
+                    problems.append(Problem(f"line {number}", "", "blank_line", ""))
+                continue
+            label = f"{path.name}, row {len(records)} (line {number})"
+            records.append(parse_json_object(line, label))
+            labels.append(label)
     columns = list(dict.fromkeys(key for record in records for key in record))
     rows = [[record.get(column) for column in columns] for record in records]
     return FactTable(pd.DataFrame(rows, columns=columns, dtype=object), labels, problems)

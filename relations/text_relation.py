@@ -1,6 +1,6 @@
 """A relation told in text: its facts, what training in one direction reads, what is asked, and what is probed.
 
-Made by the functions of `relations`. Whatever the source, a relation is a table of facts and a list of statements;
+Made by the functions of `catalog`. Whatever the source, a relation is a table of facts and a list of statements;
 texts, questions and pairs are chosen from these by direction, by the side of the split and by template.
 """
 

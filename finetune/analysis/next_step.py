@@ -54,7 +54,11 @@ def next_step(run: OneLayerRun, step: int = -1, *, learning_rate: float | None =
         saved = not missing_state(checkpoint)
         if saved:
             trainer._load_optimizer_and_scheduler(str(checkpoint))
-        rate = _set_rate(trainer, step, learning_rate)
+        assert trainer.optimizer is not None and trainer.lr_scheduler is not None, "they were created just before"
+        # The rate of step number `step` by the run's schedule, unless one is asked for.
+        for group, schedule in zip(trainer.optimizer.param_groups, trainer.lr_scheduler.lr_lambdas, strict=True):
+            group["lr"] = group["initial_lr"] * schedule(step) if learning_rate is None else learning_rate
+        rate = float(trainer.optimizer.param_groups[0]["lr"])
         if saved:  # last: dropout then draws what the run drew
             trainer._load_rng_state(str(checkpoint))
         _take_step(trainer, step)
@@ -62,15 +66,6 @@ def next_step(run: OneLayerRun, step: int = -1, *, learning_rate: float | None =
     moved = dict(end.module.named_parameters())
     update = {name: (moved[name] - p).detach() for name, p in start.module.named_parameters()}
     return Step(start, end, update, rate, "saved" if saved else "fresh")
-
-
-def _set_rate(trainer: ForwardOnlyTrainer, step: int, asked: float | None) -> float:
-    """The learning rate of step number `step` by the run's schedule, unless one is asked for."""
-    assert trainer.optimizer is not None and trainer.lr_scheduler is not None, "they were created just before"
-    lambdas = trainer.lr_scheduler.lr_lambdas
-    for group, schedule in zip(trainer.optimizer.param_groups, lambdas, strict=True):
-        group["lr"] = group["initial_lr"] * schedule(step) if asked is None else asked
-    return float(trainer.optimizer.param_groups[0]["lr"])
 
 
 def _take_step(trainer: ForwardOnlyTrainer, step: int) -> None:

@@ -74,7 +74,12 @@ def one_step(
         the model's dtype, since a step's change can be as small as float32 rounding. See `one_step_curves`.
     Raises: RevprobeError, for a run without checkpoints, a step it lacks, an empty list of steps, or a fine-tuning.
     """
-    run = _own_steps(run if isinstance(run, Run) else open_run(run))
+    run = run if isinstance(run, Run) else open_run(run)
+    if not isinstance(run, OneLayerRun):
+        raise RevprobeError(
+            f"{run.path} is a fine-tuning; one_step takes the steps of runs that `revprobe train` made. What a "
+            f"fine-tuning's gradients foretell is in its {PREDICTIONS}"
+        )
     chosen = chosen_steps(run, steps)
     if steps is None:
         chosen = [at for at in chosen if at < run.config.training.steps]
@@ -88,20 +93,11 @@ def one_step(
             table = follow(step, asked, batch_size=batch_size, seed=seed)
         else:
             asked = letter_questions(run, run.load(at, "raw")) if pairs is None else pairs
-            table = _not_taken(asked)
+            nothing = _undefined(asked) | {"reason": PAST_END}  # a step that no schedule names
+            table = _tidy(asked, "", float("nan"), dict.fromkeys(QUANTITIES, nothing))
         table.insert(0, "step", at)
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
-
-
-def _own_steps(run: Run) -> OneLayerRun:
-    """The run, if its next step can be taken here. Raises: RevprobeError, for a fine-tuning."""
-    if not isinstance(run, OneLayerRun):
-        raise RevprobeError(
-            f"{run.path} is a fine-tuning; one_step takes the steps of runs that `revprobe train` made. What a "
-            f"fine-tuning's gradients foretell is in its {PREDICTIONS}"
-        )
-    return run
 
 
 def follow(step: Step, pairs: ReversalPairs, *, batch_size: int | None = None, seed: int = 0) -> pd.DataFrame:
@@ -109,12 +105,6 @@ def follow(step: Step, pairs: ReversalPairs, *, batch_size: int | None = None, s
     found = {"stored": _stored_change(step, pairs, batch_size, seed)}
     found |= {f"{side}_loss": values for side, values in _loss_changes(step, pairs, batch_size, seed)}
     return _tidy(pairs, step.optimizer, step.learning_rate, found)
-
-
-def _not_taken(pairs: ReversalPairs) -> pd.DataFrame:
-    """The rows of a step that no schedule names."""
-    nothing = _undefined(pairs) | {"reason": PAST_END}
-    return _tidy(pairs, "", float("nan"), dict.fromkeys(QUANTITIES, nothing))
 
 
 def _undefined(pairs: ReversalPairs) -> dict[str, Any]:

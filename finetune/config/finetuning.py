@@ -1,4 +1,4 @@
-"""What a fine-tuning and its sweep are made of; YAML in, checked objects out, as in `config`.
+"""What a fine-tuning and its sweep are made of; YAML in, checked objects out, as in `one_layer`.
 
     name: llada-p2c-s0
     model: {name: GSAI-ML/LLaDA-8B-Base, dtype: bfloat16}

@@ -22,9 +22,19 @@ def explain(error: ValidationError, kind: type[BaseModel], source: str) -> str:
     problems = error.errors(include_url=False)
     # A mistyped key is the cause of a "missing" one: name it first.
     problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
-    first = problems[0]
+    first: dict[str, Any] = dict(problems[0])
+    place = tuple(first["loc"])
+    key, message = dotted(place), str(first["msg"])
+    if first["type"] == "extra_forbidden":
+        said = f"unknown key {key!r}{_nearest_key(place, kind)}"
+    elif first["type"] == "missing":
+        said = f"{key!r} is missing; add it"
+    elif first["type"] == "value_error":  # our own validators already say value, expectation and fix
+        said = (f"{key}: " if key else "") + message.removeprefix("Value error, ")
+    else:
+        said = f"{key} is {first['input']!r}; expected {_expectation(first, message)}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{source}: {_sentence(dict(first), kind)}{more}"
+    return f"{source}: {said}{more}"
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -38,18 +48,6 @@ def parse_yaml(text: str, source: str) -> Any:
         raise RevprobeError(
             f"{source}: {where}not valid YAML: {problem}; compare with examples/one_layer_quick.yaml"
         ) from error
-
-
-def _sentence(problem: dict[str, Any], kind: type[BaseModel]) -> str:
-    place = tuple(problem["loc"])
-    key, given, message = dotted(place), problem["input"], str(problem["msg"])
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_nearest_key(place, kind)}"
-    if problem["type"] == "missing":
-        return f"{key!r} is missing; add it"
-    if problem["type"] == "value_error":  # our own validators already say value, expectation and fix
-        return f"{key}: {message.removeprefix('Value error, ')}" if key else message.removeprefix("Value error, ")
-    return f"{key} is {given!r}; expected {_expectation(problem, message)}"
 
 
 def _expectation(problem: dict[str, Any], message: str) -> str:
@@ -69,24 +67,17 @@ def _nearest_key(place: tuple[Any, ...], kind: type[BaseModel]) -> str:
     elsewhere = [dotted(path) for path in _paths(kind) if path[-1] == unknown]
     if elsewhere:
         return f"; the closest is {elsewhere[0]!r}"
-    section = _section(kind, place[:-1])
-    if section is None:
-        return ""
-    parent = dotted(place[:-1])
-    return did_you_mean(unknown, section.model_fields) + (f" (in {parent})" if parent else "")
-
-
-def _section(kind: type[BaseModel], place: tuple[Any, ...]) -> type[BaseModel] | None:
-    """The model class that holds the keys at `place`; list positions do not change it."""
-    for part in place:
-        if isinstance(part, int):
+    section = kind
+    for part in place[:-1]:
+        if isinstance(part, int):  # a position in a list of sections: the section is the same
             continue
-        field = kind.model_fields.get(part)
+        field = section.model_fields.get(part)
         nested = None if field is None else next(_models(field.annotation), None)
         if nested is None:
-            return None
-        kind = nested
-    return kind
+            return ""
+        section = nested
+    parent = dotted(place[:-1])
+    return did_you_mean(unknown, section.model_fields) + (f" (in {parent})" if parent else "")
 
 
 def _paths(kind: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

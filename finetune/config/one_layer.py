@@ -47,6 +47,9 @@ Seed = Annotated[StrictInt, Field(ge=0, le=2**32 - 1)]
 PositionEncoding = Literal["rope", "alibi", "absolute", "none"]
 Objective = Literal["masked", "causal"]
 Kind = TypeVar("Kind", bound=BaseModel)
+# How a cell names the base itself among its variants.
+AS_BASE = "base"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 class _Section(BaseModel):
@@ -193,10 +196,6 @@ class RunConfig(BaseConfig):
         }
 
 
-# How a cell names the base itself among its variants.
-AS_BASE = "base"
-
-
 def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) or value is None else [value]
 
@@ -282,25 +281,18 @@ class SweepConfig(_Section):
     def runs(self) -> list[RunConfig]:
         """The runs in the order of the cells, named like rope-l10-s0 or arm-l10-s0, and rope-l10-s0-wide."""
         changed = {AS_BASE: self.base} | {variant.name: variant.apply(self.base) for variant in self.variants}
-        return [
-            _run(changed[name], *values, suffix="" if name == AS_BASE else f"-{name}")
-            for cell in self.cells
-            for name in cell.variant or [AS_BASE]
-            for values in cell.combinations(self.base)
-        ]
-
-
-def _run(
-    base: BaseConfig, objective: Objective, encoding: PositionEncoding | None, length: int, seed: int, *, suffix: str
-) -> RunConfig:
-    values = base.model_dump()
-    values["model"] |= {"family": "radd" if objective == "masked" else "gpt2", "position_encoding": encoding}
-    values["relation"]["length"], values["training"]["seed"] = length, seed
-    stem = "arm" if objective == "causal" else ModelConfig(**values["model"]).position_encoding
-    return RunConfig(name=f"{stem}-l{length}-s{seed}{suffix}", **values)
-
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+        found = []
+        for cell in self.cells:
+            for variant in cell.variant or [AS_BASE]:
+                suffix = "" if variant == AS_BASE else f"-{variant}"
+                for objective, encoding, length, seed in cell.combinations(self.base):
+                    values = changed[variant].model_dump()
+                    family = "radd" if objective == "masked" else "gpt2"
+                    values["model"] |= {"family": family, "position_encoding": encoding}
+                    values["relation"]["length"], values["training"]["seed"] = length, seed
+                    stem = "arm" if objective == "causal" else ModelConfig(**values["model"]).position_encoding
+                    found.append(RunConfig(name=f"{stem}-l{length}-s{seed}{suffix}", **values))
+        return found
 
 
 def example_names() -> list[str]:

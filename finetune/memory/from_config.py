@@ -15,9 +15,10 @@ from ...models.hub import quiet_transformers
 from ...models.probed import ProbedModel
 from ...models.published import PUBLISHED_DTYPE, config_of, published_config
 from ...models.registry import stated_objective
-from ..config.finetuning import FinetuneConfig, FinetunedModel, TinyModel
+from ..config.finetuning import FinetuneConfig, FinetunedModel
 from ..runs.finetune_setup import text_relation
 from ..training.lora import add_lora
+from ..training.tiny_models import untrained
 from .live_bytes import AnsweredYes
 from .plan import GB, RESERVE, MemoryPlan, plan_memory
 
@@ -40,7 +41,10 @@ def plan_finetuning(config: FinetuneConfig, *, tokens: int | None = None) -> Mem
         module, objective = on_meta(config.model)
     training, snapshots = config.training, config.snapshots
     with AnsweredYes():  # one traced pass finds the projections
-        adapted = add_lora(_OnMeta(module, **_wrapping(module, objective), check=False), config.lora)
+        # There is no tokenizer to name a mask token; token ids do not matter to shapes.
+        nameless = objective == "masked" and getattr(module.config, "mask_token_id", None) is None
+        model = _OnMeta(module, objective=objective, mask_token_id=0 if nameless else None, check=False)
+        adapted = add_lora(model, config.lora)
     plan = plan_memory(
         adapted,
         batch=training.batch_size,
@@ -99,7 +103,9 @@ def on_meta(chosen: FinetunedModel) -> tuple[nn.Module, str]:
     Raises: RevprobeError, when there is none.
     """
     if chosen.tiny is not None:
-        return _tiny_on_meta(chosen.tiny), "causal" if chosen.tiny.layout == "llama" else "masked"
+        tokenizer: Any = _Vocabulary(chosen.tiny.vocabulary)
+        with torch.device("meta"):
+            return untrained(chosen.tiny, tokenizer), "causal" if chosen.tiny.layout == "llama" else "masked"
     name = str(chosen.name)
     known = None if Path(name).is_dir() else published_config(name)
     settings = known if known is not None else config_of(name)
@@ -109,13 +115,6 @@ def on_meta(chosen: FinetunedModel) -> tuple[nn.Module, str]:
     auto = AutoModelForMaskedLM if objective == "masked" else AutoModelForCausalLM
     with torch.device("meta"):
         return auto.from_config(settings, dtype=dtype, trust_remote_code=False), objective
-
-
-def _tiny_on_meta(tiny: TinyModel) -> nn.Module:
-    from ..training.tiny_models import untrained
-
-    with torch.device("meta"):
-        return untrained(tiny, _Vocabulary(tiny.vocabulary))  # type: ignore[arg-type]  # what it asks of a tokenizer
 
 
 class _OnMeta(ProbedModel):
@@ -134,12 +133,6 @@ class _Vocabulary:
 
     def __len__(self) -> int:
         return self.size
-
-
-def _wrapping(module: Any, objective: str) -> dict[str, Any]:
-    """How the module is wrapped without a tokenizer; its token ids do not matter to shapes."""
-    mask = getattr(module.config, "mask_token_id", None)
-    return {"objective": objective} | ({"mask_token_id": 0} if objective == "masked" and mask is None else {})
 
 
 def _longest_row(config: FinetuneConfig) -> tuple[int, str]:

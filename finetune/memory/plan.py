@@ -105,7 +105,8 @@ def plan_memory(
     if not trained:
         raise RevprobeError("no parameter trains; add an adapter (peft) or set requires_grad")
     probe_tokens = probe_tokens or tokens
-    probe_batch = probe_batch or _default_probe_batch(module, probe_tokens)
+    query = Query.unchecked(range(probe_tokens), (0,), (1,))
+    probe_batch = probe_batch or queries_per_batch(CalledModule(module), [query])
     adapters = sum(_size(p) for name, p in module.named_parameters() if is_adapter_parameter(name))
     always = {
         "weights": _weights(module, four_bit) - adapters,
@@ -140,7 +141,10 @@ def _training(module: nn.Module, batch: int, tokens: int, checkpointing: bool, o
         with fused_attention(), _checkpointed(module, checkpointing), LiveBytes(known) as count:
             logits = _logits(module, ids)
             kept = count.live - logits.untyped_storage().nbytes()
-            loss = _loss(logits, ids, objective)
+            if objective == "causal":
+                logits, ids = logits[:, :-1], ids[:, 1:]
+            # As the objectives price a batch, without looking at values.
+            loss = cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none").sum()
             del logits
             loss.backward()
     finally:
@@ -149,13 +153,6 @@ def _training(module: nn.Module, batch: int, tokens: int, checkpointing: bool, o
         for parameter in made:
             parameter.grad = None
     return {_KEPT: kept, _WORKING: count.peak - kept}
-
-
-def _loss(logits: Tensor, ids: Tensor, objective: str) -> Tensor:
-    """As the objectives price a batch, without looking at values."""
-    if objective == "causal":
-        logits, ids = logits[:, :-1], ids[:, 1:]
-    return cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none").sum()
 
 
 def _probing(module: nn.Module, batch: int, tokens: int) -> dict[str, int]:
@@ -250,10 +247,6 @@ class _checkpointed:  # reads as a verb in `with`
     def __exit__(self, *_: Any) -> None:
         if self.wanted:
             self.module.gradient_checkpointing_disable()
-
-
-def _default_probe_batch(module: nn.Module, tokens: int) -> int:
-    return queries_per_batch(CalledModule(module), [Query.unchecked(range(tokens), (0,), (1,))])
 
 
 def _weights(module: nn.Module, four_bit: bool) -> int:

@@ -77,8 +77,11 @@ def train_together(
         with ExitStack() as held:
             runs = []
             for config in group:
+                run = OneLayerRun(Path(folder) / config.name)
                 try:
-                    run = _claim(Path(folder) / config.name, config, held)
+                    run.path.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(run_lock(run.path))
+                    claim_run(run, config)
                     if not run.finished:
                         (run.path / PROBLEM).unlink(missing_ok=True)
                         runs.append(run)
@@ -86,15 +89,6 @@ def train_together(
                     problems[config.name] = _line(error)
             problems |= _train_group(runs, listeners or {}) if runs else {}
     return problems
-
-
-def _claim(folder: Path, config: RunConfig, held: ExitStack) -> OneLayerRun:
-    """Hold a run's folder until `held` is left."""
-    folder.mkdir(parents=True, exist_ok=True)
-    held.enter_context(run_lock(folder))
-    run = OneLayerRun(folder)
-    claim_run(run, config)
-    return run
 
 
 def _line(error: Exception) -> str:
@@ -121,24 +115,20 @@ def _train_group(runs: list[OneLayerRun], listeners: Mapping[str, Listener]) -> 
     """Train runs of one shape and take what readings they lack; returns the problem of each that failed."""
     problems = Problems()
     with pinned_threads(runs[0].config.training.threads), quiet_transformers():
-        for together in _by_checkpoint([run for run in runs if not run.trained], problems):
+        # Runs that can go on from the same step train together.
+        at: dict[str, list[OneLayerRun]] = {}
+        for run in [run for run in runs if not run.trained]:
+            with problems.of(run):
+                remove_unfinished(run.path)
+                checkpoint = resume_from(run.path)
+                at.setdefault("" if checkpoint is None else checkpoint.name, []).append(run)
+        for together in at.values():
             with problems.of(*together):
                 Batch(together, listeners, problems).train()
         for run in [run for run in runs if run.path.name not in problems]:
             with problems.of(run):
                 run.backfill_readings(run.take)
     return problems
-
-
-def _by_checkpoint(runs: Iterable[OneLayerRun], problems: Problems) -> list[list[OneLayerRun]]:
-    """Runs that can go on from the same step, together."""
-    at: dict[str, list[OneLayerRun]] = {}
-    for run in runs:
-        with problems.of(run):
-            remove_unfinished(run.path)
-            checkpoint = resume_from(run.path)
-            at.setdefault("" if checkpoint is None else checkpoint.name, []).append(run)
-    return list(at.values())
 
 
 @dataclass

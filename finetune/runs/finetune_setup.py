@@ -98,7 +98,11 @@ def prepare(config: FinetuneConfig, folder: Path, team: ProcessGroup) -> Prepare
     relation = text_relation(config)
     direction = config.relation.direction
     relation.opposite(direction)  # an unknown direction is told before a model is loaded
-    model = _base(config, relation, folder, team)
+    tiny, loading = config.model.tiny, loading_options(config)
+    source: str | Path = str(config.model.name)
+    if tiny is not None:
+        source = team.on_rank_zero(lambda: build_tiny(tiny, relation, folder / BASE))
+    model = load_model(source, **loading)  # the Trainer places it, unless it is loaded in 4 bits
     answer_tokens = config.evaluation.max_new_tokens or answer_book(model, relation, direction).limit
     response_only = config.objective.scope == "response_only"
     options = RowOptions(response_only, config.objective.whole_entity, answer_tokens)
@@ -115,14 +119,6 @@ def text_relation(config: FinetuneConfig) -> TextRelation:
     relation = load_relation(chosen.name, chosen.path, **chosen.options)
     assert isinstance(relation, TextRelation), "the config's names are those of text relations"
     return relation
-
-
-def _base(config: FinetuneConfig, relation: TextRelation, folder: Path, team: ProcessGroup) -> ProbedModel:
-    """The model to put an adapter on; the Trainer places it, unless it is loaded in 4 bits."""
-    tiny, options = config.model.tiny, loading_options(config)
-    if tiny is None:
-        return load_model(str(config.model.name), **options)
-    return load_model(team.on_rank_zero(lambda: build_tiny(tiny, relation, folder / BASE)), **options)
 
 
 def loading_options(config: FinetuneConfig) -> dict[str, Any]:
@@ -148,7 +144,11 @@ def build_finetuning(
         checkpoint: where training will go on from; its readings are there and not taken again.
     """
     training, objective = config.training, config.objective
-    _require_tracker(training.report_to)
+    if training.report_to != "none" and find_spec(training.report_to) is None:
+        raise RevprobeError(
+            f"training.report_to is {training.report_to!r}, which is not installed; `pip install "
+            f"{training.report_to}`, or none"
+        )
     arguments = training_arguments(
         folder,
         steps=prepared.steps,
@@ -161,7 +161,9 @@ def build_finetuning(
         weight_decay=training.weight_decay,
         max_grad_norm=training.gradient_clipping,
         bf16=training.bf16,
-        **_checkpointing(training.gradient_checkpointing),
+        gradient_checkpointing=training.gradient_checkpointing,
+        # A frozen embedding's output needs no gradient: the reentrant kind would drop every gradient behind it.
+        gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
         seed=training.seed,
         report_to=training.report_to,
         run_name=config.name,
@@ -205,15 +207,3 @@ def _add_probes(
     trainer.add_callback(probes)
     if config.snapshots.predictions:
         trainer.add_callback(FirstOrderPrediction(prepared.pairs, folder / PREDICTIONS, **common, **wrapping))
-
-
-def _checkpointing(wanted: bool) -> dict[str, Any]:
-    """Arguments for gradient checkpointing. Not reentrant: a frozen embedding's output needs no gradient, and then
-    the reentrant kind would drop every gradient behind it.
-    """
-    return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}} if wanted else {}
-
-
-def _require_tracker(name: str) -> None:
-    if name != "none" and find_spec(name) is None:
-        raise RevprobeError(f"training.report_to is {name!r}, which is not installed; `pip install {name}`, or none")

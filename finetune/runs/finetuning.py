@@ -35,7 +35,6 @@ from ..training.arguments import training_arguments
 from ..training.checkpointing import READINGS, remove_unfinished, resume_from, run_lock
 from ..training.distributed import ProcessGroup
 from ..training.probe_callback import GRADIENT, LORA_GRADIENT, take_readings
-from ..training.trainer import ForwardOnlyTrainer
 from .finetune_setup import Prepared, build_finetuning, placed_options, prepare
 from .progress import Listener, ProgressCallback
 from .run import CONFIG, Expected, Run, claim_run, noting_problems, pinned_threads
@@ -124,7 +123,9 @@ def fine_tune(
     config = config if isinstance(config, FinetuneConfig) else load_config(config, FinetuneConfig)
     folder = Path("runs") / config.name if folder is None else Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    team, run = _team(config), FinetuneRun(folder)
+    team, run = ProcessGroup(), FinetuneRun(folder)
+    if int(os.environ.get("WORLD_SIZE", "1")) != 1:  # TrainingArguments are what joins the processes
+        team = ProcessGroup.of(training_arguments(Path("."), steps=1, device=config.training.device))
     with run_lock(folder) if team.rank == 0 else nullcontext():
         if team.on_rank_zero(lambda: _claimed(run, config)):
             return run
@@ -140,13 +141,6 @@ def finetuning_runs(runs: Iterable[Run]) -> list[FinetuneRun]:
     return [run for run in runs if isinstance(run, FinetuneRun)]
 
 
-def _team(config: FinetuneConfig) -> ProcessGroup:
-    """The processes of this run; TrainingArguments are what joins them."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return ProcessGroup()
-    return ProcessGroup.of(training_arguments(Path("."), steps=1, device=config.training.device))
-
-
 def _train(run: FinetuneRun, prepared: Prepared, team: ProcessGroup, listener: Listener | None) -> ProbedModel:
     """Train from the newest checkpoint with its state, or from step 0; returns the model as it ends."""
 
@@ -160,10 +154,6 @@ def _train(run: FinetuneRun, prepared: Prepared, team: ProcessGroup, listener: L
     if listener is not None and team.rank == 0:
         trainer.add_callback(ProgressCallback(listener))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    return _as_it_ends(trainer, prepared, run)
-
-
-def _as_it_ends(trainer: ForwardOnlyTrainer, prepared: Prepared, run: FinetuneRun) -> ProbedModel:
     assert trainer.model is not None, "it has just been trained"
     return prepared.wrapped(trainer.model, name=run.name, step=run.resolved["steps"], weights="raw")
 

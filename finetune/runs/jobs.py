@@ -52,7 +52,15 @@ def run_all(runs: Sequence[AnyRun], folder: Path, jobs: int, display: Display) -
         except BaseException:
             stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            _stop(children)
+            # Ask, wait, then kill. What a child had completed stays, the rest is redone on resume.
+            for child in list(children):
+                child.terminate()
+            deadline = time.monotonic() + _GRACE_SECONDS
+            for child in list(children):
+                try:
+                    child.wait(max(0.0, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    child.kill()
             raise
     return problems
 
@@ -122,15 +130,3 @@ def _problem(code: int, said: str) -> str:
     if code < 0:
         return f"killed by signal {-code}; run the same command again to go on"
     return said.splitlines()[-1] if said else f"ended with code {code} and no message"
-
-
-def _stop(children: set[subprocess.Popen[str]]) -> None:
-    """End the children: ask, wait, then kill. What they had completed stays, the rest is redone on resume."""
-    for child in list(children):
-        child.terminate()
-    deadline = time.monotonic() + _GRACE_SECONDS
-    for child in list(children):
-        try:
-            child.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            child.kill()

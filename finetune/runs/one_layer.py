@@ -100,22 +100,17 @@ def train(
             return run
         with noting_problems(run.path), pinned_threads(config.training.threads), quiet_transformers():
             if not run.trained:
-                _train(run, listener)
+                remove_unfinished(run.path)
+                checkpoint = resume_from(run.path)
+                trainer, probes = build_trainer(run, checkpoint)
+                trainer.add_callback(probes)
+                if listener is not None:
+                    trainer.add_callback(ProgressCallback(listener))
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             taken = run.backfill_readings(run.take)
         if taken:
             warnings.warn(f"{run.path}: {len(taken)} missing readings were taken from their checkpoints", stacklevel=2)
     return run
-
-
-def _train(run: OneLayerRun, listener: Listener | None) -> None:
-    """Train from the newest checkpoint with its state, or from step 0."""
-    remove_unfinished(run.path)
-    checkpoint = resume_from(run.path)
-    trainer, probes = build_trainer(run, checkpoint)
-    trainer.add_callback(probes)
-    if listener is not None:
-        trainer.add_callback(ProgressCallback(listener))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
 def build_trainer(run: OneLayerRun, checkpoint: Path | None) -> tuple[ForwardOnlyTrainer, ProbeCallback]:

@@ -205,22 +205,17 @@ def claim_run(run: Run, config: BaseModel) -> None:
         )
     if not (folder / VERSIONS).is_file():
         write_text(folder / VERSIONS, json.dumps(software(), indent=2) + "\n")
-    newer = _newer_software(folder / VERSIONS)
+    try:
+        started = dict(json.loads((folder / VERSIONS).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise RevprobeError(
+            f"{folder / VERSIONS} is damaged ({first_line(error)}); delete it to go on with the software installed now"
+        ) from error
+    newer = [f"{name} {was} -> {now}" for name, now in software().items() if (was := started.get(name, now)) != now]
     if newer and not run.finished:
         warnings.warn(
             f"{folder} was started with other versions ({', '.join(newer)}): its bits may differ", stacklevel=3
         )
-
-
-def _newer_software(file: Path) -> list[str]:
-    """What has been installed since `file` was written, as "torch 2.1 -> 2.2"."""
-    try:
-        started = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise RevprobeError(
-            f"{file} is damaged ({first_line(error)}); delete it to go on with the software installed now"
-        ) from error
-    return [f"{name} {was} -> {now}" for name, now in software().items() if (was := started.get(name, now)) != now]
 
 
 def software() -> dict[str, str]:

@@ -25,7 +25,7 @@ from ...probes.pairs.templates import ROLES, Filled, Span
 
 
 class TrainingStatement(Protocol):
-    """What a relation's training text says of itself; see `relations.TrainingText`.
+    """What a relation's training text says of itself; see `TrainingText` in `relations/text_relation`.
 
     `spans` are the characters of the two entities in the order of the text, `prompt_length` those before the answer.
     """
@@ -89,7 +89,7 @@ class StatementRows(Dataset[TokenRow]):
         prompts = encode_texts(self.tokenizer, [one.text[: one.prompt_length] for one in statements])
         self.rows: list[TokenRow] = []
         for statement, text, prompt in zip(statements, texts, prompts, strict=True):
-            self.rows += self._rows_of(statement, text, _answer_start(text, prompt, statement))
+            self.rows += self._rows_of(statement, text, prompt)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -97,8 +97,17 @@ class StatementRows(Dataset[TokenRow]):
     def __getitem__(self, index: int) -> TokenRow:
         return self.rows[index]
 
-    def _rows_of(self, statement: TrainingStatement, text: Encoded, answer: int) -> list[TokenRow]:
+    def _rows_of(self, statement: TrainingStatement, text: Encoded, prompt: Encoded) -> list[TokenRow]:
         """The rows of one statement: bare, and with its end; for a causal model the latter alone."""
+        # The prompt's own tokens must come before the answer's first one, as decoding gives them.
+        own = [token for token, added in zip(prompt.token_ids, prompt.is_added, strict=True) if not added]
+        begin = next(i for i, added in enumerate(text.is_added) if not added)
+        answer = begin + len(own)
+        if list(text.token_ids[begin:answer]) != own:
+            raise RevprobeError(
+                f"fact {statement.fact!r}: the prompt {prompt.text!r} is {list(prompt.pieces)} alone, but not so in "
+                f"{text.text!r} ({list(text.pieces)}); end the prompt at a blank"
+            )
         last = max(i for i, added in enumerate(text.is_added) if not added) + 1
         entities = self._entities(statement, text) if self.options.whole_entity else []
         masked = self.model.objective == "masked"
@@ -138,18 +147,6 @@ class StatementRows(Dataset[TokenRow]):
             return [entity_positions(self.tokenizer, text, filled, role) for role in ROLES]
         except SpanError as error:
             raise RevprobeError(f"fact {statement.fact!r}: {error}") from error
-
-
-def _answer_start(text: Encoded, prompt: Encoded, statement: TrainingStatement) -> int:
-    """The position of the answer's first token. The prompt's own tokens must come before it, as decoding gives them."""
-    own = [token for token, added in zip(prompt.token_ids, prompt.is_added, strict=True) if not added]
-    begin = next(i for i, added in enumerate(text.is_added) if not added)
-    if list(text.token_ids[begin : begin + len(own)]) != own:
-        raise RevprobeError(
-            f"fact {statement.fact!r}: the prompt {prompt.text!r} is {list(prompt.pieces)} alone, but not so in "
-            f"{text.text!r} ({list(text.pieces)}); end the prompt at a blank"
-        )
-    return begin + len(own)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from ...errors import RevprobeError, first_line
 
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
 
 def warmed_decay(decay: float, updates: int) -> float:
     """The decay of update number `updates`: min(decay, (1 + n) / (10 + n)).
@@ -29,9 +31,6 @@ def warmed_decay(decay: float, updates: int) -> float:
     Source: score_sde (Song et al. 2021) and RADD, `ema.py`.
     """
     return min(decay, (1 + updates) / (10 + updates))
-
-
-Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 class MovingAverage(AveragedModel):
@@ -67,8 +66,13 @@ class MovingAverage(AveragedModel):
         Raises: RevprobeError, when the folder is missing, cut off, or holds another model's weights.
         """
         try:
+            # One file, or shards that an index lists.
+            index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
+            if index.is_file():
+                files = set(json.loads(index.read_text())["weight_map"].values())
+            saved = {name: tensor for file in sorted(files) for name, tensor in load_file(folder / file).items()}
             # strict=False, then checked: a tied weight is saved once under one of its names.
-            missing, unexpected = self.module.load_state_dict(_read_weights(folder), strict=False)
+            missing, unexpected = self.module.load_state_dict(saved, strict=False)
         except Exception as error:
             raise RevprobeError(
                 f"cannot read the averaged weights in {folder}: {first_line(error)}; delete the checkpoint's folder "
@@ -79,10 +83,3 @@ class MovingAverage(AveragedModel):
             wrong = ", ".join(sorted([*unexpected, *(set(missing) - tied)])[:3])
             raise RevprobeError(f"{folder} holds the averaged weights of another model: {wrong} do not match")
         self.n_averaged.fill_(updates)
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors checkpoint, in one file or in shards."""
-    index = folder / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    return {key: tensor for name in sorted(names) for key, tensor in load_file(folder / name).items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -33,7 +33,11 @@ def projections(model: ProbedModel) -> dict[str, str]:
 
     Raises: RevprobeError, when no attention is seen, or no linear module stands in the layers that compute it.
     """
-    sites = _attention_sites(model)
+    # One pass over a few tokens shows the modules that compute attention; the model comes out as it went in.
+    ids = torch.arange(_TRACED_TOKENS, device=model.device)[None] % model.vocab_size
+    with untouched(model.module), torch.no_grad(), tap_attention(model.module, ids[:, :1] * 0, ids[:, :1] * 0) as tap:
+        model.logits(ids)
+    sites = [call.site for call in tap.layers().values()]
     stacks = {found["layers"] for site in sites if (found := _LAYER.match(site))}
     linear = {name for name, part in model.module.named_modules() if isinstance(part, nn.Linear | Conv1D)}
     inside = sorted(name for name in linear if any(name.startswith(f"{stack}.") for stack in stacks))
@@ -42,7 +46,8 @@ def projections(model: ProbedModel) -> dict[str, str]:
             f"{model.name} computes attention at {sites[0]!r}, but has no linear module in numbered layers around it; "
             "name the modules to adapt in lora.targets"
         )
-    return {name: "attention" if _within(name, sites) else "mlp" for name in inside}
+    within = tuple(f"{site}." for site in sites)
+    return {name: "attention" if name.startswith(within) else "mlp" for name in inside}
 
 
 def target_modules(model: ProbedModel, targets: str | Sequence[str] = "auto") -> list[str]:
@@ -55,7 +60,11 @@ def target_modules(model: ProbedModel, targets: str | Sequence[str] = "auto") ->
     """
     found = projections(model)
     if not isinstance(targets, str):
-        return _require_known(targets, found, model.name)
+        for target in targets:
+            if not any(path == target or path.endswith(f".{target}") for path in found):
+                near = did_you_mean(target, sorted({path.rpartition(".")[2] for path in found}))
+                raise RevprobeError(f"lora.targets: {model.name} has no projection {target!r}{near}")
+        return list(targets)
     wanted = [name for name, kind in found.items() if targets in ("auto", kind)]
     short = sorted({name.rpartition(".")[2] for name in wanted})
     everywhere = {name for name, _ in model.module.named_modules() if name.rpartition(".")[2] in short}
@@ -105,23 +114,3 @@ def quantization(quantize: str | None, dtype: torch.dtype, *, on_cpu: bool) -> d
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     return {"quantization_config": bits, "device_map": {"": 0}}
-
-
-def _attention_sites(model: ProbedModel) -> list[str]:
-    """The modules that compute attention, seen in one pass over a few tokens; the model comes out as it went in."""
-    ids = torch.arange(_TRACED_TOKENS, device=model.device)[None] % model.vocab_size
-    with untouched(model.module), torch.no_grad(), tap_attention(model.module, ids[:, :1] * 0, ids[:, :1] * 0) as tap:
-        model.logits(ids)
-    return [call.site for call in tap.layers().values()]
-
-
-def _within(name: str, sites: Iterable[str]) -> bool:
-    return any(name.startswith(f"{site}.") for site in sites)
-
-
-def _require_known(targets: Sequence[str], found: Mapping[str, str], name: str) -> list[str]:
-    for target in targets:
-        if not any(path == target or path.endswith(f".{target}") for path in found):
-            ends = sorted({path.rpartition(".")[2] for path in found})
-            raise RevprobeError(f"lora.targets: {name} has no projection {target!r}{did_you_mean(target, ends)}")
-    return list(targets)

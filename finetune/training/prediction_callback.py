@@ -199,7 +199,12 @@ class FirstOrderPrediction(TrainerCallback):
         if state.is_world_process_zero:
             facts = {"pairs": self.pairs.digest, "pair_count": len(self.pairs), "seed": self.seed}
             facts |= {"versions": {name: version(name) for name in ("revprobe", "torch", "transformers")}}
-            _write(self._file(args), self.table, facts)
+            stored = pa.Table.from_pandas(self.table, preserve_index=False)
+            about = {**(stored.schema.metadata or {}), b"revprobe": json.dumps(facts).encode()}
+            path = self._file(args)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(path) as part:
+                pq.write_table(stored.replace_schema_metadata(about), part, compression="zstd")
 
 
 @dataclass(frozen=True)
@@ -285,12 +290,3 @@ def _put(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -
 
 def _wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _write(path: Path, table: pd.DataFrame, facts: dict[str, Any]) -> None:
-    """Write the table as one parquet file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stored = pa.Table.from_pandas(table, preserve_index=False)
-    stored = stored.replace_schema_metadata({**(stored.schema.metadata or {}), b"revprobe": json.dumps(facts).encode()})
-    with written_whole(path) as part:
-        pq.write_table(stored, part, compression="zstd")

@@ -8,7 +8,7 @@ same step is completed. Probing leaves no trace: with and without the callback, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -218,21 +218,17 @@ def asked_parameters(model: ProbedModel, owner: str) -> list[str] | None:
 
 def by_owner(readings: Iterable[Reading], owner: str) -> Readings:
     """The readings, with the gradient's split into those asked for."""
-    return Readings(part for reading in readings for part in _parts(reading, owner))
-
-
-def _parts(reading: Reading, owner: str) -> Iterator[Reading]:
-    if reading.name != GRADIENT:
-        yield reading
-        return
-    adapter = reading.frame["parameter"].map(is_adapter_parameter).to_numpy(dtype=bool)
-    if owner == "all" and reading.meta["parameters"] == "all":
-        yield reading
-        return
-    if owner in ("all", "both"):
-        yield replace(reading, frame=_kept(reading, ~adapter), meta=reading.meta | {"parameters": "all"})
-    if owner in ("lora", "both"):
-        yield Reading(LORA_GRADIENT, _kept(reading, adapter), reading.meta | {"parameters": "lora"})
+    parts = []
+    for reading in readings:
+        if reading.name != GRADIENT or (owner == "all" and reading.meta["parameters"] == "all"):
+            parts.append(reading)
+            continue
+        adapter = reading.frame["parameter"].map(is_adapter_parameter).to_numpy(dtype=bool)
+        if owner in ("all", "both"):
+            parts.append(replace(reading, frame=_kept(reading, ~adapter), meta=reading.meta | {"parameters": "all"}))
+        if owner in ("lora", "both"):
+            parts.append(Reading(LORA_GRADIENT, _kept(reading, adapter), reading.meta | {"parameters": "lora"}))
+    return Readings(parts)
 
 
 def _kept(reading: Reading, rows: np.ndarray) -> pd.DataFrame:

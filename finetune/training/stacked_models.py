@@ -6,7 +6,7 @@ Shapes below: models, batch, seq.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -92,9 +92,8 @@ class StackedModels:
         scheduler = get_scheduler(
             args.lr_scheduler_type, optimizer, args.get_warmup_steps(args.max_steps), args.max_steps
         )
-        states = [_states(trainer) for trainer in trainers]
-        for name, weight in named:
-            optimizer.state[weight] = _stack_state([state.get(name, {}) for state in states])
+        for weight, state in zip(self.weights, self._stack_states(trainers), strict=True):
+            optimizer.state[weight] = state
         assert first.lr_scheduler is not None and first.optimizer is not None, "made when the run was opened"
         scheduler.load_state_dict(copy.deepcopy(first.lr_scheduler.state_dict()))
         _copy_rates(first.optimizer, optimizer)
@@ -157,6 +156,21 @@ class StackedModels:
         config.use_cache, config.pad_token_id = False, None
         return _on(type(model)(config), self.device)
 
+    def _stack_states(self, trainers: Sequence[ForwardOnlyTrainer]) -> Iterator[dict[str, Tensor]]:
+        """The optimizers' state of each parameter, stacked: zeros where a model lacks it, empty before a step."""
+        states: list[dict[str, dict[str, Tensor]]] = []
+        for trainer in trainers:
+            assert trainer.model is not None and trainer.optimizer is not None, "made when the run was opened"
+            parameters = trainer.model.named_parameters()
+            states.append({name: trainer.optimizer.state.get(p, {}) for name, p in parameters})
+        for name in self.names:
+            own = [state.get(name, {}) for state in states]
+            known = next((state for state in own if state), {})
+            yield {
+                key: value.clone() if key == "step" else torch.stack([s.get(key, torch.zeros_like(value)) for s in own])
+                for key, value in known.items()
+            }
+
     def _stack_encodings(self, configs: Sequence[Any]) -> dict[str, Any]:
         """What tells the models' encodings apart, stacked; empty for a family that has one encoding."""
         if not isinstance(configs[0], RaddConfig):
@@ -195,22 +209,7 @@ def _on(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def _stack_state(own: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Several models' optimizer state of one parameter, stacked; zeros where a model lacks the parameter."""
-    known = next((state for state in own if state), {})
-    return {
-        key: value.clone() if key == "step" else torch.stack([s.get(key, torch.zeros_like(value)) for s in own])
-        for key, value in known.items()
-    }
-
-
 def _copy_rates(source: Optimizer, target: Optimizer) -> None:
     """The schedule writes the rate of the next step into the optimizer, where a saved one keeps it."""
     for own, group in zip(target.param_groups, source.param_groups, strict=True):
         own["lr"] = group["lr"]
-
-
-def _states(trainer: ForwardOnlyTrainer) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's state of each parameter, by the parameter's name; empty before the first step."""
-    assert trainer.model is not None and trainer.optimizer is not None, "made when the run was opened"
-    return {name: trainer.optimizer.state.get(p, {}) for name, p in trainer.model.named_parameters()}

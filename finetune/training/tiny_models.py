@@ -46,7 +46,9 @@ def build_tiny(config: TinyModel, relation: TextRelation, folder: Path, *, answe
     if folder.is_dir():
         return folder
     statements = other_statements(relation, config.pretraining.facts, config.seed)
-    tokenizer = train_tokenizer([statement.text for statement in statements] + _own_names(relation), config.vocabulary)
+    # The relation's own names stand behind its carrier for the tokenizer alone: no statement of it is among the texts.
+    own = [f"{relation.carrier}{name}" for column in relation.columns for name in relation.table[column]]
+    tokenizer = train_tokenizer([statement.text for statement in statements] + own, config.vocabulary)
     set_seed(config.seed)
     module = untrained(config, tokenizer)
     working = folder.with_name(f".{folder.name}.part")
@@ -121,22 +123,17 @@ def other_statements(relation: TextRelation, count: int, seed: int = 0) -> list[
     facts = list(zip(*columns, strict=True))
     found: dict[str, TrainingText] = {}
     for place, direction in enumerate(relation.directions):
-        wordings = _one_of_each_wording(relation, direction)
+        # One statement of each wording, told apart by the text around the names.
+        wordings: dict[tuple[str, str, str], Statement] = {}
+        for one in relation.statements[direction]:
+            (start, end), (second, last) = one.spans
+            wordings.setdefault((one.text[:start], one.text[end:second], one.text[last:]), one)
         for number, pair in enumerate(facts):
             names = pair if place == 0 else pair[::-1]
-            for one in wordings:
+            for one in wordings.values():
                 made = _renamed(one, names, f"other {number}", relation.carrier)
                 found.setdefault(made.text, made)
     return list(found.values())
-
-
-def _one_of_each_wording(relation: TextRelation, direction: str) -> list[Statement]:
-    """One statement of each wording, told apart by the text around the names."""
-    kept: dict[tuple[str, str, str], Statement] = {}
-    for one in relation.statements[direction]:
-        (start, end), (second, last) = one.spans
-        kept.setdefault((one.text[:start], one.text[end:second], one.text[last:]), one)
-    return list(kept.values())
 
 
 def _renamed(one: Statement, names: Sequence[str], fact: str, carrier: str) -> TrainingText:
@@ -175,11 +172,6 @@ def _reshuffled(names: Sequence[str], generator: np.random.Generator) -> Iterato
         places = [[words[place] for words in alike] for place in range(length)]
         dealt = [[column[i] for i in generator.permutation(len(alike))] for column in places]
         yield from (" ".join(words) for words in zip(*dealt, strict=True))
-
-
-def _own_names(relation: TextRelation) -> list[str]:
-    """The relation's names behind its carrier, for the tokenizer alone: no statement of it is among them."""
-    return [f"{relation.carrier}{name}" for column in relation.columns for name in relation.table[column]]
 
 
 def _pretrain(

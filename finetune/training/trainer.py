@@ -255,16 +255,13 @@ def _resuming(checkpoint: str | Path | None, *names: str) -> Iterator[None]:
         raise
     except Exception as error:
         folder = Path(checkpoint or ".")
-        damaged = [name for name in names if not _is_archive(folder / name)] or list(names)
+        # A whole torch archive has its directory at the end, which a truncated one lacks.
+        archives = [name for name in names if name.endswith((".pt", ".pth"))]
+        damaged = [name for name in archives if not zipfile.is_zipfile(folder / name)] or list(names)
         raise RevprobeError(
             f"cannot resume from {folder}: {' or '.join(damaged)} is damaged ({first_line(error)}); "
             f"{_FROM_THE_ONE_BEFORE}"
         ) from error
-
-
-def _is_archive(path: Path) -> bool:
-    """Whether a file is a whole torch archive: its directory stands at the end, which a truncated one lacks."""
-    return not path.name.endswith((".pt", ".pth")) or zipfile.is_zipfile(path)
 
 
 class _Snapshots(TrainerCallback):
