@@ -1,4 +1,4 @@
-"""The command line of fine-tuning: `revprobe finetune`, and what is done with its runs."""
+"""The command line of fine-tuning: `revprobe finetune`, and `revprobe plan` for the memory it needs."""
 
 from __future__ import annotations
 

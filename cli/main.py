@@ -1,4 +1,4 @@
-"""The command line: train, probe, sweep, report, models.
+"""The command line: train, probe, sweep, report and models; the other commands stand beside this file.
 
 Every problem a user can fix ends in one line on stderr and exit code 1 (2 for wrong usage), without a traceback;
 REVPROBE_DEBUG=1 shows it. Heavy imports stay inside the commands, so that help and usage errors come at once.
@@ -48,10 +48,16 @@ def main() -> None:
     except Exception as error:
         if os.environ.get(DEBUG):
             raise
-        if not isinstance(error, RevprobeError | OSError):
+        line = first_line(error, with_type=False)
+        if isinstance(error, OSError):
+            where = f" {str(error.filename)!r}" if error.filename else ""
+            fix = {
+                PermissionError: "; choose a folder you may write to (--out)",
+                FileExistsError: "; it is in the way, choose another --out",
+            }.get(type(error), "; check the path and the space left on the disk")
+            line = f"cannot use{where}: {error.strerror or line}{fix}"
+        elif not isinstance(error, RevprobeError):
             line = f"unexpected {first_line(error)}; {DEBUG}=1 shows where; please report it"
-        else:
-            line = _os_line(error) if isinstance(error, OSError) else first_line(error, with_type=False)
         print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
 
@@ -136,7 +142,10 @@ def probe(
     if not names:
         raise RevprobeError("--probes names no probe; expected some of attention, gradient, probability")
     if out is not None:
-        _require_writable(out)
+        # A folder and a file in it, so that a wrong --out costs no probing.
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
     probed = load_model(model, step=step, weights=weights, device=device)
     asked = _pairs(pairs, probed, names, placements, alphabet)
     console = make_console()
@@ -250,21 +259,3 @@ def _pairs(source: str, model: ProbedModel, names: list[str], placements: str | 
     if placements is not None:
         return dict.fromkeys(names, relation.pairs(model, placements=placements))
     return {name: pairs for name, pairs in probe_pairs(relation, model).items() if name in names}
-
-
-def _require_writable(folder: Path) -> None:
-    """Make the folder and a file in it, so that a wrong --out costs no probing. Raises: OSError, when it cannot be."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
-
-
-def _os_line(error: OSError) -> str:
-    """An OSError as one line with the path and a way out."""
-    where = f" {str(error.filename)!r}" if error.filename else ""
-    fix = {
-        PermissionError: "; choose a folder you may write to (--out)",
-        FileExistsError: "; it is in the way, choose another --out",
-    }
-    reason = error.strerror or first_line(error, with_type=False)
-    return f"cannot use{where}: {reason}{fix.get(type(error), '; check the path and the space left on the disk')}"

@@ -71,9 +71,12 @@ def one_layer(
     asked = one_layer_sweep(seeds=seeds, lengths=_lengths(lengths), device=device)
     console, failed = make_console(), None
     if train:
-        together = _on_gpu(device) if batched is None else batched
+        if batched is None:
+            import torch
+
+            batched = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         try:
-            run_sweep(asked, jobs=jobs, out=out, console=console, batched=together)
+            run_sweep(asked, jobs=jobs, out=out, console=console, batched=batched)
         except RunsFailed as error:  # the runs that are whole still make a table
             failed = error
         except KeyboardInterrupt:
@@ -105,12 +108,6 @@ def _tabulate(folder: Path, seeds: int, console: Console) -> None:
     written = write_reproduction(folder, result.frames, text, "Tables 1 and 2 and Figure 3 of the paper")
     console.print(text, soft_wrap=True)
     console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
-
-
-def _on_gpu(device: str) -> bool:
-    import torch
-
-    return device == "cuda" or (device == "auto" and torch.cuda.is_available())
 
 
 def _lengths(asked: str | None) -> list[int] | None:

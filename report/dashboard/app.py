@@ -8,6 +8,7 @@ debugging tools.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ from .views import (
     reading_at,
 )
 
+# What several callbacks take.
+FILTERED = (Input({"type": "filter", "axis": ALL}, "value"), Input("search", "value"))
+CHECKPOINT = (Input("one-run", "value"), Input("one-step", "value"), Input("one-which", "value"))
+
 
 def make_app(root: str | Path, *, every: float = 2.0, host: str = LOOPBACK[0]) -> Dash:
     """The dashboard of a folder, to be served.
@@ -57,8 +62,8 @@ def make_app(root: str | Path, *, every: float = 2.0, host: str = LOOPBACK[0]) -
         enable_mcp=False,
     )
     app.index_string = page.index()
-    # Worked out for each opening of the page.
-    app.layout = lambda: page.layout(str(folder.root), every, _first(folder.scan()))
+    # Worked out for each opening of the page, which shows the first run with readings.
+    app.layout = lambda: page.layout(str(folder.root), every, [run.key for run in folder.scan() if run.files][:1])
     guard(app.server, host)
     _watch(app, folder)
     _lists(app, folder)
@@ -67,11 +72,6 @@ def make_app(root: str | Path, *, every: float = 2.0, host: str = LOOPBACK[0]) -
     _layers_heads_and_facts(app, folder)
     _pair(app, folder)
     return app
-
-
-def _first(runs: Sequence[Listed]) -> list[str]:
-    """What an opened page shows: the first run with readings."""
-    return [run.key for run in runs if run.files][:1]
 
 
 def _watch(app: Dash, folder: RunsFolder) -> None:
@@ -83,15 +83,9 @@ def _watch(app: Dash, folder: RunsFolder) -> None:
         version = folder.version(runs)
         if version == known:
             raise PreventUpdate
-        states = [f"{count} {text}" for state, text in page.STATES.items() if (count := _count(runs, state))]
+        counts = Counter(run.state for run in runs)
+        states = [f"{counts[state]} {text}" for state, text in page.STATES.items() if counts[state]]
         return version, f"{len(runs)} runs: {', '.join(states)}" if runs else "no runs yet"
-
-
-def _count(runs: Sequence[Listed], state: str) -> int:
-    return sum(run.state == state for run in runs)
-
-
-FILTERED = (Input({"type": "filter", "axis": ALL}, "value"), Input("search", "value"))
 
 
 def _shown(folder: RunsFolder, values: Sequence[Sequence[str] | None], text: str | None) -> list[Listed]:
@@ -154,9 +148,6 @@ def _curves(app: Dash, folder: RunsFolder) -> None:
     def _choose_run(_: str, selected: list[str], chosen: str | None) -> tuple[Any, Any]:
         keys = [run.key for run in folder.scan() if run.key in selected]
         return keys, chosen if chosen in keys else next(iter(keys), None)
-
-
-CHECKPOINT = (Input("one-run", "value"), Input("one-step", "value"), Input("one-which", "value"))
 
 
 def _checkpoint(app: Dash, folder: RunsFolder) -> None:

@@ -12,6 +12,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from ...finetune.training.checkpointing import READINGS
 from ...models.checkpoints import CHECKPOINTS, step_of
 from ...probes.figures.training_curves import measures_with_reasons
 from ...probes.readings.reading import Reading
-from .listed_runs import Listed, ReadingFile, Stamp, ends_whole, family_of, reason_of, stamp_of, state_of, total_steps
+from ..summary.seed_bands import family_of
+from .listed_runs import Listed, ReadingFile, Stamp, ends_whole, reason_of, stamp_of, state_of, total_steps
 
 DEPTH = 3  # folders below RUNS_DIR that are looked into: RUNS_DIR / any / sweep / run
 WHOLE = 6  # readings kept with all their rows; those of a large model hold half a million
@@ -186,13 +188,16 @@ class RunsFolder:
         key = self._key(folder)
         try:
             files = tuple(self._reading_files(folder))
-            stamp = (tuple(_stamp_or_none(folder / name) for name in _SMALL), files)
+            small = {}
+            for name in _SMALL:
+                with suppress(OSError):  # not there, or not yet
+                    small[name] = stamp_of(os.lstat(folder / name))
         except (OSError, RevprobeError) as error:
             return self._listed(folder, "broken", reason_of(error))
         known, listed = self._described.get(key, (None, None))
-        if listed is None or known != stamp:
+        if listed is None or known != (small, files):
             listed = self._describe(folder, files)
-            self._described[key] = (stamp, listed)
+            self._described[key] = ((small, files), listed)
         return listed
 
     def _describe(self, folder: Path, files: tuple[ReadingFile, ...]) -> Listed:
@@ -246,10 +251,3 @@ class RunsFolder:
 
     def _key(self, folder: Path) -> str:
         return folder.relative_to(self.root).as_posix()
-
-
-def _stamp_or_none(path: Path) -> Stamp | None:
-    try:
-        return stamp_of(os.lstat(path))
-    except OSError:
-        return None

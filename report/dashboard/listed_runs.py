@@ -1,9 +1,7 @@
-"""A run as a list shows it, whole or not: its state, why it is not complete, and which runs are its other seeds."""
+"""A run as a list shows it, whole or not: its state, why it is not complete, and the files of its readings."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -79,14 +77,6 @@ def total_steps(run: Run) -> int | None:
     """The training steps of a run; of a fine-tuning told in epochs only once it knows them."""
     steps = getattr(run, "resolved", {}).get("steps") or run.config.training.steps
     return None if steps is None else int(steps)
-
-
-def family_of(run: Run) -> str:
-    """What a run is but for its name and seed."""
-    asked = run.config.model_dump(mode="json")
-    asked.pop("name", None)
-    asked.get("training", {}).pop("seed", None)
-    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def ends_whole(path: Path) -> bool:

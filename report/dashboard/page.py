@@ -61,10 +61,6 @@ def layout(root: str, every: float, chosen: Sequence[str]) -> html.Div:
     header = html.Header(
         [html.H1("revprobe"), html.Span(f"  {Path(root).name}", title=root), html.Div(id="status", className="note")]
     )
-    return html.Div([*stores, header, html.Div([_side(), _main()], id="page")])
-
-
-def _side() -> html.Aside:
     filters = [
         html.Div(
             [html.Small(axis.replace("_", " ")), dcc.Dropdown(id={"type": "filter", "axis": axis}, multi=True)],
@@ -74,7 +70,8 @@ def _side() -> html.Aside:
         for axis in FILTERS
     ]
     search = dcc.Input(id="search", placeholder="part of a name", debounce=True)
-    return html.Aside([html.H2("Runs"), search, *filters, html.Div(id="runs")], id="side")
+    side = html.Aside([html.H2("Runs"), search, *filters, html.Div(id="runs")], id="side")
+    return html.Div([*stores, header, html.Div([side, _main()], id="page")])
 
 
 def _main() -> html.Main:
@@ -167,43 +164,33 @@ def opened_pair(opened: OpenedPair, row: pd.Series) -> list[Any]:
     if row["reason"]:
         said = notes([f"Undefined in the reading: {row['reason']}"], problem=True)
     strips: list[Any] = []
+    numbers = []
     for side in ("forward", "reverse"):
         query: ReadQuery = getattr(opened, side)
         strips += [html.H3(f"{side} query"), token_strip(query, layer, head, hidden=opened.hidden)]
+        of_evidence = [f"{float(row[f'{name}_{side}']):.4f}" for name in ("score", "weight")]
+        places = [str(row[f"distance_{side}"]), str(row[f"offset_{side}"])]
+        numbers.append([side, *places, *of_evidence, f"{query.probability:.4f}"])
+    columns = ["direction", "distance (tokens)", "offset (tokens)", "score (pre-softmax)", "weight on evidence"]
+    shown = number_table(pd.DataFrame(numbers, columns=[*columns, "probability of target"]))
     where = f"fact {row['fact']}, pair {row['pair']}, layer {layer}, head {head}"
     key = (
         "Colour and number: attention weight from the readout row, 0 (white) to 1 (blue). Dashed: target"
         f"{' (hidden from the model)' if opened.hidden else ' (the model reads before it)'}; solid: evidence."
     )
-    return [html.H3(where), _pair_numbers(opened, row), *said, *strips, *notes([key])]
-
-
-def _pair_numbers(opened: OpenedPair, row: pd.Series) -> html.Table:
-    rows = []
-    for side in ("forward", "reverse"):
-        probability = f"{getattr(opened, side).probability:.4f}"
-        numbers = [f"{float(row[f'{name}_{side}']):.4f}" for name in ("score", "weight")]
-        places = [str(row[f"distance_{side}"]), str(row[f"offset_{side}"])]
-        rows.append([side, *places, *numbers, probability])
-    columns = ["direction", "distance (tokens)", "offset (tokens)", "score (pre-softmax)", "weight on evidence"]
-    return number_table(pd.DataFrame(rows, columns=[*columns, "probability of target"]))
+    return [html.H3(where), shown, *said, *strips, *notes([key])]
 
 
 def token_strip(query: ReadQuery, layer: int, head: int, *, hidden: bool) -> html.Div:
     """A query's tokens coloured by the readout row's attention; a layer without attention says so."""
     if layer not in query.weights:
         return html.Div(notes([f"layer {layer} has no softmax attention"]))
-    weights = query.weights[layer][head]
-    return html.Div(
-        [_token(*token, hidden=hidden) for token in zip(query.tokens, query.parts, weights, strict=True)],
-        className="strip",
-    )
-
-
-def _token(text: str, part: str, weight: float, *, hidden: bool) -> html.Span:
+    strip = []
     red, green, blue = _BLUE
-    colour = {"background": f"rgba({red},{green},{blue},{float(np.clip(weight, 0, 1)):.3f})"}
-    colour["color"] = "white" if weight > 0.6 else "#1a1a1a"
-    shown = f"[{text}]" if part == "target" and hidden else text
-    title = f"{part or 'context'} {text}: attention weight {weight:.4f}"
-    return html.Span([shown, html.Small(f"{weight:.2f}")], className=f"token {part}".strip(), style=colour, title=title)
+    for text, part, weight in zip(query.tokens, query.parts, query.weights[layer][head], strict=True):
+        colour = {"background": f"rgba({red},{green},{blue},{float(np.clip(weight, 0, 1)):.3f})"}
+        colour["color"] = "white" if weight > 0.6 else "#1a1a1a"
+        title = f"{part or 'context'} {text}: attention weight {weight:.4f}"
+        shown, name = f"[{text}]" if part == "target" and hidden else text, f"token {part}".strip()
+        strip.append(html.Span([shown, html.Small(f"{weight:.2f}")], className=name, style=colour, title=title))
+    return html.Div(strip, className="strip")

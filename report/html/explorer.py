@@ -56,6 +56,16 @@ class _Entry:
     scores: np.ndarray  # `2 pair head`, less their groups' means
     pairs: pd.DataFrame  # pair, fact, distances
 
+    @classmethod
+    def of(cls, place: int, reading: Reading) -> _Entry:
+        frame = reading.frame
+        units = unit_correlations(frame)
+        cells = {level: cell_correlations(units, by) for level, by in BY.items()}
+        _, scores, _, groups = score_table(frame)
+        scores = _less_group_means(scores, groups)
+        pairs = frame.drop_duplicates("pair").sort_values("pair")[["pair", "fact", *DISTANCES]].reset_index(drop=True)
+        return cls(place, reading, head_correlations(frame, seed=reading.seed), cells, scores, pairs)
+
 
 def explore(readings: Iterable[Reading], *, runs: int = 1) -> Explored:
     """Work out a run's data.
@@ -70,7 +80,8 @@ def explore(readings: Iterable[Reading], *, runs: int = 1) -> Explored:
     data: dict[str, Any] = {"steps": steps, "series": series}
     notes: list[str] = []
     for name, part in ((ATTENTION, _attention), (GRADIENT, _gradient), (PROBABILITY, _probability)):
-        placed = [(_place(one, steps, series), one) for one in found if one.name == name]
+        own = [one for one in found if one.name == name]
+        placed = [(steps.index(_step(one)) * len(series) + series.index(_series(one)), one) for one in own]
         if not placed:
             continue
         if len({place for place, _ in placed}) < len(placed):
@@ -95,10 +106,6 @@ def _series(reading: Reading) -> str:
     return series_words(reading.meta.get("weights"), reading.meta.get("kind"))
 
 
-def _place(reading: Reading, steps: Sequence[int], series: Sequence[str]) -> int:
-    return steps.index(_step(reading)) * len(series) + series.index(_series(reading))
-
-
 def packed(values: np.ndarray) -> str:
     """An integer array as base64 of its little-endian bytes."""
     return base64.b64encode(values.astype(values.dtype.newbyteorder("<")).tobytes()).decode("ascii")
@@ -119,7 +126,7 @@ def _numbers(reading: Reading) -> dict[str, Any]:
 
 
 def _attention(placed: list[tuple[int, Reading]], places: int, runs: int) -> tuple[dict[str, Any], list[str]]:
-    entries = [_worked_out(place, reading) for place, reading in placed]
+    entries = [_Entry.of(place, reading) for place, reading in placed]
     layers = sorted({int(layer) for entry in entries for layer in entry.table["layer"].dropna()})
     heads = sorted({int(head) for entry in entries for head in entry.table["head"].dropna()})
     units = {"all": 1, "layer": len(layers), "head": len(layers) * len(heads)}
@@ -164,17 +171,6 @@ def _units(level: str, layers: Sequence[int], heads: Sequence[int], *, whole: bo
     return [unit for name in names[: names.index(level) + 1] for unit in listed[name]] if whole else listed[level]
 
 
-def _worked_out(place: int, reading: Reading) -> _Entry:
-    frame = reading.frame
-    units = unit_correlations(frame)
-    cells = {level: cell_correlations(units, by) for level, by in BY.items()}
-    _, scores, _, groups = score_table(frame)
-    pairs = frame.drop_duplicates("pair").sort_values("pair")[["pair", "fact", *DISTANCES]].reset_index(drop=True)
-    return _Entry(
-        place, reading, head_correlations(frame, seed=reading.seed), cells, _less_group_means(scores, groups), pairs
-    )
-
-
 def _less_group_means(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Scores less the mean of their group and head, which is a position bias.
 
@@ -214,7 +210,8 @@ def _maps(
         for name in ("all", "layer", "head")[: ("all", "layer", "head").index(level) + 1]:
             found = entry.cells[name]
             at = [cell_of[place] for place in found[DISTANCES].itertuples(index=False, name=None)]
-            row = [unit_of[unit] for unit in _unit_column(found, BY[name])]
+            layer_head = found.reindex(columns=["layer", "head"], fill_value=-1).astype(int)  # -1: all of them
+            row = [unit_of[unit] for unit in layer_head.itertuples(index=False, name=None)]
             codes = [_reason(reasons, text) for text in found["reason"]]
             value = found["value"].to_numpy(dtype=np.float64)
             coarse = np.where(np.isnan(value), codes, np.round(np.nan_to_num(value) * COARSE))
@@ -224,11 +221,6 @@ def _maps(
     places_of = {name: cells[name].astype(int).tolist() for name in DISTANCES}
     data = {"level": level, "cells": places_of | {"offsets": cells["offsets"].tolist()}, "values": packed(values)}
     return data | {"counts": packed(counts), "reasons": [plain(text, limit=200) for text in reasons]}, level
-
-
-def _unit_column(found: pd.DataFrame, by: Sequence[str]) -> list[tuple[int, int]]:
-    layer, head = (found[name].astype(int) if name in by else [-1] * len(found) for name in ("layer", "head"))
-    return list(zip(layer, head, strict=True))
 
 
 def _reason(reasons: dict[str, int], text: object) -> int:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import plotly.graph_objects as go
 from markupsafe import Markup
 
 from ...errors import RevprobeError, first_line
+from ...finetune.runs.record import RunRecord
 from ...probes.figures.attention_maps import Grid
 from ...probes.figures.theme import DIVERGING, StepScale, plain
 from ...probes.readings.readings import Readings
 from .explorer import ATTENTION, BINS, GRADIENT, PROBABILITY, explore
 from .page import data_block, paragraph, section
 from .templates import macros
-
-if TYPE_CHECKING:
-    from ...finetune.runs.record import RunRecord
 
 EXPLORER = macros("explorer.html")
 ROUNDED = (

@@ -29,11 +29,9 @@ def finetune_sections(runs: Sequence[Run]) -> list[Markup]:
     fine-tuning.
     """
     tuned = finetuning_runs(runs)
-    return _sections(tuned) if tuned else []
-
-
-def _sections(runs: Sequence[FinetuneRun]) -> list[Markup]:
-    matches, parts = match_frame(runs), []
+    if not tuned:
+        return []
+    matches, parts = match_frame(tuned), []
     for split, facts in FACTS.items():
         if (matches["split"] == split).any():
             shown = table7(matches, split)
@@ -41,25 +39,20 @@ def _sections(runs: Sequence[FinetuneRun]) -> list[Markup]:
             parts.append(drawn_figure(f"table7-{split}", table7_figure(matches, split)))
     if not parts:
         parts = [paragraph("No run has been evaluated yet.")]
-    sections = [section("table7", "Exact match (Table 7)", *parts, paragraph(NOTE, note=True), *_labels(runs))]
-    if has_figure4(runs):
+    notes = [NOTE]
+    if only := [run.name for run in tuned if run.config.objective.scope == "response_only"]:
+        notes.append(
+            f"Trained on the response only: {', '.join(only)}. There the first entity is never masked, so for masked "
+            "models the probes' forward query is not what training asked."
+        )
+    parts += [paragraph(note, note=True) for note in notes]
+    sections = [section("table7", "Exact match (Table 7)", *parts)]
+    if has_figure4(tuned):
         about = paragraph("Mean over seeds, the band from the lowest to the highest; dotted: the control.", note=True)
         sections.append(
-            section("figure4", "Signatures while fine-tuning (Fig. 4)", drawn_figure("fig4", figure4(runs)), about)
+            section("figure4", "Signatures while fine-tuning (Fig. 4)", drawn_figure("fig4", figure4(tuned)), about)
         )
-    return sections + _predictions(runs)
-
-
-def _labels(runs: Sequence[FinetuneRun]) -> list[Markup]:
-    """What a reader of the numbers must know about single runs."""
-    only = [run.name for run in runs if run.config.objective.scope == "response_only"]
-    if not only:
-        return []
-    text = (
-        f"Trained on the response only: {', '.join(only)}. There the first entity is never masked, so for masked "
-        "models the probes' forward query is not what training asked."
-    )
-    return [paragraph(text, note=True)]
+    return sections + _predictions(tuned)
 
 
 def _predictions(runs: Sequence[FinetuneRun]) -> list[Markup]:

@@ -37,16 +37,12 @@ def page(title: str, about: str, tabs: Sequence[tuple[str, str, Sequence[Markup]
         chooser: the controls that several tabs share.
     """
     own = {"style": file_text("page.css"), "script": file_text("page.js"), "plotly": get_plotlyjs()}
-    shown = {"title": title, "about": about, "tabs": tabs, "chooser": chooser, "look": data_block("look", _look())}
-    return TEMPLATES.get_template("page.html").render(own | shown)
-
-
-def _look() -> dict[str, Any]:
-    """The colours and templates that the page's script draws with."""
+    # The templates and colours that the page's script draws with.
     template = TEMPLATE.to_plotly_json()
-    colours = {"forward": FORWARD, "reverse": REVERSE, "grey": CONTROL_GREY, "gone": UNDEFINED_GREY, "ink": "#1A1A1A"}
     look = {"light": template, "dark": in_the_dark(template), "swap": IN_THE_DARK, "band": faded(FORWARD, 0.15)}
-    return look | colours
+    look |= {"forward": FORWARD, "reverse": REVERSE, "grey": CONTROL_GREY, "gone": UNDEFINED_GREY, "ink": "#1A1A1A"}
+    shown = {"title": title, "about": about, "tabs": tabs, "chooser": chooser, "look": data_block("look", look)}
+    return TEMPLATES.get_template("page.html").render(own | shown)
 
 
 def section(name: str, title: str, *parts: Markup) -> Markup:

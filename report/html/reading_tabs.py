@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 from markupsafe import Markup
 
 from ...errors import RevprobeError, first_line
+from ...finetune.runs.record import RunRecord
 from ...probes.figures.route_edits import route_edit_figure
 from ...probes.figures.storage import stored_evidence_figure
 from ...probes.figures.theme import message_figure
 from ...probes.figures.training_curves import series_words
 from ...probes.readings.reading import Reading
 from .page import gallery, paragraph, section
-
-if TYPE_CHECKING:
-    from ...finetune.runs.record import RunRecord
 
 MOST = 60  # figures in one gallery; beyond, each run keeps its last checkpoint
 MANY_HEADS = 40  # edits of more single heads than this are a heat map
@@ -60,15 +57,14 @@ def _tab(name: str, title: str, runs: Sequence[RunRecord], what: str, note: str,
         kept = [(run, reading) for run, reading in found if reading.meta.get("step") in (None, *last[run])]
         said.append(paragraph(f"{len(kept)} of {len(found)} readings: the last checkpoint of each run.", note=True))
         found = kept or found[-MOST:]
-    figures = [(_label(run, reading), _figure(reading)) for run, reading in found]
+    figures = []
+    for run, reading in found:
+        step = reading.meta.get("step")
+        at = "" if step is None else f", step {int(step):,}"
+        edit = f", {reading.meta['edit']}" if "edit" in reading.meta else ""
+        label = f"{run}{at} ({series_words(reading.meta.get('weights'), None)}{edit})"
+        figures.append((label, _figure(reading)))
     return [section(name, title, gallery(name, "reading", figures), paragraph(note, note=True), *said)]
-
-
-def _label(run: str, reading: Reading) -> str:
-    step = reading.meta.get("step")
-    at = "" if step is None else f", step {int(step):,}"
-    edit = f", {reading.meta['edit']}" if "edit" in reading.meta else ""
-    return f"{run}{at} ({series_words(reading.meta.get('weights'), None)}{edit})"
 
 
 def _figure(reading: Reading) -> go.Figure:

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import yaml
@@ -23,7 +22,6 @@ from ...atomic_files import written_whole
 from ...errors import RevprobeError
 from ...finetune.runs.record import AXES, RunRecord, tidy_summary
 from ...probes.figures.training_curves import VIEWS, measures_with_reasons, signatures_figure
-from ...probes.readings.reading import Reading
 from ..summary.tables import final_table, format_final_table
 from .explorer_tabs import explorer
 from .page import choice, controls, details, figure_data, figure_place, folded, page, paragraph, section, table
@@ -63,23 +61,19 @@ def write_report(
     measures = {run.name: run.label(measures_with_reasons(run.readings)) for run in runs}
     summary = tidy_summary(measures.values())
     document = _document(title, runs, summary, measures, sections)
-    _write_whole({path.with_name("summary.csv"): summary.to_csv(index=False, lineterminator="\n"), path: document})
-    return path
-
-
-def _write_whole(texts: Mapping[Path, str]) -> None:
-    """Write every file under a temporary name first, so that a full disk leaves all the old ones."""
+    texts = {path.with_name("summary.csv"): summary.to_csv(index=False, lineterminator="\n"), path: document}
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Both under temporary names first, so that a full disk leaves both old ones.
         with ExitStack() as renamed_at_the_end:
-            for path, text in texts.items():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                part = renamed_at_the_end.enter_context(written_whole(path))
+            for file, text in texts.items():
+                part = renamed_at_the_end.enter_context(written_whole(file))
                 part.write_text(text, encoding="utf-8", newline="")
     except OSError as error:
-        where = next(iter(texts)).parent
         raise RevprobeError(
-            f"cannot write the report in {str(where)!r}: {error}; expected a writable folder"
+            f"cannot write the report in {str(path.parent)!r}: {error}; expected a writable folder"
         ) from error
+    return path
 
 
 def _document(
@@ -152,22 +146,18 @@ def _signatures_section(measures: pd.DataFrame) -> Markup:
 
 
 def _warnings(runs: Sequence[RunRecord]) -> Markup:
-    rows = [[run.name, *row] for run in runs for row in _undefined_rows(run.readings)]
+    rows: list[list[object]] = []
+    for run in runs:
+        counts: dict[tuple[str, str, str], list[int]] = {}  # of each checkpoint that has some
+        for reading in run.readings:
+            for reason, count in reading.undefined.items():
+                place = (reading.name, str(reading.meta.get("weights") or "-"), reason)
+                counts.setdefault(place, []).append(count)
+        rows += [[run.name, *place, f"{sum(found):,}", len(found)] for place, found in counts.items() if sum(found)]
     headings = ["run", "probe", "weights", "reason", "undefined points", "checkpoints"]
     undefined = table(headings, rows) if rows else paragraph("No point is undefined.")
     said = [f"{run.name}: {warning}" for run in runs for warning in _run_warnings(run)]
     return section("undefined", "Undefined points and warnings", undefined, *(paragraph(text) for text in said))
-
-
-def _undefined_rows(readings: Sequence[Reading]) -> list[list[object]]:
-    counts: Counter[tuple[str, str, str]] = Counter()
-    checkpoints: Counter[tuple[str, str, str]] = Counter()
-    for reading in readings:
-        for reason, count in reading.undefined.items():
-            place = (reading.name, str(reading.meta.get("weights") or "-"), reason)
-            counts[place] += count
-            checkpoints[place] += 1
-    return [[*place, f"{count:,}", checkpoints[place]] for place, count in counts.items() if count]
 
 
 def _run_warnings(run: RunRecord) -> list[str]:
@@ -187,16 +177,14 @@ def _run_warnings(run: RunRecord) -> list[str]:
 
 
 def _configs(runs: Sequence[RunRecord]) -> Markup:
-    shown = [details(run.name, _yaml(run.config)) for run in runs]
+    shown = []
+    for run in runs:
+        # Through JSON first: safe_dump refuses paths and numpy numbers, and would fail the report for one of them.
+        plain = json.loads(json.dumps(dict(run.config), default=str))
+        shown.append(details(run.name, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)))
     if len(shown) > MANY:
         shown = [folded(f"{len(shown)} configurations", *shown)]
     return section("configuration", "Configuration", *(shown or [paragraph("There are no runs here yet.")]))
-
-
-def _yaml(value: Mapping[str, Any]) -> str:
-    # Through JSON first: safe_dump refuses paths and numpy numbers, and would fail the whole report for one of them.
-    plain = json.loads(json.dumps(dict(value), default=str))
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)
 
 
 def _versions(runs: Sequence[RunRecord]) -> Markup:
@@ -204,15 +192,11 @@ def _versions(runs: Sequence[RunRecord]) -> Markup:
     for run in runs:
         for reading in run.readings:
             for key in ("versions", "dtype", "threads", "statistic"):
-                for name, value in _named(key, reading.meta.get(key)).items():
-                    if value not in found.setdefault(name, []):
-                        found[name].append(value)
+                stated = reading.meta.get(key)
+                named = stated if isinstance(stated, Mapping) else {} if stated is None else {key: stated}
+                for name, value in named.items():
+                    if str(value) not in found.setdefault(str(name), []):
+                        found[str(name)].append(str(value))
     rows = [[name, "; ".join(values)] for name, values in found.items()]
     shown = table(["name", "value"], rows) if rows else paragraph("No run has a reading yet.")
     return section("versions", "Versions and settings", shown)
-
-
-def _named(key: str, value: Any) -> dict[str, str]:
-    if isinstance(value, Mapping):
-        return {str(name): str(inner) for name, inner in value.items()}
-    return {} if value is None else {key: str(value)}

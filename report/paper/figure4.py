@@ -7,16 +7,14 @@ highest seed. Masked and causal models are asked different kinds of pairs, which
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ...finetune.runs.finetuning import FinetuneRun
 from ...probes.figures.theme import SPARE_COLOURS, SYMBOLS, TEMPLATE, band, faded, plain
-
-if TYPE_CHECKING:
-    from ...finetune.runs.finetuning import FinetuneRun
 
 # Panel -> its measures, with the dash of their lines; controls are dotted in a lighter colour.
 PANELS: dict[str, dict[str, str]] = {

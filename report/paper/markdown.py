@@ -181,17 +181,13 @@ def _curves(curves: pd.DataFrame, measure: str) -> str:
     rows = []
     for key, part in own.groupby([*MODEL, "weights"], sort=False):
         model = dict(zip([*MODEL, "weights"], key, strict=True))
-        at = {row["step"]: row for row in records(part)}
         row = {"model": f"{model_name(model)}, L = {model['length']}", "weights": model["weights"]}
-        rows.append(row | {f"{step}": _mean_and_spread(at.get(step)) for step in steps})
+        row |= {f"{step}": "-" for step in steps}
+        for one in records(part):
+            spread = "" if math.isnan(one["spread"]) else f" ± {100 * one['spread']:.0f}"
+            row[f"{one['step']}"] = f"{100 * one['value']:.0f}{spread}"
+        rows.append(row)
     return markdown_table(rows)
-
-
-def _mean_and_spread(row: Mapping[str, Any] | None) -> str:
-    if row is None:
-        return "-"
-    spread = "" if math.isnan(row["spread"]) else f" ± {100 * row['spread']:.0f}"
-    return f"{100 * row['value']:.0f}{spread}"
 
 
 def spread_markdown(measures: pd.DataFrame) -> str:

@@ -40,18 +40,14 @@ def one_layer_cells() -> pd.DataFrame:
 
     Returns: table (1 or 2), objective, position_encoding, length, direction, paper and tolerance (fractions).
     """
-    rows = [
-        (table, objective, encoding, length, direction, value / 100, _tolerance(objective, direction))
-        for table, printed in ((1, TABLE_1), (2, TABLE_2))
-        for (objective, encoding), by_length in printed.items()
-        for length, values in by_length.items()
-        for direction, value in zip(("forward", "reverse"), values, strict=True)
-    ]
+    rows: list[tuple[object, ...]] = []
+    for table, printed in ((1, TABLE_1), (2, TABLE_2)):
+        for (objective, encoding), by_length in printed.items():
+            tolerances = (FORWARD_TOLERANCE, ARM_REVERSE_TOLERANCE if objective == "causal" else REVERSE_TOLERANCE)
+            rows += [
+                (table, objective, encoding, length, direction, value / 100, tolerance)
+                for length, values in by_length.items()
+                for direction, value, tolerance in zip(("forward", "reverse"), values, tolerances, strict=True)
+            ]
     columns = ["table", "objective", "position_encoding", "length", "direction", "paper", "tolerance"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def _tolerance(objective: str, direction: str) -> float:
-    if direction == "forward":
-        return FORWARD_TOLERANCE
-    return ARM_REVERSE_TOLERANCE if objective == "causal" else REVERSE_TOLERANCE

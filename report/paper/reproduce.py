@@ -118,12 +118,22 @@ def compare(measures: pd.DataFrame, *, seeds: int = 3) -> Reproduction:
         seeds: how many were asked for; fewer finished ones are shown as such.
     """
     last = measures[measures["step"] == measures.groupby("run")["step"].transform("max")]
+    cells = [
+        cell | {"quantity": quantity, "weights": weights} | _cell(last, cell, quantity, weights)
+        for cell in records(one_layer_cells())
+        for quantity in QUANTITIES
+        for weights in (("raw", "ema") if cell["objective"] == "masked" else ("raw",))
+    ]
+    keys = [*MODEL, "kind", "weights", "measure", "step"]
+    over_seeds = measures.groupby(keys, sort=False)["value"]
+    curves = over_seeds.agg(value="mean", spread="std", lowest="min", highest="max", seeds="size").reset_index()
+    untrained = measures[measures["step"] == 0]
     return Reproduction(
-        cells=_compare_cells(last),
+        cells=pd.DataFrame(cells),
         seeds=last.sort_values([*MODEL, "seed", "weights", "measure"], ignore_index=True),
-        signatures=_signatures(last, measures[measures["step"] == 0]),
-        claims=_claims(last, measures, seeds),
-        curves=_curves(measures),
+        signatures=_signatures(last, untrained),
+        claims=_Claims(last, untrained, seeds).table(),
+        curves=curves.sort_values(keys, ignore_index=True),
     )
 
 
@@ -140,16 +150,6 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 # ---- Tables 1 and 2 ----
-
-
-def _compare_cells(last: pd.DataFrame) -> pd.DataFrame:
-    rows = [
-        cell | {"quantity": quantity, "weights": weights} | _cell(last, cell, quantity, weights)
-        for cell in records(one_layer_cells())
-        for quantity in QUANTITIES
-        for weights in (("raw", "ema") if cell["objective"] == "masked" else ("raw",))
-    ]
-    return pd.DataFrame(rows)
 
 
 def _cell(last: pd.DataFrame, cell: dict[str, Any], quantity: str, weights: str) -> dict[str, Any]:
@@ -204,95 +204,92 @@ def _signatures(last: pd.DataFrame, untrained: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*columns, "seeds", "above_control"])
 
 
-def _curves(measures: pd.DataFrame) -> pd.DataFrame:
-    """Each model's measures over training: mean over seeds, spread between them, lowest and highest."""
-    keys = [*MODEL, "kind", "weights", "measure", "step"]
-    values = measures.groupby(keys, sort=False)["value"]
-    table = values.agg(value="mean", spread="std", lowest="min", highest="max", seeds="size").reset_index()
-    return table.sort_values(keys, ignore_index=True)
-
-
 # ---- claims ----
 
 
-def _claims(last: pd.DataFrame, measures: pd.DataFrame, seeds: int) -> pd.DataFrame:
-    """Each claim for raw and EMA weights: what was asked, in how many seeds it holds, and the verdict over them."""
-    models = records(one_layer_cells()[MODEL].drop_duplicates())
-    masked = [model for model in models if model["objective"] == "masked"]
-    rope = [model for model in masked if model["position_encoding"] == "rope"]
-    # Symmetric ALiBi makes the two queries mirror images: its cosine of 1 is an identity and no claim under test.
-    no_identity = [model for model in masked if model["position_encoding"] != "alibi"]
-    untrained = measures[measures["step"] == 0]
-    rows = []
-    for weights in ("raw", "ema"):
-        rows += [_above_control(last, untrained, model, weights, SIGNATURES[0], seeds) for model in rope]
-        rows += [_above_control(last, untrained, model, weights, SIGNATURES[1], seeds) for model in no_identity]
-        rows += [_rises(last, untrained, model, weights, seeds) for model in rope]
-        rows += [_ordering(last, length, weights, kind, seeds) for length in (10, 20) for kind in QUANTITIES]
-    for model in models:
-        if model["objective"] == "causal":
-            rows += [_arm_stays_low(last, model, quantity, seeds) for quantity in QUANTITIES]
-    return pd.DataFrame(rows, columns=["claim", "length", "weights", "holds_in", "seeds", "verdict", "detail"])
+@dataclass(frozen=True)
+class _Claims:
+    """The paper's claims, each in every seed there is.
 
-
-def _verdict(claim: str, length: object, weights: str, held: Sequence[bool], seeds: int, detail: str) -> dict[str, Any]:
-    """A claim holds when it does in every seed asked for, and does not when one seed is against it."""
-    verdict = NOT_RUN if not held else FAILS if not all(held) else HOLDS if len(held) >= seeds else SO_FAR
-    row: dict[str, Any] = {"claim": claim, "length": length, "weights": weights, "holds_in": sum(held)}
-    if 0 < len(held) < seeds:
-        detail = f"{detail}; {len(held)} of {seeds} seeds"
-    return row | {"seeds": len(held), "verdict": verdict, "detail": detail if held else ""}
-
-
-def _above_control(
-    last: pd.DataFrame, untrained: pd.DataFrame, model: dict[str, Any], weights: str, measure: str, seeds: int
-) -> dict[str, Any]:
-    """Figure 3 (left, middle), with the excess of the untrained models: what that explains no training made."""
-    own, before = (_at(frame, model, weights, measure) for frame in (last, untrained))
-    excesses = [f"{row.excess:.3f} [{row.excess_low:.3f}, {row.excess_high:.3f}]" for row in own.itertuples()]
-    claim = f"{model_name(model)}: {measure.replace('_', ' ')} above its control, interval excludes zero"
-    held = [bool(low > 0) for low in own["excess_low"]]
-    start = ", ".join(f"{row.excess:.3f}" for row in before.itertuples() if row.seed in set(own["seed"]))
-    detail = f"excess by seed: {', '.join(excesses)}; untrained: {start or 'not read'}"
-    return _verdict(claim, model["length"], weights, held, seeds, detail)
-
-
-def _rises(
-    last: pd.DataFrame, untrained: pd.DataFrame, model: dict[str, Any], weights: str, seeds: int
-) -> dict[str, Any]:
-    """Figure 3 (right): the reverse probability after training against that of the same untrained model.
-
-    It must stand above its control too: who has learned only that answers are lowercase letters rises as well.
+    Attributes:
+        last: the measures at each run's last step.
+        untrained: those of the same models at step 0.
+        seeds: how many were asked for.
     """
-    own = records(_at(last, model, weights, "reverse_probability"))
-    before = {row["seed"]: row for row in records(_at(untrained, model, weights, "reverse_probability"))}
-    blind = [row["seed"] for row in own if row["seed"] not in before]
-    own = [row for row in own if row["seed"] in before]
-    held = [row["low"] > before[row["seed"]]["high"] and row["excess_low"] > 0 for row in own]
-    moved = [f"{before[row['seed']]['value']:.3f} -> {row['value']:.3f} (excess {row['excess']:.3f})" for row in own]
-    claim = f"{model_name(model)}: reverse probability above that of step 0 and above its control, intervals apart"
-    detail = f"by seed: {', '.join(moved)}" + (f"; without a reading at step 0: seeds {blind}" if blind else "")
-    return _verdict(claim, model["length"], weights, held, seeds, detail)
 
+    last: pd.DataFrame
+    untrained: pd.DataFrame
+    seeds: int
 
-def _ordering(last: pd.DataFrame, length: int, weights: str, quantity: str, seeds: int) -> dict[str, Any]:
-    """Table 2: absolute < RoPE < ALiBi, seed by seed; a seed counts when all three were run."""
-    encodings = ("absolute", "rope", "alibi")
-    found = [
-        _at(last, {"objective": "masked", "position_encoding": e, "length": length}, weights, f"reverse_{quantity}")
-        for e in encodings
-    ]
-    table = pd.concat([part.set_index("seed")["value"] for part in found], axis=1, join="inner")
-    held = [bool((np.diff(values) > 0).all()) for values in table.to_numpy(float)]
-    shown = [" / ".join(f"{value:.3f}" for value in values) for values in table.to_numpy(float)]
-    means = " / ".join(f"{value:.3f}" for value in table.mean().to_numpy(float))
-    detail = f"absolute / rope / alibi: means {means}; by seed: {', '.join(shown)}"
-    return _verdict(f"reverse {quantity}: absolute < RoPE < ALiBi", length, weights, held, seeds, detail)
+    def table(self) -> pd.DataFrame:
+        """Each claim for raw and EMA weights: what was asked, in how many seeds it holds, and the verdict over them."""
+        models = records(one_layer_cells()[MODEL].drop_duplicates())
+        masked = [model for model in models if model["objective"] == "masked"]
+        rope = [model for model in masked if model["position_encoding"] == "rope"]
+        # Symmetric ALiBi makes the two queries mirror images: its cosine of 1 is an identity and no claim under test.
+        no_identity = [model for model in masked if model["position_encoding"] != "alibi"]
+        rows = []
+        for weights in ("raw", "ema"):
+            rows += [self.above_control(model, weights, SIGNATURES[0]) for model in rope]
+            rows += [self.above_control(model, weights, SIGNATURES[1]) for model in no_identity]
+            rows += [self.rises(model, weights) for model in rope]
+            rows += [self.ordering(length, weights, quantity) for length in (10, 20) for quantity in QUANTITIES]
+        for model in models:
+            if model["objective"] == "causal":
+                rows += [self.arm_stays_low(model, quantity) for quantity in QUANTITIES]
+        return pd.DataFrame(rows, columns=["claim", "length", "weights", "holds_in", "seeds", "verdict", "detail"])
 
+    def verdict(self, claim: str, length: object, weights: str, held: Sequence[bool], detail: str) -> dict[str, Any]:
+        """A claim holds when it does in every seed asked for, and does not when one seed is against it."""
+        verdict = NOT_RUN if not held else FAILS if not all(held) else HOLDS if len(held) >= self.seeds else SO_FAR
+        row: dict[str, Any] = {"claim": claim, "length": length, "weights": weights, "holds_in": sum(held)}
+        if 0 < len(held) < self.seeds:
+            detail = f"{detail}; {len(held)} of {self.seeds} seeds"
+        return row | {"seeds": len(held), "verdict": verdict, "detail": detail if held else ""}
 
-def _arm_stays_low(last: pd.DataFrame, model: dict[str, Any], quantity: str, seeds: int) -> dict[str, Any]:
-    values = _at(last, model, "raw", f"reverse_{quantity}")["value"].to_numpy(float)
-    held = [bool(value <= ARM_REVERSE_TOLERANCE) for value in values]
-    detail = f"by seed: {', '.join(f'{value:.4f}' for value in values)}"
-    claim = f"ARM: reverse {quantity} at most {ARM_REVERSE_TOLERANCE:.0%}"
-    return _verdict(claim, model["length"], "raw", held, seeds, detail)
+    def above_control(self, model: dict[str, Any], weights: str, measure: str) -> dict[str, Any]:
+        """Figure 3 (left, middle), with the excess of the untrained models: what that explains no training made."""
+        own, before = (_at(frame, model, weights, measure) for frame in (self.last, self.untrained))
+        excesses = [f"{row.excess:.3f} [{row.excess_low:.3f}, {row.excess_high:.3f}]" for row in own.itertuples()]
+        claim = f"{model_name(model)}: {measure.replace('_', ' ')} above its control, interval excludes zero"
+        held = [bool(low > 0) for low in own["excess_low"]]
+        start = ", ".join(f"{row.excess:.3f}" for row in before.itertuples() if row.seed in set(own["seed"]))
+        detail = f"excess by seed: {', '.join(excesses)}; untrained: {start or 'not read'}"
+        return self.verdict(claim, model["length"], weights, held, detail)
+
+    def rises(self, model: dict[str, Any], weights: str) -> dict[str, Any]:
+        """Figure 3 (right): the reverse probability after training against that of the same untrained model.
+
+        It must stand above its control too: who has learned only that answers are lowercase letters rises as well.
+        """
+        own = records(_at(self.last, model, weights, "reverse_probability"))
+        before = {row["seed"]: row for row in records(_at(self.untrained, model, weights, "reverse_probability"))}
+        blind = [row["seed"] for row in own if row["seed"] not in before]
+        pairs = [(row, before[row["seed"]]) for row in own if row["seed"] in before]
+        held = [row["low"] > start["high"] and row["excess_low"] > 0 for row, start in pairs]
+        moved = [f"{start['value']:.3f} -> {row['value']:.3f} (excess {row['excess']:.3f})" for row, start in pairs]
+        claim = f"{model_name(model)}: reverse probability above that of step 0 and above its control, intervals apart"
+        detail = f"by seed: {', '.join(moved)}" + (f"; without a reading at step 0: seeds {blind}" if blind else "")
+        return self.verdict(claim, model["length"], weights, held, detail)
+
+    def ordering(self, length: int, weights: str, quantity: str) -> dict[str, Any]:
+        """Table 2: absolute < RoPE < ALiBi, seed by seed; a seed counts when all three were run."""
+        models = [
+            {"objective": "masked", "position_encoding": encoding, "length": length}
+            for encoding in ("absolute", "rope", "alibi")
+        ]
+        found = [_at(self.last, model, weights, f"reverse_{quantity}").set_index("seed")["value"] for model in models]
+        table = pd.concat(found, axis=1, join="inner")
+        held = [bool((np.diff(values) > 0).all()) for values in table.to_numpy(float)]
+        shown = [" / ".join(f"{value:.3f}" for value in values) for values in table.to_numpy(float)]
+        means = " / ".join(f"{value:.3f}" for value in table.mean().to_numpy(float))
+        detail = f"absolute / rope / alibi: means {means}; by seed: {', '.join(shown)}"
+        return self.verdict(f"reverse {quantity}: absolute < RoPE < ALiBi", length, weights, held, detail)
+
+    def arm_stays_low(self, model: dict[str, Any], quantity: str) -> dict[str, Any]:
+        """The autoregressive model's reverse cells, all printed as 0.00."""
+        values = _at(self.last, model, "raw", f"reverse_{quantity}")["value"].to_numpy(float)
+        held = [bool(value <= ARM_REVERSE_TOLERANCE) for value in values]
+        detail = f"by seed: {', '.join(f'{value:.4f}' for value in values)}"
+        claim = f"ARM: reverse {quantity} at most {ARM_REVERSE_TOLERANCE:.0%}"
+        return self.verdict(claim, model["length"], "raw", held, detail)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -16,10 +14,10 @@ from ...errors import RevprobeError, did_you_mean
 from ...finetune.runs.open import open_run
 from ...finetune.runs.run import Run
 from ...finetune.runs.sweeps import Sweep, is_sweep, open_sweep
-from .seed_bands import SEEDS_KEY, pool_seeds
-
-if TYPE_CHECKING:
-    from ...probes.readings.readings import Readings
+from ...probes.figures.theme import plain, with_theme
+from ...probes.figures.training_curves import measures_with_reasons, signatures_figure
+from ...probes.readings.readings import Readings
+from .seed_bands import SEEDS_KEY, family_of, pool_seeds
 
 BANDS, WEIGHTS = ("seeds", "facts"), ("ema", "raw", "both")
 
@@ -41,9 +39,6 @@ def compare(
     Raises: RevprobeError, when a folder is no run, two runs share a folder, a file is damaged, no run has a reading,
         or an option is not known.
     """
-    from ...probes.figures.theme import plain, with_theme
-    from ...probes.figures.training_curves import measures_with_reasons, signatures_figure
-
     for what, value, known in (("bands", bands, BANDS), ("weights", weights, WEIGHTS)):
         if value not in known:
             raise RevprobeError(f"{what}={value!r}{did_you_mean(value, known)}")
@@ -52,7 +47,7 @@ def compare(
     names = {str(run.path): run.path.name if counts[run.path.name] == 1 else str(run.path) for run in opened}
     parts = [
         measures_with_reasons(_chosen(run.readings(), weights)).assign(
-            run=str(run.path), family=_family(run), **run.axes
+            run=str(run.path), family=family_of(run), **run.axes
         )
         for run in opened
     ]
@@ -90,11 +85,3 @@ def _chosen(readings: Readings, weights: str) -> list[Any]:
     if weights == "raw":
         return [reading for reading in readings if reading.meta.get("weights") != "ema"]
     return [one for one in readings if one.meta.get("weights") == "ema" or one.name not in averaged]
-
-
-def _family(run: Run) -> str:
-    """What a run is but for its name and seed."""
-    asked = run.config.model_dump(mode="json")
-    asked.pop("name", None)
-    asked.get("training", {}).pop("seed", None)
-    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -6,10 +6,14 @@ in one figure: `SEEDS_KEY` is what a figure of seeds says of its band.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from typing import Any
 
 import pandas as pd
+
+from ...finetune.runs.run import Run
 
 SEEDS_KEY = "line: mean over seeds · band: lowest to highest seed · dashed: mean control · ×: undefined in some seed"
 _SERIES = ["family", "weights", "kind"]
@@ -40,6 +44,14 @@ def pool_seeds(measures: pd.DataFrame, names: dict[str, str]) -> tuple[pd.DataFr
             steps = ", ".join(f"{step:,}" for step in sorted(left_out))
             notes.append(f"{label}: step {steps} left out, which not all {len(runs)} seeds have reached")
     return pd.DataFrame(rows, columns=measures.columns), list(dict.fromkeys(notes))
+
+
+def family_of(run: Run) -> str:
+    """What a run is but for its name and seed."""
+    asked = run.config.model_dump(mode="json")
+    asked.pop("name", None)
+    asked.get("training", {}).pop("seed", None)
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def family_label(names: list[str]) -> str:

@@ -43,20 +43,18 @@ def final_table(summary: pd.DataFrame) -> pd.DataFrame:
             f"{row['measure']} of run {row['run']!r} stands twice at step {row['step']}: expected one reading per "
             "probe, weights and kind; give runs different names and probe each checkpoint with one set of pairs"
         )
-    rows = [_final_row(part) for _, part in last.groupby(SERIES, sort=False, dropna=False)]
+    rows = []
+    for _, part in last.groupby(SERIES, sort=False, dropna=False):
+        final: dict[str, Any] = {name: part[name].iloc[0] for name in SERIES}
+        for measure, *numbers in part[["measure", *NUMBERS]].itertuples(index=False):
+            known = [math.nan if pd.isna(number) else number for number in numbers]
+            final |= dict(zip(_columns(measure), known, strict=True))
+        rows.append(final)
     return pd.DataFrame(rows, columns=[*SERIES, *(name for measure in MEASURES for name in _columns(measure))])
 
 
 def _columns(measure: str) -> list[str]:
     return [measure if number == "value" else f"{measure}_{number}" for number in NUMBERS]
-
-
-def _final_row(part: pd.DataFrame) -> dict[str, Any]:
-    row: dict[str, Any] = {name: part[name].iloc[0] for name in SERIES}
-    for measure in part.itertuples():
-        numbers = [math.nan if pd.isna(number) else number for number in (getattr(measure, name) for name in NUMBERS)]
-        row |= dict(zip(_columns(str(measure.measure)), numbers, strict=True))
-    return row
 
 
 def format_final_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -69,17 +67,14 @@ def format_final_table(table: pd.DataFrame) -> pd.DataFrame:
     for row in table.to_dict("records"):
         shown = {"run": str(row["run"]), "step": _count(row["step"])}
         shown |= {name: "-" if pd.isna(row[name]) else str(row[name]) for name in ("weights", "kind")}
-        shown |= {title: _cell(row, measure) for measure, title in MEASURES.items()}
+        for measure, title in MEASURES.items():
+            shown[title] = "-"
+            if not pd.isna(row[f"{measure}_n"]):
+                value, _, low, high, control = (float(row[name]) for name in _columns(measure))
+                shown[title] = interval_text(value, low, high, control, percent=measure.endswith("accuracy"))
         counts = [_count(row[f"{measure}_n"]) for measure in COUNTED]
         rows.append(shown | {PAIRS: counts[0] if len(set(counts)) == 1 else " / ".join(counts)})
     return pd.DataFrame(rows, columns=["run", "step", "weights", "kind", *MEASURES.values(), PAIRS])
-
-
-def _cell(row: dict[Any, Any], measure: str) -> str:
-    if pd.isna(row[f"{measure}_n"]):
-        return "-"
-    value, _, low, high, control = (float(row[name]) for name in _columns(measure))
-    return interval_text(value, low, high, control, percent=measure.endswith("accuracy"))
 
 
 def _count(number: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from rich import box
@@ -12,10 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ...probes.figures.theme import interval_text
+from ...probes.readings.readings import Readings
 from .tables import MEASURES, final_table
-
-if TYPE_CHECKING:
-    from ...probes.readings.readings import Readings
 
 # Where output is no terminal (a log), lines may be long: a table folded to 80 columns is unreadable.
 _LOG_WIDTH = 200
@@ -36,7 +33,10 @@ def readings_table(readings: Readings, title: str) -> Table:
         value = interval_text(row["value"], row["low"], row["high"])
         control = "-" if pd.isna(row["control"]) else f"{row['control']:.3f}"
         shown = {"measure": row["measure"].replace("_", " "), "value [95 %]": value, "control": control}
-        shown |= {"value - control [95 %]": _excess(row), "n": row["n"]}
+        # What the finding rests on; there is none without a control.
+        excess = [row.get(name, float("nan")) for name in ("excess", "excess_low", "excess_high")]
+        shown["value - control [95 %]"] = "-" if pd.isna(excess[0]) else interval_text(*excess)
+        shown["n"] = row["n"]
         rows.append(shown | {"weights": row["weights"] or "-", "kind": row["kind"].replace("_", " ")})
     return text_table(pd.DataFrame(rows), title)
 
@@ -57,24 +57,16 @@ def print_final(summary: pd.DataFrame, console: Console) -> None:
     for heading in ("run", *(MEASURES[measure] for measure in shown)):
         table.add_column(heading, overflow="fold")
     for row in final_table(summary).to_dict("records"):
-        what = f"{row['run']}\n{row['weights']}, step {row['step']}\n{str(row['kind']).replace('_', ' ')}"
-        table.add_row(Text(what), *(Text(_cell(row, measure)) for measure in shown))
+        # Each cell on three lines: value, interval, control.
+        cells = [f"{row['run']}\n{row['weights']}, step {row['step']}\n{str(row['kind']).replace('_', ' ')}"]
+        for measure in shown:
+            numbers = [row[f"{measure}{part}"] for part in ("", "_low", "_high", "_control")]
+            text = interval_text(*numbers, percent=measure.endswith("accuracy"))
+            cells.append(text.replace(" [", "\n[").replace(" (control ", "\nctrl ").replace(")", ""))
+        table.add_row(*map(Text, cells))
     console.print(table)
     if not wide:
         console.print("probabilities: see the report, or widen the terminal")
-
-
-def _excess(row: dict[Any, Any]) -> str:
-    """The value's excess over its control, which is what the finding rests on; "-" where there is no control."""
-    numbers = [row.get(name, float("nan")) for name in ("excess", "excess_low", "excess_high")]
-    return "-" if pd.isna(numbers[0]) else interval_text(*numbers)
-
-
-def _cell(row: dict[Any, Any], measure: str) -> str:
-    """A number on three lines: value, interval, control."""
-    numbers = [row[f"{measure}{part}"] for part in ("", "_low", "_high", "_control")]
-    text = interval_text(*numbers, percent=measure.endswith("accuracy"))
-    return text.replace(" [", "\n[").replace(" (control ", "\nctrl ").replace(")", "")
 
 
 def text_table(frame: pd.DataFrame, title: str) -> Table:
