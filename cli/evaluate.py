@@ -138,7 +138,7 @@ def what_to_ask(
 def _run_config(source: Path) -> FinetuneConfig | None:
     """The config of the fine-tuning run that a folder is, or is a checkpoint of."""
     from ..finetune.config.finetuning import FinetuneConfig, is_finetuning_text
-    from ..finetune.config.one_layer import load_config
+    from ..finetune.config.loading import load_config
     from ..finetune.runs.run import CONFIG
 
     for folder in (source, source.parent.parent):

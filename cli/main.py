@@ -87,7 +87,8 @@ def train(
     out: Out = Path("runs"),
 ) -> None:
     """Train one run forward-only and probe it at every snapshot; the same command resumes a run that was stopped."""
-    from ..finetune.config.one_layer import RunConfig, load_config, parse_config
+    from ..finetune.config.loading import load_config, parse_config
+    from ..finetune.config.one_layer import RunConfig
     from ..finetune.runs.one_layer import train as train_run
     from ..finetune.runs.open import is_finished
     from ..finetune.runs.progress import JSON_PROGRESS, json_lines, shown_progress
@@ -216,7 +217,7 @@ def report(path: Annotated[Path, typer.Argument(help="The folder of a run or of 
 @app.command(epilog="Example: [bold]revprobe models[/bold]")
 def models() -> None:
     """List what can be probed, and the example configs."""
-    from ..finetune.config.one_layer import example_names
+    from ..finetune.config.loading import example_names
     from ..models.registry import list_models
     from ..report.summary.terminal import make_console, text_table
 

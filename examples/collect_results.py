@@ -20,7 +20,8 @@ import pandas as pd
 from results_table import write_readme
 
 from revprobe.atomic_files import write_text, written_whole
-from revprobe.finetune.config.one_layer import SweepConfig, dump_config, load_config
+from revprobe.finetune.config.loading import dump_config, load_config
+from revprobe.finetune.config.one_layer import SweepConfig
 from revprobe.finetune.runs.open import open_run
 from revprobe.finetune.runs.run import VERSIONS
 from revprobe.report.paper.reproduce import collect_measures

@@ -13,8 +13,9 @@ from rich.progress import track
 
 from ..atomic_files import write_text
 from ..errors import RevprobeError
+from ..finetune.config.loading import dump_config, load_config
 from ..finetune.config.mistakes import differences
-from ..finetune.config.one_layer import RunConfig, SweepConfig, dump_config, load_config
+from ..finetune.config.one_layer import RunConfig, SweepConfig
 from ..finetune.runs.jobs import Display, run_all
 from ..finetune.runs.open import is_finished
 from ..finetune.runs.progress import Listener, ListenerAtFirstNews, PlainLines, bars, loss_note

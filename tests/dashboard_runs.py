@@ -9,7 +9,8 @@ import torch
 
 from revprobe import ProbedModel, Reading, Readings
 from revprobe.finetune.config.finetuning import FinetuneConfig
-from revprobe.finetune.config.one_layer import RunConfig, dump_config
+from revprobe.finetune.config.loading import dump_config
+from revprobe.finetune.config.one_layer import RunConfig
 from revprobe.finetune.runs.finetuning import fine_tune
 from revprobe.finetune.runs.one_layer import build_model, probe_pairs
 from revprobe.finetune.training.probe_callback import take_readings

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import revprobe as rp
-from revprobe.finetune.config.one_layer import RunConfig, SweepConfig, parse_config
+from revprobe.finetune.config.loading import parse_config
+from revprobe.finetune.config.one_layer import RunConfig, SweepConfig
 from revprobe.finetune.runs.batched import Batch, groups_of_one_shape, train_together
 from revprobe.finetune.runs.one_layer import train
 from revprobe.finetune.runs.open import open_run

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import revprobe as rp
 from revprobe.cli.main import main
-from revprobe.finetune.config.one_layer import RunConfig, SweepConfig, parse_config
+from revprobe.finetune.config.loading import parse_config
+from revprobe.finetune.config.one_layer import RunConfig, SweepConfig
 from revprobe.finetune.training.checkpointing import run_lock
 from revprobe.probes.figures.theme import interval_text
 from revprobe.report.summary.terminal import readings_table

@@ -9,7 +9,8 @@ import pytest
 
 import revprobe
 from revprobe import Reading, Readings, RevprobeError
-from revprobe.finetune.config.one_layer import ModelConfig, RelationConfig, RunConfig, TrainingConfig, dump_config
+from revprobe.finetune.config.loading import dump_config
+from revprobe.finetune.config.one_layer import ModelConfig, RelationConfig, RunConfig, TrainingConfig
 from revprobe.report.html.report import write_report
 from revprobe.report.paper.table7 import table7, table7_figure
 from revprobe.report.summary.compare import compare

@@ -5,16 +5,9 @@ from pathlib import Path
 import pytest
 
 from revprobe import RevprobeError
+from revprobe.finetune.config.loading import dump_config, example_names, find_config, load_config, parse_config
 from revprobe.finetune.config.mistakes import differences
-from revprobe.finetune.config.one_layer import (
-    RunConfig,
-    SweepConfig,
-    dump_config,
-    example_names,
-    find_config,
-    load_config,
-    parse_config,
-)
+from revprobe.finetune.config.one_layer import RunConfig, SweepConfig
 
 RUN = "name: mine\nrelation: {length: 6}\ntraining: {steps: 100}\n"
 SWEEP = "name: grid\nbase: {training: {steps: 5}}\n"

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from revprobe import Reading, RevprobeError
 from revprobe.cli.main import app as command_line
-from revprobe.finetune.config.one_layer import SweepConfig, dump_config
+from revprobe.finetune.config.loading import dump_config
+from revprobe.finetune.config.one_layer import SweepConfig
 from revprobe.report.dashboard import folder as dashboard_data
 from revprobe.report.dashboard.app import make_app
 from revprobe.report.dashboard.folder import RunsFolder

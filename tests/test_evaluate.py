@@ -15,7 +15,7 @@ from revprobe import ProbedModel, Readings, RevprobeError, letters, register_mod
 from revprobe.cli.evaluate import what_to_ask
 from revprobe.cli.main import app
 from revprobe.finetune.config.finetuning import FinetuneConfig
-from revprobe.finetune.config.one_layer import dump_config
+from revprobe.finetune.config.loading import dump_config
 from revprobe.probes.decoding.exact_match import AnswerBook, normalized
 from revprobe.relations.catalog import from_table, invented_names, load_relation
 from revprobe.relations.evaluation import (

@@ -20,7 +20,7 @@ import revprobe as rp
 from revprobe import ProbedModel, RevprobeError
 from revprobe.cli.finetune import finetune as command
 from revprobe.finetune.config.finetuning import FinetuneConfig, FinetuneSweepConfig, read_finetune
-from revprobe.finetune.config.one_layer import dump_config, load_config, parse_config
+from revprobe.finetune.config.loading import dump_config, load_config, parse_config
 from revprobe.finetune.runs.finetune_setup import FORWARD_UNTRAINED, prepare
 from revprobe.finetune.runs.finetuning import FinetuneRun, fine_tune
 from revprobe.finetune.runs.sweeps import open_sweep

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 import revprobe as rp
 from revprobe.cli.main import app
-from revprobe.finetune.config.one_layer import SweepConfig, dump_config, load_config, parse_config
+from revprobe.finetune.config.loading import dump_config, load_config, parse_config
+from revprobe.finetune.config.one_layer import SweepConfig
 from revprobe.report.paper.markdown import MARK, markdown_table, one_layer_markdown, spread_markdown, theory_markdown
 from revprobe.report.paper.printed_values import one_layer_cells
 from revprobe.report.paper.reproduce import COLUMNS, collect_measures, compare, one_layer_sweep

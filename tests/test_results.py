@@ -10,7 +10,8 @@ from types import ModuleType
 import pandas as pd
 import pytest
 
-from revprobe.finetune.config.one_layer import SweepConfig, dump_config, load_config, parse_config
+from revprobe.finetune.config.loading import dump_config, load_config, parse_config
+from revprobe.finetune.config.one_layer import SweepConfig
 from revprobe.finetune.runs.one_layer import train
 from revprobe.report.paper.reproduce import COLUMNS
 

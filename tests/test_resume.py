@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from revprobe import RevprobeError, open_run, train
-from revprobe.finetune.config.one_layer import RunConfig, parse_config
+from revprobe.finetune.config.loading import parse_config
+from revprobe.finetune.config.one_layer import RunConfig
 from revprobe.finetune.runs.one_layer import build_model
 from revprobe.finetune.training.arguments import training_arguments
 from revprobe.finetune.training.checkpointing import run_lock

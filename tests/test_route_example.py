@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import revprobe as rp
-from revprobe.finetune.config.one_layer import RunConfig, parse_config
+from revprobe.finetune.config.loading import parse_config
+from revprobe.finetune.config.one_layer import RunConfig
 
 CONFIG = """
 name: NAME

@@ -14,7 +14,8 @@ from revprobe.finetune.analysis.next_step import next_step
 from revprobe.finetune.analysis.one_step import NO_RATE, PAST_END, SWAPPED, follow, one_step, one_step_curves
 from revprobe.finetune.analysis.storage_curves import storage_curves
 from revprobe.finetune.config.finetuning import FinetuneConfig
-from revprobe.finetune.config.one_layer import RunConfig, parse_config
+from revprobe.finetune.config.loading import parse_config
+from revprobe.finetune.config.one_layer import RunConfig
 from revprobe.finetune.runs.finetune_setup import text_relation
 from revprobe.finetune.runs.finetuning import fine_tune
 from revprobe.finetune.runs.one_layer import train
@@ -334,7 +335,7 @@ def test_steps_weights_and_pairs_can_be_chosen(run: Run) -> None:
 
 
 def test_a_run_without_checkpoints_is_named(tmp_path: Path) -> None:
-    from revprobe.finetune.config.one_layer import dump_config
+    from revprobe.finetune.config.loading import dump_config
 
     (tmp_path / "config.yaml").write_text(dump_config(config()))
     for call in (storage_curves, one_step):

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 import revprobe as rp
-from revprobe.finetune.config.one_layer import RunConfig, parse_config
+from revprobe.finetune.config.loading import parse_config
+from revprobe.finetune.config.one_layer import RunConfig
 
 CONFIG = """
 name: masked

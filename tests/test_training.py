@@ -20,7 +20,8 @@ from transformers import (
 )
 
 import revprobe as rp
-from revprobe.finetune.config.one_layer import RunConfig, parse_config
+from revprobe.finetune.config.loading import parse_config
+from revprobe.finetune.config.one_layer import RunConfig
 from revprobe.finetune.runs.one_layer import build_model, probe_pairs, train
 from revprobe.finetune.runs.run import Run
 from revprobe.finetune.training import checkpointing as saving

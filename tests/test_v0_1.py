@@ -12,7 +12,8 @@ import pytest
 
 import revprobe as rp
 from revprobe.finetune.config.finetuning import FinetuneConfig, FinetuneSweepConfig
-from revprobe.finetune.config.one_layer import EXAMPLES, RunConfig, SweepConfig, load_config
+from revprobe.finetune.config.loading import EXAMPLES, load_config
+from revprobe.finetune.config.one_layer import RunConfig, SweepConfig
 from revprobe.probes.figures.storage import one_step_figure
 from revprobe.probes.statistics.old_columns import current_columns
 from revprobe.report.html.finetune_sections import finetune_sections

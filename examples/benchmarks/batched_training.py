@@ -21,7 +21,8 @@ import torch
 from measuring import show
 from transformers import TrainerCallback
 
-from revprobe.finetune.config.one_layer import RunConfig, SweepConfig, load_config
+from revprobe.finetune.config.loading import load_config
+from revprobe.finetune.config.one_layer import RunConfig, SweepConfig
 from revprobe.finetune.runs.batched import Batch
 from revprobe.finetune.runs.one_layer import build_trainer
 from revprobe.finetune.runs.run import claim_run

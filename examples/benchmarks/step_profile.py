@@ -24,7 +24,8 @@ from measuring import show
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback, set_seed
 
-from revprobe.finetune.config.one_layer import RunConfig, SweepConfig, load_config
+from revprobe.finetune.config.loading import load_config
+from revprobe.finetune.config.one_layer import RunConfig, SweepConfig
 from revprobe.finetune.runs.one_layer import build_model, training_arguments
 from revprobe.finetune.training.ema import MovingAverage
 from revprobe.finetune.training.objectives import causal_loss, draw_masks, price_masks, step_generator

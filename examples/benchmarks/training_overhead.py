@@ -21,7 +21,8 @@ from measuring import show
 from torch import nn
 from transformers import TrainerState, TrainingArguments, set_seed
 
-from revprobe.finetune.config.one_layer import RunConfig, SweepConfig, load_config
+from revprobe.finetune.config.loading import load_config
+from revprobe.finetune.config.one_layer import RunConfig, SweepConfig
 from revprobe.finetune.runs.one_layer import build_model, probe_pairs, training_arguments
 from revprobe.finetune.training.probe_callback import ProbeCallback
 from revprobe.finetune.training.trainer import ForwardOnlyTrainer, TokenRows

@@ -18,26 +18,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StrictBool, StrictInt, StrictStr, model_serializer, model_validator
 
 from ...errors import RevprobeError
-from .mistakes import parse_yaml
-from .one_layer import (
-    Count,
-    Fraction,
-    Name,
-    Number,
-    Seed,
-    SnapshotsConfig,
-    _Section,
-    find_config,
-    load_config,
-    parse_config,
-)
+from .fields import Count, Fraction, Name, Number, Section, Seed
+from .loading import find_config, load_config, parse_config, parse_yaml
+from .one_layer import SnapshotsConfig
 
 Text = Annotated[StrictStr, Field(min_length=1)]
 Rate = Annotated[Number, Field(gt=0)]
 Templates = dict[Text, Text | list[Text]]
 
 
-class Pretraining(_Section):
+class Pretraining(Section):
     """What a tiny model learns before: both directions of other facts, so that it knows the templates."""
 
     facts: Count = 300
@@ -46,7 +36,7 @@ class Pretraining(_Section):
     learning_rate: Rate = 3e-3
 
 
-class TinyModel(_Section):
+class TinyModel(Section):
     """A model small enough for any machine, in the published layout of a family, built and trained first."""
 
     layout: Literal["llada", "dream", "llama"]
@@ -68,7 +58,7 @@ class TinyModel(_Section):
         return self
 
 
-class FinetunedModel(_Section):
+class FinetunedModel(Section):
     """What is fine-tuned: a folder or hub name, or a tiny model that the run builds for itself."""
 
     name: Text | None = None
@@ -85,7 +75,7 @@ class FinetunedModel(_Section):
         return self
 
 
-class FinetunedRelation(_Section):
+class FinetunedRelation(Section):
     """Which facts are trained on, without a direction; keys left out are the relation's own defaults."""
 
     name: Literal["parent_child", "person_description", "trex", "table", "invented_names"]
@@ -121,7 +111,7 @@ class RelationChoice(FinetunedRelation):
     direction: Text
 
 
-class ObjectiveOptions(_Section):
+class ObjectiveOptions(Section):
     """What the loss prices. Masked models: t ~ U(eps, 1), 1/t-weighted cross-entropy; others: the next token."""
 
     # With response_only the first entity is never masked: the probes' forward query is then not what was trained.
@@ -131,7 +121,7 @@ class ObjectiveOptions(_Section):
     eps: Annotated[Number, Field(gt=0, lt=1)] = 1e-3
 
 
-class LoraOptions(_Section):
+class LoraOptions(Section):
     """The adapter: w + (alpha / rank) B A on each target."""
 
     rank: Count = 16
@@ -141,7 +131,7 @@ class LoraOptions(_Section):
     targets: Literal["auto", "attention", "mlp"] | Annotated[list[Text], Field(min_length=1)] = "auto"
 
 
-class FinetuneTraining(_Section):
+class FinetuneTraining(Section):
     """How it is trained: AdamW, for so many optimizer steps or so many passes over the rows."""
 
     steps: Count | None = None
@@ -188,7 +178,7 @@ class FinetuneSnapshots(SnapshotsConfig):
     predictions: StrictBool = True
 
 
-class EvaluationOptions(_Section):
+class EvaluationOptions(Section):
     """How trained and held-out facts are asked after training: greedy decoding, exact match."""
 
     # Tokens of an answer; those of the longest that is asked for and one to end it, by default.
@@ -198,7 +188,7 @@ class EvaluationOptions(_Section):
     batch_size: Count | None = None
 
 
-class FinetuneBase(_Section):
+class FinetuneBase(Section):
     """Everything about a fine-tuning but its name, model and relation."""
 
     objective: ObjectiveOptions = ObjectiveOptions()
@@ -253,7 +243,7 @@ class Dataset(FinetunedRelation):
     directions: Annotated[list[Text], Field(min_length=1, max_length=2)]
 
 
-class FinetuneSweepConfig(_Section):
+class FinetuneSweepConfig(Section):
     """Models x datasets x directions x seeds: Table 7 of the paper."""
 
     name: Name

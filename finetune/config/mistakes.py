@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterator
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from ...errors import RevprobeError, did_you_mean, nearest
+from ...errors import did_you_mean, nearest
 
 
 def explain(error: ValidationError, kind: type[BaseModel], source: str) -> str:
@@ -37,28 +36,17 @@ def explain(error: ValidationError, kind: type[BaseModel], source: str) -> str:
     return f"{source}: {said}{more}"
 
 
-def parse_yaml(text: str, source: str) -> Any:
-    """Text to plain values. Raises: RevprobeError, with the line number, for text that is not YAML or repeats a key."""
-    try:
-        return yaml.load(text, Loader=_ConfigLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RevprobeError(
-            f"{source}: {where}not valid YAML: {problem}; compare with examples/one_layer_quick.yaml"
-        ) from error
-
-
 def _expectation(problem: dict[str, Any], message: str) -> str:
     """pydantic's message as a noun, with the nearest choice where there are choices."""
     if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return "a section with keys of its own"
     if problem["type"] == "string_pattern_mismatch":
         return "letters, digits, '.', '_' and '-' only, since it names a folder"
-    expected = message.removeprefix("Input should be ").removeprefix("a valid ").replace("Input should have", "with")
-    near = nearest(str(problem["input"]), expected.replace(" or ", ", ").replace("'", "").split(", "), 1)
-    return f"{expected}; the closest is {near[0]!r}" if problem["type"] == "literal_error" and near else expected
+    if problem["type"] == "literal_error":
+        expected = problem["ctx"]["expected"]  # 'rope', 'alibi' or 'none'
+        near = nearest(str(problem["input"]), re.findall(r"'([^']*)'", expected), 1)
+        return f"{expected}; the closest is {near[0]!r}" if near else expected
+    return message.removeprefix("Input should be ").removeprefix("a valid ").replace("Input should have", "with")
 
 
 def _nearest_key(place: tuple[Any, ...], kind: type[BaseModel]) -> str:
@@ -121,23 +109,3 @@ def _leaves(values: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tup
             yield from _leaves(value, (*above, key))
         else:
             yield (*above, key), value
-
-
-class _ConfigLoader(yaml.SafeLoader):
-    """PyYAML, but the second of two equal keys is an error (PyYAML keeps it in silence) and 1e-3 is a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1, which PyYAML speaks, wants a dot and a sign (1.0e-3 but not 1e-3); YAML 1.2 does not.
-_ConfigLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)

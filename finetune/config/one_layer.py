@@ -8,55 +8,35 @@
 
 A sweep has a `base` (a run without a name) and `cells`, each a grid over objective, position_encoding, length, seed.
 It may name `variants`, changes to the base such as {name: wide, model: {d_model: 128}}, and a cell the ones it takes.
-
-Longer than other files: runs and sweeps share their sections and one loader, whose errors name the keys of both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    StrictFloat,
     StrictInt,
     ValidationError,
     model_serializer,
     model_validator,
 )
 
-from ...errors import RevprobeError, did_you_mean
-from .mistakes import explain, parse_yaml
+from ...errors import did_you_mean
+from .fields import Count, Fraction, Name, Number, Section, Seed
+from .mistakes import explain
 
-# A run or sweep name becomes a folder.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-# YAML booleans and quoted numbers are mistakes here, not numbers.
-Count = Annotated[StrictInt, Field(ge=1)]
-Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
-Fraction = Annotated[Number, Field(ge=0, lt=1)]
-# numpy's generators take no larger one.
-Seed = Annotated[StrictInt, Field(ge=0, le=2**32 - 1)]
 PositionEncoding = Literal["rope", "alibi", "absolute", "none"]
 Objective = Literal["masked", "causal"]
-Kind = TypeVar("Kind", bound=BaseModel)
 # How a cell names the base itself among its variants.
 AS_BASE = "base"
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class RelationConfig(_Section):
+class RelationConfig(Section):
     """Which facts are trained, in the forward direction only."""
 
     name: Literal["letters"] = "letters"
@@ -64,7 +44,7 @@ class RelationConfig(_Section):
     alphabet: Annotated[StrictInt, Field(ge=2)] = 26
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """What is trained: RADD (masked diffusion) or GPT-2 (causal), and its size."""
 
     family: Literal["radd", "gpt2"] = "radd"
@@ -101,7 +81,7 @@ class ModelConfig(_Section):
         return "masked" if self.family == "radd" else "causal"
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """How it is trained. AdamW throughout; `steps` are optimizer steps."""
 
     steps: Count
@@ -120,7 +100,7 @@ class TrainingConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
-class SnapshotsConfig(_Section):
+class SnapshotsConfig(Section):
     """When checkpoints are written and probed: one of `every`, `count`, `steps`. Step 0 and the last always are."""
 
     every: Count | None = None
@@ -157,7 +137,7 @@ class SnapshotsConfig(_Section):
         return sorted({0, *chosen, total})
 
 
-class BaseConfig(_Section):
+class BaseConfig(Section):
     """Everything about a run but its name."""
 
     relation: RelationConfig = RelationConfig()
@@ -183,6 +163,7 @@ class BaseConfig(_Section):
 class RunConfig(BaseConfig):
     """One training run; `train` writes it into the run's folder and refuses to resume with another."""
 
+    marks_another_kind: ClassVar = {"cells": ("a sweep (it has 'cells')", "sweep")}
     name: Name
 
     @property
@@ -200,7 +181,7 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) or value is None else [value]
 
 
-class Cell(_Section):
+class Cell(Section):
     """A grid: every combination of the listed values is one run. An axis left out keeps the base's value."""
 
     objective: Annotated[list[Objective] | None, BeforeValidator(_as_list)] = None
@@ -220,7 +201,7 @@ class Cell(_Section):
             yield from product([objective], encodings, lengths, seeds)
 
 
-class Variant(_Section):
+class Variant(Section):
     """A named change to the base, e.g. {name: wide, model: {d_model: 128}}; its runs are called rope-l10-s0-wide."""
 
     name: Name
@@ -251,9 +232,10 @@ class Variant(_Section):
             raise ValueError(explain(error, BaseConfig, f"variant {self.name!r}")) from error
 
 
-class SweepConfig(_Section):
+class SweepConfig(Section):
     """Many runs that differ in objective, position encoding, length, seed or a named variant, and in nothing else."""
 
+    marks_another_kind: ClassVar = {"relation": ("a single run (it has 'relation' at the top)", "train")}
     name: Name
     base: BaseConfig
     variants: list[Variant] = []
@@ -293,64 +275,3 @@ class SweepConfig(_Section):
                     stem = "arm" if objective == "causal" else ModelConfig(**values["model"]).position_encoding
                     found.append(RunConfig(name=f"{stem}-l{length}-s{seed}{suffix}", **values))
         return found
-
-
-def example_names() -> list[str]:
-    """Configs that come with the package and can be named instead of a file, e.g. "one-layer-quick"."""
-    named = (path for path in EXAMPLES.glob("*.yaml") if "\nname: " in path.read_text(encoding="utf-8"))
-    return sorted(path.stem.replace("_", "-") for path in named)  # without fsdp.yaml, which is accelerate's
-
-
-def find_config(source: str | Path) -> Path:
-    """The file a user means by `source`: a path, or the name of an example.
-
-    Raises: RevprobeError, when there is neither; it names the nearest example.
-    """
-    path = Path(source)
-    if path.is_file():
-        return path
-    if str(source) in example_names():
-        return EXAMPLES / f"{str(source).replace('-', '_')}.yaml"
-    raise RevprobeError(
-        f"no config file {str(source)!r}, and no example of that name{did_you_mean(str(source), example_names())}"
-    )
-
-
-def load_config(source: str | Path, kind: type[Kind]) -> Kind:
-    """Read a YAML file (or an example by name) as a RunConfig or a SweepConfig.
-
-    Raises: RevprobeError, one line: for a mistyped key its dotted path, the file and the nearest valid key; for a
-        wrong value the key, the value and what was expected.
-    """
-    path = find_config(source)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RevprobeError(
-            f"{path}: not a text file ({error.reason} at byte {error.start}); expected YAML in UTF-8"
-        ) from error
-    return parse_config(text, kind, str(path))
-
-
-def parse_config(text: str, kind: type[Kind], source: str) -> Kind:
-    """As `load_config`, from text; `source` names it in errors."""
-    values = parse_yaml(text, source)
-    if not isinstance(values, dict):
-        raise RevprobeError(
-            f"{source}: expected the keys {', '.join(kind.model_fields)}, got {type(values).__name__}; see examples/"
-        )
-    if kind is RunConfig and "cells" in values:
-        raise RevprobeError(f"{source} is a sweep (it has 'cells'); use `revprobe sweep {source}`")
-    if kind is SweepConfig and "relation" in values:
-        raise RevprobeError(f"{source} is a single run (it has 'relation' at the top); use `revprobe train {source}`")
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise RevprobeError(explain(error, kind, source)) from error
-
-
-def dump_config(config: BaseModel) -> str:
-    """The config as YAML that `load_config` reads back to an equal one."""
-    values = config.model_dump(mode="json")
-    first = {"name": values["name"]} if "name" in values else {}
-    return yaml.safe_dump(first | values, sort_keys=False)

@@ -30,7 +30,7 @@ from ...models.registry import load_model
 from ...probes.readings.readings import Readings
 from ...relations.evaluation import evaluate_relation, save_evaluation
 from ..config.finetuning import FinetuneConfig
-from ..config.one_layer import load_config
+from ..config.loading import load_config
 from ..training.arguments import training_arguments
 from ..training.checkpointing import READINGS, remove_unfinished, resume_from, run_lock
 from ..training.distributed import ProcessGroup

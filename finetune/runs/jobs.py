@@ -19,7 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from ..config.finetuning import FinetuneConfig
-from ..config.one_layer import dump_config
+from ..config.loading import dump_config
 from .progress import JSON_PROGRESS, Listener
 from .sweeps import AnyRun
 

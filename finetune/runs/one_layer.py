@@ -23,7 +23,8 @@ from ...probes.fused import PROBES
 from ...probes.pairs.pairs import ReversalPairs
 from ...probes.readings.reading import Reading
 from ...relations.catalog import LettersRelation, letters
-from ..config.one_layer import RunConfig, load_config
+from ..config.loading import load_config
+from ..config.one_layer import RunConfig
 from ..training.arguments import training_arguments, uses_cpu
 from ..training.checkpointing import READINGS, remove_unfinished, resume_from, run_lock
 from ..training.probe_callback import ProbeCallback, take_readings

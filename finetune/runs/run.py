@@ -31,8 +31,8 @@ from ...models.checkpoints import checkpoint_steps, step_name
 from ...models.probed import ProbedModel
 from ...probes.readings.reading import Reading
 from ...probes.readings.readings import Readings
+from ..config.loading import dump_config
 from ..config.mistakes import differences
-from ..config.one_layer import dump_config
 from ..training.checkpointing import READINGS
 from .record import RunRecord
 

@@ -12,8 +12,9 @@ import pandas as pd
 from ...errors import RevprobeError, did_you_mean
 from ...probes.readings.readings import Readings
 from ..config.finetuning import FinetuneConfig, FinetuneSweepConfig, is_sweep_text
+from ..config.loading import load_config
 from ..config.mistakes import differences
-from ..config.one_layer import RunConfig, SweepConfig, load_config
+from ..config.one_layer import RunConfig, SweepConfig
 from .open import open_run
 from .record import RunRecord, summary_frame
 from .run import Run, is_run

@@ -1,6 +1,7 @@
 """The step that AdamW is about to take, worked out from its state and the gradients that are there, without taking it.
 
-Preconditioner, bias correction, weight decay and learning rate are all in it; clipping is in the gradients already.
+Preconditioner, bias correction, weight decay and learning rate are all in it, since torch itself takes the step, on
+copies; clipping is in the gradients already.
 
 Source: Loshchilov & Hutter 2019 (arXiv 1711.05101), Alg. 2; torch.optim.AdamW.
 """
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from ...errors import RevprobeError
 
@@ -43,20 +45,29 @@ def adamw_update(optimizer: Any) -> dict[int, Tensor]:
 
 
 def _step(parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
-    wide = torch.promote_types(parameter.dtype, torch.float32)
-    weight, gradient = parameter.detach().to(wide), parameter.grad
-    assert gradient is not None, "parameters without gradient are left out"
-    gradient = gradient.to(wide) * (-1 if group["maximize"] else 1)
-    (beta1, beta2), rate, decay = group["betas"], float(group["lr"]), group["weight_decay"]
-    decoupled = group.get("decoupled_weight_decay", False)
-    if decay and not decoupled:
-        gradient = gradient + decay * weight
-    count = float(state["step"]) + 1 if state else 1.0
-    zero = torch.zeros_like(gradient)
-    mean = beta1 * state.get("exp_avg", zero).to(wide) + (1 - beta1) * gradient
-    square = beta2 * state.get("exp_avg_sq", zero).to(wide) + (1 - beta2) * gradient**2
-    if group["amsgrad"]:
-        square = torch.maximum(square, state.get("max_exp_avg_sq", zero).to(wide))
-    scale = (square / (1 - beta2**count)).sqrt() + group["eps"]
-    update = -rate / (1 - beta1**count) * mean / scale
-    return update - rate * decay * weight if decay and decoupled else update
+    """torch's own step on copies in float64, where the difference of two weights keeps the digits of a small update."""
+    assert parameter.grad is not None, "parameters without gradient are left out"
+    weight = parameter.detach().double()
+    moved, zero = weight.clone(), torch.zeros_like(weight)
+    mean, square, largest = (
+        state.get(key, zero).double().clone() for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    )
+    adam(
+        [moved],
+        [parameter.grad.double()],
+        [mean],
+        [square],
+        [largest] if group["amsgrad"] else [],
+        [torch.tensor(float(state["step"]) if state else 0.0)],
+        foreach=False,
+        fused=False,
+        amsgrad=group["amsgrad"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=float(group["lr"]),
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+        decoupled_weight_decay=group.get("decoupled_weight_decay", False),
+    )
+    return (moved - weight).to(torch.promote_types(parameter.dtype, torch.float32))

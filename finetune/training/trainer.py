@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, RandomSampler, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -75,8 +75,7 @@ class Permutations(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed)
-        for start in range(0, self.total, self.rows):
-            yield from torch.randperm(self.rows, generator=generator)[: self.total - start].tolist()
+        return iter(RandomSampler(range(self.rows), num_samples=self.total, generator=generator))
 
 
 class ForwardOnlyTrainer(Trainer):

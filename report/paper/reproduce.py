@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 
 from ...errors import RevprobeError, did_you_mean
-from ...finetune.config.one_layer import Cell, RunConfig, SweepConfig, load_config
+from ...finetune.config.loading import load_config
+from ...finetune.config.one_layer import Cell, RunConfig, SweepConfig
 from ...finetune.runs.open import is_finished, open_run
 from ...probes.readings.reading import MEASURE_COLUMNS
 from .printed_values import ARM_REVERSE_TOLERANCE, one_layer_cells

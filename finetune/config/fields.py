@@ -1,0 +1,22 @@
+"""The kinds of value that configs are made of, strict where YAML is generous."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt
+
+# A run or sweep name becomes a folder.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+# YAML booleans and quoted numbers are mistakes here, not numbers.
+Count = Annotated[StrictInt, Field(ge=1)]
+Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
+# numpy's generators take no larger one.
+Seed = Annotated[StrictInt, Field(ge=0, le=2**32 - 1)]
+
+
+class Section(BaseModel):
+    """A part of a config: a key it does not know is an error, and nothing changes it once it is checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)

@@ -1,0 +1,109 @@
+"""From a YAML file, or the name of an example, to a checked config and back; what is wrong is one line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ...errors import RevprobeError, did_you_mean
+from .mistakes import explain
+
+Kind = TypeVar("Kind", bound=BaseModel)
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def example_names() -> list[str]:
+    """Configs that come with the package and can be named instead of a file, e.g. "one-layer-quick"."""
+    named = (path for path in EXAMPLES.glob("*.yaml") if "\nname: " in path.read_text(encoding="utf-8"))
+    return sorted(path.stem.replace("_", "-") for path in named)  # without fsdp.yaml, which is accelerate's
+
+
+def find_config(source: str | Path) -> Path:
+    """The file a user means by `source`: a path, or the name of an example.
+
+    Raises: RevprobeError, when there is neither; it names the nearest example.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    if str(source) in example_names():
+        return EXAMPLES / f"{str(source).replace('-', '_')}.yaml"
+    raise RevprobeError(
+        f"no config file {str(source)!r}, and no example of that name{did_you_mean(str(source), example_names())}"
+    )
+
+
+def load_config(source: str | Path, kind: type[Kind]) -> Kind:
+    """Read a YAML file (or an example by name) as a RunConfig or a SweepConfig.
+
+    Raises: RevprobeError, one line: for a mistyped key its dotted path, the file and the nearest valid key; for a
+        wrong value the key, the value and what was expected.
+    """
+    path = find_config(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RevprobeError(
+            f"{path}: not a text file ({error.reason} at byte {error.start}); expected YAML in UTF-8"
+        ) from error
+    return parse_config(text, kind, str(path))
+
+
+def parse_config(text: str, kind: type[Kind], source: str) -> Kind:
+    """As `load_config`, from text; `source` names it in errors."""
+    values = parse_yaml(text, source)
+    if not isinstance(values, dict):
+        raise RevprobeError(
+            f"{source}: expected the keys {', '.join(kind.model_fields)}, got {type(values).__name__}; see examples/"
+        )
+    for key, (what, command) in getattr(kind, "marks_another_kind", {}).items():
+        if key in values:
+            raise RevprobeError(f"{source} is {what}; use `revprobe {command} {source}`")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise RevprobeError(explain(error, kind, source)) from error
+
+
+def dump_config(config: BaseModel) -> str:
+    """The config as YAML that `load_config` reads back to an equal one."""
+    values = config.model_dump(mode="json")
+    first = {"name": values["name"]} if "name" in values else {}
+    return yaml.safe_dump(first | values, sort_keys=False)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Text to plain values. Raises: RevprobeError, with the line number, for text that is not YAML or repeats a key."""
+    try:
+        return yaml.load(text, Loader=_ConfigLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RevprobeError(
+            f"{source}: {where}not valid YAML: {problem}; compare with examples/one_layer_quick.yaml"
+        ) from error
+
+
+class _ConfigLoader(yaml.SafeLoader):
+    """PyYAML, but the second of two equal keys is an error (PyYAML keeps it in silence) and 1e-3 is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML speaks, wants a dot and a sign (1.0e-3 but not 1e-3); YAML 1.2 does not.
+_ConfigLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
