@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+
+from .plan import show_plan
+from .running import Out, interruptible
 
 if TYPE_CHECKING:
     from ..finetune.config.finetuning import FinetuneConfig, FinetuneSweepConfig
-    from ..finetune.memory.plan import MemoryPlan
-
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder that gets a folder of the config's name.")]
 
 
 def finetune(
@@ -59,7 +56,7 @@ def _finetune_one(config: FinetuneConfig, folder: Path) -> None:
         console.print(f"{config.name}: finished already, skipped ({folder})", soft_wrap=True)
         return
     if config.model.tiny is None and not int(os.environ.get("RANK", "0")):
-        _show_plan(config, console)
+        show_plan(config, console)
     with interruptible(console), shown_progress(config.name, console) as listener:
         run = fine_tune(config, folder, listener=listener)
     if int(os.environ.get("RANK", "0")):  # another process of this run shows and writes it
@@ -83,56 +80,3 @@ def _finetune_all(config: FinetuneSweepConfig, jobs: int, out: Path) -> None:
     print_final(read_summary(done.path), console)
     print_table7(finetuning_runs(done.runs), console)
     console.print(f"report: {done.path / 'report.html'}", soft_wrap=True)
-
-
-@contextmanager
-def interruptible(console: Console) -> Iterator[None]:
-    """Say what Ctrl-C leaves behind."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        console.print("stopped; everything up to the last snapshot is kept, run the same command again to go on")
-        raise typer.Exit(130) from None
-
-
-def plan(
-    config: Annotated[str, typer.Argument(help="A fine-tuning's or its sweep's YAML file, or an example's name.")],
-    memory: Annotated[
-        float | None, typer.Option(min=0, help="GB (10^9 bytes) there are; this machine's GPU or 48 by default.")
-    ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of the longest row; worked out from the relation by default.")
-    ] = None,
-) -> None:
-    """Work out the memory that a fine-tuning and its probes need, from shapes alone; exit code 1 when it is too much.
-
-    Loads no weights, and for the published LLaDA and Dream checkpoints needs no network.
-    """
-    from ..finetune.config.finetuning import FinetuneConfig, read_finetune
-    from ..finetune.memory.from_config import require_room
-    from ..finetune.memory.plan import GB
-    from ..report.summary.terminal import make_console
-
-    chosen, console = read_finetune(config), make_console()
-    # The runs of a sweep that share model and dataset differ in direction and seed, which cost no memory.
-    runs = [chosen] if isinstance(chosen, FinetuneConfig) else chosen.runs()
-    apart = {(str(run.model), str(run.label)): run for run in reversed(runs)}
-    given = None if memory is None else int(memory * GB)
-    for planned, there in [_show_plan(run, console, given, tokens) for run in reversed(apart.values())]:
-        require_room(planned, there)
-
-
-def _show_plan(
-    config: FinetuneConfig, console: Console, memory: int | None = None, tokens: int | None = None
-) -> tuple[MemoryPlan, int]:
-    """Print a config's memory plan; returns it with the bytes it is held against."""
-    from ..finetune.memory.from_config import memory_here, plan_finetuning, plan_table
-    from ..finetune.memory.plan import GB
-    from ..report.summary.terminal import text_table
-
-    there, of = memory_here() if memory is None else (memory, "as asked")
-    planned = plan_finetuning(config, tokens=tokens)
-    console.print(text_table(plan_table(planned, there), f"memory of {config.name} against {there / GB:.1f} GB ({of})"))
-    for line in planned.about:
-        console.print(line, soft_wrap=True)
-    return planned, there

@@ -1,0 +1,78 @@
+"""`revprobe probe`: readings of one model."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import RevprobeError
+
+if TYPE_CHECKING:
+    from ..finetune.training.probe_callback import Pairs
+    from ..models.probed import ProbedModel
+
+
+def probe(
+    model: Annotated[str, typer.Argument(help="A run, a checkpoint folder, a hub name or a registered model.")],
+    pairs: Annotated[str, typer.Option(help="letters:LENGTH, or a JSONL file written by ReversalPairs.save.")],
+    probes: Annotated[str, typer.Option(help="Which probes, separated by commas.")] = "attention,gradient,probability",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for the readings, one parquet file each.")
+    ] = None,
+    step: Annotated[int, typer.Option(help="A run's checkpoint: a step, or -1 for the last.")] = -1,
+    weights: Annotated[
+        str | None, typer.Option(help="raw or ema; a run's average by default, where it has one.")
+    ] = None,
+    placements: Annotated[
+        str | None, typer.Option(help="letters only: grid, mirror or all; as at a run's snapshots by default.")
+    ] = None,
+    alphabet: Annotated[int, typer.Option(help="letters only: how many letter pairs.")] = 26,
+    batch_size: Annotated[int | None, typer.Option(help="Queries per forward pass.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+) -> None:
+    """Take readings of one model and show them beside their controls."""
+    from ..finetune.runs.progress import shown_probes
+    from ..finetune.training.probe_callback import take_readings
+    from ..models.registry import load_model
+    from ..probes.fused import require_probes
+    from ..report.summary.terminal import make_console, readings_table
+
+    names = require_probes(name.strip() for name in probes.split(",") if name.strip())
+    if not names:
+        raise RevprobeError("--probes names no probe; expected some of attention, gradient, probability")
+    if out is not None:
+        # A folder and a file in it, so that a wrong --out costs no probing.
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    probed = load_model(model, step=step, weights=weights, device=device)
+    asked = _pairs(pairs, probed, names, placements, alphabet)
+    console = make_console()
+    with shown_probes(names, console) as listener:
+        readings = take_readings(probed, asked, batch_size=batch_size, listener=listener)
+    console.print(readings_table(readings, f"{probed.name}, {pairs}"))
+    if out is not None:
+        for reading in readings:
+            reading.save(out / f"{reading.name}.{reading.meta.get('weights') or 'raw'}.parquet")
+        console.print(f"{len(readings)} readings: {out}", soft_wrap=True)
+
+
+def _pairs(source: str, model: ProbedModel, names: list[str], placements: str | None, alphabet: int) -> Pairs:
+    """What `--pairs` names, for each of the probes asked for."""
+    from ..finetune.runs.one_layer import probe_pairs
+    from ..probes.pairs.pairs import ReversalPairs
+    from ..relations.catalog import letters
+
+    kind, _, length = source.partition(":")
+    if kind != "letters":
+        pairs = ReversalPairs.load(source, tokenizer=model.tokenizer)
+        return dict.fromkeys(names, pairs)
+    if not length.isdecimal():
+        raise RevprobeError(f"--pairs {source!r}: expected letters:LENGTH with a whole number, such as letters:10")
+    relation = letters(int(length), alphabet)
+    if placements is not None:
+        return dict.fromkeys(names, relation.pairs(model, placements=placements))
+    return {name: pairs for name, pairs in probe_pairs(relation, model).items() if name in names}

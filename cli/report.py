@@ -1,0 +1,37 @@
+"""`revprobe report`: the page about a run or a sweep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import RevprobeError
+
+
+def report(path: Annotated[Path, typer.Argument(help="The folder of a run or of a sweep.")]) -> None:
+    """Write report.html (one file, opens without a network) and summary.csv into the folder of a run or sweep."""
+    from ..finetune.runs.open import open_run
+    from ..finetune.runs.run import is_run
+    from ..finetune.runs.sweeps import open_sweep
+    from ..report.html.finetune_sections import finetune_sections
+    from ..report.html.report import write_report
+    from ..report.run_sweep import shown_records
+    from ..report.summary.terminal import make_console, print_final, read_summary
+
+    console = make_console()
+    if is_run(path):
+        one = open_run(path)
+        runs, sections = [one.record()], finetune_sections([one])
+    else:
+        all_of_them = open_sweep(path)
+        runs, sections = shown_records(all_of_them, console), finetune_sections(all_of_them.runs)
+    written = write_report(runs, path / "report.html", title=path.resolve().name, sections=sections)
+    print_final(read_summary(path), console)
+    console.print(f"report: {written}", soft_wrap=True)
+    problems = [f"{run.name}: {run.problem}" for run in runs if run.problem]
+    if problems:
+        raise RevprobeError(
+            f"the report is written, but {len(problems)} of {len(runs)} runs are not whole ({'; '.join(problems)})"
+        )

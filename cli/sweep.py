@@ -1,0 +1,30 @@
+"""`revprobe sweep`: a grid of runs, and one report over all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .running import Out, interruptible
+
+
+def sweep(
+    config: Annotated[
+        str, typer.Argument(help="A sweep's YAML file, or an example: one-layer-quick, one-layer, robustness.")
+    ],
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, help="Runs side by side, each in a process of its own.")
+    ] = 1,
+    out: Out = Path("runs"),
+) -> None:
+    """Train a grid of runs, skipping finished ones, and write one report over all of them."""
+    from ..report.run_sweep import run_sweep
+    from ..report.summary.terminal import make_console, print_final, read_summary
+
+    console = make_console()
+    with interruptible(console):
+        done = run_sweep(config, jobs=jobs, out=out, console=console)
+    print_final(read_summary(done.path), console)
+    console.print(f"report: {done.path / 'report.html'}", soft_wrap=True)
