@@ -149,6 +149,10 @@ def build_finetuning(
             f"training.report_to is {training.report_to!r}, which is not installed; `pip install "
             f"{training.report_to}`, or none"
         )
+    checkpointing: dict[str, Any] = {}
+    if training.gradient_checkpointing:
+        # A frozen embedding's output needs no gradient: the reentrant kind would drop every gradient behind it.
+        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     arguments = training_arguments(
         folder,
         steps=prepared.steps,
@@ -161,9 +165,7 @@ def build_finetuning(
         weight_decay=training.weight_decay,
         max_grad_norm=training.gradient_clipping,
         bf16=training.bf16,
-        gradient_checkpointing=training.gradient_checkpointing,
-        # A frozen embedding's output needs no gradient: the reentrant kind would drop every gradient behind it.
-        gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
+        **checkpointing,
         seed=training.seed,
         report_to=training.report_to,
         run_name=config.name,
