@@ -10,13 +10,15 @@ from types import ModuleType
 
 import pytest
 
+from tiny import ROOT
+
 FOLDER, FILE, FUNCTION = 18, 400, 60  # at most: files in a folder, lines of a file, lines of a function
 DRAWERS = {"utils.py", "helpers.py", "common.py", "misc.py"}
 
 
 def load_file_graph() -> ModuleType:
     """docs/file_graph.py, which reads the graph and draws the page."""
-    spec = spec_from_file_location("file_graph", Path(__file__).resolve().parents[1] / "docs" / "file_graph.py")
+    spec = spec_from_file_location("file_graph", ROOT / "docs" / "file_graph.py")
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,8 +24,8 @@ from revprobe import ProbedModel, RaddConfig, RaddForMaskedLM, RevprobeError, ed
 from revprobe.hooks.attention import sdpa_call, tap_attention
 from revprobe.hooks.attention_edits import AttentionSite, edit_scores, find_attention
 from revprobe.models.configs import POSITION_ENCODINGS
+from tiny import FIXTURES
 
-FIXTURES = Path(__file__).parent / "fixtures"
 CUT = float("-inf")
 SMALL = {"vocab_size": 56, "max_position_embeddings": 64, "bos_token_id": 54, "eos_token_id": None, "pad_token_id": 55}
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "hidden_size": 16}

@@ -32,8 +32,8 @@ from revprobe.hooks.attention import tap_attention
 from revprobe.models.configs import DreamConfig, LLaDAConfig
 from revprobe.models.dream import DreamForMaskedDiffusion
 from revprobe.models.llada import LLaDAForMaskedDiffusion, official_name
+from tiny import FIXTURES
 
-FIXTURES = Path(__file__).parent / "fixtures"
 FOLDERS = ["llada-tiny", "llada-tiny-sharded", "dream-tiny"]
 AUTO = [AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM]
 

@@ -26,10 +26,10 @@ from revprobe.models.dream import DreamForMaskedDiffusion
 from revprobe.models.llada import LLaDAForMaskedDiffusion
 from revprobe.models.probed import ProbedModel
 from revprobe.models.published import published_config
+from tiny import FIXTURES
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCH, TOKENS = 8, 48
-FIXTURES = Path(__file__).parent / "fixtures"
 
 
 @pytest.fixture(autouse=True)

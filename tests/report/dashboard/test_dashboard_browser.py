@@ -11,11 +11,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tiny import ROOT
+
 pytestmark = pytest.mark.skipif(
     not (shutil.which("chromium") or shutil.which("google-chrome")) or not shutil.which("chromedriver"),
     reason="no Chromium with its driver on this machine; .ci/run installs them",
 )
-TESTS = Path(__file__).parent
 
 
 def load(path: Path) -> ModuleType:
@@ -26,7 +27,8 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-made, shot = load(TESTS / "dashboard_runs.py"), load(TESTS.parent / "examples" / "dashboard_screenshot.py")
+made = load(Path(__file__).with_name("dashboard_runs.py"))
+shot = load(ROOT / "examples" / "dashboard_screenshot.py")
 shot.PATIENCE = 60
 # A file name holds no slash; this markup needs none to run.
 EVIL_NAME = "<img src=x onerror=\"document.title='planted'\">"

@@ -1,7 +1,5 @@
 """The TransformerLens view: the same logits, the right attention, shared weights, and the model left as it was."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -24,8 +22,8 @@ from revprobe import (
 from revprobe.models import bridge as bridges
 from revprobe.models.configs import POSITION_ENCODINGS
 from revprobe.probes.statistics.estimators import pair_cosines
+from tiny import FIXTURES
 
-FIXTURES = Path(__file__).parent / "fixtures"
 # With logits and scores of the published code -> TransformerLens' own adapter for the causal relative.
 STOCK = {"llada-tiny": bridges.LlamaArchitectureAdapter, "dream-tiny": bridges.Qwen2ArchitectureAdapter}
 

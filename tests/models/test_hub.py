@@ -10,8 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from revprobe import load_model
+from tiny import FIXTURES
 
-FIXTURES = Path(__file__).parent / "fixtures"
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 MERGES = [("Ġ", "A"), ("n", "n"), ("A", "nn"), ("ĠA", "nn")]
 VOCABULARY = {token: i for i, token in enumerate([*ALPHABET, *("".join(pair) for pair in MERGES)])}

@@ -5,7 +5,6 @@ gradients' norms; seen are 1e-7 in float32 and 1e-15 in float64, the tolerances 
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,8 +21,8 @@ from revprobe.hooks.gradients import backward as gradient_reading
 from revprobe.hooks.gradients import products as gradient_products
 from revprobe.hooks.gradients import rules as gradient_rules
 from revprobe.hooks.gradients.recorder import record_gradients
+from tiny import FIXTURES
 
-FIXTURES = Path(__file__).parent / "fixtures"
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 VOCAB, BATCH, SEQ = 60, 5, 7
 SIZES = {

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-FIXTURES = Path(__file__).parent / "fixtures"
+from tiny import FIXTURES
+
 RADD = FIXTURES / "v0_1" / "tiny-sweep" / "rope-l4-s0" / "checkpoints" / "step-000020"
 LEFT = "len([f for f in sys.meta_path if type(f).__name__ == '_ImportWatcher'])"
 

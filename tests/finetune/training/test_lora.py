@@ -17,8 +17,8 @@ from revprobe.finetune.config.finetuning import LoraOptions
 from revprobe.finetune.training.lora import add_lora, projections, quantization, target_modules
 from revprobe.finetune.training.probe_callback import take_readings
 from revprobe.models.peft_adapters import is_adapter_parameter, without_wrapper
+from tiny import FIXTURES
 
-FIXTURES = Path(__file__).parent / "fixtures"
 OPTIONS = LoraOptions(rank=4, alpha=8)
 
 

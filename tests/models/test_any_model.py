@@ -2,7 +2,6 @@
 
 import random
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from threading import Barrier
 
 import numpy as np
@@ -24,8 +23,8 @@ from revprobe import (
 from revprobe.models.structure import layers_without_attention
 from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.passes import run as passes
+from tiny import FIXTURES
 
-FIXTURES = Path(__file__).parent / "fixtures"
 SIZES = {
     "vocab_size": 60,
     "hidden_size": 32,

@@ -3,7 +3,6 @@
 import copy
 import math
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,8 +31,8 @@ from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.passes import route_changes, route_runs
 from revprobe.probes.passes.route_changes import other_positions
 from revprobe.probes.route_edit import NO_POSITION, NO_STRENGTH, ONLY_KEY, ZERO_AFTER, ZERO_BEFORE, ZERO_CONTROL
+from tiny import FIXTURES
 
-FIXTURES = Path(__file__).parent / "fixtures"
 SMALL = {"vocab_size": 56, "max_position_embeddings": 64, "bos_token_id": 54, "eos_token_id": None, "pad_token_id": 55}
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "hidden_size": 16}
 SIZES = {**GROUPED, "vocab_size": 60, "intermediate_size": 32, "max_position_embeddings": 64, "head_dim": 4}
