@@ -22,6 +22,12 @@ settings.load_profile("revprobe")
 BESIDE_THE_PACKAGE = {"tests", "examples", "docs"}
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Whatever the test before has set: the sums of this one repeat."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository root, which is the package `revprobe`."""

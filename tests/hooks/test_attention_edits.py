@@ -1,8 +1,7 @@
 """Single attention scores are moved, and nothing else: against slow attention, explicit masks and other kernels."""
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
@@ -13,53 +12,19 @@ from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
     BloomConfig,
-    BloomForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
-from revprobe import ProbedModel, RaddConfig, RaddForMaskedLM, RevprobeError, edit_attention, load_model
+import tiny
+from revprobe import ProbedModel, RaddForMaskedLM, RevprobeError, edit_attention, load_model
 from revprobe.hooks.attention import sdpa_call, tap_attention
 from revprobe.hooks.attention_edits import AttentionSite, edit_scores, find_attention
 from revprobe.models.configs import POSITION_ENCODINGS
-from tiny import FIXTURES
+from tiny import FIXTURES, bridged, causal, drawn, gpt2, llama
 
 CUT = float("-inf")
-SMALL = {"vocab_size": 56, "max_position_embeddings": 64, "bos_token_id": 54, "eos_token_id": None, "pad_token_id": 55}
-GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "hidden_size": 16}
 IDS = torch.tensor([[4, 0, 53, 30, 0, 7], [4, 9, 31, 53, 55, 55]])
 PADDED = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
-
-
-def drawn(make: Callable[..., nn.Module], config: Any) -> nn.Module:
-    """A model whose weights are the same in every call and not near their initial values."""
-    torch.manual_seed(0)
-    module = make(config)
-    for p in module.parameters():
-        p.data += 0.1 * torch.randn_like(p)
-    return module.eval()
-
-
-def radd(encoding: str) -> ProbedModel:
-    config = RaddConfig(position_encoding=encoding, n_layers=2, n_heads=2, d_model=16)
-    return ProbedModel(drawn(RaddForMaskedLM, config), objective="masked")
-
-
-def gpt2(kernel: str = "sdpa") -> ProbedModel:
-    config = GPT2Config(**SMALL, n_embd=16, n_layer=2, n_head=2, attn_implementation=kernel)
-    return ProbedModel(drawn(GPT2LMHeadModel, config), objective="causal")
-
-
-def llama(kernel: str = "sdpa") -> ProbedModel:
-    config = LlamaConfig(**SMALL, **GROUPED, intermediate_size=32, attn_implementation=kernel)
-    return ProbedModel(drawn(LlamaForCausalLM, config), objective="causal")
-
-
-def bloom() -> ProbedModel:
-    config = BloomConfig(vocab_size=56, hidden_size=16, n_layer=2, n_head=2, pad_token_id=55)
-    return ProbedModel(drawn(BloomForCausalLM, config), objective="causal")
+radd = partial(tiny.radd, n_layers=2, n_heads=2)
 
 
 MODELS = {
@@ -71,15 +36,10 @@ MODELS = {
     "llama (grouped keys)": llama,
     "llama eager": lambda: llama("eager"),
     "llama bridged": lambda: bridged(llama()),
-    "bloom": bloom,
+    "bloom": lambda: causal(BloomConfig(vocab_size=56, hidden_size=16, n_layer=2, n_head=2, pad_token_id=55)),
     "llada": lambda: load_model(FIXTURES / "llada-tiny"),
     "dream": lambda: load_model(FIXTURES / "dream-tiny"),
 }
-
-
-def bridged(model: ProbedModel) -> ProbedModel:
-    options = {"objective": model.objective, "mask_token_id": model.mask_token_id, "logit_shift": model.logit_shift}
-    return ProbedModel(model.to_bridge(), **options)
 
 
 def logits(model: ProbedModel, mask: torch.Tensor | None = PADDED) -> torch.Tensor:
@@ -316,8 +276,8 @@ def test_sdpa_eager_and_bridge_agree_on_one_edited_head(make):
 
 def test_one_head_of_a_one_layer_model_equals_the_pattern_recomputed_by_hand():
     """Attention output from q, k and v of the weights, in float64, the cut head's row renormalised without it."""
-    module = drawn(RaddForMaskedLM, RaddConfig(position_encoding="alibi", n_heads=2, d_model=16))
-    model, block = ProbedModel(module, objective="masked"), module.blocks[0]
+    model = radd("alibi", n_layers=1)
+    module, block = model.module, model.module.blocks[0]
     seen = {}
     handle = block.attention.register_forward_hook(lambda m, a, out: seen.update(out=out[0]))
     with torch.no_grad(), edit_attention(model, [[2]], [[0]], heads=[1]):
@@ -403,7 +363,7 @@ def test_a_module_shared_by_all_layers_is_edited_in_the_layer_asked_for():
         num_attention_heads=2,
         intermediate_size=32,
     )
-    model = ProbedModel(drawn(AlbertForMaskedLM, config), objective="masked", mask_token_id=53, logit_shift=0)
+    model = ProbedModel(drawn(lambda: AlbertForMaskedLM(config)), objective="masked", mask_token_id=53, logit_shift=0)
     rows, columns = torch.tensor([[2]]), torch.tensor([[0]])
     with (
         torch.no_grad(),
@@ -440,7 +400,7 @@ def test_the_packed_query_of_a_decoding_step_is_edited_head_by_head():
         with edit_scores(model.module, sites, torch.tensor([[5], [5]]), cut_head, layers=[1]):
             whole = model.module(IDS, attention_mask=mask, use_cache=False).logits[:, 5]
         plain = model.module(IDS, attention_mask=mask, use_cache=False).logits[:, 5]
-    assert (2, 2, 2, 4) in shapes.seen, "no packed query (batch 2, 2 groups of 2 heads, dim 4) came by"
+    assert (2, 2, 2, 8) in shapes.seen, "no packed query (batch 2, 2 groups of 2 heads, dim 8) came by"
     torch.testing.assert_close(step, whole, atol=1e-5, rtol=0)
     assert (whole - plain).abs().max() > 1e-3
 

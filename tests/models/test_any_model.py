@@ -12,8 +12,6 @@ from torch import nn
 
 from revprobe import (
     ProbedModel,
-    Query,
-    ReversalPair,
     ReversalPairs,
     load_model,
     probe,
@@ -23,40 +21,7 @@ from revprobe import (
 from revprobe.models.structure import layers_without_attention
 from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.passes import run as passes
-from tiny import FIXTURES
-
-SIZES = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-}
-
-
-def drawn(config: transformers.PreTrainedConfig) -> ProbedModel:
-    torch.manual_seed(0)
-    module = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for p in module.parameters():
-        p.data += 0.1 * torch.randn_like(p)
-    return ProbedModel(module, objective="causal")
-
-
-def pairs_at(forward: tuple[int, int], reverse: tuple[int, int], count: int = 10, length: int = 12) -> ReversalPairs:
-    """One group: evidence and target positions of both directions, random tokens between."""
-    generator = torch.Generator().manual_seed(0)
-    pairs = []
-    for fact in range(count):
-        target, evidence, *rest = torch.randperm(60, generator=generator)[: length + 2].tolist()
-        queries = []
-        for at_evidence, at_target in (forward, reverse):
-            tokens = list(rest[:length])
-            tokens[at_evidence], tokens[at_target] = evidence, target
-            queries.append(Query(tokens, [at_target], [at_evidence]))
-        pairs.append(ReversalPair(*queries, fact=str(fact)))
-    return ReversalPairs.from_pairs(pairs)
+from tiny import FIXTURES, GROUPED, causal, pairs_at
 
 
 def joined(*groups: ReversalPairs) -> ReversalPairs:
@@ -70,7 +35,7 @@ def linear_and_softmax() -> ProbedModel:
     """Qwen3.5: three linear layers, one of softmax attention, twice."""
     heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
     sizes = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_hidden_layers": 8}
-    return drawn(transformers.Qwen3_5TextConfig(**SIZES, **heads, **sizes))
+    return causal(transformers.Qwen3_5TextConfig(**GROUPED | heads | sizes))
 
 
 def test_layers_without_softmax_attention_are_named_in_an_otherwise_good_reading():
@@ -121,7 +86,7 @@ def test_silent_layers_are_told_only_where_paths_number_them(sites, silent):
 
 def test_evidence_outside_a_sliding_window_is_nan_with_a_reason():
     """Row 8 sees the last four tokens: evidence at 6 is scored, at 2 it is not."""
-    model = drawn(transformers.MistralConfig(**SIZES, num_hidden_layers=2, sliding_window=4))
+    model = causal(transformers.MistralConfig(**GROUPED, sliding_window=4))
     near, far = pairs_at((6, 9), (7, 9)), pairs_at((2, 9), (3, 9))
     reading = probe_attention_correlation(model, joined(near, far))
     outside = reading.frame.pair >= len(near)
@@ -132,7 +97,7 @@ def test_evidence_outside_a_sliding_window_is_nan_with_a_reason():
 
 
 def test_evidence_after_the_readout_row_is_nan_in_a_causal_model():
-    model = drawn(transformers.LlamaConfig(**SIZES, num_hidden_layers=2))
+    model = causal(transformers.LlamaConfig(**GROUPED))
     before, after = pairs_at((2, 5), (1, 6)), pairs_at((2, 5), (8, 5))
     reading = probe_attention_correlation(model, joined(before, after))
     hidden = reading.frame.pair >= len(before)

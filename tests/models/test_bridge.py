@@ -1,58 +1,31 @@
 """The TransformerLens view: the same logits, the right attention, shared weights, and the model left as it was."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
+import tiny
 from revprobe import (
     ProbedModel,
-    Query,
-    RaddConfig,
-    RaddForMaskedLM,
-    ReversalPair,
-    ReversalPairs,
     RevprobeError,
     letter_pairs,
-    letter_tokenizer,
     load_model,
     probe,
 )
 from revprobe.models import bridge as bridges
 from revprobe.models.configs import POSITION_ENCODINGS
 from revprobe.probes.statistics.estimators import pair_cosines
-from tiny import FIXTURES
+from tiny import FIXTURES, bridged, gpt2, llama, pairs_at
 
 # With logits and scores of the published code -> TransformerLens' own adapter for the causal relative.
 STOCK = {"llada-tiny": bridges.LlamaArchitectureAdapter, "dream-tiny": bridges.Qwen2ArchitectureAdapter}
 
-SMALL = {"vocab_size": 56, "max_position_embeddings": 64, "bos_token_id": 54, "eos_token_id": None, "pad_token_id": 55}
 
-
-def radd(encoding: str) -> ProbedModel:
-    config = RaddConfig(position_encoding=encoding, n_layers=2, n_heads=2, d_model=16)
-    return ProbedModel(spread(RaddForMaskedLM(config)), letter_tokenizer(), objective="masked")
-
-
-def gpt2() -> ProbedModel:
-    config = GPT2Config(**SMALL, n_embd=16, n_layer=2, n_head=2)
-    return ProbedModel(spread(GPT2LMHeadModel(config)), letter_tokenizer(), objective="causal")
-
-
-def llama() -> ProbedModel:
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    config = LlamaConfig(**SMALL, **heads, hidden_size=16, intermediate_size=32)
-    return ProbedModel(spread(LlamaForCausalLM(config)), letter_tokenizer(), objective="causal")
-
-
-def spread(module: torch.nn.Module) -> torch.nn.Module:
-    torch.manual_seed(0)
-    for p in module.parameters():
-        p.data += 0.1 * torch.randn_like(p)
-    return module.eval()
-
-
+radd = partial(tiny.radd, n_layers=2, n_heads=2)
 MODELS = {**{e: (lambda e=e: radd(e)) for e in POSITION_ENCODINGS}, "gpt2": gpt2, "llama (grouped keys)": llama}
 
 
@@ -79,8 +52,7 @@ def test_probes_read_the_same_numbers_through_the_bridge(name):
     """Scores come from `hook_attn_scores` there and from the SDPA call here."""
     model = MODELS[name]()
     pairs = letter_pairs(5, model=model)
-    told = {"objective": model.objective, "mask_token_id": 53, "logit_shift": model.logit_shift}
-    wrapped = ProbedModel(model.to_bridge(), letter_tokenizer(), **told)
+    wrapped = bridged(model)
     ours = probe(model, pairs, only=["attention", "probability"])
     theirs = probe(wrapped, pairs, only=["attention", "probability"])
     for one, other in zip(ours, theirs, strict=True):
@@ -114,7 +86,7 @@ def test_an_architecture_without_an_adapter_is_named():
     class Unheard(GPT2LMHeadModel):
         pass
 
-    model = ProbedModel(Unheard(GPT2Config(**SMALL, n_embd=16, n_layer=1, n_head=2)), objective="causal")
+    model = ProbedModel(Unheard(GPT2Config(vocab_size=56, n_embd=16, n_layer=1, n_head=2)), objective="causal")
     with pytest.raises(RevprobeError, match=r"TransformerLens cannot bridge Unheard: .*register an adapter"):
         model.to_bridge()
 
@@ -154,23 +126,11 @@ def test_the_stock_adapter_would_be_seen(name, monkeypatch):
     assert found["plain"] > 1e-3 and not found["scores"] < 1e-4
 
 
-def some_pairs(count: int = 12) -> ReversalPairs:
-    """Pairs of random ids with one target and one evidence token, all of the same two offsets."""
-    generator = torch.Generator().manual_seed(0)
-    pairs = []
-    for fact in range(count):
-        target, evidence, *rest = torch.randperm(240, generator=generator)[:5].tolist()
-        forward = Query([rest[0], evidence, rest[1], target, rest[2]], [3], [1])
-        pairs.append(ReversalPair(forward, Query([rest[0], target, rest[1], evidence], [1], [3]), fact=str(fact)))
-    return ReversalPairs.from_pairs(pairs)
-
-
 @pytest.mark.parametrize("name", STOCK)
 def test_all_three_readings_are_the_same_through_the_bridge(name):
     """Gradients too: the bridge's unembedding holds a buffer where a Linear without bias has None."""
-    model, pairs = load_model(FIXTURES / name), some_pairs()
-    told = {"objective": "masked", "mask_token_id": model.mask_token_id, "logit_shift": model.logit_shift}
-    wrapped = ProbedModel(model.to_bridge(), **told)
+    model, pairs = load_model(FIXTURES / name), pairs_at((1, 3), (3, 1), count=12, length=5, vocab=240, ragged=True)
+    wrapped = bridged(model)
     for ours, theirs in zip(probe(model, pairs), probe(wrapped, pairs), strict=True):
         assert (theirs.value, theirs.n) == pytest.approx((ours.value, ours.n), abs=1e-4), ours.name
         assert theirs.interval == pytest.approx(ours.interval, abs=1e-3), ours.name
@@ -180,8 +140,7 @@ def test_all_three_readings_are_the_same_through_the_bridge(name):
 def test_gradients_through_the_bridge_are_those_of_the_model(name):
     """TransformerLens applies a LayerNorm's weight without calling the LayerNorm: its parent answers for it."""
     model = MODELS[name]()
-    told = {"objective": model.objective, "mask_token_id": model.mask_token_id, "logit_shift": model.logit_shift}
-    wrapped, pairs = ProbedModel(model.to_bridge(), letter_tokenizer(), **told), letter_pairs(5, model=model)
+    wrapped, pairs = bridged(model), letter_pairs(5, model=model)
     ours, theirs = (pair_cosines(probe(m, pairs, only=["gradient"])[0].frame) for m in (model, wrapped))
     np.testing.assert_allclose(theirs.cosine, ours.cosine, atol=1e-4)
     np.testing.assert_allclose(theirs.cosine_control, ours.cosine_control, atol=1e-4)

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from revprobe import (
     ProbedModel,
     Query,
-    ReversalPair,
-    ReversalPairs,
     RevprobeError,
     letter_tokenizer,
     load_model,
@@ -29,19 +27,8 @@ from revprobe import (
 )
 from revprobe.models.probed import as_probed
 from revprobe.models.structure import parameter_roles
+from tiny import GROUPED, SIZES, drawn, language_model, text_like_pairs
 
-SIZES = {
-    "vocab_size": 56,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    "bos_token_id": 54,
-    "eos_token_id": 54,
-    "pad_token_id": 55,
-}
-GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
 SEPARATE = {"q": 1, "k": 1, "v": 1, "o": 1}
 
 
@@ -123,11 +110,7 @@ FAMILIES = {
 def saved(name: str) -> Path:
     """A random model of the family, in a folder of its own, with a tokenizer beside it."""
     family = FAMILIES[name]
-    torch.manual_seed(0)
-    auto = transformers.AutoModelForCausalLM if family.objective == "causal" else transformers.AutoModelForMaskedLM
-    module = auto.from_config(family.config(**family.settings))
-    for p in module.parameters():
-        p.data += 0.15 * torch.randn_like(p)
+    module = drawn(lambda: language_model(family.config(**family.settings), family.objective), scale=0.15)
     folder = Path(mkdtemp(prefix=f"revprobe-{name}-"))
     module.save_pretrained(folder)
     letter_tokenizer().save_pretrained(folder)
@@ -137,24 +120,6 @@ def saved(name: str) -> Path:
 @cache
 def model_of(name: str) -> ProbedModel:
     return load_model(saved(name), **({"attn_implementation": "sdpa"} if FAMILIES[name].sdpa else {}))
-
-
-def text_like_pairs() -> ReversalPairs:
-    """Six pairs of unequal lengths, one- and two-token targets and evidence, evidence before the target (so that a
-    causal model sees it)."""
-    generator = torch.Generator().manual_seed(3)
-    pairs = []
-    for fact in range(6):
-        width = 1 + fact % 2
-        ids = torch.randperm(50, generator=generator)[:16].tolist()
-        evidence, target, rest = ids[:width], ids[2 : 2 + width], ids[4 : 9 + fact]
-        asked = []
-        for before, between in ((1, 2), (2, 1)):
-            tokens = [*rest[:before], *evidence, *rest[before : before + between], *target, *rest[before + between :]]
-            start = before + width + between
-            asked.append(Query(tokens, range(start, start + width), range(before, before + width)))
-        pairs.append(ReversalPair(*asked, fact=str(fact)))
-    return ReversalPairs.from_pairs(pairs)
 
 
 PAIRS = text_like_pairs()
@@ -381,11 +346,8 @@ def test_rows_that_are_not_one_example_after_the_other_are_refused():
 
 def test_a_mixture_of_experts_has_exact_gradients_or_says_why_not():
     """Its router returns logits and, made of them, scores: counted once. Experts as a loop cannot be split."""
-    torch.manual_seed(0)
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    module = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**GROUPED, **sizes)).eval()
-    for p in module.parameters():
-        p.data += 0.15 * torch.randn_like(p)
+    module = drawn(lambda: language_model(transformers.Qwen3MoeConfig(**GROUPED, **sizes)), scale=0.15)
     model = ProbedModel(module, objective="causal")
     routers = [name for name, _ in module.named_parameters() if name.endswith("gate.weight")]
     reading = probe_gradient_cosine(model, PAIRS, parameters=routers, control=False)

@@ -32,10 +32,11 @@ from revprobe.hooks.attention import tap_attention
 from revprobe.models.configs import DreamConfig, LLaDAConfig
 from revprobe.models.dream import DreamForMaskedDiffusion
 from revprobe.models.llada import LLaDAForMaskedDiffusion, official_name
-from tiny import FIXTURES
+from tiny import FIXTURES, pairs_at
 
 FOLDERS = ["llada-tiny", "llada-tiny-sharded", "dream-tiny"]
 AUTO = [AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM]
+PAIRS = pairs_at((2, 5), (5, 2), count=8, length=8, vocab=240, ragged=True)
 
 
 @pytest.fixture
@@ -55,18 +56,6 @@ def worst_logit_error(module, name: str) -> float:
     ids, mask = expected["input_ids"], expected["attention_mask"]
     padded = (module(ids, attention_mask=mask).logits - expected["logits"])[mask.bool()]
     return float(torch.cat([padded.flatten(), (module(ids).logits - expected["logits_nomask"]).flatten()]).abs().max())
-
-
-def some_pairs(count: int = 8) -> ReversalPairs:
-    """Pairs of random ids; half of the reverse queries are longer, so that batches are padded."""
-    generator = torch.Generator().manual_seed(0)
-    pairs = []
-    for fact in range(count):
-        target, evidence, *rest = torch.randperm(240, generator=generator)[:9].tolist()
-        forward = Query([*rest[:2], evidence, *rest[2:4], target, *rest[4:6]], [5], [2])
-        reverse = Query([*rest[:2], target, *rest[2:4], evidence, *rest[4 : 6 + fact % 2]], [2], [5])
-        pairs.append(ReversalPair(forward, reverse, fact=str(fact)))
-    return ReversalPairs.from_pairs(pairs)
 
 
 # --- the reference's numbers ----------------------------------------------------------------------------------------
@@ -110,7 +99,7 @@ def test_two_tensors_of_one_shape_in_each_others_place_are_seen(folder):
 
 @pytest.mark.parametrize("name", ["llada-tiny", "dream-tiny"])
 def test_a_padded_batch_equals_its_rows_alone(name):
-    model, pairs = load_model(FIXTURES / name), some_pairs()
+    model, pairs = load_model(FIXTURES / name), PAIRS
     together = probe(model, pairs, batch_size=16, control=False)
     alone = probe(model, pairs, batch_size=2, control=False)
     for reading, other in zip(together, alone, strict=True):
@@ -297,7 +286,7 @@ def test_weights_left_on_disk_are_read_for_scores_and_probabilities_and_named_fo
     where = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     where |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     model = load_model(FIXTURES / "llada-tiny", device_map=where, offload_folder=str(tmp_path))
-    whole, pairs = load_model(FIXTURES / "llada-tiny"), some_pairs()
+    whole, pairs = load_model(FIXTURES / "llada-tiny"), PAIRS
     assert worst_logit_error(model.module, "llada-tiny") < 1e-5
     for measure in (probe_attention_correlation, probe_reverse_probability):
         assert measure(model, pairs).value == pytest.approx(measure(whole, pairs).value, abs=1e-5)
@@ -355,7 +344,7 @@ def test_adapters_wrap_and_merge_and_are_probed(name):
     for parameter_name, p in wrapped.named_parameters():
         if "lora_B" in parameter_name:
             p.data.normal_(std=0.1)
-    model, pairs = ProbedModel(wrapped, objective="masked"), some_pairs()
+    model, pairs = ProbedModel(wrapped, objective="masked"), PAIRS
     assert (model.logit_shift, model.mask_token_id) == (base.logit_shift, base.mask_token_id)
     adapted = probe(model, pairs, control=False)
     adapters = [n for n, _ in wrapped.named_parameters() if "lora_" in n]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as tf
 
+import tiny
 from revprobe import (
     ProbedModel,
     RaddConfig,
@@ -26,11 +27,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def radd(encoding: str, dtype: torch.dtype, *, table: float = 1.0, layers: int = 4) -> ProbedModel:
-    torch.manual_seed(0)
-    config = RaddConfig(position_encoding=encoding, n_layers=layers, n_heads=2, d_model=64)
-    module = RaddForMaskedLM(config)
-    for parameter in module.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
+    module = tiny.radd(encoding, n_layers=layers, n_heads=2, d_model=64).module
     if encoding == "absolute":
         module.embed_positions.weight.data *= table
     return ProbedModel(module.to(dtype), objective="masked")

@@ -21,6 +21,7 @@ from revprobe import ProbedModel, RevprobeError, letter_pairs, letter_tokenizer,
 from revprobe.hooks.attention import tap_attention
 from revprobe.models import structure
 from revprobe.models.structure import declare_fused, fused_parts
+from tiny import drawn
 
 HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES = {"vocab_size": 56, "hidden_size": 16, "intermediate_size": 32, **HEADS}
@@ -35,14 +36,6 @@ FUSED = {
 }
 
 
-def build(name: str) -> torch.nn.Module:
-    torch.manual_seed(0)
-    module = FUSED[name]().eval()
-    for p in module.parameters():
-        p.data += 0.1 * torch.randn_like(p)
-    return module
-
-
 def score_of(module: torch.nn.Module) -> torch.Tensor:
     """Scores of layer 0 at one row and column. Shapes: `-> heads`."""
     at = torch.tensor([[2]]), torch.tensor([[1]])
@@ -55,9 +48,9 @@ def score_of(module: torch.nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("part", ["q", "k"])
 def test_zeroing_a_part_zeroes_the_score_and_the_other_parts_do_not(name, part):
     """With q (or k) zero every content score is zero; with v zero the scores stay as they were."""
-    whole = score_of(build(name))
+    whole = score_of(drawn(FUSED[name]))
     for zeroed, expected in ((part, None), ("v", whole)):
-        module = build(name)
+        module = drawn(FUSED[name])
         for parameter, split in fused_parts(module).items():
             weight = module.get_parameter(parameter)
             features = split[zeroed]
@@ -72,7 +65,7 @@ def test_zeroing_a_part_zeroes_the_score_and_the_other_parts_do_not(name, part):
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3 (grouped keys)"])
 def test_the_parts_are_slices_of_the_autograd_gradient_and_add_up_to_the_whole(name):
-    module = build(name)
+    module = drawn(FUSED[name])
     model = ProbedModel(module, letter_tokenizer(), objective="causal")
     pairs = letter_pairs(5, model=model)[:3]
     frame = probe_gradient_cosine(model, pairs, control=False).frame
@@ -92,7 +85,7 @@ def test_the_parts_are_slices_of_the_autograd_gradient_and_add_up_to_the_whole(n
 
 def test_an_undeclared_layout_stays_whole_and_a_declared_one_comes_apart(monkeypatch):
     monkeypatch.setattr(structure, "_FUSED", {})
-    model = ProbedModel(build("gpt2"), letter_tokenizer(), objective="causal")
+    model = ProbedModel(drawn(FUSED["gpt2"]), letter_tokenizer(), objective="causal")
     pairs = letter_pairs(5, model=model)[:2]
     assert "qkv" in set(probe_gradient_cosine(model, pairs, control=False).frame.role)
     declare_fused("gpt2", r"attn\.c_attn$", "blocked")

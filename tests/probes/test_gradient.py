@@ -2,6 +2,7 @@
 
 import math
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -9,38 +10,22 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
+import tiny
 from revprobe import ProbedModel, Query, ReversalPair, ReversalPairs, RevprobeError, probe_gradient_cosine
 from revprobe.models.structure import parameter_role
+from tiny import MASK, language_model
 
-VOCAB = 60
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 24,
-    "max_position_embeddings": 32,
-    "bos_token_id": 58,
-    "eos_token_id": 58,
-    "pad_token_id": 59,
-}
+VOCAB = 56
+SIZES = tiny.SIZES | {"hidden_size": 16, "intermediate_size": 24}
 GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 4}
 GPT2 = {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
-
-
-def drawn(module: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Weights wide enough that nothing is near zero."""
-    torch.manual_seed(0)
-    module = module.to(dtype).eval()
-    for p in module.parameters():
-        p.data += 0.15 * torch.randn_like(p)
-    return module
+# Weights wide enough that nothing is near zero.
+drawn = partial(tiny.drawn, scale=0.15, dtype=torch.float64)
 
 
 def of(config: type, settings: dict = GROUPED, **more: object) -> nn.Module:
     causal = config is not transformers.BertConfig
-    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMaskedLM
-    return auto.from_config(config(**settings, **more))
+    return language_model(config(**settings, **more), "causal" if causal else "masked")
 
 
 def at_first_step() -> nn.Module:
@@ -86,8 +71,8 @@ def close(one: ProbedModel, other: ProbedModel, **options: object) -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_gradient_checkpointing_gives_the_same_numbers(name, training):
-    objective = {"objective": "causal"} if name == "llama" else {"objective": "masked", "mask_token_id": 57}
-    module = drawn(MODELS[name]())
+    objective = {"objective": "causal"} if name == "llama" else {"objective": "masked", "mask_token_id": MASK}
+    module = drawn(MODELS[name])
     plain, saving = (ProbedModel(deepcopy(module), **objective) for _ in range(2))
     saving.module.gradient_checkpointing_enable()
     saving.module.train(training)
@@ -134,7 +119,7 @@ def test_lora_at_its_first_step_is_a_reading_and_its_a_alone_is_nan_with_a_reaso
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_key_biases_are_nan_with_a_reason_where_positions_do_not_rotate(dtype):
     """BERT: a key's bias adds one constant to all scores of a row, which softmax ignores."""
-    model = ProbedModel(drawn(of(transformers.BertConfig, SIZES), dtype), objective="masked", mask_token_id=57)
+    model = ProbedModel(drawn(of(transformers.BertConfig, SIZES), dtype=dtype), objective="masked", mask_token_id=MASK)
     names = [name for name, _ in model.module.named_parameters() if name.endswith("key.bias")]
     reading = probe_gradient_cosine(model, pairs_of(), parameters=names, control=False)
     assert len(names) == 2 and math.isnan(reading.value)
@@ -157,7 +142,7 @@ def test_key_biases_under_rotary_positions_are_a_reading():
 @pytest.mark.parametrize("by", ["parameter", "role", "layer"])
 def test_splits_sum_to_the_whole(name, by):
     """Also over the parts of fused projections; against autograd's gradients, not against the frame's own sum."""
-    module = drawn(MODELS[name]())
+    module = drawn(MODELS[name])
     reading = probe_gradient_cosine(ProbedModel(module, objective="causal"), pairs_of(), control=False)
     parameters = dict(module.named_parameters())
     assert ("qkv" not in set(reading.frame.role)) and {"q", "k", "v"} <= set(reading.frame.role)
@@ -186,7 +171,7 @@ def test_splits_sum_to_the_whole(name, by):
 
 @pytest.mark.parametrize("name", ["llama", "gemma (scaled, tied)", "gpt2"])
 def test_the_cosine_of_a_query_with_itself_is_one_and_swapping_the_sides_changes_nothing(name):
-    model = ProbedModel(drawn(MODELS[name]()), objective="causal")
+    model = ProbedModel(drawn(MODELS[name]), objective="causal")
     pairs = pairs_of()
     same = ReversalPairs.from_pairs([ReversalPair(p.forward, p.forward, fact=p.fact) for p in pairs])
     assert probe_gradient_cosine(model, same, control=False).value == pytest.approx(1.0, abs=1e-12)

@@ -3,17 +3,17 @@
 import copy
 import math
 import random
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import tiny
 from revprobe import (
     ProbedModel,
     Query,
-    RaddConfig,
-    RaddForMaskedLM,
     ReversalPair,
     ReversalPairs,
     RevprobeError,
@@ -35,20 +35,11 @@ from revprobe.probes.statistics.estimators import pair_cosines
 ENCODINGS = ("rope", "alibi", "absolute", "none")
 
 
-def mdm(encoding: str = "rope", *, seed: int = 0, spread: float = 0.0, **sizes) -> ProbedModel:
-    """A RADD model; `spread` perturbs its weights so that nothing is near its initial value."""
-    torch.manual_seed(seed)
-    module = RaddForMaskedLM(RaddConfig(position_encoding=encoding, **sizes))
-    for p in module.parameters():
-        p.data += spread * torch.randn_like(p)
-    return ProbedModel(module, letter_tokenizer(), objective="masked")
+mdm = partial(tiny.radd, d_model=64, scale=0.0)  # at its initial weights, unless a scale is given
 
 
 def arm(seed: int = 0, spread: float = 0.2, **sizes) -> ProbedModel:
-    torch.manual_seed(seed)
-    module = one_layer_gpt2(**sizes)
-    for p in module.parameters():
-        p.data += spread * torch.randn_like(p)
+    module = tiny.drawn(lambda: one_layer_gpt2(**sizes), seed=seed, scale=spread)
     return ProbedModel(module, letter_tokenizer(), objective="causal")
 
 
@@ -118,12 +109,12 @@ def gradient_by_autograd(model: ProbedModel, query: Query) -> torch.Tensor:
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_scores_equal_q_and_k_recomputed_from_the_weights(encoding, heads):
-    model = mdm(encoding, spread=0.1, n_heads=heads)
+    model = mdm(encoding, scale=0.1, n_heads=heads)
     pairs = letter_pairs(6, model=model)
     check_scores(probe_attention_correlation(model, pairs, control=False), model, pairs)
 
 
-@pytest.mark.parametrize("model", [mdm(e, spread=0.1) for e in ENCODINGS] + [arm()], ids=[*ENCODINGS, "gpt2"])
+@pytest.mark.parametrize("model", [mdm(e, scale=0.1) for e in ENCODINGS] + [arm()], ids=[*ENCODINGS, "gpt2"])
 def test_gradient_cosines_equal_autograd_over_all_parameters(model):
     model.module.eval()
     pairs = letter_pairs(5, model=model)
@@ -143,7 +134,7 @@ def test_gradient_cosines_equal_autograd_over_all_parameters(model):
 @pytest.mark.parametrize("batch_size", [None, 7])
 def test_the_cross_matrix_holds_every_facts_cosine_with_every_other(batch_size, tmp_path):
     """Each cell against autograd; its diagonal is the probe's own value; it survives the disk."""
-    model = mdm(spread=0.1)
+    model = mdm(scale=0.1)
     model.module.eval()
     pairs = letter_pairs(5, model=model, placements="mirror", offset=1)
     pairs = pairs.take(np.flatnonzero(np.isin(pairs.facts, list("abcd"))))
@@ -162,7 +153,7 @@ def test_the_cross_matrix_holds_every_facts_cosine_with_every_other(batch_size, 
     assert list(loaded.cross.index) == list("abcd")
 
 
-@pytest.mark.parametrize("model", [mdm(spread=0.2), arm()], ids=["rope", "gpt2"])
+@pytest.mark.parametrize("model", [mdm(scale=0.2), arm()], ids=["rope", "gpt2"])
 def test_probabilities_equal_a_plain_softmax(model):
     model.module.eval()
     pairs = letter_pairs(5, model=model)
@@ -233,7 +224,7 @@ def test_a_model_with_constant_logits_can_be_wrapped():
 
 
 def test_chain_reveals_left_to_right_and_parallel_hides_all():
-    model, pairs = mdm(spread=0.2), two_token_pairs()
+    model, pairs = mdm(scale=0.2), two_token_pairs()
     model.module.eval()
     for mode in ("chain", "parallel"):
         frame = probe_reverse_probability(model, pairs, mode=mode).frame.set_index(["pair", "direction"])
@@ -249,7 +240,7 @@ def test_chain_reveals_left_to_right_and_parallel_hides_all():
 
 def test_the_control_prices_a_target_at_another_facts_query():
     """Two facts, so the derangement is known: each target is priced at the other's masked sequence."""
-    model = mdm(spread=0.3)
+    model = mdm(scale=0.3)
     model.module.eval()
     pairs = letter_pairs(4, model=model)
     pairs = pairs.take(np.flatnonzero(np.isin(pairs.facts, ["a", "b"])))
@@ -294,7 +285,7 @@ def test_causal_chains_of_several_tokens_equal_the_teacher_forced_product():
         assert frame.loc[(number, "reverse")].log_probability == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("model", [mdm(spread=0.1), arm()], ids=["rope", "gpt2"])
+@pytest.mark.parametrize("model", [mdm(scale=0.1), arm()], ids=["rope", "gpt2"])
 def test_the_fused_pass_gives_the_numbers_of_the_single_probes(model):
     pairs = letter_pairs(5, model=model, placements="mirror")
     fused = probe(model, pairs, batch_size=64)
@@ -316,7 +307,7 @@ def test_layers_may_be_given_once_and_are_read_by_every_probe():
 
 
 def test_small_batches_and_padding_do_not_move_the_numbers():
-    model, pairs = mdm(spread=0.2), two_token_pairs()
+    model, pairs = mdm(scale=0.2), two_token_pairs()
     whole, single = probe(model, pairs), probe(model, pairs, batch_size=1)
     for one, other in zip(whole, single, strict=True):
         numbers = one.frame.select_dtypes("number").columns
@@ -330,7 +321,7 @@ def test_small_batches_and_padding_do_not_move_the_numbers():
 
 def test_alibi_identities_hold_to_1e_6():
     """Prop. 4.5 and reflection equivariance: correlation 1, reflected queries equally probable."""
-    model = mdm("alibi", spread=0.1)
+    model = mdm("alibi", scale=0.1)
     readings = probe(model, letter_pairs(7, model=model, placements="mirror"))
     assert readings["attention_correlation"].value == pytest.approx(1.0, abs=1e-6)
     table = readings["reverse_probability"].measures().set_index("measure")
@@ -390,7 +381,7 @@ def test_with_facts_deranged_the_correlation_and_the_excess_hold_zero(state, req
     fixed = request.getfixturevalue("trained") if state == "trained" else None
     held = {"attention_correlation": [], "gradient_cosine": []}
     for seed in range(20):
-        model = fixed or mdm(state, spread=0.05, seed=seed)
+        model = fixed or mdm(state, scale=0.05, seed=seed)
         readings = probe(model, deranged(letter_pairs(5, model=model), seed), only=["attention", "gradient"], seed=seed)
         low, high = readings["attention_correlation"].interval
         held["attention_correlation"].append(low <= 0 <= high)
@@ -401,7 +392,7 @@ def test_with_facts_deranged_the_correlation_and_the_excess_hold_zero(state, req
 
 def test_the_true_pairing_of_an_untrained_model_stands_out_of_its_control():
     """Theory at initialisation; what training makes of it is a finding, reported and not required."""
-    model = mdm("rope", spread=0.05)
+    model = mdm("rope", scale=0.05)
     for reading in probe(model, letter_pairs(5, model=model), only=["attention", "gradient"]):
         assert reading.control.interval[1] < reading.interval[0], reading
         assert reading.excess.low > 0
@@ -409,7 +400,7 @@ def test_the_true_pairing_of_an_untrained_model_stands_out_of_its_control():
 
 def test_scores_made_equal_by_construction_are_found():
     """Planted signal: keys that do not depend on position give forward and reverse scores that are the same."""
-    model = mdm("none", spread=0.1)
+    model = mdm("none", scale=0.1)
     pairs = letter_pairs(6, model=model)
     reading = probe_attention_correlation(model, pairs)
     np.testing.assert_allclose(reading.frame.score_forward, reading.frame.score_reverse, atol=1e-6)
@@ -436,7 +427,7 @@ def plant_wrong_head(patch) -> None:
 
 @pytest.mark.parametrize("plant", [plant_shifted_rows, plant_wrong_head])
 def test_planted_faults_turn_the_score_check_red(plant, monkeypatch):
-    model = mdm("rope", spread=0.1, n_heads=2)
+    model = mdm("rope", scale=0.1, n_heads=2)
     pairs = letter_pairs(6, model=model)
     plant(monkeypatch)
     with pytest.raises(AssertionError, match="score of pair"):
@@ -445,7 +436,7 @@ def test_planted_faults_turn_the_score_check_red(plant, monkeypatch):
 
 def test_averaging_padding_in_turns_the_padding_check_red(monkeypatch):
     """Planted fault: padded target and evidence slots counted as real ones."""
-    model = mdm(spread=0.2)
+    model = mdm(scale=0.2)
     one, two = two_token_pairs()[0], letter_pairs(5, model=model)[0]
     pairs = ReversalPairs.from_pairs([one, ReversalPair(two.forward, two.reverse, fact="b")])
     true = batches.make_batch

@@ -7,11 +7,13 @@ import pytest
 import torch
 import transformers
 
+import tiny
 from revprobe import ProbedModel, Query, ReversalPair, ReversalPairs, probe_route_edit
 from revprobe.hooks.attention import tap_attention
 from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.passes import route_runs
 from revprobe.probes.route_edit import NO_POSITION, UNEVEN
+from tiny import language_model
 
 SIZES = {
     "vocab_size": 60,
@@ -31,13 +33,9 @@ FULL, WINDOW = "full_attention", "sliding_attention"
 
 def model_of(config, objective: str = "causal", kernel: str = "sdpa") -> ProbedModel:
     """A model whose weights are the same in every call, none near its initial value."""
-    auto = transformers.AutoModelForCausalLM if objective == "causal" else transformers.AutoModelForMaskedLM
-    module = auto.from_config(config, attn_implementation=kernel)
-    torch.manual_seed(0)
-    for p in module.parameters():
-        p.data = 0.3 * torch.randn_like(p)
+    module = tiny.drawn(lambda: language_model(config, objective, attn_implementation=kernel), scale=0.3)
     mask = {"mask_token_id": 59, "logit_shift": 0} if objective == "masked" else {}
-    return ProbedModel(module.eval(), objective=objective, **mask)
+    return ProbedModel(module, objective=objective, **mask)
 
 
 def qwen(

@@ -3,17 +3,17 @@
 import copy
 import math
 import random
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import tiny
 from revprobe import (
     ProbedModel,
     Query,
-    RaddConfig,
     RaddForMaskedLM,
     Reading,
     ReversalPair,
@@ -21,7 +21,6 @@ from revprobe import (
     RevprobeError,
     edit_attention,
     letter_pairs,
-    letter_tokenizer,
     load_model,
     probe_route_edit,
 )
@@ -31,41 +30,11 @@ from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.passes import route_changes, route_runs
 from revprobe.probes.passes.route_changes import other_positions
 from revprobe.probes.route_edit import NO_POSITION, NO_STRENGTH, ONLY_KEY, ZERO_AFTER, ZERO_BEFORE, ZERO_CONTROL
-from tiny import FIXTURES
+from tiny import FIXTURES, GROUPED, bridged, causal
 
-SMALL = {"vocab_size": 56, "max_position_embeddings": 64, "bos_token_id": 54, "eos_token_id": None, "pad_token_id": 55}
-GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "hidden_size": 16}
-SIZES = {**GROUPED, "vocab_size": 60, "intermediate_size": 32, "max_position_embeddings": 64, "head_dim": 4}
-
-
-def spread(module: torch.nn.Module) -> torch.nn.Module:
-    """The same weights in every call, none near its initial value."""
-    torch.manual_seed(0)
-    for p in module.parameters():
-        p.data = 0.3 * torch.randn_like(p)
-    return module.eval()
-
-
-def radd(encoding: str = "rope", **sizes) -> ProbedModel:
-    config = RaddConfig(**{"position_encoding": encoding, "n_layers": 2, "n_heads": 2, "d_model": 16} | sizes)
-    return ProbedModel(spread(RaddForMaskedLM(config)), letter_tokenizer(), objective="masked")
-
-
-def gpt2() -> ProbedModel:
-    module = spread(GPT2LMHeadModel(GPT2Config(**SMALL, n_embd=16, n_layer=2, n_head=2)))
-    return ProbedModel(module, letter_tokenizer(), objective="causal")
-
-
-def llama(kernel: str = "sdpa") -> ProbedModel:
-    config = LlamaConfig(**SMALL, **GROUPED, intermediate_size=32, attn_implementation=kernel)
-    return ProbedModel(spread(LlamaForCausalLM(config)), letter_tokenizer(), objective="causal")
-
-
-def bridged(model: ProbedModel) -> ProbedModel:
-    told = {"objective": model.objective, "mask_token_id": model.mask_token_id, "logit_shift": model.logit_shift}
-    return ProbedModel(model.to_bridge(), letter_tokenizer(), **told)
-
-
+# Scores far from zero, so that an edit moves what is priced.
+radd = partial(tiny.radd, n_layers=2, n_heads=2, scale=0.3)
+gpt2, llama = (partial(make, scale=0.3) for make in (tiny.gpt2, tiny.llama))
 MODELS = {
     **{e: (lambda e=e: radd(e)) for e in POSITION_ENCODINGS},
     "rope bridged": lambda: bridged(radd()),
@@ -403,9 +372,9 @@ def test_probability_0_under_an_edit_enters_no_mean_and_says_which_edit():
 
 def test_a_window_that_hides_the_evidence_in_one_layer_leaves_half_of_the_edit():
     config = transformers.Qwen2Config(
-        **SIZES, use_sliding_window=True, sliding_window=2, layer_types=["full_attention", "sliding_attention"]
+        **GROUPED, use_sliding_window=True, sliding_window=2, layer_types=["full_attention", "sliding_attention"]
     )
-    model = ProbedModel(spread(transformers.Qwen2ForCausalLM(config)), objective="causal")
+    model = causal(config, scale=0.3)
     reading = probe_route_edit(model, causal_pair(8, target=6, evidence=1))
     frame = reading.frame[reading.frame.direction == "reverse"]
     assert frame.query("scope == 'all'").edited.tolist() == [0.5] and math.isfinite(reading.value)
@@ -422,9 +391,8 @@ def test_layers_without_softmax_attention_are_nan_rows_with_the_reason():
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
     }
-    config = transformers.Qwen3_5TextConfig(**SIZES | {"num_hidden_layers": 4}, **heads)
-    module = spread(transformers.AutoModelForCausalLM.from_config(config))
-    model = ProbedModel(module, objective="causal")
+    config = transformers.Qwen3_5TextConfig(**GROUPED | {"num_hidden_layers": 4}, **heads)
+    model = causal(config, scale=0.3)
     pairs = causal_pair(6, target=5, evidence=1)
     reading = probe_route_edit(model, pairs, scope="layer")
     assert len(reading.frame) == 2 * (1 + 4), "one row for each direction and edit"

@@ -1,6 +1,7 @@
 """The storage probe against plain attention by hand, references of other kinds, and autograd's own gradients."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import revprobe as rp
+import tiny
 from revprobe.hooks import linearize as linearized
 from revprobe.models.configs import DreamConfig, LLaDAConfig
 from revprobe.models.dream import DreamForMaskedDiffusion
@@ -20,96 +22,30 @@ from revprobe.probes.passes.decomposition import LinearizedBatch
 from revprobe.probes.statistics.by_part import evidence_by_pair, logit_contributions
 from revprobe.probes.statistics.resampling import derangement
 from revprobe.probes.storage import DIFFERENT_TOKENS, probe_stored_evidence
+from tiny import GROUPED, SIZES, AttentionOnly, drawn, text_like_pairs
 
-SIZES = {
-    "vocab_size": 56,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    "bos_token_id": 54,
-    "eos_token_id": 54,
-    "pad_token_id": 55,
-}
-GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
 LLADA = {"d_model": 32, "n_heads": 4, "n_kv_heads": 2, "n_layers": 2, "mlp_hidden_size": 48, "vocab_size": 56}
 LLADA |= {"mask_token_id": 53, "pad_token_id": 55, "eos_token_id": 54}
 DREAM = {**SIZES, "num_key_value_heads": 2, "mask_token_id": 53}
 
 
-class AttentionOnly(nn.Module):
-    """The paper's model: embedding, attention without W_O, unembedding; no norm, no residual; several heads' values
-    are added up. `cut` silences one head's values at one position of every sequence.
-    """
-
-    def __init__(self, heads: int = 1, dim: int = 16) -> None:
-        super().__init__()
-        self.heads = heads
-        self.embed = nn.Embedding(56, dim)
-        self.q, self.k, self.v = (nn.Linear(dim, dim * heads, bias=False) for _ in range(3))
-        self.unembed = nn.Linear(dim, 56, bias=False)
-        self.cut: tuple[int, Tensor] | None = None
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        states = self.embed(input_ids)
-        split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731
-        query, key, value = split(self.q(states)), split(self.k(states)), split(self.v(states))
-        if self.cut is not None:
-            head, positions = self.cut
-            keep = torch.ones(value.shape[:3], dtype=value.dtype)
-            keep[torch.arange(len(value)), head, positions] = 0
-            value = value * keep[..., None]
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
-        return self.unembed(mixed.sum(1))
-
-
-def loud(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights wide enough that nothing is near zero, biases and norms included."""
-    torch.manual_seed(seed)
-    for parameter in module.parameters():
-        parameter.data += 0.2 * torch.randn_like(parameter)
-    return module.eval()
+radd = partial(tiny.radd, scale=0.2, dtype=torch.float64)
+causal = partial(tiny.causal, scale=0.2)
 
 
 def attention_only(heads: int = 1) -> rp.ProbedModel:
-    module = loud(AttentionOnly(heads).double())
+    module = drawn(lambda: AttentionOnly(heads), scale=0.2, dtype=torch.float64)
     return rp.ProbedModel(module, rp.letter_tokenizer(), objective="masked", mask_token_id=53, logit_shift=0)
-
-
-def radd(encoding: str = "rope", *, double: bool = True, **sizes: int) -> rp.ProbedModel:
-    module = loud(rp.RaddForMaskedLM(rp.RaddConfig(d_model=16, position_encoding=encoding, **sizes)))
-    return rp.ProbedModel(module.double() if double else module, rp.letter_tokenizer(), objective="masked")
 
 
 def wrapped(module: nn.Module, objective: str, shift: int) -> rp.ProbedModel:
     masked = {"mask_token_id": 53} if objective == "masked" else {}
-    return rp.ProbedModel(loud(module), rp.letter_tokenizer(), objective=objective, logit_shift=shift, **masked)
-
-
-def causal(config: transformers.PretrainedConfig, **options: str) -> rp.ProbedModel:
-    return wrapped(transformers.AutoModelForCausalLM.from_config(config, **options), "causal", 1)
+    module = drawn(module, scale=0.2)
+    return rp.ProbedModel(module, rp.letter_tokenizer(), objective=objective, logit_shift=shift, **masked)
 
 
 def pairs_for(model: rp.ProbedModel, length: int = 5, alphabet: int = 5) -> rp.ReversalPairs:
     return rp.letter_pairs(length, model=model, placements="mirror", alphabet=alphabet)
-
-
-def two_token_pairs() -> rp.ReversalPairs:
-    """Six pairs of unequal lengths, evidence before the target, one or two tokens each."""
-    generator = torch.Generator().manual_seed(3)
-    pairs = []
-    for fact in range(6):
-        width = 1 + fact % 2
-        ids = torch.randperm(50, generator=generator)[:16].tolist()
-        evidence, target, rest = ids[:width], ids[2 : 2 + width], ids[4 : 9 + fact]
-        asked = []
-        for before, between in ((1, 2), (2, 1)):
-            tokens = [*rest[:before], *evidence, *rest[before : before + between], *target, *rest[before + between :]]
-            start = before + width + between
-            asked.append(rp.Query(tokens, range(start, start + width), range(before, before + width)))
-        pairs.append(rp.ReversalPair(*asked, fact=str(fact)))
-    return rp.ReversalPairs.from_pairs(pairs)
 
 
 def shown(model: rp.ProbedModel, query: rp.Query) -> Tensor:
@@ -288,7 +224,7 @@ def test_every_part_of_a_one_layer_model_equals_the_hand_computed_one(encoding: 
 
 @pytest.mark.parametrize("encoding", ["rope", "alibi", "absolute", "none"])
 def test_parts_add_up_to_the_logit_in_float32_too(encoding: str) -> None:
-    reading = probe_stored_evidence(radd(encoding, double=False), pairs_for(radd(encoding)), control=False)
+    reading = probe_stored_evidence(radd(encoding, dtype=torch.float32), pairs_for(radd(encoding)), control=False)
     assert sum_error(reading) < 1e-5
     assert 0 < reading.meta["worst_gap"] < 1e-5, "the gap that was measured is reported"
 
@@ -346,10 +282,10 @@ def pattern_of(model: rp.ProbedModel, query: rp.Query) -> Tensor:
 # ---- any depth -------------------------------------------------------------------------------------------------------
 
 DEEP = {
-    "radd-rope": lambda: radd("rope", double=False, n_layers=2, n_heads=2),
-    "radd-alibi": lambda: radd("alibi", double=False, n_layers=2, n_heads=2),
-    "radd-absolute": lambda: radd("absolute", double=False, n_layers=2, n_heads=2),
-    "radd-none": lambda: radd("none", double=False, n_layers=2, n_heads=2),
+    "radd-rope": lambda: radd("rope", dtype=torch.float32, n_layers=2, n_heads=2),
+    "radd-alibi": lambda: radd("alibi", dtype=torch.float32, n_layers=2, n_heads=2),
+    "radd-absolute": lambda: radd("absolute", dtype=torch.float32, n_layers=2, n_heads=2),
+    "radd-none": lambda: radd("none", dtype=torch.float32, n_layers=2, n_heads=2),
     "llada": lambda: wrapped(LLaDAForMaskedDiffusion(LLaDAConfig(**LLADA)), "masked", 0),
     "dream": lambda: wrapped(DreamForMaskedDiffusion(DreamConfig(**DREAM)), "masked", 1),
     "gpt2": lambda: wrapped(rp.one_layer_gpt2(n_layers=2, n_heads=4), "causal", 1),
@@ -386,7 +322,7 @@ def test_a_pair_whose_evidence_one_layer_hides_says_so_whichever_layer_it_is() -
 @pytest.mark.parametrize("name", DEEP)
 def test_parts_add_up_to_the_mean_target_logit_of_a_plain_run(name: str) -> None:
     """Unequal lengths (padding), targets and evidence of one and of two tokens; the logit from the bare module."""
-    model, pairs = DEEP[name](), two_token_pairs()
+    model, pairs = DEEP[name](), text_like_pairs()
     reading = probe_stored_evidence(model, pairs)
     assert sum_error(reading) < 1e-5 * max(1, reading.frame[["logit_forward", "logit_reverse"]].abs().max().max())
     for pair in range(len(pairs)):
@@ -405,7 +341,7 @@ def test_parts_add_up_to_the_mean_target_logit_of_a_plain_run(name: str) -> None
 def test_half_precision_is_held_to_its_own_rounding_and_says_by_how_much_it_misses() -> None:
     model = DEEP["llama"]()
     model.module.bfloat16()
-    reading = probe_stored_evidence(model, two_token_pairs(), control=False)
+    reading = probe_stored_evidence(model, text_like_pairs(), control=False)
     assert reading.meta["dtype"] == "bfloat16"
     assert 1e-5 < reading.meta["worst_gap"] < 0.02
 
@@ -416,7 +352,7 @@ def test_heads_equal_what_the_output_projection_wrote(name: str) -> None:
     """Another route to the same numbers: the input of o_proj, its columns, the norm's scale from its own input; and
     the evidence's part from eager attention and the value projection.
     """
-    model, pairs = DEEP[name](), two_token_pairs()
+    model, pairs = DEEP[name](), text_like_pairs()
     reading = probe_stored_evidence(model, pairs, control=False)
     decoder, heads = model.module.model, 4
     for pair in (0, 1, 4):
@@ -465,7 +401,7 @@ def run_with_inputs(model: rp.ProbedModel, query: rp.Query, names: list[str]) ->
 @torch.no_grad()
 def test_s_of_a_deep_model_is_the_ov_circuit_on_the_embedding() -> None:
     """gain W_O^h W_V^h (gamma * E[u] / rms), with both scales as measured: by hand on Llama, grouped heads included."""
-    model, pairs = DEEP["llama"](), two_token_pairs()
+    model, pairs = DEEP["llama"](), text_like_pairs()
     reading = probe_stored_evidence(model, pairs, control=False)
     decoder = model.module.model
     query = pairs[0].reverse
@@ -489,7 +425,7 @@ def test_attention_written_by_hand_gives_the_same_parts_as_sdpa() -> None:
     """Eager Llama has no SDPA call: its pattern is told by rows that sum to one."""
     config = transformers.LlamaConfig(**GROUPED)
     readings = [
-        probe_stored_evidence(causal(config, attn_implementation=kernel), two_token_pairs(), control=False)
+        probe_stored_evidence(causal(config, attn_implementation=kernel), text_like_pairs(), control=False)
         for kernel in ("sdpa", "eager")
     ]
     columns = ["weight_reverse", "stored_reverse", "contribution_forward", "contribution_reverse"]
@@ -503,7 +439,7 @@ def test_summed_scores_of_all_targets_equal_target_by_target() -> None:
     """Margin and matrix come from one push forward over the vocabulary, S[v, u] from a backward pass per target."""
     for name in ("radd-absolute", "qwen2"):
         model = DEEP[name]()
-        batch = make_batch(model, prepare_queries(model, two_token_pairs().queries))
+        batch = make_batch(model, prepare_queries(model, text_like_pairs().queries))
         held = LinearizedBatch.run(model, batch)
         pushed = held.stored_logits().gather(-1, batch.targets[..., None])[..., 0]
         pushed = pushed.masked_fill(~batch.is_target, 0.0).sum(1) / batch.is_target.sum(1)
@@ -533,7 +469,7 @@ def test_swapped_pairs_are_refused() -> None:
 def test_a_model_whose_logit_is_no_such_sum_is_refused_by_name(build, words: str) -> None:
     """Soft caps, a nonlinear head, an autograd function of its own (Bloom's GELU), unseen attention."""
     with pytest.raises(rp.RevprobeError, match=words):
-        probe_stored_evidence(build(), two_token_pairs())
+        probe_stored_evidence(build(), text_like_pairs())
 
 
 def bert() -> rp.ProbedModel:
@@ -557,7 +493,7 @@ class Unseen(nn.Module):
 
 
 def radd_with(kind: type[nn.Module]) -> rp.ProbedModel:
-    return rp.ProbedModel(loud(Unseen(kind)), objective="masked", mask_token_id=53, logit_shift=0)
+    return rp.ProbedModel(drawn(lambda: Unseen(kind), scale=0.2), objective="masked", mask_token_id=53, logit_shift=0)
 
 
 def test_a_nonlinear_function_taken_for_linear_is_caught_by_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -577,8 +513,8 @@ def test_a_linear_function_missing_from_the_list_costs_detail_and_no_truth(monke
 def test_experts_that_mix_the_batch_are_refused_and_one_query_at_a_time_is_exact() -> None:
     model = causal(transformers.MixtralConfig(**GROUPED))
     with pytest.raises(rp.RevprobeError, match="try batch_size=1"):
-        probe_stored_evidence(model, two_token_pairs(), control=False)
-    assert sum_error(probe_stored_evidence(model, two_token_pairs(), control=False, batch_size=1)) < 1e-4
+        probe_stored_evidence(model, text_like_pairs(), control=False)
+    assert sum_error(probe_stored_evidence(model, text_like_pairs(), control=False, batch_size=1)) < 1e-4
 
 
 def test_evidence_that_a_causal_mask_hides_is_undefined_and_counted() -> None:
@@ -620,9 +556,9 @@ def test_probing_leaves_no_trace_also_when_it_raises() -> None:
         random = torch.get_rng_state()
         if fails:
             with pytest.raises(rp.RevprobeError):
-                probe_stored_evidence(model, two_token_pairs())
+                probe_stored_evidence(model, text_like_pairs())
         else:
-            probe_stored_evidence(model, two_token_pairs())
+            probe_stored_evidence(model, text_like_pairs())
         assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
         assert flags == [p.requires_grad for p in module.parameters()]
         assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in module.modules()]
@@ -644,7 +580,7 @@ def test_positions_shared_by_the_batch_are_told_apart_at_any_size(size: int) -> 
 
 
 def test_batches_do_not_change_the_reading_and_layers_select_rows() -> None:
-    model, pairs = radd(n_layers=2, n_heads=2), two_token_pairs()
+    model, pairs = radd(n_layers=2, n_heads=2), text_like_pairs()
     whole, small = (probe_stored_evidence(model, pairs, batch_size=size) for size in (None, 2))
     numbers = whole.frame.select_dtypes("number").columns
     assert np.allclose(

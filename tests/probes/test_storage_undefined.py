@@ -1,6 +1,7 @@
 """What the storage probe leaves undefined, why, and how it is counted; and targets of several tokens by hand."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 import revprobe as rp
+import tiny
 from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.statistics.by_part import evidence_by_pair, logit_contributions
 from revprobe.probes.statistics.estimators import NO_PARTNER
@@ -257,12 +259,7 @@ def test_a_target_without_another_of_its_length_says_why_it_has_no_margin() -> N
 # ---- some layers only ------------------------------------------------------------------------------------------------
 
 
-def two_layers() -> rp.ProbedModel:
-    torch.manual_seed(0)
-    module = rp.RaddForMaskedLM(rp.RaddConfig(d_model=16, n_layers=2, n_heads=2)).eval()
-    for parameter in module.parameters():
-        parameter.data += 0.2 * torch.randn_like(parameter)
-    return rp.ProbedModel(module.double(), rp.letter_tokenizer(), objective="masked")
+two_layers = partial(tiny.radd, n_layers=2, n_heads=2, scale=0.2, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("layers", [[0, 7], [7], [-1]])

@@ -6,51 +6,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 import revprobe as rp
+import tiny
 from revprobe.hooks.attention import tap_attention
 from revprobe.probes.storage import probe_stored_evidence
+from tiny import AttentionOnly, drawn
+
+PAIR = rp.ReversalPair(rp.Query([7, 8, 20, 1, 30, 31], [0, 1], [4, 5]), rp.Query([1, 30, 31, 7, 8, 20], [3, 4], [1, 2]))
 
 
-class AttentionOnly(nn.Module):
-    """The paper's model: embedding, attention without W_O, unembedding; z_i = sum_j a_ij S[:, x_j] and nothing else."""
-
-    def __init__(self, heads: int = 2, dim: int = 8) -> None:
-        super().__init__()
-        self.heads = heads
-        self.embed = nn.Embedding(56, dim)
-        self.q, self.k, self.v = (nn.Linear(dim, dim * heads, bias=False) for _ in range(3))
-        self.unembed = nn.Linear(dim, 56, bias=False)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        states = self.embed(input_ids)
-        split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731
-        attended = nn.functional.scaled_dot_product_attention(*(split(p(states)) for p in (self.q, self.k, self.v)))
-        return self.unembed(attended.sum(1))
-
-
-def loud(module: nn.Module) -> nn.Module:
-    torch.manual_seed(0)
-    for parameter in module.parameters():
-        parameter.data += 0.2 * torch.randn_like(parameter)
-    return module.double().eval()
-
-
-def radd(**sizes: object) -> rp.ProbedModel:
-    module = loud(rp.RaddForMaskedLM(rp.RaddConfig(d_model=16, n_heads=2, **sizes)))
-    return rp.ProbedModel(module, rp.letter_tokenizer(), objective="masked")
+def radd(encoding: str = "rope", **sizes: object) -> rp.ProbedModel:
+    return tiny.radd(encoding, n_heads=2, scale=0.2, dtype=torch.float64, **sizes)
 
 
 def causal() -> rp.ProbedModel:
-    sizes = {"vocab_size": 56, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
-    sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "bos_token_id": 54, "pad_token_id": 55}
-    module = loud(transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, attn_implementation="eager")))
-    return rp.ProbedModel(module, objective="causal", logit_shift=1)
-
-
-PAIR = rp.ReversalPair(rp.Query([7, 8, 20, 1, 30, 31], [0, 1], [4, 5]), rp.Query([1, 30, 31, 7, 8, 20], [3, 4], [1, 2]))
+    return tiny.llama("eager", scale=0.2, dtype=torch.float64)
 
 
 def shown(model: rp.ProbedModel, query: rp.Query) -> list[int]:
@@ -60,7 +32,7 @@ def shown(model: rp.ProbedModel, query: rp.Query) -> list[int]:
 
 def test_in_the_papers_model_a_contribution_is_attention_times_s() -> None:
     """z_i[v] = sum_j a_ij S[v, x_j], every term by loops over heads, rows and positions; two target rows."""
-    module = loud(AttentionOnly())
+    module = drawn(lambda: AttentionOnly(heads=2, dim=8), scale=0.2, dtype=torch.float64)
     model = rp.ProbedModel(module, objective="masked", mask_token_id=53, logit_shift=0)
     table = rp.token_contributions(model, PAIR).set_index(["direction", "row", "position", "head"]).sort_index()
     for side in ("forward", "reverse"):
@@ -108,7 +80,7 @@ def test_s_of_every_position_in_one_layer_radd_by_hand() -> None:
         assert found.weight == pytest.approx(float(weight[found.head, found.position]), abs=1e-7)
 
 
-@pytest.mark.parametrize("build", [radd, lambda: radd(n_layers=2, position_encoding="absolute"), causal])
+@pytest.mark.parametrize("build", [radd, lambda: radd("absolute", n_layers=2), causal])
 def test_the_sum_over_positions_is_the_probes_evidence_and_others(build) -> None:
     """Mean over target rows, sum over positions: by direction, layer and head, what the probe's frame has."""
     model, pair = build(), PAIR

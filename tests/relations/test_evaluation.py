@@ -6,9 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import pre_tokenizers
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from revprobe import ProbedModel, Readings, RevprobeError, letters, register_model
@@ -25,6 +24,7 @@ from revprobe.relations.evaluation import (
     match_table,
     save_evaluation,
 )
+from tiny import word_tokenizer
 
 RELATION = invented_names(rows=(0, 24), heldout=0.25)
 
@@ -35,12 +35,8 @@ class Rote(nn.Module):
     def __init__(self, known: dict[str, str], texts: list[str]) -> None:
         super().__init__()
         words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text)})
-        vocabulary = ["<unk>", "<eos>", "<mask>", "nobody", *words]
-        backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
-        backend.pre_tokenizer = pre_tokenizers.Whitespace()
-        special = {"unk_token": "<unk>", "eos_token": "<eos>", "mask_token": "<mask>"}
-        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-        self.embed = nn.Embedding(len(vocabulary), 1)
+        self.tokenizer = word_tokenizer(["nobody", *words], split=pre_tokenizers.Whitespace())
+        self.embed = nn.Embedding(len(self.tokenizer), 1)
         self.known = {tuple(self._ids(prompt)): self._ids(answer) for prompt, answer in known.items()}
 
     def _ids(self, text: str) -> list[int]:

@@ -33,14 +33,6 @@ def config(family: str = "radd") -> RunConfig:
     return parse_config(f"{text}training: {training}\nsnapshots: {{steps: [5, 11]}}\n", RunConfig, "test")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(config(), tmp_path_factory.mktemp("runs") / "tiny")

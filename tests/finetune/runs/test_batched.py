@@ -1,6 +1,5 @@
 """Runs trained together: each ends where it would have alone, and leaves the folder it would have left alone."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,6 @@ from revprobe.finetune.training.stacked_models import clip_each
 from revprobe.models.checkpoints import checkpoint_folder, checkpoint_steps, step_name
 
 STEPS = 50
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def configs(cells: str, steps: int = STEPS, dropout: float = 0.0, **training: Any) -> list[RunConfig]:

@@ -1,11 +1,9 @@
 """Two processes give the reading of one: pairs are shared out, gathered, and written once."""
 
-import importlib.util
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from torch import nn
 
 import revprobe as rp
@@ -21,27 +18,16 @@ from revprobe.finetune.training.distributed import ProcessGroup, require_whole
 from revprobe.finetune.training.probe_callback import take_readings
 from revprobe.probes.passes.plan import PassResult, Plan, merged, part_of
 from revprobe.probes.passes.run import run_pass
+from tiny import module_at
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 SIZE = 2
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """The models and pairs that the two processes use, for this one."""
-    spec = importlib.util.spec_from_file_location("two_processes", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(SCRIPT)
 
 
 @pytest.fixture(scope="module")

@@ -12,26 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from revprobe import ProbedModel, Query, Readings, ReversalPair, ReversalPairs, RevprobeError, load_model
+from revprobe import ProbedModel, Query, Readings, ReversalPairs, RevprobeError, load_model
 from revprobe.finetune.config.finetuning import LoraOptions
 from revprobe.finetune.training.lora import add_lora, projections, quantization, target_modules
 from revprobe.finetune.training.probe_callback import take_readings
 from revprobe.models.peft_adapters import is_adapter_parameter, without_wrapper
-from tiny import FIXTURES
+from tiny import FIXTURES, pairs_at
 
 OPTIONS = LoraOptions(rank=4, alpha=8)
-
-
-def some_pairs(count: int = 12) -> ReversalPairs:
-    """Pairs of random ids, all in one group."""
-    generator = torch.Generator().manual_seed(0)
-    pairs = []
-    for fact in range(count):
-        target, evidence, *rest = torch.randperm(240, generator=generator)[:7].tolist()
-        forward = Query([rest[0], target, *rest[1:3], evidence, rest[3]], [1], [4])
-        reverse = Query([rest[0], evidence, *rest[1:3], target, rest[3]], [4], [1])
-        pairs.append(ReversalPair(forward, reverse, fact=str(fact)))
-    return ReversalPairs.from_pairs(pairs)
+PAIRS = pairs_at((4, 1), (1, 4), count=12, length=6, vocab=240)
 
 
 def adapted(name: str) -> tuple[ProbedModel, PeftModel]:
@@ -180,11 +169,10 @@ def test_a_saved_adapter_loads_in_plain_peft_and_in_load_model(name: str, tmp_pa
 def test_merging_gives_the_same_readings(name: str) -> None:
     """All three probes to 1e-4, over the model's own parameters."""
     model, peft_model = adapted(name)
-    pairs = some_pairs()
-    before = take_readings(wrapped(peft_model, model), pairs)
-    after = take_readings(wrapped(peft_model.merge_and_unload(), model), pairs)
+    before = take_readings(wrapped(peft_model, model), PAIRS)
+    after = take_readings(wrapped(peft_model.merge_and_unload(), model), PAIRS)
     assert [r.name for r in before] == [r.name for r in after]
-    plain = take_readings(load_model(FIXTURES / name), pairs)
+    plain = take_readings(load_model(FIXTURES / name), PAIRS)
     for one, other, bare in zip(before, after, plain, strict=True):
         numbers = [r.measures().select_dtypes("number").to_numpy(float) for r in (one, other, bare)]
         assert abs(numbers[0] - numbers[1]).max() < 1e-4, f"{one!r} merged is {other!r}"
@@ -245,7 +233,7 @@ def by_name(readings: Readings) -> dict[str, pd.DataFrame]:
 
 def test_both_gradients_come_from_one_pass_and_equal_those_taken_alone() -> None:
     model, peft_model = adapted("llada-tiny")
-    probed, pairs = wrapped(peft_model, model), some_pairs()
+    probed, pairs = wrapped(peft_model, model), PAIRS
     both, own, lora = (by_name(take_readings(probed, pairs, parameters=p)) for p in ("both", "all", "lora"))
     assert set(both) == {*own, "lora_gradient_cosine"} == {*lora, "gradient_cosine"}
     pd.testing.assert_frame_equal(both["gradient_cosine"], own["gradient_cosine"])
@@ -277,9 +265,9 @@ def slow_cosine(model: ProbedModel, pairs: ReversalPairs) -> float:
 def test_an_adapter_that_is_not_there_cannot_be_read() -> None:
     model = load_model(FIXTURES / "llada-tiny")
     with pytest.raises(RevprobeError, match="llada-tiny has no LoRA parameters; use parameters='all'"):
-        take_readings(model, some_pairs(), parameters="lora")
+        take_readings(model, PAIRS, parameters="lora")
     with pytest.raises(RevprobeError, match="unknown parameters 'lorra'; the closest is 'lora'"):
-        take_readings(model, some_pairs(), parameters="lorra")
+        take_readings(model, PAIRS, parameters="lorra")
 
 
 def test_a_users_own_adapter_is_probed_without_its_wrapper() -> None:

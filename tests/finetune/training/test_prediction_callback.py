@@ -1,6 +1,5 @@
 """The first-order prediction: exact as the step shrinks, AdamW's own step worked out ahead, and no trace left."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,6 @@ from revprobe.models.probed import ProbedModel
 from revprobe.probes.passes.batches import make_batch, prepare_queries
 from revprobe.probes.passes.slopes import loss_slopes
 from revprobe.relations.catalog import letters
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny(family: str = "radd", dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> PreTrainedModel:

@@ -2,7 +2,6 @@
 
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,6 @@ from revprobe.finetune.training.trainer import ForwardOnlyTrainer, Permutations,
 from revprobe.models.checkpoints import step_name
 from revprobe.probes.fused import PROBES
 from revprobe.relations.catalog import letters
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config(

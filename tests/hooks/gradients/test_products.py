@@ -14,6 +14,7 @@ from revprobe import RaddConfig, RaddForMaskedLM, RevprobeError, one_layer_gpt2
 from revprobe.hooks.gradients import backward as gradient_reading
 from revprobe.hooks.gradients import products as gradient_products
 from revprobe.hooks.gradients.recorder import record_gradients
+from tiny import drawn
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 PAIR = (torch.tensor([0]), torch.tensor([1]))
@@ -67,10 +68,7 @@ MODELS = {
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("name", MODELS)
 def test_products_equal_autograd_over_all_parameters(name, padded, dtype):
-    torch.manual_seed(0)
-    model = MODELS[name]().to(dtype).eval()
-    for p in model.parameters():
-        p.data += 0.1 * torch.randn_like(p)
+    model = drawn(MODELS[name], dtype=dtype)
     assert worst_error(model, language_model_loss(model, padded=padded), 5) < TOLERANCE[dtype]
 
 

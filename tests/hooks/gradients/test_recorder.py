@@ -5,6 +5,7 @@ gradients' norms; seen are 1e-7 in float32 and 1e-15 in float64, the tolerances 
 """
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,28 +17,21 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import tiny
 from revprobe import load_model
 from revprobe.hooks.gradients import backward as gradient_reading
 from revprobe.hooks.gradients import products as gradient_products
 from revprobe.hooks.gradients import rules as gradient_rules
 from revprobe.hooks.gradients.recorder import record_gradients
-from tiny import FIXTURES
+from tiny import FIXTURES, language_model
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-VOCAB, BATCH, SEQ = 60, 5, 7
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 24,
-    "max_position_embeddings": 32,
-    "bos_token_id": 58,
-    "eos_token_id": 58,
-    "pad_token_id": 59,
-}
+VOCAB, BATCH, SEQ = 56, 5, 7
+SIZES = tiny.SIZES | {"hidden_size": 16, "intermediate_size": 24}
 GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 4}
 GPT2 = {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
+# Weights wide enough that nothing is near zero.
+drawn = partial(tiny.drawn, scale=0.15, dtype=torch.float64)
 Loss = Callable[[slice], Tensor]
 
 
@@ -99,19 +93,9 @@ def language_loss(module: nn.Module, *, shift: int = 0, padded: bool = True) -> 
     return loss
 
 
-def drawn(module: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Weights wide enough that nothing is near zero."""
-    torch.manual_seed(0)
-    module = module.to(dtype).eval()
-    for p in module.parameters():
-        p.data += 0.15 * torch.randn_like(p)
-    return module
-
-
 def of(config: type, settings: dict = GROUPED, **more: object) -> nn.Module:
     causal = config not in (transformers.BertConfig, transformers.ModernBertConfig)
-    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMaskedLM
-    return auto.from_config(config(**settings, **more))
+    return language_model(config(**settings, **more), "causal" if causal else "masked")
 
 
 def with_lora() -> nn.Module:
@@ -139,7 +123,7 @@ MODELS = {
     "bart decoder (scaled)": lambda: transformers.BartForCausalLM(
         transformers.BartConfig(
             vocab_size=VOCAB, d_model=16, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=24,
-            scale_embedding=True, max_position_embeddings=32, pad_token_id=59, is_decoder=True,
+            scale_embedding=True, max_position_embeddings=32, pad_token_id=55, is_decoder=True,
         )
     ),
     "lora": with_lora,
@@ -149,7 +133,7 @@ MODELS = {
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_products_and_norms_equal_autograd(name, dtype):
-    module = drawn(MODELS[name](), dtype)
+    module = drawn(MODELS[name], dtype=dtype)
     # Gemma's norms turn their input to float32, so a model in float64 is exact to float32 only.
     tolerance = TOLERANCE[torch.float32 if name.startswith("gemma") else dtype]
     assert worst_error(module, language_loss(module, shift=int(name == "dream"))) < tolerance
@@ -201,7 +185,7 @@ class Gate(nn.Module):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_shared_layers_scalars_and_parameters_used_in_their_own_forward_equal_autograd(dtype):
-    module = drawn(Pieces(), dtype)
+    module = drawn(Pieces(), dtype=dtype)
     assert worst_error(module, language_loss(module)) < TOLERANCE[dtype]
 
 
@@ -216,7 +200,7 @@ def test_a_scaled_embedding_forms_no_table_per_example(name, monkeypatch):
     monkeypatch.setattr(
         gradient_reading, "replay", lambda module, *rest: replayed.append(module) or plain(module, *rest)
     )
-    module = drawn(MODELS[name]())
+    module = drawn(MODELS[name])
     recorded(module, dict(module.named_parameters()), language_loss(module), BATCH, *torch.arange(BATCH).expand(2, -1))
     assert replayed and not any(isinstance(m, nn.Embedding) and hasattr(m, "embed_scale") for m in replayed)
 
@@ -226,7 +210,7 @@ def test_a_scale_left_out_turns_the_agreement_red(monkeypatch):
     monkeypatch.setattr(
         gradient_reading, "lookup", lambda module, ids, gradient, scale: plain(module, ids, gradient, 1.0)
     )
-    module = drawn(MODELS["gemma (scaled, tied)"]())
+    module = drawn(MODELS["gemma (scaled, tied)"])
     assert worst_error(module, language_loss(module)) > 1e-3
 
 
@@ -275,7 +259,7 @@ def test_modules_run_again_in_the_backward_pass_are_counted_once():
 def test_bfloat16_factors_are_multiplied_in_float32():
     """Factors gathered by plain hooks, multiplied in float64: float32 sums agree to 1e-5, bfloat16 sums to 1e-2."""
     torch.manual_seed(0)
-    module = drawn(Pieces(16), torch.bfloat16)
+    module = drawn(Pieces(16), dtype=torch.bfloat16)
     ins, outs = [], []
     names = {"layer.weight": module.layer.weight, "layer.bias": module.layer.bias}
     with record_gradients(module, names, BATCH) as recorder:
@@ -296,7 +280,7 @@ def test_bfloat16_factors_are_multiplied_in_float32():
 
 def test_key_biases_under_rotary_positions_equal_autograd():
     """Qwen2: RoPE turns the bias by the key's position, so it is no constant along a row: small, but not zero."""
-    module = drawn(MODELS["qwen2"]())
+    module = drawn(MODELS["qwen2"])
     parameters = {name: p for name, p in module.named_parameters() if name.endswith("k_proj.bias")}
     assert len(parameters) == 2 and worst_error(module, language_loss(module), parameters=parameters) < 1e-10
 

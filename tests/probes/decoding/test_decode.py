@@ -24,6 +24,7 @@ from revprobe.models.llada import LLaDAForMaskedDiffusion
 from revprobe.probes.decoding.causal import end_tokens
 from revprobe.probes.decoding.decode import answer_text, decode_tokens, decoding_settings, encode_prompts
 from revprobe.probes.decoding.masked import ALGORITHMS, Prompt, Unmasking, _Canvas
+from tiny import word_tokenizer
 
 WORDS, MASK = 4, 4  # tokens of the toy's vocabulary, and the id after them
 UNK, END, MASK_WORD, BEGIN = range(4)  # ids of the small tokenizer's special tokens
@@ -236,12 +237,7 @@ def test_the_default_order_is_the_published_one(words):
 @pytest.fixture(scope="module")
 def words() -> PreTrainedTokenizerFast:
     """One token a word: four special ones, then w0 to w39."""
-    vocabulary = ["<unk>", "<eos>", "<mask>", "<bos>", *(f"w{i}" for i in range(40))]
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>", mask_token="<mask>", bos_token="<bos>"
-    )
+    return word_tokenizer((f"w{i}" for i in range(40)), special=("unk", "eos", "mask", "bos"))
 
 
 def llada(tokenizer, **sizes) -> ProbedModel:

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import normalizers, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from revprobe import ProbedModel, Reading, RevprobeError, decode, decoded_match
 from revprobe.probes.decoding.exact_match import TOO_LONG, AnswerBook, begins_with, normalized
 from revprobe.probes.statistics.estimators import NO_PARTNER
+from tiny import word_tokenizer
 
 NAMES = ["alma", "brent", "cora", "dent", "eric", "fox", "gina", "hart", "ida", "jones"]
 EOS, MASK = 1, 2
@@ -28,13 +29,9 @@ class Question:
     direction: str = "P2C"
 
 
-def tokenizer(**special) -> PreTrainedTokenizerFast:
-    vocabulary = ["<unk>", "<eos>", "<mask>", *NAMES, *(f"q{i}" for i in range(30)), "o", "'", "neil"]
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
-    backend.normalizer = normalizers.Lowercase()
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = {"unk_token": "<unk>", "eos_token": "<eos>", "mask_token": "<mask>"} | special
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = [*NAMES, *(f"q{i}" for i in range(30)), "o", "'", "neil"]
+    return word_tokenizer(words, split=pre_tokenizers.BertPreTokenizer(), normalizer=normalizers.Lowercase())
 
 
 class Script(nn.Module):

@@ -1,30 +1,22 @@
 """The figure of measured correlations over RoPE's bounds: what is drawn, what is counted, and what is left out."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
+import tiny
 from revprobe import (
-    ProbedModel,
-    RaddConfig,
-    RaddForMaskedLM,
     Reading,
     letter_pairs,
-    letter_tokenizer,
     probe_attention_correlation,
     rope_correlation_bound,
     with_bounds,
 )
 from revprobe.probes.figures.bounds import MOST_IN_LAYER
 
-
-def radd(encoding: str = "rope", **sizes) -> ProbedModel:
-    torch.manual_seed(0)
-    module = RaddForMaskedLM(RaddConfig(position_encoding=encoding, **{"d_model": 32} | sizes))
-    for parameter in module.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return ProbedModel(module, letter_tokenizer(), objective="masked")
+radd = partial(tiny.radd, d_model=32)
 
 
 def test_the_figure_draws_each_heads_bound_and_the_mean_as_lines_of_their_own(tmp_path) -> None:

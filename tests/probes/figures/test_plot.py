@@ -39,6 +39,7 @@ from revprobe.probes.figures.training_curves import measures_with_reasons
 from revprobe.probes.statistics.by_distance import cell_correlations, distance_correlations, unit_correlations
 from revprobe.probes.statistics.by_head import head_correlations
 from revprobe.probes.statistics.by_role import cell_cosines
+from tiny import made_probabilities
 
 DISTANCES = ["distance_forward", "distance_reverse"]
 
@@ -75,14 +76,7 @@ def gradient(draw: int = 0, *, pairs: int = 20, **about: Any) -> Reading:
 
 
 def probability(draw: int = 0, *, pairs: int = 40, **about: Any) -> Reading:
-    rng = np.random.default_rng(draw)
-    parts = []
-    for direction in ("forward", "reverse"):
-        p = rng.uniform(size=pairs)
-        columns = {"pair": np.arange(pairs), "fact": [str(pair % 10) for pair in range(pairs)], "direction": direction}
-        columns |= {"probability": p, "log_probability": np.log(p), "rank": 1, "argmax_match": p > 0.5}
-        parts.append(pd.DataFrame(columns | {"probability_control": p / 10, "argmax_match_control": False}))
-    return Reading("reverse_probability", pd.concat(parts, ignore_index=True), meta(**about))
+    return made_probabilities(draw, [str(pair % 10) for pair in range(pairs)], meta(**about))
 
 
 def checkpoints(*steps: int, weights: tuple[str, ...] = ("raw", "ema"), **about: Any) -> Readings:

@@ -7,12 +7,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from revprobe import (
     ProbedModel,
-    RaddConfig,
-    RaddForMaskedLM,
     Reading,
     Readings,
     RevprobeError,
@@ -21,6 +18,7 @@ from revprobe import (
     probe,
 )
 from revprobe.probes.statistics.estimators import pair_cosines
+from tiny import radd
 
 COLUMNS = {
     "attention_correlation": "pair group layer head offset_forward offset_reverse distance_forward distance_reverse "
@@ -32,10 +30,7 @@ COLUMNS = {
 
 @pytest.fixture(scope="module")
 def model() -> ProbedModel:
-    torch.manual_seed(0)
-    module = RaddForMaskedLM(RaddConfig(n_layers=2, n_heads=2, d_model=16))
-    for p in module.parameters():
-        p.data += 0.1 * torch.randn_like(p)
+    module = radd(n_layers=2, n_heads=2).module
     return ProbedModel(module, letter_tokenizer(), objective="masked", name="tiny", step=500, weights="ema")
 
 

@@ -2,24 +2,25 @@
 
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import transformers as tf
 
+import tiny
 from revprobe import (
     ProbedModel,
-    RaddConfig,
-    RaddForMaskedLM,
     RevprobeError,
-    letter_tokenizer,
     model_frequencies,
     model_theory,
     rope_asymmetric_bound,
     rope_correlation_bound,
     rope_correlation_tail,
 )
+
+radd = partial(tiny.radd, d_model=32)
 
 SIZES = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
@@ -37,14 +38,6 @@ SCALINGS = {
     },
     "dynamic": {"factor": 4.0, "rope_theta": 1e4},
 }
-
-
-def radd(encoding: str = "rope", **sizes) -> ProbedModel:
-    torch.manual_seed(0)
-    module = RaddForMaskedLM(RaddConfig(position_encoding=encoding, **{"d_model": 32} | sizes))
-    for parameter in module.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return ProbedModel(module, letter_tokenizer(), objective="masked")
 
 
 def causal(module: torch.nn.Module) -> ProbedModel:

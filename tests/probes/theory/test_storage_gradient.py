@@ -1,14 +1,15 @@
 """The gradient with respect to S against autograd through an explicit S, and Thm 4.6's identity."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import tiny
 from revprobe import (
     ProbedModel,
-    RaddConfig,
-    RaddForMaskedLM,
     RevprobeError,
     letter_pairs,
     letter_tokenizer,
@@ -17,13 +18,7 @@ from revprobe import (
 )
 from revprobe.hooks.attention import tap_attention
 
-
-def radd(**sizes) -> ProbedModel:
-    torch.manual_seed(0)
-    module = RaddForMaskedLM(RaddConfig(**sizes)).eval()
-    for p in module.parameters():
-        p.data += 0.2 * torch.randn_like(p)
-    return ProbedModel(module, letter_tokenizer(), objective="masked")
+radd = partial(tiny.radd, scale=0.2)
 
 
 def gradient_by_autograd(model: ProbedModel, query) -> torch.Tensor:

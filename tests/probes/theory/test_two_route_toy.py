@@ -1,6 +1,7 @@
 """Prop. C.1: the closed forms against autograd, with a rotation of our own and with the models' own attention."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,18 +9,12 @@ import transformers as tf
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from revprobe import ProbedModel, RaddConfig, RaddForMaskedLM, RevprobeError, TwoRouteToy, one_layer_gpt2
+import tiny
+from revprobe import ProbedModel, RevprobeError, TwoRouteToy, one_layer_gpt2
+
+radd = partial(tiny.radd, scale=0.4)  # far from the initial weights, so that no term is lost in rounding
 
 TOKENS = {"target": 3, "evidence": 30, "mask": 53}
-
-
-def radd(encoding: str = "rope", **sizes) -> ProbedModel:
-    """A one-layer model far from its initial weights, so that no term is lost in rounding."""
-    torch.manual_seed(0)
-    module = RaddForMaskedLM(RaddConfig(position_encoding=encoding, **{"d_model": 16} | sizes))
-    for parameter in module.parameters():
-        parameter.data += 0.4 * torch.randn_like(parameter)
-    return ProbedModel(module, objective="masked")
 
 
 # --- slow references ------------------------------------------------------------------------------------------------

@@ -1,36 +1,30 @@
 """RoPE's bound beside the measured scores: of which query, by which angles, for which layers."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import transformers as tf
 
+import tiny
 from revprobe import (
     ProbedModel,
     Query,
-    RaddConfig,
-    RaddForMaskedLM,
     ReversalPair,
     ReversalPairs,
     RevprobeError,
     letter_pairs,
-    letter_tokenizer,
     probe_attention_correlation,
     probe_gradient_cosine,
     rope_correlation_bound,
     with_bounds,
 )
 from revprobe.probes.theory import model_bounds as model_theory_file
+from tiny import drawn
 
-
-def radd(encoding: str = "rope", **sizes) -> ProbedModel:
-    torch.manual_seed(0)
-    module = RaddForMaskedLM(RaddConfig(position_encoding=encoding, **{"d_model": 32} | sizes))
-    for parameter in module.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return ProbedModel(module, letter_tokenizer(), objective="masked")
+radd = partial(tiny.radd, d_model=32)
 
 
 def test_the_bound_of_a_head_is_that_of_the_masks_query() -> None:
@@ -122,26 +116,19 @@ def mirrored(shift: int, seed: int) -> ReversalPairs:
 
 def bidirectional_gemma() -> ProbedModel:
     """Two layers of four heads on two key heads; the first turns by base 10,000, the second by 1,000,000."""
-    torch.manual_seed(0)
     kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
     heads = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     config = tf.Gemma3TextConfig(**SIZES, **TOKENS, **kinds, **heads, use_bidirectional_attention=True)
-    return ProbedModel(noisy(tf.Gemma3ForCausalLM(config)), objective="masked", mask_token_id=MASK, logit_shift=0)
+    module = drawn(lambda: tf.Gemma3ForCausalLM(config), scale=0.2)
+    return ProbedModel(module, objective="masked", mask_token_id=MASK, logit_shift=0)
 
 
 def partial_phi() -> ProbedModel:
     """Two layers; the first eight of a head's sixteen entries turn."""
-    torch.manual_seed(0)
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     heads = {"hidden_size": 32, "num_attention_heads": 2}
-    module = tf.PhiForCausalLM(tf.PhiConfig(**SIZES, **TOKENS, **heads, rope_parameters=rope))
-    return ProbedModel(noisy(module), objective="causal")
-
-
-def noisy(module: torch.nn.Module) -> torch.nn.Module:
-    for parameter in module.parameters():
-        parameter.data += 0.2 * torch.randn_like(parameter)
-    return module.eval()
+    config = tf.PhiConfig(**SIZES, **TOKENS, **heads, rope_parameters=rope)
+    return ProbedModel(drawn(lambda: tf.PhiForCausalLM(config), scale=0.2), objective="causal")
 
 
 def query_by_hand(model: ProbedModel, query: Query, layer: int) -> np.ndarray:

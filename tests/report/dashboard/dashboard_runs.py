@@ -15,6 +15,7 @@ from revprobe.finetune.runs.one_layer import build_model, probe_pairs
 from revprobe.finetune.training.probe_callback import take_readings
 from revprobe.models.checkpoints import step_name
 from revprobe.relations.catalog import letters
+from tiny import made_probabilities
 
 EVIL = "<script>document.title='planted'<\u2215script><img src=x onerror=\"document.title='planted'\"><b>%{x}"
 CARRIER = "<script>x "  # what every template of the fine-tunings begins with
@@ -44,21 +45,13 @@ def attention(draw: int, about: dict[str, Any]) -> Reading:
     return Reading("attention_correlation", pd.DataFrame(columns), about)
 
 
-def probability(draw: int, about: dict[str, Any]) -> Reading:
-    p = np.random.default_rng(draw).uniform(size=2 * len(FACTS))
-    columns = {"pair": np.tile(np.arange(len(FACTS)), 2), "fact": FACTS * 2, "log_probability": np.log(p), "rank": 1}
-    columns |= {"direction": np.repeat(["forward", "reverse"], len(FACTS)), "probability": p, "argmax_match": p > 0.5}
-    columns |= {"probability_control": p / 10, "argmax_match_control": False}
-    return Reading("reverse_probability", pd.DataFrame(columns), about)
-
-
 def write_step(run: Path, step: int, *, weights: tuple[str, ...] = ("raw",), kind: str = "same_target") -> None:
     """A snapshot: its readings appear whole, then its checkpoint is marked complete (without weights in it)."""
     made = []
     for place, which in enumerate(weights):
         about = {"kind": kind, "objective": "masked", "step": step, "weights": which, "dtype": "float32"}
         about |= {"model": run.name, "versions": {"revprobe": "0"}, "pairs": "d1", "control": True}
-        made += [make(7 * step + place, about) for make in (attention, probability)]
+        made += [attention(7 * step + place, about), made_probabilities(7 * step + place, FACTS, about)]
     Readings(made).save(run / "readings" / step_name(step))
     checkpoint = run / "checkpoints" / step_name(step)
     checkpoint.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,11 @@
 """The dashboard shows the folder as it is, reads nothing outside it, and what is broken breaks nothing else."""
 
-import importlib.util
 import json
 import math
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -37,20 +35,12 @@ from revprobe.report.dashboard.views import (
     reading_at,
 )
 from revprobe.report.summary.seed_bands import SEEDS_KEY, family_label, pool_seeds
+from tiny import module_at
 
 ATTENTION = "attention_correlation"
 
 
-def beside(name: str) -> ModuleType:
-    """A module that stands beside the tests."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None, f"no {name}.py beside the tests"
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-made = beside("dashboard_runs")
+made = module_at(Path(__file__).with_name("dashboard_runs.py"))
 
 
 def listed(folder: Path) -> dict[str, Listed]:

@@ -1,17 +1,15 @@
 """The dashboard in a real browser: it follows a run, overlays two, opens a pair, and outlives a corrupted run."""
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
-from tiny import ROOT
+from tiny import ROOT, module_at
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("chromium") or shutil.which("google-chrome")) or not shutil.which("chromedriver"),
@@ -19,16 +17,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None, f"no {path}"
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-made = load(Path(__file__).with_name("dashboard_runs.py"))
-shot = load(ROOT / "examples" / "dashboard_screenshot.py")
+made = module_at(Path(__file__).with_name("dashboard_runs.py"))
+shot = module_at(ROOT / "examples" / "dashboard_screenshot.py")
 shot.PATIENCE = 60
 # A file name holds no slash; this markup needs none to run.
 EVIL_NAME = "<img src=x onerror=\"document.title='planted'\">"

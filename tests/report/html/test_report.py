@@ -25,6 +25,7 @@ from revprobe.report.html.explorer_tabs import EXPLORER
 from revprobe.report.html.report import write_report
 from revprobe.report.html.templates import compact
 from revprobe.report.summary.tables import final_table, format_final_table
+from tiny import made_probabilities
 
 COLUMNS = ["run", "objective", "position_encoding", "length", "seed", "step", "weights", "kind"]
 COLUMNS += ["measure", "value", "n", "low", "high", "control"]
@@ -45,17 +46,7 @@ def attention(draw: int, about: dict[str, Any]) -> Reading:
 
 
 def probability(draw: int, about: dict[str, Any]) -> Reading:
-    rng = np.random.default_rng(draw)
-    p = rng.uniform(size=36)
-    columns = {
-        "pair": np.tile(np.arange(18), 2),
-        "fact": list("abcdefghi") * 4,
-        "log_probability": np.log(p),
-        "rank": 1,
-    }
-    columns |= {"direction": np.repeat(["forward", "reverse"], 18), "probability": p, "argmax_match": p > 0.5}
-    columns |= {"probability_control": p / 10, "argmax_match_control": False}
-    return Reading("reverse_probability", pd.DataFrame(columns), about)
+    return made_probabilities(draw, "abcdefghi" * 2, about)
 
 
 def readings(*steps: int, weights: tuple[str, ...] = ("raw", "ema"), **more: Any) -> Readings:

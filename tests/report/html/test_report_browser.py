@@ -13,6 +13,7 @@ import pytest
 from revprobe import Reading, Readings
 from revprobe.finetune.runs.record import RunRecord
 from revprobe.report.html.report import write_report
+from tiny import made_probabilities
 
 DRIVER = shutil.which("chromedriver")
 CHROMIUM = next(
@@ -50,23 +51,14 @@ def gradient(draw: int, about: dict[str, Any]) -> Reading:
     return Reading("gradient_cosine", pd.concat(parts, ignore_index=True), about)
 
 
-def probability(draw: int, about: dict[str, Any]) -> Reading:
-    p = np.random.default_rng(draw).uniform(size=20)
-    columns = {"pair": np.tile(np.arange(10), 2), "fact": FACTS * 2, "direction": np.repeat(["forward", "reverse"], 10)}
-    columns |= {"log_probability": np.log(p), "rank": 1, "probability": p, "argmax_match": p > 0.5}
-    return Reading(
-        "reverse_probability",
-        pd.DataFrame(columns | {"probability_control": p / 10, "argmax_match_control": False}),
-        about,
-    )
-
-
 def readings(*steps: int, weights: tuple[str, ...] = ("raw", "ema"), **more: Any) -> Readings:
     made: list[Reading] = []
     for step in steps:
         for place, which in enumerate(weights):
             about = {"kind": "same_target", "objective": "masked", "step": step, "weights": which, "model": "toy"}
-            made += [make(2 * step + place, about | more) for make in (attention, gradient, probability)]
+            about |= more
+            made += [make(2 * step + place, about) for make in (attention, gradient)]
+            made.append(made_probabilities(2 * step + place, FACTS, about))
     return Readings(made)
 
 

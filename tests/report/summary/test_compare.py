@@ -13,15 +13,12 @@ from revprobe.finetune.config.one_layer import ModelConfig, RelationConfig, RunC
 from revprobe.report.html.report import write_report
 from revprobe.report.paper.table7 import table7, table7_figure
 from revprobe.report.summary.compare import compare
+from tiny import made_probabilities
 
 
 def probability(draw: int, step: int, weights: str) -> Reading:
-    p = np.random.default_rng(draw).uniform(size=40)
-    columns = {"pair": np.tile(np.arange(20), 2), "fact": list("abcdefghij") * 4, "rank": 1}
-    columns |= {"direction": np.repeat(["forward", "reverse"], 20), "probability": p, "log_probability": np.log(p)}
-    columns |= {"argmax_match": p > 0.5, "probability_control": p / 10, "argmax_match_control": False}
     about = {"model": "toy", "objective": "masked", "kind": "same_target", "step": step, "weights": weights}
-    return Reading("reverse_probability", pd.DataFrame(columns), about)
+    return made_probabilities(draw, "abcdefghij" * 2, about)
 
 
 def run(folder: Path, encoding: str, seed: int, steps: tuple[int, ...] = (0, 10)) -> Path:
