@@ -12,13 +12,20 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tiny import ROOT
+
 torch.set_num_threads(1)
 # No deadline: the first example pays for lazy imports. Derandomized: a red suite is red again when it is run again.
 settings.register_profile("revprobe", deadline=None, derandomize=True)
 settings.load_profile("revprobe")
 
-ROOT = Path(__file__).resolve().parents[1]
 BESIDE_THE_PACKAGE = {"tests", "examples", "docs"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Whatever the test before has set: the sums of this one repeat."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -4,26 +4,17 @@ import ast
 import importlib
 import sys
 from collections import Counter
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from tiny import ROOT, module_at
 
 FOLDER, FILE, FUNCTION = 18, 400, 60  # at most: files in a folder, lines of a file, lines of a function
 DRAWERS = {"utils.py", "helpers.py", "common.py", "misc.py"}
 
 
-def load_file_graph() -> ModuleType:
-    """docs/file_graph.py, which reads the graph and draws the page."""
-    spec = spec_from_file_location("file_graph", Path(__file__).resolve().parents[1] / "docs" / "file_graph.py")
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-file_graph = load_file_graph()
+file_graph = module_at(ROOT / "docs" / "file_graph.py")  # reads the graph and draws the page
 
 
 def misspelt(source: str, path: str) -> list[str]:

@@ -18,8 +18,9 @@ from revprobe.probes.figures.storage import one_step_figure
 from revprobe.probes.statistics.old_columns import current_columns
 from revprobe.report.html.finetune_sections import finetune_sections
 from revprobe.report.html.report import write_report
+from tiny import FIXTURES
 
-HOME = Path(__file__).parent / "fixtures" / "v0_1"
+HOME = FIXTURES / "v0_1"
 EXPECTED: dict[str, Any] = json.loads((HOME / "expected.json").read_text())
 KINDS = {"run": RunConfig, "sweep": SweepConfig, "finetune": FinetuneConfig, "finetune_sweep": FinetuneSweepConfig}
 # Another machine's kernels round differently; a value that the code moves differs by far more.

@@ -1,0 +1,60 @@
+"""The gradient with respect to S against autograd through an explicit S, and Thm 4.6's identity."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tiny
+from revprobe import (
+    ProbedModel,
+    RevprobeError,
+    letter_pairs,
+    letter_tokenizer,
+    one_layer_gpt2,
+    storage_gradient_cosines,
+)
+from revprobe.hooks.attention import tap_attention
+
+radd = partial(tiny.radd, scale=0.2)
+
+
+def gradient_by_autograd(model: ProbedModel, query) -> torch.Tensor:
+    """dL/dS with S an explicit (zero) tensor per head, added to the readout logits through the model's own routes."""
+    (row,) = query.target_positions
+    ids = torch.tensor([query.token_ids])
+    ids[0, row] = model.mask_token_id
+    every = torch.arange(ids.shape[1])[None]
+    with torch.no_grad(), tap_attention(model.module, torch.tensor([[row]]), every) as tap:
+        logits = model.module(ids).logits[0, row].double()
+    weight = tap.layers()[0].weight[0, :, 0].double()  # head seq
+    stored = torch.zeros(weight.shape[0], model.vocab_size, model.vocab_size, dtype=torch.float64, requires_grad=True)
+    routed = torch.einsum("hj,hvj->v", weight, stored[:, :, ids[0]])
+    loss = F.cross_entropy((logits + routed)[None], torch.tensor(query.target))
+    return torch.autograd.grad(loss, stored)[0].flatten()
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_the_cosine_is_that_of_autograd_through_an_explicit_s(heads):
+    model = radd(n_heads=heads)
+    pairs = letter_pairs(5, model=model)
+    table = storage_gradient_cosines(model, pairs, batch_size=50)
+    for pair in range(0, len(pairs), 61):
+        forward, reverse = (gradient_by_autograd(model, q) for q in (pairs[pair].forward, pairs[pair].reverse))
+        assert table.cosine[pair] == pytest.approx(float(F.cosine_similarity(forward, reverse, dim=0)), abs=1e-6)
+
+
+def test_both_factors_are_positive_as_thm_4_6_says():
+    table = storage_gradient_cosines(model := radd(), letter_pairs(6, model=model))
+    assert (table.cosine_attention > 0).all() and (table.cosine_error > 0).all()
+    np.testing.assert_allclose(table.cosine, table.cosine_error * table.cosine_attention)
+
+
+def test_what_has_no_s_is_refused():
+    two_layers, causal = radd(n_layers=2), ProbedModel(one_layer_gpt2(), letter_tokenizer(), objective="causal")
+    with pytest.raises(RevprobeError, match="has 2 attention layers; S is defined for one"):
+        storage_gradient_cosines(two_layers, letter_pairs(5, model=two_layers))
+    with pytest.raises(RevprobeError, match="pairs of kind 'swapped' do not share an entry of S"):
+        storage_gradient_cosines(causal, letter_pairs(5, model=causal))

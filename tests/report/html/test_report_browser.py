@@ -1,0 +1,253 @@
+"""In a real browser: tabs, slider and selectors change what is drawn, nothing is fetched, nothing complains."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from revprobe import Reading, Readings
+from revprobe.finetune.runs.record import RunRecord
+from revprobe.report.html.report import write_report
+from tiny import made_probabilities
+
+DRIVER = shutil.which("chromedriver")
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None or DRIVER is None, reason="no Chromium with its driver on this machine; .ci/run installs both"
+)
+EVIL = "</script><script>document.title='planted'</script><img src=x onerror=\"document.title='planted'\"><b>%{x}"
+FACTS = [EVIL, *"bcdefghij"]
+
+
+def attention(draw: int, about: dict[str, Any]) -> Reading:
+    """Two layers of two heads; every head's correlation depends on the draw."""
+    rng = np.random.default_rng(draw)
+    parts = []
+    for layer, head in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        for group, (forward, reverse) in enumerate([(1, 1), (1, 2), (2, 1)]):
+            shared, own = rng.normal(size=(2, 10))
+            columns = {"pair": 10 * group + np.arange(10), "fact": FACTS, "group": group, "layer": layer, "head": head}
+            columns |= {"offset_forward": forward, "offset_reverse": -reverse, "distance_forward": forward}
+            columns |= {"distance_reverse": reverse, "score_forward": shared + 5 * group, "reason": ""}
+            parts.append(pd.DataFrame(columns | {"score_reverse": shared + (layer + 1) * own}))
+    return Reading("attention_correlation", pd.concat(parts, ignore_index=True), about)
+
+
+def gradient(draw: int, about: dict[str, Any]) -> Reading:
+    rng = np.random.default_rng(draw)
+    parts = []
+    for role, layer in (("embed", pd.NA), ("q", 0), ("q", 1), ("v", 1)):
+        columns = {"pair": np.arange(10), "fact": FACTS, "parameter": f"{role}.{layer}", "role": role}
+        columns |= {"inner": rng.uniform(-0.2, 1, 10), "norm_forward": 1.0, "norm_reverse": 1.0, "norm_control": 1.0}
+        columns |= {"floor_forward": 1e-6, "floor_reverse": 1e-6, "floor_control": 1e-6, "inner_control": 0.1}
+        parts.append(pd.DataFrame(columns).assign(layer=pd.array([layer] * 10, dtype="Int64")))
+    return Reading("gradient_cosine", pd.concat(parts, ignore_index=True), about)
+
+
+def readings(*steps: int, weights: tuple[str, ...] = ("raw", "ema"), **more: Any) -> Readings:
+    made: list[Reading] = []
+    for step in steps:
+        for place, which in enumerate(weights):
+            about = {"kind": "same_target", "objective": "masked", "step": step, "weights": which, "model": "toy"}
+            about |= more
+            made += [make(2 * step + place, about) for make in (attention, gradient)]
+            made.append(made_probabilities(2 * step + place, FACTS, about))
+    return Readings(made)
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[RunRecord]:
+    return [
+        RunRecord(EVIL, {"position_encoding": EVIL}, {EVIL: EVIL}, readings(0, 10, 500, model=EVIL), EVIL),
+        RunRecord("b", {"position_encoding": "rope"}, {}, readings(0, 10, weights=("raw",)), None),
+        RunRecord("broken", {}, {}, Readings([]), "step-000010 is truncated: <cut>"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Headless Chromium that notes every request and everything said on the console."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for option in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,1600"):
+        options.add_argument(option)
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('browser')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    driver.set_page_load_timeout(120)
+    driver.set_script_timeout(120)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def opened(runs: list[RunRecord], browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    path = write_report(runs, tmp_path_factory.mktemp("report") / "report.html", title="t")
+    browser.get("about:blank")
+    browser.get_log("performance")  # what the browser's own first page asked for
+    browser.get(path.as_uri())
+    drawn(browser)
+    return browser
+
+
+def drawn(browser: Any) -> None:
+    """Wait until the page has drawn what it was asked for."""
+    deadline = time.monotonic() + 60
+    while browser.execute_script("return document.body.dataset.drawn") != "yes":
+        assert time.monotonic() < deadline, browser.get_log("browser")
+        time.sleep(0.05)
+
+
+def change(browser: Any, name: str, value: object) -> None:
+    """Set a selector or the slider as a reader would, and wait for the drawing."""
+    event = "input" if name == "explore-step" else "change"
+    script = "const one = document.getElementById(arguments[0]); one.value = arguments[1];"
+    browser.execute_script(script + "one.dispatchEvent(new Event(arguments[2]));", name, str(value), event)
+    drawn(browser)
+
+
+def open_tab(browser: Any, name: str) -> None:
+    browser.execute_script(f"document.querySelector('[data-tab={name}]').click()")
+    drawn(browser)
+
+
+def traces(browser: Any, panel: str) -> list[dict[str, Any]]:
+    script = f"return JSON.stringify(document.getElementById('{panel}').data)"
+    found: list[dict[str, Any]] = json.loads(browser.execute_script(script))
+    return found
+
+
+def said(browser: Any, name: str) -> str:
+    return str(browser.execute_script(f"return document.getElementById('{name}').textContent"))
+
+
+def test_the_slider_and_the_selectors_draw_the_readings_numbers(opened: Any, runs: list[RunRecord]) -> None:
+    """Each choice shows the correlation that `Reading.summary` gives for it; a shifted index turns it red."""
+    open_tab(opened, "routing")
+    change(opened, "explore-run", "run-0")
+    for step, weights, layer, head in (
+        (500, "ema", None, None),
+        (0, "ema", 1, None),
+        (10, "raw", 1, 1),
+        (10, "raw", 0, 0),
+    ):
+        change(opened, "explore-series", f"{'EMA' if weights == 'ema' else 'raw'}, same target")
+        change(opened, "explore-step", [0, 10, 500].index(step))
+        change(opened, "explore-layer", "all" if layer is None else layer)
+        change(opened, "explore-head", "all" if head is None else head)
+        reading = runs[0].readings.select(name="attention_correlation", step=step, weights=weights)[0]
+        frame = reading.frame
+        for column, wanted in (("layer", layer), ("head", head)):
+            frame = frame if wanted is None else frame[frame[column] == wanted]
+        part = Reading(reading.name, frame.reset_index(drop=True), reading.meta)
+        band, line = traces(opened, "course")
+        at = [0, 10, 500].index(step)
+        assert line["y"][at] == pytest.approx(part.value, abs=1e-4), (step, weights, layer, head)
+        assert [band["y"][at], band["y"][5 - at]] == pytest.approx(part.interval, abs=1e-4)
+        cells = part.summary(by=["distance_forward", "distance_reverse"]).set_index(
+            ["distance_forward", "distance_reverse"]
+        )
+        shown = traces(opened, "distances")[1]["z"]
+        for (forward, reverse), row in cells.iterrows():
+            assert shown[forward - 1][reverse - 1] == pytest.approx(row["value"], abs=0.0051)
+        assert shown[1][1] is None, "no pair was measured there"
+        points = traces(opened, "scores")[1]
+        keys = ["group", "layer", "head"]
+        centred = frame["score_forward"] - frame.groupby(keys)["score_forward"].transform("mean")
+        np.testing.assert_allclose(points["x"], centred.groupby(frame["pair"]).mean(), atol=1e-3)
+        assert "step" in points["hovertext"][0] and "&lt;/script&gt;" in points["hovertext"][0]
+    assert f"r = {reading.value:.2f} [" in said(opened, "routing-said")
+
+
+def test_an_undefined_checkpoint_is_a_gap_of_line_and_band(opened: Any) -> None:
+    """The band is drawn stretch by stretch, so that it never bridges what was not measured."""
+    stretches = "return JSON.stringify(stretches([[0, 1], [1, NaN], [2, 3], [3, 4]], ([, low]) => !Number.isNaN(low)))"
+    assert json.loads(opened.execute_script(stretches)) == [[[0, 1]], [[2, 3], [3, 4]]]
+
+
+def test_a_click_on_a_head_chooses_it(opened: Any) -> None:
+    open_tab(opened, "routing")
+    event = "document.getElementById('heads').emit('plotly_click', {points: [{x: '1', y: '0'}]})"
+    opened.execute_script(event)
+    drawn(opened)
+    shown = opened.execute_script(
+        "return ['layer', 'head'].map((name) => document.getElementById('explore-' + name).value)"
+    )
+    assert shown == ["0", "1"]
+    assert "layer 0, head 1" in opened.execute_script("return document.getElementById('course').layout.title.text")
+
+
+def test_gradients_and_probabilities_follow_the_same_choices(opened: Any, runs: list[RunRecord]) -> None:
+    change(opened, "explore-run", "run-0")
+    change(opened, "explore-series", "raw, same target")
+    change(opened, "explore-step", 1)
+    change(opened, "explore-layer", "all")
+    open_tab(opened, "gradients")
+    reading = runs[0].readings.select(name="gradient_cosine", step=10, weights="raw")[0]
+    roles = reading.summary(by="role").set_index("role")
+    control, value = traces(opened, "roles")
+    shown = {name.partition(" ")[0]: place for place, name in enumerate(value["y"])}
+    assert list(shown) == ["v", "q", "embed", "all"]
+    for role, row in roles.iterrows():
+        at = shown[role]
+        assert value["x"][at] == pytest.approx(row["value"], abs=1e-4)
+        assert value["x"][at] - value["error_x"]["arrayminus"][at] == pytest.approx(row["low"], abs=1e-4)
+        assert control["x"][at] == pytest.approx(row["control"], abs=1e-4)
+    change(opened, "explore-layer", "1")
+    layer = reading.summary(by=["layer", "role"]).query("layer == 1").set_index("role")["value"]
+    value = traces(opened, "roles")[1]
+    found = {name.partition(" ")[0]: x for name, x in zip(value["y"], value["x"], strict=True)}
+    assert found["q"] == pytest.approx(layer["q"], abs=1e-4) and set(found) == {"q", "v", "all"}
+    open_tab(opened, "probability")
+    frame = runs[0].readings.select(name="reverse_probability", step=10, weights="raw")[0].frame
+    reverse = frame.loc[frame["direction"] == "reverse", "probability"]
+    expected = np.histogram(reverse, bins=np.linspace(0, 1, 21))[0] / 10
+    np.testing.assert_allclose(traces(opened, "shares")[1]["y"][:20], expected, atol=1e-4)
+
+
+def test_another_run_keeps_the_checkpoint_and_a_tab_without_data_says_why(opened: Any) -> None:
+    change(opened, "explore-run", "run-0")
+    change(opened, "explore-step", 1)
+    change(opened, "explore-run", "run-1")
+    assert said(opened, "explore-step-shown") == "10"
+    listed = opened.execute_script("return [...document.getElementById('explore-run').options].map((one) => one.text)")
+    assert listed == [EVIL, "b"], "a run without readings has nothing to explore"
+    for name, words in (("storage", "probe_stored_evidence"), ("edits", "probe_route_edit")):
+        open_tab(opened, name)
+        assert words in said(opened, f"tab-{name}")
+        assert opened.execute_script("return document.getElementById('explore').hidden"), "controls that change nothing"
+    open_tab(opened, "overview")
+    assert "step-000010 is truncated: <cut>" in said(opened, "tab-overview")
+
+
+def test_the_dark_page_draws_in_the_dark(opened: Any) -> None:
+    open_tab(opened, "overview")
+    paper = "return document.getElementById('signatures').layout.template.layout.paper_bgcolor"
+    light = opened.execute_script(paper)
+    opened.execute_script("document.getElementById('choose-theme').click()")
+    drawn(opened)
+    assert (light, opened.execute_script(paper)) == ("white", "#16191D")
+    opened.execute_script("document.getElementById('choose-theme').click()")
+    drawn(opened)
+
+
+def test_nothing_leaves_the_page_and_nothing_complains(opened: Any) -> None:
+    """Last of all, after every control was used: no request, no console message, no planted script."""
+    told = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
+    asked = [one["params"]["request"]["url"] for one in told if one["method"] == "Network.requestWillBeSent"]
+    assert asked, "the log must hold the page's own request"
+    assert all(url.startswith(("file://", "data:", "blob:")) for url in asked), asked
+    assert sum(url.startswith("file://") for url in asked) == 1, asked
+    console = opened.get_log("browser")
+    assert not console, console
+    assert opened.title == "t", "planted script ran"
+    assert opened.execute_script("return document.querySelectorAll('img').length") == 0
