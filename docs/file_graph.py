@@ -1,14 +1,13 @@
 """Which file of the package imports which, read from the code; and the drawing of the rooms made from it.
 
-    python docs/file_graph.py      writes the drawing into docs/architecture.md
+    python docs/file_graph.py      draws docs/architecture.svg, which docs/architecture.md shows
 
-`tests/test_layers.py` holds the graph against ROOMS, and the page against the graph.
+`tests/test_layers.py` holds the graph against ROOMS, and the drawing against the graph.
 """
 
 from __future__ import annotations
 
 import ast
-import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
@@ -16,7 +15,10 @@ from importlib.util import resolve_name
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "architecture.md"
+DRAWING = ROOT / "docs" / "architecture.svg"
+HEAD, STEP = 12, 28  # pixels above the first room, and from room to room
+TINTS = {"errors": "#eeeeee", "atomic_files": "#eeeeee", "hooks": "#dbe9f6", "models": "#d9f0e3", "probes": "#fdf0d5"}
+TINTS |= {"relations": "#f6dfe4", "finetune": "#e6e0f3", "report": "#dff1f1", "cli": "#eeeeee", "__main__": "#eeeeee"}
 BESIDE_THE_PACKAGE = {"tests", "examples", "docs", "runs", "build", "dist", "site"}
 # From the ground up: a file imports from its own room and from those before it. A new folder needs a place here.
 ROOMS = (
@@ -140,38 +142,50 @@ def upward(graph: Graph) -> list[str]:
     return found
 
 
+def arrows(graph: Graph) -> Counter[tuple[str, str]]:
+    """How many imports lead from one room to another, without the pairs that others imply (a -> b -> c)."""
+    counts = Counter(
+        (room_of(path), room_of(file)) for path in graph for file in graph[path] if room_of(path) != room_of(file)
+    )
+    below = {room: {b for a, b in counts if a == room} for room in ROOMS}
+    reach: dict[str, set[str]] = {}
+    for room in ROOMS:  # from the ground up, so that what is below is complete
+        reach[room] = below[room].union(*(reach[low] for low in below[room]))
+    implied = {(a, c) for a, low in below.items() for b in low for c in reach[b]}
+    return Counter({pair: count for pair, count in counts.items() if pair not in implied})
+
+
 def drawing(graph: Graph) -> str:
-    """The rooms as a Mermaid flowchart: an arrow for the imports between two rooms, with their number.
-
-    An arrow that others already imply (a -> b -> c) is left out, so that the order can be seen.
-    """
-    arrows: Counter[tuple[str, str]] = Counter()
-    for path, imported in graph.items():
-        for file in imported:
-            if room_of(file) != room_of(path):
-                arrows[room_of(path), room_of(file)] += 1
-    rooms = [room for room in ROOMS if any(room in arrow for arrow in arrows)]
-    below = {room: {b for a, b in arrows if a == room} for room in rooms}
-    reach = {room: set(below[room]) for room in rooms}
-    for room in rooms:  # from the ground up, so that what is below is complete
-        reach[room] |= {deep for low in below[room] for deep in reach[low]}
-    name = lambda room: re.sub(r"\W", "_", room.removesuffix(".py")).strip("_")  # noqa: E731
+    """The rooms as an SVG, ground at the bottom: an arc for the imports between two rooms, thicker for more of them."""
     counts = Counter(room_of(path) for path in graph if not path.endswith("__init__.py"))
-    size = lambda room: "" if room.endswith(".py") else f"<br/>{counts[room]} files"  # noqa: E731
-    lines = ["flowchart BT", *(f'    {name(room)}["{room}{size(room)}"]' for room in rooms)]
-    for room in reversed(rooms):
-        direct = [b for b in below[room] if not any(b in reach[other] for other in below[room] - {b})]
-        lines += [f"    {name(room)} -->|{arrows[room, b]}| {name(b)}" for b in sorted(direct, key=ROOMS.index)]
-    return "\n".join(lines) + "\n"
-
-
-def page_with(page: str, drawn: str) -> str:
-    """The page with the drawing in its Mermaid block. Raises: ValueError, when it has none."""
-    block = re.compile(r"(```mermaid\n).*?(```)", re.S)
-    if not block.search(page):
-        raise ValueError(f"{PAGE} has no mermaid block to draw in; put one there")
-    return block.sub(lambda found: found[1] + drawn + found[2], page, count=1)
+    y = {room: HEAD + STEP * place for place, room in enumerate(reversed(ROOMS))}
+    width, height = 460, HEAD + STEP * len(ROOMS)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        'font-family="Helvetica, Arial, sans-serif" font-size="13">',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto" '
+        'markerUnits="userSpaceOnUse"><path d="M0 0 8 4 0 8z" fill="#5b7fa6"/></marker></defs>',
+    ]
+    for room in ROOMS:
+        indent = 24 * room.count("/")
+        fill = TINTS[room.split("/")[0].removesuffix(".py")]
+        files = "" if room.endswith(".py") else f"{counts[room]} file{'s' * (counts[room] != 1)}"
+        parts += [
+            f'<rect x="{10 + indent}" y="{y[room]}" width="{250 - indent}" height="{STEP - 6}" rx="4" fill="{fill}"/>',
+            f'<text x="{20 + indent}" y="{y[room] + 16}">{room}</text>',
+            f'<text x="250" y="{y[room] + 16}" text-anchor="end" fill="#555555">{files}</text>',
+        ]
+    for (above, low), count in sorted(arrows(graph).items(), key=lambda pair: (y[pair[0][0]], y[pair[0][1]])):
+        start, end = y[above] + 15, y[low] + 9
+        reach = 262 + 0.62 * (end - start)
+        parts += [
+            f'<path d="M262 {start} C{reach:.0f} {start} {reach:.0f} {end} 264 {end}" fill="none" stroke="#5b7fa6" '
+            f'stroke-width="{1 + min(count, 16) / 8:.1f}" opacity="0.75" marker-end="url(#tip)">'
+            f"<title>{above} imports {low}: {count}</title></path>"
+        ]
+    return "\n".join([*parts, "</svg>"]) + "\n"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page_with(PAGE.read_text(encoding="utf-8"), drawing(file_graph())), encoding="utf-8")
+    DRAWING.write_text(drawing(file_graph()), encoding="utf-8")

@@ -122,13 +122,26 @@ def test_imports_along_the_direction_are_left_alone() -> None:
     assert set(graph["probes/new.py"]) == {"probes/pairs/query.py", "errors.py", "models/probed.py"}
 
 
-def test_the_architecture_page_shows_the_graph(root: Path) -> None:
+def test_the_drawing_of_the_rooms_is_that_of_the_code(root: Path) -> None:
     """`python docs/file_graph.py` draws it anew."""
+    drawn = (root / "docs" / "architecture.svg").read_text()
+    assert file_graph.drawing(file_graph.file_graph()) == drawn, "rooms have changed: run `python docs/file_graph.py`"
+    other = file_graph.file_graph(changed={"hooks/new.py": "from ..errors import nearest"})
+    assert file_graph.drawing(other) != drawn, "a new file does not show"
+
+
+def test_every_room_is_described(root: Path) -> None:
     page = (root / "docs" / "architecture.md").read_text()
-    drawn = file_graph.drawing(file_graph.file_graph())
-    assert file_graph.page_with(page, drawn) == page, "the rooms have changed: run `python docs/file_graph.py`"
-    other = file_graph.drawing(file_graph.file_graph(changed={"hooks/new.py": "from ..errors import nearest"}))
-    assert file_graph.page_with(page, other) != page, "a new file does not show"
+    missing = [room for room in file_graph.ROOMS if f"`{room.removesuffix('/')}" not in page and room != "__main__.py"]
+    below_report = {room for room in file_graph.ROOMS if room.startswith("report/")}
+    assert not set(missing) - below_report - {"hooks/gradients"}, missing
+
+
+def test_an_arrow_that_others_imply_is_left_out() -> None:
+    planted = {"relations/new.py": "from ..errors import nearest\nfrom ..probes.decoding import decode"}
+    before, after = (file_graph.arrows(file_graph.file_graph(changed=change)) for change in (None, planted))
+    assert after["relations", "probes/decoding"] == before["relations", "probes/decoding"] + 1
+    assert ("relations", "errors.py") not in after
 
 
 def functions(source: str) -> list[tuple[str, int]]:

@@ -224,7 +224,7 @@ def _require_questions(questions: Sequence[Asked]) -> None:
 
 
 class Asked(Protocol):
-    """What a question must say; `relations.Question` does.
+    """What a question must say; `relations.text_relation.Question` does.
 
     `fact` labels the fact it is about, `template` its wording, `direction` that of the statement asked for.
     """
