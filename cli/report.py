@@ -17,7 +17,7 @@ def report(path: Annotated[Path, typer.Argument(help="The folder of a run or of 
     from ..finetune.runs.sweeps import open_sweep
     from ..report.html.finetune_sections import finetune_sections
     from ..report.html.report import write_report
-    from ..report.run_sweep import shown_records
+    from ..report.run_sweep import shown_records, sweep_sections
     from ..report.summary.terminal import make_console, print_final, read_summary
 
     console = make_console()
@@ -26,7 +26,7 @@ def report(path: Annotated[Path, typer.Argument(help="The folder of a run or of 
         runs, sections = [one.record()], finetune_sections([one])
     else:
         all_of_them = open_sweep(path)
-        runs, sections = shown_records(all_of_them, console), finetune_sections(all_of_them.runs)
+        runs, sections = shown_records(all_of_them, console), sweep_sections(all_of_them)
     written = write_report(runs, path / "report.html", title=path.resolve().name, sections=sections)
     print_final(read_summary(path), console)
     console.print(f"report: {written}", soft_wrap=True)

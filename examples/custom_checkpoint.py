@@ -56,12 +56,12 @@ class MyMaskedModel(nn.Module):
 
 
 @rp.register_model("my-masked-model")
-def load_my_model(path: str | Path, **told: Any) -> rp.ProbedModel:
+def load_my_model(path: str | Path, **wrapping: Any) -> rp.ProbedModel:
     """A two-layer masked model of my own, from its safetensors file."""
     module = MyMaskedModel()
     read_weights(module, str(path))
     # Running the module shows that it is bidirectional; that it predicts position i at row i is for us to say.
-    settings = {"objective": "masked", "mask_token_id": MASK, "logit_shift": 0, "name": "my-masked-model", **told}
+    settings = {"objective": "masked", "mask_token_id": MASK, "logit_shift": 0, "name": "my-masked-model", **wrapping}
     return rp.ProbedModel(module.eval(), rp.letter_tokenizer(), **settings)
 
 

@@ -124,11 +124,11 @@ def choose(driver: Any, name: str, wanted: str | None = None) -> None:
     await_true(lambda: driver.execute_script(script, wanted), f"{wanted or 'an entry'} under {name}")
 
 
-def await_true(told: Callable[[], Any], what: str) -> Any:
-    """What `told` returns once it is true. Raises: TimeoutError, when it never is."""
+def await_true(condition: Callable[[], Any], what: str) -> Any:
+    """What `condition` returns once it is true. Raises: TimeoutError, when it never is."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
-        if found := told():
+        if found := condition():
             return found
         time.sleep(0.2)
     raise TimeoutError(f"{what} did not appear within {PATIENCE} s")

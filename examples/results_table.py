@@ -116,10 +116,10 @@ def _one_step(path: Path) -> str:
         change = (
             f"{part['observed'].mean():+.3f} [{part['observed_low'].min():+.3f}, {part['observed_high'].max():+.3f}]"
         )
-        told = {"change": change, "shuffled facts": f"{part['observed_control'].mean():+.3f}"}
-        told |= {"as expected in": f"{clear} of {len(part)} seeds", "slope": f"{part['slope'].mean():.2f}"}
-        told |= {"r": f"{part['correlation'].mean():.2f}"}
-        rows.append(row | told | {"n": part["n"].min()})
+        numbers = {"change": change, "shuffled facts": f"{part['observed_control'].mean():+.3f}"}
+        numbers |= {"as expected in": f"{clear} of {len(part)} seeds", "slope": f"{part['slope'].mean():.2f}"}
+        numbers |= {"r": f"{part['correlation'].mean():.2f}"}
+        rows.append(row | numbers | {"n": part["n"].min()})
     return f"{title}\n\n{ABOUT_STEPS}\n\n{markdown_table(rows)}"
 
 

@@ -46,18 +46,18 @@ def verdicts(steps: pd.DataFrame) -> list[str]:
     lines = []
     for step, part in steps.groupby("step"):
         by = part.set_index("quantity")
-        told = []
+        said = []
         for quantity, name in (("stored", "S[v, u]"), ("reverse_loss", "reverse loss")):
             row = by.loc[quantity]
             moved = (
                 "rises" if row.observed_low > 0 else "falls" if row.observed_high < 0 else "moves by nothing certain"
             )
-            told.append(
+            said.append(
                 f"{name} {moved}: {row.observed:+.4f} [{row.observed_low:+.4f}, {row.observed_high:+.4f}] "
                 f"(shuffled facts {row.observed_control:+.4f}), slope on its prediction {row.slope:.2f}, "
                 f"r {row.correlation:.2f}"
             )
-        lines.append(f"step {step} ({part['optimizer'].iloc[0]} optimizer): {'; '.join(told)}")
+        lines.append(f"step {step} ({part['optimizer'].iloc[0]} optimizer): {'; '.join(said)}")
     return lines
 
 

@@ -15,7 +15,7 @@ from ..errors import RevprobeError
 
 @dataclass(frozen=True)
 class Part:
-    """A constant of the held pass.
+    """A constant of the linearized pass.
 
     `kind`: embed, position, bias, norm or mlp; `site`: the path of the module that ran, `function`: what it called;
     `values`: a leaf of autograd's graph whose first axis is (or begins with) the batch.

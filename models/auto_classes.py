@@ -11,35 +11,40 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from threading import Lock, local
 from types import ModuleType
 from typing import Any
 
 
 def register_when_imported() -> None:
     """Register now with the modules of transformers that are loaded, and with the others once they are."""
+    # `importlib.reload` comes here again; a class of the module as it was cannot be told by `isinstance`.
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not getattr(finder, "registers_revprobe", False)]
     watcher = _ImportWatcher()
     sys.meta_path.insert(0, watcher)
     watcher.settle()
 
 
 class _ImportWatcher(MetaPathFinder):
-    """Makes the registrations whose module is there, at moments when no module of either package is half imported.
+    """Makes the registrations whose module is there, at moments when this thread has no module half imported.
 
     Registering imports our classes, those import Qwen2's and Llama's, and transformers imports its Auto classes from
     the middle of other modules: at any other moment one of them would be met without its names. Modules are found as
-    the other finders do; the watcher goes when nothing is left to register.
+    the finders behind this one do; the watcher goes when nothing is left to register.
     """
+
+    registers_revprobe = True
 
     def __init__(self) -> None:
         self.packages = ("transformers", __name__.partition(".")[0])
         self.waiting = dict(_REGISTRATIONS)
-        self.half_done, self.registering = 0, False
+        self.thread, self.registering = _Thread(), Lock()
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
-        if fullname.partition(".")[0] not in self.packages:
+        if fullname.partition(".")[0] not in self.packages or self not in sys.meta_path:
             return None
-        others = [finder for finder in sys.meta_path if finder is not self]
-        found = (finder.find_spec(fullname, path, target) for finder in others)
+        behind = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        found = (finder.find_spec(fullname, path, target) for finder in behind)
         spec: ModuleSpec | None = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
             # Not here: a module can be looked for (`importlib.util.find_spec`) without being imported.
@@ -47,17 +52,24 @@ class _ImportWatcher(MetaPathFinder):
         return spec
 
     def settle(self) -> None:
-        """Register what can be registered now."""
-        if self.half_done or self.registering:
+        """Register what can be registered now; what fails is tried again after the next import."""
+        # Another thread that is at it is not waited for: it may be waiting for a module that this one is importing.
+        if self.thread.half_done or not self.registering.acquire(blocking=False):
             return
-        self.registering = True
         try:
             while ready := [name for name in self.waiting if name in sys.modules]:
-                self.waiting.pop(ready[0])(sys.modules[ready[0]])
+                self.waiting[ready[0]](sys.modules[ready[0]])
+                del self.waiting[ready[0]]
         finally:
-            self.registering = False
+            self.registering.release()
         if not self.waiting and self in sys.meta_path:
             sys.meta_path.remove(self)
+
+
+class _Thread(local):
+    """How many watched modules a thread has begun to import and not ended."""
+
+    half_done = 0
 
 
 class _WatchedLoader(Loader):
@@ -75,11 +87,11 @@ class _WatchedLoader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None, "the import system gives it one"
         module.__spec__.loader = module.__loader__ = self.loader
-        self.watcher.half_done += 1
+        self.watcher.thread.half_done += 1
         try:
             self.loader.exec_module(module)
         finally:
-            self.watcher.half_done -= 1
+            self.watcher.thread.half_done -= 1
         self.watcher.settle()
 
 

@@ -65,7 +65,7 @@ def attention_reading(
     model: ProbedModel, result: PassResult, plan: Plan, layers: Iterable[int] | None = None
 ) -> Reading:
     """Join the scores of a pass to pairs. Raises: RevprobeError, for a layer that the model lacks."""
-    there = sorted([*result.score, *result.silent])
+    there = sorted([*result.score, *result.without_attention])
     wanted = chosen_of("layer", layers, there, model=model, purpose="read")
     pairs = result.pairs
     offsets, distances = pairs.offsets(model.logit_shift), pairs.distances()

@@ -85,9 +85,9 @@ def attention_sites(model: ProbedModel) -> list[AttentionSite]:
 
 def choose_layers(model: ProbedModel, sites: Sequence[AttentionSite], layers: Iterable[int] | None) -> list[int]:
     """The layers asked for, all of them when None. Raises: RevprobeError, for one without attention to edit."""
-    silent = layers_without_attention(model.module, [site.path for site in sites])
+    without_attention = layers_without_attention(model.module, [site.path for site in sites])
     there = [site.layer for site in sites]
-    return chosen_of("layer", layers, there, model=model, purpose="edit", silent=silent)
+    return chosen_of("layer", layers, there, model=model, purpose="edit", without_attention=without_attention)
 
 
 def choose_heads(model: ProbedModel, sites: Sequence[AttentionSite], heads: Iterable[int] | None) -> list[int]:

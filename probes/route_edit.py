@@ -114,9 +114,9 @@ class _RouteProbe:
             self.pairs = ReversalPairs.from_pairs(self.pairs)
         queries = prepare_queries(model, self.pairs.queries)
         sites = attention_sites(model)
-        silent = layers_without_attention(model.module, [site.path for site in sites])
+        without_attention = layers_without_attention(model.module, [site.path for site in sites])
         asked = None if layers is None else listed("layer", layers)
-        without_attention = [layer for layer in silent if asked is None or layer in asked]
+        without_attention = [layer for layer in without_attention if asked is None or layer in asked]
         chosen = choose_layers(
             model, sites, None if asked is None else [n for n in asked if n not in without_attention] or asked
         )
@@ -174,10 +174,10 @@ class _RouteProbe:
             for place, cell in enumerate(cells)
         ]
         nothing: dict[str, float] = dict.fromkeys(NUMBERS[1:], np.nan) | {"edited": 0.0, "edited_control": 0.0}
-        silent = [part.assign(**nothing) for part in parts[:: len(cells)]]
+        unedited = [part.assign(**nothing) for part in parts[:: len(cells)]]
         for layer in without_attention:
             why = f"layer {layer} has no softmax attention"
-            parts += [part.assign(scope="layer", layer=layer, reason=why, reason_control=why) for part in silent]
+            parts += [part.assign(scope="layer", layer=layer, reason=why, reason_control=why) for part in unedited]
         frame = pd.concat(parts, ignore_index=True)
         frame = frame.astype({"layer": "Int64", "head": "Int64"})
         frame = frame.sort_values(["pair", "direction"], kind="stable", ignore_index=True)

@@ -8,11 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from rich.console import Console
 from rich.progress import track
 
 from ..atomic_files import write_text
 from ..errors import RevprobeError
+from ..finetune.config.finetuning import FinetuneSweepConfig
 from ..finetune.config.loading import dump_config, load_config
 from ..finetune.config.mistakes import differences
 from ..finetune.config.one_layer import RunConfig, SweepConfig
@@ -75,12 +77,17 @@ def run_sweep(
             else run_all(waiting, sweep.path, min(jobs, max(len(waiting), 1)), display)
         )
     reported = shown_records(sweep, console)
-    report = write_report(reported, sweep.path / REPORT, title=config.name, sections=finetune_sections(sweep.runs))
+    report = write_report(reported, sweep.path / REPORT, title=config.name, sections=sweep_sections(sweep))
     problems = {run.name: run.problem for run in reported if run.problem} | problems
     if problems:
         listed = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
         raise RunsFailed(f"{len(problems)} of {len(config.runs())} runs failed ({listed}); the others are in {report}")
     return sweep
+
+
+def sweep_sections(sweep: Sweep) -> list[Markup]:
+    """What the report of a sweep of fine-tunings shows besides; one that lies in another sweep is not its own."""
+    return finetune_sections(sweep.runs) if isinstance(sweep.config, FinetuneSweepConfig) else []
 
 
 def shown_records(sweep: Sweep, console: Console) -> list[RunRecord]:

@@ -248,7 +248,8 @@ def test_an_installed_wheel_runs_and_brings_its_examples(built: Path, tmp_path: 
     zipfile.ZipFile(next(built.glob("*.whl"))).extractall(site)
     code = (
         "import revprobe\n"
-        "from revprobe.finetune.config.one_layer import SweepConfig, load_config\n"
+        "from revprobe.finetune.config.loading import load_config\n"
+        "from revprobe.finetune.config.one_layer import SweepConfig\n"
         "sweeps = [load_config(name, SweepConfig) for name in ('one-layer', 'one-layer-quick')]\n"
         "print(revprobe.__file__)"
     )

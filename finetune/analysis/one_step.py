@@ -145,8 +145,8 @@ def _slope_along(step: Step, stored: Callable[[ProbedModel], pd.DataFrame]) -> p
     if length == 0:
         return stored(step.before)[columns] * 0.0
     reach = _REACH * norm(step.before.module.parameters()) / length
-    ahead, behind = (stored(_moved(step, sign * reach))[columns] for sign in (1, -1))
-    return (ahead - behind) / (2 * reach)
+    after, before = (stored(_moved(step, sign * reach))[columns] for sign in (1, -1))
+    return (after - before) / (2 * reach)
 
 
 @torch.no_grad()

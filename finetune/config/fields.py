@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt
 
@@ -20,3 +20,5 @@ class Section(BaseModel):
     """A part of a config: a key it does not know is an error, and nothing changes it once it is checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    # Keys by which a file of another kind is told: what it is, and the command that takes it.
+    marks_another_kind: ClassVar[dict[str, tuple[str, str]]] = {}

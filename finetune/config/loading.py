@@ -10,9 +10,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ...errors import RevprobeError, did_you_mean
+from .fields import Section
 from .mistakes import explain
 
-Kind = TypeVar("Kind", bound=BaseModel)
+Kind = TypeVar("Kind", bound=Section)
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
@@ -60,7 +61,7 @@ def parse_config(text: str, kind: type[Kind], source: str) -> Kind:
         raise RevprobeError(
             f"{source}: expected the keys {', '.join(kind.model_fields)}, got {type(values).__name__}; see examples/"
         )
-    for key, (what, command) in getattr(kind, "marks_another_kind", {}).items():
+    for key, (what, command) in kind.marks_another_kind.items():
         if key in values:
             raise RevprobeError(f"{source} is {what}; use `revprobe {command} {source}`")
     try:
@@ -90,7 +91,11 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 class _ConfigLoader(yaml.SafeLoader):
-    """PyYAML, but the second of two equal keys is an error (PyYAML keeps it in silence) and 1e-3 is a number."""
+    """PyYAML, but the second of two equal keys is an error (PyYAML keeps it in silence) and 1e-3 is a number.
+
+    ruamel.yaml was tried: as YAML 1.2 it reads `yes`, `010` and `12:30` otherwise than configs of version 0.1 mean
+    them, as YAML 1.1 it reads `y` as true and warns of 1e-3, and PyYAML would still be needed for writing.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()

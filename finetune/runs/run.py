@@ -134,11 +134,15 @@ class Run(ABC):
         problem = "; ".join(filter(None, (damaged, self.problem))) or None
         return RunRecord(self.path.name, self.axes, self.config.model_dump(mode="json"), readings, problem)
 
+    def for_report(self) -> RunRecord:
+        """Renamed: `record`. Raises: RevprobeError, saying so."""
+        raise RevprobeError("for_report() of a run is now record()")
+
     def backfill_readings(self, take: Callable[[int, str, set[str]], Iterable[Reading]]) -> list[Expected]:
         """Take the missing readings from the run's checkpoints and write them; the others stay as they are.
 
-        A checkpoint holds exactly the weights its readings were taken on, so a reading taken again is the one that
-        was lost, byte for byte (on the same software and machine).
+        The caller holds the run's lock. A checkpoint holds exactly the weights its readings were taken on, so a reading
+        taken again is the one that was lost, byte for byte (on the same software and machine).
 
         Args:
             take: gives the readings of those names, and maybe others, at (step, weights).

@@ -49,6 +49,10 @@ class Sweep:
         """
         return [self._record(run) for run in watch(self.config.runs())]
 
+    def for_report(self) -> list[RunRecord]:
+        """Renamed: `records`. Raises: RevprobeError, saying so."""
+        raise RevprobeError("for_report() of a sweep is now records()")
+
     def summary(self) -> pd.DataFrame:
         """All numbers of all runs, tidy, with the columns of summary.csv."""
         return summary_frame(self.records())

@@ -97,8 +97,8 @@ def remove_unfinished(run: Path) -> list[Path]:
     last = steps[-1] if steps else -1
     cut_off = list((run / CHECKPOINTS).glob("checkpoint-*")) + list((run / READINGS).glob(".step-*.part"))
     unmarked = [p for p in (run / CHECKPOINTS).glob("step-*") if step_of(p) not in steps]
-    ahead = [p for p in (run / READINGS).glob("step-*") if (step_of(p) or 0) > last]
-    removed = [p for p in (*cut_off, *unmarked, *ahead) if p.is_dir()]
+    later = [p for p in (run / READINGS).glob("step-*") if (step_of(p) or 0) > last]
+    removed = [p for p in (*cut_off, *unmarked, *later) if p.is_dir()]
     for folder in removed:
         shutil.rmtree(folder)
     return removed

@@ -67,7 +67,7 @@ def decoded_match(
         questions: see `Asked`; each with at least one answer.
         steps, block_length, algorithm: masked models only; see `decode`.
         control: also match against shuffled answers; `seed` is that of the shuffling and of the bootstrap.
-        answers: these questions' `AnswerBook`, which may hold others too; made here when None.
+        answers: an `AnswerBook` of these questions and maybe of others; made here when None.
 
     Frame: question, fact, kind, direction, template, prompt, answers (a JSON list), decoded, match (1 or 0; NaN when no
     answer fits into max_new_tokens), match_control (NaN without a partner), begins (1 where the decoding begins with an

@@ -24,7 +24,6 @@ from .query import Query, ReversalPair
 from .spans import REFUSALS, Encoded, SpanError, encode_texts, entity_positions, require_fast_tokenizer
 from .templates import ROLES, Filled, Template, pair_templates
 
-FLAGS = ("shares_tokens", "too_long", "duplicate_fact", "different_tokens")
 DROPPABLE = (*REFUSALS, "shares_tokens", "too_long", "duplicate_fact")
 CARRIER = "Fact: "  # the one that errors suggest
 

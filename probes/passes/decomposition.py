@@ -67,7 +67,7 @@ class LinearizedBatch:
     batch: QueryBatch
     held: LinearizedPass
     own: Tensor  # the model's logits at the readout rows, `batch token vocab`
-    logits: Tensor  # the same from the held pass, with its graph
+    logits: Tensor  # the same from the linearized pass, with its graph
     layers: list[int]
     values: list[dict[str, Tensor]]  # of each layer, by source
 

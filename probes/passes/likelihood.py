@@ -1,7 +1,7 @@
 """Likelihoods of targets: the log-probability a query gives to some target tokens, and their rank.
 
 A request is a query with the tokens it is priced for: its own target, or, for the control, the target of the fact
-deranged onto it. A single token is read off the query's own run; several tokens in chain mode are revealed left
+shuffled onto it. A single token is read off the query's own run; several tokens in chain mode are revealed left
 to right, which takes one run per token.
 
 Shapes below: query (of the pass), request, token (target tokens), vocab.

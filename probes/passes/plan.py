@@ -54,8 +54,8 @@ class PassResult:
     """What one pass collected.
 
     Shapes: `score`, `weight`: layer -> `query head`; `inner`, `inner_control`: `pair parameter`; `norm`, `floor`:
-    `query parameter`, where a fused parameter has a column for each part. `partner` is the pair each pair is deranged
-    with, -1 for none. `silent`: layers beside the scored ones that have no softmax attention.
+    `query parameter`, where a fused parameter has a column for each part. `partner` is the pair each pair is shuffled
+    with, -1 for none. `without_attention`: layers beside the scored ones that have no softmax attention.
     """
 
     pairs: ReversalPairs
@@ -63,7 +63,7 @@ class PassResult:
     parameters: list[str]
     score: dict[int, np.ndarray] = field(default_factory=dict)
     weight: dict[int, np.ndarray] = field(default_factory=dict)
-    silent: list[int] = field(default_factory=list)
+    without_attention: list[int] = field(default_factory=list)
     likelihoods: Likelihoods | None = None
     inner: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     inner_control: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
@@ -77,7 +77,7 @@ class Part:
 
     score: dict[int, np.ndarray]
     weight: dict[int, np.ndarray]
-    silent: list[int]
+    without_attention: list[int]
     answers: dict[Request, tuple[float, int]]
     tables: dict[str, np.ndarray]
 
@@ -86,7 +86,7 @@ def part_of(result: PassResult) -> Part:
     """The part of a result that was measured here."""
     answers = {} if result.likelihoods is None else result.likelihoods.answers
     tables = {name: getattr(result, name) for name in _TABLES}
-    return Part(result.score, result.weight, result.silent, answers, tables)
+    return Part(result.score, result.weight, result.without_attention, answers, tables)
 
 
 def merged(own: PassResult, parts: Sequence[Part]) -> PassResult:
@@ -102,7 +102,7 @@ def merged(own: PassResult, parts: Sequence[Part]) -> PassResult:
         own,
         score=_by_layer([part.score for part in parts]),
         weight=_by_layer([part.weight for part in parts]),
-        silent=sorted({layer for part in parts for layer in part.silent}),
+        without_attention=sorted({layer for part in parts for layer in part.without_attention}),
         likelihoods=likelihoods,
         **tables,
     )

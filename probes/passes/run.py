@@ -163,7 +163,7 @@ class _Pass:
         """Scores averaged over readout rows and evidence tokens, weights summed over evidence tokens."""
         cell = (batch.is_target[:, :, None] & batch.is_evidence[:, None, :])[:, None]
         rows = batch.is_target.sum(1)[:, None]
-        self.result.silent = layers_without_attention(self.model.module, [call.site for call in tap.calls])
+        self.result.without_attention = layers_without_attention(self.model.module, [call.site for call in tap.calls])
         for layer, call in tap.layers().items():
             score = call.score.masked_fill(~cell, 0.0).sum((2, 3)) / cell.sum((2, 3))
             weight = call.weight.masked_fill(~cell, 0.0).sum((2, 3)) / rows

@@ -26,13 +26,13 @@ def chosen_of(
     *,
     model: ProbedModel,
     purpose: str,
-    silent: Sequence[int] = (),
+    without_attention: Sequence[int] = (),
 ) -> list[int]:
     """The layers or heads asked for among those that are `there`, all of them when None.
 
     Args:
         purpose: what they are wanted for, as in "no layer 7 to edit".
-        silent: layers without softmax attention, which the error then says.
+        without_attention: layers without softmax attention, which the error then says.
     Raises: RevprobeError, for one that is not there, or none at all.
     """
     if asked is None:
@@ -42,7 +42,7 @@ def chosen_of(
     if wrong or not chosen:
         named = f"{what} {wrong[0]!r}" if wrong else f"{what} list []"
         some = ", ".join(map(str, sorted(there)[:_SHOWN])) + (", ..." if len(there) > _SHOWN else "")
-        if wrong and wrong[0] in silent:
+        if wrong and wrong[0] in without_attention:
             raise RevprobeError(
                 f"{named} of {model.name} has no softmax attention to {purpose}: expected some of {some}"
             )

@@ -109,8 +109,8 @@ def gradient_cosine(frame: pd.DataFrame, seed: int, control: bool = True) -> Mea
     """Per pair, sum over the frame's parameters, then the cosine; mean and interval over pairs."""
     table = pair_cosines(frame)
     cosine, facts = table["cosine"].to_numpy(), table["fact"].to_numpy().astype(str)
-    silent = table["silent"].to_numpy()
-    counts = {NO_GRADIENT: int(silent.sum()), BELOW_FLOOR: int((np.isnan(cosine) & ~silent).sum())}
+    without_gradient = table["without_gradient"].to_numpy()
+    counts = {NO_GRADIENT: int(without_gradient.sum()), BELOW_FLOOR: int((np.isnan(cosine) & ~without_gradient).sum())}
     undefined = {reason: count for reason, count in counts.items() if count}
     statistic = "mean per-pair cosine"
     if "cosine_control" not in table:
@@ -123,14 +123,16 @@ def gradient_cosine(frame: pd.DataFrame, seed: int, control: bool = True) -> Mea
 def pair_cosines(frame: pd.DataFrame) -> pd.DataFrame:
     """One row per pair: its fact, the cosine over the frame's parameters, and the shuffled pair's cosine.
 
-    NaN where a norm does not exceed its rounding floor; `silent` where one is zero, as of modules that never ran.
+    NaN where a norm does not exceed its rounding floor; `without_gradient` where one is zero (modules that never ran).
     """
     columns = [c for c in frame.columns if c.startswith(("norm_", "floor_"))]
     squared = frame.assign(**{c: frame[c].astype(float) ** 2 for c in columns})
     inner = [c for c in frame.columns if c.startswith("inner")]
     sums = squared.groupby("pair", sort=True).agg({"fact": "first"} | dict.fromkeys([*columns, *inner], "sum"))
-    silent = (sums["norm_forward"] == 0) | (sums["norm_reverse"] == 0)
-    table = pd.DataFrame({"fact": sums["fact"], "cosine": _cosine(sums, "inner", "reverse"), "silent": silent})
+    without_gradient = (sums["norm_forward"] == 0) | (sums["norm_reverse"] == 0)
+    table = pd.DataFrame(
+        {"fact": sums["fact"], "cosine": _cosine(sums, "inner", "reverse"), "without_gradient": without_gradient}
+    )
     if "inner_control" in frame:
         # A pair without a partner has NaN in every row; pandas sums that to 0, which the floor test turns back to NaN.
         table["cosine_control"] = _cosine(sums, "inner_control", "control")

@@ -51,7 +51,7 @@ def write_report(
     """Write the report to `path` and `summary.csv` beside it, each whole or not at all.
 
     Args:
-        sections: made with `page`, shown after the list of runs.
+        sections: made with `section` and the other parts of `page.py`, shown after the list of runs.
     Raises: RevprobeError, when the folder cannot be written or two runs share a name.
     """
     path = Path(path)

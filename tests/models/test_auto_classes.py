@@ -118,3 +118,50 @@ def test_a_broken_import_leaves_the_next_one_alone(tmp_path: Path) -> None:
         "print(type(transformers.AutoConfig.for_model('radd')).__name__)"
     )
     assert run_fresh(code, tmp_path) == ["planted", "RaddConfig"]
+
+
+REGISTERED = "print(type(transformers.AutoConfig.for_model('radd')).__name__, type(transformers.AutoModelForMaskedLM"
+REGISTERED += ".from_pretrained(LLADA)).__name__)\n"
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        "importlib.reload(revprobe)",
+        "[sys.modules.pop(name) for name in list(sys.modules) if name.startswith('revprobe')]\nimport revprobe",
+        "importlib.reload(revprobe)\nimport transformers\ntransformers.AutoConfig\nimportlib.reload(revprobe)",
+    ],
+)
+def test_a_package_that_is_loaded_again_registers_once_more(again: str, tmp_path: Path) -> None:
+    """Two watchers that asked each other where a module is would never come to an end."""
+    code = f"import importlib, revprobe\n{again}\nimport transformers\n{REGISTERED}print({LEFT} <= 1)"
+    assert run_fresh(code, tmp_path) == ["RaddConfig", "LLaDAForMaskedDiffusion", "True"]
+
+
+def test_a_registration_that_fails_is_made_at_the_next_import(tmp_path: Path) -> None:
+    """As after Ctrl-C in a notebook, in the middle of an import of seconds."""
+    code = (
+        "import revprobe\nsys.modules['revprobe.models.dream'] = None\n"
+        "try:\n    from transformers import AutoModelForMaskedLM\n    print('imported')\n"
+        "except ImportError:\n    print('failed')\n"
+        "del sys.modules['revprobe.models.dream']\nimport transformers\n"
+        f"transformers.AutoModelForMaskedLM\n{REGISTERED}"
+    )
+    assert run_fresh(code, tmp_path) == ["failed", "RaddConfig", "LLaDAForMaskedDiffusion"]
+
+
+def test_a_thread_that_is_importing_does_not_keep_another_from_registering(tmp_path: Path) -> None:
+    code = (
+        "import revprobe, threading, importlib.abc, importlib.machinery\n"
+        "begun, done = threading.Event(), threading.Event()\n"
+        "class Slow(importlib.abc.Loader):\n"
+        "    def create_module(self, spec): return None\n"
+        "    def exec_module(self, module): begun.set(); done.wait(60)\n"
+        "class Finder(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        return importlib.machinery.ModuleSpec(name, Slow()) if name == 'transformers.planted' else None\n"
+        "sys.meta_path.append(Finder())\nimport transformers\n"
+        "thread = threading.Thread(target=lambda: __import__('transformers.planted'))\nthread.start()\nbegun.wait(60)\n"
+        f"{REGISTERED}done.set()\nthread.join()"
+    )
+    assert run_fresh(code, tmp_path) == ["RaddConfig", "LLaDAForMaskedDiffusion"]

@@ -183,7 +183,7 @@ import json, os, signal, sys
 from pathlib import Path
 from revprobe.finetune.runs import finetuning
 from revprobe.finetune.training import trainer
-from revprobe.finetune.config.one_layer import parse_config
+from revprobe.finetune.config.loading import parse_config
 from revprobe.finetune.config.finetuning import FinetuneConfig
 
 def die(*args, **kwargs):

@@ -37,7 +37,8 @@ import json, os, signal, sys
 from pathlib import Path
 from revprobe.finetune.runs import one_layer, run as runs
 from revprobe.finetune.training import checkpointing as saving, probe_callback as snapshots, trainer
-from revprobe.finetune.config.one_layer import RunConfig, parse_config
+from revprobe.finetune.config.loading import parse_config
+from revprobe.finetune.config.one_layer import RunConfig
 from revprobe.probes.readings import reading
 from transformers import Trainer
 
