@@ -79,7 +79,6 @@ class Readings(Sequence[Reading]):
 
     def plot(self, **options: Any) -> go.Figure:
         """The readings over training steps; see `probes.figures.plot.plot_readings`."""
-
         return plot_readings(self, **options)
 
     def save(self, folder: str | Path) -> Path:
