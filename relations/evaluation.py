@@ -38,6 +38,7 @@ def evaluate_relation(
     splits: Sequence[str] = SPLITS,
     templates: str | None = None,
     max_new_tokens: int | None = None,
+    answers: AnswerBook | None = None,
     progress: Progress | None = None,
     **decoding: Any,
 ) -> Readings:
@@ -48,6 +49,7 @@ def evaluate_relation(
         splits: "train", "heldout" or both.
         templates: "train", "heldout" or "all"; None asks in held-out wordings where a direction has some, else in all.
         max_new_tokens: the same for every side; that of the longest answer of any when None.
+        answers: the relation's `answer_book`, where it is at hand.
         progress: called with (questions done, questions in all) over all sides.
         decoding: passed on to `decoded_match` (steps=, block_length=, algorithm=, stop=, batch_size=, ...).
     Returns: readings whose meta says `asked` ("forward" or "reverse"), `split`, `templates`, `relation` and `trained`
@@ -60,16 +62,17 @@ def evaluate_relation(
     if isinstance(relation, LettersRelation):
         raise RevprobeError("letters are asked by position, not in text; probe_reverse_probability has their accuracy")
     sides = _sides(relation, direction, splits, templates)
-    # Of every side, asked or not: the length of a masked model's answers must not depend on what else is asked.
-    book = answer_book(model, relation, direction)
+    if answers is None and not max_new_tokens:
+        # Of every side, asked or not: the length of a masked model's answers must not depend on what else is asked.
+        answers = answer_book(model, relation, direction)
     total = sum(len(questions) for _, questions in sides)
     before, done, readings = 0, 0, []
     for about, questions in sides:
         before, done = done, done + len(questions)
         options = {
             **decoding,
-            "max_new_tokens": max_new_tokens or book.limit,
-            "answers": book,
+            "max_new_tokens": max_new_tokens or (answers.limit if answers else None),
+            "answers": answers,
             "progress": _part_of(progress, before, done, total),
         }
         reading = decoded_match(model, questions, **options)

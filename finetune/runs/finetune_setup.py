@@ -17,6 +17,7 @@ from ...models.checkpoints import step_of
 from ...models.peft_adapters import BASE, without_wrapper
 from ...models.probed import ProbedModel
 from ...models.registry import load_model
+from ...probes.decoding.exact_match import AnswerBook
 from ...probes.pairs.pairs import ReversalPairs
 from ...relations.catalog import TextRelation, load_relation
 from ...relations.evaluation import answer_book
@@ -41,6 +42,7 @@ class Prepared:
 
     Attributes:
         model: the base, without an adapter.
+        answers: what counts as right for every question about the relation.
         answer_tokens: how many tokens are decoded for an answer, and filled up to in a masked model's rows.
     """
 
@@ -49,6 +51,7 @@ class Prepared:
     model: ProbedModel
     pairs: ReversalPairs
     rows: StatementRows
+    answers: AnswerBook
     answer_tokens: int
 
     @property
@@ -103,14 +106,15 @@ def prepare(config: FinetuneConfig, folder: Path, team: ProcessGroup) -> Prepare
     if tiny is not None:
         source = team.on_rank_zero(lambda: build_tiny(tiny, relation, folder / BASE))
     model = load_model(source, **loading)  # the Trainer places it, unless it is loaded in 4 bits
-    answer_tokens = config.evaluation.max_new_tokens or answer_book(model, relation, direction).limit
+    answers = answer_book(model, relation, direction)
+    answer_tokens = config.evaluation.max_new_tokens or answers.limit
     response_only = config.objective.scope == "response_only"
     options = RowOptions(response_only, config.objective.whole_entity, answer_tokens)
     pairs = relation.pairs(model, direction, limit=config.snapshots.facts)
     if response_only and model.objective == "masked":
         pairs = replace(pairs, flags={**pairs.flags, FORWARD_UNTRAINED: np.ones(len(pairs), dtype=bool)})
     rows = StatementRows(relation.training_rows(direction), model, options)
-    return Prepared(config, relation, model, pairs, rows, answer_tokens)
+    return Prepared(config, relation, model, pairs, rows, answers, answer_tokens)
 
 
 def text_relation(config: FinetuneConfig) -> TextRelation:

@@ -183,6 +183,7 @@ def _complete(run: FinetuneRun, prepared: Prepared, model: ProbedModel | None) -
             config.relation.direction,
             templates=config.evaluation.templates,
             max_new_tokens=prepared.answer_tokens,
+            answers=prepared.answers,
             batch_size=config.evaluation.batch_size,
         )
         working = run.path / f".{EVALUATION}.part"

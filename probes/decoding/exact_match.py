@@ -111,6 +111,9 @@ class _Scorer:
     ) -> None:
         self.questions = questions
         self.prompts = encode_prompts(model, [question.prompt for question in questions])
+        lacking = next((question.prompt for question in questions if asked_key(question) not in book.accepted), None)
+        if lacking is not None:
+            raise RevprobeError(f"the answers given lack the question {lacking!r}; leave answers= out to work them out")
         self.accepted = [book.accepted[asked_key(question)] for question in questions]
         self.lengths = [book.lengths[asked_key(question)] for question in questions]
         self.limit = max_new_tokens or book.limit

@@ -128,6 +128,24 @@ def test_the_length_is_that_of_the_longest_answer_of_either_direction():
     assert [r.meta["decoding"]["max_new_tokens"] for r in readings] == [4] * 4
 
 
+def test_answers_at_hand_are_used_for_every_side_and_not_worked_out_again(monkeypatch: pytest.MonkeyPatch):
+    """One answer book per fine-tuning: four sides would otherwise encode the same questions once more each."""
+    model, made = rote({}), []
+    book = answer_book(model, RELATION, "P2C")
+    expected = [reading.frame for reading in evaluate_relation(model, RELATION, "P2C")]
+    init = AnswerBook.__init__
+    monkeypatch.setattr(AnswerBook, "__init__", lambda *given: made.append(1) or init(*given))
+    again = evaluate_relation(model, RELATION, "P2C", answers=book, max_new_tokens=book.limit)
+    assert not made
+    for frame, reading in zip(expected, again, strict=True):
+        pd.testing.assert_frame_equal(frame, reading.frame)
+    evaluate_relation(model, RELATION, "P2C", max_new_tokens=3)
+    assert len(made) == 4, "with a length given only the sides that are asked are worked out"
+    few = AnswerBook(model, RELATION.questions("P2C")[:1])
+    with pytest.raises(RevprobeError, match=r"the answers given lack the question .*; leave answers= out"):
+        evaluate_relation(model, RELATION, "P2C", answers=few)
+
+
 def test_wordings_that_were_not_trained_on_are_asked_by_default():
     model = rote({})
     for choice, expected in {None: {3}, "heldout": {3}, "train": {0, 1, 2}, "all": {0, 1, 2, 3}}.items():
