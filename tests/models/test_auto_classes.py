@@ -35,11 +35,8 @@ def folders() -> list[str]:
         "import transformers as t\nt.AutoConfig\nimport revprobe\nt.AutoModel",
         "import revprobe\nimport transformers as t\nt.AutoTokenizer\nt.AutoConfig",
         "from transformers import LlamaForCausalLM\nimport revprobe\nimport transformers as t",
-        "import revprobe, peft\nimport transformers as t",
         "import revprobe, transformer_lens\nimport transformers as t",
         "from revprobe.models.radd import RaddForMaskedLM\nimport transformers as t",
-        "from revprobe.models import dream\nimport transformers as t",
-        "import revprobe\nrevprobe.load_model\nimport transformers as t",
         "import revprobe\nfrom transformers.models.auto import modeling_auto\nimport transformers as t",
         "import revprobe\nfrom transformers.generation import utils\nimport transformers as t",
         "import importlib.util, revprobe\nimportlib.util.find_spec('transformers.models.auto.modeling_auto')\n"
