@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from .by_head import score_table
+from .by_head import NO_HEAD, score_table
 from .group_correlation import LEAST_FACTS, Layout, deviations
 
 DISTANCES = ["distance_forward", "distance_reverse"]
@@ -33,6 +33,8 @@ def unit_correlations(frame: pd.DataFrame) -> pd.DataFrame:
     pair = frame.drop_duplicates("pair").sort_values("pair", ignore_index=True)
     units = pair.loc[np.repeat(first, len(places)), [*DISTANCES, "group"]].reset_index(drop=True)
     units["layer"], units["head"] = np.tile(places, (len(codes), 1)).T
+    units["head"] = units["head"].astype("Int64").mask(units["head"] == NO_HEAD)
+    units = units.astype(frame.dtypes[["layer", "head"]].to_dict())
     units[OFFSETS] = pair.loc[np.repeat(first, len(places)), OFFSETS].to_numpy()
     units["forward"], units["reverse"], units["both"] = deviations(sums)
     units["n"], units["facts"] = sums[0].astype(int), layout.defined_facts(forward, reverse).reshape(-1)

@@ -14,6 +14,8 @@ import pandas as pd
 from .group_correlation import LEAST_FACTS, Layout, Moments
 from .resampling import resampled_facts
 
+NO_HEAD = -1
+
 
 def head_correlations(frame: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     """Within-group correlation of forward and reverse scores, mean over heads, by layer, and by head.
@@ -27,7 +29,7 @@ def head_correlations(frame: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     Returns: `layer, head, value, low, high`, first everything (layer and head missing), then layers (head missing),
         then heads; low and high are the 95 % interval by resampling facts, NaN where it or the value is undefined.
     """
-    places, scores, facts, groups = score_table(frame)
+    places, scores, facts, groups = score_table(frame.dropna(subset=["head"]))  # layers without softmax attention
     layout = Layout.of(facts, groups)
     draws = resampled_facts(layout.n_facts, seed=seed)
     forward, reverse = scores
@@ -51,10 +53,12 @@ def head_correlations(frame: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
 def score_table(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Layer and head of a frame's heads, its scores as one array, and each pair's fact and group.
 
-    Shapes: `-> head 2, 2 pair head, pair, pair`; pairs and heads in ascending order.
+    Shapes: `-> head 2, 2 pair head, pair, pair`; pairs and heads in ascending order. A layer without softmax attention
+    has one head, NO_HEAD.
     """
-    head = frame.groupby(["layer", "head"], sort=True).ngroup().to_numpy()
-    places = frame[["layer", "head"]].to_numpy(dtype=np.int64)[np.unique(head, return_index=True)[1]]
+    numbered = frame[["layer", "head"]].fillna({"head": NO_HEAD}).astype(np.int64)
+    head = numbered.groupby(["layer", "head"], sort=True).ngroup().to_numpy()
+    places = numbered.to_numpy()[np.unique(head, return_index=True)[1]]
     pair, pairs = pd.factorize(frame["pair"], sort=True)
     scores = np.full((2, len(pairs), len(places)), np.nan)
     for place, column in enumerate(("score_forward", "score_reverse")):

@@ -1,11 +1,14 @@
 """Intervals, correlations and derangements against slow, obvious versions."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from revprobe.probes.statistics.by_distance import distance_correlations, unit_correlations
+from revprobe.probes.statistics.by_head import head_correlations
 from revprobe.probes.statistics.group_correlation import LEAST_FACTS, group_correlation
 from revprobe.probes.statistics.resampling import derangement, mean_over_facts, resampled_facts
 
@@ -172,3 +175,23 @@ def test_undefined_means_say_so():
     assert np.isnan(nothing.value) and nothing.n == 0
     single = mean_over_facts(np.array([1.0, 3.0]), np.array(["a", "a"]))
     assert single.value == 2 and np.isnan(single.low)
+
+
+def test_a_layer_without_attention_neither_stops_nor_moves_the_views():
+    """Hybrid models have rows without a head; they stand as undefined, and the other heads keep their numbers."""
+    rng = np.random.default_rng(0)
+    columns = {"pair": np.repeat(np.arange(20), 2), "fact": np.repeat(np.arange(20).astype(str), 2), "group": 0}
+    columns |= {"layer": 0, "head": np.tile([0, 1], 20), "score_forward": rng.normal(size=40)}
+    columns |= {"score_reverse": rng.normal(size=40), "offset_forward": 2, "offset_reverse": -2}
+    frame = pd.DataFrame(columns | {"distance_forward": 2, "distance_reverse": 2}).astype({"head": "Int64"})
+    lacking = frame[frame["head"] == 0].assign(layer=1, head=pd.NA, score_forward=np.nan, score_reverse=np.nan)
+    hybrid = pd.concat([frame, lacking], ignore_index=True).astype({"head": "Int64"})
+    pd.testing.assert_frame_equal(head_correlations(hybrid), head_correlations(frame))
+    units = unit_correlations(hybrid)
+    pd.testing.assert_frame_equal(units.iloc[:2], unit_correlations(frame))
+    assert pd.isna(units["head"].iloc[2]) and units["reason"].iloc[2] == "fewer than 2 defined scores"
+    for place, (_, part) in enumerate(frame.groupby("head")):
+        r = np.corrcoef(part["score_forward"], part["score_reverse"])[0, 1]
+        assert units["value"].iloc[place] == pytest.approx(r, abs=1e-12)
+    whole, alone = distance_correlations(hybrid), distance_correlations(frame)
+    assert whole["value"].equals(alone["value"]) and whole["n"].equals(alone["n"])
