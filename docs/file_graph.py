@@ -26,6 +26,7 @@ ROOMS = (
     "atomic_files.py",
     "hooks/gradients",
     "hooks",
+    "models/contract",
     "models",
     "probes/pairs",
     "probes/statistics",

@@ -9,86 +9,20 @@ is "masked" and must not when it is "causal".
 from __future__ import annotations
 
 import copy
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import RevprobeError, did_you_mean
-from ..hooks.untouched import untouched
-from . import introspect
+from .contract import introspect
+from .contract.called import CalledModule
+from .contract.contract import Contract, contract_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 OBJECTIVES = ("masked", "causal")
-# A logit that moves by less than this many units of rounding, relative to the largest, may not have moved at all.
-_ROUNDING = 64.0
-
-
-class CalledModule:
-    """A module and how it wants to be called: all that is needed to run it, before anything else is known of it."""
-
-    def __init__(self, module: nn.Module, name: str | None = None) -> None:
-        self.module, self.name = module, name or type(module).__name__
-        parameters = inspect.signature(module.forward).parameters.values()
-        self._accepts = {parameter.name for parameter in parameters}
-        self._accepts_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the input goes: the first parameter's device, passing over those that wait on disk ("meta")."""
-        devices = (p.device for p in self.module.parameters())
-        return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.module.parameters()).dtype
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the input embedding, the mask token included."""
-        embed = getattr(self.module, "get_input_embeddings", lambda: None)()
-        if embed is not None:
-            return int(embed.weight.shape[0])
-        return introspect.config_value(self.module, "vocab_size") or max(
-            m.num_embeddings for m in self.module.modules() if isinstance(m, nn.Embedding)
-        )
-
-    @property
-    def max_length(self) -> int | None:
-        """The longest sequence the model takes; None when it names no limit."""
-        return introspect.max_length(self.module)
-
-    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Run the module. Shapes: `batch seq, batch seq -> batch seq vocab`.
-
-        Raises: RevprobeError, when a padded batch meets a module without an attention_mask argument.
-        """
-        kwargs: dict[str, Any] = {}
-        if attention_mask is not None:
-            if "attention_mask" not in self._accepts and not self._accepts_any:
-                raise RevprobeError(
-                    f"{self.name} takes no attention_mask, so queries of different lengths cannot share a batch; use "
-                    "batch_size=1"
-                )
-            kwargs["attention_mask"] = attention_mask
-        if "use_cache" in self._accepts:
-            kwargs["use_cache"] = False
-        output = self.module(input_ids, **kwargs)
-        return output if isinstance(output, Tensor) else output.logits
-
-    def explain_non_finite(self) -> str:
-        """Name the first weight that is not finite, for the error that reports NaN logits."""
-        held = ((name, p) for name, p in self.module.named_parameters() if not p.is_meta)
-        bad = next((name for name, p in held if not torch.isfinite(p).all()), None)
-        where = (
-            f"its weight {bad!r} holds NaN or infinity"
-            if bad
-            else "its weights are finite, so an activation overflowed"
-        )
-        return f"{self.name} gives NaN logits: {where}; load a sound checkpoint or a wider dtype"
 
 
 class ProbedModel(CalledModule):
@@ -105,7 +39,8 @@ class ProbedModel(CalledModule):
         begin_token_id: put before sequences whose target stands at position 0 of a shift-1 model; the tokenizer's or
             the config's unless given.
         name, step, weights: provenance for the readings ("weights" is "raw" or "ema").
-        check: hold the objective against what the module does; False for one that was checked before.
+        check: find out what the module does by running it (`models.contract`), once per module; False for one that
+            cannot be run, whose rows, padding and direction are then taken for granted.
     Raises: RevprobeError, when the objective is unknown or contradicts what the module does, or when mask token or
         shift can neither be found nor were given.
     """
@@ -132,8 +67,8 @@ class ProbedModel(CalledModule):
         self.begin_token_id = introspect.begin_token(begin_token_id, tokenizer, module, self.vocab_size, self.name)
         if objective == "masked" and self.mask_token_id is None:
             raise RevprobeError(f"{self.name} is masked but names no mask token; pass mask_token_id=")
-        if check:
-            self._check_direction()
+        self.contract: Contract = contract_of(self) if check else Contract.taken_for_granted(self)
+        self._check_direction()
         self.logit_shift = introspect.logit_shift(logit_shift, objective, module, self.name)
 
     def with_module(self, module: nn.Module, **provenance: Any) -> ProbedModel:
@@ -165,16 +100,39 @@ class ProbedModel(CalledModule):
 
         return to_bridge(self.module)
 
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence the model takes beside an adapter's virtual tokens; None when it names no limit."""
+        limit = super().max_length
+        return None if limit is None else limit - self.contract.placement.columns_more
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Run the module. Shapes: `batch seq, batch seq -> batch seq vocab`, one row for each token of the input.
+
+        Where padding would reach real tokens, rows of different lengths run apart, and padded rows are 0.
+        """
+        first, length = self.contract.placement.logits, input_ids.shape[1]
+        if attention_mask is None or not self.contract.equal_lengths:
+            return self.run(input_ids, attention_mask)[:, first : first + length]
+        out: Tensor | None = None
+        lengths = attention_mask.sum(1)
+        for size in lengths.unique().tolist():
+            rows = (lengths == size).nonzero()[:, 0]
+            logits = self.run(input_ids[rows, :size])[:, first : first + size]
+            out = logits.new_zeros(*input_ids.shape, logits.shape[-1]) if out is None else out
+            out = out.index_put((rows[:, None], torch.arange(size, device=out.device)), logits)
+        assert out is not None, "a batch has rows"
+        return out
+
     def _check_direction(self) -> None:
-        if not depends_on_its_input(self):
-            return  # untrained or collapsed: constant logits contradict neither objective
-        reaches = later_tokens_reach_back(self)
+        """Hold the objective against what the module does."""
+        reaches = self.contract.reaches_back
         if reaches and self.objective == "causal":
             raise RevprobeError(
                 f"{self.name} was wrapped as causal, but a later token changes its earlier logits; use "
                 "objective='masked'"
             )
-        if not reaches and self.objective == "masked":
+        if reaches is False and self.objective == "masked":
             raise RevprobeError(
                 f"{self.name} was wrapped as masked, but no later token reaches its earlier logits; use "
                 "objective='causal'"
@@ -197,64 +155,4 @@ def as_probed(model: ProbedModel | nn.Module) -> ProbedModel:
         return model
     if not isinstance(model, nn.Module):
         raise RevprobeError(f"expected a model, got {type(model).__name__}; pass an nn.Module or load_model(...)")
-    return ProbedModel(model, objective="masked" if later_tokens_reach_back(CalledModule(model)) else "causal")
-
-
-def _some_tokens(model: CalledModule, length: int) -> Tensor:
-    """The first tokens of the vocabulary, as many as the model takes. Shapes: `-> 1 length`."""
-    return torch.arange(min(length, model.max_length or length), device=model.device)[None] % model.vocab_size
-
-
-def depends_on_its_input(model: CalledModule, length: int = 4) -> bool:
-    """Whether changing every token moves any logit; not so with a zero unembedding.
-
-    Raises: RevprobeError, when the logits are NaN.
-    """
-    first = _some_tokens(model, length)
-    with untouched(model.module), torch.no_grad():
-        before, after = (model.logits(ids)[0].float() for ids in (first, (first + 1) % model.vocab_size))
-    if before.isnan().any():
-        raise RevprobeError(model.explain_non_finite())
-    return bool((before != after).any())
-
-
-def later_tokens_reach_back(model: CalledModule, length: int = 4) -> bool:
-    """Whether changing the last of `length` tokens moves any earlier logit.
-
-    A small change can be rounding (experts of a causal mixture get other batches); then the gradient decides.
-    Raises: RevprobeError, when the logits are NaN.
-    """
-    first = _some_tokens(model, length)
-    second = first.clone()
-    second[0, -1] = (first[0, -1] + 1) % model.vocab_size
-    with untouched(model.module), torch.no_grad():
-        before, after = (model.logits(ids)[0, :-1].float() for ids in (first, second))
-    if before.isnan().any():
-        raise RevprobeError(model.explain_non_finite())
-    # Equal entries subtract to zero, but -inf - -inf is NaN: compare instead.
-    moved = before != after
-    if not moved.any():
-        return False
-    change, size = (before - after)[moved].abs().max(), before[before.isfinite()].abs().max()
-    return bool(change > _ROUNDING * torch.finfo(model.dtype).eps * size) or _gradient_reaches_back(model, first)
-
-
-def _gradient_reaches_back(model: CalledModule, ids: Tensor) -> bool:
-    """Whether the last token's embedding has a gradient from earlier logits; True where that cannot be asked."""
-    embed = getattr(model.module, "get_input_embeddings", lambda: None)()
-    if embed is None or any(p.is_meta for p in model.module.parameters()):
-        return True
-    embedded: list[Tensor] = []
-
-    def cut(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
-
-    handle = embed.register_forward_hook(cut)
-    try:
-        with untouched(model.module), torch.enable_grad():
-            logits = model.logits(ids)[0, :-1].float()
-            (gradient,) = torch.autograd.grad(logits[logits.isfinite()].square().sum(), embedded[0])
-    finally:
-        handle.remove()
-    return bool(gradient[0, -1].any())
+    return ProbedModel(model, objective="masked" if contract_of(CalledModule(model)).reaches_back else "causal")

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
 
 from ...errors import RevprobeError
-from ...models.introspect import config_value
+from ...models.contract.introspect import config_value
 from ...models.peft_adapters import without_wrapper
 from ...models.probed import ProbedModel
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ...errors import RevprobeError
-from ...models.probed import CalledModule, ProbedModel
+from ...models.contract.called import CalledModule
+from ...models.probed import ProbedModel
 from ..pairs.query import Query
 
 # Tokens of one batch for a small model, and the parameters beyond which batches shrink.

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
-from ..errors import RevprobeError
-from .structure import parameter_role
+from ...errors import RevprobeError
 
 
 def config_value(module: nn.Module, key: str) -> Any:
@@ -83,16 +82,36 @@ def logit_shift(given: int | None, objective: str, module: nn.Module, name: str)
 
 
 def max_length(module: nn.Module) -> int | None:
-    """The longest sequence the config allows; None when it names no limit.
+    """The longest sequence the config allows; None when it names no limit, or one below 1 (XLNet's -1: none).
 
     RoBERTa counts positions from its padding token's id on, so its table is longer than its context.
     """
     limit = config_value(module, "max_position_embeddings")
-    for name, part in module.named_modules():
-        if isinstance(part, nn.Embedding) and parameter_role(f"{name}.weight").role == "position":
-            skipped = 0 if part.padding_idx is None else part.padding_idx + 1
-            limit = part.num_embeddings - skipped if skipped else limit
-    return limit
+    words = input_embedding(module)
+    for part in module.modules():
+        if isinstance(part, nn.Embedding) and part is not words and part.num_embeddings == limit:
+            limit -= 0 if part.padding_idx is None else part.padding_idx + 1
+            break
+    return limit if limit is not None and limit > 0 else None
+
+
+def input_embedding(module: nn.Module) -> Any:
+    """The table of token embeddings, as transformers' `get_input_embeddings` gives it; None without one."""
+    try:
+        embed = getattr(module, "get_input_embeddings", lambda: None)()
+    except (NotImplementedError, AttributeError):
+        return None
+    return embed if isinstance(getattr(embed, "weight", None), Tensor) else None
+
+
+def special_ids(module: nn.Module) -> set[int]:
+    """Token ids that mean something to the model itself: those its config names, and those its tables pad with."""
+    config = getattr(_inner(module), "config", None)
+    named = vars(config) if config is not None else {}
+    stated = [v for key, v in named.items() if key.endswith(("_token_id", "_token_ids", "_index", "_idx"))]
+    ids = {i for value in stated for i in (value if isinstance(value, list | tuple) else [value])}
+    ids |= {part.padding_idx for part in module.modules() if isinstance(part, nn.Embedding)}
+    return {i for i in ids if isinstance(i, int)}
 
 
 def _inner(module: nn.Module) -> nn.Module:

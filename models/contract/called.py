@@ -1,0 +1,80 @@
+"""A module and how it wants to be called: all that is needed to run it, before anything else is known of it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import RevprobeError
+from . import introspect
+
+
+class CalledModule:
+    """A module that takes `batch seq` token ids and gives a row of logits for each of them."""
+
+    def __init__(self, module: nn.Module, name: str | None = None) -> None:
+        self.module, self.name = module, name or type(module).__name__
+        parameters = inspect.signature(module.forward).parameters.values()
+        self._accepts = {parameter.name for parameter in parameters}
+        self._accepts_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the input goes: the first parameter's device, passing over those that wait on disk ("meta")."""
+        devices = (p.device for p in self.module.parameters())
+        return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the input embedding, the mask token included."""
+        embed = introspect.input_embedding(self.module)
+        if embed is not None:
+            return int(embed.weight.shape[0])
+        return introspect.config_value(self.module, "vocab_size") or max(
+            m.num_embeddings for m in self.module.modules() if isinstance(m, nn.Embedding)
+        )
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence the model takes; None when it names no limit."""
+        return introspect.max_length(self.module)
+
+    @property
+    def takes_padding(self) -> bool:
+        """Whether the module has an argument for an attention mask, or takes any."""
+        return "attention_mask" in self._accepts or self._accepts_any
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits as the module gives them. Shapes: `batch seq, batch seq -> batch rows vocab`."""
+        kwargs: dict[str, Any] = {}
+        if attention_mask is not None:
+            kwargs["attention_mask"] = attention_mask
+        if "use_cache" in self._accepts:
+            kwargs["use_cache"] = False
+        output = self.module(input_ids, **kwargs)
+        return output if isinstance(output, Tensor) else output.logits
+
+    def explain_non_finite(self) -> str:
+        """Name the first weight that is not finite, for the error that reports NaN logits."""
+        held = ((name, p) for name, p in self.module.named_parameters() if not p.is_meta)
+        bad = next((name for name, p in held if not torch.isfinite(p).all()), None)
+        where = (
+            f"its weight {bad!r} holds NaN or infinity"
+            if bad
+            else "its weights are finite, so an activation overflowed"
+        )
+        return f"{self.name} gives NaN logits: {where}; load a sound checkpoint or a wider dtype"
+
+
+def require_numbers(called: CalledModule, logits: Tensor) -> Tensor:
+    """The logits. Raises: RevprobeError, when one of them is NaN."""
+    if logits.isnan().any():
+        raise RevprobeError(called.explain_non_finite())
+    return logits
