@@ -1,12 +1,14 @@
-"""Adapters (LoRA through peft) on a model: which parameters are theirs, and a saved adapter put back on its base.
+"""Adapters of peft on a model: which parameters are theirs, and a saved adapter put back on its base.
 
 A checkpoint of fine-tuning holds the adapter alone, as peft writes it. Its base is named in `adapter_config.json`; a
-run that built its own base keeps it in RUN/base, so that a run's folder can be moved.
+run that built its own base keeps it in RUN/base, so that a run's folder can be moved. Most kinds put their weights
+inside the model's layers; learned prompts (prompt, prefix and p-tuning) stand beside it, in peft's wrapper.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,29 +20,53 @@ from ..errors import RevprobeError, first_line
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # The model that a run built for itself, beside its checkpoints.
 BASE = "base"
+# What peft puts before its weights' names (`peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING`), and its prompts.
+_ADAPTED = re.compile(
+    r"(^|\.)((ada|beft|boft|c3a|cartridge|cpt|deft|delora|fourierft|frod|glora|gralora|hada|hira|hra|ia3|lily|lora|lokr|"
+    r"miss|oft|osf|peanut|poly|psoft|p?vera|randlora|road|shadow|shira|tinylora|unilora|vblora|waveft|xlora|adamss|"
+    r"adaption_prompt|trainable_tokens)_|prompt_encoder\.|adaption_\w+$)"
+)
+_TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "word_embeddings.weight", "embeddings.weight")
+_LANGUAGE_TASKS = (None, "CAUSAL_LM", "FEATURE_EXTRACTION")
+# Kinds whose wrapper does part of the work in its own forward pass.
+_IN_THE_WRAPPER = ("POLY", "XLORA")
 
 
 def is_adapter_parameter(name: str) -> bool:
-    """Whether a parameter belongs to a LoRA adapter.
+    """Whether a parameter belongs to an adapter of peft.
 
     >>> is_adapter_parameter("model.layers.0.mlp.up_proj.lora_A.default.weight")
     True
     """
-    return ".lora_" in name
+    return _ADAPTED.search(name) is not None
 
 
 def without_wrapper(module: nn.Module) -> nn.Module:
-    """The transformers model inside a PeftModel, its adapter active; any other module as it is.
+    """The transformers model inside a PeftModel, its adapter active; any other module, and learned prompts, as they are.
 
-    Its parameters then have the names they have without an adapter, so that readings can be compared.
+    Its parameters then have the names they have without an adapter, so that readings can be compared. The model inside
+    learned prompts is the base alone, which never sees them.
     """
-    inside = getattr(module, "get_base_model", None)
-    return inside() if callable(inside) and hasattr(module, "peft_config") else module
+    config = getattr(module, "active_peft_config", None) if hasattr(module, "peft_config") else None
+    if config is None or config.is_prompt_learning or str(config.peft_type).rpartition(".")[2] in _IN_THE_WRAPPER:
+        return module
+    inside: Any = module
+    return inside.get_base_model()
 
 
 def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder holds an adapter and no whole model."""
-    return isinstance(folder, Path) and (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+    """Whether a folder holds an adapter; the base's own config may lie beside it, but not its weights.
+
+    Raises: RevprobeError, for a folder that holds both, of which only one can be meant.
+    """
+    if not isinstance(folder, Path) or not (folder / ADAPTER_CONFIG).is_file():
+        return False
+    if any(folder.glob("model*.safetensors*")):
+        raise RevprobeError(
+            f"{folder} holds an adapter ({ADAPTER_CONFIG}) and a whole model's weights; keep the one that is meant in a "
+            "folder of its own"
+        )
+    return True
 
 
 def base_of(adapter: Path) -> str | Path:
@@ -64,10 +90,13 @@ def base_of(adapter: Path) -> str | Path:
     return Path(stated) if Path(stated).is_dir() else str(stated)
 
 
-def put_on(module: nn.Module, adapter: Path) -> nn.Module:
+def put_on(module: nn.Module, adapter: Path, tokenizer: Any = None) -> nn.Module:
     """The module with a saved adapter active on it, frozen and in eval mode.
 
-    Raises: RevprobeError, when the adapter's weights are pickled, missing, cut off or of another model.
+    Args:
+        tokenizer: the adapter's own; tokens it adds need rows in the base's embedding, which the adapter must bring.
+    Raises: RevprobeError, when the adapter's weights are pickled, missing, cut off or of another model, when it is not
+        a language model's, or when the tokenizer has tokens that neither base nor adapter has rows for.
     """
     from peft import PeftModel, get_peft_model_state_dict  # seconds to import, and only adapters need it
     from safetensors import safe_open
@@ -77,13 +106,36 @@ def put_on(module: nn.Module, adapter: Path) -> nn.Module:
     try:
         with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as weights:
             saved = set(weights.keys())
+            rows = {weights.get_slice(key).get_shape()[0] for key in saved if key.endswith(_TABLES)}
+        _make_room(module, rows, tokenizer, adapter)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by names that it is renaming
             adapted: Any = PeftModel.from_pretrained(module, adapter)
+    except RevprobeError:
+        raise
     except Exception as error:
         raise RevprobeError(f"cannot put the adapter {adapter} on its base model: {first_line(error)}") from error
     # peft leaves a missing tensor at its initial value, and one too many unread; both are another model's adapter.
     wrong = sorted(set(get_peft_model_state_dict(adapted)) ^ saved)
     if wrong:
         raise RevprobeError(f"the adapter {adapter} is of another model: {', '.join(wrong[:3])} do not match")
+    if adapted.active_peft_config.task_type not in _LANGUAGE_TASKS:
+        raise RevprobeError(
+            f"the adapter {adapter} was trained for {adapted.active_peft_config.task_type}, whose head is no language "
+            "model's; probe an adapter of CAUSAL_LM"
+        )
     return without_wrapper(adapted).eval()
+
+
+def _make_room(module: nn.Module, rows: set[int], tokenizer: Any, adapter: Path) -> None:
+    """Widen the base's token table to what the adapter brings. Raises: RevprobeError, for tokens without a row."""
+    table: Any = module
+    there = int(table.get_input_embeddings().weight.shape[0])
+    needed = max([there, *rows])
+    if needed > there:
+        table.resize_token_embeddings(needed, mean_resizing=False)  # every row of it is in the adapter's file
+    if tokenizer is not None and len(tokenizer) > needed:
+        raise RevprobeError(
+            f"the tokenizer beside {adapter} has {len(tokenizer)} tokens, but its base has rows for {there} and the "
+            "adapter brings none; save the adapter with save_embedding_layers=True"
+        )

@@ -104,8 +104,7 @@ def load_model(
         return _placed(as_probed(_LOADERS[str(source)](**options)), dtype, device)
     folder, name, at_step, which = _locate(source, step, weights)
     if isinstance(folder, Path) and is_adapter(folder):
-        base = load_model(base_of(folder), dtype=dtype, objective=objective, **given, **options)
-        adapted = base.with_module(put_on(base.module, folder), name=name, step=at_step, weights=which)
+        adapted = _adapted(folder, name, dtype, objective, given, options, {"step": at_step, "weights": which})
         return _placed(adapted, None, device)
     with quiet_transformers():
         hub = hub_options(folder)
@@ -116,6 +115,19 @@ def load_model(
     known = given | {"name": name, "step": at_step, "weights": which}
     probed = ProbedModel(module, tokenizer, objective=objective, **known)
     return _placed(probed, None, device)
+
+
+def _adapted(
+    folder: Path, name: str, dtype: Any, objective: str | None, given: dict[str, Any], options: Any, which: Any
+) -> ProbedModel:
+    """An adapter on its base, with the adapter's own tokenizer where it brings one."""
+    base = load_model(base_of(folder), dtype=dtype, objective=objective, **given, **options)
+    with quiet_transformers():
+        own = load_tokenizer(folder, name)
+    module = put_on(base.module, folder, own)
+    known = {key: getattr(base, key) if value is None else value for key, value in given.items()}
+    tokenizer = base.tokenizer if own is None else own
+    return ProbedModel(module, tokenizer, objective=base.objective, name=name, **known, **which)
 
 
 def _locate(source: str | Path, step: int, weights: str | None) -> tuple[str | Path, str, int | None, str | None]:

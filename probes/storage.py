@@ -15,7 +15,7 @@ from ..hooks.untouched import untouched
 from ..models.probed import ProbedModel, as_probed
 from .attention import EVIDENCE_HIDDEN
 from .pairs.pairs import ReversalPairs
-from .passes.batches import make_batch, prepare_queries, queries_per_batch
+from .passes.batches import in_batches, make_batch, prepare_queries, queries_per_batch
 from .passes.decomposition import Decomposition, LinearizedBatch, Piece
 from .passes.plan import PassResult, Plan, Progress
 from .passes.run import describe
@@ -128,11 +128,12 @@ class _Storage:
 
     def run(self) -> _Storage:
         with untouched(self.model.module):
-            for start in range(0, len(self.queries), self.size):
-                numbers = list(range(start, min(start + self.size, len(self.queries))))
+            done, lengths = 0, [len(query.token_ids) for query in self.queries]
+            for numbers in in_batches(self.model, range(len(lengths)), self.size, lengths.__getitem__):
                 self._run_batch(numbers)
+                done += len(numbers)
                 if self.plan.progress is not None:
-                    self.plan.progress(numbers[-1] + 1, len(self.queries))
+                    self.plan.progress(done, len(lengths))
         return self
 
     def _run_batch(self, numbers: list[int]) -> None:

@@ -21,8 +21,8 @@ from torch.nn.functional import cross_entropy
 from ...errors import RevprobeError
 from ...hooks.gradients.products import _CHUNK
 from ...hooks.untouched import untouched
-from ...models.peft_adapters import is_adapter_parameter
 from ...models.contract.called import CalledModule
+from ...models.peft_adapters import is_adapter_parameter
 from ...probes.pairs.query import Query
 from ...probes.passes.batches import queries_per_batch
 from .live_bytes import AnsweredYes, LiveBytes, fused_attention

@@ -96,9 +96,9 @@ class Wrapping:
         if self._first is None:
             options = {**self.options, **provenance}
             if options.get("objective") is None:
-                options |= {"objective": as_probed(module).objective, "check": False}
+                options["objective"] = as_probed(module).objective
             self._first = ProbedModel(module, **options)
-        # Which way a model reads does not change while it trains.
+        # Which way a model reads does not change while it trains; what its modules do is known of each once.
         return self._first.with_module(module, **provenance)
 
     def forget(self) -> None:

@@ -109,7 +109,7 @@ class _Judge:
         self.trial, self.offset = trial, offset
         self.measured: dict[str, float] = {}
         self.routed = False
-        self._reach: Reach | None | str = "not asked"
+        self._reach: Reach | str | None = "not asked"
 
     def rows(self, logits: Tensor, row: int, last: int = 0) -> Tensor:
         """The logits of one row's own tokens, all but the `last`. Shapes: `-> tokens vocab`."""
@@ -187,8 +187,8 @@ def _require_repeatable(trial: Trial) -> None:
     if different:
         part: Any = called.module.get_submodule(different[0])
         raise RevprobeError(
-            f"{called.name} is random in eval mode: {different[0] or 'the model'!r} ({type(part).__name__}) answers the "
-            "same input differently each time; make it heed .eval()"
+            f"{called.name} is random in eval mode: {different[0] or 'the model'!r} ({type(part).__name__}) answers "
+            "the same input differently each time; make it heed .eval()"
         )
 
 

@@ -16,9 +16,7 @@ Tokens are ordinary ones, from the middle of the vocabulary: special ids mean so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch

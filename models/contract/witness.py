@@ -47,4 +47,9 @@ def reached(trial: Trial, offset: int) -> Reach | None:
         except (RuntimeError, ValueError):  # no embedding was seen, weights on disk, kernels without a gradient
             return None
     found = gradient.flatten(2).any(-1)
-    return Reach(bool(found[1, tokens - 1]), bool(found[1, tokens:].any()), bool(found[[0, 2]].any()), torch.equal(again, run.logits))
+    return Reach(
+        bool(found[1, tokens - 1]),
+        bool(found[1, tokens:].any()),
+        bool(found[[0, 2]].any()),
+        torch.equal(again, run.logits),
+    )

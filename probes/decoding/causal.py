@@ -20,12 +20,7 @@ def generator_of(module: nn.Module) -> Any:
 
     A peft model's own method rewrites its base's generation config: the base, adapters in place, is asked instead.
     """
-    if getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False):
-        raise RevprobeError(
-            f"{type(module).__name__} has learned prompts, which its base does not see; decode with its own generate, "
-            "or use an adapter inside the model, such as LoRA"
-        )
-    found: Any = without_wrapper(module)
+    found: Any = without_wrapper(module)  # learned prompts stay in their wrapper, which takes no cache
     can = getattr(found, "can_generate", lambda: False)
     return found if isinstance(found, GenerationMixin) and can() else None
 

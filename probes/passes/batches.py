@@ -6,9 +6,10 @@ Shapes below: query, seq (longest of the batch, right-padded), token (most targe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import groupby, islice, zip_longest
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from ..pairs.query import Query
 
 # Tokens of one batch for a small model, and the parameters beyond which batches shrink.
 _TOKENS, _SMALL = 8192, 50_000_000
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,22 @@ def queries_per_batch(model: CalledModule, queries: Sequence[Query], batch_size:
     parameters = sum(p.numel() for p in model.module.parameters())
     tokens = max(512, int(_TOKENS * min(1.0, _SMALL / max(parameters, 1))))
     return max(2, tokens // max(len(q.token_ids) for q in queries))
+
+
+def in_batches(
+    model: ProbedModel, items: Iterable[Item], size: int, length: Callable[[Item], int]
+) -> Iterator[list[Item]]:
+    """The items `size` at a time; of equal lengths, shortest first, where the model's padding would reach real tokens.
+
+    Args:
+        length: how many tokens the query of an item has.
+    """
+    apart = bool(model.contract.equal_lengths)
+    groups = (group for _, group in groupby(sorted(items, key=length), length)) if apart else iter([items])
+    for group in groups:
+        rest = iter(group)
+        while some := list(islice(rest, size)):
+            yield some
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from ...errors import RevprobeError, did_you_mean
 from ...models.probed import ProbedModel
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
-from .batches import QueryBatch, make_batch
+from .batches import QueryBatch, in_batches, make_batch
 
 MODES = ("chain", "parallel")
 
@@ -91,8 +91,7 @@ class Likelihoods:
         rest = [request for request in requests if not self._in_one_run(*request)][part::parts]
         steps = [(request, query) for request in rest for query in self.conditionals(*request)]
         totals: dict[Request, tuple[float, int]] = dict.fromkeys(rest, (0.0, 0))
-        for start in range(0, len(steps), batch_size):
-            some = steps[start : start + batch_size]
+        for some in in_batches(self.model, steps, batch_size, lambda step: len(step[1].token_ids)):
             batch = make_batch(self.model, [query for _, query in some])
             values, ranks = price(readout(self.model, batch), batch.targets, batch.is_target)
             for (request, _), value, rank in zip(some, values.tolist(), ranks.tolist(), strict=True):

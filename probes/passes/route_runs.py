@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ from ...hooks.attention_edits import AttentionSite, edit_scores
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
 from ..pairs.query import Query
-from .batches import QueryBatch, make_batch
+from .batches import QueryBatch, in_batches, make_batch
 from .likelihood import price, readout
 from .plan import Progress
 from .route_changes import RouteChange, StrengthRecorder, VisibilityRecorder, other_positions
@@ -114,14 +113,13 @@ class RouteRuns:
         edited = sides * len(self.cells) * sum(len(self.steps[q]) for q, _ in self.units)
         total, done = len(plain) + edited, 0
         with untouched(self.model.module), torch.no_grad():
-            for start in range(0, len(plain), self.batch_size):
-                part = plain[start : start + self.batch_size]
+            size, length = self.batch_size, lambda at: len(self.steps[at[0]][at[1]].token_ids)
+            for part in in_batches(self.model, plain, size, length):
                 self._run_plain(part, result)
                 done = self._report(done + len(part), total)
             self._draw_controls()
             done = total - sum(1 for _ in self._jobs())  # a query without a control is that much sooner done
-            jobs = self._jobs()
-            while part_jobs := list(islice(jobs, self.batch_size)):
+            for part_jobs in in_batches(self.model, self._jobs(), self.batch_size, self._length):
                 self._run_edited(part_jobs, result)
                 done = self._report(done + len(part_jobs), total)
         return result
@@ -138,6 +136,9 @@ class RouteRuns:
                     yield Job(unit, step, cell, EVIDENCE)
                     if self.elsewhere[q]:
                         yield Job(unit, step, cell, CONTROL)
+
+    def _length(self, job: Job) -> int:
+        return len(self.steps[self.units[job.unit][0]][job.step].token_ids)
 
     def _draw_controls(self) -> None:
         """Each query's control positions, the same in all its steps."""

@@ -27,7 +27,7 @@ from ...models.probed import ProbedModel
 from ...models.structure import fused_parts, layers_without_attention
 from ..pairs.pairs import ReversalPairs
 from ..statistics.resampling import derangement
-from .batches import QueryBatch, make_batch, prepare_queries, queries_per_batch
+from .batches import QueryBatch, in_batches, make_batch, prepare_queries, queries_per_batch
 from .likelihood import Likelihoods, mean_nll, readout
 from .plan import PassResult, Plan
 
@@ -56,10 +56,12 @@ class _Pass:
             pairs = ReversalPairs.from_pairs(pairs)
         self.model, self.pairs, self.plan, self.part, self.of = model, pairs, plan, part, parts
         self.queries = prepare_queries(model, pairs.queries)
+        self.lengths = np.array([len(query.token_ids) for query in self.queries])
         self.batch_size = queries_per_batch(model, self.queries, plan.batch_size)
         if parts > 1:  # at least one batch for each
             self.batch_size = min(self.batch_size, max(2, -(-len(self.queries) // parts)))
-        partner = derangement(pairs.facts.astype(str), pairs.groups(model.logit_shift), seed=plan.seed)
+        self.apart = bool(model.contract.equal_lengths)
+        partner = derangement(pairs.facts.astype(str), self._groups(), seed=plan.seed)
         self.partner = partner if plan.control else np.full(len(pairs), -1)
         self.selected = select_parameters(model.module, plan.parameters) if plan.gradient else {}
         self.parts = fused_parts(model.module) if plan.gradient else {}
@@ -84,6 +86,14 @@ class _Pass:
                     self.result.likelihoods.run_chains(self.batch_size, self.part, self.of)
         return self.result
 
+    def _groups(self) -> np.ndarray:
+        """The pairs' groups, in which controls are drawn; of equal lengths too, where others cannot share a batch."""
+        groups = self.pairs.groups(self.model.logit_shift)
+        if not self.apart:
+            return groups
+        sides = [self.lengths[self.pairs.forward], self.lengths[self.pairs.reverse]]
+        return np.unique(np.stack([groups, *sides]), axis=1, return_inverse=True)[1].ravel()
+
     def _allocate_products(self) -> None:
         columns = len(self.result.parameters)
         self.result.inner = np.full((len(self.pairs), columns), np.nan)
@@ -96,23 +106,39 @@ class _Pass:
         if self.plan.gradient:
             yield from self._pair_batches()
             return
-        for start in range(0, len(self.queries), self.batch_size):
-            yield np.arange(start, min(start + self.batch_size, len(self.queries))), np.array([], dtype=int)
+        for numbers in in_batches(self.model, range(len(self.queries)), self.batch_size, self.lengths.__getitem__):
+            yield np.array(numbers), np.array([], dtype=int)
 
     def _pair_batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Greedy batches of whole pairs, facts together: at least one pair, at most `batch_size` distinct queries."""
         queries: dict[int, None] = {}
         members: list[int] = []
-        for pair in self._along_cycle():
+        for pair in self._batched_pairs():
             wanted = [int(self.pairs.forward[pair]), int(self.pairs.reverse[pair])]
             wanted += [int(self.pairs.reverse[self.partner[pair]])] if self.partner[pair] >= 0 else []
             fresh = [q for q in wanted if q not in queries]
-            if members and len(queries) + len(fresh) > self.batch_size:
+            another = self.apart and bool(members) and self.lengths[wanted[0]] != self.lengths[next(iter(queries))]
+            if another or (members and len(queries) + len(fresh) > self.batch_size):
                 yield np.array(list(queries)), np.array(members)
                 queries, members, fresh = {}, [], wanted
             queries.update(dict.fromkeys(fresh))
             members.append(int(pair))
-        yield np.array(list(queries)), np.array(members)
+        if members:
+            yield np.array(list(queries)), np.array(members)
+        # Queries of pairs that cannot share a batch have scores and probabilities all the same.
+        batched = self._batched_pairs()
+        left = set(range(len(self.queries))) - {*self.pairs.forward[batched], *self.pairs.reverse[batched]}
+        for numbers in in_batches(self.model, sorted(left), self.batch_size, self.lengths.__getitem__):
+            yield np.array(numbers), np.array([], dtype=int)
+
+    def _batched_pairs(self) -> np.ndarray:
+        """The pairs whose two gradients can be taken in one batch, in the order of `_along_cycle`."""
+        order = self._along_cycle()
+        if not self.apart:
+            return order
+        forward, reverse = self.lengths[self.pairs.forward[order]], self.lengths[self.pairs.reverse[order]]
+        whole = forward == reverse
+        return order[whole][np.argsort(forward[whole], kind="stable")]
 
     def _along_cycle(self) -> np.ndarray:
         """Pairs ordered so that a fact is followed by its control's fact: batches then share reverse queries."""
@@ -229,8 +255,18 @@ def describe(model: ProbedModel, result: PassResult, plan: Plan) -> dict[str, An
         "fact_count": len(set(result.pairs.facts)),
         "control": plan.control,
         "seed": plan.seed,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        **_arithmetic(model),
         "device": model.device.type,
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("revprobe", "torch", "transformers")},
-    }
+    } | ({"batches": f"of equal lengths only: {apart}"} if (apart := model.contract.equal_lengths) else {})
+
+
+def _arithmetic(model: ProbedModel) -> dict[str, Any]:
+    """The type that products are taken in; the weights' own beside it where autocast makes it another."""
+    kind, narrow = model.device.type, model.contract.arithmetic
+    if torch.is_autocast_enabled(kind):
+        narrow = min(narrow, torch.get_autocast_dtype(kind), key=lambda dtype: dtype.itemsize)
+    name = str(narrow).removeprefix("torch.")
+    weights = str(model.dtype).removeprefix("torch.")
+    return {"dtype": name} if name == weights else {"dtype": name, "weight_dtype": weights}

@@ -19,7 +19,7 @@ from ...models.probed import ProbedModel, as_probed
 from ...models.rotary import OTHER, STILL, TURNS, LayerPositions, Rotary, layer_positions, seen_positions
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
-from ..passes.batches import make_batch, prepare_queries, queries_per_batch
+from ..passes.batches import in_batches, make_batch, prepare_queries, queries_per_batch
 from ..readings.reading import Reading
 from .checks import distance_pairs, number
 from .score_correlation import alibi_correlation, mean_bound, rope_asymmetric_bound, rope_query_bound, tail_bound
@@ -231,14 +231,15 @@ def _bounds_by_query(
     """The q-specific bound of each query at its distance. Shapes: layer -> `query head`."""
     prepared = prepare_queries(model, queries)
     size = queries_per_batch(model, prepared, size)
-    found: dict[int, list[np.ndarray]] = {layer: [] for layer in turning}
+    found: dict[int, np.ndarray] = {}
     with untouched(model.module), torch.no_grad():
-        for start in range(0, len(prepared), size):
-            batch = make_batch(model, prepared[start : start + size])
+        for numbers in in_batches(model, range(len(prepared)), size, lambda q: len(prepared[q].token_ids)):
+            batch = make_batch(model, [prepared[q] for q in numbers])
             with tap_queries(model.module, batch.rows) as seen:
                 model.logits(batch.input_ids, batch.attention_mask)
-            calls, apart = by_layer(seen), distance[start : start + size, None]
+            calls, apart = by_layer(seen), distance[numbers, None]
             for layer, rotary in turning.items():
                 energy = rotary.plane_energy(calls[layer].query[:, :, 0].double().cpu().numpy())
-                found[layer].append(rope_query_bound(energy, apart, frequencies=rotary.frequencies))
-    return {layer: np.concatenate(parts) for layer, parts in found.items()}
+                bound = rope_query_bound(energy, apart, frequencies=rotary.frequencies)
+                found.setdefault(layer, np.full((len(prepared), bound.shape[1]), np.nan))[numbers] = bound
+    return found

@@ -19,7 +19,7 @@ from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
-from ..passes.batches import make_batch, prepare_queries, queries_per_batch
+from ..passes.batches import in_batches, make_batch, prepare_queries, queries_per_batch
 
 
 def storage_gradient_cosines(
@@ -41,8 +41,10 @@ def storage_gradient_cosines(
     queries = prepare_queries(model, whole)
     size = queries_per_batch(model, queries, batch_size)
     with untouched(model.module), torch.no_grad():
-        parts = [_factors(model, queries[start : start + size]) for start in range(0, len(queries), size)]
-    forward, reverse = torch.as_tensor(pairs.forward), torch.as_tensor(pairs.reverse)
+        batches = list(in_batches(model, range(len(queries)), size, lambda q: len(queries[q].token_ids)))
+        parts = [_factors(model, [queries[q] for q in batch]) for batch in batches]
+    place = torch.tensor([q for batch in batches for q in batch]).argsort()
+    forward, reverse = place[torch.as_tensor(pairs.forward)], place[torch.as_tensor(pairs.reverse)]
     of_error, of_mass = (
         torch.nn.functional.cosine_similarity(values[forward], values[reverse], dim=-1).numpy()
         for values in map(torch.cat, zip(*parts, strict=True))
