@@ -42,7 +42,7 @@ def is_adapter_parameter(name: str) -> bool:
 
 
 def without_wrapper(module: nn.Module) -> nn.Module:
-    """The transformers model inside a PeftModel, its adapter active; any other module, and learned prompts, as they are.
+    """The transformers model inside a PeftModel, its adapter active; other modules, and learned prompts, as they are.
 
     Its parameters then have the names they have without an adapter, so that readings can be compared. The model inside
     learned prompts is the base alone, which never sees them.
@@ -63,8 +63,8 @@ def is_adapter(folder: str | Path) -> bool:
         return False
     if any(folder.glob("model*.safetensors*")):
         raise RevprobeError(
-            f"{folder} holds an adapter ({ADAPTER_CONFIG}) and a whole model's weights; keep the one that is meant in a "
-            "folder of its own"
+            f"{folder} holds an adapter ({ADAPTER_CONFIG}) and a whole model's weights; keep the one that is meant in "
+            "a folder of its own"
         )
     return True
 

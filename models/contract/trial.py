@@ -163,7 +163,7 @@ class _Watch:
     """Keeps the first attention call of a run, and the types its products are taken in."""
 
     def __init__(self, batch: int) -> None:
-        self.batch, self.first, self.dtypes = batch, None, set[torch.dtype]()
+        self.batch, self.dtypes = batch, set[torch.dtype]()
         self.first: FirstAttention | None = None
 
     def watch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
