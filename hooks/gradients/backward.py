@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from ...errors import RevprobeError
 from .graph import Call, CannotSplit, adds_up
@@ -91,7 +92,7 @@ def read_backward(
     totals = (
         torch.autograd.grad(loss.sum(), list(adopted.values()), retain_graph=True, allow_unused=True) if adopted else ()
     )
-    walk_back(dict(reader.pending), loss.sum(), reader.arrive, recorded.spread)
+    walk_back(dict(reader.pending), get_gradient_edge(loss), torch.ones_like(loss), reader.arrive, recorded.spread)
     with unrecorded():
         reader.replay()
     for (name, p), total in zip(adopted.items(), totals, strict=True):
@@ -106,7 +107,6 @@ def read_backward(
     for label in (label for label, name in selection.owners.items() if name not in unread):
         if label not in reader.found.inner:
             reader.multiply(label, reader.waiting.get(label, []))
-    recorded.order.finish()
     return reader.found
 
 

@@ -5,28 +5,30 @@ linear and a power of two rounds nothing, so that a row of example i comes out a
 power, bit for bit; a row that two examples reach does not. That tells sequence first, rows sorted inside and put back,
 two examples swapped, tokens gathered by an expert: each row goes to the example that autograd says.
 
-Where autograd's graph has no operation that could order rows by their content, what held for one batch holds for
-the next one of the same graph and shapes, and is not asked again.
+Where autograd's graph has no operation that could order rows by their content, all rows are asked at once, by weighing
+what the model returns in place of the losses, which pass by most rows; what held then holds for the next batch of the
+same graph and shapes, and is not asked again.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .graph import Call
+from .graph import Call, Output, reach
 from .walk import Key, Spread, walk_back
 
 _LEVELS = 32  # powers of two told apart in one pass, 2**0 to 2**31
 # Operations that may put the rows of a batch in an order that depends on what is in them.
 _ORDERING = ("Index", "Gather", "Scatter", "Sort", "Roll", "Flip", "Take", "Masked", "Topk", "Put", "RepeatInterleave")
-# Module -> graphs in which every output was seen to hold one example after the other.
-_TRUSTED: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
+# Module -> graph -> whether every output was seen to hold one example after the other.
+_KNOWN: WeakKeyDictionary[nn.Module, dict[int | None, bool]] = WeakKeyDictionary()
 
 
 class Mixed(Exception):
@@ -52,21 +54,13 @@ class Order:
     """What one batch's gradients are held against.
 
     Args:
-        seen: by output, the fingerprints of its rows in each weighted pass; None where the graph is trusted.
+        seen: by output, the fingerprints of its rows in each weighted pass; None where the graph is known.
         codes: the examples' weights in each of these passes. Shapes: `pass batch`.
-        trust: called when every output was seen to hold one example after the other.
     """
 
-    def __init__(
-        self,
-        batch: int,
-        seen: Mapping[Key, list[Tensor]] | None = None,
-        codes: Tensor | None = None,
-        trust: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.batch, self._seen, self._trust = batch, seen, trust
+    def __init__(self, batch: int, seen: Mapping[Key, list[Tensor]] | None = None, codes: Tensor | None = None) -> None:
+        self.batch, self._seen = batch, seen
         self._codes = torch.ones(0, batch) if codes is None else codes
-        self._plain = True  # until an output is found otherwise
 
     def rows(self, key: Key, gradient: Tensor) -> Rows | None:
         """The rows of each example; None where they stand one example after the other.
@@ -75,51 +69,99 @@ class Order:
         """
         if self._seen is None:
             return None
-        plain, weighted = fingerprint(gradient), self._seen.get(key, [])
+        plain, codes = fingerprint(gradient), self._codes
         silent = plain.abs() <= _smallest(gradient.dtype)
-        codes = self._codes.to(plain)
-        if not weighted:  # no gradient came in the weighted passes
-            weighted = [torch.zeros_like(plain)] * len(codes)
-        if gradient.dim() and gradient.shape[0] and gradient.shape[0] % self.batch == 0:
-            by_row = codes.repeat_interleave(gradient.shape[0] // self.batch, dim=1)
-            by_row = by_row.reshape(len(codes), -1, *[1] * (plain.dim() - 1))
-            if all(bool(((w == code * plain) | silent).all()) for w, code in zip(weighted, by_row, strict=True)):
-                # An example without gradient here has shown nothing yet.
-                self._plain &= not bool(silent.reshape(self.batch, -1).all(1).any())
-                return None
-        self._plain = False
-        return _rows(_examples(plain, weighted, codes, silent), self.batch)
-
-    def finish(self) -> None:
-        """All outputs have been asked for."""
-        if self._plain and self._seen is not None:
-            self._trust()
+        weighted = self._seen.get(key) or [torch.zeros_like(plain)] * len(codes)
+        if gradient.dim() and _one_after_the_other(plain, weighted, codes, silent):
+            return None
+        return _rows(_examples(plain, weighted, codes.to(plain), silent), self.batch)
 
 
 def find_order(
-    module: nn.Module, calls: Sequence[Call], loss: Tensor, spread: Mapping[Key, Spread], outputs: Iterable[Any]
+    module: nn.Module,
+    calls: Sequence[Call],
+    loss: Tensor,
+    spread: Mapping[Key, Spread],
+    returned: Sequence[Output],
 ) -> Order:
     """Ask autograd for the order of examples in every recorded output, unless this graph has answered before.
 
     Args:
         spread: see `walk.spread_over`.
-        outputs: nodes of what the model returned; what lies between them and the loss is the probe's own.
+        returned: what the model returned; what lies between it and the loss is the probe's own.
     """
-    batch, trusted = len(loss), _TRUSTED.setdefault(module, set())
-    signature = None if batch == 1 else _signature(calls, batch, list(outputs))
-    if batch == 1 or signature in trusted:
-        return Order(batch)
+    batch, known = len(loss), _KNOWN.setdefault(module, {})
+    if batch == 1:
+        return Order(1)
+    signature = _signature(calls, batch, [output.edge.node for output in returned if output.edge is not None])
     narrow = any(output.dtype == torch.float16 for call in calls for output in call.outputs)
     codes = _codes(batch, narrow).to(loss)
+    numbered = dict(enumerate(calls))
+    if signature is not None and signature not in known:
+        held = _held_by_all_rows(numbered, loss, spread, returned, codes)
+        if held is not None:
+            known[signature] = held
+    if known.get(signature):
+        return Order(batch)
+    return Order(batch, _fingerprints(numbered, get_gradient_edge(loss), list(codes), spread), codes)
+
+
+def _fingerprints(
+    calls: Mapping[int, Call], root: GradientEdge, seeds: Sequence[Tensor], spread: Mapping[Key, Spread]
+) -> dict[Key, list[Tensor]]:
+    """Those of every recorded output, for each gradient that a backward pass may start with."""
     seen: dict[Key, list[Tensor]] = defaultdict(list)
 
     def see(n: int, k: int, gradient: Tensor | None) -> None:
         if gradient is not None:
             seen[n, k].append(fingerprint(gradient))
 
-    for code in codes:
-        walk_back(dict(enumerate(calls)), (loss * code).sum(), see, spread, retain_graph=True)
-    return Order(batch, seen, codes, lambda: None if signature is None else trusted.add(signature))
+    for seed in seeds:
+        walk_back(calls, root, seed, see, spread, retain_graph=True)
+    return seen
+
+
+def _held_by_all_rows(
+    calls: Mapping[int, Call], loss: Tensor, spread: Mapping[Key, Spread], returned: Sequence[Output], codes: Tensor
+) -> bool | None:
+    """Whether every output that the loss reaches holds one example after the other, in all its rows.
+
+    Asked of a sum over all that the model returned. None where too many rows have no gradient to tell: the first row
+    of a causal model's queries has none, an adapter at its first step has none at all.
+    """
+    batch, answered = len(loss), [o for o in returned if o.edge is not None and o.shape[:1] == loss.shape]
+    if not answered or len(answered[0].shape) < 2:
+        return None
+    first = answered[0]
+    across = _weights(first.shape[-1]).to(first.device, first.dtype)
+    seeds = [
+        (code.to(first.device, first.dtype).reshape(-1, *[1] * (len(first.shape) - 1)) * across).expand(first.shape)
+        for code in (torch.ones_like(loss), *codes)
+    ]
+    assert first.edge is not None, "asked for above"
+    seen = _fingerprints(calls, first.edge, seeds, spread)
+    wanted = reach([loss.grad_fn]).nodes
+    enough = True
+    for n, k in ((n, k) for n, c in calls.items() for k, o in enumerate(c.outputs) if o.edge and o.edge.node in wanted):
+        if (n, k) not in seen:
+            enough = False
+            continue
+        plain, *weighted = seen[n, k]
+        silent = plain.abs() <= _smallest(calls[n].outputs[k].dtype)
+        if not _one_after_the_other(plain, weighted, codes, silent):
+            return False
+        enough &= bool((silent.reshape(batch, -1).double().mean(1) <= 0.5).all())
+    return True if enough else None
+
+
+def _one_after_the_other(plain: Tensor, weighted: Sequence[Tensor], codes: Tensor, silent: Tensor) -> bool:
+    """Whether all rows that carry gradient stand in their example's block. Shapes: `(batch row) ...`."""
+    batch = codes.shape[1]
+    if not plain.dim() or not len(plain) or len(plain) % batch:
+        return False
+    by_row = codes.to(plain).repeat_interleave(len(plain) // batch, dim=1)
+    by_row = by_row.reshape(len(codes), -1, *[1] * (plain.dim() - 1))
+    return all(bool(((w == code * plain) | silent).all()) for w, code in zip(weighted, by_row, strict=True))
 
 
 def _codes(batch: int, narrow: bool) -> Tensor:
@@ -141,8 +183,12 @@ def fingerprint(gradient: Tensor) -> Tensor:
     if gradient.dim() < 2:
         return gradient
     wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    weights = torch.rand(wide.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
-    return (wide * weights.to(wide)).sum(-1)
+    return (wide * _weights(wide.shape[-1]).to(wide)).sum(-1)
+
+
+def _weights(width: int) -> Tensor:
+    """Such as no gradient is orthogonal to."""
+    return torch.rand(width, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
 
 
 def _smallest(dtype: torch.dtype) -> float:

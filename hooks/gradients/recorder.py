@@ -92,7 +92,7 @@ class GradientRecorder:
         self._selection, self._loss_of = selection, loss_of
         self._names = {key: name for key, name in selection.names.items() if name not in unread}
         self._calls: list[Call] = []
-        self._outputs: list[Any] = []  # nodes of what the whole model returned
+        self._returned: list[Output] = []  # by the whole model
         self._handles: list[Any] = []
         self._replaying = False  # modules run to be replayed are not recorded
         self._reading = False  # nor those that run in the backward pass
@@ -102,11 +102,12 @@ class GradientRecorder:
             if any(id(p) in self._names for p in self._answers_for(name, child).values()):
                 # Before the hooks of others: what they do to the output comes after the module.
                 self._handles.append(child.register_forward_hook(self._hook(name), with_kwargs=True, prepend=True))
-        self._handles.append(self.module.register_forward_hook(self._returned))
+        self._handles.append(self.module.register_forward_hook(self._keep_returned))
 
-    def _returned(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _keep_returned(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self._replaying and not self._reading:
-            self._outputs += sources(output)
+            leaves = [leaf for leaf in tree_flatten(output)[0] if carries_gradient(leaf) and leaf.requires_grad]
+            self._returned += [Output(leaf, keep=False) for leaf in leaves]
 
     def _answers_for(self, name: str, module: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters a module holds, and those it uses of children that are not called."""
@@ -159,7 +160,7 @@ class GradientRecorder:
         finally:
             self._reading = False
             self._calls.clear()
-            self._outputs.clear()
+            self._returned.clear()
         if names := [name for name in self._selection.parameters if name in self.unread]:
             if self._loss_of is None:
                 raise RevprobeError(self.unread[names[0]])
@@ -186,7 +187,7 @@ class GradientRecorder:
         self.unread |= complete.unread
         self._reading = True
         spread = spread_over(self._calls, loss)
-        order = find_order(self.module, self._calls, loss, spread, self._outputs)
+        order = find_order(self.module, self._calls, loss, spread, self._returned)
         for output in (output for call in self._calls for output in call.outputs):
             output.forget()
         recorded = Recorded(self._calls, loss, order, spread, self.unread)

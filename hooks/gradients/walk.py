@@ -106,13 +106,13 @@ def _ways(edge: Any, shape: Sequence[int], views: tuple[Any, ...], users: Mappin
     return found
 
 
-def innermost(calls: Iterable[Call], loss: Tensor) -> tuple[list[GradientEdge], set[Any]]:
-    """The recorded outputs that have no other behind them, and all nodes that the loss reaches.
+def innermost(calls: Iterable[Call], root: GradientEdge) -> tuple[list[GradientEdge], set[Any]]:
+    """The recorded outputs that have no other behind them, and all nodes that the root reaches.
 
     A backward pass to the innermost outputs comes by every other recorded output that is reached.
     """
     users: dict[Any, list[Any]] = defaultdict(list)
-    reached, stack = {loss.grad_fn}, [loss.grad_fn]
+    reached, stack = {root.node}, [root.node]
     while stack:
         node = stack.pop()
         for following, _ in node.next_functions:  # type: ignore[union-attr]  # no None is put on the stack
@@ -135,16 +135,23 @@ def innermost(calls: Iterable[Call], loss: Tensor) -> tuple[list[GradientEdge], 
 
 
 def walk_back(
-    calls: Mapping[int, Call], loss: Tensor, see: See, spread: Mapping[Key, Spread], *, retain_graph: bool = False
+    calls: Mapping[int, Call],
+    root: GradientEdge,
+    seed: Tensor,
+    see: See,
+    spread: Mapping[Key, Spread],
+    *,
+    retain_graph: bool = False,
 ) -> None:
     """Run a backward pass and show the gradient of every recorded output, without holding any.
 
     Args:
+        root, seed: where the pass starts, and the gradient it starts with.
         see: called with the key of a call, the number of one of its outputs, and its gradient (None: none came); of
             the outputs that lie innermost at the end, of the others as the pass goes by.
         spread: the outputs that are shown with the batch they are spread over, at the end.
     """
-    ends, reached = innermost(calls.values(), loss)
+    ends, reached = innermost(calls.values(), root)
     at_end: dict[GradientEdge, list[Key]] = {edge: [] for edge in ends}
     passed: set[int] = set()
     handles = []
@@ -175,7 +182,9 @@ def walk_back(
                 handles.append(output.edge.node.register_prehook(passing(n, k, output.edge.output_nr)))
     awaited = {n for n, call in calls.items() if reached.intersection(call.roots)}
     try:
-        gradients = torch.autograd.grad(loss, ends, allow_unused=True, retain_graph=retain_graph) if ends else ()
+        gradients: Sequence[Tensor | None] = ()
+        if ends:
+            gradients = torch.autograd.grad([root], ends, [seed], allow_unused=True, retain_graph=retain_graph)
     finally:
         for handle in handles:
             handle.remove()
