@@ -43,8 +43,8 @@ def read_one_by_one(
             grads, noise = (torch.stack([one[side][place] for one in each]) for side in (0, 1))
             axis = 1 + _output_axis(module, name, parameter)
             for label, features in part_labels(name, selection.parts).items():
-                kept = [g if features is None else g.index_select(axis, features.to(g.device)) for g in (grads, noise)]
-                found.inner[label], found.floor[label] = multiply([_use(*kept, parameter)], parameter, *pairs)
+                g, n = (x if features is None else x.index_select(axis, features.to(x.device)) for x in (grads, noise))
+                found.inner[label], found.floor[label] = multiply([_use(g, n, parameter)], parameter, *pairs)
     return found
 
 

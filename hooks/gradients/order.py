@@ -36,14 +36,14 @@ class Mixed(Exception):
 
 
 class Rows(NamedTuple):
-    """Which rows of an output, its leading axes flattened, are each example's. Shapes: `batch row` (bool: `valid`)."""
+    """Which rows of an output, its leading axes flattened, are each example's. Shapes: `batch row` (`valid`: bool)."""
 
-    index: Tensor
+    places: Tensor
     valid: Tensor
 
     def of(self, values: Tensor) -> Tensor:
         """Shapes: `... dim -> batch row dim`; where not valid, any row."""
-        return values.reshape(-1, values.shape[-1])[self.index.to(values.device)]
+        return values.reshape(-1, values.shape[-1])[self.places.to(values.device)]
 
     def gradient(self, values: Tensor) -> Tensor:
         """As `of`, zero where not valid."""
@@ -170,7 +170,8 @@ def _codes(batch: int, narrow: bool) -> Tensor:
     Float16 has no room for powers: there each pass tells one bit, by the sign. Shapes: `-> pass batch`.
     """
     levels = 2 if narrow else min(batch, _LEVELS)
-    digits, left = [], torch.arange(batch)
+    digits: list[Tensor] = []
+    left = torch.arange(batch)
     while not digits or left.any():
         digits.append(left % levels)
         left = left // levels

@@ -175,7 +175,7 @@ def _pull_back(
     forward: Callable[[dict[str, Tensor]], list[Tensor]], weights: dict[str, Tensor], cotangent: list[Tensor]
 ) -> dict[str, Tensor]:
     """The vector-Jacobian product; an output without the batch lacks its axis of one."""
-    found, back = vjp(forward, weights)
+    found, back = vjp(forward, weights)[:2]
     return back([c.reshape(leaf.shape) for c, leaf in zip(cotangent, found, strict=True)])[0]
 
 

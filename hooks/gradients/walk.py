@@ -115,7 +115,7 @@ def innermost(calls: Iterable[Call], root: GradientEdge) -> tuple[list[GradientE
     reached, stack = {root.node}, [root.node]
     while stack:
         node = stack.pop()
-        for following, _ in node.next_functions:  # type: ignore[union-attr]  # no None is put on the stack
+        for following, _ in node.next_functions:
             if following is None:
                 continue
             users[following].append(node)
@@ -164,18 +164,12 @@ def walk_back(
 
         return show
 
-    def adding(key: Key, way: Way) -> Callable[[tuple[Tensor | None, ...]], None]:
-        def add(gradients: tuple[Tensor | None, ...]) -> None:
-            if gradients[0] is not None:
-                term = spread[key].gradient(way, gradients[0])
-                sums[key] = sums[key] + term if key in sums else term
-
-        return add
-
     for n, call in calls.items():
         for k, output in enumerate(call.outputs):
             if (n, k) in spread:
-                handles += [way.node.register_prehook(adding((n, k), way)) for way in spread[n, k].ways]
+                handles += [
+                    way.node.register_prehook(_adding(spread[n, k], way, sums, (n, k))) for way in spread[n, k].ways
+                ]
             elif output.edge in at_end:
                 at_end[output.edge].append((n, k))
             elif output.edge is not None:
@@ -197,3 +191,14 @@ def walk_back(
             passed.add(n)
             see(n, k, sums.get((n, k)))
     assert awaited <= passed, "the backward pass did not come by every recorded output"
+
+
+def _adding(spread: Spread, way: Way, sums: dict[Key, Tensor], key: Key) -> Callable[[tuple[Tensor | None, ...]], None]:
+    """A hook that adds what comes by one way to an output's sum."""
+
+    def add(gradients: tuple[Tensor | None, ...]) -> None:
+        if gradients[0] is not None:
+            term = spread.gradient(way, gradients[0])
+            sums[key] = sums[key] + term if key in sums else term
+
+    return add
