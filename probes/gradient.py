@@ -47,7 +47,11 @@ def probe_gradient_cosine(
     q, k and v; see `models.structure`): pair, fact, kind, parameter, role, layer, inner, norm_forward, norm_reverse,
     floor_forward, floor_reverse (rounding level of the norms), and inner_control, norm_control, floor_control.
     A cosine whose norm does not exceed its rounding level is NaN.
-    Raises: RevprobeError, when a parameter is unknown, unreached, or reached by an unseen path.
+    `meta["coverage"]`: the share of the model's parameters that the reading speaks of, and the others by reason;
+    `meta["one_by_one"]`: the parameters whose gradient a batch does not tell apart by query (tables without a batch,
+    experts in one tensor, weights used outside their module), with the reason. They are as exact as the others, each
+    query being run once more by itself: one more forward and backward pass per query.
+    Raises: RevprobeError, when a parameter is unknown, or cut off from the loss by something that detaches.
     Source: paper Sec. 4.3 and 5 (Fig. 3, middle).
     """
     model = as_probed(model)
@@ -106,9 +110,31 @@ def gradient_reading(model: ProbedModel, result: PassResult, plan: Plan) -> Read
         {
             "statistic": reading.measured.statistic,
             "parameters": "all" if plan.parameters is None else list(plan.parameters),
+            "coverage": coverage(model, result, plan),
         }
     )
+    if result.one_by_one:
+        reading.meta["one_by_one"] = dict(sorted(result.one_by_one.items()))
     return reading
+
+
+def coverage(model: ProbedModel, result: PassResult, plan: Plan) -> dict[str, object]:
+    """Which part of the model a gradient reading speaks of.
+
+    Returns: `share`, of all elements of the parameters, those that were asked for and that a loss reaches (a fraction;
+        the gradient of the others is zero or was not wanted); `not_covered`, the names of the others by reason.
+    """
+    asked = set(plan.parameters if plan.parameters is not None else dict(model.module.named_parameters()))
+    sizes = {name: p.numel() for name, p in model.module.named_parameters()}
+    left_out = {
+        "not asked for": sorted(set(sizes) - asked),
+        "does not reach the loss": sorted((asked & set(sizes)) - result.reached),
+    }
+    covered = sum(size for name, size in sizes.items() if name in result.reached)
+    return {
+        "share": covered / max(sum(sizes.values()), 1),
+        "not_covered": {reason: names for reason, names in left_out.items() if names},
+    }
 
 
 def _part_of(label: str) -> tuple[str, ParameterRole]:

@@ -9,17 +9,20 @@ parameters with several uses, whose cross terms need all of them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from ...errors import RevprobeError
-from .graph import Call, require_total, walk_back
+from .graph import Call, CannotSplit, adds_up
+from .order import Mixed, Order, Rows
 from .products import Use, merged, multiply
 from .rules import all_finite, drop_silent_tokens, linear_use, lookup, replay
+from .walk import Key, Spread, walk_back
 
 _WIDER = "use a wider dtype, or check the weights for NaN"
 Parts = Mapping[str, Mapping[str, Tensor]]
@@ -54,34 +57,57 @@ class Selection(NamedTuple):
         return {label: name for name in self.parameters for label in part_labels(name, self.parts)}
 
 
+class Recorded(NamedTuple):
+    """A forward pass as it was recorded: its calls, its losses (`batch`), and what autograd says of the examples.
+
+    `order`: which rows are whose; `spread`: outputs without the batch; `unread`: parameters that the calls do not
+    cover, and why. More of them may turn up as calls are read.
+    """
+
+    calls: list[Call]
+    loss: Tensor
+    order: Order
+    spread: Mapping[Key, Spread]
+    unread: dict[str, str]
+
+
 def read_backward(
     selection: Selection,
-    calls: list[Call],
-    loss: Tensor,
+    recorded: Recorded,
     pairs: tuple[Tensor, Tensor],
     unrecorded: Callable[[], AbstractContextManager[Any]],
 ) -> Products:
-    """Run the backward pass of `loss.sum()` and multiply the examples' gradients.
+    """Run the backward pass of `loss.sum()` and multiply the examples' gradients; those of `unread` are left out.
 
-    Shapes: `loss`: `batch`; `pairs`: `pair, pair`.
+    Shapes: `pairs`: `pair, pair`.
     Args:
-        calls: what the forward pass recorded; the list is emptied, and what it held goes when it has been read.
+        recorded: its calls are emptied, and what they held goes when it has been read.
         unrecorded: makes a context in which modules run without being recorded.
-    Raises: RevprobeError, as `GradientRecorder.backward` does.
+    Raises: RevprobeError, for a gradient or an input that is not finite.
     """
-    reader = _Reader(selection, calls, loss, pairs)
-    calls.clear()
-    adopted = {name: p for name, p in selection.parameters.items() if name in _answered_for(selection)}
-    totals = torch.autograd.grad(loss.sum(), list(adopted.values()), retain_graph=True) if adopted else ()
-    walk_back(dict(reader.pending), loss.sum(), reader.arrive)
+    loss, unread = recorded.loss, recorded.unread
+    reader = _Reader(selection, recorded, pairs)
+    recorded.calls.clear()
+    adopted = {name: p for name, p in selection.parameters.items() if name in _answered_for(selection) - set(unread)}
+    totals = (
+        torch.autograd.grad(loss.sum(), list(adopted.values()), retain_graph=True, allow_unused=True) if adopted else ()
+    )
+    walk_back(dict(reader.pending), get_gradient_edge(loss), torch.ones_like(loss), reader.arrive, recorded.spread)
     with unrecorded():
         reader.replay()
-    for name, total in zip(adopted, totals, strict=True):
+    for (name, p), total in zip(adopted.items(), totals, strict=True):
         # Whether the module that answers for a child really is the one that uses it shows in the sum alone.
-        require_total(name, merged(reader.waiting[name]), total)
-    for label in set(selection.owners) - set(reader.found.inner):
-        reader.multiply(label, reader.waiting.get(label, []))
-    return Products(*({label: found[label] for label in selection.owners} for found in reader.found))
+        if name not in unread and not adds_up(
+            merged(reader.waiting[name]), torch.zeros_like(p) if total is None else total
+        ):
+            unread[name] = (
+                f"parameter {name!r} reaches the loss, but not through calls of its own module: its weight is used "
+                "outside its module, so its gradient would be incomplete"
+            )
+    for label in (label for label, name in selection.owners.items() if name not in unread):
+        if label not in reader.found.inner:
+            reader.multiply(label, reader.waiting.get(label, []))
+    return reader.found
 
 
 def _answered_for(selection: Selection) -> set[str]:
@@ -92,11 +118,14 @@ def _answered_for(selection: Selection) -> set[str]:
 class _Reader:
     """The calls still to be read, the uses that wait for others, and the products found so far."""
 
-    def __init__(self, selection: Selection, calls: Sequence[Call], loss: Tensor, pairs: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, selection: Selection, recorded: Recorded, pairs: tuple[Tensor, Tensor]) -> None:
         self.selection, self.names, self.owners = selection, selection.names, selection.owners
-        self.batch, self.pairs = len(loss), pairs
+        self.batch, self.pairs = len(recorded.loss), pairs
+        self.order, self.spread, self.unread = recorded.order, recorded.spread, recorded.unread
+        calls: Sequence[Call] = recorded.calls
         self.pending = dict(enumerate(calls))
         self.gradients: dict[int, list[Tensor | None]] = {}  # of calls that are replayed at the end
+        self.rows: dict[int, Rows | None] = {}  # theirs
         uses = Counter(id(p) for call in calls for p in call.own.values())
         # An adopted parameter's gradient is held against autograd's own at the end.
         alone = {n for key, n in self.names.items() if uses[key] == 1} - _answered_for(selection)
@@ -115,26 +144,60 @@ class _Reader:
                 f"the gradient at module {call.name!r} is not finite: the loss overflows there or in what follows "
                 f"it; {_WIDER}"
             )
-        if call.closed:
-            del self.pending[n]
-            for label, use in self._read(call, gradient):
-                self._keep(label, use)
-        else:
-            self.gradients.setdefault(n, [None] * len(call.outputs))[k] = gradient
+        try:
+            rows = self.order.rows((n, k), gradient)
+            if (gradient.dim() < 2 and self.batch > 1) and (call.closed or rows is not None):
+                raise Mixed  # one row for all examples
+            if rows is not None and len(call.outputs) > 1:
+                raise Mixed  # several outputs, and no common order
+            if call.closed:
+                del self.pending[n]
+                for label, use in self._read(call, gradient, rows):
+                    self._keep(label, use)
+            else:
+                self.gradients.setdefault(n, [None] * len(call.outputs))[k] = gradient
+                self.rows[n] = rows
+        except Mixed:
+            given = tuple(call.outputs[k].shape)
+            self._give_up(
+                call,
+                f"module {call.name!r} ({type(call.module).__name__}) gives {given} for {self.batch} examples, and "
+                "some of it belongs to several; its gradients cannot be told apart",
+            )
+        except CannotSplit as error:
+            self._give_up(call, str(error))
+
+    def _give_up(self, call: Call, why: str) -> None:
+        """Leave a call's parameters to others, whatever other uses they have."""
+        names = {self.names[id(p)] for p in call.own.values() if id(p) in self.names}
+        self.unread |= {name: why for name in names if name not in self.unread}
 
     def replay(self) -> None:
         """Read the calls that no closed rule covers."""
         for n, gradients in sorted(self.gradients.items()):
             call = self.pending.pop(n)
-            call.require_unchanged()
-            uses = replay(call.module, call.own, call.args, call.kwargs, call.outputs, gradients, self.batch)
-            for label, use in self._labelled(call, uses):
-                self._keep(label, use)
+            if not self._wanted(call.own.values()):
+                continue
+            shapes = [self.spread[n, k].shape if (n, k) in self.spread else o.shape for k, o in enumerate(call.outputs)]
+            try:
+                call.require_unchanged()
+                uses = replay(call, gradients, shapes, self.rows[n], self.batch)
+                for label, use in self._labelled(call, uses):
+                    self._keep(label, use)
+            except CannotSplit as error:
+                self._give_up(call, str(error))
         self.gradients.clear()
+
+    def _wanted(self, parameters: Iterable[nn.Parameter | None]) -> bool:
+        """Whether any of these is selected and can still be read here."""
+        names = {self.names.get(id(p)) for p in parameters} - {None}
+        return bool(names - set(self.unread))
 
     def _keep(self, label: str, use: Use) -> None:
         """Multiply at once what has no other use, so that its factors can go."""
-        if label in self.waiting:
+        if self.owners[label] in self.unread:
+            self.waiting.pop(label, None)
+        elif label in self.waiting:
             self.waiting[label].append(use)
         else:
             self.multiply(label, [use])
@@ -146,19 +209,26 @@ class _Reader:
         nothing = torch.zeros(len(self.pairs[0])), torch.zeros(self.batch)
         self.found.inner[label], self.found.floor[label] = multiply(uses, owner, *self.pairs) if uses else nothing
 
-    def _read(self, call: Call, gradient: Tensor) -> Iterator[tuple[str, Use]]:
+    def _read(self, call: Call, gradient: Tensor, rows: Rows | None) -> Iterator[tuple[str, Use]]:
         """The uses of a module's own parameters in one call, by closed rules, under their labels."""
+        if not self._wanted(call.own.values()):
+            return
         call.require_unchanged()
         module, given = call.module, call.given
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        if gradient.shape[0] != self.batch:
+        leading = given.shape if call.scale is not None else given.shape[:-1]
+        if leading.numel() * self.batch == gradient[..., 0].numel():
+            given = given.expand(gradient.shape[:-1] if call.scale is not None else (*gradient.shape[:-1], -1))
+        if rows is not None:
+            gradient = rows.gradient(gradient)
+            given = rows.of(given[..., None])[..., 0] if call.scale is not None else rows.of(given)
+        elif gradient.shape[0] != self.batch or gradient.dim() == 1:
             gradient = gradient.reshape(self.batch, -1, gradient.shape[-1])
         if call.scale is not None:
             assert isinstance(module, nn.Embedding), "only embeddings look rows up"
             yield from self._labelled(call, {"weight": lookup(module, given, gradient, call.scale)})
             return
-        inputs = given.expand(self.batch, *given.shape[1:]) if given.shape[0] == 1 else given
-        inputs = inputs.to(gradient.dtype).reshape(self.batch, -1, inputs.shape[-1])
+        inputs = given.to(gradient.dtype).reshape(self.batch, -1, given.shape[-1])
         gradient, inputs = drop_silent_tokens(gradient.reshape(self.batch, -1, gradient.shape[-1]), inputs)
         if not all_finite(inputs):
             raise RevprobeError(f"the input of module {call.name!r} is not finite, so its gradient is not; {_WIDER}")

@@ -13,14 +13,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from ...errors import RevprobeError
 from .products import FormedUse
 
 Edge = tuple[Any, int]  # a node of the graph and the number of its input
-See = Callable[[int, int, Tensor | None], None]
+
+
+class CannotSplit(Exception):
+    """The gradient of a call's parameters cannot be told apart by example from what was recorded; the text says why."""
 
 
 class Reach(NamedTuple):
@@ -47,34 +50,6 @@ def reach(roots: Iterable[Any], stop: Iterable[Any] = ()) -> Reach:
                 walked.add(following)
                 stack.append(following)
     return Reach(walked, edges)
-
-
-def innermost(calls: Iterable[Call], loss: Tensor) -> tuple[list[GradientEdge], set[Any]]:
-    """The recorded outputs that have no other behind them, and all nodes that the loss reaches.
-
-    A backward pass to the innermost outputs comes by every other recorded output that is reached.
-    """
-    users: dict[Any, list[Any]] = defaultdict(list)
-    reached, stack = {loss.grad_fn}, [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        for following, _ in node.next_functions:  # type: ignore[union-attr]  # no None is put on the stack
-            if following is None:
-                continue
-            users[following].append(node)
-            if following not in reached:
-                reached.add(following)
-                stack.append(following)
-    recorded = [output.edge for call in calls for output in call.outputs if output.edge is not None]
-    recorded = [edge for edge in recorded if edge.node in reached]
-    outer: set[Any] = set()
-    stack = [user for node in {edge.node for edge in recorded} for user in users[node]]
-    while stack:
-        node = stack.pop()
-        if node not in outer:
-            outer.add(node)
-            stack.extend(users[node])
-    return list(dict.fromkeys(edge for edge in recorded if edge.node not in outer)), reached
 
 
 def sources(*values: Any) -> list[Any]:
@@ -157,9 +132,9 @@ class Call:
         return next(iter((*self.args, *self.kwargs.values())))
 
     def require_unchanged(self) -> None:
-        """Raises: RevprobeError, when something has written into a tensor that went in."""
+        """Raises: CannotSplit, when something has written into a tensor that went in."""
         if versions(self.args, self.kwargs) != self.versions:
-            raise RevprobeError(
+            raise CannotSplit(
                 f"the input of module {self.name!r} was overwritten in place after the module ran, so its gradient is "
                 "lost; make what follows work out of place (inplace=False)"
             )
@@ -169,38 +144,57 @@ class Call:
         return [output.edge.node for output in self.outputs if output.edge is not None]
 
 
-def check_complete(calls: Sequence[Call], parameters: Mapping[str, nn.Parameter], loss: Tensor) -> None:
-    """Hold recorded calls against autograd's graph: every edge into a parameter is covered by a call that is reached.
+class Completeness(NamedTuple):
+    """What autograd's graph says of the selected parameters, by name.
 
-    Raises: RevprobeError, for a parameter whose modules ran but do not reach the loss, or with an edge not covered.
+    `reached`: by the loss; `unread`: reached, but not by recorded calls alone, and why.
+    """
+
+    reached: list[str]
+    unread: dict[str, str]
+
+
+NOTHING_REACHED = Completeness([], {})
+
+
+def completeness(calls: Sequence[Call], parameters: Mapping[str, nn.Parameter], loss: Tensor) -> Completeness:
+    """Hold recorded calls against autograd's graph: is every edge into a parameter covered by a call that is reached?
+
+    Raises: RevprobeError, for a parameter whose modules ran but are cut off from the loss: without gradient, or by
+        something that detaches. What simply is not used (a pooler) has no gradient, and is no error.
     """
     reached = reach([loss.grad_fn])
     covered: dict[int, set[Edge]] = {id(p): set() for p in parameters.values()}
     own: dict[int, list[Call]] = {id(p): [] for p in parameters.values()}
+    lost: dict[int, str] = {}
     for call in calls:
         keys = [id(p) for p in call.own.values() if id(p) in covered]
         if any(output.lost for output in call.outputs) and reached.nodes.intersection(call.roots):
-            raise RevprobeError(_overwritten(call.name, next(n for n, p in parameters.items() if id(p) in keys)))
+            lost |= dict.fromkeys(keys, call.name)
         inside = reach(call.roots, call.sources).edges if reached.nodes.intersection(call.roots) else {}
         for key in keys:
             covered[key] |= inside.get(key, set())
             own[key].append(call)
+    found = Completeness([], {})
     for name, parameter in parameters.items():
         edges, seen = reached.edges.get(id(parameter), set()), own[id(parameter)]
-        if seen and not edges:
-            raise RevprobeError(
-                f"module {seen[0].name!r} ran, but its {name!r} does not reach the loss: "
-                f"{_cut_after(calls, seen[-1], reached.nodes)}; leave the parameter out with parameters="
-            )
-        if edges - covered[id(parameter)]:
-            overwritten = next((call.name for call in seen for o in call.outputs if o.overwritten), None)
-            if overwritten is not None:
-                raise RevprobeError(_overwritten(overwritten, name))
-            raise RevprobeError(
-                f"parameter {name!r} reaches the loss {len(edges)} times, but only "
-                f"{len(edges & covered[id(parameter)])} calls of its own module were seen: its weight is used outside "
-                "its module, so its gradient would be incomplete"
-            )
+        if edges:
+            found.reached.append(name)
+        elif seen and not any(reached.nodes.intersection(call.roots) for call in seen):  # else unused inside its module
+            _require_unused(calls, seen[-1], name, reached.nodes)
+        if edges - covered[id(parameter)] or id(parameter) in lost:
+            overwritten = (call.name for call in seen for o in call.outputs if o.overwritten)
+            module = lost.get(id(parameter), next(overwritten, None))
+            counts = len(edges), len(edges & covered[id(parameter)])
+            found.unread[name] = _past_its_calls(name, *counts) if module is None else _overwritten(module, name)
+    return found
+
+
+def _past_its_calls(name: str, edges: int, covered: int) -> str:
+    return (
+        f"parameter {name!r} reaches the loss {edges} times, but only {covered} calls of its own module were seen: its "
+        "weight is used outside its module, so its gradient would be incomplete"
+    )
 
 
 def _overwritten(module: str, name: str) -> str:
@@ -210,15 +204,22 @@ def _overwritten(module: str, name: str) -> str:
     )
 
 
-def _cut_after(calls: Sequence[Call], call: Call, reached: set[Any]) -> str:
-    """What is between a call and the loss: the next module that is reached, but passes no gradient on."""
-    if not call.roots:
-        return "it runs without gradient (torch.no_grad, reentrant checkpointing)"
-    for later in calls[next(n for n, other in enumerate(calls) if other is call) :]:
+def _require_unused(calls: Sequence[Call], call: Call, name: str, reached: set[Any]) -> None:
+    """What is between a call and the loss: nothing, or a module that is reached and passes no gradient on.
+
+    Raises: RevprobeError, in the second case.
+    """
+    why = None if call.roots else "it runs without gradient (torch.no_grad, reentrant checkpointing)"
+    for later in calls[next(n for n, other in enumerate(calls) if other is call) :] if why is None else ():
         passes = not later.cut and reach(later.roots).nodes.intersection(later.sources)
         if reached.intersection(later.roots) and not passes:
-            return f"module {later.name!r} detaches its input, or is given one that is detached"
-    return "a later module detaches its input, or the output is unused"
+            why = f"module {later.name!r} detaches its input, or is given one that is detached"
+            break
+    if why is not None:
+        raise RevprobeError(
+            f"module {call.name!r} ran, but its {name!r} does not reach the loss: {why}; leave the parameter out with "
+            "parameters="
+        )
 
 
 def adopted_parameters(
@@ -261,86 +262,12 @@ def adopted_parameters(
     return found
 
 
-def walk_back(calls: Mapping[int, Call], loss: Tensor, see: See, *, retain_graph: bool = False) -> None:
-    """Run a backward pass and show the gradient of every recorded output, without holding any.
+def adds_up(uses: Sequence[Any], total: Tensor) -> bool:
+    """Whether the examples' gradients of an adopted parameter add up to autograd's own for the batch.
 
-    Args:
-        see: called with the key of a call, the number of one of its outputs, and its gradient (None: none came); of
-            the outputs that lie innermost at the end, of the others as the pass goes by.
-    """
-    ends, reached = innermost(calls.values(), loss)
-    at_end: dict[GradientEdge, list[tuple[int, int]]] = {edge: [] for edge in ends}
-    passed: set[int] = set()
-    handles = []
-
-    def passing(n: int, k: int, place: int) -> Callable[[tuple[Tensor | None, ...]], None]:
-        def show(gradients: tuple[Tensor | None, ...]) -> None:
-            passed.add(n)
-            see(n, k, gradients[place])
-
-        return show
-
-    for n, call in calls.items():
-        for k, output in enumerate(call.outputs):
-            if output.edge in at_end:
-                at_end[output.edge].append((n, k))
-            elif output.edge is not None:
-                handles.append(output.edge.node.register_prehook(passing(n, k, output.edge.output_nr)))
-    awaited = {n for n, call in calls.items() if reached.intersection(call.roots)}
-    try:
-        gradients = torch.autograd.grad(loss, ends, allow_unused=True, retain_graph=retain_graph) if ends else ()
-    finally:
-        for handle in handles:
-            handle.remove()
-    for places, gradient in zip(at_end.values(), gradients, strict=True):
-        for n, k in places:
-            passed.add(n)
-            see(n, k, gradient)
-    assert awaited <= passed, "the backward pass did not come by every recorded output"
-
-
-def check_order(calls: Sequence[Call], batch: int, loss: Tensor) -> None:
-    """Outputs whose first axis could be something else: the first example's loss reaches its rows and no others.
-
-    So may be `(batch seq) dim`, positions without a batch axis where there are as many as examples, and
-    `seq batch dim` where both are equal.
-    Raises: RevprobeError, for an output that mixes examples.
-    """
-    found = [(n, o) for n, call in enumerate(calls) for o in call.outputs if o.edge is not None]
-    doubtful = {n: calls[n] for n, output in found if _is_doubtful(output.shape, batch)}
-    if not doubtful or batch == 1:
-        return
-
-    mixed: dict[int, torch.Size] = {}
-
-    def see(n: int, k: int, gradient: Tensor | None) -> None:
-        shape = calls[n].outputs[k].shape
-        if gradient is not None and _is_doubtful(shape, batch) and gradient[shape[0] // batch :].any():
-            mixed[n] = shape
-
-    walk_back(doubtful, loss[0], see, retain_graph=True)
-    if mixed:
-        first = min(mixed)
-        raise RevprobeError(
-            f"module {calls[first].name!r} ({type(calls[first].module).__name__}) gives {tuple(mixed[first])} for "
-            f"{batch} examples, not one example after the other; its gradients cannot be told apart"
-        )
-
-
-def _is_doubtful(shape: torch.Size, batch: int) -> bool:
-    return shape[0] != batch or len(shape) <= 2 or bool({1, batch} & set(shape[1:-1]))
-
-
-def require_total(name: str, uses: Sequence[Any], total: Tensor) -> None:
-    """The examples' gradients of an adopted parameter add up to autograd's own for the batch.
-
-    Raises: RevprobeError, when they do not: another module uses the parameter.
+    They do not where another module uses the parameter.
     """
     formed = [use for use in uses if isinstance(use, FormedUse)]
     found = sum((use.grads.double().sum(0) for use in formed), torch.zeros(total.numel(), dtype=torch.float64))
     tolerance = 1e-3 * total.double().norm() + torch.finfo(total.dtype).eps
-    if len(formed) < len(uses) or (found.to(total.device) - total.double().flatten()).norm() > tolerance:
-        raise RevprobeError(
-            f"parameter {name!r} reaches the loss, but not through calls of its own module: its weight is used outside "
-            "its module, so its gradient would be incomplete"
-        )
+    return len(formed) == len(uses) and bool((found.to(total.device) - total.double().flatten()).norm() <= tolerance)

@@ -5,15 +5,16 @@ the loss with respect to the output at token t. So the inner product of two exam
 sum_{t,s} (a_t . a_s) (g_t . g_s): one batched forward pass and one backward pass over activations give the
 factors of every example, and the weights need no gradient. Embeddings match token ids in place of (a_t . a_s); a
 parameter used several times (tied unembedding, shared layers) gets the cross terms between its uses; every other
-module that holds parameters is replayed through a vmapped vector-Jacobian product.
+module that holds parameters is replayed through a vmapped vector-Jacobian product. What none of this tells apart is
+read one example at a time.
 
     with record_gradients(module, parameters, batch) as recorder:
         loss = per_example_loss(module(...))                    # shape: batch
         found = recorder.backward(loss, left, right)
     found.inner, found.floor                                    # label -> tensor
 
-Exactness is checked against autograd's own graph: a parameter that the loss reaches by a path no rule has seen is
-an error that names it.
+Exactness is checked against autograd: a parameter that the loss reaches by a path no rule has seen, or whose
+module's rows cannot be given to their examples, is among `recorder.unread`, with the reason.
 
 Shapes below: batch, seq, out (rows of a weight), in (columns of a weight).
 """
@@ -28,9 +29,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ...errors import RevprobeError
-from .backward import Adopted, Parts, Products, Selection, read_backward
-from .graph import Call, Output, check_complete, check_order, fed_without_gradient, sources, versions
+from .backward import Adopted, Parts, Products, Recorded, Selection, read_backward
+from .graph import NOTHING_REACHED, Call, Output, completeness, fed_without_gradient, sources, versions
+from .one_by_one import LossOf, read_one_by_one
+from .order import find_order
 from .rules import carries_gradient, has_rule, lookup_scale
+from .walk import spread_over
 
 
 @contextmanager
@@ -41,6 +45,8 @@ def record_gradients(
     *,
     parts: Parts | None = None,
     adopted: Adopted | None = None,
+    loss_of: LossOf | None = None,
+    unread: dict[str, str] | None = None,
 ) -> Iterator[GradientRecorder]:
     """Record what is needed for the per-example gradients of `parameters` during one forward pass of `batch` examples.
 
@@ -50,11 +56,15 @@ def record_gradients(
         parts: for a fused parameter, the output features of each of its parts, {name: {"q": indices, ...}}; its
             products then come apart under "name[q]" and so on.
         adopted: parameters of modules that are not called, by the module that uses them; see `adopted_parameters`.
+        loss_of: the loss of one example run by itself, for the parameters that the batch does not tell apart; without
+            it they are an error.
+        unread: parameters known to be such ones, and why; those found are added.
     Raises: RevprobeError, for no parameters.
     """
     if not parameters:
         raise RevprobeError("no parameter was selected, so there is no gradient; check parameters= and layers=")
-    recorder = GradientRecorder(module, dict(parameters), batch, parts or {}, adopted or {})
+    selection = Selection(dict(parameters), parts or {}, adopted or {})
+    recorder = GradientRecorder(module, selection, batch, loss_of, {} if unread is None else unread)
     flags = [(p, p.requires_grad) for p in module.parameters()]
     selected = {id(p) for p in parameters.values()}
     try:
@@ -69,16 +79,20 @@ def record_gradients(
 
 
 class GradientRecorder:
-    """The factors of per-example gradients of one batch, and their inner products."""
+    """The factors of per-example gradients of one batch, and their inner products.
+
+    `unread`: the parameters that are read one example at a time, and why; `reached`: those that the loss reaches.
+    """
 
     def __init__(
-        self, module: nn.Module, parameters: dict[str, nn.Parameter], batch: int, parts: Parts, adopted: Adopted
+        self, module: nn.Module, selection: Selection, batch: int, loss_of: LossOf | None, unread: dict[str, str]
     ) -> None:
-        self.module, self.parameters, self.batch = module, parameters, batch
-        self._adopted = adopted
-        self._selection = Selection(parameters, parts, adopted)
-        self._names = self._selection.names
+        self.module, self.batch, self.unread = module, batch, unread
+        self.reached: list[str] = []
+        self._selection, self._loss_of = selection, loss_of
+        self._names = {key: name for key, name in selection.names.items() if name not in unread}
         self._calls: list[Call] = []
+        self._returned: list[Output] = []  # by the whole model
         self._handles: list[Any] = []
         self._replaying = False  # modules run to be replayed are not recorded
         self._reading = False  # nor those that run in the backward pass
@@ -88,11 +102,17 @@ class GradientRecorder:
             if any(id(p) in self._names for p in self._answers_for(name, child).values()):
                 # Before the hooks of others: what they do to the output comes after the module.
                 self._handles.append(child.register_forward_hook(self._hook(name), with_kwargs=True, prepend=True))
+        self._handles.append(self.module.register_forward_hook(self._keep_returned))
+
+    def _keep_returned(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._replaying and not self._reading:
+            leaves = [leaf for leaf in tree_flatten(output)[0] if carries_gradient(leaf) and leaf.requires_grad]
+            self._returned += [Output(leaf, keep=False) for leaf in leaves]
 
     def _answers_for(self, name: str, module: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters a module holds, and those it uses of children that are not called."""
         own = {key: p for key, p in module._parameters.items() if p is not None}
-        return own | dict(self._adopted.get(name, {}))
+        return own | dict(self._selection.adopted.get(name, {}))
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -107,7 +127,8 @@ class GradientRecorder:
 
     def _record(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         leaves, structure = tree_flatten(output)
-        kept = [self._one_per_example(leaf, name, module) if carries_gradient(leaf) else leaf for leaf in leaves]
+        # The parameter itself may come out of a module: others may reach it too.
+        kept = [leaf.view_as(leaf) if carries_gradient(leaf) and leaf.is_leaf else leaf for leaf in leaves]
         if sum(map(carries_gradient, kept)) > 1:
             # One output may be made of another inside the module (a router's scores of its logits): as views, each
             # has the gradient of what comes after the module alone.
@@ -116,40 +137,45 @@ class GradientRecorder:
             scale = lookup_scale(module, next(iter((*args, *kwargs.values())), None), output)
             inputs, cut = sources(args, kwargs), fed_without_gradient(args, kwargs)
             args, kwargs = tree_map(lambda a: a.detach() if isinstance(a, Tensor) else a, (args, kwargs))
-            closed = name not in self._adopted and (scale is not None or has_rule(module))
+            closed = name not in self._selection.adopted and (scale is not None or has_rule(module))
             outputs = [Output(leaf, keep=not closed) for leaf in kept if carries_gradient(leaf)]
             own, given = self._answers_for(name, module), versions(args, kwargs)
             self._calls.append(Call(module, name, own, args, kwargs, outputs, scale, inputs, cut, closed, given))
         return tree_unflatten(kept, structure)
-
-    def _one_per_example(self, output: Tensor, name: str, module: nn.Module) -> Tensor:
-        """The output with the batch first."""
-        if output.is_leaf and output.requires_grad:
-            output = output.view_as(output)  # the parameter itself: others may reach it too
-        if output.shape[:1] == (1,) and self.batch > 1:
-            # Broadcast over the batch later (GPT-2's positions): expanding here keeps the examples apart.
-            output = output.expand(self.batch, *output.shape[1:])
-        # A multiple of the batch is `(batch seq) dim`, as in OPT; `check_order` holds it to that order.
-        if output.dim() == 0 or not output.shape[0] or output.shape[0] % self.batch:
-            raise RevprobeError(
-                f"module {name!r} ({type(module).__name__}) gives {tuple(output.shape)}, expected {self.batch} "
-                "examples first; its gradients cannot be told apart"
-            )
-        return output
 
     def backward(self, loss: Tensor, left: Tensor, right: Tensor) -> Products:
         """Take the gradients of `loss.sum()`, and the inner products of those of examples left[n] and right[n].
 
         Shapes: `loss`: `batch`; `left`, `right`: `pair`.
         Raises: RevprobeError, when the loss is not one number per example, no selected parameter reaches it, a
-            module that ran is cut off from it, a gradient is not finite, or a parameter reaches it by a path that
-            was not recorded.
+            module that ran is cut off from it, a gradient is not finite, or (without `loss_of`) a parameter's
+            gradient cannot be told apart by example.
         """
         if loss.shape != (self.batch,):
             raise RevprobeError(
                 f"loss of shape {tuple(loss.shape)}: expected one number for each of the {self.batch} examples"
             )
-        if not self._calls or not loss.requires_grad:
+        try:
+            found = self._from_the_batch(loss, (left, right))
+        finally:
+            self._reading = False
+            self._calls.clear()
+            self._returned.clear()
+        if names := [name for name in self._selection.parameters if name in self.unread]:
+            if self._loss_of is None:
+                raise RevprobeError(self.unread[names[0]])
+            with self._unrecorded():
+                alone = read_one_by_one(self.module, self._selection, names, self._loss_of, (left, right), self.batch)
+            found = Products(found.inner | alone.inner, found.floor | alone.floor)
+        return Products(*({label: side[label] for label in self._selection.owners} for side in found))
+
+    def _from_the_batch(self, loss: Tensor, pairs: tuple[Tensor, Tensor]) -> Products:
+        """All but the unread ones."""
+        parameters = self._selection.parameters
+        known = {name: p for name, p in parameters.items() if name not in self.unread}
+        complete = completeness(self._calls, known, loss) if loss.grad_fn is not None else NOTHING_REACHED
+        self.reached = [name for name in parameters if name in complete.reached or name in self.unread]
+        if loss.grad_fn is None or not self.reached:
             ran = (
                 f"module {self._calls[0].name!r} ran, but is detached from it"
                 if self._calls
@@ -158,16 +184,14 @@ class GradientRecorder:
             raise RevprobeError(
                 f"the loss reaches none of the selected parameters: {ran}; select others or check the model"
             )
-        check_complete(self._calls, self.parameters, loss)
+        self.unread |= complete.unread
         self._reading = True
-        try:
-            check_order(self._calls, self.batch, loss)
-            for output in (output for call in self._calls for output in call.outputs):
-                output.forget()
-            return read_backward(self._selection, self._calls, loss, (left, right), self._unrecorded)
-        finally:
-            self._reading = False
-            self._calls.clear()
+        spread = spread_over(self._calls, loss)
+        order = find_order(self.module, self._calls, loss, spread, self._returned)
+        for output in (output for call in self._calls for output in call.outputs):
+            output.forget()
+        recorded = Recorded(self._calls, loss, order, spread, self.unread)
+        return read_backward(self._selection, recorded, pairs, self._unrecorded)
 
     @contextmanager
     def _unrecorded(self) -> Iterator[None]:

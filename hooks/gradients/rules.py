@@ -9,7 +9,7 @@ Shapes below: batch, seq, out, in.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch.func import functional_call, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.pytorch_utils import Conv1D
 
-from ...errors import RevprobeError, first_line
-from .graph import Output
+from ...errors import first_line
+from .graph import Call, CannotSplit
+from .order import Rows
 from .products import FormedUse, LookupUse, OuterUse, Use
 
 
@@ -112,28 +113,36 @@ def drop_silent_tokens(gradient: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor
 
 
 def replay(
-    module: nn.Module,
-    own: Mapping[str, nn.Parameter],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    outputs: Sequence[Output],
-    gradients: Sequence[Tensor | None],
-    batch: int,
+    call: Call, gradients: Sequence[Tensor | None], shapes: Sequence[torch.Size], rows: Rows | None, batch: int
 ) -> dict[str, Use]:
     """Per-example gradients of the parameters a module answers for, by a vector-Jacobian product vmapped over them.
 
     Its forward is run again, one example at a time under vmap. Tensors whose first axis is `(batch seq)` give each
     example its own rows.
-    Raises: RevprobeError, for a module that vmap cannot run (experts chosen by their input), or that it runs wrongly:
+    Args:
+        shapes: of the outputs' gradients: the outputs' own, or with the batch that they are spread over.
+        rows: the examples' rows where they do not stand one example after the other; what goes in with as many rows
+            is then put in that order too, which is right for modules that treat each row alike, and is checked.
+    Raises: CannotSplit, for a module that vmap cannot run (experts chosen by their input), or that it runs wrongly:
         the outputs must be those of the recorded call, and the examples' gradients add up to the batch's own.
     """
-    weights = {key: p.detach() for key, p in own.items() if p.is_floating_point()}
+    outputs = call.outputs
+    weights = {key: p.detach() for key, p in call.own.items() if p.is_floating_point()}
     cotangents = [
-        torch.zeros(o.shape, dtype=o.dtype, device=o.device) if g is None else g.to(o.dtype)
-        for o, g in zip(outputs, gradients, strict=True)
+        torch.zeros(shape, dtype=o.dtype, device=o.device) if g is None else g.to(o.dtype)
+        for o, shape, g in zip(outputs, shapes, gradients, strict=True)
     ]
-    leaves, structure = tree_flatten((args, kwargs))
-    sizes = {output.shape[0] for output in outputs} | {batch}
+    recorded = [output.values for output in outputs]
+    leaves, structure = tree_flatten((call.args, call.kwargs))
+    if rows is not None:
+        alike = [isinstance(leaf, Tensor) and leaf.shape[:-1] == outputs[0].shape[:-1] for leaf in leaves]
+        leaves = [rows.of(leaf) if a else leaf for leaf, a in zip(leaves, alike, strict=True)]
+        cotangents = [rows.gradient(c) for c in cotangents]
+        recorded = [None if r is None else rows.of(r) for r in recorded]
+    args, kwargs = tree_unflatten(leaves, structure)
+    sizes = {len(c) for c in cotangents} | {batch}
+    # What has the first axis of an output that is spread over the batch has no batch either.
+    sizes -= {o.shape[0] for o, shape in zip(outputs, shapes, strict=True) if o.shape != shape}
     varies = [isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] in sizes for leaf in leaves]
     varying = [_by_example(leaf, batch) for leaf, v in zip(leaves, varies, strict=True) if v]
 
@@ -144,21 +153,30 @@ def replay(
 
         def forward(values: dict[str, Tensor]) -> list[Tensor]:
             # A child that shares a parameter is recorded by itself (BERT's decoder and its head's bias).
-            found = functional_call(module, values, one_args, one_kwargs, tie_weights=False)
-            return _leaves(found)
+            return _leaves(functional_call(call.module, values, one_args, one_kwargs, tie_weights=False))
 
-        return vjp(forward, weights)[1](cotangent)[0]
+        return _pull_back(forward, weights, cotangent)
 
-    with _without_forward_hooks(module):
+    with _without_forward_hooks(call.module):
         try:
             grads = vmap(one_example)(varying, [_by_example(cotangent, batch) for cotangent in cotangents])
-        except RuntimeError as error:
-            raise RevprobeError(f"{_cannot(module)}: {first_line(error)}; leave them out with parameters=") from error
-        _check_replay(module, (args, kwargs), weights, grads, outputs, cotangents)
+        except Exception as error:  # whatever a module does under vmap that it cannot
+            raise CannotSplit(
+                f"{_cannot(call.module)}: {first_line(error)}; leave them out with parameters="
+            ) from error
+        _check_replay(call.module, (args, kwargs), weights, grads, recorded, cotangents)
     wide = torch.promote_types(outputs[0].dtype, torch.float32)
     flat = {key: g.detach().reshape(batch, -1).to(wide) for key, g in grads.items()}
     given = torch.stack([c.reshape(batch, -1).to(wide).pow(2).sum(1) for c in cotangents]).sum(0)
     return {key: FormedUse(g, torch.maximum(g.pow(2).sum(1), given)) for key, g in flat.items()}
+
+
+def _pull_back(
+    forward: Callable[[dict[str, Tensor]], list[Tensor]], weights: dict[str, Tensor], cotangent: list[Tensor]
+) -> dict[str, Tensor]:
+    """The vector-Jacobian product; an output without the batch lacks its axis of one."""
+    found, back = vjp(forward, weights)[:2]
+    return back([c.reshape(leaf.shape) for c, leaf in zip(cotangent, found, strict=True)])[0]
 
 
 @contextmanager
@@ -177,7 +195,7 @@ def _check_replay(
     given: tuple[tuple[Any, ...], dict[str, Any]],
     own: dict[str, Tensor],
     grads: dict[str, Tensor],
-    outputs: Sequence[Output],
+    recorded: Sequence[Tensor | None],
     cotangents: list[Tensor],
 ) -> None:
     """Hold a replay against the recorded call, and its examples' gradients against plain autograd's for the batch.
@@ -188,9 +206,9 @@ def _check_replay(
     with torch.enable_grad():
         weights = {key: p.requires_grad_() for key, p in own.items()}
         found = _leaves(functional_call(module, weights, *given, tie_weights=False))
-        for leaf, output in zip(found, outputs, strict=True):
-            if output.values is not None and _differ(leaf.detach(), output.values):
-                raise RevprobeError(
+        for leaf, values in zip(found, recorded, strict=True):
+            if values is not None and _differ(leaf.detach(), values):
+                raise CannotSplit(
                     f"{_cannot(module)}: run again it gives other outputs (a hook that changes its input, or a state "
                     "of its own); leave them out with parameters="
                 )
@@ -202,7 +220,7 @@ def _check_replay(
         size = each.norm(dim=1).sum() + whole.norm()
         # The second term: a gradient that is zero in theory is rounding on both sides.
         if (each.sum(0) - whole).norm() > _tolerance(grads[key].dtype) * size + 1e-5 * scale:
-            raise RevprobeError(
+            raise CannotSplit(
                 f"{_cannot(module)}: the examples' gradients of {key!r} do not add up to the batch's; leave them out "
                 "with parameters="
             )
@@ -213,10 +231,7 @@ def _batch_gradients(found: list[Tensor], weights: list[Tensor], cotangents: lis
     reached = [(leaf, c) for leaf, c in zip(found, cotangents, strict=True) if leaf.requires_grad]
     if not reached:
         return [None] * len(weights)
-    given = [
-        c.to(leaf.dtype).expand_as(leaf) if len(leaf) == len(c) else c.to(leaf.dtype).sum_to_size(leaf.shape)
-        for leaf, c in reached
-    ]
+    given = [c.to(leaf.dtype).sum_to_size(leaf.shape) for leaf, c in reached]
     return torch.autograd.grad([leaf for leaf, _ in reached], weights, given, allow_unused=True)
 
 

@@ -56,6 +56,7 @@ class PassResult:
     Shapes: `score`, `weight`: layer -> `query head`; `inner`, `inner_control`: `pair parameter`; `norm`, `floor`:
     `query parameter`, where a fused parameter has a column for each part. `partner` is the pair each pair is shuffled
     with, -1 for none. `without_attention`: layers beside the scored ones that have no softmax attention.
+    `reached`: parameters that some query's loss reaches; `one_by_one`: those read one query at a time, and why.
     """
 
     pairs: ReversalPairs
@@ -65,6 +66,8 @@ class PassResult:
     weight: dict[int, np.ndarray] = field(default_factory=dict)
     without_attention: list[int] = field(default_factory=list)
     likelihoods: Likelihoods | None = None
+    reached: set[str] = field(default_factory=set)
+    one_by_one: dict[str, str] = field(default_factory=dict)
     inner: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     inner_control: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     norm: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
@@ -78,6 +81,8 @@ class Part:
     score: dict[int, np.ndarray]
     weight: dict[int, np.ndarray]
     without_attention: list[int]
+    reached: set[str]
+    one_by_one: dict[str, str]
     answers: dict[Request, tuple[float, int]]
     tables: dict[str, np.ndarray]
 
@@ -86,7 +91,8 @@ def part_of(result: PassResult) -> Part:
     """The part of a result that was measured here."""
     answers = {} if result.likelihoods is None else result.likelihoods.answers
     tables = {name: getattr(result, name) for name in _TABLES}
-    return Part(result.score, result.weight, result.without_attention, answers, tables)
+    seen = result.without_attention, result.reached, result.one_by_one
+    return Part(result.score, result.weight, *seen, answers, tables)
 
 
 def merged(own: PassResult, parts: Sequence[Part]) -> PassResult:
@@ -104,6 +110,8 @@ def merged(own: PassResult, parts: Sequence[Part]) -> PassResult:
         weight=_by_layer([part.weight for part in parts]),
         without_attention=sorted({layer for part in parts for layer in part.without_attention}),
         likelihoods=likelihoods,
+        reached={name for part in parts for name in part.reached},
+        one_by_one={name: why for part in reversed(parts) for name, why in part.one_by_one.items()},
         **tables,
     )
 

@@ -10,7 +10,7 @@ Shapes below: query (distinct queries), pair, parameter, token (target tokens).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import numpy as np
@@ -156,11 +156,11 @@ class _Pass:
 
     def _run_batch(self, queries: np.ndarray, pairs: np.ndarray) -> None:
         batch = make_batch(self.model, [self.queries[q] for q in queries])
-        module, size = self.model.module, len(queries)
         with ExitStack() as stack:
-            recorder = self._recorder(stack, size)
-            tap = stack.enter_context(tap_attention(module, batch.rows, batch.columns)) if self.plan.attention else None
-            logits = readout(self.model, batch)
+            recorder = self._recorder(stack, queries)
+            tapping = tap_attention(self.model.module, batch.rows, batch.columns) if self.plan.attention else None
+            with tapping or nullcontext() as tap:
+                logits = readout(self.model, batch)
             if recorder is not None:
                 self._keep_products(recorder, mean_nll(logits, batch), queries, pairs)
         if tap is not None:
@@ -171,10 +171,24 @@ class _Pass:
         if self.plan.progress is not None:
             self.plan.progress(int(self.done.sum()), self.to_do)
 
-    def _recorder(self, stack: ExitStack, size: int) -> GradientRecorder | None:
+    def _recorder(self, stack: ExitStack, queries: np.ndarray) -> GradientRecorder | None:
         if not self.plan.gradient:
             return None
-        recording = record_gradients(self.model.module, self.selected, size, parts=self.parts, adopted=self._adopted())
+
+        def loss_of(n: int) -> Tensor:
+            alone = make_batch(self.model, [self.queries[queries[n]]])
+            return mean_nll(readout(self.model, alone), alone)[0]
+
+        adopted, unread = self._adopted(), self.result.one_by_one
+        recording = record_gradients(
+            self.model.module,
+            self.selected,
+            len(queries),
+            parts=self.parts,
+            adopted=adopted,
+            loss_of=loss_of,
+            unread=unread,
+        )
         return stack.enter_context(recording)
 
     def _adopted(self) -> dict[str, dict[str, nn.Parameter]]:
@@ -208,6 +222,7 @@ class _Pass:
             [place[self.pairs.reverse[pairs]], place[self.pairs.reverse[self.partner[controlled]]], place[queries]]
         )
         found = recorder.backward(loss, torch.as_tensor(left), torch.as_tensor(right))
+        self.result.reached.update(recorder.reached)
         values = self._columns(found.inner)
         self.result.inner[pairs] = values[: len(pairs)]
         self.result.inner_control[controlled] = values[len(pairs) : len(pairs) + len(controlled)]

@@ -189,6 +189,8 @@ class Reading:
         where = "".join(
             f", {key}={self.meta[key]}" for key in ("kind", "step", "weights") if self.meta.get(key) is not None
         )
+        if (coverage := self.meta.get("coverage")) is not None:
+            where += f", {coverage['share']:.1%} of the parameters"
         return f"Reading({self.name}={self.value:.4g} [{low:.4g}, {high:.4g}], n={self.n}{control}{left_out}{where})"
 
     def _repr_html_(self) -> str:

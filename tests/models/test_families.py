@@ -331,21 +331,22 @@ class SequenceFirst(nn.Module):
         self.embed, self.norm, self.head = nn.Embedding(56, 8), nn.LayerNorm(8), nn.Linear(8, 56)
 
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        hidden = self.embed(ids) + self.embed(ids).mean(1, keepdim=True)
+        seen = torch.ones_like(ids)[..., None] if attention_mask is None else attention_mask[..., None]
+        hidden = self.embed(ids) + (self.embed(ids) * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True)
         rows = self.norm(hidden.transpose(0, 1).reshape(-1, 8))
         return self.head(rows.view(*ids.shape[::-1], 8).transpose(0, 1))
 
 
-def test_rows_that_are_not_one_example_after_the_other_are_refused():
-    """Else OPT's rule would give each example the gradients of others."""
+def test_rows_that_are_not_one_example_after_the_other_go_to_their_examples():
+    """By OPT's rule each example would have the gradients of others."""
     torch.manual_seed(0)
     model = ProbedModel(SequenceFirst(), objective="masked", mask_token_id=53, logit_shift=0)
-    with pytest.raises(RevprobeError, match=r"'norm' .* not one example after the other"):
-        probe_gradient_cosine(model, PAIRS)
+    together, alone = (probe_gradient_cosine(model, PAIRS, batch_size=size, control=False) for size in (None, 1))
+    assert together.value == pytest.approx(alone.value, rel=1e-5) and "one_by_one" not in together.meta
 
 
-def test_a_mixture_of_experts_has_exact_gradients_or_says_why_not():
-    """Its router returns logits and, made of them, scores: counted once. Experts as a loop cannot be split."""
+def test_a_mixture_of_experts_has_exact_gradients_and_says_how():
+    """Its router returns logits and, made of them, scores: counted once. Experts as a loop are run by the query."""
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     module = drawn(lambda: language_model(transformers.Qwen3MoeConfig(**GROUPED, **sizes)), scale=0.15)
     model = ProbedModel(module, objective="causal")
@@ -353,5 +354,7 @@ def test_a_mixture_of_experts_has_exact_gradients_or_says_why_not():
     reading = probe_gradient_cosine(model, PAIRS, parameters=routers, control=False)
     assert worst_gradient_error("llama", model, reading, only=routers) < 1e-4
     module.set_experts_implementation("eager")
-    with pytest.raises(RevprobeError, match=r"parameters of a Qwen3MoeExperts cannot be split by example"):
-        probe_gradient_cosine(model, PAIRS)
+    reading = probe_gradient_cosine(model, PAIRS, control=False)
+    assert worst_gradient_error("llama", model, reading) < 1e-4
+    assert len(reading.meta["one_by_one"]) == 4 and all("experts" in name for name in reading.meta["one_by_one"])
+    assert "Qwen3MoeExperts cannot be split by example" in next(iter(reading.meta["one_by_one"].values()))

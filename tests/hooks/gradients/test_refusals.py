@@ -3,6 +3,7 @@
 Every model here gave wrong numbers without a word at some time, or would if a check were left out.
 """
 
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from revprobe import ProbedModel, Query, ReversalPair, ReversalPairs, RevprobeEr
 from revprobe.hooks.gradients import graph as gradient_graph
 from revprobe.hooks.gradients import recorder as gradients
 from revprobe.hooks.gradients import rules as gradient_rules
+from revprobe.hooks.gradients.order import Order
 from revprobe.hooks.gradients.recorder import record_gradients
 
 WIDTH, SEQ = 6, 7
@@ -36,8 +38,20 @@ class Base(nn.Module):
         return self.norm(self.layer(hidden).cumsum(1).tanh())
 
 
-def worst_error(module: nn.Module, *, batch: int = 5, only: tuple[str, ...] = ()) -> float:
-    """The largest error of any inner product, as a share of the whole gradients' norms, in float64."""
+def worst_error(
+    module: nn.Module,
+    *,
+    batch: int = 5,
+    only: tuple[str, ...] = (),
+    one_by_one: bool = False,
+    unread: dict[str, str] | None = None,
+) -> float:
+    """The largest error of any inner product, as a share of the whole gradients' norms, in float64.
+
+    Args:
+        one_by_one: whether the recorder may run examples by themselves for what the batch does not tell apart; `unread`
+            then names those parameters.
+    """
     module = module.double()
     generator = torch.Generator().manual_seed(4)
     ids = torch.randint(0, 9, (batch, SEQ), generator=generator)
@@ -48,7 +62,8 @@ def worst_error(module: nn.Module, *, batch: int = 5, only: tuple[str, ...] = ()
 
     parameters = {n: p for n, p in module.named_parameters() if not only or n in only}
     left, right = torch.cartesian_prod(torch.arange(batch), torch.arange(batch)).T
-    with record_gradients(module, parameters, batch) as recorder:
+    loss_of = (lambda n: loss(slice(n, n + 1))[0]) if one_by_one else None
+    with record_gradients(module, parameters, batch, loss_of=loss_of, unread=unread) as recorder:
         found, rows = recorder.backward(loss(slice(None)), left, right).inner, []
     for n in range(batch):
         grads = torch.autograd.grad(loss(slice(n, n + 1)).sum(), list(parameters.values()), allow_unused=True)
@@ -175,7 +190,13 @@ class PartlyOverwritten(Base):
 def test_a_use_that_no_recorded_call_covers_is_refused(kind, message, monkeypatch):
     with pytest.raises(RevprobeError, match=message):
         worst_error(kind())
-    monkeypatch.setattr(gradients, "check_complete", lambda *_: None)
+    unread: dict[str, str] = {}
+    assert worst_error(kind(), one_by_one=True, unread=unread) < 1e-10
+    culprit = "box" if kind is Opaque else "layer"
+    assert set(unread) <= {f"{culprit}.{key}" for key in ("weight", "bias", "gain")}
+    assert any(re.search(message, why) for why in unread.values())
+    plain = gradients.completeness
+    monkeypatch.setattr(gradients, "completeness", lambda *given: plain(*given)._replace(unread={}))
     assert worst_error(kind()) > 1e-3, "without the check the numbers are wrong"
 
 
@@ -201,6 +222,8 @@ def test_an_input_overwritten_in_place_is_refused(kind, only, name):
     """Where the module lies innermost autograd does not look at its input any more, and cannot notice."""
     with pytest.raises(RevprobeError, match=f"the input of module '{name}' was overwritten in place"):
         worst_error(kind(), only=only)
+    with pytest.raises(RevprobeError, match=rf"autograd gives no gradient of '{name}.weight'.* parameters="):
+        worst_error(kind(), only=only, one_by_one=True)
 
 
 class BareKeyBias(nn.Module):
@@ -255,7 +278,7 @@ def test_a_weight_used_by_the_parent_of_its_module_is_exact():
         assert norms[name] == pytest.approx(float(gradient.norm()), rel=1e-3, abs=1e-6), name
 
 
-def test_a_weight_used_by_somebody_elses_module_is_refused():
+def test_a_weight_used_by_somebody_elses_module_is_read_one_query_at_a_time():
     """The store is never called and its user keeps the bare tensor: no enclosing module answers for it truly."""
 
     class User(nn.Module):
@@ -277,10 +300,14 @@ def test_a_weight_used_by_somebody_elses_module_is_refused():
             return self.user(hidden + hidden.mean(1, keepdim=True))
 
     model = ProbedModel(Model(), objective="masked", mask_token_id=59, logit_shift=0)
-    with pytest.raises(
-        RevprobeError, match=r"'store.weight' reaches the loss, .* its weight is used outside its module"
-    ):
-        probe_gradient_cosine(model, some_pairs())
+    reading = probe_gradient_cosine(model, some_pairs(), control=False)
+    assert list(reading.meta["one_by_one"]) == ["store.weight"]
+    assert "its weight is used outside its module" in reading.meta["one_by_one"]["store.weight"]
+    query = some_pairs()[1].reverse
+    logits = model.module(torch.tensor([[*query.token_ids[:3], 59]]))[0, 3]
+    (gradient,) = torch.autograd.grad(-logits.log_softmax(-1)[query.target[0]], [model.module.store.weight])
+    rows = reading.frame[(reading.frame.pair == 1) & (reading.frame.parameter == "store.weight")]
+    assert rows.norm_reverse.item() == pytest.approx(float(gradient.norm()), rel=1e-5)
 
 
 def some_pairs() -> ReversalPairs:
@@ -302,11 +329,6 @@ class FlatPositions(Base):
         return self.head(self.middle(self.embed(ids) + self.positions(torch.arange(ids.shape[1]))))
 
 
-class SequenceFirst(Base):
-    def middle(self, hidden: Tensor) -> Tensor:
-        return self.norm(self.layer(hidden.transpose(0, 1).cumsum(0)).tanh()).transpose(0, 1)
-
-
 class RelativeBias(Base):
     """A bias for each row and column, as in T5: (seq, seq, 1)."""
 
@@ -321,17 +343,22 @@ class RelativeBias(Base):
 
 
 @pytest.mark.parametrize("batch", [SEQ, 5], ids=["as many as positions", "fewer"])
-@pytest.mark.parametrize(
-    ("kind", "culprit"), [(FlatPositions, "positions"), (SequenceFirst, "layer"), (RelativeBias, "bias")]
-)
-def test_a_first_axis_that_is_not_the_batch_is_refused_also_where_its_length_fits(kind, culprit, batch, monkeypatch):
-    with pytest.raises(RevprobeError, match=rf"module '{culprit}' .* its gradients cannot be told apart"):
-        worst_error(kind(), batch=batch)
-    with pytest.raises(RevprobeError, match=rf"module '{culprit}' "):
-        worst_error(kind(), batch=batch, only=(f"{culprit}.weight",))
+def test_a_table_without_a_batch_is_refused_or_read_one_example_at_a_time(batch, monkeypatch):
+    message = r"module 'bias' \(Embedding\) gives .* its gradients cannot be told apart"
+    with pytest.raises(RevprobeError, match=message):
+        worst_error(RelativeBias(), batch=batch)
+    unread: dict[str, str] = {}
+    assert worst_error(RelativeBias(), batch=batch, one_by_one=True, unread=unread) < 1e-10
+    assert list(unread) == ["bias.weight"] and re.search(message, unread["bias.weight"])
     if batch == SEQ:
-        monkeypatch.setattr(gradients, "check_order", lambda *_: None)
-        assert worst_error(kind(), batch=batch) > 1e-3, "without the check the numbers are wrong"
+        monkeypatch.setattr(gradients, "find_order", lambda *_: Order(batch))
+        assert worst_error(RelativeBias(), batch=batch) > 1e-3, "without the check the numbers are wrong"
+
+
+@pytest.mark.parametrize("batch", [SEQ, 5, 1])
+def test_positions_without_a_batch_are_told_apart_where_they_are_added(batch):
+    assert worst_error(FlatPositions(), batch=batch) < 1e-10
+    assert worst_error(FlatPositions(), batch=batch, only=("positions.weight",)) < 1e-10
 
 
 def test_as_many_examples_as_positions_are_fine_where_the_batch_is_first():
