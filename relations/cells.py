@@ -23,7 +23,7 @@ BYTE_ORDER_MARK = "\ufeff"
 OVER_LINES = "cell_over_lines"
 _UNDECODED = re.compile("[\udc80-\udcff]+")  # what `surrogateescape` leaves of bytes that are no UTF-8
 _HALF = re.compile("[\ud800-\udfff]")  # of a pair: JSON can say "\\ud83d" alone, which is no character
-# An escape that no reader of this file undid: \" of another CSV dialect, \u00e9 of JSON in JSON, \N of a database's null.
+# An escape that no reader undid: \" of another CSV dialect, \u00e9 of JSON in JSON, \N for a database's null.
 _ESCAPE = re.compile(r"""\\["',\\]|\\u[0-9a-fA-F]{4}|^\\N$""")
 _shortened = reprlib.Repr()
 _shortened.maxstring = _shortened.maxother = 100
@@ -116,14 +116,15 @@ def _fault(value: Any) -> tuple[str, str] | None:
     if undecoded:
         bytes_found = undecoded.group().encode("utf-8", "surrogateescape")
         return "encoding", (
-            f"holds the bytes {shown(bytes_found)} in {shown(value.encode('utf-8', 'replace').decode())}, which are not "
-            "in the file's encoding: the file may mix encodings; write it in UTF-8, or say encoding='cp1252'"
+            f"holds the bytes {shown(bytes_found)} in {shown(value.encode('utf-8', 'replace').decode())}, which are "
+            "not in the file's encoding: the file may mix encodings; write it in UTF-8, or say encoding='cp1252'"
         )
     if _HALF.search(value):
         return "encoding", f"holds {shown(value)}, in which half of a character is missing; write the whole of it"
     if "\ufffd" in value or _TWICE_ENCODED.search(value):
         return "encoding", (
-            f"holds {shown(value)}, which was decoded in a wrong encoding before it was saved; restore it from its source"
+            f"holds {shown(value)}, which was decoded in a wrong encoding before it was saved; restore it from its "
+            "source"
         )
     escape = _ESCAPE.search(value.strip())
     if escape:

@@ -158,8 +158,8 @@ def _told(stray: _StrayMark, text: str, delimiter: str, path: Path) -> RevprobeE
     row = sum(bool(one.cells) for one in before) - 1
     where = "the header" if at_header else f"row {row}"
     return RevprobeError(
-        f"{path.name}, {where} (line {stray.first}): column {column} holds {shown(cell)}, where a quotation mark stands "
-        "that closes no quoted cell; quote the whole cell and double the marks inside it, or take them out"
+        f"{path.name}, {where} (line {stray.first}): column {column} holds {shown(cell)}, where a quotation mark "
+        "stands that closes no quoted cell; quote the whole cell and double the marks inside it, or take them out"
     )
 
 
@@ -191,10 +191,9 @@ def _unneeded_marks(rows: list[_Row], text: str, path: Path) -> list[Problem]:
         raw = lines[row.first - 1].rstrip("\r\n").split("\t")
         if len(raw) == len(row.cells):
             label = f"{path.name}, row {number - 1} (line {row.last})"
-            pairs = zip(rows[0].cells, raw, row.cells, strict=False)
-            problems += [
-                Problem(label, name, "quotes_taken_off", was) for name, was, cell in pairs if was == f'"{cell}"'
-            ]
+            lost = [place for place, cell in enumerate(row.cells) if raw[place] == f'"{cell}"']
+            names = [*rows[0].cells, *[""] * len(row.cells)]
+            problems += [Problem(label, names[place], "quotes_taken_off", raw[place]) for place in lost]
     return problems
 
 
