@@ -10,9 +10,10 @@ import os
 import sys
 import warnings
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ..errors import RevprobeError, first_line
 from .dashboard import dashboard
@@ -27,8 +28,22 @@ from .sweep import sweep
 from .train import train
 
 DEBUG = "REVPROBE_DEBUG"
+STOPPED, INTERRUPTED = "stopped", 130
+
+
+class _Interruptible(TyperGroup):
+    """Commands that Ctrl-C ends with one line, also while they still import or read their config."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print(STOPPED, file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+
 
 app = typer.Typer(
+    cls=_Interruptible,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",

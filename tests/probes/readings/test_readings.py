@@ -179,7 +179,7 @@ def test_a_file_that_is_not_ours_is_never_called_ours(readings, tmp_path):
             Reading.load(path)
         assert path == cut or "delete" not in str(raised.value)
     path = readings[0].save(tmp_path / "a.parquet")
-    path.write_bytes(b"X" + path.read_bytes()[1:])
+    path.write_bytes(path.read_bytes()[:-4] + b"XXXX")
     with pytest.raises(RevprobeError, match=r"a.parquet is damaged \(.*\); delete it and run"):
         Reading.load(path)
 
