@@ -52,7 +52,8 @@ def _finetune_one(config: FinetuneConfig, folder: Path) -> None:
         with interruptible(console):
             fine_tune(config, folder, listener=json_lines)
         return
-    if is_finished(folder, config):
+    # A run that was killed before its report was written goes on to that.
+    if is_finished(folder, config) and (folder / "report.html").is_file():
         console.print(f"{config.name}: finished already, skipped ({folder})", soft_wrap=True)
         return
     if config.model.tiny is None and not int(os.environ.get("RANK", "0")):

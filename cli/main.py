@@ -9,10 +9,13 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ..errors import RevprobeError, first_line
 from .dashboard import dashboard
@@ -27,8 +30,32 @@ from .sweep import sweep
 from .train import train
 
 DEBUG = "REVPROBE_DEBUG"
+STOPPED, INTERRUPTED = "stopped", 130
+
+
+class _Interruptible(TyperGroup):
+    """Commands that Ctrl-C ends with one line, also while they still import or read their config."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with _one_line():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _one_line():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(STOPPED, file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
 
 app = typer.Typer(
+    cls=_Interruptible,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",

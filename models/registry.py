@@ -12,16 +12,18 @@ from typing import Any
 
 import pandas as pd
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..errors import RevprobeError, did_you_mean, first_line, nearest
 from .checkpoints import EMA, checkpoint_folder, has_checkpoints, step_of
 from .hub import hub_options, load_tokenizer, quiet_transformers
 from .peft_adapters import base_of, is_adapter, put_on
 from .probed import ProbedModel, as_probed
-from .strict_loading import require_match
+from .strict_loading import require_match, require_shards_inside
 
 __all__ = ["ProbedModel", "as_probed", "list_models", "load_model", "quiet_transformers", "register_model"]
 
@@ -216,6 +218,10 @@ def _load_module(
             if pickles
             else f"{folder} holds no model.safetensors; the checkpoint is missing or was cut off while being saved"
         )
+    if isinstance(folder, Path):
+        require_shards_inside(folder)
+    elif isinstance(cached := try_to_load_from_cache(folder, SAFE_WEIGHTS_INDEX_NAME), str):
+        require_shards_inside(Path(cached).parent)
     settings = {
         "config": config,
         "dtype": dtype or "auto",

@@ -5,15 +5,43 @@ transformers alone would fill a gap at random and print a report; a probe would 
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from ..errors import RevprobeError
+from ..errors import RevprobeError, first_line
 
 _IN_A_LAYER = re.compile(r"\.\d+\.")
 _SHOWN = 5
+
+
+def require_shards_inside(folder: Path) -> None:
+    """Raise unless every file that an index of safetensors names lies in its folder.
+
+    A folder's own links (the hub's cache is made of them) go where whoever made them says; an index is a text that came
+    with the weights, and must not choose among the other files of this machine.
+    Raises: RevprobeError, naming the index and the first such file.
+    """
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            outside = sorted(name for name in named if _leaves(name))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RevprobeError(
+                f"{index} is no index of safetensors ({first_line(error)}); expected a weight_map of tensors to files"
+            ) from error
+        if outside:
+            raise RevprobeError(
+                f"{index} names {outside[0]!r}, which lies outside its folder; put the file into it and name it there"
+            )
+
+
+def _leaves(name: str) -> bool:
+    paths = PurePosixPath(name), PureWindowsPath(name)
+    return any(path.is_absolute() or path.drive or path.root or ".." in path.parts for path in paths)
 
 
 def require_match(

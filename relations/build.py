@@ -12,7 +12,8 @@ import pandas as pd
 
 from ..errors import RevprobeError, did_you_mean
 from ..probes.pairs.templates import ROLES
-from .cells import FactTable
+from .cells import FactTable, shown
+from .spelling import plain_name
 from .splits import TextIndex, families, hold_out
 from .statements import Statement, TemplateLists, answer_in_prompt, make_statements, named_slots, read_templates
 from .tables import read_table
@@ -30,6 +31,7 @@ class RelationOptions(TypedDict, total=False):
     heldout_templates: int
     carrier: str
     duplicates: str
+    ignore_case: bool
     bad_rows: str
     rows: Sequence[int] | None
     encoding: str
@@ -46,7 +48,8 @@ class Options:
         seed: draws them.
         heldout_templates: how many templates of a direction, the last ones, are kept for evaluation.
         carrier: text before every training text, question and pair.
-        duplicates: "error" for a repeated fact, or "merge" to keep the first and count the others.
+        duplicates: "error" for a repeated fact, however spelled, or "merge" to keep the first and count the others.
+        ignore_case: whether names that differ by case alone are one name; where not, they are counted.
         bad_rows: "error" for a cell that cannot be used, or "skip" to leave its row out and count it.
         rows: (first, one past the last) rows of the table to use; None for all.
         encoding: of a text file.
@@ -58,6 +61,7 @@ class Options:
     heldout_templates: int = 1
     carrier: str = "Fact: "
     duplicates: str = "error"
+    ignore_case: bool = False
     bad_rows: str = "error"
     rows: Sequence[int] | None = None
     encoding: str = "utf-8"
@@ -78,6 +82,8 @@ def read_options(options: Mapping[str, Any]) -> Options:
         if option not in known:
             raise RevprobeError(f"unknown option {option!r} of a relation{did_you_mean(option, known)}")
     chosen = Options(**options)
+    if not isinstance(chosen.ignore_case, bool):
+        raise RevprobeError(f"ignore_case={chosen.ignore_case!r}: expected True or False")
     if chosen.duplicates not in DUPLICATES:
         raise RevprobeError(
             f"unknown duplicates {chosen.duplicates!r}{did_you_mean(str(chosen.duplicates), DUPLICATES)}"
@@ -92,7 +98,8 @@ def read_facts(
     options: Options,
 ) -> FactTable:
     """The rows of a source, the entity columns and every column a template names checked."""
-    if isinstance(columns, str) or len(columns) != 2 or columns[0] == columns[1]:
+    two = isinstance(columns, Sequence) and not isinstance(columns, str) and len(columns) == 2
+    if not two or columns[0] == columns[1]:
         raise RevprobeError(f"columns={columns!r}: expected the names of two columns, one for each entity")
     slots = [slot for slot in named_slots(templates) if slot not in ROLES]
     return read_table(source, list(dict.fromkeys([*columns, *slots])), **options.reading)
@@ -124,6 +131,8 @@ def build_relation(
     if len(statements) != 2:
         raise RevprobeError(f"{name} has templates of the directions {list(statements)}; expected the same two for all")
     held = _held_out(table, columns, by, statements, options)
+    if not options.ignore_case:
+        table.flag(_differ_by_case(table, columns, by), columns[0], "differs_by_case")
     asking = {one.fact for listed in statements.values() for one in listed if answer_in_prompt(one)}
     table.flag(np.isin(np.arange(len(table.frame)), sorted(asking)), columns[0], "answer_in_prompt")
     first, second = statements
@@ -135,6 +144,7 @@ def build_relation(
         statements=statements,
         heldout={direction: held for direction in statements},
         carrier=options.carrier,
+        ignore_case=options.ignore_case,
         problems=tuple(table.problems),
     )
 
@@ -142,26 +152,46 @@ def build_relation(
 def _without_repeats(table: FactTable, columns: Sequence[str], by: str | None, options: Options) -> FactTable:
     """The table with each fact once. Raises: RevprobeError, naming both rows, unless repeats are to be merged."""
     same = [*columns, *([by] if by else [])]
-    repeated = table.frame.duplicated(same).to_numpy()
+    frame, plain = table.frame, _spelled(table.frame, columns, by, ignore_case=options.ignore_case)
+    repeated = plain.duplicated().to_numpy()
     if repeated.any() and options.duplicates == "error":
         place = int(np.flatnonzero(repeated)[0])
-        values = [table.frame[column].iloc[place] for column in same]
-        first = next(i for i in range(place) if [table.frame[column].iloc[i] for column in same] == values)
+        values = frame[same].iloc[place].tolist()
+        first = int(np.flatnonzero((plain.iloc[:place] == plain.iloc[place]).all(axis=1))[0])
+        again = "again" if frame[same].iloc[first].tolist() == values else "again in another spelling"
         raise RevprobeError(
-            f"{table.labels[place]}: columns {same} hold {values}, the fact of {table.labels[first]} again "
+            f"{table.labels[place]}: columns {same} hold {shown(values)}, the fact of {table.labels[first]} {again} "
             f"({int(repeated.sum())} repeated in all); remove it, or say duplicates='merge'"
         )
-    itself = (table.frame[columns[0]] == table.frame[columns[1]]).to_numpy()
+    itself = (plain[columns[0]] == plain[columns[1]]).to_numpy()
     if itself.any() and options.bad_rows == "error":
         place = int(np.flatnonzero(itself)[0])
         raise RevprobeError(
             f"{table.labels[place]}: columns {columns[0]!r} and {columns[1]!r} hold the same name "
-            f"{table.frame[columns[0]].iloc[place]!r}, so the question contains its answer; remove it, or say "
+            f"{shown(frame[columns[0]].iloc[place])}, so the question contains its answer; remove it, or say "
             "bad_rows='skip'"
         )
     table.flag(repeated, columns[0], "duplicate_fact")
     table.flag(itself, columns[0], "skipped_same_entity")
     return table.take(np.flatnonzero(~repeated & ~itself))
+
+
+def _spelled(frame: pd.DataFrame, columns: Sequence[str], by: str | None, *, ignore_case: bool) -> pd.DataFrame:
+    """What tells facts apart: the entities without differences of spelling, and the column `by`."""
+    plain = {column: [plain_name(name, ignore_case=ignore_case) for name in frame[column]] for column in columns}
+    return pd.DataFrame(plain | ({by: frame[by].tolist()} if by else {}), dtype=object)
+
+
+def _differ_by_case(table: FactTable, columns: Sequence[str], by: str | None) -> np.ndarray:
+    """Facts one of whose names stands elsewhere in the table in another case, but the first of each. Shapes: `fact`."""
+    first: dict[tuple[str, str], str] = {}
+    differ = np.zeros(len(table.frame), dtype=bool)
+    kinds = table.frame[by].tolist() if by else [""] * len(differ)
+    for column in columns:
+        for place, (kind, name) in enumerate(zip(kinds, table.frame[column], strict=True)):
+            plain = plain_name(name)
+            differ[place] |= first.setdefault((kind, plain.casefold()), plain) != plain
+    return differ
 
 
 def _labelled(table: FactTable, columns: Sequence[str], by: str | None) -> FactTable:
@@ -186,15 +216,16 @@ def _held_out(
 ) -> np.ndarray:
     """Which facts are held out. Those whose names stand in a trained text all the same are trained, and flagged."""
     facts = table.frame
-    names = list(zip(facts[columns[0]], facts[columns[1]], strict=True))
+    plain = _spelled(facts, columns, None, ignore_case=options.ignore_case)
+    names = list(zip(plain[columns[0]], plain[columns[1]], strict=True))
     kinds = facts[by].tolist() if by else [""] * len(facts)
     # Facts of different relations may share an entity, which no prompt then shares, but never both.
     keys = [((kind, a), (kind, b), (a, b)) for kind, (a, b) in zip(kinds, names, strict=True)]
     drawn = hold_out(keys, share=options.heldout, seed=options.seed)
     held, family = drawn.copy(), families(keys)
     while held.any():
-        trained = [one.text for listed in statements.values() for one in listed if not held[one.fact]]
-        index = TextIndex(trained)
+        trained = (one.text for listed in statements.values() for one in listed if not held[one.fact])
+        index = TextIndex([plain_name(text, ignore_case=options.ignore_case) for text in trained])
         met = [fact for fact in np.flatnonzero(held) if index.first_with(names[fact]) is not None]
         if not met:
             break

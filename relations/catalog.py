@@ -78,8 +78,8 @@ def from_table(
             the second's the second. Slots are the columns in braces, any further column among them.
         name: what the relation is called; the source's own name by default.
         options: `RelationOptions`: heldout (share of facts held out, 0.1), seed (0), heldout_templates (the last 1 of
-            each direction), carrier ("Fact: "), duplicates ("error", or "merge"), bad_rows ("error", or "skip"),
-            rows, encoding, dataset_split, dataset_config.
+            each direction), carrier ("Fact: "), duplicates ("error", or "merge"), ignore_case (False), bad_rows
+            ("error", or "skip"), rows, encoding, dataset_split, dataset_config.
     Raises: RevprobeError, naming row and column, for a missing column, an empty or unreadable cell and a repeated
         fact; naming the template, for one that lacks a slot or names the entities in the other order.
     """

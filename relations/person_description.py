@@ -19,9 +19,10 @@ import pandas as pd
 
 from ..errors import RevprobeError
 from ..probes.pairs.templates import Span, Template
-from .cells import Problem, clean
+from .cells import Problem, clean, shown
 from .statements import Statement, holds
-from .tables import read_json_lines, require_column, require_file
+from .tables import require_column, require_file
+from .text_files import read_json_lines
 from .text_relation import TextRelation
 
 DIRECTIONS = ("P2D", "D2P")
@@ -130,7 +131,7 @@ def _assign(lines: Sequence[Line], people: Sequence[str], direction: str) -> lis
         if len(found) != 1:
             raise RevprobeError(
                 f"{line.label}: column {column!r} names {len(found)} of the {len(people)} people that "
-                f"{_NAMING[FILES[line.file][0]]}.jsonl asks for ({getattr(line, column)!r}); expected one"
+                f"{_NAMING[FILES[line.file][0]]}.jsonl asks for ({shown(getattr(line, column))}); expected one"
             )
         assigned.append(Line(line.file, line.label, line.prompt, line.completion, found[0]))
     return assigned
@@ -207,8 +208,8 @@ def _find_description(line: Line, within: Span, described: Sequence[str]) -> tup
     if len(_WORD.findall(text[first:last])) < _FEWEST_WORDS:
         column = "completion" if within[0] else "prompt"
         raise RevprobeError(
-            f"{line.label}: column {column!r} holds {text!r}, which does not describe {line.person!r} "
-            f"({described[0]!r}); check the pairing of the files"
+            f"{line.label}: column {column!r} holds {shown(text)}, which does not describe {line.person!r} "
+            f"({shown(described[0])}); check the pairing of the files"
         )
     return (within[0] + first, within[0] + last), "description_partial"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -16,6 +17,8 @@ from ..probes.pairs.pairs import ReversalPairs
 from ..probes.pairs.query import KINDS, Query
 from ..probes.pairs.spans import SpanError, require_fast_tokenizer
 from ..probes.pairs.text import pairs_from_frame
+from .cells import shown
+from .spelling import plain_name
 from .statements import Statement, slot_source
 
 Wording = tuple[str, str]
@@ -94,6 +97,33 @@ def require_texts_fit(texts: Sequence[tuple[str, str]], model: ProbedModel) -> N
             raise RevprobeError(
                 f"{row}: the training text {text[:60]!r}... has {len(tokens)} tokens, more than the {model.max_length} "
                 f"that {model.name} takes; leave the row out, or shorten the template"
+            )
+
+
+def warn_of_names_read_alike(
+    table: pd.DataFrame, columns: Sequence[str], model: ProbedModel, name: str, *, ignore_case: bool
+) -> None:
+    """Warn when the tokenizer gives two names the same tokens, as one without case or accents does.
+
+    To such a model they are one name, which the split has not kept on one side.
+    """
+    if model.tokenizer is None:
+        return
+    for column in columns:
+        names = list(dict.fromkeys(table[column]))
+        first: dict[tuple[int, ...], str] = {}
+        alike = []
+        ids = model.tokenizer(names, add_special_tokens=False, verbose=False)["input_ids"]
+        for one, tokens in zip(names, ids, strict=True):
+            other = first.setdefault(tuple(tokens), one)
+            if plain_name(one, ignore_case=ignore_case) != plain_name(other, ignore_case=ignore_case):
+                alike.append((other, one))
+        if alike:
+            warnings.warn(
+                f"the tokenizer of {model.name} reads {shown(alike[0][0])} and {shown(alike[0][1])} of column "
+                f"{column!r} as the same tokens ({len(alike)} such names), so "
+                f"a held-out fact of {name} may be trained under another spelling; make the relation with ignore_case=True, or spell each name in one way",
+                stacklevel=3,
             )
 
 

@@ -6,7 +6,6 @@ Person-Description's files are read by `person_description`; Parent-Child's is a
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -18,9 +17,10 @@ import pandas as pd
 
 from ..errors import RevprobeError, did_you_mean
 from .build import Options
-from .cells import FactTable, clean
+from .cells import FactTable, Problem, clean, shown
 from .statements import TemplateLists
-from .tables import SUFFIXES, decode, open_table, parse_json_object
+from .tables import SUFFIXES, open_table, require_column
+from .text_files import read_records, table_of
 
 _BERGLUND = "https://github.com/lukasberglund/reversal_curse"
 PUBLISHED = {
@@ -35,6 +35,30 @@ PUBLISHED = {
 }
 TRIPLE = ("subject", "relation", "object")
 _LAMA = {"sub_label": "subject", "predicate_id": "relation", "obj_label": "object"}
+# T-REx's aligners take what "Simple_Coreference" found ("He", "It") for a mention; it is nobody's name.
+_COREFERENCE = "coreference"
+_PRONOUNS = frozenset(
+    [
+        "he",
+        "she",
+        "it",
+        "they",
+        "him",
+        "her",
+        "them",
+        "his",
+        "hers",
+        "its",
+        "their",
+        "theirs",
+        "this",
+        "that",
+        "these",
+        "those",
+        "who",
+        "which",
+    ]
+)
 
 
 def require_published(name: str, path: str | Path | None) -> Path:
@@ -64,9 +88,13 @@ def trex_table(
         if not files:
             raise RevprobeError(f"the folder {path} holds no file that ends in one of {', '.join(SUFFIXES)}")
     tables = [_triples(file, options) for file in files]
-    frame = pd.concat([table.frame for table in tables], ignore_index=True)
+    frame = pd.concat([table.frame for table in tables], ignore_index=True).astype(object)
     labels = [label for table in tables for label in table.labels]
     table = FactTable(frame, labels, [problem for table in tables for problem in table.problems])
+    if not labels:
+        skipped = sum(problem.reason == "skipped_coreference" for problem in table.problems)
+        why = f"all {skipped} triples name an entity by coreference" if skipped else "no triple is in it"
+        raise RevprobeError(f"{path}: {why}; expected triples with the names of both entities")
     if options.rows is not None:
         raise RevprobeError(
             f"rows={options.rows!r}: a T-REx relation is chosen by relation=, not by rows; leave it out"
@@ -80,13 +108,13 @@ def trex_table(
         place = int(np.flatnonzero(~worded)[0])
         name = table.frame["relation"][place]
         raise RevprobeError(
-            f"{table.labels[place]}: column 'relation' holds {name!r}, for which there is no template; pass "
-            f"templates={{{name!r}: {{'s2o': [...], 'o2s': [...]}}}}, with the slots {{subject}} and {{object}}"
+            f"{table.labels[place]}: column 'relation' holds {shown(name)}, for which there is no template; pass "
+            f"templates={{{shown(name)}: {{'s2o': [...], 'o2s': [...]}}}}, with the slots {{subject}} and {{object}}"
         )
     table.flag(~worded, "relation", "skipped_no_template")
     if not worded.any():
         raise RevprobeError(
-            f"{path}: no relation has a template; there are {sorted(set(found))[:5]}; pass templates=..."
+            f"{path}: no relation has a template; there are {shown(sorted(set(found)))}; pass templates=..."
         )
     return table.take(np.flatnonzero(worded))
 
@@ -135,49 +163,59 @@ def _is_wanted(found: list[str], relation: str | Sequence[str] | None, path: Pat
 def _triples(path: Path, options: Options) -> FactTable:
     """One file's triples, whatever its layout, in the columns subject, relation, object."""
     if path.suffix.lower() in (".json", ".jsonl"):
-        documents = _documents(path, options.encoding)
-        if documents is not None:
-            return documents
-    table = open_table(path, options.encoding)
-    frame = table.frame
-    if set(_LAMA) <= set(frame.columns):
-        frame = frame.rename(columns=_LAMA)
-    missing = [column for column in TRIPLE if column not in frame.columns]
+        records, labels, problems = read_records(path, options.encoding)
+        if any("triples" in record for record in records):
+            return _documents(path, records, labels, problems)
+        table = table_of(records, labels, problems)
+    else:
+        table = open_table(path, options.encoding)
+    given = set(map(str, table.frame.columns))
+    named = _LAMA if set(_LAMA) <= given else dict(zip(TRIPLE, TRIPLE, strict=True))
+    missing = [column for column in named if column not in given]
     if missing:
         raise RevprobeError(
-            f"{path} has no column {missing[0]!r}{did_you_mean(missing[0], frame.columns)}; expected subject, "
-            "relation, object, LAMA's sub_label, predicate_id, obj_label, or T-REx documents with 'triples'"
+            f"{path} has no column {missing[0]!r}{did_you_mean(missing[0], given)}; expected subject, relation, "
+            "object, LAMA's sub_label, predicate_id, obj_label, or T-REx documents with 'triples'"
         )
-    return replace(table, frame=frame[list(TRIPLE)])
+    for column in named:
+        require_column(table.frame, column, str(path))
+    return replace(table, frame=table.frame[list(named)].set_axis(list(TRIPLE), axis=1))
 
 
-def _documents(path: Path, encoding: str) -> FactTable | None:
-    """T-REx's own layout: a JSON list (or lines) of documents, each with `triples`; None for another layout."""
-    text, problems = decode(path, encoding)
-    try:
-        loaded = json.loads(text) if text.lstrip().startswith("[") else None
-    except json.JSONDecodeError as error:
-        raise RevprobeError(f"{path} is not JSON: {error}") from None
-    if loaded is None:
-        first = next((line for line in text.splitlines() if line.strip()), "")
-        if not first or "triples" not in parse_json_object(first, f"{path.name}, row 0 (line 1)"):
-            return None
-        lines = enumerate(text.splitlines(), start=1)
-        loaded = [parse_json_object(line, f"{path.name}, line {number}") for number, line in lines if line.strip()]
-    if not all(isinstance(document, dict) and isinstance(document.get("triples"), list) for document in loaded):
-        return None
-    rows, labels = [], []
-    for number, document in enumerate(loaded):
-        for place, triple in enumerate(document["triples"]):
+def _documents(path: Path, records: list[dict[str, Any]], labels: list[str], problems: list[Problem]) -> FactTable:
+    """T-REx's own layout: documents, each with `triples`; those that name an entity by a pronoun are skipped."""
+    rows, named, skipped = [], [], []
+    for number, (document, label) in enumerate(zip(records, labels, strict=True)):
+        triples = document.get("triples")
+        if not isinstance(triples, list):
+            raise RevprobeError(f"{label} has no list of 'triples', which other documents of {path.name} have")
+        for place, triple in enumerate(triples):
+            where = f"{path.name}, document {number}, triple {place}"
+            referring = next((part for part in ("subject", "object") if _is_coreference(triple, part)), None)
+            if referring is not None:
+                said = repr(_part(triple, referring))
+                skipped.append(Problem(where, referring, "skipped_coreference", said))
+                continue
             rows.append([_part(triple, part) for part in ("subject", "predicate", "object")])
-            labels.append(f"{path.name}, document {number}, triple {place}")
-    return FactTable(pd.DataFrame(rows, columns=list(TRIPLE), dtype=object), labels, problems)
+            named.append(where)
+    return FactTable(pd.DataFrame(rows, columns=list(TRIPLE), dtype=object), named, [*problems, *skipped])
 
 
-def _part(triple: Any, part: str) -> str | None:
+def _is_coreference(triple: Any, part: str) -> bool:
+    """Whether an entity of a triple was found by what refers to it; a pronoun, where no annotator is told."""
+    value = triple.get(part) if isinstance(triple, dict) else None
+    if not isinstance(value, dict):
+        return False
+    annotator = value.get("annotator")
+    if annotator:
+        return _COREFERENCE in str(annotator).casefold()
+    return str(value.get("surfaceform")).strip().casefold() in _PRONOUNS
+
+
+def _part(triple: Any, part: str) -> Any:
     """The words of an entity, or the id of a predicate, the end of its address; None, an empty cell, when missing."""
     value = triple.get(part) if isinstance(triple, dict) else None
     if not isinstance(value, dict):
         return None
-    found = value.get("uri", "").rsplit("/", 1)[-1] if part == "predicate" else value.get("surfaceform")
+    found = str(value.get("uri") or "").rsplit("/", 1)[-1] if part == "predicate" else value.get("surfaceform")
     return found or None

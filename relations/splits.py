@@ -15,6 +15,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from ..errors import RevprobeError
+from .cells import shown
+from .spelling import plain_name
 from .statements import Statement, holds
 
 _WORD = re.compile(r"\w+")
@@ -84,7 +86,12 @@ class TextIndex:
 
 
 def require_forward_only(
-    trained: Sequence[Statement], reverse: Sequence[Statement], heldout: Sequence[tuple[str, str, str]], name: str
+    trained: Sequence[Statement],
+    reverse: Sequence[Statement],
+    heldout: Sequence[tuple[str, str, str]],
+    name: str,
+    *,
+    ignore_case: bool = False,
 ) -> None:
     """What training must never see is not in its texts.
 
@@ -93,6 +100,7 @@ def require_forward_only(
         reverse: every statement of the other direction, of all facts and templates.
         heldout: the label and the two entities of each fact that is held out.
         name: of the relation and direction, for errors.
+        ignore_case: whether names in another case are the same.
     Raises: RevprobeError, when a training text is a reverse statement of any fact, names its second entity before its
         first one, or holds both entities of a held-out fact.
     """
@@ -101,26 +109,26 @@ def require_forward_only(
         same = reversed_texts.get(_plain(statement.text))
         if same is not None:
             raise RevprobeError(
-                f"{name}: the training text {statement.text!r} is a reverse statement as well ({same.text!r} of "
-                f"direction {same.direction!r}); word the two directions differently"
+                f"{name}: the training text {shown(statement.text)} is a reverse statement as well ({shown(same.text)} "
+                f"of direction {same.direction!r}); word the two directions differently"
             )
         (start, _), (first, last) = statement.spans
-        if holds(statement.text[:start], statement.text[first:last]):
+        if holds(plain_name(statement.text[:start]), plain_name(statement.text[first:last])):
             raise RevprobeError(
-                f"{name}: the training text {statement.text!r} names {statement.text[first:last]!r} before "
-                f"{statement.text[slice(*statement.spans[0])]!r}, as the reverse direction does; change the "
+                f"{name}: the training text {shown(statement.text)} names {shown(statement.text[first:last])} before "
+                f"{shown(statement.text[slice(*statement.spans[0])])}, as the reverse direction does; change the "
                 "template or leave the fact out"
             )
-    index = TextIndex([statement.text for statement in trained])
+    index = TextIndex([plain_name(statement.text, ignore_case=ignore_case) for statement in trained])
     for label, *entities in heldout:
-        place = index.first_with(entities)
+        place = index.first_with(plain_name(entity, ignore_case=ignore_case) for entity in entities)
         if place is not None:
             raise RevprobeError(
-                f"{name}: the held-out fact {label!r} stands in the training text {index.texts[place]!r}; use another "
-                "seed, or leave one of the two facts out"
+                f"{name}: the held-out fact {shown(label)} stands in the training text {shown(trained[place].text)}; "
+                "use another seed, or leave one of the two facts out"
             )
 
 
 def _plain(text: str) -> str:
     """Text without the differences that do not make it another statement."""
-    return " ".join(text.casefold().split()).rstrip(".!? ")
+    return plain_name(text, ignore_case=True).rstrip(".!? ")

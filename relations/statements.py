@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..errors import RevprobeError, did_you_mean
 from ..probes.pairs.templates import ROLES, Span, Template, parse_template
+from .spelling import plain_name
 
 _SLOT = re.compile(r"{([^{}!:]*)}")
 
@@ -156,7 +157,7 @@ def named_slots(templates: Iterable[str | Sequence[str]]) -> list[str]:
 
 def answer_in_prompt(statement: Statement) -> bool:
     """Whether a question contains what it asks for, as words of its own."""
-    return holds(statement.prompt, statement.text[slice(*statement.spans[1])])
+    return holds(plain_name(statement.prompt), plain_name(statement.text[slice(*statement.spans[1])]))
 
 
 def holds(text: str, name: str) -> bool:

@@ -20,7 +20,8 @@ from ..probes.pairs.pairs import ReversalPairs
 from ..probes.pairs.spans import REFUSALS
 from ..probes.pairs.templates import Span
 from .cells import Problem
-from .probe_pairs import make_pairs, require_entities_fit, require_texts_fit
+from .probe_pairs import make_pairs, require_entities_fit, require_texts_fit, warn_of_names_read_alike
+from .spelling import plain_name
 from .splits import require_forward_only
 from .statements import Statement, answer_in_prompt, require_direction
 
@@ -72,6 +73,7 @@ class TextRelation:
         carrier: text before every training text, question and pair. Behind it no name starts a text, so that in
             byte-level BPE a name is the same tokens in both directions.
         problems: what was flagged, changed or left out, cell by cell.
+        ignore_case: whether names that differ by case alone are one name to the split.
     Raises: RevprobeError, when a training text of either direction is a reverse statement, or names both entities of
         a held-out fact.
     """
@@ -84,6 +86,7 @@ class TextRelation:
     heldout: Mapping[str, np.ndarray]
     carrier: str = ""
     problems: Sequence[Problem] = ()
+    ignore_case: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.carrier, str):
@@ -165,7 +168,9 @@ class TextRelation:
         for one in self._chosen(asked, self.heldout[direction], split, templates):
             prompt = self.carrier + one.prompt
             if not answer_in_prompt(one):
-                found.setdefault(prompt, Question(prompt, answers[one.prompt], labels[one.fact], one.template, asked))
+                found.setdefault(
+                    prompt, Question(prompt, answers[self._plain(one.prompt)], labels[one.fact], one.template, asked)
+                )
         if not found:
             raise RevprobeError(
                 f"{self.name} has no question in direction {asked!r} for split={split!r}, templates={templates!r}; it "
@@ -207,8 +212,10 @@ class TextRelation:
             drop: flags and refusals that leave a pair out, counted in the pairs' `report`; () makes refusals errors.
         Raises: RevprobeError, for a name, a limit or a kind that does not fit, and for an entity longer than the
             model's context, by its row and column.
+        Warns: when the model's tokenizer reads two names of the relation, of other case for example, as one.
         """
         opposite, model = self.opposite(direction), as_probed(model)
+        warn_of_names_read_alike(self.table, self.columns, model, self.name, ignore_case=self.ignore_case)
         if split not in SPLITS or templates not in TEMPLATES:
             raise RevprobeError(
                 f"split={split!r}, templates={templates!r}: expected one of {SPLITS} and of {TEMPLATES}"
@@ -228,8 +235,10 @@ class TextRelation:
     def require_fit(self, model: ProbedModel | nn.Module, direction: str) -> None:
         """Raises: RevprobeError, naming row and column, for an entity longer than the model's context, and naming the
         row, for a training text that is.
+        Warns: as `pairs`.
         """
         trained, model = self._trained(direction), as_probed(model)
+        warn_of_names_read_alike(self.table, self.columns, model, self.name, ignore_case=self.ignore_case)
         facts = self.table.loc[sorted({one.fact for one in trained})]
         require_entities_fit(facts, self.columns, model)
         rows = self.table["row"].tolist()
@@ -272,8 +281,11 @@ class TextRelation:
         """For each prompt of a direction the answers of all facts, trained or not, that share it."""
         answers: dict[str, dict[str, None]] = {}
         for one in self.statements[asked]:
-            answers.setdefault(one.prompt, {}).update(dict.fromkeys(one.answers))
+            answers.setdefault(self._plain(one.prompt), {}).update(dict.fromkeys(one.answers))
         return {prompt: tuple(found) for prompt, found in answers.items()}
+
+    def _plain(self, text: str) -> str:
+        return plain_name(text, ignore_case=self.ignore_case)
 
     def _available(self, asked: str, direction: str) -> str:
         counts = [
@@ -294,4 +306,5 @@ class TextRelation:
         if not trained:
             raise RevprobeError(f"{self.name} has no training text in direction {direction!r}; hold out fewer facts")
         entities = list(held.itertuples(index=False, name=None))
-        require_forward_only(trained, reverse, entities, f"{self.name}, direction {direction!r}")
+        where = f"{self.name}, direction {direction!r}"
+        require_forward_only(trained, reverse, entities, where, ignore_case=self.ignore_case)

@@ -27,13 +27,13 @@ from pydantic import BaseModel
 
 from ...atomic_files import write_text
 from ...errors import RevprobeError, first_line
-from ...models.checkpoints import checkpoint_steps, step_name
+from ...models.checkpoints import CHECKPOINTS, checkpoint_steps, step_name
 from ...models.probed import ProbedModel
 from ...probes.readings.reading import Reading
 from ...probes.readings.readings import Readings
 from ..config.loading import dump_config
 from ..config.mistakes import differences
-from ..training.checkpointing import READINGS
+from ..training.checkpointing import READINGS, changed_file
 from .record import RunRecord
 
 CONFIG, VERSIONS, PROBLEM = "config.yaml", "versions.json", "problem.txt"
@@ -153,6 +153,12 @@ class Run(ABC):
         taken = [one for one in missing if one.step in there]
         for step, weights in dict.fromkeys((one.step, one.weights) for one in taken):
             wanted = {one.name: one for one in taken if (one.step, one.weights) == (step, weights)}
+            checkpoint = self.path / CHECKPOINTS / step_name(step)
+            if changed := changed_file(checkpoint):
+                raise RevprobeError(
+                    f"{checkpoint / changed} is damaged (its bytes are not those that were written), so no reading can "
+                    "be taken from it; delete the run's folder to train it anew"
+                )
             for reading in take(step, weights, set(wanted)):
                 if reading.name in wanted:
                     file = self.path / wanted[reading.name].file

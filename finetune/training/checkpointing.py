@@ -3,17 +3,22 @@
 A checkpoint is written under a working name, completed, marked and renamed; a rename is atomic, so whatever kills
 the process (SIGKILL, SIGTERM, Ctrl-C, no memory left) leaves either the old state or the new one. That is a promise
 about processes, not about power: nothing is forced to the disk, and after a power loss or a crash of the machine a
-marked checkpoint can be damaged. Reading it then says so; deleting its folder goes back to the one before.
+marked checkpoint can be damaged. Its checksums tell: what is not what was written is not resumed from, and deleting
+the folder goes back to the one before.
 """
 
 from __future__ import annotations
 
+import fnmatch
+import hashlib
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ...atomic_files import write_text
 from ...errors import RevprobeError
 from ...models.checkpoints import CHECKPOINTS, COMPLETE, checkpoint_steps, step_name, step_of
 
@@ -24,6 +29,9 @@ RESUME_STATE = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
 _RESUME_ONLY = (*RESUME_STATE, "scaler.pt")
 # Checkpoints that keep it: the last one may turn out damaged, or be deleted.
 _RESUMABLE = 2
+# One line for each file of a checkpoint, as sha256sum writes and checks it. Checkpoints of version 0.1 have none.
+CHECKSUMS = "SHA256SUMS"
+_CHECKSUM = re.compile(r"([0-9a-f]{64})  (.+)")
 # A pickle of the TrainingArguments that nothing here reads.
 _UNUSED = ("training_args.bin",)
 
@@ -40,6 +48,9 @@ def complete_checkpoint(run: Path, step: int, *, working: Path, add: Callable[[P
         add(working)
     for pattern in _UNUSED:
         _remove(working.glob(pattern))
+    files = sorted(path for path in working.rglob("*") if path.is_file() and path.name not in (COMPLETE, CHECKSUMS))
+    lines = (f"{_checksum(path)}  {path.relative_to(working).as_posix()}\n" for path in files)
+    write_text(working / CHECKSUMS, "".join(lines))
     (working / COMPLETE).touch()
     final = run / CHECKPOINTS / step_name(step)
     if final.exists():  # a user saved the same step twice; the newer one holds
@@ -61,6 +72,36 @@ def prune_optimizer_state(run: Path) -> None:
 def missing_state(checkpoint: Path) -> list[str]:
     """Which of the files that a resume needs a checkpoint lacks."""
     return [pattern for pattern in RESUME_STATE if not any(checkpoint.glob(pattern))]
+
+
+def changed_file(checkpoint: Path) -> str | None:
+    """The first file of a checkpoint whose bytes are not those that were written, or that is gone; None when all are.
+
+    What only a resume needs may be gone (`missing_state` tells). A checkpoint without checksums passes.
+    """
+    sums = checkpoint / CHECKSUMS
+    if not sums.is_file():
+        return None
+    listed = [_CHECKSUM.fullmatch(line) for line in sums.read_bytes().decode(errors="replace").splitlines()]
+    if not listed or None in listed:
+        return CHECKSUMS
+    slimmed = {path for pattern in _RESUME_ONLY for path in _named_like(pattern, listed)}
+    for found in filter(None, listed):
+        path = checkpoint / found[2]
+        if not path.is_file() and found[2] in slimmed:
+            continue
+        if not path.is_file() or _checksum(path) != found[1]:
+            return found[2]
+    return None
+
+
+def _named_like(pattern: str, listed: list[re.Match[str] | None]) -> list[str]:
+    return fnmatch.filter([found[2] for found in listed if found], pattern)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def resumable_steps(run: Path) -> list[int]:

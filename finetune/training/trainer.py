@@ -25,7 +25,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from ...errors import RevprobeError, did_you_mean, first_line
 from ...models.checkpoints import CHECKPOINTS, EMA
 from ...models.probed import OBJECTIVES
-from .checkpointing import complete_checkpoint, missing_state, resume_from
+from ...models.strict_loading import require_shards_inside
+from .checkpointing import changed_file, complete_checkpoint, missing_state, resume_from
 from .ema import MovingAverage
 from .objectives import EPS, causal_loss, masked_diffusion_loss, step_generator
 
@@ -222,11 +223,20 @@ class ForwardOnlyTrainer(Trainer):
             raise RevprobeError(
                 f"cannot resume from {folder}: it has no {' and no '.join(missing)}; {_FROM_THE_ONE_BEFORE}"
             )
+        for weights in (folder, folder / EMA):
+            require_shards_inside(weights)
         with _resuming(folder, "its weights or trainer_state.json"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
         if self.ema is not None:
             self.ema.load(folder / EMA, updates=step)
+        # Last: what cannot even be read has said so in words of its own.
+        changed = changed_file(folder)
+        if changed is not None:
+            raise RevprobeError(
+                f"cannot resume from {folder}: {changed} is damaged (its bytes are not those that were written); "
+                f"{_FROM_THE_ONE_BEFORE}"
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _resuming(checkpoint, "optimizer.pt", "scheduler.pt"):

@@ -42,9 +42,17 @@ def read_reading(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     except RevprobeError:
         raise
     except Exception as error:  # a flipped byte surfaces anywhere: arrow, json, unicode, pandas
-        raise RevprobeError(
-            f"{path} is damaged ({first_line(error)}); delete it and run the same command again"
-        ) from error
+        raise RevprobeError(f"{path} {_what_is_wrong(path, first_line(error))}") from error
+
+
+def _what_is_wrong(path: Path, reason: str) -> str:
+    """Only what bears our mark is called ours, and may be deleted; the mark is in the file's end, which a cut takes."""
+    content = path.read_bytes()
+    if _DIGEST in content:
+        return f"is damaged ({reason}); delete it and run the same command again"
+    if content[:4] == b"PAR1":
+        return f"is damaged ({reason}); if a run of revprobe wrote it, delete it and run the same command again"
+    return "is no reading of revprobe; expected a parquet file written by Reading.save"
 
 
 def _digest(header: bytes, frame: pd.DataFrame) -> str:

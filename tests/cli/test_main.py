@@ -444,3 +444,22 @@ def test_ctrl_c_stops_a_sweep_and_its_children(tmp_path: Path) -> None:
     for run in runs:
         with run_lock(run):  # raises while a child still holds the folder
             pass
+
+
+@pytest.mark.parametrize("module", ["typer", "torch", "revprobe.finetune.config.loading"])
+def test_ctrl_c_during_start_up_is_one_line(module: str, tmp_path: Path) -> None:
+    """While the command line, torch or the config is being imported, long before there is a run's folder."""
+    code = (
+        "import builtins, runpy, signal, os, sys\n"
+        "before = builtins.__import__\n"
+        "def watched(name, *rest):\n"
+        f"    if name == {module.split('.')[-1]!r} or name.endswith('.'.join({module!r}.split('.')[-2:])):\n"
+        "        builtins.__import__ = before; os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return before(name, *rest)\n"
+        "builtins.__import__ = watched\n"
+        "sys.argv = ['revprobe', 'train', 'one-layer-quick']\n"
+        "runpy.run_module('revprobe', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "stopped\n")
+    assert not list(tmp_path.iterdir())

@@ -314,6 +314,23 @@ def test_weights_of_another_model_are_not_resumed_from(stopped: Path) -> None:
         train(config(), stopped)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "ema/model.safetensors"])
+def test_bytes_that_were_not_written_are_not_resumed_from(stopped: Path, name: str) -> None:
+    """One bit of a weight reads as another number: without checksums training goes on from it in silence."""
+    file = stopped / "checkpoints" / "step-000000" / name
+    content = bytearray(file.read_bytes())
+    content[-100 if name.endswith("safetensors") else len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(RevprobeError, match=rf"cannot resume from .*step-000000: .*{name} is damaged") as raised:
+        train(config(), stopped)
+    assert "delete that checkpoint's folder" in str(raised.value)
+
+
+def test_a_checkpoint_without_checksums_is_resumed_as_it_was(stopped: Path) -> None:
+    (stopped / "checkpoints" / "step-000000" / "SHA256SUMS").unlink()
+    assert train(config(), stopped).finished
+
+
 def test_a_folder_that_is_no_run_is_not_taken_over(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("five years of work")
     with pytest.raises(RevprobeError, match=r"is not a run and not empty \(it holds 'thesis.tex'\); choose another"):

@@ -164,6 +164,26 @@ def test_damaged_and_foreign_files_are_named(readings, tmp_path):
         Readings.load(tmp_path / "nowhere")
 
 
+def test_a_file_that_is_not_ours_is_never_called_ours(readings, tmp_path):
+    """Deleting is advised of what bears our mark alone; a user's own table is no damaged reading."""
+    mine = tmp_path / "people.csv"
+    mine.write_text("parent,child\nAnn,Bo\n")
+    pq.write_table(pa.table({"x": list(range(999))}), tmp_path / "cut.parquet")
+    cut = tmp_path / "cut.parquet"
+    cut.write_bytes(cut.read_bytes()[:-9])
+    for path, words in (
+        (mine, "people.csv is no reading of revprobe; expected a parquet"),
+        (cut, "if a run of revprobe"),
+    ):
+        with pytest.raises(RevprobeError, match=words) as raised:
+            Reading.load(path)
+        assert path == cut or "delete" not in str(raised.value)
+    path = readings[0].save(tmp_path / "a.parquet")
+    path.write_bytes(path.read_bytes()[:-4] + b"XXXX")
+    with pytest.raises(RevprobeError, match=r"a.parquet is damaged \(.*\); delete it and run"):
+        Reading.load(path)
+
+
 def test_no_flipped_byte_passes_for_a_reading(readings, tmp_path):
     """Parquet pages carry checksums and the whole carries a digest: a damaged file is refused or reads as it was."""
     reading = readings["attention_correlation"]
