@@ -7,12 +7,14 @@ from functools import lru_cache
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from ..arguments import checked
 from ..errors import RevprobeError
 
 PLACEHOLDER = "0"
 MASK, BEGIN, PAD = "<mask>", "<bos>", "<pad>"
 
 
+@checked
 def one_layer_gpt2(
     vocab_size: int = 56,
     *,
@@ -69,6 +71,7 @@ def letter_alphabet(size: int = 26) -> list[tuple[str, str]]:
     return list(pairs[:size])
 
 
+@checked
 def letter_tokenizer(alphabet: int = 26) -> PreTrainedTokenizerFast:
     """A fast tokenizer with one token per character; `d000D` becomes five tokens.
 
