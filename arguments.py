@@ -33,6 +33,8 @@ T = TypeVar("T")
 
 # Whole numbers of these names have bounds wherever they are taken; others stay in what numpy and torch can hold.
 BOUNDS = {"batch_size": (1, 2**63 - 1), "seed": (0, 2**63 - 1), "jobs": (1, 2**15), "alphabet": (1, 2**15)}
+BOUNDS |= dict.fromkeys(("vocab_size", "max_length"), (1, 2**24))
+BOUNDS |= dict.fromkeys(("d_model", "n_layers", "n_heads", "mlp_ratio"), (1, 2**17))
 ANY_WHOLE = (-(2**63), 2**63 - 1)
 # What to do about a wrong argument, where its kind alone does not say it.
 FIXES = {
@@ -141,7 +143,7 @@ def _fitted(value: Any, kind: Any, bounds: tuple[int, int] = ANY_WHOLE) -> Any:
     if origin is collections.abc.Callable:
         return value if callable(value) else _MISFIT
     if origin in (dict, Mapping):
-        return value if isinstance(value, Mapping) else _MISFIT
+        return _fitted_mapping(value, kind)
     if kind in _SCALARS:
         return _SCALARS[kind](value, bounds)
     return _fitted_class(value, origin)
@@ -173,6 +175,14 @@ def _fitted_list(value: Any, kind: Any, bounds: tuple[int, int]) -> Any:
     return value if same else fitting
 
 
+def _fitted_mapping(value: Any, kind: Any) -> Any:
+    """A mapping, whose values are looked at and left as they are."""
+    if not isinstance(value, Mapping):
+        return _MISFIT
+    inner = (typing.get_args(kind) or (Any, Any))[1]
+    return _MISFIT if any(_fitted(one, inner) is _MISFIT for one in value.values()) else value
+
+
 def _fitted_class(value: Any, kind: Any) -> Any:
     if not isinstance(kind, type):
         return value  # a kind of annotation that no argument has had so far
@@ -198,13 +208,14 @@ def _whole(value: Any, bounds: tuple[int, int]) -> Any:
 
 
 def _number(value: Any, _: tuple[int, int]) -> Any:
-    if isinstance(value, bool | str) or getattr(value, "ndim", 0) or not hasattr(value, "__float__"):
+    if isinstance(value, bool | str) or getattr(value, "ndim", 0) > 0 or not hasattr(value, "__float__"):
         return _MISFIT
     try:
-        float(value)
+        number = float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return _MISFIT
-    return value
+    # numpy has no function for a whole number that fits none of its own
+    return number if isinstance(value, int) and abs(value) > ANY_WHOLE[1] else value
 
 
 def _truth(value: Any, _: tuple[int, int]) -> Any:
@@ -269,6 +280,6 @@ def _words(kind: Any, name: str, many: bool = False) -> str:
     if origin is collections.abc.Callable:
         return "a function"
     if origin in (dict, Mapping):
-        return "a mapping"
+        return "a mapping" if not parts or parts[1] is Any else f"a mapping of {_words(parts[1], name, many=True)}"
     called = getattr(origin, "__name__", str(origin))
     return called if many or called.endswith("s") else f"{'an' if called[0] in 'AEIOU' else 'a'} {called}"

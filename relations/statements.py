@@ -18,7 +18,7 @@ from ..probes.pairs.templates import ROLES, Span, Template, parse_template
 _SLOT = re.compile(r"{([^{}!:]*)}")
 
 # For each of two directions its template, or a list of them.
-TemplateLists = Mapping[str, "str | Sequence[str]"]
+TemplateLists = Mapping[str, str | Sequence[str]]
 
 
 @dataclass(frozen=True)

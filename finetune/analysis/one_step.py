@@ -205,6 +205,8 @@ def one_step_curves(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     if table.empty:
         raise RevprobeError("the table has no rows; expected what one_step gives")
     table = current_columns(table)
+    if missing := sorted({"observed", "predicted", "observed_control", "fact"} - set(table.columns)):
+        raise RevprobeError(f"the table has no column {missing[0]!r}; expected what one_step gives")
     table = table.assign(
         error=table["observed"] - table["predicted"], excess=table["observed"] - table["observed_control"]
     )

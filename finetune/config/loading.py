@@ -69,7 +69,9 @@ def checked_config(values: Any, kind: type[Kind], source: str) -> Kind:
             f"{source}: expected the keys {', '.join(kind.model_fields)}, got {type(values).__name__}; see examples/"
         )
     for key, (what, command) in kind.marks_another_kind.items():
-        if key in values:
+        section, _, inner = key.rpartition(".")
+        held = values.get(section) if section else values
+        if isinstance(held, dict) and inner in held:
             raise RevprobeError(f"{source} is {what}; use `revprobe {command} {source}`")
     try:
         return kind.model_validate(values)

@@ -24,7 +24,7 @@ import pandas as pd
 
 from ...arguments import checked, checked_fields, fitted
 from ...atomic_files import written_whole
-from ...errors import RevprobeError
+from ...errors import RevprobeError, shown
 from .display import STYLES, shown_query, tokens_html
 from .query import Query, ReversalPair, require_kind
 
@@ -217,10 +217,13 @@ class ReversalPairs(Sequence[ReversalPair]):
                 differ = bool(row.get("flags", {}).get("different_tokens", False))
                 kind, fact = row.get("kind", "same_target"), str(row.get("fact", number))
                 pairs.append(ReversalPair(forward, reverse, kind, fact, differ))
+                fact.encode()  # a lone surrogate has no place in a file of readings
                 flags.append(row.get("flags", {}))
+                if uneven := [name for name, one in flags[-1].items() if isinstance(one, list | dict)]:
+                    raise ValueError(f"flag {uneven[0]!r} is {shown(flags[-1][uneven[0]])}, not one value")
                 if flags[-1].keys() != flags[0].keys():
                     raise ValueError(f"flags {sorted(flags[-1])}, but {sorted(flags[0])} on the lines before")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise RevprobeError(
                     f"{path}, line {number}: {type(error).__name__}: {error}; expected fact, kind, forward and "
                     "reverse with token_ids, target_positions, evidence_positions, and the same flags on every line"

@@ -117,6 +117,8 @@ class ReversalPair:
         for side in ("forward", "reverse"):
             if not isinstance(getattr(self, side), Query):
                 fitted(side, getattr(self, side), Query)
+        if self.different_tokens is not True and self.different_tokens is not False:
+            object.__setattr__(self, "different_tokens", fitted("different_tokens", self.different_tokens, bool))
         if self.different_tokens:
             return
         same = (self.forward.target, self.forward.evidence) == (self.reverse.target, self.reverse.evidence)

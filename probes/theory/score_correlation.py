@@ -124,7 +124,13 @@ def rope_conditional_correlation(
     Source: paper App. A.3 and B.3.
     """
     rho = within("alignment", alignment, -1.0, 1.0)
-    weights = within("weights", weights, 0.0, np.inf) * within("variance", variance, 0.0, np.inf)
+    size, spread = within("weights", weights, 0.0, np.inf), within("variance", variance, 0.0, np.inf)
+    try:
+        np.broadcast_shapes(rho.shape, size.shape, spread.shape)
+    except ValueError as error:
+        shapes = f"weights {size.shape}, alignment {rho.shape}, variance {spread.shape}"
+        raise RevprobeError(f"{shapes}: expected shapes `... plane` that broadcast together") from error
+    weights = size * spread
     share = _shares(weights)
     theta = _frequencies(share.shape[-1], base, frequencies)
     far, near, ahead, behind = _asymmetric_cosines(distance_forward, distance_reverse, theta)
