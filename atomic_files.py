@@ -12,15 +12,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .errors import RevprobeError
+
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Yield a working path to write to; it becomes `path` when the block ends and is gone when the block raises.
 
     The working name starts with a dot and carries process and thread, so that two writers never share one, and ends
-    with .part, so that nobody takes it for a finished file. The folder must exist.
+    with .part, so that nobody takes it for a finished file.
+    Raises: RevprobeError, when the path is a folder, or is in none.
     """
     path = Path(path)
+    if path.is_dir():
+        raise RevprobeError(f"{str(path)!r} is a folder; expected the name of a file to write, such as one in it")
+    if not path.parent.is_dir():
+        raise RevprobeError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}; make it first")
     part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
         yield part

@@ -8,15 +8,47 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from os import PathLike
+from reprlib import Repr
+from typing import Any
+
+LONGEST = 1200  # characters of an error; beyond them its middle is left out, and the fix at its end stays
+_SHOWN = Repr()
+_SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother = 3, 80, 80
 
 
 class RevprobeError(ValueError):
-    """A problem the caller can fix; the text says what was wrong, what was expected and what to do."""
+    """A problem the caller can fix; the text says what was wrong, what was expected and what to do, on one line."""
+
+    def __init__(self, text: str = "", *further: object) -> None:
+        line = str(text).replace("\r", " ").replace("\n", " ")
+        kept = line if len(line) <= LONGEST else f"{line[: LONGEST * 2 // 3]} ... {line[-LONGEST // 4 :]}"
+        super().__init__(kept, *further)
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: on one line and shortened; a table, tensor or model by its kind alone.
+
+    >>> shown("a" * 5000)
+    "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa...aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa'"
+    >>> shown(object())
+    'an object'
+    """
+    if isinstance(value, str | bytes | int | float | complex | list | tuple | dict | set | frozenset | type(None)):
+        return " ".join(_SHOWN.repr(value).split())
+    if isinstance(value, PathLike):
+        return _SHOWN.repr(str(value))
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    size = getattr(value, "shape", None)
+    of_shape = f" of shape {tuple(size)}" if isinstance(size, tuple) and size else ""
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}{of_shape}"
 
 
 def nearest(name: str, choices: Iterable[str], count: int = 3) -> list[str]:
     """The `count` choices most like `name`, best first; empty when nothing is similar."""
-    return get_close_matches(str(name), [str(choice) for choice in choices], n=count, cutoff=0.5)
+    return get_close_matches(str(name), [str(choice) for choice in choices], n=count, cutoff=0.6)
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

@@ -81,6 +81,8 @@ def main() -> None:
                 FileExistsError: "; it is in the way, choose another --out",
             }.get(type(error), "; check the path and the space left on the disk")
             line = f"cannot use{where}: {error.strerror or line}{fix}"
+        elif isinstance(error, MemoryError) or "allocate memory" in line or "out of memory" in line:
+            line = f"not enough memory ({line[:120]}); ask for a smaller model, batch or length, or another device"
         elif not isinstance(error, RevprobeError):
             line = f"unexpected {first_line(error)}; {DEBUG}=1 shows where; please report it"
         print(f"error: {line}", file=sys.stderr)

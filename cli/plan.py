@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from ..errors import RevprobeError
+
 if TYPE_CHECKING:
     from ..finetune.config.finetuning import FinetuneConfig
     from ..finetune.memory.plan import MemoryPlan
+
+MOST_TOKENS = 2**22
 
 
 def plan(
@@ -30,6 +34,10 @@ def plan(
     from ..finetune.memory.plan import GB
     from ..report.summary.terminal import make_console
 
+    if memory is not None and not memory < 1e9:
+        raise RevprobeError(f"--memory {memory}: expected GB (10^9 bytes) of one machine, such as 48")
+    if tokens is not None and tokens > MOST_TOKENS:
+        raise RevprobeError(f"--tokens {tokens}: expected the tokens of one row, at most {MOST_TOKENS:,}")
     chosen, console = read_finetune(config), make_console()
     # The runs of a sweep that share model and dataset differ in direction and seed, which cost no memory.
     runs = [chosen] if isinstance(chosen, FinetuneConfig) else chosen.runs()

@@ -17,12 +17,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DRAWING = ROOT / "docs" / "architecture.svg"
 HEAD, STEP = 12, 28  # pixels above the first room, and from room to room
-TINTS = {"errors": "#eeeeee", "atomic_files": "#eeeeee", "hooks": "#dbe9f6", "models": "#d9f0e3", "probes": "#fdf0d5"}
+TINTS = {
+    "errors": "#eeeeee",
+    "arguments": "#eeeeee",
+    "atomic_files": "#eeeeee",
+    "hooks": "#dbe9f6",
+    "models": "#d9f0e3",
+    "probes": "#fdf0d5",
+}
 TINTS |= {"relations": "#f6dfe4", "finetune": "#e6e0f3", "report": "#dff1f1", "cli": "#eeeeee", "__main__": "#eeeeee"}
 BESIDE_THE_PACKAGE = {"tests", "examples", "docs", "runs", "build", "dist", "site"}
 # From the ground up: a file imports from its own room and from those before it. A new folder needs a place here.
 ROOMS = (
     "errors.py",
+    "arguments.py",
     "atomic_files.py",
     "hooks/gradients",
     "hooks",

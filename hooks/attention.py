@@ -71,7 +71,7 @@ class AttentionTap:
             raise RevprobeError(
                 "no attention was seen: the model calls neither scaled_dot_product_attention nor a softmax over "
                 "[batch, heads, seq, seq] (flash or flex kernels, nn.MultiheadAttention); load it with "
-                "attn_implementation='sdpa'"
+                "attn_implementation='sdpa', or 'eager' where its class has no sdpa"
             )
         return by_layer(self.calls)
 

@@ -62,6 +62,6 @@ def load_tokenizer(folder: str | Path, name: str, **options: Any) -> Any:
         warnings.warn(
             f"the tokenizer of {name!r} cannot be read: {first_line(error)}; pairs of token ids work, text pairs need "
             "one: pass tokenizer= to ProbedModel",
-            stacklevel=3,
+            stacklevel=4,
         )
         return None

@@ -7,12 +7,14 @@ from functools import lru_cache
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from ..arguments import checked
 from ..errors import RevprobeError
 
 PLACEHOLDER = "0"
 MASK, BEGIN, PAD = "<mask>", "<bos>", "<pad>"
 
 
+@checked
 def one_layer_gpt2(
     vocab_size: int = 56,
     *,
@@ -27,8 +29,14 @@ def one_layer_gpt2(
 ) -> GPT2LMHeadModel:
     """A randomly initialised GPT-2 (learned absolute positions, tied unembedding), one layer unless asked otherwise.
 
+    Raises: RevprobeError, for a width that the heads do not divide, or a dropout outside [0, 1].
     Source: the paper's ARM baseline, Sec. 5 and App. D.1.
     """
+    if d_model % n_heads or not 0 <= dropout <= 1:
+        raise RevprobeError(
+            f"d_model={d_model}, n_heads={n_heads}, dropout={dropout}: expected a width that the heads divide, and a "
+            "dropout in [0, 1]"
+        )
     config = GPT2Config(
         vocab_size=vocab_size,
         n_positions=max_length,
@@ -69,6 +77,7 @@ def letter_alphabet(size: int = 26) -> list[tuple[str, str]]:
     return list(pairs[:size])
 
 
+@checked
 def letter_tokenizer(alphabet: int = 26) -> PreTrainedTokenizerFast:
     """A fast tokenizer with one token per character; `d000D` becomes five tokens.
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import checked
 from ..errors import RevprobeError, did_you_mean
 from .contract import introspect
 from .contract.called import CalledModule
@@ -29,11 +30,12 @@ class ProbedModel(CalledModule):
     """A language model with what a probe must know about it.
 
     Args:
-        module: called as `module(input_ids=..., attention_mask=...)`; returns logits `batch seq vocab` or an
-            object with `.logits`.
+        module: called as `module(input_ids, attention_mask=...)`; returns logits `batch seq vocab`, or an object, a
+            mapping or a tuple that holds them (`.logits`, `["logits"]`, first). A ProbedModel stands for its module,
+            and for what is not given of tokenizer, tokens, shift and provenance.
         tokenizer: only for text pairs and for showing tokens.
         objective: "masked" (the target is hidden by the mask token) or "causal" (by the causal mask).
-        mask_token_id: required for "masked"; taken from the tokenizer or the config when they name one.
+        mask_token_id: an id or a token's text, required for "masked"; the tokenizer's or the config's unless given.
         logit_shift: the logits for position i stand in row i - logit_shift; 1 for causal models, 0 for transformers'
             masked ones, as stated by the class of others (LLaDA 0, Dream 1); required for a masked module of one's own.
         begin_token_id: put before sequences whose target stands at position 0 of a shift-1 model; the tokenizer's or
@@ -45,13 +47,14 @@ class ProbedModel(CalledModule):
         shift can neither be found nor were given.
     """
 
+    @checked
     def __init__(
         self,
-        module: nn.Module,
+        module: nn.Module | ProbedModel,
         tokenizer: Any = None,
         *,
         objective: str,
-        mask_token_id: int | None = None,
+        mask_token_id: int | str | None = None,
         logit_shift: int | None = None,
         begin_token_id: int | None = None,
         name: str | None = None,
@@ -61,7 +64,15 @@ class ProbedModel(CalledModule):
     ) -> None:
         if objective not in OBJECTIVES:
             raise RevprobeError(f"unknown objective {objective!r}{did_you_mean(objective, OBJECTIVES)}")
+        if isinstance(module, ProbedModel):
+            known, module, tokenizer = module, module.module, tokenizer or module.tokenizer
+            mask_token_id = known.mask_token_id if mask_token_id is None else mask_token_id
+            begin_token_id = known.begin_token_id if begin_token_id is None else begin_token_id
+            logit_shift = known.logit_shift if logit_shift is None and objective == known.objective else logit_shift
+            name, step, weights = name or known.name, known.step if step is None else step, weights or known.weights
         super().__init__(module, name)
+        if introspect.is_empty(module):
+            raise RevprobeError(f"{self.name} holds no weights (device 'meta'); load them before it is wrapped")
         self.tokenizer, self.objective, self.step, self.weights = tokenizer, objective, step, weights
         self.mask_token_id = introspect.mask_token(mask_token_id, tokenizer, module, self.vocab_size, self.name)
         self.begin_token_id = introspect.begin_token(begin_token_id, tokenizer, module, self.vocab_size, self.name)

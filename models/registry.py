@@ -6,23 +6,27 @@ tensor or brings one too many is an error that names it (transformers alone woul
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ..errors import RevprobeError, did_you_mean, first_line, nearest
+from ..arguments import checked
+from ..errors import RevprobeError, did_you_mean, first_line, nearest, shown
 from .checkpoints import EMA, checkpoint_folder, has_checkpoints, step_of
 from .hub import hub_options, load_tokenizer, quiet_transformers
 from .peft_adapters import base_of, is_adapter, put_on
-from .probed import ProbedModel, as_probed
+from .probed import OBJECTIVES, ProbedModel, as_probed
 from .strict_loading import require_match, require_shards_inside
 
 __all__ = ["ProbedModel", "as_probed", "list_models", "load_model", "quiet_transformers", "register_model"]
@@ -40,6 +44,7 @@ _BUILT_IN = {
 }
 
 
+@checked
 def register_model(name: str, loader: Loader | None = None) -> Callable[[Loader], Loader] | Loader:
     """Make `load_model(name)` call `loader(**options)`, which returns a ProbedModel or a module; also a decorator.
 
@@ -48,8 +53,12 @@ def register_model(name: str, loader: Loader | None = None) -> Callable[[Loader]
     >>> @register_model("my-model")
     ... def load_mine(**options): ...
 
-    Raises: RevprobeError, when the name is taken by another loader.
+    Raises: RevprobeError, when the name is taken by another loader, or the loader is a model itself.
     """
+    if isinstance(loader, nn.Module):
+        raise RevprobeError(
+            f"loader: expected a function that returns the model, got {shown(loader)}; pass lambda **options: model"
+        )
     if loader is None:
         return lambda function: register_model(name, function)  # type: ignore[return-value]
     if _LOADERS.get(name, loader) is not loader:
@@ -58,6 +67,7 @@ def register_model(name: str, loader: Loader | None = None) -> Callable[[Loader]
     return loader
 
 
+@checked
 def list_models() -> pd.DataFrame:
     """What `load_model` takes: built-in families and registered names. Columns: name, objective, about."""
     rows = [(name, objective, about) for name, (objective, about) in _BUILT_IN.items()]
@@ -67,15 +77,16 @@ def list_models() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["name", "objective", "about"])
 
 
+@checked
 def load_model(
-    source: str | Path,
+    source: str | Path | ProbedModel | nn.Module,
     *,
     step: int = -1,
     weights: str | None = None,
     dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str | int | None = None,
     objective: str | None = None,
-    mask_token_id: int | None = None,
+    mask_token_id: int | str | None = None,
     logit_shift: int | None = None,
     begin_token_id: int | None = None,
     **options: Any,
@@ -84,26 +95,33 @@ def load_model(
 
     Args:
         source: a registered name, a run folder, a folder with config.json and safetensors, a hub name, or the folder
-            of an adapter, which is put on its base.
-        step, weights: which checkpoint of a run; the last, and its average where it has one, by default.
+            of an adapter, which is put on its base. A module or a ProbedModel comes back wrapped, without options.
+        step, weights: which checkpoint of a run, and of nothing else; the last, and its average where it has one, by
+            default.
         dtype, device: as in transformers; the checkpoint's dtype and the CPU by default.
         objective: only where the config fits both a causal and a masked language model.
-        mask_token_id, logit_shift, begin_token_id: only where neither class, config nor tokenizer tells.
+        mask_token_id, logit_shift, begin_token_id: only where neither class, config nor tokenizer tells; a
+            mask token by its id or its text.
         options: passed on to the loader or to `from_pretrained` (device_map=, attn_implementation=, ...).
-    Raises: RevprobeError, when there is nothing to load, the weights are pickled, truncated or do not match the
+    Raises: RevprobeError, when there is nothing to load, an option is not known or does not apply, the weights are
+        pickled, truncated or do not match the
         config, objective, mask token or shift cannot be found out, or the device is none that torch has here.
     Warns: when there is a tokenizer that cannot be read, with the reason; only text pairs need it.
     """
     _require_device(device)
+    _require_choices(dtype, objective)
     given: dict[str, Any] = {
         "mask_token_id": mask_token_id,
         "logit_shift": logit_shift,
         "begin_token_id": begin_token_id,
     }
+    asked = given | {"step": None if step == -1 else step, "weights": weights, "objective": objective} | options
+    asked = {key: value for key, value in asked.items() if value is not None}
+    if not isinstance(source, str | Path):
+        moved = {"dtype": dtype, "device": device}
+        return _loaded_already(source, asked | {key: one for key, one in moved.items() if one is not None})
     if str(source) in _LOADERS:
-        asked = given | {"step": None if step == -1 else step, "weights": weights, "objective": objective}
-        options |= {key: value for key, value in asked.items() if value is not None}
-        return _placed(as_probed(_LOADERS[str(source)](**options)), dtype, device)
+        return _placed(_from_loader(str(source), asked), dtype, device)
     folder, name, at_step, which = _locate(source, step, weights)
     if isinstance(folder, Path) and is_adapter(folder):
         adapted = _adapted(folder, name, dtype, objective, given, options, {"step": at_step, "weights": which})
@@ -112,6 +130,7 @@ def load_model(
         hub = hub_options(folder)
         config = _read_config(folder, name, hub)
         objective = objective or stated_objective(config, name)
+        _require_class(config, objective, name)
         module = _load_module(folder, config, objective, name, dtype, hub | options)
         tokenizer = load_tokenizer(folder, name, **hub)
     known = given | {"name": name, "step": at_step, "weights": which}
@@ -132,6 +151,43 @@ def _adapted(
     return ProbedModel(module, tokenizer, objective=base.objective, name=name, **known, **which)
 
 
+def _require_choices(dtype: torch.dtype | str | None, objective: str | None) -> None:
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise RevprobeError(f"dtype={shown(dtype)}{did_you_mean(dtype, ['auto', 'float32', 'bfloat16', 'float16'])}")
+    if objective is not None and objective not in OBJECTIVES:
+        raise RevprobeError(f"unknown objective {shown(objective)}{did_you_mean(objective, OBJECTIVES)}")
+
+
+def _loaded_already(model: ProbedModel | nn.Module, options: Mapping[str, Any]) -> ProbedModel:
+    for option in options:
+        raise RevprobeError(
+            f"{option}= does not apply to a model that is loaded already; use ProbedModel(module, tokenizer, "
+            "objective=...) to say what it is, and module.to(...) to move it"
+        )
+    return as_probed(model)
+
+
+def _from_loader(name: str, options: dict[str, Any]) -> ProbedModel:
+    """What a user's loader returns. Raises: RevprobeError, when it does not take an option, fails, or returns else."""
+    loader, called = _LOADERS[name], f"the loader registered as {name!r}"
+    with suppress(ValueError):  # of a builtin, which tells no signature
+        try:
+            signature(loader).bind(**options)
+        except TypeError as error:
+            raise RevprobeError(
+                f"{called} does not take what load_model was given: {error}; let it take **options"
+            ) from None
+    try:
+        made = loader(**options)
+    except RevprobeError:
+        raise
+    except Exception as error:
+        raise RevprobeError(f"{called} failed: {first_line(error)}; call it by itself to see where") from error
+    if not isinstance(made, ProbedModel | nn.Module):
+        raise RevprobeError(f"{called} returned {shown(made)}; expected an nn.Module or a ProbedModel")
+    return as_probed(made)
+
+
 def _locate(source: str | Path, step: int, weights: str | None) -> tuple[str | Path, str, int | None, str | None]:
     """Folder (or hub name), display name, step and weights of what `source` names."""
     path, name = Path(source), str(source)
@@ -143,11 +199,14 @@ def _locate(source: str | Path, step: int, weights: str | None) -> tuple[str | P
         checkpoint = path.parent if path.name == EMA else path
         at_step = step_of(checkpoint)
         if at_step is None:
+            _require_no_choice(name, step, weights)
             return path, path.name, None, None
         # Inside a run its step and weights are read off the path.
         which = "ema" if path.name == EMA else "raw"
         if weights not in (None, which):
             raise RevprobeError(f"{path} holds {which} weights, not {weights!r}; name the run folder to choose")
+        if step not in (-1, at_step):
+            raise RevprobeError(f"{path} is of step {at_step}, not {step}; name the run folder to choose")
         return path, checkpoint.parent.parent.name, at_step, which
     if path.is_file():
         raise RevprobeError(f"{name!r} is a file; expected the folder of a run or of a model, or a hub name")
@@ -158,13 +217,28 @@ def _locate(source: str | Path, step: int, weights: str | None) -> tuple[str | P
         near = nearest(path.name, folders, 1)
         where = f"; the closest is {str(path.parent / near[0])!r}" if near else "; check the path"
         raise RevprobeError(f"no model folder at {name!r}{where}")
+    _require_no_choice(name, step, weights)
     return name, name, None, None
+
+
+def _require_no_choice(name: str, step: int, weights: str | None) -> None:
+    """A model that is no run has one step and one kind of weights."""
+    for option, value, default in (("step", step, -1), ("weights", weights, None)):
+        if value != default:
+            raise RevprobeError(
+                f"{option}={value!r}: {name!r} is a model and no run with checkpoints to choose from; leave {option} "
+                "out, or name the run's folder"
+            )
 
 
 def _read_config(folder: str | Path, name: str, options: dict[str, Any]) -> PreTrainedConfig:
     if isinstance(folder, Path) and not (folder / "config.json").is_file():
+        inside = sorted(p.name for p in folder.iterdir() if has_checkpoints(p) or (p / "config.json").is_file())
+        some = ", ".join(str(folder / one) for one in inside[:3]) + (", ..." if len(inside) > 3 else "")
         raise RevprobeError(
-            f"{folder} is no model folder: it has no config.json; name a run, a checkpoint or a hub model"
+            f"{folder} is no model but a folder of {len(inside)}; name one of them: {some}"
+            if inside
+            else f"{folder} is no model folder: it has no config.json; name a run, a checkpoint or a hub model"
         )
     try:
         # False, not None: None would ask on the terminal whether to run the repository's code.
@@ -198,12 +272,27 @@ def stated_objective(config: PreTrainedConfig, name: str) -> str:
     fits = [objective for objective, kind in known.items() if getattr(kind, "__name__", None) in stated] or list(known)
     if len(fits) == 1:
         return fits[0]
-    problem = (
-        "fits neither a masked nor a causal language model"
-        if not fits
-        else "fits both a masked and a causal language model"
+    if not fits:
+        raise RevprobeError(f"{name!r} ({type(config).__name__}) {_NEITHER}")
+    raise RevprobeError(
+        f"{name!r} ({type(config).__name__}) fits both a masked and a causal language model; pass objective='masked' "
+        "or 'causal'"
     )
-    raise RevprobeError(f"{name!r} ({type(config).__name__}) {problem}; pass objective='masked' or 'causal'")
+
+
+_NEITHER = (
+    "is neither a masked nor a causal language model to transformers (an encoder-decoder, a classifier or another "
+    "task's model); expected one of these, or wrap a module of your own with ProbedModel(module, objective=...)"
+)
+
+
+def _require_class(config: PreTrainedConfig, objective: str, name: str) -> None:
+    """There is a class to load this config as what was asked for. Raises: RevprobeError, saying what there is."""
+    classes = {"masked": MODEL_FOR_MASKED_LM_MAPPING, "causal": MODEL_FOR_CAUSAL_LM_MAPPING}
+    there = [kind for kind, known in classes.items() if known.get(type(config), None) is not None]
+    if objective not in there:
+        what = f"has no {objective} language model in transformers; pass objective={there[0]!r}" if there else _NEITHER
+        raise RevprobeError(f"{name!r} ({type(config).__name__}) {what}")
 
 
 def _load_module(
@@ -234,17 +323,30 @@ def _load_module(
     except RevprobeError:
         raise
     except Exception as error:
-        raise RevprobeError(
-            f"cannot load the weights of {name!r} from {folder}: {first_line(error)}; the checkpoint is missing, cut "
-            "off, or of another model"
-        ) from error
+        raise RevprobeError(_why_not_loaded(error, folder, name, options)) from error
     module, info = loaded
     # Published checkpoints of transformers' own classes may carry another task's head.
     require_match(info, folder, strict=not type(module).__module__.startswith("transformers."))
     return module.eval()
 
 
-def _require_device(device: torch.device | str | None) -> None:
+def _why_not_loaded(error: Exception, folder: str | Path, name: str, options: dict[str, Any]) -> str:
+    """What `from_pretrained` stumbled over, with a fix: an option that nobody knows, or has, else the checkpoint."""
+    for option in options:
+        if isinstance(error, TypeError) and f"argument '{option}'" in str(error):
+            known = [key for key, one in signature(load_model).parameters.items() if one.kind is one.KEYWORD_ONLY]
+            near = did_you_mean(
+                option, [*known, "attn_implementation", "device_map", "revision", "quantization_config"]
+            )
+            return f"load_model and from_pretrained have no option {option!r}{near}"
+    cause = f"cannot load the weights of {name!r} from {folder}: {first_line(error)}"
+    passed_on = {key: one for key, one in options.items() if key != "local_files_only"}
+    if passed_on and not isinstance(error, SafetensorError | OSError):
+        return f"{cause}; it was asked for with {shown(passed_on)}: leave these out or change them"
+    return f"{cause}; the checkpoint is missing, cut off, or of another model"
+
+
+def _require_device(device: torch.device | str | int | None) -> None:
     """Try the device before a model is loaded for it."""
     try:
         if device is not None and torch.empty(0, device=device).is_meta:
@@ -258,7 +360,7 @@ def _require_device(device: torch.device | str | None) -> None:
 
 
 def _placed(model: ProbedModel, dtype: Any, device: Any) -> ProbedModel:
-    if dtype is not None:
+    if dtype not in (None, "auto"):
         model.module.to(dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype))
     if device is not None:
         model.module.to(device)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import RevprobeError, did_you_mean
+from ..arguments import checked
+from ..errors import RevprobeError, did_you_mean, shown
 from ..hooks.gradients.rules import has_rule
 
 # First match wins; matched against the parameter's path without the final ".weight"/".bias".
@@ -95,6 +96,7 @@ def layers_without_attention(module: nn.Module, sites: Iterable[str]) -> list[in
     return sorted(layers - {layer for _, layer in places})
 
 
+@checked
 def declare_fused(model_type: str, pattern: str, order: str) -> None:
     """Say how the fused projections of an architecture are laid out.
 
@@ -102,8 +104,14 @@ def declare_fused(model_type: str, pattern: str, order: str) -> None:
         model_type: of its transformers config.
         pattern: a regular expression that the path of each fused module matches.
         order: "blocked" or "per_head".
-    Raises: RevprobeError, for an unknown order.
+    Raises: RevprobeError, for an unknown order or a pattern that is no regular expression.
     """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise RevprobeError(
+            f"pattern={shown(pattern)} is no regular expression: {error}; escape it or close it"
+        ) from error
     if order not in ORDERS:
         raise RevprobeError(f"unknown order {order!r} of a fused projection{did_you_mean(order, ORDERS)}")
     _FUSED[model_type] = (pattern, order)
@@ -123,19 +131,28 @@ def fused_parts(module: nn.Module) -> dict[str, dict[str, Tensor]]:
     for path, child in module.named_modules():
         if isinstance(child, nn.Linear | Conv1D) and has_rule(child) and re.search(pattern, path):
             features = child.weight.shape[1] if isinstance(child, Conv1D) else child.weight.shape[0]
-            split = _split(features, config, order)
+            split = _split(features, config, order, path)
             parts |= {f"{path}.{name}": split for name, _ in child.named_parameters(recurse=False)}
     return parts
 
 
-def _split(features: int, config: Any, order: str) -> dict[str, Tensor]:
-    """Feature indices of q, k and v. Grouped keys make k and v narrower than q."""
+def _split(features: int, config: Any, order: str, path: str) -> dict[str, Tensor]:
+    """Feature indices of q, k and v. Grouped keys make k and v narrower than q.
+
+    Raises: RevprobeError, when so many features do not come apart that way.
+    """
     heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    parts = 3 * heads if order == "per_head" else heads + 2 * groups
+    if features % parts:
+        raise RevprobeError(
+            f"{path} has {features} output features, which are no q, k and v of {heads} heads in the order {order!r} "
+            f"({parts} parts); declare_fused with a pattern that leaves it out, or the other order"
+        )
     every = torch.arange(features)
     if order == "per_head":
         per_head = every.reshape(heads, 3, -1)
         return {part: per_head[:, i].reshape(-1) for i, part in enumerate("qkv")}
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    width = features // (heads + 2 * kv_heads)
-    sizes = [heads * width, kv_heads * width, kv_heads * width]
+    width = features // parts
+    sizes = [heads * width, groups * width, groups * width]
     return dict(zip("qkv", every.split(sizes), strict=True))

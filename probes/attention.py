@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from ..arguments import checked
 from ..models.probed import ProbedModel, as_probed
 from ..models.structure import layers_without_attention
 from .edits import attention_sites
@@ -21,6 +22,7 @@ from .readings.reading import Reading
 EVIDENCE_HIDDEN = "evidence hidden by the attention mask"
 
 
+@checked
 def probe_attention_correlation(
     model: ProbedModel | nn.Module,
     pairs: ReversalPairs,

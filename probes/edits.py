@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..arguments import checked
 from ..errors import RevprobeError
 from ..hooks.attention_edits import AttentionSite, EditLog, edit_scores, find_attention
 from ..models.probed import ProbedModel, as_probed
@@ -18,6 +19,7 @@ Positions = Tensor | Sequence[Sequence[int]]
 Bias = float | Tensor | Callable[[int, Tensor], Tensor]
 
 
+@checked
 @contextmanager
 def edit_attention(
     model: ProbedModel | nn.Module,

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from ..arguments import checked
 from ..errors import RevprobeError, did_you_mean
 from ..models.probed import ProbedModel, as_probed
 from .attention import attention_reading, readable_layers
@@ -30,6 +31,7 @@ def require_probes(names: Iterable[str]) -> list[str]:
     return names
 
 
+@checked
 def probe(
     model: ProbedModel | nn.Module,
     pairs: ReversalPairs,

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from ..arguments import checked
 from ..errors import RevprobeError
 from ..models.probed import ProbedModel, as_probed
 from ..models.structure import ParameterRole, parameter_role
@@ -23,6 +24,7 @@ from .readings.reading import Reading
 MOST_CELLS = 250_000
 
 
+@checked
 def probe_gradient_cosine(
     model: ProbedModel | nn.Module,
     pairs: ReversalPairs,

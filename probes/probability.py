@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from ..arguments import checked
 from ..models.probed import ProbedModel, as_probed
 from .pairs.pairs import ReversalPairs
 from .passes.plan import PassResult, Plan, Progress
@@ -15,6 +16,7 @@ from .passes.run import describe, run_pass
 from .readings.reading import Reading
 
 
+@checked
 def probe_reverse_probability(
     model: ProbedModel | nn.Module,
     pairs: ReversalPairs,

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from ..arguments import checked
 from ..errors import RevprobeError, did_you_mean
 from ..hooks.attention_edits import AttentionSite
 from ..models.probed import ProbedModel, as_probed
@@ -41,6 +42,7 @@ MATCH, FACTOR = "log_odds", 2.0
 NUMBERS = ("log_probability", "log_probability_edited", "change", "log_probability_control", "change_control")
 
 
+@checked
 def probe_route_edit(
     model: ProbedModel | nn.Module,
     pairs: ReversalPairs,
@@ -110,8 +112,6 @@ class _RouteProbe:
 
     def reading(self, layers: Iterable[int] | None, heads: Iterable[int] | None) -> Reading:
         model, plan = self.model, self.plan
-        if not isinstance(self.pairs, ReversalPairs):
-            self.pairs = ReversalPairs.from_pairs(self.pairs)
         queries = prepare_queries(model, self.pairs.queries)
         sites = attention_sites(model)
         without_attention = layers_without_attention(model.module, [site.path for site in sites])

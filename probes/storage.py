@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ..arguments import checked
 from ..errors import RevprobeError
 from ..hooks.untouched import untouched
 from ..models.probed import ProbedModel, as_probed
@@ -31,6 +32,7 @@ NO_OTHER_TARGET = "no other target of as many tokens, for margin and rank"
 Target = tuple[int, ...]
 
 
+@checked
 def probe_stored_evidence(
     model: ProbedModel | nn.Module,
     pairs: ReversalPairs,
@@ -72,8 +74,6 @@ def probe_stored_evidence(
     Source: paper Sec. 4.1 (Prop. 4.1), with W_O and norms as they are on a real model.
     """
     model = as_probed(model)
-    if not isinstance(pairs, ReversalPairs):
-        pairs = ReversalPairs.from_pairs(pairs)
     if pairs.kind != "same_target":
         raise RevprobeError(f"pairs of kind {pairs.kind!r} do not share an entry of S; use same_target pairs")
     plan = Plan(control=control, batch_size=batch_size, seed=seed, progress=progress)

@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ..arguments import checked
 from ..errors import RevprobeError
 from ..hooks.untouched import untouched
 from ..models.probed import ProbedModel, as_probed
@@ -16,6 +17,7 @@ from .passes.batches import make_batch, prepare_queries
 from .passes.decomposition import LinearizedBatch
 
 
+@checked
 def token_contributions(model: ProbedModel | nn.Module, question: ReversalPair | Query) -> pd.DataFrame:
     """What every visible position adds to the target's logit, through every head: one row per position and head.
 

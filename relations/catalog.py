@@ -13,6 +13,7 @@ from typing import Any, Unpack
 
 import pandas as pd
 
+from ..arguments import checked
 from ..errors import RevprobeError, did_you_mean
 from .build import RelationOptions, build_relation, read_facts, read_options
 from .letters import LettersRelation, letter_pairs, letters
@@ -55,6 +56,7 @@ PARENT_CHILD = {
 }
 
 
+@checked
 def from_table(
     source: str | Path | pd.DataFrame,
     columns: Sequence[str],
@@ -91,6 +93,7 @@ def from_table(
     return build_relation(called, table, columns, [(None, templates)], chosen)
 
 
+@checked
 def parent_child(path: str | Path | None = None, **options: Unpack[RelationOptions]) -> TextRelation:
     """Parent-Child (Berglund et al., 2024): the published `parent_child_pairs.csv`, directions P2C and C2P.
 
@@ -109,6 +112,7 @@ def parent_child(path: str | Path | None = None, **options: Unpack[RelationOptio
     return _parent_child("parent_child", file, options)
 
 
+@checked
 def invented_names(**options: Unpack[RelationOptions]) -> TextRelation:
     """A small Parent-Child relation of invented names that comes with the package: no model can know its facts.
 
@@ -132,6 +136,7 @@ def _parent_child(name: str, path: Path, options: Mapping[str, Any]) -> TextRela
     return build_relation(name, table, columns, [(None, PARENT_CHILD)], chosen)
 
 
+@checked
 def person_description(
     path: str | Path | None = None, *, carrier: str = "Fact: ", encoding: str = "utf-8"
 ) -> TextRelation:
@@ -155,6 +160,7 @@ def person_description(
     return person_description_relation(require_published("person_description", path), carrier, encoding)
 
 
+@checked
 def trex(
     path: str | Path | None = None,
     relation: str | Sequence[str] | None = None,

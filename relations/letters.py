@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from ..arguments import checked
 from ..errors import RevprobeError, did_you_mean
 from ..models.one_layer import PLACEHOLDER, letter_alphabet, letter_tokenizer
 from ..models.probed import ProbedModel, as_probed
@@ -56,6 +57,7 @@ class LettersRelation:
             }
         )
 
+    @checked
     def training_texts(self, direction: str = "forward") -> list[str]:
         """Every placement of every pair, the lowercase letter before its uppercase partner, e.g. "0d00D".
 
@@ -71,6 +73,7 @@ class LettersRelation:
                 texts.append("".join(characters))
         return texts
 
+    @checked
     def pairs(
         self,
         model: ProbedModel | nn.Module,
@@ -85,11 +88,13 @@ class LettersRelation:
         return letter_pairs(self.length, model=model, placements=placements, offset=offset, alphabet=self.alphabet)
 
 
+@checked
 def letters(length: int, alphabet: int = 26) -> LettersRelation:
     """The letters relation at one sequence length. Raises: RevprobeError, for a length below 2."""
     return LettersRelation(length, alphabet)
 
 
+@checked
 def letter_pairs(
     length: int,
     *,

@@ -19,7 +19,7 @@ from .spelling import plain_name
 _SLOT = re.compile(r"{([^{}!:]*)}")
 
 # For each of two directions its template, or a list of them.
-TemplateLists = Mapping[str, "str | Sequence[str]"]
+TemplateLists = Mapping[str, str | Sequence[str]]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from ..arguments import checked
 from ..errors import RevprobeError, did_you_mean
 from ..models.probed import ProbedModel, as_probed
 from ..probes.pairs.pairs import ReversalPairs
@@ -109,6 +110,7 @@ class TextRelation:
         """
         return self.facts_of(self.directions[0])
 
+    @checked
     def facts_of(self, direction: str) -> pd.DataFrame:
         """The table of facts with the split of training in `direction`."""
         require_direction(direction, self.directions, self.name)
@@ -124,15 +126,18 @@ class TextRelation:
         """What `report` counts, one row each: row, column, reason, detail."""
         return pd.DataFrame([vars(p) for p in self.problems], columns=["row", "column", "reason", "detail"])
 
+    @checked
     def opposite(self, direction: str) -> str:
         """The other direction. Raises: RevprobeError, for an unknown one."""
         require_direction(direction, self.directions, self.name)
         return self.directions[1 - self.directions.index(direction)]
 
+    @checked
     def training_texts(self, direction: str) -> list[str]:
         """What training in `direction` reads: statements of that direction only, of trained facts and templates."""
         return [row.text for row in self.training_rows(direction)]
 
+    @checked
     def training_rows(self, direction: str) -> list[TrainingText]:
         """`training_texts` with the places of the entities, and of the completion; equal texts stand once."""
         shift, labels = len(self.carrier), self.table["fact"].tolist()
@@ -144,6 +149,7 @@ class TextRelation:
             rows.setdefault(text, TrainingText(text, (first, second), labels[statement.fact], length))  # type: ignore[arg-type]
         return list(rows.values())
 
+    @checked
     def questions(
         self, direction: str, *, reverse: bool = False, split: str = "train", templates: str = "all"
     ) -> list[Question]:
@@ -178,11 +184,13 @@ class TextRelation:
             )
         return list(found.values())
 
+    @checked
     def has_heldout_templates(self, direction: str) -> bool:
         """Whether some wordings of this direction are never trained on."""
         require_direction(direction, self.directions, self.name)
         return any(statement.is_heldout for statement in self.statements[direction])
 
+    @checked
     def pairs(
         self,
         model: ProbedModel | nn.Module,
@@ -232,6 +240,7 @@ class TextRelation:
             carrier=self.carrier if carrier is None else carrier,
         )  # fmt: skip
 
+    @checked
     def require_fit(self, model: ProbedModel | nn.Module, direction: str) -> None:
         """Raises: RevprobeError, naming row and column, for an entity longer than the model's context, and naming the
         row, for a training text that is.
@@ -244,6 +253,7 @@ class TextRelation:
         rows = self.table["row"].tolist()
         require_texts_fit([(rows[one.fact], self.carrier + one.text) for one in trained], model)
 
+    @checked
     def take(self, facts: Iterable[str], *, name: str | None = None) -> TextRelation:
         """The relation of some of its facts, by label; answers then come from these alone.
 

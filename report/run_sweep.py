@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.progress import track
 
+from ..arguments import checked
 from ..atomic_files import write_text
 from ..errors import RevprobeError
 from ..finetune.config.finetuning import FinetuneSweepConfig
@@ -35,8 +36,9 @@ class RunsFailed(RevprobeError):
     """Some runs of a sweep failed; the others have ended and are in its report."""
 
 
+@checked
 def run_sweep(
-    config: AnySweep | str | Path,
+    config: AnySweep | Mapping[str, Any] | str | Path,
     *,
     jobs: int = 1,
     out: str | Path = "runs",
@@ -46,7 +48,7 @@ def run_sweep(
     """Train every run of a sweep that is not finished, then write the report.
 
     Args:
-        config: a SweepConfig or FinetuneSweepConfig, or a SweepConfig's YAML file or example ("one-layer-quick").
+        config: a SweepConfig or FinetuneSweepConfig, or a SweepConfig's keys, YAML file or example ("one-layer-quick").
         jobs: runs side by side; each uses its config's own number of threads.
         out: the sweep's folder is `out/<name>`.
         batched: train all runs of one shape (other seeds and encodings) as one batched model in this process, which is
@@ -54,11 +56,9 @@ def run_sweep(
     Raises: RunsFailed, naming the runs that failed, after all others have ended and the report is written;
         RevprobeError, for a folder of something else, before anything is trained.
     """
-    config = load_config(config, SweepConfig) if isinstance(config, str | Path) else config
+    config = load_config(config, SweepConfig) if isinstance(config, Mapping | str | Path) else config
     if batched and not isinstance(config, SweepConfig):
         raise RevprobeError(f"batched=True: {config.name} fine-tunes whole models, which run one by one; leave it out")
-    if jobs < 1:
-        raise RevprobeError(f"jobs={jobs!r}: expected at least 1, the number of runs side by side")
     console = console or make_console()
     sweep = Sweep(Path(out) / config.name)
     sweep.path.mkdir(parents=True, exist_ok=True)

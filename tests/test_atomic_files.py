@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from revprobe import RevprobeError
 from revprobe.atomic_files import write_text, written_whole
 
 
@@ -48,8 +49,14 @@ def test_two_threads_write_one_path_each_whole(tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_is_the_error_that_comes_out(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"absent"), written_whole(tmp_path / "absent" / "a.txt") as part:
-        part.write_text("text", encoding="utf-8")
+    with pytest.raises(RevprobeError, match=r"no folder '.*absent'; make it"), written_whole(tmp_path / "absent" / "a"):
+        pass
+
+
+def test_a_folder_of_that_name_is_not_written_over(tmp_path: Path) -> None:
+    """The rename would say so after the work, by its working name."""
+    with pytest.raises(RevprobeError, match="is a folder; expected the name of a file"), written_whole(tmp_path):
+        pass
 
 
 def test_a_part_is_not_taken_for_a_finished_file(tmp_path: Path) -> None:

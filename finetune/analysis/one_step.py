@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ...arguments import checked
 from ...errors import RevprobeError
 from ...models.probed import ProbedModel
 from ...probes.pairs.pairs import ReversalPairs
@@ -50,6 +51,7 @@ FOLLOWED = ("before", "observed", "predicted", "observed_control", "predicted_co
 _REACH = 1e-5
 
 
+@checked
 def one_step(
     run: Run | str | Path,
     *,
@@ -189,6 +191,7 @@ def _with_target(query: Query, target: tuple[int, ...]) -> Query:
     return Query.unchecked(tokens, query.target_positions, query.evidence_positions)
 
 
+@checked
 def one_step_curves(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     """What `one_step` gave, averaged over pairs: one row per checkpoint and quantity.
 
@@ -202,6 +205,8 @@ def one_step_curves(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     if table.empty:
         raise RevprobeError("the table has no rows; expected what one_step gives")
     table = current_columns(table)
+    if missing := sorted({"observed", "predicted", "observed_control", "fact"} - set(table.columns)):
+        raise RevprobeError(f"the table has no column {missing[0]!r}; expected what one_step gives")
     table = table.assign(
         error=table["observed"] - table["predicted"], excess=table["observed"] - table["observed_control"]
     )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ...arguments import checked
 from ...errors import RevprobeError
 from ...models.checkpoints import CHECKPOINTS, EMA, checkpoint_folder, step_name
 from ...models.probed import ProbedModel
@@ -31,6 +32,7 @@ COLUMNS = ["step", "weights", "kind", "curve", "direction", "value", "n", "low",
 COLUMNS += ["control", "control_n", "control_low", "control_high"]
 
 
+@checked
 def storage_curves(
     run: Run | str | Path,
     *,

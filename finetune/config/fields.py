@@ -9,7 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt
 # A run or sweep name becomes a folder.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 # YAML booleans and quoted numbers are mistakes here, not numbers.
-Count = Annotated[StrictInt, Field(ge=1)]
+Count = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
+# Sides of a weight, and layers: more than any model has, and few enough to be multiplied.
+Size = Annotated[StrictInt, Field(ge=1, le=2**17)]
+Threads = Annotated[StrictInt, Field(ge=1, le=1024)]
+# Training holds every placement of every letter pair; their number grows with the square of the length.
+Length = Annotated[StrictInt, Field(ge=2, le=512)]
 Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 # numpy's generators take no larger one.
@@ -20,5 +25,5 @@ class Section(BaseModel):
     """A part of a config: a key it does not know is an error, and nothing changes it once it is checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    # Keys by which a file of another kind is told: what it is, and the command that takes it.
+    # Keys (dotted ones of sections) by which a file of another kind is told: what it is, and what command takes it.
     marks_another_kind: ClassVar[dict[str, tuple[str, str]]] = {}

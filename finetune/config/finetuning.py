@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr, model_serializer, model_validator
 
 from ...errors import RevprobeError
-from .fields import Count, Fraction, Name, Number, Section, Seed
+from .fields import Count, Fraction, Name, Number, Section, Seed, Size, Threads
 from .loading import find_config, load_config, parse_config, parse_yaml
 from .one_layer import SnapshotsConfig
 
@@ -40,9 +40,9 @@ class TinyModel(Section):
     """A model small enough for any machine, in the published layout of a family, built and trained first."""
 
     layout: Literal["llada", "dream", "llama"]
-    d_model: Count = 64
-    n_layers: Count = 2
-    n_heads: Count = 4
+    d_model: Size = 64
+    n_layers: Size = 2
+    n_heads: Size = 4
     # Tokens of the byte-level BPE that is learned on the relation's own words.
     vocabulary: Annotated[StrictInt, Field(ge=300)] = 600
     seed: Seed = 0
@@ -146,7 +146,7 @@ class FinetuneTraining(Section):
     bf16: StrictBool = False
     gradient_checkpointing: StrictBool = False
     seed: Seed = 0
-    threads: Count = 1
+    threads: Threads = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
 
@@ -209,6 +209,11 @@ class FinetuneBase(Section):
 class FinetuneConfig(FinetuneBase):
     """One fine-tuning; it is written into the run's folder, and a resume with another is refused."""
 
+    marks_another_kind: ClassVar = {
+        "cells": ("a sweep of one-layer runs (it has 'cells')", "sweep"),
+        "model.family": ("a one-layer run (it has 'model.family')", "train"),
+        "relation.length": ("a one-layer run (it has 'relation.length')", "train"),
+    }
     name: Name
     model: FinetunedModel
     relation: RelationChoice

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,12 +39,14 @@ def find_config(source: str | Path) -> Path:
     )
 
 
-def load_config(source: str | Path, kind: type[Kind]) -> Kind:
-    """Read a YAML file (or an example by name) as a RunConfig or a SweepConfig.
+def load_config(source: str | Path | Mapping[str, Any], kind: type[Kind]) -> Kind:
+    """Read a YAML file (or an example by name), or a mapping of the same keys, as a RunConfig or a SweepConfig.
 
     Raises: RevprobeError, one line: for a mistyped key its dotted path, the file and the nearest valid key; for a
         wrong value the key, the value and what was expected.
     """
+    if isinstance(source, Mapping):
+        return checked_config(dict(source), kind, "the config")
     path = find_config(source)
     try:
         text = path.read_text(encoding="utf-8")
@@ -56,13 +59,19 @@ def load_config(source: str | Path, kind: type[Kind]) -> Kind:
 
 def parse_config(text: str, kind: type[Kind], source: str) -> Kind:
     """As `load_config`, from text; `source` names it in errors."""
-    values = parse_yaml(text, source)
+    return checked_config(parse_yaml(text, source), kind, source)
+
+
+def checked_config(values: Any, kind: type[Kind], source: str) -> Kind:
+    """Plain values as a config. Raises: RevprobeError, as `load_config`."""
     if not isinstance(values, dict):
         raise RevprobeError(
             f"{source}: expected the keys {', '.join(kind.model_fields)}, got {type(values).__name__}; see examples/"
         )
     for key, (what, command) in kind.marks_another_kind.items():
-        if key in values:
+        section, _, inner = key.rpartition(".")
+        held = values.get(section) if section else values
+        if isinstance(held, dict) and inner in held:
             raise RevprobeError(f"{source} is {what}; use `revprobe {command} {source}`")
     try:
         return kind.model_validate(values)
@@ -81,6 +90,8 @@ def parse_yaml(text: str, source: str) -> Any:
     """Text to plain values. Raises: RevprobeError, with the line number, for text that is not YAML or repeats a key."""
     try:
         return yaml.load(text, Loader=_ConfigLoader)
+    except RecursionError:
+        raise RevprobeError(f"{source}: nested deeper than any config is; expected sections of plain values") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark is not None else ""

@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from ...errors import did_you_mean
-from .fields import Count, Fraction, Name, Number, Section, Seed
+from .fields import Count, Fraction, Length, Name, Number, Section, Seed, Size, Threads
 from .mistakes import explain
 
 PositionEncoding = Literal["rope", "alibi", "absolute", "none"]
@@ -36,11 +36,18 @@ Objective = Literal["masked", "causal"]
 AS_BASE = "base"
 
 
+# What only fine-tunings and their sweeps have.
+FINETUNINGS = {
+    key: (f"a fine-tuning or a sweep of them (it has {key!r})", "finetune")
+    for key in ("models", "datasets", "lora", "evaluation", "model.tiny", "model.name", "relation.direction")
+}
+
+
 class RelationConfig(Section):
     """Which facts are trained, in the forward direction only."""
 
     name: Literal["letters"] = "letters"
-    length: Annotated[StrictInt, Field(ge=2)] = 10
+    length: Length = 10
     alphabet: Annotated[StrictInt, Field(ge=2)] = 26
 
 
@@ -50,10 +57,10 @@ class ModelConfig(Section):
     family: Literal["radd", "gpt2"] = "radd"
     # None is the family's own: rope for RADD; GPT-2 has learned absolute positions and no other.
     position_encoding: PositionEncoding | None = None
-    d_model: Count = 64
-    n_layers: Count = 1
-    n_heads: Count = 1
-    mlp_ratio: Count = 4
+    d_model: Size = 64
+    n_layers: Size = 1
+    n_heads: Size = 1
+    mlp_ratio: Size = 4
     dropout: Fraction = 0.0
 
     @model_validator(mode="before")
@@ -96,7 +103,7 @@ class TrainingConfig(Section):
     ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = 0.999
     seed: Seed = 0
     # Threads of this run. Results depend on it in the last bits, so it belongs to the run and not to the machine.
-    threads: Count = 1
+    threads: Threads = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -163,7 +170,7 @@ class BaseConfig(Section):
 class RunConfig(BaseConfig):
     """One training run; `train` writes it into the run's folder and refuses to resume with another."""
 
-    marks_another_kind: ClassVar = {"cells": ("a sweep (it has 'cells')", "sweep")}
+    marks_another_kind: ClassVar = {"cells": ("a sweep (it has 'cells')", "sweep")} | FINETUNINGS
     name: Name
 
     @property
@@ -186,7 +193,7 @@ class Cell(Section):
 
     objective: Annotated[list[Objective] | None, BeforeValidator(_as_list)] = None
     position_encoding: Annotated[list[PositionEncoding] | None, BeforeValidator(_as_list)] = None
-    length: Annotated[list[Annotated[StrictInt, Field(ge=2)]] | None, BeforeValidator(_as_list)] = None
+    length: Annotated[list[Length] | None, BeforeValidator(_as_list)] = None
     seed: Annotated[list[Seed] | None, BeforeValidator(_as_list)] = None
     # Names of the sweep's variants, or "base" for the base as it is. The base alone when left out.
     variant: Annotated[list[Name] | None, BeforeValidator(_as_list)] = None
@@ -235,7 +242,7 @@ class Variant(Section):
 class SweepConfig(Section):
     """Many runs that differ in objective, position encoding, length, seed or a named variant, and in nothing else."""
 
-    marks_another_kind: ClassVar = {"relation": ("a single run (it has 'relation' at the top)", "train")}
+    marks_another_kind: ClassVar = FINETUNINGS | {"relation": ("a single run (it has 'relation' at the top)", "train")}
     name: Name
     base: BaseConfig
     variants: list[Variant] = []

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from ...arguments import checked
 from ...errors import RevprobeError
 from ...hooks.gradients.products import _CHUNK
 from ...hooks.untouched import untouched
@@ -72,6 +73,7 @@ class MemoryPlan:
         return table.astype("int64")
 
 
+@checked
 def plan_memory(
     module: nn.Module,
     *,

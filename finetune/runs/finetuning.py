@@ -15,13 +15,14 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ...arguments import checked
 from ...atomic_files import write_text
 from ...errors import RevprobeError, first_line
 from ...models.hub import quiet_transformers
@@ -105,8 +106,12 @@ class FinetuneRun(Run):
         return self.readings() if (self.path / READINGS).is_dir() else Readings([])
 
 
+@checked
 def fine_tune(
-    config: FinetuneConfig | str | Path, folder: str | Path | None = None, *, listener: Listener | None = None
+    config: FinetuneConfig | Mapping[str, Any] | str | Path,
+    folder: str | Path | None = None,
+    *,
+    listener: Listener | None = None,
 ) -> FinetuneRun:
     """Fine-tune one model, or take it up where it stopped; a finished run is returned as it is.
 
@@ -114,7 +119,7 @@ def fine_tune(
     one writes. Seeds torch, numpy and random from the config: they do not come out as they went in.
 
     Args:
-        config: a FinetuneConfig, a YAML file, or the name of an example.
+        config: a FinetuneConfig, a mapping of its keys, a YAML file, or the name of an example.
         folder: the run's folder; `runs/<name>` when None.
         listener: called with (step, steps, loss) about once a second.
     Raises: RevprobeError, as `train`, and for a model, relation or direction that does not fit the config.
@@ -175,7 +180,7 @@ def _complete(run: FinetuneRun, prepared: Prepared, model: ProbedModel | None) -
     taken = run.backfill_readings(take)
     if config.snapshots.during_training:
         for step in dict.fromkeys(one.step for one in taken):
-            warnings.warn(f"{run.path}: missing readings of step {step} were taken from its checkpoint", stacklevel=3)
+            warnings.warn(f"{run.path}: missing readings of step {step} were taken from its checkpoint", stacklevel=4)
     if run.lacks:
         readings = evaluate_relation(
             model or run.load(),

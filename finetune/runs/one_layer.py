@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, enable_full_determinism, set_seed
 
+from ...arguments import checked
 from ...models.checkpoints import step_of
 from ...models.configs import RaddConfig
 from ...models.hub import quiet_transformers
@@ -76,8 +77,12 @@ class OneLayerRun(Run):
         return take_readings(model, {probe: pairs[probe] for probe, name in PROBES.items() if name in names})
 
 
+@checked
 def train(
-    config: RunConfig | str | Path, folder: str | Path | None = None, *, listener: Listener | None = None
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    folder: str | Path | None = None,
+    *,
+    listener: Listener | None = None,
 ) -> OneLayerRun:
     """Train one run, or take it up where it stopped; a finished one is returned as it is.
 
@@ -85,7 +90,7 @@ def train(
     Seeds torch, numpy and random from the config: they do not come out as they went in.
 
     Args:
-        config: a RunConfig, a YAML file, or the name of an example.
+        config: a RunConfig, a mapping of its keys, a YAML file, or the name of an example.
         folder: the run's folder; `runs/<name>` when None.
         listener: called with (step, steps, loss) about once a second.
     Raises: RevprobeError, when the folder belongs to another config (the difference is shown), is being written by
@@ -110,7 +115,7 @@ def train(
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             taken = run.backfill_readings(run.take)
         if taken:
-            warnings.warn(f"{run.path}: {len(taken)} missing readings were taken from their checkpoints", stacklevel=2)
+            warnings.warn(f"{run.path}: {len(taken)} missing readings were taken from their checkpoints", stacklevel=3)
     return run
 
 

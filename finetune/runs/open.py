@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from ...arguments import checked
 from ...errors import RevprobeError, did_you_mean
 from ..config.finetuning import is_finetuning_text
 from .finetuning import FinetuneRun
@@ -13,6 +14,7 @@ from .one_layer import OneLayerRun
 from .run import CONFIG, Run, is_run
 
 
+@checked
 def open_run(path: str | Path) -> Run:
     """Open a run folder. Raises: RevprobeError, when it is none; it names the nearest run beside it."""
     path = Path(path)

@@ -224,7 +224,7 @@ def claim_run(run: Run, config: BaseModel) -> None:
     newer = [f"{name} {was} -> {now}" for name, now in software().items() if (was := started.get(name, now)) != now]
     if newer and not run.finished:
         warnings.warn(
-            f"{folder} was started with other versions ({', '.join(newer)}): its bits may differ", stacklevel=3
+            f"{folder} was started with other versions ({', '.join(newer)}): its bits may differ", stacklevel=4
         )
 
 

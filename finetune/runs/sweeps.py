@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ...arguments import checked
 from ...errors import RevprobeError, did_you_mean
 from ...probes.readings.readings import Readings
 from ..config.finetuning import FinetuneConfig, FinetuneSweepConfig, is_sweep_text
@@ -77,6 +78,7 @@ def is_sweep(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file()
 
 
+@checked
 def open_sweep(path: str | Path) -> Sweep:
     """Open a sweep folder. Raises: RevprobeError, when it is none; it names the nearest sweep beside it."""
     path = Path(path)

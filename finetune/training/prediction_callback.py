@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ...arguments import checked
 from ...atomic_files import written_whole
 from ...errors import RevprobeError, first_line
 from ...models.peft_adapters import without_wrapper
@@ -73,6 +74,7 @@ class FirstOrderPrediction(TrainerCallback):
     Raises: RevprobeError, for pairs that are no ReversalPairs, and whatever the probes refuse.
     """
 
+    @checked
     def __init__(
         self,
         pairs: ReversalPairs,

@@ -19,6 +19,7 @@ import pandas as pd
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ...arguments import checked
 from ...errors import RevprobeError, did_you_mean
 from ...hooks.untouched import untouched
 from ...models.checkpoints import step_name
@@ -127,6 +128,7 @@ class ProbeCallback(TrainerCallback):
     Raises: RevprobeError, for an unknown probe name; while training, for weights sharded over processes.
     """
 
+    @checked
     def __init__(
         self,
         pairs: Pairs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,9 +38,14 @@ class CalledModule:
         embed = introspect.input_embedding(self.module)
         if embed is not None:
             return int(embed.weight.shape[0])
-        return introspect.config_value(self.module, "vocab_size") or max(
-            m.num_embeddings for m in self.module.modules() if isinstance(m, nn.Embedding)
-        )
+        tables = [m.num_embeddings for m in self.module.modules() if isinstance(m, nn.Embedding)]
+        size = introspect.config_value(self.module, "vocab_size") or max(tables, default=None)
+        if size is None:
+            raise RevprobeError(
+                f"{self.name} has neither an embedding of tokens nor a config with vocab_size; expected a language "
+                "model, which takes token ids"
+            )
+        return size
 
     @property
     def max_length(self) -> int | None:
@@ -58,8 +64,7 @@ class CalledModule:
             kwargs["attention_mask"] = attention_mask
         if "use_cache" in self._accepts:
             kwargs["use_cache"] = False
-        output = self.module(input_ids, **kwargs)
-        return output if isinstance(output, Tensor) else output.logits
+        return _logits_of(self.module(input_ids, **kwargs), self.name)
 
     def explain_non_finite(self) -> str:
         """Name the first weight that is not finite, for the error that reports NaN logits."""
@@ -71,6 +76,18 @@ class CalledModule:
             else "its weights are finite, so an activation overflowed"
         )
         return f"{self.name} gives NaN logits: {where}; load a sound checkpoint or a wider dtype"
+
+
+def _logits_of(output: Any, name: str) -> Tensor:
+    """The logits in what a module returned. Raises: RevprobeError, when there are none."""
+    if not isinstance(output, Tensor):
+        held = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        output = output[0] if held is None and isinstance(output, tuple | list) and output else held
+    if not isinstance(output, Tensor):
+        raise RevprobeError(
+            f"{name} returns no logits; expected a tensor `batch seq vocab`, or an object, mapping or tuple with it"
+        )
+    return output
 
 
 def require_numbers(called: CalledModule, logits: Tensor) -> Tensor:

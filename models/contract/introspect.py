@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
-from ...errors import RevprobeError
+from ...errors import RevprobeError, did_you_mean, nearest, shown
 
 
 def config_value(module: nn.Module, key: str) -> Any:
@@ -22,11 +22,24 @@ def config_value(module: nn.Module, key: str) -> Any:
     return getattr(text_part() if callable(text_part) else config, key, None)
 
 
-def mask_token(given: int | None, tokenizer: Any, module: nn.Module, vocab_size: int, name: str) -> int | None:
+def _mask_id(given: int | str | None, tokenizer: Any) -> int | None:
+    """The mask token as given by its id, or by its text. Raises: RevprobeError, for a text that is no token."""
+    if not isinstance(given, str):
+        return given
+    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
+    if given not in vocabulary:
+        near = did_you_mean(given, vocabulary) if nearest(given, vocabulary) else "; pass its id, a whole number"
+        where = "there is no tokenizer to look it up in" if tokenizer is None else "the tokenizer has no such token"
+        raise RevprobeError(f"mask_token_id={shown(given)}: {where}{near}")
+    return int(vocabulary[given])
+
+
+def mask_token(given: int | str | None, tokenizer: Any, module: nn.Module, vocab_size: int, name: str) -> int | None:
     """The mask token's id: as given, else as the tokenizer and the config say; None when neither names one.
 
     Raises: RevprobeError, when the two disagree, or the id is outside the vocabulary.
     """
+    given = _mask_id(given, tokenizer)
     named = [getattr(tokenizer, "mask_token_id", None), config_value(module, "mask_token_id")]
     known = [given] if given is not None else [value for value in named if value is not None]
     if len(set(known)) > 1:
@@ -112,6 +125,14 @@ def special_ids(module: nn.Module) -> set[int]:
     ids = {i for value in stated for i in (value if isinstance(value, list | tuple) else [value])}
     ids |= {part.padding_idx for part in module.modules() if isinstance(part, nn.Embedding)}
     return {i for i in ids if isinstance(i, int)}
+
+
+def is_empty(module: nn.Module) -> bool:
+    """Whether all of a module's parameters wait for their numbers, and no hook of accelerate's will bring them."""
+    first = next(module.parameters(), None)
+    if first is None or not all(parameter.is_meta for parameter in module.parameters()):
+        return False
+    return not any(hasattr(part, "_hf_hook") for part in module.modules())
 
 
 def _inner(module: nn.Module) -> nn.Module:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...arguments import checked
 from ...errors import RevprobeError
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
@@ -28,6 +29,7 @@ from .causal import continue_greedily, end_tokens, generator_of
 from .masked import Prompt, Unmasking, unmask, unmasking
 
 
+@checked
 def decode(
     model: ProbedModel | nn.Module,
     prompts: Sequence[str],
@@ -38,7 +40,7 @@ def decode(
     algorithm: str | None = None,
     temperature: float = 0.0,
     seed: int = 0,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
@@ -108,7 +110,7 @@ def answer_lengths(max_new_tokens: int | Sequence[int], count: int) -> list[int]
     return lengths
 
 
-def require_stops(stop: Sequence[str]) -> tuple[str, ...]:
+def require_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
     """The stop strings. Raises: RevprobeError, for an empty one, which would end every answer at once."""
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stops:

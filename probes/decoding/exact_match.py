@@ -20,6 +20,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
+from ...arguments import checked
 from ...errors import RevprobeError, did_you_mean
 from ...models.probed import ProbedModel, as_probed
 from ..pairs.spans import Encoded, encode_texts, require_fast_tokenizer
@@ -34,6 +35,7 @@ ANSWER_LENGTHS = ("longest", "oracle")
 TOO_LONG = "no answer fits into max_new_tokens"
 
 
+@checked
 def decoded_match(
     model: ProbedModel | nn.Module,
     questions: Sequence[Asked],
@@ -44,7 +46,7 @@ def decoded_match(
     steps: int | None = None,
     block_length: int | None = None,
     algorithm: str | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     control: bool = True,
     progress: Progress | None = None,
     seed: int = 0,

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from ...arguments import checked
 from ...atomic_files import written_whole
 from ...errors import RevprobeError, did_you_mean, first_line
 from ..pairs.pairs import ReversalPairs
@@ -249,6 +250,7 @@ RENDERERS: dict[str, Callable[..., go.Figure]] = {
 }
 
 
+@checked
 def save_figure(figure: go.Figure, path: str | Path, *, scale: float = 2.0) -> Path:
     """Write a figure by its path's ending: .html (self-contained), .png, .svg or .pdf; whole or not at all.
 
@@ -271,6 +273,8 @@ def save_figure(figure: go.Figure, path: str | Path, *, scale: float = 2.0) -> P
                 figure.write_html(part, include_plotlyjs=True)
             else:
                 figure.write_image(part, format=ending.removeprefix("."), scale=scale)
+    except RevprobeError:
+        raise
     except OSError as error:
         raise RevprobeError(
             f"cannot write the figure {str(path)!r}: {first_line(error)}; expected a writable folder"

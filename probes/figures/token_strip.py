@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 import torch
 from torch import nn
 
+from ...arguments import checked
 from ...errors import RevprobeError
 from ...hooks.attention import tap_attention
 from ...hooks.untouched import untouched
@@ -23,6 +24,7 @@ MARKS = {"target": OKABE_ITO["orange"], "evidence": OKABE_ITO["sky"]}
 PER_LINE = 16  # tokens
 
 
+@checked
 def token_strip(
     model: ProbedModel | nn.Module,
     query: Query | ReversalPair,

@@ -22,12 +22,14 @@ from typing import Any, overload
 import numpy as np
 import pandas as pd
 
+from ...arguments import checked, checked_fields, fitted
 from ...atomic_files import written_whole
-from ...errors import RevprobeError
+from ...errors import RevprobeError, shown
 from .display import STYLES, shown_query, tokens_html
 from .query import Query, ReversalPair, require_kind
 
 
+@checked_fields
 @dataclass(frozen=True, eq=False, repr=False)
 class ReversalPairs(Sequence[ReversalPair]):
     """Many pairs of one kind, in columns.
@@ -64,11 +66,18 @@ class ReversalPairs(Sequence[ReversalPair]):
             raise RevprobeError(
                 f"columns of {sorted(lengths)} pairs: expected one length for forward, reverse, facts and flags"
             )
+        for side, index in (("forward", self.forward), ("reverse", self.reverse)):
+            wrong = np.flatnonzero((index < 0) | (index >= len(self.queries))) if index.dtype.kind in "iu" else [0]
+            if len(wrong):
+                raise RevprobeError(
+                    f"pair {wrong[0]} names {side} query {index[wrong[0]]!r}; expected 0 to {len(self.queries) - 1}, "
+                    "its place in queries"
+                )
 
     @classmethod
     def from_pairs(cls, pairs: Iterable[ReversalPair], *, tokenizer: Any = None) -> ReversalPairs:
         """Collect pairs, storing equal queries once. Raises: RevprobeError, when empty or of mixed kinds."""
-        pairs = list(pairs)
+        pairs = list(fitted("pairs", pairs, Iterable[ReversalPair]))
         kinds = {pair.kind for pair in pairs}
         if len(kinds) > 1:
             raise RevprobeError(
@@ -82,6 +91,11 @@ class ReversalPairs(Sequence[ReversalPair]):
         differ = np.array([pair.different_tokens for pair in pairs], dtype=bool)
         flags = {"different_tokens": differ} if differ.any() else {}
         return cls(tuple(index), forward, reverse, facts, kinds.pop() if kinds else "same_target", flags, tokenizer)
+
+    @classmethod
+    def accepts(cls, given: object) -> ReversalPairs:
+        """What a probe may be given for pairs: a list of pairs, or one. Raises: RevprobeError, for anything else."""
+        return cls.from_pairs([given] if isinstance(given, ReversalPair) else given)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return len(self.forward)
@@ -166,6 +180,7 @@ class ReversalPairs(Sequence[ReversalPair]):
             frames.append(pd.DataFrame(columns | {"distance": distance} | dict(self.flags)))
         return pd.concat(frames).sort_values(["pair", "direction"], kind="stable").reset_index(drop=True)
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Write the pairs as JSON lines (whole or not at all), to be read by `load` and `revprobe probe --pairs`."""
         path = Path(path)
@@ -181,6 +196,7 @@ class ReversalPairs(Sequence[ReversalPair]):
         return path
 
     @classmethod
+    @checked
     def load(cls, path: str | Path, *, tokenizer: Any = None) -> ReversalPairs:
         """Read pairs written by `save`. Raises: RevprobeError, naming file, line and problem."""
         path = Path(path)
@@ -201,10 +217,13 @@ class ReversalPairs(Sequence[ReversalPair]):
                 differ = bool(row.get("flags", {}).get("different_tokens", False))
                 kind, fact = row.get("kind", "same_target"), str(row.get("fact", number))
                 pairs.append(ReversalPair(forward, reverse, kind, fact, differ))
+                fact.encode()  # a lone surrogate has no place in a file of readings
                 flags.append(row.get("flags", {}))
+                if uneven := [name for name, one in flags[-1].items() if isinstance(one, list | dict)]:
+                    raise ValueError(f"flag {uneven[0]!r} is {shown(flags[-1][uneven[0]])}, not one value")
                 if flags[-1].keys() != flags[0].keys():
                     raise ValueError(f"flags {sorted(flags[-1])}, but {sorted(flags[0])} on the lines before")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise RevprobeError(
                     f"{path}, line {number}: {type(error).__name__}: {error}; expected fact, kind, forward and "
                     "reverse with token_ids, target_positions, evidence_positions, and the same flags on every line"

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import index as whole
 
-from ...errors import RevprobeError, did_you_mean
+from ...arguments import fitted
+from ...errors import RevprobeError, did_you_mean, shown
 
 KINDS = ("same_target", "swapped")
 
@@ -36,9 +37,12 @@ class Query:
     def __init__(
         self, token_ids: Iterable[int], target_positions: Iterable[int], evidence_positions: Iterable[int]
     ) -> None:
-        object.__setattr__(self, "token_ids", tuple(whole(token) for token in token_ids))
-        object.__setattr__(self, "target_positions", tuple(sorted(whole(p) for p in target_positions)))
-        object.__setattr__(self, "evidence_positions", tuple(sorted(whole(p) for p in evidence_positions)))
+        object.__setattr__(self, "token_ids", _whole_numbers("token_ids", token_ids))
+        object.__setattr__(
+            self, "target_positions", tuple(sorted(_whole_numbers("target_positions", target_positions)))
+        )
+        evidence = _whole_numbers("evidence_positions", evidence_positions)
+        object.__setattr__(self, "evidence_positions", tuple(sorted(evidence)))
         self._validate()
 
     @property
@@ -110,6 +114,11 @@ class ReversalPair:
 
     def __post_init__(self) -> None:
         require_kind(self.kind)
+        for side in ("forward", "reverse"):
+            if not isinstance(getattr(self, side), Query):
+                fitted(side, getattr(self, side), Query)
+        if self.different_tokens is not True and self.different_tokens is not False:
+            object.__setattr__(self, "different_tokens", fitted("different_tokens", self.different_tokens, bool))
         if self.different_tokens:
             return
         same = (self.forward.target, self.forward.evidence) == (self.reverse.target, self.reverse.evidence)
@@ -129,5 +138,13 @@ class ReversalPair:
 
 
 def require_kind(kind: str) -> None:
-    if kind not in KINDS:
-        raise RevprobeError(f"unknown kind of pair {kind!r}{did_you_mean(kind, KINDS)}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise RevprobeError(f"unknown kind of pair {shown(kind)}{did_you_mean(str(kind), KINDS)}")
+
+
+def _whole_numbers(name: str, given: Iterable[int]) -> tuple[int, ...]:
+    """Ids or positions as they are kept. Raises: RevprobeError, for anything else."""
+    try:
+        return tuple(whole(one) for one in given)
+    except TypeError:
+        return tuple(fitted(name, given, Iterable[int]))

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from ...arguments import checked
 from ...errors import RevprobeError, did_you_mean
 from ...models.probed import ProbedModel, as_probed
 from .fact_rows import TextRow, read_rows
@@ -30,6 +31,7 @@ CARRIER = "Fact: "  # the one that errors suggest
 Phrasing = tuple[Template, Template]
 
 
+@checked
 def pairs_from_frame(
     frame: pd.DataFrame,
     *,
@@ -85,6 +87,7 @@ def pairs_from_frame(
     return _Builder(as_probed(model), carrier, allow_different_tokens).build(rows, phrasings, drop)
 
 
+@checked
 def pair_from_text(
     forward: str,
     reverse: str,

@@ -84,7 +84,7 @@ class LinearizedBatch:
         if not held.attention:
             raise RevprobeError(
                 f"{model.name}: no attention was seen whose pattern can be held (flash or flex kernels, "
-                "nn.MultiheadAttention); load it with attn_implementation='sdpa'"
+                "nn.MultiheadAttention); load it with attn_implementation='sdpa', or 'eager' where it has none"
             )
         numbers = [_layer(call.site) for call in held.attention]
         by_path = [number for number in numbers if number is not None]

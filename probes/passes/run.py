@@ -35,9 +35,16 @@ from .plan import PassResult, Plan
 def run_pass(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> PassResult:
     """Run every query once and collect what the plan asks for; the model comes out as it went in.
 
-    Raises: RevprobeError, for empty pairs, queries that do not fit the model, NaN logits, or (with attention)
-        a model whose attention is never seen.
+    Raises: RevprobeError, for empty pairs, queries that do not fit the model, NaN logits, gradients under
+        `torch.inference_mode`, or (with attention) a model whose attention is never seen.
     """
+    if plan.gradient and (
+        torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.module.parameters())
+    ):
+        raise RevprobeError(
+            "no gradient is recorded under torch.inference_mode(), nor of a model made under it; expected ordinary "
+            "tensors, so call the gradient probe (and load the model) outside of it"
+        )
 
     def work(part: int, parts: int) -> PassResult:
         return _Pass(model, pairs, plan, part, parts).run()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from ...arguments import checked, checked_fields
 from ...errors import RevprobeError, did_you_mean
 from ..statistics.estimators import Control, Measured, direction_mean, measure
 from ..statistics.resampling import Estimate
@@ -25,6 +26,7 @@ MEASURE_COLUMNS = ["measure", "value", "n", "low", "high", "control", "control_l
 MEASURE_COLUMNS += ["excess", "excess_low", "excess_high"]
 
 
+@checked_fields
 @dataclass(frozen=True, eq=False, repr=False)
 class Reading:
     """One probe's result on one model.
@@ -49,7 +51,14 @@ class Reading:
         return self._measure(self.frame)
 
     def _measure(self, part: pd.DataFrame) -> Measured:
-        return measure(self.name, part, seed=self.seed, control=self.meta.get("control", True))
+        if part.empty:
+            raise RevprobeError(f"this reading of {self.name} has no rows, so it has no number; expected some")
+        try:
+            return measure(self.name, part, seed=self.seed, control=self.meta.get("control", True))
+        except KeyError as error:
+            raise RevprobeError(
+                f"the frame has no column {error}, so it is not one of {self.name}; expected what that probe returns"
+            ) from error
 
     def _forward_mean(self, part: pd.DataFrame) -> Measured:
         return direction_mean(part, "forward", "probability", self.seed)
@@ -89,6 +98,7 @@ class Reading:
         """What is NaN, counted by reason."""
         return self.measured.undefined
 
+    @checked
     def summary(self, by: str | list[str] | None = None) -> pd.DataFrame:
         """The number for each value of the column(s) `by`, or for all rows.
 
@@ -152,6 +162,7 @@ class Reading:
         further.__dict__["measured"] = self.measured
         return further
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Write frame and meta as one parquet file, whole or not at all."""
         path = Path(path)
@@ -163,6 +174,7 @@ class Reading:
         return path
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> Reading:
         """Read what `save` wrote. Raises: RevprobeError, when the file is missing, damaged or not a reading."""
         header, frame = read_reading(Path(path))

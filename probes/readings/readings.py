@@ -11,6 +11,7 @@ from typing import Any, overload
 import pandas as pd
 import plotly.graph_objects as go
 
+from ...arguments import checked
 from ...errors import RevprobeError, did_you_mean
 from ...models.checkpoints import step_of
 from ..figures.plot import plot_readings
@@ -20,6 +21,7 @@ from .reading import MEASURE_COLUMNS, Reading
 class Readings(Sequence[Reading]):
     """Several readings: of one pass, over checkpoints, or over models."""
 
+    @checked
     def __init__(self, readings: Iterable[Reading]) -> None:
         self._readings = tuple(readings)
 
@@ -56,9 +58,12 @@ class Readings(Sequence[Reading]):
         """The training steps there are readings of, ascending."""
         return sorted({r.meta["step"] for r in self if r.meta.get("step") is not None})
 
+    @checked
     def select(self, *, name: str | None = None, step: int | None = None, weights: str | None = None) -> Readings:
         """The readings that match; a negative step counts back from the last."""
         if step is not None and step < 0:
+            if -step > len(self.steps):
+                raise RevprobeError(f"step={step}: these readings are of {len(self.steps)} steps, {self.steps}")
             step = self.steps[step]
         wanted = {"step": step, "weights": weights}
         return Readings(
@@ -81,6 +86,7 @@ class Readings(Sequence[Reading]):
         """The readings over training steps; see `probes.figures.plot.plot_readings`."""
         return plot_readings(self, **options)
 
+    @checked
     def save(self, folder: str | Path) -> Path:
         """Write all readings as `folder/<name>.<weights>.parquet`; the folder appears by rename, whole or not at all.
 
@@ -103,6 +109,7 @@ class Readings(Sequence[Reading]):
         return folder
 
     @classmethod
+    @checked
     def load(cls, folder: str | Path) -> Readings:
         """All readings under `folder`: its own parquet files, or those of its step folders in order.
 

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import pandas as pd
 
+from ...arguments import checked
+from ...errors import RevprobeError
 from .resampling import mean_over_facts
 
 REST = "rest"
@@ -42,6 +44,7 @@ def evidence_by_pair(reading: StoredReading) -> pd.DataFrame:
     return table.join(contribution).reset_index().reindex(columns=["pair", *table.columns, *contribution.columns])
 
 
+@checked
 def logit_contributions(reading: StoredReading) -> pd.DataFrame:
     """What the logit is made of, on average: one row per part, source and layer, and the logit itself.
 
@@ -50,7 +53,12 @@ def logit_contributions(reading: StoredReading) -> pd.DataFrame:
 
     Columns: part, source, layer, and for each direction the mean contribution over pairs, in logits, with low and
     high (95 %, over facts).
+    Raises: RevprobeError, for a reading of another probe, which has no parts.
     """
+    if "part" not in reading.frame.columns:
+        raise RevprobeError(
+            "this reading holds no parts of a logit; expected what probe_stored_evidence returns, and no other probe"
+        )
     keys = ["part", "source", "layer"]
     sides = [f"contribution_{side}" for side in ("forward", "reverse")]
     summed = reading.frame.groupby([*keys, "pair", "fact"], dropna=False, sort=False)[sides].sum().reset_index()

@@ -9,6 +9,8 @@ from numpy.typing import ArrayLike
 
 from ...errors import RevprobeError
 
+MOST = 2**26  # dimensions or draws; more would not fit in memory
+
 
 def within(name: str, values: ArrayLike, low: float, high: float) -> np.ndarray:
     """As float64. Raises: RevprobeError, naming the first value outside [low, high] or not finite."""
@@ -35,7 +37,7 @@ def number(name: str, value: Any, low: float, high: float = np.inf) -> float:
 def whole_number(name: str, value: Any, least: int, why: str) -> int:
     """An integer of at least `least`; `why` ends the sentence that refuses anything else. Raises: RevprobeError."""
     whole = not isinstance(value, bool) and isinstance(value, (int, float, np.integer, np.floating))
-    if not whole or not np.isfinite(value) or value != int(value) or value < least:
+    if not whole or not least <= value <= MOST or value != int(value):
         raise RevprobeError(f"{name}={value!r}: expected {why}")
     return int(value)
 

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 from scipy.integrate import solve_ivp
 from scipy.special import expit, log_softmax, softmax
 
+from ...arguments import checked
 from ...errors import RevprobeError
 from .checks import both_distances, number, plane_frequencies, whole_number, within
 from .score_correlation import BASE, rope_frequencies
@@ -41,6 +42,7 @@ def rope_rotation(dim: int, distance: float, base: float = BASE, *, angles: Arra
     return np.block([[cos, -sin], [sin, cos]])
 
 
+@checked
 def rope_transfer_condition(query: ArrayLike, distance: float, base: float = BASE) -> float:
     """q^T R_D q / |q|^2 at D = D_f + D_r: positive is enough for the reverse probability to follow (Prop. C.2).
 
@@ -69,6 +71,7 @@ class _Routes:
         return forward, ((query @ self.reverse) * key).sum(-1) / root + self.bias[1]
 
 
+@checked
 def simulate_rope_transfer(
     query: ArrayLike,
     key: ArrayLike,
@@ -101,6 +104,7 @@ def simulate_rope_transfer(
     return _flow(routes, q, k, vocabulary, horizon, points)
 
 
+@checked
 def simulate_alibi_transfer(
     query: ArrayLike,
     key: ArrayLike,

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import nn
 
+from ...arguments import checked
 from ...errors import RevprobeError
 from ...hooks.attention import by_layer, tap_queries
 from ...hooks.untouched import untouched
@@ -36,6 +37,7 @@ NOT_TURNED = "queries do not turn with position (ALiBi, other biases or none): n
 NOT_SEEN = "queries of this layer are not seen (no scaled_dot_product_attention call)"
 
 
+@checked
 def model_frequencies(model: ProbedModel | nn.Module, *, length: int | None = None) -> pd.DataFrame:
     """The angle by which one token turns each plane of each layer's queries, and what is known of it.
 
@@ -64,6 +66,7 @@ def model_frequencies(model: ProbedModel | nn.Module, *, length: int | None = No
     return pd.concat(frames, ignore_index=True)
 
 
+@checked
 def model_theory(
     model: ProbedModel | nn.Module,
     distances: ArrayLike,
@@ -138,6 +141,7 @@ def _promised(
     return promised
 
 
+@checked
 def with_bounds(
     reading: Reading, model: ProbedModel | nn.Module, pairs: ReversalPairs, *, batch_size: int | None = None
 ) -> Reading:

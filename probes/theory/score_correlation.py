@@ -28,13 +28,14 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.special import sici
 
+from ...arguments import checked
 from ...errors import RevprobeError
 from .checks import distance_pairs, distances, number, plane_frequencies, whole_number, within
 
 BASE = 10_000.0  # Su et al. 2024, and the paper's
 
 
-def rope_frequencies(d: int, base: float = BASE) -> np.ndarray:
+def rope_frequencies(d: int | float, base: float = BASE) -> np.ndarray:
     """theta_k = base^(-2k/d), the angle in radians by which one token turns plane k. Shapes: `-> plane`.
 
     Raises: RevprobeError, when d is not even and positive or base not positive.
@@ -48,7 +49,8 @@ def rope_frequencies(d: int, base: float = BASE) -> np.ndarray:
     return float(base) ** (-np.arange(0, size, 2) / size)
 
 
-def rope_correlation_bound(d: int, distance: ArrayLike, base: float = BASE) -> Any:
+@checked
+def rope_correlation_bound(d: int | float, distance: ArrayLike, base: float = BASE) -> Any:
     """The least mean, over queries, of the correlation of forward and reverse score at equal distances.
 
     (2/d) sum_k cos(2 D theta_k). A bound on the mean: see `rope_query_bound` for a given query.
@@ -71,6 +73,7 @@ def mean_bound(frequencies: ArrayLike, distance: ArrayLike) -> Any:
     return _turned_back(distance, plane_frequencies(frequencies)).mean(-1)[()]
 
 
+@checked
 def rope_query_bound(
     weights: ArrayLike, distance: ArrayLike, base: float = BASE, *, frequencies: ArrayLike | None = None
 ) -> Any:
@@ -90,6 +93,7 @@ def rope_query_bound(
     return (share * turned).sum(-1)[()]
 
 
+@checked
 def rope_conditional_correlation(
     weights: ArrayLike,
     alignment: ArrayLike,
@@ -120,7 +124,13 @@ def rope_conditional_correlation(
     Source: paper App. A.3 and B.3.
     """
     rho = within("alignment", alignment, -1.0, 1.0)
-    weights = within("weights", weights, 0.0, np.inf) * within("variance", variance, 0.0, np.inf)
+    size, spread = within("weights", weights, 0.0, np.inf), within("variance", variance, 0.0, np.inf)
+    try:
+        np.broadcast_shapes(rho.shape, size.shape, spread.shape)
+    except ValueError as error:
+        shapes = f"weights {size.shape}, alignment {rho.shape}, variance {spread.shape}"
+        raise RevprobeError(f"{shapes}: expected shapes `... plane` that broadcast together") from error
+    weights = size * spread
     share = _shares(weights)
     theta = _frequencies(share.shape[-1], base, frequencies)
     far, near, ahead, behind = _asymmetric_cosines(distance_forward, distance_reverse, theta)
@@ -129,6 +139,7 @@ def rope_conditional_correlation(
     return _correlation(covariance, *variances)[()]
 
 
+@checked
 def rope_limit_bound(distance: ArrayLike, base: float = BASE) -> Any:
     """`rope_correlation_bound` for d to infinity: (Ci(2D) - Ci(2D / base)) / ln(base), the integral of cos(2D base^-x)
     over x in [0, 1]. Shapes: `... -> ...`; 1 at distance 0.
@@ -144,7 +155,8 @@ def rope_limit_bound(distance: ArrayLike, base: float = BASE) -> Any:
     return np.where(twice == 0, 1.0, integral)[()]
 
 
-def rope_correlation_tail(d: int, distance: ArrayLike, tau: ArrayLike, base: float = BASE) -> Any:
+@checked
+def rope_correlation_tail(d: int | float, distance: ArrayLike, tau: ArrayLike, base: float = BASE) -> Any:
     """At least how large a share of queries q ~ N(0, I) has a correlation of at least tau, at equal distances.
 
     w is Dirichlet(1, ..., 1) over the n = d / 2 planes, so the q-specific bound has mean mu = mean(c) and variance
@@ -170,12 +182,13 @@ def tail_bound(frequencies: ArrayLike, distance: ArrayLike, tau: ArrayLike) -> A
         return np.where(gap > 0, np.square(gap) / (np.square(gap) + spread), np.nan)[()]
 
 
+@checked
 def rope_asymmetric_bound(
-    d: int,
+    d: int | float,
     distance_forward: ArrayLike,
     distance_reverse: ArrayLike,
     base: float = BASE,
-    samples: int = 4_000,
+    samples: int | float = 4_000,
     seed: int = 0,
     *,
     frequencies: ArrayLike | None = None,
@@ -216,6 +229,7 @@ def rope_asymmetric_bound(
     return pd.DataFrame(columns | {"negative": (surrogate < 0).mean(0), "samples": samples, "seed": seed})
 
 
+@checked
 def alibi_correlation(distance_forward: ArrayLike, distance_reverse: ArrayLike | None = None) -> Any:
     """Exactly 1: ALiBi's two scores are q^T k / sqrt(d) minus constants, so keys move both alike.
 

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ...arguments import checked
 from ...errors import RevprobeError
 from ...hooks.attention import tap_attention
 from ...hooks.untouched import untouched
@@ -22,6 +23,7 @@ from ..pairs.query import Query
 from ..passes.batches import in_batches, make_batch, prepare_queries, queries_per_batch
 
 
+@checked
 def storage_gradient_cosines(
     model: ProbedModel | nn.Module, pairs: ReversalPairs, *, batch_size: int | None = None
 ) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from ...arguments import checked
 from .score_correlation import rope_asymmetric_bound, rope_correlation_bound, rope_correlation_tail
 
 COLUMNS = ["table", "row", "column", "paper", "ours", "standard_error", "difference", "tolerance", "within", "note"]
@@ -29,6 +30,7 @@ TABLE_5 = {64: 0.275, 128: 0.363, 256: 0.395}
 Cell = tuple[int, str, str, float, float, float, str]
 
 
+@checked
 def theory_tables(*, samples: int = 4_000, seed: int = 0) -> pd.DataFrame:
     """Every cell of Tables 3, 4 and 5: the paper's value, ours, and whether they agree to the printed digit.
 

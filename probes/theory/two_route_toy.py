@@ -16,6 +16,7 @@ import pandas as pd
 from scipy.special import expit, softmax
 from torch import nn
 
+from ...arguments import checked
 from ...errors import RevprobeError
 from ...models.probed import ProbedModel, as_probed
 from ...models.rotary import OTHER, TURNS, Rotary, seen_positions
@@ -42,6 +43,7 @@ class TwoRouteToy:
     slope: float = 0.0
 
     @classmethod
+    @checked
     def from_model(cls, model: ProbedModel | nn.Module, *, slope: float | None = None) -> TwoRouteToy:
         """Take the matrices out of a one-layer, one-head model that has each as a Linear layer of its own.
 
@@ -72,6 +74,7 @@ class TwoRouteToy:
         rotary = found.rotary if found.kind == TURNS else None
         return cls(matrix["embed"], matrix["q"], matrix["k"], value, matrix["unembed"], rotary, steep or 0.0)
 
+    @checked
     def gradient_terms(
         self, *, target: int, evidence: int, mask: int, distance_forward: float, distance_reverse: float
     ) -> pd.DataFrame:

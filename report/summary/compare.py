@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from ...arguments import checked
 from ...errors import RevprobeError, did_you_mean
 from ...finetune.runs.open import open_run
 from ...finetune.runs.run import Run
@@ -22,8 +23,13 @@ from .seed_bands import SEEDS_KEY, family_of, pool_seeds
 BANDS, WEIGHTS = ("seeds", "facts"), ("ema", "raw", "both")
 
 
+@checked
 def compare(
-    runs: Iterable[Run | Sweep | str | Path], *, bands: str = "seeds", weights: str = "ema", theme: str = "light"
+    runs: Run | Sweep | str | Path | Iterable[Run | Sweep | str | Path],
+    *,
+    bands: str = "seeds",
+    weights: str = "ema",
+    theme: str = "light",
 ) -> go.Figure:
     """Draw the signatures of several runs over training: attention correlation, gradient cosine, probabilities.
 

@@ -569,5 +569,5 @@ def test_unknown_names_and_modes_offer_the_nearest():
     with pytest.raises(RevprobeError, match="always prices a target token by token"):
         probe_reverse_probability(causal, letter_pairs(4, model=causal), mode="parallel")
     for size in (-1, 0):
-        with pytest.raises(RevprobeError, match=f"batch_size {size}"):
+        with pytest.raises(RevprobeError, match=f"batch_size={size}: expected a whole number of at least 1"):
             probe(model, pairs, batch_size=size)

@@ -593,7 +593,7 @@ def test_batches_do_not_change_the_reading_and_layers_select_rows() -> None:
     assert by_layer["value"].sum() == pytest.approx(whole.value)
     with pytest.raises(rp.RevprobeError, match="no layer 2 to measure in RaddForMaskedLM: expected some of 0, 1"):
         probe_stored_evidence(model, pairs, layers=[2])
-    with pytest.raises(rp.RevprobeError, match="batch_size 0"):
+    with pytest.raises(rp.RevprobeError, match="batch_size=0"):
         probe_stored_evidence(model, pairs, batch_size=0)
 
 

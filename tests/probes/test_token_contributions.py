@@ -116,7 +116,7 @@ def test_it_takes_one_question_and_leaves_no_trace() -> None:
     model = radd()
     module = model.module.train()
     flags, random = [p.requires_grad for p in module.parameters()], torch.get_rng_state()
-    with pytest.raises(rp.RevprobeError, match="expected one pair or query, got ReversalPairs; pass pairs"):
+    with pytest.raises(rp.RevprobeError, match="expected a ReversalPair or a Query, got a ReversalPairs; pass pairs"):
         rp.token_contributions(model, rp.ReversalPairs.from_pairs([PAIR]))
     first, second = (rp.token_contributions(model, PAIR) for _ in range(2))
     pd.testing.assert_frame_equal(first, second)

@@ -512,7 +512,7 @@ MISTAKES = [
     ({"algorithm": "confidnce"}, "closest is 'confidence'"),
     ({"temperature": -1.0}, "temperature -1.0"),
     ({"stop": ("",)}, "ends every answer before it begins"),
-    ({"batch_size": 0}, "batch_size 0"),
+    ({"batch_size": 0}, "batch_size=0"),
 ]
 
 

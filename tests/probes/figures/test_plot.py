@@ -464,7 +464,7 @@ def test_a_figure_is_saved_whole_or_the_reason_is_said(tmp_path: Path, monkeypat
         save_figure(figure, tmp_path / "figure.svg")
     with pytest.raises(RevprobeError, match=r"cannot write a figure as 'figure\.pgn'; the closest is '\.png'"):
         save_figure(figure, tmp_path / "figure.pgn")
-    with pytest.raises(RevprobeError, match="expected a writable folder"):
+    with pytest.raises(RevprobeError, match=r"there is no folder .*; make it first"):
         save_figure(figure, tmp_path / "nowhere" / "figure.html")
     assert [path.name for path in tmp_path.iterdir()] == ["figure.html"]
 

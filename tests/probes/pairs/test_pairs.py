@@ -36,7 +36,7 @@ def test_a_query_takes_ints_or_a_tensor():
 
 
 def test_token_ids_are_whole_numbers():
-    with pytest.raises(TypeError):
+    with pytest.raises(RevprobeError, match=r"token_ids=\[1.7, 5, 6\]: expected a list of whole numbers"):
         Query([1.7, 5, 6], [0], [2])
 
 

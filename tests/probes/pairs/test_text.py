@@ -409,7 +409,7 @@ def test_an_unknown_token_stands_for_too_much() -> None:
         ({"forward": "{target}{evidence}"}, "slots {target} and {evidence} touch, so it is ambiguous"),
         ({"forward": "{target!r} has {evidence}"}, "has a format"),
         ({"forward": "{target has {evidence}"}, "write literal braces as {{ and }}"),
-        ({"forward": 3}, "template 3 is int"),
+        ({"forward": 3}, "forward=3: expected text or a list of texts"),
         ({"reverse": FORWARD}, "opposite orders, the second being reverse"),
         ({"forward": [FORWARD, REVERSE]}, "the same order, both being forward"),
         ({"forward": [FORWARD] * 3, "reverse": [REVERSE] * 2}, "3 forward and 2 reverse templates"),
@@ -419,7 +419,7 @@ def test_an_unknown_token_stands_for_too_much() -> None:
         ({"fact": "yaer"}, "no column 'yaer' .for fact.; the closest is 'year'"),
         ({"drop": "shared_tokens"}, "cannot drop 'shared_tokens'; the closest is 'shares_tokens'"),
         ({"drop": "different_tokens", "allow_different_tokens": True}, "both allowed and dropped"),
-        ({"carrier": 3}, "carrier 3 is int"),
+        ({"carrier": 3}, "carrier=3: expected text"),
     ],
 )
 def test_what_was_written_wrong_is_named_with_the_nearest_right_thing(change: dict, match: str) -> None:
@@ -453,7 +453,7 @@ def test_the_row_is_named_by_its_place_and_its_index() -> None:
 
 
 def test_only_a_frame_with_rows_and_single_columns_is_read() -> None:
-    with pytest.raises(RevprobeError, match="expected a pandas DataFrame of facts, got dict"):
+    with pytest.raises(RevprobeError, match=r"frame=.*: expected a DataFrame"):
         pairs_from_frame({"parent": ["a"]}, **WORDING, model=BPE)  # type: ignore[arg-type]
     with pytest.raises(RevprobeError, match="the frame has no rows"):
         pairs_from_frame(FACTS[:0], **WORDING, model=BPE)

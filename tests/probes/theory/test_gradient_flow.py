@@ -125,7 +125,7 @@ def flow_of(simulate=simulate_rope_transfer, **changed) -> pd.DataFrame:
         ),
         (lambda: flow_of(distance_forward=math.nan), "distance_forward nan: expected finite numbers of at least 0"),
         (lambda: flow_of(distance_reverse=-3), r"distance_reverse -3\.0"),
-        (lambda: flow_of(distance_reverse=[1, 2]), r"distance_reverse of shape \(2,\): expected one number"),
+        (lambda: flow_of(distance_reverse=[1, 2]), r"distance_reverse=\[1, 2\]: expected a number"),
         (lambda: flow_of(horizon=math.inf), "horizon inf"),
         (lambda: flow_of(horizon=1e-4), "horizon=0.0001: expected a time above 0.001"),
         (lambda: flow_of(points=2.5), "points=2.5: expected a whole number"),

@@ -209,7 +209,7 @@ def test_a_layer_the_model_lacks_is_named(bounds: bool) -> None:
         probe_attention_correlation(model, pairs, layers=[0, 7], bounds=bounds)
     with pytest.raises(RevprobeError, match=r"no layer list \[\]"):
         probe_attention_correlation(model, pairs, layers=[], bounds=bounds)
-    with pytest.raises(RevprobeError, match="layers 1: expected a list of"):
+    with pytest.raises(RevprobeError, match="layers=1: expected a list of"):
         probe_attention_correlation(model, pairs, layers=1, bounds=bounds)
     narrowed = probe_attention_correlation(model, pairs, layers=iter([1]), bounds=bounds)
     assert set(narrowed.frame["layer"]) == {1}, "a generator is read once and serves both passes"
