@@ -70,7 +70,9 @@ def format_final_table(table: pd.DataFrame) -> pd.DataFrame:
         for measure, title in MEASURES.items():
             shown[title] = "-"
             if not pd.isna(row[f"{measure}_n"]):
-                value, _, low, high, control = (float(row[name]) for name in _columns(measure))
+                value, low, high, control = (
+                    float(row[f"{measure}{part}"]) for part in ("", "_low", "_high", "_control")
+                )
                 shown[title] = interval_text(value, low, high, control, percent=measure.endswith("accuracy"))
         counts = [_count(row[f"{measure}_n"]) for measure in COUNTED]
         rows.append(shown | {PAIRS: counts[0] if len(set(counts)) == 1 else " / ".join(counts)})

@@ -39,11 +39,11 @@ def measures(
                         for measure in MEASURES:
                             number = value(model, length, seed, step, measure)
                             row = {"run": f"{model}-l{length}-s{seed}", **axes, "step": step, "weights": weights}
-                            row |= {"kind": "same_target", "measure": measure, "value": number, "n": 26}
+                            row |= {"kind": "same_target", "measure": measure, "value": number, "n": 26, "facts": 26}
                             row |= {"low": number - 0.01, "high": number + 0.01, "control": 0.0, "excess": 0.2}
                             row |= {"control_low": 0.0, "control_high": 0.0, "excess_low": excess_low}
                             rows.append(row | {"excess_high": 0.3})
-    return pd.DataFrame(rows)[COLUMNS]
+    return pd.DataFrame(rows).reindex(columns=COLUMNS)
 
 
 def like_the_paper(model: str, length: int, seed: int, step: int, measure: str) -> float:
