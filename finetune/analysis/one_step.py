@@ -30,8 +30,8 @@ from ...probes.pairs.query import Query
 from ...probes.passes.batches import prepare_queries
 from ...probes.passes.slopes import loss_slopes
 from ...probes.statistics.by_part import evidence_by_pair
-from ...probes.statistics.old_columns import current_columns
 from ...probes.statistics.intervals import mean_over_facts, ratio_over_facts
+from ...probes.statistics.old_columns import current_columns
 from ...probes.storage import control_partners, probe_stored_evidence
 from ..runs.one_layer import OneLayerRun
 from ..runs.open import open_run

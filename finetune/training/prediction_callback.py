@@ -36,8 +36,8 @@ from ...probes.pairs.pairs import ReversalPairs
 from ...probes.pairs.query import Query
 from ...probes.passes.batches import prepare_queries
 from ...probes.passes.slopes import loss_slopes
-from ...probes.statistics.old_columns import current_columns
 from ...probes.statistics.intervals import mean_over_facts
+from ...probes.statistics.old_columns import current_columns
 from ...probes.statistics.resampling import derangement
 from .adamw_update import adamw_update, innermost_optimizer
 from .distributed import ProcessGroup, require_whole

@@ -136,7 +136,9 @@ def interval_text(value: float, low: float, high: float, control: float = math.n
     # Ends that round to one number would read as an interval of no width: they get the digits that tell them apart.
     usual = 1 if percent else 2
     known = not (math.isnan(low) or math.isnan(high))
-    digits = next((d for d in range(usual, 7) if not known or _rounded(low, percent, d) != _rounded(high, percent, d)), 7)
+    digits = next(
+        (d for d in range(usual, 7) if not known or _rounded(low, percent, d) != _rounded(high, percent, d)), 7
+    )
     text = _rounded(value, percent, digits)
     if known:
         text += f" [{_rounded(low, percent, digits)}, {_rounded(high, percent, digits)}]"

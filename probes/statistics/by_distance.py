@@ -41,7 +41,11 @@ def unit_correlations(frame: pd.DataFrame) -> pd.DataFrame:
     few, flat = units["n"] < 2, ~((units["forward"] > 0) & (units["reverse"] > 0))
     two = units["n"] == 2
     units["value"] = _ratio(units).mask(few | flat | two)
-    reasons = ["fewer than 2 defined scores", "constant scores", "2 defined scores, whose r is 1 or -1 whatever they are"]
+    reasons = [
+        "fewer than 2 defined scores",
+        "constant scores",
+        "2 defined scores, whose r is 1 or -1 whatever they are",
+    ]
     units["reason"] = np.select([few, flat, two], reasons, default="")
     return units
 

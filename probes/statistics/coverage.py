@@ -1,7 +1,6 @@
 """How many facts an interval needs: below that, 95 % intervals were seen to cover less than 90 % of the time.
 
-Measured by `examples/benchmarks/coverage.py`, over the shapes of data it lists; its table stands in docs/statistics.md, and
-a test holds the numbers here to it.
+Measured by `examples/benchmarks/coverage.py`, over the shapes of data it lists; its table stands in docs/statistics.md.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from .coverage import caution
 from .group_correlation import LEAST_FACTS, group_correlation
 from .intervals import COSINE, FRACTION, Bounds, Estimate, difference_over_facts, mean_over_facts, proportion_over_facts
 
-# Raised whenever the same frame comes to another number or interval; readings written under another are worked out anew.
+# Raised whenever the same frame comes to another number or interval; readings of another are worked out anew.
 STATISTICS_VERSION = 2
 
 ALONE = "alone in its group, so without a correlation"

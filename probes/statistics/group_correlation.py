@@ -95,9 +95,7 @@ def group_correlation(
     )
 
 
-def jackknife_intervals(
-    value: np.ndarray, left_out: np.ndarray, present: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def jackknife_intervals(value: np.ndarray, left_out: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """95 % intervals of correlations, from what they are without each fact in turn: Fisher's z, and Student's t.
 
     NaN for one fact alone; from -1 to 1 where a fact less leaves nothing to correlate (three facts in one group).

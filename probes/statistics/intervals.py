@@ -167,7 +167,7 @@ def student(freedom: int) -> float:
 
 
 def perfect(value: np.ndarray, facts: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
-    """The interval of a correlation of exactly 1 or -1, where all facts say the same. Shapes: `cell, cell -> 2 cell`."""
+    """The interval of a correlation of exactly 1 or -1, all facts alike. Shapes: `cell, cell -> cell, cell`."""
     return _alike(np.asarray(value), np.asarray(facts), COSINE)
 
 
@@ -178,7 +178,7 @@ def _alike(value: np.ndarray, facts: np.ndarray, bounds: Bounds) -> tuple[np.nda
 
 
 def _spread(residual: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Standard error of a ratio over facts, and its degrees of freedom. Shapes: `fact cell, fact cell -> cell, cell`."""
+    """A ratio's standard error over facts, and its degrees of freedom. Shapes: `fact cell, fact cell -> cell, cell`."""
     facts, squares = (counts != 0).sum(0), (residual**2).sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
         error = np.sqrt(facts / (facts - 1) * squares) / np.abs(counts.sum(0))

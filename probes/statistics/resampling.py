@@ -41,7 +41,7 @@ def derangement(facts: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> np.n
 def shuffles(facts: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> np.ndarray:
     """Permutations of facts within groups, at least SHUFFLES; kept for the next checkpoint's reading of the same pairs.
 
-    A derangement never keeps the true pairing, so a correlation r over n facts comes out at -r/(n - 1) on average. These
+    A derangement never keeps the true pairing, so a correlation r over n facts averages -r / (n - 1) there. These
     are uniform permutations: a random order of the facts, turned by every number of places, so that over each round of
     turns every fact meets every other equally often (itself included) and the correlation averages exactly 0. One order
     serves all groups, which keeps the dependence between groups in the null.

@@ -279,9 +279,7 @@ def _gradient(placed: list[tuple[int, Reading]], places: int, runs: int) -> tupl
     tables: dict[int, pd.DataFrame] = {}
     titles: list[Any] = [None] * places
     for place, reading in placed:
-        parts = [
-            cell_cosines(reading.frame, by) for by in ([], ["role"], ["layer"], ["layer", "role"])
-        ]
+        parts = [cell_cosines(reading.frame, by) for by in ([], ["role"], ["layer"], ["layer", "role"])]
         table = pd.concat(parts, ignore_index=True)
         tables[place] = table.assign(**{key: table[key].fillna("all").astype(str) for key in ("layer", "role")})
         titles[place] = _numbers(reading)
