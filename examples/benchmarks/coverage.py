@@ -3,8 +3,8 @@
     python examples/benchmarks/coverage.py            # a few minutes on one core; prints the table
 
 Shapes: correlations 0, 0.5 and 0.9, of normal and of heavy-tailed (t with 4 degrees) scores, in one group or six that
-share half of each fact; means of probabilities that are even, beta(4, 4), or skewed, beta(0.3, 3); shares of 3, 20, 50 and
-90 % over ten questions of each fact, with intra-fact correlation 0, 0.5 and 1. The control of the correlation is held
+share half of each fact; means of probabilities that are even, beta(4, 4), or skewed, beta(0.3, 3); shares of 3, 20, 50
+and 90 % over ten questions of each fact, with intra-fact correlation 0, 0.5 and 1. The control of the correlation is held
 to what it claims, that it holds the value of scores that have nothing to do with each other. Every cell is the lowest
 coverage of any shape.
 """
@@ -33,8 +33,9 @@ def correlations(generator: np.random.Generator, facts: int, runs: int) -> Itera
         held = {"value": 0, "control": 0, "excess": 0}
         fact, group = np.tile(np.arange(facts), groups), np.repeat(np.arange(groups), facts)
         for seed in range(runs):
-            draw = (lambda *shape: generator.standard_t(4, shape)) if heavy else generator.standard_normal
-            shared, own = draw(2, facts), draw(2, groups * facts)
+            size = (2, (groups + 1) * facts)
+            drawn = generator.standard_t(4, size) if heavy else generator.standard_normal(size)
+            shared, own = drawn[:, :facts], drawn[:, facts:]
             x, z = 0.5**0.5 * (shared[:, fact] + own) if groups > 1 else own
             y = rho * x + (1 - rho**2) ** 0.5 * z
             found = group_correlation(x[:, None], y[:, None], fact.astype(str), group, seed=seed % 3)

@@ -61,9 +61,7 @@ def test_three_facts_in_one_group_bound_nothing_and_an_identity_is_of_n_facts():
 def test_two_pairs_have_no_correlation_since_theirs_is_1_or_minus_1_whatever_they_are():
     forward, reverse, facts, groups = scores(facts=2, groups=1, heads=1)
     assert np.isnan(group_correlation(forward, reverse, facts, groups).value)
-    assert np.isfinite(group_correlation(*scores(facts=2, groups=3, heads=1)).value), (
-        "three groups do"
-    )
+    assert np.isfinite(group_correlation(*scores(facts=2, groups=3, heads=1)).value), "three groups do"
 
 
 def test_position_bias_alone_does_not_correlate():
