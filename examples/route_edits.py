@@ -30,7 +30,7 @@ import pandas as pd
 import revprobe as rp
 from revprobe.atomic_files import write_text
 from revprobe.probes.pairs.query import Query
-from revprobe.probes.statistics.resampling import Estimate, mean_over_facts, resampled_facts
+from revprobe.probes.statistics.intervals import FRACTION, Estimate, mean_over_facts, ratio_over_facts
 
 PLACEHOLDER = "0"
 ROUNDING = 1e-5  # nats; a smaller gap is the rounding of float32 logits (ALiBi's two queries are mirror images)
@@ -59,14 +59,15 @@ def knockout_rows(model: rp.ProbedModel, pairs: rp.ReversalPairs, cut: rp.Readin
     facts = frame["fact"].to_numpy().astype(str)
     mean = lambda values: mean_over_facts(np.asarray(values, dtype=float), facts)  # noqa: E731
     rows = [
-        ("reverse probability", mean(np.exp(frame["log_probability"]))),
-        ("reverse probability, route cut", mean(np.exp(frame["log_probability_edited"]))),
-        ("reverse probability, another route cut (control)", mean(np.exp(frame["log_probability_control"]))),
+        ("reverse probability", mean_probability(frame["log_probability"], facts)),
+        ("reverse probability, route cut", mean_probability(frame["log_probability_edited"], facts)),
+        ("reverse probability, another route cut (control)", mean_probability(frame["log_probability_control"], facts)),
         ("change of log-probability, route cut", mean(frame["change"])),
         ("change of log-probability, another route cut (control)", mean(frame["change_control"])),
     ]
     for name, logs in replaced_log_probabilities(model, pairs).items():
-        rows.append((f"reverse probability, evidence replaced by {name}", mean(np.exp(logs).mean(0))))
+        probability = mean_probability(np.log(np.exp(logs).mean(0)), facts)
+        rows.append((f"reverse probability, evidence replaced by {name}", probability))
         difference = frame["log_probability_edited"].to_numpy() - logs.mean(0)
         rows.append((f"log-probability, route cut less evidence replaced by {name}", mean(difference)))
         distance = np.exp(frame["log_probability_edited"].to_numpy()) - np.exp(logs).mean(0)
@@ -116,7 +117,7 @@ def gap_rows(moved: rp.Reading) -> list[tuple[str, Estimate]]:
     facts = reverse["fact"].to_numpy().astype(str)
     logs = forward["log_probability"].to_numpy(), reverse["log_probability"].to_numpy()
     return [
-        ("forward probability", mean_over_facts(np.exp(logs[0]), facts)),
+        ("forward probability", mean_probability(logs[0], facts)),
         (GAP, mean_over_facts(logs[0] - logs[1], facts)),
     ]
 
@@ -130,7 +131,7 @@ def transplant_rows(moved: rp.Reading, matched: str) -> list[tuple[str, Estimate
         reverse[column].to_numpy() for column in ("log_probability_edited", "change", "change_control")
     )
     rows = [
-        ("reverse probability, forward route", mean_over_facts(np.exp(edited), facts)),
+        ("reverse probability, forward route", mean_probability(edited, facts)),
         ("change of reverse log-probability, forward route", mean_over_facts(change, facts)),
         ("change of reverse log-probability, same shift elsewhere (control)", mean_over_facts(control, facts)),
         (SHARE, ratio(change, gap, facts)),
@@ -146,17 +147,18 @@ def direction_rows(reading: rp.Reading, direction: str) -> pd.DataFrame:
     return frame[(frame["direction"] == direction) & (frame["scope"] == "all")].sort_values("pair")
 
 
+def mean_probability(logs: np.ndarray | pd.Series, facts: np.ndarray) -> Estimate:
+    """The mean probability behind log-probabilities, its interval between 0 and 1."""
+    return mean_over_facts(np.exp(np.asarray(logs, dtype=float)), facts, bounds=FRACTION)
+
+
 def ratio(part: np.ndarray, whole: np.ndarray, facts: np.ndarray) -> Estimate:
-    """Sum over sum, its interval by resampling facts; NaN where the whole's interval holds zero: no gap to close."""
+    """Sum over sum, its interval over facts; NaN where the whole's interval holds zero: no gap to close."""
     defined = np.isfinite(part) & np.isfinite(whole)
     gap = mean_over_facts(whole[defined], facts[defined])
     if not gap.low * gap.high > 0 or abs(gap.value) < ROUNDING:
-        return Estimate(float("nan"), float("nan"), float("nan"), int(defined.sum()))
-    fact = np.unique(facts[defined], return_inverse=True)[1]
-    parts, wholes = (np.bincount(fact, values[defined]) for values in (part, whole))
-    draws = resampled_facts(len(parts))
-    low, high = np.percentile((draws @ parts) / (draws @ wholes), [2.5, 97.5])
-    return Estimate(float(parts.sum() / wholes.sum()), float(low), float(high), int(defined.sum()))
+        return Estimate.undefined(int(defined.sum()), gap.facts)
+    return ratio_over_facts(part, whole, facts)
 
 
 def verdicts(table: pd.DataFrame) -> list[str]:

@@ -111,8 +111,8 @@ def match_table(readings: Readings) -> pd.DataFrame:
                 "excess [95 %]": "-"
                 if excess is None
                 else interval_text(excess.value, excess.low, excess.high, percent=True),
-                "n": f"{reading.n:,} questions, {reading.frame['fact'].nunique():,} facts",
-                "undefined": undefined_text(measured.undefined) or "-",
+                "n": f"{reading.n:,} questions, {reading.facts:,} facts",
+                "undefined": "; ".join(filter(None, (undefined_text(measured.undefined), measured.caution))) or "-",
             }
         )
     return pd.DataFrame(rows)

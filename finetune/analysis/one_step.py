@@ -31,8 +31,8 @@ from ...probes.pairs.query import Query
 from ...probes.passes.batches import prepare_queries
 from ...probes.passes.slopes import loss_slopes
 from ...probes.statistics.by_part import evidence_by_pair
+from ...probes.statistics.intervals import mean_over_facts, ratio_over_facts
 from ...probes.statistics.old_columns import current_columns
-from ...probes.statistics.resampling import mean_over_facts, resampled_facts
 from ...probes.storage import control_partners, probe_stored_evidence
 from ..runs.one_layer import OneLayerRun
 from ..runs.open import open_run
@@ -192,7 +192,7 @@ def _with_target(query: Query, target: tuple[int, ...]) -> Query:
 
 
 @checked
-def one_step_curves(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
+def one_step_curves(table: pd.DataFrame) -> pd.DataFrame:
     """What `one_step` gave, averaged over pairs: one row per checkpoint and quantity.
 
     Columns: step, optimizer, learning_rate, quantity, kind, n, n_control (pairs behind observed and behind its
@@ -216,16 +216,16 @@ def one_step_curves(table: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
         row: dict[str, Any] = dict(zip(keys, key, strict=True))
         facts = part["fact"].to_numpy().astype(str)
         for name in ("before", "observed", "predicted", "error", "observed_control", "excess", "predicted_control"):
-            found = mean_over_facts(part[name].to_numpy(dtype=np.float64), facts, seed=seed)
+            found = mean_over_facts(part[name].to_numpy(dtype=np.float64), facts)
             row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
             row |= {"observed": {"n": found.n}, "observed_control": {"n_control": found.n}}.get(name, {})
-        row |= _agreement(part, facts, seed)
+        row |= _agreement(part, facts)
         row["reason"] = NO_RATE if row["learning_rate"] == 0 else next(iter(part["reason"][part["reason"] != ""]), "")
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _agreement(part: pd.DataFrame, facts: np.ndarray, seed: int) -> dict[str, float]:
+def _agreement(part: pd.DataFrame, facts: np.ndarray) -> dict[str, float]:
     """Least-squares slope through zero, with its interval, and Pearson r over pairs; NaN without a prediction."""
     observed, predicted = (part[name].to_numpy(dtype=np.float64) for name in ("observed", "predicted"))
     found = dict.fromkeys(("slope", "slope_low", "slope_high", "correlation"), float("nan"))
@@ -233,13 +233,9 @@ def _agreement(part: pd.DataFrame, facts: np.ndarray, seed: int) -> dict[str, fl
     observed, predicted, facts = observed[defined], predicted[defined], facts[defined]
     if not predicted.any():
         return found
-    index = np.unique(facts, return_inverse=True)[1]
-    products, squares = np.bincount(index, observed * predicted), np.bincount(index, predicted**2)
-    found["slope"] = float(products.sum() / squares.sum())
-    if len(products) > 1:
-        draws = resampled_facts(len(products), seed=seed)
-        low, high = np.percentile((draws @ products) / (draws @ squares), [2.5, 97.5])
-        found |= {"slope_low": float(low), "slope_high": float(high)}
-    if np.ptp(observed) > 0 and np.ptp(predicted) > 0:
+    slope = ratio_over_facts(observed * predicted, predicted**2, facts)
+    found |= {"slope": slope.value, "slope_low": slope.low, "slope_high": slope.high}
+    # Two pairs correlate with 1 or -1 whatever they are.
+    if len(observed) > 2 and np.ptp(observed) > 0 and np.ptp(predicted) > 0:
         found["correlation"] = float(np.corrcoef(observed, predicted)[0, 1])
     return found

@@ -19,7 +19,7 @@ from ...models.probed import ProbedModel
 from ...probes.pairs.pairs import ReversalPairs
 from ...probes.readings.reading import Reading
 from ...probes.statistics.by_part import evidence_by_pair
-from ...probes.statistics.resampling import mean_over_facts
+from ...probes.statistics.intervals import mean_over_facts
 from ...probes.storage import probe_stored_evidence
 from ...relations.catalog import letters
 from ..runs.one_layer import OneLayerRun
@@ -117,7 +117,7 @@ def curve_rows(reading: Reading) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for curve in CURVES:
         for direction in ("forward", "reverse"):
-            found = mean_over_facts(table[f"{curve}_{direction}"].to_numpy(dtype=np.float64), facts, seed=reading.seed)
+            found = mean_over_facts(table[f"{curve}_{direction}"].to_numpy(dtype=np.float64), facts)
             row = {"kind": reading.meta["kind"], "curve": curve, "direction": direction, "value": found.value}
             row |= {"n": found.n, "low": found.low, "high": found.high}
             if (curve, direction) == ("stored", "reverse") and reading.control is not None:

@@ -9,11 +9,12 @@ from typing import Any
 import pandas as pd
 
 from ...probes.readings.readings import Readings
+from ...probes.statistics.estimators import STATISTICS_VERSION
 
 AXES = ["objective", "position_encoding", "length", "seed"]
 SERIES = ["run", *AXES, "step", "weights", "kind"]
-NUMBERS = ["value", "n", "low", "high", "control"]
-SUMMARY_COLUMNS = [*SERIES, "measure", *NUMBERS]
+NUMBERS = ["value", "n", "facts", "low", "high", "control"]
+SUMMARY_COLUMNS = [*SERIES, "measure", *NUMBERS, "undefined", "reason", "caution", "statistics_version"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ def summary_frame(runs: Sequence[RunRecord]) -> pd.DataFrame:
     """All numbers of all runs, tidy.
 
     Returns: exactly the columns run, objective, position_encoding, length, seed, step, weights, kind, measure, value,
-        n, low, high, control; probabilities and accuracies are fractions. NaN is undefined.
+        n (pairs), facts, low, high, control, undefined (how many), reason (of each, counted), caution,
+        statistics_version; probabilities and accuracies are fractions. NaN is undefined, for the reason beside it.
     """
     return tidy_summary(run.label(run.readings.measures()) for run in runs)
 
@@ -52,7 +54,9 @@ def tidy_summary(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
     """
     filled = [part.reindex(columns=SUMMARY_COLUMNS) for part in parts if len(part)]
     table = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=SUMMARY_COLUMNS)
-    for column in ("length", "seed", "step", "n"):
+    table["statistics_version"] = STATISTICS_VERSION
+    table[["reason", "caution"]] = table[["reason", "caution"]].fillna("")
+    for column in ("length", "seed", "step", "n", "facts", "undefined"):
         table[column] = pd.to_numeric(table[column]).astype("Int64")
     for column in ("value", "low", "high", "control"):
         table[column] = table[column].astype(float)

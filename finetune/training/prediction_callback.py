@@ -37,8 +37,9 @@ from ...probes.pairs.pairs import ReversalPairs
 from ...probes.pairs.query import Query
 from ...probes.passes.batches import prepare_queries
 from ...probes.passes.slopes import loss_slopes
+from ...probes.statistics.intervals import mean_over_facts
 from ...probes.statistics.old_columns import current_columns
-from ...probes.statistics.resampling import derangement, mean_over_facts
+from ...probes.statistics.resampling import derangement
 from .adamw_update import adamw_update, innermost_optimizer
 from .distributed import ProcessGroup, require_whole
 from .probe_callback import Wrapping
@@ -172,7 +173,7 @@ class FirstOrderPrediction(TrainerCallback):
             columns[f"{name}_control"] = np.where(other >= 0, values[name][other], np.nan)
         row: dict[str, Any] = {"direction": direction}
         for name in _MEASURES:
-            found = mean_over_facts(columns[name], self.pairs.facts.astype(str), seed=self.seed)
+            found = mean_over_facts(columns[name], self.pairs.facts.astype(str))
             row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
             if name == "observed":
                 row["n"] = found.n

@@ -52,10 +52,10 @@ def decoded_match(
     seed: int = 0,
     answers: AnswerBook | None = None,
 ) -> Reading:
-    """Share of the questions a model answers, decoding greedily; the interval resamples facts.
+    """Share of the questions a model answers, decoding greedily, with its interval over facts.
 
-    Questions weigh equally, so a fact with two templates counts twice. Where all facts are right, or none, resampling
-    them shows no width: none of 20 facts means "below about 3 / 20" (the rule of three), not exactly 0. The control
+    Questions weigh equally, so a fact with two templates counts twice. The interval is Clopper-Pearson at the effective
+    number of questions: none of 20 facts means "below 17 %", not exactly 0, however many questions each has. The control
     asks whether the decoding matches the answers of a fact it does not share an answer with (of the same direction and
     template): the rate at which a model that only knows what answers look like would be right.
 
@@ -68,7 +68,7 @@ def decoded_match(
     Args:
         questions: see `Asked`; each with at least one answer.
         steps, block_length, algorithm: masked models only; see `decode`.
-        control: also match against shuffled answers; `seed` is that of the shuffling and of the bootstrap.
+        control: also match against shuffled answers; `seed` is that of the shuffling.
         answers: an `AnswerBook` of these questions and maybe of others; made here when None.
 
     Frame: question, fact, kind, direction, template, prompt, answers (a JSON list), decoded, match (1 or 0; NaN when no

@@ -171,7 +171,7 @@ def head_map(reading: Drawable, frame: pd.DataFrame) -> go.Figure:
     Args:
         frame: the reading's rows to draw.
     """
-    table = head_correlations(frame, seed=reading.seed).dropna(subset=["head"])
+    table = head_correlations(frame).dropna(subset=["head"])
     counted = counts_text(frame.dropna(subset=["score_forward", "score_reverse"]).groupby(["layer", "head"]).size())
     figure = _map(table, "head", "layer %{y}, head %{x}: r = %{text}<extra></extra>", "r")
     figure.update_xaxes(title=f"head ({counted} pairs each)")
@@ -180,7 +180,7 @@ def head_map(reading: Drawable, frame: pd.DataFrame) -> go.Figure:
 
 def role_map(reading: Drawable) -> go.Figure:
     """Mean per-pair cosine of the forward and reverse gradient by layer x role; the hover has each 95 % interval."""
-    table = cell_cosines(reading.frame, ["layer", "role"], seed=reading.seed)
+    table = cell_cosines(reading.frame, ["layer", "role"])
     figure = _map(table, "role", "layer %{y}, %{x}: cosine %{text}<extra></extra>", "cosine")
     figure.update_xaxes(title=f"role of the parameter ({counts_text(table['n'].astype(float))} pairs)")
     return figure.update_yaxes(title="layer (none: in no layer)")

@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 import pandas as pd
 
 from ..statistics.estimators import Control
-from ..statistics.resampling import Estimate
+from ..statistics.intervals import Estimate
 
 
 class Drawable(Protocol):

@@ -29,7 +29,7 @@ from .theme import (
     plain,
 )
 
-KEY = "line: mean over pairs · band: 95 % bootstrap interval over facts · dashed: control (evidence of other facts)"
+KEY = "line: mean over pairs · band: 95 % interval over facts · dashed: control (evidence of other facts)"
 # Panels of `storage_curves_figure`: curve, title, unit.
 CURVE_PANELS = (
     ("stored", "Storage: S[v, u]", "stored evidence (logits)"),

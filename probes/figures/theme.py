@@ -133,14 +133,20 @@ def interval_text(value: float, low: float, high: float, control: float = math.n
     """
     if math.isnan(value):
         return "undefined"
-    text = _rounded(value, percent)
-    if not (math.isnan(low) or math.isnan(high)):
-        text += f" [{_rounded(low, percent)}, {_rounded(high, percent)}]"
+    # Ends that round to one number would read as an interval of no width: they get the digits that tell them apart.
+    usual = 1 if percent else 2
+    known = not (math.isnan(low) or math.isnan(high))
+    digits = next(
+        (d for d in range(usual, 7) if not known or _rounded(low, percent, d) != _rounded(high, percent, d)), 7
+    )
+    text = _rounded(value, percent, digits)
+    if known:
+        text += f" [{_rounded(low, percent, digits)}, {_rounded(high, percent, digits)}]"
     return text if math.isnan(control) else f"{text} (control {_rounded(control, percent)})"
 
 
-def _rounded(number: float, percent: bool) -> str:
-    text = f"{100 * number:.1f}" if percent else f"{number:.2f}"
+def _rounded(number: float, percent: bool, digits: int | None = None) -> str:
+    text = f"{100 * number:.{digits or 1}f}" if percent else f"{number:.{digits or 2}f}"
     # A control just below zero would print as "-0.00", and its sign says nothing.
     return text.removeprefix("-") if float(text) == 0 else text
 

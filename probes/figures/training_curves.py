@@ -33,7 +33,6 @@ from .theme import (
     interval_text,
     message_figure,
     plain,
-    undefined_text,
 )
 
 NEEDED = ("run", "step", "weights", "kind", "measure", "value", "n", "low", "high", "control")
@@ -70,7 +69,7 @@ def measures_with_reasons(readings: Iterable[Drawable]) -> pd.DataFrame:
         for place, key in enumerate(("step", "weights", "kind")):
             part.insert(place, key, reading.meta.get(key))
         part.insert(0, "run", str(reading.meta.get("model") or "model"))
-        parts.append(part.assign(reason=undefined_text(reading.undefined), objective=reading.meta.get("objective")))
+        parts.append(part.assign(objective=reading.meta.get("objective")))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*NEEDED, "reason", "objective"])
 
 
@@ -172,7 +171,7 @@ def _empty_panels(rows: pd.DataFrame, scale: StepScale) -> go.Figure:
         figure.update_yaxes(title={"text": title}, range=[floor - 0.02, 1.04], **place)
         figure.update_xaxes(scale.axis(), **place)
     figure.update_xaxes(title=None, row=1, col=3)
-    key = "line: value · band: 95 % bootstrap interval over facts · dashed: control (shuffled facts) · ×: undefined"
+    key = "line: value · band: 95 % interval over facts · dashed: control (shuffled facts) · ×: undefined"
     heading = {"text": key, "font": {"size": 12, "color": "#555"}, "y": 1, "yref": "container", "pad": {"t": 8}}
     legend = {"orientation": "h", "yref": "container", "y": 0.0, "yanchor": "bottom", "x": 0, "entrywidth": 225}
     series = rows.groupby(["run", "weights", "kind"], dropna=False).ngroups

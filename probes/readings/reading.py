@@ -6,7 +6,6 @@ import html
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +13,16 @@ import pandas as pd
 
 from ...arguments import checked, checked_fields
 from ...errors import RevprobeError, did_you_mean
-from ..statistics.estimators import Control, Measured, direction_mean, measure
-from ..statistics.resampling import Estimate
+from ..statistics.estimators import STATISTICS_VERSION, Control, Measured, direction_mean, measure
+from ..statistics.intervals import Estimate
 from .parquet import read_reading, write_reading
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-MEASURE_COLUMNS = ["measure", "value", "n", "low", "high", "control", "control_low", "control_high"]
-MEASURE_COLUMNS += ["excess", "excess_low", "excess_high"]
+MEASURE_COLUMNS = ["measure", "value", "n", "facts", "low", "high", "control", "control_low", "control_high"]
+MEASURE_COLUMNS += ["excess", "excess_low", "excess_high", "undefined", "reason", "caution"]
 
 
 @checked_fields
@@ -37,13 +36,17 @@ class Reading:
         meta: model, objective, kind, step, weights ("raw" or "ema"), pairs (digest), statistic, versions, dtype,
             threads.
         cross: the fact x fact matrix of a gradient probe with `cross=True`, else None.
-        value, interval, n, control, excess, undefined: see the properties; all are worked out from `frame`.
+        statistics_version: that under which its file was written; its numbers are always those of this version's
+            statistics, see `recomputed`.
+        value, interval, n, facts, control, excess, undefined, caution: see the properties; all are worked out from
+            `frame`.
     """
 
     name: str
     frame: pd.DataFrame
     meta: dict[str, Any]
     cross: pd.DataFrame | None = None
+    statistics_version: int = STATISTICS_VERSION
 
     @cached_property
     def measured(self) -> Measured:
@@ -61,11 +64,11 @@ class Reading:
             ) from error
 
     def _forward_mean(self, part: pd.DataFrame) -> Measured:
-        return direction_mean(part, "forward", "probability", self.seed)
+        return direction_mean(part, "forward", "probability")
 
     @property
     def seed(self) -> int:
-        """The seed of bootstrap and derangements."""
+        """The seed of the shuffles."""
         return int(self.meta.get("seed", 0))
 
     @property
@@ -75,13 +78,18 @@ class Reading:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval, by resampling facts."""
+        """95 % interval, over facts."""
         return self.measured.estimate.low, self.measured.estimate.high
 
     @property
     def n(self) -> int:
         """Pairs behind the value."""
         return self.measured.estimate.n
+
+    @property
+    def facts(self) -> int:
+        """Facts behind the value: what its interval rests on."""
+        return self.measured.estimate.facts
 
     @property
     def control(self) -> Control | None:
@@ -98,12 +106,23 @@ class Reading:
         """What is NaN, counted by reason."""
         return self.measured.undefined
 
+    @property
+    def caution(self) -> str:
+        """What the interval must be read with: facts so few that it was seen to cover too little; else empty."""
+        return self.measured.caution
+
+    @property
+    def recomputed(self) -> bool:
+        """Whether its file held numbers of other statistics, so that they were worked out again from the frame."""
+        return self.statistics_version != STATISTICS_VERSION
+
     @checked
     def summary(self, by: str | list[str] | None = None) -> pd.DataFrame:
         """The number for each value of the column(s) `by`, or for all rows.
 
-        Columns: by..., value, n, low, high, control, control_low, control_high, excess, excess_low, excess_high. A
-        probability is that of the reverse queries, unless `by` tells the directions apart.
+        Columns: by..., value, n (pairs), facts, low, high, control, control_low, control_high, excess, excess_low,
+        excess_high, undefined (how many), reason (of each, counted) and caution. A probability is that of the reverse
+        queries, unless `by` tells the directions apart.
         Raises: RevprobeError, for a column the frame lacks.
         """
         keys = [by] if isinstance(by, str) else list(by or [])
@@ -126,7 +145,7 @@ class Reading:
     def measures(self) -> pd.DataFrame:
         """Everything this reading reports, tidy.
 
-        Columns: measure, value, n, low, high, control, control_low, control_high, excess, excess_low, excess_high.
+        Columns: measure, and those of `summary`.
 
         The probability reading gives four: forward and reverse, probability and accuracy (fraction of pairs whose
         target is the argmax at every target position).
@@ -143,7 +162,7 @@ class Reading:
             for d in ("forward", "reverse")
         ]
         return pd.DataFrame(
-            [_measure_row(f"{d}_{name}", direction_mean(self.frame, d, column, self.seed)) for d, column, name in asked]
+            [_measure_row(f"{d}_{name}", direction_mean(self.frame, d, column)) for d, column, name in asked]
         )
 
     def plot(self, **options: Any) -> go.Figure:
@@ -154,11 +173,11 @@ class Reading:
 
     def part(self, frame: pd.DataFrame) -> Reading:
         """The reading of some of its rows, every number worked out from them."""
-        return Reading(self.name, frame, self.meta)
+        return Reading(self.name, frame, self.meta, statistics_version=self.statistics_version)
 
     def with_columns(self, **columns: Any) -> Reading:
         """This reading with further columns in its frame, on which none of its numbers depends."""
-        further = Reading(self.name, self.frame.assign(**columns), self.meta, self.cross)
+        further = Reading(self.name, self.frame.assign(**columns), self.meta, self.cross, self.statistics_version)
         further.__dict__["measured"] = self.measured
         return further
 
@@ -167,6 +186,7 @@ class Reading:
         """Write frame and meta as one parquet file, whole or not at all."""
         path = Path(path)
         header: dict[str, Any] = {"name": self.name, "meta": self.meta, "measured": asdict(self.measured)}
+        header["statistics_version"] = STATISTICS_VERSION
         header["measures"] = self._measures.to_dict("records")
         split = None if self.cross is None else self.cross.to_json(orient="split", double_precision=15)
         header["cross"] = None if split is None else json.loads(split)
@@ -176,12 +196,16 @@ class Reading:
     @classmethod
     @checked
     def load(cls, path: str | Path) -> Reading:
-        """Read what `save` wrote. Raises: RevprobeError, when the file is missing, damaged or not a reading."""
+        """Read what `save` wrote; numbers of other statistics are worked out again from the frame (`recomputed`).
+
+        Raises: RevprobeError, when the file is missing, damaged or not a reading.
+        """
         header, frame = read_reading(Path(path))
         cross = None if header["cross"] is None else pd.DataFrame(**header["cross"], dtype=float)
-        reading = cls(header["name"], frame, header["meta"], cross)
-        if header["meta"].get("versions", {}).get("revprobe") == version("revprobe"):
-            # The numbers as they were worked out when saved: bootstrapping a run's readings again takes a minute.
+        # Version 0.1 wrote none, and its statistics are the first.
+        reading = cls(header["name"], frame, header["meta"], cross, header.get("statistics_version", 1))
+        if not reading.recomputed:
+            # The numbers as they were worked out when saved: shuffling a run's readings again takes a minute.
             reading.__dict__["measured"] = Measured.from_dict(header["measured"])
             reading.__dict__["_measures"] = pd.DataFrame(header["measures"], columns=MEASURE_COLUMNS)
         return reading
@@ -198,25 +222,31 @@ class Reading:
         if self.excess is not None:
             control += f", excess={self._beside(self.excess, self.excess.low, self.excess.high)}"
         left_out = f", undefined={self.undefined}" if self.undefined else ""
+        left_out += f", caution={self.caution!r}" if self.caution else ""
+        left_out += f", recomputed from statistics {self.statistics_version}" if self.recomputed else ""
         where = "".join(
             f", {key}={self.meta[key]}" for key in ("kind", "step", "weights") if self.meta.get(key) is not None
         )
         if (coverage := self.meta.get("coverage")) is not None:
             where += f", {coverage['share']:.1%} of the parameters"
-        return f"Reading({self.name}={self.value:.4g} [{low:.4g}, {high:.4g}], n={self.n}{control}{left_out}{where})"
+        numbers = f"{self.value:.4g} [{low:.4g}, {high:.4g}], n={self.n}, facts={self.facts}"
+        return f"Reading({self.name}={numbers}{control}{left_out}{where})"
 
     def _repr_html_(self) -> str:
         rows = self.frame.head(8).to_html(index=False, escape=True)
         return f"<p><code>{html.escape(repr(self))}</code></p>{rows}<p>{len(self.frame)} rows</p>"
 
 
-def _summary_row(measured: Measured) -> dict[str, float]:
+def _summary_row(measured: Measured) -> dict[str, Any]:
     control = measured.control or Control(float("nan"), (float("nan"), float("nan")), 0, "")
     estimate = measured.estimate
-    excess = measured.excess or Estimate(float("nan"), float("nan"), float("nan"), 0)
-    row: dict[str, float] = {"value": estimate.value, "n": estimate.n, "low": estimate.low, "high": estimate.high}
+    excess = measured.excess or Estimate.undefined()
+    row: dict[str, Any] = {"value": estimate.value, "n": estimate.n, "facts": estimate.facts}
+    row |= {"low": estimate.low, "high": estimate.high}
     row |= {"control": control.value, "control_low": control.interval[0], "control_high": control.interval[1]}
-    return row | {"excess": excess.value, "excess_low": excess.low, "excess_high": excess.high}
+    row |= {"excess": excess.value, "excess_low": excess.low, "excess_high": excess.high}
+    reason = "; ".join(f"{count} {why}" for why, count in measured.undefined.items())
+    return row | {"undefined": sum(measured.undefined.values()), "reason": reason, "caution": measured.caution}
 
 
 def _measure_row(name: str, measured: Measured) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def unit_correlations(frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns: one row per unit, `[*DISTANCES, group, layer, head, *OFFSETS, forward, reverse, both, n, facts, value,
         reason]`: the sums of squares and products about the group's mean, how many scores and facts they rest on, and
-        r, which is NaN with a reason where fewer than 2 scores are defined or all are equal.
+        r, which is NaN with a reason where fewer than 3 scores are defined or all are equal.
     """
     places, (forward, reverse), facts, groups = score_table(frame)
     layout = Layout.of(facts, groups)
@@ -39,8 +39,14 @@ def unit_correlations(frame: pd.DataFrame) -> pd.DataFrame:
     units["forward"], units["reverse"], units["both"] = deviations(sums)
     units["n"], units["facts"] = sums[0].astype(int), layout.defined_facts(forward, reverse).reshape(-1)
     few, flat = units["n"] < 2, ~((units["forward"] > 0) & (units["reverse"] > 0))
-    units["value"] = _ratio(units).mask(few | flat)
-    units["reason"] = np.select([few, flat], ["fewer than 2 defined scores", "constant scores"], default="")
+    two = units["n"] == 2
+    units["value"] = _ratio(units).mask(few | flat | two)
+    reasons = [
+        "fewer than 2 defined scores",
+        "constant scores",
+        "2 defined scores, whose r is 1 or -1 whatever they are",
+    ]
+    units["reason"] = np.select([few, flat, two], reasons, default="")
     return units
 
 
@@ -70,8 +76,9 @@ def cell_correlations(units: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFra
     pooled = ~large.groupby([units[name] for name in keys]).transform("any")
     used = units[large | pooled]
     heads = [name for name in ("layer", "head") if name not in by]
-    sums = units[pooled].groupby([*keys, *heads])[SUMS].sum()
-    by_head = _ratio(sums).replace([np.inf, -np.inf], np.nan)
+    small = units[pooled].assign(free=(units["n"] - 1).clip(lower=0))
+    sums = small.groupby([*keys, *heads])[[*SUMS, "free"]].sum()
+    by_head = _ratio(sums).replace([np.inf, -np.inf], np.nan).mask(sums["free"] < 2)
     averaged = used[used["facts"] >= LEAST_FACTS].groupby(keys)["value"].mean()
     values = pd.concat([averaged, by_head.groupby(keys).mean()])
     # Every head sees the same pairs: counting each would multiply n by the number of heads.

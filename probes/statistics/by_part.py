@@ -8,7 +8,7 @@ import pandas as pd
 
 from ...arguments import checked
 from ...errors import RevprobeError
-from .resampling import mean_over_facts
+from .intervals import mean_over_facts
 
 REST = "rest"
 
@@ -20,8 +20,6 @@ class StoredReading(Protocol):
     def frame(self) -> pd.DataFrame: ...
     @property
     def meta(self) -> dict[str, Any]: ...
-    @property
-    def seed(self) -> int: ...
 
 
 def evidence_by_pair(reading: StoredReading) -> pd.DataFrame:
@@ -74,7 +72,7 @@ def logit_contributions(reading: StoredReading) -> pd.DataFrame:
         row: dict[str, Any] = dict(zip(keys, key, strict=True))
         facts = part["fact"].to_numpy().astype(str)
         for side in ("forward", "reverse"):
-            found = mean_over_facts(part[f"contribution_{side}"].to_numpy(float), facts, seed=reading.seed)
+            found = mean_over_facts(part[f"contribution_{side}"].to_numpy(float), facts)
             row |= {side: found.value, f"{side}_low": found.low, f"{side}_high": found.high}
         rows.append(row)
     return pd.DataFrame(rows).astype({"layer": "Int64"})

@@ -7,27 +7,37 @@
     route_edit              mean change of log-probability under an edit of attention scores
     stored_evidence         mean stored evidence under the reverse query, summed over layers and heads
 
-Each comes with a control from derangements (forward queries against reverse queries of another fact of the same
-group; for route edits, the same change at random positions) and with counts of what is undefined, by reason.
+Each comes with a control (forward queries against reverse queries of another fact of the same group; for route edits,
+the same change at random positions), with counts of what is undefined, by reason, and with a word of caution where its
+facts are so few that its intervals were seen to cover too little.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ...errors import RevprobeError, did_you_mean
+from .coverage import caution
 from .group_correlation import LEAST_FACTS, group_correlation
-from .resampling import Estimate, mean_over_facts
+from .intervals import COSINE, FRACTION, Bounds, Estimate, difference_over_facts, mean_over_facts, proportion_over_facts
 
+# Raised whenever the same frame comes to another number or interval; readings of another are worked out anew.
+STATISTICS_VERSION = 2
+
+ALONE = "alone in its group, so without a correlation"
 BELOW_FLOOR = "gradient below the rounding floor"
 NO_GRADIENT = "gradient exactly zero in all of these parameters"
 NO_PARTNER = "no other fact in the group for the control"
 NO_VARIANCE = "no variance within the group"
+NOT_FINITE = "not finite"
+ONE_FACT = "of one fact, so without an interval"
+SAME_FOR_ALL = "the same for every fact, so without an interval"
+TWO_PAIRS = "two pairs, whose correlation is 1 or -1 whatever they are"
 SMALL_GROUP = f"group of fewer than {LEAST_FACTS} facts"
 
 
@@ -35,13 +45,14 @@ SMALL_GROUP = f"group of fewer than {LEAST_FACTS} facts"
 class Control:
     """What the measure shows when facts are shuffled: the null it has to be read against.
 
-    `interval` is 95 %: over derangements for the correlation (what chance pairings give), over facts otherwise.
+    `interval` is 95 %: over shuffles for the correlation (what chance pairings give), over facts otherwise.
     """
 
     value: float
     interval: tuple[float, float]
     n: int
     method: str
+    facts: int = 0
 
     def __repr__(self) -> str:
         return f"Control({self.value:.4g} [{self.interval[0]:.4g}, {self.interval[1]:.4g}], n={self.n}, {self.method})"
@@ -49,13 +60,14 @@ class Control:
 
 @dataclass(frozen=True)
 class Measured:
-    """An estimate, its control, the excess over it, and what was left out."""
+    """An estimate, its control, the excess over it, what was left out, and what its facts are too few for."""
 
     estimate: Estimate
     control: Control | None = None
     excess: Estimate | None = None
     undefined: dict[str, int] = field(default_factory=dict)
     statistic: str = ""
+    caution: str = ""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Measured:
@@ -64,13 +76,14 @@ class Measured:
         if control is not None:
             control = Control(**control | {"interval": tuple(control["interval"])})
         excess = None if excess is None else Estimate(**excess)
-        return cls(Estimate(**values["estimate"]), control, excess, values["undefined"], values["statistic"])
+        kept = values | {"estimate": Estimate(**values["estimate"]), "control": control, "excess": excess}
+        return cls(**kept)
 
 
 def measure(name: str, frame: pd.DataFrame, *, seed: int = 0, control: bool = True) -> Measured:
     """The number of probe `name` over `frame`. Raises: RevprobeError, for an unknown probe.
 
-    `control=False` spares the correlation its derangements; the other probes measure theirs or do not, and the
+    `control=False` spares the correlation its shuffles; the other probes measure theirs or do not, and the
     frame says which.
     """
     if name not in ESTIMATORS:
@@ -90,19 +103,22 @@ def attention_correlation(frame: pd.DataFrame, seed: int, control: bool = True) 
     first = np.unique(pair, return_index=True)[1]
     facts, groups = frame["fact"].to_numpy().astype(str)[first], frame["group"].to_numpy()[first]
     found = group_correlation(scores[0], scores[1], facts, groups, control=control, seed=seed)
-    estimate = Estimate(found.value, found.low, found.high, found.n)
-    undefined = _reasons(frame)
-    undefined |= {NO_VARIANCE: found.constant} if found.constant else {}
-    undefined |= {SMALL_GROUP: found.small} if found.small else {}
+    estimate = Estimate(found.value, found.low, found.high, found.n, found.facts)
+    counts = {NO_VARIANCE: found.constant, SMALL_GROUP: found.small, ALONE: found.alone}
+    if np.isnan(found.value) and not found.alone and not found.constant and found.n == 2:
+        counts[TWO_PAIRS] = 2
+    counts[NO_PARTNER] = found.lonely if control else 0
+    undefined = _reasons(frame) | {reason: count for reason, count in counts.items() if count}
+    few = caution("correlation", found.facts)
     if not found.null.size:
-        return Measured(estimate, undefined=undefined, statistic=found.statistic)
-    null = float(found.null.mean())
-    low, high = np.percentile(found.null, [2.5, 97.5])
-    method = f"{found.null.size} derangements of facts within groups"
-    excess = Estimate(found.value - null, found.low - null, found.high - null, found.n)
-    return Measured(
-        estimate, Control(null, (float(low), float(high)), found.n, method), excess, undefined, found.statistic
-    )
+        return _explained(Measured(estimate, None, None, undefined, found.statistic, few), len(pairs))
+    # A round of shuffles averages 0 but for the last bit, which would read as a control.
+    null = round(float(found.null.mean()), 12) + 0.0
+    low, high = (float(edge) for edge in np.percentile(found.null, [2.5, 97.5]))
+    method = f"{found.null.size} shuffles of facts within groups"
+    beside = Control(null, (low, high), found.n, method, found.facts)
+    excess = Estimate(found.value - null, found.low - null, found.high - null, found.n, found.facts)
+    return _explained(Measured(estimate, beside, excess, undefined, found.statistic, few), len(pairs))
 
 
 def gradient_cosine(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
@@ -114,10 +130,10 @@ def gradient_cosine(frame: pd.DataFrame, seed: int, control: bool = True) -> Mea
     undefined = {reason: count for reason, count in counts.items() if count}
     statistic = "mean per-pair cosine"
     if "cosine_control" not in table:
-        return Measured(mean_over_facts(cosine, facts, seed=seed), undefined=undefined, statistic=statistic)
+        return _with_control(cosine, None, facts, undefined, statistic, bounds=COSINE)
     alone = frame["norm_control"].isna().groupby(frame["pair"]).any().to_numpy()
     null = table["cosine_control"].to_numpy()
-    return _with_control(cosine, null, facts, undefined, statistic, seed, alone)
+    return _with_control(cosine, null, facts, undefined, statistic, bounds=COSINE, alone=alone)
 
 
 def pair_cosines(frame: pd.DataFrame) -> pd.DataFrame:
@@ -150,17 +166,15 @@ def _cosine(sums: pd.DataFrame, inner: str, other: str) -> np.ndarray:
 
 def reverse_probability(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
     """Mean probability of the target under the reverse queries of the frame."""
-    return direction_mean(frame, "reverse", "probability", seed)
+    return direction_mean(frame, "reverse", "probability")
 
 
 def decoded_match(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
     """Share of questions whose decoded answer is right; its control matches the answers of another fact."""
     match, facts = frame["match"].to_numpy(dtype=np.float64), frame["fact"].to_numpy().astype(str)
     statistic = "exact match, mean over questions"
-    if "match_control" not in frame:
-        return Measured(mean_over_facts(match, facts, seed=seed), undefined=_reasons(frame), statistic=statistic)
-    null = frame["match_control"].to_numpy(dtype=np.float64)
-    return _with_control(match, null, facts, _reasons(frame), statistic, seed)
+    null = frame["match_control"].to_numpy(dtype=np.float64) if "match_control" in frame else None
+    return _with_control(match, null, facts, _reasons(frame), statistic, binary=True)
 
 
 def route_edit(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
@@ -176,18 +190,15 @@ def route_edit(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured
     columns = [column for column in ("change", "change_control") if column in rows]
     table = rows.groupby("pair", sort=True).agg({"fact": "first"} | dict.fromkeys(columns, "mean"))
     change, facts = table["change"].to_numpy(dtype=np.float64), table["fact"].to_numpy().astype(str)
-    estimate, undefined = mean_over_facts(change, facts, seed=seed), _reasons(rows)
+    undefined = _reasons(rows)
     if "change_control" not in rows:
-        return Measured(estimate, undefined=undefined, statistic=statistic)
+        return _with_control(change, None, facts, undefined, statistic)
     null = table["change_control"].to_numpy(dtype=np.float64)
     alone = rows.loc[rows["reason"] == "", "reason_control"].replace("", np.nan).value_counts()
     undefined |= {str(reason): int(count) for reason, count in alone.items()}
-    floor = mean_over_facts(null, facts, seed=seed)
-    if not floor.n:
-        return Measured(estimate, undefined=undefined, statistic=statistic)
     method = "the same change of other positions' scores, drawn at random"
-    beside = Control(floor.value, (floor.low, floor.high), floor.n, method)
-    return Measured(estimate, beside, mean_over_facts(change - null, facts, seed=seed), undefined, statistic)
+    counted = np.zeros(len(table), dtype=bool)  # just now, by reason
+    return _with_control(change, null, facts, undefined, statistic, alone=counted, method=method)
 
 
 def stored_evidence(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
@@ -202,50 +213,68 @@ def stored_evidence(frame: pd.DataFrame, seed: int, control: bool = True) -> Mea
     statistic = "mean stored evidence under the reverse query, summed over layers and heads (logits)"
     counts = _pair_reasons(rows, "reason")
     if "stored_control" not in table:
-        return Measured(mean_over_facts(values, facts, seed=seed), undefined=counts, statistic=statistic)
+        return _with_control(values, None, facts, counts, statistic)
     null = table["stored_control"].to_numpy(dtype=np.float64)
     alone = None
     if "reason_control" in rows:
         counts |= _pair_reasons(rows[rows["pair"].isin(table.index[np.isfinite(values)])], "reason_control")
         alone = np.zeros(len(table), dtype=bool)  # counted just now, by reason
-    return _with_control(values, null, facts, counts, statistic, seed, alone)
+    return _with_control(values, null, facts, counts, statistic, alone=alone)
 
 
-def direction_mean(frame: pd.DataFrame, direction: str, column: str, seed: int) -> Measured:
+def direction_mean(frame: pd.DataFrame, direction: str, column: str) -> Measured:
     """Mean of `column` ("probability" or "argmax_match") over one direction; its control asks other facts' queries."""
     rows = frame[frame["direction"] == direction]
     if rows.empty:
-        return Measured(
-            Estimate(float("nan"), float("nan"), float("nan"), 0), undefined={f"no {direction} query in this part": 1}
-        )
+        return Measured(Estimate.undefined(), undefined={f"no {direction} query in this part": 1})
     values, facts = rows[column].to_numpy(dtype=np.float64), rows["fact"].to_numpy().astype(str)
-    statistic = f"mean {direction} {column}"
-    if f"{column}_control" not in rows:
-        return Measured(mean_over_facts(values, facts, seed=seed), undefined=_reasons(rows), statistic=statistic)
-    return _with_control(
-        values, rows[f"{column}_control"].to_numpy(dtype=np.float64), facts, _reasons(rows), statistic, seed
-    )
+    null = rows[f"{column}_control"].to_numpy(dtype=np.float64) if f"{column}_control" in rows else None
+    statistic, binary = f"mean {direction} {column}", column == "argmax_match"
+    return _with_control(values, null, facts, _reasons(rows), statistic, bounds=FRACTION, binary=binary)
 
 
 def _with_control(
     values: np.ndarray,
-    null: np.ndarray,
+    null: np.ndarray | None,
     facts: np.ndarray,
     undefined: dict[str, int],
     statistic: str,
-    seed: int,
+    *,
+    bounds: Bounds | None = None,
+    binary: bool = False,
     alone: np.ndarray | None = None,
+    method: str = "one derangement of facts within groups",
 ) -> Measured:
-    """The mean of `values` beside that of `null`; `alone` marks pairs without a partner (all NaN of `null` if None)."""
-    estimate = mean_over_facts(values, facts, seed=seed)
-    floor = mean_over_facts(null, facts, seed=seed)
+    """The mean of `values` beside that of `null`, between bounds or a proportion where they are 0 or 1 (`binary`).
+
+    `alone` marks pairs without a partner (all NaN of `null` if None).
+    """
+    mean = proportion_over_facts if binary else lambda part, of: mean_over_facts(part, of, bounds=bounds)
+    estimate = mean(values, facts)
+    few = caution("proportion" if binary else "mean", estimate.facts)
+    lost = int((~np.isfinite(values)).sum()) - sum(undefined.values())
+    undefined = undefined | ({NOT_FINITE: lost} if lost > 0 else {})
+    if null is None:
+        return _explained(Measured(estimate, None, None, undefined, statistic, few), len(values))
+    floor = mean(null, facts)
     without_partner = int((np.isnan(null) & np.isfinite(values) if alone is None else alone).sum())
     undefined = undefined | ({NO_PARTNER: without_partner} if without_partner else {})
     if not floor.n:
-        return Measured(estimate, undefined=undefined, statistic=statistic)
-    control = Control(floor.value, (floor.low, floor.high), floor.n, "one derangement of facts within groups")
-    excess = mean_over_facts(values - null, facts, seed=seed)
-    return Measured(estimate, control, excess, undefined, statistic)
+        return _explained(Measured(estimate, None, None, undefined, statistic, few), len(values))
+    control = Control(floor.value, (floor.low, floor.high), floor.n, method, floor.facts)
+    excess = difference_over_facts(values, null, facts, bounds=FRACTION if binary else bounds, binary=binary)
+    return _explained(Measured(estimate, control, excess, undefined, statistic, few), len(values))
+
+
+def _explained(measured: Measured, rows: int) -> Measured:
+    """No NaN goes without a reason and a count: what lacks a value, or an interval, says why."""
+    undefined = dict(measured.undefined)
+    if np.isnan(measured.estimate.value) and not undefined:
+        undefined[NOT_FINITE] = rows
+    for found in (measured.estimate, measured.excess):
+        if found is not None and np.isfinite(found.value) and np.isnan(found.low):
+            undefined[ONE_FACT if found.facts < 2 else SAME_FOR_ALL] = found.n
+    return replace(measured, undefined=undefined)
 
 
 def _reasons(frame: pd.DataFrame) -> dict[str, int]:

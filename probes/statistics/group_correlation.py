@@ -13,7 +13,8 @@ from functools import cached_property
 import numpy as np
 from scipy import sparse
 
-from .resampling import derangements, resampled_facts
+from .intervals import ALIKE, perfect, student
+from .resampling import shuffles
 
 # A within-group correlation over fewer facts than this is mostly noise; smaller groups are pooled.
 LEAST_FACTS = 8
@@ -28,19 +29,23 @@ class GroupCorrelation:
     """Correlation of forward and reverse scores within groups, over all heads.
 
     `value`, `low`, `high`: the mean over cells (a cell is a group in one head); `null`: its value under each
-    derangement; `cells`: `group head` correlations; `statistic`: how small groups were treated; `n`: pairs behind
-    the value; `small`: pairs left out because their group is small; `constant`: cells without variance.
+    shuffle of facts; `cells`: `group head` correlations; `statistic`: how small groups were treated; `n`, `facts`:
+    pairs and facts behind the value; `small`: pairs left out because their group is small; `constant`: cells without
+    variance; `alone`: pairs that are the only one of their group; `lonely`: pairs of groups of one fact.
     """
 
     value: float
     low: float
     high: float
     n: int
+    facts: int
     null: np.ndarray
     cells: np.ndarray
     statistic: str
     small: int = 0
     constant: int = 0
+    alone: int = 0
+    lonely: int = 0
 
 
 def group_correlation(
@@ -61,50 +66,77 @@ def group_correlation(
     layout = Layout.of(facts, groups)
     large = layout.defined_facts(forward, reverse) >= LEAST_FACTS
     pooled = not large.any()
-    draws = resampled_facts(layout.n_facts, seed=seed)
     blocks = list(layout.blocks(forward, reverse, large))
     cells = np.concatenate([_pearson(moments.groups) for moments, _ in blocks], axis=1)
-    values = [moments.correlations(part, pooled) for moments, part in blocks]
-    resampled = [moments.resampled(draws, part, pooled) for moments, part in blocks]
-    low, high = float("nan"), float("nan")
-    if layout.n_facts > 1:
-        low, high = _interval(np.concatenate(resampled, axis=1))
-    null = _null(layout, forward, reverse, facts, groups, large, pooled, seed) if control else np.array([])
+    value = _mean(np.concatenate([moments.correlations(part, pooled) for moments, part in blocks], axis=None))
     defined = np.isfinite(forward) & np.isfinite(reverse)
-    used = defined & (large[layout.group] | pooled)
+    used = (defined & (large[layout.group] | pooled)).any(1)
+    present = np.bincount(layout.fact[used], minlength=layout.n_facts) > 0
+    left_out = [moments.left_out(part, pooled).reshape(layout.n_facts, -1) for moments, part in blocks]
+    low, high = jackknife_intervals(
+        np.array([value]), _row_means(np.concatenate(left_out, axis=1))[:, None], present[:, None]
+    )
+    lonely = layout.fact_counts[layout.group] < 2
+    null = _null(layout, forward, reverse, lonely, large, pooled, seed) if control else np.array([])
     averaged = "pooled within-group r" if pooled else f"mean within-group r over groups of at least {LEAST_FACTS} facts"
     return GroupCorrelation(
-        value=_mean(np.concatenate(values, axis=None)),
-        low=low,
-        high=high,
-        n=int(used.any(1).sum()),
+        value=value,
+        low=float(low[0]),
+        high=float(high[0]),
+        n=int(used.sum()),
+        facts=int(present.sum()),
         null=null[np.isfinite(null)],
         cells=cells,
         statistic=averaged,
-        small=int((defined.any(1) & ~used.any(1)).sum()),
+        small=int((defined.any(1) & ~used).sum()),
         constant=int((np.isnan(cells) & (large | pooled) & (layout.counts(defined) > 1)).sum()),
+        alone=int((used & (layout.counts(defined.any(1)[:, None])[layout.group, 0] == 1)).sum()),
+        lonely=int((used & lonely).sum()),
     )
+
+
+def jackknife_intervals(value: np.ndarray, left_out: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95 % intervals of correlations, from what they are without each fact in turn: Fisher's z, and Student's t.
+
+    NaN for one fact alone; from -1 to 1 where a fact less leaves nothing to correlate (three facts in one group).
+    Shapes: `cell, fact cell, fact cell -> cell, cell`; `present` marks the facts that a cell rests on.
+    Source: Efron & Tibshirani 1993, ch. 11 (the jackknife over clusters).
+    """
+    facts = present.sum(0)
+    shown = np.where(present, left_out, 0.0)
+    nothing = ~np.isfinite(shown).all(0) | (np.abs(shown) >= 1 - ALIKE).any(0)
+    edge = 1 - ALIKE / 2
+    z, own = np.arctanh(np.clip(np.nan_to_num(shown), -edge, edge)), np.arctanh(np.clip(value, -edge, edge))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        about = np.where(present, z - np.where(present, z, 0).sum(0) / facts, 0.0)
+        width = np.sqrt((facts - 1) / facts * (about**2).sum(0))
+    width = width * np.array([student(int(count) - 1) for count in facts])
+    low, high = np.tanh(own - width), np.tanh(own + width)
+    low, high = np.where(nothing, -1.0, low), np.where(nothing, 1.0, high)
+    whole = np.abs(value) >= 1 - ALIKE
+    low, high = (np.where(whole, same, edge) for same, edge in zip(perfect(value, facts), (low, high), strict=True))
+    known = (facts > 1) & np.isfinite(value)
+    return np.where(known, low, np.nan), np.where(known, high, np.nan)
 
 
 def _null(
     layout: Layout,
     forward: np.ndarray,
     reverse: np.ndarray,
-    facts: np.ndarray,
-    groups: np.ndarray,
+    lonely: np.ndarray,
     large: np.ndarray,
     pooled: bool,
     seed: int,
 ) -> np.ndarray:
-    """The value under each of DERANGEMENTS derangements; empty when no group has two facts. Shapes: `-> null`."""
-    if layout.n_groups == len(facts):
+    """The value under each shuffle of facts within groups; empty when no group has two facts. Shapes: `-> null`."""
+    if lonely.all():
         return np.array([])
-    partners = derangements(facts, groups, seed=seed)
-    whole = np.isfinite(forward).all() and np.isfinite(reverse).all()
-    if whole and (np.sort(partners, axis=1) == np.arange(len(facts))).all():
+    partners = shuffles(layout.fact, layout.group, seed=seed)
+    whole = np.isfinite(forward).all() and np.isfinite(reverse).all() and not lonely.any()
+    if whole and (np.sort(partners, axis=1) == np.arange(len(forward))).all():
         return layout.moments(forward, reverse).permuted(partners, large, pooled)
-    # Each forward score meets the reverse score of its partner.
-    others = (np.where((partner >= 0)[:, None], reverse[partner], np.nan) for partner in partners)
+    # Each forward score meets the reverse score of its partner; a fact alone in its group has none.
+    others = (np.where(lonely[:, None], np.nan, reverse[partner]) for partner in partners)
     return np.array([_mean(layout.moments(forward, other).correlations(large, pooled)) for other in others])
 
 
@@ -128,6 +160,11 @@ class Layout:
         by_group = sparse.csr_matrix((ones, (group, column)), shape=(n_groups, len(fact)))
         by_both = sparse.csr_matrix((ones, (fact * n_groups + group, column)), shape=(n_facts * n_groups, len(fact)))
         return cls(fact, group, n_facts, n_groups, by_group, by_both)
+
+    @cached_property
+    def fact_counts(self) -> np.ndarray:
+        """Facts of each group. Shapes: `-> group`."""
+        return np.bincount(np.unique(self.group * self.n_facts + self.fact) // self.n_facts, minlength=self.n_groups)
 
     def counts(self, defined: np.ndarray) -> np.ndarray:
         """Defined pairs of each group. Shapes: `pair head -> group head`."""
@@ -186,15 +223,14 @@ class Moments:
         """What is averaged: r of the large groups, or one pooled r per head. Shapes: `-> group|1 head`."""
         return _combine(self.groups, large, pooled)
 
-    def resampled(self, draws: np.ndarray, large: np.ndarray, pooled: bool) -> np.ndarray:
-        """The same under each resample of facts. Shapes: `-> resample cell`."""
+    def left_out(self, large: np.ndarray, pooled: bool) -> np.ndarray:
+        """The same without each fact in turn. Shapes: `-> fact group|1 head`."""
         keep = np.asarray(pooled | large.any(1))
-        drawn = np.stack([np.tensordot(draws, part, axes=1) for part in self.facts(keep)])
-        values = _pooled(drawn, axis=1) if pooled else np.where(large[keep], _pearson(drawn), np.nan)
-        return values.reshape(len(draws), -1)
+        rest = np.stack([whole[keep] - part for whole, part in zip(self.groups, self.facts(keep), strict=True)])
+        return _pooled(rest, axis=1)[:, None] if pooled else np.where(large[keep], _pearson(rest), np.nan)
 
     def permuted(self, partners: np.ndarray, large: np.ndarray, pooled: bool) -> np.ndarray:
-        """The value under many derangements at once, where each permutes whole groups and every score is defined.
+        """The value under many shuffles at once, where each permutes whole groups and every score is defined.
 
         Then only the products change: the sums and squares of a group are those of its true pairing.
         Shapes: `partners`: `null pair`; returns `null`.
@@ -216,8 +252,12 @@ def _pearson(sums: np.ndarray) -> np.ndarray:
 
 
 def _pooled(sums: np.ndarray, axis: int) -> np.ndarray:
-    """One r from the deviations of all groups, which stand along `axis` of each sum."""
-    return _ratio(*(part.sum(axis) for part in deviations(sums)))
+    """One r from the deviations of all groups, which stand along `axis` of each sum; NaN of a single free deviation.
+
+    Two pairs correlate with 1 or -1 whatever they are.
+    """
+    free = np.maximum(np.rint(sums[0]) - 1, 0).sum(axis)
+    return np.where(free > 1, _ratio(*(part.sum(axis) for part in deviations(sums))), np.nan)
 
 
 def deviations(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -238,10 +278,8 @@ def _mean(values: np.ndarray) -> float:
     return float(defined.mean()) if defined.size else float("nan")
 
 
-def _interval(resampled: np.ndarray) -> tuple[float, float]:
-    """95 % of the resamples' means over their defined cells; NaN where none is defined. Shapes: `resample cell ->`."""
-    defined = np.isfinite(resampled)
-    count = defined.sum(1)
-    means = np.where(defined, resampled, 0.0).sum(1)[count > 0] / count[count > 0]
-    low, high = np.percentile(means, [2.5, 97.5]) if means.size else (np.nan, np.nan)
-    return float(low), float(high)
+def _row_means(values: np.ndarray) -> np.ndarray:
+    """Each row's mean over its defined cells; NaN where none is. Shapes: `fact cell -> fact`."""
+    defined = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(defined, values, 0.0).sum(1) / defined.sum(1))

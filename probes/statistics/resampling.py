@@ -1,7 +1,6 @@
-"""Resampling facts: bootstrap intervals of means, and derangements, the null of everything that pairs facts.
+"""Shuffling facts: derangements and permutations, the null of everything that pairs facts.
 
-Pairs about one fact are not independent (they share letters, names, weights), so intervals resample facts, not
-rows. Every routine works on whole arrays; the slow, obvious versions stand in the tests.
+Every routine works on whole arrays; the slow, obvious versions stand in the tests.
 """
 
 from __future__ import annotations
@@ -11,44 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-RESAMPLES = 1000
-DERANGEMENTS = 200
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean or correlation with its 95 % interval and the number of pairs behind it; NaN when undefined."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
-def mean_over_facts(values: np.ndarray, facts: np.ndarray, *, seed: int = 0) -> Estimate:
-    """Mean over defined values, its interval by resampling facts. Shapes: `row, row ->`.
-
-    One fact alone has no interval (NaN).
-    """
-    defined = np.isfinite(values)
-    n = int(defined.sum())
-    if n == 0:
-        return Estimate(float("nan"), float("nan"), float("nan"), 0)
-    index = np.unique(facts[defined], return_inverse=True)[1]
-    sums, counts = np.bincount(index, values[defined]), np.bincount(index)
-    low, high = float("nan"), float("nan")
-    if len(sums) > 1:
-        draws = resampled_facts(len(sums), seed=seed)
-        low, high = np.percentile((draws @ sums) / (draws @ counts), [2.5, 97.5])
-    return Estimate(float(values[defined].mean()), float(low), float(high), n)
-
-
-@lru_cache(maxsize=32)  # every number of a checkpoint resamples the same facts
-def resampled_facts(count: int, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """How often each fact is drawn in each resample. Shapes: `-> resample fact`."""
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
-    draws.flags.writeable = False
-    return draws
+SHUFFLES = 200
 
 
 def derangement(facts: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> np.ndarray:
@@ -76,16 +38,56 @@ def derangement(facts: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> np.n
     return partner
 
 
-def derangements(facts: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """DERANGEMENTS derangements with seeds from `seed` on; kept for the next checkpoint's reading of the same pairs.
+def shuffles(facts: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """Permutations of facts within groups, at least SHUFFLES; kept for the next checkpoint's reading of the same pairs.
 
-    Shapes: `pair, pair -> null pair`.
+    A derangement never keeps the true pairing, so a correlation r over n facts averages -r / (n - 1) there. These
+    are uniform permutations: a random order of the facts, turned by every number of places, so that over each round of
+    turns every fact meets every other equally often (itself included) and the correlation averages exactly 0. One order
+    serves all groups, which keeps the dependence between groups in the null.
+    Shapes: `pair, pair -> shuffle pair`; a pair's own index where its group has one fact only.
     """
     fact, group = (np.unique(values, return_inverse=True)[1].reshape(-1) for values in (facts, groups))
-    return _derangements(fact.astype(np.int32).tobytes(), group.astype(np.int32).tobytes(), seed)
+    return _shuffles(fact.astype(np.int32).tobytes(), group.astype(np.int32).tobytes(), seed)
 
 
 @lru_cache(maxsize=4)
-def _derangements(facts: bytes, groups: bytes, seed: int) -> np.ndarray:
+def _shuffles(facts: bytes, groups: bytes, seed: int) -> np.ndarray:
     fact, group = (np.frombuffer(codes, dtype=np.int32) for codes in (facts, groups))
-    return np.stack([derangement(fact, group, seed=seed + k) for k in range(DERANGEMENTS)]).astype(np.int32)
+    count = int(fact.max()) + 1
+    order = np.lexsort((fact, group))  # by group, then by fact, then as given
+    starts = np.flatnonzero(np.r_[True, (np.diff(group[order]) != 0) | (np.diff(fact[order]) != 0)])
+    runs = _Runs.of(group[order][starts], np.diff(np.r_[starts, len(order)]), starts)
+    generator, found = np.random.default_rng(seed), []
+    for _ in range(-(-SHUFFLES // min(count, SHUFFLES))):
+        rank = generator.permutation(count)[fact[order][starts]]
+        for turn in range(min(count, SHUFFLES)):
+            partner = np.empty(len(order), dtype=np.int32)
+            partner[order] = order[runs.turned(rank, turn)]
+            found.append(partner)
+    return np.stack(found)
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """The pairs of one fact in one group, which stand together: each run's group, length and start."""
+
+    group: np.ndarray
+    sizes: np.ndarray
+    starts: np.ndarray
+    first: np.ndarray  # of the run's group
+    facts: np.ndarray  # of the run's group
+
+    @classmethod
+    def of(cls, group: np.ndarray, sizes: np.ndarray, starts: np.ndarray) -> _Runs:
+        first = np.searchsorted(group, group, side="left")
+        return cls(group, sizes, starts, first, np.searchsorted(group, group, side="right") - first)
+
+    def turned(self, rank: np.ndarray, turn: int) -> np.ndarray:
+        """For each pair, one of the fact that stands `turn` places after its own place in the order of `rank`."""
+        shuffled = np.lexsort((rank, self.group))
+        place = np.arange(len(self.group)) - self.first
+        target = shuffled[self.first + (place + turn) % self.facts]
+        run = np.repeat(np.arange(len(self.group)), self.sizes)
+        within = np.arange(len(run)) - self.starts[run]
+        return np.asarray(self.starts[target[run]] + within % self.sizes[target[run]])

@@ -67,7 +67,7 @@ def curves(
 
     Args:
         weights: "ema" (raw where there is no average), "raw" or "both".
-        bands: "facts", each run with its bootstrap interval, or "seeds", runs that differ in their seed as one.
+        bands: "facts", each run with its interval, or "seeds", runs that differ in their seed as one.
     Returns: the figure, the table of the last checkpoints, notes, and problems.
     """
     names = run_names(runs)

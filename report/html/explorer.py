@@ -64,7 +64,7 @@ class _Entry:
         _, scores, _, groups = score_table(frame)
         scores = _less_group_means(scores, groups)
         pairs = frame.drop_duplicates("pair").sort_values("pair")[["pair", "fact", *DISTANCES]].reset_index(drop=True)
-        return cls(place, reading, head_correlations(frame, seed=reading.seed), cells, scores, pairs)
+        return cls(place, reading, head_correlations(frame), cells, scores, pairs)
 
 
 def explore(readings: Iterable[Reading], *, runs: int = 1) -> Explored:
@@ -279,9 +279,7 @@ def _gradient(placed: list[tuple[int, Reading]], places: int, runs: int) -> tupl
     tables: dict[int, pd.DataFrame] = {}
     titles: list[Any] = [None] * places
     for place, reading in placed:
-        parts = [
-            cell_cosines(reading.frame, by, seed=reading.seed) for by in ([], ["role"], ["layer"], ["layer", "role"])
-        ]
+        parts = [cell_cosines(reading.frame, by) for by in ([], ["role"], ["layer"], ["layer", "role"])]
         table = pd.concat(parts, ignore_index=True)
         tables[place] = table.assign(**{key: table[key].fillna("all").astype(str) for key in ("layer", "role")})
         titles[place] = _numbers(reading)

@@ -26,15 +26,15 @@ ROUNDED = (
 )
 ROUTING = (
     "Values are means over the chosen heads of the within-group Pearson r between forward and reverse scores (a group "
-    "is one pair of signed offsets); bands and brackets: 95 % bootstrap intervals over facts. Points are scores less "
+    "is one pair of signed offsets); bands and brackets: 95 % intervals over facts. Points are scores less "
     "their group's mean, averaged over the chosen heads. White: no such pair, or undefined in a layer x head map. "
     "Grey: undefined, the hover says why."
 )
 GRADIENTS = (
     "Mean over pairs of the cosine of forward and reverse gradient, summed over the parameters of a role (and layer); "
-    "bars and brackets: 95 % bootstrap intervals over facts; grey: control (shuffled facts)."
+    "bars and brackets: 95 % intervals over facts; grey: control (shuffled facts)."
 )
-SHARES = "How the target's probability is spread over pairs; means with their 95 % bootstrap intervals over facts."
+SHARES = "How the target's probability is spread over pairs; means with their 95 % intervals over facts."
 EXPLORED = (ATTENTION, GRADIENT, PROBABILITY)
 
 

@@ -21,11 +21,11 @@ MANY_HEADS = 40  # edits of more single heads than this are a heat map
 STORED, EDITED = "stored_evidence", "route_edit"
 STORAGE = (
     "What the target's logit is made of, forward and reverse: the stored evidence routed to the readout row, and what "
-    "reaches it otherwise; bars: 95 % bootstrap intervals over facts."
+    "reaches it otherwise; bars: 95 % intervals over facts."
 )
 EDITS = (
     "How the target's log-probability changes when attention from the readout rows to the evidence is edited, beside "
-    "the same edit of other positions (control); bars: 95 % bootstrap intervals over facts."
+    "the same edit of other positions (control); bars: 95 % intervals over facts."
 )
 
 

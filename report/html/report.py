@@ -22,6 +22,7 @@ from ...atomic_files import written_whole
 from ...errors import RevprobeError
 from ...finetune.runs.record import AXES, RunRecord, tidy_summary
 from ...probes.figures.training_curves import VIEWS, measures_with_reasons, signatures_figure
+from ...probes.statistics.estimators import STATISTICS_VERSION
 from ..summary.tables import final_table, format_final_table
 from .explorer_tabs import explorer
 from .page import choice, controls, details, figure_data, figure_place, folded, page, paragraph, section, table
@@ -31,7 +32,7 @@ MANY = 8  # more configurations than this are folded into one line
 WHAT = (
     "For each checkpoint of each run this page shows whether a language model that saw a relation in one direction "
     "answers the reversed question, and two signatures of why: whether attention routes to the evidence alike in both "
-    "directions, and whether the two gradients agree. Every number stands beside its 95 % bootstrap interval over "
+    "directions, and whether the two gradients agree. Every number stands beside its 95 % interval over "
     "facts and its control, the same measurement with the facts shuffled."
 )
 KINDS = (
@@ -163,6 +164,15 @@ def _warnings(runs: Sequence[RunRecord]) -> Markup:
 def _run_warnings(run: RunRecord) -> list[str]:
     """What makes a run's numbers incomparable or incomplete, found in its readings' meta."""
     found = [run.problem] if run.problem else []
+    other = [reading.statistics_version for reading in run.readings if reading.recomputed]
+    if other:
+        versions = ", ".join(str(number) for number in sorted(set(other)))
+        found.append(
+            f"{len(other)} readings were written under other statistics (version {versions}); their intervals and "
+            f"controls were worked out again from their rows, under version {STATISTICS_VERSION}"
+        )
+    for caution in dict.fromkeys(f"{r.name}: {r.caution}" for r in run.readings if r.caution):
+        found.append(caution)
     steps = run.readings.steps
     if steps and steps[0] != 0:
         found.append(f"no reading of the untrained model: the first is at step {steps[0]:,}")

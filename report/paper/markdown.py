@@ -115,7 +115,14 @@ def _cells(cells: pd.DataFrame, seeds: int) -> str:
         row = {"table": cell["table"], "cell": name, "direction": cell["direction"]}
         row |= {"paper": _percent(part["paper"].iloc[0], 1 if cell["table"] == 2 else 2)}
         row |= {f"{quantity}, {weights}": _ours(by.get((quantity, weights))) for quantity, weights in _COLUMNS}
-        rows.append(row | {"seeds": f"{part['seeds'].max()} of {seeds}", "n": part["n"].max() or "-"})
+        rows.append(
+            row
+            | {
+                "seeds": f"{part['seeds'].max()} of {seeds}",
+                "n": part["n"].max() or "-",
+                "facts": part["facts"].max() or "-",
+            }
+        )
     return markdown_table(rows)
 
 

@@ -102,7 +102,7 @@ def collect_measures(folder: str | Path, runs: Iterable[RunConfig]) -> tuple[pd.
         except RevprobeError as error:
             left_out[config.name] = str(error) if path.is_dir() else NOT_RUN
     frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS)
-    return frame.astype({"length": "Int64", "seed": "Int64", "step": "Int64", "n": "Int64"}), left_out
+    return frame.astype({"length": "Int64", "seed": "Int64", "step": "Int64", "n": "Int64", "facts": "Int64"}), left_out
 
 
 def on_device_of(path: Path, config: RunConfig) -> RunConfig:
@@ -166,6 +166,7 @@ def _cell(last: pd.DataFrame, cell: dict[str, Any], quantity: str, weights: str)
         "seeds": len(values),
         # Questions per seed.
         "n": int(own["n"].min()) if len(values) else 0,
+        "facts": int(own["facts"].min()) if len(values) else 0,
         # Between seeds; one seed has none.
         "spread": float(values.std(ddof=1)) if len(values) > 1 else math.nan,
         "lowest": float(values.min()) if len(values) else math.nan,

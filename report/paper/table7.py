@@ -2,7 +2,7 @@
 as a table and as a heat table.
 
 One row per dataset and direction, two columns per model, each cell the mean over seeds, in per cent, with the sample
-standard deviation and the number of seeds; a single seed has its 95 % interval over facts instead. The floor, the same
+standard deviation, its 95 % interval and the number of seeds; a single seed has its 95 % interval over facts instead. The floor, the same
 questions about held-out facts, stands beside it in a table of its own.
 Source: paper Sec. 6, App. D.2, Table 7.
 """
@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from rich.console import Console
@@ -20,15 +21,17 @@ from rich.console import Console
 from ...errors import RevprobeError, did_you_mean
 from ...finetune.runs.finetuning import FinetuneRun
 from ...probes.figures.theme import FORWARD, TEMPLATE, interval_text, plain, with_theme
+from ...probes.statistics.intervals import proportion
 from ..summary.terminal import text_table
 
 SIDES = {"forward": "Fwd.", "reverse": "Rev."}
 FACTS = {"train": "trained facts", "heldout": "held-out facts (the floor)"}
 COLUMNS = ["run", "objective", "model", "dataset", "direction", "seed", "asked", "split", "templates"]
-NUMBERS = ["value", "low", "high", "n", "control"]
+NUMBERS = ["value", "low", "high", "n", "facts", "control"]
 NOTE = (
     "Exact match in per cent after lower-casing and stripping blanks, decoded greedily; any of a fact's answers "
-    "counts. Mean over seeds, ± their sample standard deviation; with one seed the 95 % bootstrap interval over facts. "
+    "counts. Mean over seeds, ± their sample standard deviation, with its 95 % interval over seeds (three seeds alike at "
+    "100 % are three, not certain); with one seed the 95 % interval over facts. n counts questions. "
     "Reverse is asked about trained facts, of which training read the forward statements alone; held-out facts were "
     "never read, in any direction."
 )
@@ -38,7 +41,7 @@ def match_frame(runs: Sequence[FinetuneRun]) -> pd.DataFrame:
     """Every exact match of the runs that have been evaluated, tidy.
 
     Returns: run, objective, model, dataset, direction (trained), seed, asked ("forward", "reverse"), split ("train",
-        "heldout"), templates (whose wordings), and value, low, high, n, control, fractions; NaN is undefined.
+        "heldout"), templates (whose wordings), and value, low, high, n, facts, control, fractions; NaN is undefined.
     """
     rows: list[dict[str, Any]] = []
     for run in runs:
@@ -47,7 +50,7 @@ def match_frame(runs: Sequence[FinetuneRun]) -> pd.DataFrame:
         for reading in run.evaluation():
             about = {name: reading.meta[name] for name in ("asked", "split", "templates")}
             low, high = reading.interval
-            numbers = {"value": reading.value, "low": low, "high": high, "n": reading.n}
+            numbers = {"value": reading.value, "low": low, "high": high, "n": reading.n, "facts": reading.facts}
             control = math.nan if reading.control is None else reading.control.value
             rows.append({"run": run.name} | run.axes | about | numbers | {"control": control})
     return pd.DataFrame(rows, columns=[*COLUMNS, *NUMBERS])
@@ -80,10 +83,15 @@ def _cell(part: pd.DataFrame) -> str:
         return "undefined"
     if len(part) == 1:
         one = part.iloc[0]
-        return interval_text(one["value"], one["low"], one["high"], percent=True)
+        counted = f"n = {int(one['n']):,}, {int(one['facts']):,} facts"
+        return f"{interval_text(one['value'], one['low'], one['high'], percent=True)} ({counted})"
     lost = f", {len(part) - len(values)} undefined" if len(values) < len(part) else ""
     spread = f" ± {100 * values.std(ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{100 * values.mean():.1f}{spread} ({len(values)} seeds{lost})"
+    counts = part.loc[values.index, "n"].to_numpy(dtype=float)
+    found = proportion(values.to_numpy(dtype=float), np.full(len(values), counts.mean()))
+    interval = f"[{100 * found.low:.1f}, {100 * found.high:.1f}]"
+    facts = int(part.loc[values.index, "facts"].max())
+    return f"{100 * values.mean():.1f}{spread} {interval} ({len(values)} seeds{lost}, n = {found.n:,}, {facts:,} facts)"
 
 
 def print_table7(runs: Sequence[FinetuneRun], console: Console) -> None:

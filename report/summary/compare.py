@@ -39,7 +39,7 @@ def compare(
         runs: runs or sweeps, or their folders; a sweep stands for its runs.
         bands: "seeds": runs that differ in nothing but their seed are one line, the mean, with a band from the lowest
             to the highest seed; steps that not all seeds have reached are left out and named under the figure.
-            "facts": each run is a line with its 95 % bootstrap interval over facts.
+            "facts": each run is a line with its 95 % interval over facts.
         weights: "ema" (raw where a run keeps no average), "raw" or "both".
         theme: "light" or "dark".
     Raises: RevprobeError, when a folder is no run, two runs share a folder, a file is damaged, no run has a reading,

@@ -1,6 +1,6 @@
 """Runs that differ only in their seed as one line: the mean over seeds, and the range they span as its band.
 
-The range of seeds is another uncertainty than the bootstrap interval over facts of one run, so the two are never drawn
+The range of seeds is another uncertainty than the interval over facts of one run, so the two are never drawn
 in one figure: `SEEDS_KEY` is what a figure of seeds says of its band.
 """
 

@@ -24,15 +24,15 @@ MEASURES = {
 }
 # Each probe may have pairs of its own; the four measures of the answer share theirs.
 COUNTED = ("reverse_probability", "attention_correlation", "gradient_cosine")
-PAIRS = "n pairs"
+PAIRS, FACTS = "n pairs", "n facts"
 
 
 def final_table(summary: pd.DataFrame) -> pd.DataFrame:
     """The last checkpoint of each run: one row per run, weights and kind of pairs.
 
     Returns: the columns of SERIES, then for each measure (fractions, cosines and correlations, as in `summary.csv`)
-        `<measure>`, `<measure>_low`, `<measure>_high`, `<measure>_control`, `<measure>_n`; NaN where it was not
-        measured (its n is missing) or is undefined. `format_final_table` makes text of it.
+        `<measure>`, `<measure>_low`, `<measure>_high`, `<measure>_control`, `<measure>_n`, `<measure>_facts`; NaN
+        where it was not measured (its n is missing) or is undefined. `format_final_table` makes text of it.
     Raises: RevprobeError, when a measure stands twice at one checkpoint.
     """
     last = summary[summary["step"].fillna(-1) == summary.groupby("run")["step"].transform("max").fillna(-1)]
@@ -70,11 +70,16 @@ def format_final_table(table: pd.DataFrame) -> pd.DataFrame:
         for measure, title in MEASURES.items():
             shown[title] = "-"
             if not pd.isna(row[f"{measure}_n"]):
-                value, _, low, high, control = (float(row[name]) for name in _columns(measure))
+                value, low, high, control = (
+                    float(row[f"{measure}{part}"]) for part in ("", "_low", "_high", "_control")
+                )
                 shown[title] = interval_text(value, low, high, control, percent=measure.endswith("accuracy"))
         counts = [_count(row[f"{measure}_n"]) for measure in COUNTED]
+        shown[FACTS] = _count(
+            max((row[f"{m}_facts"] for m in MEASURES if not pd.isna(row[f"{m}_facts"])), default=None)
+        )
         rows.append(shown | {PAIRS: counts[0] if len(set(counts)) == 1 else " / ".join(counts)})
-    return pd.DataFrame(rows, columns=["run", "step", "weights", "kind", *MEASURES.values(), PAIRS])
+    return pd.DataFrame(rows, columns=["run", "step", "weights", "kind", *MEASURES.values(), FACTS, PAIRS])
 
 
 def _count(number: Any) -> str:

@@ -36,7 +36,8 @@ def readings_table(readings: Readings, title: str) -> Table:
         # What the finding rests on; there is none without a control.
         excess = [row.get(name, float("nan")) for name in ("excess", "excess_low", "excess_high")]
         shown["value - control [95 %]"] = "-" if pd.isna(excess[0]) else interval_text(*excess)
-        shown["n"] = row["n"]
+        shown["n"], shown["facts"] = row["n"], row["facts"]
+        shown["caution"] = row["caution"] or "-"
         rows.append(shown | {"weights": row["weights"] or "-", "kind": row["kind"].replace("_", " ")})
     return text_table(pd.DataFrame(rows), title)
 

@@ -30,6 +30,7 @@ from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.passes import route_changes, route_runs
 from revprobe.probes.passes.route_changes import other_positions
 from revprobe.probes.route_edit import NO_POSITION, NO_STRENGTH, ONLY_KEY, ZERO_AFTER, ZERO_BEFORE, ZERO_CONTROL
+from revprobe.probes.statistics.estimators import ONE_FACT
 from tiny import FIXTURES, GROUPED, bridged, causal
 
 # Scores far from zero, so that an edit moves what is priced.
@@ -305,7 +306,7 @@ def test_no_position_for_the_control_is_nan_and_counted():
     assert math.isfinite(reading.value) and reading.control is None
     assert reading.frame.edited.eq(1.0).all() and reading.frame.edited_control.isna().all()
     assert reading.frame.change_control.isna().all() and set(reading.frame.reason_control) == {NO_POSITION}
-    assert reading.undefined == {NO_POSITION: 1}
+    assert reading.undefined == {NO_POSITION: 1, ONE_FACT: 1}
 
 
 def causal_pair(length: int, target: int, evidence: int) -> ReversalPairs:

@@ -20,6 +20,7 @@ from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.passes.batches import make_batch, prepare_queries
 from revprobe.probes.passes.decomposition import LinearizedBatch
 from revprobe.probes.statistics.by_part import evidence_by_pair, logit_contributions
+from revprobe.probes.statistics.estimators import ONE_FACT
 from revprobe.probes.statistics.resampling import derangement
 from revprobe.probes.storage import DIFFERENT_TOKENS, probe_stored_evidence
 from tiny import GROUPED, SIZES, AttentionOnly, drawn, text_like_pairs
@@ -528,7 +529,7 @@ def test_evidence_that_a_causal_mask_hides_is_undefined_and_counted() -> None:
     assert (hidden["contribution_reverse"] == 0).all()
     assert (hidden["reason"] == EVIDENCE_HIDDEN).all()
     assert reading.n == 1
-    assert set(reading.undefined) == {EVIDENCE_HIDDEN}
+    assert set(reading.undefined) == {EVIDENCE_HIDDEN, ONE_FACT}
 
 
 def test_pairs_with_different_tokens_have_no_shared_entry() -> None:

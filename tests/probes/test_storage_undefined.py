@@ -13,7 +13,7 @@ import revprobe as rp
 import tiny
 from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.statistics.by_part import evidence_by_pair, logit_contributions
-from revprobe.probes.statistics.estimators import NO_PARTNER
+from revprobe.probes.statistics.estimators import NO_PARTNER, ONE_FACT
 from revprobe.probes.statistics.resampling import derangement
 from revprobe.probes.storage import DIFFERENT_TOKENS, NO_LIKE_TARGET, NO_OTHER_TARGET, probe_stored_evidence
 
@@ -154,7 +154,7 @@ def test_a_pair_that_has_no_partner_says_which_kind_is_missing() -> None:
     table = evidence_by_pair(reading)
     assert table["reason_control"].tolist() == ["", "", "", NO_LIKE_TARGET]
     assert reading.excess.value == pytest.approx((table["stored_reverse"] - table["stored_control"]).mean())
-    assert probe_stored_evidence(hand_written(), mixed_pairs([1])).undefined == {NO_PARTNER: 1}
+    assert probe_stored_evidence(hand_written(), mixed_pairs([1])).undefined == {NO_PARTNER: 1, ONE_FACT: 1}
     assert "reason_control" not in probe_stored_evidence(hand_written(), mixed_pairs([1, 1]), control=False).frame
 
 
@@ -169,7 +169,7 @@ def test_a_partner_whose_evidence_is_hidden_is_no_control() -> None:
     assert table["reason_control"][0] == f"{EVIDENCE_HIDDEN} (control)"
     assert reading.control is None
     assert reading.n == 1
-    assert reading.undefined == {EVIDENCE_HIDDEN: 1, f"{EVIDENCE_HIDDEN} (control)": 1}
+    assert reading.undefined == {EVIDENCE_HIDDEN: 1, f"{EVIDENCE_HIDDEN} (control)": 1, ONE_FACT: 1}
 
 
 # ---- hidden, or too small to count ----------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def test_evidence_behind_an_eager_causal_mask_is_hidden_and_counted() -> None:
     pairs = [rp.ReversalPair(*queries, fact="a"), rp.ReversalPair(queries[0], queries[0], fact="b")]
     reading = probe_stored_evidence(rp.ProbedModel(module, objective="causal", logit_shift=1), pairs, control=False)
     assert reading.n == 1
-    assert reading.undefined == {EVIDENCE_HIDDEN: 1}, "pairs are counted, not heads"
+    assert reading.undefined == {EVIDENCE_HIDDEN: 1, ONE_FACT: 1}, "pairs are counted, not heads"
 
 
 # ---- all that is undefined, with its reason --------------------------------------------------------------------------

@@ -502,7 +502,7 @@ def some_matches(values: dict[str, list[float]]) -> pd.DataFrame:
         model, asked = label.split()
         for seed, value in enumerate(per_seed):
             rows.append({"model": model, "dataset": "names", "direction": "P2C", "seed": seed, "asked": asked})
-            rows[-1] |= {"split": "train", "value": value, "low": value - 0.1, "high": value + 0.1, "n": 9}
+            rows[-1] |= {"split": "train", "value": value, "low": value - 0.1, "high": value + 0.1, "n": 9, "facts": 3}
     return pd.DataFrame(rows)
 
 
@@ -512,9 +512,9 @@ def test_table7_shows_mean_and_spread_over_seeds() -> None:
     shown = table7(some_matches(values))
     row = shown.iloc[0].to_dict()
     assert row["trained on"] == "names (P2C)"
-    assert row["a Fwd."] == "50.0 ± 36.1 (3 seeds)"
-    assert row["a Rev."] == "50.0 [40.0, 60.0]"
-    assert row["b Fwd."] == "50.0 ± 35.4 (2 seeds, 1 undefined)"
+    assert row["a Fwd."] == "50.0 ± 36.1 [3.9, 96.1] (3 seeds, n = 27, 3 facts)"
+    assert row["a Rev."] == "50.0 [40.0, 60.0] (n = 9, 3 facts)"
+    assert row["b Fwd."] == "50.0 ± 35.4 [1.3, 98.7] (2 seeds, 1 undefined, n = 18, 3 facts)"
     assert row["b Rev."] == "not run"
 
 

@@ -1,4 +1,4 @@
-"""Intervals, correlations and derangements against slow, obvious versions."""
+"""Correlations within groups, their intervals and their null, against slow, obvious versions."""
 
 import numpy as np
 import pandas as pd
@@ -10,7 +10,7 @@ from scipy import stats
 from revprobe.probes.statistics.by_distance import distance_correlations, unit_correlations
 from revprobe.probes.statistics.by_head import head_correlations
 from revprobe.probes.statistics.group_correlation import LEAST_FACTS, group_correlation
-from revprobe.probes.statistics.resampling import derangement, mean_over_facts, resampled_facts
+from revprobe.probes.statistics.resampling import derangement, shuffles
 
 
 def scores(facts: int = 12, groups: int = 3, heads: int = 2, slope: float = 1.0, seed: int = 0):
@@ -33,25 +33,35 @@ def test_the_value_is_the_mean_of_scipys_pearson_over_groups_and_heads():
     np.testing.assert_allclose(found.cells.reshape(-1), expected, atol=1e-12)
 
 
-def test_the_interval_is_the_bootstrap_that_redraws_whole_facts():
-    """One resample at a time, with every pair of a drawn fact repeated as often as it was drawn."""
+def test_the_interval_is_the_jackknife_over_whole_facts_on_fishers_scale():
+    """One fact left out at a time, with every pair of it; resampling facts covered too little where they are few."""
     forward, reverse, facts, groups = scores(facts=9, groups=2, heads=1)
-    names = np.unique(facts)
-    means = []
-    for draw in resampled_facts(len(names), seed=3)[:]:
-        rows = np.concatenate(
-            [np.tile(np.flatnonzero(facts == name), int(times)) for name, times in zip(names, draw, strict=True)]
-        )
-        means.append(
-            np.mean(
-                [
-                    np.corrcoef(forward[rows[groups[rows] == g], 0], reverse[rows[groups[rows] == g], 0])[0, 1]
-                    for g in range(2)
-                ]
-            )
-        )
-    found = group_correlation(forward, reverse, facts, groups, seed=3)
-    np.testing.assert_allclose([found.low, found.high], np.percentile(means, [2.5, 97.5]), atol=1e-9)
+    without = []
+    for name in np.unique(facts):
+        keep = [(groups == g) & (facts != name) for g in range(2)]
+        without.append(np.arctanh(np.mean([np.corrcoef(forward[k, 0], reverse[k, 0])[0, 1] for k in keep])))
+    found = group_correlation(forward, reverse, facts, groups)
+    error = np.sqrt(8 / 9 * np.sum((np.array(without) - np.mean(without)) ** 2))
+    expected = np.tanh(np.arctanh(found.value) + stats.t.ppf(0.975, 8) * error * np.array([-1, 1]))
+    np.testing.assert_allclose([found.low, found.high], expected, atol=1e-9)
+    assert (found.n, found.facts) == (18, 9)
+
+
+def test_three_facts_in_one_group_bound_nothing_and_an_identity_is_of_n_facts():
+    """Without one of three facts r is 1 or -1; where all facts lie on a line, 26 of them can miss 13 % of others."""
+    forward, reverse, facts, groups = scores(facts=3, groups=1, heads=1)
+    found = group_correlation(forward, reverse, facts, groups)
+    assert -1 < found.value < 1 and (found.low, found.high) == (-1, 1)
+    forward, _, facts, groups = scores(facts=26, groups=2, heads=1)
+    found = group_correlation(forward, 3 * forward + 1, facts, groups)
+    assert found.value == pytest.approx(1) and found.high == pytest.approx(1)
+    assert found.low == pytest.approx(1 - 2 * (1 - 0.025 ** (1 / 26)))
+
+
+def test_two_pairs_have_no_correlation_since_theirs_is_1_or_minus_1_whatever_they_are():
+    forward, reverse, facts, groups = scores(facts=2, groups=1, heads=1)
+    assert np.isnan(group_correlation(forward, reverse, facts, groups).value)
+    assert np.isfinite(group_correlation(*scores(facts=2, groups=3, heads=1)).value), "three groups do"
 
 
 def test_position_bias_alone_does_not_correlate():
@@ -81,11 +91,11 @@ def test_pairs_in_small_groups_are_left_out_and_counted():
 
 
 def test_a_group_is_as_large_as_its_defined_scores():
-    """Eight facts of which two have scores: no correlation over two points passes for one over eight."""
+    """Eight facts of which three have scores: no correlation over three points passes for one over eight."""
     forward, reverse, facts, groups = scores(facts=8, groups=1, heads=1)
-    forward[2:] = np.nan
+    forward[3:] = np.nan
     found = group_correlation(forward, reverse, facts, groups)
-    assert found.statistic == "pooled within-group r" and found.n == 2
+    assert found.statistic == "pooled within-group r" and (found.n, found.facts) == (3, 3)
 
 
 def test_groups_without_a_defined_pair_are_not_called_constant():
@@ -107,13 +117,13 @@ def test_undefined_scores_are_left_out_and_constant_groups_are_nan():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_null_of_deranged_facts_holds_zero_while_the_true_pairing_does_not(seed):
+def test_the_null_of_shuffled_facts_holds_zero_while_the_true_pairing_does_not(seed):
     found = group_correlation(*scores(facts=26, seed=seed), seed=seed)
     low, high = np.percentile(found.null, [2.5, 97.5])
     assert low < 0 < high < found.low
 
 
-def test_the_null_is_the_value_of_each_deranged_pairing():
+def test_the_null_is_the_value_of_each_shuffled_pairing():
     """The quick way, which keeps sums and squares, against rearranged scores; a gap takes the slow way."""
     forward, reverse, facts, groups = scores(facts=12)
     for gap in (False, True):
@@ -121,9 +131,45 @@ def test_the_null_is_the_value_of_each_deranged_pairing():
             forward[3, 1] = np.nan
         found = group_correlation(forward, reverse, facts, groups, seed=5)
         for k in (0, 7):
-            partner = derangement(facts, groups, seed=5 + k)
+            partner = shuffles(facts, groups, seed=5)[k]
             again = group_correlation(forward, reverse[partner], facts, groups, control=False)
             assert found.null[k] == pytest.approx(again.value, abs=1e-12)
+
+
+@pytest.mark.parametrize(("facts", "groups"), [(3, 4), (5, 1), (26, 2), (230, 1)])
+def test_the_null_of_a_strong_correlation_is_centred(facts, groups):
+    """Derangements never keep the true pairing, so theirs is at -r / (n - 1): -0.5, -0.25 and -0.04 here."""
+    forward, _, names, group = scores(facts=facts, groups=groups, heads=2)
+    null = group_correlation(forward, forward + 1, names, group).null
+    assert np.mean(null) == pytest.approx(0, abs=1e-12 if facts <= 200 else 0.01)
+    deranged = [
+        group_correlation(forward, forward[derangement(names, group, seed=k)], names, group, control=False).value
+        for k in range(40)
+    ]
+    assert np.mean(deranged) == pytest.approx(-1 / (facts - 1), abs=0.1)
+
+
+def test_shuffles_of_unequal_groups_stay_centred():
+    """Groups that hold other facts, some of one fact alone: the mean over seeds stands within its own error of 0."""
+    forward, _, facts, groups = scores(facts=11, groups=3, heads=1)
+    keep = (groups == 0) | ((groups == 1) & np.isin(facts, list("012345"))) | ((groups == 2) & (facts == "7"))
+    means = []
+    for seed in range(40):
+        found = group_correlation(forward[keep], forward[keep] + 2, facts[keep], groups[keep], seed=seed)
+        means.append(found.null.mean())
+    assert abs(np.mean(means)) < 4 * np.std(means) / 40**0.5 + 1e-9
+    assert found.small == 7
+
+
+@given(st.integers(1, 9), st.integers(1, 4), st.integers(1, 3), st.integers(0, 99))
+def test_a_shuffle_stays_in_its_group_and_every_fact_meets_every_other_equally_often(facts, groups, copies, seed):
+    fact = np.tile(np.repeat(np.arange(facts), copies), groups)
+    group = np.repeat(np.arange(groups), facts * copies)
+    found = shuffles(fact, group, seed=seed)
+    assert (np.sort(found, axis=1) == np.arange(len(fact))).all() and (group[found] == group).all()
+    met = np.zeros((facts, facts))
+    np.add.at(met, (np.tile(fact, len(found)), fact[found].reshape(-1)), 1)
+    assert (met == met[0, 0]).all()
 
 
 @given(st.integers(2, 9), st.integers(1, 4), st.integers(1, 3), st.integers(0, 99))
@@ -147,34 +193,6 @@ def test_one_order_of_facts_serves_all_groups():
     fact, group = np.tile(np.arange(7), 3).astype(str), np.repeat(np.arange(3), 7)
     partner = fact[derangement(fact, group, seed=1)].reshape(3, 7)
     assert (partner[0] == partner[1]).all() and (partner[0] == partner[2]).all()
-
-
-def test_mean_over_facts_widens_with_dependence_between_pairs_of_a_fact():
-    """100 rows of 5 facts are 5 draws, not 100: resampling rows would give an interval four times too narrow."""
-    rng = np.random.default_rng(0)
-    levels = rng.normal(size=5)
-    values, facts = np.repeat(levels, 20), np.repeat(np.arange(5), 20).astype(str)
-    found = mean_over_facts(values, facts)
-    rows = [rng.choice(values, 100).mean() for _ in range(500)]
-    assert found.value == pytest.approx(levels.mean())
-    assert found.high - found.low > 2.5 * np.subtract(*np.percentile(rows, [97.5, 2.5]))
-
-
-def test_mean_over_facts_covers_the_truth_about_95_times_in_100():
-    rng = np.random.default_rng(0)
-    hits = 0
-    for trial in range(200):
-        values = np.repeat(rng.normal(size=30), 2) + 0.1 * rng.normal(size=60)
-        found = mean_over_facts(values, np.repeat(np.arange(30), 2).astype(str), seed=trial)
-        hits += found.low <= 0 <= found.high
-    assert 0.88 <= hits / 200 <= 0.99
-
-
-def test_undefined_means_say_so():
-    nothing = mean_over_facts(np.array([np.nan, np.nan]), np.array(["a", "b"]))
-    assert np.isnan(nothing.value) and nothing.n == 0
-    single = mean_over_facts(np.array([1.0, 3.0]), np.array(["a", "a"]))
-    assert single.value == 2 and np.isnan(single.low)
 
 
 def test_a_layer_without_attention_neither_stops_nor_moves_the_views():

@@ -28,7 +28,8 @@ from revprobe.report.summary.tables import final_table, format_final_table
 from tiny import made_probabilities
 
 COLUMNS = ["run", "objective", "position_encoding", "length", "seed", "step", "weights", "kind"]
-COLUMNS += ["measure", "value", "n", "low", "high", "control"]
+COLUMNS += ["measure", "value", "n", "facts", "low", "high", "control", "undefined", "reason", "caution"]
+COLUMNS += ["statistics_version"]
 NUMBERS = ["value", "low", "high", "control"]
 EVIL = "</script><script>document.title='planted'</script><img src=x onerror=\"document.title='planted'\"><b>%{x}"
 
@@ -116,7 +117,7 @@ def test_the_summary_is_tidy_and_holds_every_number_exactly(runs: list[RunRecord
     expected = pd.concat([one.readings.measures() for one in runs if len(one.readings)], ignore_index=True)
     for column in NUMBERS:
         assert [float(text) for text in table[column]] == expected[column].astype(float).tolist(), column
-    for column in ("measure", "step", "weights", "kind", "n"):
+    for column in ("measure", "step", "weights", "kind", "n", "facts", "undefined", "reason", "caution"):
         assert table[column].tolist() == expected[column].tolist(), column
     assert set(table["run"]) == {"rope-l10-s0", "arm-l10-s0"} and "10.0" not in raw.splitlines()[1][:40]
     assert table.loc[table["run"] == "arm-l10-s0", "position_encoding"].eq("").all(), "an ARM has no encoding here"
@@ -131,7 +132,9 @@ def test_undefined_is_empty_and_never_zero(tmp_path: Path) -> None:
     broken.readings[0].frame["reason"] = "evidence hidden"
     text = write_report([broken], tmp_path / "report.html").read_text()
     row = (tmp_path / "summary.csv").read_text().splitlines()[1]
-    assert row == "rope,masked,rope,10,0,0,raw,same_target,attention_correlation,,0,,,", row
+    assert row.startswith(
+        "rope,masked,rope,10,0,0,raw,same_target,attention_correlation,,0,0,,,,36,36 evidence hidden,"
+    ), row
     assert "36" in Elements(text).text and "evidence hidden" in Elements(text).text, "undefined points are not counted"
     shown = format_final_table(final_table(summary_frame([broken])))
     assert shown["attention correlation"].tolist() == ["undefined"]

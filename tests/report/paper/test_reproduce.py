@@ -39,11 +39,11 @@ def measures(
                         for measure in MEASURES:
                             number = value(model, length, seed, step, measure)
                             row = {"run": f"{model}-l{length}-s{seed}", **axes, "step": step, "weights": weights}
-                            row |= {"kind": "same_target", "measure": measure, "value": number, "n": 26}
+                            row |= {"kind": "same_target", "measure": measure, "value": number, "n": 26, "facts": 26}
                             row |= {"low": number - 0.01, "high": number + 0.01, "control": 0.0, "excess": 0.2}
                             row |= {"control_low": 0.0, "control_high": 0.0, "excess_low": excess_low}
                             rows.append(row | {"excess_high": 0.3})
-    return pd.DataFrame(rows)[COLUMNS]
+    return pd.DataFrame(rows).reindex(columns=COLUMNS)
 
 
 def like_the_paper(model: str, length: int, seed: int, step: int, measure: str) -> float:
@@ -141,9 +141,9 @@ def test_what_was_not_run_is_said_and_takes_nothing_else_away() -> None:
     assert set(some.cells[some.cells["length"] > 10]["status"]) == {"not run"}
     text = one_layer_markdown(some, seeds=3)
     (line,) = (line for line in text.splitlines() if line.startswith("| 1 | RoPE, L = 10 | reverse"))
-    assert line.endswith("| 2 of 3 | 26 |") and "42.5 ± 0.7 (-0.6)" in line and MARK not in line
+    assert line.endswith("| 2 of 3 | 26 | 26 |") and "42.5 ± 0.7 (-0.6)" in line and MARK not in line
     (line,) = (line for line in text.splitlines() if line.startswith("| 1 | ARM, L = 40 | reverse"))
-    assert line == "| 1 | ARM, L = 40 | reverse | 0.00 | not run | - | not run | - | 0 of 3 | - |"
+    assert line == "| 1 | ARM, L = 40 | reverse | 0.00 | not run | - | not run | - | 0 of 3 | - | - |"
 
 
 def test_the_page_marks_every_cell_outside_and_no_other() -> None:

@@ -1,0 +1,178 @@
+"""Intervals of means and proportions over facts: closed forms, scipy's, and how often they hold the truth."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from revprobe.probes.statistics.coverage import FEWEST, caution
+from revprobe.probes.statistics.intervals import (
+    COSINE,
+    FRACTION,
+    difference_over_facts,
+    mean_over_facts,
+    proportion,
+    proportion_over_facts,
+    ratio_over_facts,
+)
+
+
+def exact(right: float, questions: float) -> tuple[float, float]:
+    """Clopper and Pearson's interval, from scipy for whole numbers, else by its beta quantiles."""
+    if right == int(right) and questions == int(questions):
+        found = stats.binomtest(int(right), int(questions)).proportion_ci(method="exact")
+        return found.low, found.high
+    return stats.beta.ppf(0.025, right, questions - right + 1), stats.beta.ppf(0.975, right + 1, questions - right)
+
+
+def names(count: int, copies: int = 1) -> np.ndarray:
+    return np.repeat(np.arange(count), copies).astype(str)
+
+
+@pytest.mark.parametrize(("right", "facts"), [(0, 20), (20, 20), (0, 1), (1, 1), (1, 26), (13, 26), (25, 26)])
+def test_one_question_for_each_fact_is_clopper_pearson(right: int, facts: int) -> None:
+    """Resampling facts gave [0, 0] for none of 20, and [1, 1] for all of them."""
+    found = proportion_over_facts(np.arange(facts) < right, names(facts))
+    assert (found.low, found.high) == pytest.approx(exact(right, facts), abs=1e-9)
+    assert (found.n, found.facts) == (facts, facts)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_at_0_and_100_per_cent_facts_count_and_not_their_questions(value: float) -> None:
+    found = proportion_over_facts(np.full(26 * 45, value), names(26, 45))
+    assert (found.low, found.high) == pytest.approx(exact(26 * value, 26))
+    assert (found.n, found.facts) == (1170, 26)
+
+
+def test_facts_of_one_mind_count_once_and_facts_that_all_differ_alike_count_every_question() -> None:
+    """Intra-fact correlation 1: 45 questions are one. No variance between facts: all 1,170 are questions."""
+    agreed = proportion_over_facts(np.repeat(np.arange(26) < 13, 45), names(26, 45))
+    assert (agreed.low, agreed.high) == pytest.approx(exact(13, 26), abs=0.01)
+    mixed = proportion_over_facts(np.tile(np.arange(44) % 2, 26), names(26, 44))
+    assert (mixed.low, mixed.high) == pytest.approx(exact(572, 1144))
+
+
+def test_between_them_the_size_is_that_of_korn_and_graubard() -> None:
+    """n / design effect x (t of n - 1 / t of facts - 1) squared, by the formula; no fact here stands out."""
+    rates, questions = np.array([0.3, 0.7] * 10), 30
+    variance = rates.var(ddof=1) / 20
+    size = 0.5 * 0.5 / variance * (stats.t.ppf(0.975, 599) / stats.t.ppf(0.975, 19)) ** 2
+    found = proportion(rates, np.full(20, questions))
+    assert 20 < size < 600 and (found.low, found.high) == pytest.approx(exact(size / 2, size))
+
+
+def test_over_seeds_rates_are_fractions_and_three_of_three_is_not_certain() -> None:
+    claims = proportion(np.ones(3))
+    assert (claims.low, claims.high, claims.facts) == (pytest.approx(0.025 ** (1 / 3)), 1.0, 3)
+    spread = proportion(np.array([0.40, 0.43, 0.46]), np.full(3, 1170))
+    student = 0.43 + stats.t.ppf(0.975, 2) * 0.03 / 3**0.5 * np.array([-1, 1])
+    assert (spread.low, spread.high) == pytest.approx(student, abs=0.01)
+
+
+def answers(generator: np.random.Generator, share: float, together: float, facts: int, each: int) -> np.ndarray:
+    """Right or wrong, `fact question`, with an intra-fact correlation."""
+    if together == 1:
+        return np.repeat(generator.random(facts) < share, each)
+    if together == 0:
+        return generator.random(facts * each) < share
+    scale = (1 - together) / together
+    rates = generator.beta(share * scale, (1 - share) * scale, facts)
+    return (generator.random((facts, each)) < rates[:, None]).reshape(-1)
+
+
+@pytest.mark.parametrize("together", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("share", "facts"), [(0.03, 26), (0.5, 8), (0.9, 13)])
+def test_proportions_cover_whatever_the_questions_of_a_fact_have_in_common(
+    share: float, facts: int, together: float
+) -> None:
+    """Correlation 1 makes twenty questions one; Wilson on all of them would take them for twenty."""
+    generator, held = np.random.default_rng(0), 0
+    for _ in range(300):
+        found = proportion_over_facts(answers(generator, share, together, facts, 20), names(facts, 20))
+        held += found.low <= share <= found.high
+        assert found.low < found.high
+    assert held / 300 >= 0.90
+
+
+@pytest.mark.parametrize("facts", [2, 3, 5, 8, 26])
+@pytest.mark.parametrize("bounds", [None, FRACTION])
+def test_means_cover_from_two_facts_on(facts: int, bounds: tuple[float, float] | None) -> None:
+    """Resampling two facts covered 0.47, five 0.83."""
+    generator, held = np.random.default_rng(1), 0
+    for _ in range(300):
+        values = np.repeat(generator.beta(4, 4, facts), 3)
+        found = mean_over_facts(values, names(facts, 3), bounds=bounds)
+        held += found.low <= 0.5 <= found.high
+    assert held / 300 >= 0.91
+
+
+def test_an_unbounded_mean_of_even_facts_is_students() -> None:
+    values = 5 + np.tile([-0.9, 1.1, -1.1, 0.9], 3)
+    found = mean_over_facts(np.repeat(values, 4), names(12, 4))
+    expected = stats.t.interval(0.95, 11, loc=values.mean(), scale=stats.sem(values))
+    assert (found.low, found.high) == pytest.approx(expected)
+    assert (found.n, found.facts) == (48, 12)
+
+
+def test_unequal_facts_weigh_by_their_rows_as_the_linearised_ratio_does() -> None:
+    values, facts = np.array([1.0, 3.0, 2.0, 8.0, 5.0]), np.array(list("aabcc"))
+    found = mean_over_facts(values, facts)
+    residual = np.array([4.0, 2.0, 13.0]) - found.value * np.array([2, 1, 2])
+    error = np.sqrt(3 / 2 * (residual**2).sum()) / 5
+    contributing = 1.5 * (residual**2).sum() ** 2 / (residual**4).sum()
+    assert found.value == pytest.approx(3.8)
+    assert found.high - found.value == pytest.approx(stats.t.ppf(0.975, min(contributing, 2)) * error)
+
+
+def test_what_is_the_same_for_every_fact_has_an_interval_where_it_has_bounds_and_none_elsewhere() -> None:
+    """Float32 ones, as ALiBi's cosines are: 26 facts can miss 13 % of others, which could be at -1."""
+    ones = 1 - np.random.default_rng(0).random(26) * 1e-8
+    found = mean_over_facts(ones, names(26), bounds=COSINE)
+    assert found.low == pytest.approx(1 - 2 * (1 - 0.025 ** (1 / 26)), abs=1e-6) and found.high <= 1
+    assert np.isnan(mean_over_facts(ones, names(26)).low)
+    half = mean_over_facts(np.full(26, 0.5), names(26), bounds=FRACTION)
+    assert half.high - half.low == pytest.approx(1 - 0.025 ** (1 / 26))
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_a_difference_of_opposite_certainties_is_not_certain(binary: bool) -> None:
+    found = difference_over_facts(np.ones(26), np.zeros(26), names(26), bounds=FRACTION, binary=binary)
+    missed = 1 - 0.025 ** (1 / 26)
+    low = 1 - 2**0.5 * missed if binary else 1 - 2 * missed
+    assert (found.value, found.high) == (1, 1 if binary else pytest.approx(1, abs=0.3))
+    assert found.low == pytest.approx(low, abs=0.15) and found.low < 0.9
+
+
+def test_a_difference_within_facts_is_the_paired_one_and_covers() -> None:
+    """Value and control share the fact: what they share does not widen their difference."""
+    generator, held, widths = np.random.default_rng(2), 0, []
+    for _ in range(300):
+        shared = generator.beta(4, 4, 13) * 0.5
+        own, null = shared + 0.4 * generator.random(13), shared
+        found = difference_over_facts(own, null, names(13), bounds=FRACTION)
+        held += found.low <= 0.2 <= found.high
+        widths.append(found.high - found.low)
+    assert held / 300 >= 0.91
+    assert np.median(widths) < 1.4 * 2 * stats.t.ppf(0.975, 12) * 0.4 / 12**0.5 / 13**0.5
+
+
+def test_ratios_are_least_squares_through_zero() -> None:
+    generator = np.random.default_rng(3)
+    x = generator.normal(size=60)
+    y = 2 * x + generator.normal(size=60)
+    found = ratio_over_facts(x * y, x * x, names(30, 2))
+    assert found.value == pytest.approx(np.linalg.lstsq(x[:, None], y, rcond=None)[0][0])
+    assert found.low < 2 < found.high
+    assert np.isnan(ratio_over_facts(np.zeros(3), np.zeros(3), names(3)).value)
+
+
+def test_undefined_means_say_so() -> None:
+    nothing = mean_over_facts(np.array([np.nan, np.nan]), np.array(["a", "b"]))
+    assert np.isnan(nothing.value) and nothing.n == nothing.facts == 0
+    single = mean_over_facts(np.array([1.0, 3.0]), np.array(["a", "a"]))
+    assert single.value == 2 and np.isnan(single.low) and single.facts == 1
+    assert np.isnan(proportion_over_facts(np.array([np.nan]), np.array(["a"])).value)
+
+
+def test_few_facts_carry_a_caution() -> None:
+    for statistic, fewest in FEWEST.items():
+        assert caution(statistic, fewest) == "" and f"({fewest - 1})" in caution(statistic, fewest - 1)
