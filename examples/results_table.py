@@ -24,8 +24,8 @@ SEEDS = 3
 LETTERS = 26
 ABOUT_INTERVALS = (
     "Intervals: these runs were read under the first statistics, whose intervals resampled letters, and whose "
-    "control of the correlation was not centred (about -r / 25). Where all letters said the same, such intervals had no "
-    "width; those are replaced by today's (26 facts). The others stand as they were read, somewhat too narrow."
+    "control of the correlation was not centred (about -r / 25). Where all letters said the same, such intervals had "
+    "no width; those are replaced by today's (26 facts). The others stand as they were read, somewhat too narrow."
 )
 ROUTE_EDITS, STORAGE_CURVES, ONE_STEP = "route_edits.csv", "storage_curves.csv", "one_step.csv"
 ABOUT_CURVES = (

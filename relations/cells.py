@@ -91,8 +91,8 @@ def clean(table: FactTable, columns: Sequence[str], bad_rows: str = "error") -> 
                 continue
             stripped = value.strip()
             composed = unicodedata.normalize("NFC", stripped)
-            changes = (("stripped_blanks", stripped != value), ("normalized", composed != stripped))
-            changes += (("backslash", "\\" in value),)
+            changes = [("stripped_blanks", stripped != value), ("normalized", composed != stripped)]
+            changes.append(("backslash", "\\" in value))
             problems += [Problem(label, column, reason, repr(value)) for reason, changed in changes if changed]
             cells.append(composed)
         frame[column] = pd.Series(cells, index=frame.index, dtype=object)

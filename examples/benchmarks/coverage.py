@@ -4,9 +4,9 @@
 
 Shapes: correlations 0, 0.5 and 0.9, of normal and of heavy-tailed (t with 4 degrees) scores, in one group or six that
 share half of each fact; means of probabilities that are even, beta(4, 4), or skewed, beta(0.3, 3); shares of 3, 20, 50
-and 90 % over ten questions of each fact, with intra-fact correlation 0, 0.5 and 1. The control of the correlation is held
-to what it claims, that it holds the value of scores that have nothing to do with each other. Every cell is the lowest
-coverage of any shape.
+and 90 % over ten questions of each fact, with intra-fact correlation 0, 0.5 and 1. The control of the correlation is
+held to what it claims, that it holds the value of scores that have nothing to do with each other. Every cell is the
+lowest coverage of any shape.
 """
 
 from __future__ import annotations

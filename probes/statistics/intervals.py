@@ -156,8 +156,8 @@ def mean_intervals(
     share = np.clip((value - least) / (most - least), 0, 1)
     size = _effective_size(share, error / (most - least), freedom, counts)
     edges = _clopper_pearson(share, np.where(np.isfinite(size), size, 1.0))
-    edges = tuple(least + (most - least) * edge for edge in edges)
-    low, high = (np.where(alike, same, edge) for same, edge in zip(_alike(value, facts, bounds), edges, strict=True))
+    within = [least + (most - least) * edge for edge in edges]
+    low, high = (np.where(alike, same, edge) for same, edge in zip(_alike(value, facts, bounds), within, strict=True))
     return value, np.where(facts > 1, low, np.nan), np.where(facts > 1, high, np.nan)
 
 

@@ -2,8 +2,8 @@
 as a table and as a heat table.
 
 One row per dataset and direction, two columns per model, each cell the mean over seeds, in per cent, with the sample
-standard deviation, its 95 % interval and the number of seeds; a single seed has its 95 % interval over facts instead. The floor, the same
-questions about held-out facts, stands beside it in a table of its own.
+standard deviation, its 95 % interval and the number of seeds; a single seed has its 95 % interval over facts instead. The floor,
+the same questions about held-out facts, stands beside it in a table of its own.
 Source: paper Sec. 6, App. D.2, Table 7.
 """
 
@@ -30,8 +30,8 @@ COLUMNS = ["run", "objective", "model", "dataset", "direction", "seed", "asked",
 NUMBERS = ["value", "low", "high", "n", "facts", "control"]
 NOTE = (
     "Exact match in per cent after lower-casing and stripping blanks, decoded greedily; any of a fact's answers "
-    "counts. Mean over seeds, ± their sample standard deviation, with its 95 % interval over seeds (three seeds alike at "
-    "100 % are three, not certain); with one seed the 95 % interval over facts. n counts questions. "
+    "counts. Mean over seeds, ± their sample standard deviation, with its 95 % interval over seeds (three seeds alike "
+    "at 100 % are three, not certain); with one seed the 95 % interval over facts. n counts questions. "
     "Reverse is asked about trained facts, of which training read the forward statements alone; held-out facts were "
     "never read, in any direction."
 )

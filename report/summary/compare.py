@@ -48,7 +48,7 @@ def compare(
     for what, value, known in (("bands", bands, BANDS), ("weights", weights, WEIGHTS)):
         if value not in known:
             raise RevprobeError(f"{what}={value!r}{did_you_mean(value, known)}")
-    opened = _opened(runs)
+    opened = _opened([runs] if isinstance(runs, Run | Sweep | str | Path) else runs)
     counts = Counter(run.path.name for run in opened)
     names = {str(run.path): run.path.name if counts[run.path.name] == 1 else str(run.path) for run in opened}
     parts = [
@@ -72,7 +72,7 @@ def compare(
 
 def _opened(runs: Iterable[Run | Sweep | str | Path]) -> list[Run]:
     found: list[Run] = []
-    for one in [runs] if isinstance(runs, Run | Sweep | str | Path) else runs:
+    for one in runs:
         known = one if isinstance(one, Run | Sweep) else open_sweep(one) if is_sweep(one) else open_run(one)
         found += known.runs if isinstance(known, Sweep) else [known]
     twice = [path for path, count in Counter(run.path.resolve() for run in found).items() if count > 1]

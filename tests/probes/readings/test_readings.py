@@ -112,10 +112,8 @@ def test_a_part_of_a_probability_is_that_of_its_reverse_queries(readings):
 
 def test_measures_are_tidy_and_complete(readings):
     table = readings.measures()
-    numbers = (
-        "value n facts low high control control_low control_high excess excess_low excess_high"
+    numbers = "value n facts low high control control_low control_high excess excess_low excess_high"
     numbers += " undefined reason caution"
-    )
     assert list(table.columns) == ["step", "weights", "kind", "measure", *numbers.split()]
     answers = {f"{side}_{what}" for side in ("forward", "reverse") for what in ("probability", "accuracy")}
     assert set(table.measure) == {"attention_correlation", "gradient_cosine"} | answers
