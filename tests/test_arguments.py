@@ -222,7 +222,7 @@ def test_what_fits_arrives_as_it_was_given(kind: Any, given: Any, arrives: Any) 
 
 
 def test_pairs_by_probe_are_a_mapping_though_pairs_alone_are_tried_as_a_list() -> None:
-    """`ReversalPairs | Mapping`: what a class makes of a value of its own comes after the kinds that fit as they are."""
+    """`ReversalPairs | Mapping`: what a class makes of a value comes after the kinds that fit as they are."""
     pairs = rp.letter_pairs(5, model=radd())
     by_probe = {"attention": pairs}
     kind = rp.ReversalPairs | Mapping[str, rp.ReversalPairs]
