@@ -150,7 +150,10 @@ def _fitted(value: Any, kind: Any, bounds: tuple[int, int] = ANY_WHOLE) -> Any:
 
 
 def _fitted_union(value: Any, options: Iterable[Any], bounds: tuple[int, int]) -> Any:
-    options = tuple(options)
+    # Those that say themselves what stands for them come last: they raise.
+    options = sorted(options, key=lambda option: hasattr(option, "accepts"))
+    if any(isinstance(option, type) and isinstance(value, option) for option in options if hasattr(option, "accepts")):
+        return value
     if Path in options and isinstance(value, str | os.PathLike):  # a name or a path: it must be able to be one
         return value if _is_path(value) else _MISFIT
     found = (_fitted(value, option, bounds) for option in options)

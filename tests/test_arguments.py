@@ -221,6 +221,15 @@ def test_what_fits_arrives_as_it_was_given(kind: Any, given: Any, arrives: Any) 
     assert found == arrives and type(found) in (type(arrives), type(given))
 
 
+def test_pairs_by_probe_are_a_mapping_though_pairs_alone_are_tried_as_a_list() -> None:
+    """`ReversalPairs | Mapping`: what a class makes of a value comes after the kinds that fit as they are."""
+    pairs = rp.letter_pairs(5, model=radd())
+    by_probe = {"attention": pairs}
+    kind = rp.ReversalPairs | Mapping[str, rp.ReversalPairs]
+    assert fitted("pairs", by_probe, kind) is by_probe and fitted("pairs", pairs, kind) is pairs
+    assert len(fitted("pairs", [pairs[0]], kind)) == 1
+
+
 def test_pythons_own_words_stand_where_the_signature_is_not_met() -> None:
     @checked
     def ask(length: int, *, seed: int = 0) -> int:
