@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# What torch keeps on every module: parameters, hooks and mode are restored by whoever changes them.
+# What torch keeps on every module; the mode is restored apart, and parameters are never replaced by a forward pass.
 _OF_TORCH = frozenset(vars(nn.Module()))
+_TABLES = [key for key, value in vars(nn.Module()).items() if isinstance(value, dict) and key != "_parameters"]
 # Buffers of more elements are not copied each time; a model that writes into one is refused when it is wrapped.
 SMALL_BUFFER = 1 << 20
 
@@ -20,13 +21,13 @@ SMALL_BUFFER = 1 << 20
 def untouched(module: nn.Module) -> Iterator[nn.Module]:
     """Run `module` in eval mode and restore its modes, requires_grad flags, .grad tensors and all RNG states.
 
-    So are attributes, buffers and submodules that a forward pass replaces (BigBird gives up its block attention for
-    good after one short sequence). Hooks are not restored here: each context manager of this package removes the
-    hooks it added, and only those.
+    So are attributes, buffers, submodules, hooks and settings that a forward pass changes (BigBird gives up its block
+    attention for good after one short sequence; transformers writes into its config).
     """
     modes = [(m, m.training) for m in module.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in module.parameters()]
-    put_back = [_state_of(m) for m, _ in modes]
+    configs = {id(held): held for m, _ in modes for held in [vars(m).get("config")] if hasattr(held, "__dict__")}
+    put_back = [*(_state_of(m) for m, _ in modes), *(_settings_of(config) for config in configs.values())]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = [d.index for d in {p.device for p, *_ in parameters} if d.type == "cuda"]
     with torch.random.fork_rng(devices=devices):
@@ -45,10 +46,22 @@ def untouched(module: nn.Module) -> Iterator[nn.Module]:
             np.random.set_state(numpy_state)
 
 
+def _settings_of(config: object) -> Callable[[], None]:
+    kept = dict(vars(config))
+
+    def restore() -> None:
+        if _identities(vars(config)) != _identities(kept):
+            vars(config).clear()
+            vars(config).update(kept)
+
+    return restore
+
+
 def _state_of(module: nn.Module) -> Callable[[], None]:
-    """Note a module's own attributes, submodules and buffers; what is returned puts them back."""
+    """Note a module's own attributes, submodules, hooks and buffers; what is returned puts them back."""
     attributes = {key: value for key, value in vars(module).items() if key not in _OF_TORCH}
-    modules, buffers = dict(module._modules), dict(module._buffers)
+    tables = [(table, dict(table)) for key in _TABLES if isinstance(table := vars(module).get(key), dict)]
+    buffers = module._buffers
     copies = {key: (b, b._version, b.clone()) for key, b in buffers.items() if b is not None and _is_small(b)}
 
     def restore() -> None:
@@ -56,10 +69,10 @@ def _state_of(module: nn.Module) -> Callable[[], None]:
         for key in [key for key in state if key not in _OF_TORCH and key not in attributes]:
             del state[key]
         state.update(attributes)
-        for held, kept in ((module._modules, modules), (module._buffers, buffers)):
-            if _identities(held) != _identities(kept):
-                held.clear()
-                held.update(kept)  # type: ignore[arg-type]  # each with its own
+        for table, kept in tables:
+            if _identities(table) != _identities(kept):
+                table.clear()
+                table.update(kept)
         with torch.no_grad():
             for buffer, version, values in copies.values():
                 if buffer._version != version:

@@ -87,7 +87,7 @@ class ProbedModel(CalledModule):
         self.begin_token_id = introspect.begin_token(begin_token_id, tokenizer, module, self.vocab_size, self.name)
         if objective == "masked" and self.mask_token_id is None:
             raise RevprobeError(f"{self.name} is masked but names no mask token; pass mask_token_id=")
-        self.contract = contract_of(self) if check else Contract.taken_for_granted(self)
+        self.contract = contract_of(self) if check else Contract.taken_for_granted()
         self._check_direction()
         self.logit_shift = introspect.logit_shift(logit_shift, objective, module, self.name)
 

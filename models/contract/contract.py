@@ -36,7 +36,7 @@ class Contract:
             unembedding that is still zero), so that neither objective is contradicted.
         equal_lengths: why queries of different lengths cannot share a batch; empty where they can.
         placement: where the input's tokens stand among the rows of the logits and of attention.
-        arithmetic: the type that products are taken in.
+        narrowed: the type that products are taken in where it is narrower than the weights' (autocast); else None.
         measured: what was compared and by how much it differed, in standard deviations of the logits; NaN: not run.
         routed: whether differences in runs of equal shapes were rounding (a mixture of experts).
     """
@@ -44,14 +44,14 @@ class Contract:
     reaches_back: bool | None
     equal_lengths: str
     placement: Placement
-    arithmetic: torch.dtype
+    narrowed: torch.dtype | None
     measured: dict[str, float] = field(default_factory=dict)
     routed: bool = False
 
     @classmethod
-    def taken_for_granted(cls, called: CalledModule) -> Contract:
+    def taken_for_granted(cls) -> Contract:
         """What most modules do, for one that cannot be run."""
-        return cls(None, "", Placement(), called.dtype)
+        return cls(None, "", Placement(), None)
 
 
 _known: WeakKeyDictionary[nn.Module, dict[Hashable, Contract]] = WeakKeyDictionary()
@@ -96,7 +96,7 @@ def _judge(trial: Trial) -> Contract:
         judge.reaches_back() if changes else None,
         judge.padding(),
         placement,
-        trial.arithmetic,
+        trial.arithmetic if trial.arithmetic.itemsize < trial.called.dtype.itemsize else None,
         judge.measured,
         judge.routed,
     )

@@ -56,8 +56,8 @@ def decoded_match(
 
     Questions weigh equally, so a fact with two templates counts twice. The interval is Clopper-Pearson at the effective
     number of questions: none of 20 facts means "below 17 %", not exactly 0, however many questions each has. The
-    control asks whether the decoding matches the answers of a fact it does not share an answer with (of the same direction and
-    template): the rate at which a model that only knows what answers look like would be right.
+    control asks whether the decoding matches the answers of a fact it does not share an answer with (of the same
+    direction and template): the rate at which a model that only knows what answers look like would be right.
 
     A masked model fills a fixed number of positions. `answer_length="longest"` gives every question the same, the
     longest answer's tokens and one for the end token (where the tokenizer has one), or `max_new_tokens`; a model that

@@ -2,8 +2,8 @@
 as a table and as a heat table.
 
 One row per dataset and direction, two columns per model, each cell the mean over seeds, in per cent, with the sample
-standard deviation, its 95 % interval and the number of seeds; a single seed has its 95 % interval over facts instead. The floor,
-the same questions about held-out facts, stands beside it in a table of its own.
+standard deviation, its 95 % interval and the number of seeds; a single seed has its 95 % interval over facts
+instead. The floor, the same questions about held-out facts, stands beside it in a table of its own.
 Source: paper Sec. 6, App. D.2, Table 7.
 """
 

@@ -38,10 +38,10 @@ class Known(nn.Module):
         super().__init__()
         self.energy, self.shift = energy, shift
         self.embed = nn.Embedding(WORDS + 1, 1)  # says where the model is, and how large its vocabulary
-        self.runs = 0
+        self.run_lengths: list[int] = []  # not a number: probing puts attributes back
 
     def forward(self, input_ids, attention_mask=None):
-        self.runs += 1
+        self.run_lengths.append(input_ids.shape[1])
         sizes = [input_ids.shape[1]] * len(input_ids) if attention_mask is None else attention_mask.sum(1).tolist()
         logits = torch.zeros(*input_ids.shape, WORDS + 1)
         for row, size in enumerate(sizes):
@@ -183,7 +183,7 @@ def test_answers_of_different_lengths_share_a_batch():
     model = known(energy)
     prompts = [Prompt((1,)), Prompt((2, 3)), Prompt((0,), (3,))]
     found = decode_tokens(model, prompts, lengths, Unmasking())
-    assert model.module.runs == 4
+    assert len(model.module.run_lengths) == 4
     alone = [decode_tokens(model, [p], [n], Unmasking())[0] for p, n in zip(prompts, lengths, strict=True)]
     assert found == alone and [len(row) for row in found] == lengths
     assert found[1] == slow_decode(energy, [2, 3], 4, "confidence", 4, 4)
@@ -362,15 +362,26 @@ def test_causal_decoding_through_peft_is_that_of_the_adapted_model(words):
     assert found == decode(ProbedModel(NoMask(adapted), words, objective="causal"), PROMPTS, max_new_tokens=6)
 
 
-def test_learned_prompts_are_refused(words):
+def test_learned_prompts_are_decoded_with(words):
     """They live in peft's wrapper: decoding the base would score a model that was never trained."""
     from peft import PromptTuningConfig, get_peft_model
 
     plain = llama(words)
     adapted = get_peft_model(plain.module, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    model = ProbedModel(adapted, words, objective="causal", check=False)
-    with pytest.raises(RevprobeError, match="has learned prompts"):
-        decode(model, PROMPTS, max_new_tokens=3)
+    torch.nn.init.normal_(adapted.prompt_encoder["default"].embedding.weight)
+    model = ProbedModel(adapted.eval(), words, objective="causal")
+    assert decode(model, PROMPTS, max_new_tokens=3) == [prompted(adapted, words, prompt, 3) for prompt in PROMPTS]
+    assert decode(model, PROMPTS, max_new_tokens=3) != decode(llama(words), PROMPTS, max_new_tokens=3)
+
+
+def prompted(adapted, words, prompt: str, count: int) -> str:
+    """Greedy, by peft's own forward pass, one token after the other."""
+    ids = words(prompt)["input_ids"]
+    start = len(ids)
+    for _ in range(count):
+        with torch.no_grad():
+            ids = [*ids, int(adapted(torch.tensor([ids])).logits[0, -1].argmax())]
+    return words.decode(ids[start:], skip_special_tokens=True)
 
 
 def test_greedy_ignores_what_a_checkpoint_would_rather_do(words):
