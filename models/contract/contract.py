@@ -119,6 +119,8 @@ class _Judge:
         """Raises: RevprobeError, when other rows' content, or their number, moves a row's logits."""
         trial, name = self.trial, self.trial.called.name
         content = trial.moved(trial.plain.logits[0], trial.changed.logits[0])
+        if trial.padded is not None and trial.refilled is not None:
+            content = max(content, trial.moved(trial.padded.logits[0], trial.refilled.logits[0]))
         self.measured["other rows"] = content
         if self._reaches(content, "other_rows"):
             _require_repeatable(trial)

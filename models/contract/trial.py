@@ -1,10 +1,10 @@
 """The few short runs a module is judged by, and what was seen in them.
 
-    plain     three rows of the same n tokens
-    changed   the same shape: the first row as before, another last token in the second, another first in the third
+    plain     three different rows of n tokens
+    changed   the same, but for the last token of the second row and the first token of the third
     alone     the first row by itself
     padded    that row padded to T tokens, between two rows of T tokens
-    refilled  the same shape and mask, with other tokens behind the padding and in the other rows
+    refilled  the same, but for what stands behind the padding and for the whole last row
 
 Runs of equal shapes do the same arithmetic, so in them a row's logits stay equal to the bit unless something reaches
 them; only a mixture of experts sorts other rows' tokens into the same products. Then autograd is asked: what does not
@@ -121,8 +121,9 @@ def run_trial(called: CalledModule) -> Trial:
     tokens = max(min(2, longest), longest - PADDING)
     ids = ordinary_ids(called, 2 * LENGTH)
     some = lambda start, length: [ids[(start + k) % len(ids)] for k in range(length)]  # noqa: E731
-    base = torch.tensor(some(0, tokens), device=called.device)
-    plain, changed = base.repeat(3, 1), base.repeat(3, 1)
+    base = torch.tensor(some(0, tokens))
+    plain = torch.stack([base, torch.tensor(some(1, tokens)), torch.tensor(some(2, tokens))]).to(called.device)
+    changed = plain.clone()
     changed[1, -1], changed[2, 0] = ids[-1], ids[-1]
     trial = Trial(called, _run(called, plain), _run(called, changed), _run(called, plain[:1]))
     if tokens == longest or not called.takes_padding:
@@ -130,8 +131,8 @@ def run_trial(called: CalledModule) -> Trial:
     mask = torch.ones(3, longest, dtype=torch.long, device=called.device)
     mask[1, tokens:] = 0
     fill = [torch.zeros(longest - tokens, dtype=torch.long), torch.tensor(some(tokens, longest - tokens))]
-    rows = [torch.tensor(some(shift, longest)) for shift in (1, 2, 3, 4)]
-    batches = [torch.stack([rows[k], torch.cat([base.cpu(), fill[k]]), rows[k + 2]]) for k in (0, 1)]
+    first, last = torch.tensor(some(3, longest)), [torch.tensor(some(shift, longest)) for shift in (4, 9)]
+    batches = [torch.stack([first, torch.cat([base, fill[k]]), last[k]]) for k in (0, 1)]
     try:
         padded, refilled = (_run(called, batch.to(called.device), mask) for batch in batches)
     except RevprobeError as error:

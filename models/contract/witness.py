@@ -12,11 +12,11 @@ from .trial import Trial
 
 
 class Reach(NamedTuple):
-    """Whether the middle row's logits before its last token have a gradient at some embedded tokens."""
+    """Whether logits of a row's own tokens have a gradient at other embedded tokens."""
 
-    last: bool
-    padding: bool
-    other_rows: bool
+    last: bool  # of the logits before the middle row's last token, at that token
+    padding: bool  # of the middle row, behind its tokens
+    other_rows: bool  # of any row, in another
     repeated: bool  # the same input gave the same logits as before, to the bit
 
 
@@ -41,15 +41,21 @@ def reached(trial: Trial, offset: int) -> Reach | None:
                 stack.callback(part.register_forward_hook(cut).remove)
         try:
             again = trial.called.run(run.ids, run.mask)
-            logits = again[1, offset : offset + tokens - 1].double()
-            priced = logits[logits.isfinite()].square().sum()
-            (gradient,) = torch.autograd.grad(priced, embedded[:1])
-        except (RuntimeError, ValueError):  # no embedding was seen, weights on disk, kernels without a gradient
+            own = [again[row, offset : offset + (tokens if row == 1 else run.ids.shape[1])] for row in range(3)]
+            at = [_gradient(logits, embedded[0]) for logits in (*own, own[1][:-1])]
+        except (RuntimeError, ValueError, IndexError):  # no embedding was seen, weights on disk, a kernel without one
             return None
-    found = gradient.flatten(2).any(-1)
+    others = any(bool(at[row][[other for other in range(3) if other != row]].any()) for row in range(3))
     return Reach(
-        bool(found[1, tokens - 1]),
-        bool(found[1, tokens:].any()),
-        bool(found[[0, 2]].any()),
-        torch.equal(again, run.logits),
+        last=bool(at[3][1, tokens - 1].any()),
+        padding=bool(at[1][1, tokens:].any()),
+        other_rows=others,
+        repeated=torch.equal(again, run.logits),
     )
+
+
+def _gradient(logits: Tensor, embedded: Tensor) -> Tensor:
+    """Where some logits have a gradient. Shapes: `-> rows tokens (bool)`."""
+    priced = logits[logits.isfinite()].double().square().sum()
+    (gradient,) = torch.autograd.grad(priced, [embedded], retain_graph=True)
+    return gradient.flatten(2).any(-1)

@@ -9,8 +9,9 @@ Shapes below: query (distinct queries), pair, parameter, token (target tokens).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 
 from ...errors import RevprobeError, did_you_mean
 from ...hooks.attention import AttentionTap, tap_attention
-from ...hooks.gradients.backward import part_labels
+from ...hooks.gradients.backward import Products, Selection, part_labels
 from ...hooks.gradients.graph import adopted_parameters
+from ...hooks.gradients.one_by_one import read_one_by_one
 from ...hooks.gradients.recorder import GradientRecorder, record_gradients
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
@@ -30,6 +32,8 @@ from ..statistics.resampling import derangement
 from .batches import QueryBatch, in_batches, make_batch, prepare_queries, queries_per_batch
 from .likelihood import Likelihoods, mean_nll, readout
 from .plan import PassResult, Plan
+
+DIFFERENT_LENGTHS = "queries of different lengths, which cannot share a batch of this model"
 
 
 def run_pass(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> PassResult:
@@ -68,7 +72,7 @@ class _Pass:
         if parts > 1:  # at least one batch for each
             self.batch_size = min(self.batch_size, max(2, -(-len(self.queries) // parts)))
         self.apart = bool(model.contract.equal_lengths)
-        partner = derangement(pairs.facts.astype(str), self._groups(), seed=plan.seed)
+        partner = derangement(pairs.facts.astype(str), pairs.groups(model.logit_shift), seed=plan.seed)
         self.partner = partner if plan.control else np.full(len(pairs), -1)
         self.selected = select_parameters(model.module, plan.parameters) if plan.gradient else {}
         self.parts = fused_parts(model.module) if plan.gradient else {}
@@ -93,14 +97,6 @@ class _Pass:
                     self.result.likelihoods.run_chains(self.batch_size, self.part, self.of)
         return self.result
 
-    def _groups(self) -> np.ndarray:
-        """The pairs' groups, in which controls are drawn; of equal lengths too, where others cannot share a batch."""
-        groups = self.pairs.groups(self.model.logit_shift)
-        if not self.apart:
-            return groups
-        sides = [self.lengths[self.pairs.forward], self.lengths[self.pairs.reverse]]
-        return np.unique(np.stack([groups, *sides]), axis=1, return_inverse=True)[1].ravel()
-
     def _allocate_products(self) -> None:
         columns = len(self.result.parameters)
         self.result.inner = np.full((len(self.pairs), columns), np.nan)
@@ -120,32 +116,25 @@ class _Pass:
         """Greedy batches of whole pairs, facts together: at least one pair, at most `batch_size` distinct queries."""
         queries: dict[int, None] = {}
         members: list[int] = []
-        for pair in self._batched_pairs():
+        along, lengths = self._along_cycle(), self._one_length()
+        for pair in along[np.argsort(lengths[along], kind="stable")]:
             wanted = [int(self.pairs.forward[pair]), int(self.pairs.reverse[pair])]
             wanted += [int(self.pairs.reverse[self.partner[pair]])] if self.partner[pair] >= 0 else []
             fresh = [q for q in wanted if q not in queries]
-            another = self.apart and bool(members) and self.lengths[wanted[0]] != self.lengths[next(iter(queries))]
-            if another or (members and len(queries) + len(fresh) > self.batch_size):
+            full = len(queries) + len(fresh) > self.batch_size
+            if members and (full or lengths[pair] != lengths[members[0]]):
                 yield np.array(list(queries)), np.array(members)
                 queries, members, fresh = {}, [], wanted
             queries.update(dict.fromkeys(fresh))
             members.append(int(pair))
-        if members:
-            yield np.array(list(queries)), np.array(members)
-        # Queries of pairs that cannot share a batch have scores and probabilities all the same.
-        batched = self._batched_pairs()
-        left = set(range(len(self.queries))) - {*self.pairs.forward[batched], *self.pairs.reverse[batched]}
-        for numbers in in_batches(self.model, sorted(left), self.batch_size, self.lengths.__getitem__):
-            yield np.array(numbers), np.array([], dtype=int)
+        yield np.array(list(queries)), np.array(members)
 
-    def _batched_pairs(self) -> np.ndarray:
-        """The pairs whose two gradients can be taken in one batch, in the order of `_along_cycle`."""
-        order = self._along_cycle()
-        if not self.apart:
-            return order
-        forward, reverse = self.lengths[self.pairs.forward[order]], self.lengths[self.pairs.reverse[order]]
-        whole = forward == reverse
-        return order[whole][np.argsort(forward[whole], kind="stable")]
+    def _one_length(self) -> np.ndarray:
+        """The length of all queries of a pair and its control; 0 where they differ or where it makes no difference."""
+        sides = [self.pairs.forward, self.pairs.reverse, self.pairs.reverse[self.partner]]
+        sides[2] = np.where(self.partner >= 0, sides[2], sides[0])
+        lengths = self.lengths[np.stack(sides)]
+        return np.where(self.apart & (np.ptp(lengths, axis=0) == 0), lengths[0], 0)
 
     def _along_cycle(self) -> np.ndarray:
         """Pairs ordered so that a fact is followed by its control's fact: batches then share reverse queries."""
@@ -162,14 +151,23 @@ class _Pass:
         return np.argsort(rank[fact], kind="stable")
 
     def _run_batch(self, queries: np.ndarray, pairs: np.ndarray) -> None:
+        if not self.apart or np.ptp(self.lengths[queries]) == 0:
+            self._run_together(queries, pairs, gradient=self.plan.gradient)
+            return
+        for numbers in in_batches(self.model, queries.tolist(), self.batch_size, self.lengths.__getitem__):
+            self._run_together(np.array(numbers), np.array([], dtype=int), gradient=False)
+        self._keep_products(self._alone(queries), queries, pairs)
+
+    def _run_together(self, queries: np.ndarray, pairs: np.ndarray, *, gradient: bool) -> None:
         batch = make_batch(self.model, [self.queries[q] for q in queries])
         with ExitStack() as stack:
-            recorder = self._recorder(stack, queries)
+            recorder = self._recorder(stack, queries) if gradient else None
             tapping = tap_attention(self.model.module, batch.rows, batch.columns) if self.plan.attention else None
             with tapping or nullcontext() as tap:
                 logits = readout(self.model, batch)
             if recorder is not None:
-                self._keep_products(recorder, mean_nll(logits, batch), queries, pairs)
+                self._keep_products(partial(recorder.backward, mean_nll(logits, batch)), queries, pairs)
+                self.result.reached.update(recorder.reached)
         if tap is not None:
             self._keep_scores(tap, batch, queries)
         if self.result.likelihoods is not None:
@@ -178,14 +176,30 @@ class _Pass:
         if self.plan.progress is not None:
             self.plan.progress(int(self.done.sum()), self.to_do)
 
-    def _recorder(self, stack: ExitStack, queries: np.ndarray) -> GradientRecorder | None:
-        if not self.plan.gradient:
-            return None
+    def _loss_of(self, queries: np.ndarray) -> Callable[[int], Tensor]:
+        """The loss of one of the queries, run by itself."""
 
         def loss_of(n: int) -> Tensor:
             alone = make_batch(self.model, [self.queries[queries[n]]])
             return mean_nll(readout(self.model, alone), alone)[0]
 
+        return loss_of
+
+    def _alone(self, queries: np.ndarray) -> Callable[[Tensor, Tensor], Products]:
+        """What multiplies gradients of queries that cannot share a batch."""
+        selection = Selection(self.selected, self.parts, self._adopted())
+        self.result.one_by_one.update(dict.fromkeys(self.selected, DIFFERENT_LENGTHS))
+        self.result.reached.update(self.selected)
+
+        def products(left: Tensor, right: Tensor) -> Products:
+            names, loss_of = list(self.selected), self._loss_of(queries)
+            for parameter in self.selected.values():
+                parameter.requires_grad_(True)  # put back with everything else when the pass ends
+            return read_one_by_one(self.model.module, selection, names, loss_of, (left, right), len(queries))
+
+        return products
+
+    def _recorder(self, stack: ExitStack, queries: np.ndarray) -> GradientRecorder:
         adopted, unread = self._adopted(), self.result.one_by_one
         recording = record_gradients(
             self.model.module,
@@ -193,7 +207,7 @@ class _Pass:
             len(queries),
             parts=self.parts,
             adopted=adopted,
-            loss_of=loss_of,
+            loss_of=self._loss_of(queries),
             unread=unread,
         )
         return stack.enter_context(recording)
@@ -218,7 +232,9 @@ class _Pass:
                 table = kept.setdefault(layer, np.full((len(self.queries), values.shape[1]), np.nan))
                 table[queries] = values.double().cpu().numpy()
 
-    def _keep_products(self, recorder: GradientRecorder, loss: Tensor, queries: np.ndarray, pairs: np.ndarray) -> None:
+    def _keep_products(
+        self, multiply: Callable[[Tensor, Tensor], Products], queries: np.ndarray, pairs: np.ndarray
+    ) -> None:
         """Norms of every query and inner products of every pair of the batch, with its control's."""
         place = np.full(len(self.queries), -1)
         place[queries] = np.arange(len(queries))
@@ -228,8 +244,7 @@ class _Pass:
         right = np.concatenate(
             [place[self.pairs.reverse[pairs]], place[self.pairs.reverse[self.partner[controlled]]], place[queries]]
         )
-        found = recorder.backward(loss, torch.as_tensor(left), torch.as_tensor(right))
-        self.result.reached.update(recorder.reached)
+        found = multiply(torch.as_tensor(left), torch.as_tensor(right))
         values = self._columns(found.inner)
         self.result.inner[pairs] = values[: len(pairs)]
         self.result.inner_control[controlled] = values[len(pairs) : len(pairs) + len(controlled)]

@@ -441,10 +441,10 @@ def hooks_of(module: nn.Module) -> list[tuple[int, ...]]:
         ({"layers": [7]}, "no layer 7 to edit in .*expected some of 0, 1"),
         ({"heads": [2]}, "no head 2 to edit in .*expected some of 0, 1"),
         ({"layers": []}, r"no layer list \[\] to edit"),
-        ({"layers": 1}, r"layers 1: expected a list of whole numbers, such as layers=\[0\]"),
+        ({"layers": 1}, r"layers=1: expected a list of whole numbers or None, such as layers=\[1\]"),
         ({"columns": [[0]]}, "rows for 2 sequences and columns for 1"),
         ({"columns": [[0, 0], [1, 2]]}, "name a position twice or below 0"),
-        ({"columns": [0, 1]}, "expected `batch columns`"),
+        ({"columns": [0, 1]}, "expected a Tensor or a list of a list of whole numbers"),
         ({"columns": [[0, 1], [1]]}, "equally long list"),
     ],
 )

@@ -381,7 +381,7 @@ def prompted(adapted, words, prompt: str, count: int) -> str:
     for _ in range(count):
         with torch.no_grad():
             ids = [*ids, int(adapted(torch.tensor([ids])).logits[0, -1].argmax())]
-    return words.decode(ids[start:], skip_special_tokens=True)
+    return words.decode(ids[start:])
 
 
 def test_greedy_ignores_what_a_checkpoint_would_rather_do(words):
