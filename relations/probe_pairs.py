@@ -16,6 +16,7 @@ from ..probes.pairs.pairs import ReversalPairs
 from ..probes.pairs.query import KINDS, Query
 from ..probes.pairs.spans import SpanError, require_fast_tokenizer
 from ..probes.pairs.text import pairs_from_frame
+from ..probes.pairs.token_strings import joined_strings
 from .statements import Statement, slot_source
 
 Wording = tuple[str, str]
@@ -165,6 +166,7 @@ def _joined(parts: Sequence[ReversalPairs], dropped: Counter[str]) -> ReversalPa
         {name: np.concatenate([part.flags[name] for part in parts]) for name in parts[0].flags},
         parts[0].tokenizer,
         dict(+dropped),
+        joined_strings(part.tokens for part in parts),
     )
 
 

@@ -27,6 +27,7 @@ from ...models.probed import ProbedModel
 from ...models.structure import fused_parts, layers_without_attention
 from ..pairs.pairs import ReversalPairs
 from ..statistics.resampling import derangement
+from .asked import asked_pairs, tokens_note
 from .batches import QueryBatch, make_batch, prepare_queries, queries_per_batch
 from .likelihood import Likelihoods, mean_nll, readout
 from .plan import PassResult, Plan
@@ -35,8 +36,8 @@ from .plan import PassResult, Plan
 def run_pass(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> PassResult:
     """Run every query once and collect what the plan asks for; the model comes out as it went in.
 
-    Raises: RevprobeError, for empty pairs, queries that do not fit the model, NaN logits, or (with attention)
-        a model whose attention is never seen.
+    Raises: RevprobeError, for empty pairs, pairs and queries that do not fit the model, NaN logits, or (with
+        attention) a model whose attention is never seen.
     """
 
     def work(part: int, parts: int) -> PassResult:
@@ -52,8 +53,7 @@ class _Pass:
     """
 
     def __init__(self, model: ProbedModel, pairs: ReversalPairs, plan: Plan, part: int, parts: int) -> None:
-        if not isinstance(pairs, ReversalPairs):
-            pairs = ReversalPairs.from_pairs(pairs)
+        pairs = asked_pairs(model, pairs, plan.reader)
         self.model, self.pairs, self.plan, self.part, self.of = model, pairs, plan, part, parts
         self.queries = prepare_queries(model, pairs.queries)
         self.batch_size = queries_per_batch(model, self.queries, plan.batch_size)
@@ -225,6 +225,7 @@ def describe(model: ProbedModel, result: PassResult, plan: Plan) -> dict[str, An
         "step": model.step,
         "weights": model.weights,
         "pairs": result.pairs.digest,
+        "tokens": tokens_note(model, result.pairs),
         "pair_count": len(result.pairs),
         "fact_count": len(set(result.pairs.facts)),
         "control": plan.control,
