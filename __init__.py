@@ -2,7 +2,7 @@
 
     import revprobe as rp
     model = rp.load_model("runs/one-layer-quick/rope-l10-s0", weights="ema")
-    rp.probe(model, rp.letter_pairs(length=10, model=model)).plot()
+    rp.probe(model, rp.open_run("runs/one-layer-quick/rope-l10-s0").pairs()).plot()
 
 Every public name is imported when it is first used (PEP 562; `__init__.pyi` says where from), so that neither torch nor
 transformers loads before something needs it. RADD, LLaDA and Dream are in transformers' Auto classes all the same.

@@ -62,17 +62,14 @@ def probe(
 
 def _pairs(source: str, model: ProbedModel, names: list[str], placements: str | None, alphabet: int) -> Pairs:
     """What `--pairs` names, for each of the probes asked for."""
-    from ..finetune.runs.one_layer import probe_pairs
     from ..probes.pairs.pairs import ReversalPairs
     from ..relations.catalog import letters
 
     kind, _, length = source.partition(":")
     if kind != "letters":
         pairs = ReversalPairs.load(source, tokenizer=model.tokenizer)
-        return dict.fromkeys(names, pairs)
-    if not length.isdecimal():
+    elif not length.isdecimal():
         raise RevprobeError(f"--pairs {source!r}: expected letters:LENGTH with a whole number, such as letters:10")
-    relation = letters(int(length), alphabet)
-    if placements is not None:
-        return dict.fromkeys(names, relation.pairs(model, placements=placements))
-    return {name: pairs for name, pairs in probe_pairs(relation, model).items() if name in names}
+    else:
+        pairs = letters(int(length), alphabet).pairs(model, placements=placements)
+    return {name: pairs.for_probe(name) for name in names}

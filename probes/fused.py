@@ -1,4 +1,4 @@
-"""All three probes in one pass: the model runs each query once."""
+"""All three probes at once: where they read the same pairs, the model runs each query once."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .passes.plan import Plan, Progress, Share
 from .passes.run import run_pass
 from .passes.selection import listed
 from .probability import probability_reading
+from .readings.reading import Reading
 from .readings.readings import Readings
 
 # The probes by the short names of `probe(only=)` and the command line.
@@ -29,6 +30,16 @@ def require_probes(names: Iterable[str]) -> list[str]:
         if name not in PROBES:
             raise RevprobeError(f"unknown probe {name!r}{did_you_mean(name, PROBES)}")
     return names
+
+
+def lists_read(pairs: ReversalPairs, names: Iterable[str]) -> list[tuple[list[str], ReversalPairs]]:
+    """The lists that some probes read, each with the probes that share it, in their order."""
+    shared: dict[int, tuple[list[str], ReversalPairs]] = {}
+    common = pairs.for_probe("")  # the list of every probe that has none of its own
+    for name in names:
+        own = pairs.by_probe.get(name, common)
+        shared.setdefault(id(own), ([], own))[0].append(name)
+    return list(shared.values())
 
 
 @checked
@@ -46,10 +57,11 @@ def probe(
     seed: int = 0,
     share: Share | None = None,
 ) -> Readings:
-    """Attention correlation, gradient cosine and reverse probability of the same pairs, from one run of each query.
+    """Attention correlation, gradient cosine and reverse probability, from one run of each query for all that read it.
 
     The numbers are those of the three probes run alone; see there for what they mean. `only` names some of
-    "attention", "gradient", "probability". `share` divides the work among processes (see
+    "attention", "gradient", "probability". Pairs that give a probe a list of its own (`letter_pairs`, `Run.pairs`) are
+    run list by list, and `progress` begins anew with each. `share` divides the work among processes (see
     `finetune.training.distributed`); each of them gets all readings.
     Raises: RevprobeError, for an unknown probe, and whatever the single probes raise.
     """
@@ -60,20 +72,24 @@ def probe(
     if layers is not None:
         layers = readable_layers(model, layers) if "attention" in wanted else listed("layer", layers)
     names = chosen_parameters(model, parameters, layers) if "gradient" in wanted else None
-    plan = Plan(
-        **{name: name in wanted for name in PROBES},
-        mode=mode,
-        parameters=names,
-        control=control,
-        batch_size=batch_size,
-        seed=seed,
-        progress=progress,
-        share=share,
-    )
-    result = run_pass(model, pairs, plan)
-    makers = {
-        "attention": lambda: attention_reading(model, result, plan, layers),
-        "gradient": lambda: gradient_reading(model, result, plan),
-        "probability": lambda: probability_reading(model, result, plan),
-    }
-    return Readings(makers[name]() for name in PROBES if name in wanted)
+    pairs = pairs if isinstance(pairs, ReversalPairs) else ReversalPairs.from_pairs(pairs)
+    taken: dict[str, Reading] = {}
+    for members, own in lists_read(pairs, wanted):
+        plan = Plan(
+            **{name: name in members for name in PROBES},
+            mode=mode,
+            parameters=names,
+            control=control,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+            share=share,
+        )
+        result = run_pass(model, own, plan)
+        makers = {
+            "attention": lambda: attention_reading(model, result, plan, layers),  # noqa: B023
+            "gradient": lambda: gradient_reading(model, result, plan),  # noqa: B023
+            "probability": lambda: probability_reading(model, result, plan),  # noqa: B023
+        }
+        taken |= {name: makers[name]() for name in members}
+    return Readings(taken[name] for name in PROBES if name in taken)

@@ -59,8 +59,9 @@ def probe_gradient_cosine(
     model = as_probed(model)
     names = chosen_parameters(model, parameters, layers)
     plan = Plan(gradient=True, parameters=names, control=control, batch_size=batch_size, seed=seed, progress=progress)
-    reading = gradient_reading(model, run_pass(model, pairs, plan), plan)
-    return replace(reading, cross=cross_cosines(model, pairs, plan)) if cross else reading
+    result = run_pass(model, pairs, plan)
+    reading = gradient_reading(model, result, plan)
+    return replace(reading, cross=cross_cosines(model, result.pairs, plan)) if cross else reading
 
 
 def chosen_parameters(
@@ -156,7 +157,7 @@ def cross_cosines(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> pd.Da
     left, right = _combinations(model, pairs, plan.batch_size)
     # Labels that sort as the combinations are ordered, block by block, so that batches share queries.
     places = np.array([f"{n:09d}" for n in range(len(left))], dtype=object)
-    crossed = ReversalPairs(pairs.queries, pairs.forward[left], pairs.reverse[right], places, pairs.kind)
+    crossed = replace(pairs, forward=pairs.forward[left], reverse=pairs.reverse[right], facts=places, flags={})
     summed = Plan(
         gradient=True,
         parameters=plan.parameters,

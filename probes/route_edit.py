@@ -21,6 +21,7 @@ from .attention import EVIDENCE_HIDDEN
 from .edits import attention_sites, choose_heads, choose_layers
 from .pairs.pairs import ReversalPairs
 from .pairs.query import Query
+from .passes.asked import asked_pairs
 from .passes.batches import prepare_queries, queries_per_batch
 from .passes.likelihood import Likelihoods
 from .passes.plan import PassResult, Plan, Progress
@@ -112,6 +113,7 @@ class _RouteProbe:
 
     def reading(self, layers: Iterable[int] | None, heads: Iterable[int] | None) -> Reading:
         model, plan = self.model, self.plan
+        self.pairs = asked_pairs(model, self.pairs, "route_edit")
         queries = prepare_queries(model, self.pairs.queries)
         sites = attention_sites(model)
         without_attention = layers_without_attention(model.module, [site.path for site in sites])

@@ -16,6 +16,7 @@ from ..hooks.untouched import untouched
 from ..models.probed import ProbedModel, as_probed
 from .attention import EVIDENCE_HIDDEN
 from .pairs.pairs import ReversalPairs
+from .passes.asked import asked_pairs
 from .passes.batches import in_batches, make_batch, prepare_queries, queries_per_batch
 from .passes.decomposition import Decomposition, LinearizedBatch, Piece
 from .passes.plan import PassResult, Plan, Progress
@@ -74,6 +75,7 @@ def probe_stored_evidence(
     Source: paper Sec. 4.1 (Prop. 4.1), with W_O and norms as they are on a real model.
     """
     model = as_probed(model)
+    pairs = asked_pairs(model, pairs, "stored_evidence")
     if pairs.kind != "same_target":
         raise RevprobeError(f"pairs of kind {pairs.kind!r} do not share an entry of S; use same_target pairs")
     plan = Plan(control=control, batch_size=batch_size, seed=seed, progress=progress)

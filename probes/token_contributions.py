@@ -12,7 +12,9 @@ from ..arguments import checked
 from ..errors import RevprobeError
 from ..hooks.untouched import untouched
 from ..models.probed import ProbedModel, as_probed
+from .pairs.pairs import ReversalPairs
 from .pairs.query import Query, ReversalPair
+from .passes.asked import require_same_tokens
 from .passes.batches import make_batch, prepare_queries
 from .passes.decomposition import LinearizedBatch
 
@@ -38,6 +40,7 @@ def token_contributions(model: ProbedModel | nn.Module, question: ReversalPair |
     """
     model = as_probed(model)
     if isinstance(question, ReversalPair):
+        require_same_tokens(model, ReversalPairs.from_pairs([question]))
         asked = {"forward": question.forward, "reverse": question.reverse}
     elif isinstance(question, Query):
         asked = {"query": question}

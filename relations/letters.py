@@ -6,8 +6,9 @@ elsewhere. Only this order is ever trained on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -79,13 +80,53 @@ class LettersRelation:
         model: ProbedModel | nn.Module,
         direction: str = "forward",
         *,
-        placements: str = "grid",
+        placements: str | None = None,
         offset: int | None = None,
     ) -> ReversalPairs:
-        """The pairs that probe what `direction` trained; see `letter_pairs`."""
+        """The pairs that probe what `direction` trained, those of each probe by default; see `letter_pairs`."""
         if direction != "forward":
             raise RevprobeError(f"the letters relation is trained in the direction 'forward' only, got {direction!r}")
-        return letter_pairs(self.length, model=model, placements=placements, offset=offset, alphabet=self.alphabet)
+        model = as_probed(model)
+        if placements is not None and placements not in PLACEMENTS:
+            raise RevprobeError(f"unknown placements {placements!r}{did_you_mean(placements, PLACEMENTS)}")
+        _require_fit(model, self.length, self.alphabet)
+        tokenizer = model.tokenizer or letter_tokenizer(self.alphabet)
+        if placements is None and offset is None:
+            return self.pairs_by_probe(model.objective, tokenizer)
+        return self._placed(model.objective, tokenizer, placements or "grid", offset)
+
+    def pairs_by_probe(self, objective: str, tokenizer: Any) -> ReversalPairs:
+        """The pairs that each probe reads at a run's snapshots; `letter_pairs` says which, and why.
+
+        Args:
+            objective: "masked" or "causal", which decides the kind of pair.
+            tokenizer: has a token for every letter.
+        """
+        first = 0 if objective == "masked" else None
+        own = {
+            "attention": self._placed(objective, tokenizer, "grid"),
+            "gradient": self._placed(objective, tokenizer, "mirror", first),
+        }
+        return replace(self._placed(objective, tokenizer, "mirror"), by_probe=own)
+
+    def _placed(self, objective: str, tokenizer: Any, placements: str, offset: int | None = None) -> ReversalPairs:
+        """One list of pairs, by where its letters stand."""
+        length = self.length
+        if objective == "causal":
+            if offset is not None:
+                raise RevprobeError(
+                    f"offset {offset!r} for a causal model: its target stands at the last position; leave offset out"
+                )
+            forward = [(place, length - 1) for place in range(length - 1)]
+        else:
+            start = 0 if placements == "grid" and offset is None else offset
+            if start is not None and not 0 <= start <= length - 2:
+                raise RevprobeError(
+                    f"offset {start!r} leaves no room for a pair at length {length}; expected 0 to {length - 2}"
+                )
+            forward = [place for place in combinations(range(length), 2) if start is None or place[0] == start]
+        reverse = [(high, low) for low, high in forward]
+        return _pair_up(self, objective, tokenizer, forward, reverse, placements)
 
 
 @checked
@@ -99,7 +140,7 @@ def letter_pairs(
     length: int,
     *,
     model: ProbedModel | nn.Module,
-    placements: str = "grid",
+    placements: str | None = None,
     offset: int | None = None,
     alphabet: int = 26,
 ) -> ReversalPairs:
@@ -110,42 +151,34 @@ def letter_pairs(
     letter given the lowercase one forward, and the roles exchanged in reverse (kind "swapped"). There, and only
     there, its forward conditional is deterministic: at earlier positions the next token may be a placeholder.
 
+    By default each probe reads the pairs that runs use for it, so that its numbers are theirs: the attention
+    correlation the grid, since it needs every combination of distances; the gradient cosine the mirrored placements
+    that begin the sequence, every distance equally often; the probability and all other probes every placement
+    once in each direction ("mirror"), so that averages weigh placements equally. What comes back is this last list,
+    with the others in its `by_probe`.
+
     Args:
         length: tokens per sequence, at least 2.
         model: decides the kind of pair and provides the vocabulary.
-        placements: "grid", every forward distance x reverse distance x letter, the left letter at index `offset`;
-            "mirror", the same two positions swapped, over all positions (or the left letter at `offset`): every
-            placement exactly once in each direction, so that its averages weigh placements equally;
-            "all", every forward x every reverse placement. A causal model's target is last in every placement,
-            so for it "mirror" holds one pair per distance.
-        offset: index of the left letter; 0 for the grid unless given. Causal pairs take none.
+        placements: one list for all probes. "grid", every forward distance x reverse distance x letter, the left letter
+            at index `offset`; "mirror", the same two positions swapped, over all positions (or the left letter at
+            `offset`); "all", every forward x every reverse placement. A causal model's target is last in every
+            placement, so for it "mirror" holds one pair per distance.
+        offset: index of the left letter of one list, of the grid where no placements are named; 0 for the grid unless
+            given. Causal pairs take none.
         alphabet: how many letter pairs; 26 facts make small groups.
     Raises: RevprobeError, for an unknown placement, too many pairs, or a model without these letters or lengths.
     """
-    model = as_probed(model)
-    relation = letters(length, alphabet)
-    if placements not in PLACEMENTS:
-        raise RevprobeError(f"unknown placements {placements!r}{did_you_mean(placements, PLACEMENTS)}")
-    _require_fit(model, length, alphabet)
-    if model.objective == "causal":
-        if offset is not None:
-            raise RevprobeError(
-                f"offset {offset!r} for a causal model: its target stands at the last position; leave offset out"
-            )
-        forward, reverse = [(p, length - 1) for p in range(length - 1)], [(length - 1, p) for p in range(length - 1)]
-    else:
-        start = 0 if placements == "grid" and offset is None else offset
-        if start is not None and not 0 <= start <= length - 2:
-            raise RevprobeError(
-                f"offset {start!r} leaves no room for a pair at length {length}; expected 0 to {length - 2}"
-            )
-        forward = [place for place in combinations(range(length), 2) if start is None or place[0] == start]
-        reverse = [(high, low) for low, high in forward]
-    return _pair_up(relation, model, forward, reverse, placements)
+    return letters(length, alphabet).pairs(model, placements=placements, offset=offset)
 
 
 def _pair_up(
-    relation: LettersRelation, model: ProbedModel, forward: list[Places], reverse: list[Places], placements: str
+    relation: LettersRelation,
+    objective: str,
+    tokenizer: Any,
+    forward: list[Places],
+    reverse: list[Places],
+    placements: str,
 ) -> ReversalPairs:
     """All pairs of placements for every letter, "mirror" taking each placement with its own mirror image."""
     combine = (
@@ -159,10 +192,9 @@ def _pair_up(
             f"placements={placements!r} at length {relation.length} makes {count:,} pairs, more than {MOST_PAIRS:,}; "
             "use 'grid' or 'mirror'"
         )
-    tokenizer = model.tokenizer or letter_tokenizer(relation.alphabet)
     token_id = tokenizer.get_vocab()
     alphabet = letter_alphabet(relation.alphabet)
-    causal = model.objective == "causal"
+    causal = objective == "causal"
     # Which letter (0 lowercase, 1 uppercase) is the target, forward and in reverse.
     asked = [(1 if causal else 0, place) for place in forward] + [(0, place) for place in reverse]
     queries = []

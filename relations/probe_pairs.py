@@ -17,6 +17,7 @@ from ..probes.pairs.pairs import ReversalPairs
 from ..probes.pairs.query import KINDS, Query
 from ..probes.pairs.spans import SpanError, require_fast_tokenizer
 from ..probes.pairs.text import pairs_from_frame
+from ..probes.pairs.token_strings import joined_strings
 from .cells import shown
 from .spelling import plain_name
 from .statements import Statement, slot_source
@@ -196,6 +197,7 @@ def _joined(parts: Sequence[ReversalPairs], dropped: Counter[str]) -> ReversalPa
         {name: np.concatenate([part.flags[name] for part in parts]) for name in parts[0].flags},
         parts[0].tokenizer,
         dict(+dropped),
+        joined_strings(part.tokens for part in parts),
     )
 
 

@@ -96,7 +96,9 @@ def test_the_guide_runs(pages, tmp_path, monkeypatch):
         for place, code in enumerate(blocks(pages[page])):
             code = re.sub(r"length=\d+", "length=4, alphabet=9", code)
             exec(compile(code, f"{page}, block {place}", "exec"), names)
-    assert names["reading"].name == "attention_correlation" and names["reading"].n == 81
+    assert (
+        names["reading"].name == "attention_correlation" and names["reading"].n == 9 * 81
+    )  # every distance x distance x letter
     assert {reading.name for reading in names["readings"]} > {"gradient_cosine", "reverse_probability"}
     assert names["model"].step == 2 and names["model"].weights == "ema", "the block did not load the run's last average"
     assert names["cut"].value < 0.01 and torch.isfinite(names["logits"]).any()

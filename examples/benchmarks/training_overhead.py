@@ -23,7 +23,7 @@ from transformers import TrainerState, TrainingArguments, set_seed
 
 from revprobe.finetune.config.loading import load_config
 from revprobe.finetune.config.one_layer import RunConfig, SweepConfig
-from revprobe.finetune.runs.one_layer import build_model, probe_pairs, training_arguments
+from revprobe.finetune.runs.one_layer import build_model, training_arguments
 from revprobe.finetune.training.probe_callback import ProbeCallback
 from revprobe.finetune.training.trainer import ForwardOnlyTrainer, TokenRows
 from revprobe.models.probed import ProbedModel
@@ -62,7 +62,7 @@ def train(config: RunConfig) -> list[tuple[int, float, float]]:
             snapshots=config.snapshot_steps,
         )
         wrapping = {"tokenizer": tokenizer, "objective": config.model.objective}
-        pairs = probe_pairs(relation, ProbedModel(model, **wrapping))
+        pairs = relation.pairs(ProbedModel(model, **wrapping))
         probes = TimedProbes(pairs, steps=config.snapshot_steps, ema=trainer.ema, **wrapping)
         trainer.add_callback(probes)
         trainer.train()

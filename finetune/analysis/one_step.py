@@ -28,6 +28,7 @@ from ...errors import RevprobeError
 from ...models.probed import ProbedModel
 from ...probes.pairs.pairs import ReversalPairs
 from ...probes.pairs.query import Query
+from ...probes.passes.asked import asked_pairs
 from ...probes.passes.batches import prepare_queries
 from ...probes.passes.slopes import loss_slopes
 from ...probes.statistics.by_part import evidence_by_pair
@@ -104,6 +105,7 @@ def one_step(
 
 def follow(step: Step, pairs: ReversalPairs, *, batch_size: int | None = None, seed: int = 0) -> pd.DataFrame:
     """What a step changed, pair by pair: the columns of `one_step` but for `step`."""
+    pairs = asked_pairs(step.before, pairs, "one_step")
     found = {"stored": _stored_change(step, pairs, batch_size, seed)}
     found |= {f"{side}_loss": values for side, values in _loss_changes(step, pairs, batch_size, seed)}
     return _tidy(pairs, step.optimizer, step.learning_rate, found)

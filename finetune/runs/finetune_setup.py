@@ -110,11 +110,17 @@ def prepare(config: FinetuneConfig, folder: Path, team: ProcessGroup) -> Prepare
     answer_tokens = config.evaluation.max_new_tokens or answers.limit
     response_only = config.objective.scope == "response_only"
     options = RowOptions(response_only, config.objective.whole_entity, answer_tokens)
-    pairs = relation.pairs(model, direction, limit=config.snapshots.facts)
-    if response_only and model.objective == "masked":
-        pairs = replace(pairs, flags={**pairs.flags, FORWARD_UNTRAINED: np.ones(len(pairs), dtype=bool)})
+    pairs = snapshot_pairs(config, relation, model)
     rows = StatementRows(relation.training_rows(direction), model, options)
     return Prepared(config, relation, model, pairs, rows, answers, answer_tokens)
+
+
+def snapshot_pairs(config: FinetuneConfig, relation: TextRelation, model: ProbedModel) -> ReversalPairs:
+    """The pairs that are probed at every snapshot, marked where training never asks what their forward query does."""
+    pairs = relation.pairs(model, config.relation.direction, limit=config.snapshots.facts)
+    if config.objective.scope != "response_only" or model.objective != "masked":
+        return pairs
+    return replace(pairs, flags={**pairs.flags, FORWARD_UNTRAINED: np.ones(len(pairs), dtype=bool)})
 
 
 def text_relation(config: FinetuneConfig) -> TextRelation:

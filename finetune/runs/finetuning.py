@@ -28,6 +28,7 @@ from ...errors import RevprobeError, first_line
 from ...models.hub import quiet_transformers
 from ...models.probed import ProbedModel
 from ...models.registry import load_model
+from ...probes.pairs.pairs import ReversalPairs
 from ...probes.readings.readings import Readings
 from ...relations.evaluation import evaluate_relation, save_evaluation
 from ..config.finetuning import FinetuneConfig
@@ -36,7 +37,7 @@ from ..training.arguments import training_arguments
 from ..training.checkpointing import READINGS, remove_unfinished, resume_from, run_lock
 from ..training.distributed import ProcessGroup
 from ..training.probe_callback import GRADIENT, LORA_GRADIENT, take_readings
-from .finetune_setup import Prepared, build_finetuning, placed_options, prepare
+from .finetune_setup import Prepared, build_finetuning, placed_options, prepare, snapshot_pairs, text_relation
 from .progress import Listener, ProgressCallback
 from .run import CONFIG, Expected, Run, claim_run, noting_problems, pinned_threads
 
@@ -93,6 +94,9 @@ class FinetuneRun(Run):
     @property
     def lacks(self) -> str | None:
         return None if (self.path / EVALUATION).is_dir() else "its evaluation is missing"
+
+    def pairs(self, model: ProbedModel | None = None) -> ReversalPairs:
+        return snapshot_pairs(self.config, text_relation(self.config), model or self.load())
 
     def load(self, step: int = -1, weights: str | None = None) -> ProbedModel:
         return load_model(self.path, step=step, weights=weights, **placed_options(self.config))

@@ -64,6 +64,11 @@ class OneLayerRun(Run):
         """The facts it is trained on."""
         return letters(self.config.relation.length, self.config.relation.alphabet)
 
+    def pairs(self, model: ProbedModel | None = None) -> ReversalPairs:
+        config = self.config
+        tokenizer = (model and model.tokenizer) or letter_tokenizer(config.relation.alphabet)
+        return self.relation.pairs_by_probe(config.model.objective, tokenizer)
+
     def load(self, step: int = -1, weights: str | None = None) -> ProbedModel:
         device = "cpu" if uses_cpu(self.config.training.device) else "cuda"
         return load_model(self.path, step=step, weights=weights, device=device)
@@ -73,8 +78,8 @@ class OneLayerRun(Run):
         if not uses_cpu(self.config.training.device):
             enable_full_determinism(self.config.training.seed)  # as it was while training
         model = self.load(step, weights)
-        pairs = probe_pairs(self.relation, model)
-        return take_readings(model, {probe: pairs[probe] for probe, name in PROBES.items() if name in names})
+        pairs = self.pairs(model)
+        return take_readings(model, {probe: pairs.for_probe(probe) for probe, name in PROBES.items() if name in names})
 
 
 @checked
@@ -151,7 +156,7 @@ def build_trainer(run: OneLayerRun, checkpoint: Path | None) -> tuple[ForwardOnl
     )
     name = run.path.resolve().name
     wrapping: dict[str, Any] = {"tokenizer": tokenizer, "objective": config.model.objective, "name": name}
-    pairs = probe_pairs(run.relation, ProbedModel(model, **wrapping))
+    pairs = run.pairs(ProbedModel(model, **wrapping))
     wrapping["check"] = False  # it was, just now
     done = () if checkpoint is None else (step_of(checkpoint) or 0,)
     steps = config.snapshot_steps
@@ -177,18 +182,3 @@ def build_model(config: RunConfig) -> tuple[PreTrainedModel, Any]:
         max_length=config.relation.length,
     )
     return RaddForMaskedLM(radd), tokenizer
-
-
-def probe_pairs(relation: LettersRelation, model: ProbedModel) -> dict[str, ReversalPairs]:
-    """Which pairs each probe sees at a snapshot.
-
-    The correlation needs every combination of distances ("grid"). The cosine takes the same two positions swapped,
-    the left one first in the sequence: every distance equally often. Probabilities and accuracies weigh every
-    placement equally ("mirror").
-    """
-    masked = model.objective == "masked"
-    return {
-        "attention": relation.pairs(model, placements="grid"),
-        "gradient": relation.pairs(model, placements="mirror", offset=0 if masked else None),
-        "probability": relation.pairs(model, placements="mirror"),
-    }

@@ -29,6 +29,7 @@ from ...atomic_files import write_text
 from ...errors import RevprobeError, first_line
 from ...models.checkpoints import CHECKPOINTS, checkpoint_steps, step_name
 from ...models.probed import ProbedModel
+from ...probes.pairs.pairs import ReversalPairs
 from ...probes.readings.reading import Reading
 from ...probes.readings.readings import Readings
 from ..config.loading import dump_config
@@ -78,6 +79,14 @@ class Run(ABC):
     @abstractmethod
     def expected_readings(self) -> list[Expected]:
         """Every snapshot x reading x weights."""
+
+    @abstractmethod
+    def pairs(self, model: ProbedModel | None = None) -> ReversalPairs:
+        """The pairs its readings are taken on, each probe's own: `rp.probe(run.load(), run.pairs())` is its reading.
+
+        Args:
+            model: one of the run's models, where it has been loaded; where one is needed, the last checkpoint's is.
+        """
 
     @abstractmethod
     def load(self, step: int = -1, weights: str | None = None) -> ProbedModel:

@@ -35,6 +35,7 @@ from ...models.peft_adapters import without_wrapper
 from ...models.probed import ProbedModel
 from ...probes.pairs.pairs import ReversalPairs
 from ...probes.pairs.query import Query
+from ...probes.passes.asked import asked_pairs
 from ...probes.passes.batches import prepare_queries
 from ...probes.passes.slopes import loss_slopes
 from ...probes.statistics.intervals import mean_over_facts
@@ -251,6 +252,7 @@ class _Asked:
 
     @classmethod
     def of(cls, model: ProbedModel, pairs: ReversalPairs, control: bool, seed: int) -> _Asked:
+        pairs = asked_pairs(model, pairs, "first_order_prediction")
         queries = prepare_queries(model, pairs.queries)
         partner = derangement(pairs.facts.astype(str), pairs.groups(model.logit_shift), seed=seed)
         index = {"forward": pairs.forward, "reverse": pairs.reverse}

@@ -25,7 +25,7 @@ from ...hooks.untouched import untouched
 from ...models.checkpoints import step_name
 from ...models.peft_adapters import is_adapter_parameter, without_wrapper
 from ...models.probed import ProbedModel, as_probed
-from ...probes.fused import probe, require_probes
+from ...probes.fused import PROBES, lists_read, probe, require_probes
 from ...probes.pairs.pairs import ReversalPairs
 from ...probes.passes.plan import Share
 from ...probes.readings.reading import Reading
@@ -49,12 +49,12 @@ def take_readings(
     listener: ProbeListener | None = None,
     share: Share | None = None,
 ) -> Readings:
-    """All three probes on one list of pairs (in one fused pass), or each named probe on its own list.
+    """All three probes on some pairs (one fused pass over each list they read), or the named ones of a mapping.
 
     Args:
         parameters: whose gradients are compared. "all": the model's own, an adapter's left out, as they are once it
             is merged; "lora": the adapter's, as a reading of its own, `lora_gradient_cosine`; "both" gives both.
-        listener: called with the probe's name ("all" for the fused pass), queries done, and queries in all.
+        listener: called with the probe's name ("all" for a pass that several share), queries done, and queries in all.
         share: divides the work among processes, as in `probe`.
     Raises: RevprobeError, for an unknown probe name, the parameters of an adapter that is not there, and for whatever
         the probes refuse.
@@ -66,11 +66,13 @@ def take_readings(
         return None if listener is None else partial(listener, name)
 
     if isinstance(pairs, ReversalPairs):
-        taken = probe(model, pairs, progress=progress("all"), **options)
-        return by_owner(taken, parameters)
-    taken = Readings(
-        probe(model, pairs[name], only=[name], progress=progress(name), **options)[0] for name in require_probes(pairs)
-    )
+        lists = lists_read(pairs, PROBES)
+    else:
+        lists = [([name], pairs[name].for_probe(name)) for name in require_probes(pairs)]
+    taken: list[Reading] = []
+    for names, own in lists:
+        told = progress(names[0] if len(names) == 1 else "all")
+        taken += probe(model, own, only=names, progress=told, **options)
     return by_owner(taken, parameters)
 
 
@@ -113,8 +115,8 @@ class ProbeCallback(TrainerCallback):
     Under `accelerate launch` or `torchrun` every process probes its part of the pairs, and the first one writes.
 
     Args:
-        pairs: one `ReversalPairs` for all three probes, or a mapping such as {"attention": grid, "probability": mirror}
-            that gives each named probe its own.
+        pairs: what all three probes read, such as `Run.pairs()`; or a mapping such as {"attention": grid,
+            "probability": mirror}, whose probes alone are taken, each on its own list.
         folder: where `step-000500/` folders appear; `output_dir/readings` of the Trainer when None.
         steps: the steps to probe at; whenever the Trainer writes a checkpoint when None.
         ema: an `AveragedModel` (or a module with `.module`); its weights are read too, labelled "ema".

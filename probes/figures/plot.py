@@ -126,6 +126,7 @@ def _pair_words(reading: Drawable, pairs: ReversalPairs | None) -> dict[int, str
     """Each pair's two queries as text. Raises: RevprobeError, when the reading was taken on other pairs."""
     if pairs is None:
         return {}
+    pairs = pairs.for_probe("attention")
     if reading.meta.get("pairs") not in (None, pairs.digest):
         raise RevprobeError(
             f"pairs= has the digest {pairs.digest!r}: expected those of the reading, {reading.meta['pairs']!r}"

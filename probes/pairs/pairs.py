@@ -1,10 +1,13 @@
 """Lists of reversal pairs, in columns, and as JSON lines on disk.
 
 `ReversalPairs` keeps many pairs in columns: queries that occur in several pairs are stored, and later run, once. A file
-holds one pair a line, after a first line for what was dropped when anything was:
+holds one pair a line, after a first line for what was dropped and for the strings of the token ids:
 
+{"dropped": {}, "tokens": {"4": "d", ...}}
 {"fact": "d", "kind": "same_target", "forward": {"token_ids": [...], "target_positions": [...],
  "evidence_positions": [...]}, "reverse": {...}, "flags": {"shares_tokens": false, ...}}
+
+A pair of a list that one probe alone reads says which: "probe": "attention".
 
 A little long, since a list, its table and its file are read together.
 """
@@ -16,6 +19,7 @@ import html
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,9 +28,13 @@ import pandas as pd
 
 from ...arguments import checked, checked_fields, fitted
 from ...atomic_files import written_whole
-from ...errors import RevprobeError, shown
+from ...errors import RevprobeError, did_you_mean, shown
 from .display import STYLES, shown_query, tokens_html
 from .query import Query, ReversalPair, require_kind
+from .token_strings import UNSAID, joined_strings, token_strings
+
+# The probes that may read a list of their own, by their short names.
+READERS = ("attention", "gradient", "probability")
 
 
 @checked_fields
@@ -43,9 +51,13 @@ class ReversalPairs(Sequence[ReversalPair]):
             (the reverse query exchanges the roles).
         flags: further columns for `to_frame`, one value per pair; those of true and false are counted by `report`.
             `different_tokens` marks pairs whose two queries may differ in their tokens (see `ReversalPair`).
-        tokenizer: only to show tokens.
+        tokenizer: shows tokens, and says what the ids are called where `tokens` does not.
         dropped: how many pairs were left out when these were made, by reason.
-    Raises: RevprobeError, when the list is empty or the columns disagree in length.
+        tokens: token id -> the string that the tokenizer these were made with has for it. A probe refuses a model whose
+            tokenizer has another one. Empty where it is not known, as in files of version 0.1.
+        by_probe: the lists of the probes that do not read this one, by their short names (`letter_pairs` says why);
+            `for_probe(name)` is what a probe reads. Some of the pairs (a slice, `take`) are one list for all probes.
+    Raises: RevprobeError, when the list is empty, the columns disagree in length, or a probe's list does not fit.
     """
 
     queries: tuple[Query, ...]
@@ -56,6 +68,8 @@ class ReversalPairs(Sequence[ReversalPair]):
     flags: Mapping[str, np.ndarray] = field(default_factory=dict)
     tokenizer: Any = None
     dropped: Mapping[str, int] = field(default_factory=dict)
+    tokens: Mapping[int, str] = field(default_factory=lambda: UNSAID)
+    by_probe: Mapping[str, ReversalPairs] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require_kind(self.kind)
@@ -73,6 +87,10 @@ class ReversalPairs(Sequence[ReversalPair]):
                     f"pair {wrong[0]} names {side} query {index[wrong[0]]!r}; expected 0 to {len(self.queries) - 1}, "
                     "its place in queries"
                 )
+        if self.tokens is UNSAID:
+            object.__setattr__(self, "tokens", token_strings(self.tokenizer, self.token_ids))
+        for name, own in self.by_probe.items():
+            _require_own_list(name, own, self.kind)
 
     @classmethod
     def from_pairs(cls, pairs: Iterable[ReversalPair], *, tokenizer: Any = None) -> ReversalPairs:
@@ -90,7 +108,8 @@ class ReversalPairs(Sequence[ReversalPair]):
         facts = np.array([pair.fact or str(i) for i, pair in enumerate(pairs)], dtype=object)
         differ = np.array([pair.different_tokens for pair in pairs], dtype=bool)
         flags = {"different_tokens": differ} if differ.any() else {}
-        return cls(tuple(index), forward, reverse, facts, kinds.pop() if kinds else "same_target", flags, tokenizer)
+        made = cls(tuple(index), forward, reverse, facts, kinds.pop() if kinds else "same_target", flags, tokenizer)
+        return replace(made, tokens={**made.tokens, **joined_strings(pair.tokens for pair in pairs)})
 
     @classmethod
     def accepts(cls, given: object) -> ReversalPairs:
@@ -111,7 +130,7 @@ class ReversalPairs(Sequence[ReversalPair]):
             raise IndexError(f"pair {index} of {len(self)}")
         forward, reverse = self.queries[self.forward[index]], self.queries[self.reverse[index]]
         differ = "different_tokens" in self.flags and bool(self.flags["different_tokens"][index])
-        return ReversalPair(forward, reverse, self.kind, str(self.facts[index]), differ)
+        return ReversalPair(forward, reverse, self.kind, str(self.facts[index]), differ, self.tokens)
 
     def __iter__(self) -> Iterator[ReversalPair]:
         return (self[i] for i in range(len(self)))
@@ -120,7 +139,17 @@ class ReversalPairs(Sequence[ReversalPair]):
         counts = f"{len(self)} pairs of {len(set(self.facts))} facts, {len(self.queries)} queries"
         differ = self.report.get("different_tokens")
         opted_out = f", {differ} with different tokens in the two directions" if differ else ""
-        return f"ReversalPairs({counts}, kind={self.kind!r}{opted_out})"
+        own = "".join(f"; {name} reads {len(pairs)} pairs of its own" for name, pairs in self.by_probe.items())
+        return f"ReversalPairs({counts}, kind={self.kind!r}{opted_out}{own})"
+
+    def for_probe(self, name: str) -> ReversalPairs:
+        """The one list that a probe reads: its own in `by_probe`, else these pairs."""
+        return self.by_probe.get(name, replace(self, by_probe={}) if self.by_probe else self)
+
+    @cached_property
+    def token_ids(self) -> list[int]:
+        """The distinct token ids of all queries, ascending."""
+        return sorted({token for query in self.queries for token in query.token_ids})
 
     def take(self, pairs: np.ndarray) -> ReversalPairs:
         """Some of the pairs, by index, with only the queries they use."""
@@ -129,7 +158,8 @@ class ReversalPairs(Sequence[ReversalPair]):
         flags = {name: values[pairs] for name, values in self.flags.items()}
         forward, reverse = inverse[: len(pairs)], inverse[len(pairs) :]
         facts = self.facts[pairs]
-        return ReversalPairs(queries, forward, reverse, facts, self.kind, flags, self.tokenizer, self.dropped)
+        about = (self.kind, flags, self.tokenizer, self.dropped, self.tokens)
+        return ReversalPairs(queries, forward, reverse, facts, *about)
 
     def offsets(self, logit_shift: int) -> tuple[np.ndarray, np.ndarray]:
         """Signed offsets, first evidence token minus first readout row, forward and reverse. Shapes: `pair, pair`."""
@@ -158,7 +188,10 @@ class ReversalPairs(Sequence[ReversalPair]):
 
     @property
     def digest(self) -> str:
-        """Sixteen hex digits that change when a query, a pairing, a fact label or the kind does."""
+        """Sixteen hex digits that change when a query, a pairing, a fact label or the kind does; of this list alone.
+
+        A reading's `meta["pairs"]` is that of the list it was taken on, `for_probe(...)`.
+        """
         state = hashlib.sha256(self.kind.encode())
         for query in self.queries:
             state.update(repr((query.token_ids, query.target_positions, query.evidence_positions)).encode())
@@ -185,15 +218,23 @@ class ReversalPairs(Sequence[ReversalPair]):
         """Write the pairs as JSON lines (whole or not at all), to be read by `load` and `revprobe probe --pairs`."""
         path = Path(path)
         with written_whole(path) as part, part.open("w", encoding="utf-8") as file:
-            if self.dropped:
-                file.write(json.dumps({"dropped": dict(self.dropped)}) + "\n")
-            for i, pair in enumerate(self):
-                row: dict[str, Any] = {"fact": pair.fact, "kind": pair.kind}
-                row |= {"forward": asdict(pair.forward), "reverse": asdict(pair.reverse)}
-                if self.flags:
-                    row["flags"] = {name: np.asarray(values)[i].item() for name, values in self.flags.items()}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            lists = {"": self, **self.by_probe}
+            said = joined_strings(pairs.tokens for pairs in lists.values())
+            used = {str(t): said[t] for pairs in lists.values() for t in pairs.token_ids if t in said}
+            if self.dropped or used:
+                file.write(json.dumps({"dropped": dict(self.dropped), "tokens": used}) + "\n")
+            for name, pairs in lists.items():
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in pairs._rows(name))
         return path
+
+    def _rows(self, probe: str) -> Iterator[dict[str, Any]]:
+        """The lines of a file, one for each pair; `probe` alone reads them, unless it is empty."""
+        for i, pair in enumerate(self):
+            row: dict[str, Any] = {"fact": pair.fact, "kind": pair.kind}
+            row |= {"forward": asdict(pair.forward), "reverse": asdict(pair.reverse)}
+            if self.flags:
+                row["flags"] = {name: np.asarray(values)[i].item() for name, values in self.flags.items()}
+            yield row | ({"probe": probe} if probe else {})
 
     @classmethod
     @checked
@@ -204,34 +245,34 @@ class ReversalPairs(Sequence[ReversalPair]):
             raise RevprobeError(
                 f"no pairs file at {str(path)!r}; write one with ReversalPairs.save, or use letters:LENGTH"
             )
-        pairs: list[ReversalPair] = []
-        flags: list[Mapping[str, Any]] = []
+        lists: dict[str, _Rows] = {}
         dropped: dict[str, int] = {}
+        tokens: dict[int, str] = {}
         for number, line in enumerate(_read_text(path).splitlines(), start=1):
             try:
                 row = json.loads(line)
                 if "dropped" in row:
                     dropped = {str(reason): int(count) for reason, count in row["dropped"].items()}
+                    tokens = {int(token): str(text) for token, text in row.get("tokens", {}).items()}
                     continue
                 forward, reverse = Query(**row["forward"]), Query(**row["reverse"])
                 differ = bool(row.get("flags", {}).get("different_tokens", False))
                 kind, fact = row.get("kind", "same_target"), str(row.get("fact", number))
-                pairs.append(ReversalPair(forward, reverse, kind, fact, differ))
                 fact.encode()  # a lone surrogate has no place in a file of readings
-                flags.append(row.get("flags", {}))
-                if uneven := [name for name, one in flags[-1].items() if isinstance(one, list | dict)]:
-                    raise ValueError(f"flag {uneven[0]!r} is {shown(flags[-1][uneven[0]])}, not one value")
-                if flags[-1].keys() != flags[0].keys():
-                    raise ValueError(f"flags {sorted(flags[-1])}, but {sorted(flags[0])} on the lines before")
+                marks = row.get("flags", {})
+                if uneven := [name for name, one in marks.items() if isinstance(one, list | dict)]:
+                    raise ValueError(f"flag {uneven[0]!r} is {shown(marks[uneven[0]])}, not one value")
+                pair = ReversalPair(forward, reverse, kind, fact, differ)
+                lists.setdefault(row.get("probe", ""), _Rows()).add(pair, marks)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise RevprobeError(
                     f"{path}, line {number}: {type(error).__name__}: {error}; expected fact, kind, forward and "
                     "reverse with token_ids, target_positions, evidence_positions, and the same flags on every line"
                 ) from error
-        if not pairs:
+        if "" not in lists:
             raise RevprobeError(f"{path} holds no pairs; expected one JSON object per line")
-        columns = {name: np.array([row[name] for row in flags]) for name in flags[0]}
-        return replace(cls.from_pairs(pairs, tokenizer=tokenizer), flags=columns, dropped=dropped)
+        made = {name: rows.pairs(tokenizer=tokenizer, dropped=dropped, tokens=tokens) for name, rows in lists.items()}
+        return replace(made.pop(""), by_probe=made)
 
     def _repr_html_(self, limit: int = 20) -> str:
         """The first pairs as a table, target and evidence tokens coloured; all text escaped."""
@@ -245,6 +286,31 @@ class ReversalPairs(Sequence[ReversalPair]):
         counted = "".join(f"; {html.escape(name)}: {count}" for name, count in self.report.items())
         legend = f"<p>{html.escape(repr(self))}: {parts}{counted}</p>"
         return f"{legend}<table><tr><th>fact</th><th>forward</th><th>reverse</th></tr>{rows}</table>{more}"
+
+
+@dataclass
+class _Rows:
+    """The lines of a file that are one list."""
+
+    made: list[ReversalPair] = field(default_factory=list)
+    flags: list[Mapping[str, Any]] = field(default_factory=list)
+
+    def add(self, pair: ReversalPair, flags: Mapping[str, Any]) -> None:
+        if self.flags and flags.keys() != self.flags[0].keys():
+            raise ValueError(f"flags {sorted(flags)}, but {sorted(self.flags[0])} on the lines before")
+        self.made.append(pair)
+        self.flags.append(flags)
+
+    def pairs(self, **about: Any) -> ReversalPairs:
+        columns = {name: np.array([row[name] for row in self.flags]) for name in self.flags[0]}
+        return replace(ReversalPairs.from_pairs(self.made), flags=columns, **about)
+
+
+def _require_own_list(probe: str, pairs: ReversalPairs, kind: str) -> None:
+    if probe not in READERS:
+        raise RevprobeError(f"no probe {probe!r} reads pairs of its own{did_you_mean(probe, READERS)}")
+    if not isinstance(pairs, ReversalPairs) or pairs.by_probe or pairs.kind != kind:
+        raise RevprobeError(f"by_probe[{probe!r}] is {pairs!r}: expected one list of pairs of the kind {kind!r}")
 
 
 def _read_text(path: Path) -> str:

@@ -6,8 +6,8 @@ fact twice, in the order it was trained in and in the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import index as whole
 
 from ...arguments import fitted
@@ -96,6 +96,7 @@ class ReversalPair:
 
     `different_tokens` is the opt-out from the check below: the two queries name the same words by different tokens.
     Probabilities remain comparable as those of words; the theory's bounds and the shared column of S do not apply.
+    `tokens` are the strings of the token ids, where they are known (see `ReversalPairs`); equal pairs may differ in it.
 
     Raises: RevprobeError, for the kind "same_target", when the two queries differ in target or evidence tokens;
         for "swapped", when one's target is not the other's evidence.
@@ -106,6 +107,7 @@ class ReversalPair:
     kind: str = "same_target"
     fact: str = ""
     different_tokens: bool = False
+    tokens: Mapping[int, str] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def from_text(cls, *_: object, **__: object) -> ReversalPair:

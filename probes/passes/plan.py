@@ -48,6 +48,12 @@ class Plan:
     summed: bool = False
     share: Share | None = None
 
+    @property
+    def reader(self) -> str:
+        """Whose list is run, of pairs that give probes lists of their own: that of the first probe taking part."""
+        taking_part = {"attention": self.attention, "gradient": self.gradient, "probability": self.probability}
+        return next((name for name, on in taking_part.items() if on), "")
+
 
 @dataclass
 class PassResult:

@@ -29,6 +29,7 @@ from ...models.probed import ProbedModel
 from ...models.structure import fused_parts, layers_without_attention
 from ..pairs.pairs import ReversalPairs
 from ..statistics.resampling import derangement
+from .asked import asked_pairs, tokens_note
 from .batches import QueryBatch, in_batches, make_batch, prepare_queries, queries_per_batch
 from .likelihood import Likelihoods, mean_nll, readout
 from .plan import PassResult, Plan
@@ -39,7 +40,7 @@ DIFFERENT_LENGTHS = "queries of different lengths, which cannot share a batch of
 def run_pass(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> PassResult:
     """Run every query once and collect what the plan asks for; the model comes out as it went in.
 
-    Raises: RevprobeError, for empty pairs, queries that do not fit the model, NaN logits, gradients under
+    Raises: RevprobeError, for empty pairs, pairs and queries that do not fit the model, NaN logits, gradients under
         `torch.inference_mode`, or (with attention) a model whose attention is never seen.
     """
     if plan.gradient and (
@@ -63,8 +64,7 @@ class _Pass:
     """
 
     def __init__(self, model: ProbedModel, pairs: ReversalPairs, plan: Plan, part: int, parts: int) -> None:
-        if not isinstance(pairs, ReversalPairs):
-            pairs = ReversalPairs.from_pairs(pairs)
+        pairs = asked_pairs(model, pairs, plan.reader)
         self.model, self.pairs, self.plan, self.part, self.of = model, pairs, plan, part, parts
         self.queries = prepare_queries(model, pairs.queries)
         self.lengths = np.array([len(query.token_ids) for query in self.queries])
@@ -288,6 +288,7 @@ def describe(model: ProbedModel, result: PassResult, plan: Plan) -> dict[str, An
         "step": model.step,
         "weights": model.weights,
         "pairs": result.pairs.digest,
+        "tokens": tokens_note(model, result.pairs),
         "pair_count": len(result.pairs),
         "fact_count": len(set(result.pairs.facts)),
         "control": plan.control,

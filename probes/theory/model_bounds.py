@@ -160,6 +160,7 @@ def with_bounds(
     Source: paper App. A.3 and Thm. 4.3.
     """
     model = as_probed(model)
+    pairs = pairs.for_probe("attention")
     _require_reading_of(reading, model, pairs)
     pair_reasons = _pair_reasons(pairs, model.logit_shift)
     eligible = np.flatnonzero(pair_reasons == "")

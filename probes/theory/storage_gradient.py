@@ -20,6 +20,7 @@ from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
+from ..passes.asked import asked_pairs
 from ..passes.batches import in_batches, make_batch, prepare_queries, queries_per_batch
 
 
@@ -35,6 +36,7 @@ def storage_gradient_cosines(
     Source: paper Sec. 4.3 (Thm 4.6) and App. C.1.
     """
     model = as_probed(model)
+    pairs = asked_pairs(model, pairs, "storage_gradient")
     if pairs.kind != "same_target":
         raise RevprobeError(f"pairs of kind {pairs.kind!r} do not share an entry of S; use same_target pairs")
     if any(len(query.target_positions) > 1 for query in pairs.queries):

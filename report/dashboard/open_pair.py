@@ -18,7 +18,6 @@ import torch
 
 from ...errors import RevprobeError
 from ...finetune.runs.finetuning import FinetuneRun
-from ...finetune.runs.one_layer import probe_pairs
 from ...finetune.runs.open import open_run
 from ...hooks.attention import tap_attention
 from ...hooks.untouched import untouched
@@ -33,7 +32,6 @@ from ...probes.pairs.query import Query
 from ...probes.passes.batches import make_batch, prepare_queries
 from ...probes.passes.likelihood import readout
 from ...probes.readings.reading import Reading
-from ...relations.catalog import letters
 from .folder import RunsFolder
 from .listed_runs import Listed
 
@@ -126,20 +124,15 @@ class PairOpener:
 
     def _pairs(self, folder: Path, model: ProbedModel) -> ReversalPairs:
         run = open_run(folder)
-        if not isinstance(run, FinetuneRun):
-            relation = run.config.relation
-            return probe_pairs(letters(relation.length, relation.alphabet), model)["attention"]
-        from ...finetune.runs.finetune_setup import text_relation  # it imports the Trainer
-
         chosen = run.config.relation
-        if chosen.name != "invented_names":
+        if isinstance(run, FinetuneRun) and chosen.name != "invented_names":
             if chosen.path is None or not Path(chosen.path).exists():
                 raise RevprobeError(
                     f"its relation {chosen.name!r} is no file inside {self.runs.root}, and a dashboard reads nothing "
                     "outside; its tokens are not known here"
                 )
             self.runs.confined(Path(chosen.path))
-        return text_relation(run.config).pairs(model, chosen.direction, limit=run.config.snapshots.facts)
+        return run.pairs(model).for_probe("attention")
 
 
 def read_query(model: ProbedModel, query: Query) -> ReadQuery:

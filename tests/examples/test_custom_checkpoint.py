@@ -34,7 +34,7 @@ def test_its_readings_equal_the_bare_modules_numbers(example, tmp_path):
     module = example["MyMaskedModel"]().eval()
     example["save_model"](module, str(tmp_path / "model.safetensors"))
     model = rp.load_model("my-masked-model", path=tmp_path / "model.safetensors")
-    pairs = rp.letter_pairs(length=5, model=model)
+    pairs = rp.letter_pairs(length=5, model=model, placements="mirror")
     attention, _, probability = rp.probe(model, pairs, control=False)
     for pair in range(0, len(pairs), 61):
         query = pairs[pair].reverse

@@ -13,6 +13,7 @@ from torch import nn
 from revprobe import (
     ProbedModel,
     ReversalPairs,
+    RevprobeError,
     load_model,
     probe,
     probe_attention_correlation,
@@ -96,14 +97,12 @@ def test_evidence_outside_a_sliding_window_is_nan_with_a_reason():
     assert reading.value == pytest.approx(probe_attention_correlation(model, near).value, abs=1e-6)
 
 
-def test_evidence_after_the_readout_row_is_nan_in_a_causal_model():
+def test_evidence_after_the_target_is_no_question_for_a_causal_model():
+    """Ten pairs of twenty: their probability would be that of a guess, averaged in with the others."""
     model = causal(transformers.LlamaConfig(**GROUPED))
     before, after = pairs_at((2, 5), (1, 6)), pairs_at((2, 5), (8, 5))
-    reading = probe_attention_correlation(model, joined(before, after))
-    hidden = reading.frame.pair >= len(before)
-    assert reading.frame.score_reverse[hidden].isna().all() and reading.frame.score_forward.notna().all()
-    assert reading.undefined[EVIDENCE_HIDDEN] == 2 * 4 * len(after)
-    assert reading.value == pytest.approx(probe_attention_correlation(model, before).value, abs=1e-6)
+    with pytest.raises(RevprobeError, match=r"10 of 20 pairs .* target before its evidence.*'swapped'"):
+        probe_attention_correlation(model, joined(before, after))
 
 
 # --- no trace -------------------------------------------------------------------------------------------------------

@@ -13,12 +13,13 @@ SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embe
 
 
 def llama(hide: float) -> rp.ProbedModel:
-    """A causal Llama whose attention writes `hide` over the later positions."""
+    """A causal Llama whose attention writes `hide` over the later positions, and over those more than three back."""
 
     def attend(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **_):
         scores = query @ key.mT * scaling
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        return (scores.masked_fill(later, hide).softmax(-1) @ value).transpose(1, 2).contiguous(), None
+        everything = torch.ones(scores.shape[-2:], dtype=torch.bool)
+        unseen = everything.triu(1) | everything.tril(-4)
+        return (scores.masked_fill(unseen, hide).softmax(-1) @ value).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(f"by_hand_{hide}", attend)
     torch.manual_seed(0)
@@ -27,12 +28,12 @@ def llama(hide: float) -> rp.ProbedModel:
 
 
 def pairs() -> rp.ReversalPairs:
-    """Evidence at position 0 forward; in reverse behind the target, where no causal row sees it."""
+    """Evidence at position 0: three before the target forward, in reverse so far back that no row sees it."""
     made = []
     for n in range(9):
         target, evidence = 10 + n, 20 + n
         forward = rp.Query([evidence, 7, 6, target, 8, 9], [3], [0])
-        reverse = rp.Query([6, 7, 4, target, 8, evidence], [3], [5])
+        reverse = rp.Query([evidence, 6, 7, 4, 8, 9, target], [6], [0])
         made.append(rp.ReversalPair(forward=forward, reverse=reverse, fact=f"{n}"))
     return rp.ReversalPairs.from_pairs(made)
 

@@ -110,14 +110,14 @@ def gradient_by_autograd(model: ProbedModel, query: Query) -> torch.Tensor:
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_scores_equal_q_and_k_recomputed_from_the_weights(encoding, heads):
     model = mdm(encoding, scale=0.1, n_heads=heads)
-    pairs = letter_pairs(6, model=model)
+    pairs = letter_pairs(6, model=model, placements="grid")
     check_scores(probe_attention_correlation(model, pairs, control=False), model, pairs)
 
 
 @pytest.mark.parametrize("model", [mdm(e, scale=0.1) for e in ENCODINGS] + [arm()], ids=[*ENCODINGS, "gpt2"])
 def test_gradient_cosines_equal_autograd_over_all_parameters(model):
     model.module.eval()
-    pairs = letter_pairs(5, model=model)
+    pairs = letter_pairs(5, model=model, placements="grid")
     reading = probe_gradient_cosine(model, pairs, batch_size=40)
     sums = (
         reading.frame.assign(f=reading.frame.norm_forward**2, r=reading.frame.norm_reverse**2)
@@ -428,7 +428,7 @@ def plant_wrong_head(patch) -> None:
 @pytest.mark.parametrize("plant", [plant_shifted_rows, plant_wrong_head])
 def test_planted_faults_turn_the_score_check_red(plant, monkeypatch):
     model = mdm("rope", scale=0.1, n_heads=2)
-    pairs = letter_pairs(6, model=model)
+    pairs = letter_pairs(6, model=model, placements="grid")
     plant(monkeypatch)
     with pytest.raises(AssertionError, match="score of pair"):
         check_scores(probe_attention_correlation(model, pairs, control=False), model, pairs)
@@ -457,18 +457,6 @@ def test_averaging_padding_in_turns_the_padding_check_red(monkeypatch):
 
 
 # --- what is undefined, refused, and left behind --------------------------------------------------------------------
-
-
-def test_evidence_behind_a_causal_mask_is_nan_with_its_reason():
-    """A causal model cannot see evidence to the right of its readout row: no score, a count, and no invented number."""
-    model = arm()
-    made = [
-        ReversalPair(Query([0, 1 + f, 0, 27 + f], [1], [3]), Query([0, 27 + f, 0, 1 + f], [3], [1]), fact=str(f))
-        for f in range(9)
-    ]
-    reading = probe_attention_correlation(model, ReversalPairs.from_pairs(made))
-    assert reading.frame.score_forward.isna().all() and np.isnan(reading.value)
-    assert reading.undefined == {"evidence hidden by the attention mask": 9}
 
 
 def test_facts_alone_in_their_group_have_no_control_and_are_counted():
@@ -549,11 +537,11 @@ def test_queries_that_do_not_fit_the_model_are_refused(query, words):
 
 def test_a_target_at_position_0_of_a_shift_1_model_gets_a_begin_token():
     """Never a negative row: with a begin token the distribution is the one after it; without one, an error."""
-    model = arm()
+    model = ProbedModel(mdm(scale=0.2).module, letter_tokenizer(), objective="masked", logit_shift=1)
     pairs = ReversalPairs.from_pairs([ReversalPair(Query([4, 0, 30], [0], [2]), Query([30, 0, 4], [2], [0]))])
     frame = probe_reverse_probability(model, pairs).frame
     model.module.eval()
-    expected = log_softmax_at(model, [54, 4], 0).exp()[4]
+    expected = log_softmax_at(model, [54, 53, 0, 30], 0).exp()[4]
     assert frame[frame.direction == "forward"].probability.item() == pytest.approx(float(expected), rel=1e-5)
     model.begin_token_id = None
     with pytest.raises(RevprobeError, match="cannot predict without a begin token"):

@@ -315,15 +315,20 @@ def causal_pair(length: int, target: int, evidence: int) -> ReversalPairs:
     return ReversalPairs.from_pairs([ReversalPair(query, query)])
 
 
+def windowed(tokens: int) -> ProbedModel:
+    """Mistral of two layers, whose rows see this many tokens."""
+    return causal(transformers.MistralConfig(**GROUPED, sliding_window=tokens))
+
+
 def test_evidence_that_is_all_a_row_sees_or_that_it_cannot_see_is_nan_with_the_reason():
     model = gpt2()
     alone = probe_route_edit(model, causal_pair(4, target=1, evidence=0))
     assert math.isnan(alone.value) and set(alone.frame.reason) == {ONLY_KEY} and alone.n == 0
-    hidden = probe_route_edit(model, causal_pair(4, target=1, evidence=2))
+    hidden = probe_route_edit(windowed(2), causal_pair(6, target=5, evidence=0))
     assert math.isnan(hidden.value) and set(hidden.frame.reason) == {EVIDENCE_HIDDEN}
     assert hidden.undefined == {EVIDENCE_HIDDEN: 1} and (hidden.frame.edited == 0.0).all()
-    for evidence in (0, 2):
-        moved = probe_route_edit(model, causal_pair(4, target=1, evidence=evidence), edit="transplant")
+    for one, at in ((model, 1), (windowed(2), 5)):
+        moved = probe_route_edit(one, causal_pair(6, target=at, evidence=0), edit="transplant")
         assert set(moved.frame.reason) == {NO_STRENGTH}
     assert set(alone.frame.reason_control) == {ONLY_KEY}
 
@@ -530,15 +535,17 @@ def test_the_figures_show_the_summary(tmp_path):
 
 
 def test_the_figures_count_what_their_own_direction_lacks():
-    """Forward, the evidence stands after the target, hidden from it: in one pair of three, then in all."""
-    model = gpt2()
-    hidden = ReversalPair(Query([1, 2, 3, 4, 5], [2], [4]), Query([6, 5, 7, 3, 8], [3], [1]), fact="hidden")
+    """Forward, the evidence stands too far back to be seen: in one pair of three, then in all."""
+    model = windowed(6)
+    hidden = ReversalPair(
+        Query([5, 1, 2, 6, 7, 8, 9, 4, 11, 3], [9], [0]), Query([6, 5, 7, 3, 8], [3], [1]), fact="hidden"
+    )
     reading = probe_route_edit(model, ReversalPairs.from_pairs([hidden, *wordy_pairs(model, facts=2)]))
     forward, reverse = (reading.plot(direction=one).layout.title.text for one in ("forward", "reverse"))
     assert forward.endswith("n = 2, 1 undefined") and reverse.endswith("n = 3")
     alone = probe_route_edit(model, ReversalPairs.from_pairs([hidden]))
     assert math.isfinite(alone.value)
-    for kind, count in (("intervals", 1), ("heatmap", 4)):
+    for kind, count in (("intervals", 1), ("heatmap", 8)):
         text = alone.plot(kind=kind, direction="forward").layout.annotations[0].text
         assert text == f"No defined change: {count} {EVIDENCE_HIDDEN}"
 

@@ -518,10 +518,10 @@ def test_experts_that_mix_the_batch_are_refused_and_one_query_at_a_time_is_exact
     assert sum_error(probe_stored_evidence(model, text_like_pairs(), control=False, batch_size=1)) < 1e-4
 
 
-def test_evidence_that_a_causal_mask_hides_is_undefined_and_counted() -> None:
-    """Evidence behind the target: its stored evidence cannot be read off this query; its contribution is zero."""
-    model = DEEP["gpt2"]()
-    queries = [rp.Query([54, 3, 40, 7], [2], [1]), rp.Query([54, 7, 40, 3], [2], [3])]
+def test_evidence_that_the_mask_hides_is_undefined_and_counted() -> None:
+    """Evidence out of the window: its stored evidence cannot be read off this query; its contribution is zero."""
+    model = tiny.causal(transformers.MistralConfig(**GROUPED, sliding_window=2))
+    queries = [rp.Query([54, 3, 40, 7], [2], [1]), rp.Query([3, 54, 7, 9, 40], [4], [0])]
     pairs = [rp.ReversalPair(*queries, fact="a"), rp.ReversalPair(queries[0], queries[0], fact="b")]
     reading = probe_stored_evidence(model, rp.ReversalPairs.from_pairs(pairs), control=False)
     hidden = reading.frame[(reading.frame["pair"] == 0) & (reading.frame["part"] == "evidence")]

@@ -216,11 +216,11 @@ def test_eager_attention_gives_what_sdpa_gives_where_weights_underflow(dtype: to
     assert eager.value == pytest.approx(sdpa.value, rel=1e-4 if dtype == torch.float32 else 0.05)
 
 
-def test_evidence_behind_an_eager_causal_mask_is_hidden_and_counted() -> None:
+def test_evidence_behind_an_eager_mask_is_hidden_and_counted() -> None:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**LLAMA)
+    config = transformers.MistralConfig(**LLAMA, sliding_window=2)
     module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    queries = [rp.Query([54, 3, 40, 7], [2], [1]), rp.Query([54, 7, 40, 3], [2], [3])]
+    queries = [rp.Query([54, 3, 40, 7], [2], [1]), rp.Query([3, 54, 7, 9, 40], [4], [0])]
     pairs = [rp.ReversalPair(*queries, fact="a"), rp.ReversalPair(queries[0], queries[0], fact="b")]
     reading = probe_stored_evidence(rp.ProbedModel(module, objective="causal", logit_shift=1), pairs, control=False)
     assert reading.n == 1

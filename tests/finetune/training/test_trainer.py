@@ -21,7 +21,7 @@ from transformers import (
 import revprobe as rp
 from revprobe.finetune.config.loading import parse_config
 from revprobe.finetune.config.one_layer import RunConfig
-from revprobe.finetune.runs.one_layer import build_model, probe_pairs, train
+from revprobe.finetune.runs.one_layer import build_model, train
 from revprobe.finetune.runs.run import Run
 from revprobe.finetune.training import checkpointing as saving
 from revprobe.finetune.training.ema import MovingAverage, warmed_decay
@@ -302,7 +302,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_a_checkpoint_holds_exactly_the_weights_its_reading_used(finished: Run, step: int, weights: str) -> None:
     """Probing the saved checkpoint gives the saved reading, bit for bit."""
     model = rp.load_model(finished.path, step=step, weights=weights)
-    again = take_readings(model, probe_pairs(letters(4), model))
+    again = take_readings(model, finished.pairs())
     for reading in again:
         saved = finished.readings().select(name=reading.name, step=step, weights=weights)
         assert len(saved) == 1
@@ -383,7 +383,7 @@ def test_what_a_kill_leaves_behind_is_removed_and_nothing_else(tmp_path: Path) -
 def test_snapshots_of_a_masked_model_use_the_stated_pairs() -> None:
     """Grid for the correlation, every distance equally often for the cosine, every placement once for accuracy."""
     model = rp.ProbedModel(tiny_model(), rp.letter_tokenizer(), objective="masked")
-    pairs = probe_pairs(letters(4), model)
+    pairs = {name: letters(4).pairs(model).for_probe(name) for name in PROBES}
     assert {name: len(p) for name, p in pairs.items()} == {
         "attention": 26 * 9,
         "gradient": 26 * 3,
@@ -392,7 +392,7 @@ def test_snapshots_of_a_masked_model_use_the_stated_pairs() -> None:
     asked = [query for pair in pairs["probability"] for query in (pair.forward, pair.reverse)]
     assert len(set(asked)) == 2 * 26 * 6, "a placement is missing or counted twice"
     arm = rp.ProbedModel(tiny_model("gpt2"), rp.letter_tokenizer(), objective="causal")
-    swapped = probe_pairs(letters(4), arm)["probability"]
+    swapped = letters(4).pairs(arm).for_probe("probability")
     assert swapped.kind == "swapped"
     assert {pair.forward.target_positions for pair in swapped} == {(3,)}
 

@@ -121,7 +121,7 @@ def test_letters_train_on_the_forward_order_only():
 
 
 def test_the_grid_holds_every_distance_pair_and_letter_once(mdm):
-    pairs = letter_pairs(6, model=mdm)
+    pairs = letter_pairs(6, model=mdm, placements="grid")
     combos = list(zip(*(d.tolist() for d in pairs.distances()), pairs.facts, strict=True))
     assert len(pairs) == len(set(combos)) == 5 * 5 * 26 and pairs.kind == "same_target"
     assert all(min(q.target_positions + q.evidence_positions) == 0 for q in pairs.queries)

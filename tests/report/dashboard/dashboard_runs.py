@@ -12,7 +12,7 @@ from revprobe.finetune.config.finetuning import FinetuneConfig
 from revprobe.finetune.config.loading import dump_config
 from revprobe.finetune.config.one_layer import RunConfig
 from revprobe.finetune.runs.finetuning import fine_tune
-from revprobe.finetune.runs.one_layer import build_model, probe_pairs
+from revprobe.finetune.runs.one_layer import build_model
 from revprobe.finetune.training.probe_callback import take_readings
 from revprobe.models.checkpoints import step_name
 from revprobe.relations.catalog import letters
@@ -77,7 +77,7 @@ def write_real_run(run: Path, config: RunConfig) -> Path:
     for step in config.snapshot_steps:
         wrapping: dict[str, Any] = {"objective": config.model.objective, "name": run.name}
         model = ProbedModel(module, tokenizer, step=step, weights="raw", **wrapping)
-        take_readings(model, probe_pairs(relation, model)).save(run / "readings" / step_name(step))
+        take_readings(model, relation.pairs(model)).save(run / "readings" / step_name(step))
         checkpoint = run / "checkpoints" / step_name(step)
         module.save_pretrained(checkpoint)
         tokenizer.save_pretrained(checkpoint)
