@@ -24,7 +24,7 @@ from ...hooks.gradients.graph import adopted_parameters
 from ...hooks.gradients.recorder import GradientRecorder, record_gradients
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
-from ...models.structure import fused_parts, layers_without_attention
+from ...models.structure import attention_of, fused_parts
 from ..pairs.pairs import ReversalPairs
 from ..statistics.resampling import derangement
 from .batches import QueryBatch, make_batch, prepare_queries, queries_per_batch
@@ -59,6 +59,7 @@ class _Pass:
         self.batch_size = queries_per_batch(model, self.queries, plan.batch_size)
         if parts > 1:  # at least one batch for each
             self.batch_size = min(self.batch_size, max(2, -(-len(self.queries) // parts)))
+        self.attention = attention_of(model) if plan.attention else None
         partner = derangement(pairs.facts.astype(str), pairs.groups(model.logit_shift), seed=plan.seed)
         self.partner = partner if plan.control else np.full(len(pairs), -1)
         self.selected = select_parameters(model.module, plan.parameters) if plan.gradient else {}
@@ -133,7 +134,10 @@ class _Pass:
         module, size = self.model.module, len(queries)
         with ExitStack() as stack:
             recorder = self._recorder(stack, size)
-            tap = stack.enter_context(tap_attention(module, batch.rows, batch.columns)) if self.plan.attention else None
+            tap = None
+            if self.attention is not None:
+                watching = tap_attention(module, batch.rows, batch.columns, self.attention, batch.size)
+                tap = stack.enter_context(watching)
             logits = readout(self.model, batch)
             if recorder is not None:
                 self._keep_products(recorder, mean_nll(logits, batch), queries, pairs)
@@ -163,7 +167,8 @@ class _Pass:
         """Scores averaged over readout rows and evidence tokens, weights summed over evidence tokens."""
         cell = (batch.is_target[:, :, None] & batch.is_evidence[:, None, :])[:, None]
         rows = batch.is_target.sum(1)[:, None]
-        self.result.without_attention = layers_without_attention(self.model.module, [call.site for call in tap.calls])
+        self.result.without_attention |= dict(tap.attention.without) | tap.missing()
+        self.result.left_out |= dict(tap.attention.left_out) | tap.left_out
         for layer, call in tap.layers().items():
             score = call.score.masked_fill(~cell, 0.0).sum((2, 3)) / cell.sum((2, 3))
             weight = call.weight.masked_fill(~cell, 0.0).sum((2, 3)) / rows
@@ -232,5 +237,6 @@ def describe(model: ProbedModel, result: PassResult, plan: Plan) -> dict[str, An
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "threads": torch.get_num_threads(),
+        **({"left_out": dict(result.left_out)} if result.left_out else {}),
         "versions": {name: version(name) for name in ("revprobe", "torch", "transformers")},
     }

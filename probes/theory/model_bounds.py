@@ -13,10 +13,11 @@ from numpy.typing import ArrayLike
 from torch import nn
 
 from ...errors import RevprobeError
-from ...hooks.attention import by_layer, tap_queries
+from ...hooks.attention import tap_queries
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
 from ...models.rotary import OTHER, STILL, TURNS, LayerPositions, Rotary, layer_positions, seen_positions
+from ...models.structure import attention_of
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
 from ..passes.batches import make_batch, prepare_queries, queries_per_batch
@@ -235,9 +236,9 @@ def _bounds_by_query(
     with untouched(model.module), torch.no_grad():
         for start in range(0, len(prepared), size):
             batch = make_batch(model, prepared[start : start + size])
-            with tap_queries(model.module, batch.rows) as seen:
+            with tap_queries(model.module, batch.rows, attention_of(model)) as calls:
                 model.logits(batch.input_ids, batch.attention_mask)
-            calls, apart = by_layer(seen), distance[start : start + size, None]
+            apart = distance[start : start + size, None]
             for layer, rotary in turning.items():
                 energy = rotary.plane_energy(calls[layer].query[:, :, 0].double().cpu().numpy())
                 found[layer].append(rope_query_bound(energy, apart, frequencies=rotary.frequencies))
