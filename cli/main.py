@@ -19,7 +19,6 @@ from typer.core import TyperGroup
 
 from ..errors import RevprobeError, first_line
 from .dashboard import dashboard
-from .diagnose import diagnose
 from .evaluate import evaluate
 from .finetune import finetune
 from .models import models

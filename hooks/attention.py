@@ -1,49 +1,39 @@
 """See attention scores without asking a model to output them.
 
-`tap_attention(module, rows, columns)` watches a forward pass and keeps the scores and weights of the rows and columns
-asked for. It looks in three places and takes the first that shows anything:
+`tap_attention(module, rows, columns, attention, size)` watches a forward pass and keeps the scores and weights of the
+rows and columns asked for, at the calls that one look at the model found readable (`hooks.attention_survey`):
 
-    hook points   `hook_attn_scores` of a TransformerLens bridge
-    SDPA          every F.scaled_dot_product_attention call: scores are worked out from the call's own query, key,
-                  scale and mask, rows x seq per head, never seq x seq; the call itself is left as it was
-    softmax       the input of a softmax over [batch, heads, seq, seq], for attention written by hand (eager kernels,
-                  older research code); seq x seq exists there anyway
+    SDPA       F.scaled_dot_product_attention: scores are worked out from the call's own query, key, scale and mask,
+               rows x keys per head, never keys x keys; the call itself is left as it was
+    softmax    the input of a softmax, for attention written by hand (eager kernels, older research code); the whole
+               matrix exists there anyway
 
-Each call is attributed to the module that made it. Scores are pre-softmax and include what is added to them (ALiBi
-arrives as an additive mask); a position that the mask forbids has score -inf and weight 0.
+Scores are pre-softmax and include what is added to them (ALiBi arrives as an additive mask, a cap has been put on); a
+position that the mask forbids has score -inf and weight 0. A sink takes its part of the weight.
 `tap_queries` keeps the query vectors of SDPA calls instead.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from ..errors import RevprobeError
-
-_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-_SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
-SCORE_POINT = ".hook_attn_scores"
-# Masks written by hand hide with -1e4, -1e9 or a dtype's lowest number; a score this far below its row's best has no
-# weight in any dtype.
-FAR_BELOW = 9e3
-_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+from .attention_calls import Uncentred, at_rows, call_rows, canonical, matrix_rows, sdpa_call, softmaxed, weights_of
+from .attention_sites import Attention, AttentionSite, watched_calls
 
 
 @dataclass(frozen=True)
 class AttentionRows:
-    """One attention call, seen at the rows and columns asked for.
+    """The attention of one layer, or of one call, seen at the rows and columns asked for.
 
     Shapes: `score`, `weight`: `batch heads rows columns`, float32 or wider; `mass`: `batch heads rows`, the
-    weights' sum over the row, 1 unless every key was masked.
+    sum of the weights on the query's own tokens, 1 unless every key was masked or a sink took its part.
     """
 
     site: str
@@ -54,31 +44,47 @@ class AttentionRows:
 
 @dataclass
 class AttentionTap:
-    """What a tap saw, by source, in the order of the calls."""
+    """What a tap saw, in the order of the calls.
 
-    hook_points: list[AttentionRows] = field(default_factory=list)
-    sdpa: list[AttentionRows] = field(default_factory=list)
-    softmax: list[AttentionRows] = field(default_factory=list)
+    `left_out`: path -> why what a look found readable was not read in this run (a model that attends in blocks only
+    when its input is long).
+    """
 
-    @property
-    def calls(self) -> list[AttentionRows]:
-        """The calls of the first source that showed any."""
-        return self.hook_points or self.sdpa or self.softmax
+    attention: Attention
+    calls: list[tuple[AttentionSite, AttentionRows]] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def layers(self) -> dict[int, AttentionRows]:
-        """The calls by layer, as `by_layer` numbers them. Raises: RevprobeError, when no call was seen."""
-        if not self.calls:
-            raise RevprobeError(
-                "no attention was seen: the model calls neither scaled_dot_product_attention nor a softmax over "
-                "[batch, heads, seq, seq] (flash or flex kernels, nn.MultiheadAttention); load it with "
-                "attn_implementation='sdpa', or 'eager' where its class has no sdpa"
-            )
-        return by_layer(self.calls)
+        """Layer -> all its heads; a layer that was not read in whole is missing, and `left_out` says why.
+
+        Of several runs inside the tap, the last. Raises: RevprobeError, when no attention was read.
+        """
+        self.attention.require()
+        found = {(site.layer, site.first_head): rows for site, rows in self.calls if not site.repeats}
+        layers = {}
+        for layer, heads in self.attention.heads.items():
+            parts = [rows for (at, _), rows in sorted(found.items(), key=lambda item: item[0]) if at == layer]
+            if sum(part.score.shape[1] for part in parts) == heads:
+                layers[layer] = _joined(parts)
+        if not layers:
+            Attention((), {}, self.left_out).require()
+        return layers
+
+    def missing(self) -> dict[int, str]:
+        """Layer -> why it was not read in this run, of those that a look found readable."""
+        return {site.layer: self.left_out[site.path] for site in self.attention.sites if site.path in self.left_out}
+
+
+def _joined(parts: list[AttentionRows]) -> AttentionRows:
+    if len(parts) == 1:
+        return parts[0]
+    whole = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("score", "weight", "mass"))
+    return AttentionRows(parts[0].site, *whole)
 
 
 @dataclass(frozen=True)
 class QueryRows:
-    """The queries of one attention call, as the scores see them: after RoPE, before the scale.
+    """The queries of one layer, as the scores see them: after RoPE, before the scale.
 
     Shapes: `query`: `batch heads rows dim`, float32 or wider.
     """
@@ -87,214 +93,97 @@ class QueryRows:
     query: Tensor
 
 
-Call = TypeVar("Call", AttentionRows, QueryRows)
-
-
-def by_layer(calls: Sequence[Call]) -> dict[int, Call]:
-    """Calls by layer: the number in the module's path, or the order of calls where paths do not differ."""
-    numbers = [_LAYER.search(call.site) for call in calls]
-    by_path = [int(number[1]) for number in numbers if number]
-    distinct = len(by_path) == len(calls) == len(set(by_path))
-    return dict(zip(by_path if distinct else range(len(calls)), calls, strict=True))
-
-
 @contextmanager
-def tap_attention(module: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[AttentionTap]:
-    """Record scores and weights at `rows` x `columns` of every attention call of `module` while open.
+def tap_attention(
+    module: nn.Module, rows: Tensor, columns: Tensor, attention: Attention, size: tuple[int, int]
+) -> Iterator[AttentionTap]:
+    """Record scores and weights at `rows` x `columns` of every readable attention call of `module` while open.
 
     Shapes: `rows`: `batch rows`, `columns`: `batch columns` (long, within the sequence).
-    Adds hooks to the module tree and removes exactly those, also when the forward pass raises.
+    Args:
+        attention: what a look at the module found.
+        size: query rows and key columns of a call over this batch; a call of another size is left out.
+    Adds hooks to the attending modules and removes exactly those, also when the forward pass raises.
     """
-    tap = AttentionTap()
-
-    def see_sdpa(site: str, call: Mapping[str, Any]) -> None:
-        tap.sdpa.append(AttentionRows(site, *attention_rows(call, rows, columns, site=site)))
+    tap = AttentionTap(attention)
 
     @torch.no_grad()
-    def see_scores(found: list[AttentionRows], site: str, scores: Tensor) -> None:
-        found.append(AttentionRows(site, *_weigh(matrix_rows(scores, rows), columns)))
+    def see(site: AttentionSite, func: Any, args: Any, kwargs: Any, uncentred: Uncentred) -> None:
+        if site.repeats:
+            return
+        found = _score_rows(site, func, args, kwargs, uncentred, rows, size)
+        if isinstance(found, str):
+            tap.left_out[site.path] = found
+        else:
+            tap.calls.append((site, AttentionRows(site.path, *_weigh(found, columns, site.shift[1], size[1]))))
 
-    def see_softmax(site: str, scores: Tensor) -> None:
-        if is_score_matrix(scores, len(rows)) and scores.shape[-1] > max(int(rows.max()), int(columns.max())):
-            see_scores(tap.softmax, site, scores)
-
-    def watch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        site = running[-1] if running else ""
-        if func is F.scaled_dot_product_attention:
-            see_sdpa(site, sdpa_call(args, kwargs))
-        elif (scores := softmaxed(func, args, kwargs)) is not None:
-            see_softmax(site, scores)
-        return func(*args, **kwargs)
-
-    hooks = _score_hooks(module, lambda *at: see_scores(tap.hook_points, *at))
-    with running_module(module) as running, hooks, FunctionMode(watch):
+    with watched_calls(module, attention, see):
         yield tap
 
 
+def _score_rows(
+    site: AttentionSite, func: Any, args: Any, kwargs: Any, uncentred: Uncentred, rows: Tensor, size: tuple[int, int]
+) -> Tensor | str:
+    """Rows of scores of a call over all its keys, or why it is not read."""
+    batch = len(rows)
+    there: Tensor | None
+    if func is F.scaled_dot_product_attention:
+        given = sdpa_call(args, kwargs)
+        call = canonical(given, site.layout, batch)
+        there, shape = (None if call is None else call["query"]), tuple(given["query"].shape)
+        keys = given["key"].shape[-2]
+    else:
+        call, softmax = None, softmaxed(func, args, kwargs)
+        assert softmax is not None, "a site is an SDPA call or a softmax"
+        scores = uncentred.scores(softmax[0])
+        there, shape, keys = site.layout.flat(scores, batch), tuple(scores.shape), scores.shape[softmax[1]]
+    if there is None or there.shape[2] != size[0] + site.extra[0] or keys != size[1] + site.extra[1]:
+        return (
+            f"attention over a tensor {shape} with {keys} keys for {batch} sequences of {size[0]} tokens: blocks, "
+            "pooling or padding"
+        )
+    at = rows.to(there.device) + site.shift[0]
+    return matrix_rows(there, at) if call is None else call_rows(call, at)
+
+
 @contextmanager
-def tap_queries(module: nn.Module, rows: Tensor) -> Iterator[list[QueryRows]]:
-    """Record the queries at `rows` of every SDPA call of `module` while open, in the order of the calls.
+def tap_queries(module: nn.Module, rows: Tensor, attention: Attention) -> Iterator[dict[int, QueryRows]]:
+    """Record the queries at `rows` of every SDPA layer of `module` while open, by layer.
 
     Shapes: `rows`: `batch rows` (long). Adds hooks to the module tree and removes exactly those, also when the forward
     pass raises.
-    Raises: RevprobeError, when a call's batch is not the batch that was asked about.
     """
-    calls: list[QueryRows] = []
+    layers: dict[int, QueryRows] = {}
+    parts: dict[int, dict[int, Tensor]] = {}
 
-    def watch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func is F.scaled_dot_product_attention:
-            site = running[-1] if running else ""
-            query = sdpa_call(args, kwargs)["query"].detach()
-            calls.append(QueryRows(site, _query_rows(query, rows.to(query.device), site)))
-        return func(*args, **kwargs)
+    def see(site: AttentionSite, func: Any, args: Any, kwargs: Any, _: Uncentred) -> None:
+        if site.repeats or func is not F.scaled_dot_product_attention:
+            return
+        query = site.layout.flat(sdpa_call(args, kwargs)["query"].detach(), len(rows))
+        if query is not None:
+            at = at_rows(query, rows.to(query.device) + site.shift[0])
+            wide = at.to(torch.promote_types(query.dtype, torch.float32))
+            parts.setdefault(site.layer, {})[site.first_head] = wide
+            layers[site.layer] = QueryRows(
+                site.path, torch.cat([part for _, part in sorted(parts[site.layer].items())], 1)
+            )
 
-    with running_module(module) as running, FunctionMode(watch):
-        yield calls
+    with watched_calls(module, attention, see):
+        yield layers
 
 
 @torch.no_grad()
-def attention_rows(
-    call: Mapping[str, Any], rows: Tensor, columns: Tensor, *, site: str = "attention"
-) -> tuple[Tensor, Tensor, Tensor]:
+def attention_rows(call: Mapping[str, Any], rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, weights and row mass of one SDPA call at the rows and columns asked for.
 
-    Shapes: `call["query"]`: `batch heads seq dim`, `call["key"]`: `batch kv_heads seq dim`; returns
+    Shapes: `call["query"]`: `batch heads rows dim`, `call["key"]`: `batch kv_heads keys dim`; returns
         `batch heads rows columns` twice and `batch heads rows`.
-    Raises: RevprobeError, when the call's batch is not the batch that was asked about.
     """
-    return _weigh(call_rows(call, rows, site=site), columns)
+    return _weigh(call_rows(call, rows), columns, 0, call["key"].shape[-2])
 
 
-def call_rows(call: Mapping[str, Any], rows: Tensor, *, site: str = "attention") -> Tensor:
-    """Whole rows of scores of one SDPA call, mask included, float32 or wider; gradients pass through.
-
-    Shapes: `batch rows -> batch heads rows seq`. Raises: RevprobeError, as `attention_rows`.
-    """
-    query, key = call["query"], call["key"]
-    query_rows = _query_rows(query, rows, site)
-    wide = query_rows.dtype
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).to(wide)
-    scale = call.get("scale")
-    scores = query_rows @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-    return _hidden_as_infinite(scores + _mask_rows(call, rows, scores))
-
-
-def _query_rows(query: Tensor, rows: Tensor, site: str) -> Tensor:
-    """The queries of some rows. Shapes: `batch heads seq dim, batch rows -> batch heads rows dim`, float32 or wider."""
-    if query.dim() != 4 or query.shape[0] != rows.shape[0]:
-        raise RevprobeError(
-            f"{site or 'attention'}: attention over query {tuple(query.shape)}, expected {rows.shape[0]} sequences x "
-            "heads x seq x dim; the model reshapes its batch"
-        )
-    batch = torch.arange(rows.shape[0], device=rows.device)[:, None]
-    at_rows = query.transpose(1, 2)[batch, rows].transpose(1, 2)
-    return at_rows.to(torch.promote_types(query.dtype, torch.float32))
-
-
-def matrix_rows(scores: Tensor, rows: Tensor) -> Tensor:
-    """The same from a whole score matrix. Shapes: `batch heads seq seq, batch rows -> batch heads rows seq`."""
-    at_rows = scores.transpose(1, 2)[torch.arange(len(rows), device=rows.device)[:, None], rows].transpose(1, 2)
-    at_rows = at_rows.to(torch.promote_types(scores.dtype, torch.float32))
-    # Hand-written attention masks with the dtype's lowest number instead of -inf.
-    return _hidden_as_infinite(at_rows.masked_fill(at_rows <= torch.finfo(scores.dtype).min / 2, float("-inf")))
-
-
-def _hidden_as_infinite(at_rows: Tensor) -> Tensor:
-    """Rows of scores with -inf wherever a mask hides, whatever number it hides with."""
-    return at_rows.masked_fill(at_rows < at_rows.amax(-1, keepdim=True) - FAR_BELOW, float("-inf"))
-
-
-def sdpa_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of an F.scaled_dot_product_attention call by name."""
-    return {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
-
-
-def softmaxed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """What a torch call takes the softmax of, over the last axis; None for any other call."""
-    if func not in _SOFTMAX:
-        return None
-    scores: Tensor = args[0] if args else kwargs["input"]
-    dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-    return scores if dim in (-1, scores.dim() - 1) else None
-
-
-def is_score_matrix(scores: Tensor, batch: int) -> bool:
-    """Whether a softmax is attention's: routers and output distributions are softmaxed too, but only scores are
-    `batch heads seq seq` with the size of this very batch.
-    """
-    return scores.dim() == 4 and scores.shape[0] == batch and scores.shape[-1] == scores.shape[-2]
-
-
-def _weigh(scores: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores and weights at the columns, and the rows' mass. Shapes: `scores`: `batch heads rows seq`."""
-    weights = scores.softmax(-1).nan_to_num(0.0)  # a fully masked row has no weights
-    at = columns[:, None, None, :].expand(*scores.shape[:3], -1)
-    return scores.gather(-1, at), weights.gather(-1, at), weights.sum(-1)
-
-
-def _mask_rows(call: Mapping[str, Any], rows: Tensor, scores: Tensor) -> Tensor:
-    """The call's mask at the given rows, additive, causality included. Shapes: `-> batch 1|heads rows seq`."""
-    bias = torch.zeros((), dtype=scores.dtype, device=scores.device)
-    if call.get("is_causal"):
-        later = torch.arange(scores.shape[-1], device=rows.device) > rows[..., None]
-        bias = bias + torch.zeros_like(later, dtype=scores.dtype).masked_fill(later, float("-inf"))[:, None]
-    mask = call.get("attn_mask")
-    if mask is None:
-        return bias
-    mask = mask[(None,) * (4 - mask.dim())] if mask.dim() < 4 else mask
-    mask = mask.expand(rows.shape[0], -1, call["query"].shape[-2], -1)
-    at_rows = mask.transpose(1, 2)[torch.arange(rows.shape[0], device=rows.device)[:, None], rows].transpose(1, 2)
-    # An additive mask may hide with the dtype's lowest number instead of -inf (Falcon's ALiBi).
-    hidden = ~at_rows if at_rows.dtype == torch.bool else at_rows <= torch.finfo(at_rows.dtype).min / 2
-    added = torch.zeros_like(at_rows, dtype=scores.dtype) if at_rows.dtype == torch.bool else at_rows.to(scores.dtype)
-    return bias + added.masked_fill(hidden, float("-inf"))
-
-
-class FunctionMode(TorchFunctionMode):
-    """Every torch call inside goes through `make(func, args, kwargs)`, which makes it, as it is or another."""
-
-    def __init__(self, make: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
-        super().__init__()
-        self.make = make
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return self.make(func, args, kwargs or {})
-
-
-@contextmanager
-def _score_hooks(module: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Show the scores that pass a TransformerLens bridge's `hook_attn_scores` points."""
-    points = {name: child for name, child in module.named_modules() if name.endswith(SCORE_POINT)}
-
-    def watch(name: str) -> Callable[..., None]:
-        return lambda _, __, output: see(name.removesuffix(SCORE_POINT), output)
-
-    handles = [point.register_forward_hook(watch(name)) for name, point in points.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def running_module(module: nn.Module) -> Iterator[list[str]]:
-    """The path of modules that are running now, innermost last."""
-    running: list[str] = []
-    handles = []
-
-    def enter(name: str) -> Callable[..., None]:
-        return lambda *_: running.append(name)
-
-    def leave(*_: Any) -> None:  # a returned value would replace the module's output
-        running.pop()
-
-    for name, child in module.named_modules():
-        handles += [child.register_forward_pre_hook(enter(name)), child.register_forward_hook(leave, always_call=True)]
-    try:
-        yield running
-    finally:
-        for handle in handles:
-            handle.remove()
+def _weigh(scores: Tensor, columns: Tensor, first: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores and weights at the columns, and the mass on the query's own keys, which start at `first`."""
+    weights = weights_of(scores)
+    at = (columns.to(scores.device) + first)[:, None, None, :].expand(*scores.shape[:3], -1)
+    return scores.gather(-1, at), weights.gather(-1, at), weights[..., first : first + keys].sum(-1)

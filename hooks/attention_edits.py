@@ -1,12 +1,10 @@
 """Move single attention scores while a model runs.
 
-`edit_scores(module, sites, rows, change)` adds to the scores of some rows whatever `change(layer, scores)` returns:
--inf cuts a route, a number shifts it. `find_attention(module, run)` says where the module attends, from one traced
-pass, with the same three sources as the tap (`hooks.attention`):
+`edit_scores(module, attention, rows, change)` adds to the scores of some rows whatever `change(layer, scores)` returns:
+-inf cuts a route, a number shifts it. Where the module attends is what a look at it found (`attention_survey`):
 
-    hook points   the output of a TransformerLens bridge's `hook_attn_scores` is edited
-    SDPA          the call gets an additive mask that holds its own mask, causality included, and the edit
-    softmax       the input of a hand-written softmax is edited
+    SDPA       the call gets an additive mask that holds its own mask, causality included, and the edit
+    softmax    the input of a hand-written softmax is edited
 
 The edit is entered from the hooks of the attending modules themselves, not around the whole step: gradient
 checkpointing runs a layer again inside `backward`, where a mode of the caller is switched off, and a recomputation
@@ -17,44 +15,32 @@ Shapes below: batch, heads, rows (those asked for), seq.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import RevprobeError
-from .attention import (
-    SCORE_POINT,
+from .attention_calls import (
     FunctionMode,
+    Uncentred,
     call_rows,
-    is_score_matrix,
+    canonical,
+    is_attention_call,
     matrix_rows,
     sdpa_call,
     softmaxed,
-    tap_attention,
 )
-from .untouched import untouched
+from .attention_sites import Attention, AttentionSite
 
 # What to add to the scores of a layer, `batch heads rows seq -> ` anything broadcastable to it; None to add nothing.
-# Scores are float32 or wider, -inf where masked. NaN or +inf marks a row in which the edit has no meaning.
+# Scores are float32 or wider, -inf where masked. NaN or +inf marks a row in which the edit has no meaning. A layer that
+# computes its heads in several calls asks once for each; the heads of the others are -inf then, and nothing is added.
 Change = Callable[[int, Tensor], Tensor | None]
-Source = Literal["hook points", "sdpa", "softmax"]
-
-
-@dataclass(frozen=True)
-class AttentionSite:
-    """One attention call of a forward pass: the `turn`-th that the module at `path` makes."""
-
-    layer: int
-    path: str
-    heads: int
-    source: Source
-    turn: int = 0
 
 
 @dataclass
@@ -68,27 +54,9 @@ class EditLog:
     emptied: dict[int, Tensor] = field(default_factory=dict)
 
 
-def find_attention(module: nn.Module, run: Callable[[], object]) -> list[AttentionSite]:
-    """Where `module` attends, in the order of its calls; `run` makes one forward pass over a single sequence.
-
-    Raises: RevprobeError, when no attention is seen.
-    """
-    first = torch.zeros(1, 1, dtype=torch.long)
-    with untouched(module), torch.no_grad(), tap_attention(module, first, first) as tap:
-        run()
-    layers = tap.layers()
-    source: Source = "hook points" if tap.hook_points else "sdpa" if tap.sdpa else "softmax"
-    turns: Counter[str] = Counter()
-    sites = []
-    for layer, call in layers.items():
-        sites.append(AttentionSite(layer, call.site, call.score.shape[1], source, turns[call.site]))
-        turns[call.site] += 1
-    return sites
-
-
 @contextmanager
 def edit_scores(
-    module: nn.Module, sites: Sequence[AttentionSite], rows: Tensor, change: Change, *, layers: Collection[int]
+    module: nn.Module, attention: Attention, rows: Tensor, change: Change, *, layers: Collection[int]
 ) -> Iterator[EditLog]:
     """Add `change` to the scores of `rows` in some layers while open, in every forward pass and recomputation.
 
@@ -97,26 +65,18 @@ def edit_scores(
 
     Shapes: `rows`: `batch rows`, rows of the call's query (of the one token there is when it decodes), each named
         once except where the change is 0.
-    Args:
-        sites: all that `find_attention` found, also those of other layers: a shared module takes turns.
     Raises: RevprobeError, when a site's attention was never reached (a model compiled before the edit skips hooks).
     """
-    log, reached, handles = EditLog(), set[int](), []
-    running: list[str] = []
+    run = _Edit(attention, layers, rows, change)
+    handles = []
     try:
-        for path in dict.fromkeys(site.path for site in sites if site.layer in layers):
-            here = [site for site in sites if site.path == path]
-            edit = _SiteEdit(here, layers, rows, change, log, running, reached)
-            if here[0].source == "hook points":
-                # First of all hooks, so that whoever watches this point sees what the model uses.
-                point = module.get_submodule(path + SCORE_POINT)
-                handles.append(point.register_forward_hook(edit.hook_point, prepend=True))
-            else:
-                place = module.get_submodule(path)
-                handles.append(place.register_forward_pre_hook(edit.enter))
-                handles.append(place.register_forward_hook(edit.leave, always_call=True))
-        yield log
-        missed = sorted(set(layers) - reached)
+        for path in attention.calls:
+            place = _PathEdit(path, run)
+            child = module.get_submodule(path)
+            handles.append(child.register_forward_pre_hook(place.enter))
+            handles.append(child.register_forward_hook(place.leave, always_call=True))
+        yield run.log
+        missed = sorted(set(layers) - run.reached)
         if missed:
             raise RevprobeError(
                 f"the attention of layer {missed[0]} was never reached while it was edited ({len(missed)} of "
@@ -127,115 +87,131 @@ def edit_scores(
             handle.remove()
 
 
-class _SiteEdit:
-    """The edit of one module's calls. `running` holds the attending modules that run now, innermost last."""
+class _Edit:
+    """One edit of a whole model. `running` holds the attending modules that run now, innermost last."""
 
-    def __init__(
-        self,
-        sites: Sequence[AttentionSite],
-        layers: Collection[int],
-        rows: Tensor,
-        change: Change,
-        log: EditLog,
-        running: list[str],
-        reached: set[int],
-    ) -> None:
-        self.sites, self.layers, self.rows, self.change, self.log = sites, layers, rows, change, log
-        self.running, self.reached = running, reached
+    def __init__(self, attention: Attention, layers: Collection[int], rows: Tensor, change: Change) -> None:
+        self.attention, self.layers, self.rows, self.change = attention, layers, rows, change
+        self.log, self.running, self.reached = EditLog(), list[str](), set[int]()
         self.last = int(rows.max())
-        self.calls = 0
+        self.shared = {
+            path for path in attention.calls if len({site.layer for site in attention.sites if site.path == path}) > 1
+        }
+
+
+class _PathEdit:
+    """The edit of the calls of the module at one path."""
+
+    def __init__(self, path: str, run: _Edit) -> None:
+        self.path, self.run, self.calls = path, run, 0
+        sites = [site for site in run.attention.sites if site.path == path]
+        self.edits = any(site.layer in run.layers for site in sites)
         self.modes: list[FunctionMode] = []
+        self.uncentred = Uncentred()
 
     def enter(self, *_: Any) -> None:
-        self.running.append(self.sites[0].path)
-        self.modes.append(FunctionMode(self.make))
-        self.modes[-1].__enter__()
+        self.run.running.append(self.path)
+        if self.edits:
+            self.modes.append(FunctionMode(self.make))
+            self.modes[-1].__enter__()
 
     def leave(self, *_: Any) -> None:  # a returned value would replace the module's output
-        self.modes.pop().__exit__(None, None, None)
-        self.running.pop()
-
-    @property
-    def innermost(self) -> bool:
-        """Whether a call made now is this module's own, not one of an attending module inside it."""
-        return self.running[-1] == self.sites[0].path
-
-    def hook_point(self, _: Any, __: Any, scores: Tensor) -> Tensor:
-        return self.matrix(scores)
+        if self.edits:
+            self.modes.pop().__exit__(None, None, None)
+        self.run.running.pop()
 
     def make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Send the SDPA calls or softmaxes of this module through the edit."""
-        if not self.innermost:
+        # A call made now may be an attending module's inside this one.
+        if self.run.running[-1] != self.path or not is_attention_call(func):
+            return self.uncentred.note(func, args, func(*args, **kwargs))
+        site = self._next_site()
+        if site is None or site.layer not in self.run.layers:
             return func(*args, **kwargs)
-        if self.sites[0].source == "sdpa":
-            if func is F.scaled_dot_product_attention:
-                return func(**self.sdpa(sdpa_call(args, kwargs)))
-        elif (scores := softmaxed(func, args, kwargs)) is not None and is_score_matrix(scores, len(self.rows)):
-            return func(self.matrix(scores), *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
-        return func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return func(**self.sdpa(site, sdpa_call(args, kwargs)))
+        softmax = softmaxed(func, args, kwargs)
+        assert softmax is not None, "a site is an SDPA call or a softmax"
+        edited = self.matrix(site, softmax[0])
+        return func(edited, *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
 
-    def sdpa(self, call: dict[str, Any]) -> dict[str, Any]:
+    def sdpa(self, site: AttentionSite, call: dict[str, Any]) -> dict[str, Any]:
         """The call with the edit in its mask."""
-        site, query = self._next_site(), call["query"]
-        if site.layer not in self.layers:
-            return call
-        self._require_fit(site, len(query), query.shape[-2] if query.shape[1] == site.heads else 1)
+        query = call["query"]
         # When a single token decodes, grouped queries come packed: `batch kv_heads group dim`.
-        packed = query.shape[1] != site.heads
-        whole = dict(call, query=query.reshape(len(query), site.heads, 1, -1)) if packed else call
-        rows = self.rows.to(query.device)
-        added = self._added(site, call_rows(whole, rows, site=site.path))
+        packed = site.layout.plain and query.dim() == 4 and query.shape[1] != site.heads
+        unpacked = dict(call, query=query.reshape(len(query), site.heads, 1, -1)) if packed else call
+        whole = canonical(unpacked, site.layout, len(self.run.rows))
+        if whole is None:
+            raise self._misfit(site, len(query))
+        self._require_rows(site, whole["query"].shape[2])
+        rows = self.run.rows.to(query.device) + site.shift[0]
+        added = self._added(site, call_rows(whole, rows))
         if added is None:
             return call
         mask = _spread(_call_mask(whole, site.heads), added, rows)
-        mask = mask.reshape(*query.shape[:3], -1) if packed else mask
+        mask = mask.reshape(*query.shape[:3], -1) if packed else site.layout.back(mask)
         return dict(call, attn_mask=mask, is_causal=False)
 
-    def matrix(self, scores: Tensor) -> Tensor:
+    def matrix(self, site: AttentionSite, given: Tensor) -> Tensor:
         """A whole score matrix with the edit in it."""
-        site = self._next_site()
-        if site.layer not in self.layers:
-            return scores
-        self._require_fit(site, len(scores), scores.shape[-2])
-        rows = self.rows.to(scores.device)
+        batch = len(self.run.rows)
+        scores, flat = (site.layout.flat(one, batch) for one in (self.uncentred.scores(given), given))
+        if scores is None or flat is None:
+            raise self._misfit(site, len(given))
+        self._require_rows(site, scores.shape[2])
+        rows = self.run.rows.to(given.device) + site.shift[0]
         added = self._added(site, matrix_rows(scores, rows))
-        return scores if added is None else _spread(scores, added, rows)
+        return given if added is None else site.layout.back(_spread(flat, added, rows))
 
-    def _require_fit(self, site: AttentionSite, batch: int, length: int) -> None:
+    def _misfit(self, site: AttentionSite, batch: int) -> RevprobeError:
+        return RevprobeError(
+            f"{site.path}: scores of {batch} sequences, but the edit's rows are given for {len(self.run.rows)}; run "
+            "the batch that the edit was made for"
+        )
+
+    def _require_rows(self, site: AttentionSite, length: int) -> None:
         """Hold the edit's rows against the call's; on an accelerator a row too many would end the process."""
-        if batch != len(self.rows):
+        if self.run.last >= length - site.extra[0]:
             raise RevprobeError(
-                f"{site.path}: scores of {batch} sequences, but the edit's rows are given for {len(self.rows)}; run "
-                "the batch that the edit was made for"
-            )
-        if self.last >= length:
-            raise RevprobeError(
-                f"rows name position {self.last}, but {site.path} attends from {length} tokens; expected 0 to "
-                f"{length - 1}"
+                f"rows name position {self.run.last}, but {site.path} attends from {length - site.extra[0]} tokens; "
+                f"expected 0 to {length - site.extra[0] - 1}"
             )
 
-    def _next_site(self) -> AttentionSite:
+    def _next_site(self) -> AttentionSite | None:
         """The site of this call: a module shared between layers takes its turns, one after the other."""
-        if len(self.sites) > 1 and torch._C._current_graph_task_id() != -1:
+        if self.path in self.run.shared and torch._C._current_graph_task_id() != -1:
+            layers = {site.layer for site in self.run.attention.sites if site.path == self.path}
             raise RevprobeError(
-                f"{self.sites[0].path!r} attends for {len(self.sites)} layers, and gradient checkpointing runs them "
+                f"{self.path!r} attends for {len(layers)} layers, and gradient checkpointing runs them "
                 "again in another order; edit it without gradient checkpointing"
             )
-        site = self.sites[self.calls % len(self.sites)]
+        site = self.run.attention.at(self.path, self.calls)
         self.calls += 1
-        self.reached.add(site.layer)
+        if site is not None:
+            self.run.reached.add(site.layer)
         return site
 
     def _added(self, site: AttentionSite, scores: Tensor) -> Tensor | None:
         """What is added to the rows, with what has no meaning or would empty a row taken out."""
-        added = self.change(site.layer, scores)
-        if added is None:
+        first, heads = site.shift[1], slice(site.first_head, site.first_head + site.heads)
+        own = scores[..., first : scores.shape[-1] - site.extra[1] + first]
+        whole = own
+        if site.heads != self.run.attention.heads[site.layer]:
+            whole = own.new_full((len(own), self.run.attention.heads[site.layer], *own.shape[2:]), float("-inf"))
+            whole[:, heads] = own
+        change = self.run.change(site.layer, whole)
+        if change is None:
             return None
-        added = added.to(scores).expand_as(scores)
+        added = torch.zeros_like(scores)
+        added[..., first : first + own.shape[-1]] = change.to(scores).expand_as(whole)[:, heads]
         meaningless = (~(added < float("inf"))).any(-1)
         added = added.masked_fill(meaningless[..., None], 0.0)
         emptied = scores.isfinite().any(-1) & (scores + added).isneginf().all(-1)
-        self.log.meaningless[site.layer], self.log.emptied[site.layer] = meaningless, emptied
+        for log, flags in ((self.run.log.meaningless, meaningless), (self.run.log.emptied, emptied)):
+            if site.layer not in log or log[site.layer].shape != whole.shape[:3]:
+                log[site.layer] = torch.zeros(whole.shape[:3], dtype=torch.bool, device=flags.device)
+            log[site.layer][:, heads] = flags
         return added.masked_fill(emptied[..., None], 0.0)
 
 

@@ -14,6 +14,7 @@ A part is one of: an embedding's rows (`embed` for tokens, `position` for the ot
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .attention import FunctionMode, call_rows, matrix_rows, running_module, sdpa_call, softmaxed
+from ..errors import RevprobeError
+from .attention_calls import (
+    FunctionMode,
+    at_rows,
+    call_rows,
+    canonical,
+    is_attention_call,
+    matrix_rows,
+    running_module,
+    sdpa_call,
+    softmaxed,
+    weights_of,
+)
+from .attention_sites import Attention, AttentionSite
 from .linearized_pass import LinearizedAttention, LinearizedPass, Part
 
 # Linear in the one tensor that varies; shapes, casts, sums and selections. "__get__" is an attribute (.mT, .shape).
@@ -44,13 +58,15 @@ _PRODUCTS = frozenset([
 ])
 # fmt: on
 _MATRIX_PRODUCTS = frozenset(["matmul", "__matmul__", "bmm", "mm"])
-# How far the rows of a hand-written attention pattern may be from summing to one (bfloat16 has three digits).
-_PATTERN_SLACK = 2e-2
+# How far a pattern may be from the softmax it comes from (bfloat16 has three digits).
+_PATTERN_SLACK = 1e-2
 
 
 @contextmanager
-def hold_nonlinear(module: nn.Module, rows: Tensor) -> Iterator[LinearizedPass]:
+def hold_nonlinear(module: nn.Module, rows: Tensor, attention: Attention) -> Iterator[LinearizedPass]:
     """Hold everything nonlinear of a forward pass while open; patterns are kept at `rows` (`batch rows`).
+
+    `attention` is what a look at the module found: those calls alone are taken for attention.
 
     Parameters do not ask for gradient inside (their flags are restored); logits computed here carry the graph from
     the parts. Adds hooks to the module tree and removes exactly those.
@@ -67,7 +83,7 @@ def hold_nonlinear(module: nn.Module, rows: Tensor) -> Iterator[LinearizedPass]:
         with (
             torch.enable_grad(),
             running_module(module) as running,
-            FunctionMode(_Holding(held, rows, running, tokens).make),
+            FunctionMode(_Holding(held, rows, running, tokens, attention).make),
         ):
             yield held
     finally:
@@ -78,25 +94,33 @@ def hold_nonlinear(module: nn.Module, rows: Tensor) -> Iterator[LinearizedPass]:
 class _Holding:
     """Runs linear functions as they are, and cuts the graph behind every other."""
 
-    def __init__(self, held: LinearizedPass, rows: Tensor, running: list[str], tokens: Tensor | None) -> None:
-        self.held, self.rows, self.running, self.tokens = held, rows, running, tokens
-        self.hidden: Tensor | None = None  # what the mask keeps from the rows, by the last softmax of scores
+    def __init__(
+        self, held: LinearizedPass, rows: Tensor, running: list[str], tokens: Tensor | None, attention: Attention
+    ) -> None:
+        self.held, self.rows, self.running, self.tokens, self.attention = held, rows, running, tokens, attention
+        self.calls: Counter[str] = Counter()  # of each module: SDPA calls and softmaxes
+        self.patterns: list[tuple[AttentionSite, Tensor, Tensor]] = []  # softmaxes whose values have not come yet
 
     def make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", "")
+        site = self._next_site() if is_attention_call(func) else None
         if name == "embedding":
             return self._embedding(func, args, kwargs)
         if not _varying((args, kwargs)):
             return func(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            return self._sdpa(sdpa_call(args, kwargs))
+        if func is F.scaled_dot_product_attention and site is not None:
+            return self._sdpa(site, sdpa_call(args, kwargs))
         if name in _RULES:
             return _RULES[name](self, func, args, kwargs)
         if name in _LINEAR:
             return self._seen(func(*args, **kwargs))
-        if (scores := softmaxed(func, args, kwargs)) is not None:
-            self._keep_hidden(scores.detach())
+        if site is not None and (softmax := softmaxed(func, args, kwargs)) is not None:
+            self._keep_pattern(site, softmax[0].detach())
         return self._cut(func, args, kwargs)
+
+    def _next_site(self) -> AttentionSite | None:
+        turn, self.calls[self._site] = self.calls[self._site], self.calls[self._site] + 1
+        return self.attention.at(self._site, turn)
 
     # ---- making parts ----
 
@@ -166,11 +190,9 @@ class _Holding:
         """a @ b: linear if one varies; a pattern times its values is attention written by hand."""
         if len(args) != 2 or not (_varying(args[0]) and _varying(args[1])):
             return self._seen(func(*args, **kwargs))
-        if _is_square(args[0], len(self.rows)):
-            weights = args[0].detach().float()
-            # A pattern: rows of non-negative weights that sum to one.
-            if (weights >= 0).all() and ((weights.sum(-1) - 1).abs() < _PATTERN_SLACK).all():
-                return self._pattern_times_value(*args)
+        pattern = self._pattern(args[0].detach())
+        if pattern is not None:
+            return self._pattern_times_value(pattern, *args)
         return self._cut(func, args, kwargs)
 
     def _linear(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
@@ -216,34 +238,50 @@ class _Holding:
 
     # ---- attention ----
 
-    def _sdpa(self, call: dict[str, Any]) -> Tensor:
-        value = call["value"]
+    def _sdpa(self, site: AttentionSite, call: dict[str, Any]) -> Tensor:
         call |= {"query": call["query"].detach(), "key": call["key"].detach()}
-        mixed = F.scaled_dot_product_attention(**(call | {"value": value.detach()}))
-        score = call_rows(call, self.rows, site=self._site)
-        weight = score.softmax(-1).nan_to_num(0.0)  # a fully masked row has no weights
-        return self._attention(value, mixed, weight, score.isneginf())
+        mixed = F.scaled_dot_product_attention(**(call | {"value": call["value"].detach()}))
+        own, by_head = canonical(call, site.layout, len(self.rows)), site.layout.flat(mixed, len(self.rows))
+        assert own is not None and by_head is not None, "the layout that was found"
+        score = call_rows(own, self.rows + site.shift[0])
+        return site.layout.back(self._attention(site, own["value"], by_head, weights_of(score), score.isneginf()))
 
-    def _pattern_times_value(self, pattern: Tensor, value: Tensor) -> Tensor:
+    def _keep_pattern(self, site: AttentionSite, scores: Tensor) -> None:
+        """The weights of a softmax, and what the mask hides: a weight of 0 may as well have underflowed."""
+        flat = site.layout.flat(scores, len(self.rows))
+        if flat is not None and flat.shape[2] > int(self.rows.max()):
+            keys = flat.shape[3] - site.extra[1]
+            hidden = matrix_rows(flat, self.rows).isneginf()[..., :keys]
+            self.patterns.append((site, flat.float().softmax(-1)[..., :keys], hidden))
+
+    def _pattern(self, weights: Tensor) -> tuple[AttentionSite, Tensor] | None:
+        """The site and the hidden cells of the softmax that these weights come from."""
+        if not _is_square(weights, len(self.rows)):
+            return None
+        weights = weights.reshape(len(self.rows), -1, *weights.shape[-2:]).float()
+        for place, (site, known, hidden) in enumerate(self.patterns):
+            if known.shape == weights.shape and torch.allclose(known, weights, rtol=0, atol=_PATTERN_SLACK):
+                del self.patterns[place]
+                return site, hidden
+        return None
+
+    def _pattern_times_value(self, found: tuple[AttentionSite, Tensor], pattern: Tensor, value: Tensor) -> Tensor:
         batch = len(self.rows)
         mixed = pattern.detach() @ value.detach()
-        weight = pattern.detach().reshape(batch, -1, *pattern.shape[-2:])
-        at_rows = weight.transpose(1, 2)[torch.arange(batch, device=weight.device)[:, None], self.rows].transpose(1, 2)
+        weight = at_rows(pattern.detach().reshape(batch, -1, *pattern.shape[-2:]), self.rows)
         value, by_head = (t.reshape(batch, -1, *t.shape[-2:]) for t in (value, mixed))
-        hidden, self.hidden = self.hidden, None  # those scores' own weights alone
-        if hidden is None or hidden.shape != at_rows.shape:
-            hidden = at_rows == 0  # without scores a weight that underflowed counts as hidden
-        return self._attention(value, by_head, at_rows, hidden).reshape(mixed.shape)
+        site, hidden = found
+        return self._attention(site, value, by_head, weight, hidden).reshape(mixed.shape)
 
-    def _keep_hidden(self, scores: Tensor) -> None:
-        """What the mask hides stands in the scores; a weight of 0 may as well have underflowed."""
-        if _is_square(scores, len(self.rows)) and scores.shape[-1] > int(self.rows.max()):
-            by_head = scores.reshape(len(self.rows), -1, *scores.shape[-2:])
-            self.hidden = matrix_rows(by_head, self.rows).isneginf()
-
-    def _attention(self, value: Tensor, mixed: Tensor, weight: Tensor, hidden: Tensor) -> Tensor:
+    def _attention(self, site: AttentionSite, value: Tensor, mixed: Tensor, weight: Tensor, hidden: Tensor) -> Tensor:
+        if any(site.extra):
+            raise RevprobeError(
+                f"{site.path} attends to {site.extra[1]} keys beside the query's tokens, so its output is no sum over "
+                "tokens"
+            )
         output = mixed.detach().requires_grad_()
-        self.held.attention.append(LinearizedAttention(self._site, value, output, weight, hidden))
+        call = LinearizedAttention(site.path, site.layer, site.first_head, value, output, weight, hidden)
+        self.held.attention.append(call)
         return self._seen(output.clone())
 
 

@@ -42,7 +42,7 @@ class Part:
 
 @dataclass(frozen=True)
 class LinearizedAttention:
-    """One attention call with its pattern held.
+    """One attention call with its pattern held; `site`: its module's path, `first_head`: of its heads, in its layer.
 
     Shapes: `value`: `batch kv_heads seq dim`, carries the graph of how it was made from earlier parts; `output`:
     `batch heads seq dim`, a leaf; `weight`, `hidden`: `batch heads rows seq`, the pattern at the rows asked for and
@@ -50,6 +50,8 @@ class LinearizedAttention:
     """
 
     site: str
+    layer: int
+    first_head: int
     value: Tensor
     output: Tensor
     weight: Tensor

@@ -22,11 +22,11 @@ import torch
 from torch import nn
 
 from ..errors import RevprobeError
-from ..hooks.attention import SCORE_POINT, by_layer, tap_queries
+from ..hooks.attention import tap_queries
 from ..hooks.untouched import untouched
 from .configs import RaddConfig
 from .probed import ProbedModel
-from .structure import parameter_roles
+from .structure import attention_of, parameter_roles
 
 REPEATS = 8  # tokens of the run that checks, or as many as the model takes; the angles compared are the last one's
 TOKENS = 8  # different ones, since the embedding of a padding token may be zero
@@ -145,14 +145,15 @@ def layer_positions(model: ProbedModel, *, length: int | None = None) -> dict[in
     shown = torch.linspace(0, model.vocab_size - 1, TOKENS, device=model.device).long()
     repeats = min(REPEATS, model.max_length or REPEATS)
     rows = torch.tensor([[0, repeats - 1]], device=model.device).expand(TOKENS, -1)
-    with untouched(model.module), torch.no_grad(), tap_queries(model.module, rows) as calls:
+    attention = attention_of(model, required=False)
+    with untouched(model.module), torch.no_grad(), tap_queries(model.module, rows, attention) as calls:
         model.logits(shown[:, None].expand(-1, repeats).contiguous())
     candidates = [*_candidates(model.module, repeats)]
     asked = candidates if length is None else [*_candidates(model.module, length)]
     eps = torch.finfo(model.dtype).eps
     tolerance = {kind: max(least, times * eps) for kind, (least, times) in WITHIN.items()}
     found: dict[int, LayerPositions] = {}
-    for layer, call in sorted(by_layer(calls).items()):
+    for layer, call in sorted(calls.items()):
         near, far = call.query.double().cpu().numpy().transpose(2, 0, 1, 3)
         places = [place for place, (owner, _) in enumerate(candidates) if owner in (None, layer)]
         pairs = [(candidates[place][1], asked[place][1]) for place in places]
@@ -164,7 +165,7 @@ def seen_positions(model: ProbedModel, *, length: int | None = None) -> dict[int
     """`layer_positions` of a model in which some attention is seen. Raises: RevprobeError, when none is."""
     found = layer_positions(model, length=length)
     if not found:
-        bridge = any(name.endswith(SCORE_POINT) for name, _ in model.module.named_modules())
+        bridge = any(name.endswith(".hook_attn_scores") for name, _ in model.module.named_modules())
         raise RevprobeError(f"{model.name}: {NO_ATTENTION}; {BRIDGED if bridge else UNSEEN}")
     return found
 

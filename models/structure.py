@@ -1,4 +1,4 @@
-"""What the module tree says of a model: each parameter's role, the layout of fused projections, layers without softmax.
+"""What a module is made of: each parameter's role, the layout of fused projections, its layers, and where it attends.
 
 Roles: embed, position, q, k, v, qkv (fused, layout undeclared), o, mlp, norm, unembed, other. They only group
 what is reported; no number depends on them.
@@ -7,9 +7,9 @@ what is reported; no number depends on them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..arguments import checked
 from ..errors import RevprobeError, did_you_mean, shown
+from ..hooks.attention_sites import Attention
+from ..hooks.attention_survey import survey_attention
 from ..hooks.gradients.rules import has_rule
+from ..hooks.layer_numbers import LayerNumbers, layer_numbers
+from .contract.trial import ordinary_ids
 
 # First match wins; matched against the parameter's path without the final ".weight"/".bias".
 _PATTERNS: tuple[tuple[str, str], ...] = (
@@ -37,7 +41,10 @@ _WRAPPERS = re.compile(
     r"(\.base_layer|\.lora_(embedding_)?[AB](\.\w+)?|\.lora_magnitude_vector\.\w+|\.modules_to_save\.\w+|"
     r"\.original_module|\.(weight|bias))+$"
 )
-_STACK = re.compile(r"(?:(?P<stack>.*?)\.)?(?P<layer>\d+)(?:\.|$)")
+# Enough tokens that no other size of a model is likely to be the same.
+LOOK_TOKENS = 11
+_ATTENTION: WeakKeyDictionary[nn.Module, tuple[tuple[tuple[int, int], int], Attention]] = WeakKeyDictionary()
+_NUMBERS: WeakKeyDictionary[nn.Module, tuple[int, LayerNumbers]] = WeakKeyDictionary()
 ORDERS = ("blocked", "per_head")
 # model_type of the config -> (pattern of the module's path, order of its output features):
 #   blocked   all of q, then all of k, then all of v
@@ -78,22 +85,85 @@ def parameter_roles(module: nn.Module) -> dict[str, ParameterRole]:
     return {name: parameter_role(name) for name, _ in module.named_parameters()}
 
 
-def layers_without_attention(module: nn.Module, sites: Iterable[str]) -> list[int]:
-    """The layers without attention, in the stacks of layers where the modules at `sites` made some.
+class Runs(Protocol):
+    """What is asked of a model here: a module, and how it is run on token ids (`models.probed.CalledModule`)."""
 
-    Qwen3.5 alternates softmax and linear attention: its linear layers make no call and are listed here. Empty where
-    paths do not number the layers one to one (shared layers, attention outside any list).
+    module: nn.Module
 
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_length(self) -> int | None: ...
+    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor: ...
+
+
+def attention_of(model: Runs, *, virtual: tuple[int, int] = (0, 0), required: bool = True) -> Attention:
+    """Where a model attends, as two runs of three short sequences show; looked at once for each module.
+
+    Looked at again when the module's parts or its attention implementation have changed.
     Args:
-        sites: paths of the modules that were seen to attend, e.g. "model.layers.3.self_attn".
+        virtual: rows and key columns that stand before the query's own (prompt and prefix adapters).
+        required: whether some of it must be readable.
+    Raises: RevprobeError, when no attention can be read, and some is required.
     """
-    found = [_STACK.match(site) for site in sites]
-    places = [(match["stack"] or "", int(match["layer"])) for match in found if match]
-    stacks = {stack for stack, _ in places}
-    if len(places) != len(found) or len(set(places)) != len(places) or len(stacks) != 1:
-        return []
-    layers = {int(name) for name, _ in module.get_submodule(stacks.pop()).named_children() if name.isdigit()}
-    return sorted(layers - {layer for _, layer in places})
+    state = (virtual, _structure(model.module))
+    known = _ATTENTION.get(model.module)
+    if known is None or known[0] != state:
+        known = state, _surveyed(model, virtual)
+        _ATTENTION[model.module] = known
+    return known[1].require(getattr(model, "name", "the model")) if required else known[1]
+
+
+def layer_numbers_of(model: Runs) -> LayerNumbers:
+    """How the layers of a model are numbered; found once for each module, by one short run where that is needed."""
+    state = _structure(model.module)
+    known = _NUMBERS.get(model.module)
+    if known is None or known[0] != state:
+        ids = _short_sequences(model)[0][:1]
+        known = state, layer_numbers(model.module, lambda: model.logits(ids))
+        _NUMBERS[model.module] = known
+    return known[1]
+
+
+def _structure(module: nn.Module) -> int:
+    """Changes with the modules that a model is made of and with the attention implementation it is set to."""
+    parts = [(name, type(part)) for name, part in module.named_modules()]
+    configs = {id(config): config for _, part in module.named_modules() if (config := getattr(part, "config", None))}
+    chosen = [getattr(config, "_attn_implementation", None) for config in configs.values()]
+    return hash((*parts, *map(str, chosen)))
+
+
+def _short_sequences(model: Runs) -> tuple[Tensor, Tensor, int]:
+    """Three sequences of ordinary ids, the same with one id of the second changed, and where."""
+    length = min(LOOK_TOKENS, model.max_length or LOOK_TOKENS)
+    usual = [i for i in ordinary_ids(model, 3 * length) if i != getattr(model, "mask_token_id", None)] or [0]
+    ids = torch.tensor([usual[(7 * n + n * n) % len(usual)] for n in range(3 * length)]).reshape(3, length)
+    token, other = length // 2, ids.clone()
+    other[1, token] = next((one for one in reversed(usual) if one != int(ids[1, token])), int(ids[1, token]))
+    return ids.to(model.device), other.to(model.device), token
+
+
+def _surveyed(model: Runs, virtual: tuple[int, int]) -> Attention:
+    first, second, token = _short_sequences(model)
+    numbers = layer_numbers_of(model)
+    found = survey_attention(model.module, model.logits, (first, second), token, layer_of=numbers, virtual=virtual)
+    return replace(found, without=_silent(model.module, found, numbers))
+
+
+def _silent(module: nn.Module, attention: Attention, numbers: LayerNumbers) -> dict[int, str]:
+    """The layers beside those that are read, in the same list of layers, and why they are not.
+
+    Qwen3.5 alternates softmax and linear attention: its linear layers make no call and stand here.
+    """
+    by_path = all(numbers(site.path) is not None for site in attention.sites)
+    beside = numbers.beside(module, [site.path for site in attention.sites]) if by_path else set()
+    reasons = {numbers(path): reason for path, reason in attention.left_out.items()}
+    return {
+        layer: f"layer {layer}: {reasons[layer]}" if layer in reasons else f"layer {layer} has no softmax attention"
+        for layer in sorted(beside - set(attention.heads))
+    }
 
 
 @checked

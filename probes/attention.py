@@ -11,8 +11,7 @@ from torch import nn
 
 from ..arguments import checked
 from ..models.probed import ProbedModel, as_probed
-from ..models.structure import layers_without_attention
-from .edits import attention_sites
+from ..models.structure import attention_of
 from .pairs.pairs import ReversalPairs
 from .passes.plan import PassResult, Plan, Progress
 from .passes.run import describe, run_pass
@@ -43,8 +42,10 @@ def probe_attention_correlation(
     Frame: pair, fact, group, kind, layer, head, offset_forward, offset_reverse (first evidence token minus first
     readout row, tokens), distance_forward, distance_reverse (nearest edges, tokens), score_forward, score_reverse
     (pre-softmax, mean over readout rows and evidence tokens), weight_forward, weight_reverse (post-softmax, summed
-    over evidence tokens), reason. A layer without softmax attention (linear attention, state space) has NaN rows, as
-    many heads of them as the widest layer that has some.
+    over evidence tokens), reason. A layer without softmax attention (linear attention, state space), or whose attention
+    cannot be read, has NaN rows, as many heads of them as the widest layer that has some; `meta["left_out"]` gives the
+    reason for each module whose attention is not read (cross attention, pooled, in blocks). A layer is a numbered
+    module of the model; one that computes its heads in several calls has them in the order of the calls.
     Args:
         bounds: also work out the theory's lower bound for each pair and head from its queries (see `with_bounds`), for
             `plot(kind="bounds")`; one more pass over the queries.
@@ -67,7 +68,7 @@ def attention_reading(
     model: ProbedModel, result: PassResult, plan: Plan, layers: Iterable[int] | None = None
 ) -> Reading:
     """Join the scores of a pass to pairs. Raises: RevprobeError, for a layer that the model lacks."""
-    there = sorted([*result.score, *result.without_attention])
+    there = sorted({*result.score, *result.without_attention})
     wanted = chosen_of("layer", layers, there, model=model, purpose="read")
     pairs = result.pairs
     offsets, distances = pairs.offsets(model.logit_shift), pairs.distances()
@@ -82,7 +83,7 @@ def attention_reading(
         if layer in result.score:
             parts += [_head_frame(result, base, layer, head) for head in range(result.score[layer].shape[1])]
         else:
-            why = f"layer {layer} has no softmax attention"
+            why = result.without_attention[layer]
             parts += [base.assign(layer=layer, head=head, **nothing, reason=why) for head in range(most)]
     frame = pd.concat(parts, ignore_index=True) if parts else base.iloc[:0]
     reading = Reading("attention_correlation", frame, describe(model, result, plan))
@@ -97,13 +98,12 @@ def readable_layers(model: ProbedModel, layers: Iterable[int] | None) -> list[in
     """
     if layers is None:
         return None
-    sites = attention_sites(model)
-    there = {site.layer for site in sites} | set(layers_without_attention(model.module, [site.path for site in sites]))
-    return chosen_of("layer", layers, sorted(there), model=model, purpose="read")
+    attention = attention_of(model)
+    return chosen_of("layer", layers, sorted({*attention.heads, *attention.without}), model=model, purpose="read")
 
 
 def _head_frame(result: PassResult, base: pd.DataFrame, layer: int, head: int) -> pd.DataFrame:
-    """The rows of one head; a score the mask forbids is NaN with its reason."""
+    """The rows of one head; a score the mask forbids, or that was not read in its batch, is NaN with its reason."""
     sides = {"forward": result.pairs.forward, "reverse": result.pairs.reverse}
     columns: dict[str, np.ndarray] = {"layer": np.full(len(base), layer), "head": np.full(len(base), head)}
     for side, queries in sides.items():
@@ -111,4 +111,6 @@ def _head_frame(result: PassResult, base: pd.DataFrame, layer: int, head: int) -
         columns[f"score_{side}"] = np.where(np.isfinite(score), score, np.nan)
     columns |= {f"weight_{side}": result.weight[layer][queries, head] for side, queries in sides.items()}
     hidden = np.isnan(columns["score_forward"]) | np.isnan(columns["score_reverse"])
-    return base.assign(**columns, reason=np.where(hidden, EVIDENCE_HIDDEN, ""))
+    unread = np.isnan(columns["weight_forward"]) | np.isnan(columns["weight_reverse"])
+    reasons = np.select([unread, hidden], [result.without_attention.get(layer, ""), EVIDENCE_HIDDEN], "")
+    return base.assign(**columns, reason=reasons)

@@ -126,8 +126,8 @@ def some_pairs(model: ProbedModel) -> ReversalPairs:
             pairs.append(ReversalPair(forward, reverse, fact=str(fact)))
         else:
             other[1], other[-1] = one[-1], one[1]
-            sides = (Query(tokens, [length - 1], [1]) for tokens in (one, other))
-            pairs.append(ReversalPair(*sides, kind="swapped", fact=str(fact)))
+            forward, reverse = Query(one, [length - 1], [1]), Query(other, [length - 1], [1])
+            pairs.append(ReversalPair(forward, reverse, kind="swapped", fact=str(fact)))
     return ReversalPairs.from_pairs(pairs)
 
 
@@ -188,11 +188,10 @@ class _Examination:
 
     def _probability(self) -> Iterator[Line]:
         frame = probe_reverse_probability(self.model, self.pairs, control=False).frame
-        worst = 0.0
-        for row in frame.itertuples():
-            loss = float(self._loss(getattr(self.pairs[row.pair], row.direction)))  # type: ignore[call-overload]
-            worst = max(worst, abs(row.log_probability + loss))  # type: ignore[operator]
-        yield self._judged("probability", worst, "log-probability of a target, in a batch and by a run of its own, nats")
+        places = frame[["pair", "direction"]].to_numpy().tolist()
+        alone = [-float(self._loss(getattr(self.pairs[pair], direction))) for pair, direction in places]
+        apart = float(np.abs(frame["log_probability"] - alone).max())
+        yield self._judged("probability", apart, "log-probability of a target in a batch and by a run of its own, nats")
 
     def _attention(self) -> Iterator[Line]:
         reading = probe_attention_correlation(self.model, self.pairs, control=False)
@@ -244,15 +243,15 @@ class _Examination:
         parameters = list(self.model.module.parameters())
         needed = 2 * sum(p.numel() * max(4, p.element_size()) for p in parameters)
         if needed > _SHARE * _free(self.model.device):
-            return Line("gradients", NOT_RUN, float("nan"), f"plain gradients take {needed / 1e9:.1f} GB, too much here")
+            return Line("gradients", NOT_RUN, float("nan"), f"plain gradients take {needed / 1e9:.1f} GB")
         for parameter in parameters:
             parameter.requires_grad_(parameter.is_floating_point())  # put back when the examination ends
-        sides = []
         with torch.enable_grad():
-            for query in (self.pairs[0].forward, self.pairs[0].reverse):
-                sides.append(torch.autograd.grad(self._loss(query), parameters, materialize_grads=True))
-        products = [[float((a.double() * b.double()).sum()) for a, b in zip(*two, strict=True)] for two in _twice(sides)]
-        inner, *norms = map(sum, products)
+            one, other = (
+                torch.autograd.grad(self._loss(query), parameters, materialize_grads=True)
+                for query in (self.pairs[0].forward, self.pairs[0].reverse)
+            )
+        inner, *norms = (_inner(*two) for two in ((one, other), (one, one), (other, other)))
         expected = inner / (norms[0] * norms[1]) ** 0.5 if min(norms) > 0 else float("nan")
         frame = reading.frame[reading.frame["pair"] == 0]
         mine = frame["inner"].sum() / (frame["norm_forward"].pow(2).sum() * frame["norm_reverse"].pow(2).sum()) ** 0.5
@@ -284,8 +283,8 @@ class _Examination:
         return mean_nll(readout(self.model, batch), batch)[0]
 
 
-def _twice(sides: list[Any]) -> list[tuple[Any, Any]]:
-    return [(sides[0], sides[1]), (sides[0], sides[0]), (sides[1], sides[1])]
+def _inner(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> float:
+    return sum(float((a.double() * b.double()).sum()) for a, b in zip(one, other, strict=True))
 
 
 def _table(lines: list[Line]) -> pd.DataFrame:

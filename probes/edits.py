@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ..arguments import checked
 from ..errors import RevprobeError
-from ..hooks.attention_edits import AttentionSite, EditLog, edit_scores, find_attention
+from ..hooks.attention_edits import EditLog, edit_scores
+from ..hooks.attention_sites import Attention
 from ..models.probed import ProbedModel, as_probed
-from ..models.structure import layers_without_attention
+from ..models.structure import attention_of
 from .passes.selection import chosen_of
 
 Positions = Tensor | Sequence[Sequence[int]]
@@ -45,7 +46,8 @@ def edit_attention(
     Args:
         bias: a number or tensor broadcastable to `batch heads rows columns` (with `heads=`, still all heads), or a
             function that makes it from the layer and the rows' scores before softmax, `batch heads rows seq`, -inf
-            where masked: `lambda layer, scores: 2.0 - scores[..., [0]]` sets the score of column 0 to 2.
+            where masked: `lambda layer, scores: 2.0 - scores[..., [0]]` sets the score of column 0 to 2. A layer that
+            computes its heads in several calls asks at each of them, with -inf for the heads of the others.
         layers, heads: which to edit; all when None.
     Raises: RevprobeError, for a layer or head the model lacks, a position named twice or outside the sequence that
         is run, or a block in which the edited attention never ran.
@@ -57,9 +59,9 @@ def edit_attention(
             f"rows for {len(at_rows)} sequences and columns for {len(at_columns)}: expected one list of each per "
             "sequence of the batch"
         )
-    sites = attention_sites(model)
-    chosen = choose_layers(model, sites, layers)
-    keep, last = choose_heads(model, sites, heads), int(at_columns.max())
+    attention = attention_of(model)
+    chosen = choose_layers(model, attention, layers)
+    keep, last = choose_heads(model, attention, heads), int(at_columns.max())
 
     def change(layer: int, scores: Tensor) -> Tensor:
         if last >= scores.shape[-1]:
@@ -74,28 +76,19 @@ def edit_attention(
         added = torch.where(kept[:, None, None], added, 0.0).expand_as(index)
         return torch.zeros_like(scores).scatter(-1, index, added)
 
-    with edit_scores(model.module, sites, at_rows, change, layers=chosen) as log:
+    with edit_scores(model.module, attention, at_rows, change, layers=chosen) as log:
         yield log
 
 
-def attention_sites(model: ProbedModel) -> list[AttentionSite]:
-    """Where the model attends, from one run over a few tokens. Raises: RevprobeError, when no attention is seen."""
-    few = min(4, model.vocab_size, model.max_length or 4)
-    ids = torch.arange(few, device=model.device)[None]
-    return find_attention(model.module, lambda: model.logits(ids))
-
-
-def choose_layers(model: ProbedModel, sites: Sequence[AttentionSite], layers: Iterable[int] | None) -> list[int]:
+def choose_layers(model: ProbedModel, attention: Attention, layers: Iterable[int] | None) -> list[int]:
     """The layers asked for, all of them when None. Raises: RevprobeError, for one without attention to edit."""
-    without_attention = layers_without_attention(model.module, [site.path for site in sites])
-    there = [site.layer for site in sites]
-    return chosen_of("layer", layers, there, model=model, purpose="edit", without_attention=without_attention)
+    there, without = list(attention.heads), list(attention.without)
+    return chosen_of("layer", layers, there, model=model, purpose="edit", without_attention=without)
 
 
-def choose_heads(model: ProbedModel, sites: Sequence[AttentionSite], heads: Iterable[int] | None) -> list[int]:
+def choose_heads(model: ProbedModel, attention: Attention, heads: Iterable[int] | None) -> list[int]:
     """The heads asked for, all of them when None. Raises: RevprobeError, for one that no layer has."""
-    there = range(max(site.heads for site in sites))
-    return chosen_of("head", heads, there, model=model, purpose="edit")
+    return chosen_of("head", heads, range(max(attention.heads.values())), model=model, purpose="edit")
 
 
 def _positions(positions: Positions, what: str) -> Tensor:

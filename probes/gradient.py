@@ -11,8 +11,9 @@ from torch import nn
 
 from ..arguments import checked
 from ..errors import RevprobeError
+from ..hooks.layer_numbers import LayerNumbers
 from ..models.probed import ProbedModel, as_probed
-from ..models.structure import ParameterRole, parameter_role
+from ..models.structure import ParameterRole, layer_numbers_of, parameter_role
 from .pairs.pairs import ReversalPairs
 from .passes.batches import queries_per_batch
 from .passes.plan import PassResult, Plan, Progress
@@ -75,7 +76,8 @@ def chosen_parameters(
         return None if parameters is None else list(parameters)
     wanted = set(listed("layer", layers))
     names = list(parameters) if parameters is not None else [name for name, _ in model.module.named_parameters()]
-    kept = [name for name in names if parameter_role(name).layer in wanted]
+    layer_of = layer_numbers_of(model)
+    kept = [name for name in names if layer_of(name) in wanted]
     if not kept:
         raise RevprobeError(
             f"layers {sorted(wanted)} hold none of the parameters of {model.name}; leave layers out or name others"
@@ -86,7 +88,8 @@ def chosen_parameters(
 def gradient_reading(model: ProbedModel, result: PassResult, plan: Plan) -> Reading:
     """Join the products of a pass to pairs, one row per pair and parameter."""
     pairs = result.pairs
-    names, roles = zip(*(_part_of(label) for label in result.parameters), strict=True)
+    layer_of = layer_numbers_of(model)
+    names, roles = zip(*(_part_of(label, layer_of) for label in result.parameters), strict=True)
     count, width = len(pairs), len(result.parameters)
     columns: dict[str, np.ndarray] = {
         "pair": np.repeat(np.arange(count), width),
@@ -140,11 +143,11 @@ def coverage(model: ProbedModel, result: PassResult, plan: Plan) -> dict[str, ob
     }
 
 
-def _part_of(label: str) -> tuple[str, ParameterRole]:
+def _part_of(label: str, layer_of: LayerNumbers) -> tuple[str, ParameterRole]:
     """A label's parameter and role; the parts of a fused projection ("name[q]") have roles of their own."""
     name, _, part = label.removesuffix("]").partition("[")
     role = parameter_role(name)
-    return name, replace(role, role=part) if part else role
+    return name, ParameterRole(part or role.role, layer_of(name))
 
 
 def cross_cosines(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> pd.DataFrame:

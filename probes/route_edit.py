@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -14,11 +14,11 @@ from torch import nn
 
 from ..arguments import checked
 from ..errors import RevprobeError, did_you_mean
-from ..hooks.attention_edits import AttentionSite
+from ..hooks.attention_sites import Attention
 from ..models.probed import ProbedModel, as_probed
-from ..models.structure import layers_without_attention
+from ..models.structure import attention_of
 from .attention import EVIDENCE_HIDDEN
-from .edits import attention_sites, choose_heads, choose_layers
+from .edits import choose_heads, choose_layers
 from .pairs.pairs import ReversalPairs
 from .pairs.query import Query
 from .passes.asked import asked_pairs
@@ -115,17 +115,17 @@ class _RouteProbe:
         model, plan = self.model, self.plan
         self.pairs = asked_pairs(model, self.pairs, "route_edit")
         queries = prepare_queries(model, self.pairs.queries)
-        sites = attention_sites(model)
-        without_attention = layers_without_attention(model.module, [site.path for site in sites])
+        attention = attention_of(model)
         asked = None if layers is None else listed("layer", layers)
-        without_attention = [layer for layer in without_attention if asked is None or layer in asked]
+        without_attention = [layer for layer in attention.without if asked is None or layer in asked]
         chosen = choose_layers(
-            model, sites, None if asked is None else [n for n in asked if n not in without_attention] or asked
+            model, attention, None if asked is None else [n for n in asked if n not in without_attention] or asked
         )
-        kept = choose_heads(model, sites, heads)
-        cells = _cells([site for site in sites if site.layer in chosen], kept, self.scope)
-        result, unit_of = self._run(queries, sites, cells)
-        frame = self._frame(result, cells, unit_of, without_attention if self.scope != "all" else [])
+        kept = choose_heads(model, attention, heads)
+        cells = _cells({layer: attention.heads[layer] for layer in chosen}, kept, self.scope)
+        result, unit_of = self._run(queries, attention, cells)
+        silent = {layer: attention.without[layer] for layer in without_attention} if self.scope != "all" else {}
+        frame = self._frame(result, cells, unit_of, silent)
         reading = Reading("route_edit", frame, describe(model, PassResult(self.pairs, np.array([]), []), plan))
         options: dict[str, Any] = {"edit": self.edit.name, "scope": self.scope, "mode": plan.mode}
         options |= {"layers": chosen, "heads": kept, "layers_without_attention": without_attention}
@@ -135,7 +135,7 @@ class _RouteProbe:
         return reading
 
     def _run(
-        self, queries: Sequence[Query], sites: Sequence[AttentionSite], cells: Sequence[Cell]
+        self, queries: Sequence[Query], attention: Attention, cells: Sequence[Cell]
     ) -> tuple[RouteResult, dict[str, np.ndarray]]:
         """Run everything; the unit of each pair is given by direction."""
         pricing = Likelihoods.of(self.model, queries, self.pairs, np.full(len(self.pairs), -1), self.plan.mode)
@@ -155,7 +155,7 @@ class _RouteProbe:
         size = queries_per_batch(self.model, queries, self.plan.batch_size)
         seed = self.plan.seed if self.plan.control else None
         runs = RouteRuns(
-            self.model, sites, self.edit, queries, steps, list(units), distinct, size, seed, self.plan.progress
+            self.model, attention, self.edit, queries, steps, list(units), distinct, size, seed, self.plan.progress
         )
         result = runs.run()
         # A single layer of one head is the same edit in all three scopes: it ran once.
@@ -168,7 +168,7 @@ class _RouteProbe:
         result: RouteResult,
         cells: Sequence[Cell],
         unit_of: dict[str, np.ndarray],
-        without_attention: Sequence[int],
+        without_attention: Mapping[int, str],
     ) -> pd.DataFrame:
         parts = [
             self._cell_frame(result, direction, unit_of[direction], place, cell)
@@ -177,8 +177,7 @@ class _RouteProbe:
         ]
         nothing: dict[str, float] = dict.fromkeys(NUMBERS[1:], np.nan) | {"edited": 0.0, "edited_control": 0.0}
         unedited = [part.assign(**nothing) for part in parts[:: len(cells)]]
-        for layer in without_attention:
-            why = f"layer {layer} has no softmax attention"
+        for layer, why in without_attention.items():
             parts += [part.assign(scope="layer", layer=layer, reason=why, reason_control=why) for part in unedited]
         frame = pd.concat(parts, ignore_index=True)
         frame = frame.astype({"layer": "Int64", "head": "Int64"})
@@ -244,9 +243,9 @@ def _reasons(failed: np.ndarray, before: np.ndarray, logs: np.ndarray) -> np.nda
     return np.stack([own, np.where(own != "", own, control)], 1)
 
 
-def _cells(sites: Sequence[AttentionSite], heads: Sequence[int], scope: str) -> list[Cell]:
-    """Everything at once, then each layer, then each head, as far as the scope goes."""
-    members = {site.layer: [(site.layer, head) for head in heads if head < site.heads] for site in sites}
+def _cells(layers: Mapping[int, int], heads: Sequence[int], scope: str) -> list[Cell]:
+    """Everything at once, then each layer, then each head, as far as the scope goes. `layers`: layer -> its heads."""
+    members = {layer: [(layer, head) for head in heads if head < most] for layer, most in layers.items()}
     cells = [Cell("all", None, None, frozenset(one for layer in members.values() for one in layer))]
     if scope != "all":
         cells += [Cell("layer", layer, None, frozenset(inside)) for layer, inside in members.items()]

@@ -58,13 +58,13 @@ def token_contributions(model: ProbedModel | nn.Module, question: ReversalPair |
 def _of_query(model: ProbedModel, query: Query) -> pd.DataFrame:
     batch, tables = make_batch(model, [query]), []
     rows, targets, shown = batch.rows[0].cpu(), batch.targets[0].cpu(), batch.input_ids[0].cpu()
-    for layer, call, shares in LinearizedBatch.run(model, batch).by_position():
+    for call, shares in LinearizedBatch.run(model, batch).by_position():
         weight = call.weight[0].double()  # head row position
         whole = torch.stack(list(shares.values())).sum(0)[0] * weight
         head, row, position = (index.cpu() for index in torch.nonzero(~call.hidden[0].expand_as(weight), as_tuple=True))
         at = lambda values: values.cpu()[head, row, position].numpy()  # noqa: B023, E731
         columns: dict[str, Any] = {"row": rows[row].numpy(), "target": targets[row].numpy()}
         columns |= {"position": position.numpy(), "token": shown[position].numpy()}
-        columns |= {"layer": layer, "head": head.numpy(), "weight": at(weight)}
+        columns |= {"layer": call.layer, "head": call.first_head + head.numpy(), "weight": at(weight)}
         tables.append(pd.DataFrame(columns | {"stored": at(shares["token"][0]), "contribution": at(whole)}))
     return pd.concat(tables, ignore_index=True)

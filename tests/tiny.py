@@ -19,6 +19,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
 import revprobe as rp
+from revprobe.hooks.attention import tap_attention
+from revprobe.models.probed import CalledModule
+from revprobe.models.structure import attention_of
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -49,6 +52,12 @@ def module_at(path: Path) -> ModuleType:
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
+
+
+def tapped(model: rp.ProbedModel | nn.Module, rows: Tensor, columns: Tensor, length: int) -> Any:
+    """`tap_attention` for runs over `length` tokens, of a wrapped model or of a bare language model."""
+    asked = model if isinstance(model, rp.ProbedModel) else CalledModule(model)
+    return tap_attention(asked.module, rows, columns, attention_of(asked), (length, length))
 
 
 def drawn(

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import revprobe as rp
 from revprobe.hooks.attention import tap_attention
+from revprobe.models.structure import attention_of
 
 BATCH, LAYERS, WIDTH, HEADS = 8, 8, 512, 8
 
@@ -34,10 +35,11 @@ def ways(model: LlamaForCausalLM, length: int, device: str) -> dict[str, Candida
     rows, columns = (torch.full((BATCH, 1), place, device=device) for place in (length - 2, 1))
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
-    bridge: Any = rp.ProbedModel(model, objective="causal").to_bridge()
+    probed = rp.ProbedModel(model, objective="causal")
+    bridge: Any = probed.to_bridge()
 
     def tapped() -> Any:
-        with tap_attention(model, rows, columns) as tap:
+        with tap_attention(model, rows, columns, attention_of(probed), (length, length)) as tap:
             model(ids, use_cache=False)
         return tap.layers()
 

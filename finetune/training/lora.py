@@ -18,14 +18,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import RevprobeError, did_you_mean
-from ...hooks.attention import tap_attention
-from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
+from ...models.structure import attention_of
 from ..config.finetuning import LoraOptions
 
 _LAYER = re.compile(r"^(?P<layers>.*?)\.(?P<number>\d+)(\.|$)")
-# Below this size in the traced pass nothing is learned from a longer one.
-_TRACED_TOKENS = 4
 
 
 def projections(model: ProbedModel) -> dict[str, str]:
@@ -33,11 +30,7 @@ def projections(model: ProbedModel) -> dict[str, str]:
 
     Raises: RevprobeError, when no attention is seen, or no linear module stands in the layers that compute it.
     """
-    # One pass over a few tokens shows the modules that compute attention; the model comes out as it went in.
-    ids = torch.arange(_TRACED_TOKENS, device=model.device)[None] % model.vocab_size
-    with untouched(model.module), torch.no_grad(), tap_attention(model.module, ids[:, :1] * 0, ids[:, :1] * 0) as tap:
-        model.logits(ids)
-    sites = [call.site for call in tap.layers().values()]
+    sites = list(dict.fromkeys(site.path for site in attention_of(model).sites))
     stacks = {found["layers"] for site in sites if (found := _LAYER.match(site))}
     linear = {name for name, part in model.module.named_modules() if isinstance(part, nn.Linear | Conv1D)}
     inside = sorted(name for name in linear if any(name.startswith(f"{stack}.") for stack in stacks))

@@ -17,14 +17,14 @@ Tokens are ordinary ones, from the middle of the vocabulary: special ids mean so
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import RevprobeError, first_line
-from ...hooks.attention import FunctionMode, sdpa_call, softmaxed
+from ...hooks.attention_calls import FunctionMode, sdpa_call, softmaxed
 from . import introspect
 from .called import CalledModule, require_numbers
 
@@ -105,7 +105,14 @@ class Trial:
         return moved * (self.spread or 1.0) <= _ROUNDING * torch.finfo(self.arithmetic).eps * largest
 
 
-def ordinary_ids(called: CalledModule, count: int) -> list[int]:
+class _HasTokens(Protocol):
+    module: nn.Module
+
+    @property
+    def vocab_size(self) -> int: ...
+
+
+def ordinary_ids(called: _HasTokens, count: int) -> list[int]:
     """Token ids that mean nothing special, from the middle of the vocabulary outwards; fewer where there are fewer."""
     middle, special = called.vocab_size // 2, introspect.special_ids(called.module)
     outwards = sorted(range(max(0, middle - 64), min(called.vocab_size, middle + 64)), key=lambda i: abs(i - middle))
@@ -171,8 +178,8 @@ class _Watch:
         if self.first is None and func is F.scaled_dot_product_attention:
             call = sdpa_call(args, kwargs)
             self._keep(query=call["query"], key=call["key"])
-        elif self.first is None and (score := softmaxed(func, args, kwargs)) is not None:
-            self._keep(score=score)
+        elif self.first is None and (found := softmaxed(func, args, kwargs)) is not None and found[1] == 3:
+            self._keep(score=found[0])
         out = func(*args, **kwargs)
         if func in _MIXED and isinstance(out, Tensor) and out.is_floating_point():
             self.dtypes.add(out.dtype)

@@ -14,6 +14,7 @@ from ...errors import RevprobeError
 from ...hooks.attention import tap_attention
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
+from ...models.structure import attention_of
 from ..pairs.display import token_texts
 from ..pairs.query import Query, ReversalPair
 from ..passes.batches import make_batch, prepare_queries
@@ -75,7 +76,8 @@ def readout_attention(
     """
     batch = make_batch(model, [query])
     columns = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)[None]
-    with untouched(model.module), torch.no_grad(), tap_attention(model.module, batch.rows, columns) as tap:
+    tapped = tap_attention(model.module, batch.rows, columns, attention_of(model), batch.size)
+    with untouched(model.module), torch.no_grad(), tapped as tap:
         readout(model, batch)
     found = {number: call.weight[0].mean(1).double().cpu().numpy() for number, call in tap.layers().items()}
     if layer is not None and layer not in found:

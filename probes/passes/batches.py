@@ -40,6 +40,21 @@ class QueryBatch:
     columns: Tensor
     is_evidence: Tensor
 
+    @property
+    def query_length(self) -> int:
+        """Rows of an attention call over this batch."""
+        return self.input_ids.shape[1]
+
+    @property
+    def key_length(self) -> int:
+        """Key columns of an attention call over this batch."""
+        return self.input_ids.shape[1]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and key columns of an attention call over this batch."""
+        return self.query_length, self.key_length
+
 
 def make_batch(model: ProbedModel, queries: Sequence[Query]) -> QueryBatch:
     """Pad the queries and hide their targets the model's way.

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ...errors import RevprobeError
+from ...hooks.layer_numbers import LayerNumbers
 from ...hooks.linearize import LinearizedAttention, LinearizedPass, hold_nonlinear
 from ...models.probed import ProbedModel
-from ...models.structure import parameter_role
+from ...models.structure import attention_of, layer_numbers_of
 from .batches import QueryBatch
 
 # What a value is made from; "earlier" is what attention and MLPs of earlier layers wrote.
@@ -68,7 +69,7 @@ class LinearizedBatch:
     held: LinearizedPass
     own: Tensor  # the model's logits at the readout rows, `batch token vocab`
     logits: Tensor  # the same from the linearized pass, with its graph
-    layers: list[int]
+    layer_of: LayerNumbers
     values: list[dict[str, Tensor]]  # of each layer, by source
 
     @classmethod
@@ -79,19 +80,16 @@ class LinearizedBatch:
             own = model.logits(batch.input_ids, batch.attention_mask)[at]
         if own.isnan().any():
             raise RevprobeError(model.explain_non_finite())
-        with hold_nonlinear(model.module, batch.rows) as held:
+        with hold_nonlinear(model.module, batch.rows, attention_of(model)) as held:
             logits = model.logits(batch.input_ids, batch.attention_mask)[at]
         if not held.attention:
             raise RevprobeError(
                 f"{model.name}: no attention was seen whose pattern can be held (flash or flex kernels, "
                 "nn.MultiheadAttention); load it with attn_implementation='sdpa', or 'eager' where it has none"
             )
-        numbers = [_layer(call.site) for call in held.attention]
-        by_path = [number for number in numbers if number is not None]
-        layers = by_path if len(by_path) == len(numbers) == len(set(by_path)) else list(range(len(numbers)))
         with torch.enable_grad():
             values = [_value_shares(call, held) for call in held.attention]
-        return cls(model, batch, held, own, logits, layers, values)
+        return cls(model, batch, held, own, logits, layer_numbers_of(model), values)
 
     @property
     def _is_evidence(self) -> Tensor:
@@ -107,16 +105,17 @@ class LinearizedBatch:
         Shapes: `-> batch piece, batch piece` (float64, bool).
         """
         evidence, asked = self._is_evidence[:, None, None], self.batch.is_target[:, None, :]
-        found: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
-        for layer, call in zip(self.layers, self.held.attention, strict=True):
+        found: dict[tuple[str, int | None, int | None], tuple[Tensor, Tensor]] = {}
+        for call in self.held.attention:
             masked = ((call.hidden | ~evidence).all(-1) | ~asked).all(-1)
             for part, keep in (("evidence", evidence), ("others", ~evidence)):
                 mass = call.weight.double().masked_fill(~keep, 0.0).sum(-1).masked_fill(~asked, 0.0)
-                found[part, layer] = mass.sum(-1) / asked.sum(-1), masked
+                mean = mass.sum(-1) / asked.sum(-1)
+                for head in range(mean.shape[1]):
+                    found[part, call.layer, call.first_head + head] = mean[:, head], masked[:, head]
         none = torch.full((len(asked),), torch.nan, dtype=torch.float64, device=asked.device)
-        sides = [found.get((p.part, p.layer)) for p in pieces]
-        weight = [none if s is None else s[0][:, p.head] for p, s in zip(pieces, sides, strict=True)]
-        hidden = [none > 0 if s is None else s[1][:, p.head] for p, s in zip(pieces, sides, strict=True)]
+        sides = [found.get((p.part, p.layer, p.head), (none, none > 0)) for p in pieces]
+        weight, hidden = zip(*sides, strict=True)
         return torch.stack(weight, dim=1), torch.stack(hidden, dim=1)
 
     def decompose(self, targets: Tensor) -> Decomposition:
@@ -134,10 +133,13 @@ class LinearizedBatch:
         gradients = torch.autograd.grad(objective, leaves, retain_graph=True, allow_unused=True)
         found: dict[Piece, tuple[Tensor, Tensor]] = {}
         for place in range(len(outputs)):
-            found |= self._head_pieces(place, gradients[place])
+            for piece, shares in self._head_pieces(place, gradients[place]).items():
+                # Two calls of the same weights (differential attention) are the same heads.
+                twice = found.get(piece)
+                found[piece] = shares if twice is None else (twice[0] + shares[0], twice[1] + shares[1])
         for part, gradient in zip(self.held.parts, gradients[len(outputs) :], strict=True):
             if gradient is not None:
-                piece = Piece(part.kind, None, _layer(part.site), None)
+                piece = Piece(part.kind, None, self.layer_of(part.site), None)
                 share = part.shares(gradient, len(targets)).double()
                 before = found[piece][0] if piece in found else 0.0
                 found[piece] = share + before, torch.full_like(share, torch.nan)
@@ -146,7 +148,7 @@ class LinearizedBatch:
 
     def _head_pieces(self, place: int, gradient: Tensor | None) -> dict[Piece, tuple[Tensor, Tensor]]:
         """Contribution and stored evidence of every head, position and source of one layer."""
-        call, layer = self.held.attention[place], self.layers[place]
+        call = self.held.attention[place]
         evidence = self._is_evidence[:, None, None]
         found = {}
         for source, share in self._shares(place, gradient).items():
@@ -156,7 +158,7 @@ class LinearizedBatch:
                 contribution = routed.masked_fill(~keep[:, 0], 0.0).sum(2)
                 for head in range(share.shape[1]):
                     kept = stored[:, head] if part == "evidence" else torch.full_like(stored[:, head], torch.nan)
-                    found[Piece(part, source, layer, head)] = contribution[:, head], kept
+                    found[Piece(part, source, call.layer, call.first_head + head)] = contribution[:, head], kept
         return found
 
     def _shares(self, place: int, gradient: Tensor | None) -> dict[str, Tensor]:
@@ -175,8 +177,8 @@ class LinearizedBatch:
         at_rows = at_rows.masked_fill(~self.batch.is_target[:, None, :, None], 0.0)
         return {source: at_rows @ values.double().mT for source, values in self.values[place].items()}
 
-    def by_position(self) -> Iterator[tuple[int, LinearizedAttention, dict[str, Tensor]]]:
-        """Each layer, its attention call, and the shares of every position in the logits of the batch's own targets.
+    def by_position(self) -> Iterator[tuple[LinearizedAttention, dict[str, Tensor]]]:
+        """Each attention call, and the shares of every position in the logits of the batch's own targets.
 
         Each readout row's share is in its own target's logit (not their mean). Shapes: source -> `batch heads token
         seq`, unrouted, float64. Raises: RevprobeError, as `decompose`.
@@ -187,8 +189,8 @@ class LinearizedBatch:
             objective = _chosen(self.logits, self.batch.targets).masked_fill(~asked, 0.0).sum()
         outputs = [call.output for call in self.held.attention]
         gradients = torch.autograd.grad(objective, outputs, retain_graph=True, allow_unused=True)
-        for place, (layer, call) in enumerate(zip(self.layers, self.held.attention, strict=True)):
-            yield layer, call, self._shares(place, gradients[place])
+        for place, call in enumerate(self.held.attention):
+            yield call, self._shares(place, gradients[place])
 
     def _last_cut(self) -> str:
         last = next((part for part in reversed(self.held.parts) if part.kind == "mlp"), None)
@@ -254,7 +256,3 @@ def _push_forward(output: Tensor, inputs: list[Tensor], directions: list[Tensor]
 
 def _chosen(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(-1, targets[..., None])[..., 0]
-
-
-def _layer(site: str) -> int | None:
-    return parameter_role(f".{site}.").layer

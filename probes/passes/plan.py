@@ -61,7 +61,8 @@ class PassResult:
 
     Shapes: `score`, `weight`: layer -> `query head`; `inner`, `inner_control`: `pair parameter`; `norm`, `floor`:
     `query parameter`, where a fused parameter has a column for each part. `partner` is the pair each pair is shuffled
-    with, -1 for none. `without_attention`: layers beside the scored ones that have no softmax attention.
+    with, -1 for none. `without_attention`: layer -> why it has no scores, or none for some queries; `left_out`: path of
+    a module -> why the attention that it computes is not read.
     `reached`: parameters that some query's loss reaches; `one_by_one`: those read one query at a time, and why.
     """
 
@@ -70,7 +71,8 @@ class PassResult:
     parameters: list[str]
     score: dict[int, np.ndarray] = field(default_factory=dict)
     weight: dict[int, np.ndarray] = field(default_factory=dict)
-    without_attention: list[int] = field(default_factory=list)
+    without_attention: dict[int, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
     likelihoods: Likelihoods | None = None
     reached: set[str] = field(default_factory=set)
     one_by_one: dict[str, str] = field(default_factory=dict)
@@ -86,7 +88,8 @@ class Part:
 
     score: dict[int, np.ndarray]
     weight: dict[int, np.ndarray]
-    without_attention: list[int]
+    without_attention: dict[int, str]
+    left_out: dict[str, str]
     reached: set[str]
     one_by_one: dict[str, str]
     answers: dict[Request, tuple[float, int]]
@@ -97,7 +100,7 @@ def part_of(result: PassResult) -> Part:
     """The part of a result that was measured here."""
     answers = {} if result.likelihoods is None else result.likelihoods.answers
     tables = {name: getattr(result, name) for name in _TABLES}
-    seen = result.without_attention, result.reached, result.one_by_one
+    seen = result.without_attention, result.left_out, result.reached, result.one_by_one
     return Part(result.score, result.weight, *seen, answers, tables)
 
 
@@ -114,7 +117,8 @@ def merged(own: PassResult, parts: Sequence[Part]) -> PassResult:
         own,
         score=_by_layer([part.score for part in parts]),
         weight=_by_layer([part.weight for part in parts]),
-        without_attention=sorted({layer for part in parts for layer in part.without_attention}),
+        without_attention={layer: why for part in parts for layer, why in part.without_attention.items()},
+        left_out={path: why for part in parts for path, why in part.left_out.items()},
         likelihoods=likelihoods,
         reached={name for part in parts for name in part.reached},
         one_by_one={name: why for part in reversed(parts) for name, why in part.one_by_one.items()},

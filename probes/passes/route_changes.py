@@ -49,7 +49,10 @@ class StrengthRecorder:
     found: dict[int, Tensor] = field(default_factory=dict)
 
     def __call__(self, layer: int, scores: Tensor) -> None:
-        self.found[layer] = route_strength(scores, self.evidence, self.match).cpu()
+        strength = route_strength(scores, self.evidence, self.match).cpu()
+        # A layer that computes its heads in several calls shows those of the others as hidden.
+        known = self.found.get(layer, strength)
+        self.found[layer] = torch.where(strength.isfinite(), strength, known)
 
 
 @dataclass

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...hooks.attention_edits import AttentionSite, edit_scores
+from ...hooks.attention_edits import edit_scores
+from ...hooks.attention_sites import Attention
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
 from ..pairs.query import Query
@@ -82,7 +83,7 @@ class RouteRuns:
     """
 
     model: ProbedModel
-    sites: Sequence[AttentionSite]
+    attention: Attention
     edit: RouteEdit
     queries: Sequence[Query]
     steps: Sequence[Sequence[Query]]
@@ -161,7 +162,7 @@ class RouteRuns:
                     recorder(layer, scores)
 
         layers = list(self.heads) if strength or seen else []
-        with edit_scores(self.model.module, self.sites, batch.rows, watch, layers=layers):
+        with edit_scores(self.model.module, self.attention, batch.rows, watch, layers=layers):
             log_probabilities = readout(self.model, batch)
         for place, (q, k) in enumerate(part):
             if strength is not None:
@@ -176,7 +177,7 @@ class RouteRuns:
     def _run_edited(self, jobs: Sequence[Job], result: RouteResult) -> None:
         batch = make_batch(self.model, [self.steps[self.units[job.unit][0]][job.step] for job in jobs])
         change = self._change(jobs, batch)
-        with edit_scores(self.model.module, self.sites, batch.rows, change, layers=list(change.active)) as log:
+        with edit_scores(self.model.module, self.attention, batch.rows, change, layers=list(change.active)) as log:
             log_probabilities = readout(self.model, batch)
         values = price(log_probabilities, batch.targets, batch.is_target)[0]
         index = tuple(np.array([(job.unit, job.cell, job.side) for job in jobs]).T)
@@ -198,11 +199,11 @@ class RouteRuns:
                 padded = [*there, *[there[0]] * (at.shape[1] - len(there))]
                 at[place] = torch.tensor(padded, device=at.device)
         layers = {layer for cell in {job.cell for job in jobs} for layer, _ in self.cells[cell].members}
-        sites = [site for site in self.sites if site.layer in layers]
-        active = {site.layer: self._active(jobs, site) for site in sites}
+        heads = {layer: most for layer, most in self.attention.heads.items() if layer in layers}
+        active = {layer: self._active(jobs, layer, most) for layer, most in heads.items()}
         wanted = {}
         if self.edit.name == "transplant":
-            wanted = {site.layer: self._wanted(jobs, site, batch.rows.shape[1]) for site in sites}
+            wanted = {layer: self._wanted(jobs, layer, batch.rows.shape[1]) for layer in heads}
         return RouteChange(
             self.edit.name,
             evidence,
@@ -214,25 +215,25 @@ class RouteRuns:
             wanted=wanted,
         )
 
-    def _active(self, jobs: Sequence[Job], site: AttentionSite) -> Tensor:
+    def _active(self, jobs: Sequence[Job], layer: int, heads: int) -> Tensor:
         """Which heads of a layer each sequence edits. Shapes: `-> batch heads`."""
         members = [self.cells[job.cell].members for job in jobs]
-        return torch.tensor([[(site.layer, head) in inside for head in range(site.heads)] for inside in members])
+        return torch.tensor([[(layer, head) in inside for head in range(heads)] for inside in members])
 
-    def _wanted(self, jobs: Sequence[Job], site: AttentionSite, width: int) -> Tensor:
+    def _wanted(self, jobs: Sequence[Job], layer: int, width: int) -> Tensor:
         """The strength each sequence's donor has in a layer, row for row; padded rows get 0.
 
         Where the two targets differ in length no row of the one belongs to a row of the other; all get the mean.
         Shapes: `-> batch heads width`.
         """
-        wanted = torch.zeros(len(jobs), site.heads, width, dtype=torch.float64)
+        wanted = torch.zeros(len(jobs), self.attention.heads[layer], width, dtype=torch.float64)
         for place, job in enumerate(jobs):
             q, donor = self.units[job.unit]
             own, theirs = (sum(len(step.target_positions) for step in self.steps[one]) for one in (q, donor))
             if own == theirs:
-                rows = self.strength[donor, job.step][site.layer]
+                rows = self.strength[donor, job.step][layer]
             else:
-                everything = [self.strength[donor, k][site.layer] for k in range(len(self.steps[donor]))]
+                everything = [self.strength[donor, k][layer] for k in range(len(self.steps[donor]))]
                 rows = torch.cat(everything, dim=1).mean(1, keepdim=True)
                 rows = rows.expand(-1, len(self.steps[q][job.step].target_positions))
             wanted[place, :, : rows.shape[1]] = rows

@@ -26,7 +26,7 @@ from ...hooks.gradients.one_by_one import read_one_by_one
 from ...hooks.gradients.recorder import GradientRecorder, record_gradients
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
-from ...models.structure import fused_parts, layers_without_attention
+from ...models.structure import attention_of, fused_parts
 from ..pairs.pairs import ReversalPairs
 from ..statistics.resampling import derangement
 from .asked import asked_pairs, tokens_note
@@ -72,6 +72,7 @@ class _Pass:
         if parts > 1:  # at least one batch for each
             self.batch_size = min(self.batch_size, max(2, -(-len(self.queries) // parts)))
         self.apart = bool(model.contract.equal_lengths)
+        self.attention = attention_of(model) if plan.attention else None
         partner = derangement(pairs.facts.astype(str), pairs.groups(model.logit_shift), seed=plan.seed)
         self.partner = partner if plan.control else np.full(len(pairs), -1)
         self.selected = select_parameters(model.module, plan.parameters) if plan.gradient else {}
@@ -162,7 +163,10 @@ class _Pass:
         batch = make_batch(self.model, [self.queries[q] for q in queries])
         with ExitStack() as stack:
             recorder = self._recorder(stack, queries) if gradient else None
-            tapping = tap_attention(self.model.module, batch.rows, batch.columns) if self.plan.attention else None
+            tapping = None
+            if self.attention is not None:
+                at = batch.rows, batch.columns
+                tapping = tap_attention(self.model.module, *at, self.attention, batch.size)
             with tapping or nullcontext() as tap:
                 logits = readout(self.model, batch)
             if recorder is not None:
@@ -224,7 +228,8 @@ class _Pass:
         """Scores averaged over readout rows and evidence tokens, weights summed over evidence tokens."""
         cell = (batch.is_target[:, :, None] & batch.is_evidence[:, None, :])[:, None]
         rows = batch.is_target.sum(1)[:, None]
-        self.result.without_attention = layers_without_attention(self.model.module, [call.site for call in tap.calls])
+        self.result.without_attention |= dict(tap.attention.without) | tap.missing()
+        self.result.left_out |= dict(tap.attention.left_out) | tap.left_out
         for layer, call in tap.layers().items():
             score = call.score.masked_fill(~cell, 0.0).sum((2, 3)) / cell.sum((2, 3))
             weight = call.weight.masked_fill(~cell, 0.0).sum((2, 3)) / rows
@@ -296,6 +301,7 @@ def describe(model: ProbedModel, result: PassResult, plan: Plan) -> dict[str, An
         **_arithmetic(model),
         "device": model.device.type,
         "threads": torch.get_num_threads(),
+        **({"left_out": dict(result.left_out)} if result.left_out else {}),
         "versions": {name: version(name) for name in ("revprobe", "torch", "transformers")},
     } | ({"batches": f"of equal lengths only: {apart}"} if (apart := model.contract.equal_lengths) else {})
 

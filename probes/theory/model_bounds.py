@@ -14,10 +14,11 @@ from torch import nn
 
 from ...arguments import checked
 from ...errors import RevprobeError
-from ...hooks.attention import by_layer, tap_queries
+from ...hooks.attention import tap_queries
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
 from ...models.rotary import OTHER, STILL, TURNS, LayerPositions, Rotary, layer_positions, seen_positions
+from ...models.structure import attention_of
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
 from ..passes.batches import in_batches, make_batch, prepare_queries, queries_per_batch
@@ -240,9 +241,9 @@ def _bounds_by_query(
     with untouched(model.module), torch.no_grad():
         for numbers in in_batches(model, range(len(prepared)), size, lambda q: len(prepared[q].token_ids)):
             batch = make_batch(model, [prepared[q] for q in numbers])
-            with tap_queries(model.module, batch.rows) as seen:
+            with tap_queries(model.module, batch.rows, attention_of(model)) as calls:
                 model.logits(batch.input_ids, batch.attention_mask)
-            calls, apart = by_layer(seen), distance[numbers, None]
+            apart = distance[numbers, None]
             for layer, rotary in turning.items():
                 energy = rotary.plane_energy(calls[layer].query[:, :, 0].double().cpu().numpy())
                 bound = rope_query_bound(energy, apart, frequencies=rotary.frequencies)

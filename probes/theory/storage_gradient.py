@@ -18,6 +18,7 @@ from ...errors import RevprobeError
 from ...hooks.attention import tap_attention
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
+from ...models.structure import attention_of
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
 from ..passes.asked import asked_pairs
@@ -60,7 +61,7 @@ def storage_gradient_cosines(
 def _factors(model: ProbedModel, queries: list[Query]) -> tuple[Tensor, Tensor]:
     """p - 1_v and the attention mass per token of each query. Shapes: `query vocab, query (head vocab)`, float64."""
     batch = make_batch(model, queries)
-    with tap_attention(model.module, batch.rows, batch.columns) as tap:
+    with tap_attention(model.module, batch.rows, batch.columns, attention_of(model), batch.size) as tap:
         logits = model.logits(batch.input_ids, batch.attention_mask)
     layers = tap.layers()
     if len(layers) != 1:

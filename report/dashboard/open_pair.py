@@ -26,6 +26,7 @@ from ...models.hub import quiet_transformers
 from ...models.peft_adapters import ADAPTER_CONFIG, base_of, is_adapter
 from ...models.probed import ProbedModel
 from ...models.registry import load_model
+from ...models.structure import attention_of
 from ...probes.pairs.display import token_texts
 from ...probes.pairs.pairs import ReversalPairs
 from ...probes.pairs.query import Query
@@ -146,7 +147,7 @@ def read_query(model: ProbedModel, query: Query) -> ReadQuery:
     with (
         untouched(model.module),
         torch.no_grad(),
-        tap_attention(model.module, batch.rows, columns) as tap,
+        tap_attention(model.module, batch.rows, columns, attention_of(model), batch.size) as tap,
     ):
         log_probabilities = readout(model, batch)
     target = log_probabilities[0].gather(-1, batch.targets[0][:, None])

@@ -7,6 +7,8 @@ from torch import nn
 
 from revprobe import RaddConfig, RaddForMaskedLM, RevprobeError, one_layer_gpt2
 from revprobe.hooks.attention import attention_rows, tap_attention
+from revprobe.hooks.attention_sites import Attention, AttentionSite
+from tiny import tapped
 
 
 def slow_scores(call: dict) -> torch.Tensor:
@@ -72,7 +74,7 @@ def test_a_fully_masked_row_has_no_weight_instead_of_nan():
 def test_each_layer_is_seen_once_and_attributed_to_its_module(make):
     model = make().eval()
     rows, columns = torch.tensor([[2]]), torch.tensor([[0]])
-    with torch.no_grad(), tap_attention(model, rows, columns) as tap:
+    with torch.no_grad(), tapped(model, rows, columns, 4) as tap:
         model(torch.tensor([[4, 0, 30, 0]]))
     layers = tap.layers()
     assert list(layers) == [0, 1, 2] and all(call.score.shape == (1, 2, 1, 1) for call in layers.values())
@@ -83,25 +85,16 @@ def test_the_tap_changes_nothing_and_leaves_no_hook_even_when_the_model_raises()
     model = RaddForMaskedLM(RaddConfig()).eval()
     ids, at = torch.tensor([[4, 0, 30]]), torch.tensor([[0]])
     plain = model(ids).logits
-    with tap_attention(model, at, at):
+    with tapped(model, at, at, 3):
         assert torch.equal(model(ids).logits, plain)
-    with pytest.raises(RevprobeError), tap_attention(model, at, at):
+    with pytest.raises(RevprobeError), tapped(model, at, at, 3):
         model(torch.zeros(1, 99, dtype=torch.long))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_a_model_whose_attention_is_never_seen_says_how_to_load_it():
-    model = nn.TransformerEncoderLayer(8, 1, batch_first=True).eval()
-    at = torch.tensor([[0]])
-    with torch.no_grad(), tap_attention(model, at, at) as tap:
-        model(torch.randn(1, 3, 8))
     with pytest.raises(RevprobeError, match="attn_implementation='sdpa'"):
-        tap.layers()
-
-
-def test_a_call_over_another_batch_is_an_error_not_a_broadcast():
-    with pytest.raises(RevprobeError, match="expected 2 sequences"):
-        attention_rows(random_call(), torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 1, dtype=torch.long))
+        Attention((), {}, {}).require("a model")
 
 
 def test_third_party_code_is_seen_without_an_adapter():
@@ -111,7 +104,8 @@ def test_third_party_code_is_seen_without_an_adapter():
 
     x, at = torch.randn(1, 1, 3, 4), torch.tensor([[1]])
     model = Theirs()
-    with tap_attention(model, at, at) as tap:
+    alone = Attention((AttentionSite(0, "", 1, "sdpa"),), {"": 1}, {})
+    with tap_attention(model, at, at, alone, (3, 3)) as tap:
         model(x)
     torch.testing.assert_close(tap.layers()[0].score.flatten(), (x[0, 0, 1] @ x[0, 0, 1])[None])
 

@@ -16,10 +16,12 @@ from transformers import (
 
 import tiny
 from revprobe import ProbedModel, RaddForMaskedLM, RevprobeError, edit_attention, load_model
-from revprobe.hooks.attention import sdpa_call, tap_attention
-from revprobe.hooks.attention_edits import AttentionSite, edit_scores, find_attention
+from revprobe.hooks.attention_calls import sdpa_call
+from revprobe.hooks.attention_edits import edit_scores
+from revprobe.hooks.attention_sites import Attention, AttentionSite
 from revprobe.models.configs import POSITION_ENCODINGS
-from tiny import FIXTURES, bridged, causal, drawn, gpt2, llama
+from revprobe.models.structure import attention_of
+from tiny import FIXTURES, bridged, causal, drawn, gpt2, llama, tapped
 
 CUT = float("-inf")
 IDS = torch.tensor([[4, 0, 53, 30, 0, 7], [4, 9, 31, 53, 55, 55]])
@@ -113,6 +115,11 @@ CHANGES = {
 }
 
 
+def alone(site: AttentionSite) -> Attention:
+    """A model that makes this one call."""
+    return Attention((site,), {site.path: 1}, {})
+
+
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("case", CALLS)
 def test_an_edited_call_is_the_softmax_of_the_edited_scores_and_no_other_row_or_head_moves(case, change):
@@ -130,7 +137,7 @@ def test_an_edited_call_is_the_softmax_of_the_edited_scores_and_no_other_row_or_
         return bias
 
     plain = model(call)
-    with edit_scores(model, [AttentionSite(0, "", heads, "sdpa")], ROWS, added, layers=[0]):
+    with edit_scores(model, alone(AttentionSite(0, "", heads, "sdpa")), ROWS, added, layers=[0]):
         edited = model(call)
     exact = call["query"].dtype == torch.float32
     torch.testing.assert_close(edited.double(), expected, atol=1e-6 if exact else 2e-2, rtol=0)
@@ -146,7 +153,7 @@ def test_a_softmax_by_hand_is_edited_like_an_sdpa_call(case, change):
     call, added = draw_call(**CALLS[case]), lambda layer, scores: _at_column(scores, CHANGES[change](scores))
     outputs = []
     for model, source in ((Call(), "sdpa"), (ByHand(), "softmax")):
-        with edit_scores(model, [AttentionSite(0, "", 2, source)], ROWS, added, layers=[0]):
+        with edit_scores(model, alone(AttentionSite(0, "", 2, source)), ROWS, added, layers=[0]):
             outputs.append(model(call))
     torch.testing.assert_close(*outputs, atol=1e-6, rtol=0)
     assert (outputs[0] - Call()(call)).abs().max() > 1e-2
@@ -163,12 +170,12 @@ def test_a_row_that_would_be_emptied_stays_and_is_logged_and_so_does_a_meaningle
     model, rows = Call(), torch.tensor([[0, 2], [0, 2], [0, 2]])
     plain, site = model(call), AttentionSite(0, "", 2, "sdpa")
     cut_first = lambda layer, scores: torch.zeros_like(scores).index_fill(-1, torch.tensor([0]), CUT)  # noqa: E731
-    with edit_scores(model, [site], rows, cut_first, layers=[0]) as log:
+    with edit_scores(model, alone(site), rows, cut_first, layers=[0]) as log:
         edited = model(call)
     assert torch.equal(edited[:, :, 0], plain[:, :, 0]) and not torch.allclose(edited[:, :, 2], plain[:, :, 2])
     assert log.emptied[0][..., 0].all() and not log.emptied[0][..., 1].any() and not log.meaningless[0].any()
     nonsense = lambda layer, scores: torch.full_like(scores, float("inf"))  # noqa: E731
-    with edit_scores(model, [site], rows, nonsense, layers=[0]) as log:
+    with edit_scores(model, alone(site), rows, nonsense, layers=[0]) as log:
         assert torch.equal(model(call), plain)
     assert log.meaningless[0].all()
 
@@ -199,8 +206,8 @@ def test_the_tap_reads_the_scores_that_were_set(name):
     set_score = lambda layer, scores: 0.5 - scores.gather(-1, columns[:, None, None].expand(*scores.shape[:3], -1))  # noqa: E731
     found = []
     for bias in (0.0, set_score):
-        tapped = tap_attention(model.module, rows, everything)
-        with torch.no_grad(), edit_attention(model, rows, columns, bias), tapped as tap:
+        seen = tapped(model, rows, everything, 6)
+        with torch.no_grad(), edit_attention(model, rows, columns, bias), seen as tap:
             model.logits(IDS, PADDED)
         found.append(tap.layers())
     assert list(found[1]) == [0, 1]
@@ -217,8 +224,8 @@ def test_the_tap_reads_the_scores_that_were_set(name):
 @pytest.mark.parametrize("name", ["rope", "llama eager", "rope bridged"])
 def test_a_tap_sees_the_edited_scores_whichever_was_opened_first(name):
     model, rows, columns = MODELS[name](), torch.tensor([[3], [3]]), torch.tensor([[1], [1]])
-    sites = find_attention(model.module, lambda: model.logits(IDS[:1]))
-    tap, edit = tap_attention(model.module, rows, columns), edit_scores(model.module, sites, rows, cut_one, layers=[1])
+    tap = tapped(model, rows, columns, 6)
+    edit = edit_scores(model.module, attention_of(model), rows, cut_one, layers=[1])
     with torch.no_grad(), tap as seen, edit:
         model.logits(IDS, PADDED)
     assert [bool((call.weight == 0).all()) for call in seen.layers().values()] == [False, True]
@@ -368,11 +375,11 @@ def test_a_module_shared_by_all_layers_is_edited_in_the_layer_asked_for():
     with (
         torch.no_grad(),
         edit_attention(model, rows, columns, layers=[1]),
-        tap_attention(model.module, rows, columns) as tap,
+        tapped(model, rows, columns, IDS.shape[1]) as tap,
     ):
         for _ in range(2):
             model.logits(IDS[:1])
-    weights = [float(call.weight.max()) for call in tap.calls]
+    weights = [float(call.weight.max()) for _, call in tap.calls]
     assert [weight == 0.0 for weight in weights] == [False, True, False] * 2
 
 
@@ -392,12 +399,12 @@ class Shapes(TorchFunctionMode):
 def test_the_packed_query_of_a_decoding_step_is_edited_head_by_head():
     """transformers packs grouped queries when one token decodes: the edit must find each head's row in the pack."""
     model, mask = llama(), torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
-    sites = find_attention(model.module, lambda: model.logits(IDS[:1]))
+    attention = attention_of(model)
     with torch.no_grad(), Shapes() as shapes:
         cached = model.module(IDS[:, :5], attention_mask=mask[:, :5], use_cache=True).past_key_values
-        with edit_scores(model.module, sites, torch.tensor([[0], [0]]), cut_head, layers=[1]):
+        with edit_scores(model.module, attention, torch.tensor([[0], [0]]), cut_head, layers=[1]):
             step = model.module(IDS[:, 5:], attention_mask=mask, past_key_values=cached, use_cache=True).logits[:, 0]
-        with edit_scores(model.module, sites, torch.tensor([[5], [5]]), cut_head, layers=[1]):
+        with edit_scores(model.module, attention, torch.tensor([[5], [5]]), cut_head, layers=[1]):
             whole = model.module(IDS, attention_mask=mask, use_cache=False).logits[:, 5]
         plain = model.module(IDS, attention_mask=mask, use_cache=False).logits[:, 5]
     assert (2, 2, 2, 8) in shapes.seen, "no packed query (batch 2, 2 groups of 2 heads, dim 8) came by"
@@ -491,10 +498,9 @@ def test_gradient_checkpointing_of_shared_layers_is_refused():
             return x
 
     model, x = Model(), torch.randn(1, 1, 3, 4, requires_grad=True)
-    sites = find_attention(model, lambda: model(x))
-    assert [(site.layer, site.turn) for site in sites] == [(0, 0), (1, 1)]
+    attention = Attention([AttentionSite(layer, "one", 1, "sdpa", turn=layer) for layer in range(2)], {"one": 2}, {})
     shift = lambda layer, scores: torch.ones_like(scores[..., :1])  # noqa: E731
-    with edit_scores(model, sites, torch.tensor([[1]]), shift, layers=[1]):
+    with edit_scores(model, attention, torch.tensor([[1]]), shift, layers=[1]):
         output = model(x)
         with pytest.raises(RevprobeError, match="without gradient checkpointing"):
             output.sum().backward()

@@ -19,9 +19,9 @@ from revprobe import (
     probe_attention_correlation,
     probe_gradient_cosine,
 )
-from revprobe.models.structure import layers_without_attention
+from revprobe.hooks.layer_numbers import LayerNumbers
+from revprobe.models import structure
 from revprobe.probes.attention import EVIDENCE_HIDDEN
-from revprobe.probes.passes import run as passes
 from tiny import FIXTURES, GROUPED, causal, pairs_at
 
 
@@ -56,7 +56,7 @@ def test_layers_without_softmax_attention_are_named_in_an_otherwise_good_reading
 
 def test_a_silent_layer_that_is_not_noticed_turns_this_red(monkeypatch):
     """The planted fault: without the search the linear layers would be missing from the frame, unsaid."""
-    monkeypatch.setattr(passes, "layers_without_attention", lambda module, sites: [])
+    monkeypatch.setattr(structure, "_silent", lambda module, attention, numbers: {})
     reading = probe_attention_correlation(linear_and_softmax(), pairs_at((2, 5), (1, 6)))
     assert sorted(reading.frame.layer.unique()) == [3, 7] and not reading.undefined
 
@@ -75,14 +75,15 @@ class Tree(nn.Module):
     [
         (["stack.1.attn", "stack.3.attn"], [0, 2]),
         ([f"stack.{n}.attn" for n in range(4)], []),
-        (["stack.1.attn", "stack.1.attn"], []),  # one layer called twice: calls are layers by order, none is silent
-        (["stack.1.attn", "other.2.attn"], []),  # encoder and decoder: their numbers overlap
+        (["stack.1.attn", "stack.1.attn"], [0, 2, 3]),
+        (["stack.1.attn", "other.2.attn"], [0, 2, 3, 4, 5, 7]),  # the numbers of the second list go on
         (["attn"], []),
         ([], []),
     ],
 )
-def test_silent_layers_are_told_only_where_paths_number_them(sites, silent):
-    assert layers_without_attention(Tree(), sites) == silent
+def test_silent_layers_are_those_of_the_same_lists(sites, silent):
+    numbers = LayerNumbers({"stack": 0, "other": 4})
+    assert sorted(numbers.beside(Tree(), sites) - {numbers(site) for site in sites}) == silent
 
 
 def test_evidence_outside_a_sliding_window_is_nan_with_a_reason():

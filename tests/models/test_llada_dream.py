@@ -28,11 +28,10 @@ from revprobe import (
     probe_gradient_cosine,
     probe_reverse_probability,
 )
-from revprobe.hooks.attention import tap_attention
 from revprobe.models.configs import DreamConfig, LLaDAConfig
 from revprobe.models.dream import DreamForMaskedDiffusion
 from revprobe.models.llada import LLaDAForMaskedDiffusion, official_name
-from tiny import FIXTURES, pairs_at
+from tiny import FIXTURES, pairs_at, tapped
 
 FOLDERS = ["llada-tiny", "llada-tiny-sharded", "dream-tiny"]
 AUTO = [AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM]
@@ -81,7 +80,7 @@ def test_the_taps_scores_equal_the_published_codes_in_every_layer_and_head(name)
     ids, scores = expected["input_ids"][:1], expected["scores_row0"]
     everywhere = torch.arange(ids.shape[1])[None]
     model = load_model(FIXTURES / name)
-    with torch.no_grad(), tap_attention(model.module, everywhere, everywhere) as tap:
+    with torch.no_grad(), tapped(model, everywhere, everywhere, everywhere.shape[1]) as tap:
         model.module(ids)
     seen = torch.stack([call.score[0] for _, call in sorted(tap.layers().items())])
     torch.testing.assert_close(seen, scores, atol=1e-5, rtol=0)

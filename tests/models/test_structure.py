@@ -18,10 +18,9 @@ from transformers import (
 )
 
 from revprobe import ProbedModel, RevprobeError, letter_pairs, letter_tokenizer, probe_gradient_cosine
-from revprobe.hooks.attention import tap_attention
 from revprobe.models import structure
 from revprobe.models.structure import declare_fused, fused_parts
-from tiny import drawn
+from tiny import drawn, tapped
 
 HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES = {"vocab_size": 56, "hidden_size": 16, "intermediate_size": 32, **HEADS}
@@ -39,7 +38,7 @@ FUSED = {
 def score_of(module: torch.nn.Module) -> torch.Tensor:
     """Scores of layer 0 at one row and column. Shapes: `-> heads`."""
     at = torch.tensor([[2]]), torch.tensor([[1]])
-    with torch.no_grad(), tap_attention(module, *at) as tap:
+    with torch.no_grad(), tapped(module, *at, 4) as tap:
         module(torch.tensor([[4, 0, 30, 5]]))
     return tap.layers()[0].score[0, :, 0, 0]
 

@@ -419,10 +419,8 @@ def plant_shifted_rows(patch) -> None:
 
 
 def plant_wrong_head(patch) -> None:
-    true = attention_hooks.attention_rows
-    patch.setattr(
-        attention_hooks, "attention_rows", lambda *a, **k: tuple(part.roll(1, dims=1) for part in true(*a, **k))
-    )
+    true = attention_hooks._weigh
+    patch.setattr(attention_hooks, "_weigh", lambda *a, **k: tuple(part.roll(1, dims=1) for part in true(*a, **k)))
 
 
 @pytest.mark.parametrize("plant", [plant_shifted_rows, plant_wrong_head])

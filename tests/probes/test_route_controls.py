@@ -9,11 +9,10 @@ import transformers
 
 import tiny
 from revprobe import ProbedModel, Query, ReversalPair, ReversalPairs, probe_route_edit
-from revprobe.hooks.attention import tap_attention
 from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.passes import route_runs
 from revprobe.probes.route_edit import NO_POSITION, UNEVEN
-from tiny import language_model
+from tiny import language_model, tapped
 
 SIZES = {
     "vocab_size": 60,
@@ -93,7 +92,7 @@ def batches(monkeypatch):
 
     def watched(model, batch):
         everything = torch.arange(batch.input_ids.shape[1])[None].expand(len(batch.rows), -1)
-        with tap_attention(model.module, batch.rows, everything) as tap:
+        with tapped(model, batch.rows, everything, batch.input_ids.shape[1]) as tap:
             result = own(model, batch)
         found.append((batch, {layer: call.score.isfinite() for layer, call in tap.layers().items()}))
         return result

@@ -24,14 +24,13 @@ from revprobe import (
     load_model,
     probe_route_edit,
 )
-from revprobe.hooks.attention import tap_attention
 from revprobe.models.configs import POSITION_ENCODINGS
 from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.passes import route_changes, route_runs
 from revprobe.probes.passes.route_changes import other_positions
 from revprobe.probes.route_edit import NO_POSITION, NO_STRENGTH, ONLY_KEY, ZERO_AFTER, ZERO_BEFORE, ZERO_CONTROL
 from revprobe.probes.statistics.estimators import ONE_FACT
-from tiny import FIXTURES, GROUPED, bridged, causal
+from tiny import FIXTURES, GROUPED, bridged, causal, tapped
 
 # Scores far from zero, so that an edit moves what is priced.
 radd = partial(tiny.radd, n_layers=2, n_heads=2, scale=0.3)
@@ -170,7 +169,7 @@ def seen(monkeypatch):
 
     def watched(model, batch):
         everything = torch.arange(batch.input_ids.shape[1])[None].expand(len(batch.rows), -1)
-        with tap_attention(model.module, batch.rows, everything) as tap:
+        with tapped(model, batch.rows, everything, batch.input_ids.shape[1]) as tap:
             result = own(model, batch)
         found.append((batch, {layer: call.score.double() for layer, call in tap.layers().items()}))
         return result

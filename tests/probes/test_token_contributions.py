@@ -10,9 +10,8 @@ from torch import Tensor
 
 import revprobe as rp
 import tiny
-from revprobe.hooks.attention import tap_attention
 from revprobe.probes.storage import probe_stored_evidence
-from tiny import AttentionOnly, drawn
+from tiny import AttentionOnly, drawn, tapped
 
 PAIR = rp.ReversalPair(rp.Query([7, 8, 20, 1, 30, 31], [0, 1], [4, 5]), rp.Query([1, 30, 31, 7, 8, 20], [3, 4], [1, 2]))
 
@@ -69,7 +68,7 @@ def test_s_of_every_position_in_one_layer_radd_by_hand() -> None:
     table = rp.token_contributions(model, query)
     assert set(table["direction"]) == {"query"}
     assert set(table["row"]) == {1}
-    with tap_attention(m, torch.tensor([[1]]), torch.arange(4)[None]) as tap:
+    with tapped(m, torch.tensor([[1]]), torch.arange(4)[None], 4) as tap:
         m(ids)
     weight = tap.layers()[0].weight[0, :, 0]
     for found in table.itertuples():

@@ -16,7 +16,7 @@ from revprobe import (
     one_layer_gpt2,
     storage_gradient_cosines,
 )
-from revprobe.hooks.attention import tap_attention
+from tiny import tapped
 
 radd = partial(tiny.radd, scale=0.2)
 
@@ -27,7 +27,7 @@ def gradient_by_autograd(model: ProbedModel, query) -> torch.Tensor:
     ids = torch.tensor([query.token_ids])
     ids[0, row] = model.mask_token_id
     every = torch.arange(ids.shape[1])[None]
-    with torch.no_grad(), tap_attention(model.module, torch.tensor([[row]]), every) as tap:
+    with torch.no_grad(), tapped(model, torch.tensor([[row]]), every, every.shape[1]) as tap:
         logits = model.module(ids).logits[0, row].double()
     weight = tap.layers()[0].weight[0, :, 0].double()  # head seq
     stored = torch.zeros(weight.shape[0], model.vocab_size, model.vocab_size, dtype=torch.float64, requires_grad=True)
