@@ -28,6 +28,7 @@ from .models.structure import declare_fused as declare_fused
 from .probes.attention import probe_attention_correlation as probe_attention_correlation
 from .probes.decoding.decode import decode as decode
 from .probes.decoding.exact_match import decoded_match as decoded_match
+from .probes.diagnose import diagnose as diagnose
 from .probes.edits import edit_attention as edit_attention
 from .probes.figures.plot import save_figure as save_figure
 from .probes.figures.token_strip import token_strip as token_strip

@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from ..errors import RevprobeError, first_line
 from .dashboard import dashboard
+from .diagnose import diagnose
 from .evaluate import evaluate
 from .finetune import finetune
 from .models import models
@@ -122,6 +123,10 @@ app.command(
     "[bold]revprobe report runs/one-layer-quick/rope-l10-s0[/bold]"
 )(report)
 app.command(epilog="Example: [bold]revprobe models[/bold]")(models)
+app.command(
+    epilog="Examples: [bold]revprobe diagnose gpt2[/bold], "
+    "[bold]revprobe diagnose runs/one-layer-quick/rope-l10-s0[/bold]"
+)(diagnose)
 app.command(
     epilog="Examples: [bold]revprobe evaluate runs/llada-p2c-s0[/bold], "
     "[bold]revprobe evaluate gpt2 --relation invented_names --direction P2C --out readings[/bold]"

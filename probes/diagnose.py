@@ -189,7 +189,7 @@ class _Examination:
     def _probability(self) -> Iterator[Line]:
         frame = probe_reverse_probability(self.model, self.pairs, control=False).frame
         places = frame[["pair", "direction"]].to_numpy().tolist()
-        alone = [-float(self._loss(getattr(self.pairs[pair], direction))) for pair, direction in places]
+        alone = [-self._loss(getattr(self.pairs[pair], direction)).item() for pair, direction in places]
         apart = float(np.abs(frame["log_probability"] - alone).max())
         yield self._judged("probability", apart, "log-probability of a target in a batch and by a run of its own, nats")
 

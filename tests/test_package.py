@@ -41,6 +41,7 @@ PUBLIC = [
     "declare_fused",
     "decode",
     "decoded_match",
+    "diagnose",
     "edit_attention",
     "fine_tune",
     "from_table",

@@ -66,6 +66,10 @@ class CalledModule:
             kwargs["use_cache"] = False
         return _logits_of(self.module(input_ids, **kwargs), self.name)
 
+    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The same; a `ProbedModel`, which knows where the tokens stand, gives one row for each of them."""
+        return self.run(input_ids, attention_mask)
+
     def explain_non_finite(self) -> str:
         """Name the first weight that is not finite, for the error that reports NaN logits."""
         held = ((name, p) for name, p in self.module.named_parameters() if not p.is_meta)
