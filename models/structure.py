@@ -99,15 +99,16 @@ class Runs(Protocol):
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor: ...
 
 
-def attention_of(model: Runs, *, virtual: tuple[int, int] = (0, 0), required: bool = True) -> Attention:
+def attention_of(model: Runs, *, required: bool = True) -> Attention:
     """Where a model attends, as two runs of three short sequences show; looked at once for each module.
 
     Looked at again when the module's parts or its attention implementation have changed.
     Args:
-        virtual: rows and key columns that stand before the query's own (prompt and prefix adapters).
         required: whether some of it must be readable.
     Raises: RevprobeError, when no attention can be read, and some is required.
     """
+    contract = getattr(model, "contract", None)
+    virtual = contract.placement.ahead if contract is not None else (0, 0)  # of prompt and prefix adapters
     state = (virtual, _structure(model.module))
     known = _ATTENTION.get(model.module)
     if known is None or known[0] != state:

@@ -59,8 +59,9 @@ def edit_attention(
             f"rows for {len(at_rows)} sequences and columns for {len(at_columns)}: expected one list of each per "
             "sequence of the batch"
         )
-    attention = attention_of(model)
+    attention, ahead = attention_of(model), model.contract.placement.ahead
     chosen = choose_layers(model, attention, layers)
+    at_rows, at_columns = at_rows + ahead[0], at_columns + ahead[1]  # behind an adapter's virtual tokens
     keep, last = choose_heads(model, attention, heads), int(at_columns.max())
 
     def change(layer: int, scores: Tensor) -> Tensor:

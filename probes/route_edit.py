@@ -22,7 +22,7 @@ from .edits import choose_heads, choose_layers
 from .pairs.pairs import ReversalPairs
 from .pairs.query import Query
 from .passes.asked import asked_pairs
-from .passes.batches import prepare_queries, queries_per_batch
+from .passes.batches import prepare_queries, queries_per_batch, require_tokens_alone
 from .passes.likelihood import Likelihoods
 from .passes.plan import PassResult, Plan, Progress
 from .passes.route_changes import EDITS, MATCHES
@@ -113,6 +113,7 @@ class _RouteProbe:
 
     def reading(self, layers: Iterable[int] | None, heads: Iterable[int] | None) -> Reading:
         model, plan = self.model, self.plan
+        require_tokens_alone(model, "the positions that an edit and its control may stand at")
         self.pairs = asked_pairs(model, self.pairs, "route_edit")
         queries = prepare_queries(model, self.pairs.queries)
         attention = attention_of(model)

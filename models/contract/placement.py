@@ -27,6 +27,15 @@ class Placement:
     rows_more: int = 0
     columns_more: int = 0
 
+    @property
+    def ahead(self) -> tuple[int, int]:
+        """Query rows and key columns before the tokens', where none stands behind them (prompts, prefixes); else none.
+
+        What stands elsewhere is found call by call (`hooks.attention_survey`).
+        """
+        alone = (self.rows, self.columns) == (self.rows_more, self.columns_more)
+        return (self.rows, self.columns) if alone else (0, 0)
+
 
 def place_tokens(trial: Trial) -> Placement:
     """Compare the first attention call of the plain and the changed runs.

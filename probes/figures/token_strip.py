@@ -76,7 +76,8 @@ def readout_attention(
     """
     batch = make_batch(model, [query])
     columns = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)[None]
-    tapped = tap_attention(model.module, batch.rows, columns, attention_of(model), batch.size)
+    at = batch.attention_rows, columns + batch.ahead[1]
+    tapped = tap_attention(model.module, *at, attention_of(model), batch.size)
     with untouched(model.module), torch.no_grad(), tapped as tap:
         readout(model, batch)
     found = {number: call.weight[0].mean(1).double().cpu().numpy() for number, call in tap.layers().items()}

@@ -7,7 +7,7 @@ Shapes below: query, seq (longest of the batch, right-padded), token (most targe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice, zip_longest
 from typing import TypeVar
 
@@ -30,6 +30,7 @@ class QueryBatch:
 
     Shapes: `input_ids` (target hidden), `attention_mask` (None without padding): `query seq`; `rows` (readout rows),
     `targets` (token ids), `is_target`: `query token`; `columns` (evidence positions), `is_evidence`: `query column`.
+    `ahead`: query rows and key columns of an attention call that stand before the query's own (an adapter's prompts).
     """
 
     input_ids: Tensor
@@ -39,21 +40,22 @@ class QueryBatch:
     is_target: Tensor
     columns: Tensor
     is_evidence: Tensor
-
-    @property
-    def query_length(self) -> int:
-        """Rows of an attention call over this batch."""
-        return self.input_ids.shape[1]
-
-    @property
-    def key_length(self) -> int:
-        """Key columns of an attention call over this batch."""
-        return self.input_ids.shape[1]
+    ahead: tuple[int, int] = (0, 0)
 
     @property
     def size(self) -> tuple[int, int]:
-        """Rows and key columns of an attention call over this batch."""
-        return self.query_length, self.key_length
+        """Query rows and key columns of an attention call over this batch, an adapter's virtual tokens included."""
+        return self.input_ids.shape[1] + self.ahead[0], self.input_ids.shape[1] + self.ahead[1]
+
+    @property
+    def attention_rows(self) -> Tensor:
+        """The readout rows among those of an attention call. Shapes: `query token`."""
+        return self.rows + self.ahead[0]
+
+    @property
+    def attention_columns(self) -> Tensor:
+        """The evidence's columns among those of an attention call. Shapes: `query column`."""
+        return self.columns + self.ahead[1]
 
 
 def make_batch(model: ProbedModel, queries: Sequence[Query]) -> QueryBatch:
@@ -82,7 +84,8 @@ def make_batch(model: ProbedModel, queries: Sequence[Query]) -> QueryBatch:
     )
     is_evidence = torch.arange(columns.shape[1]) < widths[:, None]
     shown = model.hide(tokens.to(device), hidden.to(device))
-    return QueryBatch(shown, padding, *(t.to(device) for t in (rows, targets, is_target, columns, is_evidence)))
+    batch = QueryBatch(shown, padding, *(t.to(device) for t in (rows, targets, is_target, columns, is_evidence)))
+    return replace(batch, ahead=model.contract.placement.ahead)
 
 
 def prepare_queries(model: ProbedModel, queries: Sequence[Query]) -> list[Query]:
@@ -136,6 +139,15 @@ def queries_per_batch(model: CalledModule, queries: Sequence[Query], batch_size:
     parameters = sum(p.numel() for p in model.module.parameters())
     tokens = max(512, int(_TOKENS * min(1.0, _SMALL / max(parameters, 1))))
     return max(2, tokens // max(len(q.token_ids) for q in queries))
+
+
+def require_tokens_alone(model: ProbedModel, what: str) -> None:
+    """Raises: RevprobeError, for a model with virtual tokens (prompt or prefix adapters), which belong to no query."""
+    if any(model.contract.placement.ahead):
+        raise RevprobeError(
+            f"{model.name} attends to virtual tokens beside the query's, so {what} would be counted short; use an "
+            "adapter inside the model, such as LoRA, or the three probes, which read it right"
+        )
 
 
 def in_batches(

@@ -23,7 +23,7 @@ from ...hooks.layer_numbers import LayerNumbers
 from ...hooks.linearize import LinearizedAttention, LinearizedPass, hold_nonlinear
 from ...models.probed import ProbedModel
 from ...models.structure import attention_of, layer_numbers_of
-from .batches import QueryBatch
+from .batches import QueryBatch, require_tokens_alone
 
 # What a value is made from; "earlier" is what attention and MLPs of earlier layers wrote.
 SOURCES = ("token", "position", "norm", "bias", "earlier")
@@ -74,7 +74,8 @@ class LinearizedBatch:
 
     @classmethod
     def run(cls, model: ProbedModel, batch: QueryBatch) -> LinearizedBatch:
-        """Raises: RevprobeError, when no attention is seen or the logits are NaN."""
+        """Raises: RevprobeError, when no attention is seen, the logits are NaN, or virtual tokens are attended to."""
+        require_tokens_alone(model, "what is stored for the tokens")
         at = torch.arange(len(batch.rows), device=batch.rows.device)[:, None], batch.rows
         with torch.no_grad():
             own = model.logits(batch.input_ids, batch.attention_mask)[at]

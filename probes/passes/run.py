@@ -165,7 +165,7 @@ class _Pass:
             recorder = self._recorder(stack, queries) if gradient else None
             tapping = None
             if self.attention is not None:
-                at = batch.rows, batch.columns
+                at = batch.attention_rows, batch.attention_columns
                 tapping = tap_attention(self.model.module, *at, self.attention, batch.size)
             with tapping or nullcontext() as tap:
                 logits = readout(self.model, batch)

@@ -241,7 +241,7 @@ def _bounds_by_query(
     with untouched(model.module), torch.no_grad():
         for numbers in in_batches(model, range(len(prepared)), size, lambda q: len(prepared[q].token_ids)):
             batch = make_batch(model, [prepared[q] for q in numbers])
-            with tap_queries(model.module, batch.rows, attention_of(model)) as calls:
+            with tap_queries(model.module, batch.attention_rows, attention_of(model)) as calls:
                 model.logits(batch.input_ids, batch.attention_mask)
             apart = distance[numbers, None]
             for layer, rotary in turning.items():

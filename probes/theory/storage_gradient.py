@@ -61,7 +61,8 @@ def storage_gradient_cosines(
 def _factors(model: ProbedModel, queries: list[Query]) -> tuple[Tensor, Tensor]:
     """p - 1_v and the attention mass per token of each query. Shapes: `query vocab, query (head vocab)`, float64."""
     batch = make_batch(model, queries)
-    with tap_attention(model.module, batch.rows, batch.columns, attention_of(model), batch.size) as tap:
+    at = batch.attention_rows, batch.attention_columns
+    with tap_attention(model.module, *at, attention_of(model), batch.size) as tap:
         logits = model.logits(batch.input_ids, batch.attention_mask)
     layers = tap.layers()
     if len(layers) != 1:

@@ -144,10 +144,11 @@ def read_query(model: ProbedModel, query: Query) -> ReadQuery:
     batch = make_batch(model, [query])
     columns = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)[None]
     evidence = list(query.evidence_positions)
+    at = batch.attention_rows, columns + batch.ahead[1]
     with (
         untouched(model.module),
         torch.no_grad(),
-        tap_attention(model.module, batch.rows, columns, attention_of(model), batch.size) as tap,
+        tap_attention(model.module, *at, attention_of(model), batch.size) as tap,
     ):
         log_probabilities = readout(model, batch)
     target = log_probabilities[0].gather(-1, batch.targets[0][:, None])
