@@ -7,7 +7,7 @@ Shapes below: query, seq (longest of the batch, right-padded), token (most targe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby, islice, zip_longest
 from typing import TypeVar
 
@@ -84,8 +84,11 @@ def make_batch(model: ProbedModel, queries: Sequence[Query]) -> QueryBatch:
     )
     is_evidence = torch.arange(columns.shape[1]) < widths[:, None]
     shown = model.hide(tokens.to(device), hidden.to(device))
-    batch = QueryBatch(shown, padding, *(t.to(device) for t in (rows, targets, is_target, columns, is_evidence)))
-    return replace(batch, ahead=model.contract.placement.ahead)
+    rows, targets, is_target, columns, is_evidence = (
+        t.to(device) for t in (rows, targets, is_target, columns, is_evidence)
+    )
+    ahead = model.contract.placement.ahead
+    return QueryBatch(shown, padding, rows, targets, is_target, columns, is_evidence, ahead)
 
 
 def prepare_queries(model: ProbedModel, queries: Sequence[Query]) -> list[Query]:
