@@ -80,7 +80,7 @@ class ProbedModel(CalledModule):
             logit_shift = known.logit_shift if logit_shift is None and objective == known.objective else logit_shift
             name, step, weights = name or known.name, known.step if step is None else step, weights or known.weights
         super().__init__(module, name)
-        if introspect.is_empty(module):
+        if check and introspect.is_empty(module):
             raise RevprobeError(f"{self.name} holds no weights (device 'meta'); load them before it is wrapped")
         self.tokenizer, self.objective, self.step, self.weights = tokenizer, objective, step, weights
         self.mask_token_id = introspect.mask_token(mask_token_id, tokenizer, module, self.vocab_size, self.name)
