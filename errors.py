@@ -30,7 +30,7 @@ def shown(value: Any) -> str:
     """A value as an error shows it: on one line and shortened; a table, tensor or model by its kind alone.
 
     >>> shown("a" * 5000)
-    "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa...aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa'"
+    "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa...aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa'"
     >>> shown(object())
     'an object'
     """

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+import torch.nn.functional as F
 from torch import nn
 
 from ..errors import RevprobeError
-from .attention_calls import FunctionMode, Layout, Uncentred, is_attention_call
+from .attention_calls import FunctionMode, Layout, Uncentred, is_attention_call, softmaxed
 
 Source = Literal["sdpa", "softmax"]
 _SHOWN = 3
@@ -137,3 +138,30 @@ def _appends(running: list[str], path: str) -> Callable[..., None]:
 
 def _drop(running: list[str]) -> None:  # a returned value would replace the module's output
     running.pop()
+
+
+def attending_modules(module: nn.Module, run: Callable[[], object]) -> list[str]:
+    """The paths of the modules that compute attention in one run, whatever can be read of it; weights may be missing.
+
+    In the order of their first calls; softmaxes count where their input is `batch heads seq seq`.
+    """
+    running, found = [""], dict[str, None]()
+
+    def make(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        taken = softmaxed(func, args, kwargs)
+        square = taken is not None and taken[0].dim() == 4 and taken[0].shape[-1] == taken[0].shape[-2]
+        if func is F.scaled_dot_product_attention or square:
+            found[running[-1]] = None
+        return func(*args, **kwargs)
+
+    handles = []
+    for path, child in module.named_modules():
+        handles.append(child.register_forward_pre_hook(_appends(running, path)))
+        handles.append(child.register_forward_hook(lambda *_: _drop(running), always_call=True))
+    try:
+        with FunctionMode(make):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(found)

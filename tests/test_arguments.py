@@ -61,6 +61,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
     one = rp.Query(**query)
     toy = {name: np.eye(2) for name in ("embedding", "query", "key", "value", "unembedding")}
     found: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+        "diagnose": (rp.diagnose, {"model": model}),
         "FirstOrderPrediction": (rp.FirstOrderPrediction, {"pairs": pairs}),
         "ProbeCallback": (rp.ProbeCallback, {"pairs": pairs}),
         "ProbedModel": (rp.ProbedModel, {"module": model.module, "objective": "causal"}),

@@ -18,11 +18,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import RevprobeError, did_you_mean
+from ...hooks.attention_sites import attending_modules
+from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
-from ...models.structure import attention_of
 from ..config.finetuning import LoraOptions
 
 _LAYER = re.compile(r"^(?P<layers>.*?)\.(?P<number>\d+)(\.|$)")
+# Below this size in the traced pass nothing is learned from a longer one.
+_TRACED_TOKENS = 4
 
 
 def projections(model: ProbedModel) -> dict[str, str]:
@@ -30,7 +33,12 @@ def projections(model: ProbedModel) -> dict[str, str]:
 
     Raises: RevprobeError, when no attention is seen, or no linear module stands in the layers that compute it.
     """
-    sites = list(dict.fromkeys(site.path for site in attention_of(model).sites))
+    # Of a memory plan only shapes are at hand, and nothing can be read; where attention is computed shows all the same.
+    ids = torch.arange(_TRACED_TOKENS, device=model.device)[None] % model.vocab_size
+    with untouched(model.module), torch.no_grad():
+        sites = attending_modules(model.module, lambda: model.logits(ids))
+    if not sites:
+        raise RevprobeError(f"no attention was seen in {model.name}; name the modules to adapt in lora.targets")
     stacks = {found["layers"] for site in sites if (found := _LAYER.match(site))}
     linear = {name for name, part in model.module.named_modules() if isinstance(part, nn.Linear | Conv1D)}
     inside = sorted(name for name in linear if any(name.startswith(f"{stack}.") for stack in stacks))

@@ -189,7 +189,8 @@ def test_report_of_a_run_writes_both_files(cli: Cli, copied: Path) -> None:
     assert (code, err) == (0, "")
     assert "report.html" in out
     assert "plotly" in (copied / "report.html").read_text()
-    header = "run,objective,position_encoding,length,seed,step,weights,kind,measure,value,n,low,high,control"
+    header = "run,objective,position_encoding,length,seed,step,weights,kind,measure,value,n,facts,low,high,control,"
+    header += "undefined,reason,caution,statistics_version"
     assert (copied / "summary.csv").read_text().splitlines()[0] == header
 
 
@@ -452,10 +453,10 @@ def test_ctrl_c_during_start_up_is_one_line(module: str, tmp_path: Path) -> None
     code = (
         "import builtins, runpy, signal, os, sys\n"
         "before = builtins.__import__\n"
-        "def watched(name, *rest):\n"
+        "def watched(name, *rest, **named):\n"
         f"    if name == {module.split('.')[-1]!r} or name.endswith('.'.join({module!r}.split('.')[-2:])):\n"
         "        builtins.__import__ = before; os.kill(os.getpid(), signal.SIGINT)\n"
-        "    return before(name, *rest)\n"
+        "    return before(name, *rest, **named)\n"
         "builtins.__import__ = watched\n"
         "sys.argv = ['revprobe', 'train', 'one-layer-quick']\n"
         "runpy.run_module('revprobe', run_name='__main__')\n"

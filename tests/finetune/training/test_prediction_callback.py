@@ -311,7 +311,7 @@ def test_snapshots_follow_the_checkpoints_and_the_last_has_no_step_after_it(tmp_
 
 
 def test_what_is_not_pairs_is_refused() -> None:
-    with pytest.raises(rp.RevprobeError, match="pairs of type dict: expected one ReversalPairs"):
+    with pytest.raises(rp.RevprobeError, match=r"pairs=\{'gradient': 1\}: expected a list of ReversalPair"):
         FirstOrderPrediction({"gradient": 1})  # type: ignore[arg-type]
 
 

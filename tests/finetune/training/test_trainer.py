@@ -29,6 +29,9 @@ from revprobe.finetune.training.objectives import causal_loss, masked_diffusion_
 from revprobe.finetune.training.probe_callback import ProbeCallback, take_readings
 from revprobe.finetune.training.trainer import ForwardOnlyTrainer, Permutations, TokenRows
 from revprobe.models.checkpoints import step_name
+from revprobe.models.contract import contract
+from revprobe.models.contract.called import CalledModule
+from revprobe.models.contract.trial import Trial
 from revprobe.probes.fused import PROBES
 from revprobe.relations.catalog import letters
 
@@ -413,15 +416,15 @@ def test_probe_names_are_those_of_the_documentation() -> None:
 
 
 def test_a_run_checks_once_which_way_its_model_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each check is two forward passes; the answer cannot change while the run trains."""
+    """Each check is five forward passes; the answer cannot change while the run trains."""
     checks: list[str] = []
-    check = rp.ProbedModel._check_direction
+    judge = contract.run_trial
 
-    def counted(model: rp.ProbedModel) -> None:
-        checks.append(str(model.weights))
-        check(model)
+    def counted(model: CalledModule) -> Trial:
+        checks.append(model.name)
+        return judge(model)
 
-    monkeypatch.setattr(rp.ProbedModel, "_check_direction", counted)
+    monkeypatch.setattr(contract, "run_trial", counted)
     train(config(), tmp_path / "run")
     assert len(checks) == 1, f"checked {len(checks)} times"
     checks.clear()
