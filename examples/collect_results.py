@@ -37,8 +37,10 @@ def collect(name: str, folder: Path, out: Path, commit: str | None) -> dict[str,
     if measures.empty:
         raise SystemExit(f"no finished run of {name} in {str(folder)!r}; nothing was written")
     with written_whole(out / SWEEPS[name]) as part:
-        # Two digits beyond what any table shows; the rest is noise of the last bits and would triple the file.
-        measures.round(6).to_parquet(part, index=False, compression="zstd")
+        # Significant digits, so that the ends of an interval stay apart; the rest is noise and would triple the file.
+        fractions = measures.select_dtypes("float").columns
+        short = measures.assign(**{name: measures[name].map(lambda x: float(f"{x:.7g}")) for name in fractions})
+        short.to_parquet(part, index=False, compression="zstd")
     finished = list(pd.unique(measures["run"]))
     return {
         "command": f"revprobe sweep {name}",

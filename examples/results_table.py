@@ -11,21 +11,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from revprobe.atomic_files import write_text
-from revprobe.probes.statistics.intervals import perfect, proportion
-from revprobe.report.paper.markdown import markdown_table, one_layer_markdown, spread_markdown
-from revprobe.report.paper.reproduce import NOT_RUN, OUTSIDE, SIGNATURES, compare
+from revprobe.probes.figures.theme import interval_text
+from revprobe.report.paper.markdown import markdown_table, of_seeds, one_layer_markdown, spread_markdown
+from revprobe.report.paper.reproduce import NOT_RUN, OUTSIDE, compare
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SEEDS = 3
-LETTERS = 26
 ABOUT_INTERVALS = (
-    "Intervals: these runs were read under the first statistics, whose intervals resampled letters, and whose "
-    "control of the correlation was not centred (about -r / 25). Where all letters said the same, such intervals had "
-    "no width; those are replaced by today's (26 facts). The others stand as they were read, somewhat too narrow."
+    "Intervals: these runs were read under the first statistics (`statistics_version` 1), whose intervals resampled "
+    "letters, and whose control of the correlation was not centred (about -r / 25). Where all letters said the same, "
+    "such intervals had no width; in the files those are replaced by today's (26 facts), and ends that were rounded to "
+    "one number stand apart by that rounding. The others stand as they were read, somewhat too narrow."
 )
 ROUTE_EDITS, STORAGE_CURVES, ONE_STEP = "route_edits.csv", "storage_curves.csv", "one_step.csv"
 ABOUT_CURVES = (
@@ -38,15 +37,16 @@ ABOUT_STEPS = (
     "Made by the same command: the change by the run's own next optimizer step, which trains the forward direction "
     "alone. Mean over seeds, in brackets the lowest and the highest bound of any seed's 95 % interval over letters; "
     "then the same change for shuffled facts; in how many seeds the interval lies on the side that the theory expects "
-    "(S[v, u] rises, the losses fall); and the slope of the change on its first-order prediction over pairs (1: no "
-    "curvature) with Pearson's r. A checkpoint that no longer has its optimizer takes a step from a fresh one, longer "
-    "than the run's own."
+    "(S[v, u] rises, the losses fall), with the 95 % interval of that share of seeds; and the slope of the change on "
+    "its first-order prediction over pairs (1: no curvature) with Pearson's r. A checkpoint that no longer has its "
+    "optimizer takes a step from a fresh one, longer than the run's own."
 )
 ABOUT_ROUTES = (
     "Made by `python examples/route_edits.py RUNS --out examples/results`, whose text says what is measured and how "
     "much of it is algebra. Mirrored placements, the last checkpoint, the weights that a run is loaded with by default "
     "(the average). Mean over seeds, in brackets the lowest and the highest bound of any seed's 95 % interval over "
-    "letters. Probabilities and shares are fractions, the rest nats; n is the number of pairs of each seed. NaN: "
+    "letters. Probabilities and shares are fractions, the rest nats; n is the number of pairs of each seed, about 26 "
+    "facts (letters). NaN: "
     "without a gap between the two directions there is no share of it."
 )
 
@@ -54,7 +54,8 @@ ABOUT_ROUTES = (
 def readme(folder: Path) -> str:
     """The page, from one_layer.parquet, robustness.parquet (where there is one) and provenance.json in `folder`."""
     provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-    result = compare(of_some_width(pd.read_parquet(folder / "one_layer.parquet")), seeds=SEEDS)
+    full = pd.read_parquet(folder / "one_layer.parquet")
+    result = compare(full, seeds=SEEDS)
     counts = result.cells["status"].value_counts()
     verdicts = result.claims["verdict"].value_counts()
     parts = [
@@ -66,13 +67,11 @@ def readme(folder: Path) -> str:
         f"{counts.get(OUTSIDE, 0)} outside their tolerance, {counts.get(NOT_RUN, 0)} not run. "
         f"{len(result.claims)} claims: {', '.join(f'{count} {verdict}' for verdict, count in verdicts.items())}.",
         _about(provenance),
-        ABOUT_INTERVALS,
+        ABOUT_INTERVALS if (full["statistics_version"] == 1).any() else "",
         one_layer_markdown(result, seeds=SEEDS),
     ]
     if (folder / "robustness.parquet").is_file():
-        variants, full = (
-            of_some_width(pd.read_parquet(folder / f"{name}.parquet")) for name in ("robustness", "one_layer")
-        )
+        variants = pd.read_parquet(folder / "robustness.parquet")
         seeds = full[full["run"].str.startswith("rope-l10-s") & ~full["run"].isin(variants["run"])]
         parts.append(spread_markdown(pd.concat([seeds, variants], ignore_index=True)))
     else:
@@ -80,28 +79,7 @@ def readme(folder: Path) -> str:
     parts.append(_storage_curves(folder / STORAGE_CURVES))
     parts.append(_one_step(folder / ONE_STEP))
     parts.append(_route_edits(folder / ROUTE_EDITS))
-    return "\n\n".join(part.strip() for part in parts) + "\n"
-
-
-def of_some_width(measures: pd.DataFrame) -> pd.DataFrame:
-    """Measures of runs before statistics version 2, with intervals where the bootstrap gave none of any width.
-
-    Where all letters say the same, their rates are known, and with them the interval of today; elsewhere it would take
-    the readings' rows, which are not kept here.
-    """
-    if "facts" in measures:
-        return measures
-    measures = measures.assign(facts=LETTERS)
-    for place, row in measures[measures["low"] == measures["high"]].iterrows():
-        if row["measure"].endswith("accuracy"):
-            found = proportion(np.full(LETTERS, row["value"]), np.full(LETTERS, row["n"] / LETTERS))
-            low, high = found.low, found.high
-        elif row["measure"] in SIGNATURES:
-            low, high = perfect(row["value"], LETTERS)
-        else:
-            continue
-        measures.loc[place, ["low", "high"]] = float(low), float(high)
-    return measures
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 def _by_model(path: Path) -> pd.DataFrame:
@@ -145,11 +123,9 @@ def _one_step(path: Path) -> str:
         row = dict(zip(("model", "step", "optimizer", "quantity"), key, strict=True))
         sign, part = expected[str(row["quantity"])], part.dropna(subset=["observed_low"])
         clear = ((part["observed_low"] if sign > 0 else -part["observed_high"]) > 0).sum()
-        change = (
-            f"{part['observed'].mean():+.3f} [{part['observed_low'].min():+.3f}, {part['observed_high'].max():+.3f}]"
-        )
-        numbers = {"change": change, "shuffled facts": f"{part['observed_control'].mean():+.3f}"}
-        numbers |= {"as expected in": f"{clear} of {len(part)} seeds", "slope": f"{part['slope'].mean():.2f}"}
+        change = _with_interval(part, "observed", digits=3)
+        numbers = {"change": change, "shuffled facts": f"{part['observed_control'].mean():.3f}"}
+        numbers |= {"as expected in": of_seeds(int(clear), len(part)), "slope": f"{part['slope'].mean():.2f}"}
         numbers |= {"r": f"{part['correlation'].mean():.2f}"}
         rows.append(row | numbers | {"n": part["n"].min()})
     return f"{title}\n\n{ABOUT_STEPS}\n\n{markdown_table(rows)}"
@@ -178,7 +154,13 @@ def _over_seeds(part: pd.DataFrame | None) -> str:
         return "-"
     if part["value"].isna().any():
         return "NaN"
-    return f"{part['value'].mean():.4f} [{part['low'].min():.4f}, {part['high'].max():.4f}]"
+    return _with_interval(part, "", digits=4)
+
+
+def _with_interval(part: pd.DataFrame, name: str, *, digits: int) -> str:
+    """The mean over seeds, with the lowest and the highest bound of any."""
+    value, low, high = (f"{name}_{end}".strip("_") for end in ("" if name else "value", "low", "high"))
+    return interval_text(part[value].mean(), part[low].min(), part[high].max(), digits=digits)
 
 
 def _about(provenance: dict[str, Any]) -> str:

@@ -195,12 +195,12 @@ def main() -> None:
         tables.append(table)
         first = table.iloc[0]
         print(f"\n{first['run']}, step {first['step']}, {first['weights']} weights, {first['kind']} pairs")
-        print(table[["measure", "value", "low", "high", "n"]].to_string(index=False, float_format="%.4f"))
+        print(table[["measure", "value", "low", "high", "n", "facts"]].to_string(index=False, float_format="%.4f"))
         print("\n".join(verdicts(table)))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        # Two digits beyond what any table shows.
-        text = pd.concat(tables, ignore_index=True).round(6).to_csv(index=False, lineterminator="\n")
+        # Significant digits: the ends of an interval stay apart.
+        text = pd.concat(tables, ignore_index=True).to_csv(index=False, lineterminator="\n", float_format="%.7g")
         write_text(arguments.out / "route_edits.csv", text)
 
 

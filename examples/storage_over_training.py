@@ -73,8 +73,8 @@ def main() -> None:
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         for name, tables in zip((CURVES, STEPS), zip(*found, strict=True), strict=True):
-            # Two digits beyond what any table shows.
-            text = pd.concat(tables, ignore_index=True).round(6).to_csv(index=False, lineterminator="\n")
+            # Significant digits: the ends of an interval stay apart.
+            text = pd.concat(tables, ignore_index=True).to_csv(index=False, lineterminator="\n", float_format="%.7g")
             write_text(arguments.out / name, text)
 
 

@@ -1,12 +1,13 @@
 """How often the 95 % intervals over facts hold the truth, by the number of facts; docs/statistics.md holds the table.
 
-    python examples/benchmarks/coverage.py            # a few minutes on one core; prints the table
+    python examples/benchmarks/coverage.py            # a quarter of an hour on one core; prints the table
 
 Shapes: correlations 0, 0.5 and 0.9, of normal and of heavy-tailed (t with 4 degrees) scores, in one group or six that
-share half of each fact; means of probabilities that are even, beta(4, 4), or skewed, beta(0.3, 3); shares of 3, 20, 50
-and 90 % over ten questions of each fact, with intra-fact correlation 0, 0.5 and 1. The control of the correlation is
-held to what it claims, that it holds the value of scores that have nothing to do with each other. Every cell is the
-lowest coverage of any shape.
+share half of each fact; means of probabilities that are even, beta(4, 4), skewed, beta(0.3, 3), or near 0 for most
+facts and near 1 for a few, beta(0.1, 1), and means of the logarithms of the first two; shares of 3, 20, 50 and 90 %
+over ten questions of each fact, with intra-fact correlation 0, 0.5 and 1. The control of the correlation is held to
+what it claims, that it holds the value of scores that have nothing to do with each other. Every cell is the lowest
+coverage of any shape.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 from collections.abc import Iterator
 
 import numpy as np
+from scipy import special
 
 from revprobe.probes.statistics.group_correlation import group_correlation
 from revprobe.probes.statistics.intervals import (
@@ -47,16 +49,17 @@ def correlations(generator: np.random.Generator, facts: int, runs: int) -> Itera
 
 
 def means(generator: np.random.Generator, facts: int, runs: int) -> Iterator[dict[str, float]]:
-    """The same of mean probabilities beside a control that shares part of each fact."""
+    """The same of mean probabilities, and of mean log-probabilities, beside a control that shares part of each fact."""
     names = np.repeat(np.arange(facts), 2).astype(str)
-    for a, b in ((4, 4), (0.3, 3)):
-        truth, held = a / (a + b), {"value": 0, "control": 0, "excess": 0}
+    for a, b, logarithm in ((4, 4, False), (0.3, 3, False), (0.1, 1, False), (4, 4, True), (0.3, 3, True)):
+        truth = special.psi(a) - special.psi(a + b) if logarithm else a / (a + b)
+        bounds, held = None if logarithm else FRACTION, {"value": 0, "control": 0, "excess": 0}
         for _ in range(runs):
-            own = generator.beta(a, b, facts)
-            null = 0.5 * (own * 0.2 + generator.beta(a, b, facts) * 0.8)
-            own, null = np.repeat(own, 2), np.repeat(null, 2)
-            value, control = (mean_over_facts(part, names, bounds=FRACTION) for part in (own, null))
-            excess = difference_over_facts(own, null, names, bounds=FRACTION)
+            drawn = generator.beta(a, b, (2, facts))
+            own, other = np.log(drawn) if logarithm else drawn
+            own, null = np.repeat(own, 2), np.repeat(0.5 * (own * 0.2 + other * 0.8), 2)
+            value, control = (mean_over_facts(part, names, bounds=bounds) for part in (own, null))
+            excess = difference_over_facts(own, null, names, bounds=bounds)
             held["value"] += value.low <= truth <= value.high
             held["control"] += control.low <= truth / 2 <= control.high
             held["excess"] += excess.low <= truth / 2 <= excess.high
@@ -92,16 +95,22 @@ def answers(generator: np.random.Generator, share: float, together: float, facts
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=400, help="simulated readings of each shape")
-    runs = parser.parse_args().runs
-    print("| statistic | interval | " + " | ".join(f"{facts} facts" for facts in FACTS) + " |")
-    print("|---|---|" + "---|" * len(FACTS))
-    for name, simulate in (("correlation", correlations), ("mean", means), ("proportion", proportions)):
+    parser.add_argument("--correlations", type=int, default=400, help="simulated readings of each shape")
+    parser.add_argument("--means", type=int, default=1500, help="the same of means and of proportions")
+    asked = parser.parse_args()
+    print("| statistic | interval | shapes x readings | " + " | ".join(f"{facts} facts" for facts in FACTS) + " |")
+    print("|---|---|---|" + "---|" * len(FACTS))
+    for name, simulate, runs in (
+        ("correlation", correlations, asked.correlations),
+        ("mean", means, asked.means),
+        ("proportion", proportions, asked.means),
+    ):
         generator = np.random.default_rng(0)
         found = [list(simulate(generator, facts, runs)) for facts in FACTS]
         for interval in ("value", "control", "excess"):
-            lowest = [min(shape[interval] for shape in shapes if interval in shape) for shapes in found]
-            print(f"| {name} | {interval} | " + " | ".join(f"{low:.2f}" for low in lowest) + " |", flush=True)
+            of = [[shape[interval] for shape in shapes if interval in shape] for shapes in found]
+            cells = " | ".join(f"{min(shapes):.3f}" for shapes in of)
+            print(f"| {name} | {interval} | {len(of[0])} x {runs} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from ...probes.passes.asked import asked_pairs
 from ...probes.passes.batches import prepare_queries
 from ...probes.passes.slopes import loss_slopes
 from ...probes.statistics.by_part import evidence_by_pair
+from ...probes.statistics.estimators import STATISTICS_VERSION, missing_intervals
 from ...probes.statistics.intervals import mean_over_facts, ratio_over_facts
 from ...probes.statistics.old_columns import current_columns
 from ...probes.storage import control_partners, probe_stored_evidence
@@ -47,6 +48,7 @@ SWAPPED = "pairs of kind 'swapped' do not share an entry of S"
 PAST_END = "past the end of the run"
 QUANTITIES = ("stored", "forward_loss", "reverse_loss")
 FOLLOWED = ("before", "observed", "predicted", "observed_control", "predicted_control")
+AVERAGED = ("before", "observed", "predicted", "error", "observed_control", "excess", "predicted_control")
 # How far the central difference of S reaches, as a share of the parameters' norm: in float64 its own error (the square
 # of this) and rounding (1e-16 by this) are then about as small.
 _REACH = 1e-5
@@ -198,10 +200,10 @@ def one_step_curves(table: pd.DataFrame) -> pd.DataFrame:
     """What `one_step` gave, averaged over pairs: one row per checkpoint and quantity.
 
     Columns: step, optimizer, learning_rate, quantity, kind, n, n_control (pairs behind observed and behind its
-    control); before, observed, predicted, error (observed less predicted), observed_control, excess (observed less its
-    control, over the pairs that have both) and predicted_control, each a mean with _low and _high (95 %, over facts);
-    slope (of observed on predicted over pairs, through zero; 1 where curvature does not matter) with the same;
-    correlation (Pearson r of the two over pairs); reason.
+    control), facts (behind observed); before, observed, predicted, error (observed less predicted), observed_control,
+    excess (observed less its control, over the pairs that have both) and predicted_control, each a mean with _low and
+    _high (95 %, over facts); slope (of observed on predicted over pairs, through zero; 1 where curvature does not
+    matter) with the same; correlation (Pearson r of the two over pairs); reason; statistics_version.
     Raises: RevprobeError, for a table without rows.
     """
     if table.empty:
@@ -217,12 +219,14 @@ def one_step_curves(table: pd.DataFrame) -> pd.DataFrame:
     for key, part in table.groupby(keys, sort=False, dropna=False):
         row: dict[str, Any] = dict(zip(keys, key, strict=True))
         facts = part["fact"].to_numpy().astype(str)
-        for name in ("before", "observed", "predicted", "error", "observed_control", "excess", "predicted_control"):
-            found = mean_over_facts(part[name].to_numpy(dtype=np.float64), facts)
+        means = {name: mean_over_facts(part[name].to_numpy(dtype=np.float64), facts) for name in AVERAGED}
+        for name, found in means.items():
             row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
-            row |= {"observed": {"n": found.n}, "observed_control": {"n_control": found.n}}.get(name, {})
-        row |= _agreement(part, facts)
-        row["reason"] = NO_RATE if row["learning_rate"] == 0 else next(iter(part["reason"][part["reason"] != ""]), "")
+        own = means["observed"]
+        row |= {"n": own.n, "facts": own.facts, "n_control": means["observed_control"].n} | _agreement(part, facts)
+        reasons = [next(iter(part["reason"][part["reason"] != ""]), ""), missing_intervals(means)]
+        row["reason"] = NO_RATE if row["learning_rate"] == 0 else "; ".join(filter(None, reasons))
+        row["statistics_version"] = STATISTICS_VERSION
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -19,6 +19,7 @@ from ...models.probed import ProbedModel
 from ...probes.pairs.pairs import ReversalPairs
 from ...probes.readings.reading import Reading
 from ...probes.statistics.by_part import evidence_by_pair
+from ...probes.statistics.estimators import STATISTICS_VERSION, missing_interval
 from ...probes.statistics.intervals import mean_over_facts
 from ...probes.storage import probe_stored_evidence
 from ...relations.catalog import letters
@@ -28,8 +29,8 @@ from ..runs.run import Run
 
 # Per pair, summed over layers and heads; attention is averaged over them.
 CURVES = ("stored", "weight", "contribution", "margin", "rank", "logit")
-COLUMNS = ["step", "weights", "kind", "curve", "direction", "value", "n", "low", "high"]
-COLUMNS += ["control", "control_n", "control_low", "control_high"]
+COLUMNS = ["step", "weights", "kind", "curve", "direction", "value", "n", "facts", "low", "high"]
+COLUMNS += ["control", "control_n", "control_low", "control_high", "reason", "statistics_version"]
 
 
 @checked
@@ -49,10 +50,11 @@ def storage_curves(
             given, of kind "same_target".
         steps: which checkpoints, negative ones counted from the last; all that are complete when None.
         weights: "raw" or "ema"; both where the run keeps an average when None.
-    Returns: tidy rows: step, weights, kind, curve, direction, value, n, low, high (95 %, over facts), and for the
-        stored evidence under the reverse query control, control_n, control_low, control_high. Curves: stored (S[v, u]),
-        weight (attention on the evidence, mean over layers and heads), contribution (what the evidence position adds
-        to the logit, all sources), margin and rank (of S[v, u] among the targets), logit.
+    Returns: tidy rows: step, weights, kind, curve, direction, value, n (pairs), facts, low, high (95 %, over facts);
+        for the stored evidence under the reverse query control, control_n, control_low, control_high; reason (why there
+        is no interval, as where all facts are alike) and statistics_version. Curves: stored (S[v, u]), weight
+        (attention on the evidence, mean over layers and heads), contribution (what the evidence position adds to the
+        logit, all sources), margin and rank (of S[v, u] among the targets), logit.
     Raises: RevprobeError, for a run without checkpoints, an empty list of steps, a step it lacks, a fine-tuning
         without pairs, or a causal run, whose pairs swap roles (S couples one target with one evidence token).
     """
@@ -111,7 +113,7 @@ def require_masked(run: Run, pairs: ReversalPairs | None) -> None:
 
 
 def curve_rows(reading: Reading) -> list[dict[str, Any]]:
-    """The curves of one reading: curve, direction, value, n, low, high and, where there is one, the control."""
+    """The curves of one reading, as `storage_curves` tells of them."""
     table = evidence_by_pair(reading)
     facts = table["fact"].to_numpy().astype(str)
     rows: list[dict[str, Any]] = []
@@ -119,7 +121,8 @@ def curve_rows(reading: Reading) -> list[dict[str, Any]]:
         for direction in ("forward", "reverse"):
             found = mean_over_facts(table[f"{curve}_{direction}"].to_numpy(dtype=np.float64), facts)
             row = {"kind": reading.meta["kind"], "curve": curve, "direction": direction, "value": found.value}
-            row |= {"n": found.n, "low": found.low, "high": found.high}
+            row |= {"n": found.n, "facts": found.facts, "low": found.low, "high": found.high}
+            row |= {"reason": missing_interval(found), "statistics_version": STATISTICS_VERSION}
             if (curve, direction) == ("stored", "reverse") and reading.control is not None:
                 low, high = reading.control.interval
                 row |= {"control": reading.control.value, "control_n": reading.control.n}

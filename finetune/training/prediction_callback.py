@@ -38,6 +38,7 @@ from ...probes.pairs.query import Query
 from ...probes.passes.asked import asked_pairs
 from ...probes.passes.batches import prepare_queries
 from ...probes.passes.slopes import loss_slopes
+from ...probes.statistics.estimators import STATISTICS_VERSION, missing_intervals
 from ...probes.statistics.intervals import mean_over_facts
 from ...probes.statistics.old_columns import current_columns
 from ...probes.statistics.resampling import derangement
@@ -47,10 +48,22 @@ from .probe_callback import Wrapping
 
 PREDICTIONS = "predictions.parquet"
 NO_STEP_FOLLOWS = "training ended here: no step follows this snapshot"
-# Means over pairs, each with an interval from resampling facts.
+# Means over pairs, each with an interval over facts.
 _MEASURES = ("loss", "predicted", "predicted_by_adamw", "observed", "error", "predicted_control", "observed_control")
 _INTERVALS = [f"{name}{end}" for name in _MEASURES for end in ("", "_low", "_high")]
-COLUMNS = ["step", "direction", "kind", "n", *_INTERVALS, "learning_rate", "update_norm", "optimizer", "reason"]
+COLUMNS = [
+    "step",
+    "direction",
+    "kind",
+    "n",
+    "facts",
+    *_INTERVALS,
+    "learning_rate",
+    "update_norm",
+    "optimizer",
+    "reason",
+]
+COLUMNS.append("statistics_version")
 
 
 class FirstOrderPrediction(TrainerCallback):
@@ -67,11 +80,12 @@ class FirstOrderPrediction(TrainerCallback):
         batch_size: queries per run of the model.
         wrapping: how to wrap the Trainer's model, as in `ProbeCallback`.
 
-    The table has two rows a snapshot, one for each direction: step, direction, kind, n (pairs); then, each with _low
-    and _high (95 %, over facts), loss (before the step), predicted (<gradient, update made>), predicted_by_adamw
+    The table has two rows a snapshot, one for each direction: step, direction, kind, n (pairs), facts; then, each with
+    _low and _high (95 %, over facts), loss (before the step), predicted (<gradient, update made>), predicted_by_adamw
     (<gradient, AdamW's formula worked out before the step>; NaN with the reason for other optimizers), observed (loss
     after minus loss before), error (observed minus predicted), predicted_control and
-    observed_control; then learning_rate, update_norm (Euclidean, over all trainable parameters), optimizer, reason.
+    observed_control; then learning_rate, update_norm (Euclidean, over all trainable parameters), optimizer, reason, and
+    statistics_version, under which the row's intervals were worked out: a resumed run keeps the rows it had.
     All changes are in nats.
     Raises: RevprobeError, for pairs that are no ReversalPairs, and whatever the probes refuse.
     """
@@ -88,8 +102,6 @@ class FirstOrderPrediction(TrainerCallback):
         seed: int = 0,
         **wrapping: Any,
     ) -> None:
-        if not isinstance(pairs, ReversalPairs):
-            raise RevprobeError(f"pairs of type {type(pairs).__name__}: expected one ReversalPairs")
         self.pairs, self.path = pairs, None if path is None else Path(path)
         self.steps = None if steps is None else frozenset(steps)
         self.control, self.batch_size, self.seed = control, batch_size, seed
@@ -133,7 +145,7 @@ class FirstOrderPrediction(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **at: Any) -> None:
         if state.global_step in self._due and not (self.table["step"] == state.global_step).any():
-            blank = {"step": state.global_step, "kind": self.pairs.kind, "n": 0, "reason": NO_STEP_FOLLOWS}
+            blank = {"step": state.global_step, "kind": self.pairs.kind, "n": 0, "facts": 0, "reason": NO_STEP_FOLLOWS}
             self._add([{**blank, "direction": direction} for direction in ("forward", "reverse")], args, state)
 
     # ---- what ----
@@ -162,23 +174,21 @@ class FirstOrderPrediction(TrainerCallback):
             "learning_rate": step.learning_rate,
             "update_norm": float(torch.stack([u.double().square().sum() for u in made.values()]).sum().sqrt()),
             "optimizer": step.optimizer,
-            "reason": step.reason,
         }
-        return [facts | self._row(direction, values, asked) for direction in ("forward", "reverse")]
+        return [facts | self._row(direction, values, asked, step.reason) for direction in ("forward", "reverse")]
 
-    def _row(self, direction: str, values: Mapping[str, np.ndarray], asked: _Asked) -> dict[str, Any]:
+    def _row(self, direction: str, values: Mapping[str, np.ndarray], asked: _Asked, reason: str) -> dict[str, Any]:
         own, other = asked.index[direction], asked.index[f"{direction}_control"]
         columns = {name: each[own] for name, each in values.items()}
         columns["error"] = columns["observed"] - columns["predicted"]
         for name in ("predicted", "observed"):
             columns[f"{name}_control"] = np.where(other >= 0, values[name][other], np.nan)
         row: dict[str, Any] = {"direction": direction}
-        for name in _MEASURES:
-            found = mean_over_facts(columns[name], self.pairs.facts.astype(str))
+        means = {name: mean_over_facts(columns[name], self.pairs.facts.astype(str)) for name in _MEASURES}
+        for name, found in means.items():
             row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
-            if name == "observed":
-                row["n"] = found.n
-        return row
+        row |= {"n": means["observed"].n, "facts": means["observed"].facts}
+        return row | {"reason": "; ".join(filter(None, [reason, missing_intervals(means)]))}
 
     # ---- where ----
 
@@ -198,7 +208,7 @@ class FirstOrderPrediction(TrainerCallback):
             ) from error
 
     def _add(self, rows: list[dict[str, Any]], args: TrainingArguments, state: TrainerState) -> None:
-        kept = self.table.to_dict("records")
+        kept, rows = self.table.to_dict("records"), [row | {"statistics_version": STATISTICS_VERSION} for row in rows]
         self.table = pd.DataFrame([*kept, *rows]).reindex(columns=COLUMNS)
         if state.is_world_process_zero:
             facts = {"pairs": self.pairs.digest, "pair_count": len(self.pairs), "seed": self.seed}

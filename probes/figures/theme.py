@@ -125,28 +125,37 @@ def plain(text: object, *, limit: int | None = LABEL_LIMIT) -> str:
     return html.escape(line, quote=False)
 
 
-def interval_text(value: float, low: float, high: float, control: float = math.nan, *, percent: bool = False) -> str:
+def interval_text(
+    value: float,
+    low: float,
+    high: float,
+    control: float = math.nan,
+    *,
+    percent: bool = False,
+    digits: int | None = None,
+) -> str:
     """A value as people read it: `0.53 [0.41, 0.62] (control 0.02)`; an undefined one is called so.
 
     Args:
         percent: the numbers are fractions and are shown as percentages (without the sign).
+        digits: behind the point, at least; 2, of percentages 1, when None.
     """
     if math.isnan(value):
         return "undefined"
     # Ends that round to one number would read as an interval of no width: they get the digits that tell them apart.
-    usual = 1 if percent else 2
-    known = not (math.isnan(low) or math.isnan(high))
-    digits = next(
-        (d for d in range(usual, 7) if not known or _rounded(low, percent, d) != _rounded(high, percent, d)), 7
-    )
-    text = _rounded(value, percent, digits)
-    if known:
-        text += f" [{_rounded(low, percent, digits)}, {_rounded(high, percent, digits)}]"
-    return text if math.isnan(control) else f"{text} (control {_rounded(control, percent)})"
+    least = digits or (1 if percent else 2)
+    beside = "" if math.isnan(control) else f" (control {_rounded(control, percent, least)})"
+    if not low < high:  # without an interval, or one of no width, which would claim certainty
+        return _rounded(value, percent, least) + beside
+    for places in range(least, 17):
+        ends = _rounded(low, percent, places), _rounded(high, percent, places)
+        if ends[0] != ends[1]:
+            return f"{_rounded(value, percent, places)} [{ends[0]}, {ends[1]}]{beside}"
+    return _rounded(value, percent, least) + beside  # within rounding of each other
 
 
-def _rounded(number: float, percent: bool, digits: int | None = None) -> str:
-    text = f"{100 * number:.{digits or 1}f}" if percent else f"{number:.{digits or 2}f}"
+def _rounded(number: float, percent: bool, digits: int) -> str:
+    text = f"{100 * number if percent else number:.{digits}f}"
     # A control just below zero would print as "-0.00", and its sign says nothing.
     return text.removeprefix("-") if float(text) == 0 else text
 

@@ -14,7 +14,7 @@ facts are so few that its intervals were seen to cover too little.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -251,7 +251,8 @@ def _with_control(
     """
     mean = proportion_over_facts if binary else lambda part, of: mean_over_facts(part, of, bounds=bounds)
     estimate = mean(values, facts)
-    few = caution("proportion" if binary else "mean", estimate.facts)
+    kind = "proportion" if binary else "mean"
+    few = caution(kind, estimate.facts)
     lost = int((~np.isfinite(values)).sum()) - sum(undefined.values())
     undefined = undefined | ({NOT_FINITE: lost} if lost > 0 else {})
     if null is None:
@@ -263,6 +264,8 @@ def _with_control(
         return _explained(Measured(estimate, None, None, undefined, statistic, few), len(values))
     control = Control(floor.value, (floor.low, floor.high), floor.n, method, floor.facts)
     excess = difference_over_facts(values, null, facts, bounds=FRACTION if binary else bounds, binary=binary)
+    # Facts without a partner have a value and no control: the excess may rest on fewer.
+    few = few or caution(kind, min(floor.facts, excess.facts))
     return _explained(Measured(estimate, control, excess, undefined, statistic, few), len(values))
 
 
@@ -272,9 +275,28 @@ def _explained(measured: Measured, rows: int) -> Measured:
     if np.isnan(measured.estimate.value) and not undefined:
         undefined[NOT_FINITE] = rows
     for found in (measured.estimate, measured.excess):
-        if found is not None and np.isfinite(found.value) and np.isnan(found.low):
-            undefined[ONE_FACT if found.facts < 2 else SAME_FOR_ALL] = found.n
+        if found is not None and (reason := missing_interval(found)):
+            undefined[reason] = found.n
     return replace(measured, undefined=undefined)
+
+
+def missing_interval(found: Estimate) -> str:
+    """Why a number has no interval; empty where it has one, or is itself undefined."""
+    if np.isnan(found.value) or not np.isnan(found.low):
+        return ""
+    return ONE_FACT if found.facts < 2 else SAME_FOR_ALL
+
+
+def missing_intervals(found: Mapping[str, Estimate]) -> str:
+    """Which of several numbers have no interval, and why; empty where all have one.
+
+    >>> missing_intervals({"loss": Estimate(2.0, float("nan"), float("nan"), 4, 1)})
+    'loss: of one fact, so without an interval'
+    """
+    names: dict[str, list[str]] = {}
+    for name, estimate in found.items():
+        names.setdefault(missing_interval(estimate), []).append(name)
+    return "; ".join(f"{', '.join(some)}: {why}" for why, some in names.items() if why)
 
 
 def _reasons(frame: pd.DataFrame) -> dict[str, int]:

@@ -19,4 +19,7 @@ def current_columns(table: pd.DataFrame) -> pd.DataFrame:
         first, underscore, rest = str(column).partition("_")
         return f"{_RENAMED[first]}{underscore}{rest}" if first in _RENAMED else column
 
-    return table.rename(columns=renamed)
+    table = table.rename(columns=renamed)
+    if "n" in table and "statistics_version" not in table:  # of the first statistics, which did not count facts
+        table = table.assign(facts=float("nan"), statistics_version=1)
+    return table

@@ -7,16 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ...atomic_files import write_text
 from ...probes.figures.theme import interval_text
+from ...probes.statistics.intervals import proportion
 from .printed_values import TOLERANCES
 from .reproduce import MODEL, NOT_RUN, OUTSIDE, SIGNATURES, UNDEFINED, Reproduction, model_name, records
 
 MARK = "✗"
 HOW_TO_READ = (
-    "Per cent. Ours is the mean over seeds ± the standard deviation between seeds (none with one seed), then the "
+    "Per cent. Ours is the mean over seeds ± the standard deviation between seeds (none with one seed), its 95 % "
+    "interval over seeds (three seeds alike at 100 % are three, not certain; of one seed over facts), then the "
     f"difference to the paper. {MARK} marks a cell outside its tolerance. The paper's text does not say whether its "
     "numbers are accuracies or mean probabilities, nor on which weights: all four are shown. n is the number of "
     "questions per seed. A masked model is asked every placement of every letter in both directions: the lowercase "
@@ -27,7 +30,8 @@ HOW_TO_READ = (
 )
 ABOUT_CLAIMS = (
     "A claim holds when it holds in every seed asked for, so far while some of them have not been run, and does not "
-    "hold when one seed is against it."
+    "hold when one seed is against it. In brackets the 95 % interval of the share of seeds (Clopper-Pearson): of three "
+    "seeds, three say little about the next."
 )
 ABOUT_SEEDS = "Value and 95 % interval over facts, at the last checkpoint of each run. Accuracies in per cent."
 ABOUT_SIGNATURES = (
@@ -106,6 +110,16 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
+def of_seeds(held: int, seeds: int) -> str:
+    """In how many seeds something holds, with the 95 % interval of that share in per cent.
+
+    >>> of_seeds(3, 3)
+    '3 of 3 [29, 100] %'
+    """
+    share = proportion(np.repeat([1.0, 0.0], [held, seeds - held]))
+    return f"{held} of {seeds} [{100 * share.low:.0f}, {100 * share.high:.0f}] %"
+
+
 def _cells(cells: pd.DataFrame, seeds: int) -> str:
     rows = []
     for key, part in cells.groupby(["table", *MODEL, "direction"], sort=False):
@@ -133,7 +147,8 @@ def _ours(row: Mapping[str, Any] | None) -> str:
     if row["status"] in (NOT_RUN, UNDEFINED):
         return str(row["status"])
     spread = "" if math.isnan(row["spread"]) else f" ± {_percent(row['spread'])}"
-    text = f"{_percent(row['ours'])}{spread} ({100 * row['difference']:+.1f})"
+    mean, _, ends = interval_text(row["ours"], row["low"], row["high"], percent=True).partition(" ")
+    text = f"{mean}{spread} {ends} ({100 * row['difference']:+.1f})"
     return f"{text} {MARK}" if row["status"] == OUTSIDE else text
 
 
@@ -144,7 +159,7 @@ def _claims(claims: pd.DataFrame) -> str:
             "L": row["length"],
             "weights": row["weights"],
             "verdict": row["verdict"],
-            "seeds": "-" if row["verdict"] == NOT_RUN else f"{row['holds_in']} of {row['seeds']}",
+            "seeds": "-" if row["verdict"] == NOT_RUN else of_seeds(row["holds_in"], row["seeds"]),
             "numbers": row["detail"],
         }
         for row in records(claims)
@@ -162,7 +177,7 @@ def _signatures(signatures: pd.DataFrame) -> str:
             "control": f"{row['control']:.3f}",
             "excess (lowest bound of any seed)": f"{row['excess']:.3f} ({row['excess_low']:.3f})",
             "untrained": f"{row['excess_untrained']:.3f}",
-            "seeds above control": f"{row['above_control']} of {row['seeds']}",
+            "seeds above control": of_seeds(row["above_control"], row["seeds"]),
         }
         for row in records(signatures)
     ]
@@ -177,7 +192,7 @@ def _seeds(seeds: pd.DataFrame) -> str:
         for measure in (*_ANSWERS, *SIGNATURES):
             one, percent = numbers[measure], measure.endswith("accuracy")
             shown = interval_text(one["value"], one["low"], one["high"], percent=percent)
-            row[measure.replace("_", " ")] = f"{shown}, n = {one['n']}"
+            row[measure.replace("_", " ")] = f"{shown}, n = {one['n']}, {one['facts']} facts"
         rows.append(row)
     return markdown_table(rows)
 

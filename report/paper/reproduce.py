@@ -21,10 +21,12 @@ from ...finetune.config.loading import load_config
 from ...finetune.config.one_layer import Cell, RunConfig, SweepConfig
 from ...finetune.runs.open import is_finished, open_run
 from ...probes.readings.reading import MEASURE_COLUMNS
+from ...probes.statistics.estimators import STATISTICS_VERSION
+from ...probes.statistics.intervals import FRACTION, Estimate, mean_over_facts, proportion
 from .printed_values import ARM_REVERSE_TOLERANCE, one_layer_cells
 
 AXES = ["objective", "position_encoding", "length", "seed"]
-COLUMNS = ["run", *AXES, "step", "weights", "kind", *MEASURE_COLUMNS]
+COLUMNS = ["run", *AXES, "step", "weights", "kind", *MEASURE_COLUMNS, "statistics_version"]
 MODEL = ["objective", "position_encoding", "length"]
 QUANTITIES = ("accuracy", "probability")
 SIGNATURES = ("attention_correlation", "gradient_cosine")
@@ -96,7 +98,8 @@ def collect_measures(folder: str | Path, runs: Iterable[RunConfig]) -> tuple[pd.
         try:
             if is_finished(path, on_device_of(path, config)):
                 measures = open_run(path).readings().measures()
-                parts.append(measures.assign(run=config.name, **config.axes)[COLUMNS])
+                about = {"run": config.name, "statistics_version": STATISTICS_VERSION} | config.axes
+                parts.append(measures.assign(**about)[COLUMNS])
                 continue
             left_out[config.name] = open_run(path).problem or "a run of another config lies in its folder"
         except RevprobeError as error:
@@ -159,6 +162,7 @@ def _cell(last: pd.DataFrame, cell: dict[str, Any], quantity: str, weights: str)
     values = own["value"].to_numpy(float)
     mean = float(values.mean()) if len(values) else math.nan
     difference = mean - cell["paper"]
+    interval = over_seeds(own, binary=quantity == "accuracy")
     # The last digit of a float subtraction must not decide.
     within = abs(difference) <= cell["tolerance"] + 1e-12
     return {
@@ -169,11 +173,29 @@ def _cell(last: pd.DataFrame, cell: dict[str, Any], quantity: str, weights: str)
         "facts": int(own["facts"].min()) if len(values) else 0,
         # Between seeds; one seed has none.
         "spread": float(values.std(ddof=1)) if len(values) > 1 else math.nan,
+        "low": interval.low,
+        "high": interval.high,
         "lowest": float(values.min()) if len(values) else math.nan,
         "highest": float(values.max()) if len(values) else math.nan,
         "difference": difference,
         "status": NOT_RUN if not len(values) else UNDEFINED if math.isnan(mean) else WITHIN if within else OUTSIDE,
     }
+
+
+def over_seeds(rows: pd.DataFrame, *, binary: bool) -> Estimate:
+    """The mean of a fraction over seeds, n questions each, with its 95 % interval; one seed keeps its own over facts.
+
+    `binary`: shares of questions, whose interval is Clopper-Pearson's; else mean probabilities.
+    """
+    values = rows["value"].to_numpy(float)
+    if not len(values) or np.isnan(values).any():
+        return Estimate.undefined()
+    if len(values) == 1:
+        one = rows.iloc[0]
+        return Estimate(values[0], float(one["low"]), float(one["high"]), int(one["n"]), int(one["facts"]))
+    if binary:
+        return proportion(values, np.full(len(values), rows["n"].to_numpy(float).mean()))
+    return mean_over_facts(values, np.arange(len(values)), bounds=FRACTION)
 
 
 def _at(frame: pd.DataFrame, model: dict[str, Any], weights: str, measure: str) -> pd.DataFrame:
@@ -239,12 +261,16 @@ class _Claims:
         for model in models:
             if model["objective"] == "causal":
                 rows += [self.arm_stays_low(model, quantity) for quantity in QUANTITIES]
-        return pd.DataFrame(rows, columns=["claim", "length", "weights", "holds_in", "seeds", "verdict", "detail"])
+        return pd.DataFrame(
+            rows, columns=["claim", "length", "weights", "holds_in", "seeds", "low", "high", "verdict", "detail"]
+        )
 
     def verdict(self, claim: str, length: object, weights: str, held: Sequence[bool], detail: str) -> dict[str, Any]:
         """A claim holds when it does in every seed asked for, and does not when one seed is against it."""
         verdict = NOT_RUN if not held else FAILS if not all(held) else HOLDS if len(held) >= self.seeds else SO_FAR
         row: dict[str, Any] = {"claim": claim, "length": length, "weights": weights, "holds_in": sum(held)}
+        share = proportion(np.array(held, dtype=float))
+        row |= {"low": share.low, "high": share.high}
         if 0 < len(held) < self.seeds:
             detail = f"{detail}; {len(held)} of {self.seeds} seeds"
         return row | {"seeds": len(held), "verdict": verdict, "detail": detail if held else ""}

@@ -15,7 +15,10 @@ import pandas as pd
 
 from ...finetune.runs.run import Run
 
-SEEDS_KEY = "line: mean over seeds · band: lowest to highest seed · dashed: mean control · ×: undefined in some seed"
+SEEDS_KEY = (
+    "line: mean over seeds · band: lowest to highest seed (their range, no 95 % interval) · dashed: mean control · "
+    "×: undefined in some seed"
+)
 _SERIES = ["family", "weights", "kind"]
 
 
@@ -26,9 +29,9 @@ def pool_seeds(measures: pd.DataFrame, names: dict[str, str]) -> tuple[pd.DataFr
         measures: rows as `RunsFolder.measures` gives them.
         names: what each run is called.
     Returns: rows of the same columns: `run` is the family's label with its number of seeds, value and control are
-        means over seeds, low and high the lowest and highest seed, n the fewest pairs of a seed (undefined in one seed
-        is undefined, with the reason); and a note for each family with steps that not all its seeds have reached, which
-        are left out, since a mean over changing seeds jumps where none of them does.
+        means over seeds, low and high the lowest and highest seed, n and facts the fewest of a seed (undefined in one
+        seed is undefined, with the reason); and a note for each family with steps that not all its seeds have reached,
+        which are left out, since a mean over changing seeds jumps where none of them does.
     """
     rows, notes = [], []
     for _, series in measures.groupby(_SERIES, sort=False, dropna=False):
@@ -73,6 +76,7 @@ def _pooled(part: pd.DataFrame) -> dict[str, Any]:
     undefined = int(values.isna().sum())
     row |= {"value": values.mean(skipna=False), "low": values.min(skipna=False), "high": values.max(skipna=False)}
     row |= {"control": part["control"].astype(float).mean(skipna=False), "n": part["n"].min()}
+    row |= {"facts": part["facts"].min()} if "facts" in part else {}
     why = next((str(reason) for reason, value in zip(part["reason"], values, strict=True) if math.isnan(value)), "")
     row["reason"] = f"{undefined} of {len(part)} seeds: {why}" if undefined else ""
     if len(part) == 1:  # a single run keeps its interval over facts off: this figure's band is the range of seeds

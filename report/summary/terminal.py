@@ -68,6 +68,10 @@ def print_final(summary: pd.DataFrame, console: Console) -> None:
     console.print(table)
     if not wide:
         console.print("probabilities: see the report, or widen the terminal")
+    if "caution" in summary:
+        for caution, part in summary.dropna(subset=["caution"]).groupby("caution"):
+            if caution:
+                console.print(f"{', '.join(name.replace('_', ' ') for name in pd.unique(part['measure']))}: {caution}")
 
 
 def text_table(frame: pd.DataFrame, title: str) -> Table:

@@ -189,8 +189,8 @@ def test_report_of_a_run_writes_both_files(cli: Cli, copied: Path) -> None:
     assert (code, err) == (0, "")
     assert "report.html" in out
     assert "plotly" in (copied / "report.html").read_text()
-    header = "run,objective,position_encoding,length,seed,step,weights,kind,measure,value,n,facts,low,high,control,"
-    header += "undefined,reason,caution,statistics_version"
+    header = "run,objective,position_encoding,length,seed,step,weights,kind,measure,value,n,facts,low,high,control"
+    header += ",undefined,reason,caution,statistics_version"
     assert (copied / "summary.csv").read_text().splitlines()[0] == header
 
 

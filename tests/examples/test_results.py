@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,8 +50,8 @@ def test_every_run_is_either_in_the_numbers_or_listed_as_not_run(results: Path) 
     provenance = json.loads((results / "provenance.json").read_text())
     for name, sweep in provenance["sweeps"].items():
         frame, config = pd.read_parquet(results / SWEEPS[name]), load_config(name, SweepConfig)
-        # Read under the first statistics, which counted neither facts nor what is undefined.
-        newer = {"facts", "undefined", "reason", "caution"}
+        # Read under the first statistics, which did not count what is undefined.
+        newer = {"undefined", "reason", "caution"}
         assert list(frame.columns) == [column for column in COLUMNS if column not in newer]
         finished = {run.name for run in config.runs()} - set(sweep["not_run"])
         assert finished == set(sweep["finished"]) == set(frame["run"]), name
@@ -59,6 +60,26 @@ def test_every_run_is_either_in_the_numbers_or_listed_as_not_run(results: Path) 
         assert (results / SWEEPS[name]).stat().st_size < 3_000_000
         assert len(sweep["trained_at_commit"]) == 40
     assert len(provenance["collected_at_commit"]) == 40
+
+
+def test_no_committed_interval_is_of_no_width(results: Path, root: Path) -> None:
+    """A lower end equal to the upper one claims certainty; n, facts and the statistics' version stand beside each."""
+    tables = {path.name: pd.read_csv(path) for path in results.glob("*.csv")}
+    tables |= {path.name: pd.read_parquet(path) for path in results.glob("*.parquet")}
+    assert len(tables) == 5
+    for name, table in tables.items():
+        assert table["facts"].eq(26).all() and table["statistics_version"].notna().all(), name
+        lows = [column for column in table if column.endswith("low")]
+        for low in lows:
+            high = f"{low.removesuffix('low')}high"
+            assert (table[low].isna() | (table[low] < table[high])).all(), f"{name}: {low}"
+    curves = tables["storage_curves.csv"]
+    assert (curves["low"].isna() == curves["reason"].notna()).all(), "no interval without a reason"
+    pages = [root / "README.md", *(root / "docs").glob("*.md"), *results.glob("*.md")]
+    number = r"[+-]?[\d.]+(?:e[+-]?\d+)?"
+    for page in pages:
+        ends = re.findall(rf"\d[^|\[]{{0,8}}\[({number}), ({number})\]", page.read_text(encoding="utf-8"))
+        assert not [pair for pair in ends if float(pair[0]) == float(pair[1])], page.name
 
 
 def test_the_route_edits_are_of_runs_in_the_tables_and_agree_with_them(results: Path) -> None:
@@ -123,9 +144,10 @@ def test_the_page_counts_the_seeds_in_which_a_step_does_what_is_expected(
     frame.to_csv(tmp_path / "one_step.csv", index=False)
     text = scripts[1]._one_step(tmp_path / "one_step.csv")
     assert (
-        "| rope-l10 | 5 | saved | stored | +0.167 [-0.100, +0.400] | +0.000 | 2 of 3 seeds | 1.00 | 0.50 | 26 |" in text
+        "| rope-l10 | 5 | saved | stored | 0.167 [-0.100, 0.400] | 0.000 | 2 of 3 [9, 99] % | 1.00 | 0.50 | 26 |"
+        in text
     )
-    assert "| rope-l10 | 5 | saved | reverse_loss | +0.083 [-0.150, +0.290] | +0.000 | 1 of 3 seeds |" in text
+    assert "| rope-l10 | 5 | saved | reverse_loss | 0.083 [-0.150, 0.290] | 0.000 | 1 of 3 [1, 91] % |" in text
 
 
 def test_every_committed_run_has_every_number_with_its_interval_at_every_checkpoint(results: Path) -> None:

@@ -22,6 +22,7 @@ from revprobe.finetune.runs.one_layer import train
 from revprobe.finetune.runs.run import Run
 from revprobe.probes.figures.storage import one_step_figure, storage_curves_figure
 from revprobe.probes.statistics.by_part import evidence_by_pair
+from revprobe.probes.statistics.estimators import STATISTICS_VERSION
 from revprobe.probes.statistics.resampling import derangement
 from revprobe.probes.storage import probe_stored_evidence
 
@@ -253,7 +254,12 @@ def test_curves_are_means_over_pairs_and_the_slope_is_least_squares(run: Run) ->
     assert row["slope_low"] <= row["slope"] <= row["slope_high"]
     assert row["correlation"] == pytest.approx(part["observed"].corr(part["predicted"]))
     assert row["excess"] == pytest.approx((part["observed"] - part["observed_control"]).mean())
-    assert row["n"] == row["n_control"] == len(part)
+    assert row["n"] == row["n_control"] == len(part) and row["facts"] == part["fact"].nunique()
+    assert (curves["statistics_version"] == STATISTICS_VERSION).all()
+    alike = table.assign(predicted=0.25, fact=np.where(table["quantity"] == "stored", "one", table["fact"]))
+    why = one_step_curves(alike).set_index("quantity")["reason"]
+    assert why["reverse_loss"] == "predicted: the same for every fact, so without an interval"
+    assert why["stored"].endswith("of one fact, so without an interval")
     numbers = ["observed", "predicted"]
     gone = table.assign(**table[numbers].where(table["pair"] != 3))
     row, kept = one_step_curves(gone).set_index("quantity").loc["reverse_loss"], part[part["pair"] != 3]
@@ -303,6 +309,9 @@ def test_curves_are_the_probes_own_numbers_at_every_checkpoint(run: Run) -> None
     stored, table = at.loc[(11, "ema", "stored", "reverse")], evidence_by_pair(reading)
     assert (stored["value"], stored["low"], stored["high"]) == pytest.approx((reading.value, *reading.interval))
     assert stored["control"] == pytest.approx(reading.control.value)
+    assert (stored["n"], stored["facts"]) == (reading.n, reading.facts) == (len(pairs), 6)
+    assert (curves["statistics_version"] == STATISTICS_VERSION).all() and (curves["facts"] <= curves["n"]).all()
+    assert (curves["low"].isna() == (curves["reason"] != "")).all(), "no interval without a reason"
     route = rp.probe_attention_correlation(model, pairs, control=False).frame
     for side in ("forward", "reverse"):
         assert at.loc[(11, "ema", "weight", side), "value"] == pytest.approx(route[f"weight_{side}"].mean(), abs=1e-6)

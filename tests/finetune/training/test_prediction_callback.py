@@ -18,6 +18,7 @@ from revprobe.finetune.training.trainer import ForwardOnlyTrainer, TokenRows
 from revprobe.models.probed import ProbedModel
 from revprobe.probes.passes.batches import make_batch, prepare_queries
 from revprobe.probes.passes.slopes import loss_slopes
+from revprobe.probes.statistics.estimators import STATISTICS_VERSION
 from revprobe.relations.catalog import letters
 
 
@@ -215,7 +216,11 @@ def test_the_step_ahead_predicts_what_the_made_step_does(tmp_path: Path, kind: s
     assert sorted(table["step"]) == [0, 0, 1, 1, 3, 3]
     first = table[table["step"] == 0]
     assert (first["update_norm"] == 0).all() and (first["observed"] == 0).all(), "the warm-up starts at rate 0"
+    assert first["observed_low"].isna().all(), "a change that is 0 for every fact has no interval"
+    assert first["reason"].str.contains("observed, .*: the same for every fact, so without an interval").all()
     later = table[table["step"] > 0]
+    assert (later["facts"] > 1).all() and (later["facts"] <= later["n"]).all()
+    assert (table["statistics_version"] == STATISTICS_VERSION).all()
     assert (later["predicted"].abs() > 1e-6).all()
     np.testing.assert_allclose(later["predicted_by_adamw"], later["predicted"], rtol=2e-3, atol=1e-7)
     assert (later["reason"] == "").all()
@@ -310,8 +315,26 @@ def test_snapshots_follow_the_checkpoints_and_the_last_has_no_step_after_it(tmp_
     assert not list(tmp_path.glob(".predictions*")), "a half-written file"
 
 
+def test_rows_of_the_first_statistics_are_kept_as_such(tmp_path: Path) -> None:
+    """A table written before facts were counted: a resumed run keeps its rows, under the version they were made."""
+    model = tiny()
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    made = trainer(tmp_path, model, **saving)
+    made.add_callback(FirstOrderPrediction(pairs_for(model), control=False))
+    made.train()
+    file = tmp_path / "predictions.parquet"
+    pd.read_parquet(file).drop(columns=["facts", "statistics_version"]).to_parquet(file)
+    longer = trainer(tmp_path, tiny(), **saving, max_steps=6)
+    longer.add_callback(FirstOrderPrediction(pairs_for(model), control=False))
+    longer.train(resume_from_checkpoint=True)
+    table = pd.read_parquet(file)
+    versions = table.groupby("step")["statistics_version"].unique().map(list).to_dict()
+    assert versions == {0: [1], 2: [1], 4: [STATISTICS_VERSION], 6: [STATISTICS_VERSION]}
+    assert table[table["step"] < 4]["facts"].isna().all() and (table[table["step"] == 4]["facts"] > 1).all()
+
+
 def test_what_is_not_pairs_is_refused() -> None:
-    with pytest.raises(rp.RevprobeError, match=r"pairs=\{'gradient': 1\}: expected a list of ReversalPair"):
+    with pytest.raises(rp.RevprobeError, match=r"^pairs=\{'gradient': 1\}: expected a list of ReversalPair"):
         FirstOrderPrediction({"gradient": 1})  # type: ignore[arg-type]
 
 

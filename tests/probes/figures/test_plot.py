@@ -329,6 +329,9 @@ def test_numbers_as_people_read_them() -> None:
     assert interval_text(0.0005, 0.0003, 0.0008) == "0.001 [0.000, 0.001]", "no interval looks as if it had no width"
     assert interval_text(0.99995, 0.9999, 1.0, percent=True) == "100.00 [99.99, 100.00]"
     assert interval_text(math.nan, 0.1, 0.2, 0.0) == "undefined"
+    assert interval_text(2.2e-9, 2.1e-9, 2.4e-9) == "0.0000000022 [0.0000000021, 0.0000000024]", "however small"
+    assert interval_text(0.5, 0.5, 0.5) == "0.50" == interval_text(0.5, 0.5, 0.5 + 1e-18), "no certainty is printed"
+    assert interval_text(1.2345, 1.2, 1.3, digits=3) == "1.234 [1.200, 1.300]"
     assert interval_text(0.987, 0.95, 1.0, -0.0004, percent=True) == "98.7 [95.0, 100.0] (control 0.0)"
     assert interval_text(0.2, 0.1, 0.3, -0.0004) == "0.20 [0.10, 0.30] (control 0.00)"
 

@@ -1,13 +1,19 @@
 """Numbers of other statistics are worked out again, no NaN goes without a reason, and few facts are said to be few."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
+from revprobe.finetune.runs.record import SERIES
 from revprobe.probes.readings import reading as module
 from revprobe.probes.readings.reading import Reading
+from revprobe.probes.readings.readings import Readings
+from revprobe.report.summary.terminal import print_final
 
 
 def attention(groups: list[int], seed: int = 0) -> Reading:
@@ -51,10 +57,21 @@ def test_one_fact_has_a_mean_without_an_interval_and_a_share_that_could_be_almos
     assert (accuracy["low"], accuracy["high"]) == (pytest.approx(0.025), 1) and accuracy["n"] == 2
 
 
-def test_few_facts_carry_a_caution_everywhere() -> None:
+def test_few_facts_carry_a_caution_everywhere(tmp_path: Path) -> None:
     few, many = answers([0.2, 0.4, 0.3], list("abc")), answers([0.2, 0.4] * 10, [str(i) for i in range(20)])
     assert "few facts (3)" in few.caution and "caution=" in repr(few)
     assert few.summary()["caution"].iloc[0] == few.caution
+    again = Reading.load(few.save(tmp_path / "few.parquet"))
+    assert not again.recomputed and again.caution == few.caution, "it is stored with the numbers"
+    stored = json.loads(pq.read_schema(tmp_path / "few.parquet").metadata[b"revprobe"])
+    assert stored["measured"]["caution"] == few.caution and stored["statistics_version"] == module.STATISTICS_VERSION
+    table = Readings([again]).measures().set_index("measure")["caution"]
+    assert "few facts (3): 95 % intervals of a mean" in table["reverse_probability"]
+    assert table["reverse_accuracy"] == "", "a proportion of three facts covers"
+    console = Console(record=True, width=120)
+    about = {"run": "r", "step": 1, "weights": "raw", "kind": "same_target"}
+    print_final(again.measures().assign(**dict.fromkeys(SERIES, "") | about), console)
+    assert "reverse probability: few facts (3)" in " ".join(console.export_text().split())
     assert many.caution == "" and "caution" not in repr(many) and many.facts == 20
 
 

@@ -1,13 +1,16 @@
 """`revprobe reproduce`: what is compared with the paper, what is marked, and what a claim needs to hold."""
 
 import math
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from typer.testing import CliRunner
 
 import revprobe as rp
@@ -16,7 +19,7 @@ from revprobe.finetune.config.loading import dump_config, load_config, parse_con
 from revprobe.finetune.config.one_layer import SweepConfig
 from revprobe.report.paper.markdown import MARK, markdown_table, one_layer_markdown, spread_markdown, theory_markdown
 from revprobe.report.paper.printed_values import one_layer_cells
-from revprobe.report.paper.reproduce import COLUMNS, collect_measures, compare, one_layer_sweep
+from revprobe.report.paper.reproduce import COLUMNS, _Claims, collect_measures, compare, one_layer_sweep, over_seeds
 from revprobe.report.run_sweep import RunsFailed
 
 MEASURES = ["forward_accuracy", "reverse_accuracy", "forward_probability", "reverse_probability"]
@@ -141,7 +144,7 @@ def test_what_was_not_run_is_said_and_takes_nothing_else_away() -> None:
     assert set(some.cells[some.cells["length"] > 10]["status"]) == {"not run"}
     text = one_layer_markdown(some, seeds=3)
     (line,) = (line for line in text.splitlines() if line.startswith("| 1 | RoPE, L = 10 | reverse"))
-    assert line.endswith("| 2 of 3 | 26 | 26 |") and "42.5 ± 0.7 (-0.6)" in line and MARK not in line
+    assert line.endswith("| 2 of 3 | 26 | 26 |") and "42.5 ± 0.7 [28.9, 57.0] (-0.6)" in line and MARK not in line
     (line,) = (line for line in text.splitlines() if line.startswith("| 1 | ARM, L = 40 | reverse"))
     assert line == "| 1 | ARM, L = 40 | reverse | 0.00 | not run | - | not run | - | 0 of 3 | - | - |"
 
@@ -158,7 +161,7 @@ def test_the_page_marks_every_cell_outside_and_no_other() -> None:
     assert len(outside) == 4, "two tables x raw and EMA"
     text = one_layer_markdown(result, seeds=3).split("## Claims")[0]
     assert text.count(MARK) - text.split("| table |")[0].count(MARK) == 4
-    assert "1.0 ± 0.0 (-54.7) ✗" in text
+    assert re.search(r"1\.0 ± 0\.0 \[[\d., ]+\] \(-54\.7\) ✗", text)
 
 
 # ---- claims ----
@@ -192,6 +195,43 @@ def test_one_seed_against_a_claim_is_enough_and_is_counted() -> None:
     row = fails("reverse accuracy: absolute < RoPE < ALiBi", swapped)
     assert (row["holds_in"], row["seeds"]) == (2, 3)
     assert "0.280 / 0.050 / 0.990" in row["detail"]
+
+
+def test_claims_over_seeds_have_the_interval_of_that_many_seeds() -> None:
+    """By the binomial's own definition: at either end, the observed count or a further one has 2.5 %."""
+    for held, seeds in ((3, 3), (0, 3), (2, 3), (1, 1), (4, 5)):
+        seen = [True] * held + [False] * (seeds - held)
+        row = _Claims(pd.DataFrame(), pd.DataFrame(), 3).verdict("a", 10, "raw", seen, "")
+        at_least = stats.binom.sf(held - 1, seeds, row["low"])
+        at_most = stats.binom.cdf(held, seeds, row["high"])
+        assert row["low"] == 0 if held == 0 else at_least == pytest.approx(0.025)
+        assert row["high"] == 1 if held == seeds else at_most == pytest.approx(0.025)
+        assert row["low"] < row["high"]
+    result = compare(measures(like_the_paper))
+    holds = result.claims[(result.claims["holds_in"] == 3) & (result.claims["seeds"] == 3)]
+    assert len(holds) and holds["low"].to_numpy() == pytest.approx(0.025 ** (1 / 3)) and (holds["high"] == 1).all()
+    text = one_layer_markdown(result, seeds=3)
+    assert "| holds | 3 of 3 [29, 100] % |" in text and "| 3 of 3 |" not in text.split("## Claims")[1]
+    untried = result.claims[result.claims["verdict"] == "not run"]
+    assert untried[["low", "high"]].isna().all(axis=None)
+
+
+def test_cells_alike_in_all_seeds_are_not_certain() -> None:
+    """100.0 ± 0.0 over three seeds is what 29 % to 100 % can give; one seed keeps its interval over facts."""
+    sure = lambda model, length, seed, step, measure: 1.0  # noqa: E731
+    several, one = compare(measures(sure)).cells, compare(measures(sure, seeds=1)).cells
+    accuracy = several[(several["quantity"] == "accuracy") & (several["seeds"] == 3)]
+    assert len(accuracy) and accuracy["low"].to_numpy() == pytest.approx(0.025 ** (1 / 3))
+    run = several[several["seeds"] > 0]
+    assert (run["low"] < run["high"]).all(), "mean probabilities too"
+    single = one[one["seeds"] == 1]
+    assert single["low"].to_numpy() == pytest.approx(0.99) and (single["facts"] == 26).all()
+    rates = np.array([0.5, 0.6, 0.7])
+    spread = over_seeds(pd.DataFrame({"value": rates, "low": 0.0, "high": 1.0, "n": 1000, "facts": 26}), binary=True)
+    # Korn & Graubard by hand: three seeds, p (1 - p) over the squared standard error, by the t quantiles' ratio.
+    freedom = min(2, 1.5 * ((rates - 0.6) ** 2).sum() ** 2 / ((rates - 0.6) ** 4).sum())
+    size = max(0.24 / (rates.var(ddof=1) / 3) * (stats.t.ppf(0.975, 2999) / stats.t.ppf(0.975, freedom)) ** 2, 3)
+    assert spread.low == pytest.approx(stats.beta.ppf(0.025, 0.6 * size, 0.4 * size + 1))
 
 
 def test_each_claim_can_fail() -> None:

@@ -86,7 +86,7 @@ def test_table_7_as_a_heat_table_shades_the_means_and_writes_the_cells() -> None
         for asked, number in (("forward", forward), ("reverse", forward / 2)):
             about = {"run": f"{model}-{seed}", "objective": "masked", "model": model, "dataset": "<b>pc</b>"}
             about |= {"direction": "P2C", "seed": seed, "asked": asked, "split": "train", "templates": "seen"}
-            rows.append(about | {"value": number, "low": 0.0, "high": 1.0, "n": 10, "control": 0.0})
+            rows.append(about | {"value": number, "low": 0.0, "high": 1.0, "n": 10, "facts": 5, "control": 0.0})
     rows.append(rows[-1] | {"dataset": "pd", "model": "llada", "value": 0.25, "asked": "forward"})
     matches = pd.DataFrame(rows)
     cells = table7_figure(matches).data[0]
@@ -94,6 +94,7 @@ def test_table_7_as_a_heat_table_shades_the_means_and_writes_the_cells() -> None
     assert list(cells.x) == list(words.columns[1:]) == ["llada Fwd.", "llada Rev.", "gpt2 Fwd.", "gpt2 Rev."]
     assert cells.z[0] == pytest.approx((80.0, 40.0, 100.0, 50.0))
     assert cells.z[1][0] == pytest.approx(25.0) and cells.z[1][2] is None, "a model that was not run has no shade"
+    assert words["llada Fwd."][0].endswith("(2 seeds, n = 20, 5 facts)"), "seeds, questions and facts beside it"
     assert cells.text[0][0] == words["llada Fwd."][0] and cells.y[0] == "&lt;b&gt;pc&lt;/b&gt; (P2C)"
     with pytest.raises(RevprobeError, match="split 'trian'; the closest is 'train'"):
         table7_figure(matches, "trian")
