@@ -17,7 +17,7 @@ class Reach(NamedTuple):
     last: bool  # of the logits before the middle row's last token, at that token
     padding: bool  # of the middle row, behind its tokens
     other_rows: bool  # of any row, in another
-    repeated: bool  # the same input gave the same logits as before, to the bit
+    repeated: bool  # the same input gave the same logits as before; with gradient experts may be summed otherwise
 
 
 def reached(trial: Trial, offset: int) -> Reach | None:
@@ -46,11 +46,12 @@ def reached(trial: Trial, offset: int) -> Reach | None:
         except (RuntimeError, ValueError, IndexError):  # no embedding was seen, weights on disk, a kernel without one
             return None
     others = any(bool(at[row][[other for other in range(3) if other != row]].any()) for row in range(3))
+    moved = trial.moved(again.detach(), run.logits)
     return Reach(
         last=bool(at[3][1, tokens - 1].any()),
         padding=bool(at[1][1, tokens:].any()),
         other_rows=others,
-        repeated=torch.equal(again, run.logits),
+        repeated=not moved or trial.may_be_rounding(moved),
     )
 
 
