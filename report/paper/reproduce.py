@@ -98,7 +98,7 @@ def collect_measures(folder: str | Path, runs: Iterable[RunConfig]) -> tuple[pd.
         try:
             if is_finished(path, on_device_of(path, config)):
                 measures = open_run(path).readings().measures()
-                about = {"run": config.name, "statistics_version": STATISTICS_VERSION} | config.axes
+                about: dict[str, Any] = {"run": config.name, "statistics_version": STATISTICS_VERSION} | config.axes
                 parts.append(measures.assign(**about)[COLUMNS])
                 continue
             left_out[config.name] = open_run(path).problem or "a run of another config lies in its folder"

@@ -71,7 +71,8 @@ def print_final(summary: pd.DataFrame, console: Console) -> None:
     if "caution" in summary:
         for caution, part in summary.dropna(subset=["caution"]).groupby("caution"):
             if caution:
-                console.print(f"{', '.join(name.replace('_', ' ') for name in pd.unique(part['measure']))}: {caution}")
+                measures = part["measure"].astype(str).str.replace("_", " ").unique()
+                console.print(f"{', '.join(measures)}: {caution}")
 
 
 def text_table(frame: pd.DataFrame, title: str) -> Table:
