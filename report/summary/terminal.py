@@ -71,8 +71,8 @@ def print_final(summary: pd.DataFrame, console: Console) -> None:
     if "caution" in summary:
         for caution, part in summary.dropna(subset=["caution"]).groupby("caution"):
             if caution:
-                measures = part["measure"].astype(str).str.replace("_", " ").unique()
-                console.print(f"{', '.join(measures)}: {caution}")
+                measures = sorted({str(name).replace("_", " ") for name in part["measure"]})
+                console.print(f"{', '.join(measures)}: {caution!s}")
 
 
 def text_table(frame: pd.DataFrame, title: str) -> Table:
