@@ -205,10 +205,12 @@ class Look:
             return result
         scores, axis = self.uncentred.scores(softmax[0]), softmax[1]
         seen.tensors, seen.shape, seen.keys = (scores.detach().clone(),), tuple(scores.shape), scores.shape[axis]
-        if not 0 <= seen.keys - self.keys <= MOST_EXTRA:
-            return result
-        seen.found = layouts(scores.shape, axis, SEQUENCES, self.rows)
+        if 0 <= seen.keys - self.keys <= MOST_EXTRA:
+            seen.found = layouts(scores.shape, axis, SEQUENCES, self.rows)
         if not seen.found:
+            if scores.dim() > 3:  # routers and vocabularies have no heads
+                seen.reason = self.size_of(seen)
+                self.calls.append(seen)
             return result
         self.calls.append(seen)
         layout = seen.found[0]

@@ -17,7 +17,7 @@ from .attention_look import SEQUENCES, UNSEEN, Look, SeenCall, look_twice
 from .attention_sites import Attention, AttentionSite
 
 CENTRED = "its scores are given relative to each row's largest, so the scores themselves are not seen"
-CROSS = "cross attention: its keys are made from other states than its queries"
+CROSS = "cross attention or shifted keys: its keys are not made from the tokens that its queries are made from"
 SHIFTED = "its rows and columns are not the query's own tokens, but shifted, pooled or cut into blocks"
 MEMORY = "its keys or its queries are not made from the query's tokens"
 UNEVEN = "its calls differ from one run to the next"

@@ -79,7 +79,8 @@ def _entered(module: nn.Module, stacks: Mapping[str, int], run: Callable[[], Any
     order: list[str] = []
     handles = []
     for stack in stacks:
-        for child in module.get_submodule(stack).children():
+        # A list of lists is not called itself.
+        for child in module.get_submodule(stack).modules():
             handles.append(child.register_forward_pre_hook(lambda *_, stack=stack: order.append(stack)))
     try:
         with untouched(module), torch.no_grad():
@@ -98,7 +99,7 @@ def _stacks(module: nn.Module) -> tuple[dict[str, int], tuple[str, ...]]:
     def search(path: str, parent: nn.Module) -> None:
         numbered = {name: child for name, child in parent._modules.items() if name.isdigit() and child is not None}
         blocks = [child for child in numbered.values() if next(child.children(), None) is not None]
-        if blocks and _is_stack(numbered, blocks):
+        if blocks and _is_stack(parent, numbered, blocks):
             found[path] = len(numbered)
             return
         for name, child in parent._modules.items():
@@ -112,10 +113,15 @@ def _stacks(module: nn.Module) -> tuple[dict[str, int], tuple[str, ...]]:
     return found, tuple(within)
 
 
-def _is_stack(numbered: Mapping[str, nn.Module], blocks: list[nn.Module]) -> bool:
-    """Several blocks of one kind, or one alone; a model's parts in nn.Sequential, each of its own kind, are none."""
+def _is_stack(parent: nn.Module, numbered: Mapping[str, nn.Module], blocks: list[nn.Module]) -> bool:
+    """Blocks in any list; a model's parts in nn.Sequential, each of its own kind with lists inside, are no layers."""
     kinds = [type(block) for block in blocks]
-    return len(numbered) == 1 or len(set(kinds)) < len(kinds) or not any(True for b in blocks for _ in _lists(b))
+    return (
+        not isinstance(parent, nn.Sequential)
+        or len(numbered) == 1
+        or len(set(kinds)) < len(kinds)
+        or not any(True for b in blocks for _ in _lists(b))
+    )
 
 
 def _lists(module: nn.Module) -> Iterator[nn.Module]:

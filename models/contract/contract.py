@@ -167,7 +167,7 @@ class _Judge:
             return True
         if isinstance(self._reach, str):
             self._reach = reached(self.trial, self.offset)
-            if self._reach is not None and not self._reach.repeated:
+            if self.trial.drew or (self._reach is not None and not self._reach.repeated):
                 _require_repeatable(self.trial)
         if self._reach is None or any(getattr(self._reach, place) for place in places):
             return True

@@ -16,9 +16,11 @@ Tokens are ordinary ones, from the middle of the vocabulary: special ids mean so
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,7 +69,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Trial:
-    """The runs of one module; `refusal` says why it could not be run with padding."""
+    """The runs of one module; `refusal` says why it could not be run with padding, `drew` whether it drew at random."""
 
     called: CalledModule
     plain: Run
@@ -76,6 +78,7 @@ class Trial:
     padded: Run | None = None
     refilled: Run | None = None
     refusal: str = ""
+    drew: bool = False
 
     @property
     def tokens(self) -> int:
@@ -132,7 +135,9 @@ def run_trial(called: CalledModule) -> Trial:
     plain = torch.stack([base, torch.tensor(some(1, tokens)), torch.tensor(some(2, tokens))]).to(called.device)
     changed = plain.clone()
     changed[1, -1], changed[2, 0] = ids[-1], ids[-1]
+    before = _random_states(called.device)
     trial = Trial(called, _run(called, plain), _run(called, changed), _run(called, plain[:1]))
+    trial = replace(trial, drew=_random_states(called.device) != before)
     if tokens == longest or not called.takes_padding:
         return replace(trial, refusal="" if called.takes_padding else "takes no attention_mask")
     mask = torch.ones(3, longest, dtype=torch.long, device=called.device)
@@ -145,6 +150,13 @@ def run_trial(called: CalledModule) -> Trial:
     except RevprobeError as error:
         return replace(trial, refusal=f"cannot run a padded batch ({error})")
     return replace(trial, padded=padded, refilled=refilled)
+
+
+def _random_states(device: torch.device) -> tuple[object, ...]:
+    """The states of the generators that a forward pass may draw from."""
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return (*(state.numpy().tobytes() for state in states), random.getstate(), name, np.asarray(keys).tobytes(), *rest)
 
 
 def _run(called: CalledModule, ids: Tensor, mask: Tensor | None = None) -> Run:

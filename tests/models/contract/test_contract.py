@@ -257,7 +257,7 @@ class Trembles(Words):
 
 class Tremor(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
-        return hidden * (1 + 1e-6 * float(np.random.default_rng().random()))
+        return hidden * (1 + 1e-6 * torch.rand(()))
 
 
 @pytest.mark.parametrize(("kind", "culprit"), [(Drops, "'mix' "), (Trembles, r"'noise' \(Tremor\)")])
