@@ -26,7 +26,20 @@ from .walk import Key, Spread, walk_back
 
 _LEVELS = 32  # powers of two told apart in one pass, 2**0 to 2**31
 # Operations that may put the rows of a batch in an order that depends on what is in them.
-_ORDERING = ("Index", "Gather", "Scatter", "Sort", "Roll", "Flip", "Take", "Masked", "Topk", "Put", "RepeatInterleave")
+_ORDERING = (
+    "Index",
+    "Gather",
+    "Scatter",
+    "Sort",
+    "Roll",
+    "Flip",
+    "Take",
+    "MaskedSelect",
+    "MaskedScatter",
+    "Topk",
+    "Put",
+    "RepeatInterleave",
+)
 # Module -> graph -> whether every output was seen to hold one example after the other.
 _KNOWN: WeakKeyDictionary[nn.Module, dict[int | None, bool]] = WeakKeyDictionary()
 
