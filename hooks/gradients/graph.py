@@ -7,8 +7,8 @@ covers is a use of a parameter that no rule has seen; a call whose outputs are n
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -111,7 +111,7 @@ class Call:
     `own`: the parameters it answers for, by their path from the module; `scale`: of the rows an embedding looked up
     (None: no lookup); `sources`: nodes of autograd's graph that lead into the call; `cut`: floating-point tensors went
     in, and none carries gradient; `closed`: a closed rule reads its gradient, without a replay; `versions`: of the
-    tensors that went in, at that moment.
+    tensors that went in, at that moment; `aliases`: other paths by which it uses its own parameters, and theirs.
     """
 
     module: nn.Module
@@ -125,6 +125,11 @@ class Call:
     cut: bool
     closed: bool
     versions: list[int]
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    def with_aliases(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values of its own parameters under all paths by which it uses them."""
+        return {**values, **{path: values[key] for path, key in self.aliases.items() if key in values}}
 
     @property
     def given(self) -> Any:
@@ -138,6 +143,12 @@ class Call:
                 f"the input of module {self.name!r} was overwritten in place after the module ran, so its gradient is "
                 "lost; make what follows work out of place (inplace=False)"
             )
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it ran without gradient and was given no states, so that nothing but itself is cut off."""
+        states = (leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor))
+        return not self.roots and not any(leaf.is_floating_point() for leaf in states)
 
     @property
     def roots(self) -> list[Any]:
@@ -157,9 +168,14 @@ class Completeness(NamedTuple):
 NOTHING_REACHED = Completeness([], {})
 
 
-def completeness(calls: Sequence[Call], parameters: Mapping[str, nn.Parameter], loss: Tensor) -> Completeness:
+def completeness(
+    calls: Sequence[Call], parameters: Mapping[str, nn.Parameter], loss: Tensor, frozen: Container[int] = ()
+) -> Completeness:
     """Hold recorded calls against autograd's graph: is every edge into a parameter covered by a call that is reached?
 
+    Args:
+        frozen: ids of parameters that were frozen before; a frozen table that runs without gradient (positions of sines
+            and cosines) is a constant of its model and reaches nothing.
     Raises: RevprobeError, for a parameter whose modules ran but are cut off from the loss: without gradient, or by
         something that detaches. What simply is not used (a pooler) has no gradient, and is no error.
     """
@@ -180,6 +196,8 @@ def completeness(calls: Sequence[Call], parameters: Mapping[str, nn.Parameter], 
         edges, seen = reached.edges.get(id(parameter), set()), own[id(parameter)]
         if edges:
             found.reached.append(name)
+        elif id(parameter) in frozen and all(call.is_table for call in seen):
+            pass
         elif seen and not any(reached.nodes.intersection(call.roots) for call in seen):  # else unused inside its module
             _require_unused(calls, seen[-1], name, reached.nodes)
         if edges - covered[id(parameter)] or id(parameter) in lost:
