@@ -182,6 +182,7 @@ def completeness(
     reached = reach([loss.grad_fn])
     covered: dict[int, set[Edge]] = {id(p): set() for p in parameters.values()}
     own: dict[int, list[Call]] = {id(p): [] for p in parameters.values()}
+    edges_of: dict[int, list[set[Edge]]] = {id(p): [] for p in parameters.values()}
     lost: dict[int, str] = {}
     for call in calls:
         keys = [id(p) for p in call.own.values() if id(p) in covered]
@@ -191,6 +192,7 @@ def completeness(
         for key in keys:
             covered[key] |= inside.get(key, set())
             own[key].append(call)
+            edges_of[key].append(inside.get(key, set()))
     found = Completeness([], {})
     for name, parameter in parameters.items():
         edges, seen = reached.edges.get(id(parameter), set()), own[id(parameter)]
@@ -205,7 +207,24 @@ def completeness(
             module = lost.get(id(parameter), next(overwritten, None))
             counts = len(edges), len(edges & covered[id(parameter)])
             found.unread[name] = _past_its_calls(name, *counts) if module is None else _overwritten(module, name)
+        elif both := _shared_with_a_child(seen, edges_of[id(parameter)]):
+            found.unread[name] = f"module {both!r} uses {name!r} itself and calls a module inside it that holds it too"
     return found
+
+
+def _shared_with_a_child(calls: Sequence[Call], edges: Sequence[set[Edge]]) -> str | None:
+    """The module whose uses of a parameter are its own and those of a called child: a replay cannot tell them apart.
+
+    `calls`, `edges`: those that answer for the parameter, and how it is reached from the outputs of each.
+    """
+    for call, uses in zip(calls, edges, strict=True):
+        inside = f"{call.name}." if call.name else ""
+        children = [
+            e for other, e in zip(calls, edges, strict=True) if other is not call and other.name.startswith(inside)
+        ]
+        if uses & (theirs := set().union(*children)) and uses - theirs:
+            return call.name
+    return None
 
 
 def _past_its_calls(name: str, edges: int, covered: int) -> str:
