@@ -1,48 +1,39 @@
 """The three probes against slow computations on every architecture of transformers; writes docs/tried.md.
 
-    python examples/benchmarks/parity.py              # all that can be built tiny, about ten minutes of one core
+    python examples/benchmarks/parity.py              # all that can be built tiny, under ten minutes of one core
     python examples/benchmarks/parity.py bert llama   # these model types only; the page is not written
 
 A number is right if it differs by at most 1e-4 from what `parity_references` works out without the package. Whatever
-else comes out is a refusal with its reason, or WRONG.
+else comes out is a refusal with its reason, or WRONG, which ends the script with exit status 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+import datetime
+import importlib.metadata
+import sys
+import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from parity_references import Asked, attention_weights, eager_copy, gradient_of, log_probability, products, same_model
-from tiny_architectures import MASK, NotTiny, architectures, at_most, tiny_model
+from parity_adapters import SAVED, adapted_models, saved
+from parity_checks import CHECKS, PROBES, REFUSED, RIGHT, WRONG, Outcome, questions
+from tiny_architectures import MASK, NotTiny, OutOfTime, architectures, at_most, tiny_model
 from torch import nn
 
 import revprobe as rp
 
-TOLERANCE = 1e-4
-PROBES = ("probability", "attention", "gradient")
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "tried.md"
 MOST_RUNS, MOST_TOKENS = 6, 36  # what wrapping may cost: forward passes, and token ids in one
-RIGHT, REFUSED, LEFT_OUT, WRONG = "right", "refused", "left out", "WRONG"
-
-
-class Outcome(NamedTuple):
-    """What one probe said of one model: how, the largest error where it is right, and the reason where it is not."""
-
-    kind: str
-    error: float = float("nan")
-    reason: str = ""
-
-    def __str__(self) -> str:
-        if self.kind == RIGHT:
-            return f"right ({self.error:.0e})" + (f"; {self.reason}" if self.reason else "")
-        size = "" if np.isnan(self.error) else f" ({self.error:.1g})"
-        return f"{self.kind}{size}: {self.reason}"
+SECONDS = 60  # for one model
+LONGEST = 150  # characters of a reason in the table
 
 
 @dataclass
@@ -51,180 +42,57 @@ class Tried:
 
     name: str
     objective: str
-    outcomes: dict[str, Outcome]
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
     said: dict[str, bool] = field(default_factory=dict)
     runs: int = 0
     tokens: int = 0
-    notes: str = ""
+    note: str = ""
 
     @property
-    def wrong(self) -> list[str]:
-        return [f"{probe}: {one}" for probe, one in self.outcomes.items() if one.kind == WRONG]
-
-    @property
-    def disagrees(self) -> list[str]:
-        """Probes of which `diagnose` says another thing than was found."""
+    def faults(self) -> list[str]:
+        """All that must not be: wrong numbers, raw errors, a verdict of `diagnose` that differs, a costly wrapping."""
+        found = [f"{probe}: {one}" for probe, one in self.outcomes.items() if one.kind == WRONG]
         kinds = {probe: one.kind for probe, one in self.outcomes.items() if probe in self.said}
-        return [probe for probe, kind in kinds.items() if self.said[probe] != (kind == RIGHT)]
-
-
-def queries(objective: str, mask: int = MASK) -> tuple[list[list[Asked]], list[list[rp.Query]], str]:
-    """Five facts asked both ways, 6 to 11 tokens long: (forward, reverse) of each as the model and as a probe sees it.
-
-    Masked: the same target from the same evidence, in the opposite order. Causal: the roles are swapped.
-    """
-    generator = torch.Generator().manual_seed(7)
-    asked, given = [], []
-    for fact in range(5):
-        ids = (20 + torch.randperm(90, generator=generator)).tolist()
-        one, other, near, *rest = ids
-        sides, probed = [], []
-        for side in (0, 1):
-            length = (6, 9, 11, 7, 8, 10)[(fact + 2 * side) % 6]
-            tokens = rest[side * 12 : side * 12 + length]
-            if objective == "masked":
-                evidence, target, beside = ((1, length - 2, 2), (length - 2, 1, 3))[side]
-                tokens[evidence], tokens[target], tokens[beside] = one, other, near
-                seen, row = [mask if i == target else t for i, t in enumerate(tokens)], target
-            else:
-                evidence, target, beside = 1, length - 1 - fact % 2, 2
-                tokens[evidence], tokens[target] = (one, other) if side == 0 else (other, one)
-                tokens[beside] = near
-                seen, row = tokens, target - 1
-            sides.append(Asked(seen, tokens[target], row, (evidence, beside)))
-            probed.append(rp.Query(tokens, [target], [evidence]))
-        asked.append(sides)
-        given.append(probed)
-    return asked, given, "same_target" if objective == "masked" else "swapped"
-
-
-def pairs_of(given: list[list[rp.Query]], kind: str) -> rp.ReversalPairs:
-    made = (rp.ReversalPair(*sides, kind=kind, fact=str(fact)) for fact, sides in enumerate(given))
-    return rp.ReversalPairs.from_pairs(made)
-
-
-def beside(pairs: rp.ReversalPairs, asked: list[list[Asked]]) -> rp.ReversalPairs:
-    """The same questions with their evidence in the other column."""
-    columns = {tuple(query.token_ids): one.columns[1] for pair, ones in zip(pairs, asked, strict=True)
-               for query, one in zip((pair.forward, pair.reverse), ones, strict=True)}  # fmt: skip
-    moved = [rp.Query(q.token_ids, q.target_positions, [columns[tuple(q.token_ids)]]) for q in pairs.queries]
-    return rp.ReversalPairs(tuple(moved), pairs.forward, pairs.reverse, pairs.facts, pairs.kind)
-
-
-# --- one probe against its reference --------------------------------------------------------------------------------
-
-
-def check_probability(model: rp.ProbedModel, pairs: rp.ReversalPairs, asked: list[list[Asked]]) -> Outcome:
-    """Probabilities relative to those of each query alone."""
-    frame = rp.probe_reverse_probability(model, pairs).frame.set_index(["direction", "pair"])
-    errors = []
-    with torch.no_grad():
-        for pair, sides in enumerate(asked):
-            for side, one in zip(("forward", "reverse"), sides, strict=True):
-                right = log_probability(model.module, one).item()
-                errors.append(abs(np.expm1(float(frame.loc[(side, pair), "log_probability"]) - right)))
-    return judged(max(errors))
-
-
-def check_gradient(model: rp.ProbedModel, pairs: rp.ReversalPairs, asked: list[list[Asked]]) -> Outcome:
-    """Norms relative to autograd's, and cosines."""
-    reading = rp.probe_gradient_cosine(model, pairs)
-    frame = reading.frame.assign(
-        first=reading.frame.norm_forward**2, second=reading.frame.norm_reverse**2
-    ).groupby("pair")[["inner", "first", "second"]].sum()  # fmt: skip
-    errors = [0.0]
-    for pair, sides in enumerate(asked):
-        right = products(*(gradient_of(model.module, one) for one in sides))
-        got, size = frame.loc[pair], (right.first * right.second) ** 0.5
-        if not size:
-            return Outcome(LEFT_OUT, reason="no gradient reaches any parameter")
-        errors.append(abs(float(got["inner"]) - right.inner) / size)
-        errors.append(abs((float(got["first"]) / right.first) ** 0.5 - 1))
-        errors.append(abs((float(got["second"]) / right.second) ** 0.5 - 1))
-    alone = reading.meta.get("one_by_one", {})
-    return judged(float(np.max(errors)), f"{len(alone)} parameters one by one" if alone else "")
-
-
-def check_attention(model: rp.ProbedModel, pairs: rp.ReversalPairs, asked: list[list[Asked]]) -> Outcome:
-    """Weights, and differences of the scores of two columns, layer by layer and head by head."""
-    reading = rp.probe_attention_correlation(model, pairs)
-    one, two = reading.frame, rp.probe_attention_correlation(model, beside(pairs, asked)).frame
-    layers = sorted(one.loc[one["weight_forward"].notna(), "layer"].unique())
-    if not layers:
-        return Outcome(REFUSED, reason=next(iter(reading.undefined), "no layer is read"))
-    eager, errors, source = eager_copy(model.module), [0.0], ""
-    if not same_model(model.module, eager, asked[0][0]):
-        return Outcome(LEFT_OUT, reason="its eager attention computes another model, so it is no reference")
-    keys = ["pair", "layer", "head"]
-    one, two = one.set_index(keys), two.set_index(keys)
-    for pair, sides in enumerate(asked):
-        for side, query in zip(("forward", "reverse"), sides, strict=True):
-            source, right = attention_weights(eager, query)
-            if len(right) != len(layers):
-                return Outcome(WRONG if right else LEFT_OUT, reason=f"reads layers {layers}; {source} {len(right)}")
-            for layer, weights in zip(layers, right, strict=True):
-                read = [f.loc[(pair, layer)][[f"weight_{side}", f"score_{side}"]].to_numpy() for f in (one, two)]
-                errors.append(_apart(read, weights.double().numpy()))
-    left = len({*range(max(layers) + 1)} - {*layers}) + len(reading.meta.get("left_out", {}))
-    notes = [f"{len(layers)} layers"] + ([f"{left} not read, named"] if left else [])
-    return judged(float(np.max(errors)), ", ".join(notes))
-
-
-def _apart(read: list[np.ndarray], weights: np.ndarray) -> float:
-    """How far weights are apart, and differences of scores from those of log-weights. Shapes: `heads 2`, `heads 2`."""
-    if len(read[0]) != len(weights):
-        return float("inf")
-    got = np.stack([table[:, 0] for table in read], axis=1)
-    scores = read[0][:, 1] - read[1][:, 1]
-    seen = (weights > 1e-30).all(1)
-    logs = np.log(weights[seen, 0]) - np.log(weights[seen, 1])
-    apart = np.abs(scores[seen] - logs) / np.maximum(1.0, np.abs(logs))
-    return float(max(np.abs(got - weights).max(), apart.max(initial=0.0)))
-
-
-def judged(error: float, note: str = "") -> Outcome:
-    return Outcome(RIGHT, error, note) if error <= TOLERANCE else Outcome(WRONG, error, note or "differs")
-
-
-CHECKS: dict[str, Callable[..., Outcome]] = dict(
-    zip(PROBES, (check_probability, check_attention, check_gradient), strict=True)
-)
-
-
-# --- one model ------------------------------------------------------------------------------------------------------
+        found += [f"diagnose on {probe}: {self.said[probe]}, found {k}" for probe, k in kinds.items()
+                  if k in (RIGHT, REFUSED, WRONG) and self.said[probe] != (k == RIGHT)]  # fmt: skip
+        costly = self.runs > MOST_RUNS or self.tokens > MOST_TOKENS
+        return found + ([f"wrapping takes {self.runs} runs, the largest of {self.tokens} tokens"] if costly else [])
 
 
 def try_model(name: str, objective: str, module: nn.Module, wrap: Callable[[], rp.ProbedModel] | None = None) -> Tried:
-    """Wrap a module, count what that costs, and hold each probe and `diagnose` against the references."""
-    told = {"objective": objective} | ({"mask_token_id": MASK, "logit_shift": 0} if objective == "masked" else {})
-    sizes: list[int] = []
+    """Wrap a module, count what that costs, and hold each probe and `diagnose` against the references.
+
+    Args:
+        wrap: makes what is probed, where that is not the module itself; the module stays the reference.
+    """
+    told: dict[str, Any] = {"mask_token_id": MASK, "logit_shift": 0} if objective == "masked" else {}
+    tried, sizes = Tried(name, objective), list[int]()
 
     def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
         sizes.append(0 if ids is None else ids.numel())
 
-    handle = module.register_forward_pre_hook(count, with_kwargs=True)
-    tried = Tried(name, objective, {})
+    counting = module.register_forward_pre_hook(count, with_kwargs=True)  # copies of the module carry it along
     try:
-        model = wrap() if wrap is not None else rp.ProbedModel(module, **told)
+        model = wrap() if wrap else rp.ProbedModel(module, objective=objective, **told)
     except Exception as error:
         tried.outcomes = dict.fromkeys(PROBES, raised(error))
         return tried
     finally:
-        handle.remove()
+        counting.remove()
         tried.runs, tried.tokens = len(sizes), max(sizes, default=0)
-    tried.notes = "equal lengths only" if model.contract.equal_lengths else ""
-    asked, given, kind = queries(objective)
-    pairs = pairs_of(given, kind)
+    tables = [questions(objective, even) for even in (False, True)]
     for probe, check in CHECKS.items():
         try:
-            tried.outcomes[probe] = check(model, pairs, asked)
+            found = [check(model, pairs, asked, module) for asked, pairs in tables]
+            tried.outcomes[probe] = max(found, key=lambda one: (one.kind == WRONG, one.error))
         except Exception as error:
             tried.outcomes[probe] = raised(error)
     try:
         tried.said = dict(rp.diagnose(model).probes)
     except Exception as error:
-        tried.notes += f" diagnose: {raised(error)}"
+        tried.outcomes["diagnose"] = raised(error)
+    tried.note = "batches of equal lengths" if model.contract.equal_lengths else ""
     return tried
 
 
@@ -233,4 +101,138 @@ def raised(error: Exception) -> Outcome:
     text = " ".join(str(error).split())
     if isinstance(error, rp.RevprobeError):
         return Outcome(REFUSED, reason=text)
-    return Outcome(WRONG, reason=f"{type(error).__name__}: {text[:160]}")
+    return Outcome(WRONG, reason=f"{type(error).__name__}: {text}")
+
+
+def within_time(name: str, objective: str, *args: Any) -> Tried:
+    try:
+        with at_most(SECONDS):
+            return try_model(name, objective, *args)
+    except OutOfTime as error:
+        return Tried(name, objective, dict.fromkeys(PROBES, Outcome("left out", reason=str(error))))
+
+
+def try_architectures(only: set[str], unbuilt: dict[str, str]) -> Iterator[Tried]:
+    """All architectures, a class once for each objective; those that cannot be built go to `unbuilt`, with why."""
+    done = set[tuple[str, str]]()
+    for objective, kind, name in architectures():
+        if (only and not only & {kind, name}) or (objective, name) in done:
+            continue
+        try:
+            module = tiny_model(objective, kind, name)
+        except NotTiny as error:
+            unbuilt[f"{name} ({objective})"] = str(error)
+            continue
+        done.add((objective, name))
+        unbuilt.pop(f"{name} ({objective})", None)
+        yield within_time(name, objective, module)
+
+
+def try_adapters(unbuilt: dict[str, str]) -> Iterator[Tried]:
+    """Adapters on a module in memory, then some of them loaded from the folders they were saved in."""
+    for label, objective, module in adapted_models():
+        if isinstance(module, Exception):
+            unbuilt[f"{label} ({objective})"] = f"{type(module).__name__}: {module}"
+        else:
+            yield within_time(label, objective, module)
+    for label in SAVED:
+        with tempfile.TemporaryDirectory() as folder:
+            module, path = saved("causal", label, Path(folder))
+            load = lambda path=path: rp.load_model(str(path), objective="causal")  # noqa: E731
+            yield within_time(f"{label}, by load_model", "causal", module, load)
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def cell(outcome: Outcome | None) -> str:
+    text = str(outcome) if outcome is not None else ""
+    text = text if len(text) <= LONGEST else f"{text[: LONGEST - 4].rstrip()} ..."
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def table(tried: list[Tried]) -> str:
+    lines = ["| model | objective | probability | attention | gradient | note |", "|---|---|---|---|---|---|"]
+    for one in tried:
+        cells = [one.name, one.objective, *(cell(one.outcomes.get(probe)) for probe in PROBES), one.note]
+        if len({str(o) for o in one.outcomes.values()}) == 1 and one.outcomes["probability"].kind == REFUSED:
+            cells[2:5] = [cell(one.outcomes["probability"]), "the same", "the same"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def counted(tried: list[Tried]) -> str:
+    rows = ["| probe | right | refused | left out | wrong |", "|---|---|---|---|---|"]
+    for probe in PROBES:
+        kinds = Counter(one.outcomes[probe].kind for one in tried)
+        rows.append(f"| {probe} | " + " | ".join(str(kinds[k]) for k in (RIGHT, REFUSED, "left out", WRONG)) + " |")
+    return "\n".join(rows)
+
+
+def page(models: list[Tried], adapters: list[Tried], unbuilt: dict[str, str]) -> str:
+    runs, tokens = max(one.runs for one in models), max(one.tokens for one in models)
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
+    reasons = "\n".join(f"| {name} | {cell(Outcome('', reason=why))[2:]} |" for name, why in sorted(unbuilt.items()))
+    return f"""# What was tried
+
+Every causal and masked language model of transformers that can be built with a handful of units, with noise on every
+weight, on five facts of unequal lengths and five of equal ones. Written by `python examples/benchmarks/parity.py` on {datetime.date.today().isoformat()} with {versions}, in float32 on a CPU.
+
+A number is "right" when it differs by at most 1e-4 from one that shares nothing with the package: probabilities from a
+run of each query alone and a log-softmax in float64 (relative), gradient norms and inner products from
+`torch.autograd.grad` over all parameters, one query after the other, attention weights from the model's own eager
+attention, and differences of the scores of two columns from those of its log-weights. The largest error is in brackets.
+"refused" is an error, or a reason in place of every number, that says why; "left out" means that there was nothing to
+compare with. `revprobe.diagnose` gave the same verdict on each of them, and wrapping took at most {MOST_RUNS} forward
+passes of at most 3 x 12 tokens: {runs} passes, the largest of {tokens} tokens.
+
+## Architectures
+
+{len(models)} classes:
+
+{counted(models)}
+
+{table(models)}
+
+## Adapters
+
+Of peft, on a Llama and a BERT, with noise on the adapter's weights; the right value is of peft's own forward pass. The
+last ones were saved and came back through `load_model`.
+
+{counted(adapters)}
+
+{table(adapters)}
+
+## Not built
+
+What the script's small sizes do not make, and why; nothing is known of these.
+
+| model | reason |
+|---|---|
+{reasons}
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("only", nargs="*", help="model types or classes; 'adapters' for those; all when left out")
+    only = set(parser.parse_args().only)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    unbuilt: dict[str, str] = {}
+    found: list[list[Tried]] = [[], []]
+    for place, source in enumerate((try_architectures(only, unbuilt), try_adapters(unbuilt))):
+        if place == 1 and only and "adapters" not in only:
+            break
+        for one in source:
+            found[place].append(one)
+            said = " | ".join(str(outcome)[:LONGEST] for outcome in one.outcomes.values())
+            print(f"{'FAULT' if one.faults else 'ok'} {one.name} ({one.objective}): {said}", *one.faults, flush=True)
+    if not only:
+        PAGE.write_text(page(*found, unbuilt), encoding="utf-8")
+    return int(any(one.faults for tried in found for one in tried))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

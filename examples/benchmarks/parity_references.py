@@ -85,8 +85,8 @@ def same_model(one: nn.Module, other: nn.Module, asked: Asked) -> bool:
     return torch.allclose(first, second, rtol=1e-3, atol=1e-3)
 
 
-def attention_weights(eager: nn.Module, asked: Asked) -> tuple[str, list[Tensor]]:
-    """The attention of the readout row to the evidence columns, layer by layer, and where it was found.
+def attention_weights(eager: nn.Module, asked: Asked) -> list[Tensor]:
+    """The attention of the readout row to the evidence columns, layer by layer.
 
     Shapes: each `heads columns`.
     """
@@ -96,12 +96,10 @@ def attention_weights(eager: nn.Module, asked: Asked) -> tuple[str, list[Tensor]
             out = _run(eager, asked, output_attentions=True)
         except (TypeError, ValueError, AttributeError):  # a class that does not know the option
             out = _run(eager, asked)
-    found, source = [], "output_attentions"
+    found: list[Tensor] = []
     for name in ("attentions", "encoder_attentions", "decoder_attentions"):
         found += list(_tables(out.get(name), length))
-    if not found:
-        found, source = softmax.seen, "softmax"
-    return source, [table[0, :, -length + asked.row, :][:, list(_from_end(asked, length))] for table in found]
+    return [table[0, :, -length + asked.row, :][:, list(_from_end(asked, length))] for table in found or softmax.seen]
 
 
 def _from_end(asked: Asked, length: int) -> Iterator[int]:
@@ -112,7 +110,9 @@ def _from_end(asked: Asked, length: int) -> Iterator[int]:
 def _tables(given: Any, length: int) -> Iterator[Tensor]:
     """Attention from the tokens to themselves, and to what stands before them."""
     for table in given or ():
-        if isinstance(table, Tensor) and table.dim() == 4 and table.shape[2] >= length <= table.shape[3]:
+        sized = isinstance(table, Tensor) and table.dim() == 4 and table.shape[2] >= length <= table.shape[3]
+        # Linear attention returns products here that are no shares of anything.
+        if sized and bool((table >= 0).all()) and float(table.sum(-1).max()) < 1.001:
             yield table
 
 
@@ -125,9 +125,9 @@ class _Softmax(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in (torch.softmax, nn.functional.softmax, Tensor.softmax) and out.dim() == 4:
-            if out.shape[2] >= self.length <= out.shape[3]:
-                self.seen.append(out)
+        softmax = func in (torch.softmax, nn.functional.softmax, Tensor.softmax)
+        if softmax and out.dim() == 4 and out.shape[2] >= self.length <= out.shape[3]:
+            self.seen.append(out)
         return out
 
 

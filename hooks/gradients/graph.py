@@ -7,8 +7,8 @@ covers is a use of a parameter that no rule has seen; a call whose outputs are n
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -111,7 +111,7 @@ class Call:
     `own`: the parameters it answers for, by their path from the module; `scale`: of the rows an embedding looked up
     (None: no lookup); `sources`: nodes of autograd's graph that lead into the call; `cut`: floating-point tensors went
     in, and none carries gradient; `closed`: a closed rule reads its gradient, without a replay; `versions`: of the
-    tensors that went in, at that moment.
+    tensors that went in, at that moment; `aliases`: other paths by which it uses its own parameters, and theirs.
     """
 
     module: nn.Module
@@ -125,6 +125,11 @@ class Call:
     cut: bool
     closed: bool
     versions: list[int]
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    def with_aliases(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values of its own parameters under all paths by which it uses them."""
+        return {**values, **{path: values[key] for path, key in self.aliases.items() if key in values}}
 
     @property
     def given(self) -> Any:
@@ -138,6 +143,12 @@ class Call:
                 f"the input of module {self.name!r} was overwritten in place after the module ran, so its gradient is "
                 "lost; make what follows work out of place (inplace=False)"
             )
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it ran without gradient and was given no states, so that nothing but itself is cut off."""
+        states = (leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor))
+        return not self.roots and not any(leaf.is_floating_point() for leaf in states)
 
     @property
     def roots(self) -> list[Any]:
@@ -157,15 +168,21 @@ class Completeness(NamedTuple):
 NOTHING_REACHED = Completeness([], {})
 
 
-def completeness(calls: Sequence[Call], parameters: Mapping[str, nn.Parameter], loss: Tensor) -> Completeness:
+def completeness(
+    calls: Sequence[Call], parameters: Mapping[str, nn.Parameter], loss: Tensor, frozen: Container[int] = ()
+) -> Completeness:
     """Hold recorded calls against autograd's graph: is every edge into a parameter covered by a call that is reached?
 
+    Args:
+        frozen: ids of parameters that were frozen before; a frozen table that runs without gradient (positions of sines
+            and cosines) is a constant of its model and reaches nothing.
     Raises: RevprobeError, for a parameter whose modules ran but are cut off from the loss: without gradient, or by
         something that detaches. What simply is not used (a pooler) has no gradient, and is no error.
     """
     reached = reach([loss.grad_fn])
     covered: dict[int, set[Edge]] = {id(p): set() for p in parameters.values()}
     own: dict[int, list[Call]] = {id(p): [] for p in parameters.values()}
+    edges_of: dict[int, list[set[Edge]]] = {id(p): [] for p in parameters.values()}
     lost: dict[int, str] = {}
     for call in calls:
         keys = [id(p) for p in call.own.values() if id(p) in covered]
@@ -175,11 +192,14 @@ def completeness(calls: Sequence[Call], parameters: Mapping[str, nn.Parameter], 
         for key in keys:
             covered[key] |= inside.get(key, set())
             own[key].append(call)
+            edges_of[key].append(inside.get(key, set()))
     found = Completeness([], {})
     for name, parameter in parameters.items():
         edges, seen = reached.edges.get(id(parameter), set()), own[id(parameter)]
         if edges:
             found.reached.append(name)
+        elif id(parameter) in frozen and all(call.is_table for call in seen):
+            pass
         elif seen and not any(reached.nodes.intersection(call.roots) for call in seen):  # else unused inside its module
             _require_unused(calls, seen[-1], name, reached.nodes)
         if edges - covered[id(parameter)] or id(parameter) in lost:
@@ -187,7 +207,24 @@ def completeness(calls: Sequence[Call], parameters: Mapping[str, nn.Parameter], 
             module = lost.get(id(parameter), next(overwritten, None))
             counts = len(edges), len(edges & covered[id(parameter)])
             found.unread[name] = _past_its_calls(name, *counts) if module is None else _overwritten(module, name)
+        elif both := _shared_with_a_child(seen, edges_of[id(parameter)]):
+            found.unread[name] = f"module {both!r} uses {name!r} itself and calls a module inside it that holds it too"
     return found
+
+
+def _shared_with_a_child(calls: Sequence[Call], edges: Sequence[set[Edge]]) -> str | None:
+    """The module whose uses of a parameter are its own and those of a called child: a replay cannot tell them apart.
+
+    `calls`, `edges`: those that answer for the parameter, and how it is reached from the outputs of each.
+    """
+    for call, uses in zip(calls, edges, strict=True):
+        inside = f"{call.name}." if call.name else ""
+        children = [
+            e for other, e in zip(calls, edges, strict=True) if other is not call and other.name.startswith(inside)
+        ]
+        if uses & (theirs := set().union(*children)) and uses - theirs:
+            return call.name
+    return None
 
 
 def _past_its_calls(name: str, edges: int, covered: int) -> str:

@@ -66,6 +66,7 @@ def record_gradients(
     selection = Selection(dict(parameters), parts or {}, adopted or {})
     recorder = GradientRecorder(module, selection, batch, loss_of, {} if unread is None else unread)
     flags = [(p, p.requires_grad) for p in module.parameters()]
+    recorder.frozen = {id(p) for p, flag in flags if not flag}
     selected = {id(p) for p in parameters.values()}
     try:
         for p, _ in flags:
@@ -94,6 +95,7 @@ class GradientRecorder:
         self._calls: list[Call] = []
         self._returned: list[Output] = []  # by the whole model
         self._handles: list[Any] = []
+        self.frozen: set[int] = set()  # parameters that were so before, by id
         self._replaying = False  # modules run to be replayed are not recorded
         self._reading = False  # nor those that run in the backward pass
 
@@ -113,6 +115,19 @@ class GradientRecorder:
         """The parameters a module holds, and those it uses of children that are not called."""
         own = {key: p for key, p in module._parameters.items() if p is not None}
         return own | dict(self._selection.adopted.get(name, {}))
+
+    def _aliases(self, name: str, module: nn.Module, own: dict[str, nn.Parameter]) -> dict[str, str]:
+        """Other paths to a module's own parameters, where it uses them itself: in children that were not called.
+
+        A child that was called is recorded by itself (BERT's decoder and its head's bias; MobileBERT's head adds the
+        decoder's bias without calling the decoder).
+        """
+        if next(module.children(), None) is None:
+            return {}
+        keys, called = {id(p): key for key, p in own.items()}, {call.name for call in self._calls}
+        paths = ((path, keys.get(id(p))) for path, p in module.named_parameters(remove_duplicate=False))
+        holder = lambda path: f"{name}.{path}".lstrip(".").rpartition(".")[0]  # noqa: E731
+        return {path: key for path, key in paths if key and path not in own and holder(path) not in called}
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -140,7 +155,9 @@ class GradientRecorder:
             closed = name not in self._selection.adopted and (scale is not None or has_rule(module))
             outputs = [Output(leaf, keep=not closed) for leaf in kept if carries_gradient(leaf)]
             own, given = self._answers_for(name, module), versions(args, kwargs)
-            self._calls.append(Call(module, name, own, args, kwargs, outputs, scale, inputs, cut, closed, given))
+            aliases = self._aliases(name, module, own)
+            about = (args, kwargs, outputs, scale, inputs, cut, closed, given, aliases)
+            self._calls.append(Call(module, name, own, *about))
         return tree_unflatten(kept, structure)
 
     def backward(self, loss: Tensor, left: Tensor, right: Tensor) -> Products:
@@ -173,7 +190,7 @@ class GradientRecorder:
         """All but the unread ones."""
         parameters = self._selection.parameters
         known = {name: p for name, p in parameters.items() if name not in self.unread}
-        complete = completeness(self._calls, known, loss) if loss.grad_fn is not None else NOTHING_REACHED
+        complete = completeness(self._calls, known, loss, self.frozen) if loss.grad_fn is not None else NOTHING_REACHED
         self.reached = [name for name in parameters if name in complete.reached or name in self.unread]
         if loss.grad_fn is None or not self.reached:
             ran = (

@@ -153,7 +153,8 @@ def replay(
 
         def forward(values: dict[str, Tensor]) -> list[Tensor]:
             # A child that shares a parameter is recorded by itself (BERT's decoder and its head's bias).
-            return _leaves(functional_call(call.module, values, one_args, one_kwargs, tie_weights=False))
+            used = call.with_aliases(values)
+            return _leaves(functional_call(call.module, used, one_args, one_kwargs, tie_weights=False))
 
         return _pull_back(forward, weights, cotangent)
 
@@ -164,7 +165,7 @@ def replay(
             raise CannotSplit(
                 f"{_cannot(call.module)}: {first_line(error)}; leave them out with parameters="
             ) from error
-        _check_replay(call.module, (args, kwargs), weights, grads, recorded, cotangents)
+        _check_replay(call, (args, kwargs), weights, grads, recorded, cotangents)
     wide = torch.promote_types(outputs[0].dtype, torch.float32)
     flat = {key: g.detach().reshape(batch, -1).to(wide) for key, g in grads.items()}
     given = torch.stack([c.reshape(batch, -1).to(wide).pow(2).sum(1) for c in cotangents]).sum(0)
@@ -191,7 +192,7 @@ def _without_forward_hooks(module: nn.Module) -> Iterator[None]:
 
 
 def _check_replay(
-    module: nn.Module,
+    call: Call,
     given: tuple[tuple[Any, ...], dict[str, Any]],
     own: dict[str, Tensor],
     grads: dict[str, Tensor],
@@ -203,9 +204,10 @@ def _check_replay(
     The first tells a module that does something else the second time (its pre-hook changed what was recorded); the
     second a kernel that vmap is wrong about.
     """
+    module = call.module
     with torch.enable_grad():
         weights = {key: p.requires_grad_() for key, p in own.items()}
-        found = _leaves(functional_call(module, weights, *given, tie_weights=False))
+        found = _leaves(functional_call(module, call.with_aliases(weights), *given, tie_weights=False))
         for leaf, values in zip(found, recorded, strict=True):
             if values is not None and _differ(leaf.detach(), values):
                 raise CannotSplit(
