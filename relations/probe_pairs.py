@@ -121,8 +121,8 @@ def warn_of_names_read_alike(
         if alike:
             warnings.warn(
                 f"the tokenizer of {model.name} reads {shown(alike[0][0])} and {shown(alike[0][1])} of column "
-                f"{column!r} as the same tokens ({len(alike)} such names), so "
-                f"a held-out fact of {name} may be trained under another spelling; make the relation with ignore_case=True, or spell each name in one way",
+                f"{column!r} as the same tokens ({len(alike)} such names), so a held-out fact of {name} may be trained "
+                "under another spelling; make the relation with ignore_case=True, or spell each name in one way",
                 stacklevel=3,
             )
 

@@ -452,13 +452,13 @@ def test_ctrl_c_during_start_up_is_one_line(module: str, tmp_path: Path) -> None
     code = (
         "import builtins, runpy, signal, os, sys\n"
         "before = builtins.__import__\n"
-        "def watched(name, *rest):\n"
+        "def watched(name, *rest, **named):\n"
         f"    if name == {module.split('.')[-1]!r} or name.endswith('.'.join({module!r}.split('.')[-2:])):\n"
         "        builtins.__import__ = before; os.kill(os.getpid(), signal.SIGINT)\n"
-        "    return before(name, *rest)\n"
+        "    return before(name, *rest, **named)\n"
         "builtins.__import__ = watched\n"
         "sys.argv = ['revprobe', 'train', 'one-layer-quick']\n"
-        "runpy.run_module('revprobe', run_name='__main__')\n"
+        "runpy.run_module('revprobe.__main__', run_name='__main__')\n"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (130, "stopped\n")
