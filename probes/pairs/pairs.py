@@ -248,7 +248,8 @@ class ReversalPairs(Sequence[ReversalPair]):
         lists: dict[str, _Rows] = {}
         dropped: dict[str, int] = {}
         tokens: dict[int, str] = {}
-        for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        # A line ends at "\n" alone: names hold separators of their own.
+        for number, line in enumerate(_read_text(path).removesuffix("\n").split("\n"), start=1):
             try:
                 row = json.loads(line)
                 if "dropped" in row:

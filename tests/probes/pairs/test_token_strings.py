@@ -286,3 +286,15 @@ def test_text_pairs_of_a_masked_model_too_and_what_both_ask_last_is_accepted() -
         rp.probe(causal, masked)
     assert rp.probe_reverse_probability(causal, text_like_pairs()).n == 6
     assert rp.probe_reverse_probability(causal, pairs_for(causal)).n == 2
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0c", "\x1d"])
+def test_a_line_of_a_file_of_pairs_ends_at_a_line_feed_alone(mark: str, tmp_path: Path) -> None:
+    """Names from Wikipedia hold such characters, and JSON leaves them as they are."""
+    pairs = rp.ReversalPairs.from_pairs(
+        [
+            rp.ReversalPair(rp.Query([1, 2, 3], [0], [2]), rp.Query([3, 2, 1], [2], [0]), fact=f"Ann{mark}Hale{n}")
+            for n in (0, 1)
+        ]
+    )
+    assert rp.ReversalPairs.load(pairs.save(tmp_path / "pairs.jsonl")).facts.tolist() == pairs.facts.tolist()
