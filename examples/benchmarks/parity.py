@@ -176,7 +176,8 @@ def page(models: list[Tried], adapters: list[Tried], unbuilt: dict[str, str]) ->
     return f"""# What was tried
 
 Every causal and masked language model of transformers that can be built with a handful of units, with noise on every
-weight, on five facts of unequal lengths and five of equal ones. Written by `python examples/benchmarks/parity.py` on {datetime.date.today().isoformat()} with {versions}, in float32 on a CPU.
+weight, on five facts of unequal lengths and five of equal ones. Written by `python examples/benchmarks/parity.py` on
+{datetime.date.today().isoformat()} with {versions}, in float32 on a CPU.
 
 A number is "right" when it differs by at most 1e-4 from one that shares nothing with the package: probabilities from a
 run of each query alone and a log-softmax in float64 (relative), gradient norms and inner products from

@@ -70,8 +70,8 @@ def adapted(base: Any, config: Any) -> nn.Module:
 def saved(objective: str, label: str, folder: Path) -> tuple[nn.Module, Path]:
     """An adapted model in memory, and the folder of its adapter beside that of its base."""
     base = tiny_model(objective, *BASES[objective])
-    base.save_pretrained(folder / "base")  # type: ignore[operator]
-    loaded = type(base).from_pretrained(folder / "base")  # type: ignore[attr-defined]
+    base.save_pretrained(folder / "base")
+    loaded = type(base).from_pretrained(folder / "base")
     model: Any = adapted(loaded, configs(objective)[label])
     model.save_pretrained(folder / "adapter")
     return model, folder / "adapter"

@@ -63,8 +63,8 @@ _SIZES: dict[str, Any] = {
     "use_cache": False,
 }
 # Hybrids, of which every third or fourth layer attends.
-_EVERY_FOURTH = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp")
-_EVERY_FOURTH += ("qwen4_exp_text", "kimi_linear", "bailing_hybrid", "recurrent_gemma", "lfm3")
+_EVERY_FOURTH = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "recurrent_gemma", "lfm3")
+_ONE_OF_EACH = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 # What single kinds need besides.
 _OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
@@ -78,6 +78,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"]},
     "perceiver": {"d_latents": 32, "num_latents": 16, "num_self_attends_per_block": 1, "num_self_attention_heads": 4},
     **{kind: {"num_hidden_layers": 4} for kind in _EVERY_FOURTH},
+    **{kind: _ONE_OF_EACH for kind in ("kimi_linear", "bailing_hybrid")},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},

@@ -342,6 +342,27 @@ def test_wrapping_costs_at_most_six_short_runs_and_once_for_a_module(name):
     assert again == []
 
 
+class SumsOtherwise(nn.Module):
+    """Llama, whose products are summed in an order that rows together decide, and gradient mode: rounding, no leak."""
+
+    def __init__(self, exactly: bool) -> None:
+        super().__init__()
+        self.inner, self.exactly = SOUND["Llama"](), exactly
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        logits = self.inner(input_ids=input_ids, attention_mask=attention_mask).logits
+        rounding = (int(input_ids.sum()) % 5) * 2e-7 + (0.0 if self.exactly or not torch.is_grad_enabled() else 3e-7)
+        return logits * (1.0 + rounding)
+
+
+@pytest.mark.parametrize("exactly", [True, False], ids=["equal with gradient", "and with gradient otherwise"])
+def test_rounding_that_differs_with_gradient_costs_no_more_runs(exactly):
+    """Kernels for experts are others with gradient; the repeated run was taken for randomness, for two runs more."""
+    module = drawn(SumsOtherwise(exactly))
+    sizes = forwards_of(module, lambda: contract_of(CalledModule(module)))
+    assert len(sizes) == 6 and contract_of(CalledModule(module)).routed
+
+
 def test_another_adapter_is_another_contract_and_the_cache_holds_no_module():
     from peft import PromptTuningConfig, get_peft_model
 
