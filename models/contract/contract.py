@@ -37,6 +37,7 @@ class Contract:
         equal_lengths: why queries of different lengths cannot share a batch; empty where they can.
         placement: where the input's tokens stand among the rows of the logits and of attention.
         narrowed: the type that products are taken in where it is narrower than the weights' (autocast); else None.
+        ambient: whether that was seen inside the caller's own autocast, which ends with it.
         measured: what was compared and by how much it differed, in standard deviations of the logits; NaN: not run.
         routed: whether differences in runs of equal shapes were rounding (a mixture of experts).
     """
@@ -45,6 +46,7 @@ class Contract:
     equal_lengths: str
     placement: Placement
     narrowed: torch.dtype | None
+    ambient: bool = False
     measured: dict[str, float] = field(default_factory=dict)
     routed: bool = False
 
@@ -84,7 +86,12 @@ def _state(module: nn.Module) -> Hashable:
     prompt = str(getattr(module, "active_adapter", "")) if hasattr(module, "peft_config") else ""
     kernel = getattr(getattr(module, "config", None), "_attn_implementation", None)
     dtype = next((p.dtype for p in module.parameters()), None)
-    return adapters, prompt, kernel, dtype, torch.is_autocast_enabled(), id(vars(module).get("forward"))
+    return adapters, prompt, kernel, dtype, _ambient(module), id(vars(module).get("forward"))
+
+
+def _ambient(module: nn.Module) -> bool:
+    """Whether the caller runs this under autocast."""
+    return torch.is_autocast_enabled(next((p.device.type for p in module.parameters() if not p.is_meta), "cpu"))
 
 
 def _judge(trial: Trial) -> Contract:
@@ -97,6 +104,7 @@ def _judge(trial: Trial) -> Contract:
         judge.padding(),
         placement,
         trial.arithmetic if trial.arithmetic.itemsize < trial.called.dtype.itemsize else None,
+        _ambient(trial.called.module),
         judge.measured,
         judge.routed,
     )

@@ -308,7 +308,8 @@ def describe(model: ProbedModel, result: PassResult, plan: Plan) -> dict[str, An
 
 def _arithmetic(model: ProbedModel) -> dict[str, Any]:
     """The type that products are taken in; the weights' own beside it where autocast makes it another."""
-    kind, narrow = model.device.type, model.contract.narrowed or model.dtype
+    kind, contract = model.device.type, model.contract
+    narrow = model.dtype if contract.ambient or contract.narrowed is None else contract.narrowed
     if torch.is_autocast_enabled(kind):
         narrow = min(narrow, torch.get_autocast_dtype(kind), key=lambda dtype: dtype.itemsize)
     name = str(narrow).removeprefix("torch.")

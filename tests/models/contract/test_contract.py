@@ -479,3 +479,18 @@ def test_a_module_that_does_not_run_says_so_in_one_line():
         wrapped(Broken())
     with pytest.raises(RevprobeError, match=r"gives \(3, 56\) for 3 x 8 token ids"):
         wrapped(type("Pooled", (Words,), {"forward": lambda self, ids: Words.forward(self, ids)[:, 0]})())
+
+
+def test_a_reading_says_what_its_own_arithmetic_was_whichever_the_wrapping_saw():
+    """Wrapped inside an autocast and read outside it, and the other way round."""
+    pairs = mixed_pairs()
+    module = drawn(SOUND["BERT"]())
+    with torch.autocast("cpu", torch.bfloat16):
+        model = ProbedModel(module, objective="masked", mask_token_id=MASK)
+        inside = rp.probe_reverse_probability(model, pairs, control=False)
+    outside = rp.probe_reverse_probability(model, pairs, control=False)
+    assert (inside.meta["dtype"], inside.meta["weight_dtype"]) == ("bfloat16", "float32")
+    assert outside.meta["dtype"] == "float32" and "weight_dtype" not in outside.meta
+    plain = ProbedModel(module, objective="masked", mask_token_id=MASK)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert rp.probe_reverse_probability(plain, pairs, control=False).meta["dtype"] == "bfloat16"
