@@ -302,3 +302,6 @@ class _Snapshots(TrainerCallback):
                     "lower learning_rate or raise warmup_steps"
                 )
             control.should_save = True
+        if control.should_save:
+            # A logged loss is the mean since the last; a checkpoint does not keep its sum, so it ends the mean as well.
+            control.should_log = True

@@ -479,3 +479,17 @@ def test_a_reading_lost_with_its_checkpoint_is_named(tmp_path: Path) -> None:
         train(config("gpt2"), run.path)
     assert other.is_file() and not run.finished
     assert "checkpoint of step 10" in (run.problem or "")
+
+
+def test_losses_logged_after_a_resume_are_those_of_a_run_that_never_stopped(tmp_path: Path) -> None:
+    """A checkpoint in the middle of a mean keeps no sum: the mean ends there, in both."""
+    options = {"arg_max_steps": 12, "arg_logging_steps": 4, "arg_save_steps": 6, "arg_save_strategy": "steps"}
+
+    def logged(made: ForwardOnlyTrainer, resume: Path | None = None) -> list[tuple[int, float]]:
+        made.train(resume_from_checkpoint=None if resume is None else str(resume))
+        return [(entry["step"], entry["loss"]) for entry in made.state.log_history if "loss" in entry]
+
+    whole = logged(trainer(tmp_path / "whole", tiny_model(), **options))
+    assert [step for step, _ in whole] == [4, 6, 8, 12] and len({loss for _, loss in whole}) == 4
+    stopped = next((tmp_path / "whole").rglob("step-*6"))
+    assert logged(trainer(tmp_path / "resumed", tiny_model(), **options), stopped) == whole
