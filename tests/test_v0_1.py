@@ -138,7 +138,8 @@ def test_single_steps_written_by_v0_1_are_summed_up_as_they_were() -> None:
     """`came` is now `observed`; a figure of curves that were saved under the old name draws too."""
     steps = pd.read_csv(HOME / "one_step.csv", keep_default_na=False, na_values=[""])
     curves = then("one_step")
-    same_values(rp.one_step_curves(steps), current_columns(curves), rtol=1e-9, atol=1e-12)
+    told = current_columns(curves).fillna({"reason": ""})  # no reason is an empty one, whatever CSV makes of it
+    same_values(rp.one_step_curves(steps), told, rtol=1e-9, atol=1e-12)
     assert "observed" in rp.one_step_curves(steps) and "came" in curves
     assert len(one_step_figure(curves).data) == len(one_step_figure(current_columns(curves)).data) > 0
 

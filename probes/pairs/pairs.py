@@ -248,8 +248,9 @@ class ReversalPairs(Sequence[ReversalPair]):
         lists: dict[str, _Rows] = {}
         dropped: dict[str, int] = {}
         tokens: dict[int, str] = {}
+        text = _read_text(path).removesuffix("\n")
         # A line ends at "\n" alone: names hold separators of their own.
-        for number, line in enumerate(_read_text(path).removesuffix("\n").split("\n"), start=1):
+        for number, line in enumerate(text.split("\n") if text else [], start=1):
             try:
                 row = json.loads(line)
                 if "dropped" in row:
