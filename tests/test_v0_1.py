@@ -139,7 +139,9 @@ def test_single_steps_written_by_v0_1_are_summed_up_as_they_were() -> None:
     steps = pd.read_csv(HOME / "one_step.csv", keep_default_na=False, na_values=[""])
     curves = then("one_step")
     told = current_columns(curves).fillna({"reason": ""})  # no reason is an empty one, whatever CSV makes of it
-    same_values(rp.one_step_curves(steps), told, rtol=1e-9, atol=1e-12)
+    newer = ["facts", "statistics_version"]
+    assert (rp.one_step_curves(steps)["facts"] == 8).all() and (told["statistics_version"] == 1).all()
+    same_values(rp.one_step_curves(steps).drop(columns=newer), told.drop(columns=newer), rtol=1e-9, atol=1e-12)
     assert "observed" in rp.one_step_curves(steps) and "came" in curves
     assert len(one_step_figure(curves).data) == len(one_step_figure(current_columns(curves)).data) > 0
 
