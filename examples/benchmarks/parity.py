@@ -169,8 +169,20 @@ def counted(tried: list[Tried]) -> str:
     return "\n".join(rows)
 
 
+def verdicts(tried: list[Tried]) -> str:
+    """What was found of `diagnose` and of the cost of wrapping, and where it is not as it should be."""
+    said = [one for one in tried if one.said]
+    apart = [f"{one.name} ({fault})" for one in said for fault in one.faults if fault.startswith("diagnose")]
+    costly = [f"{one.name} ({one.runs} passes)" for one in tried if one.runs > MOST_RUNS or one.tokens > MOST_TOKENS]
+    same = len(said) - len({one.split(" (")[0] for one in apart})
+    return (
+        f"`revprobe.diagnose` was asked of the {len(said)} models that could be wrapped, and gave the same verdict on "
+        f"{same}; it differed on: {', '.join(apart) or 'none'}.\n\nWrapping should take at most {MOST_RUNS} forward "
+        f"passes of at most 3 x 12 tokens; it takes more of: {', '.join(costly) or 'none'}."
+    )
+
+
 def page(models: list[Tried], adapters: list[Tried], unbuilt: dict[str, str]) -> str:
-    runs, tokens = max(one.runs for one in models), max(one.tokens for one in models)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
     reasons = "\n".join(f"| {name} | {cell(Outcome('', reason=why))[2:]} |" for name, why in sorted(unbuilt.items()))
     return f"""# What was tried
@@ -184,8 +196,9 @@ run of each query alone and a log-softmax in float64 (relative), gradient norms 
 `torch.autograd.grad` over all parameters, one query after the other, attention weights from the model's own eager
 attention, and differences of the scores of two columns from those of its log-weights. The largest error is in brackets.
 "refused" is an error, or a reason in place of every number, that says why; "left out" means that there was nothing to
-compare with. `revprobe.diagnose` gave the same verdict on each of them, and wrapping took at most {MOST_RUNS} forward
-passes of at most 3 x 12 tokens: {runs} passes, the largest of {tokens} tokens.
+compare with.
+
+{verdicts(models + adapters)}
 
 ## Architectures
 

@@ -96,6 +96,8 @@ def _ambient(module: nn.Module) -> bool:
 
 def _judge(trial: Trial) -> Contract:
     placement = place_tokens(trial)
+    if trial.drew:
+        _require_repeatable(trial)
     judge = _Judge(trial, placement.logits)
     changes = trial.moved(trial.plain.logits[1:], trial.changed.logits[1:]) > 0
     judge.require_own_rows()
@@ -175,7 +177,7 @@ class _Judge:
             return True
         if isinstance(self._reach, str):
             self._reach = reached(self.trial, self.offset)
-            if self.trial.drew or (self._reach is not None and not self._reach.repeated):
+            if self._reach is not None and not self._reach.repeated:
                 _require_repeatable(self.trial)
         if self._reach is None or any(getattr(self._reach, place) for place in places):
             return True
@@ -192,14 +194,19 @@ def _is_coarse(trial: Trial) -> bool:
 def _require_repeatable(trial: Trial) -> None:
     """Raises: RevprobeError, naming the first module that answers the same input differently in eval mode."""
     called, ids = trial.called, trial.plain.ids
-    first, second = (_outputs(called, ids) for _ in range(2))
-    different = [name for name, out in first.items() if name not in second or not torch.equal(out, second[name])]
+    # Noise of rounding's size gives the same bits now and then: two runs may agree by luck, four hardly.
+    first, *others = (_outputs(called, ids) for _ in range(4 if trial.drew else 2))
+    different = [name for name, out in first.items() if not all(_same(out, other.get(name)) for other in others)]
     if different:
         part: Any = called.module.get_submodule(different[0])
         raise RevprobeError(
             f"{called.name} is random in eval mode: {different[0] or 'the model'!r} ({type(part).__name__}) answers "
             "the same input differently each time; make it heed .eval()"
         )
+
+
+def _same(one: Tensor, other: Tensor | None) -> bool:
+    return other is not None and torch.equal(one, other)
 
 
 def _outputs(called: CalledModule, ids: Tensor) -> dict[str, Tensor]:

@@ -260,6 +260,15 @@ class Tremor(nn.Module):
         return hidden * (1 + 1e-6 * torch.rand(()))
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_noise_that_repeats_to_the_bit_now_and_then_is_found_all_the_same(seed):
+    """Of the size of rounding, a factor has a dozen values: two runs agree often."""
+    module = Trembles()
+    torch.manual_seed(seed)
+    with pytest.raises(RevprobeError, match=r"random in eval mode: 'noise' \(Tremor\)"):
+        wrapped(module)
+
+
 @pytest.mark.parametrize(("kind", "culprit"), [(Drops, "'mix' "), (Trembles, r"'noise' \(Tremor\)")])
 def test_a_module_that_is_random_in_eval_mode_is_named(kind, culprit):
     with pytest.raises(RevprobeError, match=rf"random in eval mode: {culprit}"):
