@@ -27,6 +27,7 @@ from ..models.contract.skeleton import skeleton
 from ..models.contract.trial import ordinary_ids
 from ..models.probed import ProbedModel, as_probed
 from ..models.registry import load_model
+from ..models.structure import attention_of
 from .attention import probe_attention_correlation
 from .gradient import probe_gradient_cosine
 from .pairs.pairs import ReversalPairs
@@ -199,32 +200,34 @@ class _Examination:
         seen = sorted(frame.loc[frame["reason"] == "", "layer"].unique())
         if not seen:
             raise RevprobeError("no layer's attention can be read")
-        yield Line("attention", OK, float("nan"), f"{len(seen)} layers are read: {_ranges(seen)}")
+        yield Line("attention", OK, float("nan"), f"read of {len(seen)} layer{'s' * (len(seen) > 1)}: {_ranges(seen)}")
         for path, reason in reading.meta.get("left_out", {}).items():
             yield Line("attention left out", HANDLED, float("nan"), f"{path}: {reason}")
         yield self._eager(reading)
 
     def _eager(self, reading: Reading) -> Line:
-        """The weights beside those that transformers' eager attention returns, on a copy that shares the parameters."""
-        check, nan = "attention weights", float("nan")
-        module = self.model.module
-        if not hasattr(module, "set_attn_implementation") or not hasattr(module, "config"):
-            return Line(check, NOT_RUN, nan, "not a model of transformers, which has a second implementation")
+        """The weights beside those of transformers' eager attention, on a copy that shares the parameters."""
+        check, nan, module = "attention weights", float("nan"), self.model.module
+        sites = {site.source for site in attention_of(self.model).sites}
+        if sites == {"softmax"} or not getattr(module, "_supports_sdpa", False):
+            return Line(check, NOT_RUN, nan, "it has one way of attending; what is read gives its output")
         try:
             with skeleton(module, self.model.name) as copied:
                 if copied is module:
                     return Line(check, NOT_RUN, nan, "no copy of it can be made")
                 eager: Any = copied
-                eager.config = copy.deepcopy(eager.config)
                 eager.set_attn_implementation("eager")
-                other = probe_attention_correlation(self.model.with_module(copied), self.pairs, control=False).frame
+                other = self.model.with_module(copied)
+                if {site.source for site in attention_of(other).sites} == sites:
+                    return Line(check, NOT_RUN, nan, "it computes attention in one way, whatever it is set to")
+                weights = probe_attention_correlation(other, self.pairs, control=False).frame
         except Exception as error:  # whatever the other implementation raises
             return Line(check, NOT_RUN, nan, f"its eager attention does not run: {first_line(error)}")
         frame = reading.frame
-        if len(other) != len(frame):
+        if len(weights) != len(frame):
             return Line(check, REFUSED, nan, "eager attention shows other layers or heads")
         sides = [f"weight_{side}" for side in ("forward", "reverse")]
-        apart = float(np.nanmax(np.abs(frame[sides].to_numpy() - other[sides].to_numpy()), initial=0.0))
+        apart = float(np.nanmax(np.abs(frame[sides].to_numpy() - weights[sides].to_numpy()), initial=0.0))
         return self._judged(check, apart, "weights, as loaded and by eager attention")
 
     def _gradient(self) -> Iterator[Line]:

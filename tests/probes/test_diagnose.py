@@ -40,10 +40,19 @@ def test_a_sound_model_passes_every_check(make):
     found = rp.diagnose(make())
     assert found.trustworthy and set(found.table["result"]) <= {"ok", "measured", "handled", "not run"}
     assert line(found, "gradients").measured < 1e-5 and line(found, "probability").measured < 1e-5
-    assert line(found, "attention").note.startswith(("1 layers are read: 0", "2 layers are read: 0 to 1"))
+    assert line(found, "attention").note in ("read of 1 layer: 0", "read of 2 layers: 0 to 1")
     assert line(found, "padding").measured == 0 and line(found, "other rows").measured == 0
     assert 0 < line(found, "in bfloat16").measured < 0.5
     assert "all three probes can be trusted" in repr(found) and "<table" in found._repr_html_()
+
+
+def test_a_check_that_could_not_fail_is_not_run():
+    """RADD knows no other attention: comparing it with itself would say ok."""
+    assert line(rp.diagnose(radd("rope")), "attention weights").result == "not run"
+    module = drawn(language_model(transformers.LlamaConfig(**GROUPED), attn_implementation="eager"))
+    assert line(rp.diagnose(module), "attention weights").result == "not run"
+    compared = line(rp.diagnose(drawn(language_model(transformers.LlamaConfig(**GROUPED)))), "attention weights")
+    assert compared.result == "ok" and 0 < compared.measured < 1e-5
 
 
 class NoAttention(nn.Module):
