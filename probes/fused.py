@@ -72,7 +72,6 @@ def probe(
     if layers is not None:
         layers = readable_layers(model, layers) if "attention" in wanted else listed("layer", layers)
     names = chosen_parameters(model, parameters, layers) if "gradient" in wanted else None
-    pairs = pairs if isinstance(pairs, ReversalPairs) else ReversalPairs.from_pairs(pairs)
     taken: dict[str, Reading] = {}
     for members, own in lists_read(pairs, wanted):
         plan = Plan(

@@ -220,3 +220,14 @@ def made_probabilities(draw: int, facts: Sequence[str], about: dict[str, Any]) -
     columns |= {"direction": np.repeat(["forward", "reverse"], pairs), "probability": p, "argmax_match": p > 0.5}
     columns |= {"probability_control": p / 10, "argmax_match_control": False}
     return rp.Reading("reverse_probability", pd.DataFrame(columns), about)
+
+
+def uneven_pairs(count: int = 4, length: int = 8) -> rp.ReversalPairs:
+    """Random token ids below 50, a fact each; lengths differ by one, so that batches are padded."""
+    generator = torch.Generator().manual_seed(3)
+    pairs = []
+    for fact in range(count):
+        ids = torch.randperm(50, generator=generator)[: length + fact % 2].tolist()
+        swapped = [ids[0], ids[2], ids[1], *ids[3:]]
+        pairs.append(rp.ReversalPair(rp.Query(ids, [4], [1]), rp.Query(swapped, [4], [2]), fact=str(fact)))
+    return rp.ReversalPairs.from_pairs(pairs)

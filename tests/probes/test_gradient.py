@@ -11,9 +11,9 @@ import transformers
 from torch import nn
 
 import tiny
-from revprobe import ProbedModel, Query, ReversalPair, ReversalPairs, RevprobeError, probe_gradient_cosine
+from revprobe import ProbedModel, ReversalPair, ReversalPairs, RevprobeError, probe_gradient_cosine
 from revprobe.models.structure import parameter_role
-from tiny import MASK, language_model
+from tiny import MASK, language_model, uneven_pairs
 
 VOCAB = 56
 SIZES = tiny.SIZES | {"hidden_size": 16, "intermediate_size": 24}
@@ -49,21 +49,11 @@ MODELS = {
 # --- what the engine leaves alone, and what makes no difference -----------------------------------------------------
 
 
-def pairs_of(count: int = 4, length: int = 8) -> ReversalPairs:
-    generator = torch.Generator().manual_seed(3)
-    pairs = []
-    for fact in range(count):
-        ids = torch.randperm(50, generator=generator)[: length + fact % 2].tolist()
-        swapped = [ids[0], ids[2], ids[1], *ids[3:]]
-        pairs.append(ReversalPair(Query(ids, [4], [1]), Query(swapped, [4], [2]), fact=str(fact)))
-    return ReversalPairs.from_pairs(pairs)
-
-
 NUMBERS = ["inner", "norm_forward", "norm_reverse"]
 
 
 def close(one: ProbedModel, other: ProbedModel, **options: object) -> None:
-    frames = [probe_gradient_cosine(model, pairs_of(), control=False, **options).frame for model in (one, other)]
+    frames = [probe_gradient_cosine(model, uneven_pairs(), control=False, **options).frame for model in (one, other)]
     found, expected = (torch.as_tensor(frame[NUMBERS].to_numpy()) for frame in frames)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
@@ -84,8 +74,8 @@ def test_gradient_checkpointing_gives_the_same_numbers(name, training):
 @pytest.mark.parametrize("size", [1, 3, 100])
 def test_micro_batches_give_the_same_numbers(size):
     module = drawn(of(transformers.Qwen2Config))
-    reference = probe_gradient_cosine(ProbedModel(module, objective="causal"), pairs_of(), batch_size=4)
-    other = probe_gradient_cosine(ProbedModel(module, objective="causal"), pairs_of(), batch_size=size)
+    reference = probe_gradient_cosine(ProbedModel(module, objective="causal"), uneven_pairs(), batch_size=4)
+    other = probe_gradient_cosine(ProbedModel(module, objective="causal"), uneven_pairs(), batch_size=size)
     for column in [*NUMBERS, "inner_control"]:
         assert reference.frame[column].to_numpy() == pytest.approx(other.frame[column].to_numpy(), rel=1e-9, abs=1e-12)
 
@@ -108,11 +98,11 @@ def test_lora_at_its_first_step_is_a_reading_and_its_a_alone_is_nan_with_a_reaso
     model = ProbedModel(at_first_step(), objective="causal")
     adapters = [name for name, _ in model.module.named_parameters() if "lora_" in name]
     only_a = [name for name in adapters if "lora_A" in name]
-    reading = probe_gradient_cosine(model, pairs_of(), parameters=adapters)
+    reading = probe_gradient_cosine(model, uneven_pairs(), parameters=adapters)
     assert math.isfinite(reading.value) and not reading.undefined
     frame = reading.frame[reading.frame.parameter.isin(only_a)]
     assert len(frame) == len(only_a) * 4 and (frame.norm_forward == 0).all()
-    nothing = probe_gradient_cosine(model, pairs_of(), parameters=only_a, control=False)
+    nothing = probe_gradient_cosine(model, uneven_pairs(), parameters=only_a, control=False)
     assert math.isnan(nothing.value) and nothing.undefined == {"gradient exactly zero in all of these parameters": 4}
 
 
@@ -121,7 +111,7 @@ def test_key_biases_are_nan_with_a_reason_where_positions_do_not_rotate(dtype):
     """BERT: a key's bias adds one constant to all scores of a row, which softmax ignores."""
     model = ProbedModel(drawn(of(transformers.BertConfig, SIZES), dtype=dtype), objective="masked", mask_token_id=MASK)
     names = [name for name, _ in model.module.named_parameters() if name.endswith("key.bias")]
-    reading = probe_gradient_cosine(model, pairs_of(), parameters=names, control=False)
+    reading = probe_gradient_cosine(model, uneven_pairs(), parameters=names, control=False)
     assert len(names) == 2 and math.isnan(reading.value)
     assert reading.undefined == {"gradient below the rounding floor": 4}
     assert (reading.frame.norm_forward > 0).any(), "rounding errors were to be refused here, not zeros"
@@ -131,7 +121,7 @@ def test_key_biases_under_rotary_positions_are_a_reading():
     """Qwen2: RoPE turns the bias by the key's position, so the scores it adds differ along a row: no zero."""
     module = drawn(of(transformers.Qwen2Config))
     names = [name for name, _ in module.named_parameters() if name.endswith("k_proj.bias")]
-    reading = probe_gradient_cosine(ProbedModel(module, objective="causal"), pairs_of(), parameters=names)
+    reading = probe_gradient_cosine(ProbedModel(module, objective="causal"), uneven_pairs(), parameters=names)
     assert math.isfinite(reading.value) and not reading.undefined
 
 
@@ -143,11 +133,11 @@ def test_key_biases_under_rotary_positions_are_a_reading():
 def test_splits_sum_to_the_whole(name, by):
     """Also over the parts of fused projections; against autograd's gradients, not against the frame's own sum."""
     module = drawn(MODELS[name])
-    reading = probe_gradient_cosine(ProbedModel(module, objective="causal"), pairs_of(), control=False)
+    reading = probe_gradient_cosine(ProbedModel(module, objective="causal"), uneven_pairs(), control=False)
     parameters = dict(module.named_parameters())
     assert ("qkv" not in set(reading.frame.role)) and {"q", "k", "v"} <= set(reading.frame.role)
     for pair in range(4):
-        queries = (pairs_of()[pair].forward, pairs_of()[pair].reverse)
+        queries = (uneven_pairs()[pair].forward, uneven_pairs()[pair].reverse)
         loss = [
             F.cross_entropy(module(torch.tensor([q.token_ids])).logits[0, 3:4], torch.tensor(q.target)) for q in queries
         ]
@@ -172,7 +162,7 @@ def test_splits_sum_to_the_whole(name, by):
 @pytest.mark.parametrize("name", ["llama", "gemma (scaled, tied)", "gpt2"])
 def test_the_cosine_of_a_query_with_itself_is_one_and_swapping_the_sides_changes_nothing(name):
     model = ProbedModel(drawn(MODELS[name]), objective="causal")
-    pairs = pairs_of()
+    pairs = uneven_pairs()
     same = ReversalPairs.from_pairs([ReversalPair(p.forward, p.forward, fact=p.fact) for p in pairs])
     assert probe_gradient_cosine(model, same, control=False).value == pytest.approx(1.0, abs=1e-12)
     swapped = ReversalPairs.from_pairs([ReversalPair(p.reverse, p.forward, fact=p.fact) for p in pairs])

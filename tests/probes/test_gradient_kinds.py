@@ -13,26 +13,15 @@ import transformers
 from torch import Tensor, nn
 
 import tiny
-from revprobe import ProbedModel, Query, ReversalPair, ReversalPairs, RevprobeError, probe_gradient_cosine
+from revprobe import ProbedModel, Query, ReversalPairs, RevprobeError, probe_gradient_cosine
 from revprobe.hooks.gradients.graph import adopted_parameters
 from revprobe.hooks.gradients.recorder import record_gradients
-from tiny import MASK
+from tiny import MASK, uneven_pairs
 
 SIZES = tiny.SIZES | {"hidden_size": 16, "intermediate_size": 24}
 MOE = {**SIZES, "num_key_value_heads": 2, "head_dim": 4}
 VOCAB, WIDTH = 56, 16
 drawn = partial(tiny.drawn, scale=0.15, dtype=torch.float64)
-
-
-def pairs_of(count: int = 4, length: int = 8) -> ReversalPairs:
-    """Lengths differ, so that batches are padded."""
-    generator = torch.Generator().manual_seed(3)
-    pairs = []
-    for fact in range(count):
-        ids = torch.randperm(50, generator=generator)[: length + fact % 2].tolist()
-        swapped = [ids[0], ids[2], ids[1], *ids[3:]]
-        pairs.append(ReversalPair(Query(ids, [4], [1]), Query(swapped, [4], [2]), fact=str(fact)))
-    return ReversalPairs.from_pairs(pairs)
 
 
 def gradients(model: ProbedModel, query: Query) -> dict[str, Tensor]:
@@ -83,10 +72,10 @@ DEBERTA = {
 @pytest.mark.parametrize("version", DEBERTA)
 def test_relative_embeddings_of_deberta_are_exact(version):
     model = ProbedModel(drawn(DEBERTA[version]), objective="masked", mask_token_id=MASK)
-    meta = exact(model, pairs_of())
+    meta = exact(model, uneven_pairs())
     assert 0 < len(meta["one_by_one"]) < 12 and meta["coverage"] == {"share": 1.0, "not_covered": {}}
     rest = [name for name, _ in model.module.named_parameters() if name not in meta["one_by_one"]]
-    asked = exact(model, pairs_of(), parameters=rest)
+    asked = exact(model, uneven_pairs(), parameters=rest)
     assert "one_by_one" not in asked and 0 < asked["coverage"]["share"] < 1
     assert sorted(asked["coverage"]["not_covered"]["not asked for"]) == sorted(meta["one_by_one"])
 
@@ -170,7 +159,7 @@ class LearnedPositions(Bare):
 @pytest.mark.parametrize("kind", [RelativeBias, BatchedBias, Registers, NormedPositions, LearnedPositions])
 def test_what_has_no_batch_is_exact(kind, size):
     model = ProbedModel(drawn(kind), objective="masked", mask_token_id=MASK, logit_shift=0)
-    same = ReversalPairs.from_pairs([pair for pair in pairs_of(8) if len(pair.forward.token_ids) == 8])
+    same = ReversalPairs.from_pairs([pair for pair in uneven_pairs(8) if len(pair.forward.token_ids) == 8])
     exact(model, same, batch_size=size)
 
 
@@ -185,7 +174,7 @@ def test_a_pooler_is_listed_and_its_gradient_is_zero():
         return module
 
     model = ProbedModel(drawn(with_pooler), objective="masked", mask_token_id=MASK)
-    coverage = exact(model, pairs_of())["coverage"]
+    coverage = exact(model, uneven_pairs())["coverage"]
     pooler = ["bert.pooler.dense.bias", "bert.pooler.dense.weight"]
     total = sum(p.numel() for p in model.module.parameters())
     assert coverage["not_covered"] == {"does not reach the loss": pooler}
@@ -199,9 +188,9 @@ def test_the_advice_for_a_module_that_is_cut_off_works():
 
     model = ProbedModel(drawn(Cut), objective="masked", mask_token_id=MASK, logit_shift=0)
     with pytest.raises(RevprobeError, match=r"'embed.weight' does not reach the loss: .* out with parameters="):
-        probe_gradient_cosine(model, pairs_of(), batch_size=1, control=False)
+        probe_gradient_cosine(model, uneven_pairs(), batch_size=1, control=False)
     rest = [name for name, _ in model.module.named_parameters() if name != "embed.weight"]
-    same = ReversalPairs.from_pairs([pair for pair in pairs_of() if len(pair.forward.token_ids) == 8])
+    same = ReversalPairs.from_pairs([pair for pair in uneven_pairs() if len(pair.forward.token_ids) == 8])
     exact(model, same, parameters=rest)
 
 
@@ -217,7 +206,7 @@ EXPERTS = {
 def test_experts_in_one_tensor_are_exact(name):
     module = drawn(EXPERTS[name])
     module.set_experts_implementation("eager")
-    meta = exact(ProbedModel(module, objective="causal"), pairs_of())
+    meta = exact(ProbedModel(module, objective="causal"), uneven_pairs())
     assert all(".experts." in name for name in meta["one_by_one"]) and meta["coverage"]["share"] > 0.99
 
 

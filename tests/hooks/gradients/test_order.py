@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
+from plain_gradients import worst_product_error
 from torch import Tensor, nn
 
 from revprobe.hooks.gradients import order as gradient_order
@@ -111,20 +112,7 @@ def worst_error(module: nn.Module, batch: int, seed: int = 0, unread: dict[str, 
     def loss(part: slice) -> Tensor:
         return (module(ids[part]).log_softmax(-1) * weights[part].to(dtype)).sum((1, 2))
 
-    parameters = dict(module.named_parameters())
-    left, right = torch.cartesian_prod(torch.arange(batch), torch.arange(batch)).T
-    alone = lambda n: loss(slice(n, n + 1))[0]  # noqa: E731
-    with record_gradients(module, parameters, batch, loss_of=alone, unread=unread) as recorder:
-        found, rows = recorder.backward(loss(slice(None)), left, right).inner, []
-    for n in range(batch):
-        grads = torch.autograd.grad(alone(n), list(parameters.values()), allow_unused=True)
-        rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters.values(), strict=True)])
-    whole = torch.stack([torch.cat([g.flatten() for g in grads]).norm() for grads in rows])
-    errors = []
-    for k, name in enumerate(parameters):
-        each = torch.stack([grads[k].flatten() for grads in rows])
-        errors.append(((found[name] - (each @ each.T).flatten()).abs() / (whole[left] * whole[right])).max())
-    return float(torch.stack(errors).max())
+    return worst_product_error(module, dict(module.named_parameters()), loss, batch, unread=unread)
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from plain_gradients import worst_product_error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -61,19 +62,7 @@ def worst_error(
         return (module(ids[part]).log_softmax(-1) * weights[part]).sum((1, 2))
 
     parameters = {n: p for n, p in module.named_parameters() if not only or n in only}
-    left, right = torch.cartesian_prod(torch.arange(batch), torch.arange(batch)).T
-    loss_of = (lambda n: loss(slice(n, n + 1))[0]) if one_by_one else None
-    with record_gradients(module, parameters, batch, loss_of=loss_of, unread=unread) as recorder:
-        found, rows = recorder.backward(loss(slice(None)), left, right).inner, []
-    for n in range(batch):
-        grads = torch.autograd.grad(loss(slice(n, n + 1)).sum(), list(parameters.values()), allow_unused=True)
-        rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters.values(), strict=True)])
-    whole = torch.stack([torch.cat([g.flatten() for g in grads]).norm() for grads in rows])
-    errors = []
-    for k, name in enumerate(parameters):
-        each = torch.stack([grads[k].flatten() for grads in rows])
-        errors.append(((found[name] - (each @ each.T).flatten()).abs() / (whole[left] * whole[right])).max())
-    return float(torch.stack(errors).max())
+    return worst_product_error(module, parameters, loss, batch, one_by_one=one_by_one, unread=unread)
 
 
 @pytest.fixture(autouse=True)
