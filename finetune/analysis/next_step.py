@@ -44,7 +44,7 @@ def next_step(run: OneLayerRun, step: int = -1, *, learning_rate: float | None =
         raise RevprobeError(f"step {step} is the last of {run.path}; pass learning_rate= to take another")
     before = run.load(step, "raw")
     with untouched(before.module), pinned_threads(run.config.training.threads):
-        trainer, _ = build_trainer(run, None)
+        trainer, *_ = build_trainer(run, None)
         module = trainer.model
         assert module is not None, "build_trainer gives it one"
         before.module.to(trainer.args.device)
