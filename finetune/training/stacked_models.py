@@ -48,7 +48,7 @@ class _AnyEncoding(RaddForMaskedLM):
         hidden = self.embed_tokens(input_ids) + uses_table * self.embed_positions.weight[: input_ids.shape[1]]
         if "embedding" in self.config.dropout_sites:
             hidden = self.dropout(hidden)
-        bias = bias + uses_offsets * self._offset_bias(input_ids.shape[1], hidden)
+        bias = bias + uses_offsets * self.offset_bias(input_ids.shape[1])
         for block in self.blocks:
             hidden = block(hidden, rope, bias)
         logits = self.lm_head(self.final_norm(hidden))
