@@ -227,20 +227,6 @@ class BaseConfig(Section):
                 )
         return self
 
-    @model_validator(mode="after")
-    def _objective_has_the_dial(self) -> BaseConfig:
-        training, objective = self.training, self.model.objective
-        for dial in [training.negatives, *([training.switch.negatives] if training.switch else [])]:
-            if dial not in DIALS[objective]:
-                raise ValueError(f"negatives {dial!r} for a {objective} model{did_you_mean(dial, DIALS[objective])}")
-        if objective == "causal" and (training.rates, training.masks) != ("independent", "rate"):
-            raise ValueError("training.rates and training.masks are a masked model's; leave them out for gpt2")
-        if isinstance(training.masks, int) and training.masks > self.relation.length:
-            raise ValueError(
-                f"training.masks is {training.masks}, but the sequences have {self.relation.length} tokens"
-            )
-        return self
-
     @property
     def snapshot_steps(self) -> list[int]:
         """The steps at which this run is checkpointed and probed."""
@@ -258,6 +244,20 @@ class RunConfig(BaseConfig):
 
     marks_another_kind: ClassVar = {"cells": ("a sweep (it has 'cells')", "sweep")} | FINETUNINGS
     name: Name
+
+    @model_validator(mode="after")
+    def _objective_has_the_dial(self) -> RunConfig:
+        training, objective = self.training, self.model.objective
+        for dial in [training.negatives, *([training.switch.negatives] if training.switch else [])]:
+            if dial not in DIALS[objective]:
+                raise ValueError(f"negatives {dial!r} for a {objective} model{did_you_mean(dial, DIALS[objective])}")
+        if objective == "causal" and (training.rates, training.masks) != ("independent", "rate"):
+            raise ValueError("training.rates and training.masks are a masked model's; leave them out for gpt2")
+        if isinstance(training.masks, int) and training.masks > self.relation.length:
+            raise ValueError(
+                f"training.masks is {training.masks}, but the sequences have {self.relation.length} tokens"
+            )
+        return self
 
     @property
     def axes(self) -> dict[str, Any]:
@@ -375,5 +375,9 @@ class SweepConfig(Section):
                         values["model"] = {k: v for k, v in values["model"].items() if k not in _RADD_ONLY}
                         values["training"] |= {"rates": "independent", "masks": "rate"}
                     stem = "arm" if objective == "causal" else ModelConfig(**values["model"]).position_encoding
-                    found.append(RunConfig(name=f"{stem}-l{length}-s{seed}{suffix}", **values))
+                    name = f"{stem}-l{length}-s{seed}{suffix}"
+                    try:
+                        found.append(RunConfig(name=name, **values))
+                    except ValidationError as error:
+                        raise ValueError(explain(error, RunConfig, f"run {name!r}")) from error
         return found
