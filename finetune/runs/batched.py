@@ -44,6 +44,7 @@ from ..training.objectives import PICKS, draw_masks, step_generator
 from ..training.probe_callback import ProbeCallback
 from ..training.stacked_models import StackedModels, clip_each
 from ..training.trainer import ForwardOnlyTrainer, Permutations, TokenRows
+from .forks import take_prefix
 from .one_layer import OneLayerRun, build_trainer
 from .progress import EVERY_SECONDS, Listener
 from .run import PROBLEM, Run, claim_run, pinned_threads
@@ -131,6 +132,7 @@ def _train_group(runs: list[OneLayerRun], listeners: Mapping[str, Listener], rea
         for run in [run for run in runs if not run.trained]:
             with problems.of(run):
                 remove_unfinished(run.path)
+                take_prefix(run.path, run.config)
                 checkpoint = resume_from(run.path)
                 at.setdefault("" if checkpoint is None else checkpoint.name, []).append(run)
         for together in at.values():
