@@ -2,9 +2,10 @@
 
     python examples/collect_negative_evidence.py runs/negative-evidence runs/one-layer-published
 
-Of each sweep two tables: its answers over training, and one row for each run and its weights, with its axes, statistics,
-price, log and readings; a run that is not finished stands there with its reason. Prices take seconds a run; those of
-checkpoints that have not changed are kept, so the command can be stopped and given again while a sweep goes on.
+Of each sweep two tables: its answers over training, and one row for each run and its weights, with its axes,
+statistics, price, log and readings; a run that is not finished stands there with its reason. Prices take seconds a run;
+those of checkpoints that have not changed are kept, so the command can be stopped and given again while a sweep goes
+on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import pandas as pd
 from collect_results import RESULTS, commit_of, provenance
-from results_table import write_page
+from results_table import write_readme
 
 from revprobe.atomic_files import write_text
 from revprobe.finetune.config.loading import load_config
@@ -91,7 +92,7 @@ def main() -> None:
         print(f"{name}: {len(finished)} runs finished, {len(left_out)} not")
     collected = {"collected_at_commit": commit_of(), "collected": datetime.now(UTC).date().isoformat(), "sweeps": noted}
     write_text(file, json.dumps(collected, indent=2) + "\n")
-    print(write_page(asked.out))
+    print(f"{write_readme(asked.out)}; README's own lines: python examples/results_table.py")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from .reproduce import NOT_RUN, on_device_of
 FINISHED = "finished"
 # Of each reading at the last checkpoint; the accuracies are the answers'.
 MEASURES = ("attention_correlation", "gradient_cosine", "reverse_probability")
-PARTS = ("", "_low", "_high", "_control")
+PARTS = {"": "value", "_low": "low", "_high": "high", "_control": "control"}
 SUMS = "SHA256SUMS"
 # A row's price is read anew when this changes, or its checkpoint does.
 PRICE_VERSION = 1
@@ -67,7 +67,11 @@ def weights_of(config: RunConfig) -> tuple[str, ...]:
 
 
 def collect_run(
-    folder: Path, config: RunConfig, *, known: Mapping[str, Mapping[str, Any]] | None = None, price: Priced | None = None
+    folder: Path,
+    config: RunConfig,
+    *,
+    known: Mapping[str, Mapping[str, Any]] | None = None,
+    price: Priced | None = None,
 ) -> tuple[pd.DataFrame | None, list[dict[str, Any]]]:
     """The answers of a run, None of an unfinished one; and a row for each of its weights, be it finished or not.
 
@@ -163,8 +167,8 @@ def log_summary(log: pd.DataFrame, config: RunConfig) -> dict[str, Any]:
     """What a run's steps came to.
 
     Returns: share_clipped; gradient_norm (median, before the clip); loss_at_end (mean of the last tenth, in the run's
-        own unit); dropped_terms (a step); dropped_share (of the weight, sum of 1/t, that a batch has on average: L a row
-        under any rate, and L - 1 for a causal model).
+        own unit); dropped_terms (a step); dropped_share (of the weight, sum of 1/t, that a batch has on average: L a
+        row under any rate, and L - 1 for a causal model).
     """
     length = config.relation.length - (config.model.objective == "causal")
     weight = config.training.batch_size * length
@@ -180,12 +184,11 @@ def log_summary(log: pd.DataFrame, config: RunConfig) -> dict[str, Any]:
 def _measures(measures: pd.DataFrame, step: int, weights: str) -> dict[str, Any]:
     """The three probes at the last checkpoint, each with its interval and control."""
     last = measures[(measures["step"] == step) & (measures["weights"] == weights)].set_index("measure")
-    columns = {"": "value", "_low": "low", "_high": "high", "_control": "control"}
-    return {
-        f"{name}{part}": float(last.loc[name, columns[part]]) if name in last.index else np.nan
-        for name in MEASURES
-        for part in PARTS
-    }
+    found: dict[str, Any] = {}
+    for part, column in PARTS.items():
+        values = last[column].astype(float).to_dict()
+        found |= {f"{name}{part}": values.get(name, np.nan) for name in MEASURES}
+    return found
 
 
 def write_table(table: pd.DataFrame, file: Path) -> None:

@@ -8,14 +8,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from .evidence_runs import FINISHED
-from .reproduce import records
 from .rules import (
     CANNOT,
     FAILS,
@@ -181,11 +180,12 @@ class _Judge:
 
     def seeds(self, rows: pd.DataFrame, column: str) -> list[Seed]:
         """A number of each planned seed; one counts where forward accuracy meets the gate."""
+        named = rows.reindex(columns=["seed", "status", column, "forward"]).itertuples(index=False, name=None)
         return [
-            Seed(int(row["seed"]), float(row.get(column, np.nan)), bool(row.get("forward", np.nan) >= FORWARD))
-            if row["status"] == FINISHED
-            else Seed(int(row["seed"]), np.nan, False)
-            for row in records(rows)
+            Seed(int(seed), float(value), bool(forward >= FORWARD))
+            if status == FINISHED
+            else Seed(int(seed), np.nan, False)
+            for seed, status, value, forward in named
         ]
 
     def bounded(self, cell: Cell, column: str, bound: Bound, what: str) -> Part:
@@ -211,7 +211,10 @@ class _Judge:
 
     def dissociated(self, encoding: str, length: int) -> list[Part]:
         parts = []
-        for dial, raised, left in (("drop-right", "reverse", "mirror_reverse"), ("mirror", "mirror_reverse", "reverse")):
+        for dial, raised, left in (
+            ("drop-right", "reverse", "mirror_reverse"),
+            ("mirror", "mirror_reverse", "reverse"),
+        ):
             cell, keep = Cell(encoding, length, dial), Cell(encoding, length)
             parts.append(self.bounded(cell, raised, HIGH, f"{dial} raises {raised}"))
             parts.append(self.unmoved(cell, keep, left))
@@ -232,22 +235,25 @@ class _Judge:
         return Part(claim, _named(rows, cell), by_equality(seeds), seeds, numbers)
 
     def switched(self) -> list[Part]:
-        """Only a run whose answer has faded can recover, and only one that has an answer can fade: others do not count."""
+        """Only a run whose answer has faded can recover, only one that has an answer can fade; others do not count."""
         faded, answering = LOW, Bound(">", LOW.limit)
         return [
             self.after_switch(Cell(switch="drop-right"), "recovers: reverse comes", HIGH, faded, best=True),
-            self.after_switch(Cell(dial="drop-right", switch="keep"), "fades: reverse comes", LOW, answering, best=True),
+            self.after_switch(
+                Cell(dial="drop-right", switch="keep"), "fades: reverse falls", LOW, answering, best=True
+            ),
             self.after_switch(Cell(switch="mirror"), "does not recover: reverse stays", LOW, faded, best=False),
         ]
 
     def after_switch(self, cell: Cell, what: str, bound: Bound, premise: Bound, *, best: bool) -> Part:
         """The reading nearest to (`best`) or farthest from the bound, within 1,000 steps of the switch."""
         rows, seeds, told = cell.among(self.runs), [], []
-        for row, plain in zip(records(rows), self.seeds(rows, "reverse"), strict=True):
+        named = rows[["run", "switch_step"]].itertuples(index=False, name=None)
+        for (run, switch_step), plain in zip(named, self.seeds(rows, "reverse"), strict=True):
             if not plain.ran:
                 seeds.append(plain)
                 continue
-            curve, at = self.curve(row["run"]), int(row["switch_step"])
+            curve, at = self.curve(run), int(switch_step)
             after = curve[(curve.index > at) & (curve.index <= at + WITHIN)]
             upwards = (bound.sign[0] == ">") == best
             value, start = float(after.max() if upwards else after.min()), float(curve[at])
@@ -261,30 +267,37 @@ class _Judge:
         return self.answers[asked].set_index("step")["accuracy"].sort_index()
 
     def dosed(self) -> Part:
-        cells = [Cell(dial="keep" if dose == 1 else "drop-right", dose=dose) for dose in DOSES]
-        by_dose = [{int(row["seed"]): row for row in records(cell.among(self.runs))} for cell in cells]
+        """Of each seed the times at which it fades under each dose, the smallest dose first."""
+        by_dose = [self.fading(Cell(dial="keep" if dose == 1 else "drop-right", dose=dose)) for dose in DOSES]
         planned = sorted(by_dose[0]) if all(by_dose) else []
-        times, apart, seeds, told = [], [], [], []
-        for seed in planned:
-            own, gate = [], True
-            steps = np.array([0])
-            for rows in by_dose:
-                row = rows.get(seed)
-                if row is None or row["status"] != FINISHED:
-                    own.append(float("nan"))
-                    continue
-                gate &= bool(row["forward"] >= FORWARD)
-                curve = self.curve(row["run"])
-                steps = curve.index.to_numpy()
-                own.append(fading_time(steps, curve.to_numpy(float)))
-            times.append(own)
-            apart.append(float(np.diff(steps).max()) if len(steps) > 1 else 0.0)
-            seeds.append(Seed(seed, 0.0 if all(t == t for t in own) else np.nan, gate))
-            told.append(f"s{seed} {', '.join(_time(time) for time in own)}{_mark(seeds[-1])}")
-        found = by_order(times, apart)
+        missing = (Seed(-1, np.nan, False), 0.0)
+        own = {seed: [times.get(seed, missing) for times in by_dose] for seed in planned}
+        times = [[one.value for one, _ in found] for found in own.values()]
+        found = by_order(times, [max(apart for _, apart in doses) for doses in own.values()])
+        seeds = [
+            Seed(seed, float(sum(one.value for one, _ in doses)), all(one.counts for one, _ in doses if one.ran))
+            for seed, doses in own.items()
+        ]
         verdicts = [word if one.counts else GATE for word, one in zip(found, seeds, strict=True)]
+        told = [
+            f"s{one.seed} {', '.join(_time(time) for time in curve)}{_mark(one)}"
+            for one, curve in zip(seeds, times, strict=True)
+        ]
         numbers = f"steps at doses {', '.join(f'{dose:g}' for dose in DOSES)}: {'; '.join(told)}" if told else ""
         return Part("time to fade shortens with the dose", "rope-l10, doses", combined(verdicts), seeds, numbers)
+
+    def fading(self, cell: Cell) -> dict[int, tuple[Seed, float]]:
+        """By seed, when it fades, and how far its readings lie apart at most."""
+        rows, found = cell.among(self.runs), {}
+        for run, plain in zip(rows["run"], self.seeds(rows, "forward"), strict=True):
+            if not plain.ran:
+                found[plain.seed] = (plain, 0.0)
+                continue
+            curve = self.curve(run)
+            steps = curve.index.to_numpy()
+            time = fading_time(steps, curve.to_numpy(float))
+            found[plain.seed] = (Seed(plain.seed, time, plain.counts), float(np.diff(steps).max(initial=0)))
+        return found
 
 
 def _named(rows: pd.DataFrame, cell: Cell) -> str:
@@ -300,12 +313,11 @@ def _mark(one: Seed) -> str:
     return "" if one.counts else " (does not count)"
 
 
-def _numbers(seeds: Iterable[Seed], *, signed: bool = False) -> str:
+def _numbers(seeds: Sequence[Seed], *, signed: bool = False) -> str:
     form = "+.3f" if signed else ".3f"
-    return ", ".join(f"s{one.seed} {format(one.value, form)}{_mark(one)}" if one.ran else f"s{one.seed} not run" for one in seeds)
+    told = (f"{format(one.value, form)}{_mark(one)}" if one.ran else NOT_RUN for one in seeds)
+    return ", ".join(f"s{one.seed} {said}" for one, said in zip(seeds, told, strict=True))
 
 
 def _time(step: float) -> str:
     return "not run" if np.isnan(step) else "not by the end" if np.isinf(step) else f"{step:.0f}"
-
-

@@ -73,7 +73,7 @@ def by_equality(seeds: Sequence[Seed]) -> str:
     low, high = interval([one.value for one in counted])
     if low > EQUAL or high < -EQUAL:
         return FAILS
-    within = bool(-EQUAL <= low and high <= EQUAL)  # False of NaN
+    within = bool(low >= -EQUAL and high <= EQUAL)  # False of NaN
     return _unless_all(seeds, [within] * len(counted))
 
 
