@@ -5,6 +5,7 @@ __version__: str
 from .errors import RevprobeError as RevprobeError
 from .finetune.analysis.one_step import one_step as one_step
 from .finetune.analysis.one_step import one_step_curves as one_step_curves
+from .finetune.analysis.price import read_price as read_price
 from .finetune.analysis.storage_curves import storage_curves as storage_curves
 from .finetune.config.finetuning import FinetuneConfig as FinetuneConfig
 from .finetune.config.one_layer import RunConfig as RunConfig

@@ -70,6 +70,7 @@ PUBLIC = [
     "probe_reverse_probability",
     "probe_route_edit",
     "probe_stored_evidence",
+    "read_price",
     "register_model",
     "rope_asymmetric_bound",
     "rope_conditional_correlation",

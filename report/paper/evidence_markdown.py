@@ -227,7 +227,7 @@ def _less_keep(done: pd.DataFrame, keep: pd.DataFrame) -> str:
         return "-"
     apart = (merged["keep_loss"] - merged["keep_loss_keep"]).dropna()
     low, high = interval(list(apart))
-    return f"{apart.mean():+.4f} [{low:+.4f}, {high:+.4f}]" if len(apart) > 1 else spread_text(apart, scale=1, digits=4)
+    return f"{apart.mean():+.5f} [{low:+.5f}, {high:+.5f}]" if len(apart) > 1 else spread_text(apart, scale=1, digits=5)
 
 
 def _counts(done: pd.DataFrame) -> str:

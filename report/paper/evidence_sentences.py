@@ -20,7 +20,7 @@ REPRODUCED = {
     CANNOT: "is neither reproduced nor refuted",
     NOT_RUN: "has not been run",
 }
-NAMES = {"rope": "RoPE", "absolute": "the absolute encoding"}
+NAMES, DIALS = {"rope": "RoPE", "absolute": "absolute"}, ("keep", "drop-right")
 OPEN = {
     SUFFICES: "its answer fades too, so negative evidence suffices",
     NARROWED: "its negatives are fitted and its answer stays, so RoPE's content-dependent rotation is needed and the "
@@ -61,26 +61,24 @@ class Told:
     def contradictions(self, short: bool) -> str:
         if self.runs is None or self.answers is None:
             return "no prediction has been judged: the sweep has not been collected."
-        parts, table = self.parts, overall(self.parts)
+        table = overall(self.parts)
         table = table[(table["prediction"] != "open") & (table["planned"] > 0)]
         by_word = {
-            word: [f"{row['recipe']} {row['prediction']}" for row in records(table) if row["verdict"] == word]
+            word: [f"{row['recipe']}{row['prediction']}" for row in records(table) if row["verdict"] == word]
             for word in (FAILS, CANNOT, GATE, NOT_RUN, HOLDS)
         }
         failed = by_word[FAILS]
-        if failed and not short:
-            told = "; ".join(f"**{name}** ({_why(parts, name)})" for name in failed)
-            first = f"{len(failed)} fail: {told}"
-        else:
-            first = f"{len(failed)} fail ({', '.join(failed)})" if failed else "none fails"
-        words = {CANNOT: "cannot be told", GATE: "do not meet their gate", NOT_RUN: "were not run", HOLDS: "hold"}
+        fail = f"{len(failed)} {'fails' if len(failed) == 1 else 'fail'}" if failed else "none fails"
+        if failed:
+            fail += f" ({', '.join(failed)})" if short else f": {'; '.join(_why(self.parts, name) for name in failed)}"
+        words = {CANNOT: "cannot be told", GATE: "not at their gate", NOT_RUN: "not run", HOLDS: "hold"}
         rest = [
             f"{len(by_word[word])} {said}" + ("" if short else f" ({', '.join(by_word[word])})")
             for word, said in words.items()
             if by_word[word]
         ]
-        start = f"of {len(table)} predictions (each under recipe W or P) that were written before the runs, "
-        return f"{start}{', '.join([first, *rest])}."
+        start = f"of {len(table)} predictions (each under recipe W or P) written before the runs, "
+        return f"{start}{', '.join([fail, *rest])}."
 
     # ---- the second ----
 
@@ -98,10 +96,10 @@ class Told:
         lengths = ", ".join(str(row["length"]) for row in records(rope.sort_values("length")))
         blind = int(joint[(joint["weights"] == "ema") & (joint["scope"] == SECOND)]["not_informative"].iloc[0])
         note = f" ({blind} of the four distributions not informative)" if blind and not short else ""
-        scaled = "RADD's published recipe (P)" if short else "RADD's published recipe, scaled to two cores (P)"
+        scaled = "RADD's recipe (P)" if short else "RADD's published recipe, scaled to two cores (P),"
         return (
             f"under {scaled} the paper's Table 1 {REPRODUCED[verdict]}: RoPE answers {', '.join(ours)} % backwards at "
-            f"lengths {lengths}, where the paper prints {', '.join(paper)}{note}."
+            f"lengths {lengths} (paper: {', '.join(paper)}){note}."
         )
 
     # ---- the third ----
@@ -111,24 +109,23 @@ class Told:
             return "what fades has not been measured."
         told = []
         for encoding, name in NAMES.items():
-            by_recipe = []
-            for recipe in RECIPES:
-                keep, drop = (
-                    self._mean(Cell(encoding, dial=dial), recipe, "reverse") for dial in ("keep", "drop-right")
-                )
-                by_recipe.append(f"{_per_cent(keep)} and {_per_cent(drop)} ({recipe})")
+            by_recipe = [
+                f"{_change([self._mean(Cell(encoding, dial=dial), recipe, 'reverse') for dial in DIALS])} ({recipe})"
+                for recipe in RECIPES
+            ]
             told.append(f"{name} {', '.join(by_recipe)}")
         own = self.runs[(self.runs["objective"] == "masked") & (self.runs["weights"] == "ema")]
         own = own[own["status"] == FINISHED]
         letters = own["letters_only"].min() if len(own) else np.nan
         share = own["placeholder_share"].min() if len(own) else np.nan
-        table = overall(self.parts)
-        verdicts = [str(row["verdict"]) for row in records(table) if row["prediction"] == "0"]
+        verdicts = [str(row["verdict"]) for row in records(overall(self.parts)) if row["prediction"] == "0"]
         word = "outvoted, not forgotten" if set(verdicts) == {HOLDS} else _mixed(verdicts)
-        start = "with the placeholders right of the evidence priced and not priced"
-        end = f"; among the 26 letters alone at least {_per_cent(letters)} are right in any masked run"
-        end += "" if short else f", and at least {_per_cent(share)} of a run's errors are the placeholder"
-        return f"{start}, reverse accuracy at length 10 is {'; '.join(told)}{end}: {word}."
+        start = "reverse accuracy at length 10, placeholders right of the evidence priced → not priced"
+        end = f"letters-only at least {_per_cent(letters)}"
+        if not short:
+            end = f"among the 26 letters at least {_per_cent(letters)} are right in every masked run, and of a run's "
+            end += f"errors at least {_per_cent(share)} are the placeholder"
+        return f"{start}: {'; '.join(told)}; {end}: {word}."
 
     # ---- the fourth ----
 
@@ -137,23 +134,21 @@ class Told:
             return "the open test has not been run."
         table = overall(self.parts)
         word = str(table[(table["prediction"] == "open") & (table["recipe"] == "W")]["verdict"].iloc[0])
-        reverse = self._mean(Cell("scalar"), "W", "reverse")
-        fitted = self._mean(Cell("scalar"), "W", "negative_probability")
-        numbers = "" if np.isnan(reverse) else f" (reverse {_per_cent(reverse)}, p(placeholder) {fitted:.2f})"
-        prices = []
-        for recipe in RECIPES:
-            keep, drop = Cell(), Cell(dial="drop-right")
-            more = self._mean(drop, recipe, "keep_loss") - self._mean(keep, recipe, "keep_loss")
-            if np.isnan(more):
-                prices.append(f"{NOT_RUN} ({recipe})")
-                continue
-            ill = [self._mean(cell, recipe, "ill_formed") for cell in (keep, drop)]
-            believed = [self._mean(cell, recipe, "negative_probability") for cell in (keep, drop)]
-            told = f"{more:+.3f} nats per token, ill-formed samples {_per_cent(ill[0])} to {_per_cent(ill[1])}"
-            told += "" if short else f", p(placeholder) where it is dropped {believed[0]:.2f} to {believed[1]:.2f}"
-            prices.append(f"{told} ({recipe})")
-        start = f"with scalar positions, the test between this account and the paper's (W): {OPEN[word]}{numbers}"
-        return f"{start}; drop-right costs RoPE {'; '.join(prices)}."
+        reverse, fitted = (self._mean(Cell("scalar"), "W", name) for name in ("reverse", "negative_probability"))
+        numbers = "" if short or np.isnan(reverse) else f" (reverse {_per_cent(reverse)}, p(placeholder) {fitted:.2f})"
+        prices = [f"{self._price(recipe, short)} ({recipe})" for recipe in RECIPES]
+        named = "scalar positions" if short else "scalar positions, the test between this account and the paper's"
+        return f"{named} (W): {OPEN[word]}{numbers}; drop-right costs RoPE {'; '.join(prices)}."
+
+    def _price(self, recipe: str, short: bool) -> str:
+        loss, ill, believed = (
+            [self._mean(Cell(dial=dial), recipe, name) for dial in DIALS]
+            for name in ("keep_loss", "ill_formed", "negative_probability")
+        )
+        if np.isnan([*loss, *ill]).any():
+            return NOT_RUN
+        told = f"{loss[1] - loss[0]:+.3f} nats per token and {_change(ill)} ill-formed samples"
+        return told if short else f"{told}, p(placeholder) where it is dropped {believed[0]:.2f} → {believed[1]:.2f}"
 
     def _mean(self, cell: Cell, recipe: str, column: str) -> float:
         """Of a cell's finished runs on averaged weights; NaN without one."""
@@ -164,13 +159,12 @@ class Told:
 
 
 def _why(parts: pd.DataFrame, name: str) -> str:
-    """The failing parts of a prediction, by cell."""
-    recipe, _, prediction = name.partition(" ")
+    """What a prediction's first failing part claimed, and the numbers against it."""
+    recipe, prediction = name[0], name[1:]
     chosen = (parts["recipe"] == recipe) & (parts["prediction"] == prediction) & (parts["weights"] == "ema")
-    failed = parts[chosen & (parts["verdict"] == FAILS)]
-    first = [f"{row['cell']}: {row['claim']}" for row in records(failed.head(2))]
-    more = f", and {len(failed) - 2} more parts" if len(failed) > 2 else ""
-    return "; ".join(first) + more
+    failed = records(parts[chosen & (parts["verdict"] == FAILS)])
+    more = f", and {len(failed) - 1} more of its parts" if len(failed) > 1 else ""
+    return f"**{name}** ({failed[0]['cell']}, claimed *{failed[0]['claim']}*, found {failed[0]['numbers']}{more})"
 
 
 def _mixed(verdicts: list[str]) -> str:
@@ -180,3 +174,8 @@ def _mixed(verdicts: list[str]) -> str:
 
 def _per_cent(share: float) -> str:
     return NOT_RUN if np.isnan(share) else f"{100 * share:.0f} %"
+
+
+def _change(shares: list[float]) -> str:
+    """From one share to the next."""
+    return NOT_RUN if np.isnan(shares).any() else f"{100 * shares[0]:.0f} → {100 * shares[1]:.0f} %"

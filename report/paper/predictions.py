@@ -42,7 +42,7 @@ NOUGHT = Bound("<", 0.005)  # 0 %, rounded to whole per cent
 SUFFICES, NARROWED = "negative evidence suffices", "the claim is narrowed"
 CLAIMS = {
     "0": "letters-only accuracy at least 0.95 in every cell, and at least 95 % of reverse errors are the placeholder",
-    "0, causal": "the same of the causal model, which was not meant but is a cell",
+    "0 (causal)": "the same of the causal model, whose cells are cells too",
     "1": "drop-right: RoPE's reverse accuracy stays above 0.9",
     "2": "drop-right: so does the absolute encoding's",
     "3": "drop-right raises reverse above 0.9 and leaves mirror-reverse; mirror the other way round",
@@ -160,7 +160,7 @@ class _Judge:
         stays = "reverse_lowest"
         return {
             "0": self.outvoted("masked"),
-            "0, causal": self.outvoted("causal"),
+            "0 (causal)": self.outvoted("causal"),
             "1": [self.bounded(Cell("rope", n, "drop-right"), stays, HIGH, "reverse stays") for n in LENGTHS],
             "2": [self.bounded(Cell("absolute", n, "drop-right"), stays, HIGH, "reverse stays") for n in LENGTHS],
             "3": [part for encoding, length in every for part in self.dissociated(encoding, length)],
