@@ -51,6 +51,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
     pairs = rp.letter_pairs(5, model=model)[:4]
     same = rp.letter_pairs(5, model=masked)[:4]
     scores, stored = rp.probe_attention_correlation(model, pairs), rp.probe_stored_evidence(masked, same)
+    terms = rp.objective_terms(masked, rp.letters(2))
     table = pd.DataFrame({"target": ["Ann", "Bob"], "evidence": ["Cy", "Di"]})
     asked = {"model": model, "pairs": pairs}
     relation = rp.invented_names()
@@ -99,6 +100,8 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "logit_contributions": (rp.logit_contributions, {"reading": stored}),
         "model_frequencies": (rp.model_frequencies, {"model": masked}),
         "model_theory": (rp.model_theory, {"model": masked, "distances": [1], "samples": 4}),
+        "objective_classes": (rp.objective_classes, {"reading": terms, "by": "priced"}),
+        "objective_terms": (rp.objective_terms, {"model": masked, "relation": rp.letters(3)}),
         "one_layer_gpt2": (rp.one_layer_gpt2, {"d_model": 8}),
         "one_step": (rp.one_step, {"run": folder / "none"}),
         "one_step_curves": (rp.one_step_curves, {"table": table}),

@@ -54,6 +54,8 @@ PUBLIC = [
     "logit_contributions",
     "model_frequencies",
     "model_theory",
+    "objective_classes",
+    "objective_terms",
     "one_layer_gpt2",
     "one_step",
     "one_step_curves",

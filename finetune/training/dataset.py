@@ -88,8 +88,11 @@ class StatementRows(Dataset[TokenRow]):
         texts = encode_texts(self.tokenizer, [statement.text for statement in statements])
         prompts = encode_texts(self.tokenizer, [one.text[: one.prompt_length] for one in statements])
         self.rows: list[TokenRow] = []
-        for statement, text, prompt in zip(statements, texts, prompts, strict=True):
-            self.rows += self._rows_of(statement, text, prompt)
+        self.origins: list[int] = []  # the place of each row's statement among them
+        for place, (statement, text, prompt) in enumerate(zip(statements, texts, prompts, strict=True)):
+            made = self._rows_of(statement, text, prompt)
+            self.rows += made
+            self.origins += [place] * len(made)
 
     def __len__(self) -> int:
         return len(self.rows)
