@@ -3,9 +3,13 @@
 __version__: str
 
 from .errors import RevprobeError as RevprobeError
+from .finetune.analysis.objective_steps import objective_steps as objective_steps
 from .finetune.analysis.objective_terms import objective_terms as objective_terms
 from .finetune.analysis.one_step import one_step as one_step
 from .finetune.analysis.one_step import one_step_curves as one_step_curves
+from .finetune.analysis.placeholder_storage import placeholder_storage as placeholder_storage
+from .finetune.analysis.pressure import foretelling as foretelling
+from .finetune.analysis.pressure import pressure as pressure
 from .finetune.analysis.storage_curves import storage_curves as storage_curves
 from .finetune.config.finetuning import FinetuneConfig as FinetuneConfig
 from .finetune.config.one_layer import RunConfig as RunConfig

@@ -13,7 +13,7 @@ Source: paper Thm 4.6, which says that one class (target hidden, evidence visibl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ def objective_terms(
     step: int = -1,
     dial: str | None = None,
     rates: str | None = None,
+    answer_tokens: int | None = None,
     draws: int = DRAWS,
     batch_size: int | None = None,
     control: bool = True,
@@ -96,6 +97,7 @@ def objective_terms(
         dial: which negatives are left out ("keep": none); the run's own at this step when None. Terms it leaves out
             keep their numbers, marked `dropped`, with the factor they are trained with.
         rates: how masking rates are drawn; the run's own when None, "independent" for a model.
+        answer_tokens: of text, what answers are filled up to with end tokens; a fine-tuning's own, or 0, when None.
         draws: masked sequences in all, where not every set is enumerated.
 
     Frame: one row per fact, class and role of parameters: fact, priced, target, evidence (visible, hidden, partly),
@@ -107,28 +109,27 @@ def objective_terms(
     the mean reverse loss). The classes "momentum" and "decay" hold what that step does whatever the gradient is.
     Raises: RevprobeError, for a causal model, a dial on text, a model without a relation, and as the probes.
     """
-    asked = asked_terms(model, relation, direction=direction, step=step, dial=dial, rates=rates)
-    return terms_of(asked, draws, Plan(control=control, batch_size=batch_size, seed=seed))
+    asked = asked_terms(
+        model, relation, direction=direction, step=step, dial=dial, rates=rates, answer_tokens=answer_tokens
+    )
+    plan = Plan(control=control, batch_size=batch_size, seed=seed)
+    return taken_apart(asked, draws, plan).reading(plan)
 
 
-def terms_of(asked: Asked, draws: int, plan: Plan) -> Reading:
-    """The reading of an objective."""
+def taken_apart(asked: Asked, draws: int, plan: Plan) -> Terms:
+    """The classes of an objective with their gradients, and those that they are held against."""
     pairs = asked_pairs(asked.model, asked.pairs, "objective_terms")
-    module, control = asked.model.module, plan.control
+    module = asked.model.module
     with untouched(module):
         flat = FlatParameters(module)
         flat.require_gradients()
         require_room(flat.size, 3 * len(set(pairs.facts)) + 200, flat.parameters[0].dtype)
-        options: dict[str, Any] = {"control": control, "batch_size": plan.batch_size, "seed": plan.seed}
+        options: dict[str, Any] = {"control": plan.control, "batch_size": plan.batch_size, "seed": plan.seed}
         reverse = reverse_gradients(asked.model, pairs, flat, **options)
         tables = rows_by_shape(asked.rows)
         classes = class_gradients(asked.model, tables, asked.objective, flat, reverse.mean, draws=draws, seed=plan.seed)
         adamw = no_map() if asked.run is None else adamw_map(asked.run, asked.step, flat)
-    found = _Terms(asked, flat, classes, reverse, adamw)
-    about = describe(asked.model, PassResult(pairs, np.array([]), []), plan) | found.about()
-    reading = Reading("objective_terms", found.frame(control), about, found.gram)
-    reading.meta["statistic"] = reading.measured.statistic
-    return reading
+    return Terms(replace(asked, pairs=pairs), flat, classes, reverse, adamw)
 
 
 @dataclass(frozen=True)
@@ -151,10 +152,11 @@ def asked_terms(
     step: int = -1,
     dial: str | None = None,
     rates: str | None = None,
+    answer_tokens: int | None = None,
 ) -> Asked:
     """What `objective_terms` takes apart, from its arguments."""
     run = open_run(given) if isinstance(given, str | Path) else given if isinstance(given, Run) else None
-    options, objective = RowOptions(), Objective()
+    options, objective = RowOptions(answer_tokens=answer_tokens or 0), Objective()
     if isinstance(run, OneLayerRun):
         step = checkpoint_folder(run.path, step, "raw")[1]
         model = run.load(step, "raw")
@@ -162,7 +164,8 @@ def asked_terms(
     elif isinstance(run, FinetuneRun):
         model, config = run.load(step), run.config
         response_only = config.objective.scope == "response_only"
-        answer_tokens = int(run.resolved.get("answer_tokens", 0))
+        own = int(run.resolved.get("answer_tokens", 0))
+        answer_tokens = own if answer_tokens is None else answer_tokens
         options = RowOptions(response_only, config.objective.whole_entity, answer_tokens)
         relation, direction = relation or text_relation(config), direction or config.relation.direction
     else:
@@ -213,7 +216,7 @@ def _with(
 
 
 @dataclass(frozen=True)
-class _Terms:
+class Terms:
     """What was found, on its way to a frame. Shapes: fact, class, role."""
 
     asked: Asked
@@ -232,6 +235,13 @@ class _Terms:
     def gram(self) -> pd.DataFrame:
         """Products of the classes' gradients, all parameters. Shapes: `class class`."""
         return pd.DataFrame(self.classes.gram(self.flat)[0])
+
+    def reading(self, plan: Plan) -> Reading:
+        """The reading of an objective."""
+        about = describe(self.asked.model, PassResult(self.asked.pairs, np.array([]), []), plan) | self.about()
+        reading = Reading("objective_terms", self.frame(plan.control), about, self.gram)
+        reading.meta["statistic"] = reading.measured.statistic
+        return reading
 
     def about(self) -> dict[str, Any]:
         """What the reading says of itself besides."""

@@ -55,6 +55,11 @@ class FlatParameters:
         """One tensor for each parameter, in the order of `names`. Shapes: `-> parameter`."""
         return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
+    def named(self, vector: Tensor) -> dict[str, Tensor]:
+        """The parts of a flat vector, in their parameters' shapes. Shapes: `parameter ->`."""
+        parts = vector.split([p.numel() for p in self.parameters])
+        return {name: part.view_as(p) for name, part, p in zip(self.names, parts, self.parameters, strict=True)}
+
     def require_gradients(self) -> None:
         """Within `untouched`, which puts the flags back."""
         for parameter in self.parameters:

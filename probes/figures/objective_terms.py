@@ -1,4 +1,4 @@
-"""Objective terms drawn: each class's pressure on the reverse answer, or another of its numbers, with its interval."""
+"""Objective terms drawn: each class's pressure on the reverse answer, and sums of them over training."""
 
 from __future__ import annotations
 
@@ -8,11 +8,24 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from ...errors import RevprobeError, did_you_mean
 from ..statistics.by_class import objective_classes
 from .drawable import Drawable
-from .theme import CONTROL_GREY, FORWARD, REVERSE, TEMPLATE, interval_text, message_figure, plain
+from .theme import (
+    CONTROL_GREY,
+    FORWARD,
+    OKABE_ITO,
+    REVERSE,
+    TEMPLATE,
+    StepScale,
+    band,
+    counts_text,
+    interval_text,
+    message_figure,
+    plain,
+)
 
 SHOWN = {
     "pressure": "pressure on the reverse answer (nats per unit of learning rate)",
@@ -92,3 +105,59 @@ def _titled(figure: go.Figure, reading: Drawable) -> go.Figure:
     title = {"text": text, "font": {"size": 14}, "y": 1, "yref": "container", "pad": {"t": 12}}
     legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}
     return figure.update_layout(template=TEMPLATE, title=title, legend=legend, margin={"t": 110, "b": 80}, width=700)
+
+
+LINES = {
+    "target": ("target, evidence visible", OKABE_ITO["blue"]),
+    "negative": ("placeholders right of it", OKABE_ITO["vermillion"]),
+    "left": ("placeholders left of it", OKABE_ITO["orange"]),
+    "asked": ("these three", OKABE_ITO["purple"]),
+    "all": ("all terms", OKABE_ITO["black"]),
+}
+
+
+def pressure_figure(table: pd.DataFrame) -> go.Figure:
+    """The pressure on the reverse answer by kind of term over training, above the reverse log-odds.
+
+    Args:
+        table: what `finetune.analysis.pressure` gave for one run.
+    Raises: RevprobeError, when a column is missing or there are no rows.
+    """
+    needed = ("step", "terms", "pressure", "pressure_low", "pressure_high", "control", "log_odds", "log_odds_low", "n")
+    missing = [column for column in needed if column not in table]
+    if missing or table.empty:
+        raise RevprobeError(f"the table lacks {missing or 'rows'}; expected what pressure gives")
+    scale = StepScale.over(int(step) for step in table["step"])
+    figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.6, 0.4])
+    for name, (label, colour) in LINES.items():
+        part = table[table["terms"] == name].sort_values("step")
+        _curve(figure, part, scale, "pressure", label, colour, row=1)
+    everything = table[table["terms"] == "all"].sort_values("step")
+    x, y = [scale.position(step) for step in everything["step"]], everything["control"].astype(float).tolist()
+    dashed = {"color": CONTROL_GREY, "dash": "dash", "width": 1.5}
+    figure.add_trace(go.Scatter(x=x, y=y, mode="lines", line=dashed, name="all terms, control (other facts)"), 1, 1)
+    _curve(figure, everything, scale, "log_odds", "reverse log-odds", REVERSE, row=2)
+    for row in (1, 2):
+        figure.add_hline(y=0, line={"color": CONTROL_GREY, "dash": "dot", "width": 1}, row=row, col=1)
+    counts = counts_text(table["n"].astype(float))
+    figure.update_yaxes(title=f"pressure (nats per unit<br>of learning rate, {counts} facts)", row=1, col=1)
+    figure.update_yaxes(title="target against<br>placeholder (nats)", row=2, col=1)
+    figure.update_xaxes(scale.axis(), row=2, col=1)
+    legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+    title: dict[str, Any] = {"text": "above 0: a step on these terms lowers the reverse loss · band: 95 % over facts"}
+    title |= {"font": {"size": 12, "color": "#555"}, "y": 1, "yref": "container", "pad": {"t": 8}}
+    return figure.update_layout(template=TEMPLATE, title=title, legend=legend, height=620, width=760, margin={"t": 110})
+
+
+def _curve(
+    figure: go.Figure, part: pd.DataFrame, scale: StepScale, name: str, label: str, colour: str, *, row: int
+) -> None:
+    value, low, high = (part[f"{name}{end}"].astype(float).tolist() for end in ("", "_low", "_high"))
+    x = [scale.position(step) for step in part["step"]]
+    hover = [
+        f"step {int(step):,}: {interval_text(*numbers)}"
+        for step, *numbers in zip(part["step"], value, low, high, strict=True)
+    ]
+    figure.add_trace(band(x, low, high, colour, showlegend=False, legendgroup=label, name=label), row, 1)
+    line = go.Scatter(x=x, y=value, mode="lines+markers", name=label, legendgroup=label, line={"color": colour})
+    figure.add_trace(line.update(hovertext=hover, hoverinfo="text+name"), row, 1)
