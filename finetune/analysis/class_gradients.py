@@ -154,59 +154,80 @@ def class_gradients(
         direction: what the error of the draw is told along. Shapes: `parameter`.
         draws: how many masked sequences in all, where not every set is enumerated.
     """
-    found, generator = ClassGradients(direction), np.random.default_rng(seed)
-    rows = sum(map(len, tables))
-    listed = [(table, *one) for table in tables for one in strata(table.shape, objective.law)]
-    share = max(1, round(draws / max(len(listed), 1) / REPLICATES))
-    for table, stratum, weight in listed:
-        whole = len(table) * stratum.sets
-        enumerate_it = table.shape.units <= ENUMERATED or whole <= REPLICATES * share
-        weight /= rows * (table.counted if objective.per == "token" else 1)
-        if enumerate_it:
-            sets = stratum.listed()
-            chosen = np.repeat(np.arange(len(table)), len(sets)), np.tile(sets, (len(table), 1))
-            parts = [(*chosen, weight)]
-        else:
-            each = weight * whole / share
-            draw = lambda: (generator.integers(len(table), size=share), stratum.drawn(share, generator), each)  # noqa: E731, B023
-            parts = [draw() for _ in range(REPLICATES)]
-        found.enumerated &= enumerate_it
-        found.sequences += sum(len(part[0]) for part in parts)
-        found.add(flat, _of_stratum(model, table, stratum, objective, flat, parts))
-    if not found.classes:
-        raise RevprobeError(f"masks {objective.law.masks!r}: no row has so many tokens to hide; expected fewer")
+    found = ClassGradients(direction)
+    for sample in samples(tables, objective, draws, seed):
+        found.enumerated &= sample.enumerated
+        found.sequences += sample.sequences
+        found.add(flat, _of_stratum(model, sample, objective, flat))
     return found
 
 
+class Sample(NamedTuple):
+    """Masked sequences of one stratum: for each replicate the rows, the sets of hidden units, and their weight."""
+
+    table: RowTable
+    stratum: Stratum
+    parts: list[tuple[np.ndarray, np.ndarray, float]]
+    enumerated: bool
+
+    @property
+    def sequences(self) -> int:
+        return sum(len(rows) for rows, _, _ in self.parts)
+
+    def batches(self) -> Iterator[tuple[int, np.ndarray, Tensor, float]]:
+        """Replicate, rows, what is hidden (`row seq`) and the weight, some at a time."""
+        size = max(1, _TOKENS // self.table.token_ids.shape[1])
+        for replicate, (rows, sets, weight) in enumerate(self.parts):
+            for first in range(0, len(rows), size):
+                some = rows[first : first + size]
+                yield replicate, some, self.table.hidden(some, sets[first : first + size]), weight
+
+
+def samples(tables: Sequence[RowTable], objective: Objective, draws: int, seed: int) -> Iterator[Sample]:
+    """The objective's masked sequences by stratum, all of them or as many as are drawn.
+
+    Raises: RevprobeError, when no row has as many tokens as are to be hidden.
+    """
+    generator, rows = np.random.default_rng(seed), sum(map(len, tables))
+    listed = [(table, *one) for table in tables for one in strata(table.shape, objective.law)]
+    if not listed:
+        raise RevprobeError(f"masks {objective.law.masks!r}: no row has so many tokens to hide; expected fewer")
+    share = max(1, round(draws / len(listed) / REPLICATES))
+    for table, stratum, weight in listed:
+        whole = len(table) * stratum.sets
+        weight /= rows * (table.counted if objective.per == "token" else 1)
+        if table.shape.units <= ENUMERATED or whole <= REPLICATES * share:
+            sets = stratum.listed()
+            every = np.repeat(np.arange(len(table)), len(sets)), np.tile(sets, (len(table), 1)), weight
+            yield Sample(table, stratum, [every], True)
+        else:
+            each = weight * whole / share
+            chosen = [(generator.integers(len(table), size=share), stratum.drawn(share, generator))
+                      for _ in range(REPLICATES)]  # fmt: skip
+            yield Sample(table, stratum, [(*one, each) for one in chosen], False)
+
+
 def _of_stratum(
-    model: ProbedModel,
-    table: RowTable,
-    stratum: Stratum,
-    objective: Objective,
-    flat: FlatParameters,
-    parts: Sequence[tuple[np.ndarray, np.ndarray, float]],
+    model: ProbedModel, sample: Sample, objective: Objective, flat: FlatParameters
 ) -> dict[TermClass, tuple[np.ndarray, Tensor]]:
     """Each class's loss and gradient by replicate."""
     losses: dict[TermClass, np.ndarray] = {}
     gradients: dict[TermClass, Tensor] = {}
-    size = max(1, _TOKENS // table.token_ids.shape[1])
-    for replicate, (rows, sets, weight) in enumerate(parts):
-        for first in range(0, len(rows), size):
-            some = rows[first : first + size]
-            hidden = table.hidden(some, sets[first : first + size])
-            terms = _priced(model, table.token_ids[some], hidden)
-            weights = list(_class_weights(table, some, hidden, stratum, objective.dial))
-            for place, (one, weight_of) in enumerate(weights):
-                if one not in losses:
-                    losses[one] = np.zeros(len(parts))
-                    gradients[one] = torch.zeros(len(parts), flat.size).to(flat.parameters[0])
-                loss = weight * (terms * weight_of.to(terms)).sum()
-                losses[one][replicate] += loss.item()
-                gradients[one][replicate] += flat.gradient(loss, keep_graph=place + 1 < len(weights))
+    replicates = len(sample.parts)
+    for replicate, rows, hidden, weight in sample.batches():
+        terms = priced_terms(model, sample.table.token_ids[rows], hidden)
+        weights = list(class_weights(sample, rows, hidden, objective.dial))
+        for place, (one, weight_of) in enumerate(weights):
+            if one not in losses:
+                losses[one] = np.zeros(replicates)
+                gradients[one] = torch.zeros(replicates, flat.size).to(flat.parameters[0])
+            loss = weight * (terms * weight_of.to(terms)).sum()
+            losses[one][replicate] += loss.item()
+            gradients[one][replicate] += flat.gradient(loss, keep_graph=place + 1 < len(weights))
     return {one: (losses[one], gradients[one]) for one in losses}
 
 
-def _priced(model: ProbedModel, token_ids: Tensor, hidden: Tensor) -> Tensor:
+def priced_terms(model: ProbedModel, token_ids: Tensor, hidden: Tensor) -> Tensor:
     """The cross-entropy of every hidden token, 0 elsewhere. Shapes: `row seq, row seq (bool) -> row seq`."""
     token_ids, hidden = token_ids.to(model.device), hidden.to(model.device)
     logits = logits_at_their_position(model.logits(model.hide(token_ids, hidden)), model.logit_shift)
@@ -216,11 +237,9 @@ def _priced(model: ProbedModel, token_ids: Tensor, hidden: Tensor) -> Tensor:
     return -log_probabilities.gather(-1, token_ids[..., None])[..., 0].masked_fill(~hidden, 0.0)
 
 
-def _class_weights(
-    table: RowTable, rows: np.ndarray, hidden: Tensor, stratum: Stratum, dial: str
-) -> Iterator[tuple[TermClass, Tensor]]:
+def class_weights(sample: Sample, rows: np.ndarray, hidden: Tensor, dial: str) -> Iterator[tuple[TermClass, Tensor]]:
     """The classes among the hidden tokens, and how much of each token's term is in each. Shapes: `-> row seq`."""
-    part = table.part[rows]
+    part, stratum = sample.table.part[rows], sample.stratum
     target = _visibility(stratum.in_target, stratum.shape.of_target)
     evidence = _visibility(stratum.in_evidence, stratum.shape.of_evidence)
     share = dropped_share(dial, _KINDS[part], hidden)

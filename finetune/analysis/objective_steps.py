@@ -36,8 +36,9 @@ from ...relations.text_relation import TextRelation
 from ..runs.one_layer import OneLayerRun
 from ..runs.run import Run, pinned_threads
 from ..training.adamw_update import adamw_update
+from .asked_terms import asked_terms
 from .next_step import trainer_at
-from .objective_terms import DRAWS, Terms, asked_terms, taken_apart
+from .objective_terms import DRAWS, Terms, taken_apart
 
 SIZE = 1e-3  # of a model's step, where no run says how large its own are
 NO_RATE = "the learning rate is 0 at this step; pass learning_rate="

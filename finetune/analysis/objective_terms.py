@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from ...arguments import checked
 from ...errors import RevprobeError, did_you_mean
 from ...hooks.untouched import untouched
-from ...models.checkpoints import checkpoint_folder
-from ...models.probed import ProbedModel, as_probed
+from ...models.probed import ProbedModel
 from ...probes.pairs.pairs import ReversalPairs
 from ...probes.passes.asked import asked_pairs
 from ...probes.passes.plan import PassResult, Plan
@@ -34,16 +33,11 @@ from ...probes.passes.run import describe
 from ...probes.readings.reading import Reading
 from ...relations.letters import LettersRelation
 from ...relations.text_relation import TextRelation
-from ..config.one_layer import RunConfig
-from ..runs.finetune_setup import text_relation
-from ..runs.finetuning import FinetuneRun
-from ..runs.one_layer import OneLayerRun
-from ..runs.open import open_run
 from ..runs.run import Run
-from ..training.dataset import RowOptions
 from .adamw_map import AdamWMap, adamw_map, no_map
-from .class_gradients import ClassGradients, Objective, class_gradients
-from .mask_sets import RATES, MaskLaw, law_of
+from .asked_terms import Asked, asked_terms
+from .class_gradients import ClassGradients, class_gradients
+from .class_slopes import class_slopes, reverse_direction
 from .reverse_gradients import (
     CONTROL,
     LETTERS,
@@ -51,13 +45,14 @@ from .reverse_gradients import (
     FlatParameters,
     ReverseGradients,
     by_role,
-    require_room,
+    fits,
     reverse_gradients,
 )
-from .term_rows import TermRow, rows_by_shape, rows_of_pairs, rows_of_relation
+from .term_rows import rows_by_shape
 
-DIALS = ("keep", "drop-right", "drop-left", "drop-both", "drop-right-matched", "drop-left-matched", "mirror")
 MOMENTUM, DECAY = "momentum", "decay"
+MODES = ("gradients", "slopes")
+ONE_GRADIENT = "mode='slopes' holds one gradient, that of the mean reverse loss"
 DRAWS = 8192
 
 
@@ -71,6 +66,7 @@ def objective_terms(
     dial: str | None = None,
     rates: str | None = None,
     answer_tokens: int | None = None,
+    mode: str | None = None,
     draws: int = DRAWS,
     batch_size: int | None = None,
     control: bool = True,
@@ -97,6 +93,8 @@ def objective_terms(
         dial: which negatives are left out ("keep": none); the run's own at this step when None. Terms it leaves out
             keep their numbers, marked `dropped`, with the factor they are trained with.
         rates: how masking rates are drawn; the run's own when None, "independent" for a model.
+        mode: "gradients" holds that of every class and fact; "slopes" the mean reverse loss's alone, for large models:
+            no cosines, roles, intervals or optimizer then. None: the first wherever it fits into 8 GB.
         answer_tokens: of text, what answers are filled up to with end tokens; a fine-tuning's own, or 0, when None.
         draws: masked sequences in all, where not every set is enumerated.
 
@@ -113,6 +111,10 @@ def objective_terms(
         model, relation, direction=direction, step=step, dial=dial, rates=rates, answer_tokens=answer_tokens
     )
     plan = Plan(control=control, batch_size=batch_size, seed=seed)
+    if mode not in (None, *MODES):
+        raise RevprobeError(f"unknown mode {mode!r}{did_you_mean(str(mode), MODES)}")
+    if mode == "slopes" or (mode is None and not fits(asked.model.module, len(set(asked.pairs.facts)))):
+        return along_the_mean(asked, draws, plan)
     return taken_apart(asked, draws, plan).reading(plan)
 
 
@@ -123,96 +125,12 @@ def taken_apart(asked: Asked, draws: int, plan: Plan) -> Terms:
     with untouched(module):
         flat = FlatParameters(module)
         flat.require_gradients()
-        require_room(flat.size, 3 * len(set(pairs.facts)) + 200, flat.parameters[0].dtype)
         options: dict[str, Any] = {"control": plan.control, "batch_size": plan.batch_size, "seed": plan.seed}
         reverse = reverse_gradients(asked.model, pairs, flat, **options)
         tables = rows_by_shape(asked.rows)
         classes = class_gradients(asked.model, tables, asked.objective, flat, reverse.mean, draws=draws, seed=plan.seed)
         adamw = no_map() if asked.run is None else adamw_map(asked.run, asked.step, flat)
     return Terms(replace(asked, pairs=pairs), flat, classes, reverse, adamw)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is taken apart, whichever way it was named."""
-
-    model: ProbedModel
-    rows: list[TermRow]
-    pairs: ReversalPairs
-    objective: Objective
-    run: OneLayerRun | None = None
-    step: int = -1
-
-
-def asked_terms(
-    given: ProbedModel | nn.Module | Run | str | Path,
-    relation: LettersRelation | TextRelation | ReversalPairs | None = None,
-    *,
-    direction: str | None = None,
-    step: int = -1,
-    dial: str | None = None,
-    rates: str | None = None,
-    answer_tokens: int | None = None,
-) -> Asked:
-    """What `objective_terms` takes apart, from its arguments."""
-    run = open_run(given) if isinstance(given, str | Path) else given if isinstance(given, Run) else None
-    options, objective = RowOptions(answer_tokens=answer_tokens or 0), Objective()
-    if isinstance(run, OneLayerRun):
-        step = checkpoint_folder(run.path, step, "raw")[1]
-        model = run.load(step, "raw")
-        objective, relation = objective_of(run.config, step), relation or run.relation
-    elif isinstance(run, FinetuneRun):
-        model, config = run.load(step), run.config
-        response_only = config.objective.scope == "response_only"
-        own = int(run.resolved.get("answer_tokens", 0))
-        answer_tokens = own if answer_tokens is None else answer_tokens
-        options = RowOptions(response_only, config.objective.whole_entity, answer_tokens)
-        relation, direction = relation or text_relation(config), direction or config.relation.direction
-    else:
-        assert not isinstance(given, str | Path | Run), "a run of either kind"
-        model = as_probed(given)
-    if model.objective != "masked":
-        raise RevprobeError(f"{model.name} is causal: its terms have no masks to tell apart; pass a masked model")
-    if relation is None:
-        raise RevprobeError(f"{model.name} alone says nothing of what it is trained on; pass a relation, or pairs")
-    objective = _with(objective, dial, rates, relation)
-    if isinstance(relation, ReversalPairs):
-        rows, pairs = rows_of_pairs(model, relation), relation
-    else:
-        rows = rows_of_relation(model, relation, direction, options)
-        pairs = (
-            relation.pairs(model, placements="mirror")
-            if isinstance(relation, LettersRelation)
-            else relation.pairs(model, direction or relation.directions[0])
-        )
-    if pairs.kind != "same_target":
-        raise RevprobeError(f"pairs of kind {pairs.kind!r} ask for another token in reverse; use same_target pairs")
-    return Asked(model, rows, pairs, objective, run if isinstance(run, OneLayerRun) else None, step)
-
-
-def objective_of(config: RunConfig, step: int) -> Objective:
-    """What a one-layer run minimises in the step that follows `step`."""
-    training: Any = config.training
-    dial_at = getattr(training, "dial_at", lambda _: "keep")
-    weight = float(getattr(training, "negative_weight", 0.0))
-    return Objective(law_of(training), getattr(training, "loss", "token"), dial_at(step), weight)
-
-
-def _with(
-    objective: Objective, dial: str | None, rates: str | None, relation: LettersRelation | TextRelation | ReversalPairs
-) -> Objective:
-    """The objective with the dial and the rates that were asked for."""
-    dial = objective.dial if dial is None else dial
-    if dial not in DIALS:
-        raise RevprobeError(f"unknown dial {dial!r}{did_you_mean(dial, DIALS)}")
-    if dial != "keep" and isinstance(relation, TextRelation):
-        raise RevprobeError(f"dial {dial!r} leaves out placeholders, which {relation.name} has none of; use 'keep'")
-    law = objective.law
-    if rates is not None:
-        if rates not in RATES:
-            raise RevprobeError(f"unknown rates {rates!r}{did_you_mean(rates, RATES)}")
-        law = MaskLaw(rates, law.masks, law.eps)
-    return Objective(law, objective.per, dial, objective.dropped_weight)
 
 
 @dataclass(frozen=True)
@@ -245,21 +163,11 @@ class Terms:
 
     def about(self) -> dict[str, Any]:
         """What the reading says of itself besides."""
-        classes, adamw, objective = self.classes, self.adamw, self.asked.objective
-        loss = float(np.array(classes.losses) @ self.factor)
-        along = self.factor @ classes.deviation
-        error = float(np.sqrt((along**2).sum() / (len(along) * (len(along) - 1))))
-        return {
-            "objective_loss": loss,
-            "per": objective.per,
-            "dial": objective.dial,
-            "rates": objective.law.rates,
-            "masks": objective.law.masks,
-            "eps": objective.law.eps,
+        classes, adamw = self.classes, self.adamw
+        return about_draws(self.asked, np.array(classes.losses), self.factor, classes.deviation) | {
+            "mode": "gradients",
             "sequences": classes.sequences,
             "enumerated": classes.enumerated,
-            "sampling_error": error,
-            "deviations": classes.deviation.tolist(),
             "reverse_loss": float(self.reverse.loss[LOSS].mean()),
             "reverse_letters_loss": float(self.reverse.loss[LETTERS].mean()),
             "learning_rate": adamw.learning_rate,
@@ -330,3 +238,53 @@ class Terms:
             about |= {"dropped": False, "class_number": len(self.classes.classes) + (name == DECAY)}
             tables.append(pd.DataFrame(about | moved))
         return pd.concat(tables, ignore_index=True)
+
+
+def along_the_mean(asked: Asked, draws: int, plan: Plan) -> Reading:
+    """The reading of an objective whose gradients are never held: each class's product with the mean reverse loss's."""
+    pairs = asked_pairs(asked.model, asked.pairs, "objective_terms")
+    tables, parts = rows_by_shape(asked.rows), ["loss", "letters", *(["control"] if plan.control else [])]
+    found, losses, norms = {}, {}, {}
+    with untouched(asked.model.module):
+        for part in parts:
+            along, losses[part] = reverse_direction(
+                asked.model, pairs, part, batch_size=plan.batch_size, seed=plan.seed
+            )
+            norms[part] = (
+                float(torch.stack([g.double().square().sum() for g in along.values()]).sum().sqrt()) if along else 0.0
+            )
+            found[part] = class_slopes(asked.model, tables, asked.objective, along, draws=draws, seed=plan.seed)
+    own, nan = found["loss"], float("nan")
+    classes = list(own.losses)
+    frame = pd.DataFrame(classes).assign(class_number=range(len(classes)), role="all", loss=list(own.losses.values()))
+    frame.insert(0, "fact", f"mean of {len(set(pairs.facts))} facts")
+    frame["factor"] = np.where(frame["dropped"], asked.objective.dropped_weight, 1.0)
+    frame["inner"], frame["inner_letters"] = list(own.slopes.values()), list(found["letters"].slopes.values())
+    frame["inner_margin"] = frame["inner"] - frame["inner_letters"]
+    if plan.control:
+        frame["inner_control"] = list(found["control"].slopes.values()) if norms["control"] else nan
+    frame = frame.assign(adamw=nan, adamw_letters=nan, adamw_margin=nan, norm=nan, norm_reverse=norms["loss"])
+    frame = frame.assign(reason_adamw=ONE_GRADIENT, masks=frame["masks"].astype("Int64"))
+    deviation = np.stack(list(own.deviations.values()))
+    about = about_draws(asked, np.array(frame["loss"]), np.array(frame["factor"]), deviation)
+    about |= {"sequences": own.sequences, "enumerated": own.enumerated, "reverse_loss": losses["loss"]}
+    about |= {"reverse_letters_loss": losses["letters"], "learning_rate": nan, "reason_adamw": ONE_GRADIENT}
+    about = describe(asked.model, PassResult(pairs, np.array([]), []), plan) | about | {"mode": "slopes"}
+    reading = Reading("objective_terms", frame, about)
+    reading.meta["statistic"] = reading.measured.statistic
+    return reading
+
+
+def about_draws(asked: Asked, losses: np.ndarray, factor: np.ndarray, deviation: np.ndarray) -> dict[str, Any]:
+    """What a reading says of its objective and of the draw. Shapes: `class, class, class replicate`."""
+    objective, along = asked.objective, factor @ deviation
+    return {
+        "objective_loss": float(losses @ factor),
+        "per": objective.per,
+        "dial": objective.dial,
+        "rates": objective.law.rates,
+        "masks": objective.law.masks,
+        "eps": objective.law.eps,
+        "sampling_error": float(np.sqrt((along**2).sum() / (len(along) * (len(along) - 1)))),
+        "deviations": deviation.tolist(),
+    }

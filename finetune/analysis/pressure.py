@@ -32,7 +32,8 @@ from ...probes.statistics.intervals import mean_over_facts
 from ..runs.one_layer import OneLayerRun
 from ..runs.open import open_run
 from ..runs.run import Run
-from .objective_terms import DRAWS, asked_terms, taken_apart
+from .asked_terms import asked_terms
+from .objective_terms import DRAWS, taken_apart
 from .storage_curves import chosen_steps
 
 # Which terms each row of the table sums; all of them where target and evidence are not named.

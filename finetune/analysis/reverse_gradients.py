@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...errors import RevprobeError
 from ...models.probed import ProbedModel
 from ...models.structure import parameter_roles
 from ...probes.pairs.pairs import ReversalPairs
@@ -159,14 +158,10 @@ class Candidates:
         return log_probabilities - among
 
 
-def require_room(parameters: int, gradients: int, dtype: torch.dtype, limit: float = 8e9) -> None:
-    """Raises: RevprobeError, when so many gradients of the whole model would not fit."""
-    size = parameters * gradients * torch.finfo(dtype).bits / 8
-    if size > limit:
-        raise RevprobeError(
-            f"{gradients:,} gradients of {parameters:,} parameters take {size / 1e9:,.0f} GB, more than "
-            f"{limit / 1e9:,.0f}; ask for fewer facts: relation.take([...]), or pairs[:10]"
-        )
+def fits(module: nn.Module, facts: int, *, classes: int = 200, limit: float = 8e9) -> bool:
+    """Whether the gradients of so many classes, and of every fact's reverse loss, take no more than 8 GB."""
+    size = sum(p.numel() * p.element_size() for p in module.parameters() if p.is_floating_point())
+    return size * (3 * facts + classes) <= limit
 
 
 def by_role(flat: FlatParameters, left: Tensor, right: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -18,6 +18,7 @@ GROUPINGS = (*CLASS, "role")
 BELOW_ERROR = "gradient below the error of the draw: raise draws"
 SEVERAL_CLASSES = "cosines by role are those of single classes"
 NO_OBJECTIVE = "of the step alone, whatever the gradient is"
+NOT_HELD = "the gradients of classes were not held"
 NO_RATE = "no learning rate is known"
 
 
@@ -113,7 +114,8 @@ def _cosine(reading: TermsReading, part: pd.DataFrame, inner: float, one_role: b
     if one_role:
         squared = float((by_role["norm"] ** 2).sum())
     else:
-        assert reading.cross is not None, "a reading of objective terms holds the products of its classes"
+        if reading.cross is None:
+            return float("nan"), NOT_HELD
         squared = float(reading.cross.to_numpy()[np.ix_(chosen, chosen)].sum())
     if squared <= 0 or reverse == 0:
         # Products of drawn gradients, less what the draw adds, can come out below zero.

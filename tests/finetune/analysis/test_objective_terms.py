@@ -334,6 +334,22 @@ def test_the_reading_is_one_like_the_others(tmp_path: object) -> None:
     assert by_role["pressure"].sum() == pytest.approx(whole["pressure"].sum(), rel=1e-9)
 
 
+def test_one_direction_carried_forward_gives_the_same_products() -> None:
+    """The way of large models, which forms no class's gradient, against the way that holds them all; drawn as well."""
+    model = letters_model()
+    for length in (4, 6):
+        relation = rp.letters(length, ALPHABET)
+        held, carried = (rp.objective_terms(model, relation, mode=mode, draws=300) for mode in ("gradients", "slopes"))
+        assert carried.meta["sampling_error"] == pytest.approx(held.meta["sampling_error"], rel=1e-6)
+        tables = [
+            rp.objective_classes(one).set_index(["priced", "target", "evidence", "masks"]) for one in (held, carried)
+        ]
+        for name in ("loss", "share", "pressure", "letters", "margin", "control", "sampling_error"):
+            assert np.allclose(tables[1].loc[tables[0].index, name], tables[0][name], rtol=1e-6, atol=1e-12), name
+        assert tables[1]["cosine"].isna().all() and tables[1]["reason"].str.contains("were not held").all()
+        assert carried.value == pytest.approx(held.value, rel=1e-6) and np.isnan(carried.interval[0])
+
+
 def test_wrong_questions_are_told() -> None:
     model = letters_model()
     with pytest.raises(rp.RevprobeError, match="says nothing of what it is trained on"):

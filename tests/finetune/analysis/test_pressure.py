@@ -13,8 +13,9 @@ import torch
 import revprobe as rp
 from revprobe.finetune.analysis import class_gradients
 from revprobe.finetune.analysis.adamw_map import NO_MOMENTS, NO_RUN, NO_STATE
+from revprobe.finetune.analysis.asked_terms import asked_terms
 from revprobe.finetune.analysis.mask_sets import MaskLaw
-from revprobe.finetune.analysis.objective_terms import asked_terms, taken_apart
+from revprobe.finetune.analysis.objective_terms import taken_apart
 from revprobe.finetune.analysis.pressure import ALIKE, FEW
 from revprobe.finetune.analysis.reverse_gradients import LOSS
 from revprobe.finetune.config.finetuning import FinetuneConfig, TinyModel
