@@ -32,7 +32,8 @@ from transformer_lens.model_bridge.supported_architectures.qwen2 import Qwen2Arc
 from ..errors import RevprobeError
 from .configs import RaddConfig
 
-_TL_POSITIONS = {"rope": "rotary", "alibi": "alibi", "absolute": "standard", "none": "none"}
+# Offsets are a mask of the attention, as ALiBi is.
+_TL_POSITIONS = {"rope": "rotary", "alibi": "alibi", "absolute": "standard", "none": "none", "scalar": "alibi"}
 
 
 class _Bidirectional:

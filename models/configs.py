@@ -12,7 +12,9 @@ from transformers import PreTrainedConfig, Qwen2Config, Qwen2Tokenizer
 
 from ..errors import RevprobeError, did_you_mean
 
-POSITION_ENCODINGS = ("rope", "alibi", "absolute", "none")
+POSITION_ENCODINGS = ("rope", "alibi", "absolute", "none", "scalar")
+INITIALIZATIONS = ("normal", "published")
+DROPOUT_SITES = ("embedding", "attention_weights", "attention", "mlp")
 # What the published LLaDA code can be switched to and a Llama cannot.
 _LLADA_ONLY: dict[str, Any] = {
     "alibi": False,
@@ -39,8 +41,13 @@ _DREAM_ONLY: dict[str, Any] = {"use_sliding_window": False, "use_mrope": False}
 class RaddConfig(PreTrainedConfig):
     """Sizes and position encoding of a RADD model; the defaults are the one-layer preset of the letters relation.
 
-    Raises: RevprobeError, for an unknown encoding, heads that do not divide d_model, an odd RoPE head dimension,
-        or a mask token outside the vocabulary.
+    Args:
+        initialization: "normal", N(0, initializer_range) throughout, or "published", what RADD's own code starts from.
+        head_bias: whether the unembedding has a bias, as the published one has.
+        dropout_sites: where dropout falls: of "embedding", "attention_weights", "attention" (its output) and "mlp".
+            The published code has the last two.
+    Raises: RevprobeError, for an unknown encoding, initialization or site of dropout, heads that do not divide d_model,
+        an odd RoPE head dimension, or a mask token outside the vocabulary.
     """
 
     model_type = "radd"
@@ -64,13 +71,22 @@ class RaddConfig(PreTrainedConfig):
     rope_base: float = 10000.0
     max_length: int = 64
     initializer_range: float = 0.02
+    initialization: str = "normal"
+    head_bias: bool = False
+    dropout_sites: tuple[str, ...] | list[str] = DROPOUT_SITES
     layer_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.position_encoding not in POSITION_ENCODINGS:
-            hint = did_you_mean(self.position_encoding, POSITION_ENCODINGS)
-            raise RevprobeError(f"unknown position_encoding {self.position_encoding!r}{hint}")
+        self.dropout_sites = tuple(self.dropout_sites)
+        asked: list[tuple[str, str, tuple[str, ...]]] = [
+            ("position_encoding", self.position_encoding, POSITION_ENCODINGS)
+        ]
+        asked += [("initialization", self.initialization, INITIALIZATIONS)]
+        asked += [("dropout site", site, DROPOUT_SITES) for site in self.dropout_sites]
+        for what, value, known in asked:
+            if value not in known:
+                raise RevprobeError(f"unknown {what} {value!r}{did_you_mean(value, known)}")
         if self.d_model % self.n_heads:
             raise RevprobeError(
                 f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}; change one of them"

@@ -1,7 +1,8 @@
 """RADD: a masked diffusion model without time conditioning, as a transformers model (Ou et al. 2025).
 
-A pre-norm bidirectional encoder. Position enters in one of four ways: `rope` rotates queries and keys, `alibi`
-adds -slope * |i - j| to the scores, `absolute` adds a learned vector to the embedding (so values depend on
+A pre-norm bidirectional encoder. Position enters in one of five ways: `rope` rotates queries and keys, `alibi`
+adds -slope * |i - j| to the scores, `scalar` adds a learned number for each signed offset j - i (T5's bias without its
+buckets, so left and right can differ), `absolute` adds a learned vector to the embedding (so values depend on
 position), `none` leaves it out. The mask token can be read but is never predicted.
 
 Shapes below: batch, seq, heads, head_dim, d_model, vocab.
@@ -73,7 +74,8 @@ class RaddAttention(nn.Module):
 
     def __init__(self, config: RaddConfig) -> None:
         super().__init__()
-        self.n_heads, self.dropout = config.n_heads, config.dropout
+        self.n_heads = config.n_heads
+        self.dropout = config.dropout if "attention_weights" in config.dropout_sites else 0.0
         self.head_dim = config.d_model // config.n_heads
         self.scaling = self.head_dim**-0.5
         self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
@@ -119,12 +121,14 @@ class RaddBlock(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
         self.mlp = RaddMLP(config)
         self.dropout = nn.Dropout(config.dropout)
+        self.sites = frozenset(config.dropout_sites)
 
     def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor] | None, bias: Tensor | None) -> Tensor:
         normed = self.attention_norm(hidden)
         mixed, _ = self.attention(hidden_states=normed, position_embeddings=rope, attention_mask=bias)
-        hidden = hidden + self.dropout(mixed)
-        return hidden + self.dropout(self.mlp(self.mlp_norm(hidden)))
+        hidden = hidden + (self.dropout(mixed) if "attention" in self.sites else mixed)
+        transformed = self.mlp(self.mlp_norm(hidden))
+        return hidden + (self.dropout(transformed) if "mlp" in self.sites else transformed)
 
 
 class RaddForMaskedLM(PreTrainedModel):
@@ -148,13 +152,17 @@ class RaddForMaskedLM(PreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         if config.position_encoding == "absolute":
             self.embed_positions = nn.Embedding(config.max_length, config.d_model)
+        if config.position_encoding == "scalar":
+            self.embed_offsets = nn.Embedding(2 * config.max_length - 1, config.n_heads)
         self.blocks = nn.ModuleList(RaddBlock(config) for _ in range(config.n_layers))
         self.final_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
         self.dropout = nn.Dropout(config.dropout)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
+        if self.config.initialization == "published":
+            return self._published_weights(module)
         # N(0, 0.02) everywhere: zero-initialised output layers stall RoPE for thousands of steps.
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -163,6 +171,23 @@ class RaddForMaskedLM(PreTrainedModel):
         if isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
+
+    def _published_weights(self, module: nn.Module) -> None:
+        """Where RADD's own code starts (model/transformer.py): torch's own linear layers, an unembedding of zeros.
+
+        What it does not have, tables of positions and offsets, starts like its token embedding, U(-1, 1) / sqrt(width).
+        """
+        if module is self.lm_head:
+            nn.init.zeros_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            module.reset_parameters()
+        elif isinstance(module, nn.Embedding):
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.ones_(module.bias)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
@@ -206,11 +231,19 @@ class RaddForMaskedLM(PreTrainedModel):
         hidden = self.embed_tokens(input_ids)
         if self.config.position_encoding == "absolute":
             hidden = hidden + self.embed_positions(torch.arange(length, device=input_ids.device)[None])
-        return self.dropout(hidden)
+        return self.dropout(hidden) if "embedding" in self.config.dropout_sites else hidden
+
+    def offset_bias(self, length: int) -> Tensor:
+        """The learned number of each head and signed offset j - i. Shapes: `-> 1 heads seq seq` (query i, key j)."""
+        place = torch.arange(length, device=self.embed_offsets.weight.device)
+        offsets = self.embed_offsets(place[None, :] - place[:, None] + self.config.max_length - 1)
+        return rearrange(offsets, "query key heads -> 1 heads query key")
 
     def _attention_bias(self, attention_mask: Tensor | None, length: int, hidden: Tensor) -> Tensor | None:
-        """ALiBi's distances and padded keys as one additive mask; None when there is neither."""
+        """Distances, offsets and padded keys as one additive mask; None when there are none."""
         bias = None
+        if self.config.position_encoding == "scalar":
+            bias = self.offset_bias(length).to(hidden.dtype)
         if self.config.position_encoding == "alibi":
             bias = alibi_bias(self.config.n_heads, length, dtype=hidden.dtype, device=hidden.device)
         if attention_mask is not None and not attention_mask.all():

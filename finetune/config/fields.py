@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt
 
 # A run or sweep name becomes a folder.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+# Several of them as one: "wide+drop-right".
+Names = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(\+[A-Za-z0-9][A-Za-z0-9._-]*)*$", max_length=100)]
 # YAML booleans and quoted numbers are mistakes here, not numbers.
 Count = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
 # Sides of a weight, and layers: more than any model has, and few enough to be multiplied.

@@ -1,8 +1,9 @@
 """Many runs of one shape trained as one: their weights are stacked, and each step is one batched step of all of them.
 
-Runs that differ only in seed and, for RADD, in position encoding go together. Each keeps its own rows, masks, clipping
-and average, drawn and computed as if it trained alone, and writes an ordinary run folder; only dropout draws from a
-stream that the batch shares. Without dropout the weights equal those of separate training up to rounding.
+Runs that differ only in seed, in what is masked and priced and, for RADD, in position encoding go together. Each keeps
+its own rows, masks, clipping and average, drawn and computed as if it trained alone, and writes an ordinary run folder;
+only dropout draws from a stream that the batch shares. Without dropout the weights equal those of separate training up
+to rounding.
 
 A run that fails stops none of the others: its slice of the stack is carried along unread, and as every operation keeps
 to its own slice, the others end with the bits that they would have had beside a sound run. (A batch that is stopped
@@ -37,8 +38,9 @@ from ...atomic_files import write_text
 from ...errors import RevprobeError, first_line
 from ...models.hub import quiet_transformers
 from ..config.one_layer import RunConfig
+from ..training.answers_callback import AnswersCallback
 from ..training.checkpointing import remove_unfinished, resume_from, run_lock
-from ..training.objectives import draw_masks, step_generator
+from ..training.objectives import PICKS, draw_masks, step_generator
 from ..training.probe_callback import ProbeCallback
 from ..training.stacked_models import StackedModels, clip_each
 from ..training.trainer import ForwardOnlyTrainer, Permutations, TokenRows
@@ -47,7 +49,11 @@ from .progress import EVERY_SECONDS, Listener
 from .run import PROBLEM, Run, claim_run, pinned_threads
 
 # What may differ between runs that train together.
-_OWN: dict[str, Any] = {"name": True, "training": {"seed"}, "model": {"position_encoding"}}
+_OWN: dict[str, Any] = {
+    "name": True,
+    "training": {"seed", "rates", "masks", "negatives", "negative_weight", "switch", "gradient_clipping"},
+    "model": {"position_encoding"},
+}
 
 
 def groups_of_one_shape(configs: Iterable[RunConfig]) -> list[list[RunConfig]]:
@@ -59,7 +65,11 @@ def groups_of_one_shape(configs: Iterable[RunConfig]) -> list[list[RunConfig]]:
 
 
 def train_together(
-    configs: Iterable[RunConfig], folder: str | Path, *, listeners: Mapping[str, Listener] | None = None
+    configs: Iterable[RunConfig],
+    folder: str | Path,
+    *,
+    listeners: Mapping[str, Listener] | None = None,
+    readings: bool = True,
 ) -> dict[str, str]:
     """Train runs in `folder/<name>`, all of one shape at a time; each goes on from its newest checkpoint.
 
@@ -68,6 +78,7 @@ def train_together(
 
     Args:
         listeners: by run name, called with (step, steps, loss).
+        readings: whether the probes are read as well; where not, `train` and `sweep` take them from the checkpoints.
     Returns: what went wrong, by run name: training, a damaged checkpoint, or a folder that belongs to another config
         or is being written by another process. None stops the others. All but the last two stand in the run's
         problem.txt too, until the same call takes it up again from its newest checkpoint.
@@ -87,7 +98,7 @@ def train_together(
                         runs.append(run)
                 except (RevprobeError, OSError) as error:
                     problems[config.name] = _line(error)
-            problems |= _train_group(runs, listeners or {}) if runs else {}
+            problems |= _train_group(runs, listeners or {}, readings) if runs else {}
     return problems
 
 
@@ -111,7 +122,7 @@ class Problems(dict[str, str]):
                         write_text(run.path / PROBLEM, f"{_line(error)}\n")
 
 
-def _train_group(runs: list[OneLayerRun], listeners: Mapping[str, Listener]) -> Problems:
+def _train_group(runs: list[OneLayerRun], listeners: Mapping[str, Listener], readings: bool) -> Problems:
     """Train runs of one shape and take what readings they lack; returns the problem of each that failed."""
     problems = Problems()
     with pinned_threads(runs[0].config.training.threads), quiet_transformers():
@@ -124,8 +135,8 @@ def _train_group(runs: list[OneLayerRun], listeners: Mapping[str, Listener]) -> 
                 at.setdefault("" if checkpoint is None else checkpoint.name, []).append(run)
         for together in at.values():
             with problems.of(*together):
-                Batch(together, listeners, problems).train()
-        for run in [run for run in runs if run.path.name not in problems]:
+                Batch(together, listeners, problems, readings=readings).train()
+        for run in [run for run in runs if readings and run.path.name not in problems]:
             with problems.of(run):
                 run.backfill_readings(run.take)
     return problems
@@ -138,13 +149,14 @@ class _Member:
     run: OneLayerRun
     model: PreTrainedModel
     trainer: ForwardOnlyTrainer
+    answers: AnswersCallback
     probes: ProbeCallback
     checkpoint: Path | None
 
     @classmethod
     def open(cls, run: OneLayerRun) -> _Member:
         checkpoint = resume_from(run.path)
-        trainer, probes = build_trainer(run, checkpoint)
+        trainer, answers, probes = build_trainer(run, checkpoint)
         trainer.create_optimizer_and_scheduler(run.config.training.steps)
         # What Trainer.train() writes into its state, and looks for when it takes a checkpoint up.
         trainer.state.max_steps = run.config.training.steps
@@ -155,8 +167,11 @@ class _Member:
             trainer._load_optimizer_and_scheduler(str(checkpoint))
             trainer._load_rng_state(str(checkpoint))  # so that a damaged one is this run's problem, not the batch's
             trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        answers.resume(trainer.state.global_step)
+        assert trainer.step_log is not None, "build_trainer makes one"
+        trainer.step_log.resume(trainer.state.global_step)
         assert isinstance(trainer.model, PreTrainedModel), "build_trainer makes it one"
-        return cls(run, trainer.model, trainer, probes, checkpoint)
+        return cls(run, trainer.model, trainer, answers, probes, checkpoint)
 
     @property
     def rows(self) -> Tensor:
@@ -180,8 +195,14 @@ class Batch:
     """
 
     def __init__(
-        self, runs: Sequence[OneLayerRun], listeners: Mapping[str, Listener], problems: Problems | None = None
+        self,
+        runs: Sequence[OneLayerRun],
+        listeners: Mapping[str, Listener],
+        problems: Problems | None = None,
+        *,
+        readings: bool = True,
     ) -> None:
+        self.readings = readings
         self.problems = Problems() if problems is None else problems
         self.members: list[_Member] = []
         for run in runs:
@@ -194,10 +215,15 @@ class Batch:
         self.first, self.config = trainers[0], self.members[0].run.config
         self.step = self.first.state.global_step
         masked = self.first.objective == "masked"
-        self.stack = StackedModels([m.model for m in self.members], self.first.mask_token_id if masked else None)
+        mask_token_id = self.first.mask_token_id if masked else None
+        self.stack = StackedModels([m.model for m in self.members], mask_token_id, self.first.per)
         self.optimizer, self.scheduler = self.stack.optimizer(trainers)
         self.average = self.stack.average([trainer.ema for trainer in trainers], updates=self.step)
-        self.snapshots = frozenset(self.config.snapshot_steps)
+        self.snapshots, self.answers = (frozenset(s) for s in (self.config.snapshot_steps, self.config.answer_steps))
+        clipping = [member.run.config.training.gradient_clipping for member in self.members]
+        self.limits = torch.tensor([math.inf if c is None else c for c in clipping], device=self.stack.device)
+        # Of each step since the last snapshot: losses, norms, terms left out, their weight. `models` each.
+        self._log: list[tuple[Tensor, ...]] = []
         # Each model's last loss, or its first that was not finite, and the step before that one.
         self._losses = torch.zeros(len(self.members), device=self.stack.device)
         self._sound_until = torch.full_like(self._losses, self.step, dtype=torch.long)
@@ -212,14 +238,18 @@ class Batch:
         set_seed(self.config.training.seed)  # of the dropout
         if self.members[0].checkpoint is not None:
             self.first._load_rng_state(str(self.members[0].checkpoint))
-        elif 0 in self.snapshots:
-            self._write_snapshots()
+        else:
+            self._read_answers()
+            if 0 in self.snapshots:
+                self._write_snapshots()
         self.stack.base.train()
         for token_ids in self.rows():
             if not self.going:
                 return
             self._watch(self.take_step(token_ids))
             self.step += 1
+            if self.step in self.answers:
+                self._read_answers()
             if self.step in self.snapshots:
                 self._write_snapshots()
             self._tell()
@@ -232,9 +262,12 @@ class Batch:
     def take_step(self, token_ids: Tensor) -> Tensor:
         """One optimizer step of every model. Shapes: `models batch seq -> models` (the losses)."""
         device = self.first.args.device
-        losses = self.stack.losses(token_ids.to(device), *(drawn.to(device) for drawn in self._draw(token_ids.shape)))
+        drawn = self._draw(token_ids.shape)
+        dropped, weight, weights = self._weights(token_ids, *drawn)
+        losses = self.stack.losses(*(table.to(device) for table in (token_ids, weights, *drawn)))
         losses.sum().backward()
-        clip_each(self.stack.weights, self.config.training.gradient_clipping)
+        norms = clip_each(self.stack.weights, self.limits)
+        self._log.append((losses.detach(), norms, dropped, weight))
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.stack.weights)
@@ -246,9 +279,33 @@ class Batch:
         """Each run's own masks of this step. Shapes: `-> models batch, models batch seq`; nothing for causal models."""
         if self.first.objective == "causal":
             return ()
-        seeds = [member.run.config.training.seed for member in self.members]
-        drawn = [draw_masks((shape[1], shape[2]), generator=step_generator(seed, self.step)) for seed in seeds]
+        drawn = [
+            draw_masks(
+                (shape[1], shape[2]),
+                generator=step_generator(training.seed, self.step),
+                rates=training.rates,
+                masks=training.masks,
+            )
+            for training in (member.run.config.training for member in self.members)
+        ]
         return torch.stack([rate for rate, _ in drawn]), torch.stack([is_masked for _, is_masked in drawn])
+
+    def _weights(self, token_ids: Tensor, *masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The terms that each run's dial leaves out, the sum of their 1/t, and the weight of every term.
+
+        Shapes: `models batch seq, models batch, models batch seq (bool) -> models, models, models batch seq`.
+        """
+        dropped = torch.zeros(token_ids.shape, dtype=torch.bool)
+        weights = torch.ones(token_ids.shape)
+        rates, is_masked = masks or (torch.ones(token_ids.shape[:2]), torch.ones_like(dropped))
+        for place, member in enumerate(self.members):
+            negatives = member.trainer.negatives
+            if negatives is not None:
+                picks = step_generator(member.run.config.training.seed, self.step, phase=PICKS)
+                dropped[place] = negatives.dropped(self.step, token_ids[place], is_masked[place], picks)
+                weights[place].masked_fill_(dropped[place], negatives.weight)
+        count = dropped.sum(2)
+        return count.sum(1), (count / rates).sum(1), weights
 
     def _watch(self, losses: Tensor) -> None:
         """Keep the step at which a loss broke, without reading it: that would make a GPU wait."""
@@ -265,9 +322,36 @@ class Batch:
                 if tell := self.listeners.get(member.run.path.name):
                     tell(self.step, steps, losses[place])
 
+    def _read_answers(self) -> None:
+        """Of every run that is going, from its own slice of the stack."""
+        for place, member in self.going:
+            with self.problems.of(member.run):
+                self._unstack_weights(place, member)
+                member.answers.take(member.model, self.step)
+
+    def _unstack_weights(self, place: int, member: _Member) -> None:
+        self.stack.unstack_weights(self.stack.weights, place, member.model)
+        if self.average is not None and member.trainer.ema is not None:
+            self.stack.unstack_weights(self.average.module, place, member.trainer.ema.module)
+
+    def _log_steps(self) -> None:
+        """Hand every run its rows since the last snapshot."""
+        if not self._log:
+            return
+        columns = [
+            torch.stack([values.cpu() for values in column]).T.tolist() for column in zip(*self._log, strict=True)
+        ]
+        first = self.step - len(self._log) + 1
+        for place, member in self.going:
+            assert member.trainer.step_log is not None, "build_trainer makes one"
+            for number, values in enumerate(zip(*(column[place] for column in columns), strict=True)):
+                member.trainer.step_log.add(first + number, *values)
+        self._log = []
+
     def _write_snapshots(self) -> None:
         """Readings, then the checkpoint, of every run that is going and whose loss has not broken since the last."""
         losses, sound_until = self._losses.tolist(), self._sound_until.tolist()
+        self._log_steps()
         for place, member in self.going:
             with self.problems.of(member.run):
                 if not math.isfinite(losses[place]):
@@ -281,13 +365,14 @@ class Batch:
         """Of one run, from its own slice of the stack."""
         trainer = member.trainer
         self.stack.unstack(place, trainer, self.optimizer)
-        if self.average is not None and trainer.ema is not None:
-            self.stack.unstack_weights(self.average.module, place, trainer.ema.module)
+        self._unstack_weights(place, member)
         assert trainer.lr_scheduler is not None, "made when the run was opened"
         trainer.lr_scheduler.load_state_dict(copy.deepcopy(self.scheduler.state_dict()))
         trainer.state.global_step = self.step
         at = (trainer.args, trainer.state, trainer.control)
-        if self.step == 0:
+        if not self.readings:
+            pass
+        elif self.step == 0:
             member.probes.on_train_begin(*at, model=member.model)
         else:
             member.probes.on_step_end(*at, model=member.model)

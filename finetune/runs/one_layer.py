@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from transformers import PreTrainedModel, enable_full_determinism, set_seed
 
@@ -26,9 +27,12 @@ from ...probes.readings.reading import Reading
 from ...relations.catalog import LettersRelation, letters
 from ..config.loading import load_config
 from ..config.one_layer import RunConfig
+from ..training.answers_callback import ANSWERS, AnswersCallback
 from ..training.arguments import training_arguments, uses_cpu
 from ..training.checkpointing import READINGS, remove_unfinished, resume_from, run_lock
+from ..training.negatives import Negatives
 from ..training.probe_callback import ProbeCallback, take_readings
+from ..training.step_log import STEPS, StepLog, read_table
 from ..training.trainer import ForwardOnlyTrainer, TokenRows
 from .progress import Listener, ProgressCallback
 from .run import CONFIG, Expected, Run, claim_run, noting_problems, pinned_threads
@@ -68,6 +72,20 @@ class OneLayerRun(Run):
         config = self.config
         tokenizer = (model and model.tokenizer) or letter_tokenizer(config.relation.alphabet)
         return self.relation.pairs_by_probe(config.model.objective, tokenizer)
+
+    def answers(self) -> pd.DataFrame:
+        """Its answers over training, a row for each step, weights and question; see `relations.answers`.
+
+        Raises: RevprobeError, when the run has none (it is of an earlier version) or the file is damaged.
+        """
+        return read_table(self.path / ANSWERS)
+
+    def steps_log(self) -> pd.DataFrame:
+        """What each step did: step, loss, gradient_norm (before the clip), clipped, dropped, dropped_weight.
+
+        Raises: RevprobeError, as `answers`.
+        """
+        return read_table(self.path / STEPS)
 
     def load(self, step: int = -1, weights: str | None = None) -> ProbedModel:
         device = "cpu" if uses_cpu(self.config.training.device) else "cuda"
@@ -113,8 +131,9 @@ def train(
             if not run.trained:
                 remove_unfinished(run.path)
                 checkpoint = resume_from(run.path)
-                trainer, probes = build_trainer(run, checkpoint)
-                trainer.add_callback(probes)
+                trainer, *callbacks = build_trainer(run, checkpoint)
+                for callback in callbacks:
+                    trainer.add_callback(callback)
                 if listener is not None:
                     trainer.add_callback(ProgressCallback(listener))
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -124,8 +143,10 @@ def train(
     return run
 
 
-def build_trainer(run: OneLayerRun, checkpoint: Path | None) -> tuple[ForwardOnlyTrainer, ProbeCallback]:
-    """A run's trainer and the callback that takes its readings, from its config alone; the model is untrained.
+def build_trainer(
+    run: OneLayerRun, checkpoint: Path | None
+) -> tuple[ForwardOnlyTrainer, AnswersCallback, ProbeCallback]:
+    """A run's trainer and what takes its answers and readings, from its config alone; the model is untrained.
 
     Args:
         checkpoint: where training will go on from; its readings are there and not taken again.
@@ -140,7 +161,7 @@ def build_trainer(run: OneLayerRun, checkpoint: Path | None) -> tuple[ForwardOnl
         learning_rate=training.learning_rate,
         warmup_steps=training.warmup_steps,
         weight_decay=training.weight_decay,
-        max_grad_norm=training.gradient_clipping,
+        max_grad_norm=training.gradient_clipping or 0.0,
         seed=training.seed,
     )
     set_seed(training.seed)
@@ -153,20 +174,35 @@ def build_trainer(run: OneLayerRun, checkpoint: Path | None) -> tuple[ForwardOnl
         objective=config.model.objective,
         ema_decay=training.ema_decay,
         snapshots=config.snapshot_steps,
+        rates=training.rates,
+        masks=training.masks,
+        per=training.loss,
+        negatives=negatives_of(config),
+        step_log=StepLog(run.path / STEPS, training.gradient_clipping),
     )
     name = run.path.resolve().name
     wrapping: dict[str, Any] = {"tokenizer": tokenizer, "objective": config.model.objective, "name": name}
     pairs = run.pairs(ProbedModel(model, **wrapping))
     wrapping["check"] = False  # it was, just now
     done = () if checkpoint is None else (step_of(checkpoint) or 0,)
+    answers = AnswersCallback(run.relation, run.path / ANSWERS, steps=config.answer_steps, ema=trainer.ema, **wrapping)
     steps = config.snapshot_steps
-    return trainer, ProbeCallback(pairs, run.path / READINGS, steps=steps, ema=trainer.ema, done=done, **wrapping)
+    probes = ProbeCallback(pairs, run.path / READINGS, steps=steps, ema=trainer.ema, done=done, **wrapping)
+    return trainer, answers, probes
+
+
+def negatives_of(config: RunConfig) -> Negatives:
+    """What a run leaves out of its loss."""
+    training, switch = config.training, config.training.switch
+    own = Negatives(config.relation.alphabet, training.negatives, training.negative_weight)
+    return own if switch is None else replace(own, switch_step=switch.step, switch_dial=switch.negatives)
 
 
 def build_model(config: RunConfig) -> tuple[PreTrainedModel, Any]:
     """The untrained model and its tokenizer, from torch's current random state, for sequences of `relation.length`."""
     tokenizer = letter_tokenizer(config.relation.alphabet)
-    size = config.model.model_dump(exclude={"family", "position_encoding"})
+    own = {"initialization", "head_bias", "dropout_sites"}
+    size = config.model.model_dump(exclude={"family", "position_encoding", *own})
     tokens = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -177,6 +213,7 @@ def build_model(config: RunConfig) -> tuple[PreTrainedModel, Any]:
     radd = RaddConfig(
         **tokens,
         **size,
+        **config.model.model_dump(include=own),
         mask_token_id=tokenizer.mask_token_id,
         position_encoding=config.model.position_encoding or "rope",
         max_length=config.relation.length,

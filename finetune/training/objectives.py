@@ -13,6 +13,7 @@ Shapes below: batch, seq, vocab.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,16 +24,20 @@ from torch import Tensor, nn
 from ...errors import RevprobeError
 
 EPS = 1e-3
+# Phases of a step's generators: its masks, those of an evaluation, and what a dial of negatives picks.
+TRAINING, EVALUATION, PICKS = 0, 1, 2
 
 
-def step_generator(seed: int, step: int, micro_step: int = 0, process: int = 0, phase: int = 0) -> torch.Generator:
+def step_generator(
+    seed: int, step: int, micro_step: int = 0, process: int = 0, phase: int = TRAINING
+) -> torch.Generator:
     """A CPU generator that belongs to one micro-batch of one training step, and to nothing else.
 
     Args:
         step: optimizer steps done so far.
         micro_step: batches done inside this step (gradient accumulation).
         process: rank of this process.
-        phase: 0 while training, 1 while evaluating, so that an evaluation never shifts the training masks.
+        phase: TRAINING, EVALUATION or PICKS, so that neither of the others shifts the training masks.
     """
     # SeedSequence mixes: neighbouring steps and seeds get unrelated streams, which seed + step would not.
     (mixed,) = np.random.SeedSequence([seed, step, micro_step, process, phase]).generate_state(1, np.uint64)
@@ -46,45 +51,74 @@ def draw_masks(
     eps: float = EPS,
     antithetic: bool = False,
     leader: Tensor | None = None,
+    rates: str = "independent",
+    masks: str | int = "rate",
 ) -> tuple[Tensor, Tensor]:
-    """Draw a masking rate t ~ U(eps, 1) per row, then mask each token of the row with probability t.
+    """Draw which tokens of each row are masked, and what its loss is divided by.
 
     Shapes: `-> batch, batch seq (bool)`, on the CPU whatever the model's device, so that draws do not depend on it.
     Args:
         leader: `batch seq`, for each token the position whose draw decides (its own for a token that is masked
-            alone): tokens of one leader are masked together, each still with probability t. None: every token alone.
-        antithetic: spread the rates evenly over (eps, 1) instead of drawing them independently; each rate keeps its
-            uniform distribution, the batch's loss varies less (Sahoo et al. 2024, App. C.3).
+            alone): tokens of one leader are masked together, each still with the row's probability. None: every
+            token alone.
+        antithetic: of "independent" rates, spread them evenly over (eps, 1); each rate keeps its uniform distribution,
+            the batch's loss varies less (Sahoo et al. 2024, App. C.3).
+        rates: "independent": t ~ U(eps, 1) a row, which is both the probability of a mask and the divisor.
+            "t", "lambda" and "k" are RADD's (Ou et al. 2025; its losses.py): t spread evenly by one offset over the
+            batch, masks with probability (1 - eps) t, divisor t; lambda one draw in each of `batch` strata of (0, 1),
+            probability and divisor; k ~ U{1..L} independent, so many masks, divisor k / L. The expected weights of a
+            set of masks are the same for lambda and k; those of t are smaller by its eps.
+        masks: "rate" draws by the rates; "single" or a number masks exactly so many, divisor number / L.
     """
     batch, seq = shape
-    if antithetic:
-        uniform = (torch.rand(1, generator=generator) + torch.arange(batch) / batch) % 1
+    if masks != "rate" or rates == "k":
+        if masks == "rate":
+            count = torch.randint(1, seq + 1, (batch,), generator=generator)
+        else:
+            count = torch.full((batch,), 1 if masks == "single" else int(masks))
+        order = torch.rand(batch, seq, generator=generator).argsort(1).argsort(1)
+        return count / seq, order < count[:, None]
+    if rates == "lambda":
+        # A rate of exactly zero masks nothing and would divide nothing by nothing.
+        uniform = (torch.rand(batch, generator=generator) + torch.arange(batch)) / batch
+        rate = uniform.clamp(min=torch.finfo(torch.float32).tiny)
     else:
-        uniform = torch.rand(batch, generator=generator)
-    rate = eps + (1 - eps) * uniform
+        if antithetic or rates == "t":
+            uniform = (torch.rand(1, generator=generator) + torch.arange(batch) / batch) % 1
+        else:
+            uniform = torch.rand(batch, generator=generator)
+        rate = eps + (1 - eps) * uniform
     drawn = torch.rand(batch, seq, generator=generator)
     if leader is not None:
         drawn = drawn.gather(1, leader.cpu())
-    return rate, drawn < rate[:, None]
+    probability = (1 - eps) * rate if rates == "t" else rate
+    return rate, drawn < probability[:, None]
 
 
 def price_masks(
-    logits: Tensor, token_ids: Tensor, is_masked: Tensor, rate: Tensor, n_tokens: Tensor | None = None
+    logits: Tensor,
+    token_ids: Tensor,
+    is_masked: Tensor,
+    rate: Tensor,
+    n_tokens: Tensor | int | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """The loss of each row under one masking draw: (1/t) * sum over masked tokens of cross-entropy / L.
 
-    Shapes: `batch seq vocab, batch seq, batch seq (bool), batch, batch -> batch`.
+    Shapes: `batch seq vocab, batch seq, batch seq (bool), batch, batch, batch seq -> batch`.
     Args:
         logits: scores for the token AT each position.
         token_ids: the clean ids.
-        n_tokens: L of each row; the sequence length when None (no padding).
+        n_tokens: L of each row; the sequence length when None (no padding). 1 gives nats per sequence.
+        weights: of each term; 1 when None.
     Returns: nats per token; a row without a mask is 0. Its mean over draws bounds the negative log-likelihood per
         token from above.
     Source: lambda-DCE of Ou et al. 2025 (RADD), up to normalisation; Nie et al. 2025 (LLaDA), Sec. 2.1.
     """
     losses = F.cross_entropy(logits.flatten(0, 1).float(), token_ids.flatten(), reduction="none").view_as(token_ids)
     # masked_fill, not a product: an infinite loss at a visible position must not turn the row into NaN.
-    total = losses.masked_fill(~is_masked, 0.0).sum(1) / rate
+    priced = losses.masked_fill(~is_masked if weights is None else ~is_masked | (weights == 0), 0.0)
+    total = (priced if weights is None else priced * weights).sum(1) / rate
     return total / (token_ids.shape[1] if n_tokens is None else n_tokens)
 
 
@@ -100,17 +134,25 @@ def masked_diffusion_loss(
     maskable: Tensor | None = None,
     leader: Tensor | None = None,
     logit_shift: int = 0,
+    rates: str = "independent",
+    masks: str | int = "rate",
+    per: str = "token",
+    weigh: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The masked-diffusion loss of a batch, with masks drawn here from `generator`.
 
-    Shapes: `batch seq -> ` (a scalar, nats per token, mean over rows). Padded positions (attention_mask 0) are never
-    masked and do not count towards L.
+    Shapes: `batch seq -> ` (a scalar, nats per token or per sequence, mean over rows). Padded positions
+    (attention_mask 0) are never masked and do not count towards L.
     Args:
         maskable: `batch seq` (bool), what may be masked; L counts these tokens alone. The response of each row gives
             LLaDA's supervised objective (Nie et al. 2025, Sec. 2.3). None: every token.
         leader: as in `draw_masks`, for masking an entity's tokens together.
         logit_shift: position i is predicted at row i - logit_shift (1 for Dream). The first `logit_shift` positions
             have no such row: they are never masked and do not count.
+        rates, masks: as in `draw_masks`.
+        per: "token" divides a row's sum by L, "sequence" does not.
+        weigh: from the clean ids, what is masked and the divisors (`batch seq, batch seq (bool), batch`), the weight of
+            each term.
     Raises: RevprobeError, for ids that are not a `batch seq` table, for a mask token among the clean ids, and for a
         row in which nothing can be masked.
     """
@@ -120,13 +162,21 @@ def masked_diffusion_loss(
             f"the training ids contain the mask token {mask_token_id}; pass clean sequences, masks are drawn here"
         )
     rate, is_masked = draw_masks(
-        (token_ids.shape[0], token_ids.shape[1]), generator=generator, eps=eps, antithetic=antithetic, leader=leader
+        (token_ids.shape[0], token_ids.shape[1]),
+        generator=generator,
+        eps=eps,
+        antithetic=antithetic,
+        leader=leader,
+        rates=rates,
+        masks=masks,
     )
     counted = _counted(token_ids, attention_mask, maskable, logit_shift)
     rate, is_masked = rate.to(token_ids.device), is_masked.to(token_ids.device) & counted
     logits = _logits(model, token_ids.masked_fill(is_masked, mask_token_id), attention_mask)
     logits = logits_at_their_position(logits, logit_shift)
-    return price_masks(logits, token_ids, is_masked, rate, counted.sum(1)).mean()
+    weights = None if weigh is None else weigh(token_ids, is_masked, rate)
+    divisor = 1 if per == "sequence" else counted.sum(1)
+    return price_masks(logits, token_ids, is_masked, rate, divisor, weights).mean()
 
 
 def logits_at_their_position(logits: Tensor, logit_shift: int) -> Tensor:
@@ -141,21 +191,33 @@ def logits_at_their_position(logits: Tensor, logit_shift: int) -> Tensor:
 
 
 def causal_loss(
-    model: nn.Module, token_ids: Tensor, *, attention_mask: Tensor | None = None, maskable: Tensor | None = None
+    model: nn.Module,
+    token_ids: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    maskable: Tensor | None = None,
+    per: str = "token",
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Next-token cross-entropy over every position that has a next token.
 
     Shapes: `batch seq -> ` (a scalar, nats per predicted token, mean over all of them). Padded targets
     (attention_mask 0) do not count, nor do those outside `maskable` (the response alone) where it is given.
+    Args:
+        per: "sequence" sums over the tokens of a row, and takes the mean over rows.
+        weights: `batch seq`, of each token as a target; the divisor stays.
     Raises: RevprobeError, for ids that are not a `batch seq` table of at least two columns.
     """
     _require_table(token_ids, columns=2)
     logits = _logits(model, token_ids, attention_mask)[:, :-1]
     losses = F.cross_entropy(logits.flatten(0, 1).float(), token_ids[:, 1:].flatten(), reduction="none")
+    if weights is not None:
+        of_targets = weights[:, 1:].flatten()
+        losses = losses.masked_fill(of_targets == 0, 0.0) * of_targets
     if attention_mask is None and maskable is None:
-        return losses.mean()
+        return losses.mean() if per == "token" else losses.sum() / len(token_ids)
     counts = _counted(token_ids, attention_mask, maskable, 1)[:, 1:].flatten()
-    return losses.masked_fill(~counts, 0.0).sum() / counts.sum()
+    return losses.masked_fill(~counts, 0.0).sum() / (counts.sum() if per == "token" else len(token_ids))
 
 
 def _counted(token_ids: Tensor, attention_mask: Tensor | None, maskable: Tensor | None, shift: int) -> Tensor:

@@ -29,14 +29,26 @@ class _AnyEncoding(RaddForMaskedLM):
     """RADD with its position encoding as inputs, so that models of different encodings run as one.
 
     Args of forward, for one model: `rope`, cos and sin (1 and 0 leave a model unrotated); `bias`, added to the scores;
-    `uses_table`, 1 where the learned position vectors are added and 0 where not.
+    `uses_table` and `uses_offsets`, 1 where the learned position vectors, or the learned bias of each offset, are added
+    and 0 where not.
     """
 
+    def __init__(self, config: RaddConfig) -> None:
+        super().__init__(config)
+        self.embed_offsets = nn.Embedding(2 * config.max_length - 1, config.n_heads)
+
     def forward(  # type: ignore[override]
-        self, input_ids: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor, uses_table: Tensor
+        self,
+        input_ids: Tensor,
+        rope: tuple[Tensor, Tensor],
+        bias: Tensor,
+        uses_table: Tensor,
+        uses_offsets: Tensor,
     ) -> MaskedLMOutput:
         hidden = self.embed_tokens(input_ids) + uses_table * self.embed_positions.weight[: input_ids.shape[1]]
-        hidden = self.dropout(hidden)
+        if "embedding" in self.config.dropout_sites:
+            hidden = self.dropout(hidden)
+        bias = bias + uses_offsets * self.offset_bias(input_ids.shape[1])
         for block in self.blocks:
             hidden = block(hidden, rope, bias)
         logits = self.lm_head(self.final_norm(hidden))
@@ -53,8 +65,8 @@ class StackedModels:
             zeros there, which no step moves.
     """
 
-    def __init__(self, models: Sequence[PreTrainedModel], mask_token_id: int | None) -> None:
-        self.count, self.mask_token_id = len(models), mask_token_id
+    def __init__(self, models: Sequence[PreTrainedModel], mask_token_id: int | None, per: str = "token") -> None:
+        self.count, self.mask_token_id, self.per = len(models), mask_token_id, per
         self.device = models[0].device
         self.base = self._base(models[0])
         shapes = {name: parameter.shape for name, parameter in self.base.named_parameters()}
@@ -66,16 +78,19 @@ class StackedModels:
         )
         self._encodings = self._stack_encodings([model.config for model in models])
 
-    def losses(self, token_ids: Tensor, *masks: Tensor) -> Tensor:
-        """Each model's loss on its own rows.
+    def losses(self, token_ids: Tensor, weights: Tensor, *masks: Tensor) -> Tensor:
+        """Each model's loss on its own rows, whose terms have weights.
 
-        Shapes: `models batch seq, models batch, models batch seq (bool) -> models`; causal models take no masks.
+        Shapes: `models batch seq, models batch seq, models batch, models batch seq (bool) -> models`; causal models
+        take no masks.
         """
         stacked = dict(zip(self.names, self.weights, strict=True))
         one = self._causal if self.mask_token_id is None else self._masked
-        # The math kernel is the one that batches over models; dropout differs between them as between separate runs.
+        # The math kernel is the one that batches over models. All lose the same units to dropout, so that runs of one
+        # seed differ in their dials alone.
         with sdpa_kernel(SDPBackend.MATH):
-            batched: Tensor = torch.vmap(one, randomness="different")(stacked, self._encodings, token_ids, *masks)
+            inputs = (token_ids, weights, *masks)
+            batched: Tensor = torch.vmap(one, randomness="same")(stacked, self._encodings, *inputs)
         return batched
 
     def optimizer(self, trainers: Sequence[ForwardOnlyTrainer]) -> tuple[Optimizer, LRScheduler]:
@@ -134,18 +149,27 @@ class StackedModels:
         _copy_rates(optimizer, trainer.optimizer)
 
     def _masked(
-        self, weights: dict[str, Tensor], encoding: dict[str, Any], token_ids: Tensor, rate: Tensor, is_masked: Tensor
+        self,
+        parameters: dict[str, Tensor],
+        encoding: dict[str, Any],
+        token_ids: Tensor,
+        weights: Tensor,
+        rate: Tensor,
+        is_masked: Tensor,
     ) -> Tensor:
         assert self.mask_token_id is not None, "only masked models come here"
         visible = token_ids.masked_fill(is_masked, self.mask_token_id)
-        logits = functional_call(self.base, weights, (visible,), encoding).logits
-        return price_masks(logits, token_ids, is_masked, rate).mean()
+        logits = functional_call(self.base, parameters, (visible,), encoding).logits
+        divisor = 1 if self.per == "sequence" else None
+        return price_masks(logits, token_ids, is_masked, rate, divisor, weights).mean()
 
-    def _causal(self, weights: dict[str, Tensor], encoding: dict[str, Any], token_ids: Tensor) -> Tensor:
+    def _causal(
+        self, parameters: dict[str, Tensor], encoding: dict[str, Any], token_ids: Tensor, weights: Tensor
+    ) -> Tensor:
         def model(**inputs: Tensor) -> Any:
-            return functional_call(self.base, weights, (), inputs)
+            return functional_call(self.base, parameters, (), inputs)
 
-        return causal_loss(model, token_ids)  # type: ignore[arg-type]  # called like a module, which is all it needs
+        return causal_loss(model, token_ids, per=self.per, weights=weights)  # type: ignore[arg-type]  # called like a module, which is all it needs
 
     def _base(self, model: PreTrainedModel) -> PreTrainedModel:
         config: Any = copy.deepcopy(model.config)
@@ -183,25 +207,29 @@ class StackedModels:
             rope.append(turned if config.position_encoding == "rope" else (still, torch.zeros_like(still)))
             slopes = alibi_bias(config.n_heads, length, dtype=torch.float32, device=self.device)
             bias.append(slopes if config.position_encoding == "alibi" else torch.zeros_like(slopes))
-        absolute = [float(config.position_encoding == "absolute") for config in configs]
+        uses = {
+            name: torch.tensor([float(config.position_encoding == own) for config in configs], device=self.device)
+            for name, own in (("uses_table", "absolute"), ("uses_offsets", "scalar"))
+        }
         return {
             "rope": (torch.stack([cos for cos, _ in rope]), torch.stack([sin for _, sin in rope])),
             "bias": torch.stack(bias),
-            "uses_table": torch.tensor(absolute, device=self.device),
+            **uses,
         }
 
 
 @torch.no_grad()
-def clip_each(weights: Sequence[nn.Parameter] | nn.ParameterList, limit: float) -> None:
-    """Scale each model's gradient to a norm of at most `limit`, as `clip_grad_norm_` does for one model.
+def clip_each(weights: Sequence[nn.Parameter] | nn.ParameterList, limits: Tensor) -> Tensor:
+    """Scale each model's gradient to a norm of at most its limit, as `clip_grad_norm_` does for one model.
 
-    Shapes: `models ...` each.
+    Shapes: `models ...` each, `models -> models` (the norms before).
     """
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
-    scale = (limit / (norms + 1e-6)).clamp(max=1.0)
+    scale = (limits / (norms + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         gradient.mul_(scale.view(-1, *[1] * (gradient.ndim - 1)))
+    return norms
 
 
 def _on(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

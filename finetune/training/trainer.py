@@ -23,12 +23,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ...errors import RevprobeError, did_you_mean, first_line
-from ...models.checkpoints import CHECKPOINTS, EMA
+from ...models.checkpoints import CHECKPOINTS, EMA, step_of
 from ...models.probed import OBJECTIVES
 from ...models.strict_loading import require_shards_inside
 from .checkpointing import changed_file, complete_checkpoint, missing_state, resume_from
 from .ema import MovingAverage
-from .objectives import EPS, causal_loss, masked_diffusion_loss, step_generator
+from .negatives import Negatives
+from .objectives import EPS, PICKS, causal_loss, masked_diffusion_loss, step_generator
+from .step_log import StepLog
 
 _FROM_THE_ONE_BEFORE = "delete that checkpoint's folder to resume from the one before"
 
@@ -88,7 +90,9 @@ class ForwardOnlyTrainer(Trainer):
         ema_decay: keep an average of the weights (`.ema`) and save it in `step-000500/ema`; None keeps none. Causal
             models keep none: their readings are on the weights as they are.
         snapshots: steps at which a checkpoint is written; None leaves that to `args.save_strategy`.
-        eps, antithetic, logit_shift: see `masked_diffusion_loss`.
+        eps, antithetic, logit_shift, rates, masks, per: see `masked_diffusion_loss`.
+        negatives: terms of the letters' loss that are left out; None leaves out none.
+        step_log: told of every step, and saved with every checkpoint.
         others: as in `transformers.Trainer`; `data_collator` defaults to `collate_rows`.
     Raises: RevprobeError, for an unknown objective or a masked model without a mask token.
     """
@@ -106,12 +110,22 @@ class ForwardOnlyTrainer(Trainer):
         eps: float = EPS,
         antithetic: bool = False,
         logit_shift: int = 0,
+        rates: str = "independent",
+        masks: str | int = "rate",
+        per: str = "token",
+        negatives: Negatives | None = None,
+        step_log: StepLog | None = None,
         **others: Any,
     ) -> None:
         if objective not in OBJECTIVES:
             raise RevprobeError(f"unknown objective {objective!r}{did_you_mean(objective, OBJECTIVES)}")
         self.objective: str = objective
         self.eps, self.antithetic, self.logit_shift = eps, antithetic, logit_shift
+        self.rates, self.masks, self.per = rates, masks, per
+        self.negatives = None if negatives is None or negatives.always_keeps else negatives
+        self.step_log = step_log
+        # Of the step being taken: its loss, the terms left out, and the sum of their 1/t.
+        self._taken: tuple[Tensor | float, int, float] = (0.0, 0, 0.0)
         # Where the last masks were drawn, (step, training?), and how many batches there have drawn before.
         self._place, self._micro_step = (-1, True), 0
         self.resumed = False
@@ -143,10 +157,13 @@ class ForwardOnlyTrainer(Trainer):
         `attention_mask` is there where the rows are padded, `maskable` and `leader` where not every token is masked,
         or not alone; see `masked_diffusion_loss`.
         """
-        tables = {key: inputs[key] for key in ("attention_mask", "maskable", "leader") if key in inputs}
+        tables: dict[str, Any] = {key: inputs[key] for key in ("attention_mask", "maskable", "leader") if key in inputs}
         if self.objective == "causal":
             tables.pop("leader", None)  # nothing is masked, so nothing is masked together
-            loss = causal_loss(model, inputs["input_ids"], **tables)
+            if self.negatives is not None:
+                everything = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+                tables["weights"] = self._weights(inputs["input_ids"], everything)
+            loss = causal_loss(model, inputs["input_ids"], per=self.per, **tables)
         else:
             assert self.mask_token_id is not None, "checked in __init__"
             loss = masked_diffusion_loss(
@@ -157,9 +174,34 @@ class ForwardOnlyTrainer(Trainer):
                 eps=self.eps,
                 antithetic=self.antithetic,
                 logit_shift=self.logit_shift,
+                rates=self.rates,
+                masks=self.masks,
+                per=self.per,
+                weigh=None if self.negatives is None else self._weights,
                 **tables,
             )
+        self._taken = (loss.detach(), *self._taken[1:])
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _weights(self, token_ids: Tensor, is_masked: Tensor, rate: Tensor | None = None) -> Tensor:
+        """The weight of each term under the run's dial; picks come from a generator of their own."""
+        assert self.negatives is not None, "asked only where there is a dial"
+        step, seed = self.state.global_step, self.args.seed
+        generator = step_generator(seed, step, self._micro_step, self.args.process_index, phase=PICKS)
+        dropped = self.negatives.dropped(step, token_ids, is_masked, generator)
+        divisors = torch.ones(len(token_ids)) if rate is None else rate
+        self._taken = (self._taken[0], int(dropped.sum()), float((dropped.sum(1) / divisors).sum()))
+        weights = torch.ones(dropped.shape).masked_fill(dropped, self.negatives.weight)
+        return weights.to(token_ids.device)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # Reached once a step, with the norm before the clip; where nothing is clipped it is worked out here.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.step_log is not None:
+            loss, dropped, weight = self._taken
+            self.step_log.add(self.state.global_step + 1, float(loss), float(norm), dropped, weight)
+            self._taken = (0.0, 0, 0.0)
+        return norm
 
     def _next_generator(self, training: bool) -> torch.Generator:
         """The generator of this micro-batch; counting starts anew at every step, so a resumed run counts alike."""
@@ -199,12 +241,16 @@ class ForwardOnlyTrainer(Trainer):
                 )
             resume_from_checkpoint = str(checkpoint)
         self.resumed = bool(resume_from_checkpoint)
+        if self.step_log is not None:
+            self.step_log.resume(step_of(Path(resume_from_checkpoint)) or 0 if resume_from_checkpoint else 0)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(Path(super()._get_output_dir(trial)) / CHECKPOINTS)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.step_log is not None:
+            self.step_log.save()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # every rank has put its RNG state into the folder that is renamed now
         if self.args.should_save:
