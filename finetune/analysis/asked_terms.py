@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -14,7 +13,7 @@ from ...models.probed import ProbedModel, as_probed
 from ...probes.pairs.pairs import ReversalPairs
 from ...relations.letters import LettersRelation
 from ...relations.text_relation import TextRelation
-from ..config.one_layer import RunConfig
+from ..config.one_layer import DIALS, RunConfig
 from ..runs.finetune_setup import text_relation
 from ..runs.finetuning import FinetuneRun
 from ..runs.one_layer import OneLayerRun
@@ -24,8 +23,6 @@ from ..training.dataset import RowOptions
 from .class_gradients import Objective
 from .mask_sets import RATES, MaskLaw, law_of
 from .term_rows import TermRow, rows_of_pairs, rows_of_relation
-
-DIALS = ("keep", "drop-right", "drop-left", "drop-both", "drop-right-matched", "drop-left-matched", "mirror")
 
 
 @dataclass(frozen=True)
@@ -88,10 +85,8 @@ def asked_terms(
 
 def objective_of(config: RunConfig, step: int) -> Objective:
     """What a one-layer run minimises in the step that follows `step`."""
-    training: Any = config.training
-    dial_at = getattr(training, "dial_at", lambda _: "keep")
-    weight = float(getattr(training, "negative_weight", 0.0))
-    return Objective(law_of(training), getattr(training, "loss", "token"), dial_at(step), weight)
+    training = config.training
+    return Objective(law_of(training), training.loss, training.dial_at(step), training.negative_weight)
 
 
 def _with(
@@ -99,8 +94,8 @@ def _with(
 ) -> Objective:
     """The objective with the dial and the rates that were asked for."""
     dial = objective.dial if dial is None else dial
-    if dial not in DIALS:
-        raise RevprobeError(f"unknown dial {dial!r}{did_you_mean(dial, DIALS)}")
+    if dial not in DIALS["masked"]:
+        raise RevprobeError(f"unknown dial {dial!r}{did_you_mean(dial, DIALS['masked'])}")
     if dial != "keep" and isinstance(relation, TextRelation):
         raise RevprobeError(f"dial {dial!r} leaves out placeholders, which {relation.name} has none of; use 'keep'")
     law = objective.law

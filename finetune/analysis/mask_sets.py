@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy import special
 
 from ...errors import RevprobeError, did_you_mean
+from ..config.one_layer import TrainingConfig
 from ..training.objectives import EPS
 
 RATES = ("independent", "t", "lambda", "k")
@@ -130,6 +131,6 @@ def strata(shape: Shape, law: MaskLaw) -> Iterator[tuple[Stratum, float]]:
                     yield stratum, weight
 
 
-def law_of(training: Any) -> MaskLaw:
+def law_of(training: TrainingConfig) -> MaskLaw:
     """The law of a run's training config."""
-    return MaskLaw(getattr(training, "rates", "independent"), getattr(training, "masks", "rate"))
+    return MaskLaw(training.rates, training.masks)

@@ -2,6 +2,7 @@
 foretells, what is stored for the placeholder, and terms of text."""
 
 import itertools
+import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from revprobe.finetune.analysis import class_gradients
 from revprobe.finetune.analysis.adamw_map import NO_MOMENTS, NO_RUN, NO_STATE
 from revprobe.finetune.analysis.asked_terms import asked_terms
 from revprobe.finetune.analysis.mask_sets import MaskLaw
+from revprobe.finetune.analysis.next_step import trainer_at
 from revprobe.finetune.analysis.objective_terms import taken_apart
 from revprobe.finetune.analysis.pressure import ALIKE, FEW
 from revprobe.finetune.analysis.reverse_gradients import LOSS
@@ -285,3 +287,41 @@ snapshots: {every: 2, facts: 3}
     assert reading.meta["sampling_error"] > 0 and table["loss"].gt(0).all()
     with pytest.raises(rp.RevprobeError, match="is a fine-tuning, which has no placeholders"):
         rp.pressure(run)
+
+
+# ---- a run's own objective -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rates": "t", "negatives": "drop-right", "loss": "sequence"},
+        {"rates": "lambda", "negatives": "mirror", "negative_weight": 0.3},
+        {"rates": "k", "negatives": "drop-left-matched"},
+        {"masks": 2, "negatives": "drop-both"},
+        {"switch": {"step": 2, "negatives": "drop-right"}, "gradient_clipping": None},
+    ],
+)
+def test_classes_add_up_to_the_loss_the_trainer_works_out(options: dict[str, object], tmp_path: Path) -> None:
+    """Rates, dial, dose and divisor as the run has them: against the mean of the trainer's own loss over many draws."""
+    training = {"steps": 4, "batch_size": 18, "warmup_steps": 1, "device": "cpu", "learning_rate": 0.01} | options
+    text = "name: tiny\nrelation: {length: 4, alphabet: 3}\nmodel: {d_model: 8}\n"
+    made = parse_config(f"{text}training: {json.dumps(training)}\nsnapshots: {{every: 2}}\n", RunConfig, "test")
+    run = train(made, tmp_path / "tiny")
+    reading = rp.objective_terms(run, step=2)
+    assert reading.meta["dial"] == made.training.dial_at(2) != "keep"
+    table = rp.objective_classes(reading)
+    assert table["share"].sum() == pytest.approx(1.0) and table["dropped"].any()
+    folder = run.path / "checkpoints/step-000002"
+    trainer, _ = trainer_at(run, folder, run.load(2, "raw"))
+    assert trainer.model is not None
+    losses, rows = [], trainer.train_dataset.token_ids
+    trainer.model.train()  # the phase whose masks are those of training; there is no dropout
+    for step in range(2, 402):
+        trainer.state.global_step = step
+        with torch.no_grad():
+            losses.append(float(trainer.compute_loss(trainer.model, {"input_ids": rows})))
+    error = np.std(losses) / len(losses) ** 0.5
+    assert abs(np.mean(losses) - reading.meta["objective_loss"]) < 4 * error
+    if made.training.gradient_clipping is None:
+        assert reading.meta["clip"] == 1.0
