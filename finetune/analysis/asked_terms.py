@@ -20,8 +20,8 @@ from ..runs.one_layer import OneLayerRun
 from ..runs.open import open_run
 from ..runs.run import Run
 from ..training.dataset import RowOptions
-from .class_gradients import Objective
 from .mask_sets import RATES, MaskLaw, law_of
+from .masked_samples import Objective
 from .term_rows import TermRow, rows_of_pairs, rows_of_relation
 
 

@@ -1,9 +1,9 @@
 """The objective taken apart: the loss and the gradient of every class of its terms.
 
 A class is what is priced, whether the target and the evidence are visible, how many tokens are hidden, and whether a
-dial leaves the term out. All rows of a stratum (see `mask_sets`) run together, and one backward pass on their shared
-forward pass gives the gradient of each class in it. Short rows are enumerated; of longer ones as many sets are drawn
-from each stratum, in replicates from which the error of the draw is told.
+dial leaves the term out. Sequences of one state (see `masked_samples`) run together, and on their shared forward pass
+one backward pass gives the gradient of each class among them. What is drawn comes in replicates, from which the error
+of the draw is told.
 
 Shapes below: class, parameter, replicate, row, seq.
 """
@@ -22,29 +22,13 @@ from ...errors import RevprobeError
 from ...models.probed import ProbedModel
 from ..training.negatives import LOWER, OTHER, PLACEHOLDER, UPPER, dropped_terms
 from ..training.objectives import logits_at_their_position
-from .mask_sets import MaskLaw, Stratum, strata
+from .masked_samples import REPLICATES, Masked, Objective, Sample, State, samples
 from .reverse_gradients import FlatParameters, by_role
 from .term_rows import EVIDENCE, LEFT, PARTS, RIGHT, TARGET, RowTable
 
-ENUMERATED = 5  # rows of so many units have all their sets enumerated
-REPLICATES = 8
-_TOKENS = 8192  # of one batch
 # A token's kind as the dials know it.
 _KINDS = torch.tensor([{TARGET: LOWER, EVIDENCE: UPPER, LEFT: PLACEHOLDER, RIGHT: PLACEHOLDER}.get(p, OTHER) for p in
                        range(len(PARTS))])  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What a run minimises: the law of its masks, its divisor ("token" or "sequence"), and what its dial leaves out.
-
-    `dropped_weight` is what a dropped term's cross-entropy is multiplied by.
-    """
-
-    law: MaskLaw = field(default_factory=MaskLaw)
-    per: str = "token"
-    dial: str = "keep"
-    dropped_weight: float = 0.0
 
 
 class TermClass(NamedTuple):
@@ -158,78 +142,32 @@ def class_gradients(
     for sample in samples(tables, objective, draws, seed):
         found.enumerated &= sample.enumerated
         found.sequences += sample.sequences
-        found.add(flat, _of_stratum(model, sample, objective, flat))
+        found.add(flat, _of_sample(model, sample, objective.dial, flat))
     return found
 
 
-class Sample(NamedTuple):
-    """Masked sequences of one stratum: for each replicate the rows, the sets of hidden units, and their weight."""
-
-    table: RowTable
-    stratum: Stratum
-    parts: list[tuple[np.ndarray, np.ndarray, float]]
-    enumerated: bool
-
-    @property
-    def sequences(self) -> int:
-        return sum(len(rows) for rows, _, _ in self.parts)
-
-    def batches(self) -> Iterator[tuple[int, np.ndarray, Tensor, float]]:
-        """Replicate, rows, what is hidden (`row seq`) and the weight, some at a time."""
-        size = max(1, _TOKENS // self.table.token_ids.shape[1])
-        for replicate, (rows, sets, weight) in enumerate(self.parts):
-            for first in range(0, len(rows), size):
-                some = rows[first : first + size]
-                yield replicate, some, self.table.hidden(some, sets[first : first + size]), weight
-
-
-def samples(tables: Sequence[RowTable], objective: Objective, draws: int, seed: int) -> Iterator[Sample]:
-    """The objective's masked sequences by stratum, all of them or as many as are drawn.
-
-    Raises: RevprobeError, when no row has as many tokens as are to be hidden.
-    """
-    generator, rows = np.random.default_rng(seed), sum(map(len, tables))
-    listed = [(table, *one) for table in tables for one in strata(table.shape, objective.law)]
-    if not listed:
-        raise RevprobeError(f"masks {objective.law.masks!r}: no row has so many tokens to hide; expected fewer")
-    share = max(1, round(draws / len(listed) / REPLICATES))
-    for table, stratum, weight in listed:
-        whole = len(table) * stratum.sets
-        weight /= rows * (table.counted if objective.per == "token" else 1)
-        if table.shape.units <= ENUMERATED or whole <= REPLICATES * share:
-            sets = stratum.listed()
-            every = np.repeat(np.arange(len(table)), len(sets)), np.tile(sets, (len(table), 1)), weight
-            yield Sample(table, stratum, [every], True)
-        else:
-            each = weight * whole / share
-            chosen = [(generator.integers(len(table), size=share), stratum.drawn(share, generator))
-                      for _ in range(REPLICATES)]  # fmt: skip
-            yield Sample(table, stratum, [(*one, each) for one in chosen], False)
-
-
-def _of_stratum(
-    model: ProbedModel, sample: Sample, objective: Objective, flat: FlatParameters
+def _of_sample(
+    model: ProbedModel, sample: Sample, dial: str, flat: FlatParameters
 ) -> dict[TermClass, tuple[np.ndarray, Tensor]]:
     """Each class's loss and gradient by replicate."""
     losses: dict[TermClass, np.ndarray] = {}
     gradients: dict[TermClass, Tensor] = {}
-    replicates = len(sample.parts)
-    for replicate, rows, hidden, weight in sample.batches():
-        terms = priced_terms(model, sample.table.token_ids[rows], hidden)
-        weights = list(class_weights(sample, rows, hidden, objective.dial))
-        for place, (one, weight_of) in enumerate(weights):
+    for replicate, some in sample.batches():
+        terms = priced_terms(model, some)
+        weights = list(class_weights(sample.state, some, dial))
+        for place, (one, weight) in enumerate(weights):
             if one not in losses:
-                losses[one] = np.zeros(replicates)
-                gradients[one] = torch.zeros(replicates, flat.size).to(flat.parameters[0])
-            loss = weight * (terms * weight_of.to(terms)).sum()
+                losses[one] = np.zeros(sample.replicates)
+                gradients[one] = torch.zeros(sample.replicates, flat.size).to(flat.parameters[0])
+            loss = (terms * weight.to(terms)).sum()
             losses[one][replicate] += loss.item()
             gradients[one][replicate] += flat.gradient(loss, keep_graph=place + 1 < len(weights))
     return {one: (losses[one], gradients[one]) for one in losses}
 
 
-def priced_terms(model: ProbedModel, token_ids: Tensor, hidden: Tensor) -> Tensor:
-    """The cross-entropy of every hidden token, 0 elsewhere. Shapes: `row seq, row seq (bool) -> row seq`."""
-    token_ids, hidden = token_ids.to(model.device), hidden.to(model.device)
+def priced_terms(model: ProbedModel, some: Masked) -> Tensor:
+    """The cross-entropy of every hidden token, 0 elsewhere. Shapes: `-> row seq`."""
+    token_ids, hidden = some.token_ids.to(model.device), some.hidden.to(model.device)
     logits = logits_at_their_position(model.logits(model.hide(token_ids, hidden)), model.logit_shift)
     log_probabilities = logits.double().log_softmax(-1)
     if log_probabilities.isnan().any():
@@ -237,21 +175,14 @@ def priced_terms(model: ProbedModel, token_ids: Tensor, hidden: Tensor) -> Tenso
     return -log_probabilities.gather(-1, token_ids[..., None])[..., 0].masked_fill(~hidden, 0.0)
 
 
-def class_weights(sample: Sample, rows: np.ndarray, hidden: Tensor, dial: str) -> Iterator[tuple[TermClass, Tensor]]:
-    """The classes among the hidden tokens, and how much of each token's term is in each. Shapes: `-> row seq`."""
-    part, stratum = sample.table.part[rows], sample.stratum
-    target = _visibility(stratum.in_target, stratum.shape.of_target)
-    evidence = _visibility(stratum.in_evidence, stratum.shape.of_evidence)
-    share = dropped_share(dial, _KINDS[part], hidden)
+def class_weights(state: State, some: Masked, dial: str) -> Iterator[tuple[TermClass, Tensor]]:
+    """The classes among the hidden tokens, and each token's weight in each of them. Shapes: `-> row seq`."""
+    share = dropped_share(dial, _KINDS[some.part], some.hidden)
     for place, name in enumerate(PARTS):
-        here = hidden & (part == place)
+        here = (some.hidden & (some.part == place)) * some.weight[:, None]
         for dropped, of_term in ((False, 1 - share), (True, share)):
             if bool((weights := here * of_term).any()):
-                yield TermClass(name, target, evidence, stratum.hidden, dropped), weights
-
-
-def _visibility(hidden: int, of: int) -> str:
-    return "visible" if not hidden else "hidden" if hidden == of else "partly"
+                yield TermClass(name, *state, dropped), weights
 
 
 def dropped_share(dial: str, kinds: Tensor, hidden: Tensor) -> Tensor:

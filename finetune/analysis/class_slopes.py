@@ -21,7 +21,8 @@ from ...probes.passes.batches import in_batches, make_batch, prepare_queries, qu
 from ...probes.passes.likelihood import mean_nll, readout
 from ...probes.passes.slopes import Direction, carrying, slope_of
 from ...probes.storage import control_partners
-from .class_gradients import REPLICATES, Objective, TermClass, class_weights, priced_terms, samples
+from .class_gradients import TermClass, class_weights, priced_terms
+from .masked_samples import REPLICATES, Objective, samples
 from .one_step import with_target
 from .reverse_gradients import Candidates
 from .term_rows import RowTable
@@ -48,13 +49,13 @@ def class_slopes(
         found.enumerated &= sample.enumerated
         found.sequences += sample.sequences
         sums: dict[TermClass, np.ndarray] = {}
-        for replicate, rows, hidden, weight in sample.batches():
+        for replicate, some in sample.batches():
             with carrying(model, along) as moved:
-                terms = priced_terms(moved, sample.table.token_ids[rows], hidden)
+                terms = priced_terms(moved, some)
                 values = torch.stack([terms.detach(), slope_of(terms)])
-            for one, weight_of in class_weights(sample, rows, hidden, objective.dial):
-                own = sums.setdefault(one, np.zeros((2, len(sample.parts))))
-                own[:, replicate] += weight * (values * weight_of.to(values)).sum((1, 2)).cpu().numpy()
+            for one, weight in class_weights(sample.state, some, objective.dial):
+                own = sums.setdefault(one, np.zeros((2, sample.replicates)))
+                own[:, replicate] += (values * weight.to(values)).sum((1, 2)).cpu().numpy()
         for one, (loss, slope) in sums.items():
             found.losses[one] = found.losses.get(one, 0.0) + float(loss.mean())
             found.slopes[one] = found.slopes.get(one, 0.0) + float(slope.mean())

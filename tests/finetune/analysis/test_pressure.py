@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import revprobe as rp
-from revprobe.finetune.analysis import class_gradients
+from revprobe.finetune.analysis import masked_samples
 from revprobe.finetune.analysis.adamw_map import NO_MOMENTS, NO_RUN, NO_STATE
 from revprobe.finetune.analysis.asked_terms import asked_terms
 from revprobe.finetune.analysis.mask_sets import MaskLaw
@@ -232,7 +232,7 @@ def test_terms_of_text_are_told_apart_by_the_statements_parts(
     layout: str, shift: int, families: rp.TextRelation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Names of two tokens, an end token after the answer, a model with a shift: against all sets of masks by hand."""
-    monkeypatch.setattr(class_gradients, "ENUMERATED", 7)
+    monkeypatch.setattr(masked_samples, "ENUMERATED", 7)
     model = text_model(layout)
     reading = rp.objective_terms(model, families, answer_tokens=4, control=False)
     assert reading.meta["enumerated"]
@@ -266,6 +266,23 @@ def test_terms_of_text_are_told_apart_by_the_statements_parts(
     assert reading.facts == len(set(pairs.facts)) and reading.meta["kind"] == "same_target"
     with pytest.raises(rp.RevprobeError, match="leaves out placeholders"):
         rp.objective_terms(model, families, dial="drop-right")
+
+
+def test_text_of_many_shapes_is_drawn_without_bias(families: rp.TextRelation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More strata than draws: each is drawn as its weight asks, and no group is off by more than four errors."""
+    model, groups = text_model("llada"), ["priced", "target"]
+    drawn = [rp.objective_terms(model, families, answer_tokens=4, draws=150, seed=seed) for seed in range(6)]
+    assert all(60 < one.meta["sequences"] < 400 for one in drawn)
+    monkeypatch.setattr(masked_samples, "ENUMERATED", 7)
+    exact = rp.objective_terms(model, families, answer_tokens=4)
+    tables = [rp.objective_classes(one, groups).set_index(groups) for one in (*drawn, exact)]
+    for name in ("pressure", "loss"):
+        found = pd.concat([table[name] for table in tables[:-1]], axis=1).fillna(0.0)
+        error = found.std(axis=1) / len(drawn) ** 0.5
+        assert ((found.mean(axis=1) - tables[-1].loc[found.index, name]).abs() < 5 * error).all(), name
+    spread = np.std([one.value for one in drawn], ddof=1)
+    stated = np.mean([one.meta["sampling_error"] for one in drawn])
+    assert stated / 3 < spread < 3 * stated
 
 
 def test_a_fine_tunings_rows_are_its_own(tmp_path: Path) -> None:
