@@ -22,7 +22,7 @@ from ...models.checkpoints import checkpoint_folder
 from ..runs.one_layer import OneLayerRun
 from ..runs.run import pinned_threads
 from ..training.adamw_update import innermost_optimizer
-from .next_step import backward, trainer_at
+from .next_step import backward, batches, trainer_at
 from .reverse_gradients import FlatParameters
 
 NO_STATE = "the checkpoint keeps no state of the optimizer"
@@ -37,7 +37,8 @@ class AdamWMap:
 
     Attributes:
         learning_rate: the schedule's at this step.
-        clip: the factor that the clip multiplies gradients by, a mean over batches; norms: theirs before it.
+        clip: the factor that the clip multiplies gradients by, a mean over batches; norms: theirs before it. Without
+            moments neither is worked out.
         per_gradient: what the update holds of a gradient, element by element, clip included; None without moments.
         momentum, decay: what it holds whatever the gradient is.
         reason: why there are no moments; "" where there are.
@@ -64,15 +65,15 @@ def adamw_map(run: OneLayerRun, step: int, flat: FlatParameters) -> AdamWMap:
         trainer, saved = trainer_at(run, checkpoint, before)
         module, optimizer = trainer.model, innermost_optimizer(trainer.optimizer)
         assert module is not None, "trainer_at gives it one"
-        norms = []
-        for ahead in range(BATCHES):
-            module.zero_grad()
-            norms.append(backward(trainer, step + ahead))
-        limit = trainer.args.max_grad_norm or float("inf")
-        clip = float(np.mean([min(1.0, limit / norm) for norm in norms]))
         rate = float(optimizer.param_groups[0]["lr"])
         if not saved or not optimizer.state:
-            return AdamWMap(rate, clip, norms, reason=NO_MOMENTS if step == 0 else NO_STATE)
+            return AdamWMap(rate, float("nan"), [], reason=NO_MOMENTS if step == 0 else NO_STATE)
+        norms = []
+        for ahead, rows in enumerate(batches(trainer, step, BATCHES)):
+            module.zero_grad()
+            norms.append(backward(trainer, step + ahead, rows))
+        limit = trainer.args.max_grad_norm or float("inf")
+        clip = float(np.mean([min(1.0, limit / norm) for norm in norms]))
         named = dict(module.named_parameters())
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         parts = [_of_parameter(named[name], groups, optimizer, clip) for name in flat.names]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -86,14 +87,19 @@ def trainer_at(
     return trainer, saved
 
 
-def backward(trainer: ForwardOnlyTrainer, step: int) -> float:
-    """Loss and gradient as in the run, clipped, on the rows and masks the run drew there; the norm before the clip."""
+def batches(trainer: ForwardOnlyTrainer, step: int, count: int = 1) -> Iterator[Tensor]:
+    """The rows of the run's next steps, in its order. Shapes: `-> batch seq` each."""
+    table = cast(TokenRows, trainer.train_dataset)  # build_trainer's own
+    size = trainer.get_total_train_batch_size(trainer.args)
+    order = islice(Permutations(len(table), (step + count) * size, trainer.args.seed), step * size, None)
+    for _ in range(count):
+        yield table.__getitems__(list(islice(order, size)))
+
+
+def backward(trainer: ForwardOnlyTrainer, step: int, rows: Tensor) -> float:
+    """Loss and gradient as in the run, clipped, on the masks the run drew there; the norm before the clip."""
     module, arguments = trainer.model, trainer.args
     assert module is not None, "the caller made it"
-    table = cast(TokenRows, trainer.train_dataset)  # build_trainer's own
-    size = trainer.get_total_train_batch_size(arguments)
-    order = Permutations(len(table), (step + 1) * size, arguments.seed)
-    rows = table.__getitems__(list(islice(order, step * size, None)))
     trainer.state.global_step = step
     module.train()
     loss = trainer.compute_loss(module, {"input_ids": rows.to(arguments.device)})
@@ -105,5 +111,5 @@ def backward(trainer: ForwardOnlyTrainer, step: int) -> float:
 def _take_step(trainer: ForwardOnlyTrainer, step: int) -> None:
     """Loss, gradient, clipping and update as in the run."""
     assert trainer.optimizer is not None, "the caller made it"
-    backward(trainer, step)
+    backward(trainer, step, next(batches(trainer, step)))
     trainer.optimizer.step()
