@@ -46,6 +46,7 @@ TERMS: dict[str, dict[str, str]] = {
 }
 NET = "net"  # target and negative terms
 NO_STEP_AHEAD = "the reverse answer is not known so many steps ahead"
+NO_TERMS = "the objective has no such term"
 FEW = "fewer than 4 checkpoints with a later answer"
 ALIKE = "pressure or change is the same at all of them"
 LEAST = 4
@@ -106,6 +107,12 @@ def _row(name: str, part: pd.DataFrame, meta: dict[str, Any]) -> dict[str, Any]:
     columns = {"pressure": "inner", "letters": "inner_letters", "margin": "inner_margin", "control": "inner_control"}
     columns |= {"change_adamw": "adamw"}
     facts, found = np.unique(part["fact"].to_numpy().astype(str)), {}
+    if part.empty:  # as where one token is hidden at a time: a sum of nothing
+        nothing = dict.fromkeys(columns, 0.0) | {
+            f"{name}{end}": np.nan for name in columns for end in ("_low", "_high")
+        }
+        row |= nothing | {"dropped": 0.0, "sampling_error": 0.0, "n": 0, "reason": NO_TERMS}
+        return row | {"statistics_version": STATISTICS_VERSION}
     for column, of in columns.items():
         factor = 1.0 if column == "change_adamw" else part["factor"]
         values = (part[of] * factor).groupby(part["fact"], sort=True).sum(min_count=1).to_numpy(dtype=np.float64)

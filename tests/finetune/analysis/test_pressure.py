@@ -18,7 +18,7 @@ from revprobe.finetune.analysis.asked_terms import asked_terms
 from revprobe.finetune.analysis.mask_sets import MaskLaw
 from revprobe.finetune.analysis.next_step import trainer_at
 from revprobe.finetune.analysis.objective_terms import taken_apart
-from revprobe.finetune.analysis.pressure import ALIKE, FEW
+from revprobe.finetune.analysis.pressure import ALIKE, FEW, NO_TERMS
 from revprobe.finetune.analysis.reverse_gradients import LOSS
 from revprobe.finetune.config.finetuning import FinetuneConfig, TinyModel
 from revprobe.finetune.config.loading import parse_config
@@ -316,6 +316,7 @@ snapshots: {every: 2, facts: 3}
         {"rates": "lambda", "negatives": "mirror", "negative_weight": 0.3},
         {"rates": "k", "negatives": "drop-left-matched"},
         {"masks": 2, "negatives": "drop-both"},
+        {"masks": "single", "negatives": "mirror"},
         {"switch": {"step": 2, "negatives": "drop-right"}, "gradient_clipping": None},
     ],
 )
@@ -328,7 +329,12 @@ def test_classes_add_up_to_the_loss_the_trainer_works_out(options: dict[str, obj
     reading = rp.objective_terms(run, step=2)
     assert reading.meta["dial"] == made.training.dial_at(2) != "keep"
     table = rp.objective_classes(reading)
-    assert table["share"].sum() == pytest.approx(1.0) and table["dropped"].any()
+    assert table["share"].sum() == pytest.approx(1.0)
+    assert table["dropped"].any() != (made.training.masks == "single"), "one hidden token sees both letters, or is one"
+    if made.training.masks == "single":
+        alone = rp.pressure(run, steps=[2]).set_index("terms")
+        assert alone.loc["negative", ["pressure", "reason"]].tolist() == [0.0, NO_TERMS]
+        assert alone.loc["net", "pressure"] == alone.loc["target", "pressure"] != 0
     folder = run.path / "checkpoints/step-000002"
     trainer, _ = trainer_at(run, folder, run.load(2, "raw"))
     assert trainer.model is not None
