@@ -1,6 +1,7 @@
 """How a model answers the letters, question by question: right or wrong, and by what it was outvoted.
 
-A masked model is asked four ways, over every placement of two letters:
+A masked model is asked three ways, over every placement of two letters, or over 48 of them that are spread evenly
+over distances and places where there are more (from length 11 on):
 
     forward         the lowercase letter, from its uppercase partner to the right of it, as in training
     reverse         the lowercase letter, from its uppercase partner to the left of it
@@ -27,6 +28,7 @@ from ..arguments import checked
 from ..errors import RevprobeError
 from ..models.one_layer import PLACEHOLDER, letter_alphabet
 from ..models.probed import ProbedModel
+from ..probes.pairs.pairs import ReversalPairs
 from ..probes.pairs.query import Query
 from ..probes.statistics.estimators import STATISTICS_VERSION
 from ..probes.statistics.intervals import proportion_over_facts
@@ -34,6 +36,7 @@ from .letters import LettersRelation
 
 QUESTIONS = ("forward", "reverse", "mirror_reverse")
 EXTRAS = (0, 1, 2)
+MOST_PLACEMENTS = 48
 _BATCH = 4096
 
 
@@ -77,7 +80,7 @@ def answers_of(model: ProbedModel, asked: Asked) -> pd.DataFrame:
 def questions(relation: LettersRelation, model: ProbedModel) -> Asked:
     """The queries that `read_answers` asks of this model."""
     masked = model.objective == "masked"
-    pairs = relation.pairs(model, placements="mirror")
+    pairs = _spread(relation.pairs(model, placements="mirror"), MOST_PLACEMENTS)
     vocabulary = _vocabulary(model)
     cases = [[vocabulary[pair[case]] for pair in letter_alphabet(relation.alphabet)] for case in (0, 1)]
     listed: list[tuple[str, int, str, Query, Query]] = []  # question, extra, fact, what is seen, what is asked
@@ -95,6 +98,15 @@ def questions(relation: LettersRelation, model: ProbedModel) -> Asked:
             turned = Query(list(query.token_ids), list(query.evidence_positions), list(query.target_positions))
             listed.append(("mirror_reverse", 0, str(fact), turned, turned))
     return _tabled(listed, cases, vocabulary[PLACEHOLDER], model)
+
+
+def _spread(pairs: ReversalPairs, most: int) -> ReversalPairs:
+    """At most so many placements of each letter, evenly by distance and place."""
+    queries = [pairs.queries[number] for number in pairs.forward]
+    places = [(*query.target_positions, *query.evidence_positions) for query in queries]
+    ordered = sorted(set(places), key=lambda place: (abs(place[1] - place[0]), place))
+    chosen = {ordered[round(i)] for i in np.linspace(0, len(ordered) - 1, min(most, len(ordered)))}
+    return pairs.take(np.array([i for i, place in enumerate(places) if place in chosen]))
 
 
 def _hidden_left(query: Query, extra: int) -> Query | None:

@@ -44,6 +44,7 @@ from ..training.objectives import PICKS, draw_masks, step_generator
 from ..training.probe_callback import ProbeCallback
 from ..training.stacked_models import StackedModels, clip_each
 from ..training.trainer import ForwardOnlyTrainer, Permutations, TokenRows
+from .forks import take_prefix
 from .one_layer import OneLayerRun, build_trainer
 from .progress import EVERY_SECONDS, Listener
 from .run import PROBLEM, Run, claim_run, pinned_threads
@@ -131,6 +132,7 @@ def _train_group(runs: list[OneLayerRun], listeners: Mapping[str, Listener], rea
         for run in [run for run in runs if not run.trained]:
             with problems.of(run):
                 remove_unfinished(run.path)
+                take_prefix(run.path, run.config)
                 checkpoint = resume_from(run.path)
                 at.setdefault("" if checkpoint is None else checkpoint.name, []).append(run)
         for together in at.values():
@@ -324,7 +326,7 @@ class Batch:
 
     def _read_answers(self) -> None:
         """Of every run that is going, from its own slice of the stack."""
-        for place, member in self.going:
+        for place, member in self._sound():
             with self.problems.of(member.run):
                 self._unstack_weights(place, member)
                 member.answers.take(member.model, self.step)
@@ -350,8 +352,14 @@ class Batch:
 
     def _write_snapshots(self) -> None:
         """Readings, then the checkpoint, of every run that is going and whose loss has not broken since the last."""
-        losses, sound_until = self._losses.tolist(), self._sound_until.tolist()
         self._log_steps()
+        for place, member in self._sound():
+            with self.problems.of(member.run):
+                self._write_snapshot(place, member)
+
+    def _sound(self) -> list[tuple[int, _Member]]:
+        """The members that are going, once those whose loss has broken since this was last asked are told of it."""
+        losses, sound_until = self._losses.tolist(), self._sound_until.tolist()
         for place, member in self.going:
             with self.problems.of(member.run):
                 if not math.isfinite(losses[place]):
@@ -359,7 +367,7 @@ class Batch:
                         f"the training loss of {member.run.path.name} is {losses[place]} at step "
                         f"{sound_until[place] + 1}; lower learning_rate or raise warmup_steps"
                     )
-                self._write_snapshot(place, member)
+        return self.going
 
     def _write_snapshot(self, place: int, member: _Member) -> None:
         """Of one run, from its own slice of the stack."""

@@ -34,6 +34,7 @@ from ..training.negatives import Negatives
 from ..training.probe_callback import ProbeCallback, take_readings
 from ..training.step_log import STEPS, StepLog, read_table
 from ..training.trainer import ForwardOnlyTrainer, TokenRows
+from .forks import take_prefix
 from .progress import Listener, ProgressCallback
 from .run import CONFIG, Expected, Run, claim_run, noting_problems, pinned_threads
 
@@ -130,6 +131,7 @@ def train(
         with noting_problems(run.path), pinned_threads(config.training.threads), quiet_transformers():
             if not run.trained:
                 remove_unfinished(run.path)
+                take_prefix(run.path, config)
                 checkpoint = resume_from(run.path)
                 trainer, *callbacks = build_trainer(run, checkpoint)
                 for callback in callbacks:

@@ -86,11 +86,10 @@ class StackedModels:
         """
         stacked = dict(zip(self.names, self.weights, strict=True))
         one = self._causal if self.mask_token_id is None else self._masked
-        # The math kernel is the one that batches over models. All lose the same units to dropout, so that runs of one
-        # seed differ in their dials alone.
+        # The math kernel is the one that batches over models; dropout differs between them as between separate runs.
         with sdpa_kernel(SDPBackend.MATH):
             inputs = (token_ids, weights, *masks)
-            batched: Tensor = torch.vmap(one, randomness="same")(stacked, self._encodings, *inputs)
+            batched: Tensor = torch.vmap(one, randomness="different")(stacked, self._encodings, *inputs)
         return batched
 
     def optimizer(self, trainers: Sequence[ForwardOnlyTrainer]) -> tuple[Optimizer, LRScheduler]:

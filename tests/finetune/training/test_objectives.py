@@ -358,3 +358,92 @@ def test_a_row_with_nothing_to_predict_is_named(model: nn.Module) -> None:
     ids = torch.tensor([[0, 1, 2], [2, 1, 0]])
     with pytest.raises(RevprobeError, match=r"row 1 of a batch \(\[2, 1, 0\]\) has no token to predict"):
         masked_diffusion_loss(model, ids, generator=step_generator(0, 0), mask_token_id=MASK, maskable=nothing)
+
+
+# ---- RADD's three ways of drawing rates ----
+
+
+def expected_weight(rates: str, length: int, count: int) -> float:
+    """What a set of `count` masks weighs on average, E[1/divisor; exactly this set]."""
+    if rates == "lambda":
+        return math.exp(math.lgamma(count) + math.lgamma(length - count + 1) - math.lgamma(length + 1))
+    if rates == "k":
+        return 1 / length / math.comb(length, count) * length / count
+    density = 1 / (1 - EPS)
+    probability = lambda t: (1 - EPS) * t  # noqa: E731
+    return (
+        density
+        * quad(lambda t: probability(t) ** count * (1 - probability(t)) ** (length - count) / t, EPS, 1, epsabs=1e-13)[
+            0
+        ]
+    )
+
+
+@pytest.mark.parametrize("length", [2, 4, 7])
+def test_lambda_and_k_weigh_every_set_of_masks_alike(length: int) -> None:
+    for count in range(1, length + 1):
+        assert expected_weight("lambda", length, count) == pytest.approx(expected_weight("k", length, count), rel=1e-12)
+    # By the code's own draws: strata this fine integrate to 1e-6, and k / L stands for every count.
+    rate, _ = draw_masks((200_000, length), generator=torch.Generator().manual_seed(0), rates="lambda")
+    wide = rate.double()
+    for count in range(1, length + 1):
+        found = (wide ** (count - 1) * (1 - wide) ** (length - count)).mean()
+        assert float(found) == pytest.approx(expected_weight("lambda", length, count), abs=1e-6)
+
+
+@pytest.mark.parametrize("length", [2, 4, 10])
+def test_ts_eps_takes_from_single_masks_what_its_closed_form_says(length: int) -> None:
+    edges = ((1 - EPS * (1 - EPS)) ** length - EPS**length) / (1 - EPS)
+    single = expected_weight("t", length, 1) * length
+    assert single == pytest.approx(edges, rel=1e-9)
+    assert 1 - single == pytest.approx((length - 1) * EPS, rel=0.02)
+    rate, _ = draw_masks((400_000, length), generator=torch.Generator().manual_seed(0), rates="t")
+    probability = (1 - EPS) * rate.double()
+    found = (probability * (1 - probability) ** (length - 1) / rate.double()).mean() * length
+    assert float(found) == pytest.approx(single, abs=5e-6)
+
+
+@pytest.mark.parametrize("rates", ["t", "lambda", "k", "independent"])
+def test_each_way_of_drawing_masks_at_its_probability_and_divides_by_its_divisor(rates: str) -> None:
+    """Every set of masks is seen as often as it should be, each weighted by its divisor (a 5 sigma bound)."""
+    length, batch = 3, 400_000
+    rate, is_masked = draw_masks((batch, length), generator=torch.Generator().manual_seed(1), rates=rates)
+    for count in range(1, length + 1):
+        chosen = is_masked[:, :count].all(1) & ~is_masked[:, count:].any(1)
+        weights = chosen / rate
+        error = float(weights.std()) / math.sqrt(batch)
+        expected = expected_weight("lambda" if rates == "independent" else rates, length, count)
+        slack = 5 * error + (length * EPS * expected if rates == "independent" else 0.0)
+        assert abs(float(weights.mean()) - expected) < slack
+
+
+def test_the_rates_are_spread_as_radds() -> None:
+    batch = 64
+    generator = torch.Generator().manual_seed(0)
+    t, _ = draw_masks((batch, 4), generator=generator, rates="t")
+    steps = t.sort().values.diff()
+    assert torch.allclose(steps, torch.full_like(steps, (1 - EPS) / batch), atol=1e-6)  # one offset for all
+    drawn, _ = draw_masks((batch, 4), generator=generator, rates="lambda")
+    assert torch.equal((drawn * batch).floor(), torch.arange(batch).float())  # one in each stratum
+    assert (drawn.diff() - 1 / batch).abs().max() > 1e-4  # each anew
+    divisor, is_masked = draw_masks((batch, 4), generator=generator, rates="k")
+    assert torch.equal(is_masked.sum(1), (divisor * 4).round().long()) and len(divisor.unique()) == 4
+
+
+@pytest.mark.parametrize(("masks", "count"), [("single", 1), (1, 1), (2, 2), (4, 4)])
+def test_exactly_so_many_masks_are_priced_as_their_share(masks: str | int, count: int) -> None:
+    divisor, is_masked = draw_masks((5000, 4), generator=torch.Generator().manual_seed(0), masks=masks)
+    assert bool((is_masked.sum(1) == count).all()) and bool((divisor == count / 4).all())
+    assert (is_masked.float().mean(0) - count / 4).abs().max() < 0.04
+
+
+def test_a_loss_per_sequence_is_the_one_per_token_times_the_tokens(model: nn.Module) -> None:
+    ids = torch.tensor([[1, 2, 0], [2, 2, 1]])
+    settings: dict[str, Any] = {"mask_token_id": MASK}
+    token, sequence = (
+        masked_diffusion_loss(model, ids, generator=torch.Generator().manual_seed(3), per=per, **settings)
+        for per in ("token", "sequence")
+    )
+    assert float(sequence) == pytest.approx(3 * float(token), rel=1e-6)
+    each, summed = (causal_loss(model, ids, per=per) for per in ("token", "sequence"))
+    assert float(summed) == pytest.approx(2 * float(each), rel=1e-6)
