@@ -15,7 +15,7 @@ def sweep(
         str,
         typer.Argument(
             help="A sweep's YAML file, or an example: one-layer-quick, one-layer, one-layer-published, "
-            "negative-evidence, robustness."
+            "negative-evidence, pressure, robustness."
         ),
     ],
     jobs: Annotated[

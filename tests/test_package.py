@@ -98,6 +98,7 @@ PUBLIC = [
     "with_bounds",
 ]
 EXAMPLES = {"examples/one_layer.yaml", "examples/one_layer_quick.yaml", "examples/robustness.yaml"}
+EXAMPLES |= {"examples/negative_evidence.yaml", "examples/one_layer_published.yaml", "examples/pressure.yaml"}
 EXAMPLES |= {"examples/llada_8b_parent_child.yaml"}
 EXAMPLES |= {"examples/finetune_tiny.yaml", "examples/table7.yaml", "examples/fsdp.yaml"}
 DATA = {"relations/data/invented_names.csv", "relations/data/trex_templates.csv"}
