@@ -1,6 +1,6 @@
 """One look at a model: which of its attention calls can be read, and as which layer.
 
-`survey_attention` holds two runs (`attention_look`) against each other. A call is read where it is self-attention over
+`survey_attention` holds its runs (`attention_look`) against each other. A call is read where it is self-attention over
 the query's own tokens with the weights that the model uses; every other is left out with the reason.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention_calls import FAR_BELOW, Layout, matrix_rows
-from .attention_look import SEQUENCES, UNSEEN, Look, SeenCall, look_twice
+from .attention_look import SEQUENCES, UNSEEN, Look, SeenCall, look_thrice
 from .attention_sites import Attention, AttentionSite
 
 CENTRED = "its scores are given relative to each row's largest, so the scores themselves are not seen"
@@ -37,7 +37,7 @@ def survey_attention(
     layer_of: Callable[[str], int | None],
     virtual: tuple[int, int] = (0, 0),
 ) -> Attention:
-    """Look at the attention of `module` in two runs of three short sequences.
+    """Look at the attention of `module` in three runs of three short sequences.
 
     Args:
         run: makes one forward pass of token ids.
@@ -46,8 +46,10 @@ def survey_attention(
         virtual: rows and key columns that stand before the query's own in every call (prompt and prefix adapters).
     """
     length = shown[0].shape[1]
-    first, second = look_twice(module, run, shown, token, (length + virtual[0], length + virtual[1]), layer_of)
+    size = length + virtual[0], length + virtual[1]
+    first, second, natural = look_thrice(module, run, shown, token, size, layer_of)
     others = {(call.path, call.turn): call for call in second.calls}
+    used = {(call.path, call.turn): call.reason for call in natural.calls}
     kept: list[tuple[SeenCall, Layout, tuple[int, int]]] = []
     failed: list[tuple[SeenCall, str]] = []
     for call in first.calls:
@@ -56,6 +58,8 @@ def survey_attention(
             failed.append((call, UNEVEN))
             continue
         layout, shift, reason = judge(call, other, first, token + virtual[0])
+        if layout is not None and not call.is_sdpa and used.get((call.path, call.turn)):
+            layout, reason = None, used[call.path, call.turn]
         if layout is not None and not call.is_sdpa and is_centred(call, layout):
             layout, reason = None, CENTRED
         if layout is None:
@@ -131,9 +135,14 @@ def _sites(
 
 
 def _same_weights(one: SeenCall, other: SeenCall) -> bool:
-    return one.is_sdpa == other.is_sdpa and all(
-        a.shape == b.shape and torch.equal(a, b) for a, b in zip(one.tensors, other.tensors, strict=True)
-    )
+    pairs = [*zip(one.tensors, other.tensors, strict=True), *zip(one.how, other.how, strict=True)]
+    return one.is_sdpa == other.is_sdpa and all(_equal(a, b) for a, b in pairs)
+
+
+def _equal(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    return type(one) is type(other) and one == other
 
 
 # --- judging ---------------------------------------------------------------------------------------------------------
@@ -144,6 +153,7 @@ def judge(before: SeenCall, after: SeenCall, look: Look, token: int) -> tuple[La
     if before.reason:
         return None, (0, 0), before.reason
     reason = look.size_of(before)
+    fitting: list[tuple[int, int, Layout, tuple[int, int]]] = []
     for layout in before.found:
         moved = _moved(before, after, layout)
         if moved is None:
@@ -153,9 +163,13 @@ def judge(before: SeenCall, after: SeenCall, look: Look, token: int) -> tuple[La
             continue
         shift, why = _judge_moved(moved, (extra_rows, extra_keys), look, token)
         if not why:
-            return layout, shift, ""
-        reason = why
-    return None, (0, 0), reason
+            fitting.append((int(moved[0][1].sum()) + int(moved[1][1].sum()), len(fitting), layout, shift))
+        reason = why or reason
+    if not fitting:
+        return None, (0, 0), reason
+    # With as many heads as sequences either axis may be the sequences': taken for them, heads show all that moved.
+    _, _, layout, shift = min(fitting, key=lambda fit: fit[:2])
+    return layout, shift, ""
 
 
 def _judge_moved(

@@ -100,7 +100,7 @@ class Runs(Protocol):
 
 
 def attention_of(model: Runs, *, required: bool = True) -> Attention:
-    """Where a model attends, as two runs of three short sequences show; looked at once for each module.
+    """Where a model attends, as three runs of three short sequences show; looked at once for each module.
 
     Looked at again when the module's parts or its attention implementation have changed.
     Args:

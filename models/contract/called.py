@@ -16,6 +16,8 @@ from . import introspect
 class CalledModule:
     """A module that takes `batch seq` token ids and gives a row of logits for each of them."""
 
+    module: nn.Module
+
     def __init__(self, module: nn.Module, name: str | None = None) -> None:
         self.module, self.name = module, name or type(module).__name__
         parameters = inspect.signature(module.forward).parameters.values()
@@ -64,7 +66,7 @@ class CalledModule:
             kwargs["attention_mask"] = attention_mask
         if "use_cache" in self._accepts:
             kwargs["use_cache"] = False
-        return _logits_of(self.module(input_ids, **kwargs), self.name)
+        return _logits_of(self.module(input_ids, **kwargs), self.name, self.vocab_size)
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The same; a `ProbedModel`, which knows where the tokens stand, gives one row for each of them."""
@@ -82,11 +84,17 @@ class CalledModule:
         return f"{self.name} gives NaN logits: {where}; load a sound checkpoint or a wider dtype"
 
 
-def _logits_of(output: Any, name: str) -> Tensor:
-    """The logits in what a module returned. Raises: RevprobeError, when there are none."""
+def _logits_of(output: Any, name: str, vocabulary: int) -> Tensor:
+    """The logits in what a module returned: named so, or of a tuple's tensors the first as wide as the vocabulary.
+
+    Raises: RevprobeError, when there are none.
+    """
     if not isinstance(output, Tensor):
         held = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-        output = output[0] if held is None and isinstance(output, tuple | list) and output else held
+        if held is None and isinstance(output, tuple | list):
+            tables = [one for one in output if isinstance(one, Tensor) and one.dim() == 3]
+            held = next((one for one in tables if one.shape[-1] == vocabulary), tables[0] if tables else None)
+        output = held
     if not isinstance(output, Tensor):
         raise RevprobeError(
             f"{name} returns no logits; expected a tensor `batch seq vocab`, or an object, mapping or tuple with it"

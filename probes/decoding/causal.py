@@ -56,7 +56,9 @@ def _greedy(model: ProbedModel, prompts: list[list[int]], lengths: list[int], en
         width = max(len(rows[i]) for i in unfinished)
         ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in unfinished], device=model.device)
         last = torch.tensor([len(rows[i]) - 1 for i in unfinished], device=model.device)
-        logits = model.logits(ids)[torch.arange(len(unfinished), device=model.device), last]
+        apart = bool(model.contract.equal_lengths)  # padding to the right is no later token there
+        seen = (torch.arange(width, device=model.device) <= last[:, None]).long() if apart else None
+        logits = model.logits(ids, seen)[torch.arange(len(unfinished), device=model.device), last]
         if logits.isnan().any():
             raise RevprobeError(model.explain_non_finite())
         for i, token in zip(unfinished, logits.argmax(-1).tolist(), strict=True):

@@ -193,13 +193,15 @@ class _Pass:
         """What multiplies gradients of queries that cannot share a batch."""
         selection = Selection(self.selected, self.parts, self._adopted())
         self.result.one_by_one.update(dict.fromkeys(self.selected, DIFFERENT_LENGTHS))
-        self.result.reached.update(self.selected)
 
         def products(left: Tensor, right: Tensor) -> Products:
             names, loss_of = list(self.selected), self._loss_of(queries)
             for parameter in self.selected.values():
                 parameter.requires_grad_(True)  # put back with everything else when the pass ends
-            return read_one_by_one(self.model.module, selection, names, loss_of, (left, right), len(queries))
+            found = read_one_by_one(self.model.module, selection, names, loss_of, (left, right), len(queries))
+            moved = {label for label, inner in found.inner.items() if bool(inner.any())}
+            self.result.reached.update(name for label, name in selection.owners.items() if label in moved)
+            return found
 
         return products
 
