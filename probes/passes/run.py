@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,7 @@ from ...models.probed import ProbedModel
 from ...models.structure import attention_of, fused_parts
 from ..pairs.pairs import ReversalPairs
 from ..statistics.resampling import derangement
+from .alone import PaddingReaches, Size, hold_against_alone, is_due
 from .asked import asked_pairs, tokens_note
 from .batches import QueryBatch, in_batches, make_batch, prepare_queries, queries_per_batch
 from .likelihood import Likelihoods, mean_nll, readout
@@ -54,7 +56,13 @@ def run_pass(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> PassResult
     def work(part: int, parts: int) -> PassResult:
         return _Pass(model, pairs, plan, part, parts).run()
 
-    return work(0, 1) if plan.share is None else plan.share(work)
+    try:
+        return work(0, 1) if plan.share is None else plan.share(work)
+    except PaddingReaches as error:
+        if plan.share is not None:  # the other processes went on
+            raise RevprobeError(f"{model.name}: {error}; give pairs whose queries are of equal length") from None
+        model.contract = replace(model.contract, equal_lengths=str(error))
+        return work(0, 1)
 
 
 class _Pass:
@@ -174,6 +182,11 @@ class _Pass:
                 self.result.reached.update(recorder.reached)
         if tap is not None:
             self._keep_scores(tap, batch, queries)
+        lengths = self.lengths[queries]
+        size = Size(bool(np.ptp(lengths)), len(queries), int(lengths.max()), tap is not None)
+        if is_due(self.model, size):
+            row = len(queries) - 1 - int(lengths[::-1].argmin())
+            hold_against_alone(self.model, self.queries[queries[row]], row, size, logits, tap, self.attention)
         if self.result.likelihoods is not None:
             self.result.likelihoods.from_run(logits.detach(), queries)
         self.done[queries] = True
