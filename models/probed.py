@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from ..arguments import checked
@@ -111,11 +110,14 @@ class ProbedModel(CalledModule):
         return self.mask_token_id if self.objective == "masked" else None
 
     def current(self) -> ProbedModel:
-        """Itself, held to its contract again if its module's parts, settings, hooks or adapters are others since.
+        """Itself, held to its contract again if its module's parts, settings, hooks or adapters are others since, or if
+        no token moved another's logits yet.
 
         Raises: RevprobeError, as when it was wrapped.
         """
-        if self._state is not None and (state := state_of(self.module)) != self._state:
+        if self._state is None:
+            return self
+        if (state := state_of(self.module)) != self._state or self.contract.reaches_back is None:
             try:
                 self.contract, self._state = contract_of(self, self._hiding), state
             except RevprobeError as error:
@@ -161,12 +163,13 @@ class ProbedModel(CalledModule):
         if attention_mask is None or not self.contract.equal_lengths:
             return self.run(input_ids, attention_mask)[:, first : first + length]
         out: Tensor | None = None
-        lengths = attention_mask.sum(1)
+        seen = attention_mask.bool()
+        lengths = seen.sum(1)
         for size in lengths.unique().tolist():
-            rows = (lengths == size).nonzero()[:, 0]
-            logits = self.run(input_ids[rows, :size])[:, first : first + size]
+            rows, places = (seen & (lengths == size)[:, None]).nonzero(as_tuple=True)
+            logits = self.run(input_ids[rows, places].view(-1, size))[:, first : first + size]
             out = logits.new_zeros(*input_ids.shape, logits.shape[-1]) if out is None else out
-            out = out.index_put((rows[:, None], torch.arange(size, device=out.device)), logits)
+            out = out.index_put((rows, places), logits.flatten(0, 1))
         assert out is not None, "a batch has rows"
         return out
 
@@ -208,4 +211,11 @@ def as_probed(model: ProbedModel | nn.Module) -> ProbedModel:
         raise RevprobeError(f"expected a model, got {type(model).__name__}; pass an nn.Module or load_model(...)")
     called = CalledModule(model)
     mask = introspect.mask_token(None, None, model, called.vocab_size, called.name)
-    return ProbedModel(model, objective="masked" if contract_of(called, mask).reaches_back else "causal")
+    reaches = contract_of(called, mask).reaches_back
+    stated = {True: "masked", False: "causal"}.get(reaches) if reaches is not None else introspect.objective(model)
+    if stated is None:
+        raise RevprobeError(
+            f"no token of {called.name} moves another's logits yet (weights still zero?), so it cannot be told which "
+            "way it reads; use ProbedModel(module, objective='masked' or 'causal')"
+        )
+    return ProbedModel(model, objective=stated)

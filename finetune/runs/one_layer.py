@@ -157,7 +157,6 @@ def build_trainer(run: OneLayerRun, checkpoint: Path | None) -> tuple[ForwardOnl
     name = run.path.resolve().name
     wrapping: dict[str, Any] = {"tokenizer": tokenizer, "objective": config.model.objective, "name": name}
     pairs = run.pairs(ProbedModel(model, **wrapping))
-    wrapping["check"] = False  # it was, just now
     done = () if checkpoint is None else (step_of(checkpoint) or 0,)
     steps = config.snapshot_steps
     return trainer, ProbeCallback(pairs, run.path / READINGS, steps=steps, ema=trainer.ema, done=done, **wrapping)

@@ -32,7 +32,9 @@ class CalledModule:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.module.parameters()).dtype
+        """Of the first parameter that holds fractions."""
+        first = next(self.module.parameters()).dtype
+        return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), first)
 
     @property
     def vocab_size(self) -> int:
@@ -41,7 +43,10 @@ class CalledModule:
         if embed is not None:
             return int(embed.weight.shape[0])
         tables = [m.num_embeddings for m in self.module.modules() if isinstance(m, nn.Embedding)]
-        size = introspect.config_value(self.module, "vocab_size") or max(tables, default=None)
+        heads = {m.out_features for m in self.module.modules() if isinstance(m, nn.Linear)}
+        # A table of positions may be the longer one, but no head is as wide as it.
+        size = introspect.config_value(self.module, "vocab_size")
+        size = size or max([t for t in tables if t in heads] or tables, default=None)
         if size is None:
             raise RevprobeError(
                 f"{self.name} has neither an embedding of tokens nor a config with vocab_size; expected a language "

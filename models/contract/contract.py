@@ -32,8 +32,8 @@ class Contract:
     """What holds of a module.
 
     Args:
-        reaches_back: whether a later token changes earlier logits; None where nothing changes any logit (an
-            unembedding that is still zero), so that neither objective is contradicted.
+        reaches_back: whether a later token changes earlier logits; None where no token changes another's logits (an
+            unembedding or attention output that is still zero), so that neither objective is contradicted.
         equal_lengths: why queries of different lengths cannot share a batch; empty where they can.
         placement: where the input's tokens stand among the rows of the logits and of attention.
         narrowed: the type that products are taken in where it is narrower than the weights' (autocast); else None.
@@ -121,18 +121,20 @@ def _judge(trial: Trial) -> Contract:
     if trial.drew:
         _require_repeatable(trial)
     judge = _Judge(trial, placement.logits)
-    rows = [0, 2]
-    changes = trial.moved(trial.plain.logits[rows], trial.changed.logits[rows]) > 0
+    changes = trial.moved(
+        trial.plain.logits[2, placement.logits + 1 :], trial.changed.logits[2, placement.logits + 1 :]
+    )
     judge.require_own_rows()
+    reaches = judge.reaches_back()
     return Contract(
-        judge.reaches_back() if changes else None,
+        reaches if reaches or changes else None,
         judge.padding(),
         placement,
         trial.arithmetic if trial.arithmetic.itemsize < trial.called.dtype.itemsize else None,
         _ambient(trial.called.module),
         judge.measured,
         judge.routed,
-        judge.sees_itself() or not changes,
+        judge.sees_itself() or not (reaches or changes),
     )
 
 

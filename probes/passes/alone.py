@@ -27,7 +27,7 @@ _APART, _LIKELY = 1e-3, -15.0
 
 
 class Size(NamedTuple):
-    """A batch as far as it matters here: whether rows are padded, how many there are, how long, and what was watched."""
+    """A batch as far as it matters here: whether rows are padded, how many there are, how long, what was watched."""
 
     padded: bool
     rows: int

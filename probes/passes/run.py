@@ -293,7 +293,8 @@ def select_parameters(module: nn.Module, names: Sequence[str] | None) -> dict[st
             f"parameter {away[0]!r} is on disk or offloaded ({len(away)} in all), so no gradient passes through it; "
             "load with a device_map that holds every weight"
         )
-    return everything if names is None else {name: everything[name] for name in names}
+    chosen = everything if names is None else {name: everything[name] for name in names}
+    return {name: p for name, p in chosen.items() if p.is_floating_point()}  # whole numbers have no gradient
 
 
 def describe(model: ProbedModel, result: PassResult, plan: Plan) -> dict[str, Any]:
