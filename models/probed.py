@@ -110,7 +110,7 @@ class ProbedModel(CalledModule):
         return self.mask_token_id if self.objective == "masked" else None
 
     def current(self) -> ProbedModel:
-        """Itself, held to its contract again if its module's parts, settings, hooks or adapters are others since, or if
+        """Itself, held to its contract again if its module's parts, settings or adapters are others since, or if
         no token moved another's logits yet.
 
         Raises: RevprobeError, as when it was wrapped.

@@ -84,9 +84,9 @@ def contract_of(called: CalledModule, mask_token_id: int | None = None) -> Contr
 def state_of(module: nn.Module) -> Hashable:
     """What changes a module's behaviour other than training: its parts and their settings, adapters, kernel and dtype.
 
-    Hooks of others count too; this package's own come and go with each probe.
+    Hooks do not count: whoever adds one to look on should not have the model run again.
     """
-    parts = tuple((name, type(part), _settings(part), _foreign_hooks(part)) for name, part in module.named_modules())
+    parts = tuple((name, type(part), _settings(part)) for name, part in module.named_modules())
     configs = {id(part.config): part.config for part in module.modules() if "config" in vars(part)}.values()
     kernels = tuple(
         (getattr(config, "_attn_implementation", None), getattr(config, "is_causal", None) is False)
@@ -103,12 +103,6 @@ def _settings(part: nn.Module) -> tuple[tuple[str, object], ...]:
     own = {key: value for key, value in vars(part).items() if isinstance(value, plain) and key != "training"}
     adapters = [key for key in ("_active_adapter", "merged_adapters", "_disable_adapters") if key in vars(part)]
     return (*own.items(), *((key, str(vars(part)[key])) for key in adapters))
-
-
-def _foreign_hooks(part: nn.Module) -> int:
-    hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
-    ours = __name__.partition(".")[0]
-    return sum((getattr(hook, "__module__", None) or "").partition(".")[0] != ours for hook in hooks)
 
 
 def _ambient(module: nn.Module) -> bool:
