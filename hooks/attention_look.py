@@ -39,6 +39,7 @@ from .attention_calls import (
     canonical,
     is_attention_call,
     layouts,
+    running_modules,
     sdpa_call,
     softmaxed,
     weights_of,
@@ -104,27 +105,14 @@ class Look:
 
     @contextmanager
     def watching(self, module: nn.Module) -> Iterator[None]:
-        handles = []
-        for name, child in module.named_modules():
-            handles.append(child.register_forward_pre_hook(self._enter(name), with_kwargs=True))
-            handles.append(child.register_forward_hook(lambda *_: self._leave(), always_call=True))
-        try:
-            with FunctionMode(self.make):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with running_modules(module, self._note) as self.running, FunctionMode(self.make):
+            yield
 
-    def _enter(self, name: str) -> Callable[..., None]:
-        def enter(_: Any, args: Any, kwargs: Any) -> None:
-            self.entered[name] += 1
-            given = next((one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)), None)
-            self.running.append((name, self.entered[name], given))
-
-        return enter
-
-    def _leave(self) -> None:  # a returned value would replace the module's output
-        self.running.pop()
+    def _note(self, path: str, arguments: Any) -> tuple[str, int, Any]:
+        """A module that is entered: its path, how often it was, and what it is given first."""
+        self.entered[path] += 1
+        given = next((one for one in tree_leaves(arguments) if isinstance(one, Tensor)), None)
+        return path, self.entered[path], given
 
     @property
     def _block(self) -> tuple[int, str, int] | None:

@@ -78,7 +78,7 @@ def hold_against_alone(
     there = log_probabilities.detach()[row, : len(alone)]
     likely = (alone > _LIKELY) | (there > _LIKELY)
     moved = float((alone - there)[likely].abs().max())
-    turned = 0.0 if own is None or tap is None else _turned(own, tap, row)
+    turned = 0.0 if own is None or tap is None else _turned(own, tap, row, model.name)
     if max(moved, turned) <= _APART:
         _held.setdefault(model.module, set()).add(size)
         return
@@ -91,9 +91,9 @@ def hold_against_alone(
     )
 
 
-def _turned(own: AttentionTap, tap: AttentionTap, row: int) -> float:
-    layers, worst = tap.layers(), 0.0
-    for layer, call in own.layers().items():
+def _turned(own: AttentionTap, tap: AttentionTap, row: int, name: str) -> float:
+    layers, worst = tap.layers(name), 0.0
+    for layer, call in own.layers(name).items():
         if layer in layers:
             tokens, columns = call.weight.shape[2:]
             there = layers[layer].weight[row, :, :tokens, :columns]

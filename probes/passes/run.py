@@ -245,7 +245,7 @@ class _Pass:
         rows = batch.is_target.sum(1)[:, None]
         self.result.without_attention |= dict(tap.attention.without) | tap.missing()
         self.result.left_out |= dict(tap.attention.left_out) | tap.left_out
-        for layer, call in tap.layers().items():
+        for layer, call in tap.layers(self.model.name).items():
             score = call.score.masked_fill(~cell, 0.0).sum((2, 3)) / cell.sum((2, 3))
             weight = call.weight.masked_fill(~cell, 0.0).sum((2, 3)) / rows
             for kept, values in ((self.result.score, score), (self.result.weight, weight)):
