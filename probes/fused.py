@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
@@ -73,22 +75,22 @@ def probe(
         layers = readable_layers(model, layers) if "attention" in wanted else listed("layer", layers)
     names = chosen_parameters(model, parameters, layers) if "gradient" in wanted else None
     taken: dict[str, Reading] = {}
+    asked = Plan(
+        mode=mode,
+        parameters=names,
+        control=control,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+        share=share,
+    )
+    makers = {
+        "attention": partial(attention_reading, layers=layers),
+        "gradient": gradient_reading,
+        "probability": probability_reading,
+    }
     for members, own in lists_read(pairs, wanted):
-        plan = Plan(
-            **{name: name in members for name in PROBES},
-            mode=mode,
-            parameters=names,
-            control=control,
-            batch_size=batch_size,
-            seed=seed,
-            progress=progress,
-            share=share,
-        )
+        plan = replace(asked, **dict.fromkeys(members, True))
         result = run_pass(model, own, plan)
-        makers = {
-            "attention": lambda: attention_reading(model, result, plan, layers),  # noqa: B023
-            "gradient": lambda: gradient_reading(model, result, plan),  # noqa: B023
-            "probability": lambda: probability_reading(model, result, plan),  # noqa: B023
-        }
-        taken |= {name: makers[name]() for name in members}
+        taken |= {name: makers[name](model, result, plan) for name in members}
     return Readings(taken[name] for name in PROBES if name in taken)
