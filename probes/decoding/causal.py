@@ -48,7 +48,8 @@ def continue_greedily(model: ProbedModel, prompts: list[list[int]], lengths: lis
 def _greedy(model: ProbedModel, prompts: list[list[int]], lengths: list[int], ends: frozenset[int]) -> list[list[int]]:
     """The likeliest next token again and again, for modules without `generate`; no cache, so quadratic in length.
 
-    Padding stands to the right, where a causal model cannot see it, so no mask is needed.
+    Padding stands to the right, where a causal model cannot see it, so no mask is needed; a model in which it counts
+    nevertheless gets prompts of one length, which stay so.
     """
     rows, goals = [list(prompt) for prompt in prompts], [len(p) + n for p, n in zip(prompts, lengths, strict=True)]
     unfinished = list(range(len(rows)))
@@ -56,9 +57,7 @@ def _greedy(model: ProbedModel, prompts: list[list[int]], lengths: list[int], en
         width = max(len(rows[i]) for i in unfinished)
         ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in unfinished], device=model.device)
         last = torch.tensor([len(rows[i]) - 1 for i in unfinished], device=model.device)
-        apart = bool(model.contract.equal_lengths)  # padding to the right is no later token there
-        seen = (torch.arange(width, device=model.device) <= last[:, None]).long() if apart else None
-        logits = model.logits(ids, seen)[torch.arange(len(unfinished), device=model.device), last]
+        logits = model.logits(ids)[torch.arange(len(unfinished), device=model.device), last]
         if logits.isnan().any():
             raise RevprobeError(model.explain_non_finite())
         for i, token in zip(unfinished, logits.argmax(-1).tolist(), strict=True):
