@@ -53,13 +53,15 @@ class Attention:
     """The attention of a model, as one look at it found (`hooks.attention_survey`).
 
     `sites`: in the order of their calls; `calls`: path -> SDPA calls and softmaxes of any kind in one forward pass;
-    `left_out`: path -> why what is computed there is not read; `without`: layer -> why it has no site.
+    `left_out`: path -> why what is computed there is not read; `without`: layer -> why it has no site; `told`: whether
+    the look could tell: scores that are constants still (zero-initialised queries) are taken for what they seem.
     """
 
     sites: tuple[AttentionSite, ...]
     calls: Mapping[str, int]
     left_out: Mapping[str, str]
     without: Mapping[int, str] = field(default_factory=dict)
+    told: bool = True
 
     @cached_property
     def heads(self) -> dict[int, int]:

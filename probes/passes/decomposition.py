@@ -75,7 +75,7 @@ class LinearizedBatch:
 
     @classmethod
     def run(cls, model: ProbedModel, batch: QueryBatch) -> LinearizedBatch:
-        """Raises: RevprobeError, when no attention is seen or some cannot be held, for NaN logits, or virtual tokens."""
+        """Raises: RevprobeError, when attention is not seen or cannot be held, for NaN logits, or virtual tokens."""
         require_tokens_alone(model, "what is stored for the tokens")
         at = torch.arange(len(batch.rows), device=batch.rows.device)[:, None], batch.rows
         with torch.no_grad():

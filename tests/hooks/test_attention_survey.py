@@ -287,6 +287,55 @@ def test_a_look_costs_three_runs_and_is_taken_once():
     assert runs == [(3, 11)] * 3
 
 
+def last_key_first(attend):
+    """Attention whose keys and values are those of the token before."""
+    return lambda q, k, v: attend(q, k.roll(1, 2), v.roll(1, 2))
+
+
+def by_matrix(q, k, v):
+    return scores(q, k).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("attend", [F.scaled_dot_product_attention, by_matrix])
+@pytest.mark.parametrize("still", [("q.weight", "q.bias"), ("q.weight",), ("k.weight",)])
+def test_what_constants_hide_is_looked_at_again_once_the_weights_have_moved(attend, still):
+    """Zero-initialised queries score every key alike, whatever they are made from: nothing is concluded for good."""
+    model, sound = made(last_key_first(attend)), made(attend)
+    for one in (model, sound):
+        for name in still:
+            one.module.blocks[0].get_parameter(name).data.zero_()
+        assert attention_of(one).heads == {0: 2} and not attention_of(one).told
+    for one in (model, sound):
+        for name in still:
+            one.module.blocks[0].get_parameter(name).data.normal_()
+    assert attention_of(sound).told and attention_of(sound) is attention_of(sound)
+    with pytest.raises(RevprobeError, match="shifted"):
+        attention_of(model)
+
+
+class TwoStreams(Model):
+    """The second block takes its keys from the embedding alone, as from an encoder of the same tokens."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        start = self.embed(input_ids) + self.place(torch.arange(input_ids.shape[1]))
+        first, second = self.blocks
+        x = start + self.head(first(start))[..., :D]
+        cut = lambda y: y.view(*y.shape[:2], 2, -1).transpose(1, 2)  # noqa: E731
+        mixed = second.attend(*(cut(part(y)) for part, y in ((second.q, x), (second.k, start), (second.v, start))))
+        return self.head(x + mixed.transpose(1, 2).reshape(x.shape))
+
+
+@pytest.mark.parametrize("attend", [F.scaled_dot_product_attention, by_matrix])
+def test_a_first_layer_that_writes_nothing_yet_tells_no_streams_apart(attend):
+    module = drawn(lambda: TwoStreams([Block(attend), Block(attend)]), scale=0.5)
+    model = ProbedModel(module, objective="masked", mask_token_id=53, logit_shift=0)
+    module.blocks[0].v.weight.data.zero_()  # every token reads the same
+    assert not attention_of(model).told
+    module.blocks[0].v.weight.data.normal_()
+    with pytest.raises(RevprobeError, match="cross attention"):
+        attention_of(model)
+
+
 def test_a_reading_of_a_batch_that_attends_in_blocks_says_so():
     """The look, over 11 tokens, sees whole rows; a longer query is cut into blocks."""
 
