@@ -71,7 +71,26 @@ class CalledModule:
             kwargs["attention_mask"] = attention_mask
         if "use_cache" in self._accepts:
             kwargs["use_cache"] = False
-        return _logits_of(self.module(input_ids, **kwargs), self.name, self.vocab_size)
+        return self.logits_in(self.module(input_ids, **kwargs))
+
+    def logits_in(self, output: Any) -> Tensor:
+        """The logits in what the module returned: named so, or the first of a tuple that is as wide as the vocabulary.
+
+        Raises: RevprobeError, when there are none.
+        """
+        if not isinstance(output, Tensor):
+            held = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+            if held is None and isinstance(output, tuple | list):
+                tables = [one for one in output if isinstance(one, Tensor) and one.dim() == 3]
+                fitting = (one for one in tables if one.shape[-1] == self.vocab_size)
+                held = next(fitting, tables[0] if tables else None)
+            output = held
+        if not isinstance(output, Tensor):
+            raise RevprobeError(
+                f"{self.name} returns no logits; expected a tensor `batch seq vocab`, or an object, mapping or tuple "
+                "with it"
+            )
+        return output
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The same; a `ProbedModel`, which knows where the tokens stand, gives one row for each of them."""
@@ -87,24 +106,6 @@ class CalledModule:
             else "its weights are finite, so an activation overflowed"
         )
         return f"{self.name} gives NaN logits: {where}; load a sound checkpoint or a wider dtype"
-
-
-def _logits_of(output: Any, name: str, vocabulary: int) -> Tensor:
-    """The logits in what a module returned: named so, or of a tuple's tensors the first as wide as the vocabulary.
-
-    Raises: RevprobeError, when there are none.
-    """
-    if not isinstance(output, Tensor):
-        held = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-        if held is None and isinstance(output, tuple | list):
-            tables = [one for one in output if isinstance(one, Tensor) and one.dim() == 3]
-            held = next((one for one in tables if one.shape[-1] == vocabulary), tables[0] if tables else None)
-        output = held
-    if not isinstance(output, Tensor):
-        raise RevprobeError(
-            f"{name} returns no logits; expected a tensor `batch seq vocab`, or an object, mapping or tuple with it"
-        )
-    return output
 
 
 def require_numbers(called: CalledModule, logits: Tensor) -> Tensor:
