@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -14,7 +14,7 @@ from ..models.probed import ProbedModel, as_probed
 from .attention import attention_reading, readable_layers
 from .gradient import chosen_parameters, gradient_reading
 from .pairs.pairs import ReversalPairs
-from .passes.plan import Plan, Progress, Share
+from .passes.plan import PassResult, Plan, Progress, Share
 from .passes.run import run_pass
 from .passes.selection import listed
 from .probability import probability_reading
@@ -84,13 +84,14 @@ def probe(
         progress=progress,
         share=share,
     )
-    makers = {
+    makers: dict[str, Callable[[ProbedModel, PassResult, Plan], Reading]] = {
         "attention": partial(attention_reading, layers=layers),
         "gradient": gradient_reading,
         "probability": probability_reading,
     }
     for members, own in lists_read(pairs, wanted):
-        plan = replace(asked, **dict.fromkeys(members, True))
+        attention, gradient, probability = (name in members for name in PROBES)
+        plan = replace(asked, attention=attention, gradient=gradient, probability=probability)
         result = run_pass(model, own, plan)
         taken |= {name: makers[name](model, result, plan) for name in members}
     return Readings(taken[name] for name in PROBES if name in taken)
