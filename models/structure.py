@@ -100,9 +100,10 @@ class Runs(Protocol):
 
 
 def attention_of(model: Runs, *, required: bool = True) -> Attention:
-    """Where a model attends, as two runs of three short sequences show; looked at once for each module.
+    """Where a model attends, as three runs of three short sequences show; looked at once for each module.
 
-    Looked at again when the module's parts or its attention implementation have changed.
+    Looked at again when the module's parts or its attention implementation have changed, and each time while its scores
+    are constants (zero-initialised queries): what they are made from shows only once they have been trained.
     Args:
         required: whether some of it must be readable.
     Raises: RevprobeError, when no attention can be read, and some is required.
@@ -113,7 +114,10 @@ def attention_of(model: Runs, *, required: bool = True) -> Attention:
     known = _ATTENTION.get(model.module)
     if known is None or known[0] != state:
         known = state, _surveyed(model, virtual)
-        _ATTENTION[model.module] = known
+        if known[1].told:
+            _ATTENTION[model.module] = known
+        else:
+            _ATTENTION.pop(model.module, None)
     return known[1].require(getattr(model, "name", "the model")) if required else known[1]
 
 

@@ -93,7 +93,7 @@ def carrying(model: ProbedModel, along: Direction) -> Iterator[ProbedModel]:
             name: forward_ad.make_dual(parameters[name].detach(), direction.to(parameters[name]))
             for name, direction in along.items()
         }
-        yield model.with_module(_Moved(model.module, moved))
+        yield model.with_module(_Moved(model, moved))
 
 
 def slope_of(values: Tensor) -> Tensor:
@@ -125,12 +125,11 @@ def _query_by_query(model: ProbedModel, batch: QueryBatch, along: Direction) -> 
 
 
 class _Moved(nn.Module):
-    """The model's module with some parameters replaced for the call, tied ones together."""
+    """The model's module with some parameters replaced for the call, tied ones together; it returns the logits."""
 
-    def __init__(self, module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: ProbedModel, values: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.__dict__["module"] = module  # not a child: its parameters are not this module's
-        self.values = dict(values)
+        self.model, self.values = model, dict(values)  # no child: the model's parameters are not this module's
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self.__dict__["module"], self.values, args, kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.model.logits_in(functional_call(self.model.module, self.values, args, kwargs))

@@ -465,10 +465,12 @@ def test_swapped_pairs_are_refused() -> None:
         (lambda: bert(), r"only through something nonlinear \(gelu, in 'cls.predictions"),
         (lambda: causal(bloom()), "the parts add up to .*, the logit is .*cannot be decomposed"),
         (lambda: radd_with(nn.MultiheadAttention), "no attention was seen"),
+        (lambda: radd_with(BySum), "weights of mix do not meet their values in a product of two matrices"),
+        (lambda: radd_with(HalfBySum), "weights of mix.second do not meet their values"),
     ],
 )
 def test_a_model_whose_logit_is_no_such_sum_is_refused_by_name(build, words: str) -> None:
-    """Soft caps, a nonlinear head, an autograd function of its own (Bloom's GELU), unseen attention."""
+    """Soft caps, a nonlinear head, an autograd function of its own (Bloom's GELU), attention unseen or by a sum."""
     with pytest.raises(rp.RevprobeError, match=words):
         probe_stored_evidence(build(), text_like_pairs())
 
@@ -491,6 +493,34 @@ class Unseen(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         states = self.embed(input_ids)
         return self.unembed(states + self.mix(states, states, states)[0])
+
+
+class BySum(nn.Module):
+    """Attention that sums over a product instead of multiplying matrices."""
+
+    def __init__(self, width: int, heads: int, *, batch_first: bool, by_hand: bool = True) -> None:
+        super().__init__()
+        self.heads, self.by_hand = heads, by_hand
+        self.out = nn.Linear(width, width)
+
+    def forward(self, *states: Tensor) -> tuple[Tensor]:
+        q, k, v = (one.unflatten(-1, (self.heads, -1)).transpose(1, 2) for one in states)
+        weights = (q @ k.mT).softmax(-1)
+        mixed = torch.einsum("bhij,bhjd->bhid", weights, v) if self.by_hand else weights @ v
+        return (self.out(mixed.transpose(1, 2).flatten(2)),)
+
+
+class HalfBySum(nn.Module):
+    """Two layers of attention, of which the second alone cannot be held."""
+
+    def __init__(self, width: int, heads: int, *, batch_first: bool) -> None:
+        super().__init__()
+        self.first = BySum(width, heads, batch_first=True, by_hand=False)
+        self.second = BySum(width, heads, batch_first=True)
+
+    def forward(self, states: Tensor, *_: Tensor) -> tuple[Tensor]:
+        states = states + self.first(states, states, states)[0]
+        return self.second(states, states, states)
 
 
 def radd_with(kind: type[nn.Module]) -> rp.ProbedModel:
