@@ -27,6 +27,10 @@ _FLOAT32 = 2e-4
 _TIMES_NOISE = 16.0
 
 
+# Attributes that change nothing in eval mode: the mode itself, and what accelerate notes of a module that it trains.
+_MARKS = ("training", "_is_accelerate_prepared")
+
+
 @dataclass(frozen=True)
 class Contract:
     """What holds of a module.
@@ -98,9 +102,9 @@ def state_of(module: nn.Module) -> Hashable:
 
 
 def _settings(part: nn.Module) -> tuple[tuple[str, object], ...]:
-    """Flags, names and numbers that a module keeps as attributes, adapters' included; its mode apart."""
+    """Flags, names and numbers that a module keeps as attributes, adapters' included; without `_MARKS`."""
     plain = bool | int | float | str | None
-    own = {key: value for key, value in vars(part).items() if isinstance(value, plain) and key != "training"}
+    own = {key: value for key, value in vars(part).items() if isinstance(value, plain) and key not in _MARKS}
     adapters = [key for key in ("_active_adapter", "merged_adapters", "_disable_adapters") if key in vars(part)]
     return (*own.items(), *((key, str(vars(part)[key])) for key in adapters))
 

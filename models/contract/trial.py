@@ -146,7 +146,7 @@ def run_trial(called: CalledModule, mask_token_id: int | None = None) -> Trial:
     padded[1] = torch.cat([plain[1], torch.zeros(longest - tokens, dtype=torch.long)])
     refilled = padded.clone()
     refilled[0, longest // 2 :] = torch.stack([words.other(i) for i in padded[0, longest // 2 :]])
-    refilled[1, tokens:] = words.row(5, longest - tokens)
+    refilled[1, tokens:] = words.row(LENGTH, longest - tokens)  # none of the row's own words
     try:
         runs = [_run(called, ids.to(called.device), mask) for ids in (padded, refilled)]
     except RevprobeError as error:

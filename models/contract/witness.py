@@ -43,7 +43,7 @@ def reached(trial: Trial, offset: int) -> Reach | None:
         try:
             again = trial.called.run(run.ids, run.mask)
             reach = _reach(again[:, offset:], embedded[0], tokens)
-        except (RuntimeError, ValueError, IndexError):  # no embedding was seen, weights on disk, a kernel without one
+        except Exception:  # no embedding seen, weights on disk, a module that will not run so (Reformer in eval mode)
             return None
     moved = trial.moved(again.detach(), run.logits)
     return Reach(*reach, repeated=not moved or trial.may_be_rounding(moved))

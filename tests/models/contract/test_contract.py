@@ -84,7 +84,18 @@ class WantsBooleans(Words):
         return super().gather(words, mask)
 
 
+class BeginsWithTheEnd(Words):
+    """Shows every token the last one that is no padding by its id, as encoder-decoders do that shift their input."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        last = (input_ids != 0).cumsum(1).argmax(1, keepdim=True)
+        words = self.embed(input_ids) + self.embed(input_ids.gather(1, last))
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return self.head(words + torch.tanh(self.mix(self.gather(words, mask))))
+
+
 UNSOUND = {
+    "begins with the end": BeginsWithTheEnd,
     "divides by the width": DividesByWidth,
     "ignores the mask": IgnoresMask,
     "convolves over tokens": ConvolvesTokens,
@@ -620,3 +631,16 @@ def test_a_contract_follows_what_is_done_to_the_module_afterwards():
     assert torch.equal(model.logits(ids), prompted(ids).logits[:, 5:])
     with prompted.disable_adapter():
         assert torch.equal(model.logits(ids), prompted(ids).logits)
+
+
+class Particular(Words):
+    """Will not run in eval mode where gradients are asked for, and says so in its own way."""
+
+    def gather(self, words: Tensor, mask: Tensor) -> Tensor:
+        assert self.training or not torch.is_grad_enabled(), "call train() first"
+        return super().gather(words, mask)
+
+
+def test_a_module_that_runs_without_gradient_only_is_judged_by_its_other_runs():
+    model = wrapped(Particular())
+    assert model.contract.reaches_back and not model.contract.equal_lengths
