@@ -32,7 +32,13 @@ from transformer_lens.model_bridge.supported_architectures.qwen2 import Qwen2Arc
 from ..errors import RevprobeError
 from .configs import RaddConfig
 
-_TL_POSITIONS = {"rope": "rotary", "alibi": "alibi", "absolute": "standard", "none": "none"}
+_TL_POSITIONS = {
+    "rope": "rotary",
+    "alibi": "alibi",
+    "absolute": "standard",
+    "none": "none",
+    "scalar": "relative_positional_bias",  # as TransformerLens calls T5's
+}
 
 
 class _Bidirectional:

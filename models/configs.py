@@ -12,7 +12,9 @@ from transformers import PreTrainedConfig, Qwen2Config, Qwen2Tokenizer
 
 from ..errors import RevprobeError, did_you_mean
 
-POSITION_ENCODINGS = ("rope", "alibi", "absolute", "none")
+POSITION_ENCODINGS = ("rope", "alibi", "absolute", "none", "scalar")
+INITIALIZATIONS = ("normal", "published")
+DROPOUT_SITES = ("embedding", "attention_weights", "attention", "mlp")
 # What the published LLaDA code can be switched to and a Llama cannot.
 _LLADA_ONLY: dict[str, Any] = {
     "alibi": False,
@@ -39,8 +41,14 @@ _DREAM_ONLY: dict[str, Any] = {"use_sliding_window": False, "use_mrope": False}
 class RaddConfig(PreTrainedConfig):
     """Sizes and position encoding of a RADD model; the defaults are the one-layer preset of the letters relation.
 
-    Raises: RevprobeError, for an unknown encoding, heads that do not divide d_model, an odd RoPE head dimension,
-        or a mask token outside the vocabulary.
+    Attributes:
+        initialization: "normal", N(0, initializer_range) and zero biases; or "published", that of RADD's own code
+            (see `models.radd.RaddForMaskedLM`).
+        head_bias: whether the unembedding has a bias, as the published one has.
+        dropout_sites: where `dropout` applies: "embedding", "attention_weights", "attention" (its output) and "mlp"
+            (its output); the published code has the last two.
+    Raises: RevprobeError, for an unknown encoding, initialization or dropout site, heads that do not divide d_model, an
+        odd RoPE head dimension, or a mask token outside the vocabulary.
     """
 
     model_type = "radd"
@@ -63,14 +71,18 @@ class RaddConfig(PreTrainedConfig):
     position_encoding: str = "rope"
     rope_base: float = 10000.0
     max_length: int = 64
+    initialization: str = "normal"
     initializer_range: float = 0.02
+    head_bias: bool = False
+    dropout_sites: tuple[str, ...] | list[str] = DROPOUT_SITES
     layer_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.position_encoding not in POSITION_ENCODINGS:
-            hint = did_you_mean(self.position_encoding, POSITION_ENCODINGS)
-            raise RevprobeError(f"unknown position_encoding {self.position_encoding!r}{hint}")
+        for key, known in (("position_encoding", POSITION_ENCODINGS), ("initialization", INITIALIZATIONS)):
+            if (value := getattr(self, key)) not in known:
+                raise RevprobeError(f"unknown {key} {value!r}{did_you_mean(value, known)}")
+        self.dropout_sites = _dropout_sites(self.dropout_sites)
         if self.d_model % self.n_heads:
             raise RevprobeError(
                 f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}; change one of them"
@@ -84,6 +96,16 @@ class RaddConfig(PreTrainedConfig):
                 f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size} tokens"
             )
         super().__post_init__(**kwargs)
+
+
+def _dropout_sites(given: Any) -> tuple[str, ...]:
+    """In the order of the forward pass, each once. Raises: RevprobeError, for what is no list of known sites."""
+    if not isinstance(given, list | tuple):
+        raise RevprobeError(f"dropout_sites {given!r}: expected a list of some of {', '.join(DROPOUT_SITES)}")
+    for site in given:
+        if site not in DROPOUT_SITES:
+            raise RevprobeError(f"unknown dropout site {site!r}{did_you_mean(site, DROPOUT_SITES)}")
+    return tuple(site for site in DROPOUT_SITES if site in given)
 
 
 class LLaDAConfig(PreTrainedConfig):

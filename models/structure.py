@@ -25,7 +25,7 @@ from .contract.trial import ordinary_ids
 
 # First match wins; matched against the parameter's path without the final ".weight"/".bias".
 _PATTERNS: tuple[tuple[str, str], ...] = (
-    ("position", r"(wpe|embed_positions|position_embeddings|pos_emb\w*)$"),
+    ("position", r"(wpe|embed_positions|embed_offsets|position_embeddings|pos_emb\w*)$"),
     ("norm", r"(\w*norm\w*|ln_\w+|ln\d|LayerNorm)$"),
     ("unembed", r"((\w*lm_head|head)(\.\w+)*|unembed|decoder|embed_out|\w*predictions(\.\w+)*|vocab_\w+)$"),
     ("embed", r"(embed_tokens|wte|word_embeddings|tok_embeddings|token_type_embeddings|embed|embed_in|embeddings)$"),
