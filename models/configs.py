@@ -48,7 +48,7 @@ class RaddConfig(PreTrainedConfig):
         dropout_sites: where `dropout` applies: "embedding", "attention_weights", "attention" (its output) and "mlp"
             (its output); the published code has the last two.
     Raises: RevprobeError, for an unknown encoding, initialization or dropout site, heads that do not divide d_model, an
-        odd RoPE head dimension, or a mask token outside the vocabulary.
+        odd RoPE head dimension, a mask token outside the vocabulary, or the published code's own config.
     """
 
     model_type = "radd"
@@ -79,6 +79,9 @@ class RaddConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if "tokens" in kwargs and isinstance(kwargs.get("model"), dict):
+            # RaddForMaskedLM.from_pretrained comes here, and would draw a model of the default sizes.
+            raise RevprobeError("this is the config.json of RADD's published code; load_model(FOLDER_OR_NAME) reads it")
         for key, known in (("position_encoding", POSITION_ENCODINGS), ("initialization", INITIALIZATIONS)):
             if (value := getattr(self, key)) not in known:
                 raise RevprobeError(f"unknown {key} {value!r}{did_you_mean(value, known)}")
