@@ -246,7 +246,9 @@ class _Holding:
     # ---- attention ----
 
     def _sdpa(self, site: AttentionSite, call: dict[str, Any]) -> Tensor:
-        call |= {"query": call["query"].detach(), "key": call["key"].detach()}
+        # A learned bias arrives in the mask: like query and key it moves the pattern alone, which is held.
+        scored = ("query", "key", "attn_mask")
+        call |= {name: call[name].detach() for name in scored if call.get(name) is not None}
         mixed = F.scaled_dot_product_attention(**(call | {"value": call["value"].detach()}))
         own, by_head = canonical(call, site.layout, len(self.rows)), site.layout.flat(mixed, len(self.rows))
         assert own is not None and by_head is not None, "the layout that was found"

@@ -54,6 +54,8 @@ class ProbedModel(CalledModule):
     step: int | None
     weights: str | None
     contract: Contract
+    # Where the model's tokenizer is to be had, of a family whose checkpoints bring none; `load_model` says it.
+    tokenizer_source: str | None = None
 
     @checked
     def __init__(

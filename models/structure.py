@@ -23,9 +23,11 @@ from ..hooks.gradients.rules import has_rule
 from ..hooks.layer_numbers import LayerNumbers, layer_numbers
 from .contract.trial import ordinary_ids
 
+# A learned number for each offset, added to the scores and nowhere else: no embedding holds it.
+_SCORE_BIASES = r"(embed_offsets|relative_attention_bias)"
 # First match wins; matched against the parameter's path without the final ".weight"/".bias".
 _PATTERNS: tuple[tuple[str, str], ...] = (
-    ("position", r"(wpe|embed_positions|embed_offsets|position_embeddings|pos_emb\w*)$"),
+    ("position", rf"(wpe|embed_positions|position_embeddings|pos_emb\w*|{_SCORE_BIASES})$"),
     ("norm", r"(\w*norm\w*|ln_\w+|ln\d|LayerNorm)$"),
     ("unembed", r"((\w*lm_head|head)(\.\w+)*|unembed|decoder|embed_out|\w*predictions(\.\w+)*|vocab_\w+)$"),
     ("embed", r"(embed_tokens|wte|word_embeddings|tok_embeddings|token_type_embeddings|embed|embed_in|embeddings)$"),
@@ -83,6 +85,12 @@ def parameter_role(name: str) -> ParameterRole:
 def parameter_roles(module: nn.Module) -> dict[str, ParameterRole]:
     """The role of every parameter, tied ones once under their first name."""
     return {name: parameter_role(name) for name, _ in module.named_parameters()}
+
+
+def score_biases(module: nn.Module) -> list[str]:
+    """The parameters that give a learned number for each offset, which is added to the scores and nowhere else."""
+    names = [name for name, _ in module.named_parameters()]
+    return [name for name in names if re.search(rf"(^|\.){_SCORE_BIASES}$", _WRAPPERS.sub("", name))]
 
 
 class Runs(Protocol):

@@ -110,7 +110,7 @@ def _rows_of_statements(
 ) -> Iterator[TermRow]:
     statements = relation.training_rows(direction)
     made = StatementRows(statements, model, options)
-    tokenizer = require_fast_tokenizer(model.tokenizer, model.name)
+    tokenizer = require_fast_tokenizer(model)
     texts = encode_texts(tokenizer, [statement.text for statement in statements])
     for row, origin in zip(made.rows, made.origins, strict=True):
         text = texts[origin]

@@ -80,7 +80,7 @@ class StatementRows(Dataset[TokenRow]):
         if not statements:
             raise RevprobeError("no training statement; a relation needs at least one fact that is not held out")
         self.model, self.options = model, options
-        self.tokenizer = require_fast_tokenizer(model.tokenizer, model.name)
+        self.tokenizer = require_fast_tokenizer(model)
         if self.tokenizer.eos_token_id is None:
             raise RevprobeError(
                 f"the tokenizer of {model.name} has no end token, so no answer could end; set tokenizer.eos_token"

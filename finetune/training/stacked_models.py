@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, get_scheduler
 from transformers.modeling_outputs import MaskedLMOutput
 
 from ...models.configs import RaddConfig
-from ...models.radd import RaddForMaskedLM, alibi_bias, rope_tables
+from ...models.radd import RaddForMaskedLM, alibi_bias, rope_tables, signed_offsets
 from .ema import MovingAverage
 from .objectives import causal_loss, price_masks
 from .trainer import ForwardOnlyTrainer
@@ -46,9 +46,9 @@ class _AnyEncoding(RaddForMaskedLM):
         uses_offsets: Tensor,
     ) -> MaskedLMOutput:
         hidden = self.embed_tokens(input_ids) + uses_table * self.embed_positions.weight[: input_ids.shape[1]]
-        if "embedding" in self.config.dropout_sites:
-            hidden = self.dropout(hidden)
-        bias = bias + uses_offsets * self.offset_bias(input_ids.shape[1])
+        hidden = self.dropout(hidden)
+        offsets = signed_offsets(input_ids.shape[1], self.config.max_length, device=hidden.device)
+        bias = bias + uses_offsets * self.embed_offsets(offsets[None]).permute(0, 3, 1, 2)
         for block in self.blocks:
             hidden = block(hidden, rope, bias)
         logits = self.lm_head(self.final_norm(hidden))

@@ -85,7 +85,7 @@ def decoding_settings(model: ProbedModel, **given: Any) -> Unmasking | None:
 
 def encode_prompts(model: ProbedModel, prompts: Sequence[str]) -> list[Prompt]:
     """Tokens around each answer. Raises: RevprobeError, without a fast tokenizer, or for a prompt without a token."""
-    tokenizer = require_fast_tokenizer(model.tokenizer, model.name)
+    tokenizer = require_fast_tokenizer(model)
     if isinstance(prompts, str):
         raise RevprobeError(f"prompts {prompts!r}: expected a list of texts; put it in brackets")
     encoded = []

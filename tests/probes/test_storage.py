@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import revprobe as rp
 import tiny
 from revprobe.hooks import linearize as linearized
-from revprobe.models.configs import DreamConfig, LLaDAConfig
+from revprobe.models.configs import POSITION_ENCODINGS, DreamConfig, LLaDAConfig
 from revprobe.models.dream import DreamForMaskedDiffusion
 from revprobe.models.llada import LLaDAForMaskedDiffusion
 from revprobe.probes.attention import EVIDENCE_HIDDEN
@@ -173,6 +173,7 @@ def by_hand(model: rp.ProbedModel, query: rp.Query) -> dict[tuple[str, str | Non
     parts["norm", None] = float(-end.mean() * gain.sum())
     unscaled = m.lm_head.weight[target]
     parts["bias", None] = float(unscaled @ m.final_norm.bias + gain @ block.mlp.down_proj.bias)
+    parts["bias", None] += 0.0 if m.lm_head.bias is None else float(m.lm_head.bias[target])
     assert end.shape == (d,), "one row"
     return parts
 
@@ -195,15 +196,17 @@ def attention_by_hand(model: rp.ProbedModel, normed: Tensor, ids: Tensor) -> Ten
             scores[:, i, j] = (query[:, i] * turned).sum(-1) / math.sqrt(dim)
             if config.position_encoding == "alibi":
                 scores[:, i, j] -= torch.tensor([2 ** (-8 * (h + 1) / heads) for h in range(heads)]) * abs(i - j)
+            if config.position_encoding == "scalar":
+                scores[:, i, j] += model.module.embed_offsets.weight[j - i + config.max_length - 1]
     return scores.softmax(-1)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("heads", [1, 2])
-@pytest.mark.parametrize("encoding", ["rope", "alibi", "absolute", "none"])
+@pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
 def test_every_part_of_a_one_layer_model_equals_the_hand_computed_one(encoding: str, heads: int) -> None:
     """Token, position, norm and bias inside the head; embedding, position, MLP, centring and biases beside it."""
-    model = radd(encoding, n_heads=heads)
+    model = radd(encoding, n_heads=heads, head_bias=heads == 2)
     pairs = pairs_for(model, length=4, alphabet=4)
     reading = probe_stored_evidence(model, pairs, control=False)
     # RoPE's angles are float32 in the model and float64 by hand.
@@ -223,7 +226,7 @@ def test_every_part_of_a_one_layer_model_equals_the_hand_computed_one(encoding: 
     assert sum_error(reading) < 1e-10
 
 
-@pytest.mark.parametrize("encoding", ["rope", "alibi", "absolute", "none"])
+@pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
 def test_parts_add_up_to_the_logit_in_float32_too(encoding: str) -> None:
     reading = probe_stored_evidence(radd(encoding, dtype=torch.float32), pairs_for(radd(encoding)), control=False)
     assert sum_error(reading) < 1e-5
