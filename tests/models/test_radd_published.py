@@ -213,12 +213,12 @@ def test_gradient_products_equal_autograd() -> None:
 # --- by name, in shards, saved ----------------------------------------------------------------------------------------
 
 
-def in_cache(folder: Path, name: str, cache: Path) -> Path:
+def in_cache(folder: Path, name: str, cache: Path, revision: str = "main", commit: str = "0" * 40) -> Path:
     """Put a folder where the hub's client would have put its download."""
     place = cache / f"models--{name.replace('/', '--')}"
-    (place / "refs").mkdir(parents=True)
-    (place / "refs" / "main").write_text("0" * 40)
-    shutil.copytree(folder, place / "snapshots" / ("0" * 40))
+    (place / "refs").mkdir(parents=True, exist_ok=True)
+    (place / "refs" / revision).write_text(commit)
+    shutil.copytree(folder, place / "snapshots" / commit)
     return cache
 
 
@@ -227,6 +227,23 @@ def test_it_loads_by_name_from_the_cache(name: str, folder: Path, tmp_path: Path
     monkeypatch.chdir(tmp_path)
     model = rp.load_model(name, cache_dir=in_cache(folder, name, tmp_path / "cache"))
     assert model.name == name and worst_logit_error(model.module) < CLOSE
+
+
+@pytest.mark.filterwarnings("ignore:the tokenizer of")
+@pytest.mark.parametrize("layout", ["published", "ours"])
+def test_a_revision_brings_its_own_config(layout: str, folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """The main revision has other sizes: its config with this revision's weights would be another model, or none."""
+    monkeypatch.chdir(tmp_path)
+    if layout == "ours":
+        shutil.rmtree(folder)
+        rp.load_model(TINY).module.save_pretrained(folder)
+    cache = in_cache(folder, "somebody/model", tmp_path / "cache", "first", "1" * 40)
+    larger = rp.RaddForMaskedLM(rp.RaddConfig(d_model=32))
+    larger.save_pretrained(tmp_path / "larger")
+    in_cache(tmp_path / "larger", "somebody/model", cache)
+    model = rp.load_model("somebody/model", cache_dir=cache, revision="first")
+    assert worst_logit_error(model.module) < CLOSE
+    assert rp.load_model("somebody/model", cache_dir=cache).module.config.d_model == 32
 
 
 def test_a_name_that_cannot_be_downloaded_is_one_line(folder: Path, tmp_path: Path, monkeypatch) -> None:
