@@ -41,7 +41,14 @@ def collect(name: str, folder: Path, out: Path, commit: str | None) -> dict[str,
         fractions = measures.select_dtypes("float").columns
         short = measures.assign(**{name: measures[name].map(lambda x: float(f"{x:.7g}")) for name in fractions})
         short.to_parquet(part, index=False, compression="zstd")
-    finished = list(pd.unique(measures["run"]))
+    return provenance(name, folder, list(pd.unique(measures["run"])), left_out, commit)
+
+
+def provenance(
+    name: str, folder: Path, finished: list[str], left_out: dict[str, str], commit: str | None
+) -> dict[str, Any]:
+    """Where a sweep's numbers come from: config, commit, software, what is in them and what is not."""
+    config = load_config(name, SweepConfig)
     return {
         "command": f"revprobe sweep {name}",
         "trained_at_commit": commit,
@@ -66,7 +73,7 @@ def _last_reading(folder: Path, runs: list[str]) -> str | None:
     return datetime.fromtimestamp(max(times), UTC).date().isoformat() if times else None
 
 
-def _commit() -> str | None:
+def commit_of() -> str | None:
     """The checkout's commit; None outside of one."""
     asked = ["git", "-C", str(RESULTS.parent), "rev-parse", "HEAD"]
     done = subprocess.run(asked, capture_output=True, text=True, check=False)
@@ -87,7 +94,7 @@ def main() -> None:
     if asked.robustness is not None:
         sweeps["robustness"] = collect("robustness", asked.robustness, asked.out, asked.robustness_commit)
     collected = {
-        "collected_at_commit": _commit(),
+        "collected_at_commit": commit_of(),
         "collected": datetime.now(UTC).date().isoformat(),
         "sweeps": sweeps,
     }

@@ -1,13 +1,14 @@
-"""Draw examples/results/README.md from the committed numbers beside it.
+"""Draw examples/results/README.md, its figures, and the repository README's lines about them, from the numbers there.
 
-python examples/results_table.py                 # rewrites the README
-python examples/results_table.py --out draft.md  # writes it elsewhere
+python examples/results_table.py                 # rewrites the page, its figures, and README's lines
+python examples/results_table.py --out draft.md  # writes the page alone, elsewhere
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,37 @@ import pandas as pd
 
 from revprobe.atomic_files import write_text
 from revprobe.probes.figures.theme import interval_text
+from revprobe.report.paper.evidence_figures import pressure_figure, reverse_figure
+from revprobe.report.paper.evidence_markdown import evidence_sections, published_sections
+from revprobe.report.paper.evidence_sentences import Told
 from revprobe.report.paper.markdown import markdown_table, of_seeds, one_layer_markdown, spread_markdown
 from revprobe.report.paper.reproduce import NOT_RUN, OUTSIDE, compare
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SEEDS = 3
+# Their tables' names; where they come from; the figures; and the marks around README's lines.
+SWEEPS, EVIDENCE = ("negative_evidence", "one_layer_published"), "negative_evidence.json"
+OVER_TRAINING, PRESSURE = "reverse_over_training.svg", "pressure_by_class.svg"
+FIGURES = {
+    OVER_TRAINING: "Reverse accuracy and letters-only accuracy over training, by dial and encoding, and after switches",
+    PRESSURE: "What presses on the reverse answer over training, by class of training terms",
+}
+BEGIN, END = "<!-- drawn by examples/results_table.py -->", "<!-- end -->"
+BESIDE_OTHERS = (
+    "## Beside other accounts\n\nRead from their abstracts, which is all that was at hand.\n\n- Kitouni et al. 2024, "
+    "*The Factorization Curse* (arXiv 2406.05183): the reversal curse as a failure to learn the same joint "
+    "distribution under different factorizations, inherent in next-token prediction, which factorization-agnostic "
+    "objectives mitigate. Under keep our masked models have such an objective: every set of masks is priced. The "
+    "joint distribution is known, and the reverse query lies outside of it, since no training sequence has the "
+    "uppercase letter on the left. So the question here is another: what a model says where its objective is silent, "
+    "and which of the terms that it prices elsewhere decide that.\n- Coda-Forno, Wang and Chaudhry 2026, *The "
+    "Illusion of Latent Generalization* (arXiv 2604.04943): reversal accuracy requires a training signal that makes "
+    "the source entity a prediction target, and representation distances and linear probes are consistent with "
+    "forward and reverse stored as distinct entries. Here the lowercase letter is a prediction target in every "
+    "masked run, which is their condition, and no reversed sequence is ever trained, so there is no second entry to "
+    "learn. Where letters-only accuracy is high while accuracy is low, the fact reaches the reverse readout and "
+    "loses to the placeholder; that is one layer and 26 letters, and says nothing of deep models or of text."
+)
 ABOUT_INTERVALS = (
     "Intervals: these runs were read under the first statistics (`statistics_version` 1), whose intervals resampled "
     "letters, and whose control of the correlation was not centred (about -r / 25). Where all letters said the same, "
@@ -52,17 +79,39 @@ ABOUT_ROUTES = (
 
 
 def readme(folder: Path) -> str:
-    """The page, from one_layer.parquet, robustness.parquet (where there is one) and provenance.json in `folder`."""
+    """The page, from the tables in `folder`; what is not there is said."""
+    told = Told(*(_table(folder, name) for sweep in SWEEPS for name in (f"{sweep}_runs", f"{sweep}_answers")))
+    parts = ["# Why the reverse answer fades, and the paper's tables as they came out here", " ".join(told.four())]
+    parts += [f"![{words}]({name})" for name, words in FIGURES.items() if name in figures(folder)]
+    if PRESSURE not in figures(folder):
+        parts.append("Pressure by class of training terms: not run (`rp.pressure`).")
+    sections: dict[str, str] = {}
+    if told.runs is not None and told.answers is not None:
+        sections |= evidence_sections(told.runs, told.answers)
+    if told.published_runs is not None and told.published_answers is not None:
+        sections |= published_sections(told.published_runs, told.published_answers, told.runs)
+    parts += [f"## {title}\n\n{text}" for title, text in sections.items()]
+    parts.append(BESIDE_OTHERS)
+    if (folder / EVIDENCE).is_file():
+        parts.append(f"## Where the numbers come from\n\n{_about(json.loads((folder / EVIDENCE).read_text('utf-8')))}")
+    if (folder / "one_layer.parquet").is_file():
+        parts += decayed_rate(folder)
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def decayed_rate(folder: Path) -> list[str]:
+    """Tables 1 and 2 under the older recipe, from one_layer.parquet, robustness.parquet and provenance.json."""
     provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
     full = pd.read_parquet(folder / "one_layer.parquet")
     result = compare(full, seeds=SEEDS)
     counts = result.cells["status"].value_counts()
     verdicts = result.claims["verdict"].value_counts()
     parts = [
-        "# Tables 1 and 2 of the paper, as they came out here",
-        "Drawn by `examples/results_table.py` from `one_layer.parquet`; every number and every checkpoint is in it. "
-        "`revprobe reproduce one-layer` makes the same tables from runs of your own, `revprobe reproduce theory` "
-        "Tables 3 to 5.",
+        "# Decayed rate: Tables 1 and 2 under the older recipe",
+        "The recipe of every cell below is the decayed rate of `examples/one_layer.yaml`: N(0, 0.02), AdamW 1e-3 "
+        "falling along a cosine over 20,000 steps, loss per token. Drawn from `one_layer.parquet`; every number and "
+        "every checkpoint is in it. `revprobe reproduce one-layer` makes the same tables from runs of your own, "
+        "`revprobe reproduce theory` Tables 3 to 5.",
         f"{len(result.cells)} cells (printed cell x accuracy or probability x weights): "
         f"{counts.get(OUTSIDE, 0)} outside their tolerance, {counts.get(NOT_RUN, 0)} not run. "
         f"{len(result.claims)} claims: {', '.join(f'{count} {verdict}' for verdict, count in verdicts.items())}.",
@@ -79,7 +128,40 @@ def readme(folder: Path) -> str:
     parts.append(_storage_curves(folder / STORAGE_CURVES))
     parts.append(_one_step(folder / ONE_STEP))
     parts.append(_route_edits(folder / ROUTE_EDITS))
-    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+    return parts
+
+
+def figures(folder: Path) -> dict[str, str]:
+    """The page's figures that can be drawn, by file name, as SVG."""
+    drawings = {}
+    runs, answers = (_table(folder, f"{SWEEPS[0]}_{kind}") for kind in ("runs", "answers"))
+    if runs is not None and answers is not None:
+        drawings[OVER_TRAINING] = reverse_figure(runs, answers)
+    pressure = _table(folder, f"{SWEEPS[0]}_pressure")
+    if pressure is not None:
+        drawings[PRESSURE] = pressure_figure(pressure)
+    return drawings
+
+
+def _table(folder: Path, name: str) -> pd.DataFrame | None:
+    file = folder / f"{name}.parquet"
+    return pd.read_parquet(file) if file.is_file() else None
+
+
+def checked_section(folder: Path) -> str:
+    """README's lines about what came out, between its two marks."""
+    told = Told(*(_table(folder, name) for sweep in SWEEPS for name in (f"{sweep}_runs", f"{sweep}_answers")))
+    lines = [textwrap.fill(f"- {line}", 120, subsequent_indent="  ", break_on_hyphens=False) for line in told.short()]
+    return "\n".join([BEGIN, *lines, END])
+
+
+def with_section(text: str, section: str) -> str:
+    """A README with its section replaced. Raises: SystemExit, when it has no such marks."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"README.md has no lines between {BEGIN} and {END}; put both where the section belongs")
+    return f"{before}{section}{after}"
 
 
 def _by_model(path: Path) -> pd.DataFrame:
@@ -179,8 +261,11 @@ def _about(provenance: dict[str, Any]) -> str:
 
 
 def write_readme(folder: Path, out: Path | None = None) -> Path:
-    """Write the page beside its numbers, or to `out`."""
-    out = folder / "README.md" if out is None else out
+    """Write the page and its figures beside its numbers, or the page alone to `out`."""
+    if out is None:
+        for name, drawing in figures(folder).items():
+            write_text(folder / name, drawing)
+        out = folder / "README.md"
     write_text(out, readme(folder))
     return out
 
@@ -189,9 +274,13 @@ def main() -> None:
     """Draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     print(write_readme(asked.results, asked.out))
+    if asked.out is None and asked.results == RESULTS:
+        page = RESULTS.parents[1] / "README.md"
+        write_text(page, with_section(page.read_text(encoding="utf-8"), checked_section(RESULTS)))
+        print(page)
 
 
 if __name__ == "__main__":
