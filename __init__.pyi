@@ -3,8 +3,13 @@
 __version__: str
 
 from .errors import RevprobeError as RevprobeError
+from .finetune.analysis.objective_steps import objective_steps as objective_steps
+from .finetune.analysis.objective_terms import objective_terms as objective_terms
 from .finetune.analysis.one_step import one_step as one_step
 from .finetune.analysis.one_step import one_step_curves as one_step_curves
+from .finetune.analysis.placeholder_storage import placeholder_storage as placeholder_storage
+from .finetune.analysis.pressure import foretelling as foretelling
+from .finetune.analysis.pressure import pressure as pressure
 from .finetune.analysis.price import read_price as read_price
 from .finetune.analysis.storage_curves import storage_curves as storage_curves
 from .finetune.config.finetuning import FinetuneConfig as FinetuneConfig
@@ -44,6 +49,7 @@ from .probes.probability import probe_reverse_probability as probe_reverse_proba
 from .probes.readings.reading import Reading as Reading
 from .probes.readings.readings import Readings as Readings
 from .probes.route_edit import probe_route_edit as probe_route_edit
+from .probes.statistics.by_class import objective_classes as objective_classes
 from .probes.statistics.by_part import logit_contributions as logit_contributions
 from .probes.statistics.estimators import Control as Control
 from .probes.storage import probe_stored_evidence as probe_stored_evidence

@@ -12,7 +12,11 @@ from .running import Out, interruptible
 
 def sweep(
     config: Annotated[
-        str, typer.Argument(help="A sweep's YAML file, or an example: one-layer-quick, one-layer, robustness.")
+        str,
+        typer.Argument(
+            help="A sweep's YAML file, or an example: one-layer-quick, one-layer, one-layer-published, "
+            "negative-evidence, pressure, robustness."
+        ),
     ],
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", min=1, help="Runs side by side, each in a process of its own.")

@@ -15,7 +15,7 @@ position that the mask forbids has score -inf and weight 0. A sink takes its par
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,12 +54,12 @@ class AttentionTap:
     calls: list[tuple[AttentionSite, AttentionRows]] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
-    def layers(self) -> dict[int, AttentionRows]:
+    def layers(self, name: str = "the model") -> dict[int, AttentionRows]:
         """Layer -> all its heads; a layer that was not read in whole is missing, and `left_out` says why.
 
-        Of several runs inside the tap, the last. Raises: RevprobeError, when no attention was read.
+        Of several runs inside the tap, the last. Raises: RevprobeError, when no attention of the model `name` was read.
         """
-        self.attention.require()
+        self.attention.require(name)
         found = {(site.layer, site.first_head): rows for site, rows in self.calls if not site.repeats}
         layers = {}
         for layer, heads in self.attention.heads.items():
@@ -67,7 +67,7 @@ class AttentionTap:
             if sum(part.score.shape[1] for part in parts) == heads:
                 layers[layer] = _joined(parts)
         if not layers:
-            Attention((), {}, self.left_out).require()
+            Attention((), {}, self.left_out).require(name)
         return layers
 
     def missing(self) -> dict[int, str]:
@@ -170,16 +170,6 @@ def tap_queries(module: nn.Module, rows: Tensor, attention: Attention) -> Iterat
 
     with watched_calls(module, attention, see):
         yield layers
-
-
-@torch.no_grad()
-def attention_rows(call: Mapping[str, Any], rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, weights and row mass of one SDPA call at the rows and columns asked for.
-
-    Shapes: `call["query"]`: `batch heads rows dim`, `call["key"]`: `batch kv_heads keys dim`; returns
-        `batch heads rows columns` twice and `batch heads rows`.
-    """
-    return _weigh(call_rows(call, rows), columns, 0, call["key"].shape[-2])
 
 
 def _weigh(scores: Tensor, columns: Tensor, first: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:

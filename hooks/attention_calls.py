@@ -6,10 +6,10 @@ where a call keeps examples, heads, rows and keys; everything else here speaks o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from einops import EinopsError, rearrange
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+Noted = TypeVar("Noted")
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
 LOG_SOFTMAX = (F.log_softmax, torch.log_softmax, Tensor.log_softmax, torch.special.log_softmax)
@@ -42,24 +43,36 @@ class FunctionMode(TorchFunctionMode):
 
 
 @contextmanager
-def running_module(module: nn.Module) -> Iterator[list[str]]:
-    """The path of modules that are running now, innermost last."""
-    running: list[str] = []
+def running_modules(
+    module: nn.Module, note: Callable[[str, Any], Noted], paths: Iterable[str] | None = None
+) -> Iterator[list[Noted]]:
+    """The modules that are running now, innermost last: what `note(path, arguments)` said when each was entered.
+
+    Adds hooks to the modules at `paths` (all of them when None) and removes exactly those, also on exceptions.
+    """
+    running: list[Noted] = []
     handles = []
 
-    def enter(name: str) -> Callable[..., None]:
-        return lambda *_: running.append(name)
+    def enter(path: str) -> Callable[..., None]:
+        return lambda _, args, kwargs: running.append(note(path, (args, kwargs)))
 
     def leave(*_: Any) -> None:  # a returned value would replace the module's output
         running.pop()
 
-    for name, child in module.named_modules():
-        handles += [child.register_forward_pre_hook(enter(name)), child.register_forward_hook(leave, always_call=True)]
+    watched = module.named_modules() if paths is None else ((path, module.get_submodule(path)) for path in paths)
     try:
+        for path, child in watched:
+            handles.append(child.register_forward_pre_hook(enter(path), with_kwargs=True))
+            handles.append(child.register_forward_hook(leave, always_call=True))
         yield running
     finally:
         for handle in handles:
             handle.remove()
+
+
+def its_path(path: str, _: Any) -> str:
+    """What is noted of a module of which nothing but its path is asked."""
+    return path
 
 
 # --- what a torch call is --------------------------------------------------------------------------------------------

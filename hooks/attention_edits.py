@@ -15,7 +15,7 @@ Shapes below: batch, heads, rows (those asked for), seq.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,7 +56,7 @@ class EditLog:
 
 @contextmanager
 def edit_scores(
-    module: nn.Module, attention: Attention, rows: Tensor, change: Change, *, layers: Collection[int]
+    module: nn.Module, attention: Attention, rows: Tensor, change: Change, *, layers: Collection[int], ahead: int = 0
 ) -> Iterator[EditLog]:
     """Add `change` to the scores of `rows` in some layers while open, in every forward pass and recomputation.
 
@@ -65,13 +65,16 @@ def edit_scores(
 
     Shapes: `rows`: `batch rows`, rows of the call's query (of the one token there is when it decodes), each named
         once except where the change is 0.
-    Raises: RevprobeError, when a site's attention was never reached (a model compiled before the edit skips hooks).
+    Args:
+        ahead: virtual tokens before the query's own in every call.
+    Raises: RevprobeError, when a site's attention was never reached (a model compiled before the edit skips hooks), or
+        a call is about other tokens than those the model is given (attention in blocks).
     """
-    run = _Edit(attention, layers, rows, change)
-    handles = []
+    run = _Edit(attention, layers, rows, change, ahead)
+    places = [_PathEdit(path, run) for path in attention.calls]
+    handles = [module.register_forward_pre_hook(run.begin(places), with_kwargs=True)]
     try:
-        for path in attention.calls:
-            place = _PathEdit(path, run)
+        for path, place in zip(attention.calls, places, strict=True):
             child = module.get_submodule(path)
             handles.append(child.register_forward_pre_hook(place.enter))
             handles.append(child.register_forward_hook(place.leave, always_call=True))
@@ -90,13 +93,27 @@ def edit_scores(
 class _Edit:
     """One edit of a whole model. `running` holds the attending modules that run now, innermost last."""
 
-    def __init__(self, attention: Attention, layers: Collection[int], rows: Tensor, change: Change) -> None:
-        self.attention, self.layers, self.rows, self.change = attention, layers, rows, change
+    def __init__(self, attention: Attention, layers: Collection[int], rows: Tensor, change: Change, ahead: int) -> None:
+        self.attention, self.layers, self.change, self.ahead = attention, layers, change, ahead
+        self.rows, self.last = rows + ahead, int(rows.max())
         self.log, self.running, self.reached = EditLog(), list[str](), set[int]()
-        self.last = int(rows.max())
+        self.length: int | None = None  # of the token ids that the model was given, where it was given some
         self.shared = {
             path for path in attention.calls if len({site.layer for site in attention.sites if site.path == path}) > 1
         }
+
+    def begin(self, places: Sequence[_PathEdit]) -> Callable[..., None]:
+        """A pre-hook of the whole model: a forward pass begins, also after one that an exception cut off."""
+
+        def note(_: nn.Module, args: Any, kwargs: Any) -> None:
+            given = (one for one in (*args, *kwargs.values()) if isinstance(one, Tensor))
+            ids = next((one for one in given if one.dim() == 2 and not one.is_floating_point()), None)
+            self.length = None if ids is None else ids.shape[1]
+            self.running.clear()
+            for place in places:
+                place.calls = 0
+
+        return note
 
 
 class _PathEdit:
@@ -167,15 +184,21 @@ class _PathEdit:
     def _misfit(self, site: AttentionSite, batch: int) -> RevprobeError:
         return RevprobeError(
             f"{site.path}: scores of {batch} sequences, but the edit's rows are given for {len(self.run.rows)}; run "
-            "the batch that the edit was made for"
+            "the batch that the edit was made for, in sequences of one length where padding would reach tokens"
         )
 
     def _require_rows(self, site: AttentionSite, length: int) -> None:
         """Hold the edit's rows against the call's; on an accelerator a row too many would end the process."""
-        if self.run.last >= length - site.extra[0]:
+        tokens = length - site.extra[0] - self.run.ahead
+        if self.run.length is not None and tokens != self.run.length:
             raise RevprobeError(
-                f"rows name position {self.run.last}, but {site.path} attends from {length - site.extra[0]} tokens; "
-                f"expected 0 to {length - site.extra[0] - 1}"
+                f"{site.path} attends from {tokens} tokens at a time, but the model was given {self.run.length}: "
+                "blocks, pooling or padding, whose rows are not the input's; edit shorter sequences"
+            )
+        if self.run.last >= tokens:
+            raise RevprobeError(
+                f"rows name position {self.run.last}, but {site.path} attends from {tokens} tokens; expected 0 to "
+                f"{tokens - 1}"
             )
 
     def _next_site(self) -> AttentionSite | None:

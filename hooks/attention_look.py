@@ -1,6 +1,6 @@
-"""Two runs of a model that show which of its tokens each attention call is about; `attention_survey` judges them.
+"""Three runs of a model that show which of its tokens each attention call is about; `attention_survey` judges them.
 
-Two runs of three short sequences. In both, every call is answered as if each token attended to itself alone, so
+Runs of three short sequences. In the first two, every call is answered as if each token attended to itself alone, so
 that nothing passes from token to token through attention. The second run makes three changes, one for each sequence:
 
     0   one token reads another in the first call: what the first call writes is changed there
@@ -12,7 +12,8 @@ layer at once. A call is self-attention over the query's own tokens exactly if t
 sequence 1 those of the token that was changed. A shifted input, pooling and blocks differ elsewhere, and cross
 attention differs in rows without columns. Whether the weights are those that the model uses is seen as well: an
 SDPA call's own output is compared with the weights' on its values, and the answer to a softmax (ones where a token
-meets itself) must come back unchanged where the values are mixed.
+meets itself) must come back unchanged where the values are mixed. What keeps ones and zeros as they are changes other
+weights (the largest two kept, squares, a decay): the third run leaves every softmax its own, and they must come back.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from .attention_calls import (
     canonical,
     is_attention_call,
     layouts,
+    running_modules,
     sdpa_call,
     softmaxed,
     weights_of,
@@ -70,6 +72,7 @@ class SeenCall:
     found: list[Layout]
     keys: int
     reason: str = ""
+    how: tuple[float | None, bool, Tensor | None] = (None, False, None)  # scale, causality and mask of an SDPA call
 
     @property
     def is_sdpa(self) -> bool:
@@ -80,13 +83,15 @@ class SeenCall:
 class Look:
     """What one run of the survey sees, and what it answers.
 
-    `size`: query rows and key columns of a call over these sequences; `changed`: the token that this run changes.
+    `size`: query rows and key columns of a call over these sequences; `changed`: the token that this run changes;
+    `natural`: every call is left its own answer, and only what meets the values is watched.
     """
 
     rows: int
     keys: int
     layer_of: Callable[[str], int | None]
     changed: int | None = None
+    natural: bool = False
     calls: list[SeenCall] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     unseen: set[str] = field(default_factory=set)
@@ -100,27 +105,14 @@ class Look:
 
     @contextmanager
     def watching(self, module: nn.Module) -> Iterator[None]:
-        handles = []
-        for name, child in module.named_modules():
-            handles.append(child.register_forward_pre_hook(self._enter(name), with_kwargs=True))
-            handles.append(child.register_forward_hook(lambda *_: self._leave(), always_call=True))
-        try:
-            with FunctionMode(self.make):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with running_modules(module, self._note) as self.running, FunctionMode(self.make):
+            yield
 
-    def _enter(self, name: str) -> Callable[..., None]:
-        def enter(_: Any, args: Any, kwargs: Any) -> None:
-            self.entered[name] += 1
-            given = next((one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)), None)
-            self.running.append((name, self.entered[name], given))
-
-        return enter
-
-    def _leave(self) -> None:  # a returned value would replace the module's output
-        self.running.pop()
+    def _note(self, path: str, arguments: Any) -> tuple[str, int, Any]:
+        """A module that is entered: its path, how often it was, and what it is given first."""
+        self.entered[path] += 1
+        given = next((one for one in tree_leaves(arguments) if isinstance(one, Tensor)), None)
+        return path, self.entered[path], given
 
     @property
     def _block(self) -> tuple[int, str, int] | None:
@@ -162,8 +154,12 @@ class Look:
         query, key, value = (call[name] for name in ("query", "key", "value"))
         seen.tensors, seen.shape, seen.keys = (query.detach(), key.detach()), tuple(query.shape), key.shape[-2]
         seen.found = layouts(query.shape, query.dim() - 1, SEQUENCES, self.rows, row_axis=query.dim() - 2)
+        mask = call.get("attn_mask")
+        seen.how = call.get("scale"), bool(call.get("is_causal")), None if mask is None else mask.detach()
         self.calls.append(seen)
         output: Tensor = func(**call)
+        if self.natural:
+            return output
         own = next((canonical(call, layout, SEQUENCES) for layout in seen.found), None)
         if own is None or seen.keys < self.keys:
             seen.reason = self.size_of(seen)
@@ -213,6 +209,10 @@ class Look:
                 self.calls.append(seen)
             return result
         self.calls.append(seen)
+        if self.natural:
+            self.waiting.append((seen, result.detach().exp() if func in LOG_SOFTMAX else result.detach()))
+            seen.reason = UNUSED
+            return result
         layout = seen.found[0]
         flat = layout.flat(result, SEQUENCES)
         assert flat is not None, "the layout is the tensor's own"
@@ -242,7 +242,8 @@ class Look:
 
     def _is_answer(self, side: Tensor) -> bool:
         for seen, answer in reversed(self.waiting):
-            if seen.reason == UNUSED and _same(side, answer, self.rows, self.keys):
+            same = _same_numbers if self.natural else _same
+            if seen.reason == UNUSED and same(side, answer, self.rows, self.keys):
                 seen.reason = ""
                 return True
         return False
@@ -267,23 +268,31 @@ def _same(side: Tensor, answer: Tensor, rows: int, keys: int) -> bool:
     return square and side.numel() == answer.numel() and bool((side == torch.eye(rows, device=side.device)).all())
 
 
-def look_twice(
+def _same_numbers(side: Tensor, answer: Tensor, rows: int, keys: int) -> bool:
+    """Whether what is mixed with values are the very weights, in whatever layout, sinks' columns dropped."""
+    answer = answer.to(side.dtype)
+    if side.shape != answer.shape and answer.shape[-1] > keys and side.shape[-1] == keys:
+        answer = answer[..., :keys]
+    return side.numel() == answer.numel() and torch.equal(side.flatten().sort().values, answer.flatten().sort().values)
+
+
+def look_thrice(
     module: nn.Module,
     run: Callable[[Tensor], Any],
     shown: tuple[Tensor, Tensor],
     token: int,
     size: tuple[int, int],
     layer_of: Callable[[str], int | None],
-) -> tuple[Look, Look]:
-    """Both runs. The module comes out as it went in.
+) -> tuple[Look, Look, Look]:
+    """Both runs, and one in which every call is left its own answer. The module comes out as it went in.
 
     Shapes: `shown`: `3 seq` twice, rows that differ; the second differs from the first at row 1, `token`, alone.
     """
     looks = []
     with untouched(module), torch.no_grad():
-        for ids, changed in zip(shown, (None, token), strict=True):
-            look = Look(size[0], size[1], layer_of, changed)
+        for ids, changed, natural in ((shown[0], None, False), (shown[1], token, False), (shown[0], None, True)):
+            look = Look(size[0], size[1], layer_of, changed, natural)
             with look.watching(module):
                 run(ids)
             looks.append(look)
-    return looks[0], looks[1]
+    return looks[0], looks[1], looks[2]

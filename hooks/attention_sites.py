@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import RevprobeError
-from .attention_calls import FunctionMode, Layout, Uncentred, is_attention_call, softmaxed
+from .attention_calls import (
+    FunctionMode,
+    Layout,
+    Uncentred,
+    is_attention_call,
+    its_path,
+    running_modules,
+    softmaxed,
+)
 
 Source = Literal["sdpa", "softmax"]
 _SHOWN = 3
@@ -45,13 +53,15 @@ class Attention:
     """The attention of a model, as one look at it found (`hooks.attention_survey`).
 
     `sites`: in the order of their calls; `calls`: path -> SDPA calls and softmaxes of any kind in one forward pass;
-    `left_out`: path -> why what is computed there is not read; `without`: layer -> why it has no site.
+    `left_out`: path -> why what is computed there is not read; `without`: layer -> why it has no site; `told`: whether
+    the look could tell: scores that are constants still (zero-initialised queries) are taken for what they seem.
     """
 
     sites: tuple[AttentionSite, ...]
     calls: Mapping[str, int]
     left_out: Mapping[str, str]
     without: Mapping[int, str] = field(default_factory=dict)
+    told: bool = True
 
     @cached_property
     def heads(self) -> dict[int, int]:
@@ -98,7 +108,6 @@ def watched_calls(
     Adds hooks to the modules that make such calls and removes exactly those, also on exceptions.
     Raises: RevprobeError, when a module makes another number of calls than when it was looked at.
     """
-    running: list[str] = []
     made: dict[str, int] = dict.fromkeys(attention.calls, 0)
     uncentred = Uncentred()
 
@@ -112,17 +121,8 @@ def watched_calls(
         result = func(*args, **kwargs)
         return uncentred.note(func, args, result) if running else result
 
-    handles = []
-    for path in attention.calls:
-        child = module.get_submodule(path)
-        handles.append(child.register_forward_pre_hook(_appends(running, path)))
-        handles.append(child.register_forward_hook(lambda *_: _drop(running), always_call=True))
-    try:
-        with FunctionMode(make):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with running_modules(module, its_path, attention.calls) as running, FunctionMode(make):
+        yield
     uneven = next((path for path, count in made.items() if count % attention.calls[path]), None)
     if uneven is not None:
         raise RevprobeError(
@@ -132,36 +132,20 @@ def watched_calls(
         )
 
 
-def _appends(running: list[str], path: str) -> Callable[..., None]:
-    return lambda *_: running.append(path)
-
-
-def _drop(running: list[str]) -> None:  # a returned value would replace the module's output
-    running.pop()
-
-
 def attending_modules(module: nn.Module, run: Callable[[], object]) -> list[str]:
     """The paths of the modules that compute attention in one run, whatever can be read of it; weights may be missing.
 
     In the order of their first calls; softmaxes count where their input is `batch heads seq seq`.
     """
-    running, found = [""], dict[str, None]()
+    found = dict[str, None]()
 
     def make(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         taken = softmaxed(func, args, kwargs)
         square = taken is not None and taken[0].dim() == 4 and taken[0].shape[-1] == taken[0].shape[-2]
         if func is F.scaled_dot_product_attention or square:
-            found[running[-1]] = None
+            found[running[-1] if running else ""] = None
         return func(*args, **kwargs)
 
-    handles = []
-    for path, child in module.named_modules():
-        handles.append(child.register_forward_pre_hook(_appends(running, path)))
-        handles.append(child.register_forward_hook(lambda *_: _drop(running), always_call=True))
-    try:
-        with FunctionMode(make):
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with running_modules(module, its_path) as running, FunctionMode(make):
+        run()
     return list(found)

@@ -1,19 +1,19 @@
 """One look at a model: which of its attention calls can be read, and as which layer.
 
-`survey_attention` holds two runs (`attention_look`) against each other. A call is read where it is self-attention over
+`survey_attention` holds its runs (`attention_look`) against each other. A call is read where it is self-attention over
 the query's own tokens with the weights that the model uses; every other is left out with the reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .attention_calls import FAR_BELOW, Layout, matrix_rows
-from .attention_look import SEQUENCES, UNSEEN, Look, SeenCall, look_twice
+from .attention_look import SEQUENCES, UNSEEN, Look, SeenCall, look_thrice
 from .attention_sites import Attention, AttentionSite
 
 CENTRED = "its scores are given relative to each row's largest, so the scores themselves are not seen"
@@ -37,7 +37,7 @@ def survey_attention(
     layer_of: Callable[[str], int | None],
     virtual: tuple[int, int] = (0, 0),
 ) -> Attention:
-    """Look at the attention of `module` in two runs of three short sequences.
+    """Look at the attention of `module` in three runs of three short sequences.
 
     Args:
         run: makes one forward pass of token ids.
@@ -46,16 +46,22 @@ def survey_attention(
         virtual: rows and key columns that stand before the query's own in every call (prompt and prefix adapters).
     """
     length = shown[0].shape[1]
-    first, second = look_twice(module, run, shown, token, (length + virtual[0], length + virtual[1]), layer_of)
+    size = length + virtual[0], length + virtual[1]
+    first, second, natural = look_thrice(module, run, shown, token, size, layer_of)
     others = {(call.path, call.turn): call for call in second.calls}
+    used = {(call.path, call.turn): call.reason for call in natural.calls}
     kept: list[tuple[SeenCall, Layout, tuple[int, int]]] = []
     failed: list[tuple[SeenCall, str]] = []
+    told, passed_on = True, False
     for call in first.calls:
         other = others.get((call.path, call.turn))
         if other is None or other.shape != call.shape:
             failed.append((call, UNEVEN))
             continue
-        layout, shift, reason = judge(call, other, first, token + virtual[0])
+        layout, shift, reason, moves = judge(call, other, first, token + virtual[0])
+        told, passed_on = told and moves is not None, passed_on or bool(moves)
+        if layout is not None and not call.is_sdpa and used.get((call.path, call.turn)):
+            layout, reason = None, used[call.path, call.turn]
         if layout is not None and not call.is_sdpa and is_centred(call, layout):
             layout, reason = None, CENTRED
         if layout is None:
@@ -70,7 +76,8 @@ def survey_attention(
     read = {site.path for site in sites}
     left_out = {call.path if call.path not in read else f"{call.path} (call {call.turn + 1})": r for call, r in failed}
     left_out |= {path: UNSEEN for path in sorted(first.unseen) if path not in read}
-    return Attention(tuple(sites), dict(first.counts), left_out)
+    told &= passed_on or len(set(numbers)) < 2
+    return Attention(tuple(sites), dict(first.counts), left_out, told=told)
 
 
 def _numbered(calls: Sequence[SeenCall]) -> list[int]:
@@ -131,19 +138,38 @@ def _sites(
 
 
 def _same_weights(one: SeenCall, other: SeenCall) -> bool:
-    return one.is_sdpa == other.is_sdpa and all(
-        a.shape == b.shape and torch.equal(a, b) for a, b in zip(one.tensors, other.tensors, strict=True)
-    )
+    pairs = [*zip(one.tensors, other.tensors, strict=True), *zip(one.how, other.how, strict=True)]
+    return one.is_sdpa == other.is_sdpa and all(_equal(a, b) for a, b in pairs)
+
+
+def _equal(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    return type(one) is type(other) and one == other
 
 
 # --- judging ---------------------------------------------------------------------------------------------------------
 
 
-def judge(before: SeenCall, after: SeenCall, look: Look, token: int) -> tuple[Layout | None, tuple[int, int], str]:
-    """The layout in which a call is the query's own self-attention, its shift, and else the reason."""
+class Judged(NamedTuple):
+    """The layout in which a call is the query's own self-attention and its shift, else the reason.
+
+    `moves`: whether what the first call writes moves this one; None where its scores are constants, which contradict
+    nothing (zero-initialised queries).
+    """
+
+    layout: Layout | None
+    shift: tuple[int, int]
+    reason: str
+    moves: bool | None = False
+
+
+def judge(before: SeenCall, after: SeenCall, look: Look, token: int) -> Judged:
+    """Hold one call of the first run against the same of the second."""
     if before.reason:
-        return None, (0, 0), before.reason
+        return Judged(None, (0, 0), before.reason)
     reason = look.size_of(before)
+    fitting: list[tuple[int, Judged]] = []
     for layout in before.found:
         moved = _moved(before, after, layout)
         if moved is None:
@@ -153,9 +179,15 @@ def judge(before: SeenCall, after: SeenCall, look: Look, token: int) -> tuple[La
             continue
         shift, why = _judge_moved(moved, (extra_rows, extra_keys), look, token)
         if not why:
-            return layout, shift, ""
-        reason = why
-    return None, (0, 0), reason
+            rows, keys, *told = moved
+            constant = not (rows.any() or keys.any()) or not all(side.any() for side in told)
+            moves = None if constant else bool(rows[0].any() or keys[0].any())
+            fitting.append((int(rows[1].sum()) + int(keys[1].sum()), Judged(layout, shift, "", moves)))
+        reason = why or reason
+    if not fitting:
+        return Judged(None, (0, 0), reason)
+    # With as many heads as sequences either axis may be the sequences': taken for them, heads show all that moved.
+    return min(fitting, key=lambda fit: fit[0])[1]
 
 
 def _judge_moved(
@@ -212,8 +244,12 @@ def _moved_in_matrix(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Ten
     mask hides all such cells it cannot be told.
     """
     everything = torch.arange(first.shape[2], device=first.device).expand(len(first), -1)
-    visible = matrix_rows(first, everything).isfinite().any(1)
+    seen = matrix_rows(first, everything)
+    visible = seen.isfinite().any(1)
     differs = (first != second).any(1) & visible
+    if any(_is_constant(seen, axis, first.dtype) for axis in (2, 3)):
+        none = torch.zeros_like(visible[:, :, 0]), torch.zeros_like(visible[:, 0])
+        return differs.any(2), differs.any(1), *none
     square = min(first.shape[2], first.shape[3])
     rows_told, keys_told = torch.ones_like(visible[:, :, 0]), torch.ones_like(visible[:, 0])
     rows_moved, keys_moved = torch.zeros_like(rows_told), torch.zeros_like(keys_told)
@@ -237,6 +273,17 @@ def _moved_in_matrix(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Ten
         keys_moved[n] |= keys & ~keys_told[n]
         rows_moved[n] |= rows & ~rows_told[n]
     return rows_moved, keys_moved, rows_told, keys_told
+
+
+def _is_constant(seen: Tensor, axis: int, dtype: torch.dtype) -> bool:
+    """Whether scores are the same along an axis, as those of queries (or keys) that no token moves yet.
+
+    Shapes: `seen`: `sequence heads rows keys`, -inf where a mask hides.
+    """
+    hidden = seen.isneginf()
+    apart = seen.amax(axis) - seen.masked_fill(hidden, torch.inf).amin(axis)
+    rounding = max(torch.finfo(dtype).eps, 16 * torch.finfo(torch.float32).eps)  # from row to row of one product
+    return not bool((apart > rounding * seen.masked_fill(hidden, 0.0).abs().max()).any())
 
 
 def is_centred(call: SeenCall, layout: Layout) -> bool:

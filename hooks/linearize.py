@@ -31,8 +31,9 @@ from .attention_calls import (
     call_rows,
     canonical,
     is_attention_call,
+    its_path,
     matrix_rows,
-    running_module,
+    running_modules,
     sdpa_call,
     softmaxed,
     weights_of,
@@ -82,7 +83,7 @@ def hold_nonlinear(module: nn.Module, rows: Tensor, attention: Attention) -> Ite
             p.requires_grad_(False)
         with (
             torch.enable_grad(),
-            running_module(module) as running,
+            running_modules(module, its_path) as running,
             FunctionMode(_Holding(held, rows, running, tokens, attention).make),
         ):
             yield held
@@ -120,7 +121,13 @@ class _Holding:
 
     def _next_site(self) -> AttentionSite | None:
         turn, self.calls[self._site] = self.calls[self._site], self.calls[self._site] + 1
-        return self.attention.at(self._site, turn)
+        site = self.attention.at(self._site, turn)
+        if site is not None and any(site.extra):
+            raise RevprobeError(
+                f"{site.path} attends to {site.extra[1]} keys beside the query's tokens, so its output is no sum over "
+                "tokens"
+            )
+        return site
 
     # ---- making parts ----
 
@@ -239,20 +246,21 @@ class _Holding:
     # ---- attention ----
 
     def _sdpa(self, site: AttentionSite, call: dict[str, Any]) -> Tensor:
-        call |= {"query": call["query"].detach(), "key": call["key"].detach()}
+        # A learned bias arrives in the mask: like query and key it moves the pattern alone, which is held.
+        scored = ("query", "key", "attn_mask")
+        call |= {name: call[name].detach() for name in scored if call.get(name) is not None}
         mixed = F.scaled_dot_product_attention(**(call | {"value": call["value"].detach()}))
         own, by_head = canonical(call, site.layout, len(self.rows)), site.layout.flat(mixed, len(self.rows))
         assert own is not None and by_head is not None, "the layout that was found"
-        score = call_rows(own, self.rows + site.shift[0])
+        score = call_rows(own, self.rows)
         return site.layout.back(self._attention(site, own["value"], by_head, weights_of(score), score.isneginf()))
 
     def _keep_pattern(self, site: AttentionSite, scores: Tensor) -> None:
         """The weights of a softmax, and what the mask hides: a weight of 0 may as well have underflowed."""
         flat = site.layout.flat(scores, len(self.rows))
         if flat is not None and flat.shape[2] > int(self.rows.max()):
-            keys = flat.shape[3] - site.extra[1]
-            hidden = matrix_rows(flat, self.rows).isneginf()[..., :keys]
-            self.patterns.append((site, flat.float().softmax(-1)[..., :keys], hidden))
+            hidden = matrix_rows(flat, self.rows).isneginf()
+            self.patterns.append((site, flat.float().softmax(-1), hidden))
 
     def _pattern(self, weights: Tensor) -> tuple[AttentionSite, Tensor] | None:
         """The site and the hidden cells of the softmax that these weights come from."""
@@ -274,11 +282,6 @@ class _Holding:
         return self._attention(site, value, by_head, weight, hidden).reshape(mixed.shape)
 
     def _attention(self, site: AttentionSite, value: Tensor, mixed: Tensor, weight: Tensor, hidden: Tensor) -> Tensor:
-        if any(site.extra):
-            raise RevprobeError(
-                f"{site.path} attends to {site.extra[1]} keys beside the query's tokens, so its output is no sum over "
-                "tokens"
-            )
         output = mixed.detach().requires_grad_()
         call = LinearizedAttention(site.path, site.layer, site.first_head, value, output, weight, hidden)
         self.held.attention.append(call)

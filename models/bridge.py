@@ -32,8 +32,13 @@ from transformer_lens.model_bridge.supported_architectures.qwen2 import Qwen2Arc
 from ..errors import RevprobeError
 from .configs import RaddConfig
 
-# Offsets are a mask of the attention, as ALiBi is.
-_TL_POSITIONS = {"rope": "rotary", "alibi": "alibi", "absolute": "standard", "none": "none", "scalar": "alibi"}
+_TL_POSITIONS = {
+    "rope": "rotary",
+    "alibi": "alibi",
+    "absolute": "standard",
+    "none": "none",
+    "scalar": "relative_positional_bias",  # as TransformerLens calls T5's
+}
 
 
 class _Bidirectional:

@@ -41,13 +41,14 @@ _DREAM_ONLY: dict[str, Any] = {"use_sliding_window": False, "use_mrope": False}
 class RaddConfig(PreTrainedConfig):
     """Sizes and position encoding of a RADD model; the defaults are the one-layer preset of the letters relation.
 
-    Args:
-        initialization: "normal", N(0, initializer_range) throughout, or "published", what RADD's own code starts from.
+    Attributes:
+        initialization: "normal", N(0, initializer_range) and zero biases; or "published", that of RADD's own code
+            (see `models.radd.RaddForMaskedLM`).
         head_bias: whether the unembedding has a bias, as the published one has.
-        dropout_sites: where dropout falls: of "embedding", "attention_weights", "attention" (its output) and "mlp".
-            The published code has the last two.
-    Raises: RevprobeError, for an unknown encoding, initialization or site of dropout, heads that do not divide d_model,
-        an odd RoPE head dimension, or a mask token outside the vocabulary.
+        dropout_sites: where `dropout` applies: "embedding", "attention_weights", "attention" (its output) and "mlp"
+            (its output); the published code has the last two.
+    Raises: RevprobeError, for an unknown encoding, initialization or dropout site, heads that do not divide d_model, an
+        odd RoPE head dimension, a mask token outside the vocabulary, or the published code's own config.
     """
 
     model_type = "radd"
@@ -70,23 +71,21 @@ class RaddConfig(PreTrainedConfig):
     position_encoding: str = "rope"
     rope_base: float = 10000.0
     max_length: int = 64
-    initializer_range: float = 0.02
     initialization: str = "normal"
+    initializer_range: float = 0.02
     head_bias: bool = False
     dropout_sites: tuple[str, ...] | list[str] = DROPOUT_SITES
     layer_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.dropout_sites = tuple(self.dropout_sites)
-        asked: list[tuple[str, str, tuple[str, ...]]] = [
-            ("position_encoding", self.position_encoding, POSITION_ENCODINGS)
-        ]
-        asked += [("initialization", self.initialization, INITIALIZATIONS)]
-        asked += [("dropout site", site, DROPOUT_SITES) for site in self.dropout_sites]
-        for what, value, known in asked:
-            if value not in known:
-                raise RevprobeError(f"unknown {what} {value!r}{did_you_mean(value, known)}")
+        if "tokens" in kwargs and isinstance(kwargs.get("model"), dict):
+            # RaddForMaskedLM.from_pretrained comes here, and would draw a model of the default sizes.
+            raise RevprobeError("this is the config.json of RADD's published code; load_model(FOLDER_OR_NAME) reads it")
+        for key, known in (("position_encoding", POSITION_ENCODINGS), ("initialization", INITIALIZATIONS)):
+            if (value := getattr(self, key)) not in known:
+                raise RevprobeError(f"unknown {key} {value!r}{did_you_mean(value, known)}")
+        self.dropout_sites = _dropout_sites(self.dropout_sites)
         if self.d_model % self.n_heads:
             raise RevprobeError(
                 f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}; change one of them"
@@ -100,6 +99,16 @@ class RaddConfig(PreTrainedConfig):
                 f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size} tokens"
             )
         super().__post_init__(**kwargs)
+
+
+def _dropout_sites(given: Any) -> tuple[str, ...]:
+    """In the order of the forward pass, each once. Raises: RevprobeError, for what is no list of known sites."""
+    if not isinstance(given, list | tuple):
+        raise RevprobeError(f"dropout_sites {given!r}: expected a list of some of {', '.join(DROPOUT_SITES)}")
+    for site in given:
+        if site not in DROPOUT_SITES:
+            raise RevprobeError(f"unknown dropout site {site!r}{did_you_mean(site, DROPOUT_SITES)}")
+    return tuple(site for site in DROPOUT_SITES if site in given)
 
 
 class LLaDAConfig(PreTrainedConfig):

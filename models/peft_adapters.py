@@ -41,6 +41,12 @@ def is_adapter_parameter(name: str) -> bool:
     return _ADAPTED.search(name) is not None
 
 
+def adapter_parameters(module: nn.Module) -> list[str]:
+    """The parameters of peft's adapters on a module; none where there is no adapter, whatever names it uses."""
+    wraps = any(hasattr(part, "peft_config") or hasattr(part, "adapter_layer_names") for part in module.modules())
+    return [name for name, _ in module.named_parameters() if is_adapter_parameter(name)] if wraps else []
+
+
 def without_wrapper(module: nn.Module) -> nn.Module:
     """The transformers model inside a PeftModel, its adapter active; other modules, and learned prompts, as they are.
 

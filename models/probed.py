@@ -11,14 +11,13 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from ..arguments import checked
 from ..errors import RevprobeError, did_you_mean
 from .contract import introspect
 from .contract.called import CalledModule
-from .contract.contract import Contract, contract_of
+from .contract.contract import Contract, contract_of, state_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -55,6 +54,8 @@ class ProbedModel(CalledModule):
     step: int | None
     weights: str | None
     contract: Contract
+    # Where the model's tokenizer is to be had, of a family whose checkpoints bring none; `load_model` says it.
+    tokenizer_source: str | None = None
 
     @checked
     def __init__(
@@ -74,22 +75,25 @@ class ProbedModel(CalledModule):
         if objective not in OBJECTIVES:
             raise RevprobeError(f"unknown objective {objective!r}{did_you_mean(objective, OBJECTIVES)}")
         if isinstance(module, ProbedModel):
-            known, module, tokenizer = module, module.module, tokenizer or module.tokenizer
+            known = module
+            tokenizer = tokenizer or known.tokenizer
             mask_token_id = known.mask_token_id if mask_token_id is None else mask_token_id
             begin_token_id = known.begin_token_id if begin_token_id is None else begin_token_id
             logit_shift = known.logit_shift if logit_shift is None and objective == known.objective else logit_shift
             name, step, weights = name or known.name, known.step if step is None else step, weights or known.weights
-        super().__init__(module, name)
-        if check and introspect.is_empty(module):
+        inner: Any = module.module if isinstance(module, ProbedModel) else module
+        super().__init__(inner, name)
+        if check and introspect.is_empty(inner):
             raise RevprobeError(f"{self.name} holds no weights (device 'meta'); load them before it is wrapped")
         self.tokenizer, self.objective, self.step, self.weights = tokenizer, objective, step, weights
-        self.mask_token_id = introspect.mask_token(mask_token_id, tokenizer, module, self.vocab_size, self.name)
-        self.begin_token_id = introspect.begin_token(begin_token_id, tokenizer, module, self.vocab_size, self.name)
+        self.mask_token_id = introspect.mask_token(mask_token_id, tokenizer, inner, self.vocab_size, self.name)
+        self.begin_token_id = introspect.begin_token(begin_token_id, tokenizer, inner, self.vocab_size, self.name)
         if objective == "masked" and self.mask_token_id is None:
             raise RevprobeError(f"{self.name} is masked but names no mask token; pass mask_token_id=")
-        self.contract = contract_of(self) if check else Contract.taken_for_granted()
+        self.contract = contract_of(self, self._hiding) if check else Contract.taken_for_granted()
+        self._state = state_of(inner) if check else None
         self._check_direction()
-        self.logit_shift = introspect.logit_shift(logit_shift, objective, module, self.name)
+        self.logit_shift = introspect.logit_shift(logit_shift, objective, inner, self.name)
 
     def with_module(self, module: nn.Module, **provenance: Any) -> ProbedModel:
         """The same wrapping around another module of the same kind: a copy, an adapter put on, weights moved.
@@ -99,7 +103,31 @@ class ProbedModel(CalledModule):
         """
         other = copy.copy(self)
         other.__dict__ |= {"module": module, **provenance}
+        other._state = None if self._state is None else state_of(module)
         return other
+
+    @property
+    def _hiding(self) -> int | None:
+        """The token that hides targets."""
+        return self.mask_token_id if self.objective == "masked" else None
+
+    def current(self) -> ProbedModel:
+        """Itself, held to its contract again if its module's parts, settings or adapters are others since, or if
+        no token moved another's logits yet.
+
+        Raises: RevprobeError, as when it was wrapped.
+        """
+        if self._state is None:
+            return self
+        if (state := state_of(self.module)) != self._state or self.contract.reaches_back is None:
+            try:
+                self.contract, self._state = contract_of(self, self._hiding), state
+            except RevprobeError as error:
+                if error.__cause__ is None:
+                    raise
+                return self  # it cannot be run as it is now, which the caller's own run will say
+            self._check_direction()
+        return self
 
     def hide(self, token_ids: Tensor, is_target: Tensor) -> Tensor:
         """The sequence as the model may see it: targets masked; unchanged for a causal model, which reads before them.
@@ -131,22 +159,30 @@ class ProbedModel(CalledModule):
 
         Where padding would reach real tokens, rows of different lengths run apart, and padded rows are 0.
         """
+        if hasattr(self.module, "peft_config"):
+            self.current()  # another adapter brings other virtual tokens
         first, length = self.contract.placement.logits, input_ids.shape[1]
         if attention_mask is None or not self.contract.equal_lengths:
             return self.run(input_ids, attention_mask)[:, first : first + length]
         out: Tensor | None = None
-        lengths = attention_mask.sum(1)
+        seen = attention_mask.bool()
+        lengths = seen.sum(1)
         for size in lengths.unique().tolist():
-            rows = (lengths == size).nonzero()[:, 0]
-            logits = self.run(input_ids[rows, :size])[:, first : first + size]
+            rows, places = (seen & (lengths == size)[:, None]).nonzero(as_tuple=True)
+            logits = self.run(input_ids[rows, places].view(-1, size))[:, first : first + size]
             out = logits.new_zeros(*input_ids.shape, logits.shape[-1]) if out is None else out
-            out = out.index_put((rows[:, None], torch.arange(size, device=out.device)), logits)
+            out = out.index_put((rows, places), logits.flatten(0, 1))
         assert out is not None, "a batch has rows"
         return out
 
     def _check_direction(self) -> None:
         """Hold the objective against what the module does."""
         reaches = self.contract.reaches_back
+        if self.objective == "causal" and not self.contract.sees_itself:
+            raise RevprobeError(
+                f"{self.name} was wrapped as causal, but its logits at row i do not see token i: it shifts its input "
+                "inside; wrap a module that takes the tokens as they are"
+            )
         if reaches and self.objective == "causal":
             raise RevprobeError(
                 f"{self.name} was wrapped as causal, but a later token changes its earlier logits; use "
@@ -172,7 +208,16 @@ def as_probed(model: ProbedModel | nn.Module) -> ProbedModel:
     Raises: RevprobeError, for anything else, and for a masked module that names no mask token.
     """
     if isinstance(model, ProbedModel):
-        return model
+        return model.current()
     if not isinstance(model, nn.Module):
         raise RevprobeError(f"expected a model, got {type(model).__name__}; pass an nn.Module or load_model(...)")
-    return ProbedModel(model, objective="masked" if contract_of(CalledModule(model)).reaches_back else "causal")
+    called = CalledModule(model)
+    mask = introspect.mask_token(None, None, model, called.vocab_size, called.name)
+    reaches = contract_of(called, mask).reaches_back
+    stated = {True: "masked", False: "causal"}.get(reaches) if reaches is not None else introspect.objective(model)
+    if stated is None:
+        raise RevprobeError(
+            f"no token of {called.name} moves another's logits yet (weights still zero?), so it cannot be told which "
+            "way it reads; use ProbedModel(module, objective='masked' or 'causal')"
+        )
+    return ProbedModel(model, objective=stated)

@@ -9,10 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ..errors import RevprobeError, first_line
-from .configs import DreamConfig, LLaDAConfig
+from .configs import DreamConfig, LLaDAConfig, RaddConfig
+from .families.known import read_config
+from .families.radd import RADD
 from .hub import hub_options
 
 _LLADA_8B: dict[str, Any] = {
@@ -39,6 +41,13 @@ _DREAM_7B: dict[str, Any] = {
     "pad_token_id": 151643,
     "eos_token_id": 151643,
 }
+
+
+def _radd(hidden_size: int, n_blocks: int, n_heads: int) -> dict[str, Any]:
+    sizes = {"hidden_size": hidden_size, "n_blocks": n_blocks, "n_heads": n_heads, "length": 1024, "dropout": 0.02}
+    return RADD.to_config({"tokens": 50257, "model": sizes})
+
+
 # name on the hub -> (config class, settings)
 PUBLISHED: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "GSAI-ML/LLaDA-8B-Base": (LLaDAConfig, _LLADA_8B),
@@ -46,9 +55,11 @@ PUBLISHED: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "GSAI-ML/LLaDA-1.5": (LLaDAConfig, _LLADA_8B),
     "Dream-org/Dream-v0-Base-7B": (DreamConfig, _DREAM_7B),
     "Dream-org/Dream-v0-Instruct-7B": (DreamConfig, _DREAM_7B),
+    "JingyangOu/radd-lambda-dce": (RaddConfig, _radd(768, 12, 12)),
+    "JingyangOu/radd-t-dce": (RaddConfig, _radd(768, 12, 12)),
+    "JingyangOu/radd-lambda-dce-medium": (RaddConfig, _radd(1024, 24, 16)),
 }
-# All of them are published in bfloat16.
-PUBLISHED_DTYPE = "bfloat16"
+_DTYPES: dict[type[PreTrainedConfig], str] = {RaddConfig: "float32"}  # the others are published in bfloat16
 
 
 def published_config(name: str) -> PreTrainedConfig | None:
@@ -57,12 +68,17 @@ def published_config(name: str) -> PreTrainedConfig | None:
     return None if known is None else known[0](**known[1])
 
 
+def published_dtype(config: PreTrainedConfig) -> str:
+    """The dtype that the published checkpoints with a config of this class are stored in."""
+    return _DTYPES.get(type(config), "bfloat16")
+
+
 def config_of(source: str) -> PreTrainedConfig:
     """The config.json of a folder or hub name. Raises: RevprobeError, when it cannot be read."""
     folder = Path(source)
     place: str | Path = folder if folder.is_dir() else source
     try:
-        return AutoConfig.from_pretrained(place, trust_remote_code=False, **hub_options(place))
+        return read_config(place, **hub_options(place))[0]
     except Exception as error:
         raise RevprobeError(
             f"no config.json for {source!r} ({first_line(error)}); give a folder that has one, or one of the published "

@@ -1,9 +1,9 @@
 """RADD: a masked diffusion model without time conditioning, as a transformers model (Ou et al. 2025).
 
 A pre-norm bidirectional encoder. Position enters in one of five ways: `rope` rotates queries and keys, `alibi`
-adds -slope * |i - j| to the scores, `scalar` adds a learned number for each signed offset j - i (T5's bias without its
-buckets, so left and right can differ), `absolute` adds a learned vector to the embedding (so values depend on
-position), `none` leaves it out. The mask token can be read but is never predicted.
+adds -slope * |i - j| to the scores, `scalar` adds a learned number for each head and signed offset j - i to them (T5's
+relative bias without buckets), `absolute` adds a learned vector to the embedding (so values depend on position),
+`none` leaves it out. The mask token can be read but is never predicted.
 
 Shapes below: batch, seq, heads, head_dim, d_model, vocab.
 """
@@ -42,6 +42,12 @@ def alibi_bias(n_heads: int, length: int, *, dtype: torch.dtype, device: torch.d
     return (-alibi_slopes(n_heads).to(device)[:, None, None] * distance)[None].to(dtype)
 
 
+def signed_offsets(length: int, max_length: int, *, device: torch.device) -> Tensor:
+    """The row of the table of offsets for query i and key j: (j - i) + max_length - 1. Shapes: `-> seq seq`."""
+    positions = torch.arange(length, device=device)
+    return positions[None, :] - positions[:, None] + max_length - 1
+
+
 def rope_tables(config: RaddConfig, length: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin of position * theta_k, theta_k = base^(-2k/d), each plane twice as in Llama.
 
@@ -64,6 +70,11 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return states * cos[:, None].to(states.dtype) + turned * sin[:, None].to(states.dtype)
 
 
+def dropout_at(config: RaddConfig, site: str) -> nn.Dropout:
+    """Dropout at the config's rate where it names the site, else none."""
+    return nn.Dropout(config.dropout if site in config.dropout_sites else 0.0)
+
+
 class RaddAttention(nn.Module):
     """Bidirectional softmax attention through F.scaled_dot_product_attention, where the taps see it.
 
@@ -74,8 +85,7 @@ class RaddAttention(nn.Module):
 
     def __init__(self, config: RaddConfig) -> None:
         super().__init__()
-        self.n_heads = config.n_heads
-        self.dropout = config.dropout if "attention_weights" in config.dropout_sites else 0.0
+        self.n_heads, self.dropout = config.n_heads, dropout_at(config, "attention_weights")
         self.head_dim = config.d_model // config.n_heads
         self.scaling = self.head_dim**-0.5
         self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
@@ -96,7 +106,7 @@ class RaddAttention(nn.Module):
         )
         if position_embeddings is not None:
             query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout.p if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout)
         return self.o_proj(rearrange(mixed, "batch heads seq dim -> batch seq (heads dim)")), None
 
@@ -120,15 +130,13 @@ class RaddBlock(nn.Module):
         self.attention = RaddAttention(config)
         self.mlp_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
         self.mlp = RaddMLP(config)
-        self.dropout = nn.Dropout(config.dropout)
-        self.sites = frozenset(config.dropout_sites)
+        self.attention_dropout, self.mlp_dropout = dropout_at(config, "attention"), dropout_at(config, "mlp")
 
     def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor] | None, bias: Tensor | None) -> Tensor:
         normed = self.attention_norm(hidden)
         mixed, _ = self.attention(hidden_states=normed, position_embeddings=rope, attention_mask=bias)
-        hidden = hidden + (self.dropout(mixed) if "attention" in self.sites else mixed)
-        transformed = self.mlp(self.mlp_norm(hidden))
-        return hidden + (self.dropout(transformed) if "mlp" in self.sites else transformed)
+        hidden = hidden + self.attention_dropout(mixed)
+        return hidden + self.mlp_dropout(self.mlp(self.mlp_norm(hidden)))
 
 
 class RaddForMaskedLM(PreTrainedModel):
@@ -136,6 +144,11 @@ class RaddForMaskedLM(PreTrainedModel):
 
     `forward(input_ids, attention_mask=None, labels=None)` returns a MaskedLMOutput; `logits` have the shape
     `batch seq vocab`, position i predicting the token AT i (logit shift 0). `labels` use -100 for "no loss".
+
+    A new model with `initialization="published"` starts as RADD's own code does: linear weights and biases as torch
+    leaves them, U(-1/sqrt(fan_in), 1/sqrt(fan_in)); token embedding U(-1/sqrt(d_model), 1/sqrt(d_model)); the
+    unembedding and its bias zero; weights AND biases of LayerNorms one. The published model rotates and has no table
+    of positions or offsets; ours start like its token embedding.
 
     Raises: RevprobeError, for sequences longer than `max_length` (absolute encoding has no vector for them, and
         the other encodings were not trained there).
@@ -157,12 +170,12 @@ class RaddForMaskedLM(PreTrainedModel):
         self.blocks = nn.ModuleList(RaddBlock(config) for _ in range(config.n_layers))
         self.final_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout_at(config, "embedding")
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         if self.config.initialization == "published":
-            return self._published_weights(module)
+            return self._init_as_published(module)
         # N(0, 0.02) everywhere: zero-initialised output layers stall RoPE for thousands of steps.
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -172,19 +185,15 @@ class RaddForMaskedLM(PreTrainedModel):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
 
-    def _published_weights(self, module: nn.Module) -> None:
-        """Where RADD's own code starts (model/transformer.py): torch's own linear layers, an unembedding of zeros.
-
-        What it does not have, tables of positions and offsets, starts like its token embedding, U(-1, 1) / sqrt(width).
-        """
+    def _init_as_published(self, module: nn.Module) -> None:
+        # Source: ML-GSAI/RADD, model/transformer.py; kaiming_uniform with a = sqrt(5) is U(-1/sqrt(fan_in), ...).
         if module is self.lm_head:
-            nn.init.zeros_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
-            module.reset_parameters()
-        elif isinstance(module, nn.Embedding):
-            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            fan_in = module.in_features if isinstance(module, nn.Linear) else self.config.d_model
+            for parameter in module.parameters():
+                nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.ones_(module.bias)
@@ -203,7 +212,7 @@ class RaddForMaskedLM(PreTrainedModel):
         **_: Any,
     ) -> MaskedLMOutput:
         hidden = self._embed(input_ids)
-        bias = self._attention_bias(attention_mask, input_ids.shape[1], hidden)
+        bias = self._attention_bias(attention_mask, hidden)
         rope = (
             rope_tables(self.config, input_ids.shape[1], device=hidden.device)
             if self.config.position_encoding == "rope"
@@ -231,21 +240,18 @@ class RaddForMaskedLM(PreTrainedModel):
         hidden = self.embed_tokens(input_ids)
         if self.config.position_encoding == "absolute":
             hidden = hidden + self.embed_positions(torch.arange(length, device=input_ids.device)[None])
-        return self.dropout(hidden) if "embedding" in self.config.dropout_sites else hidden
+        return self.dropout(hidden)
 
-    def offset_bias(self, length: int) -> Tensor:
-        """The learned number of each head and signed offset j - i. Shapes: `-> 1 heads seq seq` (query i, key j)."""
-        place = torch.arange(length, device=self.embed_offsets.weight.device)
-        offsets = self.embed_offsets(place[None, :] - place[:, None] + self.config.max_length - 1)
-        return rearrange(offsets, "query key heads -> 1 heads query key")
-
-    def _attention_bias(self, attention_mask: Tensor | None, length: int, hidden: Tensor) -> Tensor | None:
-        """Distances, offsets and padded keys as one additive mask; None when there are none."""
-        bias = None
-        if self.config.position_encoding == "scalar":
-            bias = self.offset_bias(length).to(hidden.dtype)
+    def _attention_bias(self, attention_mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+        """What position adds to the scores, and padded keys, as one additive mask; None when there is neither."""
+        bias, (batch, length) = None, hidden.shape[:2]
         if self.config.position_encoding == "alibi":
             bias = alibi_bias(self.config.n_heads, length, dtype=hidden.dtype, device=hidden.device)
+        if self.config.position_encoding == "scalar":
+            offsets = signed_offsets(length, self.config.max_length, device=hidden.device)
+            # Looked up once and then repeated over the batch: there each example's gradient of the table stands apart.
+            bias = self.embed_offsets(offsets[None]).expand(batch, -1, -1, -1)
+            bias = rearrange(bias, "batch query key heads -> batch heads query key").to(hidden.dtype)
         if attention_mask is not None and not attention_mask.all():
             padded = torch.zeros(attention_mask.shape, dtype=hidden.dtype, device=hidden.device)
             padded = padded.masked_fill(attention_mask == 0, float("-inf"))[:, None, None, :]

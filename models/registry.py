@@ -14,27 +14,26 @@ from typing import Any
 
 import pandas as pd
 import torch
-from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..arguments import checked
 from ..errors import RevprobeError, did_you_mean, first_line, nearest, shown
 from .checkpoints import EMA, checkpoint_folder, has_checkpoints, step_of
-from .hub import hub_options, load_tokenizer, quiet_transformers
+from .families.known import PublishedFiles, read_config
+from .hub import chosen_tokenizer, download, hub_options, load_tokenizer, quiet_transformers, require_rows
 from .peft_adapters import base_of, is_adapter, put_on
 from .probed import OBJECTIVES, ProbedModel, as_probed
-from .strict_loading import require_match, require_shards_inside
+from .strict_loading import load_weights
 
 __all__ = ["ProbedModel", "as_probed", "list_models", "load_model", "quiet_transformers", "register_model"]
 
 Loader = Callable[..., ProbedModel | nn.Module]
 _LOADERS: dict[str, Loader] = {}
 _BUILT_IN = {
-    "radd": ("masked", "one-layer (or deeper) masked diffusion model, trained by `revprobe train`"),
+    "radd": ("masked", "trained by `revprobe train`, of one layer or more; radd-lambda-dce and others in its layout"),
     "llada": ("masked", "LLaDA-8B and models in its layout, from a folder or hub name"),
     "dream": ("masked", "Dream-7B, DiffuCoder and models in their layout, from a folder or hub name"),
     "gpt2": ("causal", "GPT-2 of any size, trained by `revprobe train` or loaded from transformers"),
@@ -89,6 +88,7 @@ def load_model(
     mask_token_id: int | str | None = None,
     logit_shift: int | None = None,
     begin_token_id: int | None = None,
+    tokenizer: Any = None,
     **options: Any,
 ) -> ProbedModel:
     """Load a model for probing.
@@ -102,10 +102,12 @@ def load_model(
         objective: only where the config fits both a causal and a masked language model.
         mask_token_id, logit_shift, begin_token_id: only where neither class, config nor tokenizer tells; a
             mask token by its id or its text.
+        tokenizer: a folder or hub name to read it from, or a tokenizer; the checkpoint's own by default. RADD's
+            checkpoints bring none (theirs is GPT-2's).
         options: passed on to the loader or to `from_pretrained` (device_map=, attn_implementation=, ...).
     Raises: RevprobeError, when there is nothing to load, an option is not known or does not apply, the weights are
-        pickled, truncated or do not match the
-        config, objective, mask token or shift cannot be found out, or the device is none that torch has here.
+        pickled, truncated or do not match the config, objective, mask token or shift cannot be found out, the tokenizer
+        asked for cannot be read or has more tokens than the model, or the device is none that torch has here.
     Warns: when there is a tokenizer that cannot be read, with the reason; only text pairs need it.
     """
     _require_device(device)
@@ -115,7 +117,8 @@ def load_model(
         "logit_shift": logit_shift,
         "begin_token_id": begin_token_id,
     }
-    asked = given | {"step": None if step == -1 else step, "weights": weights, "objective": objective} | options
+    asked = given | {"step": None if step == -1 else step, "weights": weights, "objective": objective}
+    asked |= {"tokenizer": tokenizer} | options
     asked = {key: value for key, value in asked.items() if value is not None}
     if not isinstance(source, str | Path):
         moved = {"dtype": dtype, "device": device}
@@ -124,18 +127,43 @@ def load_model(
         return _placed(_from_loader(str(source), asked), dtype, device)
     folder, name, at_step, which = _locate(source, step, weights)
     if isinstance(folder, Path) and is_adapter(folder):
+        options |= {"tokenizer": tokenizer}
         adapted = _adapted(folder, name, dtype, objective, given, options, {"step": at_step, "weights": which})
         return _placed(adapted, None, device)
+    given |= {"name": name, "step": at_step, "weights": which}
+    return _placed(_from_files(folder, dtype, objective, tokenizer, given, options), None, device)
+
+
+def _from_files(
+    folder: str | Path,
+    dtype: Any,
+    objective: str | None,
+    tokenizer: Any,
+    given: dict[str, Any],
+    options: dict[str, Any],
+) -> ProbedModel:
+    """A folder's or hub name's model with the tokenizer asked for, or its own. `given`: what ProbedModel is told."""
+    name = given["name"]
     with quiet_transformers():
-        hub = hub_options(folder)
-        config = _read_config(folder, name, hub)
+        hub = hub_options(folder) | {key: options.pop(key) for key in _ON_THE_HUB if key in options}
+        config, published = _read_config(folder, name, hub)
         objective = objective or stated_objective(config, name)
-        _require_class(config, objective, name)
-        module = _load_module(folder, config, objective, name, dtype, hub | options)
-        tokenizer = load_tokenizer(folder, name, **hub)
-    known = given | {"name": name, "step": at_step, "weights": which}
-    probed = ProbedModel(module, tokenizer, objective=objective, **known)
-    return _placed(probed, None, device)
+        kind = _class_of(config, objective, name, published)
+        if published is not None and isinstance(folder, str):
+            folder, hub = download(folder, **hub), {}
+        options = hub | options
+        try:
+            module = load_weights(folder, config, kind, published, dtype=dtype or "auto", **options)
+        except RevprobeError:
+            raise
+        except Exception as error:
+            raise RevprobeError(_why_not_loaded(error, folder, name, options)) from error
+        own = load_tokenizer(folder, name, **hub) if tokenizer is None else chosen_tokenizer(tokenizer)
+    probed = ProbedModel(module, own, objective=objective, **given)
+    probed.tokenizer_source = None if published is None else published.family.tokenizer
+    if tokenizer is not None:
+        require_rows(own, probed.vocab_size, name)
+    return probed
 
 
 def _adapted(
@@ -144,11 +172,13 @@ def _adapted(
     """An adapter on its base, with the adapter's own tokenizer where it brings one."""
     base = load_model(base_of(folder), dtype=dtype, objective=objective, **given, **options)
     with quiet_transformers():
-        own = load_tokenizer(folder, name)
+        own = load_tokenizer(folder, name) if options["tokenizer"] is None else base.tokenizer
     module = put_on(base.module, folder, own)
     known = {key: getattr(base, key) if value is None else value for key, value in given.items()}
     tokenizer = base.tokenizer if own is None else own
-    return ProbedModel(module, tokenizer, objective=base.objective, name=name, **known, **which)
+    probed = ProbedModel(module, tokenizer, objective=base.objective, name=name, **known, **which)
+    probed.tokenizer_source = base.tokenizer_source
+    return probed
 
 
 def _require_choices(dtype: torch.dtype | str | None, objective: str | None) -> None:
@@ -231,7 +261,9 @@ def _require_no_choice(name: str, step: int, weights: str | None) -> None:
             )
 
 
-def _read_config(folder: str | Path, name: str, options: dict[str, Any]) -> PreTrainedConfig:
+def _read_config(
+    folder: str | Path, name: str, options: dict[str, Any]
+) -> tuple[PreTrainedConfig, PublishedFiles | None]:
     if isinstance(folder, Path) and not (folder / "config.json").is_file():
         inside = sorted(p.name for p in folder.iterdir() if has_checkpoints(p) or (p / "config.json").is_file())
         some = ", ".join(str(folder / one) for one in inside[:3]) + (", ..." if len(inside) > 3 else "")
@@ -241,8 +273,7 @@ def _read_config(folder: str | Path, name: str, options: dict[str, Any]) -> PreT
             else f"{folder} is no model folder: it has no config.json; name a run, a checkpoint or a hub model"
         )
     try:
-        # False, not None: None would ask on the terminal whether to run the repository's code.
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+        return read_config(folder, **options)
     except RevprobeError:
         raise
     except Exception as error:
@@ -280,54 +311,24 @@ def stated_objective(config: PreTrainedConfig, name: str) -> str:
     )
 
 
+# Options of `from_pretrained` that say where on the hub, for config and tokenizer as for the weights.
+_ON_THE_HUB = ("revision", "cache_dir", "token")
 _NEITHER = (
     "is neither a masked nor a causal language model to transformers (an encoder-decoder, a classifier or another "
     "task's model); expected one of these, or wrap a module of your own with ProbedModel(module, objective=...)"
 )
 
 
-def _require_class(config: PreTrainedConfig, objective: str, name: str) -> None:
-    """There is a class to load this config as what was asked for. Raises: RevprobeError, saying what there is."""
+def _class_of(config: PreTrainedConfig, objective: str, name: str, published: PublishedFiles | None) -> Any:
+    """The class to load this config with as what was asked for. Raises: RevprobeError, saying what there is."""
     classes = {"masked": MODEL_FOR_MASKED_LM_MAPPING, "causal": MODEL_FOR_CAUSAL_LM_MAPPING}
     there = [kind for kind, known in classes.items() if known.get(type(config), None) is not None]
     if objective not in there:
         what = f"has no {objective} language model in transformers; pass objective={there[0]!r}" if there else _NEITHER
         raise RevprobeError(f"{name!r} ({type(config).__name__}) {what}")
-
-
-def _load_module(
-    folder: str | Path, config: PreTrainedConfig, objective: str, name: str, dtype: Any, options: dict[str, Any]
-) -> nn.Module:
-    auto = AutoModelForMaskedLM if objective == "masked" else AutoModelForCausalLM
-    if isinstance(folder, Path) and not any(folder.glob("model*.safetensors*")):
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
-        raise RevprobeError(
-            f"{folder} holds only pickled weights ({pickles[0]}), which can run code when read; convert them to "
-            "safetensors"
-            if pickles
-            else f"{folder} holds no model.safetensors; the checkpoint is missing or was cut off while being saved"
-        )
-    if isinstance(folder, Path):
-        require_shards_inside(folder)
-    elif isinstance(cached := try_to_load_from_cache(folder, SAFE_WEIGHTS_INDEX_NAME), str):
-        require_shards_inside(Path(cached).parent)
-    settings = {
-        "config": config,
-        "dtype": dtype or "auto",
-        "use_safetensors": True,
-        "output_loading_info": True,
-        "trust_remote_code": False,
-    }
-    try:
-        loaded: Any = auto.from_pretrained(folder, **settings, **options)
-    except RevprobeError:
-        raise
-    except Exception as error:
-        raise RevprobeError(_why_not_loaded(error, folder, name, options)) from error
-    module, info = loaded
-    # Published checkpoints of transformers' own classes may carry another task's head.
-    require_match(info, folder, strict=not type(module).__module__.startswith("transformers."))
-    return module.eval()
+    if published is not None:
+        return classes[objective][type(config)]  # an Auto class wants a folder to read tensors from
+    return AutoModelForMaskedLM if objective == "masked" else AutoModelForCausalLM
 
 
 def _why_not_loaded(error: Exception, folder: str | Path, name: str, options: dict[str, Any]) -> str:

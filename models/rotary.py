@@ -26,7 +26,7 @@ from ..hooks.attention import tap_queries
 from ..hooks.untouched import untouched
 from .configs import RaddConfig
 from .probed import ProbedModel
-from .structure import attention_of, parameter_roles
+from .structure import attention_of, parameter_roles, score_biases
 
 REPEATS = 8  # tokens of the run that checks, or as many as the model takes; the angles compared are the last one's
 TOKENS = 8  # different ones, since the embedding of a padding token may be zero
@@ -175,7 +175,8 @@ def _doubted(module: nn.Module, found: dict[int, LayerPositions]) -> dict[int, L
 
     What an absolute encoding adds shrinks against the residual stream with depth and, in bf16, drowns in it.
     """
-    table = next((name for name, place in parameter_roles(module).items() if place.role == "position"), None)
+    tables = [name for name, place in parameter_roles(module).items() if place.role == "position"]
+    table = next((name for name in tables if name not in score_biases(module)), None)
     doubted, other = {}, False
     for layer, positions in found.items():
         other = other or positions.kind == OTHER

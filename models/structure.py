@@ -23,9 +23,11 @@ from ..hooks.gradients.rules import has_rule
 from ..hooks.layer_numbers import LayerNumbers, layer_numbers
 from .contract.trial import ordinary_ids
 
+# A learned number for each offset, added to the scores and nowhere else: no embedding holds it.
+_SCORE_BIASES = r"(embed_offsets|relative_attention_bias)"
 # First match wins; matched against the parameter's path without the final ".weight"/".bias".
 _PATTERNS: tuple[tuple[str, str], ...] = (
-    ("position", r"(wpe|embed_positions|embed_offsets|position_embeddings|pos_emb\w*)$"),
+    ("position", rf"(wpe|embed_positions|position_embeddings|pos_emb\w*|{_SCORE_BIASES})$"),
     ("norm", r"(\w*norm\w*|ln_\w+|ln\d|LayerNorm)$"),
     ("unembed", r"((\w*lm_head|head)(\.\w+)*|unembed|decoder|embed_out|\w*predictions(\.\w+)*|vocab_\w+)$"),
     ("embed", r"(embed_tokens|wte|word_embeddings|tok_embeddings|token_type_embeddings|embed|embed_in|embeddings)$"),
@@ -85,6 +87,12 @@ def parameter_roles(module: nn.Module) -> dict[str, ParameterRole]:
     return {name: parameter_role(name) for name, _ in module.named_parameters()}
 
 
+def score_biases(module: nn.Module) -> list[str]:
+    """The parameters that give a learned number for each offset, which is added to the scores and nowhere else."""
+    names = [name for name, _ in module.named_parameters()]
+    return [name for name in names if re.search(rf"(^|\.){_SCORE_BIASES}$", _WRAPPERS.sub("", name))]
+
+
 class Runs(Protocol):
     """What is asked of a model here: a module, and how it is run on token ids (`models.probed.CalledModule`)."""
 
@@ -100,9 +108,10 @@ class Runs(Protocol):
 
 
 def attention_of(model: Runs, *, required: bool = True) -> Attention:
-    """Where a model attends, as two runs of three short sequences show; looked at once for each module.
+    """Where a model attends, as three runs of three short sequences show; looked at once for each module.
 
-    Looked at again when the module's parts or its attention implementation have changed.
+    Looked at again when the module's parts or its attention implementation have changed, and each time while its scores
+    are constants (zero-initialised queries): what they are made from shows only once they have been trained.
     Args:
         required: whether some of it must be readable.
     Raises: RevprobeError, when no attention can be read, and some is required.
@@ -113,7 +122,10 @@ def attention_of(model: Runs, *, required: bool = True) -> Attention:
     known = _ATTENTION.get(model.module)
     if known is None or known[0] != state:
         known = state, _surveyed(model, virtual)
-        _ATTENTION[model.module] = known
+        if known[1].told:
+            _ATTENTION[model.module] = known
+        else:
+            _ATTENTION.pop(model.module, None)
     return known[1].require(getattr(model, "name", "the model")) if required else known[1]
 
 

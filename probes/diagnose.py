@@ -117,10 +117,14 @@ def some_pairs(model: ProbedModel) -> ReversalPairs:
     length = min(_LENGTH, model.max_length or _LENGTH)
     if length < 4:
         raise RevprobeError(f"{model.name} takes {length} tokens; a pair needs 4")
-    ids = ordinary_ids(model, 2 * _LENGTH)
+    ids = [i for i in ordinary_ids(model, 2 * _LENGTH) if i != model.mask_token_id]
+    if len(ids) < 3:
+        raise RevprobeError(f"{model.name} has {len(ids)} ordinary tokens; pairs to try it on need 3")
+    asked, given = (1, -2) if model.objective == "masked" else (-1, 1)
     pairs = []
     for fact in range(_FACTS):
-        one, other = ([ids[(fact * step + k * (1 + fact)) % len(ids)] for k in range(length)] for step in (3, 5))
+        one, other = ([ids[(fact * step + k) % len(ids)] for k in range(length)] for step in (1, 2))
+        one[asked], one[given] = ids[(fact + 2) % len(ids)], ids[fact % len(ids)]
         if model.objective == "masked":
             other[1], other[-2] = one[-2], one[1]
             forward, reverse = Query(one, [1], [length - 2]), Query(other, [length - 2], [1])
@@ -137,13 +141,18 @@ class _Examination:
 
     def __init__(self, model: ProbedModel) -> None:
         self.model, self.contract = model, model.contract
-        self.pairs = some_pairs(model)
         narrow = self.contract.narrowed or model.dtype
         self.agrees = _AGREES if narrow.itemsize >= 4 else _ROUNDINGS * torch.finfo(narrow).eps
         self.answers = dict(_NONE)
 
     def diagnosis(self) -> Diagnosis:
-        lines = [*self._wrapping(), *self._probes(), *self._other_arithmetic()]
+        lines = [*self._wrapping()]
+        try:
+            self.pairs = some_pairs(self.model)
+        except RevprobeError as error:
+            lines.append(Line("pairs", REFUSED, float("nan"), str(error)))
+        else:
+            lines += [*self._probes(), *self._other_arithmetic()]
         return Diagnosis(self.model.name, _table(lines), self.answers)
 
     def _wrapping(self) -> Iterator[Line]:
@@ -177,8 +186,9 @@ class _Examination:
         for name, check in checks.items():
             try:
                 lines = list(check())
-            except RevprobeError as error:
-                lines = [Line(name, REFUSED, float("nan"), str(error))]
+            except Exception as error:  # a line of the table, whatever it is
+                told = str(error) if isinstance(error, RevprobeError) else first_line(error)
+                lines = [Line(name, REFUSED, float("nan"), told)]
             self.answers[name] = not any(line.result == REFUSED for line in lines)
             yield from lines
 
@@ -227,7 +237,11 @@ class _Examination:
         if len(weights) != len(frame):
             return Line(check, REFUSED, nan, "eager attention shows other layers or heads")
         sides = [f"weight_{side}" for side in ("forward", "reverse")]
-        apart = float(np.nanmax(np.abs(frame[sides].to_numpy() - weights[sides].to_numpy()), initial=0.0))
+        own, other_way = frame[sides].to_numpy(), weights[sides].to_numpy()
+        both = np.isfinite(own) & np.isfinite(other_way)
+        if not both.any():
+            return Line(check, NOT_RUN, nan, "its eager attention shows none of these weights")
+        apart = float(np.abs(own - other_way)[both].max())
         return self._judged(check, apart, "weights, as loaded and by eager attention")
 
     def _gradient(self) -> Iterator[Line]:
@@ -243,12 +257,12 @@ class _Examination:
 
     def _autograd(self, reading: Reading) -> Line:
         """The first pair's cosine beside plain autograd's."""
-        parameters = list(self.model.module.parameters())
+        parameters = [p for _, p in self._named()]
         needed = 2 * sum(p.numel() * max(4, p.element_size()) for p in parameters)
         if needed > _SHARE * _free(self.model.device):
             return Line("gradients", NOT_RUN, float("nan"), f"plain gradients take {needed / 1e9:.1f} GB")
         for parameter in parameters:
-            parameter.requires_grad_(parameter.is_floating_point())  # put back when the examination ends
+            parameter.requires_grad_(True)  # put back when the examination ends
         with torch.enable_grad():
             one, other = (
                 torch.autograd.grad(self._loss(query), parameters, materialize_grads=True)
@@ -257,8 +271,15 @@ class _Examination:
         inner, *norms = (_inner(*two) for two in ((one, other), (one, one), (other, other)))
         expected = inner / (norms[0] * norms[1]) ** 0.5 if min(norms) > 0 else float("nan")
         frame = reading.frame[reading.frame["pair"] == 0]
+        norms_by = frame.groupby("parameter")["norm_forward"].apply(lambda each: float((each**2).sum() ** 0.5))
+        plain = {name: float(g.norm()) for (name, _), g in zip(self._named(), one, strict=True)}
+        worst = max(abs(norm - plain[str(name)]) for name, norm in norms_by.items()) / norms[0] ** 0.5
         mine = frame["inner"].sum() / (frame["norm_forward"].pow(2).sum() * frame["norm_reverse"].pow(2).sum()) ** 0.5
-        return self._judged("gradients", abs(mine - expected), "cosine of a pair, and by plain autograd")
+        note = "cosine of a pair and norms of every parameter, and by plain autograd"
+        return self._judged("gradients", max(abs(mine - expected), worst), note)
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.model.module.named_parameters() if p.is_floating_point()]
 
     def _other_arithmetic(self) -> Iterator[Line]:
         """How far the logits move in bfloat16 (a float32 model) or float32 (any other)."""

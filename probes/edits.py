@@ -61,10 +61,10 @@ def edit_attention(
         )
     attention, ahead = attention_of(model), model.contract.placement.ahead
     chosen = choose_layers(model, attention, layers)
-    at_rows, at_columns = at_rows + ahead[0], at_columns + ahead[1]  # behind an adapter's virtual tokens
     keep, last = choose_heads(model, attention, heads), int(at_columns.max())
 
-    def change(layer: int, scores: Tensor) -> Tensor:
+    def change(layer: int, whole: Tensor) -> Tensor:
+        scores = whole[..., ahead[1] :]  # an adapter's virtual tokens stand before the query's
         if last >= scores.shape[-1]:
             raise RevprobeError(
                 f"columns name position {last}, but layer {layer} attends over {scores.shape[-1]} tokens; expected 0 "
@@ -75,9 +75,9 @@ def edit_attention(
         index = at_columns.to(scores.device)[:, None, None].expand(*scores.shape[:3], -1)
         kept = torch.tensor([head in keep for head in range(scores.shape[1])], device=scores.device)
         added = torch.where(kept[:, None, None], added, 0.0).expand_as(index)
-        return torch.zeros_like(scores).scatter(-1, index, added)
+        return torch.zeros_like(whole).scatter(-1, index + ahead[1], added)
 
-    with edit_scores(model.module, attention, at_rows, change, layers=chosen) as log:
+    with edit_scores(model.module, attention, at_rows, change, layers=chosen, ahead=ahead[0]) as log:
         yield log
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
@@ -12,7 +14,7 @@ from ..models.probed import ProbedModel, as_probed
 from .attention import attention_reading, readable_layers
 from .gradient import chosen_parameters, gradient_reading
 from .pairs.pairs import ReversalPairs
-from .passes.plan import Plan, Progress, Share
+from .passes.plan import PassResult, Plan, Progress, Share
 from .passes.run import run_pass
 from .passes.selection import listed
 from .probability import probability_reading
@@ -73,22 +75,23 @@ def probe(
         layers = readable_layers(model, layers) if "attention" in wanted else listed("layer", layers)
     names = chosen_parameters(model, parameters, layers) if "gradient" in wanted else None
     taken: dict[str, Reading] = {}
+    asked = Plan(
+        mode=mode,
+        parameters=names,
+        control=control,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+        share=share,
+    )
+    makers: dict[str, Callable[[ProbedModel, PassResult, Plan], Reading]] = {
+        "attention": partial(attention_reading, layers=layers),
+        "gradient": gradient_reading,
+        "probability": probability_reading,
+    }
     for members, own in lists_read(pairs, wanted):
-        plan = Plan(
-            **{name: name in members for name in PROBES},
-            mode=mode,
-            parameters=names,
-            control=control,
-            batch_size=batch_size,
-            seed=seed,
-            progress=progress,
-            share=share,
-        )
+        attention, gradient, probability = (name in members for name in PROBES)
+        plan = replace(asked, attention=attention, gradient=gradient, probability=probability)
         result = run_pass(model, own, plan)
-        makers = {
-            "attention": lambda: attention_reading(model, result, plan, layers),  # noqa: B023
-            "gradient": lambda: gradient_reading(model, result, plan),  # noqa: B023
-            "probability": lambda: probability_reading(model, result, plan),  # noqa: B023
-        }
-        taken |= {name: makers[name]() for name in members}
+        taken |= {name: makers[name](model, result, plan) for name in members}
     return Readings(taken[name] for name in PROBES if name in taken)

@@ -73,7 +73,7 @@ def make_pairs(
 
 def require_entities_fit(facts: pd.DataFrame, columns: Sequence[str], model: ProbedModel) -> None:
     """Raises: RevprobeError, naming row and column, for an entity of more tokens than the model's context."""
-    tokenizer = require_fast_tokenizer(model.tokenizer, model.name)
+    tokenizer = require_fast_tokenizer(model)
     if model.max_length is None:
         return
     for column in columns:
@@ -89,7 +89,7 @@ def require_entities_fit(facts: pd.DataFrame, columns: Sequence[str], model: Pro
 
 def require_texts_fit(texts: Sequence[tuple[str, str]], model: ProbedModel) -> None:
     """Raises: RevprobeError, naming the row, for a text (row, text) of more tokens than the model's context."""
-    tokenizer = require_fast_tokenizer(model.tokenizer, model.name)
+    tokenizer = require_fast_tokenizer(model)
     if model.max_length is None:
         return
     ids = tokenizer([text for _, text in texts], verbose=False)["input_ids"]

@@ -104,21 +104,29 @@ def _in_its_dialect(text: str, delimiter: str, path: Path) -> tuple[list[_Row], 
     """The rows, and what is to be known of how they were read."""
     if '"' not in text:
         return _parse(text, delimiter, quoting=csv.QUOTE_NONE), []
-    problems: list[Problem] = []
-    before_marks = re.search(rf'(?m)(?:^|{delimiter}) +"', text)
-    if before_marks:
-        line = text.count("\n", 0, before_marks.end()) + 1
-        problems.append(Problem(f"line {line}", "", "blanks_before_quotes", before_marks.group()))
+    closed, problems = _without_blanks_before_quotes(text, delimiter)
     try:
-        quoted = _parse(text, delimiter, skipinitialspace=before_marks is not None)
+        quoted = _parse(closed, delimiter)
     except _StrayMark as stray:
         literal = _parse(text, delimiter, quoting=csv.QUOTE_NONE) if delimiter == "\t" else []
         if literal and not any(_DOUBLED.fullmatch(cell) for row in literal for cell in row.cells):
             return literal, []
         raise _told(stray, text, delimiter, path) from None
     if delimiter == "\t":
-        problems += _unneeded_marks(quoted, text, path)
+        problems += _unneeded_marks(quoted, closed, path)
     return quoted, problems
+
+
+def _without_blanks_before_quotes(text: str, delimiter: str) -> tuple[str, list[Problem]]:
+    """The text with quoted cells that begin where their cell does, and those that did not; no other cell is touched."""
+    pieces, problems, end, line = [], [], 0, 1
+    for quoted in re.finditer(rf'(?<![^{delimiter}\r\n])( *+)"(?:[^"]|"")*+"', text):
+        if quoted[1]:
+            line += text.count("\n", end, quoted.start())
+            problems.append(Problem(f"line {line}", "", "blanks_before_quotes", quoted[0]))
+            pieces.append(text[end : quoted.start()])
+            end = quoted.end(1)
+    return "".join([*pieces, text[end:]]), problems
 
 
 def _parse(text: str, delimiter: str, **dialect: Any) -> list[_Row]:

@@ -51,6 +51,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
     pairs = rp.letter_pairs(5, model=model)[:4]
     same = rp.letter_pairs(5, model=masked)[:4]
     scores, stored = rp.probe_attention_correlation(model, pairs), rp.probe_stored_evidence(masked, same)
+    terms = rp.objective_terms(masked, rp.letters(2))
     table = pd.DataFrame({"target": ["Ann", "Bob"], "evidence": ["Cy", "Di"]})
     asked = {"model": model, "pairs": pairs}
     relation = rp.invented_names()
@@ -91,6 +92,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "decoded_match": (rp.decoded_match, {"model": model, "questions": relation.questions("P2C")[:1]}),
         "edit_attention": (rp.edit_attention, {"model": model, "rows": [[3]], "columns": [[0]]}),
         "fine_tune": (rp.fine_tune, {"config": "none", "folder": folder / "f"}),
+        "foretelling": (rp.foretelling, {"table": table}),
         "from_table": (rp.from_table, {"source": table, "columns": ["target", "evidence"], "templates": {}}),
         "letter_pairs": (rp.letter_pairs, {"length": 5, "model": model}),
         "letter_tokenizer": (rp.letter_tokenizer, {"alphabet": 3}),
@@ -99,6 +101,9 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "logit_contributions": (rp.logit_contributions, {"reading": stored}),
         "model_frequencies": (rp.model_frequencies, {"model": masked}),
         "model_theory": (rp.model_theory, {"model": masked, "distances": [1], "samples": 4}),
+        "objective_classes": (rp.objective_classes, {"reading": terms, "by": "priced"}),
+        "objective_steps": (rp.objective_steps, {"model": masked, "relation": rp.letters(2)}),
+        "objective_terms": (rp.objective_terms, {"model": masked, "relation": rp.letters(3)}),
         "one_layer_gpt2": (rp.one_layer_gpt2, {"d_model": 8}),
         "one_step": (rp.one_step, {"run": folder / "none"}),
         "one_step_curves": (rp.one_step_curves, {"table": table}),
@@ -108,7 +113,9 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "pairs_from_frame": (rp.pairs_from_frame, {**words, "frame": table}),
         "parent_child": (rp.parent_child, {"path": folder / "none"}),
         "person_description": (rp.person_description, {"path": folder / "none"}),
+        "placeholder_storage": (rp.placeholder_storage, {"run": folder / "none"}),
         "plan_memory": (rp.plan_memory, {"module": model.module, "batch": 1, "tokens": 4}),
+        "pressure": (rp.pressure, {"run": folder / "none"}),
         "probe": (rp.probe, {**asked, "only": ["probability"]}),
         "probe_attention_correlation": (rp.probe_attention_correlation, asked),
         "probe_gradient_cosine": (rp.probe_gradient_cosine, asked),

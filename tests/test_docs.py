@@ -92,7 +92,8 @@ def test_the_guide_runs(pages, tmp_path, monkeypatch):
     config = {"name": run.name, "relation": {"length": 10, "alphabet": 9}, "model": small, "training": training}
     revprobe.train(RunConfig(**config, snapshots={"steps": [1]}), run)
     names: dict[str, object] = {}
-    for page in ("quick-start.md", "probes.md", "storage-and-routes.md", "theory.md", "runs.md", "figures.md"):
+    guide = ("quick-start.md", "probes.md", "storage-and-routes.md", "objective-terms.md", "theory.md", "runs.md")
+    for page in (*guide, "figures.md"):
         for place, code in enumerate(blocks(pages[page])):
             code = re.sub(r"length=\d+", "length=4, alphabet=9", code)
             exec(compile(code, f"{page}, block {place}", "exec"), names)

@@ -44,6 +44,7 @@ PUBLIC = [
     "diagnose",
     "edit_attention",
     "fine_tune",
+    "foretelling",
     "from_table",
     "invented_names",
     "letter_pairs",
@@ -54,6 +55,9 @@ PUBLIC = [
     "logit_contributions",
     "model_frequencies",
     "model_theory",
+    "objective_classes",
+    "objective_steps",
+    "objective_terms",
     "one_layer_gpt2",
     "one_step",
     "one_step_curves",
@@ -63,7 +67,9 @@ PUBLIC = [
     "pairs_from_frame",
     "parent_child",
     "person_description",
+    "placeholder_storage",
     "plan_memory",
+    "pressure",
     "probe",
     "probe_attention_correlation",
     "probe_gradient_cosine",
@@ -93,6 +99,7 @@ PUBLIC = [
     "with_bounds",
 ]
 EXAMPLES = {"examples/one_layer.yaml", "examples/one_layer_quick.yaml", "examples/robustness.yaml"}
+EXAMPLES |= {"examples/negative_evidence.yaml", "examples/one_layer_published.yaml", "examples/pressure.yaml"}
 EXAMPLES |= {"examples/llada_8b_parent_child.yaml"}
 EXAMPLES |= {"examples/finetune_tiny.yaml", "examples/table7.yaml", "examples/fsdp.yaml"}
 DATA = {"relations/data/invented_names.csv", "relations/data/trex_templates.csv"}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from ...errors import RevprobeError
 from ...hooks.untouched import untouched
-from ...models.checkpoints import checkpoint_folder
+from ...models.checkpoints import checkpoint_folder, step_of
 from ...models.probed import ProbedModel
 from ..runs.one_layer import OneLayerRun, build_trainer
 from ..runs.run import pinned_threads
@@ -44,20 +46,9 @@ def next_step(run: OneLayerRun, step: int = -1, *, learning_rate: float | None =
         raise RevprobeError(f"step {step} is the last of {run.path}; pass learning_rate= to take another")
     before = run.load(step, "raw")
     with untouched(before.module), pinned_threads(run.config.training.threads):
-        trainer, *_ = build_trainer(run, None)
+        trainer, saved = trainer_at(run, checkpoint, before, learning_rate=learning_rate)
         module = trainer.model
-        assert module is not None, "build_trainer gives it one"
-        before.module.to(trainer.args.device)
-        module.to(trainer.args.device)
-        module.load_state_dict(before.module.state_dict())
-        trainer.create_optimizer_and_scheduler(num_training_steps=run.config.training.steps)
-        saved = not missing_state(checkpoint)
-        if saved:
-            trainer._load_optimizer_and_scheduler(str(checkpoint))
-        assert trainer.optimizer is not None and trainer.lr_scheduler is not None, "they were created just before"
-        # The rate of step number `step` by the run's schedule, unless one is asked for.
-        for group, schedule in zip(trainer.optimizer.param_groups, trainer.lr_scheduler.lr_lambdas, strict=True):
-            group["lr"] = group["initial_lr"] * schedule(step) if learning_rate is None else learning_rate
+        assert module is not None and trainer.optimizer is not None, "trainer_at gives it both"
         rate = float(trainer.optimizer.param_groups[0]["lr"])
         if saved:  # last: dropout then draws what the run drew
             trainer._load_rng_state(str(checkpoint))
@@ -68,17 +59,57 @@ def next_step(run: OneLayerRun, step: int = -1, *, learning_rate: float | None =
     return Step(start, end, update, rate, "saved" if saved else "fresh")
 
 
-def _take_step(trainer: ForwardOnlyTrainer, step: int) -> None:
-    """Loss, gradient, clipping and update as in the run, on the rows and masks the run drew there."""
-    module, arguments = trainer.model, trainer.args
-    assert module is not None and trainer.optimizer is not None, "the caller made both"
+def trainer_at(
+    run: OneLayerRun, checkpoint: Path, before: ProbedModel, *, learning_rate: float | None = None
+) -> tuple[ForwardOnlyTrainer, bool]:
+    """The run's trainer as it stands at a checkpoint, with a copy of its weights, and whether the optimizer's state is
+    the saved one; the caller holds the random generators.
+
+    Args:
+        before: the checkpoint's raw model.
+        learning_rate: instead of the schedule's.
+    """
+    trainer, *_ = build_trainer(run, None)
+    module = trainer.model
+    assert module is not None, "build_trainer gives it one"
+    before.module.to(trainer.args.device)
+    module.to(trainer.args.device)
+    module.load_state_dict(before.module.state_dict())
+    trainer.create_optimizer_and_scheduler(num_training_steps=run.config.training.steps)
+    saved = not missing_state(checkpoint)
+    if saved:
+        trainer._load_optimizer_and_scheduler(str(checkpoint))
+    assert trainer.optimizer is not None and trainer.lr_scheduler is not None, "they were created just before"
+    step = step_of(checkpoint) or 0
+    # The rate of step number `step` by the run's schedule, unless one is asked for.
+    for group, schedule in zip(trainer.optimizer.param_groups, trainer.lr_scheduler.lr_lambdas, strict=True):
+        group["lr"] = group["initial_lr"] * schedule(step) if learning_rate is None else learning_rate
+    return trainer, saved
+
+
+def batches(trainer: ForwardOnlyTrainer, step: int, count: int = 1) -> Iterator[Tensor]:
+    """The rows of the run's next steps, in its order. Shapes: `-> batch seq` each."""
     table = cast(TokenRows, trainer.train_dataset)  # build_trainer's own
-    size = trainer.get_total_train_batch_size(arguments)
-    order = Permutations(len(table), (step + 1) * size, arguments.seed)
-    rows = table.__getitems__(list(islice(order, step * size, None)))
+    size = trainer.get_total_train_batch_size(trainer.args)
+    order = islice(Permutations(len(table), (step + count) * size, trainer.args.seed), step * size, None)
+    for _ in range(count):
+        yield table.__getitems__(list(islice(order, size)))
+
+
+def backward(trainer: ForwardOnlyTrainer, step: int, rows: Tensor) -> float:
+    """Loss and gradient as in the run, clipped, on the masks the run drew there; the norm before the clip."""
+    module, arguments = trainer.model, trainer.args
+    assert module is not None, "the caller made it"
     trainer.state.global_step = step
     module.train()
     loss = trainer.compute_loss(module, {"input_ids": rows.to(arguments.device)})
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(module.parameters(), arguments.max_grad_norm)
+    limit = arguments.max_grad_norm or float("inf")  # 0 clips nothing
+    return float(torch.nn.utils.clip_grad_norm_(module.parameters(), limit))
+
+
+def _take_step(trainer: ForwardOnlyTrainer, step: int) -> None:
+    """Loss, gradient, clipping and update as in the run."""
+    assert trainer.optimizer is not None, "the caller made it"
+    backward(trainer, step, next(batches(trainer, step)))
     trainer.optimizer.step()

@@ -175,7 +175,7 @@ def _loss_changes(
     elsewhere = {side: np.full(len(pairs), -1) for side in own}
     for side, index in own.items():
         for pair in np.flatnonzero(partner >= 0):
-            moved = _with_target(queries[index[partner[pair]]], queries[index[pair]].target)
+            moved = with_target(queries[index[partner[pair]]], queries[index[pair]].target)
             elsewhere[side][pair] = asked.setdefault(moved, len(asked))
     before = loss_slopes(step.before, list(asked), [step.update], batch_size=batch_size)
     observed = loss_slopes(step.after, list(asked), batch_size=batch_size).loss - before.loss
@@ -187,7 +187,7 @@ def _loss_changes(
         yield side, columns | {"reason": ""}
 
 
-def _with_target(query: Query, target: tuple[int, ...]) -> Query:
+def with_target(query: Query, target: tuple[int, ...]) -> Query:
     """The query asked for another target, of as many tokens."""
     tokens = list(query.token_ids)
     for position, token in zip(query.target_positions, target, strict=True):

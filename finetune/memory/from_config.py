@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from ...errors import RevprobeError, first_line
 from ...models.hub import quiet_transformers
 from ...models.probed import ProbedModel
-from ...models.published import PUBLISHED_DTYPE, config_of, published_config
+from ...models.published import config_of, published_config, published_dtype
 from ...models.registry import stated_objective
 from ..config.finetuning import FinetuneConfig, FinetunedModel
 from ..runs.finetune_setup import text_relation
@@ -109,7 +109,7 @@ def on_meta(chosen: FinetunedModel) -> tuple[nn.Module, str]:
     name = str(chosen.name)
     known = None if Path(name).is_dir() else published_config(name)
     settings = known if known is not None else config_of(name)
-    stated = PUBLISHED_DTYPE if known is not None else getattr(settings, "dtype", None) or "float32"
+    stated = published_dtype(known) if known is not None else getattr(settings, "dtype", None) or "float32"
     dtype = getattr(torch, chosen.dtype or str(stated).removeprefix("torch."))
     objective = stated_objective(settings, name)
     auto = AutoModelForMaskedLM if objective == "masked" else AutoModelForCausalLM

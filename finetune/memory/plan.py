@@ -23,7 +23,7 @@ from ...errors import RevprobeError
 from ...hooks.gradients.products import _CHUNK
 from ...hooks.untouched import untouched
 from ...models.contract.called import CalledModule
-from ...models.peft_adapters import is_adapter_parameter
+from ...models.peft_adapters import adapter_parameters
 from ...probes.pairs.query import Query
 from ...probes.passes.batches import queries_per_batch
 from .live_bytes import AnsweredYes, LiveBytes, fused_attention
@@ -109,7 +109,8 @@ def plan_memory(
     probe_tokens = probe_tokens or tokens
     query = Query.unchecked(range(probe_tokens), (0,), (1,))
     probe_batch = probe_batch or queries_per_batch(CalledModule(module), [query])
-    adapters = sum(_size(p) for name, p in module.named_parameters() if is_adapter_parameter(name))
+    theirs = set(adapter_parameters(module))
+    adapters = sum(_size(p) for name, p in module.named_parameters() if name in theirs)
     always = {
         "weights": _weights(module, four_bit) - adapters,
         "adapters": adapters,

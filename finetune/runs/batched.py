@@ -326,7 +326,7 @@ class Batch:
 
     def _read_answers(self) -> None:
         """Of every run that is going, from its own slice of the stack."""
-        for place, member in self.going:
+        for place, member in self._sound():
             with self.problems.of(member.run):
                 self._unstack_weights(place, member)
                 member.answers.take(member.model, self.step)
@@ -352,8 +352,14 @@ class Batch:
 
     def _write_snapshots(self) -> None:
         """Readings, then the checkpoint, of every run that is going and whose loss has not broken since the last."""
-        losses, sound_until = self._losses.tolist(), self._sound_until.tolist()
         self._log_steps()
+        for place, member in self._sound():
+            with self.problems.of(member.run):
+                self._write_snapshot(place, member)
+
+    def _sound(self) -> list[tuple[int, _Member]]:
+        """The members that are going, once those whose loss has broken since this was last asked are told of it."""
+        losses, sound_until = self._losses.tolist(), self._sound_until.tolist()
         for place, member in self.going:
             with self.problems.of(member.run):
                 if not math.isfinite(losses[place]):
@@ -361,7 +367,7 @@ class Batch:
                         f"the training loss of {member.run.path.name} is {losses[place]} at step "
                         f"{sound_until[place] + 1}; lower learning_rate or raise warmup_steps"
                     )
-                self._write_snapshot(place, member)
+        return self.going
 
     def _write_snapshot(self, place: int, member: _Member) -> None:
         """Of one run, from its own slice of the stack."""

@@ -56,7 +56,7 @@ def _comes_as_far(source: Path, config: RunConfig, step: int, shared: list[int])
 
 
 def _until_the_switch(config: RunConfig) -> dict[str, Any]:
-    own = {"name": True, "snapshots": True, "training": {"steps", "switch"}}
+    own: Any = {"name": True, "snapshots": True, "training": {"steps", "switch"}}
     return config.model_dump(exclude=own)
 
 

@@ -185,7 +185,6 @@ def build_trainer(
     name = run.path.resolve().name
     wrapping: dict[str, Any] = {"tokenizer": tokenizer, "objective": config.model.objective, "name": name}
     pairs = run.pairs(ProbedModel(model, **wrapping))
-    wrapping["check"] = False  # it was, just now
     done = () if checkpoint is None else (step_of(checkpoint) or 0,)
     answers = AnswersCallback(run.relation, run.path / ANSWERS, steps=config.answer_steps, ema=trainer.ema, **wrapping)
     steps = config.snapshot_steps

@@ -80,7 +80,7 @@ class StatementRows(Dataset[TokenRow]):
         if not statements:
             raise RevprobeError("no training statement; a relation needs at least one fact that is not held out")
         self.model, self.options = model, options
-        self.tokenizer = require_fast_tokenizer(model.tokenizer, model.name)
+        self.tokenizer = require_fast_tokenizer(model)
         if self.tokenizer.eos_token_id is None:
             raise RevprobeError(
                 f"the tokenizer of {model.name} has no end token, so no answer could end; set tokenizer.eos_token"
@@ -88,8 +88,11 @@ class StatementRows(Dataset[TokenRow]):
         texts = encode_texts(self.tokenizer, [statement.text for statement in statements])
         prompts = encode_texts(self.tokenizer, [one.text[: one.prompt_length] for one in statements])
         self.rows: list[TokenRow] = []
-        for statement, text, prompt in zip(statements, texts, prompts, strict=True):
-            self.rows += self._rows_of(statement, text, prompt)
+        self.origins: list[int] = []  # the place of each row's statement among them
+        for place, (statement, text, prompt) in enumerate(zip(statements, texts, prompts, strict=True)):
+            made = self._rows_of(statement, text, prompt)
+            self.rows += made
+            self.origins += [place] * len(made)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, get_scheduler
 from transformers.modeling_outputs import MaskedLMOutput
 
 from ...models.configs import RaddConfig
-from ...models.radd import RaddForMaskedLM, alibi_bias, rope_tables
+from ...models.radd import RaddForMaskedLM, alibi_bias, rope_tables, signed_offsets
 from .ema import MovingAverage
 from .objectives import causal_loss, price_masks
 from .trainer import ForwardOnlyTrainer
@@ -46,9 +46,9 @@ class _AnyEncoding(RaddForMaskedLM):
         uses_offsets: Tensor,
     ) -> MaskedLMOutput:
         hidden = self.embed_tokens(input_ids) + uses_table * self.embed_positions.weight[: input_ids.shape[1]]
-        if "embedding" in self.config.dropout_sites:
-            hidden = self.dropout(hidden)
-        bias = bias + uses_offsets * self.offset_bias(input_ids.shape[1])
+        hidden = self.dropout(hidden)
+        offsets = signed_offsets(input_ids.shape[1], self.config.max_length, device=hidden.device)
+        bias = bias + uses_offsets * self.embed_offsets(offsets[None]).permute(0, 3, 1, 2)
         for block in self.blocks:
             hidden = block(hidden, rope, bias)
         logits = self.lm_head(self.final_norm(hidden))
@@ -86,11 +86,10 @@ class StackedModels:
         """
         stacked = dict(zip(self.names, self.weights, strict=True))
         one = self._causal if self.mask_token_id is None else self._masked
-        # The math kernel is the one that batches over models. All lose the same units to dropout, so that runs of one
-        # seed differ in their dials alone.
+        # The math kernel is the one that batches over models; dropout differs between them as between separate runs.
         with sdpa_kernel(SDPBackend.MATH):
             inputs = (token_ids, weights, *masks)
-            batched: Tensor = torch.vmap(one, randomness="same")(stacked, self._encodings, *inputs)
+            batched: Tensor = torch.vmap(one, randomness="different")(stacked, self._encodings, *inputs)
         return batched
 
     def optimizer(self, trainers: Sequence[ForwardOnlyTrainer]) -> tuple[Optimizer, LRScheduler]:

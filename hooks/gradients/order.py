@@ -238,6 +238,16 @@ def _rows(examples: Tensor, batch: int) -> Rows:
     return Rows(index, valid)
 
 
+def _permutes(node: Any, batch: int) -> bool:
+    """Whether a product multiplies examples by a constant table as large as the batch, which may reorder them."""
+    if not node.name().startswith(("Mm", "Bmm", "Addmm", "Baddbmm")) or all(
+        f is not None for f, _ in node.next_functions
+    ):
+        return False
+    sizes = (getattr(node, key, None) for key in dir(node) if key.startswith("_saved_") and key.endswith("_sizes"))
+    return any(size is not None and tuple(size)[-2:] == (batch, batch) for size in sizes)
+
+
 def _signature(calls: Sequence[Call], batch: int, outputs: Sequence[Any]) -> int | None:
     """A number that stands for the graph and for how its shapes relate to the batch; None where content may order rows.
 
@@ -255,7 +265,7 @@ def _signature(calls: Sequence[Call], batch: int, outputs: Sequence[Any]) -> int
         following = [(f, place) for f, place in node.next_functions if f is not None]
         looks_up = name.startswith("Embedding") and not all(hasattr(f, "variable") for f, _ in following)
         own = isinstance(node, torch.autograd.function.BackwardCFunction)
-        if name.startswith(_ORDERING) or looks_up or own:
+        if name.startswith(_ORDERING) or looks_up or own or _permutes(node, batch):
             return None
         places = [place for _, place in following]
         found.append((name, *places, *(getattr(node, key, None) for key in ("_saved_index", "_saved_start"))))

@@ -70,7 +70,7 @@ def record_gradients(
     selected = {id(p) for p in parameters.values()}
     try:
         for p, _ in flags:
-            p.requires_grad_(id(p) in selected)
+            p.requires_grad_(id(p) in selected and p.is_floating_point())
         recorder.attach()
         yield recorder
     finally:

@@ -16,6 +16,8 @@ from . import introspect
 class CalledModule:
     """A module that takes `batch seq` token ids and gives a row of logits for each of them."""
 
+    module: nn.Module
+
     def __init__(self, module: nn.Module, name: str | None = None) -> None:
         self.module, self.name = module, name or type(module).__name__
         parameters = inspect.signature(module.forward).parameters.values()
@@ -30,7 +32,9 @@ class CalledModule:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.module.parameters()).dtype
+        """Of the first parameter that holds fractions."""
+        first = next(self.module.parameters()).dtype
+        return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), first)
 
     @property
     def vocab_size(self) -> int:
@@ -39,7 +43,10 @@ class CalledModule:
         if embed is not None:
             return int(embed.weight.shape[0])
         tables = [m.num_embeddings for m in self.module.modules() if isinstance(m, nn.Embedding)]
-        size = introspect.config_value(self.module, "vocab_size") or max(tables, default=None)
+        heads = {m.out_features for m in self.module.modules() if isinstance(m, nn.Linear)}
+        # A table of positions may be the longer one, but no head is as wide as it.
+        size = introspect.config_value(self.module, "vocab_size")
+        size = size or max([t for t in tables if t in heads] or tables, default=None)
         if size is None:
             raise RevprobeError(
                 f"{self.name} has neither an embedding of tokens nor a config with vocab_size; expected a language "
@@ -64,7 +71,26 @@ class CalledModule:
             kwargs["attention_mask"] = attention_mask
         if "use_cache" in self._accepts:
             kwargs["use_cache"] = False
-        return _logits_of(self.module(input_ids, **kwargs), self.name)
+        return self.logits_in(self.module(input_ids, **kwargs))
+
+    def logits_in(self, output: Any) -> Tensor:
+        """The logits in what the module returned: named so, or the first of a tuple that is as wide as the vocabulary.
+
+        Raises: RevprobeError, when there are none.
+        """
+        if not isinstance(output, Tensor):
+            held = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+            if held is None and isinstance(output, tuple | list):
+                tables = [one for one in output if isinstance(one, Tensor) and one.dim() == 3]
+                fitting = (one for one in tables if one.shape[-1] == self.vocab_size)
+                held = next(fitting, tables[0] if tables else None)
+            output = held
+        if not isinstance(output, Tensor):
+            raise RevprobeError(
+                f"{self.name} returns no logits; expected a tensor `batch seq vocab`, or an object, mapping or tuple "
+                "with it"
+            )
+        return output
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The same; a `ProbedModel`, which knows where the tokens stand, gives one row for each of them."""
@@ -80,18 +106,6 @@ class CalledModule:
             else "its weights are finite, so an activation overflowed"
         )
         return f"{self.name} gives NaN logits: {where}; load a sound checkpoint or a wider dtype"
-
-
-def _logits_of(output: Any, name: str) -> Tensor:
-    """The logits in what a module returned. Raises: RevprobeError, when there are none."""
-    if not isinstance(output, Tensor):
-        held = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-        output = output[0] if held is None and isinstance(output, tuple | list) and output else held
-    if not isinstance(output, Tensor):
-        raise RevprobeError(
-            f"{name} returns no logits; expected a tensor `batch seq vocab`, or an object, mapping or tuple with it"
-        )
-    return output
 
 
 def require_numbers(called: CalledModule, logits: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from ...errors import RevprobeError, did_you_mean, nearest, shown
 
@@ -92,6 +92,20 @@ def logit_shift(given: int | None, objective: str, module: nn.Module, name: str)
     if objective == "causal" and stated == 0:
         raise RevprobeError(f"logit_shift 0 reads {name} at the target itself, which a causal model sees there; pass 1")
     return int(stated)
+
+
+def objective(module: nn.Module) -> str | None:
+    """What the module's class says it is: by its own `objective`, or as one of transformers' heads; None otherwise."""
+    inner = _inner(module)
+    stated = getattr(inner, "objective", None)
+    if isinstance(stated, str):
+        return stated
+    if isinstance(inner, PreTrainedModel):
+        for name, heads in (("masked", MODEL_FOR_MASKED_LM_MAPPING), ("causal", MODEL_FOR_CAUSAL_LM_MAPPING)):
+            kind: Any = heads.get(type(inner.config), None)
+            if kind is not None and isinstance(inner, kind):
+                return name
+    return None
 
 
 def max_length(module: nn.Module) -> int | None:

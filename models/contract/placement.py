@@ -63,12 +63,12 @@ def place_tokens(trial: Trial) -> Placement:
 def _moved(plain: FirstAttention, changed: FirstAttention) -> list[tuple[Tensor, Tensor]]:
     """Query rows, then key columns, that moved with the first token and with the last: `rows (bool)` each."""
     if plain.score is not None and changed.score is not None:
-        places = [_moved_scores((plain.score[row] != changed.score[row]).any(0)) for row in (2, 1)]
+        places = [_moved_scores((plain.score[row] != changed.score[row]).any(0)) for row in (2, 0)]
         return [(places[0][0], places[1][0]), (places[0][1], places[1][1])]
     pairs = []
     for one, other in ((plain.query, changed.query), (plain.key, changed.key)):
         assert one is not None and other is not None
-        pairs.append(tuple((one[row] != other[row]).any(-1).any(0) for row in (2, 1)))
+        pairs.append(tuple((one[row] != other[row]).any(-1).any(0) for row in (2, 0)))
     return pairs  # type: ignore[return-value]
 
 
@@ -96,7 +96,7 @@ def _offset(first: Tensor, last: Tensor, tokens: int) -> int | None:
 
 def _from_logits(trial: Trial) -> int | None:
     """A causal model's own rows: the first token moves all of them, the last token only its own."""
-    apart = [(trial.plain.logits[row] != trial.changed.logits[row]).any(-1).nonzero()[:, 0] for row in (2, 1)]
+    apart = [(trial.plain.logits[row] != trial.changed.logits[row]).any(-1).nonzero()[:, 0] for row in (2, 0)]
     if not all(len(rows) for rows in apart):
         return None
     first, last = (int(rows.min()) for rows in apart)

@@ -1,17 +1,17 @@
 """The few short runs a module is judged by, and what was seen in them.
 
     plain     three different rows of n tokens
-    changed   the same, but for the last token of the second row and the first token of the third
-    alone     the first row by itself
+    changed   the same, but for the last token of the first row and the first token of the last
+    alone     the middle row by itself
     padded    that row padded to T tokens, between two rows of T tokens
-    refilled  the same, but for what stands behind the padding and for the whole last row
+    refilled  the same, but for what stands behind the padding and for the second half of the first row
 
 Runs of equal shapes do the same arithmetic, so in them a row's logits stay equal to the bit unless something reaches
 them; only a mixture of experts sorts other rows' tokens into the same products. Then autograd is asked: what does not
 reach a logit has a gradient of exactly zero.
 
 Tokens are ordinary ones, from the middle of the vocabulary: special ids mean something of their own to some models
-(XLM works lengths out from its padding id).
+(XLM works lengths out from its padding id). The mask token alone stands in every row, as it does in every query.
 """
 
 from __future__ import annotations
@@ -119,37 +119,56 @@ def ordinary_ids(called: _HasTokens, count: int) -> list[int]:
     """Token ids that mean nothing special, from the middle of the vocabulary outwards; fewer where there are fewer."""
     middle, special = called.vocab_size // 2, introspect.special_ids(called.module)
     outwards = sorted(range(max(0, middle - 64), min(called.vocab_size, middle + 64)), key=lambda i: abs(i - middle))
-    return [i for i in outwards if i not in special][:count] or outwards[:count]
+    usual = [i for i in outwards if i not in special]
+    return (usual if len(usual) > 1 else outwards)[:count]
 
 
-def run_trial(called: CalledModule) -> Trial:
+def run_trial(called: CalledModule, mask_token_id: int | None = None) -> Trial:
     """Make the runs: five forward passes of at most 3 rows x 12 tokens.
 
     Raises: RevprobeError, for a module that cannot be run, gives no row of logits for its tokens, or gives NaN.
     """
     longest = min(LENGTH, called.max_length or LENGTH)
     tokens = max(min(2, longest), longest - PADDING)
-    ids = ordinary_ids(called, 2 * LENGTH)
-    some = lambda start, length: [ids[(start + k) % len(ids)] for k in range(length)]  # noqa: E731
-    base = torch.tensor(some(0, tokens))
-    plain = torch.stack([base, torch.tensor(some(1, tokens)), torch.tensor(some(2, tokens))]).to(called.device)
+    words = _Words(ordinary_ids(called, 2 * LENGTH), mask_token_id)
+    plain = torch.stack([words.row(start, tokens) for start in range(3)])
     changed = plain.clone()
-    changed[1, -1], changed[2, 0] = ids[-1], ids[-1]
+    changed[0, -1], changed[2, 0] = words.other(plain[0, -1]), words.other(plain[2, 0])
     before = _random_states(called.device)
-    trial = Trial(called, _run(called, plain), _run(called, changed), _run(called, plain[:1]))
+    first, second, alone = (_run(called, ids.to(called.device)) for ids in (plain, changed, plain[1:2]))
+    trial = Trial(called, first, second, alone)
     trial = replace(trial, drew=_random_states(called.device) != before)
     if tokens == longest or not called.takes_padding:
         return replace(trial, refusal="" if called.takes_padding else "takes no attention_mask")
     mask = torch.ones(3, longest, dtype=torch.long, device=called.device)
     mask[1, tokens:] = 0
-    fill = [torch.zeros(longest - tokens, dtype=torch.long), torch.tensor(some(tokens, longest - tokens))]
-    first, last = torch.tensor(some(3, longest)), [torch.tensor(some(shift, longest)) for shift in (4, 9)]
-    batches = [torch.stack([first, torch.cat([base, fill[k]]), last[k]]) for k in (0, 1)]
+    padded = torch.stack([words.row(start, longest) for start in (3, 0, 4)])
+    padded[1] = torch.cat([plain[1], torch.zeros(longest - tokens, dtype=torch.long)])
+    refilled = padded.clone()
+    refilled[0, longest // 2 :] = torch.stack([words.other(i) for i in padded[0, longest // 2 :]])
+    refilled[1, tokens:] = words.row(LENGTH, longest - tokens)  # none of the row's own words
     try:
-        padded, refilled = (_run(called, batch.to(called.device), mask) for batch in batches)
+        runs = [_run(called, ids.to(called.device), mask) for ids in (padded, refilled)]
     except RevprobeError as error:
         return replace(trial, refusal=f"cannot run a padded batch ({error})")
-    return replace(trial, padded=padded, refilled=refilled)
+    return replace(trial, padded=runs[0], refilled=runs[1])
+
+
+class _Words:
+    """Rows of token ids, the mask token second in those of four and more."""
+
+    def __init__(self, ids: list[int], mask_token_id: int | None) -> None:
+        self.ids, self.mask = ids, mask_token_id
+
+    def row(self, start: int, length: int) -> Tensor:
+        row = torch.tensor([self.ids[(start + k) % len(self.ids)] for k in range(length)], dtype=torch.long)
+        if self.mask is not None and length >= 4:
+            row[1] = self.mask
+        return row
+
+    def other(self, token: Tensor) -> Tensor:
+        """Another id than this one."""
+        return torch.tensor(next((i for i in reversed(self.ids) if i != int(token)), int(token)))
 
 
 def _random_states(device: torch.device) -> tuple[object, ...]:

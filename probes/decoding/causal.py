@@ -48,7 +48,8 @@ def continue_greedily(model: ProbedModel, prompts: list[list[int]], lengths: lis
 def _greedy(model: ProbedModel, prompts: list[list[int]], lengths: list[int], ends: frozenset[int]) -> list[list[int]]:
     """The likeliest next token again and again, for modules without `generate`; no cache, so quadratic in length.
 
-    Padding stands to the right, where a causal model cannot see it, so no mask is needed.
+    Padding stands to the right, where a causal model cannot see it, so no mask is needed; a model in which it counts
+    nevertheless gets prompts of one length, which stay so.
     """
     rows, goals = [list(prompt) for prompt in prompts], [len(p) + n for p, n in zip(prompts, lengths, strict=True)]
     unfinished = list(range(len(rows)))

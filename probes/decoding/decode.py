@@ -9,7 +9,6 @@ fills them all with text: give `stop`, or the answer's own length.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -86,7 +85,7 @@ def decoding_settings(model: ProbedModel, **given: Any) -> Unmasking | None:
 
 def encode_prompts(model: ProbedModel, prompts: Sequence[str]) -> list[Prompt]:
     """Tokens around each answer. Raises: RevprobeError, without a fast tokenizer, or for a prompt without a token."""
-    tokenizer = require_fast_tokenizer(model.tokenizer, model.name)
+    tokenizer = require_fast_tokenizer(model)
     if isinstance(prompts, str):
         raise RevprobeError(f"prompts {prompts!r}: expected a list of texts; put it in brackets")
     encoded = []
@@ -210,7 +209,7 @@ def _batches(
     """Indices of prompts that run together, short ones first; of one length where padding is better avoided.
 
     `generate` needs padding on the left, which moves learned positions and is ignored by some architectures: prompts
-    of one length need none. So do those of a module that takes no attention mask.
+    of one length need none. So do those of a model whose padding would reach real tokens.
     """
     sizes = [
         len(p.before) if model.objective == "causal" else len(p.before) + n + len(p.after)
@@ -218,11 +217,8 @@ def _batches(
     ]
     longest = max(len(p.before) + n + len(p.after) for p, n in zip(prompts, lengths, strict=True))
     size = queries_per_batch(model, [Query.unchecked(range(longest), (), ())], batch_size)
-    if model.objective == "causal":
-        apart = generator_of(model.module) is not None
-    else:
-        taken = inspect.signature(model.module.forward).parameters
-        apart = "attention_mask" not in taken and all(one.kind is not one.VAR_KEYWORD for one in taken.values())
+    apart = bool(model.contract.equal_lengths)
+    apart |= model.objective == "causal" and generator_of(model.module) is not None
     batch: list[int] = []
     for place in sorted(range(len(prompts)), key=lambda i: (sizes[i], lengths[i])):
         if batch and (len(batch) == size or (apart and sizes[place] != sizes[batch[0]])):

@@ -273,7 +273,7 @@ class AnswerBook:
 
     def __init__(self, model: ProbedModel, questions: Sequence[Asked]) -> None:
         _require_questions(questions)
-        tokenizer = require_fast_tokenizer(model.tokenizer, model.name)
+        tokenizer = require_fast_tokenizer(model)
         asked = list(dict.fromkeys((q.prompt, answer) for q in questions for answer in q.answers))
         prompts = list(dict.fromkeys(prompt for prompt, _ in asked))
         before = {text: len(_own(e)) for text, e in zip(prompts, encode_texts(tokenizer, prompts), strict=True)}

@@ -80,7 +80,7 @@ def readout_attention(
     tapped = tap_attention(model.module, *at, attention_of(model), batch.size)
     with untouched(model.module), torch.no_grad(), tapped as tap:
         readout(model, batch)
-    found = {number: call.weight[0].mean(1).double().cpu().numpy() for number, call in tap.layers().items()}
+    found = {number: call.weight[0].mean(1).double().cpu().numpy() for number, call in tap.layers(model.name).items()}
     if layer is not None and layer not in found:
         raise RevprobeError(f"layer {layer!r} has no attention that is seen: expected one of {sorted(found)}")
     chosen = list(found.values()) if layer is None else [found[layer]]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import RevprobeError
+from ...models.probed import ProbedModel
 from .templates import Filled, Span
 
 # The blank marks of SentencePiece and byte-level BPE; alone at the start of a text they mark nothing of the entity.
@@ -44,11 +45,15 @@ class Encoded:
     is_added: tuple[bool, ...]
 
 
-def require_fast_tokenizer(tokenizer: Any, name: str) -> Any:
-    """The tokenizer, if it has character offsets. Raises: RevprobeError, when it has none or is not there."""
+def require_fast_tokenizer(model: ProbedModel) -> Any:
+    """A model's tokenizer, if it has character offsets. Raises: RevprobeError, when it has none or is not there."""
+    tokenizer = model.tokenizer
     if tokenizer is None:
+        source = model.tokenizer_source
+        given = "load_model(..., tokenizer=FOLDER_OR_NAME) or ProbedModel(module, tokenizer, objective=...)"
+        named = f"load_model(..., tokenizer={source!r}), whose its family uses, or a folder that holds it"
         raise RevprobeError(
-            f"{name} has no tokenizer, so text cannot become tokens; pass ProbedModel(module, tokenizer, objective=...)"
+            f"{model.name} has no tokenizer, so text cannot become tokens; pass {named if source else given}"
         )
     if not getattr(tokenizer, "is_fast", False):
         raise RevprobeError(

@@ -127,7 +127,7 @@ class _Builder:
         if not isinstance(carrier, str):
             raise RevprobeError(f"carrier {carrier!r} is {type(carrier).__name__}, expected text such as {CARRIER!r}")
         self.model, self.carrier, self.allow = model, carrier, allow_different_tokens
-        self.tokenizer = require_fast_tokenizer(model.tokenizer, model.name)
+        self.tokenizer = require_fast_tokenizer(model)
 
     def build(self, rows: list[TextRow], phrasings: list[Phrasing], drop: tuple[str, ...]) -> ReversalPairs:
         """Encode every text once, align, then flag and drop."""

@@ -11,6 +11,7 @@ Shapes below: batch (queries), token (target tokens), heads, seq, vocab.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -74,19 +75,22 @@ class LinearizedBatch:
 
     @classmethod
     def run(cls, model: ProbedModel, batch: QueryBatch) -> LinearizedBatch:
-        """Raises: RevprobeError, when no attention is seen, the logits are NaN, or virtual tokens are attended to."""
+        """Raises: RevprobeError, when attention is not seen or cannot be held, for NaN logits, or virtual tokens."""
         require_tokens_alone(model, "what is stored for the tokens")
         at = torch.arange(len(batch.rows), device=batch.rows.device)[:, None], batch.rows
         with torch.no_grad():
             own = model.logits(batch.input_ids, batch.attention_mask)[at]
         if own.isnan().any():
             raise RevprobeError(model.explain_non_finite())
-        with hold_nonlinear(model.module, batch.rows, attention_of(model)) as held:
+        attention = attention_of(model)
+        with hold_nonlinear(model.module, batch.rows, attention) as held:
             logits = model.logits(batch.input_ids, batch.attention_mask)[at]
-        if not held.attention:
+        unheld = Counter(site.path for site in attention.sites) - Counter(call.site for call in held.attention)
+        if unheld:
             raise RevprobeError(
-                f"{model.name}: no attention was seen whose pattern can be held (flash or flex kernels, "
-                "nn.MultiheadAttention); load it with attn_implementation='sdpa', or 'eager' where it has none"
+                f"{model.name}: the weights of {next(iter(unheld)) or 'the model'} do not meet their values in a "
+                "product of two matrices (it may be an einsum), so what its heads read cannot be told apart; write it "
+                "as weights @ values or by scaled_dot_product_attention (the three probes read it as it is)"
             )
         with torch.enable_grad():
             values = [_value_shares(call, held) for call in held.attention]

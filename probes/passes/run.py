@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,7 @@ from ...models.probed import ProbedModel
 from ...models.structure import attention_of, fused_parts
 from ..pairs.pairs import ReversalPairs
 from ..statistics.resampling import derangement
+from .alone import PaddingReaches, Size, hold_against_alone, is_due
 from .asked import asked_pairs, tokens_note
 from .batches import QueryBatch, in_batches, make_batch, prepare_queries, queries_per_batch
 from .likelihood import Likelihoods, mean_nll, readout
@@ -54,7 +56,13 @@ def run_pass(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> PassResult
     def work(part: int, parts: int) -> PassResult:
         return _Pass(model, pairs, plan, part, parts).run()
 
-    return work(0, 1) if plan.share is None else plan.share(work)
+    try:
+        return work(0, 1) if plan.share is None else plan.share(work)
+    except PaddingReaches as error:
+        if plan.share is not None:  # the other processes went on
+            raise RevprobeError(f"{model.name}: {error}; give pairs whose queries are of equal length") from None
+        model.contract = replace(model.contract, equal_lengths=str(error))
+        return work(0, 1)
 
 
 class _Pass:
@@ -174,6 +182,11 @@ class _Pass:
                 self.result.reached.update(recorder.reached)
         if tap is not None:
             self._keep_scores(tap, batch, queries)
+        lengths = self.lengths[queries]
+        size = Size(bool(np.ptp(lengths)), len(queries), int(lengths.max()), tap is not None)
+        if is_due(self.model, size):
+            row = len(queries) - 1 - int(lengths[::-1].argmin())
+            hold_against_alone(self.model, self.queries[queries[row]], row, size, logits, tap, self.attention)
         if self.result.likelihoods is not None:
             self.result.likelihoods.from_run(logits.detach(), queries)
         self.done[queries] = True
@@ -193,13 +206,15 @@ class _Pass:
         """What multiplies gradients of queries that cannot share a batch."""
         selection = Selection(self.selected, self.parts, self._adopted())
         self.result.one_by_one.update(dict.fromkeys(self.selected, DIFFERENT_LENGTHS))
-        self.result.reached.update(self.selected)
 
         def products(left: Tensor, right: Tensor) -> Products:
             names, loss_of = list(self.selected), self._loss_of(queries)
             for parameter in self.selected.values():
                 parameter.requires_grad_(True)  # put back with everything else when the pass ends
-            return read_one_by_one(self.model.module, selection, names, loss_of, (left, right), len(queries))
+            found = read_one_by_one(self.model.module, selection, names, loss_of, (left, right), len(queries))
+            moved = {label for label, inner in found.inner.items() if bool(inner.any())}
+            self.result.reached.update(name for label, name in selection.owners.items() if label in moved)
+            return found
 
         return products
 
@@ -230,7 +245,7 @@ class _Pass:
         rows = batch.is_target.sum(1)[:, None]
         self.result.without_attention |= dict(tap.attention.without) | tap.missing()
         self.result.left_out |= dict(tap.attention.left_out) | tap.left_out
-        for layer, call in tap.layers().items():
+        for layer, call in tap.layers(self.model.name).items():
             score = call.score.masked_fill(~cell, 0.0).sum((2, 3)) / cell.sum((2, 3))
             weight = call.weight.masked_fill(~cell, 0.0).sum((2, 3)) / rows
             for kept, values in ((self.result.score, score), (self.result.weight, weight)):
@@ -278,7 +293,8 @@ def select_parameters(module: nn.Module, names: Sequence[str] | None) -> dict[st
             f"parameter {away[0]!r} is on disk or offloaded ({len(away)} in all), so no gradient passes through it; "
             "load with a device_map that holds every weight"
         )
-    return everything if names is None else {name: everything[name] for name in names}
+    chosen = everything if names is None else {name: everything[name] for name in names}
+    return {name: p for name, p in chosen.items() if p.is_floating_point()}  # whole numbers have no gradient
 
 
 def describe(model: ProbedModel, result: PassResult, plan: Plan) -> dict[str, Any]:

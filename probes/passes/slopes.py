@@ -9,7 +9,8 @@ Shapes below: query, direction.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,6 +79,13 @@ def _slopes(model: ProbedModel, batch: QueryBatch, along: Direction) -> Tensor:
 
 @torch.no_grad()
 def _forward_mode(model: ProbedModel, batch: QueryBatch, along: Direction) -> Tensor:
+    with carrying(model, along) as moved:
+        return slope_of(mean_nll(readout(moved, batch), batch))
+
+
+@contextmanager
+def carrying(model: ProbedModel, along: Direction) -> Iterator[ProbedModel]:
+    """The model with a direction on its parameters, so that what it gives carries its slope; see `slope_of`."""
     parameters = dict(model.module.named_parameters())
     # The fused attention kernels have no forward-mode rule; the plain one has.
     with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
@@ -85,9 +93,13 @@ def _forward_mode(model: ProbedModel, batch: QueryBatch, along: Direction) -> Te
             name: forward_ad.make_dual(parameters[name].detach(), direction.to(parameters[name]))
             for name, direction in along.items()
         }
-        losses = mean_nll(readout(model.with_module(_Moved(model.module, moved)), batch), batch)
-        loss, slope = forward_ad.unpack_dual(losses)
-    return torch.zeros_like(loss) if slope is None else slope
+        yield model.with_module(_Moved(model, moved))
+
+
+def slope_of(values: Tensor) -> Tensor:
+    """The slope of what a model gave inside `carrying`, zero where it does not depend on the direction."""
+    value, slope = forward_ad.unpack_dual(values)
+    return torch.zeros_like(value) if slope is None else slope
 
 
 def _query_by_query(model: ProbedModel, batch: QueryBatch, along: Direction) -> Tensor:
@@ -113,12 +125,11 @@ def _query_by_query(model: ProbedModel, batch: QueryBatch, along: Direction) -> 
 
 
 class _Moved(nn.Module):
-    """The model's module with some parameters replaced for the call, tied ones together."""
+    """The model's module with some parameters replaced for the call, tied ones together; it returns the logits."""
 
-    def __init__(self, module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: ProbedModel, values: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.__dict__["module"] = module  # not a child: its parameters are not this module's
-        self.values = dict(values)
+        self.model, self.values = model, dict(values)  # no child: the model's parameters are not this module's
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self.__dict__["module"], self.values, args, kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.model.logits_in(functional_call(self.model.module, self.values, args, kwargs))

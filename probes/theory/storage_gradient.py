@@ -64,7 +64,7 @@ def _factors(model: ProbedModel, queries: list[Query]) -> tuple[Tensor, Tensor]:
     at = batch.attention_rows, batch.attention_columns
     with tap_attention(model.module, *at, attention_of(model), batch.size) as tap:
         logits = model.logits(batch.input_ids, batch.attention_mask)
-    layers = tap.layers()
+    layers = tap.layers(model.name)
     if len(layers) != 1:
         raise RevprobeError(f"{model.name} has {len(layers)} attention layers; S is defined for one")
     probability = logits[torch.arange(len(queries)), batch.rows[:, 0]].double().softmax(-1)

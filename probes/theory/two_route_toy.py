@@ -20,7 +20,7 @@ from ...arguments import checked
 from ...errors import RevprobeError
 from ...models.probed import ProbedModel, as_probed
 from ...models.rotary import OTHER, TURNS, Rotary, seen_positions
-from ...models.structure import parameter_roles
+from ...models.structure import parameter_roles, score_biases
 from .checks import both_distances, number
 
 
@@ -52,7 +52,7 @@ class TwoRouteToy:
         Args:
             slope: of the ALiBi bias, which no parameter holds: needed where RoPE does not turn the queries, 0 for none.
         Raises: RevprobeError, for more layers or heads, fused projections, positions that enter by neither rotation
-            nor bias, or a slope for a model that rotates.
+            nor ALiBi, or a slope for a model that rotates.
         """
         model = as_probed(model)
         positions = seen_positions(model)
@@ -62,6 +62,11 @@ class TwoRouteToy:
             )
         if found.kind == OTHER:
             raise RevprobeError(f"{model.name}: {found.reason}; Prop. C.1 needs RoPE, ALiBi or no position at all")
+        if biases := score_biases(model.module):
+            raise RevprobeError(
+                f"{model.name} adds a learned bias to its scores ({biases[0]}), for which Prop. C.1 has no term; take "
+                "a model with RoPE, ALiBi or no position"
+            )
         steep = None if slope is None else number("slope", slope, 0.0)
         if found.kind == TURNS and steep:
             raise RevprobeError(

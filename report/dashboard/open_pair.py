@@ -152,7 +152,7 @@ def read_query(model: ProbedModel, query: Query) -> ReadQuery:
     ):
         log_probabilities = readout(model, batch)
     target = log_probabilities[0].gather(-1, batch.targets[0][:, None])
-    layers = tap.layers()
+    layers = tap.layers(model.name)
     parts = dict.fromkeys(query.target_positions, "target") | dict.fromkeys(query.evidence_positions, "evidence")
     return ReadQuery(
         tokens=token_texts(query.token_ids, model.tokenizer),

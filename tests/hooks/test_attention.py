@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from revprobe import RaddConfig, RaddForMaskedLM, RevprobeError, one_layer_gpt2
-from revprobe.hooks.attention import attention_rows, tap_attention
+from revprobe.hooks.attention import AttentionRows, tap_attention
 from revprobe.hooks.attention_sites import Attention, AttentionSite
 from tiny import tapped
 
@@ -32,6 +32,21 @@ def slow_scores(call: dict) -> torch.Tensor:
     return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
 
 
+class Calls(nn.Module):
+    """Code of somebody else, which makes one attention call."""
+
+    def forward(self, **call) -> torch.Tensor:
+        return F.scaled_dot_product_attention(**call)
+
+
+def read(call: dict, rows: torch.Tensor, columns: torch.Tensor) -> AttentionRows:
+    model, seq = Calls(), call["query"].shape[2]
+    alone = Attention((AttentionSite(0, "", call["query"].shape[1], "sdpa"),), {"": 1}, {})
+    with tap_attention(model, rows, columns, alone, (seq, call["key"].shape[2])) as tap:
+        model(**call)
+    return tap.layers()[0]
+
+
 def random_call(kv_heads: int = 2, **extra) -> dict:
     generator = torch.Generator().manual_seed(0)
     draw = lambda heads: torch.randn(3, heads, 5, 4, generator=generator)  # noqa: E731
@@ -53,19 +68,19 @@ MASKS = {
 def test_rows_of_a_call_equal_the_slow_scores(case):
     call = random_call(**MASKS[case])
     rows, columns = torch.tensor([[0, 4], [2, 3], [4, 1]]), torch.tensor([[1, 2], [0, 4], [3, 3]])
-    score, weight, mass = attention_rows(call, rows, columns)
+    seen = read(call, rows, columns)
     everything = slow_scores(call)
     for b in range(3):
         expected = everything[b][:, rows[b]]
-        torch.testing.assert_close(score[b].double(), expected[:, :, columns[b]], atol=1e-6, rtol=0)
-        torch.testing.assert_close(weight[b].double(), expected.softmax(-1)[:, :, columns[b]], atol=1e-6, rtol=0)
-    torch.testing.assert_close(mass, torch.ones_like(mass))
+        torch.testing.assert_close(seen.score[b].double(), expected[:, :, columns[b]], atol=1e-6, rtol=0)
+        torch.testing.assert_close(seen.weight[b].double(), expected.softmax(-1)[:, :, columns[b]], atol=1e-6, rtol=0)
+    torch.testing.assert_close(seen.mass, torch.ones_like(seen.mass))
 
 
 def test_a_fully_masked_row_has_no_weight_instead_of_nan():
     call = random_call(attn_mask=torch.zeros(5, 5).bool())
-    score, weight, mass = attention_rows(call, torch.tensor([[0]] * 3), torch.tensor([[1]] * 3))
-    assert score.isneginf().all() and (weight == 0).all() and (mass == 0).all()
+    seen = read(call, torch.tensor([[0]] * 3), torch.tensor([[1]] * 3))
+    assert seen.score.isneginf().all() and (seen.weight == 0).all() and (seen.mass == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -98,16 +113,18 @@ def test_a_model_whose_attention_is_never_seen_says_how_to_load_it():
 
 
 def test_third_party_code_is_seen_without_an_adapter():
-    class Theirs(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return F.scaled_dot_product_attention(x, x, x, scale=1.0)
-
     x, at = torch.randn(1, 1, 3, 4), torch.tensor([[1]])
-    model = Theirs()
+    seen = read({"query": x, "key": x, "value": x, "scale": 1.0}, at, at)
+    torch.testing.assert_close(seen.score.flatten(), (x[0, 0, 1] @ x[0, 0, 1])[None])
+
+
+def test_what_could_not_be_read_of_a_batch_names_the_model():
+    x, at = torch.randn(1, 1, 3, 4), torch.tensor([[1]])
     alone = Attention((AttentionSite(0, "", 1, "sdpa"),), {"": 1}, {})
-    with tap_attention(model, at, at, alone, (3, 3)) as tap:
-        model(x)
-    torch.testing.assert_close(tap.layers()[0].score.flatten(), (x[0, 0, 1] @ x[0, 0, 1])[None])
+    with tap_attention(model := Calls(), at, at, alone, (4, 4)) as tap:  # a batch of four tokens
+        model(query=x, key=x, value=x)
+    with pytest.raises(RevprobeError, match=r"no attention of their model can be read: their model: .*blocks"):
+        tap.layers("their model")
 
 
 def test_a_mask_of_lowest_numbers_hides_as_one_of_minus_infinity_does():
@@ -116,6 +133,6 @@ def test_a_mask_of_lowest_numbers_hides_as_one_of_minus_infinity_does():
     for lowest in (torch.finfo(torch.float32).min, float("-inf")):
         call = random_call(attn_mask=torch.zeros(5, 5).masked_fill(hidden, lowest)[None, None])
         rows, columns = torch.full((len(call["query"]), 1), 2), torch.tensor([[1, 4]]).expand(len(call["query"]), -1)
-        score, weight, mass = attention_rows(call, rows, columns)
-        assert score[..., 0].isfinite().all() and (score[..., 1] == float("-inf")).all()
-        assert (weight[..., 1] == 0).all() and torch.allclose(mass, torch.ones_like(mass))
+        seen = read(call, rows, columns)
+        assert seen.score[..., 0].isfinite().all() and (seen.score[..., 1] == float("-inf")).all()
+        assert (seen.weight[..., 1] == 0).all() and torch.allclose(seen.mass, torch.ones_like(seen.mass))

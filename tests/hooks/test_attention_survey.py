@@ -135,6 +135,73 @@ def shifted(q, k, v):
     return F.scaled_dot_product_attention(q, k.roll(1, 2), v.roll(1, 2))
 
 
+class ThreeHeads(nn.Module):
+    """Heads before sequences in every product, and as many of them as a look has sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = nn.Linear(D, 12), nn.Linear(D, 12), nn.Linear(D, 12), nn.Linear(12, D)
+
+    def heads(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [part(x).unflatten(-1, (3, 4)).permute(2, 0, 1, 3) for part in (self.q, self.k, self.v)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.heads(x)
+        return self.o((scores(q, k).softmax(-1) @ v).permute(1, 2, 0, 3).flatten(2))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5])
+def test_heads_are_told_from_sequences_where_there_are_as_many(batch):
+    module = drawn(lambda: Model([ThreeHeads()]), scale=0.5)
+    model = ProbedModel(module, objective="masked", mask_token_id=53, logit_shift=0)
+    ids, every = torch.arange(10, 10 + 6 * batch).view(batch, 6), torch.arange(6).expand(batch, -1)
+    with torch.no_grad(), tapped(model, every, every, 6) as tap:
+        model.logits(ids)
+        q, k, _ = module.blocks[0].heads(module.embed(ids) + module.place(torch.arange(6)))
+    torch.testing.assert_close(tap.layers()[0].weight, scores(q, k).softmax(-1).transpose(0, 1), atol=1e-5, rtol=0)
+
+
+def test_two_calls_of_the_same_queries_and_keys_under_other_masks_are_two():
+    """Of the same queries and keys alone a second call was taken for a repeat of the first, and not shown."""
+
+    def windows(q, k, v):
+        near = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril(1).triu(-1)
+        return F.scaled_dot_product_attention(q, k, v) + F.scaled_dot_product_attention(q, k, v, attn_mask=near)
+
+    reading = probe_attention_correlation(made(windows), pairs_at((2, 5), (5, 2)))
+    assert sorted(reading.frame["head"].unique()) == [0, 1, 2, 3]
+
+
+def kept_largest(weights):
+    best = weights.topk(2, -1)
+    kept = torch.zeros_like(weights).scatter(-1, best.indices, best.values)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+def decayed(weights):
+    places = torch.arange(weights.shape[-1])
+    return weights * 0.7 ** (places - places[:, None]).abs()
+
+
+# What leaves a one where it is, and changes all other weights.
+CHANGES = {
+    "the two largest kept": kept_largest,
+    "squared": lambda weights: weights**2 / (weights**2).sum(-1, keepdim=True),
+    "decayed": decayed,
+    "averaged over heads": lambda weights: weights.mean(1, keepdim=True).expand_as(weights),
+    "clipped": lambda weights: (1.2 * weights - 0.1).clamp(0, 1),
+    "small ones dropped": lambda weights: weights * (weights > 0.1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_that_are_changed_after_the_softmax_are_not_read(change):
+    changed = lambda q, k, v: CHANGES[change](scores(q, k).softmax(-1)) @ v  # noqa: E731
+    reading = probe_attention_correlation(made(changed, F.scaled_dot_product_attention), pairs_at((2, 5), (5, 2)))
+    assert reading.frame[reading.frame.layer == 0].weight_forward.isna().all(), change
+    assert reading.frame[reading.frame.layer == 1].weight_forward.notna().all()
+
+
 @pytest.mark.parametrize(
     ("attend", "reason"),
     [(by_exponentials, "come from no softmax that is seen"), (gated, "changed before they meet the values")],
@@ -211,13 +278,62 @@ def test_lists_that_run_one_after_the_other_are_numbered_on_and_those_side_by_si
         assert [numbers(f"{name}.{n}.0.weight") for name in ("one", "two") for n in range(2)] == expected
 
 
-def test_a_look_costs_two_runs_and_is_taken_once():
+def test_a_look_costs_three_runs_and_is_taken_once():
     model, runs = made(F.scaled_dot_product_attention), []
     handle = model.module.register_forward_pre_hook(lambda _, args: runs.append(tuple(args[0].shape)))
     for _ in range(3):
         attention_of(model)
     handle.remove()
-    assert runs == [(3, 11), (3, 11)]
+    assert runs == [(3, 11)] * 3
+
+
+def last_key_first(attend):
+    """Attention whose keys and values are those of the token before."""
+    return lambda q, k, v: attend(q, k.roll(1, 2), v.roll(1, 2))
+
+
+def by_matrix(q, k, v):
+    return scores(q, k).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("attend", [F.scaled_dot_product_attention, by_matrix])
+@pytest.mark.parametrize("still", [("q.weight", "q.bias"), ("q.weight",), ("k.weight",)])
+def test_what_constants_hide_is_looked_at_again_once_the_weights_have_moved(attend, still):
+    """Zero-initialised queries score every key alike, whatever they are made from: nothing is concluded for good."""
+    model, sound = made(last_key_first(attend)), made(attend)
+    for one in (model, sound):
+        for name in still:
+            one.module.blocks[0].get_parameter(name).data.zero_()
+        assert attention_of(one).heads == {0: 2} and not attention_of(one).told
+    for one in (model, sound):
+        for name in still:
+            one.module.blocks[0].get_parameter(name).data.normal_()
+    assert attention_of(sound).told and attention_of(sound) is attention_of(sound)
+    with pytest.raises(RevprobeError, match="shifted"):
+        attention_of(model)
+
+
+class TwoStreams(Model):
+    """The second block takes its keys from the embedding alone, as from an encoder of the same tokens."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        start = self.embed(input_ids) + self.place(torch.arange(input_ids.shape[1]))
+        first, second = self.blocks
+        x = start + self.head(first(start))[..., :D]
+        cut = lambda y: y.view(*y.shape[:2], 2, -1).transpose(1, 2)  # noqa: E731
+        mixed = second.attend(*(cut(part(y)) for part, y in ((second.q, x), (second.k, start), (second.v, start))))
+        return self.head(x + mixed.transpose(1, 2).reshape(x.shape))
+
+
+@pytest.mark.parametrize("attend", [F.scaled_dot_product_attention, by_matrix])
+def test_a_first_layer_that_writes_nothing_yet_tells_no_streams_apart(attend):
+    module = drawn(lambda: TwoStreams([Block(attend), Block(attend)]), scale=0.5)
+    model = ProbedModel(module, objective="masked", mask_token_id=53, logit_shift=0)
+    module.blocks[0].v.weight.data.zero_()  # every token reads the same
+    assert not attention_of(model).told
+    module.blocks[0].v.weight.data.normal_()
+    with pytest.raises(RevprobeError, match="cross attention"):
+        attention_of(model)
 
 
 def test_a_reading_of_a_batch_that_attends_in_blocks_says_so():

@@ -27,6 +27,7 @@ from revprobe import (
 )
 from revprobe.models.probed import as_probed
 from revprobe.models.structure import parameter_roles
+from revprobe.probes.passes import run
 from tiny import GROUPED, SIZES, drawn, language_model, text_like_pairs
 
 SEPARATE = {"q": 1, "k": 1, "v": 1, "o": 1}
@@ -258,11 +259,15 @@ def test_a_readout_row_one_off_turns_all_three_red(name):
 
 
 def test_a_padded_query_that_attends_to_padding_is_seen(monkeypatch):
-    """The planted fault: the attention mask is lost, so padded rows see padding."""
+    """The planted fault: the attention mask is lost, so padded rows see padding; the first batch is found out."""
     model = load_model(saved("bert"), attn_implementation="sdpa")
     plain = ProbedModel.logits
     monkeypatch.setattr(ProbedModel, "logits", lambda self, ids, mask=None: plain(self, ids))
     reading = probe_reverse_probability(model, PAIRS, control=False)
+    assert worst_probability_error("bert", model, reading) < 1e-4
+    assert "one differs from itself alone in log-probabilities" in reading.meta["batches"]
+    monkeypatch.setattr(run, "is_due", lambda *_: False)
+    reading = probe_reverse_probability(load_model(saved("bert")), PAIRS, control=False)
     assert worst_probability_error("bert", model, reading) > 1e-2
 
 

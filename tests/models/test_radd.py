@@ -1,19 +1,22 @@
-"""RADD is the model its docstring says it is: encodings, masks, the excluded mask token, saving."""
+"""RADD is the model its docstring says it is: encodings, initialisation, dropout, masks, the mask token, saving."""
 
+import json
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from scipy import stats
 from transformers import AutoModelForMaskedLM
 
-from revprobe import RaddConfig, RaddForMaskedLM, RevprobeError
-from revprobe.models.configs import POSITION_ENCODINGS
-from revprobe.models.radd import alibi_bias, alibi_slopes, rope_tables, rotate
+from revprobe import RaddConfig, RaddForMaskedLM, RevprobeError, load_model
+from revprobe.models.configs import DROPOUT_SITES, POSITION_ENCODINGS
+from revprobe.models.radd import alibi_bias, alibi_slopes, rope_tables, rotate, signed_offsets
 
 
-def radd(encoding: str = "rope", **sizes) -> RaddForMaskedLM:
+def radd(encoding: str = "rope", **options) -> RaddForMaskedLM:
     torch.manual_seed(0)
-    return RaddForMaskedLM(RaddConfig(position_encoding=encoding, **sizes)).eval()
+    return RaddForMaskedLM(RaddConfig(position_encoding=encoding, **options)).eval()
 
 
 @pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
@@ -76,6 +79,46 @@ def test_rope_scores_depend_on_the_offset_only_and_match_complex_rotation():
     assert score(2, 7) == pytest.approx(planes.real, abs=1e-6)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("heads", [1, 2])
+def test_scalar_adds_its_number_of_head_and_signed_offset_to_the_content_score(heads):
+    """Attention written out with loops; queries and values see no position, left and right have numbers of their own.
+
+    A table indexed by i - j, by |j - i| or one row off turns this red.
+    """
+    model = radd("scalar", d_model=8, n_heads=heads, max_length=6).double()
+    for parameter in model.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    block, table = model.blocks[0], model.embed_offsets.weight
+    assert table.shape == (2 * 6 - 1, heads)
+    ids = torch.tensor([[4, 0, 53, 30, 4]])
+    normed = block.attention_norm(model.embed_tokens(ids))[0]
+    projections = (block.attention.q_proj, block.attention.k_proj, block.attention.v_proj)
+    q, k, v = (projection(normed).unflatten(-1, (heads, -1)) for projection in projections)
+    mixed = torch.zeros_like(q)
+    for head in range(heads):
+        for i in range(5):
+            scores = [q[i, head] @ k[j, head] / math.sqrt(8 / heads) + table[j - i + 5, head] for j in range(5)]
+            mixed[i, head] = torch.stack(scores).softmax(0) @ v[:, head]
+    seen = []
+    block.attention.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    model(ids)
+    torch.testing.assert_close(seen[0][0], block.attention.o_proj(mixed.flatten(1)), atol=1e-12, rtol=0)
+
+
+@torch.no_grad()
+def test_scalar_can_look_to_one_side_and_not_to_the_other():
+    """A table that is high at +1 alone puts the attention on the next token."""
+    model = radd("scalar", max_length=8)
+    model.embed_offsets.weight.zero_()
+    model.embed_offsets.weight[1 + 7] = 200.0
+    reads = lambda ids: model(torch.tensor([ids])).logits[0, 1, :53]  # noqa: E731
+    assert torch.equal(reads([4, 53, 30]), reads([9, 53, 30])), "the token on the left is not read"
+    assert not torch.equal(reads([4, 53, 30]), reads([4, 53, 31])), "the token on the right is"
+    assert not torch.equal(reads([30, 53, 4]), reads([4, 53, 30])), "so a mirror image is told apart"
+    assert signed_offsets(3, 8, device=torch.device("cpu")).tolist() == [[7, 8, 9], [6, 7, 8], [5, 6, 7]]
+
+
 @pytest.mark.parametrize("encoding", ["alibi", "none"])
 def test_a_symmetric_encoding_makes_the_model_reflection_equivariant(encoding):
     """An identity: the reversed sequence gives the reversed logits, so forward equals reverse probability."""
@@ -114,12 +157,15 @@ def test_save_and_auto_load_give_the_same_logits(encoding, tmp_path):
     ("settings", "words"),
     [
         ({"position_encoding": "rpoe"}, "unknown position_encoding 'rpoe'; the closest is 'rope'"),
+        ({"initialization": "publishd"}, "unknown initialization 'publishd'; the closest is 'published'"),
+        ({"dropout_sites": ["attention", "mpl"]}, "unknown dropout site 'mpl'; the closest is 'mlp'"),
+        ({"dropout_sites": "mlp"}, "dropout_sites 'mlp': expected a list of some of embedding, attention_weights"),
         ({"d_model": 30, "n_heads": 4}, "d_model 30 is not divisible by n_heads 4"),
         ({"d_model": 9, "n_heads": 1}, "even head dimension, got 9"),
         ({"mask_token_id": 56}, "mask_token_id 56 is outside the vocabulary of 56 tokens"),
     ],
 )
-def test_impossible_sizes_are_refused_in_one_line(settings, words):
+def test_impossible_settings_are_refused_in_one_line(settings, words):
     with pytest.raises(RevprobeError, match=words.replace("(", r"\(")):
         RaddConfig(**settings)
 
@@ -127,3 +173,128 @@ def test_impossible_sizes_are_refused_in_one_line(settings, words):
 def test_a_sequence_beyond_max_length_is_refused():
     with pytest.raises(RevprobeError, match="sequence of 65 tokens: this model takes at most 64"):
         radd()(torch.zeros(1, 65, dtype=torch.long))
+
+
+# --- the published initialisation and dropout -----------------------------------------------------------------------
+
+
+def half_widths(config: RaddConfig) -> dict[str, float]:
+    """Half the width of each uniform draw, written out by the parameter's name."""
+    d, inside = config.d_model**-0.5, (config.mlp_ratio * config.d_model) ** -0.5
+    widths = {"embed_tokens.weight": d, "embed_positions.weight": d, "embed_offsets.weight": d}
+    widths |= {f"blocks.1.attention.{letter}_proj.weight": d for letter in "qkvo"}
+    widths |= {f"blocks.1.mlp.up_proj.{kind}": d for kind in ("weight", "bias")}
+    return widths | {f"blocks.1.mlp.down_proj.{kind}": inside for kind in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("encoding", ["rope", "absolute", "scalar"])
+def test_the_published_initialisation_has_the_published_distributions(encoding):
+    """Uniform within the stated bounds (Kolmogorov-Smirnov), zero unembedding, LayerNorms of ones, biases too.
+
+    Ten seeds are pooled and the level shared among the parameters: at one seed, one bias in some hundreds of right
+    draws falls below a level of 1e-3 of its own (seed 0's does, with `scalar`).
+    """
+    sizes = {"d_model": 96, "n_heads": 4, "n_layers": 2, "vocab_size": 300, "max_length": 200}
+    config = RaddConfig(position_encoding=encoding, initialization="published", head_bias=True, **sizes)
+    drawn: dict[str, list[torch.Tensor]] = {}
+    for seed in range(10):
+        torch.manual_seed(seed)
+        for name, parameter in RaddForMaskedLM(config).named_parameters():
+            drawn.setdefault(name, []).append(parameter.detach().flatten())
+    widths = half_widths(config)
+    level = 1e-3 / len(widths)
+    for name, parts in drawn.items():
+        values = torch.cat(parts)
+        if name.startswith("lm_head"):
+            assert (values == 0).all(), name
+        elif "norm" in name:
+            assert (values == 1).all(), name
+        elif not name.startswith("blocks.0"):
+            width = widths.pop(name)
+            assert values.abs().max() <= width, name
+            # A uniform's std is width / sqrt(3); estimated from n draws its relative error is sqrt(0.2 / n).
+            assert float(values.std()) == pytest.approx(width / 3**0.5, rel=4 * (0.2 / len(values)) ** 0.5), name
+            assert stats.kstest(values.numpy(), stats.uniform(-width, 2 * width).cdf).pvalue > level, name
+    assert set(widths) <= {"embed_positions.weight", "embed_offsets.weight"}, "every other draw was looked at"
+
+
+def test_the_published_draw_of_a_linear_layer_is_torchs_own():
+    """The same numbers at one seed, up to rounding, if ever torch's default changes."""
+    model, torchs = radd(initialization="published"), torch.nn.Linear(64, 256)
+    ours = model.blocks[0].mlp.up_proj
+    for draw in (lambda: model._init_weights(ours), torchs.reset_parameters):
+        torch.manual_seed(5)
+        draw()
+    for kind in ("weight", "bias"):
+        torch.testing.assert_close(getattr(ours, kind), getattr(torchs, kind), atol=1e-7, rtol=0)
+
+
+def test_a_new_published_model_says_nothing_and_a_saved_one_is_not_drawn_anew(tmp_path):
+    model = radd(initialization="published", head_bias=True)
+    assert (model(torch.tensor([[4, 0, 53, 30]])).logits[..., :53] == 0).all()
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter)
+    model.save_pretrained(tmp_path)
+    again = load_model(tmp_path).module
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in model.named_parameters())
+    assert again.config.dropout_sites == model.config.dropout_sites and again.lm_head.bias is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sites", [(), *((site,) for site in DROPOUT_SITES), ("mlp", "attention"), DROPOUT_SITES])
+def test_dropout_falls_on_the_sites_that_are_named_and_on_no_other(sites, monkeypatch):
+    """The share of zeros that each module makes, the rate that attention is given, and whether anything moves."""
+    model = radd(dropout=0.3, dropout_sites=sites, n_layers=2)
+    assert model.config.dropout_sites == tuple(site for site in DROPOUT_SITES if site in sites)
+    ids, rates, zeros, sdpa = torch.randint(0, 53, (16, 20)), [], {}, F.scaled_dot_product_attention
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda _, args, out, name=name: zeros.update({name: (out == 0).float()}))
+
+    def attend(*args, dropout_p, **given):
+        rates.append(dropout_p)
+        return sdpa(*args, dropout_p=dropout_p, **given)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    still = model(ids).logits
+    moved = model.train()(ids).logits
+    expected = {site: 0.3 if site in sites else 0.0 for site in DROPOUT_SITES}
+    assert rates == [0.0] * 2 + [expected["attention_weights"]] * 2
+    by_module = {"dropout": expected["embedding"]}
+    for layer in range(2):
+        by_module |= {f"blocks.{layer}.{site}_dropout": expected[site] for site in ("attention", "mlp")}
+    assert {name: float(dropped.mean()) for name, dropped in zeros.items()} == pytest.approx(by_module, abs=0.015)
+    assert torch.equal(moved, still) == (not sites)
+
+
+# --- what was there before these options ------------------------------------------------------------------------------
+
+# Logits of tokens 4 and 30 in row 2 for [4, 0, mask, 30], in training mode, and the generator's next number, as they
+# were before there were options of initialisation and dropout. float32 on a CPU; other kernels may round otherwise.
+BEFORE = {
+    "rope": (-0.02616014, -0.10176244, 0.06663817167282104),
+    "alibi": (-0.02614095, -0.10171606, 0.06663817167282104),
+    "absolute": (-0.06920011, 0.01319224, 0.40819424390792847),
+    "none": (-0.02616739, -0.10175607, 0.06663817167282104),
+}
+
+
+@pytest.mark.parametrize("encoding", BEFORE)
+def test_a_seed_draws_the_weights_and_the_dropout_that_it_always_drew(encoding):
+    model = radd(encoding, dropout=0.1, d_model=16).train()
+    logits = model(torch.tensor([[4, 0, 53, 30]])).logits[0, 2, [4, 30]].tolist()
+    assert (*logits, float(torch.rand(1))) == pytest.approx(BEFORE[encoding], abs=1e-6)
+
+
+@pytest.mark.parametrize("encoding", BEFORE)
+def test_a_checkpoint_without_the_newer_keys_loads_as_it_was(encoding, tmp_path):
+    model = radd(encoding, dropout=0.1)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("initialization", "head_bias", "dropout_sites"):
+        del config[key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again, ids = load_model(tmp_path).module, torch.tensor([[4, 0, 53, 30]])
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert (again.config.initialization, again.config.head_bias) == ("normal", False)
+    assert again.config.dropout_sites == DROPOUT_SITES and again.lm_head.bias is None

@@ -24,6 +24,7 @@ SIZES = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 64, "num_hidd
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
 DTYPES = [torch.float32, torch.bfloat16]
+KINDS = [*((e, "no rotation") for e in ("alibi", "scalar", "none")), ("rope", "rope")]
 
 
 def radd(encoding: str, dtype: torch.dtype, *, table: float = 1.0, layers: int = 4) -> ProbedModel:
@@ -47,7 +48,7 @@ def test_a_small_table_of_positions_is_not_taken_for_none(dtype: torch.dtype, ta
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("encoding", "kind"), [("alibi", "no rotation"), ("none", "no rotation"), ("rope", "rope")])
+@pytest.mark.parametrize(("encoding", "kind"), KINDS)
 def test_what_can_be_made_out_still_is(dtype: torch.dtype, encoding: str, kind: str) -> None:
     """The stricter tolerance refuses no right model, four layers deep."""
     found = layer_positions(radd(encoding, dtype))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import revprobe as rp
 import tiny
 from revprobe.hooks import linearize as linearized
-from revprobe.models.configs import DreamConfig, LLaDAConfig
+from revprobe.models.configs import POSITION_ENCODINGS, DreamConfig, LLaDAConfig
 from revprobe.models.dream import DreamForMaskedDiffusion
 from revprobe.models.llada import LLaDAForMaskedDiffusion
 from revprobe.probes.attention import EVIDENCE_HIDDEN
@@ -173,6 +173,7 @@ def by_hand(model: rp.ProbedModel, query: rp.Query) -> dict[tuple[str, str | Non
     parts["norm", None] = float(-end.mean() * gain.sum())
     unscaled = m.lm_head.weight[target]
     parts["bias", None] = float(unscaled @ m.final_norm.bias + gain @ block.mlp.down_proj.bias)
+    parts["bias", None] += 0.0 if m.lm_head.bias is None else float(m.lm_head.bias[target])
     assert end.shape == (d,), "one row"
     return parts
 
@@ -195,15 +196,17 @@ def attention_by_hand(model: rp.ProbedModel, normed: Tensor, ids: Tensor) -> Ten
             scores[:, i, j] = (query[:, i] * turned).sum(-1) / math.sqrt(dim)
             if config.position_encoding == "alibi":
                 scores[:, i, j] -= torch.tensor([2 ** (-8 * (h + 1) / heads) for h in range(heads)]) * abs(i - j)
+            if config.position_encoding == "scalar":
+                scores[:, i, j] += model.module.embed_offsets.weight[j - i + config.max_length - 1]
     return scores.softmax(-1)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("heads", [1, 2])
-@pytest.mark.parametrize("encoding", ["rope", "alibi", "absolute", "none"])
+@pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
 def test_every_part_of_a_one_layer_model_equals_the_hand_computed_one(encoding: str, heads: int) -> None:
     """Token, position, norm and bias inside the head; embedding, position, MLP, centring and biases beside it."""
-    model = radd(encoding, n_heads=heads)
+    model = radd(encoding, n_heads=heads, head_bias=heads == 2)
     pairs = pairs_for(model, length=4, alphabet=4)
     reading = probe_stored_evidence(model, pairs, control=False)
     # RoPE's angles are float32 in the model and float64 by hand.
@@ -223,7 +226,7 @@ def test_every_part_of_a_one_layer_model_equals_the_hand_computed_one(encoding: 
     assert sum_error(reading) < 1e-10
 
 
-@pytest.mark.parametrize("encoding", ["rope", "alibi", "absolute", "none"])
+@pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
 def test_parts_add_up_to_the_logit_in_float32_too(encoding: str) -> None:
     reading = probe_stored_evidence(radd(encoding, dtype=torch.float32), pairs_for(radd(encoding)), control=False)
     assert sum_error(reading) < 1e-5
@@ -465,10 +468,12 @@ def test_swapped_pairs_are_refused() -> None:
         (lambda: bert(), r"only through something nonlinear \(gelu, in 'cls.predictions"),
         (lambda: causal(bloom()), "the parts add up to .*, the logit is .*cannot be decomposed"),
         (lambda: radd_with(nn.MultiheadAttention), "no attention was seen"),
+        (lambda: radd_with(BySum), "weights of mix do not meet their values in a product of two matrices"),
+        (lambda: radd_with(HalfBySum), "weights of mix.second do not meet their values"),
     ],
 )
 def test_a_model_whose_logit_is_no_such_sum_is_refused_by_name(build, words: str) -> None:
-    """Soft caps, a nonlinear head, an autograd function of its own (Bloom's GELU), unseen attention."""
+    """Soft caps, a nonlinear head, an autograd function of its own (Bloom's GELU), attention unseen or by a sum."""
     with pytest.raises(rp.RevprobeError, match=words):
         probe_stored_evidence(build(), text_like_pairs())
 
@@ -491,6 +496,34 @@ class Unseen(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         states = self.embed(input_ids)
         return self.unembed(states + self.mix(states, states, states)[0])
+
+
+class BySum(nn.Module):
+    """Attention that sums over a product instead of multiplying matrices."""
+
+    def __init__(self, width: int, heads: int, *, batch_first: bool, by_hand: bool = True) -> None:
+        super().__init__()
+        self.heads, self.by_hand = heads, by_hand
+        self.out = nn.Linear(width, width)
+
+    def forward(self, *states: Tensor) -> tuple[Tensor]:
+        q, k, v = (one.unflatten(-1, (self.heads, -1)).transpose(1, 2) for one in states)
+        weights = (q @ k.mT).softmax(-1)
+        mixed = torch.einsum("bhij,bhjd->bhid", weights, v) if self.by_hand else weights @ v
+        return (self.out(mixed.transpose(1, 2).flatten(2)),)
+
+
+class HalfBySum(nn.Module):
+    """Two layers of attention, of which the second alone cannot be held."""
+
+    def __init__(self, width: int, heads: int, *, batch_first: bool) -> None:
+        super().__init__()
+        self.first = BySum(width, heads, batch_first=True, by_hand=False)
+        self.second = BySum(width, heads, batch_first=True)
+
+    def forward(self, states: Tensor, *_: Tensor) -> tuple[Tensor]:
+        states = states + self.first(states, states, states)[0]
+        return self.second(states, states, states)
 
 
 def radd_with(kind: type[nn.Module]) -> rp.ProbedModel:

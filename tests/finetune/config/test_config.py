@@ -47,13 +47,27 @@ def sweep(cells: str) -> SweepConfig:
         ("training: {steps: 1, device: gpu}", "training.device is 'gpu'; expected 'auto', 'cpu' or 'cuda'"),
         ("training: 3", "training is 3; expected a section with keys of its own"),
         ("training: {steps: 1}\nmodel: {family: gtp2}", "expected 'radd' or 'gpt2'; the closest is 'gpt2'"),
-        ("training: {steps: 1}\nmodel: {position_encoding: rpoe}", "'none'; the closest is 'rope'"),
+        ("training: {steps: 1}\nmodel: {position_encoding: rpoe}", "'scalar'; the closest is 'rope'"),
         ("training: {steps: 1}\nmodel: {family: gpt2, position_encoding: rope}", "learned absolute positions only"),
         ("training: {steps: 1}\nmodel: {d_model: 10, n_heads: 3}", "d_model 10 is not divisible by n_heads 3"),
         ("training: {steps: 1}\nmodel: {d_model: 3}", "rope needs an even head dimension, got 3"),
         ("training: {steps: 1}\nrelation: {length: 1}", "relation.length is 1; expected greater than or equal to 2"),
         ("training: {steps: 1}\nsnapshots: {every: 1, count: 2}", "give exactly one of every"),
         ("training: {steps: 5}\nsnapshots: {steps: [9]}", "snapshots.steps has 9, but training.steps is 5"),
+        (
+            "training: {steps: 5}\nsnapshots: {every: 1, answers: {steps: [9]}}",
+            "snapshots.answers.steps has 9, but training.steps is 5",
+        ),
+        ("training: {steps: 5, negatives: drop-rigth}", "the closest is 'drop-right'"),
+        ("training: {steps: 5, negatives: drop-after}", "negatives 'drop-after' for a masked model"),
+        ("training: {steps: 5, switch: {step: 5, negatives: mirror}}", "switch.step 5 is not before training.steps, 5"),
+        ("training: {steps: 5, masks: 11}", "training.masks is 11, but the sequences have 10 tokens"),
+        ("training: {steps: 5, masks: 2, rates: k}", "rates 'k' with masks 2: no rate is drawn then"),
+        (
+            "training: {steps: 5, rates: k}\nmodel: {family: gpt2}",
+            "training.rates and training.masks are a masked model's",
+        ),
+        ("training: {steps: 5}\nmodel: {family: gpt2, head_bias: true}", "gpt2 with head_bias: only radd has it"),
         ("training: {steps: 1}\ntraining: {steps: 2}", "line 3: not valid YAML: key 'training' stands twice"),
         ("training: {steps: 1", "not valid YAML"),
     ],
@@ -210,7 +224,8 @@ def test_a_wrong_variant_says_so_in_one_line(variant: str, words: str) -> None:
 def test_the_examples_are_the_sweeps_the_documentation_promises() -> None:
     """Found by name from wherever the package lies; nothing but the axes differs between runs."""
     finetunings = ["finetune-tiny", "llada-8b-parent-child", "table7"]
-    assert example_names() == sorted([*finetunings, "one-layer", "one-layer-quick", "robustness"])
+    one_layer = ["negative-evidence", "one-layer", "one-layer-published", "one-layer-quick", "pressure", "robustness"]
+    assert example_names() == sorted([*finetunings, *one_layer])
     quick = load_config("one-layer-quick", SweepConfig)
     assert quick.name == "one-layer-quick"
     assert [made.name for made in quick.runs()] == ["rope-l10-s0", "alibi-l10-s0", "absolute-l10-s0", "arm-l10-s0"]
@@ -225,3 +240,42 @@ def test_the_examples_are_the_sweeps_the_documentation_promises() -> None:
     assert spread.runs()[0] == full.runs()[0], "its base run is the one of the tables, and need not be trained twice"
     assert [made.name for made in spread.runs()][1:] == [f"rope-l10-s0-{one.name}" for one in spread.variants]
     assert all(len(one.model) + len(one.training) == 1 for one in spread.variants), "one number at a time"
+
+
+def test_variants_compose_with_a_plus_sign_and_may_read_at_other_steps() -> None:
+    text = (
+        f"{SWEEP}variants:\n- {{name: wide, model: {{d_model: 128, head_bias: true}}}}\n"
+        "- {name: drop-right, training: {negatives: drop-right}, snapshots: {every: 5, answers: {every: 1}}}\n"
+        "- {name: drop-after, training: {negatives: drop-after}}\n"
+        "cells:\n- {variant: [wide+drop-right, base]}\n- {objective: causal, variant: [wide+drop-after]}\n"
+    )
+    both, base, causal = parse_config(text, SweepConfig, "my.yaml").runs()
+    assert (both.name, base.name, causal.name) == (
+        "rope-l10-s0-wide-drop-right",
+        "rope-l10-s0",
+        "arm-l10-s0-wide-drop-after",
+    )
+    assert (both.model.d_model, both.training.negatives) == (128, "drop-right")
+    assert both.snapshot_steps == [0, 5] and both.answer_steps == [0, 1, 2, 3, 4, 5]
+    assert base.answer_steps == base.snapshot_steps
+    assert (causal.model.d_model, causal.model.head_bias, causal.training.negatives) == (128, False, "drop-after")
+    with pytest.raises(RevprobeError, match="run 'arm-l10-s0-drop-right': negatives 'drop-right' for a causal model"):
+        parse_config(text.replace("wide+drop-after", "drop-right"), SweepConfig, "my.yaml")
+    with pytest.raises(RevprobeError, match="asks for the variant 'wde'; the closest is 'wide'"):
+        parse_config(text.replace("wide+drop-right", "drop-right+wde"), SweepConfig, "my.yaml")
+
+
+def test_the_sweeps_of_negative_evidence_and_the_published_recipe_are_what_their_pages_say() -> None:
+    runs = {run.name: run for run in load_config("negative-evidence", SweepConfig).runs()}
+    for encoding in ("rope", "absolute"):
+        for recipe in ("", "-published"):
+            for dial in ("", "-drop-right", "-mirror", "-drop-left", "-drop-both", "-single"):
+                assert all(f"{encoding}-l10-s{seed}{recipe}{dial}" in runs for seed in range(5))
+    published = runs["rope-l10-s0-published-drop-right"]
+    alike = load_config("one-layer-published", SweepConfig).base
+    assert published.model == alike.model
+    own = {"steps", "warmup_steps", "negatives"}
+    assert published.training.model_dump(exclude=own) == alike.training.model_dump(exclude=own)
+    # The share of the steps that 2,500 is of 400,000.
+    for config in (published.training, alike.training):
+        assert config.warmup_steps == pytest.approx(config.steps * 2500 / 400_000, abs=0.5)

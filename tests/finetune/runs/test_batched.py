@@ -301,3 +301,45 @@ def test_readings_that_cannot_be_taken_again_stop_their_own_run_alone(tmp_path: 
         assert open_run(damaged).problem == problems[damaged.name]
         assert lost[1].read_bytes() == before and open_run(whole).finished
         assert open_run(next_group).finished
+
+
+DIALS = [
+    {"negatives": "drop-right"},
+    {"negatives": "mirror", "negative_weight": 0.5},
+    {"negatives": "drop-left-matched"},
+    {"masks": 2},
+    {"masks": "single", "negatives": "drop-both"},
+    {"rates": "lambda", "gradient_clipping": None},
+    {"rates": "t"},
+    {"rates": "k"},
+    {"switch": {"step": 20, "negatives": "drop-right"}},
+]
+
+
+def test_dials_rates_and_masks_train_together_as_alone(tmp_path: Path) -> None:
+    """In one batch, summed over tokens; what each step did is logged alike."""
+    base = configs("- {position_encoding: [rope, scalar]}", loss="sequence", gradient_clipping=0.5)
+    made = [
+        RunConfig(**config.model_dump(exclude={"name", "training"}), name=f"{config.name}-{number}", training=changed)
+        for config in base
+        for number, dial in enumerate(DIALS)
+        for changed in [config.training.model_dump() | dial]
+    ]
+    assert len(groups_of_one_shape(made)) == 1
+    assert train_together(made, tmp_path / "together", readings=False) == {}
+    for config in made[:: len(made) // 9 - 1 or 1]:
+        train(config, tmp_path / "alone" / config.name)
+        alone, together = (tmp_path / way / config.name for way in ("alone", "together"))
+        for kind in ("raw", "ema"):
+            assert apart(weights(alone, kind=kind), weights(together, kind=kind)) < 1e-5
+        one, two = open_run(alone), open_run(together)
+        log, other = one.steps_log(), two.steps_log()
+        whole = ["step", "clipped", "dropped"]
+        assert list(log["step"]) == list(range(1, STEPS + 1)) and (log[whole] == other[whole]).all(axis=None)
+        assert (log.astype(float) - other.astype(float)).abs().max().max() < 1e-3
+        answers, others = one.answers(), two.answers()
+        assert (answers["probability"] - others["probability"]).abs().max() < 1e-5
+        assert two.missing_readings and not one.missing_readings
+    # What was left out is taken from the checkpoints, as after any loss.
+    with pytest.warns(UserWarning, match="missing readings were taken"):
+        assert not train(config, together).missing_readings

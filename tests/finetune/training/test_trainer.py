@@ -416,13 +416,13 @@ def test_probe_names_are_those_of_the_documentation() -> None:
 
 
 def test_a_run_checks_once_which_way_its_model_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each check is five forward passes; the answer cannot change while the run trains."""
+    """Each check is six forward passes; the answer cannot change while the run trains."""
     checks: list[str] = []
     judge = contract.run_trial
 
-    def counted(model: CalledModule) -> Trial:
+    def counted(model: CalledModule, mask_token_id: int | None) -> Trial:
         checks.append(model.name)
-        return judge(model)
+        return judge(model, mask_token_id)
 
     monkeypatch.setattr(contract, "run_trial", counted)
     train(config(), tmp_path / "run")

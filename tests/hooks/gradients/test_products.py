@@ -14,6 +14,7 @@ from revprobe import RaddConfig, RaddForMaskedLM, RevprobeError, one_layer_gpt2
 from revprobe.hooks.gradients import backward as gradient_reading
 from revprobe.hooks.gradients import products as gradient_products
 from revprobe.hooks.gradients.recorder import record_gradients
+from revprobe.models.configs import POSITION_ENCODINGS
 from tiny import drawn
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -58,7 +59,7 @@ def language_model_loss(model: nn.Module, *, batch: int = 5, seq: int = 7, padde
 MODELS = {
     **{
         e: (lambda e=e: RaddForMaskedLM(RaddConfig(position_encoding=e, n_layers=2, n_heads=2, d_model=16)))
-        for e in ("rope", "alibi", "absolute", "none")
+        for e in POSITION_ENCODINGS
     },
     "gpt2 (tied, Conv1D)": lambda: one_layer_gpt2(n_layers=2, n_heads=2, d_model=16),
 }

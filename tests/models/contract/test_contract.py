@@ -84,7 +84,18 @@ class WantsBooleans(Words):
         return super().gather(words, mask)
 
 
+class BeginsWithTheEnd(Words):
+    """Shows every token the last one that is no padding by its id, as encoder-decoders do that shift their input."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        last = (input_ids != 0).cumsum(1).argmax(1, keepdim=True)
+        words = self.embed(input_ids) + self.embed(input_ids.gather(1, last))
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return self.head(words + torch.tanh(self.mix(self.gather(words, mask))))
+
+
 UNSOUND = {
+    "begins with the end": BeginsWithTheEnd,
     "divides by the width": DividesByWidth,
     "ignores the mask": IgnoresMask,
     "convolves over tokens": ConvolvesTokens,
@@ -344,7 +355,8 @@ def forwards_of(module: nn.Module, act) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("name", SOUND)
 def test_wrapping_costs_at_most_six_short_runs_and_once_for_a_module(name):
     module = drawn(SOUND[name]())
-    sizes = forwards_of(module, lambda: contract_of(CalledModule(module)))
+    hidden = MASK if name in ("BERT", "RoBERTa", "ModernBERT") else None
+    sizes = forwards_of(module, lambda: contract_of(CalledModule(module), hidden))
     assert 0 < len(sizes) <= 6 and all(rows <= 3 and tokens <= 12 for rows, tokens in sizes), sizes
     objective = "masked" if name in ("BERT", "RoBERTa", "ModernBERT") else "causal"
     again = forwards_of(module, lambda: ProbedModel(module, objective=objective, mask_token_id=MASK))
@@ -503,3 +515,132 @@ def test_a_reading_says_what_its_own_arithmetic_was_whichever_the_wrapping_saw()
     plain = ProbedModel(module, objective="masked", mask_token_id=MASK)
     with torch.autocast("cpu", torch.bfloat16):
         assert rp.probe_reverse_probability(plain, pairs, control=False).meta["dtype"] == "bfloat16"
+
+
+class Ahead(nn.Module):
+    """Attends as `sees` says. Shapes: `sees(length)`: `query key (bool)`."""
+
+    def __init__(self, sees, vocabulary: int = 56, limit: int | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.embed, self.qkv, self.head = nn.Embedding(vocabulary, 16), nn.Linear(16, 48), nn.Linear(16, vocabulary)
+        self.sees = sees
+        self.config = transformers.PreTrainedConfig(vocab_size=vocabulary, max_position_embeddings=limit)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(self.embed(input_ids))[:, None].chunk(3, -1)
+        seen = self.sees(input_ids.shape[1])[None, None]
+        seen = seen if attention_mask is None else seen & attention_mask.bool()[:, None, None]
+        return self.head(self.embed(input_ids) + 3 * F.scaled_dot_product_attention(q, k, v, attn_mask=seen)[:, 0])
+
+
+LEFT = lambda n: torch.ones(n, n, dtype=torch.bool).tril()  # noqa: E731
+WAYS = {
+    "everywhere": lambda n: torch.ones(n, n, dtype=torch.bool),
+    "within a prefix of four": lambda n: LEFT(n) | (torch.arange(n) < 4)[None] & (torch.arange(n) < 4)[:, None],
+    "within blocks of seven": lambda n: LEFT(n) | (torch.arange(n)[None] // 7 == torch.arange(n)[:, None] // 7),
+    "to the next token": lambda n: torch.ones(n, n, dtype=torch.bool).tril(1),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_whatever_later_token_is_seen_a_model_is_not_causal(way):
+    with pytest.raises(RevprobeError, match="a later token changes its earlier logits"):
+        ProbedModel(Ahead(WAYS[way]).eval(), objective="causal")
+    assert ProbedModel(Ahead(LEFT).eval(), objective="causal").contract.reaches_back is False
+
+
+@pytest.mark.parametrize(("vocabulary", "limit"), [(3, None), (9, None), (5, 8), (4, 11), (8, 11), (4, 7)])
+def test_direction_is_found_in_small_vocabularies(vocabulary, limit):
+    """Where the ids of a row come round again, the id that is put in place of one must not be the same."""
+    with pytest.raises(RevprobeError, match="a later token changes its earlier logits"):
+        ProbedModel(Ahead(WAYS["everywhere"], vocabulary, limit).eval(), objective="causal")
+
+
+class Leaks(Words):
+    def __init__(self, move) -> None:
+        super().__init__()
+        self.move = move
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return super().forward(input_ids, attention_mask) + self.move(self.head(self.embed(input_ids)))
+
+
+def before(rows: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(rows[:1]), rows[:-1]])
+
+
+LEAKS = {
+    "from the rows before": lambda rows: 0.3 * (rows.cumsum(0) - rows),
+    "from the row before into odd rows": lambda rows: before(rows) * (torch.arange(len(rows)) % 2)[:, None, None],
+    "from the last but one into the last": lambda rows: torch.cat([0 * rows[:-1], before(rows)[-1:]]),
+    "from the first into all": lambda rows: (
+        0.1 * rows[:1].expand_as(rows) * (torch.arange(len(rows)) > 0)[:, None, None]
+    ),
+}
+
+
+@pytest.mark.parametrize("way", LEAKS)
+def test_a_leak_is_found_whichever_rows_it_joins(way):
+    with pytest.raises(RevprobeError, match="one row change the logits of another"):
+        wrapped(Leaks(LEAKS[way]))
+
+
+def test_padding_that_reaches_the_mask_token_alone_is_found():
+    class Masked(Words):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            words = self.embed(input_ids)
+            hidden = torch.where((input_ids == MASK)[..., None], words.mean(1, keepdim=True), 0.0)
+            return super().forward(input_ids, attention_mask) + self.head(hidden)
+
+    assert "padded tokens" in wrapped(Masked()).contract.equal_lengths
+
+
+def test_a_causal_model_that_shifts_its_input_is_refused():
+    class Shifted(Ahead):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return super().forward(torch.cat([input_ids.new_full((len(input_ids), 1), 2), input_ids[:, :-1]], 1))
+
+    with pytest.raises(RevprobeError, match="do not see token i: it shifts its input inside"):
+        ProbedModel(Shifted(LEFT).eval(), objective="causal")
+
+
+def test_a_contract_follows_what_is_done_to_the_module_afterwards():
+    """Flags and adapters: in the same wrapper, and in one made anew."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    pairs = ReversalPairs.from_pairs(
+        [
+            ReversalPair(Query([9, 20 + k, 7, 5], [3], [1]), Query([8, 5, 2, 20 + k], [3], [1]), "swapped", str(k))
+            for k in range(4)
+        ]
+    )
+    module = drawn(SOUND["Llama"]())
+    model = ProbedModel(module, objective="causal")
+    module.config.is_causal = False
+    for layer in module.model.layers:
+        layer.self_attn.is_causal = False
+    for again in (lambda: rp.probe_reverse_probability(model, pairs), lambda: ProbedModel(module, objective="causal")):
+        with pytest.raises(RevprobeError, match="a later token changes its earlier logits"):
+            again()
+
+    prompted = get_peft_model(drawn(SOUND["Llama"]()), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    prompted.add_adapter("other", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    model, ids = ProbedModel(prompted.eval(), objective="causal"), torch.tensor([[9, 4, 7, 5]])
+    prompted.set_adapter("other")
+    assert torch.equal(model.logits(ids), prompted(ids).logits[:, 5:])
+    with prompted.disable_adapter():
+        assert torch.equal(model.logits(ids), prompted(ids).logits)
+
+
+class Particular(Words):
+    """Will not run in eval mode where gradients are asked for, and says so in its own way."""
+
+    def gather(self, words: Tensor, mask: Tensor) -> Tensor:
+        assert self.training or not torch.is_grad_enabled(), "call train() first"
+        return super().gather(words, mask)
+
+
+def test_a_module_that_runs_without_gradient_only_is_judged_by_its_other_runs():
+    model = wrapped(Particular())
+    assert model.contract.reaches_back and not model.contract.equal_lengths

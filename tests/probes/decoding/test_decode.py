@@ -322,6 +322,37 @@ def test_a_module_without_attention_mask_gets_batches_of_one_length(words):
     assert (2, 5) in model.module.shapes and {width for _, width in model.module.shapes} == {4, 5, 6, 10}
 
 
+class IgnoresMask(NoMask):
+    """Takes a mask, and lets padding reach real tokens all the same."""
+
+    def forward(self, input_ids, attention_mask=None):
+        return super().forward(input_ids)
+
+
+class FromTheEnd(nn.Module):
+    """A causal model without `generate` that counts positions from the end, so padding moves them."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids, attention_mask=None):
+        places = torch.arange(input_ids.shape[1]).flip(0)[None]
+        return self.inner(input_ids=input_ids, position_ids=places).logits
+
+
+@pytest.mark.parametrize(("kind", "build"), [(IgnoresMask, llada), (FromTheEnd, gpt2)])
+def test_an_answer_does_not_depend_on_what_shares_its_batch_where_padding_counts(kind, build, words):
+    """The signature says nothing: both take a mask."""
+    inner = build(words)
+    masked = {"mask_token_id": MASK_WORD, "logit_shift": 0} if build is llada else {}
+    model = ProbedModel(kind(inner.module), words, objective=inner.objective, **masked)
+    prompts = [*PROMPTS, *(f"w{n} w{n + 7}" for n in range(5, 30))]
+    together = decode(model, prompts, max_new_tokens=6)
+    assert model.contract.equal_lengths and len(set(together)) > 1
+    assert together == [decode(model, [prompt], max_new_tokens=6)[0] for prompt in prompts]
+
+
 def alone_by_generate(model: ProbedModel, prompt: str, tokens: int) -> str:
     ids = torch.tensor([model.tokenizer(prompt)["input_ids"]])
     options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": END, "pad_token_id": END}

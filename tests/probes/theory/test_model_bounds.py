@@ -102,7 +102,9 @@ def test_layers_with_angles_of_their_own_get_their_own() -> None:
     assert frame["bound"].tolist() == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize(("encoding", "bound"), [("alibi", 1.0), ("none", 1.0), ("absolute", math.nan)])
+@pytest.mark.parametrize(
+    ("encoding", "bound"), [("alibi", 1.0), ("scalar", 1.0), ("none", 1.0), ("absolute", math.nan)]
+)
 def test_encodings_that_do_not_turn(encoding: str, bound: float) -> None:
     frame = model_theory(radd(encoding), [1, 9])
     assert frame["bound"].tolist() == pytest.approx([bound] * 2, nan_ok=True)

@@ -183,12 +183,15 @@ def test_alibi_routes_align_exactly_and_storage_always() -> None:
         (lambda: radd(n_layers=2), "one attention layer of one head"),
         (lambda: radd(n_heads=2), "one attention layer of one head"),
         (lambda: radd("absolute"), "needs RoPE, ALiBi or no position"),
+        (lambda: radd("scalar"), r"adds a learned bias to its scores \(embed_offsets.weight\)"),
         (lambda: ProbedModel(one_layer_gpt2(), objective="causal"), "needs RoPE, ALiBi or no position"),
     ],
 )
 def test_models_outside_the_proposition_are_refused(model, words: str) -> None:
-    with pytest.raises(RevprobeError, match=words):
-        TwoRouteToy.from_model(model())
+    """A slope of 0, the advice for models without a rotation, does not get them past it."""
+    for slope in (None, 0.0):
+        with pytest.raises(RevprobeError, match=words):
+            TwoRouteToy.from_model(model(), slope=slope)
 
 
 def test_an_alibi_model_must_name_its_slope() -> None:

@@ -1,0 +1,81 @@
+"""RADD's published checkpoints, `JingyangOu/radd-lambda-dce` and others in their layout.
+
+Its config.json is the whole configuration of the training run, without a `model_type`. Written from the public code's
+model/transformer.py and model/rotary.py (ML-GSAI/RADD); logits equal that code's to 2e-5 in float32.
+
+Source: Ou et al. 2025, arXiv 2406.03736.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import RevprobeError
+from .family import Family, Settings
+
+_READ = ("hidden_size", "n_heads", "n_blocks", "dropout")
+_ROPE_BASE = 10000.0
+# The length all public models were trained at. It is in the file but no part of the model, which rotates: a file that
+# leaves it out is held to this one.
+_LENGTH = 1024
+_BLOCK = "blocks.{}"
+
+
+def _recognises(config: Settings) -> bool:
+    sizes = config.get("model")
+    return "model_type" not in config and "tokens" in config and isinstance(sizes, dict) and {*_READ} <= set(sizes)
+
+
+def _to_config(config: Settings) -> dict[str, Any]:
+    sizes = config["model"]
+    return {
+        "model_type": "radd",
+        "vocab_size": config["tokens"] + 1,
+        "mask_token_id": config["tokens"],  # the last row
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "d_model": sizes["hidden_size"],
+        "n_layers": sizes["n_blocks"],
+        "n_heads": sizes["n_heads"],
+        "dropout": sizes["dropout"],
+        "dropout_sites": ["attention", "mlp"],
+        "max_length": sizes.get("length") or _LENGTH,
+        "position_encoding": "rope",
+        "rope_base": _ROPE_BASE,
+        "initialization": "published",
+        "head_bias": True,
+    }
+
+
+def _check_rotation(inv_freq: Tensor, config: Settings) -> None:
+    """The file stores the angles, and the public code turns by those; ours works them out from the base."""
+    head_dim = config["model"]["hidden_size"] // config["model"]["n_heads"]
+    expected = _ROPE_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if inv_freq.shape != expected.shape or not torch.allclose(inv_freq.float(), expected, rtol=1e-5, atol=0):
+        raise RevprobeError(
+            f"rotary_emb.inv_freq {tuple(inv_freq.shape)} holds other angles than base {_ROPE_BASE:g} at a head "
+            f"dimension of {head_dim}, by which RADD turns; the checkpoint is of another model or a damaged one"
+        )
+
+
+RADD = Family(
+    name="RADD",
+    recognises=_recognises,
+    to_config=_to_config,
+    key_map={
+        "vocab_embed.embedding": "embed_tokens.weight",  # a bare parameter
+        f"{_BLOCK}.norm1": f"{_BLOCK}.attention_norm",
+        f"{_BLOCK}.attn_out": f"{_BLOCK}.attention.o_proj",
+        f"{_BLOCK}.norm2": f"{_BLOCK}.mlp_norm",
+        f"{_BLOCK}.mlp.0": f"{_BLOCK}.mlp.up_proj",
+        f"{_BLOCK}.mlp.2": f"{_BLOCK}.mlp.down_proj",
+        "output_layer.norm_final": "final_norm",
+        "output_layer.linear": "lm_head",
+    },
+    fused={f"{_BLOCK}.attn_qkv": [f"{_BLOCK}.attention.{letter}_proj" for letter in "qkv"]},
+    constants={"rotary_emb.inv_freq": _check_rotation},
+    tokenizer="openai-community/gpt2",
+)
