@@ -1,11 +1,12 @@
 """Collect the sweeps about negative evidence, finished or not, into examples/results/, and draw the page from them.
 
-    python examples/collect_negative_evidence.py runs/negative-evidence runs/one-layer-published
+    python examples/collect_negative_evidence.py runs/negative-evidence runs/one-layer-published --pressure
 
 Of each sweep two tables: its answers over training, and one row for each run and its weights, with its axes,
 statistics, price, log and readings; a run that is not finished stands there with its reason. Prices take seconds a run;
 those of checkpoints that have not changed are kept, so the command can be stopped and given again while a sweep goes
-on.
+on. With --pressure the pressure of the training terms on the reverse answer is read too, at every checkpoint of some
+cells (about five seconds each).
 """
 
 from __future__ import annotations
@@ -22,14 +23,36 @@ import pandas as pd
 from collect_results import RESULTS, commit_of, provenance
 from results_table import write_readme
 
+import revprobe as rp
 from revprobe.atomic_files import write_text
 from revprobe.finetune.config.loading import load_config
 from revprobe.finetune.config.one_layer import SweepConfig
+from revprobe.finetune.runs.one_layer import OneLayerRun
 from revprobe.finetune.runs.sweeps import open_sweep
-from revprobe.report.paper.evidence_runs import collect_run, write_table
+from revprobe.report.paper.evidence_runs import (
+    FINISHED,
+    axes_of,
+    checkpoint_digest,
+    collect_run,
+    status_of,
+    write_table,
+)
 
 SWEEPS = {"negative-evidence": "negative_evidence", "one-layer-published": "one_layer_published"}
 PROVENANCE = "negative_evidence.json"
+# The cells whose pressure is read, and from how many sets of masks a class.
+PRESSED = {
+    "negative-evidence": (
+        "rope-l10",
+        "rope-l10-drop-right",
+        "rope-l10-then-drop-right",
+        "rope-l10-drop-right-then-keep",
+        "rope-l10-published",
+        "rope-l10-published-drop-right",
+    ),
+    "one-layer-published": ("rope-l10", "absolute-l10"),
+}
+DRAWS = 1024
 AT_A_TIME = 10  # runs whose prices are kept if the command is stopped
 
 
@@ -63,6 +86,24 @@ def collect(folder: Path, name: str, out: Path) -> tuple[list[str], dict[str, st
     return finished, left_out
 
 
+def collect_pressure(folders: dict[str, Path], file: Path) -> None:
+    """Read the pressure at every checkpoint of the finished runs of PRESSED; runs that have not changed are kept."""
+    keys = ["run", "sweep", "checkpoint"]
+    before = pd.read_parquet(file) if file.is_file() else pd.DataFrame(columns=keys)
+    parts = [own for sweep, own in before.groupby("sweep", sort=False) if sweep not in folders]
+    for name, folder in folders.items():
+        for config in load_config(name, SweepConfig).runs():
+            axes, run = axes_of(config), OneLayerRun(folder / config.name)
+            if axes["cell"] not in PRESSED[name] or status_of(run, config) != FINISHED:
+                continue
+            about = {"sweep": name, "checkpoint": checkpoint_digest(run, "raw"), "facts": config.relation.alphabet}
+            about |= {key: axes[key] for key in ("run", "cell", "recipe", "seed")}
+            same = (before[keys] == [about[key] for key in keys]).all(axis=1)
+            parts.append(before[same] if same.any() else rp.pressure(run.path, draws=DRAWS).assign(**about))
+            write_table(pd.concat(parts, ignore_index=True), file)
+            print(f"pressure: {name} {config.name}", flush=True)
+
+
 def predictions_since(config: Path) -> dict[str, Any]:
     """The YAML's bytes, whose comments are the predictions, and the commit and time that it has been so since."""
     asked = ["git", "-C", str(config.parent), "log", "-1", "--format=%H %cI", "--", config.name]
@@ -77,19 +118,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", type=Path, nargs="+", help=f"folders of the sweeps {' and '.join(SWEEPS)}")
     parser.add_argument("--commit", help="the commit the runs were trained with; this checkout's is noted besides")
+    parser.add_argument("--pressure", action="store_true", help="read the training terms' pressure too")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     file = asked.out / PROVENANCE
     noted = json.loads(file.read_text(encoding="utf-8"))["sweeps"] if file.is_file() else {}
-    for folder in asked.sweeps:
-        name = open_sweep(folder).config.name
+    folders = {open_sweep(folder).config.name: folder for folder in asked.sweeps}
+    for name, folder in folders.items():
         if name not in SWEEPS:
             raise SystemExit(f"{folder} holds the sweep {name!r}; expected {' or '.join(SWEEPS)}")
         finished, left_out = collect(folder, name, asked.out)
         noted[name] = provenance(name, folder, finished, left_out, asked.commit)
         noted[name] |= predictions_since(RESULTS.parent / f"{name.replace('-', '_')}.yaml")
         print(f"{name}: {len(finished)} runs finished, {len(left_out)} not")
+    if asked.pressure:
+        collect_pressure(folders, asked.out / "negative_evidence_pressure.parquet")
     collected = {"collected_at_commit": commit_of(), "collected": datetime.now(UTC).date().isoformat(), "sweeps": noted}
     write_text(file, json.dumps(collected, indent=2) + "\n")
     print(f"{write_readme(asked.out)}; README's own lines: python examples/results_table.py")

@@ -20,7 +20,7 @@ import pandas as pd
 from results_table import write_readme
 
 from revprobe.atomic_files import write_text, written_whole
-from revprobe.finetune.config.loading import dump_config, load_config
+from revprobe.finetune.config.loading import load_config
 from revprobe.finetune.config.one_layer import SweepConfig
 from revprobe.finetune.runs.open import open_run
 from revprobe.finetune.runs.run import VERSIONS
@@ -53,13 +53,19 @@ def provenance(
         "command": f"revprobe sweep {name}",
         "trained_at_commit": commit,
         "config": f"examples/{name.replace('-', '_')}.yaml",
-        "config_sha256": hashlib.sha256(dump_config(config.base).encode()).hexdigest(),
+        "config_sha256": base_digest(config),
         "devices": sorted({open_run(folder / run).config.training.device for run in finished}),
         "versions": _versions(folder / run for run in finished),
         "last_reading": _last_reading(folder, finished),
         "finished": finished,
         "not_run": left_out,
     }
+
+
+def base_digest(config: SweepConfig) -> str:
+    """Of what a sweep's base sets: keys that configs have got since, at their defaults, do not move it."""
+    text = json.dumps(config.base.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _versions(runs: Any) -> list[dict[str, str]]:

@@ -17,7 +17,12 @@ import pandas as pd
 from revprobe.atomic_files import write_text
 from revprobe.probes.figures.theme import interval_text
 from revprobe.report.paper.evidence_figures import pressure_figure, reverse_figure
-from revprobe.report.paper.evidence_markdown import evidence_sections, published_sections
+from revprobe.report.paper.evidence_markdown import (
+    ABOUT_PRESSURE,
+    evidence_sections,
+    pressure_table,
+    published_sections,
+)
 from revprobe.report.paper.evidence_sentences import Told
 from revprobe.report.paper.markdown import markdown_table, of_seeds, one_layer_markdown, spread_markdown
 from revprobe.report.paper.reproduce import NOT_RUN, OUTSIDE, compare
@@ -84,12 +89,15 @@ def readme(folder: Path) -> str:
     parts = ["# Why the reverse answer fades, and the paper's tables as they came out here", " ".join(told.four())]
     parts += [f"![{words}]({name})" for name, words in FIGURES.items() if name in figures(folder)]
     if PRESSURE not in figures(folder):
-        parts.append("Pressure by class of training terms: not run (`rp.pressure`).")
+        parts.append("Pressure by class over training: not run at four checkpoints of any cell (`rp.pressure`).")
     sections: dict[str, str] = {}
     if told.runs is not None and told.answers is not None:
         sections |= evidence_sections(told.runs, told.answers)
     if told.published_runs is not None and told.published_answers is not None:
         sections |= published_sections(told.published_runs, told.published_answers, told.runs)
+    pressure = _table(folder, f"{SWEEPS[0]}_pressure")
+    if pressure is not None:
+        sections["Pressure of the training terms"] = f"{ABOUT_PRESSURE}\n\n{pressure_table(pressure)}"
     parts += [f"## {title}\n\n{text}" for title, text in sections.items()]
     parts.append(BESIDE_OTHERS)
     if (folder / EVIDENCE).is_file():
@@ -138,8 +146,8 @@ def figures(folder: Path) -> dict[str, str]:
     if runs is not None and answers is not None:
         drawings[OVER_TRAINING] = reverse_figure(runs, answers)
     pressure = _table(folder, f"{SWEEPS[0]}_pressure")
-    if pressure is not None:
-        drawings[PRESSURE] = pressure_figure(pressure)
+    if pressure is not None and (drawing := pressure_figure(pressure)) is not None:
+        drawings[PRESSURE] = drawing
     return drawings
 
 

@@ -15,13 +15,16 @@ from .predictions import RECIPES, Cell
 COLOURS = {"keep": OKABE_ITO["vermillion"], "drop-right": OKABE_ITO["blue"], "mirror": OKABE_ITO["green"]}
 SWITCHES = (("keep", "drop-right"), ("drop-right", "keep"), ("keep", "mirror"))
 ENCODINGS = {"rope": "RoPE", "absolute": "absolute", "scalar": "scalar"}
+# Each line of the pressure is a sum. The target's terms and those of the placeholders left of the evidence are each
+# large and cancel (which hidden place on the left is the target's is not known), so they are shown together.
 TERMS = {
-    "target": OKABE_ITO["blue"],
-    "negative": OKABE_ITO["vermillion"],
-    "left": OKABE_ITO["orange"],
-    "net": OKABE_ITO["black"],
+    "target and placeholders left of the evidence": (("target", "left"), OKABE_ITO["blue"]),
+    "placeholders right of the evidence": (("negative",), OKABE_ITO["vermillion"]),
+    "all terms": (("all",), OKABE_ITO["black"]),
 }
 UNIT = (0.0, 1.0)
+PUBLISHED = "one-layer-published"
+FEWEST = 4  # checkpoints, for a curve of pressure: two are a line whatever lies between
 
 
 def reverse_figure(runs: pd.DataFrame, answers: pd.DataFrame, *, weights: str = "ema") -> str:
@@ -81,21 +84,25 @@ def _key(name: str, colour: str, dash: str = "solid") -> Line:
     return Line(name, np.array([]), np.array([]), colour, dash)
 
 
-def pressure_figure(pressure: pd.DataFrame) -> str:
-    """The pressure of each kind of term over training, a panel for each cell, four in a row.
+def pressure_figure(pressure: pd.DataFrame) -> str | None:
+    """The pressure of each kind of term over training, a panel for each cell that has at least 4 checkpoints.
 
+    None where no cell has. Four panels in a row.
     Args:
-        pressure: rows of `rp.pressure`, with cell, recipe and run beside them.
+        pressure: rows of `rp.pressure`, with sweep, recipe, cell and run beside them.
     """
     panels = []
-    for (recipe, cell), own in pressure.groupby(["recipe", "cell"], sort=False):
+    for (sweep, recipe, cell), own in pressure.groupby(["sweep", "recipe", "cell"], sort=False):
+        if own["step"].nunique() < FEWEST:
+            continue
         lines = []
-        for name, colour in TERMS.items():
-            table = own[own["terms"] == name].pivot_table(index="step", columns="run", values="pressure")
-            if len(table):
-                lines.append(_over_seeds(table, colour, "dashed" if name == "net" else "solid"))
-        panels.append(Panel(f"{cell}, recipe {recipe}", lines))
-    legend = [_key(name, colour, "dashed" if name == "net" else "solid") for name, colour in TERMS.items()]
+        for names, colour in TERMS.values():
+            summed = own[own["terms"].isin(names)].groupby(["step", "run"])["pressure"].sum(min_count=1)
+            lines.append(_over_seeds(summed.unstack("run"), colour, "solid"))
+        panels.append(Panel(f"{cell}, recipe {recipe}{' (Table 1)' if sweep == PUBLISHED else ''}", lines))
+    if not panels:
+        return None
+    legend = [_key(name, colour) for name, (_, colour) in TERMS.items()]
     return drawn(_rows(panels), legend, x_title="training step", y_title="pressure (nats per unit of learning rate)")
 
 

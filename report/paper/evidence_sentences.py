@@ -121,10 +121,8 @@ class Told:
         verdicts = [str(row["verdict"]) for row in records(overall(self.parts)) if row["prediction"] == "0"]
         word = "outvoted, not forgotten" if set(verdicts) == {HOLDS} else _mixed(verdicts)
         start = "reverse accuracy at length 10, placeholders right of the evidence priced → not priced"
-        end = f"letters-only at least {_per_cent(letters)}"
-        if not short:
-            end = f"among the 26 letters at least {_per_cent(letters)} are right in every masked run, and of a run's "
-            end += f"errors at least {_per_cent(share)} are the placeholder"
+        end = f"letters-only in any masked run at the lowest {_per_cent(letters)}"
+        end += "" if short else f", the placeholder's share of a run's errors at the lowest {_per_cent(share)}"
         return f"{start}: {'; '.join(told)}; {end}: {word}."
 
     # ---- the fourth ----

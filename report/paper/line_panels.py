@@ -13,7 +13,7 @@ import numpy as np
 
 from ...probes.figures.theme import FONT, GRID_GREY
 
-WIDTH, HEIGHT, LEFT, TOP, GAP = 250, 170, 46, 26, 26
+WIDTH, HEIGHT, LEFT, TOP, GAP = 240, 165, 46, 26, 38
 LEGEND, FOOT = 22, 34
 _INK = "#1A1A1A"
 _DASHES = {"solid": "", "dashed": ' stroke-dasharray="5 3"', "dotted": ' stroke-dasharray="1.5 3"'}

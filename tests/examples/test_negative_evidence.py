@@ -17,7 +17,7 @@ from revprobe.finetune.config.loading import load_config, parse_config
 from revprobe.finetune.config.one_layer import SweepConfig
 from revprobe.finetune.runs.one_layer import train
 from revprobe.finetune.runs.open import open_run
-from revprobe.report.paper import evidence_runs
+from revprobe.report.paper import evidence_figures, evidence_runs
 
 SWEEP = """\
 name: negative-evidence
@@ -199,7 +199,7 @@ def test_the_page_names_its_origin_and_every_cell(collected: tuple[Path, list[st
     assert len(noted["file_sha256"]) == 64 and noted["versions"][0]["torch"] == torch.__version__
     text = (out / "README.md").read_text()
     assert text.splitlines()[2].startswith("Of ") and "](reverse_over_training.svg)" in text
-    assert "Pressure by class of training terms: not run" in text
+    assert "Pressure by class over training: not run" in text
     for run in sweep.runs():
         assert f"| {evidence_runs.axes_of(run)['cell']} |" in text, run.name
     assert (out / "reverse_over_training.svg").read_text().startswith("<svg")
@@ -208,22 +208,29 @@ def test_the_page_names_its_origin_and_every_cell(collected: tuple[Path, list[st
 def test_pressure_is_drawn_where_it_was_collected(
     collected: tuple[Path, list[str]], script: ModuleType, tmp_path: Path
 ) -> None:
-    """A table of `rp.pressure` with run, cell and recipe gives the second figure."""
+    """A table of `rp.pressure` with sweep, recipe and cell gives the second figure; three checkpoints are no curve."""
     import results_table
 
     rows = [
-        {"run": f"rope-l10-s{seed}", "cell": "rope-l10", "recipe": "W", "step": step, "terms": name, "pressure": value}
+        {"run": f"rope-l10-s{seed}", "step": step, "terms": name, "pressure": value}
         for seed in (0, 1)
-        for step in (0, 500)
-        for name, value in {"target": 1.0 + seed, "negative": -2.0, "left": 0.1, "net": -1.0 + seed}.items()
+        for step in (0, 500, 1000, 2000)
+        for name, value in {"target": 1.0 + seed, "negative": -2.0, "left": 0.1, "all": -1.0 + seed}.items()
     ]
-    pd.DataFrame(rows).to_parquet(tmp_path / "negative_evidence_pressure.parquet")
+    table = pd.DataFrame(rows).assign(
+        sweep="negative-evidence", cell="rope-l10", recipe="W", log_odds=-1.0, dropped=0.0
+    )
+    table.to_parquet(tmp_path / "negative_evidence_pressure.parquet")
     results_table.write_readme(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert "](pressure_by_class.svg)" in text and "Pressure by class of training terms: not run" not in text
+    assert "](pressure_by_class.svg)" in text and "Pressure by class over training: not run" not in text
     drawing = (tmp_path / "pressure_by_class.svg").read_text()
-    assert drawing.count('fill="none" stroke=') == 4 + 1, "four lines, and the frame"
+    assert drawing.count('fill="none" stroke=') == 3 + 1, "three sums, and the frame"
     assert "rope-l10, recipe W" in drawing
+    table = pd.read_parquet(tmp_path / "negative_evidence_pressure.parquet")
+    assert evidence_figures.pressure_figure(table[table["step"] < 2000]) is None
+    row = next(line for line in text.splitlines() if line.startswith("| W | rope-l10 |") and "| 500 |" in line)
+    assert "| 1.50 (1.00 to 2.00) |" in row and "| -2.00 |" in row
 
 
 def test_another_sweeps_folder_and_an_empty_one_are_refused(

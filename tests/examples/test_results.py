@@ -1,6 +1,5 @@
 """The committed results: the page is drawn from the numbers beside it, and the numbers say where they come from."""
 
-import hashlib
 import json
 import re
 import sys
@@ -11,7 +10,7 @@ from types import ModuleType
 import pandas as pd
 import pytest
 
-from revprobe.finetune.config.loading import dump_config, load_config, parse_config
+from revprobe.finetune.config.loading import load_config, parse_config
 from revprobe.finetune.config.one_layer import SweepConfig
 from revprobe.finetune.runs.one_layer import train
 from revprobe.report.paper.reproduce import COLUMNS
@@ -62,7 +61,9 @@ def test_readme_says_what_came_out_in_ten_lines_and_one_figure(root: Path) -> No
     assert (root / figure).is_file()
 
 
-def test_every_run_is_either_in_the_numbers_or_listed_as_not_run(results: Path) -> None:
+def test_every_run_is_either_in_the_numbers_or_listed_as_not_run(
+    results: Path, scripts: tuple[ModuleType, ModuleType]
+) -> None:
     provenance = json.loads((results / "provenance.json").read_text())
     for name, sweep in provenance["sweeps"].items():
         frame, config = pd.read_parquet(results / SWEEPS[name]), load_config(name, SweepConfig)
@@ -71,7 +72,7 @@ def test_every_run_is_either_in_the_numbers_or_listed_as_not_run(results: Path) 
         assert list(frame.columns) == [column for column in COLUMNS if column not in newer]
         finished = {run.name for run in config.runs()} - set(sweep["not_run"])
         assert finished == set(sweep["finished"]) == set(frame["run"]), name
-        assert sweep["config_sha256"] == hashlib.sha256(dump_config(config.base).encode()).hexdigest()
+        assert sweep["config_sha256"] == scripts[0].base_digest(config)
         assert sweep["versions"] and {"torch", "revprobe"} <= set(sweep["versions"][0])
         assert (results / SWEEPS[name]).stat().st_size < 3_000_000
         assert len(sweep["trained_at_commit"]) == 40

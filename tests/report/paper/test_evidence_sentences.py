@@ -32,7 +32,7 @@ def test_all_that_holds_is_said_with_its_numbers(predicted: tuple[pd.DataFrame, 
     assert "16 hold (W0, W0 (causal), W1, " in contradictions
     assert table_1.startswith("RADD's published recipe has not been collected")
     assert "RoPE 2 → 99 % (W), 2 → 99 % (P); absolute 2 → 99 % (W)" in outvoted
-    assert outvoted.endswith("at least 100 % are the placeholder: outvoted, not forgotten.")
+    assert outvoted.endswith("at the lowest 100 %: outvoted, not forgotten.")
     assert "its answer fades too, so negative evidence suffices (reverse 2 %, p(placeholder) 0.99)" in price
     assert "drop-right costs RoPE +0.020 nats per token and 30 → 40 % ill-formed samples" in price
 
@@ -56,7 +56,7 @@ def test_where_the_letters_are_not_known_it_is_not_called_outvoted() -> None:
     forgotten = priced(made(lambda axes: {"letters": 0.3}, of=lambda axes: axes["dial"] == "drop-left"))
     sentence = Told(*forgotten).four()[2]
     assert "outvoted" not in sentence and "prediction 0 reads fails (W), fails (P)" in sentence
-    assert "at least 30 % are right" in sentence
+    assert "letters-only in any masked run at the lowest 30 %" in sentence
 
 
 def test_what_was_not_collected_is_said() -> None:
