@@ -263,6 +263,11 @@ def _about(provenance: dict[str, Any]) -> str:
             f"{' at commit ' + sweep['trained_at_commit'] if sweep['trained_at_commit'] else ''}, last reading "
             f"{sweep['last_reading']}, {versions}."
         )
+        if "unchanged_since" in sweep:
+            lines.append(
+                f"  Its YAML, with what was predicted or asked before the runs (sha256 {sweep['file_sha256'][:12]}), "
+                f"is unchanged since {sweep['unchanged_since']}, commit {sweep['unchanged_since_commit']}."
+            )
         if sweep["not_run"]:
             lines.append(f"  Not in the tables: {', '.join(sweep['not_run'])}.")
     return "\n".join(lines)

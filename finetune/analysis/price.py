@@ -76,6 +76,7 @@ def read_price(
         rows: how many training sequences are drawn, with replacement.
         samples: how many sequences are sampled.
         seed: of rows, masks and samples.
+    Returns: a `Price`; losses in nats per token, the rest fractions.
     Raises: RevprobeError, for fewer than 2 rows or 1 sample, or a model whose logits are NaN.
     """
     if rows < 2 or samples < 1:

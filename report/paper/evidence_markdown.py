@@ -35,6 +35,13 @@ RULES = (
     f"where none counts the verdict is *{GATE}*. Verdicts on raw weights stand beside and decide nothing. Time to fade "
     "is the first reading from which on the reverse accuracy is below 0.5 for good, 0 where it never was above."
 )
+SEEN = (
+    "Seen before the predictions were written: prototypes of one seed each, by other code. Without the right-hand "
+    "terms RoPE answered backwards at 1.00 (lengths 10 and 20) and the absolute encoding at 0.99; with them both "
+    "ended low; among the 26 letters 99 % were right even where accuracy was 0, and every error was the placeholder; "
+    "a mirror dial raised the mirror question alone; scalar positions stood at 1.00 after 2,500 steps, their "
+    "negatives not yet fitted. Of recipe P only whether its forward accuracy passes the gate (another seed)."
+)
 ABOUT_CELLS = (
     "Per cent, mean over seeds (lowest to highest seed; one number where they are alike to its digits), averaged "
     "weights unless raw is said. Stays: the lowest reading of any seed in the second half. Placeholder: share of the "
@@ -60,7 +67,8 @@ ABOUT_LOG = (
 )
 ABOUT_SWITCHES = (
     "Per cent, mean over seeds (lowest to highest), so many steps after the switch; both go on from the same "
-    "checkpoint, optimizer and random states. The average of the weights lags: after 500 steps it is half new."
+    "checkpoint, optimizer and random states. The average of the weights lags: after 500 steps 58 % of it are newer "
+    "than the switch, after 1,000 steps 81 %."
 )
 ABOUT_PLACES = (
     "Per cent. Among all our checkpoints and seeds, how many reverse accuracies lie below the paper's (percentile), "
@@ -87,7 +95,7 @@ def evidence_sections(runs: pd.DataFrame, answers: pd.DataFrame) -> dict[str, st
     """The sections of the negative-evidence sweep, title to text."""
     parts = judged(runs, answers)
     return {
-        "Predictions and verdicts": f"{NAMES}\n\n{RULES}\n\n{verdict_table(overall(parts))}",
+        "Predictions and verdicts": f"{NAMES}\n\n{RULES}\n\n{SEEN}\n\n{verdict_table(overall(parts))}",
         "Every part of every prediction": parts_table(parts),
         "Every cell": f"{ABOUT_CELLS}\n\n{cells_table(runs)}\n{unfinished(runs)}",
         "Switches": f"{ABOUT_SWITCHES}\n\n{switches_table(runs, answers)}",
