@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ...atomic_files import written_whole
 from ...errors import RevprobeError
 from ...models.checkpoints import CHECKPOINTS, step_name
 from ..config.loading import load_config
@@ -23,13 +24,14 @@ from .run import CONFIG
 def take_prefix(run: Path, config: RunConfig) -> Path | None:
     """Copy what a run has in common with one beside it that has come as far as its switch.
 
-    Only a run without a checkpoint of its own takes anything, and only under a constant rate, since a cosine depends
-    on all the steps to come.
+    Only a run that cannot go on from a checkpoint of its own takes anything, only where the step of the switch is one
+    of its snapshots, and only under a constant rate, since a cosine depends on all the steps to come.
     Returns: the run that it was copied from; None where nothing was.
     """
     switch = config.training.switch
-    begun = any((run / CHECKPOINTS).glob("step-*"))
-    if switch is None or begun or config.training.schedule != "constant":
+    if switch is None or switch.step not in config.snapshot_steps or config.training.schedule != "constant":
+        return None
+    if resumable_steps(run):
         return None
     shared = [step for step in config.snapshot_steps if step <= switch.step]
     for source in sorted(run.resolve().parent.iterdir()):
@@ -67,10 +69,13 @@ def _copy(source: Path, run: Path, config: RunConfig, shared: list[int]) -> None
             rows = read_table(source / table)
             kept = rows[rows["step"] <= shared[-1]]
             kept = kept if steps is None else kept[kept["step"].isin(steps)]
-            kept.to_parquet(run / table, compression="zstd", index=False)
+            with written_whole(run / table) as part:
+                kept.to_parquet(part, compression="zstd", index=False)
     for step in shared:
         for kind in (READINGS, CHECKPOINTS):
             working = run / kind / f".{step_name(step)}.part"
             shutil.rmtree(working, ignore_errors=True)
             shutil.copytree(source / kind / step_name(step), working)
+            # What a copy that was cut off has left: nothing can be resumed from it.
+            shutil.rmtree(run / kind / step_name(step), ignore_errors=True)
             working.rename(run / kind / step_name(step))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -22,7 +22,7 @@ REPRODUCED = {
 }
 NAMES, DIALS = {"rope": "RoPE", "absolute": "absolute"}, ("keep", "drop-right")
 OPEN = {
-    SUFFICES: "its answer fades too, so negative evidence suffices",
+    SUFFICES: "its answer fades too, and stays without those terms, so negative evidence suffices",
     NARROWED: "its negatives are fitted and its answer stays, so RoPE's content-dependent rotation is needed and the "
     "claim is narrowed",
     CANNOT: "cannot tell",
@@ -110,7 +110,8 @@ class Told:
         told = []
         for encoding, name in NAMES.items():
             by_recipe = [
-                f"{_change([self._mean(Cell(encoding, dial=dial), recipe, 'reverse') for dial in DIALS])} ({recipe})"
+                f"{_change([self._mean(Cell(encoding, dial=dial), recipe, 'reverse') for dial in DIALS])} "
+                f"({recipe}{self._seeds(Cell(encoding), recipe)})"
                 for recipe in RECIPES
             ]
             told.append(f"{name} {', '.join(by_recipe)}")
@@ -133,10 +134,13 @@ class Told:
         table = overall(self.parts)
         word = str(table[(table["prediction"] == "open") & (table["recipe"] == "W")]["verdict"].iloc[0])
         reverse, fitted = (self._mean(Cell("scalar"), "W", name) for name in ("reverse", "negative_probability"))
-        numbers = "" if short or np.isnan(reverse) else f" (reverse {_per_cent(reverse)}, p(placeholder) {fitted:.2f})"
+        stays = self._mean(Cell("scalar", dial="drop-right"), "W", "reverse")
+        told = f"reverse {_per_cent(reverse)} under keep, {_per_cent(stays)} under drop-right"
+        numbers = "" if short or np.isnan(reverse) else f" ({told}; keep's p(placeholder) {fitted:.2f})"
         prices = [f"{self._price(recipe, short)} ({recipe})" for recipe in RECIPES]
         named = "scalar positions" if short else "scalar positions, the test between this account and the paper's"
-        return f"{named} (W): {OPEN[word]}{numbers}; drop-right costs RoPE {'; '.join(prices)}."
+        named = f"{named} (W{self._seeds(Cell('scalar'), 'W')})"
+        return f"{named}: {OPEN[word]}{numbers}; drop-right costs RoPE {'; '.join(prices)}."
 
     def _price(self, recipe: str, short: bool) -> str:
         loss, ill, believed = (
@@ -147,6 +151,15 @@ class Told:
             return NOT_RUN
         told = f"{loss[1] - loss[0]:+.3f} nats per token and {_change(ill)} ill-formed samples"
         return told if short else f"{told}, p(placeholder) where it is dropped {believed[0]:.2f} → {believed[1]:.2f}"
+
+    def _seeds(self, cell: Cell, recipe: str) -> str:
+        """How many runs each end of a change rests on, those of keep and of drop-right."""
+        assert self.runs is not None
+        own = self.runs[(self.runs["recipe"] == recipe) & (self.runs["weights"] == "ema")]
+        counts = [int((replace(cell, dial=dial).among(own)["status"] == FINISHED).sum()) for dial in DIALS]
+        if not any(counts):
+            return ""
+        return f", n = {counts[0]}" if counts[0] == counts[1] else f", n = {counts[0]} and {counts[1]}"
 
     def _mean(self, cell: Cell, recipe: str, column: str) -> float:
         """Of a cell's finished runs on averaged weights; NaN without one."""
@@ -161,8 +174,11 @@ def _why(parts: pd.DataFrame, name: str) -> str:
     recipe, prediction = name[0], name[1:]
     chosen = (parts["recipe"] == recipe) & (parts["prediction"] == prediction) & (parts["weights"] == "ema")
     failed = records(parts[chosen & (parts["verdict"] == FAILS)])
+    table = overall(parts)
+    raw = table[(table["recipe"] == recipe) & (table["prediction"] == prediction)]["raw"].iloc[0]
     more = f", and {len(failed) - 1} more of its parts" if len(failed) > 1 else ""
-    return f"**{name}** ({failed[0]['cell']}, claimed *{failed[0]['claim']}*, found {failed[0]['numbers']}{more})"
+    found = f"{failed[0]['numbers']}{more}; on raw weights: {raw}"
+    return f"**{name}** ({failed[0]['cell']}, claimed *{failed[0]['claim']}*, found {found})"
 
 
 def _mixed(verdicts: list[str]) -> str:

@@ -125,12 +125,16 @@ def overall(parts: pd.DataFrame) -> pd.DataFrame:
 
 
 def open_verdict(verdicts: Sequence[str]) -> str:
-    """The word on the open test, from its two parts: does it fade, and are the negatives fitted?"""
-    fades, fitted = verdicts[:2]
+    """The word on the open test: does it fade, are the negatives fitted, and does it stay where they are left out?
+
+    The last part is stricter than the rule written beforehand: a fade that drop-right does not prevent would have
+    another cause.
+    """
+    fades, fitted, stays = verdicts
     if fades in (NOT_RUN, GATE):
         return fades
     if fades == HOLDS:
-        return SUFFICES
+        return SUFFICES if stays == HOLDS else CANNOT
     return NARROWED if fades == FAILS and fitted == HOLDS else CANNOT
 
 

@@ -1,6 +1,7 @@
 """The dials of negative evidence: which terms each leaves out, and that nothing else moves."""
 
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from revprobe.finetune.config.one_layer import DIALS, RunConfig
+from revprobe.finetune.runs.forks import take_prefix
 from revprobe.finetune.runs.one_layer import OneLayerRun, build_trainer, train
 from revprobe.finetune.runs.open import open_run
 from revprobe.finetune.runs.run import claim_run
@@ -212,3 +214,50 @@ def test_a_switch_goes_on_from_the_run_beside_it_to_the_same_bits(tmp_path: Path
     # The first steps were not taken again.
     taken, own = (path / "checkpoints/step-000006/SHA256SUMS" for path in (beside / "then", beside / "parent"))
     assert taken.read_bytes() == own.read_bytes()
+
+
+def test_a_copy_that_was_cut_off_is_made_again_and_ends_at_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the first checkpoint copied and the one to go on from."""
+    asked = config("then", steps=9, switch={"step": 6, "negatives": "drop-right"})
+    train(config("parent"), tmp_path / "parent")
+    train(asked, tmp_path / "whole")
+    copied, plain = [], shutil.copytree
+
+    def cut_off(source: Path, target: Path, *others: Any, **options: Any) -> Any:
+        if Path(target).suffix == ".part":  # not the folders inside
+            copied.append(source)
+        if len(copied) == 4:  # readings and checkpoint of step 0, readings of step 6
+            raise KeyboardInterrupt
+        return plain(source, target, *others, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "copytree", cut_off)
+        train(asked, tmp_path / "then")
+    assert not open_run(tmp_path / "then").finished
+    train(asked, tmp_path / "then")
+    one, two = (open_run(tmp_path / name) for name in ("then", "whole"))
+    assert one.finished and not list((tmp_path / "then").rglob("*.part"))
+    weights = [run.load(9, "raw").module.state_dict() for run in (one, two)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert one.answers().equals(two.answers()) and one.steps_log().equals(two.steps_log())
+
+
+@pytest.mark.parametrize(
+    "changed", [{"learning_rate": 2e-3}, {"seed": 1}, {"negatives": "mirror"}, {"schedule": "cosine"}]
+)
+def test_a_run_that_is_another_before_the_switch_gives_nothing(changed: dict[str, Any], tmp_path: Path) -> None:
+    train(config("parent"), tmp_path / "parent")
+    asked = config("then", **({"steps": 9, "switch": {"step": 6, "negatives": "drop-right"}} | changed))
+    (tmp_path / "then").mkdir()
+    assert take_prefix(tmp_path / "then", asked) is None and not list((tmp_path / "then").iterdir())
+
+
+def test_a_switch_between_snapshots_takes_its_steps_itself(tmp_path: Path) -> None:
+    """A checkpoint of an earlier step has no optimizer state, and one of a later step is past the switch."""
+    train(config("parent"), tmp_path / "parent")
+    asked = config("then", steps=9, switch={"step": 4, "negatives": "drop-right"})
+    assert take_prefix(tmp_path / "then", asked) is None
+    run = train(asked, tmp_path / "then")
+    assert run.finished and run.steps_log()["dropped"].tolist()[:4] == [0] * 4

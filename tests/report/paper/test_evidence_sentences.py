@@ -31,9 +31,11 @@ def test_all_that_holds_is_said_with_its_numbers(predicted: tuple[pd.DataFrame, 
     assert contradictions.startswith("Of 16 predictions (each under recipe W or P) written before the runs, none fails")
     assert "16 hold (W0, W0 (causal), W1, " in contradictions
     assert table_1.startswith("RADD's published recipe has not been collected")
-    assert "RoPE 2 → 99 % (W), 2 → 99 % (P); absolute 2 → 99 % (W)" in outvoted
+    assert "RoPE 2 → 99 % (W, n = 5), 2 → 99 % (P, n = 5); absolute 2 → 99 % (W, n = 5)" in outvoted
     assert outvoted.endswith("at the lowest 100 %: outvoted, not forgotten.")
-    assert "its answer fades too, so negative evidence suffices (reverse 2 %, p(placeholder) 0.99)" in price
+    assert (
+        "fades too, and stays without those terms, so negative evidence suffices (reverse 2 % under keep, 99" in price
+    )
     assert "drop-right costs RoPE +0.020 nats per token and 30 → 40 % ill-formed samples" in price
 
 

@@ -222,6 +222,22 @@ def test_the_open_test_narrows_the_claim_only_where_the_negatives_are_fitted(
     assert verdicts(*found)["open", "W"] == verdict
 
 
+@pytest.mark.parametrize(("control", "verdict"), [(1.0, SUFFICES), (0.2, CANNOT), (None, CANNOT)])
+def test_a_fade_that_its_control_shares_or_lacks_says_nothing_of_negative_evidence(
+    control: float | None, verdict: str
+) -> None:
+    """Whatever else fades under drop-right as well is not faded by what drop-right leaves out."""
+
+    def reverse(axes: Any) -> dict[str, float]:
+        return {"reverse": 0.1 if axes["dial"] == "keep" else control or 1.0}
+
+    def ran(axes: Any) -> bool:
+        return control is not None or axes["position_encoding"] != "scalar" or axes["dial"] == "keep"
+
+    found = made(reverse, of=dialled(position_encoding="scalar"), ran=ran)
+    assert verdicts(*found)["open", "W"] == verdict
+
+
 def test_raw_weights_stand_beside_and_decide_nothing(predicted: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     runs, answers = predicted
     wanders = runs.assign(
