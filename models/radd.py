@@ -88,21 +88,21 @@ def additive_mask(attention_mask: Tensor | None, hidden: Tensor) -> Tensor | Non
     """
     if attention_mask is None:
         return None
-    batch, length = hidden.shape[:2]
-    four, shape = attention_mask.dim() == 4, tuple(attention_mask.shape)
-    if four and attention_mask.is_floating_point():
-        added = attention_mask.to(hidden.dtype)
-    elif four and attention_mask.dtype is not torch.bool or attention_mask.dim() not in (2, 4):
+    if attention_mask.dim() == 4 and attention_mask.is_floating_point():
+        return attention_mask.to(hidden.dtype)
+    if attention_mask.dim() == 4 and attention_mask.dtype is torch.bool:
+        sees = attention_mask
+    elif attention_mask.dim() != 2:
         raise RevprobeError(
-            f"attention_mask {shape} of {attention_mask.dtype}: expected (batch, {length}) with 0 at padding, or (batch, "
-            f"1, {length}, {length}) of fractions added to the scores or booleans, True where a query sees a key"
+            f"attention_mask {tuple(attention_mask.shape)} of {attention_mask.dtype}: expected (batch, seq) with 0 at "
+            "padding, or (batch, 1, seq, seq) of fractions, which are added to the scores, or of booleans, True where "
+            "a query sees a key"
         )
-    elif not four and attention_mask.all():
+    elif attention_mask.all():
         return None
     else:
-        seen = attention_mask if four else attention_mask[:, None, None, :]
-        added = torch.zeros(seen.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(seen == 0, -math.inf)
-    return added
+        sees = (attention_mask != 0)[:, None, None, :]
+    return torch.zeros(sees.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~sees, -math.inf)
 
 
 def dropout_at(config: Any, site: str) -> nn.Dropout:
@@ -216,18 +216,18 @@ class NoiseLevel(nn.Module):
     """The embedding of noise level 0, which stands for all levels in a model that is not told them.
 
     Of its features, the cosines and sines of level times frequency, all cosines are 1 and all sines 0.
-    Shapes: `-> batch 1 cond_dim`. The batch is there from the features on, so that each example's gradient stands apart.
+    Shapes: `-> batch 1 cond_dim`. The features come with the batch, so that each example's gradient stands apart.
     Source: kuleshov-group/mdlm, models/dit.py, TimestepEmbedder.
     """
 
-    half = 128  # of the features
+    cosines = 128  # and as many sines
 
     def __init__(self, cond_dim: int) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(2 * self.half, cond_dim), nn.Linear(cond_dim, cond_dim)
+        self.first, self.second = nn.Linear(2 * self.cosines, cond_dim), nn.Linear(cond_dim, cond_dim)
 
     def forward(self, batch: int) -> Tensor:
-        is_cosine = torch.arange(2 * self.half, device=self.first.weight.device) < self.half
+        is_cosine = torch.arange(2 * self.cosines, device=self.first.weight.device) < self.cosines
         features = is_cosine.to(self.first.weight.dtype).expand(batch, 1, -1)
         return F.silu(self.second(F.silu(self.first(features))))
 
@@ -236,9 +236,9 @@ class MaskedEncoder(PreTrainedModel):
     """The encoder with an untied unembedding whose mask-token logit is -inf.
 
     `forward(input_ids, attention_mask=None, labels=None, position_ids=None)` returns a MaskedLMOutput; `logits` have
-    the shape `batch seq vocab`, position i predicting the token AT i (logit shift 0). `attention_mask` is one of padding
-    or says which query sees which key (`additive_mask`). `position_ids` (`batch seq`, or a batch of 1) are 0, 1, ...
-    unless given; a noised and a clean copy side by side take the same ones. `labels` use -100 for "no loss".
+    the shape `batch seq vocab`, position i predicting the token AT i (logit shift 0). `attention_mask` says what is
+    padding, or which query sees which key (`additive_mask`). `position_ids` (`batch seq`, or a batch of 1) are 0, 1,
+    ... unless given; a noised and a clean copy side by side take the same ones. `labels` use -100 for "no loss".
 
     A new model with `initialization="published"` starts as the published code does: linear weights and biases as torch
     leaves them, U(-1/sqrt(fan_in), 1/sqrt(fan_in)); token embedding U(-1/sqrt(d_model), 1/sqrt(d_model)); the
@@ -347,8 +347,8 @@ class MaskedEncoder(PreTrainedModel):
         first, last = int(position_ids.min()), int(position_ids.max())
         if first < 0 or last >= limit:
             raise RevprobeError(
-                f"position_ids from {first} to {last}: this model has positions 0 to {limit - 1}; give others or load a "
-                "model with a larger max_length"
+                f"position_ids from {first} to {last}: this model has positions 0 to {limit - 1}; give others or "
+                "load a model with a larger max_length"
             )
         return position_ids
 

@@ -204,7 +204,8 @@ def test_one_mask_said_in_three_ways_gives_one_answer(encoding):
 @pytest.mark.parametrize("mask", [torch.ones(2, 1, 5, 5, dtype=torch.long), torch.ones(2, 5, 5), torch.ones(5)])
 def test_a_mask_that_could_mean_two_things_is_refused(mask):
     """Whole numbers for each query and key: 1 may be added, or mean that the key is seen."""
-    with pytest.raises(RevprobeError, match=r"attention_mask \(.*\) of torch\.\w+: expected \(batch, 5\) with 0 at padding"):
+    words = r"attention_mask \(.*\) of torch\.\w+: expected \(batch, seq\) with 0 at padding, or \(batch, 1, seq, seq\)"
+    with pytest.raises(RevprobeError, match=words):
         radd()(torch.zeros(2, 5, dtype=torch.long), attention_mask=mask)
 
 
