@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from ..errors import RevprobeError
+from ...errors import RevprobeError
 from .configs import RaddConfig
 
 
