@@ -258,9 +258,9 @@ class MaskedEncoder(PreTrainedModel):
         c: Any = config
         self.embed_tokens = nn.Embedding(c.vocab_size, c.d_model)
         if c.position_encoding == "absolute":
-            self.embed_positions = nn.Embedding(c.max_length, c.d_model)
+            self.embed_positions = nn.Embedding(c.max_position_embeddings, c.d_model)
         if c.position_encoding == "scalar":
-            self.embed_offsets = nn.Embedding(2 * c.max_length - 1, c.n_heads)
+            self.embed_offsets = nn.Embedding(2 * c.max_position_embeddings - 1, c.n_heads)
         if c.adaln:
             self.sigma_map = NoiseLevel(c.cond_dim)
         self.blocks = nn.ModuleList((AdaptiveBlock if c.adaln else RaddBlock)(c) for _ in range(c.n_layers))
@@ -332,7 +332,7 @@ class MaskedEncoder(PreTrainedModel):
 
     def _positions(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         """Shapes: `batch seq, batch seq or None -> batch seq`, a batch of 1 where all are alike."""
-        (batch, length), limit = input_ids.shape, self.config.max_length
+        (batch, length), limit = input_ids.shape, self.config.max_position_embeddings
         if position_ids is None:
             if length > limit:
                 raise RevprobeError(
@@ -364,7 +364,7 @@ class MaskedEncoder(PreTrainedModel):
         if self.config.position_encoding == "alibi":
             bias = alibi_bias(self.config.n_heads, positions, dtype=hidden.dtype)
         if self.config.position_encoding == "scalar":
-            offsets = signed_offsets(positions, self.config.max_length)
+            offsets = signed_offsets(positions, self.config.max_position_embeddings)
             # Looked up once and then repeated over the batch: there each example's gradient of the table stands apart.
             bias = self.embed_offsets(offsets).expand(len(hidden), -1, -1, -1)
             bias = rearrange(bias, "batch query key heads -> batch heads query key").to(hidden.dtype)

@@ -9,16 +9,18 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ...errors import RevprobeError
 from .a2d import A2D
+from .bd3lm import BD3LM
 from .dream import DREAM
 from .family import Family, PublishedFiles
 from .fast_dllm import FAST_DLLM
 from .files import Files
 from .llada import LLADA
+from .mdlm import MDLM
 from .radd import RADD
 from .sdar import SDAR
 
 # The first that recognises the files reads them.
-FAMILIES: tuple[Family, ...] = (RADD, LLADA, DREAM, *A2D, SDAR, FAST_DLLM)
+FAMILIES: tuple[Family, ...] = (RADD, LLADA, DREAM, *A2D, MDLM, SDAR, BD3LM, FAST_DLLM)
 
 
 def read_config(
