@@ -35,6 +35,7 @@ ROOMS = (
     "hooks/gradients",
     "hooks",
     "models/contract",
+    "models/bases",
     "models/families",
     "models",
     "probes/pairs",

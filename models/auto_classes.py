@@ -96,17 +96,17 @@ class _WatchedLoader(Loader):
 
 
 def _configs(auto: Any) -> None:
-    from .configs import DreamConfig, LLaDAConfig, RaddConfig
+    from .bases.configs import DreamConfig, LLaDAConfig, RaddConfig
 
     for config in (RaddConfig, LLaDAConfig, DreamConfig):
         auto.AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 def _models(auto: Any) -> None:
-    from .configs import DreamConfig, LLaDAConfig, RaddConfig
-    from .dream import DreamForMaskedDiffusion
-    from .llada import LLaDAForMaskedDiffusion
-    from .radd import RaddForMaskedLM
+    from .bases.configs import DreamConfig, LLaDAConfig, RaddConfig
+    from .bases.radd import RaddForMaskedLM
+    from .families.dream import DreamForMaskedDiffusion
+    from .families.llada import LLaDAForMaskedDiffusion
 
     auto.AutoModelForMaskedLM.register(RaddConfig, RaddForMaskedLM, exist_ok=True)
     # The published auto_map names AutoModel and AutoModelForCausalLM: a class that is registered is loaded instead.
@@ -116,7 +116,7 @@ def _models(auto: Any) -> None:
 
 
 def _tokenizers(auto: Any) -> None:
-    from .configs import DreamConfig, DreamTokenizer
+    from .bases.configs import DreamConfig, DreamTokenizer
 
     auto.AutoTokenizer.register(DreamConfig, fast_tokenizer_class=DreamTokenizer, exist_ok=True)
 

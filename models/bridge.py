@@ -30,7 +30,7 @@ from transformer_lens.model_bridge.supported_architectures.llama import LlamaArc
 from transformer_lens.model_bridge.supported_architectures.qwen2 import Qwen2ArchitectureAdapter
 
 from ..errors import RevprobeError
-from .configs import RaddConfig
+from .bases.configs import RaddConfig
 
 _TL_POSITIONS = {
     "rope": "rotary",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..arguments import checked
 from ..errors import RevprobeError, did_you_mean
 from .contract import introspect
+from .contract.block_masks import WHOLE
 from .contract.called import CalledModule
 from .contract.contract import Contract, contract_of, state_of
 
@@ -37,6 +38,8 @@ class ProbedModel(CalledModule):
         mask_token_id: an id or a token's text, required for "masked"; the tokenizer's or the config's unless given.
         logit_shift: the logits for position i stand in row i - logit_shift; 1 for causal models, 0 for transformers'
             masked ones, as stated by the class of others (LLaDA 0, Dream 1); required for a masked module of one's own.
+        block_size: the model writes block by block: a query sees finished blocks of so many tokens, and its own. The
+            config's unless given; "whole": every token sees every other.
         begin_token_id: put before sequences whose target stands at position 0 of a shift-1 model; the tokenizer's or
             the config's unless given.
         name, step, weights: provenance for the readings ("weights" is "raw" or "ema").
@@ -67,6 +70,7 @@ class ProbedModel(CalledModule):
         mask_token_id: int | str | None = None,
         logit_shift: int | None = None,
         begin_token_id: int | None = None,
+        block_size: int | str | None = None,
         name: str | None = None,
         step: int | None = None,
         weights: str | None = None,
@@ -80,9 +84,12 @@ class ProbedModel(CalledModule):
             mask_token_id = known.mask_token_id if mask_token_id is None else mask_token_id
             begin_token_id = known.begin_token_id if begin_token_id is None else begin_token_id
             logit_shift = known.logit_shift if logit_shift is None and objective == known.objective else logit_shift
+            if block_size is None and objective == known.objective:
+                block_size = known.block_size or WHOLE
             name, step, weights = name or known.name, known.step if step is None else step, weights or known.weights
         inner: Any = module.module if isinstance(module, ProbedModel) else module
         super().__init__(inner, name)
+        self.block_size = introspect.block_size(block_size, objective, inner, self.name)
         if check and introspect.is_empty(inner):
             raise RevprobeError(f"{self.name} holds no weights (device 'meta'); load them before it is wrapped")
         self.tokenizer, self.objective, self.step, self.weights = tokenizer, objective, step, weights
@@ -94,6 +101,15 @@ class ProbedModel(CalledModule):
         self._state = state_of(inner) if check else None
         self._check_direction()
         self.logit_shift = introspect.logit_shift(logit_shift, objective, inner, self.name)
+
+    def in_blocks(self, size: int | None) -> ProbedModel:
+        """The same model read in blocks of another size; None: every token sees every other.
+
+        A query of a masked model sees the finished blocks and its own: size 1 is how a causal model reads. A diffusion
+        model was trained with one size, and any other is a dial.
+        Raises: RevprobeError, for a causal model, a size below 1, or a module that does not heed such a mask.
+        """
+        return ProbedModel(self, objective=self.objective, block_size=WHOLE if size is None else size)
 
     def with_module(self, module: nn.Module, **provenance: Any) -> ProbedModel:
         """The same wrapping around another module of the same kind: a copy, an adapter put on, weights moved.
@@ -188,7 +204,7 @@ class ProbedModel(CalledModule):
                 f"{self.name} was wrapped as causal, but a later token changes its earlier logits; use "
                 "objective='masked'"
             )
-        if reaches is False and self.objective == "masked":
+        if reaches is False and self.objective == "masked" and self.block_size != 1:
             raise RevprobeError(
                 f"{self.name} was wrapped as masked, but no later token reaches its earlier logits; use "
                 "objective='causal'"
@@ -199,7 +215,17 @@ class ProbedModel(CalledModule):
         where = "".join(
             f", {key}={value}" for key, value in (("step", self.step), ("weights", self.weights)) if value is not None
         )
-        return f"ProbedModel({self.name}, {self.objective}, logit_shift={self.logit_shift}, {size:,} parameters{where})"
+        return (
+            f"ProbedModel({self.name}, {self.objective}{self.reads and f' ({self.reads})'}, "
+            f"logit_shift={self.logit_shift}, {size:,} parameters{where})"
+        )
+
+    @property
+    def reads(self) -> str:
+        """Which way a masked model was read: in both directions, or in blocks; empty for a causal one."""
+        if self.objective == "causal":
+            return ""
+        return "bidirectional" if self.block_size is None else f"in blocks of {self.block_size}"
 
 
 def as_probed(model: ProbedModel | nn.Module) -> ProbedModel:

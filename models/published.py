@@ -12,9 +12,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..errors import RevprobeError, first_line
-from .configs import DreamConfig, LLaDAConfig, RaddConfig
+from .bases.configs import DreamConfig, LLaDAConfig, RaddConfig
 from .families.known import read_config
-from .families.radd import RADD
+from .families.radd import config_of as radd_config
 from .hub import hub_options
 
 _LLADA_8B: dict[str, Any] = {
@@ -45,7 +45,7 @@ _DREAM_7B: dict[str, Any] = {
 
 def _radd(hidden_size: int, n_blocks: int, n_heads: int) -> dict[str, Any]:
     sizes = {"hidden_size": hidden_size, "n_blocks": n_blocks, "n_heads": n_heads, "length": 1024, "dropout": 0.02}
-    return RADD.to_config({"tokens": 50257, "model": sizes})
+    return radd_config({"tokens": 50257, "model": sizes})
 
 
 # name on the hub -> (config class, settings)

@@ -20,11 +20,16 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedC
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from ..arguments import checked
-from ..errors import RevprobeError, did_you_mean, first_line, nearest, shown
-from .checkpoints import EMA, checkpoint_folder, has_checkpoints, step_of
-from .families.known import PublishedFiles, read_config
+from ..errors import RevprobeError, did_you_mean, first_line, shown
+from .bases.masked_config import MaskedDiffusionConfig
+from .checkpoints import has_checkpoints
+from .contract.block_masks import WHOLE
+from .families.family import PublishedFiles
+from .families.files import Files, config_beside
+from .families.known import FAMILIES, family_of, family_of_config, read_config
 from .hub import chosen_tokenizer, download, hub_options, load_tokenizer, quiet_transformers, require_rows
 from .peft_adapters import base_of, is_adapter, put_on
+from .place import place_of
 from .probed import OBJECTIVES, ProbedModel, as_probed
 from .strict_loading import load_weights
 
@@ -33,9 +38,6 @@ __all__ = ["ProbedModel", "as_probed", "list_models", "load_model", "quiet_trans
 Loader = Callable[..., ProbedModel | nn.Module]
 _LOADERS: dict[str, Loader] = {}
 _BUILT_IN = {
-    "radd": ("masked", "trained by `revprobe train`, of one layer or more; radd-lambda-dce and others in its layout"),
-    "llada": ("masked", "LLaDA-8B and models in its layout, from a folder or hub name"),
-    "dream": ("masked", "Dream-7B, DiffuCoder and models in their layout, from a folder or hub name"),
     "gpt2": ("causal", "GPT-2 of any size, trained by `revprobe train` or loaded from transformers"),
     "LoRA adapter": ("its base's", "a folder that peft wrote, or a run of `revprobe finetune`; put on its base"),
     "any transformers causal LM": ("causal", "a folder or hub name with safetensors weights"),
@@ -69,7 +71,8 @@ def register_model(name: str, loader: Loader | None = None) -> Callable[[Loader]
 @checked
 def list_models() -> pd.DataFrame:
     """What `load_model` takes: built-in families and registered names. Columns: name, objective, about."""
-    rows = [(name, objective, about) for name, (objective, about) in _BUILT_IN.items()]
+    rows = [(family.name, "masked", family.about) for family in FAMILIES]
+    rows += [(name, objective, about) for name, (objective, about) in _BUILT_IN.items()]
     rows += [
         (name, "", (loader.__doc__ or "registered by the user").splitlines()[0]) for name, loader in _LOADERS.items()
     ]
@@ -88,6 +91,8 @@ def load_model(
     mask_token_id: int | str | None = None,
     logit_shift: int | None = None,
     begin_token_id: int | None = None,
+    block_size: int | str | None = None,
+    bidirectional: bool = False,
     tokenizer: Any = None,
     **options: Any,
 ) -> ProbedModel:
@@ -102,9 +107,15 @@ def load_model(
         objective: only where the config fits both a causal and a masked language model.
         mask_token_id, logit_shift, begin_token_id: only where neither class, config nor tokenizer tells; a
             mask token by its id or its text.
+        block_size: tokens of a block, for a model that writes block by block and whose config does not say it; also a
+            dial for other masked models. "whole": every token sees every other.
+        bidirectional: read it so that every token sees every other: the checkpoints of a family that come in both kinds
+            (A2D), and a plain Llama or GPT-2 folder that holds a diffusion model (DiffuLLaMA, DiffuGPT), which its
+            files do not say.
         tokenizer: a folder or hub name to read it from, or a tokenizer; the checkpoint's own by default. RADD's
             checkpoints bring none (theirs is GPT-2's).
-        options: passed on to the loader or to `from_pretrained` (device_map=, attn_implementation=, ...).
+        options: what a family asks for beside these (SMDM: n_heads); the rest goes to the loader or to
+            `from_pretrained` (device_map=, attn_implementation=, ...).
     Raises: RevprobeError, when there is nothing to load, an option is not known or does not apply, the weights are
         pickled, truncated or do not match the config, objective, mask token or shift cannot be found out, the tokenizer
         asked for cannot be read or has more tokens than the model, or the device is none that torch has here.
@@ -112,25 +123,29 @@ def load_model(
     """
     _require_device(device)
     _require_choices(dtype, objective)
+    if bidirectional:
+        block_size = _whole(block_size)
     given: dict[str, Any] = {
+        "block_size": block_size,
         "mask_token_id": mask_token_id,
         "logit_shift": logit_shift,
         "begin_token_id": begin_token_id,
     }
     asked = given | {"step": None if step == -1 else step, "weights": weights, "objective": objective}
-    asked |= {"tokenizer": tokenizer} | options
+    asked |= {"tokenizer": tokenizer, "bidirectional": bidirectional or None} | options
     asked = {key: value for key, value in asked.items() if value is not None}
     if not isinstance(source, str | Path):
         moved = {"dtype": dtype, "device": device}
         return _loaded_already(source, asked | {key: one for key, one in moved.items() if one is not None})
     if str(source) in _LOADERS:
         return _placed(_from_loader(str(source), asked), dtype, device)
-    folder, name, at_step, which = _locate(source, step, weights)
+    folder, name, at_step, which = place_of(source, step, weights)
     if isinstance(folder, Path) and is_adapter(folder):
-        options |= {"tokenizer": tokenizer}
+        options |= {"tokenizer": tokenizer} | ({"bidirectional": True} if bidirectional else {})
         adapted = _adapted(folder, name, dtype, objective, given, options, {"step": at_step, "weights": which})
         return _placed(adapted, None, device)
     given |= {"name": name, "step": at_step, "weights": which}
+    options |= {"bidirectional": bidirectional}
     return _placed(_from_files(folder, dtype, objective, tokenizer, given, options), None, device)
 
 
@@ -146,10 +161,11 @@ def _from_files(
     name = given["name"]
     with quiet_transformers():
         hub = hub_options(folder) | {key: options.pop(key) for key in _ON_THE_HUB if key in options}
-        config, published = _read_config(folder, name, hub)
+        config, published = _read_config(folder, name, options, hub)
+        _write_down(config, given)
         objective = objective or stated_objective(config, name)
         kind = _class_of(config, objective, name, published)
-        if published is not None and isinstance(folder, str):
+        if published is not None and published.family.translates and isinstance(folder, str):
             folder, hub = download(folder, **hub), {}
         options = hub | options
         try:
@@ -175,10 +191,29 @@ def _adapted(
         own = load_tokenizer(folder, name) if options["tokenizer"] is None else base.tokenizer
     module = put_on(base.module, folder, own)
     known = {key: getattr(base, key) if value is None else value for key, value in given.items()}
+    known["block_size"] = known["block_size"] or (WHOLE if base.objective == "masked" else None)
     tokenizer = base.tokenizer if own is None else own
     probed = ProbedModel(module, tokenizer, objective=base.objective, name=name, **known, **which)
     probed.tokenizer_source = base.tokenizer_source
     return probed
+
+
+def _whole(block_size: int | str | None) -> str:
+    """What `bidirectional=True` says of blocks. Raises: RevprobeError, when another size was given beside it."""
+    if block_size not in (None, WHOLE):
+        raise RevprobeError(
+            f"bidirectional=True lets every token see every other, and block_size={block_size!r} does not; leave one "
+            "of them out"
+        )
+    return WHOLE
+
+
+def _write_down(config: PreTrainedConfig, given: dict[str, Any]) -> None:
+    """Keep in a family's config what its files do not say, so that what is saved of the model says it."""
+    if isinstance(config, MaskedDiffusionConfig):
+        for key, kinds in (("mask_token_id", int), ("block_size", int | str)):
+            if isinstance(given[key], kinds) and getattr(config, key) is None:
+                setattr(config, key, given[key])
 
 
 def _require_choices(dtype: torch.dtype | str | None, objective: str | None) -> None:
@@ -218,53 +253,16 @@ def _from_loader(name: str, options: dict[str, Any]) -> ProbedModel:
     return as_probed(made)
 
 
-def _locate(source: str | Path, step: int, weights: str | None) -> tuple[str | Path, str, int | None, str | None]:
-    """Folder (or hub name), display name, step and weights of what `source` names."""
-    path, name = Path(source), str(source)
-    if has_checkpoints(path):
-        folder, run_step, which = checkpoint_folder(path, step, weights)
-        return folder, path.resolve().name, run_step, which
-    if path.is_dir():
-        path = path.resolve()
-        checkpoint = path.parent if path.name == EMA else path
-        at_step = step_of(checkpoint)
-        if at_step is None:
-            _require_no_choice(name, step, weights)
-            return path, path.name, None, None
-        # Inside a run its step and weights are read off the path.
-        which = "ema" if path.name == EMA else "raw"
-        if weights not in (None, which):
-            raise RevprobeError(f"{path} holds {which} weights, not {weights!r}; name the run folder to choose")
-        if step not in (-1, at_step):
-            raise RevprobeError(f"{path} is of step {at_step}, not {step}; name the run folder to choose")
-        return path, checkpoint.parent.parent.name, at_step, which
-    if path.is_file():
-        raise RevprobeError(f"{name!r} is a file; expected the folder of a run or of a model, or a hub name")
-    # A model on the hub is `name` or `owner/name`, and there is no folder called `owner` here.
-    is_path = isinstance(source, Path) or path.is_absolute() or name.startswith(".") or name.count("/") > 1
-    if is_path or ("/" in name and path.parent.is_dir()):
-        folders = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        near = nearest(path.name, folders, 1)
-        where = f"; the closest is {str(path.parent / near[0])!r}" if near else "; check the path"
-        raise RevprobeError(f"no model folder at {name!r}{where}")
-    _require_no_choice(name, step, weights)
-    return name, name, None, None
-
-
-def _require_no_choice(name: str, step: int, weights: str | None) -> None:
-    """A model that is no run has one step and one kind of weights."""
-    for option, value, default in (("step", step, -1), ("weights", weights, None)):
-        if value != default:
-            raise RevprobeError(
-                f"{option}={value!r}: {name!r} is a model and no run with checkpoints to choose from; leave {option} "
-                "out, or name the run's folder"
-            )
-
-
 def _read_config(
-    folder: str | Path, name: str, options: dict[str, Any]
+    folder: str | Path, name: str, options: dict[str, Any], hub: dict[str, Any]
 ) -> tuple[PreTrainedConfig, PublishedFiles | None]:
-    if isinstance(folder, Path) and not (folder / "config.json").is_file():
+    """What the files say; options of `load_model` that a family takes are taken out of `options`."""
+    if isinstance(folder, Path) and not config_beside(folder).is_file() and family_of(Files(folder)) is None:
+        if folder.is_file():
+            raise RevprobeError(
+                f"{str(folder)!r} is a file; expected the folder of a run or of a model, or a hub name (a single "
+                "safetensors file only of a family that is published so: SMDM)"
+            )
         inside = sorted(p.name for p in folder.iterdir() if has_checkpoints(p) or (p / "config.json").is_file())
         some = ", ".join(str(folder / one) for one in inside[:3]) + (", ..." if len(inside) > 3 else "")
         raise RevprobeError(
@@ -273,7 +271,7 @@ def _read_config(
             else f"{folder} is no model folder: it has no config.json; name a run, a checkpoint or a hub model"
         )
     try:
-        return read_config(folder, **options)
+        return read_config(folder, bidirectional=options.pop("bidirectional"), asked=options, **hub)
     except RevprobeError:
         raise
     except Exception as error:
@@ -291,6 +289,8 @@ def stated_objective(config: PreTrainedConfig, name: str) -> str:
 
     Raises: RevprobeError, when the config fits neither, or both.
     """
+    if family_of_config(config) is not None:
+        return "masked"
     classes = {
         "masked": MODEL_FOR_MASKED_LM_MAPPING.get(type(config), None),
         "causal": MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None),
@@ -321,13 +321,13 @@ _NEITHER = (
 
 def _class_of(config: PreTrainedConfig, objective: str, name: str, published: PublishedFiles | None) -> Any:
     """The class to load this config with as what was asked for. Raises: RevprobeError, saying what there is."""
+    if published is not None and objective == "masked":
+        return published.family.model_class
     classes = {"masked": MODEL_FOR_MASKED_LM_MAPPING, "causal": MODEL_FOR_CAUSAL_LM_MAPPING}
     there = [kind for kind, known in classes.items() if known.get(type(config), None) is not None]
     if objective not in there:
         what = f"has no {objective} language model in transformers; pass objective={there[0]!r}" if there else _NEITHER
         raise RevprobeError(f"{name!r} ({type(config).__name__}) {what}")
-    if published is not None:
-        return classes[objective][type(config)]  # an Auto class wants a folder to read tensors from
     return AutoModelForMaskedLM if objective == "masked" else AutoModelForCausalLM
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from ..errors import RevprobeError
 from ..hooks.attention import tap_queries
 from ..hooks.untouched import untouched
-from .configs import RaddConfig
+from .bases.configs import RaddConfig
 from .probed import ProbedModel
 from .structure import attention_of, parameter_roles, score_biases
 

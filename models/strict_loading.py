@@ -6,9 +6,7 @@ transformers alone would fill a gap at random and print a report; a probe would 
 from __future__ import annotations
 
 import json
-import re
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -19,11 +17,10 @@ from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import RevprobeError, first_line
-from .families.known import PublishedFiles
+from .bases.matching import require_match
+from .families.family import PublishedFiles
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_IN_A_LAYER = re.compile(r"\.\d+\.")
-_SHOWN = 5
 
 
 def load_weights(
@@ -33,7 +30,7 @@ def load_weights(
 
     Args:
         kind: an Auto class; for `published` files, the class itself.
-        published: how a family's files are laid out, which lie in a folder then.
+        published: a family's files; those whose tensors are translated here lie in a folder.
         options: of `from_pretrained`.
     Raises: RevprobeError, for weights that are pickled, missing, in files elsewhere, or not the model's; and what
         `from_pretrained` and safetensors raise.
@@ -42,7 +39,7 @@ def load_weights(
     source: str | Path | None = folder
     official: Callable[[str], str] = str
     options |= {"config": config, "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
-    if published is not None:
+    if published is not None and published.family.translates:
         source, official = None, published.family.official_name
         options["state_dict"] = published.translate(read_tensors(Path(folder)))
     module, info = kind.from_pretrained(source, **options)
@@ -104,40 +101,3 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def _leaves(name: str) -> bool:
     paths = PurePosixPath(name), PureWindowsPath(name)
     return any(path.is_absolute() or path.drive or path.root or ".." in path.parts for path in paths)
-
-
-def require_match(
-    info: Mapping[str, Any], source: object, *, strict: bool = True, official: Callable[[str], str] = str
-) -> None:
-    """Raise unless the checkpoint had exactly the tensors of the model.
-
-    Args:
-        info: `output_loading_info` of `from_pretrained`: missing_keys, unexpected_keys, mismatched_keys.
-        strict: False lets tensors outside the layers be left over (BERT's pooler, another task's head: published
-            checkpoints carry them), with a warning that names them.
-        official: turns a tensor's name here into its name in the checkpoint, for the message.
-    Raises: RevprobeError, naming the tensors.
-    """
-    outside: list[str] = []
-    keys = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected")}
-    mismatched = info["mismatched_keys"]
-    keys["mismatched"] = sorted(f"{name} ({tuple(found)} for {tuple(asked)})" for name, found, asked in mismatched)
-    if not strict:
-        outside = [name for name in keys["unexpected"] if not _IN_A_LAYER.search(name)]
-        keys["unexpected"] = [name for name in keys["unexpected"] if name not in outside]
-    wrong = [f"{kind} {_listed(names, official)}" for kind, names in keys.items() if names]
-    if wrong:
-        raise RevprobeError(
-            f"{source} does not match its config: {'; '.join(wrong)}; it is a checkpoint of another model or a "
-            "damaged one"
-        )
-    if outside:
-        warnings.warn(
-            f"{source}: {_listed(outside, official)} left over; the language model has no place for them", stacklevel=2
-        )
-
-
-def _listed(names: list[str], official: Callable[[str], str]) -> str:
-    shown = [name if official(name) == name else f"{official(name)} (here {name})" for name in names[:_SHOWN]]
-    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(shown) + rest

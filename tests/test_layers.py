@@ -59,7 +59,7 @@ def test_imports_inside_the_package_are_relative(root: Path, package_files: dict
     ("path", "planted", "words"),
     [
         ("hooks/gradients/new.py", "from ..attention import tap_attention", "hooks/attention.py"),
-        ("hooks/new.py", "from ..models.radd import RaddConfig", "models/radd.py"),
+        ("hooks/new.py", "from ..models.bases.radd import RaddConfig", "models/bases/radd.py"),
         ("models/new.py", "from ..probes.pairs import query", "probes/pairs/query.py"),
         ("probes/statistics/new.py", "from ..readings.reading import Reading", "probes/readings/reading.py"),
         ("probes/figures/new.py", "from ..attention import attention_reading", "probes/attention.py"),

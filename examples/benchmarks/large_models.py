@@ -15,9 +15,9 @@ import torch
 from measuring import medians, peak_extra_bytes, show
 
 import revprobe as rp
-from revprobe.models.configs import DreamConfig, LLaDAConfig
-from revprobe.models.dream import DreamForMaskedDiffusion
-from revprobe.models.llada import LLaDAForMaskedDiffusion
+from revprobe.models.bases.configs import DreamConfig, LLaDAConfig
+from revprobe.models.families.dream import DreamForMaskedDiffusion
+from revprobe.models.families.llada import LLaDAForMaskedDiffusion
 
 # The published shapes; the defaults of the two configs are those of the 8B and 7B checkpoints where they agree.
 LLADA_8B = {"d_model": 4096, "n_heads": 32, "n_kv_heads": 32, "n_layers": 32, "mlp_hidden_size": 12288}

@@ -14,12 +14,12 @@ import torch
 from transformers import PreTrainedModel, enable_full_determinism, set_seed
 
 from ...arguments import checked
+from ...models.bases.configs import RaddConfig
+from ...models.bases.radd import RaddForMaskedLM
 from ...models.checkpoints import step_of
-from ...models.configs import RaddConfig
 from ...models.hub import quiet_transformers
 from ...models.one_layer import letter_tokenizer, one_layer_gpt2
 from ...models.probed import ProbedModel
-from ...models.radd import RaddForMaskedLM
 from ...models.registry import load_model
 from ...probes.fused import PROBES
 from ...probes.pairs.pairs import ReversalPairs

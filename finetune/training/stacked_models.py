@@ -18,8 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, get_scheduler
 from transformers.modeling_outputs import MaskedLMOutput
 
-from ...models.configs import RaddConfig
-from ...models.radd import RaddForMaskedLM, alibi_bias, rope_tables, signed_offsets
+from ...models.bases.configs import RaddConfig
+from ...models.bases.radd import RaddForMaskedLM, alibi_bias, rope_tables, signed_offsets
 from .ema import MovingAverage
 from .objectives import causal_loss, price_masks
 from .trainer import ForwardOnlyTrainer

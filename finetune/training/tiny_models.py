@@ -17,9 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from ...errors import RevprobeError
-from ...models.configs import DreamConfig, LLaDAConfig
-from ...models.dream import DreamForMaskedDiffusion
-from ...models.llada import LLaDAForMaskedDiffusion
+from ...models.bases.configs import DreamConfig, LLaDAConfig
+from ...models.families.dream import DreamForMaskedDiffusion
+from ...models.families.llada import LLaDAForMaskedDiffusion
 from ...models.probed import ProbedModel
 from ...relations.catalog import TextRelation, TrainingText
 from ...relations.statements import Statement

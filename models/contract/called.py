@@ -11,15 +11,20 @@ from torch import Tensor, nn
 
 from ...errors import RevprobeError
 from . import introspect
+from .block_masks import added_to_scores, block_mask
 
 
 class CalledModule:
-    """A module that takes `batch seq` token ids and gives a row of logits for each of them."""
+    """A module that takes `batch seq` token ids and gives a row of logits for each of them.
+
+    `block_size`: its queries see finished blocks of so many tokens and their own; None: what the module itself does.
+    """
 
     module: nn.Module
+    block_size: int | None = None
 
-    def __init__(self, module: nn.Module, name: str | None = None) -> None:
-        self.module, self.name = module, name or type(module).__name__
+    def __init__(self, module: nn.Module, name: str | None = None, block_size: int | None = None) -> None:
+        self.module, self.name, self.block_size = module, name or type(module).__name__, block_size
         parameters = inspect.signature(module.forward).parameters.values()
         self._accepts = {parameter.name for parameter in parameters}
         self._accepts_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
@@ -67,6 +72,9 @@ class CalledModule:
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits as the module gives them. Shapes: `batch seq, batch seq -> batch rows vocab`."""
         kwargs: dict[str, Any] = {}
+        if self.block_size is not None:
+            sees = block_mask(input_ids.shape[1], self.block_size, device=input_ids.device)
+            attention_mask = added_to_scores(sees, attention_mask, self.dtype).expand(len(input_ids), -1, -1, -1)
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
         if "use_cache" in self._accepts:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import RevprobeError
+from .blocks import require_blocks
 from .called import CalledModule
 from .placement import Placement, place_tokens
 from .skeleton import skeleton
@@ -74,12 +75,14 @@ def contract_of(called: CalledModule, mask_token_id: int | None = None) -> Contr
     Raises: RevprobeError, for a module that cannot be run, is random in eval mode, writes into its weights, lets rows
         of a batch reach each other, or gives rows of logits that are not its tokens'.
     """
-    state, wanted = state_of(called.module), mask_token_id
+    state, wanted = (state_of(called.module), called.block_size), mask_token_id
     known = _known.setdefault(called.module, {}).setdefault(state, {})
     found = known.get(wanted) or (next(iter(known.values()), None) if wanted is None else None)
     if found is None:
         with skeleton(called.module, called.name) as copy:
-            found = _judge(run_trial(CalledModule(copy, called.name), wanted))
+            found = _judge(run_trial(CalledModule(copy, called.name, called.block_size), wanted))
+            if called.block_size is not None:
+                require_blocks(CalledModule(copy, called.name, called.block_size), wanted, found.placement.logits)
         if found.reaches_back is not None:  # else it will be another once it has been trained
             known[wanted] = found
     return found

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from ...errors import RevprobeError, did_you_mean, nearest, shown
+from .block_masks import WHOLE
 
 
 def config_value(module: nn.Module, key: str) -> Any:
@@ -92,6 +93,35 @@ def logit_shift(given: int | None, objective: str, module: nn.Module, name: str)
     if objective == "causal" and stated == 0:
         raise RevprobeError(f"logit_shift 0 reads {name} at the target itself, which a causal model sees there; pass 1")
     return int(stated)
+
+
+def block_size(given: int | str | None, objective: str, module: nn.Module, name: str) -> int | None:
+    """Tokens of a block: as given, else as the model's config says; None where every token sees every other.
+
+    Raises: RevprobeError, when it is no size, cannot be told, or the model is causal.
+    """
+    inner = _inner(module)
+    stated = given if given is not None else getattr(inner, "block_size", None) if objective == "masked" else None
+    attention = getattr(inner, "attention", "full")
+    if stated is None and objective == "masked" and attention in _UNTOLD:
+        raise RevprobeError(
+            f"{name}: {_UNTOLD[attention]}; pass block_size= with its number of tokens, or bidirectional=True "
+            f"(block_size={WHOLE!r}) where every token sees every other"
+        )
+    if stated is None or stated == WHOLE:
+        return None
+    if not isinstance(stated, int) or isinstance(stated, bool) or stated < 1:
+        raise RevprobeError(f"{name}: block_size={stated!r}: expected a whole number of tokens above 0, or {WHOLE!r}")
+    if objective != "masked":
+        raise RevprobeError(f"{name} is causal and reads token by token; leave block_size out, or load it as masked")
+    return stated
+
+
+# What a class says of its attention where its config must say the block size, and does not.
+_UNTOLD = {
+    "block": "it writes block by block, and its config does not say how long a block is",
+    "either": "its files do not say whether it writes block by block or sees the whole text at once",
+}
 
 
 def objective(module: nn.Module) -> str | None:

@@ -154,6 +154,11 @@ def run_trial(called: CalledModule, mask_token_id: int | None = None) -> Trial:
     return replace(trial, padded=runs[0], refilled=runs[1])
 
 
+def trial_row(ids: list[int], start: int, length: int, mask_token_id: int | None) -> Tensor:
+    """A row of `length` of some ids, from number `start` on; the mask token stands second in four and more."""
+    return _Words(ids, mask_token_id).row(start, length)
+
+
 class _Words:
     """Rows of token ids, the mask token second in those of four and more."""
 

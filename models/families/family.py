@@ -1,6 +1,7 @@
 """The description of a family of published checkpoints: data, by which its files are read into one of our classes.
 
-The classes stand elsewhere; a description knows config.json and the names of tensors, and no forward pass.
+A description knows config.json and the names of tensors, and no forward pass: that is its `model_class`'s, mostly a
+class of transformers without its causal mask.
 """
 
 from __future__ import annotations
@@ -11,8 +12,39 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
-Settings = Mapping[str, Any]
+from .files import Files, Settings
+
+
+def equal_rows(tensor: Tensor, config: Any, parts: int) -> Sequence[Tensor]:
+    """As many equal blocks of rows as there are parts."""
+    return tensor.chunk(parts) if tensor.shape[0] % parts == 0 else []
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A published tensor that is several of ours.
+
+    Attributes:
+        parts: their names here, in the order of `split`; `{}` stands for the number of a layer.
+        split: takes the tensor, our config and the number of parts, and gives the parts; nothing where it does not fit.
+    """
+
+    parts: Sequence[str]
+    split: Callable[[Tensor, Any, int], Sequence[Tensor]] = equal_rows
+
+
+def of_type(model_type: str) -> Callable[[Files], bool]:
+    """Recognises a family by the `model_type` of its config.json."""
+    return lambda files: files.model_type == model_type
+
+
+def own_settings(files: Files) -> dict[str, Any]:
+    """Of a family whose config.json is our config's."""
+    return dict(files.settings)
 
 
 @dataclass(frozen=True)
@@ -21,23 +53,49 @@ class Family:
 
     Attributes:
         name: as people call it.
-        recognises: whether a config.json is the family's.
-        to_config: the settings of our config, `model_type` among them, from the published config.json.
+        about: one line for `list_models`.
+        model_class: ours; its `config_class`, `logit_shift` and `attention` go with it.
+        recognises: whether files are the family's.
+        to_config: the settings of our config from the published files, and from what the user was asked for.
+        asks: options of `load_model` that `to_config` takes beside the files.
         key_map: published name of a module or tensor -> ours; `{}` stands for the number of a layer.
-        fused: published name of a tensor -> the names here of the equal blocks of rows it is made of, in order.
+        fused: published name of a tensor -> those it is made of.
+        streams: whether transformers renames tensors by `key_map` while it loads and saves (`rename_by`): none is held
+            twice then, and what is saved keeps the published names.
         constants: published name of a buffer that is worked out here -> the check of its value, which raises.
+        plain: the `model_type` of the transformers models that `bidirectional=True` reads as this family.
         tokenizer: where the family's tokenizer comes from when its checkpoints bring none; a name on the hub.
+        published: name on the hub -> settings of our config that its files do not say.
+        licence: of the published code, and of the weights.
     """
 
     name: str
-    recognises: Callable[[Settings], bool]
-    to_config: Callable[[Settings], dict[str, Any]]
-    key_map: Mapping[str, str]
-    fused: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    about: str
+    model_class: type[PreTrainedModel]
+    recognises: Callable[[Files], bool]
+    to_config: Callable[..., dict[str, Any]] = own_settings
+    asks: Sequence[str] = ()
+    key_map: Mapping[str, str] = field(default_factory=dict)
+    fused: Mapping[str, Fused] = field(default_factory=dict)
+    streams: bool = False
     constants: Mapping[str, Callable[[Tensor, Settings], None]] = field(default_factory=dict)
+    plain: str = ""
     tokenizer: str | None = None
+    published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    licence: str = ""
 
-    def translate(self, tensors: Mapping[str, Tensor], config: Settings) -> dict[str, Tensor]:
+    @property
+    def translates(self) -> bool:
+        """Whether published tensors are put under our names here, before transformers sees them."""
+        return not self.streams and bool(self.key_map or self.fused or self.constants)
+
+    def config(self, files: Files, **asked: Any) -> PreTrainedConfig:
+        """Our config of published files. Raises: RevprobeError, for settings that the class does not have."""
+        settings = self.to_config(files, **asked) | dict(self.published.get(files.name, {}))
+        kind: Any = self.model_class.config_class
+        return kind(**{key: value for key, value in settings.items() if key not in _NOT_OURS})
+
+    def translate(self, tensors: Mapping[str, Tensor], files: Files, config: Any) -> dict[str, Tensor]:
         """A checkpoint's tensors under our names; what the family does not know keeps its own.
 
         Raises: RevprobeError, when a constant is not what the forward pass here works out.
@@ -45,21 +103,63 @@ class Family:
         ours: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             if name in self.constants:
-                self.constants[name](tensor, config)
-                continue
-            parts = next((found for one, parts in self.fused.items() if (found := _renamed(name, one, *parts))), [])
-            if parts and tensor.shape[0] % len(parts) == 0:
-                # Copies, so that saving meets no tensors that share their memory.
-                ours |= {part: rows.clone() for part, rows in zip(parts, tensor.chunk(len(parts)), strict=True)}
+                self.constants[name](tensor, files.settings)
+            elif parts := self._parts(name, tensor, config):
+                ours |= parts
             else:
                 ours[_first(name, self.key_map.items())] = tensor
         return ours
 
+    def _parts(self, name: str, tensor: Tensor, config: Any) -> dict[str, Tensor]:
+        """What a fused tensor is made of, under our names; empty for another."""
+        for published, fused in self.fused.items():
+            if parts := _renamed(name, published, *fused.parts):
+                rows = fused.split(tensor, config, len(parts))
+                # Copies, so that saving meets no tensors that share their memory.
+                return {part: own.clone() for part, own in zip(parts, rows, strict=False)}
+        return {}
+
     def official_name(self, name: str) -> str:
         """The published name of one of our tensors; other names stay as they are."""
         pairs = [(here, published) for published, here in self.key_map.items()]
-        pairs += [(part, published) for published, parts in self.fused.items() for part in parts]
+        pairs += [(part, published) for published, fused in self.fused.items() for part in fused.parts]
         return _first(name, pairs)
+
+
+@dataclass(frozen=True)
+class PublishedFiles:
+    """A checkpoint in the layout of a family, with its files and our config of them."""
+
+    family: Family
+    files: Files
+    config: PreTrainedConfig
+
+    def translate(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Its tensors under our names. Raises: RevprobeError, when a constant is not what is worked out here."""
+        return self.family.translate(tensors, self.files, self.config)
+
+
+# Of a published config.json: the kernel it was trained with (flex, flash), and what the class states itself.
+_NOT_OURS = ("attn_implementation", "_attn_implementation", "model_type", "transformers_version")
+
+
+def rename_by(key_map: Mapping[str, str], model_type: str) -> None:
+    """Let transformers rename tensors by a key map while it reads and writes models of this type.
+
+    Keyed by model type, since a class's own key is not inherited by subclasses.
+    """
+    renamings: list[Any] = [WeightRenaming(*_patterns(*names)) for names in key_map.items()]
+    register_checkpoint_conversion_mapping(model_type, renamings, overwrite=True)
+
+
+def _patterns(published: str, ours: str) -> tuple[str, str]:
+    """One anchored pattern a module: reversible, and without effect on a file that has our names already."""
+    return rf"^{re.escape(published)}\.".replace(r"\{\}", r"(\d+)"), f"{ours}.".replace("{}", r"\1")
+
+
+def published_name(name: str, key_map: Mapping[str, str]) -> str:
+    """The published name of one of our tensors; other names stay as they are."""
+    return _first(name, ((ours, published) for published, ours in key_map.items()))
 
 
 def _first(name: str, pairs: Iterable[tuple[str, str]]) -> str:

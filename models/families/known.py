@@ -1,43 +1,67 @@
-"""The families, and the config.json of a folder or hub name read as what it is."""
+"""The families, and the files of a folder or hub name read as what they are."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
-from .family import Family, Settings
+from ...errors import RevprobeError
+from .a2d import A2D
+from .dream import DREAM
+from .family import Family, PublishedFiles
+from .fast_dllm import FAST_DLLM
+from .files import Files
+from .llada import LLADA
 from .radd import RADD
+from .sdar import SDAR
 
-FAMILIES = (RADD,)
-
-
-@dataclass(frozen=True)
-class PublishedFiles:
-    """A checkpoint in the layout of a family, with its config.json as it stands."""
-
-    family: Family
-    settings: Settings
-
-    def translate(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Its tensors under our names. Raises: RevprobeError, when a constant is not what is worked out here."""
-        return self.family.translate(tensors, self.settings)
+# The first that recognises the files reads them.
+FAMILIES: tuple[Family, ...] = (RADD, LLADA, DREAM, *A2D, SDAR, FAST_DLLM)
 
 
-def read_config(place: str | Path, **options: Any) -> tuple[PreTrainedConfig, PublishedFiles | None]:
-    """The config of a folder or hub name, and how its files are laid out where that is a family's own way.
+def read_config(
+    place: str | Path, *, bidirectional: bool = False, asked: dict[str, Any] | None = None, **options: Any
+) -> tuple[PreTrainedConfig, PublishedFiles | None]:
+    """The config of a folder or hub name, and its files where they are a family's.
 
     Args:
+        bidirectional: read a plain transformers folder as the family that is made of its class.
+        asked: what the user said beside the files; what a family takes of it is taken out.
         options: of `from_pretrained`, for the hub.
-    Raises: what transformers raises for a file that is missing, no JSON, or of an architecture it does not know.
+    Raises: RevprobeError, when there is no such family; what transformers raises for a file that is missing, no JSON,
+        or of an architecture it does not know.
     """
-    settings, _ = PreTrainedConfig.get_config_dict(place, **options)
-    for family in FAMILIES:
-        if family.recognises(settings):
-            return AutoConfig.for_model(**family.to_config(settings)), PublishedFiles(family, settings)
+    files = Files.at(place, **options)
+    family = family_of(files, bidirectional=bidirectional)
+    if family is not None:
+        said = {key: asked.pop(key) for key in family.asks if asked and key in asked}
+        config = family.config(files, **said)
+        return config, PublishedFiles(family, files, config)
     # False, not None: None would ask on the terminal whether to run the repository's code.
     return AutoConfig.from_pretrained(place, trust_remote_code=False, **options), None
+
+
+def family_of(files: Files, *, bidirectional: bool = False) -> Family | None:
+    """The family whose files these are; None for transformers' own.
+
+    Raises: RevprobeError, when a folder that transformers knows is asked for as bidirectional, and no family is made
+        so.
+    """
+    found = next((one for one in FAMILIES if files.name in one.published or one.recognises(files)), None)
+    if found is not None or not bidirectional:
+        return found
+    found = next((one for one in FAMILIES if one.plain and one.plain == files.model_type), None)
+    if found is None:
+        plain = ", ".join(one.plain for one in FAMILIES if one.plain)
+        raise RevprobeError(
+            f"bidirectional=True: {files.name!r} is of type {files.model_type or 'unknown'!r}, and no diffusion family "
+            f"is made of it; those of type {plain} can be read so"
+        )
+    return found
+
+
+def family_of_config(config: PreTrainedConfig) -> Family | None:
+    """The family whose class takes a config; None for transformers' own."""
+    return next((one for one in FAMILIES if type(config) is one.model_class.config_class), None)

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ...errors import RevprobeError
-from .family import Family, Settings
+from ..bases.radd import RaddForMaskedLM
+from .family import Family, Fused
+from .files import Files, Settings
 
 _READ = ("hidden_size", "n_heads", "n_blocks", "dropout")
 _ROPE_BASE = 10000.0
@@ -24,15 +26,24 @@ _LENGTH = 1024
 _BLOCK = "blocks.{}"
 
 
-def _recognises(config: Settings) -> bool:
+def _is_published(config: Settings) -> bool:
     sizes = config.get("model")
     return "model_type" not in config and "tokens" in config and isinstance(sizes, dict) and {*_READ} <= set(sizes)
 
 
-def _to_config(config: Settings) -> dict[str, Any]:
+def _recognises(files: Files) -> bool:
+    """The published layout, or what is saved here."""
+    return files.model_type == "radd" or _is_published(files.settings)
+
+
+def _to_config(files: Files) -> dict[str, Any]:
+    return config_of(files.settings) if _is_published(files.settings) else dict(files.settings)
+
+
+def config_of(config: Settings) -> dict[str, Any]:
+    """The settings of our config from the published one."""
     sizes = config["model"]
     return {
-        "model_type": "radd",
         "vocab_size": config["tokens"] + 1,
         "mask_token_id": config["tokens"],  # the last row
         "pad_token_id": None,
@@ -63,6 +74,8 @@ def _check_rotation(inv_freq: Tensor, config: Settings) -> None:
 
 RADD = Family(
     name="RADD",
+    about="radd-lambda-dce, radd-t-dce and others in their layout, and what `revprobe train` makes",
+    model_class=RaddForMaskedLM,
     recognises=_recognises,
     to_config=_to_config,
     key_map={
@@ -75,7 +88,8 @@ RADD = Family(
         "output_layer.norm_final": "final_norm",
         "output_layer.linear": "lm_head",
     },
-    fused={f"{_BLOCK}.attn_qkv": [f"{_BLOCK}.attention.{letter}_proj" for letter in "qkv"]},
+    fused={f"{_BLOCK}.attn_qkv": Fused([f"{_BLOCK}.attention.{letter}_proj" for letter in "qkv"])},
     constants={"rotary_emb.inv_freq": _check_rotation},
     tokenizer="openai-community/gpt2",
+    licence="MIT (code), MIT (weights)",
 )

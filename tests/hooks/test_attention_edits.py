@@ -19,7 +19,7 @@ from revprobe import ProbedModel, RaddForMaskedLM, RevprobeError, edit_attention
 from revprobe.hooks.attention_calls import sdpa_call
 from revprobe.hooks.attention_edits import edit_scores
 from revprobe.hooks.attention_sites import Attention, AttentionSite
-from revprobe.models.configs import POSITION_ENCODINGS
+from revprobe.models.bases.configs import POSITION_ENCODINGS
 from revprobe.models.structure import attention_of
 from tiny import FIXTURES, bridged, causal, drawn, gpt2, llama, tapped
 

@@ -36,7 +36,7 @@ def folders() -> list[str]:
         "import revprobe\nimport transformers as t\nt.AutoTokenizer\nt.AutoConfig",
         "from transformers import LlamaForCausalLM\nimport revprobe\nimport transformers as t",
         "import revprobe, transformer_lens\nimport transformers as t",
-        "from revprobe.models.radd import RaddForMaskedLM\nimport transformers as t",
+        "from revprobe.models.bases.radd import RaddForMaskedLM\nimport transformers as t",
         "import revprobe\nfrom transformers.models.auto import modeling_auto\nimport transformers as t",
         "import revprobe\nfrom transformers.generation import utils\nimport transformers as t",
         "import importlib.util, revprobe\nimportlib.util.find_spec('transformers.models.auto.modeling_auto')\n"
@@ -54,7 +54,16 @@ def test_every_folder_loads_whatever_was_imported_first(imports: str, tmp_path: 
         f"print(tokenization_auto.tokenizer_class_from_name('DreamTokenizer').__module__, {LEFT})"
     )
     llada, dream = "LLaDAForMaskedDiffusion", "DreamForMaskedDiffusion"
-    expected = ["RaddConfig", "RaddForMaskedLM", llada, llada, dream, "RaddForMaskedLM", "revprobe.models.configs", "0"]
+    expected = [
+        "RaddConfig",
+        "RaddForMaskedLM",
+        llada,
+        llada,
+        dream,
+        "RaddForMaskedLM",
+        "revprobe.models.bases.configs",
+        "0",
+    ]
     assert run_fresh(code, tmp_path) == expected
 
 
@@ -138,10 +147,10 @@ def test_a_package_that_is_loaded_again_registers_once_more(again: str, tmp_path
 def test_a_registration_that_fails_is_made_at_the_next_import(tmp_path: Path) -> None:
     """As after Ctrl-C in a notebook, in the middle of an import of seconds."""
     code = (
-        "import revprobe\nsys.modules['revprobe.models.dream'] = None\n"
+        "import revprobe\nsys.modules['revprobe.models.families.dream'] = None\n"
         "try:\n    from transformers import AutoModelForMaskedLM\n    print('imported')\n"
         "except ImportError:\n    print('failed')\n"
-        "del sys.modules['revprobe.models.dream']\nimport transformers\n"
+        "del sys.modules['revprobe.models.families.dream']\nimport transformers\n"
         f"transformers.AutoModelForMaskedLM\n{REGISTERED}"
     )
     assert run_fresh(code, tmp_path) == ["failed", "RaddConfig", "LLaDAForMaskedDiffusion"]

@@ -17,7 +17,7 @@ from revprobe import (
     probe,
 )
 from revprobe.models import bridge as bridges
-from revprobe.models.configs import POSITION_ENCODINGS
+from revprobe.models.bases.configs import POSITION_ENCODINGS
 from revprobe.probes.statistics.estimators import pair_cosines
 from tiny import FIXTURES, bridged, gpt2, llama, pairs_at
 

@@ -28,9 +28,9 @@ from revprobe import (
     probe_gradient_cosine,
     probe_reverse_probability,
 )
-from revprobe.models.configs import DreamConfig, LLaDAConfig
-from revprobe.models.dream import DreamForMaskedDiffusion
-from revprobe.models.llada import LLaDAForMaskedDiffusion, official_name
+from revprobe.models.bases.configs import DreamConfig, LLaDAConfig
+from revprobe.models.families.dream import DreamForMaskedDiffusion
+from revprobe.models.families.llada import LLaDAForMaskedDiffusion, official_name
 from tiny import FIXTURES, pairs_at, tapped
 
 FOLDERS = ["llada-tiny", "llada-tiny-sharded", "dream-tiny"]
@@ -195,7 +195,7 @@ def test_no_code_of_the_folder_runs_and_nothing_is_asked(name, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=tmp_path
     )
-    assert done.stdout.split() == ["revprobe.models.configs", *[f"revprobe.models.{name}"] * 3], done.stderr
+    assert done.stdout.split() == ["revprobe.models.bases.configs", *[f"revprobe.models.families.{name}"] * 3], done.stderr
     assert not (tmp_path / "ran").exists()
 
 

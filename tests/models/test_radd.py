@@ -10,8 +10,8 @@ from scipy import stats
 from transformers import AutoModelForMaskedLM
 
 from revprobe import RaddConfig, RaddForMaskedLM, RevprobeError, load_model
-from revprobe.models.configs import DROPOUT_SITES, POSITION_ENCODINGS
-from revprobe.models.radd import alibi_bias, alibi_slopes, rope_tables, rotate, signed_offsets
+from revprobe.models.bases.configs import DROPOUT_SITES, POSITION_ENCODINGS
+from revprobe.models.bases.radd import alibi_bias, alibi_slopes, rope_tables, rotate, signed_offsets
 
 
 def radd(encoding: str = "rope", **options) -> RaddForMaskedLM:

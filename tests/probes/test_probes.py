@@ -28,7 +28,7 @@ from revprobe import (
 )
 from revprobe.hooks import attention as attention_hooks
 from revprobe.hooks.gradients import backward as gradient_reading
-from revprobe.models.configs import POSITION_ENCODINGS
+from revprobe.models.bases.configs import POSITION_ENCODINGS
 from revprobe.probes.passes import batches
 from revprobe.probes.passes import run as passes
 from revprobe.probes.statistics.estimators import pair_cosines

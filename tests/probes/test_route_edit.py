@@ -24,7 +24,7 @@ from revprobe import (
     load_model,
     probe_route_edit,
 )
-from revprobe.models.configs import POSITION_ENCODINGS
+from revprobe.models.bases.configs import POSITION_ENCODINGS
 from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.passes import route_changes, route_runs
 from revprobe.probes.passes.route_changes import other_positions

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import revprobe as rp
 import tiny
 from revprobe.hooks import linearize as linearized
-from revprobe.models.configs import POSITION_ENCODINGS, DreamConfig, LLaDAConfig
-from revprobe.models.dream import DreamForMaskedDiffusion
-from revprobe.models.llada import LLaDAForMaskedDiffusion
+from revprobe.models.bases.configs import POSITION_ENCODINGS, DreamConfig, LLaDAConfig
+from revprobe.models.families.dream import DreamForMaskedDiffusion
+from revprobe.models.families.llada import LLaDAForMaskedDiffusion
 from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.passes.batches import make_batch, prepare_queries
 from revprobe.probes.passes.decomposition import LinearizedBatch

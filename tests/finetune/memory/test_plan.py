@@ -21,9 +21,9 @@ from revprobe.finetune.memory.live_bytes import LiveBytes, fused_attention
 from revprobe.finetune.memory.plan import GB, RESERVE, plan_memory
 from revprobe.finetune.training.objectives import masked_diffusion_loss
 from revprobe.finetune.training.prediction_callback import FirstOrderPrediction
-from revprobe.models.configs import DreamConfig, LLaDAConfig
-from revprobe.models.dream import DreamForMaskedDiffusion
-from revprobe.models.llada import LLaDAForMaskedDiffusion
+from revprobe.models.bases.configs import DreamConfig, LLaDAConfig
+from revprobe.models.families.dream import DreamForMaskedDiffusion
+from revprobe.models.families.llada import LLaDAForMaskedDiffusion
 from revprobe.models.probed import ProbedModel
 from revprobe.models.published import published_config
 from tiny import FIXTURES

@@ -19,8 +19,8 @@ from revprobe.finetune.training.distributed import ProcessGroup
 from revprobe.finetune.training.prediction_callback import FirstOrderPrediction
 from revprobe.finetune.training.probe_callback import ProbeCallback, take_readings
 from revprobe.finetune.training.trainer import ForwardOnlyTrainer, TokenRows
-from revprobe.models.configs import LLaDAConfig
-from revprobe.models.llada import LLaDAForMaskedDiffusion
+from revprobe.models.bases.configs import LLaDAConfig
+from revprobe.models.families.llada import LLaDAForMaskedDiffusion
 from revprobe.models.probed import ProbedModel
 from revprobe.relations.catalog import letters
 

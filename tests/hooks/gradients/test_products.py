@@ -14,7 +14,7 @@ from revprobe import RaddConfig, RaddForMaskedLM, RevprobeError, one_layer_gpt2
 from revprobe.hooks.gradients import backward as gradient_reading
 from revprobe.hooks.gradients import products as gradient_products
 from revprobe.hooks.gradients.recorder import record_gradients
-from revprobe.models.configs import POSITION_ENCODINGS
+from revprobe.models.bases.configs import POSITION_ENCODINGS
 from tiny import drawn
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}

@@ -18,9 +18,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from revprobe import ProbedModel, RaddConfig, RaddForMaskedLM, RevprobeError, decode
-from revprobe.models.configs import POSITION_ENCODINGS, DreamConfig, LLaDAConfig
-from revprobe.models.dream import DreamForMaskedDiffusion
-from revprobe.models.llada import LLaDAForMaskedDiffusion
+from revprobe.models.bases.configs import POSITION_ENCODINGS, DreamConfig, LLaDAConfig
+from revprobe.models.families.dream import DreamForMaskedDiffusion
+from revprobe.models.families.llada import LLaDAForMaskedDiffusion
 from revprobe.probes.decoding.causal import end_tokens
 from revprobe.probes.decoding.decode import answer_text, decode_tokens, decoding_settings, encode_prompts
 from revprobe.probes.decoding.masked import ALGORITHMS, Prompt, Unmasking, _Canvas

@@ -258,8 +258,8 @@ def test_equal_prompts_are_decoded_once():
 def test_what_is_scored_is_what_decode_says():
     """The two must not drift: same prompts, same settings, same text."""
     torch.manual_seed(0)
-    from revprobe.models.configs import LLaDAConfig
-    from revprobe.models.llada import LLaDAForMaskedDiffusion
+    from revprobe.models.bases.configs import LLaDAConfig
+    from revprobe.models.families.llada import LLaDAForMaskedDiffusion
 
     words = tokenizer()
     sizes = {"d_model": 16, "n_heads": 2, "n_layers": 1, "mlp_hidden_size": 32, "init_std": 0.5}

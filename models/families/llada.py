@@ -9,15 +9,12 @@ Source: Nie et al. 2025 (arXiv 2502.09992); the layout of GSAI-ML/LLaDA-8B-Base.
 
 from __future__ import annotations
 
-import re
-from typing import Any
-
 from transformers import LlamaForCausalLM
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 
-from .bidirectional import BidirectionalDecoder
-from .configs import LLaDAConfig
+from ..bases.bidirectional import BidirectionalDecoder
+from ..bases.configs import LLaDAConfig
+from .family import Family, published_name, rename_by
+from .files import Files
 
 _OUTSIDE = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
 _IN_BLOCK = {
@@ -31,6 +28,8 @@ _IN_BLOCK = {
     "up_proj": "mlp.up_proj",
     "ff_out": "mlp.down_proj",
 }
+_KEY_MAP = {f"model.transformer.{published}": ours for published, ours in _OUTSIDE.items()}
+_KEY_MAP |= {f"model.transformer.blocks.{{}}.{a}": f"model.layers.{{}}.{b}" for a, b in _IN_BLOCK.items()}
 
 
 def official_name(name: str) -> str:
@@ -39,13 +38,7 @@ def official_name(name: str) -> str:
     >>> official_name("model.layers.3.mlp.down_proj.weight")
     'model.transformer.blocks.3.ff_out.weight'
     """
-    for official, ours in _OUTSIDE.items():
-        if name.startswith(f"{ours}."):
-            return f"model.transformer.{official}{name.removeprefix(ours)}"
-    for official, ours in _IN_BLOCK.items():
-        if found := re.fullmatch(rf"model\.layers\.(\d+)\.{re.escape(ours)}\.(.+)", name):
-            return f"model.transformer.blocks.{found[1]}.{official}.{found[2]}"
-    return name
+    return published_name(name, _KEY_MAP)
 
 
 class LLaDAForMaskedDiffusion(BidirectionalDecoder, LlamaForCausalLM):  # type: ignore[misc]
@@ -60,11 +53,20 @@ class LLaDAForMaskedDiffusion(BidirectionalDecoder, LlamaForCausalLM):  # type: 
         self.model.embed_tokens.padding_idx = None
 
 
-# One anchored pattern a tensor: reversible, and without effect on a file that has Llama's names already. Keyed by
-# model type, since a class's own key is not inherited by subclasses.
-_RENAMINGS: list[Any] = [WeightRenaming(rf"^model\.transformer\.{a}\.", f"{b}.") for a, b in _OUTSIDE.items()]
-_RENAMINGS += [
-    WeightRenaming(rf"^model\.transformer\.blocks\.(\d+)\.{a}\.", rf"model.layers.\1.{b}.")
-    for a, b in _IN_BLOCK.items()
-]
-register_checkpoint_conversion_mapping(LLaDAConfig.model_type, _RENAMINGS, overwrite=True)
+rename_by(_KEY_MAP, LLaDAConfig.model_type)
+
+
+def _recognises(files: Files) -> bool:
+    """LLaDA-MoE says `llada` too."""
+    return files.model_type == LLaDAConfig.model_type and "num_experts" not in files.settings
+
+
+LLADA = Family(
+    name="LLaDA",
+    about="LLaDA-8B Base, Instruct and 1.5, and models in their layout",
+    model_class=LLaDAForMaskedDiffusion,
+    recognises=_recognises,
+    key_map=_KEY_MAP,
+    streams=True,
+    licence="MIT (code), MIT (weights)",
+)

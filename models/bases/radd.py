@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from ..errors import RevprobeError
+from ...errors import RevprobeError
 from .configs import RaddConfig
 
 

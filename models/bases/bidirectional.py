@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..errors import RevprobeError
-from .strict_loading import require_match
+from ...errors import RevprobeError
+from .matching import require_match
 
 
 class BidirectionalDecoder:
@@ -23,6 +23,10 @@ class BidirectionalDecoder:
     """
 
     objective = "masked"
+    # "full": every token sees every other; "block": finished blocks and its own, as the config says; "either": nothing
+    # in the files says which of the two.
+    attention = "full"
+    config_class: Any = None
     logit_shift = 0
     # The checkpoint's own name of a tensor, for error messages.
     official_name: Callable[[str], str] = staticmethod(str)
@@ -34,10 +38,16 @@ class BidirectionalDecoder:
                 f"is_causal={config.is_causal!r}; remove the key or load the causal class"
             )
         super().__init__(config)  # type: ignore[call-arg]
-        for layer in self.model.layers:  # type: ignore[attr-defined]
-            layer.self_attn.is_causal = False
+        for part in self.modules():  # type: ignore[attr-defined]
+            if hasattr(part, "is_causal"):
+                part.is_causal = False
         # Inferred from the class's name otherwise, and then shifted whatever the model predicts at row i.
         self.loss_type = "ForCausalLM" if self.logit_shift else "ForMaskedLM"
+
+    @property
+    def block_size(self) -> int | str | None:
+        """Tokens of a block; None where the config does not say, or the family does not read in blocks."""
+        return getattr(self.config, "block_size", None)  # type: ignore[attr-defined]
 
     @classmethod
     def can_generate(cls) -> bool:

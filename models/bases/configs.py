@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, Qwen2Config, Qwen2Tokenizer
 
-from ..errors import RevprobeError, did_you_mean
+from ...errors import RevprobeError, did_you_mean
 
 POSITION_ENCODINGS = ("rope", "alibi", "absolute", "none", "scalar")
 INITIALIZATIONS = ("normal", "published")

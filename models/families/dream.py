@@ -10,12 +10,11 @@ right by one.
 
 from __future__ import annotations
 
-from transformers import (
-    Qwen2ForCausalLM,
-)
+from transformers import Qwen2ForCausalLM
 
-from .bidirectional import BidirectionalDecoder
-from .configs import DreamConfig
+from ..bases.bidirectional import BidirectionalDecoder
+from ..bases.configs import DreamConfig
+from .family import Family, of_type
 
 
 class DreamForMaskedDiffusion(BidirectionalDecoder, Qwen2ForCausalLM):  # type: ignore[misc]
@@ -23,3 +22,12 @@ class DreamForMaskedDiffusion(BidirectionalDecoder, Qwen2ForCausalLM):  # type: 
 
     config_class = DreamConfig
     logit_shift = 1
+
+
+DREAM = Family(
+    name="Dream",
+    about="Dream-v0 Base and Instruct, Dream-Coder, DreamOn, DiffuCoder, and models in their layout",
+    model_class=DreamForMaskedDiffusion,
+    recognises=of_type(DreamConfig.model_type),
+    licence="Apache-2.0 (code), Apache-2.0 (weights)",
+)

@@ -1,0 +1,34 @@
+"""What a masked diffusion model's config has beside that of the transformers class it is built on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import RevprobeError
+from ..contract.block_masks import WHOLE
+
+
+class MaskedDiffusionConfig:
+    """Put before the config class of transformers.
+
+    Attributes:
+        mask_token_id: None where the checkpoint's config does not say; `load_model` writes down what it was told.
+        block_size: tokens of a block; "whole" where every token sees every other, None where that is not known.
+    Raises: RevprobeError, for a block size that is neither, or sliding windows, which the published code ignores.
+    """
+
+    is_causal = False
+    mask_token_id: int | None = None
+    block_size: int | str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        given = kwargs.get("block_size")
+        if not (given is None or given == WHOLE or (isinstance(given, int) and given > 0)):
+            raise RevprobeError(f"block_size {given!r}: expected a whole number of tokens above 0, or {WHOLE!r}")
+        if getattr(self, "use_sliding_window", False):
+            raise RevprobeError(
+                f"{type(self).__name__}: use_sliding_window=True is not supported: these models see every token they "
+                "may; set it to false"
+            )
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        self.use_cache = False  # published files say true, for their own samplers

@@ -1,0 +1,53 @@
+"""A checkpoint's tensors must be exactly the model's: none missing, none left over, none of another size.
+
+transformers alone would fill a gap at random and print a report; a probe would then measure noise.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ...errors import RevprobeError
+
+_IN_A_LAYER = re.compile(r"\.\d+\.")
+_SHOWN = 5
+
+
+def require_match(
+    info: Mapping[str, Any], source: object, *, strict: bool = True, official: Callable[[str], str] = str
+) -> None:
+    """Raise unless the checkpoint had exactly the tensors of the model.
+
+    Args:
+        info: `output_loading_info` of `from_pretrained`: missing_keys, unexpected_keys, mismatched_keys.
+        strict: False lets tensors outside the layers be left over (BERT's pooler, another task's head: published
+            checkpoints carry them), with a warning that names them.
+        official: turns a tensor's name here into its name in the checkpoint, for the message.
+    Raises: RevprobeError, naming the tensors.
+    """
+    outside: list[str] = []
+    keys = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected")}
+    mismatched = info["mismatched_keys"]
+    keys["mismatched"] = sorted(f"{name} ({tuple(found)} for {tuple(asked)})" for name, found, asked in mismatched)
+    if not strict:
+        outside = [name for name in keys["unexpected"] if not _IN_A_LAYER.search(name)]
+        keys["unexpected"] = [name for name in keys["unexpected"] if name not in outside]
+    wrong = [f"{kind} {_listed(names, official)}" for kind, names in keys.items() if names]
+    if wrong:
+        raise RevprobeError(
+            f"{source} does not match its config: {'; '.join(wrong)}; it is a checkpoint of another model or a "
+            "damaged one"
+        )
+    if outside:
+        warnings.warn(
+            f"{source}: {_listed(outside, official)} left over; the language model has no place for them", stacklevel=2
+        )
+
+
+def _listed(names: list[str], official: Callable[[str], str]) -> str:
+    shown = [name if official(name) == name else f"{official(name)} (here {name})" for name in names[:_SHOWN]]
+    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(shown) + rest

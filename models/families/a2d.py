@@ -1,0 +1,61 @@
+"""A2D: Qwen3, Qwen2 and Llama trained on as diffusion models, under their parents' own tensor names.
+
+Two kinds of checkpoints, `mdlm` (every token sees every other) and `bd3lm` (block by block), have one class and one
+config: nothing in the files says which it is, nor how long a block is, nor which token is the mask. Row i predicts
+token i.
+
+Source: ZHZisZZ/dllm, dllm/pipelines/a2d.
+"""
+
+from __future__ import annotations
+
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from ..bases.bidirectional import BidirectionalDecoder
+from ..bases.masked_config import MaskedDiffusionConfig
+from .family import Family, of_type
+
+
+class A2DQwen3Config(MaskedDiffusionConfig, Qwen3Config):
+    model_type = "a2d-qwen3"
+
+
+class A2DQwen2Config(MaskedDiffusionConfig, Qwen2Config):
+    model_type = "a2d-qwen2"
+
+
+class A2DLlamaConfig(MaskedDiffusionConfig, LlamaConfig):
+    model_type = "a2d-llama"
+
+
+class A2DQwen3ForMaskedDiffusion(BidirectionalDecoder, Qwen3ForCausalLM):  # type: ignore[misc]
+    config_class = A2DQwen3Config
+    attention = "either"
+
+
+class A2DQwen2ForMaskedDiffusion(BidirectionalDecoder, Qwen2ForCausalLM):  # type: ignore[misc]
+    config_class = A2DQwen2Config
+    attention = "either"
+
+
+class A2DLlamaForMaskedDiffusion(BidirectionalDecoder, LlamaForCausalLM):  # type: ignore[misc]
+    config_class = A2DLlamaConfig
+    attention = "either"
+
+
+def _family(parent: str, model_class: type[BidirectionalDecoder]) -> Family:
+    config = model_class.config_class
+    return Family(
+        name=f"A2D {parent}",
+        about=f"{parent} trained on as a diffusion model by dLLM; the files do not say whether whole or in blocks",
+        model_class=model_class,  # type: ignore[arg-type]
+        recognises=of_type(config.model_type),
+        licence="Apache-2.0 (code); weights: the parent's",
+    )
+
+
+A2D = (
+    _family("Qwen3", A2DQwen3ForMaskedDiffusion),
+    _family("Qwen2", A2DQwen2ForMaskedDiffusion),
+    _family("Llama", A2DLlamaForMaskedDiffusion),
+)
