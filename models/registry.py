@@ -71,7 +71,7 @@ def register_model(name: str, loader: Loader | None = None) -> Callable[[Loader]
 @checked
 def list_models() -> pd.DataFrame:
     """What `load_model` takes: built-in families and registered names. Columns: name, objective, about."""
-    rows = [(family.name, "masked", family.about) for family in FAMILIES]
+    rows = [(family.name, family.objective, family.about) for family in FAMILIES]
     rows += [(name, objective, about) for name, (objective, about) in _BUILT_IN.items()]
     rows += [
         (name, "", (loader.__doc__ or "registered by the user").splitlines()[0]) for name, loader in _LOADERS.items()
@@ -164,9 +164,16 @@ def _from_files(
         config, published = _read_config(folder, name, options, hub)
         _write_down(config, given)
         objective = objective or stated_objective(config, name)
+        if objective == "causal" and (mask := given["mask_token_id"]) is not None:
+            raise RevprobeError(
+                f"mask_token_id={mask!r}: {name!r} is a causal model, from which order hides; leave it out, or pass "
+                "bidirectional=True where the files hold a diffusion model (DiffuLLaMA, DiffuGPT)"
+            )
         kind = _class_of(config, objective, name, published)
         if published is not None and published.family.translates and isinstance(folder, str):
             folder, hub = download(folder, **hub), {}
+        elif published is not None and isinstance(published.files.place, Path):
+            folder = published.files.place  # one bare file, of a folder that holds no other
         options = hub | options
         try:
             module = load_weights(folder, config, kind, published, dtype=dtype or "auto", **options)
@@ -174,7 +181,8 @@ def _from_files(
             raise
         except Exception as error:
             raise RevprobeError(_why_not_loaded(error, folder, name, options)) from error
-        own = load_tokenizer(folder, name, **hub) if tokenizer is None else chosen_tokenizer(tokenizer)
+        beside = folder.parent if isinstance(folder, Path) and folder.is_file() else folder
+        own = load_tokenizer(beside, name, **hub) if tokenizer is None else chosen_tokenizer(tokenizer)
     probed = ProbedModel(module, own, objective=objective, **given)
     probed.tokenizer_source = None if published is None else published.family.tokenizer
     if tokenizer is not None:
@@ -279,7 +287,8 @@ def _read_config(
         hint = (
             ""
             if isinstance(folder, Path)
-            else f"; registered models: {', '.join(known)}{did_you_mean(name, known) if _LOADERS else ''}"
+            else f"; registered models: {', '.join(known)}{did_you_mean(name, known) if _LOADERS else ''}; of a "
+            "repository of single files (SMDM's) download one and give its path"
         )
         raise RevprobeError(f"cannot read the config of {name!r}: {first_line(error)}{hint}") from error
 
@@ -289,8 +298,8 @@ def stated_objective(config: PreTrainedConfig, name: str) -> str:
 
     Raises: RevprobeError, when the config fits neither, or both.
     """
-    if family_of_config(config) is not None:
-        return "masked"
+    if (family := family_of_config(config)) is not None:
+        return family.objective
     classes = {
         "masked": MODEL_FOR_MASKED_LM_MAPPING.get(type(config), None),
         "causal": MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None),
@@ -321,7 +330,7 @@ _NEITHER = (
 
 def _class_of(config: PreTrainedConfig, objective: str, name: str, published: PublishedFiles | None) -> Any:
     """The class to load this config with as what was asked for. Raises: RevprobeError, saying what there is."""
-    if published is not None and objective == "masked":
+    if published is not None and objective == published.family.objective:
         return published.family.model_class
     classes = {"masked": MODEL_FOR_MASKED_LM_MAPPING, "causal": MODEL_FOR_CAUSAL_LM_MAPPING}
     there = [kind for kind, known in classes.items() if known.get(type(config), None) is not None]

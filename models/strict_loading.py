@@ -30,7 +30,7 @@ def load_weights(
 
     Args:
         kind: an Auto class; for `published` files, the class itself.
-        published: a family's files; those whose tensors are translated here lie in a folder.
+        published: a family's files; those whose tensors are translated here lie in a folder, or are `folder` itself.
         options: of `from_pretrained`.
     Raises: RevprobeError, for weights that are pickled, missing, in files elsewhere, or not the model's; and what
         `from_pretrained` and safetensors raise.
@@ -41,7 +41,8 @@ def load_weights(
     options |= {"config": config, "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
     if published is not None and published.family.translates:
         source, official = None, published.family.official_name
-        options["state_dict"] = published.translate(read_tensors(Path(folder)))
+        place = Path(folder)
+        options["state_dict"] = published.translate(load_file(place) if place.is_file() else read_tensors(place))
     module, info = kind.from_pretrained(source, **options)
     # Published checkpoints of transformers' own classes may carry another task's head.
     require_match(info, folder, strict=not type(module).__module__.startswith("transformers."), official=official)
@@ -49,10 +50,14 @@ def load_weights(
 
 
 def require_safetensors(folder: str | Path) -> None:
-    """Raise unless a folder holds safetensors, and an index of them, there or in the cache, names files beside it."""
+    """Raise unless a folder holds safetensors, or is one, and an index of them, there or in the cache, names files
+    beside it.
+    """
     if isinstance(folder, str):
         if isinstance(cached := try_to_load_from_cache(folder, SAFE_WEIGHTS_INDEX_NAME), str):
             require_shards_inside(Path(cached).parent)
+        return
+    if folder.is_file():
         return
     if not any(folder.glob("model*.safetensors*")):
         pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
