@@ -74,9 +74,8 @@ def _require_tied(model: Any, source: Any) -> None:
 
     Raises: RevprobeError, when the two should be one tensor.
     """
-    head, embed = (
-        getattr(part, "weight", None) for part in (model.get_output_embeddings(), model.get_input_embeddings())
-    )
+    head: Any = getattr(model.get_output_embeddings(), "weight", None)
+    embed: Any = getattr(model.get_input_embeddings(), "weight", None)
     if not model.config.tie_word_embeddings or head is embed or head is None or head.is_meta or embed.is_meta:
         return
     if not torch.equal(head, embed.to(head.device)):
