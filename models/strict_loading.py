@@ -20,6 +20,11 @@ from ..errors import RevprobeError, first_line
 from .bases.matching import require_match
 from .families.family import PublishedFiles
 
+# weights_only refuses whatever is no tensor; a copy of each, since tied weights share their memory.
+CONVERSION = (
+    "tensors = torch.load({0!r}, weights_only=True), then safetensors.torch.save_file({{name: one.clone() for name, "
+    "one in tensors.items()}}, 'model.safetensors')"
+)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -39,6 +44,7 @@ def load_weights(
     source: str | Path | None = folder
     official: Callable[[str], str] = str
     options |= {"config": config, "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
+    options["ignore_mismatched_sizes"] = True  # they are refused below, by their names
     if published is not None and published.family.translates:
         place = Path(folder)
         tensors = load_file(place) if place.is_file() else read_tensors(place)
@@ -65,7 +71,7 @@ def require_safetensors(folder: str | Path) -> None:
         pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
         raise RevprobeError(
             f"{folder} holds only pickled weights ({pickles[0]}), which can run code when read; convert them to "
-            "safetensors"
+            f"safetensors: {CONVERSION.format(pickles[0])}"
             if pickles
             else f"{folder} holds no model.safetensors; the checkpoint is missing or was cut off while being saved"
         )

@@ -51,10 +51,12 @@ class MaskedLitLlamaConfig(MaskedDiffusionConfig, LitLlamaConfig):
 class RoundedRotaryEmbedding(LlamaRotaryEmbedding):
     """Cosines and sines rounded to bfloat16, then held in the type that the model computes in."""
 
+    table_dtype = torch.bfloat16
+
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         # In float32 first: rounded to float16 and from there, some would be another number.
-        cos, sin = super().forward(torch.empty(0, device=x.device), position_ids)
-        return cos.bfloat16().to(x.dtype), sin.bfloat16().to(x.dtype)
+        cos, sin = super().forward(torch.empty(0, dtype=torch.float32, device=x.device), position_ids)
+        return cos.to(self.table_dtype).to(x.dtype), sin.to(self.table_dtype).to(x.dtype)
 
 
 class LitLlamaForCausalLM(LlamaForCausalLM):

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from ...errors import RevprobeError, first_line
 
+_LOOKED_FOR = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 Settings = Mapping[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -37,7 +38,7 @@ class Files:
         Args:
             options: of `from_pretrained`, for the hub.
         """
-        if isinstance(place, Path) and len(several := _bare_weights(place)) == 1:
+        if isinstance(place, Path) and len(several := bare_weights(place)) == 1:
             (place,) = several
         if isinstance(place, Path) and weight_files(place) and not config_beside(place).is_file():
             return cls(place)
@@ -102,12 +103,12 @@ def weight_files(place: Path) -> list[Path]:
     return [path for path in every if path.name.startswith("model")] or every
 
 
-def _bare_weights(place: Path) -> list[Path]:
+def bare_weights(place: Path) -> list[Path]:
     """The safetensors of a folder that hold weights, where none has a name that transformers would look for.
 
     Notes beside them (reference outputs, statistics) have no tensor that is called a weight.
     """
-    if not place.is_dir() or any(place.glob("model*.safetensors*")):
+    if not place.is_dir() or any(any(place.glob(name)) for name in _LOOKED_FOR):
         return []
     return [path for path in weight_files(place) if any(name.endswith(".weight") for name in _header(path)[0])]
 

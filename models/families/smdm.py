@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 from ...errors import RevprobeError
 from ..bases.lit_llama import LitLlamaForCausalLM, LitLlamaForMaskedDiffusion
 from .family import Family, Fused
-from .files import Files
+from .files import Files, bare_weights
 
 # Heads of the published sizes by (layers, width, MLP); as many key groups as heads in all of them.
 _HEADS = {
@@ -90,6 +91,10 @@ def _to_config(files: Files, n_heads: int | None = None, rotary: str | None = No
 
 
 def _sizes(files: Files, n_heads: int | None) -> dict[str, Any]:
+    several = bare_weights(files.place) if isinstance(files.place, Path) else []
+    if several:  # one alone would have been read as that file
+        names = ", ".join(path.name for path in several)
+        raise RevprobeError(f"{files.place} holds {len(several)} checkpoints: {names}; give the path of one")
     said: dict[str, Any] = {**files.notes, **files.settings}
     embed, unembed = _shape(files, _EMBED), _shape(files, _UNEMBED)
     if embed[0] - unembed[0] not in (0, 1):
@@ -100,6 +105,8 @@ def _sizes(files: Files, n_heads: int | None) -> dict[str, Any]:
     width, mlp = embed[1], _shape(files, _GATE.format(0))[0]
     layers = 1 + max(int(found[1]) for found in map(_BLOCK.fullmatch, files.shapes) if found)
     rows = _shape(files, _FUSED.format(0))[0]
+    if n_heads is not None and (not isinstance(n_heads, int) or isinstance(n_heads, bool)):
+        raise RevprobeError(f"n_heads={n_heads!r}: expected a whole number")
     stated = n_heads if n_heads is not None else said.get("n_head", _HEADS.get((layers, width, mlp)))
     heads, groups = _heads(files.name, stated, (layers, width, mlp), rows)
     if int(said.get("n_query_groups", groups)) != groups:
