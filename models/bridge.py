@@ -1,8 +1,8 @@
 """A TransformerLens view of a model: hook points on the right attention, weights shared, the model left as it is.
 
 `to_bridge(model)` builds a TransformerBridge over a second module tree that shares the model's parameters, so later
-training steps are seen by the bridge and gradients land on the model. TransformerLens' stock adapters for Llama and
-Qwen2 put the causal mask back on their bidirectional relatives; the adapters here, registered through its own
+training steps are seen by the bridge and gradients land on the model. TransformerLens' stock adapters for Llama, Qwen2
+and GPT-2 put the causal mask back on their bidirectional relatives; the adapters here, registered through its own
 extension point, do not.
 """
 
@@ -27,6 +27,7 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformer_lens.model_bridge.supported_architectures.gpt2 import GPT2ArchitectureAdapter
 from transformer_lens.model_bridge.supported_architectures.llama import LlamaArchitectureAdapter
 from transformer_lens.model_bridge.supported_architectures.qwen2 import Qwen2ArchitectureAdapter
 
@@ -64,6 +65,19 @@ class LLaDAAdapter(_Bidirectional, LlamaArchitectureAdapter):
 
 class DreamAdapter(_Bidirectional, Qwen2ArchitectureAdapter):
     """Qwen2's adapter without the causal mask."""
+
+
+class DiffuGPTAdapter(GPT2ArchitectureAdapter):
+    """GPT-2's adapter without the causal mask."""
+
+    supports_generation = False
+    supports_causal_loss = False
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        self.cfg.attention_dir = "bidirectional"
+        parts: Any = self.component_mapping
+        parts["blocks"].submodules["attn"].is_causal = False
 
 
 class EncoderAdapter(ArchitectureAdapter):
@@ -127,6 +141,10 @@ _ADAPTERS = {
     "BD3LMForMaskedDiffusion": AdaptiveEncoderAdapter,
     "LLaDAForMaskedDiffusion": LLaDAAdapter,
     "DreamForMaskedDiffusion": DreamAdapter,
+    "DiffuGPTForMaskedDiffusion": DiffuGPTAdapter,
+    "DiffuLlamaForMaskedDiffusion": LLaDAAdapter,
+    "LitLlamaForMaskedDiffusion": LLaDAAdapter,
+    "LitLlamaForCausalLM": LlamaArchitectureAdapter,
 }
 for _architecture, _adapter in _ADAPTERS.items():
     ArchitectureAdapterFactory.register_adapter(_architecture, _adapter)
