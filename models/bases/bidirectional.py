@@ -60,7 +60,7 @@ class BidirectionalDecoder:
 
         Raises: RevprobeError, naming tensors that are missing, left over or of another size.
         """
-        options["use_safetensors"] = True
+        options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # they are named below
         load = super().from_pretrained  # type: ignore[misc]
         model, info = load(source, *args, output_loading_info=True, **options)
         require_match(info, source, official=cls.official_name)

@@ -8,8 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
+
+from ...errors import RevprobeError, first_line
 
 Settings = Mapping[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -59,9 +61,18 @@ class Files:
         """Tensor name -> shape, from the headers of the safetensors here; empty for what is still on the hub."""
         found: dict[str, tuple[int, ...]] = {}
         for path in weight_files(self.place) if isinstance(self.place, Path) else []:
-            with safe_open(path, framework="pt") as tensors:
-                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            try:
+                with safe_open(path, framework="pt") as tensors:
+                    found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            except SafetensorError as error:
+                raise RevprobeError(
+                    f"cannot load the weights in {path}: {first_line(error)}; the file is cut off or damaged"
+                ) from error
         return found
+
+    def rows(self, name: str, stated: int) -> int:
+        """A vocabulary by the rows of its table, where there are more than the config states."""
+        return max(stated, self.shapes.get(name, (0,))[0])
 
 
 def config_beside(place: Path) -> Path:

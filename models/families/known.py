@@ -14,11 +14,13 @@ from .family import Family, PublishedFiles
 from .fast_dllm import FAST_DLLM
 from .files import Files
 from .llada import LLADA
+from .llada2 import LLADA2
+from .llada_moe import LLADA_MOE
 from .radd import RADD
 from .sdar import SDAR
 
 # The first that recognises the files reads them.
-FAMILIES: tuple[Family, ...] = (RADD, LLADA, DREAM, *A2D, SDAR, FAST_DLLM)
+FAMILIES: tuple[Family, ...] = (RADD, LLADA_MOE, LLADA, DREAM, *A2D, SDAR, FAST_DLLM, LLADA2)
 
 
 def read_config(
