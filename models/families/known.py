@@ -17,6 +17,8 @@ from .family import Family, PublishedFiles
 from .fast_dllm import FAST_DLLM
 from .files import Files
 from .llada import LLADA
+from .llada2 import LLADA2
+from .llada_moe import LLADA_MOE
 from .mdlm import MDLM
 from .radd import RADD
 from .sdar import SDAR
@@ -25,6 +27,7 @@ from .smdm import SMDM
 # The first that recognises the files reads them.
 FAMILIES: tuple[Family, ...] = (
     RADD,
+    LLADA_MOE,
     LLADA,
     DREAM,
     *A2D,
@@ -35,6 +38,7 @@ FAMILIES: tuple[Family, ...] = (
     SDAR,
     BD3LM,
     FAST_DLLM,
+    LLADA2,
 )
 
 
