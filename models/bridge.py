@@ -1,8 +1,8 @@
 """A TransformerLens view of a model: hook points on the right attention, weights shared, the model left as it is.
 
 `to_bridge(model)` builds a TransformerBridge over a second module tree that shares the model's parameters, so later
-training steps are seen by the bridge and gradients land on the model. TransformerLens' stock adapters for Llama and
-Qwen2 put the causal mask back on their bidirectional relatives; the adapters here, registered through its own
+training steps are seen by the bridge and gradients land on the model. TransformerLens' stock adapters for Llama, Qwen2
+and GPT-2 put the causal mask back on their bidirectional relatives; the adapters here, registered through its own
 extension point, do not.
 """
 
@@ -27,8 +27,11 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformer_lens.model_bridge.supported_architectures.glm4_moe import Glm4MoeArchitectureAdapter
+from transformer_lens.model_bridge.supported_architectures.gpt2 import GPT2ArchitectureAdapter
 from transformer_lens.model_bridge.supported_architectures.llama import LlamaArchitectureAdapter
 from transformer_lens.model_bridge.supported_architectures.qwen2 import Qwen2ArchitectureAdapter
+from transformer_lens.model_bridge.supported_architectures.qwen3_moe import Qwen3MoeArchitectureAdapter
 
 from ..errors import RevprobeError
 from .bases.radd import MaskedEncoder
@@ -43,7 +46,7 @@ _TL_POSITIONS = {
 
 
 class _Bidirectional:
-    """Set before the attention component is built: writing its flag afterwards has no effect."""
+    """Set before the bridge is built from its components: writing the flag afterwards has no effect."""
 
     supports_generation = False
     supports_causal_loss = False
@@ -51,11 +54,7 @@ class _Bidirectional:
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)  # type: ignore[call-arg]
         self.cfg.attention_dir = "bidirectional"  # type: ignore[attr-defined]
-
-    def _build_attention_bridge(self) -> Any:
-        attention = super()._build_attention_bridge()  # type: ignore[misc]
-        attention.is_causal = False
-        return attention
+        self.component_mapping["blocks"].submodules["attn"].is_causal = False  # type: ignore[attr-defined]
 
 
 class LLaDAAdapter(_Bidirectional, LlamaArchitectureAdapter):
@@ -64,6 +63,27 @@ class LLaDAAdapter(_Bidirectional, LlamaArchitectureAdapter):
 
 class DreamAdapter(_Bidirectional, Qwen2ArchitectureAdapter):
     """Qwen2's adapter without the causal mask."""
+
+
+class LLaDAMoEAdapter(_Bidirectional, Qwen3MoeArchitectureAdapter):
+    """Qwen3-MoE's adapter without the causal mask."""
+
+
+class LLaDA2Adapter(_Bidirectional, Glm4MoeArchitectureAdapter):
+    """GLM-4-MoE's adapter without the causal mask; in blocks where the model is called so."""
+
+
+class DiffuGPTAdapter(GPT2ArchitectureAdapter):
+    """GPT-2's adapter without the causal mask."""
+
+    supports_generation = False
+    supports_causal_loss = False
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        self.cfg.attention_dir = "bidirectional"
+        parts: Any = self.component_mapping
+        parts["blocks"].submodules["attn"].is_causal = False
 
 
 class EncoderAdapter(ArchitectureAdapter):
@@ -127,6 +147,12 @@ _ADAPTERS = {
     "BD3LMForMaskedDiffusion": AdaptiveEncoderAdapter,
     "LLaDAForMaskedDiffusion": LLaDAAdapter,
     "DreamForMaskedDiffusion": DreamAdapter,
+    "DiffuGPTForMaskedDiffusion": DiffuGPTAdapter,
+    "DiffuLlamaForMaskedDiffusion": LLaDAAdapter,
+    "LitLlamaForMaskedDiffusion": LLaDAAdapter,
+    "LitLlamaForCausalLM": LlamaArchitectureAdapter,
+    "LLaDAMoEForMaskedDiffusion": LLaDAMoEAdapter,
+    "LLaDA2ForMaskedDiffusion": LLaDA2Adapter,
 }
 for _architecture, _adapter in _ADAPTERS.items():
     ArchitectureAdapterFactory.register_adapter(_architecture, _adapter)

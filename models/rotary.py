@@ -149,7 +149,8 @@ def layer_positions(model: ProbedModel, *, length: int | None = None) -> dict[in
         model.logits(shown[:, None].expand(-1, repeats).contiguous())
     candidates = [*_candidates(model.module, repeats)]
     asked = candidates if length is None else [*_candidates(model.module, length)]
-    eps = torch.finfo(model.dtype).eps
+    tables = [kind for part in model.module.modules() if (kind := getattr(part, "table_dtype", None)) is not None]
+    eps = max(torch.finfo(kind).eps for kind in (model.dtype, *tables))  # a rounded table turns as if in that type
     tolerance = {kind: max(least, times * eps) for kind, (least, times) in WITHIN.items()}
     found: dict[int, LayerPositions] = {}
     for layer, call in sorted(calls.items()):
