@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import revprobe as rp
+from revprobe.finetune.training.lora import target_modules
 from revprobe.models.bases.radd import AdaptiveBlock, NoiseLevel
 from revprobe.models.contract.block_masks import added_to_scores, training_mask
 from revprobe.models.families.bd3lm import BD3LM, BD3LMConfig, BD3LMForMaskedDiffusion
@@ -353,7 +354,7 @@ REFUSED = [
     refused("mdlm-tiny", r"config\.json of 'checkpoint-m' lacks n_heads", lambda f: settings(f, n_heads=None)),
     refused("mdlm-tiny", r"hidden_dim 64 is not divisible by n_heads 5", lambda f: settings(f, n_heads=5)),
     refused("mdlm-tiny", r"inv_freq \(8,\) holds other angles than base", lambda f: settings(f, n_heads=2)),
-    refused("mdlm-tiny", r"mismatched sigma_map\.first|cannot load the weights", lambda f: settings(f, cond_dim=16)),
+    refused("mdlm-tiny", r"mismatched backbone\..*adaLN_modulation\.weight", lambda f: settings(f, cond_dim=16)),
     refused("bd3lm-tiny", r"block_size 0: expected a whole number", lambda f: settings(f, block_size=0)),
     refused(
         "mdlm-tiny",
@@ -538,6 +539,14 @@ def test_adapters_can_be_put_on_modulations_and_projections() -> None:
         return nn.functional.cross_entropy(logits, torch.tensor([4, 9, 200])[part], reduction="none")
 
     assert worst_product_error(module, adapted, loss, 3) < 1e-10
+
+
+def test_adapters_of_all_projections_leave_the_norms_alone() -> None:
+    """A modulation is a linear layer of a block, but no projection of its attention or MLP; named, it is adapted."""
+    model = rp.load_model(FIXTURES / "bd3lm-tiny")
+    assert target_modules(model) == ["down_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert target_modules(model, "mlp") == ["down_proj", "up_proj"]
+    assert target_modules(model, ["adaLN_modulation"]) == ["adaLN_modulation"]
 
 
 # --- TransformerLens --------------------------------------------------------------------------------------------------
