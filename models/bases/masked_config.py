@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 from ...errors import RevprobeError
 from ..contract.block_masks import WHOLE
 
-
 _ONLY: dict[str, Any] = {"use_sliding_window": False}
 
 
