@@ -30,14 +30,12 @@ def require_match(
     """
     outside: list[str] = []
     keys = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected")}
-    mismatched = info["mismatched_keys"]
-    keys["mismatched"] = sorted(
-        f"{listed([name], official)} ({tuple(found)} for {tuple(asked)})" for name, found, asked in mismatched
-    )
+    shapes = {name: f" ({tuple(found)} for {tuple(asked)})" for name, found, asked in info["mismatched_keys"]}
+    keys["mismatched"] = sorted(shapes)
     if not strict:
         outside = [name for name in keys["unexpected"] if not _IN_A_LAYER.search(name)]
         keys["unexpected"] = [name for name in keys["unexpected"] if name not in outside]
-    wrong = [f"{kind} {listed(names, official)}" for kind, names in keys.items() if names]
+    wrong = [f"{kind} {listed(names, official, shapes)}" for kind, names in keys.items() if names]
     if wrong:
         raise RevprobeError(
             f"{source} does not match its config: {'; '.join(wrong)}; it is a checkpoint of another model or a "
@@ -49,8 +47,14 @@ def require_match(
         )
 
 
-def listed(names: Sequence[str], official: Callable[[str], str] = str) -> str:
-    """The first few of some tensors, by their names here and in the checkpoint."""
-    shown = [name if official(name) == name else f"{official(name)} (here {name})" for name in names[:_SHOWN]]
-    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+def listed(names: Sequence[str], official: Callable[[str], str] = str, shapes: Mapping[str, str] | None = None) -> str:
+    """Published names, each once, with what they are called here and the shapes where these are wrong."""
+    here: dict[str, list[str]] = {}
+    for name in names:
+        here.setdefault(official(name), []).append(name)
+    shown = [
+        published + ("" if ours == [published] else f" (here {', '.join(ours)})") + (shapes or {}).get(ours[0], "")
+        for published, ours in list(here.items())[:_SHOWN]
+    ]
+    rest = f" and {len(here) - _SHOWN} more" if len(here) > _SHOWN else ""
     return ", ".join(shown) + rest

@@ -85,6 +85,11 @@ class Family:
     licence: str = ""
 
     @property
+    def objective(self) -> str:
+        """ "masked" or "causal"."""
+        return str(getattr(self.model_class, "objective", "masked"))
+
+    @property
     def translates(self) -> bool:
         """Whether published tensors are put under our names here, before transformers sees them."""
         return not self.streams and bool(self.key_map or self.fused or self.constants)

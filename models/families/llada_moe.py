@@ -119,7 +119,7 @@ def _to_config(files: Files) -> dict[str, Any]:
             "LLaDA-MoE"
         )
     require_experts(files.shapes, said["num_experts"], files.name)
-    said["vocab_size"] = files.rows("model.embed_tokens.weight", said["vocab_size"])
+    said["vocab_size"] = max(said["vocab_size"], files.rows("model.embed_tokens.weight") or 0)
     return {"num_key_value_heads": said["num_attention_heads"]} | said
 
 
