@@ -61,7 +61,7 @@ class BidirectionalDecoder:
 
         Raises: RevprobeError, naming tensors that are missing, left over or of another size.
         """
-        options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
+        options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # they are named below
         load = super().from_pretrained  # type: ignore[misc]
         model, info = load(source, *args, output_loading_info=True, **options)
         if source is not None:  # tensors that were given one by one are held to by whoever knows where they are from

@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ...errors import RevprobeError
 from .a2d import A2D
+from .bd3lm import BD3LM
 from .diffugpt import DIFFUGPT
 from .diffullama import DIFFULLAMA
 from .dream import DREAM
@@ -16,12 +17,29 @@ from .family import Family, PublishedFiles
 from .fast_dllm import FAST_DLLM
 from .files import Files
 from .llada import LLADA
+from .llada2 import LLADA2
+from .llada_moe import LLADA_MOE
+from .mdlm import MDLM
 from .radd import RADD
 from .sdar import SDAR
 from .smdm import SMDM
 
 # The first that recognises the files reads them.
-FAMILIES: tuple[Family, ...] = (RADD, LLADA, DREAM, *A2D, SDAR, FAST_DLLM, DIFFUGPT, DIFFULLAMA, *SMDM)
+FAMILIES: tuple[Family, ...] = (
+    RADD,
+    LLADA_MOE,
+    LLADA,
+    DREAM,
+    *A2D,
+    DIFFUGPT,
+    DIFFULLAMA,
+    *SMDM,
+    MDLM,
+    SDAR,
+    BD3LM,
+    FAST_DLLM,
+    LLADA2,
+)
 
 
 def read_config(
