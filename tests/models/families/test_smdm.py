@@ -215,6 +215,8 @@ def test_a_published_size_loads_without_options_and_says_its_number_of_parameter
     save_file(weights, tmp_path / "mdm-6M.safetensors")
     model = rp.load_model(tmp_path / "mdm-6M.safetensors")
     assert model.module.config.num_attention_heads == 4 and model.max_length == 2048 and model.name == "mdm-6M"
+    with pytest.warns(UserWarning, match=r"published models of \(layers, width, MLP\) \(6, 256, 1024\) have 4"):
+        assert rp.load_model(tmp_path, n_heads=8).module.config.num_attention_heads == 8
     assert sum(p.numel() for p in model.module.parameters()) == sum(one.numel() for one in weights.values())
     ids = [5, 9, 40, 30]
     expected = slow_logits(weights, 4, ids)
@@ -310,6 +312,7 @@ def test_stated_groups_that_are_not_the_rows_are_refused(tmp_path: Path) -> None
     shutil.copy(TINY, tmp_path / "smdm.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"n_head": 4, "n_query_groups": 2}))
     assert "n_query_groups 2 is stated" in refusal(tmp_path, n_heads=None)
+    assert "n_heads=8: the files say n_head 4" in refusal(tmp_path, n_heads=8)
 
 
 def test_no_other_token_hides(tmp_path: Path) -> None:
