@@ -19,7 +19,7 @@ import revprobe as rp
 from revprobe.models.families.a2d import A2DQwen3Config, A2DQwen3ForMaskedDiffusion
 from revprobe.probes.compare_models import fact_words
 from revprobe.probes.readings.model_comparison import MEASURES
-from revprobe.probes.readings.sides import NO_COMMON
+from revprobe.probes.readings.sides import NO_COMMON, NONE_DEFINED
 from tiny import GROUPED, MASK, causal, made_probabilities, radd, word_tokenizer
 
 PARENT, CHILD = "AR parent", "diffusion child"
@@ -221,6 +221,18 @@ def test_no_common_fact_is_a_reason() -> None:
     assert rows(found, "common")["value"].isna().all() and (rows(found, "common")["reason"] == f"1 {NO_COMMON}").all()
     assert "undefined" in found.table()["common facts"].to_list()
     assert found.plot().data
+
+
+def test_facts_that_no_two_models_have_a_value_of_are_told_from_other_facts() -> None:
+    one, two = (made_probabilities(place, list("abcd"), {}) for place in (1, 2))
+    halves = [replace(r, frame=r.frame.assign(reason="")) for r in (one, two)]
+    for reading, hidden in zip(halves, ("ab", "cd"), strict=True):
+        lost = reading.frame["fact"].isin(list(hidden))
+        reading.frame.loc[lost, ["probability", "reason"]] = [math.nan, "hidden"]
+    found = rp.ModelComparison({"one": rp.Readings(halves[:1]), "two": rp.Readings(halves[1:])})
+    row, common = (rows(found, part).loc["reverse_probability"] for part in ("difference", "common"))
+    assert math.isnan(row["value"]) and row["reason"].startswith(f"1 {NONE_DEFINED}; 2 without a value in one")
+    assert (common["reason"] == f"1 {NONE_DEFINED}").all()
 
 
 def test_a_probe_that_one_model_lacks_has_no_difference() -> None:
