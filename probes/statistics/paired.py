@@ -27,7 +27,7 @@ from scipy import stats
 from .by_head import score_table
 from .coverage import caution
 from .estimators import Control, Measured, missing_interval, pair_cosines
-from .group_correlation import LEAST_FACTS, Layout, null_correlations
+from .group_correlation import LEAST_FACTS, Layout, Moments, null_correlations
 from .intervals import (
     ALIKE,
     COSINE,
@@ -41,7 +41,7 @@ from .intervals import (
     student,
 )
 
-DRAWS, _CHUNK = 2000, 250
+DRAWS, _CHUNK = 2000, 1000
 POOLED = "small groups are pooled in one model and not in the other"
 UNEVEN = "facts hold other shares of the pairs in one model than in the other"
 SHUFFLED = "the same facts shuffled in both models"
@@ -130,9 +130,13 @@ class Correlations:
     def pooled(self) -> bool:
         return not self.large.any()
 
+    @cached_property
+    def blocks(self) -> list[tuple[Moments, np.ndarray]]:
+        """What every draw weighs, some heads at a time."""
+        return list(self.layout.blocks(self.forward, self.reverse, self.large))
+
     def under(self, weights: np.ndarray) -> np.ndarray:
-        blocks = self.layout.blocks(self.forward, self.reverse, self.large)
-        parts = [moments.weighted(weights, large, self.pooled) for moments, large in blocks]
+        parts = [moments.weighted(weights, large, self.pooled) for moments, large in self.blocks]
         total, number = (np.sum(part, axis=0) for part in zip(*parts, strict=True))
         with np.errstate(invalid="ignore"):
             return np.asarray(total / number)

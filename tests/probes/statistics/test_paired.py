@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
+from revprobe.probes.statistics.coverage import FEWEST, caution
 from revprobe.probes.statistics.group_correlation import group_correlation
 from revprobe.probes.statistics.intervals import COSINE, FRACTION
 from revprobe.probes.statistics.paired import (
@@ -177,6 +179,16 @@ def test_the_interval_of_a_correlation_covers_and_is_narrower_than_that_of_model
         apart += math.hypot(one.high - one.low, two.high - two.low)
     assert 0.90 <= held / runs <= 0.99
     assert paired < 0.7 * apart
+
+
+def test_where_the_committed_table_is_under_90_percent_a_difference_carries_a_caution(root: Path) -> None:
+    """docs/statistics.md, as `examples/benchmarks/coverage.py --paired` printed it."""
+    lines = (root / "docs" / "statistics.md").read_text(encoding="utf-8").splitlines()
+    cells = {line.split("|")[1].strip(): line.split("|")[4:-1] for line in lines if "| difference |" in line}
+    assert set(cells) == set(FEWEST)
+    for statistic, covered in cells.items():
+        for facts, share in zip((3, 5, 8, 13, 26, 60), map(float, covered), strict=True):
+            assert share > 0.5 and (share >= 0.9 or caution(statistic, facts)), (statistic, facts)
 
 
 def test_an_accuracy_of_few_errors_is_not_drawn_to_certainty() -> None:
