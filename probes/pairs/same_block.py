@@ -90,6 +90,6 @@ def _require_room(pairs: ReversalPairs, model: ProbedModel, size: int) -> None:
         row = ", the row that predicts it included," if model.logit_shift else ""
         raise RevprobeError(
             f"same_block=True: target and evidence of {pairs.facts[place]!r}{row} span {widest[place]} tokens, more "
-            f"than a block of {size} of {model.name} ({int((widest > size).sum())} of {len(pairs)} pairs do); read it in "
-            f"larger blocks, model.in_blocks({widest[place]}), ask for shorter texts, or leave same_block out"
+            f"than a block of {size} of {model.name} ({int((widest > size).sum())} of {len(pairs)} pairs do); read it "
+            f"in larger blocks, model.in_blocks({widest[place]}), ask for shorter texts, or leave same_block out"
         )

@@ -12,6 +12,7 @@ import revprobe as rp
 from revprobe.probes.decoding.decode import decode_tokens
 from revprobe.probes.decoding.masked import Prompt, block_starts, unmasking
 from revprobe.probes.passes.asked import out_of_sight
+from revprobe.probes.passes.slopes import loss_slopes
 from revprobe.probes.statistics.estimators import LATER_BLOCK, LATER_BLOCK_CONTROL
 from tiny import MASK, in_blocks, llama
 
@@ -155,6 +156,18 @@ def test_storage_and_contributions_know_the_blocks(shift):
     table = rp.token_contributions(model, query)
     row = query.target_positions[0] - shift
     assert set(table.position) == {p for p in range(len(query.token_ids)) if p // 4 <= row // 4}
+
+
+@SHIFTS
+def test_the_slope_of_a_query_is_its_gradient_along_the_step(shift):
+    model, pairs = in_blocks(4, shift=shift), random_pairs(4, seed=5)
+    generator = torch.Generator().manual_seed(0)
+    parameters = dict(model.module.named_parameters())
+    along = {name: torch.randn(p.shape, generator=generator) for name, p in parameters.items()}
+    found = loss_slopes(model, pairs.queries, [along], batch_size=3)
+    flat = torch.cat([step.flatten() for step in along.values()]).double()
+    expected = [float(gradient_alone(model, query, 4) @ flat) for query in pairs.queries]
+    np.testing.assert_allclose(found.slope[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_causal_model_keeps_its_refusal():
