@@ -27,6 +27,7 @@ from .pairs.display import shown_query
 from .pairs.pairs import ReversalPairs
 from .readings.model_comparison import ModelComparison, require_names
 from .readings.readings import Readings
+from .readings.sides import Asked
 
 Model = ProbedModel | nn.Module | str | Path
 # A model's pairs, or what makes them once it is loaded.
@@ -67,21 +68,23 @@ def compare_models(
     asked = _pairs_by_model(models, pairs)
     options: dict[str, Any] = {"only": only, "mode": mode, "batch_size": batch_size, "control": control, "seed": seed}
     readings: dict[str, Readings] = {}
-    words: dict[str, dict[str, str]] = {}
+    told: dict[str, Asked] = {}
     for name, model in models.items():
-        told = None if progress is None else partial(progress, name)
+        options["progress"] = None if progress is None else partial(progress, name)
         try:
-            readings[name], words[name] = _read(model, asked[name], device, options | {"progress": told})
+            readings[name], told[name] = _read(model, asked[name], device, options)
         except RevprobeError as error:
             raise RevprobeError(f"{name}: {error}") from error
-    return ModelComparison(readings, words, seed)
+    return ModelComparison(readings, told, seed)
 
 
-def _read(model: Model, pairs: PairsOf, device: Any, options: dict[str, Any]) -> tuple[Readings, dict[str, str]]:
-    """One model's readings and what its facts say. A model that was loaded here is gone when this returns."""
+def _read(model: Model, pairs: PairsOf, device: Any, options: dict[str, Any]) -> tuple[Readings, Asked]:
+    """One model's readings and what it was asked. A model that was loaded here is gone when this returns."""
     probed = load_model(model, device=device) if isinstance(model, str | Path) else as_probed(model)
     own = fitted("pairs", pairs(probed) if callable(pairs) else pairs, ReversalPairs)
-    return probe(probed, own, parameters=own_parameters(probed.module), **options), fact_words(own)
+    longest = max(len(query.target) for one in (own, *own.by_probe.values()) for query in one.queries)
+    readings = probe(probed, own, parameters=own_parameters(probed.module), **options)
+    return readings, Asked(fact_words(own), longest)
 
 
 def _pairs_by_model(models: Mapping[str, Model], pairs: PairsOf | Mapping[str, PairsOf]) -> Mapping[str, PairsOf]:

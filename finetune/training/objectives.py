@@ -172,11 +172,7 @@ def masked_diffusion_loss(
     if block_size is None:
         rate, is_masked = draw_masks(shape, antithetic=antithetic, rates=rates, masks=masks, **drawing)
     else:
-        if (rates, masks, weigh) != ("independent", "rate", None):
-            raise RevprobeError(
-                f"rates={rates!r}, masks={masks!r} or a dial of negatives in blocks of {block_size}: expected "
-                "independent rates, one a block; leave them out, or train on the whole text"
-            )
+        _require_plain_rates(rates, masks, weigh, block_size)
         rate, is_masked = draw_block_masks(shape, block_size, antithetic=antithetic, **drawing)
     counted = _counted(token_ids, attention_mask, maskable, logit_shift)
     rate, is_masked = rate.to(token_ids.device), is_masked.to(token_ids.device) & counted
@@ -252,6 +248,14 @@ def _logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) 
     extra: dict[str, Any] = {} if attention_mask is None else {"attention_mask": attention_mask}
     output = model(input_ids=input_ids, **extra)
     return output if isinstance(output, Tensor) else output.logits
+
+
+def _require_plain_rates(rates: str, masks: str | int, weigh: Any, block_size: int) -> None:
+    if (rates, masks, weigh) != ("independent", "rate", None):
+        raise RevprobeError(
+            f"rates={rates!r}, masks={masks!r} or a dial of negatives in blocks of {block_size}: expected independent "
+            "rates, one a block; leave them out, or train on the whole text"
+        )
 
 
 def _require_table(token_ids: Tensor, columns: int = 1) -> None:

@@ -6,8 +6,8 @@ import html
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -21,10 +21,11 @@ from ...errors import RevprobeError, did_you_mean, shown
 from ..figures.theme import difference_text, interval_text
 from ..statistics.estimators import STATISTICS_VERSION, Measured
 from ..statistics.intervals import Estimate
-from ..statistics.paired import Answers, Correlations, facts_with_value, measured_difference, side_of
+from ..statistics.paired import measured_difference
 from .parquet import read_reading, write_reading
-from .reading import MEASURE_COLUMNS, Reading, summary_row
+from .reading import MEASURE_COLUMNS, summary_row
 from .readings import Readings
+from .sides import Asked, Side, cautions, incomparable, left_out, undefined_on_common
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -37,7 +38,6 @@ MEASURES = {
     "gradient_cosine": ("gradient_cosine",),
     "reverse_probability": ("forward_probability", "reverse_probability", "forward_accuracy", "reverse_accuracy"),
 }
-NO_COMMON, NONE_DEFINED = "no fact in common", "no common fact with a value in both"
 _NUMBERS = "comparison.parquet"
 
 
@@ -53,14 +53,14 @@ class ModelComparison:
     Args:
         readings: the readings of each model by its name, one of each probe. Those of other days and machines will do
             (`Readings.load`).
-        words: what the facts say to each model: name -> label -> words. A label that says two things is no common fact,
-            and the difference carries a caution; `compare_models` takes the words from the pairs.
+        asked: what each model was asked, by its name, as far as readings do not say it; `compare_models` takes it from
+            the pairs. A label that is of two facts is a caution.
         seed: of the draws of facts behind the intervals.
     Raises: RevprobeError, for fewer than two models, and for one without readings, or with two of a probe.
     """
 
     readings: Mapping[str, Readings]
-    words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    asked: Mapping[str, Asked] = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -92,41 +92,33 @@ class ModelComparison:
         for probe, measures in MEASURES.items():
             taken = {name: readings.select(name=probe) for name, readings in self.readings.items()}
             for measure in measures:
-                sides = [_Side(name, found[0], measure) for name, found in taken.items() if len(found)]
-                rows += [side.row(ALL, "", side.numbers()) for side in sides]
+                sides = [
+                    Side(name, found[0], measure, self.asked.get(name, Asked()))
+                    for name, found in taken.items()
+                    if len(found)
+                ]
+                rows += [side.row(ALL, "") for side in sides]
                 for other, own in combinations(sides, 2):
                     rows += self._between(own, other)
         return pd.DataFrame(rows, columns=COLUMNS)
 
-    def _between(self, own: _Side, other: _Side) -> Iterator[dict[str, Any]]:
+    def _between(self, own: Side, other: Side) -> Iterator[dict[str, Any]]:
         """Two models on the facts of which both have a value, and the difference there."""
         shared = np.intersect1d(own.facts, other.facts)
-        both = other.row(COMMON, own.name, other.numbers(shared)), own.row(COMMON, other.name, own.numbers(shared))
+        both = other.row(COMMON, own.name, shared), own.row(COMMON, other.name, shared)
         yield from both
-        found, why = Measured(Estimate.undefined(facts=len(shared))), _incomparable(own, other)
-        if not why and len(shared):
+        if why := incomparable(own, other):
+            found, reasons = Measured(Estimate.undefined(facts=len(shared))), {why: max(len(shared), 1)}
+        else:
             control = all(side.reading.meta.get("control", True) for side in (own, other))
             found = measured_difference(own.values, other.values, seed=self.seed, control=control)
-        elif not why:
-            why = NONE_DEFINED if len(np.intersect1d(own.asked, other.asked)) else NO_COMMON
-        reasons = {why: max(len(shared), 1)} if why else {}
-        reasons |= _left_out(own, other) | found.undefined
-        reasons |= {
-            f"{row['model']}: {row['reason']}": len(shared) for row in both if np.isnan(row["value"]) and not why
-        }
-        cautions = filter(None, [found.caution, self._told_otherwise(own.name, other.name, shared)])
-        found = replace(found, undefined=reasons, caution="; ".join(cautions))
+            reasons = undefined_on_common(both, len(shared))
+        said = [found.caution, *cautions(own, other)]
+        found = replace(
+            found, undefined=reasons | left_out(own, other) | found.undefined, caution="; ".join(filter(None, said))
+        )
         kinds = " - ".join(dict.fromkeys(side.kind for side in (own, other)))
-        yield own.row(DIFFERENCE, other.name, summary_row(found)) | {"kind": kinds}
-
-    def _told_otherwise(self, name: str, against: str, shared: np.ndarray) -> str:
-        """A word of caution where a label that joins two models is of another fact in each; else empty."""
-        own, other = (self.words.get(model, {}) for model in (name, against))
-        apart = [fact for fact in shared if fact in own and fact in other and own[fact] != other[fact]]
-        if not apart:
-            return ""
-        told = f"{shown(own[apart[0]])} to {name!r}, {shown(other[apart[0]])} to {against!r}"
-        return f"{len(apart)} of {len(shared)} labels are of another fact in each: {shown(str(apart[0]))} is {told}"
+        yield own.placed(DIFFERENCE, other.name, summary_row(found)) | {"kind": kinds}
 
     def table(self) -> pd.DataFrame:
         """The numbers as text for people: for each measure and each two models both of them, then the difference.
@@ -162,13 +154,12 @@ class ModelComparison:
         An older comparison there is replaced. Raises: RevprobeError, when something else is there.
         """
         folder = Path(folder)
-        ours = (folder / _NUMBERS).is_file() or (folder.is_dir() and not any(folder.iterdir()))
-        if folder.exists() and not ours:
-            raise RevprobeError(f"{str(folder)!r} is there and holds no comparison; choose another folder")
+        require_free(folder)
         part = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        header = {"comparison": list(self.readings), "words": self.words, "seed": self.seed}
+        header = {"comparison": list(self.readings), "seed": self.seed}
+        header |= {"asked": {name: asdict(told) for name, told in self.asked.items()}}
         write_reading(part / _NUMBERS, header | {"statistics_version": STATISTICS_VERSION}, self.frame)
         for place, readings in enumerate(self.readings.values()):
             readings.save(part / str(place))
@@ -191,7 +182,7 @@ class ModelComparison:
         if "comparison" not in header:
             raise RevprobeError(f"{folder / _NUMBERS} holds one reading, no comparison; use Reading.load")
         readings = {name: Readings.load(folder / str(place)) for place, name in enumerate(header["comparison"])}
-        made = cls(readings, header["words"], header["seed"])
+        made = cls(readings, {name: Asked(**told) for name, told in header["asked"].items()}, header["seed"])
         if header["statistics_version"] == STATISTICS_VERSION:
             made.__dict__["frame"] = frame
         return made
@@ -210,80 +201,25 @@ class ModelComparison:
         return f"<p><code>{html.escape(title)}</code></p>{self.table().to_html(index=False, escape=True)}"
 
 
-@dataclass(frozen=True)
-class _Side:
-    """One model's reading of one measure."""
-
-    name: str
-    reading: Reading
-    measure: str
-
-    @property
-    def kind(self) -> str:
-        return str(self.reading.meta.get("kind") or "")
-
-    @cached_property
-    def values(self) -> Correlations | Answers:
-        return side_of(self.measure, self.reading.frame)
-
-    @cached_property
-    def facts(self) -> np.ndarray:
-        """Those with a value."""
-        return facts_with_value(self.values)
-
-    @cached_property
-    def asked(self) -> np.ndarray:
-        """All of them."""
-        return np.unique(self.reading.frame["fact"].to_numpy().astype(str))
-
-    def numbers(self, facts: np.ndarray | None = None) -> dict[str, Any]:
-        """The measure on all facts, or on some of them."""
-        reading = self.reading
-        if facts is not None and not len(facts):
-            return summary_row(Measured(Estimate.undefined(), undefined={NO_COMMON: 1}))
-        if facts is not None and len(facts) < len(self.asked):
-            reading = reading.part(reading.frame[reading.frame["fact"].astype(str).isin(facts)])
-        measures = reading.measures()
-        return dict(measures[measures["measure"] == self.measure].iloc[0])
-
-    def row(self, part: str, against: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
-        place = {"measure": self.measure, "part": part, "model": self.name, "against": against, "kind": self.kind}
-        return {**numbers, **place}
-
-
 def require_names(models: Mapping[str, object]) -> None:
     """Raises: RevprobeError, for fewer than two models, and for a name that is no text or empty."""
     if len(models) < 2:
         raise RevprobeError(
-            f"{len(models)} model to compare: expected at least two, such as {{'parent': a, 'child': b}}"
+            f"models to compare: {len(models)}; expected two or more, such as {{'parent': a, 'child': b}}"
         )
     for name in models:
         if not isinstance(name, str) or not name.strip():
             raise RevprobeError(f"a model is called {shown(name)}: expected a name for each, such as 'parent'")
 
 
-def _incomparable(own: _Side, other: _Side) -> str:
-    """Why two readings ask different things, so that neither is less or more than the other; else empty."""
-    for key, what in (("kind", "pairs of different kinds"), ("mode", "targets priced by different modes")):
-        one, two = own.reading.meta.get(key), other.reading.meta.get(key)
-        if one != two:
-            return f"{what}: {one or 'unknown'} and {two or 'unknown'}"
-    return ""
-
-
-def _undefined(rows: Iterable[Mapping[str, Any]], facts: int) -> dict[str, int]:
-    """Why a model has no number on the common facts."""
-    return {f"{row['model']}: {row['reason']}": facts for row in rows if np.isnan(row["value"])}
-
-
-def _left_out(own: _Side, other: _Side) -> dict[str, int]:
-    """Facts without a difference, counted by reason."""
-    counts = {}
-    for side, beside in ((other, own), (own, other)):
-        counts[f"asked of {side.name} alone"] = len(np.setdiff1d(side.asked, beside.asked))
-        without = np.setdiff1d(np.intersect1d(side.asked, beside.asked), side.facts)
-        counts[f"without a value in {side.name}"] = len(without)
-    return {reason: count for reason, count in counts.items() if count}
+def require_free(folder: Path) -> None:
+    """Raises: RevprobeError, when there is anything at the place of a comparison but an older one."""
+    if folder.is_dir():
+        others = [path.name for path in folder.iterdir() if path.stem != "comparison" and not path.name.isdecimal()]
+        if others:
+            raise RevprobeError(f"{str(folder)!r} holds {others[0]!r}, which is no comparison's; choose another folder")
+    elif folder.exists():
+        raise RevprobeError(f"{str(folder)!r} is a file; expected a folder for the comparison")
 
 
 def _line(name: str, common: Mapping[str, Any], whole: Mapping[str, Any] | None = None) -> dict[str, str]:

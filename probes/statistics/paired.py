@@ -43,7 +43,7 @@ from .intervals import (
 
 DRAWS, _CHUNK = 2000, 250
 POOLED = "small groups are pooled in one model and not in the other"
-UNEVEN = "facts weigh otherwise in the one model than in the other, having other shares of its pairs"
+UNEVEN = "facts hold other shares of the pairs in one model than in the other"
 SHUFFLED = "the same facts shuffled in both models"
 
 
