@@ -281,8 +281,8 @@ def stated_objective(config: PreTrainedConfig, name: str) -> str:
 
     Raises: RevprobeError, when the config fits neither, or both.
     """
-    if family_of_config(config) is not None:
-        return "masked"
+    if (family := family_of_config(config)) is not None:
+        return "causal" if family.causal_class is not None and config.is_causal is True else "masked"
     classes = {
         "masked": MODEL_FOR_MASKED_LM_MAPPING.get(type(config), None),
         "causal": MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None),
@@ -313,6 +313,8 @@ _NEITHER = (
 
 def _class_of(config: PreTrainedConfig, objective: str, name: str, published: PublishedFiles | None) -> Any:
     """The class to load this config with as what was asked for. Raises: RevprobeError, saying what there is."""
+    if published is not None and objective == "causal" and published.family.causal_class is not None:
+        return published.family.causal_class
     if published is not None and objective != "masked":
         raise RevprobeError(
             f"objective={objective!r}: {name!r} is {published.family.name}, a masked diffusion model; leave "

@@ -39,6 +39,7 @@ def load_weights(
     source: str | Path | None = folder
     official: Callable[[str], str] = str
     options |= {"config": config, "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
+    options["ignore_mismatched_sizes"] = True  # they are named below
     if published is not None and published.family.translates:
         tensors = read_tensors(Path(folder))
         source, options["state_dict"] = None, published.translate(tensors)

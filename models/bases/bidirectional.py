@@ -26,6 +26,8 @@ class BidirectionalDecoder:
     # "full": every token sees every other; "block": finished blocks and its own, as the config says; "either": nothing
     # in the files says which of the two.
     attention = "full"
+    # How a token of a finished block sees its block: "whole", or "causal", only what stands before it.
+    finished_blocks = "whole"
     config_class: Any = None
     logit_shift = 0
     # The checkpoint's own name of a tensor, for error messages.
@@ -60,7 +62,7 @@ class BidirectionalDecoder:
 
         Raises: RevprobeError, naming tensors that are missing, left over or of another size.
         """
-        options["use_safetensors"] = True
+        options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # they are named below
         load = super().from_pretrained  # type: ignore[misc]
         model, info = load(source, *args, output_loading_info=True, **options)
         require_match(info, source, official=cls.official_name)

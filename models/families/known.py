@@ -14,11 +14,18 @@ from .family import Family, PublishedFiles
 from .fast_dllm import FAST_DLLM
 from .files import Files
 from .llada import LLADA
+from .nemotron import NEMOTRON
 from .radd import RADD
 from .sdar import SDAR
 
 # The first that recognises the files reads them.
-FAMILIES: tuple[Family, ...] = (RADD, LLADA, DREAM, *A2D, SDAR, FAST_DLLM)
+FAMILIES: tuple[Family, ...] = (RADD, LLADA, DREAM, *A2D, SDAR, FAST_DLLM, NEMOTRON)
+
+# model_type -> why its checkpoints are not read, of those that are known.
+NOT_READ = {
+    "nemotron_labs_diffusion_vlm": "it reads images too, through a vision tower whose layout is not established; its "
+    "relatives without images are read (nvidia/Nemotron-Labs-Diffusion-3B, 8B and 14B)",
+}
 
 
 def read_config(
@@ -30,8 +37,8 @@ def read_config(
         bidirectional: read a plain transformers folder as the family that is made of its class.
         asked: what the user said beside the files; what a family takes of it is taken out.
         options: of `from_pretrained`, for the hub.
-    Raises: RevprobeError, when there is no such family; what transformers raises for a file that is missing, no JSON,
-        or of an architecture it does not know.
+    Raises: RevprobeError, when there is no such family, or one that is known and not read; what transformers raises
+        for a file that is missing, no JSON, or of an architecture it does not know.
     """
     files = Files.at(place, **options)
     family = family_of(files, bidirectional=bidirectional)
@@ -39,6 +46,8 @@ def read_config(
         said = {key: asked.pop(key) for key in family.asks if asked and key in asked}
         config = family.config(files, **said)
         return config, PublishedFiles(family, files, config)
+    if files.model_type in NOT_READ:
+        raise RevprobeError(f"{files.name!r} is of type {files.model_type!r}: {NOT_READ[files.model_type]}")
     # False, not None: None would ask on the terminal whether to run the repository's code.
     return AutoConfig.from_pretrained(place, trust_remote_code=False, **options), None
 
