@@ -25,13 +25,13 @@ from .bases.masked_config import MaskedDiffusionConfig
 from .checkpoints import has_checkpoints
 from .contract.block_masks import WHOLE
 from .families.family import PublishedFiles
-from .families.files import Files, config_beside
+from .families.files import Files, config_beside, weight_files
 from .families.known import FAMILIES, family_of, family_of_config, read_config
 from .hub import chosen_tokenizer, download, hub_options, load_tokenizer, quiet_transformers, require_rows
 from .peft_adapters import base_of, is_adapter, put_on
 from .place import place_of
 from .probed import OBJECTIVES, ProbedModel, as_probed
-from .strict_loading import load_weights
+from .strict_loading import CONVERSION, load_weights
 
 __all__ = ["ProbedModel", "as_probed", "list_models", "load_model", "quiet_transformers", "register_model"]
 
@@ -71,7 +71,7 @@ def register_model(name: str, loader: Loader | None = None) -> Callable[[Loader]
 @checked
 def list_models() -> pd.DataFrame:
     """What `load_model` takes: built-in families and registered names. Columns: name, objective, about."""
-    rows = [(family.name, "masked", family.about) for family in FAMILIES]
+    rows = [(family.name, family.objective, family.about) for family in FAMILIES]
     rows += [(name, objective, about) for name, (objective, about) in _BUILT_IN.items()]
     rows += [
         (name, "", (loader.__doc__ or "registered by the user").splitlines()[0]) for name, loader in _LOADERS.items()
@@ -157,8 +157,15 @@ def _from_files(
         _write_down(config, given)
         objective = objective or stated_objective(config, name)
         kind = _class_of(config, objective, name, published)
+        if objective == "causal" and (mask := given["mask_token_id"]) is not None:
+            raise RevprobeError(
+                f"mask_token_id={mask!r}: {name!r} is a causal model, from which order hides; leave it out, or pass "
+                "bidirectional=True where the files hold a diffusion model (DiffuLLaMA, DiffuGPT)"
+            )
         if published is not None and published.family.translates and isinstance(folder, str):
             folder, hub = download(folder, **hub), {}
+        elif published is not None and isinstance(published.files.place, Path):
+            folder = published.files.place  # one bare file, of a folder that holds no other
         options = hub | options
         try:
             module = load_weights(folder, config, kind, published, dtype=dtype or "auto", **options)
@@ -166,7 +173,8 @@ def _from_files(
             raise
         except Exception as error:
             raise RevprobeError(_why_not_loaded(error, folder, name, options)) from error
-        own = load_tokenizer(folder, name, **hub) if tokenizer is None else chosen_tokenizer(tokenizer)
+        beside = folder.parent if isinstance(folder, Path) and folder.is_file() else folder
+        own = load_tokenizer(beside, name, **hub) if tokenizer is None else chosen_tokenizer(tokenizer)
     probed = ProbedModel(module, own, objective=objective, **given)
     probed.tokenizer_source = None if published is None else published.family.tokenizer
     if tokenizer is not None:
@@ -249,12 +257,12 @@ def _read_config(
     folder: str | Path, name: str, options: dict[str, Any], hub: dict[str, Any]
 ) -> tuple[PreTrainedConfig, PublishedFiles | None]:
     """What the files say; options of `load_model` that a family takes are taken out of `options`."""
-    if isinstance(folder, Path) and not config_beside(folder).is_file() and family_of(Files(folder)) is None:
-        if folder.is_file():
-            raise RevprobeError(
-                f"{str(folder)!r} is a file; expected the folder of a run or of a model, or a hub name (a single "
-                "safetensors file only of a family that is published so: SMDM)"
-            )
+    if isinstance(folder, Path) and folder.is_file() and not _stands_alone(folder):
+        raise RevprobeError(
+            f"{str(folder)!r} is a file; expected the folder of a run or of a model, or a hub name (a single "
+            "safetensors file only of a family that is published so: SMDM)"
+        )
+    if isinstance(folder, Path) and not config_beside(folder).is_file() and family_of(Files.at(folder)) is None:
         inside = sorted(p.name for p in folder.iterdir() if has_checkpoints(p) or (p / "config.json").is_file())
         some = ", ".join(str(folder / one) for one in inside[:3]) + (", ..." if len(inside) > 3 else "")
         raise RevprobeError(
@@ -271,9 +279,16 @@ def _read_config(
         hint = (
             ""
             if isinstance(folder, Path)
-            else f"; registered models: {', '.join(known)}{did_you_mean(name, known) if _LOADERS else ''}"
+            else f"; registered models: {', '.join(known)}{did_you_mean(name, known) if _LOADERS else ''}; of a "
+            "repository of single files (SMDM's) download one and give its path"
         )
         raise RevprobeError(f"cannot read the config of {name!r}: {first_line(error)}{hint}") from error
+
+
+def _stands_alone(path: Path) -> bool:
+    """Whether a file is a model: weights of a family that is published so, no part of a folder of another."""
+    files = Files.at(path) if weight_files(path) else None
+    return files is not None and not files.model_type and family_of(files) is not None
 
 
 def stated_objective(config: PreTrainedConfig, name: str) -> str:
@@ -282,7 +297,7 @@ def stated_objective(config: PreTrainedConfig, name: str) -> str:
     Raises: RevprobeError, when the config fits neither, or both.
     """
     if (family := family_of_config(config)) is not None:
-        return "causal" if family.causal_class is not None and config.is_causal is True else "masked"
+        return "causal" if family.causal_class is not None and config.is_causal is True else family.objective
     classes = {
         "masked": MODEL_FOR_MASKED_LM_MAPPING.get(type(config), None),
         "causal": MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None),
@@ -313,15 +328,13 @@ _NEITHER = (
 
 def _class_of(config: PreTrainedConfig, objective: str, name: str, published: PublishedFiles | None) -> Any:
     """The class to load this config with as what was asked for. Raises: RevprobeError, saying what there is."""
-    if published is not None and objective == "causal" and published.family.causal_class is not None:
-        return published.family.causal_class
-    if published is not None and objective != "masked":
-        raise RevprobeError(
-            f"objective={objective!r}: {name!r} is {published.family.name}, a masked diffusion model; leave "
-            "objective out"
-        )
     if published is not None:
-        return published.family.model_class
+        family = published.family
+        if (kind := family.class_for(objective)) is not None:
+            return kind
+        raise RevprobeError(
+            f"objective={objective!r}: {name!r} is {family.name}, a {family.objective} model; leave objective out"
+        )
     classes = {"masked": MODEL_FOR_MASKED_LM_MAPPING, "causal": MODEL_FOR_CAUSAL_LM_MAPPING}
     there = [kind for kind, known in classes.items() if known.get(type(config), None) is not None]
     if objective not in there:
@@ -339,6 +352,9 @@ def _why_not_loaded(error: Exception, folder: str | Path, name: str, options: di
                 option, [*known, "attn_implementation", "device_map", "revision", "quantization_config"]
             )
             return f"load_model and from_pretrained have no option {option!r}{near}"
+    if isinstance(error, OSError) and "use_safetensors" in str(error):
+        how = CONVERSION.format("pytorch_model.bin")
+        return f"{name!r} has no model.safetensors; where it has pickled weights, download and convert them: {how}"
     cause = f"cannot load the weights of {name!r} from {folder}: {first_line(error)}"
     passed_on = {key: one for key, one in options.items() if key != "local_files_only"}
     if passed_on and not isinstance(error, SafetensorError | OSError):

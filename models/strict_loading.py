@@ -20,6 +20,11 @@ from ..errors import RevprobeError, first_line
 from .bases.matching import require_match
 from .families.family import PublishedFiles
 
+# weights_only refuses whatever is no tensor; a copy of each, since tied weights share their memory.
+CONVERSION = (
+    "tensors = torch.load({0!r}, weights_only=True), then safetensors.torch.save_file({{name: one.clone() for name, "
+    "one in tensors.items()}}, 'model.safetensors')"
+)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -30,7 +35,7 @@ def load_weights(
 
     Args:
         kind: an Auto class; for `published` files, the class itself.
-        published: a family's files; those whose tensors are translated here lie in a folder.
+        published: a family's files; those whose tensors are translated here lie in a folder, or are `folder` itself.
         options: of `from_pretrained`.
     Raises: RevprobeError, for weights that are pickled, missing, in files elsewhere, or not the model's; and what
         `from_pretrained` and safetensors raise.
@@ -39,9 +44,10 @@ def load_weights(
     source: str | Path | None = folder
     official: Callable[[str], str] = str
     options |= {"config": config, "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
-    options["ignore_mismatched_sizes"] = True  # they are named below
+    options["ignore_mismatched_sizes"] = True  # they are refused below, by their names
     if published is not None and published.family.translates:
-        tensors = read_tensors(Path(folder))
+        place = Path(folder)
+        tensors = load_file(place) if place.is_file() else read_tensors(place)
         source, options["state_dict"] = None, published.translate(tensors)
         if options["state_dict"].keys() != tensors.keys():  # what was saved here has our names
             official = published.family.official_name
@@ -52,16 +58,20 @@ def load_weights(
 
 
 def require_safetensors(folder: str | Path) -> None:
-    """Raise unless a folder holds safetensors, and an index of them, there or in the cache, names files beside it."""
+    """Raise unless a folder holds safetensors, or is one, and an index of them, there or in the cache, names files
+    beside it.
+    """
     if isinstance(folder, str):
         if isinstance(cached := try_to_load_from_cache(folder, SAFE_WEIGHTS_INDEX_NAME), str):
             require_shards_inside(Path(cached).parent)
+        return
+    if folder.is_file():
         return
     if not any(folder.glob("model*.safetensors*")):
         pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
         raise RevprobeError(
             f"{folder} holds only pickled weights ({pickles[0]}), which can run code when read; convert them to "
-            "safetensors"
+            f"safetensors: {CONVERSION.format(pickles[0])}"
             if pickles
             else f"{folder} holds no model.safetensors; the checkpoint is missing or was cut off while being saved"
         )

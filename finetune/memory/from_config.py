@@ -113,10 +113,10 @@ def on_meta(chosen: FinetunedModel) -> tuple[nn.Module, str]:
     stated = published_dtype(known) if known is not None else getattr(settings, "dtype", None) or "float32"
     dtype = getattr(torch, chosen.dtype or str(stated).removeprefix("torch."))
     objective = stated_objective(settings, name)
-    family = family_of_config(settings)
     with torch.device("meta"):
-        if family is not None and objective == "masked":
-            return family.model_class._from_config(settings, dtype=dtype), objective
+        if (family := family_of_config(settings)) is not None:
+            kind: Any = family.class_for(objective)
+            return kind._from_config(settings, dtype=dtype), objective
         auto = AutoModelForMaskedLM if objective == "masked" else AutoModelForCausalLM
         return auto.from_config(settings, dtype=dtype, trust_remote_code=False), objective
 

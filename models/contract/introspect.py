@@ -38,7 +38,8 @@ def _mask_id(given: int | str | None, tokenizer: Any) -> int | None:
 def mask_token(given: int | str | None, tokenizer: Any, module: nn.Module, vocab_size: int, name: str) -> int | None:
     """The mask token's id: as given, else as the tokenizer and the config say; None when neither names one.
 
-    Raises: RevprobeError, when the two disagree, or the id is outside the vocabulary.
+    A model that has no logit for its mask token (SMDM) says which it is, and takes no other.
+    Raises: RevprobeError, when the two disagree, or the id is outside the vocabulary, or not the model's only one.
     """
     given = _mask_id(given, tokenizer)
     named = [getattr(tokenizer, "mask_token_id", None), config_value(module, "mask_token_id")]
@@ -51,6 +52,12 @@ def mask_token(given: int | str | None, tokenizer: Any, module: nn.Module, vocab
     if known and not 0 <= known[0] < vocab_size:
         raise RevprobeError(
             f"{name}: mask token {known[0]} is outside the vocabulary (0 to {vocab_size - 1}); pass mask_token_id="
+        )
+    only = getattr(_inner(module), "mask_row", None)
+    if known and only not in (None, known[0]):
+        raise RevprobeError(
+            f"{name}: mask token {known[0]}: its mask token is {only}, the only one it has no logit for; leave "
+            "mask_token_id out"
         )
     return known[0] if known else None
 

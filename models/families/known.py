@@ -9,17 +9,39 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ...errors import RevprobeError
 from .a2d import A2D
+from .bd3lm import BD3LM
+from .diffugpt import DIFFUGPT
+from .diffullama import DIFFULLAMA
 from .dream import DREAM
 from .family import Family, PublishedFiles
 from .fast_dllm import FAST_DLLM
 from .files import Files
 from .llada import LLADA
+from .llada2 import LLADA2
+from .llada_moe import LLADA_MOE
+from .mdlm import MDLM
 from .nemotron import NEMOTRON
 from .radd import RADD
 from .sdar import SDAR
+from .smdm import SMDM
 
 # The first that recognises the files reads them.
-FAMILIES: tuple[Family, ...] = (RADD, LLADA, DREAM, *A2D, SDAR, FAST_DLLM, NEMOTRON)
+FAMILIES: tuple[Family, ...] = (
+    RADD,
+    LLADA_MOE,
+    LLADA,
+    DREAM,
+    *A2D,
+    DIFFUGPT,
+    DIFFULLAMA,
+    *SMDM,
+    MDLM,
+    SDAR,
+    BD3LM,
+    FAST_DLLM,
+    LLADA2,
+    NEMOTRON,
+)
 
 # model_type -> why its checkpoints are not read, of those that are known.
 NOT_READ = {
@@ -56,9 +78,11 @@ def family_of(files: Files, *, bidirectional: bool = False) -> Family | None:
     """The family whose files these are; None for transformers' own.
 
     Raises: RevprobeError, when a folder that transformers knows is asked for as bidirectional, and no family is made
-        so.
+        so; when a family's is, and it is causal.
     """
     found = next((one for one in FAMILIES if files.name in one.published or one.recognises(files)), None)
+    if found is not None and bidirectional and found.objective == "causal":
+        raise RevprobeError(f"bidirectional=True: {files.name!r} is a causal model ({found.name}); leave it out")
     if found is not None or not bidirectional:
         return found
     found = next((one for one in FAMILIES if one.plain and one.plain == files.model_type), None)
