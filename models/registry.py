@@ -303,7 +303,7 @@ def stated_objective(config: PreTrainedConfig, name: str) -> str:
     Raises: RevprobeError, when the config fits neither, or both.
     """
     if (family := family_of_config(config)) is not None:
-        return family.objective
+        return "causal" if family.causal_class is not None and config.is_causal is True else family.objective
     classes = {
         "masked": MODEL_FOR_MASKED_LM_MAPPING.get(type(config), None),
         "causal": MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None),
@@ -334,13 +334,13 @@ _NEITHER = (
 
 def _class_of(config: PreTrainedConfig, objective: str, name: str, published: PublishedFiles | None) -> Any:
     """The class to load this config with as what was asked for. Raises: RevprobeError, saying what there is."""
-    if published is not None and objective != published.family.objective:
+    if published is not None:
         family = published.family
+        if (kind := family.class_for(objective)) is not None:
+            return kind
         raise RevprobeError(
             f"objective={objective!r}: {name!r} is {family.name}, a {family.objective} model; leave objective out"
         )
-    if published is not None:
-        return published.family.model_class
     classes = {"masked": MODEL_FOR_MASKED_LM_MAPPING, "causal": MODEL_FOR_CAUSAL_LM_MAPPING}
     there = [kind for kind, known in classes.items() if known.get(type(config), None) is not None]
     if objective not in there:

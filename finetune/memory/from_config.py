@@ -120,7 +120,8 @@ def on_meta(chosen: FinetunedModel) -> tuple[nn.Module, str]:
     objective = stated_objective(settings, name)
     with torch.device("meta"):
         if (family := family_of_config(settings)) is not None:
-            return family.model_class._from_config(settings, dtype=dtype), objective
+            kind: Any = family.class_for(objective)
+            return kind._from_config(settings, dtype=dtype), objective
         auto = AutoModelForMaskedLM if objective == "masked" else AutoModelForCausalLM
         return auto.from_config(settings, dtype=dtype, trust_remote_code=False), objective
 

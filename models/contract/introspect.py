@@ -124,6 +124,11 @@ def block_size(given: int | str | None, objective: str, module: nn.Module, name:
     return stated
 
 
+def finished_blocks(module: nn.Module) -> str:
+    """How a model that is read in blocks reads those that are finished: "whole", or "causal"."""
+    return str(getattr(_inner(module), "finished_blocks", "whole"))
+
+
 # What a class says of its attention where its config must say the block size, and does not.
 _UNTOLD = {
     "block": "it writes block by block, and its config does not say how long a block is",

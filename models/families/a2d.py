@@ -9,10 +9,14 @@ Source: ZHZisZZ/dllm, dllm/pipelines/a2d.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from ..bases.bidirectional import BidirectionalDecoder
 from ..bases.masked_config import MaskedDiffusionConfig
+from ..contract.block_masks import WHOLE
 from .family import Family, of_type
 
 
@@ -43,19 +47,27 @@ class A2DLlamaForMaskedDiffusion(BidirectionalDecoder, LlamaForCausalLM):  # typ
     attention = "either"
 
 
-def _family(parent: str, model_class: type[BidirectionalDecoder]) -> Family:
+def _family(parent: str, model_class: type[BidirectionalDecoder], published: Mapping[str, Any]) -> Family:
     config = model_class.config_class
     return Family(
         name=f"A2D {parent}",
         about=f"{parent} trained on as a diffusion model by dLLM; the files do not say whether whole or in blocks",
         model_class=model_class,  # type: ignore[arg-type]
         recognises=of_type(config.model_type),
+        published=published,
         licence="Apache-2.0 (code); weights: the parent's",
     )
 
 
-A2D = (
-    _family("Qwen3", A2DQwen3ForMaskedDiffusion),
-    _family("Qwen2", A2DQwen2ForMaskedDiffusion),
-    _family("Llama", A2DLlamaForMaskedDiffusion),
-)
+def _published(name: str, mask_token_id: int) -> dict[str, dict[str, Any]]:
+    """Both kinds of a parent. The mask is the first id that its tokenizer leaves free."""
+    kinds: dict[str, int | str] = {"mdlm": WHOLE, "bd3lm": 32}
+    return {
+        f"dllm-hub/{name}-diffusion-{kind}-v0.1": {"mask_token_id": mask_token_id, "block_size": size}
+        for kind, size in kinds.items()
+    }
+
+
+A2D_QWEN3 = _family("Qwen3", A2DQwen3ForMaskedDiffusion, _published("Qwen3-0.6B", 151669))
+A2D_QWEN2 = _family("Qwen2", A2DQwen2ForMaskedDiffusion, _published("Qwen2.5-Coder-0.5B-Instruct", 151665))
+A2D = (A2D_QWEN3, A2D_QWEN2, _family("Llama", A2DLlamaForMaskedDiffusion, {}))

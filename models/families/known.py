@@ -20,6 +20,7 @@ from .llada import LLADA
 from .llada2 import LLADA2
 from .llada_moe import LLADA_MOE
 from .mdlm import MDLM
+from .nemotron import NEMOTRON
 from .radd import RADD
 from .sdar import SDAR
 from .smdm import SMDM
@@ -39,7 +40,14 @@ FAMILIES: tuple[Family, ...] = (
     BD3LM,
     FAST_DLLM,
     LLADA2,
+    NEMOTRON,
 )
+
+# model_type -> why its checkpoints are not read, of those that are known.
+NOT_READ = {
+    "nemotron_labs_diffusion_vlm": "it reads images too, through a vision tower whose layout is not established; its "
+    "relatives without images are read (nvidia/Nemotron-Labs-Diffusion-3B, 8B and 14B)",
+}
 
 
 def read_config(
@@ -51,8 +59,8 @@ def read_config(
         bidirectional: read a plain transformers folder as the family that is made of its class.
         asked: what the user said beside the files; what a family takes of it is taken out.
         options: of `from_pretrained`, for the hub.
-    Raises: RevprobeError, when there is no such family; what transformers raises for a file that is missing, no JSON,
-        or of an architecture it does not know.
+    Raises: RevprobeError, when there is no such family, or one that is known and not read; what transformers raises
+        for a file that is missing, no JSON, or of an architecture it does not know.
     """
     files = Files.at(place, **options)
     family = family_of(files, bidirectional=bidirectional)
@@ -60,6 +68,8 @@ def read_config(
         said = {key: asked.pop(key) for key in family.asks if asked and key in asked}
         config = family.config(files, **said)
         return config, PublishedFiles(family, files, config)
+    if files.model_type in NOT_READ:
+        raise RevprobeError(f"{files.name!r} is of type {files.model_type!r}: {NOT_READ[files.model_type]}")
     # False, not None: None would ask on the terminal whether to run the repository's code.
     return AutoConfig.from_pretrained(place, trust_remote_code=False, **options), None
 

@@ -68,5 +68,6 @@ LLADA = Family(
     recognises=_recognises,
     key_map=_KEY_MAP,
     streams=True,
+    published={"GSAI-ML/LLaDA-8B-Base": {}, "GSAI-ML/LLaDA-8B-Instruct": {}, "GSAI-ML/LLaDA-1.5": {}},
     licence="MIT (code), MIT (weights)",
 )
