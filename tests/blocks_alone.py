@@ -55,7 +55,7 @@ def run_alone(model: rp.ProbedModel, tokens: list[int], size: int) -> tuple[Tens
         return plain(query, key, value, **options)
 
     with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", watched):
-        logits = model.module(torch.tensor([tokens]), attention_mask=mask, use_cache=False).logits[0]
+        logits = model.module(torch.tensor([tokens]), attention_mask=mask).logits[0]
     return logits.double().log_softmax(-1), scores
 
 

@@ -12,7 +12,7 @@ import revprobe as rp
 from revprobe.models.families.a2d import A2DLlamaConfig, A2DLlamaForMaskedDiffusion
 from revprobe.probes.readings.block_sweep import NOT_AT_ALL_SIZES
 from revprobe.probes.statistics.estimators import LATER_BLOCK
-from tiny import in_blocks, llama
+from tiny import in_blocks, llama, radd
 
 
 def cosine_alone(model, pair, size):
@@ -117,6 +117,20 @@ def test_a_sweep_is_shown_drawn_and_saved(tmp_path):
         sweep.save(tmp_path / "other")
     with pytest.raises(rp.RevprobeError, match="no block sweep at"):
         rp.BlockSweep.load(tmp_path / "other")
+
+
+@pytest.mark.parametrize("encoding", ["rope", "alibi", "absolute"])
+def test_a_one_layer_model_is_swept_too(encoding):
+    """RADD has a mask argument of its own; whole is the model as it is, and a probability is its bare module's."""
+    model = radd(encoding)
+    pairs = rp.letter_pairs(5, model=model, placements="mirror", alphabet=4)
+    sweep = rp.block_sweep(model, pairs, sizes=[1, 2, None])
+    for reading, own in zip(sweep.readings[None], rp.probe(model, pairs), strict=True):
+        assert reading.value == pytest.approx(own.value, rel=1e-5)
+    for size in (1, 2):
+        for row in sweep.readings[size]["reverse_probability"].frame.query("direction == 'reverse'").itertuples():
+            expected = chain_alone(model, pairs[row.pair].reverse, size)
+            assert row.log_probability == pytest.approx(expected, abs=1e-5)
 
 
 def test_what_is_no_size_or_no_masked_model_is_refused_in_one_line():

@@ -13,6 +13,7 @@ import revprobe as rp
 from revprobe import RevprobeError
 from revprobe.finetune.config.finetuning import FinetuneConfig, TinyModel
 from revprobe.finetune.config.loading import dump_config, parse_config
+from revprobe.finetune.memory.from_config import plan_finetuning
 from revprobe.finetune.runs.finetuning import fine_tune
 from revprobe.finetune.training.block_diffusion import block_logits, draw_block_masks
 from revprobe.finetune.training.objectives import masked_diffusion_loss, price_masks
@@ -246,3 +247,10 @@ def test_options_that_were_not_given_are_not_written_and_those_that_clash_are_re
     assert parse_config(dump_config(told), FinetuneConfig, "again") == told
     with pytest.raises(RevprobeError, match="exclude each other"):
         config(base, "block_size: 4, bidirectional: true")
+
+
+def test_a_plan_in_blocks_counts_the_noised_copy_and_the_clean_one(base: Path) -> None:
+    blocks = plan_finetuning(config(base, "block_size: 4"), tokens=10)
+    whole = plan_finetuning(config(base, "bidirectional: true"), tokens=20)
+    assert blocks.to_frame().equals(whole.to_frame())
+    assert any("a noised copy beside a clean one" in line for line in blocks.about)
