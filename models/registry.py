@@ -28,7 +28,7 @@ from .families.family import PublishedFiles
 from .families.files import Files, config_beside, weight_files
 from .families.known import FAMILIES, family_of, family_of_config, read_config
 from .hub import chosen_tokenizer, download, hub_options, load_tokenizer, quiet_transformers, require_rows
-from .peft_adapters import base_of, is_adapter, put_on
+from .peft_adapters import base_of, is_adapter, noted_reads, put_on
 from .place import place_of
 from .probed import OBJECTIVES, ProbedModel, as_probed
 from .strict_loading import CONVERSION, load_weights
@@ -185,7 +185,13 @@ def _from_files(
 def _adapted(
     folder: Path, name: str, dtype: Any, objective: str | None, given: dict[str, Any], options: Any, which: Any
 ) -> ProbedModel:
-    """An adapter on its base, with the adapter's own tokenizer where it brings one."""
+    """An adapter on its base, read as it was trained, with the adapter's own tokenizer where it brings one."""
+    noted = noted_reads(folder)
+    if given["block_size"] is None and "bidirectional" not in options:
+        given["block_size"] = noted.get("block_size")
+        options |= {"bidirectional": True} if noted.get("bidirectional") else {}
+    if given["mask_token_id"] is None:
+        given["mask_token_id"] = noted.get("mask_token_id")
     base = load_model(base_of(folder), dtype=dtype, objective=objective, **given, **options)
     with quiet_transformers():
         own = load_tokenizer(folder, name) if options["tokenizer"] is None else base.tokenizer
