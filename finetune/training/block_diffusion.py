@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import RevprobeError
+from ...models.contract import introspect
 from ...models.contract.block_masks import added_to_scores, training_mask
 from ...models.peft_adapters import without_wrapper
 from ...models.probed import ProbedModel
@@ -66,7 +67,8 @@ def block_logits(
     """
     batch, length = noised.shape
     positions = torch.arange(length, device=noised.device).repeat(2).expand(batch, -1)
-    sees = training_mask(length, block_size, device=noised.device)
+    causal = introspect.finished_blocks(without_wrapper(model)) == "causal"
+    sees = training_mask(length, block_size, finished_causal=causal, device=noised.device)
     there = None if attention_mask is None else torch.cat([attention_mask, attention_mask], dim=1)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     mask = added_to_scores(sees, there, dtype).expand(batch, -1, -1, -1)

@@ -17,8 +17,11 @@ from torch import Tensor
 from transformers import DynamicCache, Ministral3Config, Ministral3ForCausalLM
 
 import revprobe as rp
+from revprobe.finetune.training.block_diffusion import block_logits
 from revprobe.models.contract.block_masks import added_to_scores, training_mask
 from revprobe.models.families.nemotron import official_name
+from revprobe.probes.decoding.decode import decode_tokens
+from revprobe.probes.decoding.masked import Prompt
 from tiny import pairs_at, tapped
 
 CLOSE = 2e-5
@@ -140,6 +143,39 @@ def test_training_masks_too(seed: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 @torch.no_grad()
+def test_each_noised_block_is_trained_as_it_is_read(seed: int, tmp_path: Path) -> None:
+    _, _, mask, size = checkpoint(tmp_path / "any", seed)
+    model = rp.load_model(tmp_path / "any")
+    clean = torch.randint(12, 50, (2, LENGTH))
+    noised = clean.clone()
+    noised[:, ::size] = mask
+    trained = block_logits(model.module, noised, clean, size)
+    for first in range(0, LENGTH, size):
+        own = slice(first, first + size)
+        read = model.logits(torch.cat([clean[:, :first], noised[:, own]], dim=1))[:, first:]
+        assert apart(trained[:, own], read.double()) < CLOSE
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_it_writes_as_a_slow_sampler_does(seed: int, tmp_path: Path) -> None:
+    weights, config, mask, size = checkpoint(tmp_path / "any", seed)
+    prompts, lengths = [torch.randint(12, 50, (n,)).tolist() for n in (3, 5, 4)], [7, 6, 5]
+    written = decode_tokens(rp.load_model(tmp_path / "any"), [Prompt(tuple(one)) for one in prompts], lengths)
+    for prompt, length, answer in zip(prompts, lengths, written, strict=True):
+        ids = prompt + [mask] * length
+        while mask in ids:
+            block = ids.index(mask) // size
+            logits = slow(weights, config, ids, in_blocks(ids, mask, size)).clone()
+            logits[:, mask] = -torch.inf
+            sure = logits.log_softmax(-1).max(-1).values
+            there = [place for place, token in enumerate(ids) if token == mask and place // size == block]
+            surest = max(there, key=lambda place: (float(sure[place]), -place))
+            ids[surest] = int(logits[surest].argmax())
+        assert ids[len(prompt) :] == answer
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@torch.no_grad()
 def test_a_text_without_masks_is_read_as_the_causal_model_reads_it(seed: int, tmp_path: Path) -> None:
     checkpoint(tmp_path / "any", seed)
     model, causal = rp.load_model(tmp_path / "any"), rp.load_model(tmp_path / "any", objective="causal")
@@ -192,6 +228,14 @@ def test_the_probes_answer_inside_a_block_and_attention_sees_what_the_rule_shows
     rule = torch.tensor([[sees(i, j) for j in range(LENGTH)] for i in range(LENGTH)])
     for call in tap.layers().values():
         assert all(torch.equal(head, rule) for head in call.score[0].isfinite())
+
+
+def test_evidence_in_a_later_block_gives_no_number(model: rp.ProbedModel) -> None:
+    """Blocks of four: forward queries see their evidence, reverse ones have it in the block behind."""
+    apart_pairs = pairs_at((2, 5), (6, 1), count=9, length=8, vocab=50)
+    for reading in rp.probe(model, apart_pairs):
+        assert math.isnan(reading.value) and "later block" in str(reading)
+    assert all(math.isfinite(reading.value) for reading in rp.probe(model.in_blocks(None), apart_pairs))
 
 
 def test_gradient_products_equal_autograd_in_both_objectives(model: rp.ProbedModel, tmp_path: Path) -> None:
