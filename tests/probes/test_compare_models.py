@@ -102,7 +102,11 @@ def test_in_blocks_of_one_the_child_is_its_parent_up_to_the_shift(
         found = rp.compare_models({PARENT: parent, CHILD: shifted}, pairs)
         for probe in MEASURES:
             one, other = (found.readings[name][probe].frame for name in (PARENT, CHILD))
-            pd.testing.assert_frame_equal(one, other, rtol=1e-3, atol=1e-5, check_dtype=False)
+            # A model in blocks has reasons of its own for what stands in a later block: nothing does here.
+            reasons = [column for column in other if column.startswith("reason")]
+            assert (other[reasons] == "").all(axis=None)
+            numbers = [column for column in one if not column.startswith("reason")]
+            pd.testing.assert_frame_equal(one[numbers], other[numbers], rtol=1e-3, atol=1e-5, check_dtype=False)
         difference = rows(found, "difference")
         assert difference.index.tolist() == MEASURED and difference["value"].abs().max() < 1e-5
         assert (difference["low"] <= 0).all() and (difference["high"] >= 0).all()
