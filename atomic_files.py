@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written under a working name beside the final one, then renamed.
+"""Files and folders that appear whole or not at all: written under a working name beside the final one, then renamed.
 
 A rename is atomic, so a reader sees the old content or the new, never a part. That is a promise about processes,
 not about power: nothing is forced to the disk.
@@ -7,8 +7,9 @@ not about power: nothing is forced to the disk.
 from __future__ import annotations
 
 import os
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -41,3 +42,43 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file whole or not at all, in UTF-8, with the line ends that the text has."""
     with written_whole(path) as part:
         part.write_text(text, encoding="utf-8", newline="")
+
+
+@contextmanager
+def folder_written_whole(folder: str | Path, ours: Callable[[Path], bool]) -> Iterator[Path]:
+    """Yield a working folder to fill; it becomes `folder` when the block ends and is gone when the block raises.
+
+    An older folder there is put aside until the new one is in its place, and comes back if a writer dies in between.
+    The working name is always the same, so that what a killed writer left goes with the next.
+    Args:
+        ours: whether an entry of an older folder is of the kind that is written, and may go with it.
+    Raises: RevprobeError, when the path is a file, or a folder that holds anything else.
+    """
+    folder = Path(folder).absolute()
+    working, aside = (folder.with_name(f".{folder.name}.{kind}") for kind in ("part", "old"))
+    if aside.is_dir() and not folder.exists():
+        aside.rename(folder)
+    require_replaceable(folder, ours)
+    shutil.rmtree(working, ignore_errors=True)
+    working.mkdir(parents=True)
+    try:
+        yield working
+        shutil.rmtree(aside, ignore_errors=True)
+        if folder.exists():
+            folder.rename(aside)
+        working.rename(folder)
+        shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+
+
+def require_replaceable(folder: Path, ours: Callable[[Path], bool]) -> None:
+    """Raises: RevprobeError, when a folder that is to be written holds what nobody asked to lose, or is a file."""
+    if folder.is_dir():
+        others = sorted(entry.name for entry in folder.iterdir() if not (ours(entry) or entry.name.startswith(".")))
+        if others:
+            raise RevprobeError(
+                f"{str(folder)!r} holds {others[0]!r}, which would be lost when it is replaced; choose another folder"
+            )
+    elif folder.exists():
+        raise RevprobeError(f"{str(folder)!r} is a file; expected a folder to write")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -38,17 +37,13 @@ def block_sweep(
     from ..probes.block_sweep import block_sweep as sweep
     from ..probes.figures.plot import save_figure
     from ..probes.fused import require_probes
-    from ..probes.readings.block_sweep import require_free
+    from ..probes.readings.block_sweep import of_a_sweep
     from ..report.summary.terminal import make_console, text_table
-    from .probe import pairs_of
+    from .probe import pairs_of, require_place
 
     only = require_probes(name.strip() for name in probes.split(",") if name.strip())
     if out is not None:
-        # A wrong --out is told before anything is probed.
-        require_free(out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
+        require_place(out, of_a_sweep)
     probed = load_model(
         model, device=device, mask_token_id=mask_token_id, block_size=block_size, bidirectional=bidirectional
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import RevprobeError, did_you_mean
-from .probe import pairs_of
+from .probe import pairs_of, require_place
 
 
 def compare_models(
@@ -36,16 +35,12 @@ def compare_models(
     from ..probes.compare_models import compare_models as compare
     from ..probes.figures.plot import save_figure
     from ..probes.fused import require_probes
-    from ..probes.readings.model_comparison import require_free
+    from ..probes.readings.model_comparison import of_a_comparison
     from ..report.summary.terminal import make_console, text_table
 
     only = require_probes(name.strip() for name in probes.split(",") if name.strip())
     if out is not None:
-        # A wrong --out is told before anything is probed.
-        require_free(out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
+        require_place(out, of_a_comparison)
     asked = {name: partial(pairs_of, source) for name, source in sources.items()}
     console = make_console()
     with shown_probes(list(named), console) as listener:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,6 +60,19 @@ def probe(
         for reading in readings:
             reading.save(out / f"{reading.name}.{reading.meta.get('weights') or 'raw'}.parquet")
         console.print(f"{len(readings)} readings: {out}", soft_wrap=True)
+
+
+def require_place(out: Path, ours: Callable[[Path], bool]) -> None:
+    """Tell a wrong `--out` before anything is probed: it can be written, and replaces nothing but what `ours` knows.
+
+    Raises: RevprobeError or OSError, when it cannot, or would.
+    """
+    from ..atomic_files import require_replaceable
+
+    require_replaceable(out, ours)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out.parent):
+        pass
 
 
 def pairs_of(source: str, model: ProbedModel, placements: str | None = None, alphabet: int = 26) -> ReversalPairs:

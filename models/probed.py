@@ -9,6 +9,7 @@ is "masked" and must not when it is "causal".
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -170,10 +171,18 @@ class ProbedModel(CalledModule):
         """A TransformerLens view of this model, sharing its weights; see `models.bridge.to_bridge`.
 
         Raises: RevprobeError, when TransformerLens has no adapter for the architecture.
+        Warns: for a model that is read in blocks: called by itself, the bridge lets every token see every other.
         """
         from .bridge import to_bridge  # TransformerLens takes seconds to import
 
-        return to_bridge(self.module)
+        bridge = to_bridge(self.module)
+        if self.block_size is not None:
+            warnings.warn(
+                f"{self.name} is read in blocks of {self.block_size}; its bridge, called without a mask, as a whole: "
+                f"ProbedModel(bridge, objective='masked', block_size={self.block_size}) reads it in blocks",
+                stacklevel=2,
+            )
+        return bridge
 
     @property
     def max_length(self) -> int | None:

@@ -122,20 +122,40 @@ def some_pairs(model: ProbedModel) -> ReversalPairs:
     ids = [i for i in ordinary_ids(model, 2 * _LENGTH) if i != model.mask_token_id]
     if len(ids) < 3:
         raise RevprobeError(f"{model.name} has {len(ids)} ordinary tokens; pairs to try it on need 3")
-    asked, given = (1, -2) if model.objective == "masked" else (-1, 1)
+    asked, given = _places(model, length)
     pairs = []
     for fact in range(_FACTS):
         one, other = ([ids[(fact * step + k) % len(ids)] for k in range(length)] for step in (1, 2))
         one[asked], one[given] = ids[(fact + 2) % len(ids)], ids[fact % len(ids)]
         if model.objective == "masked":
-            other[1], other[-2] = one[-2], one[1]
-            forward, reverse = Query(one, [1], [length - 2]), Query(other, [length - 2], [1])
+            other[asked], other[given] = one[given], one[asked]
+            forward, reverse = Query(one, [asked], [given]), Query(other, [given], [asked])
             pairs.append(ReversalPair(forward, reverse, fact=str(fact)))
         else:
             other[1], other[-1] = one[-1], one[1]
             forward, reverse = Query(one, [length - 1], [1]), Query(other, [length - 1], [1])
             pairs.append(ReversalPair(forward, reverse, kind="swapped", fact=str(fact)))
     return ReversalPairs.from_pairs(pairs)
+
+
+def _places(model: ProbedModel, length: int) -> tuple[int, int]:
+    """Where a forward query has its target and its evidence; both in one block of a model that is read in blocks.
+
+    Raises: RevprobeError, when no block has room for them and for their readout rows.
+    """
+    if model.objective == "causal":
+        return length - 1, 1
+    size = model.block_size
+    if size is None:
+        return 1, length - 2
+    for start in range((length - 1) // size * size, -1, -size):
+        first, last = max(1, start + model.logit_shift), min(start + size, length) - 1
+        if first < last:
+            return first, last
+    raise RevprobeError(
+        f"{model.name} in blocks of {size}: of no pair the evidence is in sight in both orders; try "
+        "model.in_blocks(None), or larger blocks"
+    )
 
 
 class _Examination:

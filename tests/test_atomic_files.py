@@ -1,13 +1,16 @@
 """A file appears whole or not at all: a write that fails leaves the old content, and nothing beside it."""
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+import revprobe as rp
 from revprobe import RevprobeError
-from revprobe.atomic_files import write_text, written_whole
+from revprobe.atomic_files import folder_written_whole, write_text, written_whole
+from tiny import pairs_at, radd
 
 
 def test_the_file_is_there_only_after_the_block(tmp_path: Path) -> None:
@@ -69,3 +72,70 @@ def test_a_part_is_not_taken_for_a_finished_file(tmp_path: Path) -> None:
 def test_text_keeps_its_line_ends(tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", "é\r\nz\n")
     assert (tmp_path / "a.txt").read_bytes() == "é\r\nz\n".encode()
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def is_table(entry: Path) -> bool:
+    return entry.suffix == ".csv"
+
+
+def test_a_folder_is_replaced_only_after_the_block(tmp_path: Path) -> None:
+    folder = tmp_path / "readings"
+    for text in ("old", "new"):
+        with folder_written_whole(folder, is_table) as part:
+            (part / f"{text}.csv").write_text(text)
+            assert [path.name for path in folder.glob("*")] == ([] if text == "old" else ["old.csv"])
+    assert [path.name for path in folder.iterdir()] == ["new.csv"] and list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
+def test_a_failed_write_leaves_the_old_folder(tmp_path: Path, error: BaseException) -> None:
+    folder = tmp_path / "readings"
+    with folder_written_whole(folder, is_table) as part:
+        (part / "old.csv").touch()
+    with pytest.raises(type(error)), folder_written_whole(folder, is_table) as part:
+        (part / "new.csv").touch()
+        raise error
+    assert [path.name for path in folder.iterdir()] == ["old.csv"] and list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_writer_that_dies_between_the_renames_loses_neither_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rename = tmp_path / "readings", Path.rename
+    with folder_written_whole(folder, is_table) as part:
+        (part / "old.csv").touch()
+
+    def dies(self: Path, target: Path) -> Path:
+        if self.suffix == ".part":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", dies)
+    with pytest.raises(KeyboardInterrupt), folder_written_whole(folder, is_table) as part:
+        (part / "new.csv").touch()
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(ZeroDivisionError), folder_written_whole(folder, is_table):
+        raise ZeroDivisionError
+    assert [path.name for path in folder.iterdir()] == ["old.csv"]
+
+
+@pytest.mark.parametrize("save", ["readings", "sweep", "comparison"])
+def test_what_is_saved_as_a_folder_never_replaces_what_is_not_its_own(tmp_path: Path, save: str) -> None:
+    """`save(".")` or `save("my-project")` by mistake would otherwise take everything there with it."""
+    model, pairs = radd(), pairs_at((2, 5), (5, 2))
+    made = {
+        "readings": lambda: rp.probe(model, pairs),
+        "sweep": lambda: rp.block_sweep(model, pairs, sizes=[8, None], only=["attention"]),
+        "comparison": lambda: rp.compare_models({"a": model, "b": model}, pairs, only=["attention"]),
+    }[save]()
+    place = tmp_path / "my-project"
+    made.save(place)
+    made.save(place)  # over its own
+    (place / "thesis.tex").write_text("years of work")
+    with pytest.raises(RevprobeError, match=r"holds 'thesis\.tex', which would be lost"):
+        made.save(place)
+    assert (place / "thesis.tex").read_text() == "years of work"
+    assert sorted(os.listdir(tmp_path)) == ["my-project"]

@@ -8,8 +8,6 @@ value at every size at which any has one.
 from __future__ import annotations
 
 import html
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
@@ -21,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from ...arguments import checked, checked_fields
+from ...atomic_files import folder_written_whole
 from ...errors import RevprobeError, did_you_mean
 from ..figures.theme import difference_text, interval_text
 from ..statistics.estimators import LATER_BLOCK, STATISTICS_VERSION, Measured, pair_cosines
@@ -181,19 +180,12 @@ class BlockSweep:
 
         An older sweep there is replaced. Raises: RevprobeError, when something else is there.
         """
-        folder = Path(folder)
-        require_free(folder)
-        part = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
         header = {"block_sweep": self.sizes, "seed": self.seed, "statistics_version": STATISTICS_VERSION}
-        write_reading(part / _NUMBERS, header, self.frame)
-        for size, readings in self.readings.items():
-            readings.save(part / size_text(size))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(part, folder)
-        return folder
+        with folder_written_whole(folder, of_a_sweep) as part:
+            write_reading(part / _NUMBERS, header, self.frame)
+            for size, readings in self.readings.items():
+                readings.save(part / size_text(size))
+        return Path(folder)
 
     @classmethod
     @checked
@@ -317,11 +309,9 @@ class _Curve:
         return {**numbers, **about, "visible": self.visible[size]}
 
 
-def require_free(folder: Path) -> None:
-    """Raises: RevprobeError, when there is anything at the place of a sweep but an older one."""
-    empty = folder.is_dir() and not any(folder.iterdir())
-    if folder.exists() and not empty and not (folder / _NUMBERS).is_file():
-        raise RevprobeError(f"{str(folder)!r} is there and holds no block sweep; choose another folder")
+def of_a_sweep(entry: Path) -> bool:
+    """Whether an entry of a folder is of a saved sweep: its numbers, a picture of them, the readings of a size."""
+    return entry.stem == "block_sweep" or (entry.is_dir() and (entry.name == WHOLE_TEXT or entry.name.isdecimal()))
 
 
 def _size(value: Any) -> Size:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import html
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ...arguments import checked, checked_fields
+from ...atomic_files import folder_written_whole
 from ...errors import RevprobeError, did_you_mean, shown
 from ..figures.theme import difference_text, interval_text
 from ..statistics.estimators import STATISTICS_VERSION, Measured
@@ -153,20 +152,13 @@ class ModelComparison:
 
         An older comparison there is replaced. Raises: RevprobeError, when something else is there.
         """
-        folder = Path(folder)
-        require_free(folder)
-        part = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
         header = {"comparison": list(self.readings), "seed": self.seed}
         header |= {"asked": {name: asdict(told) for name, told in self.asked.items()}}
-        write_reading(part / _NUMBERS, header | {"statistics_version": STATISTICS_VERSION}, self.frame)
-        for place, readings in enumerate(self.readings.values()):
-            readings.save(part / str(place))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(part, folder)
-        return folder
+        with folder_written_whole(folder, of_a_comparison) as part:
+            write_reading(part / _NUMBERS, header | {"statistics_version": STATISTICS_VERSION}, self.frame)
+            for place, readings in enumerate(self.readings.values()):
+                readings.save(part / str(place))
+        return Path(folder)
 
     @classmethod
     @checked
@@ -212,14 +204,9 @@ def require_names(models: Mapping[str, object]) -> None:
             raise RevprobeError(f"a model is called {shown(name)}: expected a name for each, such as 'parent'")
 
 
-def require_free(folder: Path) -> None:
-    """Raises: RevprobeError, when there is anything at the place of a comparison but an older one."""
-    if folder.is_dir():
-        others = [path.name for path in folder.iterdir() if path.stem != "comparison" and not path.name.isdecimal()]
-        if others:
-            raise RevprobeError(f"{str(folder)!r} holds {others[0]!r}, which is no comparison's; choose another folder")
-    elif folder.exists():
-        raise RevprobeError(f"{str(folder)!r} is a file; expected a folder for the comparison")
+def of_a_comparison(entry: Path) -> bool:
+    """Whether an entry of a folder is of a saved comparison: its numbers, a picture of them, a model's readings."""
+    return entry.stem == "comparison" or (entry.is_dir() and entry.name.isdecimal())
 
 
 def _line(name: str, common: Mapping[str, Any], whole: Mapping[str, Any] | None = None) -> dict[str, str]:

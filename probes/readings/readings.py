@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -12,6 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ...arguments import checked
+from ...atomic_files import folder_written_whole
 from ...errors import RevprobeError, did_you_mean
 from ...models.checkpoints import step_of
 from ..figures.plot import plot_readings
@@ -90,23 +89,18 @@ class Readings(Sequence[Reading]):
     def save(self, folder: str | Path) -> Path:
         """Write all readings as `folder/<name>.<weights>.parquet`; the folder appears by rename, whole or not at all.
 
-        An older folder of that name is replaced. Raises: RevprobeError, when two readings would share a file.
+        Older readings there are replaced. Raises: RevprobeError, when two readings would share a file, or something
+            else is there.
         """
-        folder = Path(folder)
-        part = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        for reading in self:
-            path = part / f"{reading.name}.{reading.meta.get('weights') or 'raw'}.parquet"
-            if path.exists():
-                raise RevprobeError(
-                    f"two readings would be written to {path.name}; save one step at a time (select(step=...))"
-                )
-            reading.save(path)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(part, folder)
-        return folder
+        with folder_written_whole(folder, lambda entry: entry.suffix == ".parquet") as part:
+            for reading in self:
+                path = part / f"{reading.name}.{reading.meta.get('weights') or 'raw'}.parquet"
+                if path.exists():
+                    raise RevprobeError(
+                        f"two readings would be written to {path.name}; save one step at a time (select(step=...))"
+                    )
+                reading.save(path)
+        return Path(folder)
 
     @classmethod
     @checked

@@ -113,7 +113,7 @@ def test_a_sweep_is_shown_drawn_and_saved(tmp_path):
     sweep.save(tmp_path / "sweep")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "kept.txt").write_text("mine")
-    with pytest.raises(rp.RevprobeError, match="is there and holds no block sweep"):
+    with pytest.raises(rp.RevprobeError, match="which would be lost"):
         sweep.save(tmp_path / "other")
     with pytest.raises(rp.RevprobeError, match="no block sweep at"):
         rp.BlockSweep.load(tmp_path / "other")

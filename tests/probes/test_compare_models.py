@@ -401,7 +401,7 @@ def test_a_comparison_is_read_as_it_was_written(compared: rp.ModelComparison, tm
     pd.testing.assert_frame_equal(made.frame, compared.frame, atol=1e-9)
     compared.save(folder)  # an older one is replaced
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(rp.RevprobeError, match=r"holds 'notes\.txt', which is no comparison's"):
+    with pytest.raises(rp.RevprobeError, match=r"holds 'notes\.txt', which would be lost"):
         compared.save(folder)
     assert (folder / "notes.txt").read_text() == "mine"
     with pytest.raises(rp.RevprobeError, match="no comparison at"):

@@ -46,6 +46,22 @@ def test_a_sound_model_passes_every_check(make):
     assert "all three probes can be trusted" in repr(found) and "<table" in found._repr_html_()
 
 
+@pytest.mark.parametrize(("size", "shift"), [(2, 0), (3, 0), (3, 1), (5, 0), (5, 1), (8, 1)])
+def test_a_model_in_blocks_is_tried_on_pairs_inside_one_block(size: int, shift: int):
+    model = rp.ProbedModel(radd("rope"), objective="masked", logit_shift=shift, begin_token_id=54)
+    found = rp.diagnose(model.in_blocks(size))
+    assert found.trustworthy and f"in blocks of {size}" in line(found, "reads").note
+    assert line(found, "gradients").measured < 1e-5 and line(found, "probability").measured < 1e-5
+
+
+@pytest.mark.parametrize(("size", "shift"), [(1, 0), (2, 1)])
+def test_blocks_without_room_for_a_pair_are_a_line(size: int, shift: int):
+    model = rp.ProbedModel(radd("rope"), objective="masked", logit_shift=shift, begin_token_id=54)
+    found = rp.diagnose(model.in_blocks(size))
+    assert not found.trustworthy and found.table["check"].tolist()[-1] == "pairs"
+    assert "in sight in both orders; try model.in_blocks(None)" in found.table["note"].iloc[-1]
+
+
 def test_a_check_that_could_not_fail_is_not_run():
     """RADD knows no other attention: comparing it with itself would say ok."""
     assert line(rp.diagnose(radd("rope")), "attention weights").result == "not run"

@@ -145,6 +145,13 @@ def test_three_probes_answer(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_it_is_diagnosed_as_trustworthy_and_says_which_way_it_reads(name: str) -> None:
+    found = rp.diagnose(loaded(name))
+    assert found.trustworthy, repr(found)
+    assert ("in blocks of 4" in repr(found)) == (name in BLOCKS)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_gradient_products_equal_autograd(name: str) -> None:
     model = loaded(name)
     ids = reference(name)["input_ids"].clamp(max=model.vocab_size - 2)

@@ -7,6 +7,7 @@ difference seen is 5e-6; the tolerance is 2e-5. The mask token's own logit is ra
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -570,6 +571,20 @@ def test_the_bridge_has_the_published_codes_numbers_and_adds_up(name: str) -> No
         sees = torch.tensor([[j // 4 <= i // 4 for j in range(12)] for i in range(12)])
         masked = bridge(ids, attention_mask=added_to_scores(sees, None, torch.float32))
         assert apart(masked, expected["block_logits"]) < 1e-4
+
+
+@torch.no_grad()
+def test_a_bridge_says_that_it_reads_the_whole_where_its_model_reads_in_blocks() -> None:
+    model, ids = rp.load_model(FIXTURES / "bd3lm-tiny"), REFERENCE["bd3lm-tiny"]["input_ids"]
+    with pytest.warns(UserWarning, match=r"in blocks of 4.*ProbedModel\(bridge, objective='masked', block_size=4\)"):
+        bridge = model.to_bridge()
+    told = {"objective": "masked", "mask_token_id": model.mask_token_id, "logit_shift": 0}
+    as_told = rp.ProbedModel(bridge, **told, block_size=4)
+    assert apart(as_told.logits(ids), REFERENCE["bd3lm-tiny"]["block_logits"]) < 1e-4
+    assert rp.ProbedModel(bridge, **told).block_size == 4, "known of the model inside"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.in_blocks(None).to_bridge()
 
 
 @torch.no_grad()
