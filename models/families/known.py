@@ -47,6 +47,8 @@ FAMILIES: tuple[Family, ...] = (
 NOT_READ = {
     "nemotron_labs_diffusion_vlm": "it reads images too, through a vision tower whose layout is not established; its "
     "relatives without images are read (nvidia/Nemotron-Labs-Diffusion-3B, 8B and 14B)",
+    "diffusion_gemma": "it hides tokens behind random ones and has no mask token, by which queries here hide their "
+    "target; models with a mask token are read",
 }
 
 
