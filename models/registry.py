@@ -21,17 +21,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from ..arguments import checked
 from ..errors import RevprobeError, did_you_mean, first_line, shown
-from .bases.masked_config import MaskedDiffusionConfig
 from .checkpoints import has_checkpoints
+from .contract import introspect
 from .contract.block_masks import WHOLE
+from .contract.called import CalledModule
 from .families.family import PublishedFiles
 from .families.files import Files, config_beside
 from .families.known import FAMILIES, family_of, family_of_config, read_config
-from .hub import chosen_tokenizer, download, hub_options, load_tokenizer, quiet_transformers, require_rows
+from .hub import download, hub_options, quiet_transformers
 from .peft_adapters import base_of, is_adapter, put_on
 from .place import place_of
 from .probed import OBJECTIVES, ProbedModel, as_probed
 from .strict_loading import load_weights
+from .tokenizers import chosen_tokenizer, load_tokenizer, require_rows
 
 __all__ = ["ProbedModel", "as_probed", "list_models", "load_model", "quiet_transformers", "register_model"]
 
@@ -162,7 +164,6 @@ def _from_files(
     with quiet_transformers():
         hub = hub_options(folder) | {key: options.pop(key) for key in _ON_THE_HUB if key in options}
         config, published = _read_config(folder, name, options, hub)
-        _write_down(config, given)
         objective = objective or stated_objective(config, name)
         kind = _class_of(config, objective, name, published)
         if published is not None and published.family.translates and isinstance(folder, str):
@@ -175,10 +176,12 @@ def _from_files(
         except Exception as error:
             raise RevprobeError(_why_not_loaded(error, folder, name, options)) from error
         own = load_tokenizer(folder, name, **hub) if tokenizer is None else chosen_tokenizer(tokenizer)
+    rows = CalledModule(module).vocab_size
+    require_rows(own, rows, name, added=tokenizer is not None or published is not None)
+    mask = introspect.mask_token(given["mask_token_id"], own, module, rows, name)
+    _write_down(module.config, given | {"mask_token_id": mask})
     probed = ProbedModel(module, own, objective=objective, **given)
     probed.tokenizer_source = None if published is None else published.family.tokenizer
-    if tokenizer is not None:
-        require_rows(own, probed.vocab_size, name)
     return probed
 
 
@@ -210,9 +213,9 @@ def _whole(block_size: int | str | None) -> str:
 
 def _write_down(config: PreTrainedConfig, given: dict[str, Any]) -> None:
     """Keep in a family's config what its files do not say, so that what is saved of the model says it."""
-    if isinstance(config, MaskedDiffusionConfig):
-        for key, kinds in (("mask_token_id", int), ("block_size", int | str)):
-            if isinstance(given[key], kinds) and getattr(config, key) is None:
+    if family_of_config(config) is not None:
+        for key in ("mask_token_id", "block_size"):
+            if given[key] is not None and getattr(config, key, 0) is None:
                 setattr(config, key, given[key])
 
 

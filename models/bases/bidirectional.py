@@ -28,6 +28,8 @@ class BidirectionalDecoder:
     attention = "full"
     config_class: Any = None
     logit_shift = 0
+    # The mask token as the family's tokenizers list it, also where they do not call it their mask.
+    mask_text: str | None = None
     # The checkpoint's own name of a tensor, for error messages.
     official_name: Callable[[str], str] = staticmethod(str)
 

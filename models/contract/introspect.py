@@ -36,23 +36,32 @@ def _mask_id(given: int | str | None, tokenizer: Any) -> int | None:
 
 
 def mask_token(given: int | str | None, tokenizer: Any, module: nn.Module, vocab_size: int, name: str) -> int | None:
-    """The mask token's id: as given, else as the tokenizer and the config say; None when neither names one.
+    """The mask token's id: as given, else as tokenizer and config say; None when none of them names one.
 
-    Raises: RevprobeError, when the two disagree, or the id is outside the vocabulary.
+    A tokenizer says it by its own mask token, and by the token that the model's class states as its family's
+    (`mask_text`): published tokenizers list that one without calling it their mask.
+    Raises: RevprobeError, when two of them disagree, or the id is outside the vocabulary.
     """
-    given = _mask_id(given, tokenizer)
-    named = [getattr(tokenizer, "mask_token_id", None), config_value(module, "mask_token_id")]
-    known = [given] if given is not None else [value for value in named if value is not None]
-    if len(set(known)) > 1:
+    stated = {
+        "the tokenizer's mask token": getattr(tokenizer, "mask_token_id", None),
+        "the config's": config_value(module, "mask_token_id"),
+    }
+    if (text := getattr(_inner(module), "mask_text", None)) is not None:
+        listed = tokenizer.get_vocab().get(text) if hasattr(tokenizer, "get_vocab") else None
+        stated[f"the family's, {text!r},"] = listed
+    stated = {what: one for what, one in stated.items() if one is not None}
+    told, given = ", ".join(f"{what} is {one}" for what, one in stated.items()), _mask_id(given, tokenizer)
+    if given is None and len({*stated.values()}) > 1:
+        raise RevprobeError(f"{name}: {told}; say which with mask_token_id=")
+    # One outside the vocabulary is left over from a larger model, and says nothing against another.
+    if given is not None and given not in stated.values() and any(0 <= one < vocab_size for one in stated.values()):
+        raise RevprobeError(f"{name}: mask_token_id={given}, but {told}; leave it out, or correct what says otherwise")
+    known = next(iter(stated.values()), None) if given is None else given
+    if known is not None and not 0 <= known < vocab_size:
         raise RevprobeError(
-            f"{name}: the tokenizer's mask token is {named[0]}, the config's is {named[1]}; say which with "
-            "mask_token_id="
+            f"{name}: mask token {known} is outside the vocabulary (0 to {vocab_size - 1}); pass mask_token_id="
         )
-    if known and not 0 <= known[0] < vocab_size:
-        raise RevprobeError(
-            f"{name}: mask token {known[0]} is outside the vocabulary (0 to {vocab_size - 1}); pass mask_token_id="
-        )
-    return known[0] if known else None
+    return known
 
 
 def begin_token(given: int | None, tokenizer: Any, module: nn.Module, vocab_size: int, name: str) -> int | None:

@@ -31,16 +31,19 @@ class A2DLlamaConfig(MaskedDiffusionConfig, LlamaConfig):
 class A2DQwen3ForMaskedDiffusion(BidirectionalDecoder, Qwen3ForCausalLM):  # type: ignore[misc]
     config_class = A2DQwen3Config
     attention = "either"
+    mask_text = "<|mask|>"
 
 
 class A2DQwen2ForMaskedDiffusion(BidirectionalDecoder, Qwen2ForCausalLM):  # type: ignore[misc]
     config_class = A2DQwen2Config
     attention = "either"
+    mask_text = "<|mask|>"
 
 
 class A2DLlamaForMaskedDiffusion(BidirectionalDecoder, LlamaForCausalLM):  # type: ignore[misc]
     config_class = A2DLlamaConfig
     attention = "either"
+    mask_text = "<|mask|>"
 
 
 def _family(parent: str, model_class: type[BidirectionalDecoder]) -> Family:

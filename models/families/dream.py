@@ -22,6 +22,7 @@ class DreamForMaskedDiffusion(BidirectionalDecoder, Qwen2ForCausalLM):  # type: 
 
     config_class = DreamConfig
     logit_shift = 1
+    mask_text = "<|mask|>"
 
 
 DREAM = Family(

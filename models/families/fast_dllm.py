@@ -26,6 +26,7 @@ class FastDLLMForMaskedDiffusion(BidirectionalDecoder, Qwen2ForCausalLM):  # typ
     config_class = FastDLLMConfig
     attention = "block"
     logit_shift = 1
+    mask_text = "|<MASK>|"
 
 
 def _to_config(files: Files) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class LLaDAForMaskedDiffusion(BidirectionalDecoder, LlamaForCausalLM):  # type: 
 
     config_class = LLaDAConfig
     official_name = staticmethod(official_name)
+    mask_text = "<|mdm_mask|>"
 
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__(config)

@@ -19,6 +19,7 @@ class SDARConfig(MaskedDiffusionConfig, Qwen3Config):
 class SDARForMaskedDiffusion(BidirectionalDecoder, Qwen3ForCausalLM):  # type: ignore[misc]
     config_class = SDARConfig
     attention = "block"
+    mask_text = "<|MASK|>"
 
 
 SDAR = Family(
