@@ -103,19 +103,16 @@ def load_model(
     Args:
         source: a registered name, a run folder, a folder with config.json and safetensors, a hub name, or the folder
             of an adapter, which is put on its base. A module or a ProbedModel comes back wrapped, without options.
-        step, weights: which checkpoint of a run, and of nothing else; the last, and its average where it has one, by
-            default.
+        step, weights: which checkpoint of a run; the last, and its average where it has one, by default.
         dtype, device: as in transformers; the checkpoint's dtype and the CPU by default.
         objective: only where the config fits both a causal and a masked language model.
         mask_token_id, logit_shift, begin_token_id: only where neither class, config nor tokenizer tells; a
             mask token by its id or its text.
         block_size: tokens of a block, for a model that writes block by block and whose config does not say it; also a
             dial for other masked models. "whole": every token sees every other.
-        bidirectional: read it so that every token sees every other: the checkpoints of a family that come in both kinds
-            (A2D), and a plain Llama or GPT-2 folder that holds a diffusion model (DiffuLLaMA, DiffuGPT), which its
-            files do not say.
-        tokenizer: a folder or hub name to read it from, or a tokenizer; the checkpoint's own by default. RADD's
-            checkpoints bring none (theirs is GPT-2's).
+        bidirectional: every token sees every other; where a family has both kinds (A2D), and of a plain Llama or GPT-2
+            folder that holds a diffusion model (DiffuLLaMA, DiffuGPT), which its files do not say.
+        tokenizer: a folder or hub name to read it from, or a tokenizer; the checkpoint's own by default.
         options: what a family asks for beside these (SMDM: n_heads); the rest goes to the loader or to
             `from_pretrained` (device_map=, attn_implementation=, ...).
     Raises: RevprobeError, when there is nothing to load, an option is not known or does not apply, the weights are
@@ -125,17 +122,12 @@ def load_model(
     """
     _require_device(device)
     _require_choices(dtype, objective)
-    if bidirectional:
-        block_size = _whole(block_size)
-    given: dict[str, Any] = {
-        "block_size": block_size,
-        "mask_token_id": mask_token_id,
-        "logit_shift": logit_shift,
-        "begin_token_id": begin_token_id,
-    }
-    asked = given | {"step": None if step == -1 else step, "weights": weights, "objective": objective}
-    asked |= {"tokenizer": tokenizer, "bidirectional": bidirectional or None} | options
-    asked = {key: value for key, value in asked.items() if value is not None}
+    block_size = _whole(block_size) if bidirectional else block_size
+    given: dict[str, Any] = {"mask_token_id": mask_token_id, "logit_shift": logit_shift}
+    given |= {"begin_token_id": begin_token_id, "block_size": block_size}
+    known = given | {"step": None if step == -1 else step, "weights": weights, "objective": objective}
+    known |= {"tokenizer": tokenizer, "bidirectional": bidirectional or None} | options
+    asked = {key: value for key, value in known.items() if value is not None}
     if not isinstance(source, str | Path):
         moved = {"dtype": dtype, "device": device}
         return _loaded_already(source, asked | {key: one for key, one in moved.items() if one is not None})
@@ -324,7 +316,12 @@ _NEITHER = (
 
 def _class_of(config: PreTrainedConfig, objective: str, name: str, published: PublishedFiles | None) -> Any:
     """The class to load this config with as what was asked for. Raises: RevprobeError, saying what there is."""
-    if published is not None and objective == "masked":
+    if published is not None and objective != "masked":
+        raise RevprobeError(
+            f"objective={objective!r}: {name!r} is {published.family.name}, a masked diffusion model; leave "
+            "objective out"
+        )
+    if published is not None:
         return published.family.model_class
     classes = {"masked": MODEL_FOR_MASKED_LM_MAPPING, "causal": MODEL_FOR_CAUSAL_LM_MAPPING}
     there = [kind for kind, known in classes.items() if known.get(type(config), None) is not None]

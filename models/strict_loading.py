@@ -40,8 +40,10 @@ def load_weights(
     official: Callable[[str], str] = str
     options |= {"config": config, "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
     if published is not None and published.family.translates:
-        source, official = None, published.family.official_name
-        options["state_dict"] = published.translate(read_tensors(Path(folder)))
+        tensors = read_tensors(Path(folder))
+        source, options["state_dict"] = None, published.translate(tensors)
+        if options["state_dict"].keys() != tensors.keys():  # what was saved here has our names
+            official = published.family.official_name
     module, info = kind.from_pretrained(source, **options)
     # Published checkpoints of transformers' own classes may carry another task's head.
     require_match(info, folder, strict=not type(module).__module__.startswith("transformers."), official=official)

@@ -195,7 +195,9 @@ def test_no_code_of_the_folder_runs_and_nothing_is_asked(name, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=tmp_path
     )
-    assert done.stdout.split() == ["revprobe.models.bases.configs", *[f"revprobe.models.families.{name}"] * 3], done.stderr
+    assert done.stdout.split() == ["revprobe.models.bases.configs", *[f"revprobe.models.families.{name}"] * 3], (
+        done.stderr
+    )
     assert not (tmp_path / "ran").exists()
 
 

@@ -1,0 +1,165 @@
+"""Every published family, held to the outputs of its reference code: logits, scores, blocks, training masks; the three
+probes, gradients and a save round trip. Loaded with no option beyond those that a user must give.
+
+`tests/fixtures/<name>/reference.safetensors` holds the outputs (float32, CPU). Seen: below 6e-6; the tolerance is 2e-5.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from plain_gradients import worst_product_error
+from safetensors.torch import load_file
+from torch import Tensor
+
+import revprobe as rp
+from revprobe.models.contract.block_masks import added_to_scores, training_mask
+from tiny import FIXTURES, pairs_at, tapped
+
+CLOSE = 2e-5
+# fixture -> what its files do not say
+CASES = {
+    "llada-tiny": {},
+    "dream-tiny": {},
+    "radd-tiny": {},
+    "sdar-tiny": {},
+    "fastdllm2-tiny": {"mask_token_id": 253},
+    "a2d-qwen3-mdlm-tiny": {"mask_token_id": 254, "bidirectional": True},
+    "a2d-qwen3-bd3lm-tiny": {"mask_token_id": 254, "block_size": 4},
+    "a2d-qwen2-mdlm-tiny": {"mask_token_id": 254, "bidirectional": True},
+    "a2d-qwen2-bd3lm-tiny": {"mask_token_id": 254, "block_size": 4},
+    "a2d-llama-mdlm-tiny": {"mask_token_id": 254, "bidirectional": True},
+}
+SHIFTED = {"dream-tiny", "fastdllm2-tiny"}
+BLOCKS = ["sdar-tiny", "fastdllm2-tiny", "a2d-qwen3-bd3lm-tiny", "a2d-qwen2-bd3lm-tiny"]
+# Inside one block of four, so that models that write in blocks see their evidence.
+PAIRS = pairs_at((6, 5), (5, 6), count=9, length=8, vocab=100, ragged=True)
+
+
+@cache
+def reference(name: str) -> dict[str, Tensor]:
+    return load_file(FIXTURES / name / "reference.safetensors")
+
+
+@cache
+def loaded(name: str) -> rp.ProbedModel:
+    return rp.load_model(FIXTURES / name, **CASES[name])
+
+
+def apart(ours: Tensor, theirs: Tensor, mask_token_id: int) -> float:
+    """The largest difference; the mask's own logit, which some of ours have at -inf, is left out."""
+    kept = torch.arange(ours.shape[-1]) != mask_token_id
+    return float((ours - theirs)[..., kept].abs().max())
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_logits_equal_the_reference_with_and_without_padding(name: str) -> None:
+    model, expected = loaded(name), reference(name)
+    ids, mask = expected["input_ids"], expected["attention_mask"]
+    whole = model.in_blocks(None)
+    assert apart(whole.logits(ids), expected["logits_nomask"], model.mask_token_id) < CLOSE
+    padded = whole.logits(ids, mask)[mask.bool()]
+    assert apart(padded, expected["logits"][mask.bool()], model.mask_token_id) < CLOSE
+    assert (model.objective, model.logit_shift) == ("masked", int(name in SHIFTED))
+    assert model.reads == ("in blocks of 4" if name in BLOCKS else "bidirectional")
+    assert model.reads in repr(model)
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_scores_equal_the_reference_in_every_layer_and_head(name: str) -> None:
+    model, ids = loaded(name).in_blocks(None), reference(name)["input_ids"][:1]
+    assert worst_score_error(model, ids, reference(name)["scores_row0"]) < CLOSE
+
+
+@torch.no_grad()
+def worst_score_error(model: rp.ProbedModel, ids: Tensor, expected: Tensor) -> float:
+    """Over all layers, heads, rows and the columns that a row sees."""
+    everywhere = torch.arange(ids.shape[1])[None]
+    with tapped(model, everywhere, everywhere, ids.shape[1]) as tap:
+        model.logits(ids)
+    seen = torch.stack([call.score[0] for _, call in sorted(tap.layers().items())])
+    assert seen.shape == expected.shape
+    return float((seen - expected)[seen.isfinite()].abs().max())
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@torch.no_grad()
+def test_blocks_equal_the_reference_and_hide_what_it_hides(name: str) -> None:
+    model, expected = loaded(name), reference(name)
+    ids, mask = expected["input_ids"], expected["attention_mask"]
+    if "block_input_ids" in expected:  # left-padded, its positions counted over valid tokens
+        sees, valid = expected["block_attention_mask"].bool(), expected["block_attention_mask"].bool().any(-1)
+        sees = sees | (torch.eye(sees.shape[-1], dtype=torch.bool) & ~valid[..., None])
+        added = torch.zeros(sees.shape).masked_fill(~sees, -torch.inf)[:, None]
+        positions, ids = expected["block_position_ids"], expected["block_input_ids"]
+        out = model.module(ids, attention_mask=added, position_ids=positions).logits
+        assert apart(out[valid], expected["block_logits"][valid], model.mask_token_id) < CLOSE
+        rows = [(row, row_ids[keep]) for row, (row_ids, keep) in enumerate(zip(ids, valid, strict=True)) if keep.all()]
+        assert rows, "a row without padding, which the wrapper is held to below"
+        for row, alone in rows:
+            assert apart(model.logits(alone[None])[0], expected["block_logits"][row], model.mask_token_id) < CLOSE
+        return
+    assert apart(model.logits(ids), expected["block_logits"], model.mask_token_id) < CLOSE
+    padded = model.logits(ids, mask)[mask.bool()]
+    assert apart(padded, expected["block_logits_padded"][mask.bool()], model.mask_token_id) < CLOSE
+    assert worst_score_error(model, ids[:1], expected["block_scores_row0"]) < CLOSE
+    everywhere = torch.arange(ids.shape[1])[None]
+    with tapped(model, everywhere, everywhere, ids.shape[1]) as tap:
+        model.logits(ids[:1])
+    for call in tap.layers().values():
+        assert torch.equal(call.score[0].isfinite().all(0), expected["block_attention_mask"].bool())
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@torch.no_grad()
+def test_training_masks_equal_the_reference(name: str) -> None:
+    model, expected = loaded(name), reference(name)
+    length = expected["train_input_ids"].shape[1] // 2
+    sees = training_mask(length, 4)
+    assert torch.equal(sees, expected["train_attention_mask"].bool())
+    out = model.module(
+        expected["train_input_ids"],
+        attention_mask=added_to_scores(sees, None, torch.float32),
+        position_ids=expected["train_position_ids"],
+    )
+    assert apart(out.logits[:, :length], expected["train_logits"], model.mask_token_id) < CLOSE
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_three_probes_answer(name: str) -> None:
+    attention, gradient, probability = rp.probe(loaded(name), PAIRS)
+    assert np.isfinite(attention.value) and np.isfinite(gradient.value) and 0 < probability.value < 1
+    assert attention.undefined == gradient.undefined == probability.undefined == {}
+    assert {reading.n for reading in (attention, gradient, probability)} == {9}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradient_products_equal_autograd(name: str) -> None:
+    model = loaded(name)
+    ids = reference(name)["input_ids"].clamp(max=model.vocab_size - 2)
+    places, targets = torch.tensor([2, 5, 6]), torch.tensor([7, 8, 9])
+    hidden = torch.arange(ids.shape[1]) == places[:, None]
+    shown, rows = model.hide(ids, hidden), places - model.logit_shift
+
+    def loss(which: slice) -> Tensor:
+        logits = model.logits(shown[which])
+        read = logits[torch.arange(len(logits)), rows[which]]
+        return torch.nn.functional.cross_entropy(read, targets[which], reduction="none")
+
+    parameters = dict(model.module.named_parameters())
+    assert worst_product_error(model.module, parameters, loss, 3) < 1e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_what_is_saved_loads_again_without_options(name: str, tmp_path: Path) -> None:
+    model, ids = loaded(name), reference(name)["input_ids"]
+    model.module.save_pretrained(tmp_path)
+    again = rp.load_model(tmp_path)
+    assert torch.equal(again.logits(ids), model.logits(ids))
+    same = ("objective", "mask_token_id", "logit_shift", "block_size", "vocab_size")
+    assert [getattr(again, key) for key in same] == [getattr(model, key) for key in same]
