@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import RevprobeError
+from .loading import Load, load_options
 
 if TYPE_CHECKING:
     from ..finetune.training.probe_callback import Pairs
@@ -32,6 +33,7 @@ def probe(
     alphabet: Annotated[int, typer.Option(help="letters only: how many letter pairs.")] = 26,
     batch_size: Annotated[int | None, typer.Option(help="Queries per forward pass.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    load: Load = None,
 ) -> None:
     """Take readings of one model and show them beside their controls."""
     from ..finetune.runs.progress import shown_probes
@@ -48,7 +50,7 @@ def probe(
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
-    probed = load_model(model, step=step, weights=weights, device=device)
+    probed = load_model(model, **load_options(load, step=step, weights=weights, device=device))
     asked = _pairs(pairs, probed, names, placements, alphabet)
     console = make_console()
     with shown_probes(names, console) as listener:

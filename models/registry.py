@@ -32,7 +32,7 @@ from .hub import download, hub_options, quiet_transformers
 from .peft_adapters import base_of, is_adapter, put_on
 from .place import place_of
 from .probed import OBJECTIVES, ProbedModel, as_probed
-from .strict_loading import load_weights
+from .strict_loading import load_weights, require_no_pickles
 from .tokenizers import chosen_tokenizer, load_tokenizer, require_rows
 
 __all__ = ["ProbedModel", "as_probed", "list_models", "load_model", "quiet_transformers", "register_model"]
@@ -162,7 +162,7 @@ def _from_files(
             folder, hub = download(folder, **hub), {}
         options = hub | options
         try:
-            module = load_weights(folder, config, kind, published, dtype=dtype or "auto", **options)
+            module: Any = load_weights(folder, config, kind, published, dtype=dtype or "auto", **options)
         except RevprobeError:
             raise
         except Exception as error:
@@ -254,6 +254,7 @@ def _read_config(
     """What the files say; options of `load_model` that a family takes are taken out of `options`."""
     if isinstance(folder, Path) and not config_beside(folder).is_file() and family_of(Files(folder)) is None:
         if folder.is_file():
+            require_no_pickles(folder)
             raise RevprobeError(
                 f"{str(folder)!r} is a file; expected the folder of a run or of a model, or a hub name (a single "
                 "safetensors file only of a family that is published so: SMDM)"

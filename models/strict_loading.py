@@ -6,6 +6,7 @@ transformers alone would fill a gap at random and print a report; a probe would 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -17,10 +18,12 @@ from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import RevprobeError, first_line
-from .bases.matching import require_match
+from .bases.matching import require_match, without_report
 from .families.family import PublishedFiles
+from .families.files import header
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")  # of a Trainer
 
 
 def load_weights(
@@ -39,32 +42,60 @@ def load_weights(
     source: str | Path | None = folder
     official: Callable[[str], str] = str
     options |= {"config": config, "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
+    options["ignore_mismatched_sizes"] = True
     if published is not None and published.family.translates:
         tensors = read_tensors(Path(folder))
         source, options["state_dict"] = None, published.translate(tensors)
         if options["state_dict"].keys() != tensors.keys():  # what was saved here has our names
             official = published.family.official_name
-    module, info = kind.from_pretrained(source, **options)
+    with without_report():
+        module, info = kind.from_pretrained(source, **options)
     # Published checkpoints of transformers' own classes may carry another task's head.
     require_match(info, folder, strict=not type(module).__module__.startswith("transformers."), official=official)
     return module.eval()
 
 
 def require_safetensors(folder: str | Path) -> None:
-    """Raise unless a folder holds safetensors, and an index of them, there or in the cache, names files beside it."""
+    """Raise unless a folder holds whole safetensors; an index, there or in the cache, must name files beside it."""
     if isinstance(folder, str):
         if isinstance(cached := try_to_load_from_cache(folder, SAFE_WEIGHTS_INDEX_NAME), str):
             require_shards_inside(Path(cached).parent)
         return
-    if not any(folder.glob("model*.safetensors*")):
-        pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
+    if folder.is_dir() and not any(folder.glob("model*.safetensors*")):
+        require_no_pickles(folder)
         raise RevprobeError(
-            f"{folder} holds only pickled weights ({pickles[0]}), which can run code when read; convert them to "
-            "safetensors"
-            if pickles
-            else f"{folder} holds no model.safetensors; the checkpoint is missing or was cut off while being saved"
+            f"{folder} holds no model.safetensors; the checkpoint is missing or was cut off while being saved"
         )
     require_shards_inside(folder)
+    shards = shards_of(folder)
+    for shard in shards:
+        if len(shards) > 1 and not shard.is_file():
+            raise RevprobeError(
+                f"{folder / SAFE_WEIGHTS_INDEX_NAME} names {shard.name!r}, which is not there; download this one of "
+                f"{len(shards)} files again"
+            )
+        header(shard)
+
+
+def require_no_pickles(place: Path) -> None:
+    """Raise when a folder's weights, or the file itself, are pickled. The recipe in the error runs as it stands."""
+    found = [place] if place.is_file() else [file for pattern in _PICKLES for file in sorted(place.glob(pattern))]
+    found = [file for file in found if f"*{file.suffix}" in _PICKLES and not file.name.startswith(_NO_WEIGHTS)]
+    if not found:
+        return
+    first, folder = found[0], found[0].parent
+    alike = first.name if len(found) == 1 else f"{re.split(r'[-_.]?[0-9]', first.name)[0]}*{first.suffix}"
+    recipe = (
+        "import glob, torch; from safetensors.torch import save_file; "
+        f"files = glob.glob({str(folder / alike)!r}); "
+        "read = [torch.load(file, map_location='cpu', weights_only=True) for file in files]; "
+        "tensors = {name: tensor.clone() for part in read for name, tensor in part.items()}; "
+        f"save_file(tensors, {str(folder / SAFE_WEIGHTS_NAME)!r}, {{'format': 'pt'}})"
+    )
+    raise RevprobeError(
+        f"{place} holds only pickled weights ({first.name}), which can run code when read; convert them once, which "
+        f"runs none: `{recipe}` (a training run's file keeps its tensors under a key, such as ['state_dict'])"
+    )
 
 
 def require_shards_inside(folder: Path) -> None:
@@ -88,16 +119,19 @@ def require_shards_inside(folder: Path) -> None:
             )
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder's model.safetensors, or of the shards that its index names (see `require_shards_inside`).
+def read_tensors(place: Path) -> dict[str, Tensor]:
+    """The tensors of a folder or file of safetensors (see `require_safetensors`)."""
+    return {name: tensor for shard in shards_of(place) for name, tensor in load_file(shard).items()}
 
-    Raises: what safetensors raises for a file that is missing or damaged.
-    """
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if (folder / SAFE_WEIGHTS_NAME).is_file() or not index.is_file():
-        return load_file(folder / SAFE_WEIGHTS_NAME)
-    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    return {name: tensor for shard in shards for name, tensor in load_file(folder / shard).items()}
+
+def shards_of(place: Path) -> list[Path]:
+    """The files that a checkpoint is read from: its model.safetensors, else those that its index names."""
+    if place.is_file():
+        return [place]
+    index = place / SAFE_WEIGHTS_INDEX_NAME
+    if (place / SAFE_WEIGHTS_NAME).is_file() or not index.is_file():
+        return [place / SAFE_WEIGHTS_NAME]
+    return [place / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
 
 
 def _leaves(name: str) -> bool:

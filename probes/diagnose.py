@@ -158,7 +158,8 @@ class _Examination:
     def _wrapping(self) -> Iterator[Line]:
         model, contract, size = self.model, self.contract, self.contract.measured
         hidden = f"hidden by token {model.mask_token_id}" if model.objective == "masked" else "hidden by causality"
-        reads = f"{model.objective}, targets {hidden}, read at row i - {model.logit_shift}"
+        way = f"{model.objective} ({model.reads})" if model.reads else model.objective
+        reads = f"{way}, targets {hidden}, read at row i - {model.logit_shift}"
         yield Line("objective", OK, size.get("later tokens", float("nan")), f"{reads}; how far a later token moves it")
         if contract.reaches_back is None:
             yield Line("direction", NOT_RUN, float("nan"), "its logits do not depend on its input yet")
@@ -175,6 +176,8 @@ class _Examination:
             more = f"{placed.rows_more} rows and {placed.columns_more} columns beside the tokens', which start at row "
             yield Line("virtual tokens", HANDLED, float("nan"), f"{more}{placed.rows} and column {placed.columns}")
         kind = "text and token ids" if model.tokenizer is not None else "token ids only: no tokenizer"
+        if model.tokenizer is None and model.tokenizer_source is not None:
+            kind += f"; tokenizer={model.tokenizer_source!r} has the family's"
         yield Line("pairs", OK, float("nan"), kind)
 
     def _probes(self) -> Iterator[Line]:

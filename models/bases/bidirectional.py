@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ...errors import RevprobeError
-from .matching import require_match
+from .matching import require_match, without_report
 
 
 class BidirectionalDecoder:
@@ -62,8 +62,9 @@ class BidirectionalDecoder:
 
         Raises: RevprobeError, naming tensors that are missing, left over or of another size.
         """
-        options["use_safetensors"] = True
+        options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
         load = super().from_pretrained  # type: ignore[misc]
-        model, info = load(source, *args, output_loading_info=True, **options)
+        with without_report():
+            model, info = load(source, *args, output_loading_info=True, **options)
         require_match(info, source, official=cls.official_name)
         return (model, info) if output_loading_info else model

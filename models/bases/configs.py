@@ -196,6 +196,7 @@ class DreamConfig(Qwen2Config):
             given = kwargs.get(key, getattr(self, key, only))
             if given not in (only, None):
                 raise RevprobeError(f"Dream config: {key}={given!r} is not supported; expected {only!r}")
+        self.layer_types = None  # a sliding layer of the parent's gets the same mask as the others
         super().__post_init__(**kwargs)
         self.use_cache = False  # the published file says true, for its own sampler
 

@@ -30,5 +30,7 @@ class MaskedDiffusionConfig:
                 f"{type(self).__name__}: use_sliding_window=True is not supported: these models see every token they "
                 "may; set it to false"
             )
+        if hasattr(self, "layer_types"):
+            vars(self)["layer_types"] = None  # a sliding layer of the parent's gets the same mask as the others
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.use_cache = False  # published files say true, for their own samplers

@@ -58,9 +58,8 @@ def mask_token(given: int | str | None, tokenizer: Any, module: nn.Module, vocab
         raise RevprobeError(f"{name}: mask_token_id={given}, but {told}; leave it out, or correct what says otherwise")
     known = next(iter(stated.values()), None) if given is None else given
     if known is not None and not 0 <= known < vocab_size:
-        raise RevprobeError(
-            f"{name}: mask token {known} is outside the vocabulary (0 to {vocab_size - 1}); pass mask_token_id="
-        )
+        fix = "pass mask_token_id=" if given is None else "expected the id of its mask token"
+        raise RevprobeError(f"{name}: mask token {known} is outside the vocabulary (0 to {vocab_size - 1}); {fix}")
     return known
 
 

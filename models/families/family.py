@@ -62,6 +62,7 @@ class Family:
         fused: published name of a tensor -> those it is made of.
         streams: whether transformers renames tensors by `key_map` while it loads and saves (`rename_by`): none is held
             twice then, and what is saved keeps the published names.
+        embedding: published name of the table of tokens; where it has more rows than the config says, its rows count.
         constants: published name of a buffer that is worked out here -> the check of its value, which raises.
         plain: the `model_type` of the transformers models that `bidirectional=True` reads as this family.
         tokenizer: where the family's tokenizer comes from when its checkpoints bring none; a name on the hub.
@@ -78,6 +79,7 @@ class Family:
     key_map: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, Fused] = field(default_factory=dict)
     streams: bool = False
+    embedding: str = "model.embed_tokens.weight"
     constants: Mapping[str, Callable[[Tensor, Settings], None]] = field(default_factory=dict)
     plain: str = ""
     tokenizer: str | None = None
@@ -92,6 +94,9 @@ class Family:
     def config(self, files: Files, **asked: Any) -> PreTrainedConfig:
         """Our config of published files. Raises: RevprobeError, for settings that the class does not have."""
         settings = self.to_config(files, **asked) | dict(self.published.get(files.name, {}))
+        rows = files.shapes.get(self.embedding, (0,))[0]
+        if rows > settings.get("vocab_size", rows):
+            settings["vocab_size"] = rows
         kind: Any = self.model_class.config_class
         return kind(**{key: value for key, value in settings.items() if key not in _NOT_OURS})
 

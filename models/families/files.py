@@ -8,8 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
+
+from ...errors import RevprobeError, first_line
 
 Settings = Mapping[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -59,9 +61,23 @@ class Files:
         """Tensor name -> shape, from the headers of the safetensors here; empty for what is still on the hub."""
         found: dict[str, tuple[int, ...]] = {}
         for path in weight_files(self.place) if isinstance(self.place, Path) else []:
-            with safe_open(path, framework="pt") as tensors:
-                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            found |= header(path)
         return found
+
+
+def header(path: Path) -> Shapes:
+    """Tensor name -> shape, as a file of safetensors says before its numbers.
+
+    Raises: RevprobeError, naming the file, when it is missing, cut off or none.
+    """
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise RevprobeError(
+            f"cannot load the weights of {path}: {first_line(error)}; the file is cut off or damaged, so download or "
+            "save it again"
+        ) from error
 
 
 def config_beside(place: Path) -> Path:

@@ -69,5 +69,6 @@ LLADA = Family(
     recognises=_recognises,
     key_map=_KEY_MAP,
     streams=True,
+    embedding="model.transformer.wte.weight",
     licence="MIT (code), MIT (weights)",
 )
