@@ -12,7 +12,6 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -27,7 +26,7 @@ from .contract.block_masks import WHOLE
 from .contract.called import CalledModule
 from .families.family import PublishedFiles
 from .families.files import Files, config_beside
-from .families.known import FAMILIES, family_of, family_of_config, read_config
+from .families.known import family_of, family_of_config, read_config
 from .hub import download, hub_options, quiet_transformers
 from .peft_adapters import base_of, is_adapter, put_on
 from .place import place_of
@@ -35,16 +34,10 @@ from .probed import OBJECTIVES, ProbedModel, as_probed
 from .strict_loading import load_weights, require_no_pickles
 from .tokenizers import chosen_tokenizer, load_tokenizer, require_rows
 
-__all__ = ["ProbedModel", "as_probed", "list_models", "load_model", "quiet_transformers", "register_model"]
+__all__ = ["ProbedModel", "as_probed", "load_model", "quiet_transformers", "register_model", "registered"]
 
 Loader = Callable[..., ProbedModel | nn.Module]
 _LOADERS: dict[str, Loader] = {}
-_BUILT_IN = {
-    "gpt2": ("causal", "GPT-2 of any size, trained by `revprobe train` or loaded from transformers"),
-    "LoRA adapter": ("its base's", "a folder that peft wrote, or a run of `revprobe finetune`; put on its base"),
-    "any transformers causal LM": ("causal", "a folder or hub name with safetensors weights"),
-    "any transformers masked LM": ("masked", "a folder or hub name with safetensors weights and a mask token"),
-}
 
 
 @checked
@@ -70,15 +63,9 @@ def register_model(name: str, loader: Loader | None = None) -> Callable[[Loader]
     return loader
 
 
-@checked
-def list_models() -> pd.DataFrame:
-    """What `load_model` takes: built-in families and registered names. Columns: name, objective, about."""
-    rows = [(family.name, "masked", family.about) for family in FAMILIES]
-    rows += [(name, objective, about) for name, (objective, about) in _BUILT_IN.items()]
-    rows += [
-        (name, "", (loader.__doc__ or "registered by the user").splitlines()[0]) for name, loader in _LOADERS.items()
-    ]
-    return pd.DataFrame(rows, columns=["name", "objective", "about"])
+def registered() -> Mapping[str, Loader]:
+    """The users' loaders by name."""
+    return _LOADERS
 
 
 @checked
@@ -173,7 +160,7 @@ def _from_files(
     mask = introspect.mask_token(given["mask_token_id"], own, module, rows, name)
     _write_down(module.config, given | {"mask_token_id": mask})
     probed = ProbedModel(module, own, objective=objective, **given)
-    probed.tokenizer_source = None if published is None else published.family.tokenizer
+    probed.tokenizer_source = None if published is None else published.family.tokenizer_source
     return probed
 
 

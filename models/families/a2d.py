@@ -9,10 +9,13 @@ Source: ZHZisZZ/dllm, dllm/pipelines/a2d.
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from ..bases.bidirectional import BidirectionalDecoder
 from ..bases.masked_config import MaskedDiffusionConfig
+from ..contract.block_masks import WHOLE
 from .family import Family, of_type
 
 
@@ -46,19 +49,25 @@ class A2DLlamaForMaskedDiffusion(BidirectionalDecoder, LlamaForCausalLM):  # typ
     mask_text = "<|mask|>"
 
 
-def _family(parent: str, model_class: type[BidirectionalDecoder]) -> Family:
+def _family(parent: str, model_class: type[BidirectionalDecoder], *published: str) -> Family:
     config = model_class.config_class
+    kinds: dict[str, dict[str, Any]] = {
+        "mdlm": {"block_size": WHOLE},
+        "bd3lm": {"block_size": 32},
+    }  # as their names and dLLM's own scripts say
     return Family(
         name=f"A2D {parent}",
         about=f"{parent} trained on as a diffusion model by dLLM; the files do not say whether whole or in blocks",
         model_class=model_class,  # type: ignore[arg-type]
         recognises=of_type(config.model_type),
-        licence="Apache-2.0 (code); weights: the parent's",
+        published={f"dllm-hub/{name}-diffusion-{kind}-v0.1": kinds[kind] for name in published for kind in kinds},
+        licence="Apache-2.0 (code); weights: see their model cards",
+        parity=0.0,
     )
 
 
 A2D = (
-    _family("Qwen3", A2DQwen3ForMaskedDiffusion),
-    _family("Qwen2", A2DQwen2ForMaskedDiffusion),
+    _family("Qwen3", A2DQwen3ForMaskedDiffusion, "Qwen3-0.6B"),
+    _family("Qwen2", A2DQwen2ForMaskedDiffusion, "Qwen2.5-Coder-0.5B-Instruct"),
     _family("Llama", A2DLlamaForMaskedDiffusion),
 )

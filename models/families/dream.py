@@ -30,5 +30,19 @@ DREAM = Family(
     about="Dream-v0 Base and Instruct, Dream-Coder, DreamOn, DiffuCoder, and models in their layout",
     model_class=DreamForMaskedDiffusion,
     recognises=of_type(DreamConfig.model_type),
-    licence="Apache-2.0 (code), Apache-2.0 (weights)",
+    published={
+        name: {}
+        for name in (
+            "Dream-org/Dream-v0-Base-7B",
+            "Dream-org/Dream-v0-Instruct-7B",
+            "Dream-org/Dream-Coder-v0-Base-7B",
+            "Dream-org/Dream-Coder-v0-Instruct-7B",
+            "Dream-org/DreamOn-v0-7B",
+            "apple/DiffuCoder-7B-Base",
+            "apple/DiffuCoder-7B-Instruct",
+            "apple/DiffuCoder-7B-cpGRPO",
+        )
+    },
+    licence="Apache-2.0 (code; weights of Dream-v0); the others: see their model cards",
+    parity=0.0,
 )

@@ -65,9 +65,11 @@ class Family:
         embedding: published name of the table of tokens; where it has more rows than the config says, its rows count.
         constants: published name of a buffer that is worked out here -> the check of its value, which raises.
         plain: the `model_type` of the transformers models that `bidirectional=True` reads as this family.
-        tokenizer: where the family's tokenizer comes from when its checkpoints bring none; a name on the hub.
+        tokenizer: the public one that the family uses, by its name on the hub; None where checkpoints bring their own.
         published: name on the hub -> settings of our config that its files do not say.
         licence: of the published code, and of the weights.
+        parity: the largest difference of logits and scores to the published code's, on the tiny checkpoint in the tests
+            (float32); None where that code could not be run.
     """
 
     name: str
@@ -85,6 +87,26 @@ class Family:
     tokenizer: str | None = None
     published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     licence: str = ""
+    parity: float | None = None
+
+    @property
+    def objective(self) -> str:
+        """ "masked" or "causal"."""
+        return str(getattr(self.model_class, "objective", "masked"))
+
+    @property
+    def attention(self) -> str:
+        """ "full", "block" or "either", as the class states it (`bases/bidirectional.py`)."""
+        return str(getattr(self.model_class, "attention", "full"))
+
+    @property
+    def logit_shift(self) -> int:
+        return int(getattr(self.model_class, "logit_shift", 0))
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """A name on the hub that has the family's tokenizer, for checkpoints that bring none."""
+        return self.tokenizer or next(iter(self.published), None)
 
     @property
     def translates(self) -> bool:

@@ -19,6 +19,11 @@ from .llada import LLADA
 from .radd import RADD
 from .sdar import SDAR
 
+# Published types whose layout is known and whose way of reading is not ours -> what they do instead (docs/models.md).
+NOT_READ = {
+    "nemotron_labs_diffusion": "it reads finished text causally and only the block that it writes in both directions, "
+    "which is neither of the ways that models are read here",
+}
 # The first that recognises the files reads them.
 FAMILIES: tuple[Family, ...] = (RADD, LLADA, DREAM, *A2D, SDAR, FAST_DLLM)
 
@@ -74,6 +79,10 @@ def _require_known(files: Files) -> None:
     code = files.settings.get("auto_map")
     if files.model_type in CONFIG_MAPPING or not (files.model_type or code):
         return  # what transformers says of a config without a type is clear
+    if reason := NOT_READ.get(files.model_type):
+        raise RevprobeError(
+            f"{files.name!r} is of type {files.model_type!r}: {reason}; use a model of rp.list_models()"
+        )
     own = f"its own code ({', '.join(sorted(map(str, code)))} of its auto_map) is never run; " if code else ""
     names = ", ".join(one.name for one in FAMILIES)
     raise RevprobeError(

@@ -70,5 +70,7 @@ LLADA = Family(
     key_map=_KEY_MAP,
     streams=True,
     embedding="model.transformer.wte.weight",
-    licence="MIT (code), MIT (weights)",
+    published={f"GSAI-ML/LLaDA-{kind}": {} for kind in ("8B-Base", "8B-Instruct", "1.5")},
+    licence="MIT (weights, and the code beside them); LLaDA-1.5: see its model card",
+    parity=0.0,
 )

@@ -24,8 +24,10 @@ class SDARForMaskedDiffusion(BidirectionalDecoder, Qwen3ForCausalLM):  # type: i
 
 SDAR = Family(
     name="SDAR",
-    about="SDAR 1.7B to 30B, dense sizes",
+    about="SDAR 1.7B, 4B and 8B, of any block size; not the mixture of experts (30B-A3B)",
     model_class=SDARForMaskedDiffusion,
     recognises=of_type(SDARConfig.model_type),
+    published={f"JetLM/SDAR-{size}-Chat": {} for size in ("1.7B", "4B", "8B")},
     licence="MIT (code), Apache-2.0 (weights)",
+    parity=3e-6,
 )
