@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import RevprobeError, first_line
+from .compare_models import compare_models
 from .dashboard import dashboard
 from .diagnose import diagnose
 from .evaluate import evaluate
@@ -114,6 +115,11 @@ app.command(
     epilog="Examples: [bold]revprobe probe runs/one-layer-quick/rope-l10-s0 --pairs letters:10[/bold], "
     "[bold]revprobe probe gpt2 --pairs pairs.jsonl --probes attention,probability --out readings[/bold]"
 )(probe)
+app.command(
+    epilog="Examples: [bold]revprobe compare-models parent=Qwen/Qwen2.5-7B child=Dream-org/Dream-v0-Base-7B "
+    "--pairs pairs.jsonl[/bold], [bold]revprobe compare-models a=FOLDER b=FOLDER --pairs a=a.jsonl --pairs b=b.jsonl "
+    "--out compared[/bold]"
+)(compare_models)
 app.command(
     epilog="Examples: [bold]revprobe sweep one-layer-quick --jobs 2[/bold], "
     "[bold]revprobe sweep my_sweep.yaml -j 8 -o /data/runs[/bold]"

@@ -12,8 +12,8 @@ from ..errors import RevprobeError
 from .loading import Load, load_options
 
 if TYPE_CHECKING:
-    from ..finetune.training.probe_callback import Pairs
     from ..models.probed import ProbedModel
+    from ..probes.pairs.pairs import ReversalPairs
 
 
 def probe(
@@ -51,7 +51,8 @@ def probe(
         with tempfile.TemporaryFile(dir=out):
             pass
     probed = load_model(model, **load_options(load, step=step, weights=weights, device=device))
-    asked = _pairs(pairs, probed, names, placements, alphabet)
+    given = pairs_of(pairs, probed, placements, alphabet)
+    asked = {name: given.for_probe(name) for name in names}
     console = make_console()
     with shown_probes(names, console) as listener:
         readings = take_readings(probed, asked, batch_size=batch_size, listener=listener)
@@ -62,16 +63,14 @@ def probe(
         console.print(f"{len(readings)} readings: {out}", soft_wrap=True)
 
 
-def _pairs(source: str, model: ProbedModel, names: list[str], placements: str | None, alphabet: int) -> Pairs:
-    """What `--pairs` names, for each of the probes asked for."""
+def pairs_of(source: str, model: ProbedModel, placements: str | None = None, alphabet: int = 26) -> ReversalPairs:
+    """The pairs that `--pairs` names, for a model."""
     from ..probes.pairs.pairs import ReversalPairs
     from ..relations.catalog import letters
 
     kind, _, length = source.partition(":")
     if kind != "letters":
-        pairs = ReversalPairs.load(source, tokenizer=model.tokenizer)
-    elif not length.isdecimal():
+        return ReversalPairs.load(source, tokenizer=model.tokenizer)
+    if not length.isdecimal():
         raise RevprobeError(f"--pairs {source!r}: expected letters:LENGTH with a whole number, such as letters:10")
-    else:
-        pairs = letters(int(length), alphabet).pairs(model, placements=placements)
-    return {name: pairs.for_probe(name) for name in names}
+    return letters(int(length), alphabet).pairs(model, placements=placements)

@@ -1,15 +1,15 @@
 """A TransformerLens view of a model: hook points on the right attention, weights shared, the model left as it is.
 
 `to_bridge(model)` builds a TransformerBridge over a second module tree that shares the model's parameters, so later
-training steps are seen by the bridge and gradients land on the model. TransformerLens' stock adapters for Llama and
-Qwen2 put the causal mask back on their bidirectional relatives; the adapters here, registered through its own
+training steps are seen by the bridge and gradients land on the model. TransformerLens' stock adapters for Llama, Qwen2
+and GPT-2 put the causal mask back on their bidirectional relatives; the adapters here, registered through its own
 extension point, do not.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from transformer_lens.config.transformer_bridge_config import TransformerBridgeConfig
@@ -25,12 +25,16 @@ from transformer_lens.model_bridge.generalized_components import (
     PositionEmbeddingsAttentionBridge,
     UnembeddingBridge,
 )
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformer_lens.model_bridge.supported_architectures.glm4_moe import Glm4MoeArchitectureAdapter
+from transformer_lens.model_bridge.supported_architectures.gpt2 import GPT2ArchitectureAdapter
 from transformer_lens.model_bridge.supported_architectures.llama import LlamaArchitectureAdapter
 from transformer_lens.model_bridge.supported_architectures.qwen2 import Qwen2ArchitectureAdapter
+from transformer_lens.model_bridge.supported_architectures.qwen3_moe import Qwen3MoeArchitectureAdapter
 
 from ..errors import RevprobeError
-from .bases.configs import RaddConfig
+from .bases.radd import MaskedEncoder
 
 _TL_POSITIONS = {
     "rope": "rotary",
@@ -42,7 +46,7 @@ _TL_POSITIONS = {
 
 
 class _Bidirectional:
-    """Set before the attention component is built: writing its flag afterwards has no effect."""
+    """Set before the bridge is built from its components: writing the flag afterwards has no effect."""
 
     supports_generation = False
     supports_causal_loss = False
@@ -50,11 +54,7 @@ class _Bidirectional:
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)  # type: ignore[call-arg]
         self.cfg.attention_dir = "bidirectional"  # type: ignore[attr-defined]
-
-    def _build_attention_bridge(self) -> Any:
-        attention = super()._build_attention_bridge()  # type: ignore[misc]
-        attention.is_causal = False
-        return attention
+        self.component_mapping["blocks"].submodules["attn"].is_causal = False  # type: ignore[attr-defined]
 
 
 class LLaDAAdapter(_Bidirectional, LlamaArchitectureAdapter):
@@ -65,11 +65,34 @@ class DreamAdapter(_Bidirectional, Qwen2ArchitectureAdapter):
     """Qwen2's adapter without the causal mask."""
 
 
-class RaddAdapter(ArchitectureAdapter):
-    """RADD's blocks under TransformerLens' names."""
+class LLaDAMoEAdapter(_Bidirectional, Qwen3MoeArchitectureAdapter):
+    """Qwen3-MoE's adapter without the causal mask."""
+
+
+class LLaDA2Adapter(_Bidirectional, Glm4MoeArchitectureAdapter):
+    """GLM-4-MoE's adapter without the causal mask; in blocks where the model is called so."""
+
+
+class DiffuGPTAdapter(GPT2ArchitectureAdapter):
+    """GPT-2's adapter without the causal mask."""
 
     supports_generation = False
     supports_causal_loss = False
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        self.cfg.attention_dir = "bidirectional"
+        parts: Any = self.component_mapping
+        parts["blocks"].submodules["attn"].is_causal = False
+
+
+class EncoderAdapter(ArchitectureAdapter):
+    """The blocks of RADD's encoder under TransformerLens' names."""
+
+    supports_generation = False
+    supports_causal_loss = False
+    # TransformerLens' name of what a sublayer adds to the residual stream -> where it is, if not at its own output.
+    added_at: ClassVar[dict[str, str]] = {}
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
@@ -79,7 +102,9 @@ class RaddAdapter(ArchitectureAdapter):
         self.weight_processing_conversions = {**self._qkvo_weight_conversions()}
         self.component_mapping = {
             "embed": EmbeddingBridge(name="embed_tokens"),
-            "blocks": BlockBridge(name="blocks", config=c, submodules=self._block(c)),
+            "blocks": BlockBridge(
+                name="blocks", config=c, submodules=self._block(c), hook_alias_overrides=dict(self.added_at)
+            ),
             "ln_final": NormalizationBridge(name="final_norm", config=c),
             "unembed": UnembeddingBridge(name="lm_head", config=c),
         }
@@ -101,10 +126,33 @@ class RaddAdapter(ArchitectureAdapter):
         }
 
 
+class AdaptiveEncoderAdapter(EncoderAdapter):
+    """The same with adaptive norms: what norms give is scaled and shifted, and what sublayers give is gated.
+
+    So no norm's weight may be folded and no output centred; TransformerLens' analyses of weights alone see neither.
+    """
+
+    supports_fold_ln = supports_center_writing_weights = False
+    added_at: ClassVar[dict[str, str]] = {"hook_attn_out": "attn_added.hook_out", "hook_mlp_out": "mlp_added.hook_out"}
+
+    @staticmethod
+    def _block(c: Any) -> dict[str, Any]:
+        gated = {letter: GeneralizedComponent(f"{letter}_dropout", c) for letter in ("attention", "mlp")}
+        return EncoderAdapter._block(c) | {"attn_added": gated["attention"], "mlp_added": gated["mlp"]}
+
+
 _ADAPTERS = {
-    "RaddForMaskedLM": RaddAdapter,
+    "RaddForMaskedLM": EncoderAdapter,
+    "MDLMForMaskedDiffusion": AdaptiveEncoderAdapter,
+    "BD3LMForMaskedDiffusion": AdaptiveEncoderAdapter,
     "LLaDAForMaskedDiffusion": LLaDAAdapter,
     "DreamForMaskedDiffusion": DreamAdapter,
+    "DiffuGPTForMaskedDiffusion": DiffuGPTAdapter,
+    "DiffuLlamaForMaskedDiffusion": LLaDAAdapter,
+    "LitLlamaForMaskedDiffusion": LLaDAAdapter,
+    "LitLlamaForCausalLM": LlamaArchitectureAdapter,
+    "LLaDAMoEForMaskedDiffusion": LLaDAMoEAdapter,
+    "LLaDA2ForMaskedDiffusion": LLaDA2Adapter,
 }
 for _architecture, _adapter in _ADAPTERS.items():
     ArchitectureAdapterFactory.register_adapter(_architecture, _adapter)
@@ -119,7 +167,7 @@ def to_bridge(module: nn.Module) -> TransformerBridge:
     architecture = type(module).__name__
     config: Any = module.config
     described: dict[str, Any] = (
-        {"tl_config": _radd_config(config)} if isinstance(config, RaddConfig) else {"hf_config": config}
+        {"tl_config": _encoder_config(config)} if isinstance(module, MaskedEncoder) else {"hf_config": config}
     )
     try:
         # The bridge replaces submodules of the tree it is given, so it is given a second one over the same parameters.
@@ -132,13 +180,13 @@ def to_bridge(module: nn.Module) -> TransformerBridge:
         ) from error
 
 
-def _radd_config(config: RaddConfig) -> TransformerBridgeConfig:
+def _encoder_config(config: Any) -> TransformerBridgeConfig:
     return TransformerBridgeConfig(
         d_model=config.d_model,
         d_head=config.d_model // config.n_heads,
         n_heads=config.n_heads,
         n_layers=config.n_layers,
-        n_ctx=config.max_length,
+        n_ctx=config.max_position_embeddings,
         d_vocab=config.vocab_size,
         d_mlp=config.mlp_ratio * config.d_model,
         act_fn="gelu_new",

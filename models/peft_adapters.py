@@ -47,6 +47,12 @@ def adapter_parameters(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters() if is_adapter_parameter(name)] if wraps else []
 
 
+def own_parameters(module: nn.Module) -> list[str] | None:
+    """A model's parameters without those of its adapters; None where there is no adapter, for all of them."""
+    adapters = adapter_parameters(module)
+    return [name for name, _ in module.named_parameters() if name not in adapters] if adapters else None
+
+
 def without_wrapper(module: nn.Module) -> nn.Module:
     """The transformers model inside a PeftModel, its adapter active; other modules, and learned prompts, as they are.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..arguments import checked
@@ -155,6 +156,16 @@ class ProbedModel(CalledModule):
             return token_ids
         assert self.mask_token_id is not None, "checked when wrapped"
         return token_ids.masked_fill(is_target, self.mask_token_id)
+
+    def without_mask(self, logits: Tensor) -> Tensor:
+        """The logits with the mask token's at -inf: it is read, never written. Shapes: `... vocab -> ... vocab`.
+
+        A model whose embedding has a row more than its unembedding has no logit for it.
+        """
+        mask = self.mask_token_id
+        if mask is None or mask >= logits.shape[-1]:
+            return logits
+        return logits.index_fill(-1, torch.tensor([mask], device=logits.device), -torch.inf)
 
     def to_bridge(self) -> TransformerBridge:
         """A TransformerLens view of this model, sharing its weights; see `models.bridge.to_bridge`.

@@ -76,7 +76,7 @@ def published_dtype(config: PreTrainedConfig) -> str:
 def config_of(source: str) -> PreTrainedConfig:
     """The config.json of a folder or hub name. Raises: RevprobeError, when it cannot be read."""
     folder = Path(source)
-    place: str | Path = folder if folder.is_dir() else source
+    place: str | Path = folder if folder.exists() else source
     try:
         return read_config(place, **hub_options(place))[0]
     except Exception as error:

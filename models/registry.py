@@ -25,13 +25,13 @@ from .contract import introspect
 from .contract.block_masks import WHOLE
 from .contract.called import CalledModule
 from .families.family import PublishedFiles
-from .families.files import Files, config_beside
+from .families.files import Files, config_beside, weight_files
 from .families.known import family_of, family_of_config, read_config
 from .hub import download, hub_options, quiet_transformers
 from .peft_adapters import base_of, is_adapter, put_on
 from .place import place_of
 from .probed import OBJECTIVES, ProbedModel, as_probed
-from .strict_loading import load_weights, require_no_pickles
+from .strict_loading import conversion, load_weights, require_no_pickles
 from .tokenizers import chosen_tokenizer, load_tokenizer, require_rows
 
 __all__ = ["ProbedModel", "as_probed", "load_model", "quiet_transformers", "register_model", "registered"]
@@ -145,8 +145,15 @@ def _from_files(
         config, published = _read_config(folder, name, options, hub)
         objective = objective or stated_objective(config, name)
         kind = _class_of(config, objective, name, published)
+        if objective == "causal" and (mask := given["mask_token_id"]) is not None:
+            raise RevprobeError(
+                f"mask_token_id={mask!r}: {name!r} is a causal model, from which order hides; leave it out, or pass "
+                "bidirectional=True where the files hold a diffusion model (DiffuLLaMA, DiffuGPT)"
+            )
         if published is not None and published.family.translates and isinstance(folder, str):
             folder, hub = download(folder, **hub), {}
+        elif published is not None and isinstance(published.files.place, Path):
+            folder = published.files.place  # one bare file, of a folder that holds no other
         options = hub | options
         try:
             module: Any = load_weights(folder, config, kind, published, dtype=dtype or "auto", **options)
@@ -154,7 +161,8 @@ def _from_files(
             raise
         except Exception as error:
             raise RevprobeError(_why_not_loaded(error, folder, name, options)) from error
-        own = load_tokenizer(folder, name, **hub) if tokenizer is None else chosen_tokenizer(tokenizer)
+        beside = folder.parent if isinstance(folder, Path) and folder.is_file() else folder
+        own = load_tokenizer(beside, name, **hub) if tokenizer is None else chosen_tokenizer(tokenizer)
     rows = CalledModule(module).vocab_size
     require_rows(own, rows, name, added=tokenizer is not None or published is not None)
     mask = introspect.mask_token(given["mask_token_id"], own, module, rows, name)
@@ -239,13 +247,13 @@ def _read_config(
     folder: str | Path, name: str, options: dict[str, Any], hub: dict[str, Any]
 ) -> tuple[PreTrainedConfig, PublishedFiles | None]:
     """What the files say; options of `load_model` that a family takes are taken out of `options`."""
-    if isinstance(folder, Path) and not config_beside(folder).is_file() and family_of(Files(folder)) is None:
-        if folder.is_file():
-            require_no_pickles(folder)
-            raise RevprobeError(
-                f"{str(folder)!r} is a file; expected the folder of a run or of a model, or a hub name (a single "
-                "safetensors file only of a family that is published so: SMDM)"
-            )
+    if isinstance(folder, Path) and folder.is_file() and not _stands_alone(folder):
+        require_no_pickles(folder)
+        raise RevprobeError(
+            f"{str(folder)!r} is a file; expected the folder of a run or of a model, or a hub name (a single "
+            "safetensors file only of a family that is published so: SMDM)"
+        )
+    if isinstance(folder, Path) and not config_beside(folder).is_file() and family_of(Files.at(folder)) is None:
         inside = sorted(p.name for p in folder.iterdir() if has_checkpoints(p) or (p / "config.json").is_file())
         some = ", ".join(str(folder / one) for one in inside[:3]) + (", ..." if len(inside) > 3 else "")
         raise RevprobeError(
@@ -262,9 +270,16 @@ def _read_config(
         hint = (
             ""
             if isinstance(folder, Path)
-            else f"; registered models: {', '.join(known)}{did_you_mean(name, known) if _LOADERS else ''}"
+            else f"; registered models: {', '.join(known)}{did_you_mean(name, known) if _LOADERS else ''}; of a "
+            "repository of single files (SMDM's) download one and give its path"
         )
         raise RevprobeError(f"cannot read the config of {name!r}: {first_line(error)}{hint}") from error
+
+
+def _stands_alone(path: Path) -> bool:
+    """Whether a file is a model: weights of a family that is published so, no part of a folder of another."""
+    files = Files.at(path) if weight_files(path) else None
+    return files is not None and not files.model_type and family_of(files) is not None
 
 
 def stated_objective(config: PreTrainedConfig, name: str) -> str:
@@ -272,8 +287,8 @@ def stated_objective(config: PreTrainedConfig, name: str) -> str:
 
     Raises: RevprobeError, when the config fits neither, or both.
     """
-    if family_of_config(config) is not None:
-        return "masked"
+    if (family := family_of_config(config)) is not None:
+        return family.objective
     classes = {
         "masked": MODEL_FOR_MASKED_LM_MAPPING.get(type(config), None),
         "causal": MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None),
@@ -304,10 +319,10 @@ _NEITHER = (
 
 def _class_of(config: PreTrainedConfig, objective: str, name: str, published: PublishedFiles | None) -> Any:
     """The class to load this config with as what was asked for. Raises: RevprobeError, saying what there is."""
-    if published is not None and objective != "masked":
+    if published is not None and objective != published.family.objective:
+        family = published.family
         raise RevprobeError(
-            f"objective={objective!r}: {name!r} is {published.family.name}, a masked diffusion model; leave "
-            "objective out"
+            f"objective={objective!r}: {name!r} is {family.name}, a {family.objective} model; leave objective out"
         )
     if published is not None:
         return published.family.model_class
@@ -328,6 +343,9 @@ def _why_not_loaded(error: Exception, folder: str | Path, name: str, options: di
                 option, [*known, "attn_implementation", "device_map", "revision", "quantization_config"]
             )
             return f"load_model and from_pretrained have no option {option!r}{near}"
+    if isinstance(error, OSError) and "use_safetensors" in str(error):
+        how = conversion("pytorch_model*.bin", "model.safetensors")
+        return f"{name!r} has no model.safetensors; where it has pickled weights, download and convert them: `{how}`"
     cause = f"cannot load the weights of {name!r} from {folder}: {first_line(error)}"
     passed_on = {key: one for key, one in options.items() if key != "local_files_only"}
     if passed_on and not isinstance(error, SafetensorError | OSError):

@@ -24,7 +24,6 @@ from torch import nn
 from ..errors import RevprobeError
 from ..hooks.attention import tap_queries
 from ..hooks.untouched import untouched
-from .bases.configs import RaddConfig
 from .probed import ProbedModel
 from .structure import attention_of, parameter_roles, score_biases
 
@@ -150,7 +149,8 @@ def layer_positions(model: ProbedModel, *, length: int | None = None) -> dict[in
         model.logits(shown[:, None].expand(-1, repeats).contiguous())
     candidates = [*_candidates(model.module, repeats)]
     asked = candidates if length is None else [*_candidates(model.module, length)]
-    eps = torch.finfo(model.dtype).eps
+    tables = [kind for part in model.module.modules() if (kind := getattr(part, "table_dtype", None)) is not None]
+    eps = max(torch.finfo(kind).eps for kind in (model.dtype, *tables))  # a rounded table turns as if in that type
     tolerance = {kind: max(least, times * eps) for kind, (least, times) in WITHIN.items()}
     found: dict[int, LayerPositions] = {}
     for layer, call in sorted(calls.items()):
@@ -220,8 +220,8 @@ def _positions(
 def _candidates(module: nn.Module, length: int) -> Iterator[tuple[int | None, Rotary]]:
     """Every set of angles the model holds, with the layer that owns it (None: shared by all)."""
     config = getattr(module, "config", None)
-    if isinstance(config, RaddConfig) and config.position_encoding == "rope":
-        # RADD works its angles out from the config at every run and keeps no buffer.
+    if getattr(config, "position_encoding", None) == "rope" and hasattr(config, "rope_base"):
+        # Our encoder works its angles out from the config at every run and keeps no buffer.
         dim = config.d_model // config.n_heads
         angles = config.rope_base ** (-np.arange(0, dim, 2) / dim)
         yield None, Rotary(angles, dim, base=config.rope_base, source="config.rope_base")

@@ -33,7 +33,7 @@ def load_weights(
 
     Args:
         kind: an Auto class; for `published` files, the class itself.
-        published: a family's files; those whose tensors are translated here lie in a folder.
+        published: a family's files; those whose tensors are translated here lie in a folder, or are `folder` itself.
         options: of `from_pretrained`.
     Raises: RevprobeError, for weights that are pickled, missing, in files elsewhere, or not the model's; and what
         `from_pretrained` and safetensors raise.
@@ -42,7 +42,7 @@ def load_weights(
     source: str | Path | None = folder
     official: Callable[[str], str] = str
     options |= {"config": config, "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
-    options["ignore_mismatched_sizes"] = True
+    options["ignore_mismatched_sizes"] = True  # they are refused below, by their names
     if published is not None and published.family.translates:
         tensors = read_tensors(Path(folder))
         source, options["state_dict"] = None, published.translate(tensors)
@@ -85,16 +85,24 @@ def require_no_pickles(place: Path) -> None:
         return
     first, folder = found[0], found[0].parent
     alike = first.name if len(found) == 1 else f"{re.split(r'[-_.]?[0-9]', first.name)[0]}*{first.suffix}"
-    recipe = (
-        "import glob, torch; from safetensors.torch import save_file; "
-        f"files = glob.glob({str(folder / alike)!r}); "
-        "read = [torch.load(file, map_location='cpu', weights_only=True) for file in files]; "
-        "tensors = {name: tensor.clone() for part in read for name, tensor in part.items()}; "
-        f"save_file(tensors, {str(folder / SAFE_WEIGHTS_NAME)!r}, {{'format': 'pt'}})"
-    )
     raise RevprobeError(
         f"{place} holds only pickled weights ({first.name}), which can run code when read; convert them once, which "
-        f"runs none: `{recipe}` (a training run's file keeps its tensors under a key, such as ['state_dict'])"
+        f"runs none: `{conversion(folder / alike, folder / SAFE_WEIGHTS_NAME)}` (a training run's file keeps its "
+        "tensors under a key, such as ['state_dict'])"
+    )
+
+
+def conversion(pickled: str | Path, written: str | Path) -> str:
+    """Code that writes pickled tensors (a pattern, for several files) as safetensors and refuses what is no tensor.
+
+    Each is copied, since tied weights share their memory, which safetensors does not take.
+    """
+    return (
+        "import glob, torch; from safetensors.torch import save_file; "
+        f"files = glob.glob({str(pickled)!r}); "
+        "read = [torch.load(file, map_location='cpu', weights_only=True) for file in files]; "
+        "tensors = {name: tensor.clone() for part in read for name, tensor in part.items()}; "
+        f"save_file(tensors, {str(written)!r}, {{'format': 'pt'}})"
     )
 
 

@@ -53,6 +53,7 @@ ORDERS = ("blocked", "per_head")
 #   per_head  q, k, v of the first head, then of the second, ...
 _FUSED: dict[str, tuple[str, str]] = {
     "gpt2": (r"attn\.c_attn$", "blocked"),
+    "diffugpt": (r"attn\.c_attn$", "blocked"),
     "modernbert": (r"attn\.Wqkv$", "blocked"),
     "phi3": (r"self_attn\.qkv_proj$", "blocked"),
     "gpt_neox": (r"attention\.query_key_value$", "per_head"),

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from ..arguments import checked
 from ..errors import RevprobeError, first_line
 from ..hooks.untouched import untouched
+from ..models.contract.introspect import config_value
 from ..models.contract.skeleton import skeleton
 from ..models.contract.trial import ordinary_ids
+from ..models.families.known import FAMILIES
 from ..models.probed import ProbedModel, as_probed
 from ..models.registry import load_model
 from ..models.structure import attention_of
@@ -161,6 +163,7 @@ class _Examination:
         way = f"{model.objective} ({model.reads})" if model.reads else model.objective
         reads = f"{way}, targets {hidden}, read at row i - {model.logit_shift}"
         yield Line("objective", OK, size.get("later tokens", float("nan")), f"{reads}; how far a later token moves it")
+        yield Line("reads", OK, float("nan"), _way(model))
         if contract.reaches_back is None:
             yield Line("direction", NOT_RUN, float("nan"), "its logits do not depend on its input yet")
         routed = "; experts sort other rows' tokens in, so equal to rounding only" if contract.routed else ""
@@ -308,6 +311,17 @@ class _Examination:
         """Mean negative log-likelihood of a query by a run of its own, nats."""
         batch = make_batch(self.model, [query])
         return mean_nll(readout(self.model, batch), batch)[0]
+
+
+def _way(model: ProbedModel) -> str:
+    """Which way it reads, in words; of a causal model also whether its files could have been read the other way."""
+    if model.objective == "masked":
+        whole = model.block_size is None
+        return f"{model.reads}: a token sees {'every other' if whole else 'finished blocks and its own'}"
+    of_type = config_value(model.module, "model_type")
+    made = [family.name for family in FAMILIES if family.plain and family.plain == of_type]
+    other = f"; a folder that holds {made[0]} says the same and is loaded with bidirectional=True" if made else ""
+    return f"left to right, as its files say{other}"
 
 
 def _inner(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> float:

@@ -60,10 +60,15 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
     vectors = {"query": [0.1, 0.2], "key": [0.3, 0.4]}
     query = {"token_ids": [1, 2, 3], "target_positions": [0], "evidence_positions": [2]}
     one = rp.Query(**query)
+    two = {"models": {"a": model, "b": model}}
+    compared = rp.ModelComparison({"a": rp.Readings([scores]), "b": rp.Readings([scores])})
     toy = {name: np.eye(2) for name in ("embedding", "query", "key", "value", "unembedding")}
     found: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         "diagnose": (rp.diagnose, {"model": model}),
         "FirstOrderPrediction": (rp.FirstOrderPrediction, {"pairs": pairs}),
+        "ModelComparison": (rp.ModelComparison, {"readings": {"a": rp.Readings([scores]), "b": rp.Readings([scores])}}),
+        "ModelComparison.save": (compared.save, {"folder": folder / "compared"}),
+        "ModelComparison.load": (rp.ModelComparison.load, {"folder": folder / "none"}),
         "ProbeCallback": (rp.ProbeCallback, {"pairs": pairs}),
         "ProbedModel": (rp.ProbedModel, {"module": model.module, "objective": "causal"}),
         "Query": (rp.Query, query),
@@ -87,6 +92,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "TwoRouteToy": (rp.TwoRouteToy, toy),
         "alibi_correlation": (rp.alibi_correlation, ends),
         "compare": (rp.compare, {"runs": [folder / "none"]}),
+        "compare_models": (rp.compare_models, {**two, "pairs": pairs, "only": ["probability"]}),
         "declare_fused": (rp.declare_fused, {"model_type": "none", "pattern": "x$", "order": "blocked"}),
         "decode": (rp.decode, {"model": model, "prompts": ["a"], "max_new_tokens": 1}),
         "decoded_match": (rp.decoded_match, {"model": model, "questions": relation.questions("P2C")[:1]}),
@@ -155,6 +161,7 @@ ELSEWHERE = {"FinetuneConfig", "RaddConfig", "RaddForMaskedLM", "RevprobeError",
 ELSEWHERE |= {"Control", "Question", "TextRelation", "__version__", "invented_names", "list_models"}
 NAMES = sorted(set(rp.__all__) - ELSEWHERE)
 METHODS = ["Reading.summary", "Reading.save", "Reading.load", "Readings.select", "Readings.save", "Readings.load"]
+METHODS += ["ModelComparison.save", "ModelComparison.load"]
 METHODS += ["ReversalPairs.from_pairs", "ReversalPairs.save", "ReversalPairs.load", "TextRelation.questions"]
 
 

@@ -15,7 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DataCollatorForLanguageModeling,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
+)
 
 import revprobe
 from revprobe.finetune.config.one_layer import RunConfig
@@ -138,6 +146,24 @@ def test_the_pages_about_text_run(pages, tmp_path, monkeypatch, request):
     assert len(names["pairs"]) == 2 and names["pairs"].kind == "same_target"
     assert names["readings"].steps == [0, 2] and len(names["readings"]) == 6
     assert 0 <= names["match"].value <= 1 and names["match"].n == len(names["questions"])
+
+
+def test_the_page_about_twins_runs(pages, tmp_path, monkeypatch, small_bert):
+    """A GPT-2 and a BERT with one tokenizer stand for parent and child."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer, module = small_bert["tokenizer"], small_bert["module"]
+    ids = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=128, **ids)
+    names = {
+        "rp": revprobe,
+        "relation": revprobe.invented_names(rows=(0, 12)),
+        "parent": revprobe.ProbedModel(GPT2LMHeadModel(config), tokenizer, objective="causal"),
+        "child": revprobe.ProbedModel(module, tokenizer, objective="masked"),
+    }
+    for place, code in enumerate(blocks(pages["twins.md"])):
+        exec(compile(code, f"twins.md, block {place}", "exec"), names)
+    assert names["compared"].frame["value"].notna().any() and names["as_parent"].block_size == 1
+    assert revprobe.ModelComparison.load("compared").frame.equals(names["compared"].frame)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """How often the 95 % intervals over facts hold the truth, by the number of facts; docs/statistics.md holds the table.
 
     python examples/benchmarks/coverage.py            # a quarter of an hour on one core; prints the table
+    python examples/benchmarks/coverage.py --paired   # the same of differences between models, an hour
 
 Shapes: correlations 0, 0.5 and 0.9, of normal and of heavy-tailed (t with 4 degrees) scores, in one group or six that
 share half of each fact; means of probabilities that are even, beta(4, 4), skewed, beta(0.3, 3), or near 0 for most
@@ -8,6 +9,10 @@ facts and near 1 for a few, beta(0.1, 1), and means of the logarithms of the fir
 over ten questions of each fact, with intra-fact correlation 0, 0.5 and 1. The control of the correlation is held to
 what it claims, that it holds the value of scores that have nothing to do with each other. Every cell is the lowest
 coverage of any shape.
+
+Differences between two models on the same facts, which share 0 or 70 % of what varies: correlations 0 and 0, 0.5 and 0.5,
+0.9 and 0.9, 0.9 and 0.5, 0.9 and 0, in the groups and tails above; means of the three kinds of probabilities, of one kind
+and of two; shares of 3 and 3, 3 and 20, 20 and 50, 90 and 90, 5 and 90 %, with one and with ten questions of each fact.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import argparse
 from collections.abc import Iterator
 
 import numpy as np
-from scipy import special
+from scipy import special, stats
 
 from revprobe.probes.statistics.group_correlation import group_correlation
 from revprobe.probes.statistics.intervals import (
@@ -25,6 +30,7 @@ from revprobe.probes.statistics.intervals import (
     mean_over_facts,
     proportion_over_facts,
 )
+from revprobe.probes.statistics.paired import Answers, Correlations, measured_difference
 
 FACTS = (3, 5, 8, 13, 26, 60)
 
@@ -92,22 +98,76 @@ def answers(generator: np.random.Generator, share: float, together: float, facts
     return (generator.random((facts, 10)) < rates[:, None]).astype(float).reshape(-1)
 
 
+def correlations_apart(generator: np.random.Generator, facts: int, runs: int) -> Iterator[dict[str, float]]:
+    """Coverage of the difference between two correlations."""
+    rhos = ((0.0, 0.0), (0.5, 0.5), (0.9, 0.9), (0.9, 0.5), (0.9, 0.0))
+    for (own, other), groups, heavy, share in [
+        (pair, g, h, s) for pair in rhos for g in (1, 6) for h in (False, True) for s in (0.0, 0.7)
+    ]:
+        held = 0
+        fact, group = np.tile(np.arange(facts), groups), np.repeat(np.arange(groups), facts)
+        for _ in range(runs):
+            size = (6, groups * facts)
+            drawn = generator.standard_t(4, size) if heavy else generator.standard_normal(size)
+            x, noise = drawn[0], drawn[1]
+            x2, noise2 = (share**0.5 * a + (1 - share) ** 0.5 * b for a, b in ((x, drawn[2]), (noise, drawn[3])))
+            sides = [(x, own * x + (1 - own**2) ** 0.5 * noise), (x2, other * x2 + (1 - other**2) ** 0.5 * noise2)]
+            both = [Correlations(a[:, None], b[:, None], fact.astype(str), group) for a, b in sides]
+            found = measured_difference(*both, control=False).estimate
+            held += found.low <= own - other <= found.high
+        yield {"difference": held / runs}
+
+
+def means_apart(generator: np.random.Generator, facts: int, runs: int) -> Iterator[dict[str, float]]:
+    """The same of two mean probabilities."""
+    even, skewed, rare = (4, 4), (0.3, 3), (0.1, 1)
+    kinds = ((even, even), (skewed, skewed), (rare, rare), (even, skewed), (even, rare))
+    names = np.arange(facts).astype(str)
+    for (own, other), share in [(kind, s) for kind in kinds for s in (0.0, 0.7)]:
+        held, truth = 0, own[0] / sum(own) - other[0] / sum(other)
+        for _ in range(runs):
+            z, mine = generator.standard_normal((2, facts))
+            drawn = [stats.norm.cdf(one) for one in (z, share**0.5 * z + (1 - share) ** 0.5 * mine)]
+            values = [stats.beta.ppf(p, *shape) for p, shape in zip(drawn, (own, other), strict=True)]
+            found = measured_difference(*(Answers(v, None, names, FRACTION) for v in values)).estimate
+            held += found.low <= truth <= found.high
+        yield {"difference": held / runs}
+
+
+def proportions_apart(generator: np.random.Generator, facts: int, runs: int) -> Iterator[dict[str, float]]:
+    """The same of two accuracies."""
+    shares = ((0.03, 0.03), (0.03, 0.2), (0.2, 0.5), (0.9, 0.9), (0.05, 0.9))
+    for (own, other), questions, share in [(pair, q, s) for pair in shares for q in (1, 10) for s in (0.0, 0.7)]:
+        held, names = 0, np.repeat(np.arange(facts), questions).astype(str)
+        for _ in range(runs):
+            hard = np.repeat(generator.standard_normal((2, facts)), questions, axis=1)
+            one, two = generator.standard_normal((2, facts * questions))
+            hard = hard[0], share**0.5 * hard[0] + (1 - share) ** 0.5 * hard[1]
+            scores = 0.8 * hard[0] + 0.6 * one, 0.8 * hard[1] + 0.6 * two
+            right = [(stats.norm.cdf(z) < p).astype(float) for z, p in zip(scores, (own, other), strict=True)]
+            found = measured_difference(*(Answers(r, None, names, FRACTION, binary=True) for r in right)).estimate
+            held += found.low <= own - other <= found.high
+        yield {"difference": held / runs}
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--correlations", type=int, default=400, help="simulated readings of each shape")
     parser.add_argument("--means", type=int, default=1500, help="the same of means and of proportions")
+    parser.add_argument("--paired", action="store_true", help="differences between models")
+    parser.add_argument("--facts", type=int, nargs="+", default=FACTS, help="numbers of facts, a column for each")
     asked = parser.parse_args()
-    print("| statistic | interval | shapes x readings | " + " | ".join(f"{facts} facts" for facts in FACTS) + " |")
-    print("|---|---|---|" + "---|" * len(FACTS))
-    for name, simulate, runs in (
-        ("correlation", correlations, asked.correlations),
-        ("mean", means, asked.means),
-        ("proportion", proportions, asked.means),
-    ):
+    single = ("correlation", correlations), ("mean", means), ("proportion", proportions)
+    paired = ("correlation", correlations_apart), ("mean", means_apart), ("proportion", proportions_apart)
+    columns = " | ".join(f"{facts} facts" for facts in asked.facts)
+    print(f"| statistic | interval | shapes x readings | {columns} |")
+    print("|---|---|---|" + "---|" * len(asked.facts))
+    for name, simulate in paired if asked.paired else single:
+        runs = asked.correlations if name == "correlation" else asked.means
         generator = np.random.default_rng(0)
-        found = [list(simulate(generator, facts, runs)) for facts in FACTS]
-        for interval in ("value", "control", "excess"):
+        found = [list(simulate(generator, facts, runs)) for facts in asked.facts]
+        for interval in ("difference",) if asked.paired else ("value", "control", "excess"):
             of = [[shape[interval] for shape in shapes if interval in shape] for shapes in found]
             cells = " | ".join(f"{min(shapes):.3f}" for shapes in of)
             print(f"| {name} | {interval} | {len(of[0])} x {runs} | {cells} |", flush=True)

@@ -176,8 +176,6 @@ def sampled_sequences(model: ProbedModel, known: Tensor, count: int, generator: 
         order = torch.arange(1, length).expand(count, -1)
     for place in order.T:
         logits = torch.cat([model.logits(part.to(model.device)).float().cpu() for part in ids.split(_BATCH)])
-        own = logits[rows, (place - model.logit_shift).clamp(min=0)]
-        if model.mask_token_id is not None:
-            own[:, model.mask_token_id] = float("-inf")  # a token that stays hidden is none
+        own = model.without_mask(logits[rows, (place - model.logit_shift).clamp(min=0)])
         ids[rows, place] = torch.multinomial(own.softmax(1), 1, generator=generator)[:, 0]
     return ids

@@ -149,8 +149,9 @@ class Candidates:
     def only(self, log_probabilities: Tensor, batch: QueryBatch) -> Tensor:
         """Log-probabilities among the candidates alone. Shapes: `query token vocab -> query token vocab`."""
         masks = torch.ones(log_probabilities.shape, dtype=torch.bool)
+        vocab = log_probabilities.shape[-1]  # of the logits; the embedding may have a row for the mask token beside
         for row, width in enumerate(batch.is_target.sum(1).tolist()):
-            allowed = self.allowed[width]
+            allowed = self.allowed[width][:, :vocab]
             masks[row, :width] = False
             masks[row, :width, : allowed.shape[1]] = allowed
         masks = masks.to(log_probabilities.device)

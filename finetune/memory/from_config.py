@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from ...errors import RevprobeError, first_line
+from ...models.families.known import family_of_config
 from ...models.hub import quiet_transformers
 from ...models.probed import ProbedModel
 from ...models.published import config_of, published_config, published_dtype
@@ -112,8 +113,10 @@ def on_meta(chosen: FinetunedModel) -> tuple[nn.Module, str]:
     stated = published_dtype(known) if known is not None else getattr(settings, "dtype", None) or "float32"
     dtype = getattr(torch, chosen.dtype or str(stated).removeprefix("torch."))
     objective = stated_objective(settings, name)
-    auto = AutoModelForMaskedLM if objective == "masked" else AutoModelForCausalLM
     with torch.device("meta"):
+        if (family := family_of_config(settings)) is not None:
+            return family.model_class._from_config(settings, dtype=dtype), objective
+        auto = AutoModelForMaskedLM if objective == "masked" else AutoModelForCausalLM
         return auto.from_config(settings, dtype=dtype, trust_remote_code=False), objective
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -57,9 +57,12 @@ def target_modules(model: ProbedModel, targets: str | Sequence[str] = "auto") ->
     Args:
         targets: "auto" for all attention and MLP projections, "attention" or "mlp" for those alone, or names as peft
             takes them (a module's path or the end of one).
-    Raises: RevprobeError, for a name that no linear module has; it lists those there are.
+    Raises: RevprobeError, for a name that no linear module has, which lists those there are; and for one that would be
+        read as the experts of a mixture, which are no modules.
     """
     found = projections(model)
+    if experts := _experts(model.module):
+        _require_no_expert(model.name, experts, targets, found)
     if not isinstance(targets, str):
         for target in targets:
             if not any(path == target or path.endswith(f".{target}") for path in found):
@@ -71,6 +74,36 @@ def target_modules(model: ProbedModel, targets: str | Sequence[str] = "auto") ->
     short = sorted({name.rpartition(".")[2] for name in wanted})
     everywhere = {name for name, _ in model.module.named_modules() if name.rpartition(".")[2] in short}
     return short if everywhere == set(wanted) else wanted
+
+
+def _experts(module: nn.Module) -> dict[str, str]:
+    """Experts kept in one tensor: each projection that a checkpoint has of them, gate_proj and the like -> its tensor.
+
+    Mixtures of transformers fuse them when they load: `experts.gate_up_proj` is gate_proj and up_proj of all experts.
+    """
+    tensors = [name for name, tensor in module.named_parameters() if tensor.dim() == 3 and ".experts." in name]
+    fused = {name: name.rpartition(".")[2] for name in tensors}
+    return {
+        projection: name
+        for name, last in fused.items()
+        for projection in (last, *(f"{part}_proj" for part in last.removesuffix("_proj").split("_")))
+    }
+
+
+def _require_no_expert(
+    model: str, experts: Mapping[str, str], targets: str | Sequence[str], found: Mapping[str, str]
+) -> None:
+    """Raise where some of what is asked for lies in the experts: the adapter would be on the rest of it alone."""
+    asked = [targets] if isinstance(targets, str) else targets
+    wrong = [target for target in asked if target in ("auto", "mlp") or target in experts]
+    if wrong:
+        tensor = experts.get(wrong[0], next(iter(experts.values())))
+        ends = {".".join(path.split(".")[-2:]) for path, kind in found.items() if kind == "mlp"}
+        beside = f", or names of what lies beside them: {', '.join(sorted(ends))}" if ends else ""
+        raise RevprobeError(
+            f"lora.targets {wrong[0]!r}: the experts of {model} are one tensor in each layer ({tensor}), which takes no "
+            f"adapter here; use 'attention'{beside}"
+        )
 
 
 def add_lora(model: ProbedModel, options: LoraOptions, *, checkpointing: bool = False) -> nn.Module:

@@ -23,7 +23,7 @@ from ...arguments import checked
 from ...errors import RevprobeError, did_you_mean
 from ...hooks.untouched import untouched
 from ...models.checkpoints import step_name
-from ...models.peft_adapters import adapter_parameters, is_adapter_parameter, without_wrapper
+from ...models.peft_adapters import adapter_parameters, is_adapter_parameter, own_parameters, without_wrapper
 from ...models.probed import ProbedModel, as_probed
 from ...probes.fused import PROBES, lists_read, probe, require_probes
 from ...probes.pairs.pairs import ReversalPairs
@@ -211,9 +211,9 @@ def asked_parameters(model: ProbedModel, owner: str) -> list[str] | None:
     """
     if owner not in OWNERS:
         raise RevprobeError(f"unknown parameters {owner!r}{did_you_mean(owner, OWNERS)}")
-    lora = adapter_parameters(model.module)
     if owner == "all":
-        return [name for name, _ in model.module.named_parameters() if name not in lora] if lora else None
+        return own_parameters(model.module)
+    lora = adapter_parameters(model.module)
     if not lora:
         raise RevprobeError(f"{model.name} has no LoRA parameters; use parameters='all', or load an adapter")
     return lora if owner == "lora" else None

@@ -47,8 +47,9 @@ class _AnyEncoding(RaddForMaskedLM):
     ) -> MaskedLMOutput:
         hidden = self.embed_tokens(input_ids) + uses_table * self.embed_positions.weight[: input_ids.shape[1]]
         hidden = self.dropout(hidden)
-        offsets = signed_offsets(input_ids.shape[1], self.config.max_length, device=hidden.device)
-        bias = bias + uses_offsets * self.embed_offsets(offsets[None]).permute(0, 3, 1, 2)
+        positions = torch.arange(input_ids.shape[1], device=hidden.device)[None]
+        offsets = signed_offsets(positions, self.config.max_length)
+        bias = bias + uses_offsets * self.embed_offsets(offsets).permute(0, 3, 1, 2)
         for block in self.blocks:
             hidden = block(hidden, rope, bias)
         logits = self.lm_head(self.final_norm(hidden))
@@ -201,10 +202,11 @@ class StackedModels:
         rope, bias = [], []
         for config in configs:
             length, head_dim = config.max_length, config.d_model // config.n_heads
+            positions = torch.arange(length, device=self.device)[None]
             still = torch.ones(1, length, head_dim, device=self.device)
-            turned = rope_tables(config, length, device=self.device)
+            turned = rope_tables(config, positions)
             rope.append(turned if config.position_encoding == "rope" else (still, torch.zeros_like(still)))
-            slopes = alibi_bias(config.n_heads, length, dtype=torch.float32, device=self.device)
+            slopes = alibi_bias(config.n_heads, positions, dtype=torch.float32)
             bias.append(slopes if config.position_encoding == "alibi" else torch.zeros_like(slopes))
         uses = {
             name: torch.tensor([float(config.position_encoding == own) for config in configs], device=self.device)

@@ -8,6 +8,7 @@ Shapes below: batch, seq, out, in.
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -158,7 +159,8 @@ def replay(
 
         return _pull_back(forward, weights, cotangent)
 
-    with _without_forward_hooks(call.module):
+    with _without_forward_hooks(call.module), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")  # experts' kernels go example by example
         try:
             grads = vmap(one_example)(varying, [_by_example(cotangent, batch) for cotangent in cotangents])
         except Exception as error:  # whatever a module does under vmap that it cannot

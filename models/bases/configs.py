@@ -58,6 +58,8 @@ class RaddConfig(PreTrainedConfig):
         "num_hidden_layers": "n_layers",
         "max_position_embeddings": "max_length",
     }
+    # Of the encoder, and fixed in RADD.
+    norm_bias, adaln = True, False
 
     vocab_size: int = 56
     mask_token_id: int = 53
@@ -86,19 +88,29 @@ class RaddConfig(PreTrainedConfig):
             if (value := getattr(self, key)) not in known:
                 raise RevprobeError(f"unknown {key} {value!r}{did_you_mean(value, known)}")
         self.dropout_sites = _dropout_sites(self.dropout_sites)
-        if self.d_model % self.n_heads:
-            raise RevprobeError(
-                f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}; change one of them"
-            )
-        if self.position_encoding == "rope" and (self.d_model // self.n_heads) % 2:
-            raise RevprobeError(
-                f"rope needs an even head dimension, got {self.d_model // self.n_heads}; change d_model or n_heads"
-            )
-        if not 0 <= self.mask_token_id < self.vocab_size:
-            raise RevprobeError(
-                f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size} tokens"
-            )
+        require_sizes(self)
         super().__post_init__(**kwargs)
+
+
+def require_sizes(config: Any, width: str = "d_model") -> None:
+    """Hold the sizes of an encoder (`models.radd.MaskedEncoder`) together.
+
+    Args:
+        width: what its config calls d_model.
+    Raises: RevprobeError, for heads that do not divide the width, an odd RoPE head dimension, or a mask token outside
+        the vocabulary.
+    """
+    head_dim, rest = divmod(config.d_model, config.n_heads)
+    if rest:
+        raise RevprobeError(
+            f"{width} {config.d_model} is not divisible by n_heads {config.n_heads}; change one of them"
+        )
+    if config.position_encoding == "rope" and head_dim % 2:
+        raise RevprobeError(f"rope needs an even head dimension, got {head_dim}; change {width} or n_heads")
+    if not 0 <= config.mask_token_id < config.vocab_size:
+        raise RevprobeError(
+            f"mask_token_id {config.mask_token_id} is outside the vocabulary of {config.vocab_size} tokens"
+        )
 
 
 def _dropout_sites(given: Any) -> tuple[str, ...]:

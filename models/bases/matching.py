@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,12 +53,12 @@ def require_match(
     """
     outside: list[str] = []
     keys = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected")}
-    mismatched = info["mismatched_keys"]
-    keys["mismatched"] = sorted(f"{name} ({tuple(found)} for {tuple(asked)})" for name, found, asked in mismatched)
+    shapes = {name: f" ({tuple(found)} for {tuple(asked)})" for name, found, asked in info["mismatched_keys"]}
+    keys["mismatched"] = sorted(shapes)
     if not strict:
         outside = [name for name in keys["unexpected"] if not _IN_A_LAYER.search(name)]
         keys["unexpected"] = [name for name in keys["unexpected"] if name not in outside]
-    wrong = [f"{kind} {_listed(names, official)}" for kind, names in keys.items() if names]
+    wrong = [f"{kind} {listed(names, official, shapes)}" for kind, names in keys.items() if names]
     if wrong:
         raise RevprobeError(
             f"{source} does not match its config: {'; '.join(wrong)}; it is a checkpoint of another model or a "
@@ -66,11 +66,18 @@ def require_match(
         )
     if outside:
         warnings.warn(
-            f"{source}: {_listed(outside, official)} left over; the language model has no place for them", stacklevel=2
+            f"{source}: {listed(outside, official)} left over; the language model has no place for them", stacklevel=2
         )
 
 
-def _listed(names: list[str], official: Callable[[str], str]) -> str:
-    shown = [name if official(name) == name else f"{official(name)} (here {name})" for name in names[:_SHOWN]]
-    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+def listed(names: Sequence[str], official: Callable[[str], str] = str, shapes: Mapping[str, str] | None = None) -> str:
+    """Published names, each once, with what they are called here and the shapes where these are wrong."""
+    here: dict[str, list[str]] = {}
+    for name in names:
+        here.setdefault(official(name), []).append(name)
+    shown = [
+        published + ("" if ours == [published] else f" (here {', '.join(ours)})") + (shapes or {}).get(ours[0], "")
+        for published, ours in list(here.items())[:_SHOWN]
+    ]
+    rest = f" and {len(here) - _SHOWN} more" if len(here) > _SHOWN else ""
     return ", ".join(shown) + rest

@@ -1,11 +1,15 @@
-"""RADD: a masked diffusion model without time conditioning, as a transformers model (Ou et al. 2025).
+"""The encoder that RADD, MDLM and BD3-LM share, and RADD itself (Ou et al. 2025), as transformers models.
 
 A pre-norm bidirectional encoder. Position enters in one of five ways: `rope` rotates queries and keys, `alibi`
 adds -slope * |i - j| to the scores, `scalar` adds a learned number for each head and signed offset j - i to them (T5's
 relative bias without buckets), `absolute` adds a learned vector to the embedding (so values depend on position),
 `none` leaves it out. The mask token can be read but is never predicted.
 
-Shapes below: batch, seq, heads, head_dim, d_model, vocab.
+With `adaln` the norms are adaptive (Peebles & Xie 2023): a condition, a vector of `cond_dim` numbers, shifts and scales
+what they give, and gates what attention and MLP add. It is made for the noise level, which these models are not told:
+it is that of level 0, the same for every token.
+
+Shapes below: batch, seq, heads, head_dim, d_model, cond_dim, vocab.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from ...errors import RevprobeError
@@ -35,42 +39,73 @@ def alibi_slopes(n_heads: int) -> Tensor:
     return torch.tensor(slopes + between)
 
 
-def alibi_bias(n_heads: int, length: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """-slope * |i - j|, symmetric in distance so that reversal leaves it unchanged. Shapes: `-> 1 heads seq seq`."""
-    positions = torch.arange(length, device=device)
-    distance = (positions[:, None] - positions[None, :]).abs()
-    return (-alibi_slopes(n_heads).to(device)[:, None, None] * distance)[None].to(dtype)
+def alibi_bias(n_heads: int, positions: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """-slope * |i - j|, symmetric in distance so that reversal leaves it unchanged.
+
+    Shapes: `batch seq -> batch heads seq seq`.
+    """
+    distance = (positions[:, None, :, None] - positions[:, None, None, :]).abs()
+    return (-alibi_slopes(n_heads).to(positions.device)[:, None, None] * distance).to(dtype)
 
 
-def signed_offsets(length: int, max_length: int, *, device: torch.device) -> Tensor:
-    """The row of the table of offsets for query i and key j: (j - i) + max_length - 1. Shapes: `-> seq seq`."""
-    positions = torch.arange(length, device=device)
-    return positions[None, :] - positions[:, None] + max_length - 1
+def signed_offsets(positions: Tensor, max_length: int) -> Tensor:
+    """The row of the table of offsets for query i and key j: (j - i) + max_length - 1.
+
+    Shapes: `batch seq -> batch seq seq`.
+    """
+    return positions[:, None, :] - positions[:, :, None] + max_length - 1
 
 
-def rope_tables(config: RaddConfig, length: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
+def rope_tables(config: Any, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of position * theta_k, theta_k = base^(-2k/d), each plane twice as in Llama.
 
-    Shapes: `-> 1 seq head_dim, 1 seq head_dim`, float32.
+    Shapes: `batch seq -> batch seq head_dim, batch seq head_dim`, float32.
     """
     head_dim = config.d_model // config.n_heads
-    theta = config.rope_base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * theta
-    angle = torch.cat((angle, angle), dim=-1)[None]
+    theta = config.rope_base ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angle = positions.to(torch.float32)[..., None] * theta
+    angle = torch.cat((angle, angle), dim=-1)
     return angle.cos(), angle.sin()
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn plane k (entries k and k + d/2, as in Llama) of each position by its angle.
 
-    Shapes: `batch heads seq head_dim, 1 seq head_dim, 1 seq head_dim -> batch heads seq head_dim`.
+    Shapes: `batch heads seq head_dim, batch seq head_dim, batch seq head_dim -> batch heads seq head_dim`; the angles
+    may have a batch of 1.
     """
     first, second = states.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return states * cos[:, None].to(states.dtype) + turned * sin[:, None].to(states.dtype)
 
 
-def dropout_at(config: RaddConfig, site: str) -> nn.Dropout:
+def additive_mask(attention_mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+    """What a mask adds to the scores; None where it hides nothing.
+
+    Shapes: `batch seq` (0 or False: padding, which no query sees) `-> batch 1 1 seq`; `batch 1 seq seq`, for which
+    query sees which key, as it stands: fractions are added, of booleans True may be seen.
+    Raises: RevprobeError, for any other mask.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() == 4 and attention_mask.is_floating_point():
+        return attention_mask.to(hidden.dtype)
+    if attention_mask.dim() == 4 and attention_mask.dtype is torch.bool:
+        sees = attention_mask
+    elif attention_mask.dim() != 2:
+        raise RevprobeError(
+            f"attention_mask {tuple(attention_mask.shape)} of {attention_mask.dtype}: expected (batch, seq) with 0 at "
+            "padding, or (batch, 1, seq, seq) of fractions, which are added to the scores, or of booleans, True where "
+            "a query sees a key"
+        )
+    elif attention_mask.all():
+        return None
+    else:
+        sees = (attention_mask != 0)[:, None, None, :]
+    return torch.zeros(sees.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~sees, -math.inf)
+
+
+def dropout_at(config: Any, site: str) -> nn.Dropout:
     """Dropout at the config's rate where it names the site, else none."""
     return nn.Dropout(config.dropout if site in config.dropout_sites else 0.0)
 
@@ -83,7 +118,7 @@ class RaddAttention(nn.Module):
 
     num_key_value_groups = 1
 
-    def __init__(self, config: RaddConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.n_heads, self.dropout = config.n_heads, dropout_at(config, "attention_weights")
         self.head_dim = config.d_model // config.n_heads
@@ -114,7 +149,7 @@ class RaddAttention(nn.Module):
 class RaddMLP(nn.Module):
     """Linear, GELU (tanh), Linear, with `mlp_ratio` times the width inside."""
 
-    def __init__(self, config: RaddConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.up_proj = nn.Linear(config.d_model, config.mlp_ratio * config.d_model)
         self.down_proj = nn.Linear(config.mlp_ratio * config.d_model, config.d_model)
@@ -123,12 +158,16 @@ class RaddMLP(nn.Module):
         return self.down_proj(F.gelu(self.up_proj(hidden), approximate="tanh"))
 
 
+def layer_norm(config: Any) -> nn.LayerNorm:
+    return nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, bias=config.norm_bias)
+
+
 class RaddBlock(nn.Module):
-    def __init__(self, config: RaddConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.attention_norm = layer_norm(config)
         self.attention = RaddAttention(config)
-        self.mlp_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.mlp_norm = layer_norm(config)
         self.mlp = RaddMLP(config)
         self.attention_dropout, self.mlp_dropout = dropout_at(config, "attention"), dropout_at(config, "mlp")
 
@@ -139,38 +178,97 @@ class RaddBlock(nn.Module):
         return hidden + self.mlp_dropout(self.mlp(self.mlp_norm(hidden)))
 
 
-class RaddForMaskedLM(PreTrainedModel):
-    """RADD with an untied unembedding whose mask-token logit is -inf.
+class Modulation(nn.Linear):
+    """The condition's shift and scale of a norm, and its gate of what is made of that; all zero in a new model.
 
-    `forward(input_ids, attention_mask=None, labels=None)` returns a MaskedLMOutput; `logits` have the shape
-    `batch seq vocab`, position i predicting the token AT i (logit shift 0). `labels` use -100 for "no loss".
-
-    A new model with `initialization="published"` starts as RADD's own code does: linear weights and biases as torch
-    leaves them, U(-1/sqrt(fan_in), 1/sqrt(fan_in)); token embedding U(-1/sqrt(d_model), 1/sqrt(d_model)); the
-    unembedding and its bias zero; weights AND biases of LayerNorms one. The published model rotates and has no table
-    of positions or offsets; ours start like its token embedding.
-
-    Raises: RevprobeError, for sequences longer than `max_length` (absolute encoding has no vector for them, and
-        the other encodings were not trained there).
+    Shapes: `batch 1 cond_dim -> batch 1 (parts d_model)`.
     """
 
-    config: RaddConfig
-    config_class = RaddConfig
-    base_model_prefix = ""
+    def __init__(self, config: Any, parts: int) -> None:
+        super().__init__(config.cond_dim, parts * config.d_model)
+
+
+def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Shapes: `batch seq d_model, batch 1 d_model, batch 1 d_model -> batch seq d_model`."""
+    return normed * (1 + scale) + shift
+
+
+class AdaptiveBlock(RaddBlock):
+    """A block whose norms the condition shifts and scales, and whose attention and MLP it gates."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.adaLN_modulation = Modulation(config, 6)
+
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, rope: tuple[Tensor, Tensor] | None, bias: Tensor | None, condition: Tensor
+    ) -> Tensor:
+        parts = self.adaLN_modulation(condition).chunk(6, dim=-1)
+        (shift, scale, gate), (mlp_shift, mlp_scale, mlp_gate) = parts[:3], parts[3:]
+        normed = modulate(self.attention_norm(hidden), shift, scale)
+        mixed, _ = self.attention(hidden_states=normed, position_embeddings=rope, attention_mask=bias)
+        hidden = hidden + self.attention_dropout(gate * mixed)
+        normed = modulate(self.mlp_norm(hidden), mlp_shift, mlp_scale)
+        return hidden + self.mlp_dropout(mlp_gate * self.mlp(normed))
+
+
+class NoiseLevel(nn.Module):
+    """The embedding of noise level 0, which stands for all levels in a model that is not told them.
+
+    Of its features, the cosines and sines of level times frequency, all cosines are 1 and all sines 0.
+    Shapes: `-> batch 1 cond_dim`. The features come with the batch, so that each example's gradient stands apart.
+    Source: kuleshov-group/mdlm, models/dit.py, TimestepEmbedder.
+    """
+
+    cosines = 128  # and as many sines
+
+    def __init__(self, cond_dim: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2 * self.cosines, cond_dim), nn.Linear(cond_dim, cond_dim)
+
+    def forward(self, batch: int) -> Tensor:
+        is_cosine = torch.arange(2 * self.cosines, device=self.first.weight.device) < self.cosines
+        features = is_cosine.to(self.first.weight.dtype).expand(batch, 1, -1)
+        return F.silu(self.second(F.silu(self.first(features))))
+
+
+class MaskedEncoder(PreTrainedModel):
+    """The encoder with an untied unembedding whose mask-token logit is -inf.
+
+    `forward(input_ids, attention_mask=None, labels=None, position_ids=None)` returns a MaskedLMOutput; `logits` have
+    the shape `batch seq vocab`, position i predicting the token AT i (logit shift 0). `attention_mask` says what is
+    padding, or which query sees which key (`additive_mask`). `position_ids` (`batch seq`, or a batch of 1) are 0, 1,
+    ... unless given; a noised and a clean copy side by side take the same ones. `labels` use -100 for "no loss".
+
+    A new model with `initialization="published"` starts as the published code does: linear weights and biases as torch
+    leaves them, U(-1/sqrt(fan_in), 1/sqrt(fan_in)); token embedding U(-1/sqrt(d_model), 1/sqrt(d_model)); the
+    unembedding and its bias zero, modulations as well; weights AND biases of LayerNorms one. The published models
+    rotate and have no table of positions or offsets; ours start like their token embedding.
+
+    Raises: RevprobeError, for sequences longer than `max_length`, or positions beyond it (absolute encoding has no
+        vector for them, and the other encodings were not trained there), and for masks and positions of another shape.
+    """
+
     main_input_name = "input_ids"
+    base_model_prefix = ""
     _supports_sdpa = True
 
-    def __init__(self, config: RaddConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
-        if config.position_encoding == "absolute":
-            self.embed_positions = nn.Embedding(config.max_length, config.d_model)
-        if config.position_encoding == "scalar":
-            self.embed_offsets = nn.Embedding(2 * config.max_length - 1, config.n_heads)
-        self.blocks = nn.ModuleList(RaddBlock(config) for _ in range(config.n_layers))
-        self.final_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
-        self.dropout = dropout_at(config, "embedding")
+        c: Any = config
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.d_model)
+        if c.position_encoding == "absolute":
+            self.embed_positions = nn.Embedding(c.max_position_embeddings, c.d_model)
+        if c.position_encoding == "scalar":
+            self.embed_offsets = nn.Embedding(2 * c.max_position_embeddings - 1, c.n_heads)
+        if c.adaln:
+            self.sigma_map = NoiseLevel(c.cond_dim)
+        self.blocks = nn.ModuleList((AdaptiveBlock if c.adaln else RaddBlock)(c) for _ in range(c.n_layers))
+        self.final_norm = layer_norm(c)
+        if c.adaln:
+            self.final_adaLN_modulation = Modulation(c, 2)
+        self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=c.head_bias)
+        self.dropout = dropout_at(c, "embedding")
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -187,7 +285,7 @@ class RaddForMaskedLM(PreTrainedModel):
 
     def _init_as_published(self, module: nn.Module) -> None:
         # Source: ML-GSAI/RADD, model/transformer.py; kaiming_uniform with a = sqrt(5) is U(-1/sqrt(fan_in), ...).
-        if module is self.lm_head:
+        if module is self.lm_head or isinstance(module, Modulation):
             for parameter in module.parameters():
                 nn.init.zeros_(parameter)
         elif isinstance(module, nn.Linear | nn.Embedding):
@@ -195,8 +293,8 @@ class RaddForMaskedLM(PreTrainedModel):
             for parameter in module.parameters():
                 nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
         elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.ones_(module.bias)
+            for parameter in module.parameters():
+                nn.init.ones_(parameter)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
@@ -209,18 +307,20 @@ class RaddForMaskedLM(PreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
         **_: Any,
     ) -> MaskedLMOutput:
-        hidden = self._embed(input_ids)
-        bias = self._attention_bias(attention_mask, hidden)
-        rope = (
-            rope_tables(self.config, input_ids.shape[1], device=hidden.device)
-            if self.config.position_encoding == "rope"
-            else None
-        )
+        positions = self._positions(input_ids, position_ids)
+        hidden = self._embed(input_ids, positions)
+        bias = self._attention_bias(attention_mask, positions, hidden)
+        rope = rope_tables(self.config, positions) if self.config.position_encoding == "rope" else None
+        condition = [self.sigma_map(len(input_ids))] if self.config.adaln else []
         for block in self.blocks:
-            hidden = block(hidden, rope, bias)
-        logits = self.lm_head(self.final_norm(hidden))
+            hidden = block(hidden, rope, bias, *condition)
+        hidden = self.final_norm(hidden)
+        if self.config.adaln:
+            hidden = modulate(hidden, *self.final_adaLN_modulation(*condition).chunk(2, dim=-1))
+        logits = self.lm_head(hidden)
         is_mask = torch.arange(self.config.vocab_size, device=logits.device) == self.config.mask_token_id
         logits = logits.masked_fill(is_mask, float("-inf"))
         loss = (
@@ -230,30 +330,49 @@ class RaddForMaskedLM(PreTrainedModel):
         )
         return MaskedLMOutput(loss=loss, logits=logits)
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        length = input_ids.shape[1]
-        if length > self.config.max_length:
+    def _positions(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Shapes: `batch seq, batch seq or None -> batch seq`, a batch of 1 where all are alike."""
+        (batch, length), limit = input_ids.shape, self.config.max_position_embeddings
+        if position_ids is None:
+            if length > limit:
+                raise RevprobeError(
+                    f"sequence of {length} tokens: this model takes at most {limit}; "
+                    f"shorten the queries or load a model with a larger max_length"
+                )
+            return torch.arange(length, device=input_ids.device)[None]
+        if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
             raise RevprobeError(
-                f"sequence of {length} tokens: this model takes at most {self.config.max_length}; "
-                f"shorten the queries or load a model with a larger max_length"
+                f"position_ids {tuple(position_ids.shape)}: expected one for each token, ({batch}, {length})"
             )
+        first, last = int(position_ids.min()), int(position_ids.max())
+        if first < 0 or last >= limit:
+            raise RevprobeError(
+                f"position_ids from {first} to {last}: this model has positions 0 to {limit - 1}; give others or "
+                "load a model with a larger max_length"
+            )
+        return position_ids
+
+    def _embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         hidden = self.embed_tokens(input_ids)
         if self.config.position_encoding == "absolute":
-            hidden = hidden + self.embed_positions(torch.arange(length, device=input_ids.device)[None])
+            hidden = hidden + self.embed_positions(positions)
         return self.dropout(hidden)
 
-    def _attention_bias(self, attention_mask: Tensor | None, hidden: Tensor) -> Tensor | None:
-        """What position adds to the scores, and padded keys, as one additive mask; None when there is neither."""
-        bias, (batch, length) = None, hidden.shape[:2]
+    def _attention_bias(self, attention_mask: Tensor | None, positions: Tensor, hidden: Tensor) -> Tensor | None:
+        """What position adds to the scores, and the mask, as one additive mask; None when there is neither."""
+        bias, mask = None, additive_mask(attention_mask, hidden)
         if self.config.position_encoding == "alibi":
-            bias = alibi_bias(self.config.n_heads, length, dtype=hidden.dtype, device=hidden.device)
+            bias = alibi_bias(self.config.n_heads, positions, dtype=hidden.dtype)
         if self.config.position_encoding == "scalar":
-            offsets = signed_offsets(length, self.config.max_length, device=hidden.device)
+            offsets = signed_offsets(positions, self.config.max_position_embeddings)
             # Looked up once and then repeated over the batch: there each example's gradient of the table stands apart.
-            bias = self.embed_offsets(offsets[None]).expand(batch, -1, -1, -1)
+            bias = self.embed_offsets(offsets).expand(len(hidden), -1, -1, -1)
             bias = rearrange(bias, "batch query key heads -> batch heads query key").to(hidden.dtype)
-        if attention_mask is not None and not attention_mask.all():
-            padded = torch.zeros(attention_mask.shape, dtype=hidden.dtype, device=hidden.device)
-            padded = padded.masked_fill(attention_mask == 0, float("-inf"))[:, None, None, :]
-            bias = padded if bias is None else bias + padded
-        return bias
+        return mask if bias is None else bias if mask is None else bias + mask
+
+
+class RaddForMaskedLM(MaskedEncoder):
+    """RADD: the encoder without a condition."""
+
+    config: RaddConfig
+    config_class = RaddConfig

@@ -13,7 +13,9 @@ _LARGEST = 4
 
 
 def require_blocks(called: CalledModule, mask_token_id: int | None, first_row: int) -> None:
-    """Two runs of one row: the last token of the first block changed, and the first of the second.
+    """Runs of one row: as it is, with the last token of the first block changed, and with the first of the second.
+
+    Each by itself: in a batch, equal rows may come out differently by rounding.
 
     Args:
         first_row: logits rows before that of the first token.
@@ -38,7 +40,8 @@ def require_blocks(called: CalledModule, mask_token_id: int | None, first_row: i
         other[place] = next((i for i in reversed(ids) if i != int(plain[place])), int(plain[place]))
         rows.append(other)
     with torch.no_grad():
-        out = tried.run(torch.stack(rows).to(called.device))[:, first_row : first_row + length]
+        runs = [tried.run(row[None].to(called.device))[0] for row in rows]
+    out = torch.stack(runs)[:, first_row : first_row + length]
     own, later = (bool((out[0, : size - 1] != out[k, : size - 1]).any()) for k in (1, 2))
     edge = bool((out[0, size - 1] != out[2, size - 1]).any())
     if later or edge:

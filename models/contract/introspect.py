@@ -40,7 +40,8 @@ def mask_token(given: int | str | None, tokenizer: Any, module: nn.Module, vocab
 
     A tokenizer says it by its own mask token, and by the token that the model's class states as its family's
     (`mask_text`): published tokenizers list that one without calling it their mask.
-    Raises: RevprobeError, when two of them disagree, or the id is outside the vocabulary.
+    A model that has no logit for its mask token (SMDM) says which it is, and takes no other.
+    Raises: RevprobeError, when two of them disagree, or the id is outside the vocabulary, or not the model's only one.
     """
     stated = {
         "the tokenizer's mask token": getattr(tokenizer, "mask_token_id", None),
@@ -60,6 +61,12 @@ def mask_token(given: int | str | None, tokenizer: Any, module: nn.Module, vocab
     if known is not None and not 0 <= known < vocab_size:
         fix = "pass mask_token_id=" if given is None else "expected the id of its mask token"
         raise RevprobeError(f"{name}: mask token {known} is outside the vocabulary (0 to {vocab_size - 1}); {fix}")
+    only = getattr(_inner(module), "mask_row", None)
+    if known is not None and only not in (None, known):
+        raise RevprobeError(
+            f"{name}: mask token {known}: its mask token is {only}, the only one it has no logit for; leave "
+            "mask_token_id out"
+        )
     return known
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
 
 from .files import Files, Settings
 
@@ -60,7 +60,7 @@ class Family:
         asks: options of `load_model` that `to_config` takes beside the files.
         key_map: published name of a module or tensor -> ours; `{}` stands for the number of a layer.
         fused: published name of a tensor -> those it is made of.
-        streams: whether transformers renames tensors by `key_map` while it loads and saves (`rename_by`): none is held
+        streams: whether transformers puts tensors under our names while it loads and saves (`rename_by`): none is held
             twice then, and what is saved keeps the published names.
         embedding: published name of the table of tokens; where it has more rows than the config says, its rows count.
         constants: published name of a buffer that is worked out here -> the check of its value, which raises.
@@ -90,14 +90,9 @@ class Family:
     parity: float | None = None
 
     @property
-    def objective(self) -> str:
-        """ "masked" or "causal"."""
-        return str(getattr(self.model_class, "objective", "masked"))
-
-    @property
     def attention(self) -> str:
-        """ "full", "block" or "either", as the class states it (`bases/bidirectional.py`)."""
-        return str(getattr(self.model_class, "attention", "full"))
+        """ "full", "block" or "either", as the class states it (`bases/bidirectional.py`); "causal" of a causal model."""
+        return "causal" if self.objective == "causal" else str(getattr(self.model_class, "attention", "full"))
 
     @property
     def logit_shift(self) -> int:
@@ -109,6 +104,11 @@ class Family:
         return self.tokenizer or next(iter(self.published), None)
 
     @property
+    def objective(self) -> str:
+        """ "masked" or "causal"."""
+        return str(getattr(self.model_class, "objective", "masked"))
+
+    @property
     def translates(self) -> bool:
         """Whether published tensors are put under our names here, before transformers sees them."""
         return not self.streams and bool(self.key_map or self.fused or self.constants)
@@ -116,7 +116,7 @@ class Family:
     def config(self, files: Files, **asked: Any) -> PreTrainedConfig:
         """Our config of published files. Raises: RevprobeError, for settings that the class does not have."""
         settings = self.to_config(files, **asked) | dict(self.published.get(files.name, {}))
-        rows = files.shapes.get(self.embedding, (0,))[0]
+        rows = files.rows(self.embedding) or 0
         if rows > settings.get("vocab_size", rows):
             settings["vocab_size"] = rows
         kind: Any = self.model_class.config_class
@@ -170,18 +170,57 @@ class PublishedFiles:
 _NOT_OURS = ("attn_implementation", "_attn_implementation", "model_type", "transformers_version")
 
 
-def rename_by(key_map: Mapping[str, str], model_type: str) -> None:
-    """Let transformers rename tensors by a key map while it reads and writes models of this type.
+def rename_by(
+    key_map: Mapping[str, str], model_type: str, *, fused: Mapping[str, Fused] | None = None, like: str = ""
+) -> None:
+    """Let transformers rename, cut up and gather tensors while it reads and writes models of this type.
 
     Keyed by model type, since a class's own key is not inherited by subclasses.
+    Args:
+        like: the `model_type` of the class of transformers whose experts are gathered: files have one tensor for each
+            expert, the class one for all.
     """
     renamings: list[Any] = [WeightRenaming(*_patterns(*names)) for names in key_map.items()]
-    register_checkpoint_conversion_mapping(model_type, renamings, overwrite=True)
+    cuts = [_cut(published, one, kind) for published, one in (fused or {}).items() for kind in ("weight", "bias")]
+    experts = get_checkpoint_conversion_mapping(like) or []
+    register_checkpoint_conversion_mapping(model_type, [*renamings, *cuts, *experts], overwrite=True)
 
 
 def _patterns(published: str, ours: str) -> tuple[str, str]:
-    """One anchored pattern a module: reversible, and without effect on a file that has our names already."""
-    return rf"^{re.escape(published)}\.".replace(r"\{\}", r"(\d+)"), f"{ours}.".replace("{}", r"\1")
+    """One anchored pattern a module or tensor: reversible, and without effect on a file that has our names already."""
+    return rf"^{re.escape(published)}".replace(r"\{\}", r"(\d+)"), ours.replace("{}", r"\1")
+
+
+def _cut(published: str, fused: Fused, kind: str) -> WeightConverter:
+    """One fused tensor, by its name inside a layer: transformers wants no numbers in the patterns of such."""
+    inside, *parts = (f"{name.rpartition('{}.')[2]}.{kind}" for name in (published, *fused.parts))
+    return WeightConverter(inside, parts, [_Cut(fused.split)])
+
+
+class _Cut(ConversionOps):
+    """`Fused.split` as a step of transformers' loader; saving puts the parts together again."""
+
+    def __init__(self, split: Callable[[Tensor, Any, int], Sequence[Tensor]]) -> None:
+        self.split = split
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        config: Any = None,
+        **_: Any,
+    ) -> dict[str, Tensor]:
+        (tensor,) = input_dict.values()
+        tensor = tensor[0] if isinstance(tensor, list) else tensor
+        # What does not fit stands for every part, with an axis too many to be taken for one: its name goes into the
+        # message (`require_match`), which an error here would not.
+        rows = self.split(tensor, config, len(target_patterns)) or [tensor[None]] * len(target_patterns)
+        return {part: own.clone() for part, own in zip(target_patterns, rows, strict=True)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return Concatenate(dim=0)
 
 
 def published_name(name: str, key_map: Mapping[str, str]) -> str:

@@ -8,11 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import PreTrainedConfig
 
 from ...errors import RevprobeError, first_line
 
+_LOOKED_FOR = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 Settings = Mapping[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -33,11 +34,13 @@ class Files:
     def at(cls, place: str | Path, **options: Any) -> Files:
         """The files of a place. Raises: what transformers raises for a config.json that is missing or no JSON.
 
+        A folder whose weights are one file under a name of its own stands for that file.
         Args:
             options: of `from_pretrained`, for the hub.
         """
-        bare = isinstance(place, Path) and bool(weight_files(place)) and not config_beside(place).is_file()
-        if bare:
+        if isinstance(place, Path) and len(several := bare_weights(place)) == 1:
+            (place,) = several
+        if isinstance(place, Path) and weight_files(place) and not config_beside(place).is_file():
             return cls(place)
         where = place.parent if isinstance(place, Path) and place.is_file() else place
         settings, _ = PreTrainedConfig.get_config_dict(where, **options)
@@ -58,26 +61,30 @@ class Files:
 
     @cached_property
     def shapes(self) -> Shapes:
-        """Tensor name -> shape, from the headers of the safetensors here; empty for what is still on the hub."""
-        found: dict[str, tuple[int, ...]] = {}
+        """Tensor name -> shape, from the headers of the safetensors here; empty for what is still on the hub.
+
+        Raises: RevprobeError, for a file that is cut off or no safetensors.
+        """
+        return self._headers[0]
+
+    @property
+    def notes(self) -> Mapping[str, str]:
+        """What the safetensors here say of themselves in their headers. Raises: as `shapes`."""
+        return self._headers[1]
+
+    @cached_property
+    def _headers(self) -> tuple[Shapes, Mapping[str, str]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        notes: dict[str, str] = {}
         for path in weight_files(self.place) if isinstance(self.place, Path) else []:
-            found |= header(path)
-        return found
+            found, said = header(path)
+            shapes |= found
+            notes |= said
+        return shapes, notes
 
-
-def header(path: Path) -> Shapes:
-    """Tensor name -> shape, as a file of safetensors says before its numbers.
-
-    Raises: RevprobeError, naming the file, when it is missing, cut off or none.
-    """
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise RevprobeError(
-            f"cannot load the weights of {path}: {first_line(error)}; the file is cut off or damaged, so download or "
-            "save it again"
-        ) from error
+    def rows(self, *names: str) -> int | None:
+        """Rows of the first of these tensors that is here; None where none is. Raises: as `shapes`."""
+        return next((self.shapes[name][0] for name in names if self.shapes.get(name)), None)
 
 
 def config_beside(place: Path) -> Path:
@@ -94,3 +101,29 @@ def weight_files(place: Path) -> list[Path]:
         return [place] if place.suffix == ".safetensors" else []
     every = sorted(place.glob("*.safetensors"))
     return [path for path in every if path.name.startswith("model")] or every
+
+
+def bare_weights(place: Path) -> list[Path]:
+    """The safetensors of a folder that hold weights, where none has a name that transformers would look for.
+
+    Notes beside them (reference outputs, statistics) have no tensor that is called a weight.
+    """
+    if not place.is_dir() or any(any(place.glob(name)) for name in _LOOKED_FOR):
+        return []
+    return [path for path in weight_files(place) if any(name.endswith(".weight") for name in header(path)[0])]
+
+
+def header(path: Path) -> tuple[Shapes, Mapping[str, str]]:
+    """Tensor name -> shape, and the metadata, which stand in a file before its numbers.
+
+    Raises: RevprobeError, naming a file that is missing, cut off or no safetensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            return shapes, tensors.metadata() or {}
+    except Exception as error:  # whatever safetensors raises: a header that is none, a file shorter than it says
+        raise RevprobeError(
+            f"cannot load the weights of {path}: {first_line(error)}; the file is cut off or no safetensors, so "
+            "download or save it again"
+        ) from error

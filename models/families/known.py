@@ -11,13 +11,20 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ...errors import RevprobeError
 from .a2d import A2D
+from .bd3lm import BD3LM
+from .diffugpt import DIFFUGPT
+from .diffullama import DIFFULLAMA
 from .dream import DREAM
 from .family import Family, PublishedFiles
 from .fast_dllm import FAST_DLLM
 from .files import Files
 from .llada import LLADA
+from .llada2 import LLADA2
+from .llada_moe import LLADA_MOE
+from .mdlm import MDLM
 from .radd import RADD
 from .sdar import SDAR
+from .smdm import SMDM
 
 # Published types whose layout is known and whose way of reading is not ours -> what they do instead (docs/models.md).
 NOT_READ = {
@@ -25,7 +32,21 @@ NOT_READ = {
     "which is neither of the ways that models are read here",
 }
 # The first that recognises the files reads them.
-FAMILIES: tuple[Family, ...] = (RADD, LLADA, DREAM, *A2D, SDAR, FAST_DLLM)
+FAMILIES: tuple[Family, ...] = (
+    RADD,
+    LLADA_MOE,
+    LLADA,
+    DREAM,
+    *A2D,
+    DIFFUGPT,
+    DIFFULLAMA,
+    *SMDM,
+    MDLM,
+    SDAR,
+    BD3LM,
+    FAST_DLLM,
+    LLADA2,
+)
 
 
 def read_config(
@@ -56,12 +77,14 @@ def read_config(
 def family_of(files: Files, *, bidirectional: bool = False) -> Family | None:
     """The family whose files these are; None for transformers' own.
 
-    Raises: RevprobeError, for a type that only code of its folder reads, and for one of transformers' that is asked for
-        as bidirectional where no family is made so.
+    Raises: RevprobeError, for a type that only code of its folder reads; for one of transformers' that is asked for as
+        bidirectional where no family is made so, and a family's that is causal.
     """
     found = next((one for one in FAMILIES if files.name in one.published or one.recognises(files)), None)
     if found is None:
         _require_known(files)
+    if found is not None and bidirectional and found.objective == "causal":
+        raise RevprobeError(f"bidirectional=True: {files.name!r} is a causal model ({found.name}); leave it out")
     if found is not None or not bidirectional:
         return found
     found = next((one for one in FAMILIES if one.plain and one.plain == files.model_type), None)

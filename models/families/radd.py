@@ -8,6 +8,7 @@ Source: Ou et al. 2025, arXiv 2406.03736.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from .family import Family, Fused
 from .files import Files, Settings
 
 _READ = ("hidden_size", "n_heads", "n_blocks", "dropout")
-_ROPE_BASE = 10000.0
+ROPE_BASE = 10000.0
+GPT2_TOKENIZER = "openai-community/gpt2"
 # The length all public models were trained at. It is in the file but no part of the model, which rotates: a file that
 # leaves it out is held to this one.
 _LENGTH = 1024
@@ -55,42 +57,58 @@ def config_of(config: Settings) -> dict[str, Any]:
         "dropout_sites": ["attention", "mlp"],
         "max_length": sizes.get("length") or _LENGTH,
         "position_encoding": "rope",
-        "rope_base": _ROPE_BASE,
+        "rope_base": ROPE_BASE,
         "initialization": "published",
         "head_bias": True,
     }
 
 
-def _check_rotation(inv_freq: Tensor, config: Settings) -> None:
+def rotation_check(head_dim_of: Callable[[Settings], int]) -> Callable[[Tensor, Settings], None]:
     """The file stores the angles, and the public code turns by those; ours works them out from the base."""
-    head_dim = config["model"]["hidden_size"] // config["model"]["n_heads"]
-    expected = _ROPE_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    if inv_freq.shape != expected.shape or not torch.allclose(inv_freq.float(), expected, rtol=1e-5, atol=0):
-        raise RevprobeError(
-            f"rotary_emb.inv_freq {tuple(inv_freq.shape)} holds other angles than base {_ROPE_BASE:g} at a head "
-            f"dimension of {head_dim}, by which RADD turns; the checkpoint is of another model or a damaged one"
-        )
+
+    def check(inv_freq: Tensor, config: Settings) -> None:
+        head_dim = head_dim_of(config)
+        expected = ROPE_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        if inv_freq.shape != expected.shape or not torch.allclose(inv_freq.float(), expected, rtol=1e-5, atol=0):
+            raise RevprobeError(
+                f"rotary_emb.inv_freq {tuple(inv_freq.shape)} holds other angles than base {ROPE_BASE:g} at a head "
+                f"dimension of {head_dim}, by which the model turns; the checkpoint is of another model or a damaged "
+                "one"
+            )
+
+    return check
 
 
+def _head_dim(config: Settings) -> int:
+    return config["model"]["hidden_size"] // config["model"]["n_heads"]
+
+
+# MDLM and BD3-LM have these tensors as well.
+KEY_MAP = {
+    "vocab_embed.embedding": "embed_tokens.weight",  # a bare parameter
+    f"{_BLOCK}.norm1": f"{_BLOCK}.attention_norm",
+    f"{_BLOCK}.attn_out": f"{_BLOCK}.attention.o_proj",
+    f"{_BLOCK}.norm2": f"{_BLOCK}.mlp_norm",
+    f"{_BLOCK}.mlp.0": f"{_BLOCK}.mlp.up_proj",
+    f"{_BLOCK}.mlp.2": f"{_BLOCK}.mlp.down_proj",
+    "output_layer.norm_final": "final_norm",
+    "output_layer.linear": "lm_head",
+}
+FUSED = {f"{_BLOCK}.attn_qkv": Fused([f"{_BLOCK}.attention.{letter}_proj" for letter in "qkv"])}
 RADD = Family(
     name="RADD",
     about="radd-lambda-dce, radd-t-dce and others in their layout, and what `revprobe train` makes",
     model_class=RaddForMaskedLM,
     recognises=_recognises,
     to_config=_to_config,
-    key_map={
-        "vocab_embed.embedding": "embed_tokens.weight",  # a bare parameter
-        f"{_BLOCK}.norm1": f"{_BLOCK}.attention_norm",
-        f"{_BLOCK}.attn_out": f"{_BLOCK}.attention.o_proj",
-        f"{_BLOCK}.norm2": f"{_BLOCK}.mlp_norm",
-        f"{_BLOCK}.mlp.0": f"{_BLOCK}.mlp.up_proj",
-        f"{_BLOCK}.mlp.2": f"{_BLOCK}.mlp.down_proj",
-        "output_layer.norm_final": "final_norm",
-        "output_layer.linear": "lm_head",
+    key_map=KEY_MAP,
+    fused=FUSED,
+    constants={
+        "rotary_emb.inv_freq": rotation_check(
+            lambda config: config["model"]["hidden_size"] // config["model"]["n_heads"]
+        )
     },
-    fused={f"{_BLOCK}.attn_qkv": Fused([f"{_BLOCK}.attention.{letter}_proj" for letter in "qkv"])},
-    constants={"rotary_emb.inv_freq": _check_rotation},
-    tokenizer="openai-community/gpt2",
+    tokenizer=GPT2_TOKENIZER,
     published={f"JingyangOu/radd-{kind}": {} for kind in ("lambda-dce", "t-dce", "lambda-dce-medium")},
     licence="Apache-2.0 (code); weights: see the model card",
     parity=3e-6,

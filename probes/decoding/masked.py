@@ -198,8 +198,7 @@ class _Canvas:
         logits = self.model.logits(self.ids, self.attention)
         # In float64, as LLaDA's sampler: ties that rounding makes would be broken by position.
         logits = logits[row, self.columns[row, at] - self.model.logit_shift].double()
-        logits[:, self.model.mask_token_id] = -torch.inf
-        log_probabilities = logits.log_softmax(-1)
+        log_probabilities = self.model.without_mask(logits).log_softmax(-1)
         if log_probabilities.isnan().any():
             raise RevprobeError(self.model.explain_non_finite())
         return log_probabilities

@@ -154,6 +154,17 @@ def interval_text(
     return _rounded(value, percent, least) + beside  # within rounding of each other
 
 
+def difference_text(value: float, low: float, high: float, control: float = math.nan) -> str:
+    """A difference as people read it, with so many digits that no end but zero itself reads as zero.
+
+    >>> difference_text(0.0046, -0.0008, 0.0149)
+    '0.0046 [-0.0008, 0.0149]'
+    """
+    ends = [end for end in (low, high) if end and not math.isnan(end)]
+    digits = next((places for places in range(2, 7) if all(round(end, places) for end in ends)), 6)
+    return interval_text(value, low, high, control, digits=digits)
+
+
 def _rounded(number: float, percent: bool, digits: int) -> str:
     text = f"{100 * number if percent else number:.{digits}f}"
     # A control just below zero would print as "-0.00", and its sign says nothing.

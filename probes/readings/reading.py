@@ -132,14 +132,14 @@ class Reading:
                     f"no column {key!r} in the {self.name} frame{did_you_mean(key, self.frame.columns)}"
                 )
         if not keys:
-            return pd.DataFrame([_summary_row(self.measured)])
+            return pd.DataFrame([summary_row(self.measured)])
         rows = []
         for value, part in self.frame.groupby(keys, sort=True, dropna=False):
             # A probability is that of the reverse queries, except where the directions are told apart.
             by_direction = self.name == "reverse_probability" and "direction" in keys
             forward = by_direction and set(part["direction"]) == {"forward"}
             measured = self._forward_mean(part) if forward else self._measure(part)
-            rows.append(dict(zip(keys, value, strict=True)) | _summary_row(measured))
+            rows.append(dict(zip(keys, value, strict=True)) | summary_row(measured))
         return pd.DataFrame(rows)
 
     def measures(self) -> pd.DataFrame:
@@ -237,7 +237,7 @@ class Reading:
         return f"<p><code>{html.escape(repr(self))}</code></p>{rows}<p>{len(self.frame)} rows</p>"
 
 
-def _summary_row(measured: Measured) -> dict[str, Any]:
+def summary_row(measured: Measured) -> dict[str, Any]:
     control = measured.control or Control(float("nan"), (float("nan"), float("nan")), 0, "")
     estimate = measured.estimate
     excess = measured.excess or Estimate.undefined()
@@ -250,5 +250,5 @@ def _summary_row(measured: Measured) -> dict[str, Any]:
 
 
 def _measure_row(name: str, measured: Measured) -> dict[str, Any]:
-    row = _summary_row(measured)
+    row = summary_row(measured)
     return {"measure": name} | {key: row[key] for key in MEASURE_COLUMNS[1:]}

@@ -77,7 +77,7 @@ def group_correlation(
         np.array([value]), _row_means(np.concatenate(left_out, axis=1))[:, None], present[:, None]
     )
     lonely = layout.fact_counts[layout.group] < 2
-    null = _null(layout, forward, reverse, lonely, large, pooled, seed) if control else np.array([])
+    null = null_correlations(layout, forward, reverse, large, pooled, seed) if control else np.array([])
     averaged = "pooled within-group r" if pooled else f"mean within-group r over groups of at least {LEAST_FACTS} facts"
     return GroupCorrelation(
         value=value,
@@ -119,16 +119,11 @@ def jackknife_intervals(value: np.ndarray, left_out: np.ndarray, present: np.nda
     return np.where(known, low, np.nan), np.where(known, high, np.nan)
 
 
-def _null(
-    layout: Layout,
-    forward: np.ndarray,
-    reverse: np.ndarray,
-    lonely: np.ndarray,
-    large: np.ndarray,
-    pooled: bool,
-    seed: int,
+def null_correlations(
+    layout: Layout, forward: np.ndarray, reverse: np.ndarray, large: np.ndarray, pooled: bool, seed: int
 ) -> np.ndarray:
     """The value under each shuffle of facts within groups; empty when no group has two facts. Shapes: `-> null`."""
+    lonely = layout.fact_counts[layout.group] < 2
     if lonely.all():
         return np.array([])
     partners = shuffles(layout.fact, layout.group, seed=seed)
@@ -228,6 +223,31 @@ class Moments:
         keep = np.asarray(pooled | large.any(1))
         rest = np.stack([whole[keep] - part for whole, part in zip(self.groups, self.facts(keep), strict=True)])
         return _pooled(rest, axis=1)[:, None] if pooled else np.where(large[keep], _pearson(rest), np.nan)
+
+    def weighted(self, weights: np.ndarray, large: np.ndarray, pooled: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Sum and number of what is averaged, where each fact counts as often as its weight says.
+
+        Group by group, since a fact stands in few of them. Shapes: `draw fact -> draw, draw`.
+        """
+        total, number = np.zeros(len(weights)), np.zeros(len(weights))
+        shape = (len(weights), self.pairs.shape[2])
+        together, free = np.zeros((3, *shape)), np.zeros(shape)
+        for group in np.flatnonzero(pooled | large.any(1)):
+            rows = np.flatnonzero(self.layout.group == group)
+            sums = weights[:, self.layout.fact[rows]] @ self.pairs[:, rows]
+            xx, yy, xy = deviations(sums)
+            # One fact alone, drawn time and again, leaves rounding where there is no variance.
+            xx, yy = (np.where(part > ALIKE**2 * raw, part, 0.0) for part, raw in ((xx, sums[3]), (yy, sums[4])))
+            if pooled:
+                together += np.stack([xx, yy, xy])
+                free += np.maximum(np.rint(sums[0]) - 1, 0)
+            else:
+                found = np.where(large[group], _ratio(xx, yy, xy), np.nan)
+                total, number = total + np.nansum(found, axis=1), number + np.isfinite(found).sum(1)
+        if pooled:
+            found = np.where(free > 1, _ratio(*together), np.nan)
+            total, number = np.nansum(found, axis=1), np.isfinite(found).sum(1)
+        return total, number
 
     def permuted(self, partners: np.ndarray, large: np.ndarray, pooled: bool) -> np.ndarray:
         """The value under many shuffles at once, where each permutes whole groups and every score is defined.

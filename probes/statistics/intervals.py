@@ -117,12 +117,24 @@ def difference_over_facts(
     size = float(max(np.abs(sums / counts).max(), np.abs(others / counts).max()))
     if not binary and np.ptp((sums - others) / counts) <= ALIKE * size:
         reach = bounds[1] - bounds[0]
-        low, high = _alike(np.asarray(apart.value), np.asarray(apart.facts), (-reach, reach))
+        low, high = all_alike(np.asarray(apart.value), np.asarray(apart.facts), (-reach, reach))
         return Estimate(apart.value, float(low), float(high), apart.n, apart.facts)
-    together = _together(sums - own.value * counts, others - other.value * counts)
-    down = _combined(own.value - own.low, other.high - other.value, together)
-    up = _combined(own.high - own.value, other.value - other.low, together)
+    down, up = reach_apart(own, other, sums - own.value * counts, others - other.value * counts)
     return Estimate(apart.value, apart.value - down, apart.value + up, apart.n, apart.facts)
+
+
+def reach_apart(
+    own: Estimate, other: Estimate, residual: np.ndarray, other_residual: np.ndarray
+) -> tuple[float, float]:
+    """How far below and above its value one estimate less another reaches, as far as their facts go together.
+
+    Args:
+        residual, other_residual: by how much each fact's sum differs from what the estimate says. Shapes: `fact`.
+    Source: Zou & Donner 2008.
+    """
+    together = _together(residual, other_residual)
+    down = _combined(own.value - own.low, other.high - other.value, together)
+    return down, _combined(own.high - own.value, other.value - other.low, together)
 
 
 def ratio_over_facts(parts: np.ndarray, wholes: np.ndarray, facts: np.ndarray) -> Estimate:
@@ -157,7 +169,9 @@ def mean_intervals(
     size = _effective_size(share, error / (most - least), freedom, counts)
     edges = _clopper_pearson(share, np.where(np.isfinite(size), size, 1.0))
     within = [least + (most - least) * edge for edge in edges]
-    low, high = (np.where(alike, same, edge) for same, edge in zip(_alike(value, facts, bounds), within, strict=True))
+    low, high = (
+        np.where(alike, same, edge) for same, edge in zip(all_alike(value, facts, bounds), within, strict=True)
+    )
     return value, np.where(facts > 1, low, np.nan), np.where(facts > 1, high, np.nan)
 
 
@@ -168,10 +182,10 @@ def student(freedom: int) -> float:
 
 def perfect(value: np.ndarray, facts: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
     """The interval of a correlation of exactly 1 or -1, all facts alike. Shapes: `cell, cell -> cell, cell`."""
-    return _alike(np.asarray(value), np.asarray(facts), COSINE)
+    return all_alike(np.asarray(value), np.asarray(facts), COSINE)
 
 
-def _alike(value: np.ndarray, facts: np.ndarray, bounds: Bounds) -> tuple[np.ndarray, np.ndarray]:
+def all_alike(value: np.ndarray, facts: np.ndarray, bounds: Bounds) -> tuple[np.ndarray, np.ndarray]:
     """What remains possible if the share of facts that n of them miss with 2.5 % were at either bound."""
     missed = 1 - _TAIL ** (1 / np.maximum(facts, 1))
     return value + missed * (bounds[0] - value), value + missed * (bounds[1] - value)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from plain_gradients import worst_product_error
 from scipy import stats
 from transformers import AutoModelForMaskedLM
 
@@ -51,7 +52,7 @@ def test_alibi_slopes_follow_the_published_formula():
 
 
 def test_alibi_is_symmetric_in_distance_and_zero_on_the_diagonal():
-    bias = alibi_bias(2, 5, dtype=torch.float64, device=torch.device("cpu"))
+    bias = alibi_bias(2, torch.arange(5)[None], dtype=torch.float64)
     assert torch.equal(bias, bias.mT) and (bias.diagonal(dim1=-2, dim2=-1) == 0).all()
     assert bias[0, 0, 0, 3].item() == -3 * 2**-4
 
@@ -60,7 +61,7 @@ def test_rope_scores_depend_on_the_offset_only_and_match_complex_rotation():
     """Against an independent form: plane k as a complex number turned by exp(i position theta_k)."""
     config = RaddConfig(d_model=8, n_heads=1)
     query, key = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
-    cos, sin = (t.double() for t in rope_tables(config, 12, device=torch.device("cpu")))
+    cos, sin = (t.double() for t in rope_tables(config, torch.arange(12)[None]))
 
     def score(i: int, j: int) -> float:
         q, k = (
@@ -116,7 +117,7 @@ def test_scalar_can_look_to_one_side_and_not_to_the_other():
     assert torch.equal(reads([4, 53, 30]), reads([9, 53, 30])), "the token on the left is not read"
     assert not torch.equal(reads([4, 53, 30]), reads([4, 53, 31])), "the token on the right is"
     assert not torch.equal(reads([30, 53, 4]), reads([4, 53, 30])), "so a mirror image is told apart"
-    assert signed_offsets(3, 8, device=torch.device("cpu")).tolist() == [[7, 8, 9], [6, 7, 8], [5, 6, 7]]
+    assert signed_offsets(torch.arange(3)[None], 8).tolist() == [[[7, 8, 9], [6, 7, 8], [5, 6, 7]]]
 
 
 @pytest.mark.parametrize("encoding", ["alibi", "none"])
@@ -173,6 +174,118 @@ def test_impossible_settings_are_refused_in_one_line(settings, words):
 def test_a_sequence_beyond_max_length_is_refused():
     with pytest.raises(RevprobeError, match="sequence of 65 tokens: this model takes at most 64"):
         radd()(torch.zeros(1, 65, dtype=torch.long))
+
+
+# --- who sees whom, and where tokens stand ---------------------------------------------------------------------------
+
+
+def sees(rule, length: int) -> torch.Tensor:
+    """A mask by asking a rule of each query and key, one by one. Shapes: `-> 1 1 seq seq (bool)`."""
+    return torch.tensor([[rule(i, j) for j in range(length)] for i in range(length)])[None, None]
+
+
+def added(mask: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
+def test_one_mask_said_in_three_ways_gives_one_answer(encoding):
+    """Padding as 0 and 1, as what is added to the scores, and as who sees whom."""
+    model = radd(encoding, n_layers=2, n_heads=2)
+    ids, padding = torch.randint(0, 53, (2, 5)), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    who = padding.bool()[:, None, None, :].expand(-1, 1, 5, -1)
+    short = model(ids, attention_mask=padding).logits
+    for mask in (who, added(who), added(who).double()):
+        assert torch.equal(model(ids, attention_mask=mask).logits, short)
+    assert torch.equal(model(ids, attention_mask=torch.zeros(1, 1, 5, 5)).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 1, 5, 5, dtype=torch.long), torch.ones(2, 5, 5), torch.ones(5)])
+def test_a_mask_that_could_mean_two_things_is_refused(mask):
+    """Whole numbers for each query and key: 1 may be added, or mean that the key is seen."""
+    words = r"attention_mask \(.*\) of torch\.\w+: expected \(batch, seq\) with 0 at padding, or \(batch, 1, seq, seq\)"
+    with pytest.raises(RevprobeError, match=words):
+        radd()(torch.zeros(2, 5, dtype=torch.long), attention_mask=mask)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
+@pytest.mark.parametrize(("length", "size"), [(6, 2), (7, 3)])
+def test_noised_beside_clean_gives_each_noised_block_what_it_has_after_the_clean_ones(encoding, length, size):
+    """The training pass, both copies at positions 0, 1, ..., against a pass for each block: clean blocks, then it.
+
+    Positions that go on through the clean copy, or a noised token that sees its own clean block, turn this red.
+    """
+    model = drawn_radd(encoding)
+    clean = torch.randint(0, 50, (2, length))
+    noised = clean.masked_fill(torch.rand(clean.shape) < 0.5, 53)
+    block = [i // size for i in range(length)] * 2
+
+    def rule(i: int, j: int) -> bool:
+        if j < length:  # a noised key
+            return i < length and block[i] == block[j]
+        return block[j] < block[i] if i < length else block[j] <= block[i]
+
+    given = {"attention_mask": added(sees(rule, 2 * length)), "position_ids": torch.arange(length).repeat(2)[None]}
+    together = model(torch.cat([noised, clean], dim=1), **given).logits[:, :length]
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        ids = torch.cat([clean[:, :start], noised[:, start:stop]], dim=1)
+        mask = added(sees(lambda i, j: block[j] <= block[i], stop))
+        alone = model(ids, attention_mask=mask).logits[:, start:]
+        torch.testing.assert_close(together[:, start:stop, :53], alone[..., :53], atol=1e-5, rtol=0)
+
+
+def drawn_radd(encoding: str) -> RaddForMaskedLM:
+    model = radd(encoding, n_layers=2, n_heads=2, max_length=8)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
+def test_positions_are_those_that_are_given(encoding):
+    """0, 1, ... unless given; moved together they change nothing but a learned vector of each; apart, they do."""
+    model, ids = drawn_radd(encoding), torch.randint(0, 53, (2, 5))
+    plain = model(ids).logits[..., :53]
+    at = lambda *places: model(ids, position_ids=torch.tensor(places)).logits[..., :53]  # noqa: E731
+    assert torch.equal(at([0, 1, 2, 3, 4]), plain) and torch.equal(at([0, 1, 2, 3, 4], [0, 1, 2, 3, 4]), plain)
+    moved, spread = at([3, 4, 5, 6, 7]), at([0, 1, 2, 3, 4], [0, 2, 3, 5, 7])
+    assert torch.allclose(moved, plain, atol=1e-5) == (encoding != "absolute")
+    assert torch.allclose(spread[0], plain[0], atol=1e-6), "the first row stands where it stood"
+    assert torch.allclose(spread[1], plain[1], atol=1e-4) == (encoding == "none")
+
+
+@pytest.mark.parametrize(
+    ("places", "words"),
+    [
+        ([[0, 1, 2, 3, 64]], r"position_ids from 0 to 64: this model has positions 0 to 63"),
+        ([[-1, 0, 1, 2, 3]], r"position_ids from -1 to 3: this model has positions 0 to 63"),
+        ([[0, 1, 2, 3]], r"position_ids \(1, 4\): expected one for each token, \(2, 5\)"),
+        ([0, 1, 2, 3, 4], r"position_ids \(5,\): expected one for each token, \(2, 5\)"),
+        ([[0, 1, 2, 3, 4]] * 3, r"position_ids \(3, 5\): expected one for each token, \(2, 5\)"),
+    ],
+)
+def test_positions_that_do_not_fit_are_refused(places, words):
+    with pytest.raises(RevprobeError, match=words):
+        radd()(torch.zeros(2, 5, dtype=torch.long), position_ids=torch.tensor(places))
+
+
+@pytest.mark.parametrize("encoding", ["scalar", "absolute", "rope"])
+def test_gradient_products_with_a_mask_and_positions_of_each_row_equal_autograd(encoding):
+    """A table of offsets that is looked up for each row by itself, and one that is looked up once for all."""
+    model = drawn_radd(encoding).double()
+    ids, targets = torch.randint(0, 53, (3, 6)), torch.tensor([1, 2, 3])
+    mask = added(sees(lambda i, j: j // 2 <= i // 2, 6)).double()
+    places = torch.stack([torch.arange(6), torch.arange(6) + 1, torch.tensor([0, 1, 2, 0, 1, 2])])
+
+    def loss(part: slice) -> torch.Tensor:
+        logits = model(ids[part], attention_mask=mask, position_ids=places[part]).logits[:, 2]
+        return F.cross_entropy(logits, targets[part], reduction="none")
+
+    assert worst_product_error(model, dict(model.named_parameters()), loss, 3, one_by_one=False) < 1e-10
 
 
 # --- the published initialisation and dropout -----------------------------------------------------------------------

@@ -31,8 +31,11 @@ CASES = {
     "a2d-qwen2-mdlm-tiny": {"mask_token_id": 254, "bidirectional": True},
     "a2d-qwen2-bd3lm-tiny": {"mask_token_id": 254, "block_size": 4},
     "a2d-llama-mdlm-tiny": {"mask_token_id": 254, "bidirectional": True},
+    "diffugpt-tiny": {"mask_token_id": 105},
+    "diffullama-tiny": {"mask_token_id": 81, "bidirectional": True},
+    "smdm-tiny": {"n_heads": 4},
 }
-SHIFTED = {"dream-tiny", "fastdllm2-tiny"}
+SHIFTED = {"dream-tiny", "fastdllm2-tiny", "diffugpt-tiny", "diffullama-tiny"}
 BLOCKS = ["sdar-tiny", "fastdllm2-tiny", "a2d-qwen3-bd3lm-tiny", "a2d-qwen2-bd3lm-tiny"]
 # Inside one block of four, so that models that write in blocks see their evidence.
 PAIRS = pairs_at((6, 5), (5, 6), count=9, length=8, vocab=100, ragged=True)
