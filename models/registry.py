@@ -256,6 +256,8 @@ def _read_config(
     if isinstance(folder, Path) and not config_beside(folder).is_file() and family_of(Files.at(folder)) is None:
         inside = sorted(p.name for p in folder.iterdir() if has_checkpoints(p) or (p / "config.json").is_file())
         some = ", ".join(str(folder / one) for one in inside[:3]) + (", ..." if len(inside) > 3 else "")
+        if not inside:
+            require_no_pickles(folder)
         raise RevprobeError(
             f"{folder} is no model but a folder of {len(inside)}; name one of them: {some}"
             if inside

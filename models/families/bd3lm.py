@@ -66,7 +66,7 @@ BD3LM = Family(
     to_config=stated_sizes,
     published={f"kuleshov-group/bd3lm-owt-block_size{size}": {} for size in (4, 8, 16)},
     licence="Apache-2.0 (code); weights: see the model card",
-    parity=None,
+    parity=7e-6,
     **LAYOUT
     | {"constants": LAYOUT["constants"] | dict.fromkeys(("sampling_eps_min", "sampling_eps_max"), _check_share)},
 )

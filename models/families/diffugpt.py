@@ -77,5 +77,5 @@ DIFFUGPT = Family(
         "diffusionfamily/diffugpt-m": {"mask_token_id": 50257, "vocab_size": 50258},
     },
     licence="Apache-2.0 (code and weights)",
-    parity=None,
+    parity=2e-6,
 )

@@ -91,7 +91,7 @@ class Family:
 
     @property
     def attention(self) -> str:
-        """ "full", "block" or "either", as the class states it (`bases/bidirectional.py`); "causal" of a causal model."""
+        """ "full", "block" or "either", as the class states it (`bases/bidirectional.py`); or "causal"."""
         return "causal" if self.objective == "causal" else str(getattr(self.model_class, "attention", "full"))
 
     @property

@@ -178,5 +178,5 @@ LLADA2 = Family(
         )
     },
     licence="Apache-2.0 (code), Apache-2.0 (weights)",
-    parity=None,
+    parity=6e-6,
 )

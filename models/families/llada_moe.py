@@ -134,5 +134,5 @@ LLADA_MOE = Family(
         for kind in ("Base", "Instruct", "Instruct-TD")
     },
     licence="Apache-2.0 (code), Apache-2.0 (weights)",
-    parity=None,
+    parity=0.0,
 )

@@ -107,6 +107,6 @@ MDLM = Family(
     to_config=stated_sizes,
     published={f"kuleshov-group/mdlm-{kind}": {} for kind in ("owt", "noeos-owt")},
     licence="Apache-2.0 (code), Apache-2.0 (weights)",
-    parity=None,
+    parity=6e-6,
     **LAYOUT,
 )

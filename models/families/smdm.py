@@ -173,7 +173,13 @@ def _by_group(fused: Tensor, config: Any, parts: int) -> Sequence[Tensor]:
     return [part.flatten(0, 2) for part in rows.split((shared, 1, 1), dim=1)]
 
 
-def _family(name: str, about: str, model_class: type[PreTrainedModel], more_rows: Callable[[int], bool]) -> Family:
+def _family(
+    name: str,
+    about: str,
+    model_class: type[PreTrainedModel],
+    more_rows: Callable[[int], bool],
+    parity: float | None = None,
+) -> Family:
     block, ours = "transformer.h.{}", "model.layers.{}"
     return Family(
         name=name,
@@ -197,7 +203,7 @@ def _family(name: str, about: str, model_class: type[PreTrainedModel], more_rows
         # Llama 2's, under the name that the published code reads it from.
         tokenizer="TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
         licence="Apache-2.0 (code); weights: see the model card",
-        parity=None,
+        parity=parity,
     )
 
 
@@ -207,6 +213,7 @@ SMDM = (
         "one bare file of nieshen/SMDM: 6M to 2.1B, and those fine-tuned for GSM8K, ShareGPT and reversal",
         LitLlamaForMaskedDiffusion,
         lambda more: more != 0,
+        parity=4e-6,
     ),
     _family(
         "SMDM AR twin", "the autoregressive models trained beside SMDM's", LitLlamaForCausalLM, lambda more: more == 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import revprobe as rp
 from revprobe.finetune.config.finetuning import LoraOptions
@@ -26,7 +27,7 @@ def loaded(name: str, dtype: str = "float32") -> rp.ProbedModel:
 def layers_linear(model: rp.ProbedModel) -> set[str]:
     """Every linear module under a number."""
     modules = model.module.named_modules()
-    return {name for name, part in modules if isinstance(part, nn.Linear) and re.search(r"\.\d+\.", name)}
+    return {name for name, part in modules if isinstance(part, nn.Linear | Conv1D) and re.search(r"\.\d+\.", name)}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -48,7 +49,8 @@ def test_names_that_match_nothing_are_answered_with_all_that_there_are(name: str
     """Published names too: a file's fused or renamed tensors are no modules here."""
     model = loaded(name)
     there = sorted({path.rpartition(".")[2] for path in projections(model)})
-    with safe_open(next((FIXTURES / name).glob("model*.safetensors")), framework="pt") as file:
+    (path,) = (one for one in (FIXTURES / name).glob("*.safetensors") if one.name != "reference.safetensors")
+    with safe_open(path, framework="pt") as file:
         published = {key.removesuffix(".weight").rpartition(".")[2] for key in file.keys()}  # noqa: SIM118
     wrong = [*(published - set(there)), "q_prj", "lm_head", "query_key_value", "experts", "everything", "layers.0"]
     for target in wrong:
