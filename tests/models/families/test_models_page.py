@@ -52,7 +52,7 @@ def test_the_parity_that_is_stated_was_measured(name: str) -> None:
     """Up to rounding on another machine."""
     model, expected = EVERY.loaded(name), load_file(FIXTURES / name / "reference.safetensors")
     family = family_of_config(model.module.config)
-    assert family is not None and family.parity is not None
+    assert family is not None
     whole, ids, mask = model.in_blocks(None), expected["input_ids"], expected["attention_mask"]
     found = [
         EVERY.apart(whole.logits(ids), expected["logits_nomask"], model.mask_token_id),
@@ -62,6 +62,7 @@ def test_the_parity_that_is_stated_was_measured(name: str) -> None:
     if "block_logits_padded" in expected and model.block_size:
         found.append(EVERY.apart(model.logits(ids), expected["block_logits"], model.mask_token_id))
         found.append(EVERY.worst_score_error(model, ids[:1], expected["block_scores_row0"]))
+    assert family.parity is not None, f"seen: {max(found):.0e}; write it into the family's parity"
     assert max(found) <= family.parity + 5e-6
 
 

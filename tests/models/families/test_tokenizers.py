@@ -107,15 +107,15 @@ def test_a_vocabulary_without_it_leaves_the_mask_to_be_said(name: str, tmp_path:
 
 @pytest.mark.parametrize("name", LISTED)
 def test_vocabulary_config_and_what_is_given_must_agree(name: str, tmp_path: Path) -> None:
-    folder = copied(name, tmp_path / "model", mask_token_id=200)
+    folder = copied(name, tmp_path / "model", mask_token_id=90)
     text, listed = MASK_TEXT[name], 2 + len(WORDS)
     write(folder, backend(text), tokenizer_class="PreTrainedTokenizerFast")
-    words = f"the config's is 200, the family's, '{text}', is {listed}; say which with mask_token_id="
+    words = f"the config's is 90, the family's, '{text}', is {listed}; say which with mask_token_id="
     with pytest.raises(rp.RevprobeError, match=re.escape(words)):
         rp.load_model(folder, **unmasked(name))
-    for given in (200, listed, text):
-        assert rp.load_model(folder, **unmasked(name), mask_token_id=given).mask_token_id in (200, listed)
-    with pytest.raises(rp.RevprobeError, match=r"mask_token_id=7, but the config's is 200, .*; leave it out"):
+    for given in (90, listed, text):
+        assert rp.load_model(folder, **unmasked(name), mask_token_id=given).mask_token_id in (90, listed)
+    with pytest.raises(rp.RevprobeError, match=r"mask_token_id=7, but the config's is 90, .*; leave it out"):
         rp.load_model(folder, **unmasked(name), mask_token_id=7)
 
 
