@@ -219,7 +219,7 @@ def _positions(
 
 def _candidates(module: nn.Module, length: int) -> Iterator[tuple[int | None, Rotary]]:
     """Every set of angles the model holds, with the layer that owns it (None: shared by all)."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if getattr(config, "position_encoding", None) == "rope" and hasattr(config, "rope_base"):
         # Our encoder works its angles out from the config at every run and keeps no buffer.
         dim = config.d_model // config.n_heads

@@ -50,6 +50,8 @@ def load_weights(
             official = published.family.official_name
     with without_report():
         module, info = kind.from_pretrained(source, **options)
+    if Path(folder).is_file():  # transformers was given tensors; a saved adapter says where its base is
+        module.name_or_path = module.config._name_or_path = str(folder)
     # Published checkpoints of transformers' own classes may carry another task's head.
     require_match(info, folder, strict=not type(module).__module__.startswith("transformers."), official=official)
     return module.eval()

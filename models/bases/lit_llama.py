@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -33,6 +34,7 @@ class LitLlamaConfig(LlamaConfig):
         super().__post_init__(**kwargs)
 
 
+@strict
 class MaskedLitLlamaConfig(MaskedDiffusionConfig, LitLlamaConfig):
     """`vocab_size` is that of the logits; the mask token is the row of the embedding behind it."""
 
@@ -46,6 +48,9 @@ class MaskedLitLlamaConfig(MaskedDiffusionConfig, LitLlamaConfig):
                 "leave it out"
             )
         super().__post_init__(**kwargs, mask_token_id=self.vocab_size)
+
+    def validate_token_ids(self) -> None:
+        """Nothing: transformers would warn of a mask token behind the vocabulary, which is where it belongs."""
 
 
 class RoundedRotaryEmbedding(LlamaRotaryEmbedding):

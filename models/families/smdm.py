@@ -12,6 +12,7 @@ Source: Nie et al. 2024 (arXiv 2410.18514); ML-GSAI/SMDM, lit_gpt/{diffmodel,mod
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,7 @@ def _sizes(files: Files, n_heads: int | None) -> dict[str, Any]:
     width, mlp = embed[1], _shape(files, _GATE.format(0))[0]
     layers = 1 + max(int(found[1]) for found in map(_BLOCK.fullmatch, files.shapes) if found)
     rows = _shape(files, _FUSED.format(0))[0]
-    if n_heads is not None and (not isinstance(n_heads, int) or isinstance(n_heads, bool)):
-        raise RevprobeError(f"n_heads={n_heads!r}: expected a whole number")
-    stated = n_heads if n_heads is not None else said.get("n_head", _HEADS.get((layers, width, mlp)))
+    stated = _stated_heads(n_heads, said.get("n_head"), (layers, width, mlp))
     heads, groups = _heads(files.name, stated, (layers, width, mlp), rows)
     if int(said.get("n_query_groups", groups)) != groups:
         raise RevprobeError(
@@ -134,6 +133,23 @@ def _shape(files: Files, name: str) -> tuple[int, ...]:
         what = f"has the shape {shape}, and should be a matrix" if shape else "is missing"
         raise RevprobeError(f"{files.name!r}: {name} {what}; the file is of another model or a damaged one")
     return shape
+
+
+def _stated_heads(asked: int | None, said: Any, sizes: tuple[int, int, int]) -> Any:
+    """The number of heads as asked for, as the files say, or as published models of these sizes have.
+
+    Raises: RevprobeError, for no whole number, or one that the files contradict. Warns: of another than published.
+    """
+    if asked is None:
+        return said if said is not None else _HEADS.get(sizes)
+    if not isinstance(asked, int) or isinstance(asked, bool):
+        raise RevprobeError(f"n_heads={asked!r}: expected a whole number")
+    if said is not None and int(said) != asked:
+        raise RevprobeError(f"n_heads={asked}: the files say n_head {said}; leave n_heads out")
+    if said is None and _HEADS.get(sizes, asked) != asked:
+        published = f"published models of (layers, width, MLP) {sizes} have {_HEADS[sizes]}"
+        warnings.warn(f"n_heads={asked}: {published}; leave n_heads out unless this is another", stacklevel=2)
+    return asked
 
 
 def _heads(name: str, stated: Any, sizes: tuple[int, int, int], rows: int) -> tuple[int, int]:

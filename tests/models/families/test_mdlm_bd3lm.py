@@ -382,7 +382,7 @@ REFUSED = [
     refused("mdlm-tiny", r"config\.json of 'checkpoint-m' lacks n_heads", lambda f: settings(f, n_heads=None)),
     refused("mdlm-tiny", r"hidden_dim 64 is not divisible by n_heads 5", lambda f: settings(f, n_heads=5)),
     refused("mdlm-tiny", r"inv_freq \(8,\) holds other angles than base", lambda f: settings(f, n_heads=2)),
-    refused("mdlm-tiny", r"mismatched sigma_map\.first|cannot load the weights", lambda f: settings(f, cond_dim=16)),
+    refused("mdlm-tiny", r"mismatched backbone\.blocks\.0\.adaLN_modulation", lambda f: settings(f, cond_dim=16)),
     refused("bd3lm-tiny", r"block_size 0: expected a whole number", lambda f: settings(f, block_size=0)),
     refused(
         "mdlm-tiny",

@@ -187,7 +187,8 @@ def shapes_of(layers: int, width: int, mlp: int, *, vocab: int = 32000, more: in
 
 
 PUBLISHED = """6: 6,4,256,1024; 19: 8,6,384,1536; 34: 8,8,512,2048; 48: 9,9,576,2304; 66: 10,10,640,2560;
-85: 13,10,640,2560; 75: 16,8,640,1600; 113: 12,12,768,3072; 142: 15,12,768,3072; 170: 18,12,768,3072; 180: 14,14,896,3584;
+85: 13,10,640,2560; 75: 16,8,640,1600; 113: 12,12,768,3072; 142: 15,12,768,3072; 170: 18,12,768,3072;
+180: 14,14,896,3584;
 206: 16,14,896,3584; 231: 18,14,896,3584; 268: 16,16,1024,4096; 302: 18,16,1024,4096; 336: 20,16,1024,4096;
 472: 18,10,1280,5120; 551: 21,10,1280,5120; 571: 18,11,1408,5632; 629: 24,10,1280,5120; 666: 21,11,1408,5632;
 717: 19,12,1536,6144; 761: 24,11,1408,5632; 831: 22,12,1536,6144; 944: 25,12,1536,6144; 1028: 20,14,1792,7168;
@@ -214,6 +215,8 @@ def test_a_published_size_loads_without_options_and_says_its_number_of_parameter
     save_file(weights, tmp_path / "mdm-6M.safetensors")
     model = rp.load_model(tmp_path / "mdm-6M.safetensors")
     assert model.module.config.num_attention_heads == 4 and model.max_length == 2048 and model.name == "mdm-6M"
+    with pytest.warns(UserWarning, match=r"published models of \(layers, width, MLP\) \(6, 256, 1024\) have 4"):
+        assert rp.load_model(tmp_path, n_heads=8).module.config.num_attention_heads == 8
     assert sum(p.numel() for p in model.module.parameters()) == sum(one.numel() for one in weights.values())
     ids = [5, 9, 40, 30]
     expected = slow_logits(weights, 4, ids)
@@ -309,6 +312,7 @@ def test_stated_groups_that_are_not_the_rows_are_refused(tmp_path: Path) -> None
     shutil.copy(TINY, tmp_path / "smdm.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"n_head": 4, "n_query_groups": 2}))
     assert "n_query_groups 2 is stated" in refusal(tmp_path, n_heads=None)
+    assert "n_heads=8: the files say n_head 4" in refusal(tmp_path, n_heads=8)
 
 
 def test_no_other_token_hides(tmp_path: Path) -> None:
@@ -428,7 +432,7 @@ def test_a_loss_among_candidates_has_their_probabilities_alone(model: rp.ProbedM
     torch.testing.assert_close(found[:, 0, targets], expected)
 
 
-def test_it_is_fine_tuned_by_lora(model: rp.ProbedModel) -> None:
+def test_it_is_fine_tuned_by_lora(model: rp.ProbedModel, tmp_path: Path) -> None:
     adapted = add_lora(model, LoraOptions(rank=2))
     trained = [p for p in adapted.parameters() if p.requires_grad]
     assert len(trained) == 2 * 2 * 7, "two factors for each of seven projections in two layers"
@@ -441,6 +445,10 @@ def test_it_is_fine_tuned_by_lora(model: rp.ProbedModel) -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = rp.load_model(tmp_path / "adapter", n_heads=4)
+    assert again.mask_token_id == MASK
+    torch.testing.assert_close(again.logits(ids), adapted.eval()(ids).logits, atol=1e-6, rtol=0)
 
 
 def test_labels_are_priced_over_the_logits_there_are(model: rp.ProbedModel) -> None:
