@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ...errors import RevprobeError, did_you_mean, nearest
 from ...hooks.attention_sites import attending_modules
 from ...hooks.untouched import untouched
+from ...models.bases.radd import Modulation
 from ...models.probed import ProbedModel
 from ..config.finetuning import LoraOptions
 
@@ -29,7 +30,7 @@ _TRACED_TOKENS = 4
 
 
 def projections(model: ProbedModel) -> dict[str, str]:
-    """Every linear module inside the model's layers: its path -> "attention" or "mlp".
+    """Every linear module inside the model's layers: its path -> "attention", "mlp", or "norm" (adaptive norms').
 
     Raises: RevprobeError, when no attention is seen, or no linear module stands in the layers that compute it.
     """
@@ -48,7 +49,8 @@ def projections(model: ProbedModel) -> dict[str, str]:
             "name the modules to adapt in lora.targets"
         )
     within = tuple(f"{site}." for site in sites)
-    return {name: "attention" if name.startswith(within) else "mlp" for name in inside}
+    norms = {name for name, part in model.module.named_modules() if isinstance(part, Modulation)}
+    return {name: "attention" if name.startswith(within) else "norm" if name in norms else "mlp" for name in inside}
 
 
 def target_modules(model: ProbedModel, targets: str | Sequence[str] = "auto") -> list[str]:
@@ -70,7 +72,7 @@ def target_modules(model: ProbedModel, targets: str | Sequence[str] = "auto") ->
                 near = did_you_mean(target, there) + (f" of {', '.join(there)}" if nearest(target, there) else "")
                 raise RevprobeError(f"lora.targets: {model.name} has no projection {target!r}{near}")
         return list(targets)
-    wanted = [name for name, kind in found.items() if targets in ("auto", kind)]
+    wanted = [name for name, kind in found.items() if kind == targets or (targets == "auto" and kind != "norm")]
     short = sorted({name.rpartition(".")[2] for name in wanted})
     everywhere = {name for name, _ in model.module.named_modules() if name.rpartition(".")[2] in short}
     return short if everywhere == set(wanted) else wanted

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, get_scheduler
 from transformers.modeling_outputs import MaskedLMOutput
 
 from ...models.bases.configs import RaddConfig
-from ...models.bases.radd import RaddForMaskedLM, alibi_bias, rope_tables, signed_offsets
+from ...models.bases.positions import alibi_bias, rope_tables, signed_offsets
+from ...models.bases.radd import RaddForMaskedLM
 from .ema import MovingAverage
 from .objectives import causal_loss, price_masks
 from .trainer import ForwardOnlyTrainer

@@ -26,83 +26,34 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from ...errors import RevprobeError
 from .configs import RaddConfig
-
-
-def alibi_slopes(n_heads: int) -> Tensor:
-    """The standard ALiBi slopes: 2^(-8 k / n) for k = 1..n, interleaved from the next power of two otherwise.
-
-    Shapes: `-> heads`. Source: Press et al. 2022, Sec. 3.
-    """
-    power = 2 ** math.floor(math.log2(n_heads))
-    slopes = [2 ** (-8 * (k + 1) / power) for k in range(power)]
-    between = [2 ** (-4 * (2 * k + 1) / power) for k in range(n_heads - power)]
-    return torch.tensor(slopes + between)
-
-
-def alibi_bias(n_heads: int, positions: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """-slope * |i - j|, symmetric in distance so that reversal leaves it unchanged.
-
-    Shapes: `batch seq -> batch heads seq seq`.
-    """
-    distance = (positions[:, None, :, None] - positions[:, None, None, :]).abs()
-    return (-alibi_slopes(n_heads).to(positions.device)[:, None, None] * distance).to(dtype)
-
-
-def signed_offsets(positions: Tensor, max_length: int) -> Tensor:
-    """The row of the table of offsets for query i and key j: (j - i) + max_length - 1.
-
-    Shapes: `batch seq -> batch seq seq`.
-    """
-    return positions[:, None, :] - positions[:, :, None] + max_length - 1
-
-
-def rope_tables(config: Any, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta_k, theta_k = base^(-2k/d), each plane twice as in Llama.
-
-    Shapes: `batch seq -> batch seq head_dim, batch seq head_dim`, float32.
-    """
-    head_dim = config.d_model // config.n_heads
-    theta = config.rope_base ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angle = positions.to(torch.float32)[..., None] * theta
-    angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos(), angle.sin()
-
-
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn plane k (entries k and k + d/2, as in Llama) of each position by its angle.
-
-    Shapes: `batch heads seq head_dim, batch seq head_dim, batch seq head_dim -> batch heads seq head_dim`; the angles
-    may have a batch of 1.
-    """
-    first, second = states.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return states * cos[:, None].to(states.dtype) + turned * sin[:, None].to(states.dtype)
+from .positions import alibi_bias, rope_tables, rotate, signed_offsets
 
 
 def additive_mask(attention_mask: Tensor | None, hidden: Tensor) -> Tensor | None:
     """What a mask adds to the scores; None where it hides nothing.
 
-    Shapes: `batch seq` (0 or False: padding, which no query sees) `-> batch 1 1 seq`; `batch 1 seq seq`, for which
-    query sees which key, as it stands: fractions are added, of booleans True may be seen.
+    Shapes: `batch seq` (0 or False: padding, which no query sees) `-> batch 1 1 seq`; `batch 1 seq seq`, which query
+    sees which key, as it stands: fractions are added, of booleans True may be seen. Batches may be 1.
     Raises: RevprobeError, for any other mask.
     """
     if attention_mask is None:
         return None
-    if attention_mask.dim() == 4 and attention_mask.is_floating_point():
-        return attention_mask.to(hidden.dtype)
-    if attention_mask.dim() == 4 and attention_mask.dtype is torch.bool:
-        sees = attention_mask
-    elif attention_mask.dim() != 2:
+    (batch, length), shape = hidden.shape[:2], tuple(attention_mask.shape)
+    fractions, by_query = attention_mask.is_floating_point(), len(shape) == 4
+    fits = shape[0] in (1, batch) and shape[-1] == length and (shape[2] in (1, length) if by_query else len(shape) == 2)
+    if not fits or (by_query and not fractions and attention_mask.dtype is not torch.bool):
         raise RevprobeError(
-            f"attention_mask {tuple(attention_mask.shape)} of {attention_mask.dtype}: expected (batch, seq) with 0 at "
-            "padding, or (batch, 1, seq, seq) of fractions, which are added to the scores, or of booleans, True where "
+            f"attention_mask {shape} of {attention_mask.dtype}: expected ({batch}, {length}) with 0 at padding, or "
+            f"({batch}, 1, {length}, {length}) of fractions, which are added to the scores, or of booleans, True where "
             "a query sees a key"
         )
-    elif attention_mask.all():
+    if by_query and fractions:
+        return attention_mask.to(hidden.dtype)
+    if not by_query and attention_mask.all():
         return None
-    else:
-        sees = (attention_mask != 0)[:, None, None, :]
-    return torch.zeros(sees.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~sees, -math.inf)
+    unseen = attention_mask == 0
+    unseen = unseen if by_query else unseen[:, None, None, :]
+    return torch.zeros(unseen.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(unseen, -math.inf)
 
 
 def dropout_at(config: Any, site: str) -> nn.Dropout:
@@ -215,8 +166,9 @@ class AdaptiveBlock(RaddBlock):
 class NoiseLevel(nn.Module):
     """The embedding of noise level 0, which stands for all levels in a model that is not told them.
 
-    Of its features, the cosines and sines of level times frequency, all cosines are 1 and all sines 0.
-    Shapes: `-> batch 1 cond_dim`. The features come with the batch, so that each example's gradient stands apart.
+    Of its features, the cosines and sines of level times frequency, all cosines are 1 and all sines 0. They come with
+    the batch of the hidden states, so that each example's gradient stands apart.
+    Shapes: `batch seq d_model -> batch 1 cond_dim`.
     Source: kuleshov-group/mdlm, models/dit.py, TimestepEmbedder.
     """
 
@@ -226,9 +178,9 @@ class NoiseLevel(nn.Module):
         super().__init__()
         self.first, self.second = nn.Linear(2 * self.cosines, cond_dim), nn.Linear(cond_dim, cond_dim)
 
-    def forward(self, batch: int) -> Tensor:
-        is_cosine = torch.arange(2 * self.cosines, device=self.first.weight.device) < self.cosines
-        features = is_cosine.to(self.first.weight.dtype).expand(batch, 1, -1)
+    def forward(self, hidden: Tensor) -> Tensor:
+        is_cosine = torch.arange(2 * self.cosines, device=hidden.device) < self.cosines
+        features = is_cosine.to(hidden.dtype).expand(len(hidden), 1, -1)
         return F.silu(self.second(F.silu(self.first(features))))
 
 
@@ -314,7 +266,7 @@ class MaskedEncoder(PreTrainedModel):
         hidden = self._embed(input_ids, positions)
         bias = self._attention_bias(attention_mask, positions, hidden)
         rope = rope_tables(self.config, positions) if self.config.position_encoding == "rope" else None
-        condition = [self.sigma_map(len(input_ids))] if self.config.adaln else []
+        condition = [self.sigma_map(hidden)] if self.config.adaln else []
         for block in self.blocks:
             hidden = block(hidden, rope, bias, *condition)
         hidden = self.final_norm(hidden)

@@ -82,7 +82,8 @@ def stated_sizes(files: Files) -> dict[str, Any]:
     missing = [key for key in _MUST_SAY if key not in files.settings]
     if missing:
         raise RevprobeError(f"config.json of {files.name!r} lacks {', '.join(missing)}; expected the published keys")
-    return dict(files.settings)
+    # The repository's code reads other names than what is saved here.
+    return {key: value for key, value in files.settings.items() if key != "auto_map"}
 
 
 _ADDED = {

@@ -12,7 +12,7 @@ from transformers import AutoModelForMaskedLM
 
 from revprobe import RaddConfig, RaddForMaskedLM, RevprobeError, load_model
 from revprobe.models.bases.configs import DROPOUT_SITES, POSITION_ENCODINGS
-from revprobe.models.bases.radd import alibi_bias, alibi_slopes, rope_tables, rotate, signed_offsets
+from revprobe.models.bases.positions import alibi_bias, alibi_slopes, rope_tables, rotate, signed_offsets
 
 
 def radd(encoding: str = "rope", **options) -> RaddForMaskedLM:
@@ -201,10 +201,17 @@ def test_one_mask_said_in_three_ways_gives_one_answer(encoding):
     assert torch.equal(model(ids, attention_mask=torch.zeros(1, 1, 5, 5)).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("mask", [torch.ones(2, 1, 5, 5, dtype=torch.long), torch.ones(2, 5, 5), torch.ones(5)])
-def test_a_mask_that_could_mean_two_things_is_refused(mask):
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.ones(2, 1, 5, 5, dtype=torch.long),
+        *(torch.ones(shape) for shape in [(5,), (2, 5, 5), (2, 4), (3, 5), (2, 1, 5, 4), (2, 1, 4, 5), (3, 1, 5, 5)]),
+    ],
+    ids=lambda mask: f"{tuple(mask.shape)} {mask.dtype}",
+)
+def test_a_mask_of_another_shape_or_two_meanings_is_refused(mask):
     """Whole numbers for each query and key: 1 may be added, or mean that the key is seen."""
-    words = r"attention_mask \(.*\) of torch\.\w+: expected \(batch, seq\) with 0 at padding, or \(batch, 1, seq, seq\)"
+    words = r"attention_mask \(.*\) of torch\.\w+: expected \(2, 5\) with 0 at padding, or \(2, 1, 5, 5\) of fractions"
     with pytest.raises(RevprobeError, match=words):
         radd()(torch.zeros(2, 5, dtype=torch.long), attention_mask=mask)
 

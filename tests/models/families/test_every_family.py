@@ -24,6 +24,8 @@ CASES = {
     "llada-tiny": {},
     "dream-tiny": {},
     "radd-tiny": {},
+    "mdlm-tiny": {},
+    "bd3lm-tiny": {},
     "sdar-tiny": {},
     "fastdllm2-tiny": {"mask_token_id": 253},
     "a2d-qwen3-mdlm-tiny": {"mask_token_id": 254, "bidirectional": True},
@@ -36,7 +38,7 @@ CASES = {
     "smdm-tiny": {"n_heads": 4},
 }
 SHIFTED = {"dream-tiny", "fastdllm2-tiny", "diffugpt-tiny", "diffullama-tiny"}
-BLOCKS = ["sdar-tiny", "fastdllm2-tiny", "a2d-qwen3-bd3lm-tiny", "a2d-qwen2-bd3lm-tiny"]
+BLOCKS = ["bd3lm-tiny", "sdar-tiny", "fastdllm2-tiny", "a2d-qwen3-bd3lm-tiny", "a2d-qwen2-bd3lm-tiny"]
 # Inside one block of four, so that models that write in blocks see their evidence.
 PAIRS = pairs_at((6, 5), (5, 6), count=9, length=8, vocab=100, ragged=True)
 
