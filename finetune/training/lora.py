@@ -103,7 +103,7 @@ def _require_no_expert(
         ends = {".".join(path.split(".")[-2:]) for path, kind in found.items() if kind == "mlp"}
         beside = f", or names of what lies beside them: {', '.join(sorted(ends))}" if ends else ""
         raise RevprobeError(
-            f"lora.targets {wrong[0]!r}: the experts of {model} are one tensor in each layer ({tensor}), which takes no "
+            f"lora.targets {wrong[0]!r}: the experts of {model} are one tensor a layer ({tensor}), which takes no "
             f"adapter here; use 'attention'{beside}"
         )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -12,13 +12,16 @@ from transformers import PreTrainedConfig
 from ...errors import RevprobeError
 from .matching import listed
 
-_EXPERT = re.compile(r"(?P<layer>.*\.experts\.)(?P<number>\d+)(?P<part>\.\w+\.weight)")
+# Entries of a row that torch's grouped product wants a multiple of: 16 bytes in the narrowest dtype, bfloat16.
+_ALIGNED = 8
+_EXPERT = re.compile(r"(?P<layer>.*\.experts\.)\d+\..*")
 
 
 class GroupedExperts:
     """Put before a class of transformers whose experts are one tensor: they are multiplied in groups where that goes.
 
-    transformers looks for the experts in the source of the class, and there are none in a subclass's.
+    transformers looks for the experts in the source of the class, and there are none in a subclass's. What cannot be
+    grouped runs one expert after the other, which is the same sum.
     """
 
     config: PreTrainedConfig
@@ -28,14 +31,19 @@ class GroupedExperts:
         return True
 
     def _grouped_mm_can_dispatch(self) -> bool:
-        """The grouped product takes no float64; transformers then runs one expert after the other."""
-        if self.config.dtype in (torch.float64, "float64"):
-            raise ValueError(f"{type(self).__name__}: grouped products of experts take no float64")
+        """Raises: ValueError, as transformers expects it, where torch's grouped product would fail once it is run."""
+        config: Any = self.config
+        uneven = [size for size in (config.hidden_size, config.moe_intermediate_size) if size % _ALIGNED]
+        if uneven or config.dtype in (torch.float64, "float64"):
+            raise ValueError(
+                f"{type(self).__name__}: experts of width {config.hidden_size} and {config.moe_intermediate_size} in "
+                f"{config.dtype} cannot be multiplied in groups; use experts_implementation='eager'"
+            )
         return True
 
 
-def require_experts(names: Iterable[str], count: int, source: object) -> None:
-    """Raise unless each projection has a tensor for every expert.
+def require_experts(names: Collection[str], count: int, source: object) -> None:
+    """Raise unless every layer that has experts has each of them whole.
 
     They are stacked in the order of their numbers, and a gap would only show if the number of tensors were wrong too.
     Args:
@@ -43,13 +51,16 @@ def require_experts(names: Iterable[str], count: int, source: object) -> None:
         count: how many experts the config says there are.
     Raises: RevprobeError, naming the tensors that are missing or left over.
     """
-    there: dict[tuple[str, str], set[int]] = defaultdict(set)
-    for name in names:
-        if match := _EXPERT.fullmatch(name):
-            there[match["layer"], match["part"]].add(int(match["number"]))
-    wrong = [f"{layer}{n}{part}" for (layer, part), found in there.items() for n in found ^ set(range(count))]
+    there = {match["layer"]: set[str]() for name in names if (match := _EXPERT.fullmatch(name))}
+    for layer, found in there.items():
+        found.update(name for name in names if name.startswith(layer))
+    wrong = sorted(
+        name
+        for layer, found in there.items()
+        for name in found ^ {f"{layer}{n}.{part}_proj.weight" for n in range(count) for part in ("gate", "up", "down")}
+    )
     if wrong:
         raise RevprobeError(
-            f"{source} does not match its config of {count} experts: {listed(sorted(wrong))} missing or left over; it is "
-            "a checkpoint of another model or a damaged one"
+            f"{source} does not match its config of {count} experts: {listed(wrong)} missing or left over; it is a "
+            "checkpoint of another model or a damaged one"
         )

@@ -204,18 +204,13 @@ class _Cut(ConversionOps):
         self.split = split
 
     def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        config: Any = None,
-        **_: Any,
-    ) -> dict[str, Tensor]:
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **about: Any
+    ) -> dict[str, Any]:
         (tensor,) = input_dict.values()
         tensor = tensor[0] if isinstance(tensor, list) else tensor
         # What does not fit stands for every part, with an axis too many to be taken for one: its name goes into the
         # message (`require_match`), which an error here would not.
-        rows = self.split(tensor, config, len(target_patterns)) or [tensor[None]] * len(target_patterns)
+        rows = self.split(tensor, about["config"], len(target_patterns)) or [tensor[None]] * len(target_patterns)
         return {part: own.clone() for part, own in zip(target_patterns, rows, strict=True)}
 
     @property

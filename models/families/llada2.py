@@ -90,11 +90,12 @@ class LLaDA2Config(MaskedDiffusionConfig, Glm4MoeConfig):
         size = self.num_experts // self.n_group
         if size * self.n_group != self.num_experts or size < 2 or self.num_experts_per_tok > self.topk_group * size:
             raise RevprobeError(
-                f"LLaDA2Config: {self.num_experts} experts in {self.n_group} groups, of which {self.topk_group} are kept "
-                f"and {self.num_experts_per_tok} experts chosen; expected equal groups of two or more, and no more "
-                "chosen than kept"
+                f"LLaDA2Config: {self.num_experts} experts in {self.n_group} groups, of which {self.topk_group} are "
+                f"kept and {self.num_experts_per_tok} experts chosen; expected equal groups of two or more, and no "
+                "more chosen than kept"
             )
-        super().__post_init__(**kwargs)
+        # GLM-4-MoE's own default stands before the field's value, where it is not said again.
+        super().__post_init__(**kwargs | {"partial_rotary_factor": self.partial_rotary_factor})
 
 
 class LLaDA2Router(Glm4MoeTopkRouter):
@@ -135,7 +136,7 @@ class LLaDA2ForMaskedDiffusion(GroupedExperts, BidirectionalDecoder, Glm4MoeForC
             if type(part) is Glm4MoeTopkRouter:
                 part.__class__ = LLaDA2Router  # the weights stay where they are
         # GLM-4.5's own: layers 46 and 92, which a deeper checkpoint must not lose.
-        self._keys_to_ignore_on_load_unexpected = set()
+        self._keys_to_ignore_on_load_unexpected = []
 
 
 rename_by(_KEY_MAP, LLaDA2Config.model_type, fused=_FUSED, like="glm4_moe")

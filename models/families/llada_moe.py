@@ -72,6 +72,8 @@ class LLaDAMoEConfig(MaskedDiffusionConfig, Qwen3MoeConfig):
 class SharedExpertBlock(Qwen3MoeSparseMoeBlock):
     """Experts that are chosen, and one beside them that every token passes through."""
 
+    shared_expert: Qwen3MoeMLP
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         return super().forward(hidden_states) + self.shared_expert(hidden_states)
 

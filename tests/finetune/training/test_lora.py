@@ -123,6 +123,37 @@ def test_targets_by_name_are_taken_and_unknown_ones_answered_with_the_nearest() 
         target_modules(model, ["q_prj"])
 
 
+MIXTURES = {
+    "lladamoe-tiny": {"mask_token_id": 252},
+    "llada2-tiny": {"mask_token_id": 246, "block_size": 4},
+}
+
+
+@pytest.mark.parametrize("targets", ["auto", "mlp", ["q_proj", "gate_proj"], ["down_proj"], ["gate_up_proj"]])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_in_one_tensor_are_refused_by_name(name: str, targets: str | list[str]) -> None:
+    """An adapter on dense layers and shared experts alone would pass for one on the whole MLP."""
+    model = load_model(FIXTURES / name, **MIXTURES[name])
+    with pytest.raises(
+        RevprobeError, match=r"lora.targets .* one tensor a layer \(model.layers.*use 'attention'"
+    ) as caught:
+        target_modules(model, targets)
+    assert ("shared_experts.gate_proj" in str(caught.value)) == (name == "llada2-tiny")
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixtures_attention_and_what_lies_beside_its_experts_are_adapted(name: str) -> None:
+    model = load_model(FIXTURES / name, **MIXTURES[name])
+    found = projections(model)
+    targets = target_modules(model, "attention")
+    assert targets == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    beside = ["mlp.up_proj", "shared_experts.gate_proj"] if name == "llada2-tiny" else []
+    peft_model = add_lora(model, LoraOptions(rank=2, targets=[*targets, *beside]))
+    inside = [n.split(".lora_A")[0].removeprefix("base_model.model.") for n, _ in peft_model.named_parameters()]
+    wanted = {n for n, kind in found.items() if kind == "attention" or n.endswith(tuple(beside or ["nothing"]))}
+    assert {n for n in inside if n in found} == wanted
+
+
 def test_only_the_adapter_is_trained_and_it_starts_at_nothing() -> None:
     model = load_model(FIXTURES / "llada-tiny")
     ids = torch.arange(6)[None]

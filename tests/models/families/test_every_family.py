@@ -36,9 +36,11 @@ CASES = {
     "diffugpt-tiny": {"mask_token_id": 105},
     "diffullama-tiny": {"mask_token_id": 81, "bidirectional": True},
     "smdm-tiny": {"n_heads": 4},
+    "lladamoe-tiny": {"mask_token_id": 252},
+    "llada2-tiny": {"mask_token_id": 246, "block_size": 4},
 }
 SHIFTED = {"dream-tiny", "fastdllm2-tiny", "diffugpt-tiny", "diffullama-tiny"}
-BLOCKS = ["bd3lm-tiny", "sdar-tiny", "fastdllm2-tiny", "a2d-qwen3-bd3lm-tiny", "a2d-qwen2-bd3lm-tiny"]
+BLOCKS = ["bd3lm-tiny", "sdar-tiny", "fastdllm2-tiny", "a2d-qwen3-bd3lm-tiny", "a2d-qwen2-bd3lm-tiny", "llada2-tiny"]
 # Inside one block of four, so that models that write in blocks see their evidence.
 PAIRS = pairs_at((6, 5), (5, 6), count=9, length=8, vocab=100, ragged=True)
 
