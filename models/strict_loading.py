@@ -5,10 +5,9 @@ transformers alone would fill a gap at random and print a report; a probe would 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
@@ -17,10 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..errors import RevprobeError, first_line
+from ..errors import RevprobeError
 from .bases.matching import require_match, without_report
 from .families.family import PublishedFiles
-from .families.files import header
+from .families.files import header, require_shards_inside, shards_of
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")  # of a Trainer
@@ -69,13 +68,7 @@ def require_safetensors(folder: str | Path) -> None:
             f"{folder} holds no model.safetensors; the checkpoint is missing or was cut off while being saved"
         )
     require_shards_inside(folder)
-    shards = shards_of(folder)
-    for shard in shards:
-        if len(shards) > 1 and not shard.is_file():
-            raise RevprobeError(
-                f"{folder / SAFE_WEIGHTS_INDEX_NAME} names {shard.name!r}, which is not there; download this one of "
-                f"{len(shards)} files again"
-            )
+    for shard in shards_of(folder):
         header(shard)
 
 
@@ -108,42 +101,6 @@ def conversion(pickled: str | Path, written: str | Path) -> str:
     )
 
 
-def require_shards_inside(folder: Path) -> None:
-    """Raise unless every file that an index of safetensors names lies in its folder.
-
-    A folder's own links (the hub's cache is made of them) go where whoever made them says; an index is a text that came
-    with the weights, and must not choose among the other files of this machine.
-    Raises: RevprobeError, naming the index and the first such file.
-    """
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            outside = sorted(name for name in named if _leaves(name))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RevprobeError(
-                f"{index} is no index of safetensors ({first_line(error)}); expected a weight_map of tensors to files"
-            ) from error
-        if outside:
-            raise RevprobeError(
-                f"{index} names {outside[0]!r}, which lies outside its folder; put the file into it and name it there"
-            )
-
-
 def read_tensors(place: Path) -> dict[str, Tensor]:
     """The tensors of a folder or file of safetensors (see `require_safetensors`)."""
     return {name: tensor for shard in shards_of(place) for name, tensor in load_file(shard).items()}
-
-
-def shards_of(place: Path) -> list[Path]:
-    """The files that a checkpoint is read from: its model.safetensors, else those that its index names."""
-    if place.is_file():
-        return [place]
-    index = place / SAFE_WEIGHTS_INDEX_NAME
-    if (place / SAFE_WEIGHTS_NAME).is_file() or not index.is_file():
-        return [place / SAFE_WEIGHTS_NAME]
-    return [place / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
-
-
-def _leaves(name: str) -> bool:
-    paths = PurePosixPath(name), PureWindowsPath(name)
-    return any(path.is_absolute() or path.drive or path.root or ".." in path.parts for path in paths)

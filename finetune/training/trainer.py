@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from ...errors import RevprobeError, did_you_mean, first_line
 from ...models.checkpoints import CHECKPOINTS, EMA, step_of
 from ...models.probed import OBJECTIVES
-from ...models.strict_loading import require_shards_inside
+from ...models.families.files import require_shards_inside
 from .checkpointing import changed_file, complete_checkpoint, missing_state, resume_from
 from .ema import MovingAverage
 from .negatives import Negatives

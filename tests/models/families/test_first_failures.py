@@ -149,7 +149,7 @@ def one_layer_too_few(name: str, folder: Path, asked: dict) -> str:
     key = next(key for key in LAYERS if key in sizes)
     sizes[key] += 1
     (folder / "config.json").write_text(json.dumps(told))
-    return r"does not match its config: missing \S+2\.\S+"
+    return r"does not match its config: missing \S+2\.\S+|does not say of each of \d layers"
 
 
 def vocabulary_larger_than_the_rows(name: str, folder: Path, asked: dict) -> str:
