@@ -160,8 +160,7 @@ class _Examination:
     def _wrapping(self) -> Iterator[Line]:
         model, contract, size = self.model, self.contract, self.contract.measured
         hidden = f"hidden by token {model.mask_token_id}" if model.objective == "masked" else "hidden by causality"
-        way = f"{model.objective} ({model.reads})" if model.reads else model.objective
-        reads = f"{way}, targets {hidden}, read at row i - {model.logit_shift}"
+        reads = f"{model.objective}, targets {hidden}, read at row i - {model.logit_shift}"
         yield Line("objective", OK, size.get("later tokens", float("nan")), f"{reads}; how far a later token moves it")
         yield Line("reads", OK, float("nan"), _way(model))
         if contract.reaches_back is None:

@@ -41,21 +41,18 @@ def mask_token(given: int | str | None, tokenizer: Any, module: nn.Module, vocab
     A tokenizer says it by its own mask token, and by the token that the model's class states as its family's
     (`mask_text`): published tokenizers list that one without calling it their mask.
     A model that has no logit for its mask token (SMDM) says which it is, and takes no other.
-    Raises: RevprobeError, when two of them disagree, or the id is outside the vocabulary, or not the model's only one.
+    Raises: RevprobeError, when config, tokenizer and family disagree, when what is given is none that config or family
+        say, or the id is outside the vocabulary or not the model's only one.
     """
-    stated = {
-        "the tokenizer's mask token": getattr(tokenizer, "mask_token_id", None),
-        "the config's": config_value(module, "mask_token_id"),
-    }
-    if (text := getattr(_inner(module), "mask_text", None)) is not None:
-        listed = tokenizer.get_vocab().get(text) if hasattr(tokenizer, "get_vocab") else None
-        stated[f"the family's, {text!r},"] = listed
-    stated = {what: one for what, one in stated.items() if one is not None}
-    told, given = ", ".join(f"{what} is {one}" for what, one in stated.items()), _mask_id(given, tokenizer)
+    given, own = _mask_id(given, tokenizer), getattr(tokenizer, "mask_token_id", None)
+    of_model = _stated_masks(tokenizer, module)
+    stated = ({} if own is None else {"the tokenizer's mask token": own}) | of_model
+    told = ", ".join(f"{what} is {one}" for what, one in stated.items())
     if given is None and len({*stated.values()}) > 1:
         raise RevprobeError(f"{name}: {told}; say which with mask_token_id=")
     # One outside the vocabulary is left over from a larger model, and says nothing against another.
-    if given is not None and given not in stated.values() and any(0 <= one < vocab_size for one in stated.values()):
+    held_to = any(0 <= one < vocab_size for one in of_model.values())
+    if given is not None and held_to and given not in stated.values():
         raise RevprobeError(f"{name}: mask_token_id={given}, but {told}; leave it out, or correct what says otherwise")
     known = next(iter(stated.values()), None) if given is None else given
     if known is not None and not 0 <= known < vocab_size:
@@ -68,6 +65,14 @@ def mask_token(given: int | str | None, tokenizer: Any, module: nn.Module, vocab
             "mask_token_id out"
         )
     return known
+
+
+def _stated_masks(tokenizer: Any, module: nn.Module) -> dict[str, int]:
+    """The mask token as the config says it, and as the vocabulary lists the family's, each where there is one."""
+    text = getattr(_inner(module), "mask_text", None)
+    listed = tokenizer.get_vocab().get(text) if text is not None and hasattr(tokenizer, "get_vocab") else None
+    found = {"the config's": config_value(module, "mask_token_id"), f"the family's, {text!r},": listed}
+    return {what: one for what, one in found.items() if one is not None}
 
 
 def begin_token(given: int | None, tokenizer: Any, module: nn.Module, vocab_size: int, name: str) -> int | None:
