@@ -32,6 +32,7 @@ from .models.registry import load_model as load_model
 from .models.registry import register_model as register_model
 from .models.structure import declare_fused as declare_fused
 from .probes.attention import probe_attention_correlation as probe_attention_correlation
+from .probes.block_sweep import block_sweep as block_sweep
 from .probes.compare_models import compare_models as compare_models
 from .probes.decoding.decode import decode as decode
 from .probes.decoding.exact_match import decoded_match as decoded_match
@@ -47,6 +48,7 @@ from .probes.pairs.query import ReversalPair as ReversalPair
 from .probes.pairs.text import pair_from_text as pair_from_text
 from .probes.pairs.text import pairs_from_frame as pairs_from_frame
 from .probes.probability import probe_reverse_probability as probe_reverse_probability
+from .probes.readings.block_sweep import BlockSweep as BlockSweep
 from .probes.readings.model_comparison import ModelComparison as ModelComparison
 from .probes.readings.reading import Reading as Reading
 from .probes.readings.readings import Readings as Readings

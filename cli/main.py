@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import RevprobeError, first_line
+from .block_sweep import block_sweep
 from .compare_models import compare_models
 from .dashboard import dashboard
 from .diagnose import diagnose
@@ -148,4 +149,8 @@ app.command(
 app.command(epilog="Examples: [bold]revprobe dashboard runs[/bold], [bold]revprobe dashboard runs --port 0[/bold]")(
     dashboard
 )
+app.command(
+    "block-sweep",
+    epilog="Example: [bold]revprobe block-sweep JetLM/SDAR-1.7B-Chat --pairs pairs.jsonl --sizes 1,2,4,whole[/bold]",
+)(block_sweep)
 app.add_typer(reproduce, name="reproduce")

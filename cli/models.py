@@ -14,11 +14,13 @@ def models() -> None:
     shown = listed[["name", "objective", "attention", "about"]].assign(shift=shift)
     console.print(text_table(shown[["name", "objective", "attention", "shift", "about"]], "models"))
     families = listed[listed["licence"] != ""]
-    where = families[["name", "tokenizer", "licence", "published"]].assign(parity=families["parity"].map(shown_parity))
-    console.print(text_table(where[["name", "parity", "tokenizer", "licence", "published"]], "published families"))
+    where = families[["name", "tokenizer", "licence"]].assign(parity=families["parity"].map(shown_parity))
+    console.print(text_table(where[["name", "parity", "tokenizer", "licence"]], "published families"))
     console.print(
         "parity: the largest difference of logits and scores to the published code's, on tiny checkpoints in float32; "
         "the files on the hub were not run",
         soft_wrap=True,
     )
+    for family, names in families.loc[families["published"] != "", ["name", "published"]].itertuples(index=False):
+        console.print(f"{family}: {names}", soft_wrap=True)
     console.print(f"example sweeps: {', '.join(example_names())}", soft_wrap=True)

@@ -10,14 +10,18 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ..atomic_files import write_text
 from ..errors import RevprobeError, first_line
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# How the base was loaded for training, where its files do not say; beside the adapter.
+READS = "reads.json"
 # The model that a run built for itself, beside its checkpoints.
 BASE = "base"
 # What peft puts before its weights' names (`peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING`), and its prompts.
@@ -100,6 +104,24 @@ def base_of(adapter: Path) -> str | Path:
             f"{adapter / ADAPTER_CONFIG} names no base model; load the base yourself and use peft's PeftModel"
         )
     return Path(stated) if Path(stated).is_dir() else str(stated)
+
+
+def write_reads(adapter: Path, reads: Mapping[str, Any]) -> None:
+    """Note beside an adapter what `load_model` was told of its base: mask token, block size, or bidirectional."""
+    write_text(adapter / READS, json.dumps(dict(reads)) + "\n")
+
+
+def noted_reads(adapter: Path) -> dict[str, Any]:
+    """What `write_reads` noted; empty where nothing was. Raises: RevprobeError, when the file is damaged."""
+    file = adapter / READS
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise RevprobeError(
+            f"{file} is damaged ({first_line(error)}); expected what the run was told of its base, as in config.yaml"
+        ) from error
 
 
 def put_on(module: nn.Module, adapter: Path, tokenizer: Any = None) -> nn.Module:

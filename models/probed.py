@@ -237,7 +237,10 @@ class ProbedModel(CalledModule):
         """Which way a masked model was read: in both directions, or in blocks; empty for a causal one."""
         if self.objective == "causal":
             return ""
-        return "bidirectional" if self.block_size is None else f"in blocks of {self.block_size}"
+        if self.block_size is None:
+            return "bidirectional"
+        finished = ", causal where finished" if introspect.finished_blocks(self.module) == "causal" else ""
+        return f"in blocks of {self.block_size}{finished}"
 
 
 def as_probed(model: ProbedModel | nn.Module) -> ProbedModel:

@@ -12,9 +12,15 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..errors import RevprobeError, first_line
-from .bases.configs import DreamConfig, LLaDAConfig, RaddConfig
+from .bases.configs import RaddConfig
+from .families.a2d import A2D_QWEN2, A2D_QWEN3
+from .families.dream import DREAM
+from .families.family import Family
 from .families.known import read_config
+from .families.llada import LLADA
+from .families.nemotron import NEMOTRON
 from .families.radd import config_of as radd_config
+from .families.sdar import SDAR
 from .hub import hub_options
 
 _LLADA_8B: dict[str, Any] = {
@@ -41,6 +47,25 @@ _DREAM_7B: dict[str, Any] = {
     "pad_token_id": 151643,
     "eos_token_id": 151643,
 }
+_QWEN3_600M: dict[str, Any] = {
+    "hidden_size": 1024,
+    "head_dim": 128,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 28,
+    "intermediate_size": 3072,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+_QWEN2_500M: dict[str, Any] = {
+    "hidden_size": 896,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 24,
+    "intermediate_size": 4864,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
 
 
 def _radd(hidden_size: int, n_blocks: int, n_heads: int) -> dict[str, Any]:
@@ -48,16 +73,39 @@ def _radd(hidden_size: int, n_blocks: int, n_heads: int) -> dict[str, Any]:
     return radd_config({"tokens": 50257, "model": sizes})
 
 
+def _grouped(hidden_size: int, layers: int, intermediate_size: int, vocab_size: int) -> dict[str, Any]:
+    """32 query heads of 128 on 8 key heads, untied: the sizes of SDAR 4B and 8B, and of Nemotron-Labs-Diffusion."""
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    sizes = {"hidden_size": hidden_size, "num_hidden_layers": layers, "intermediate_size": intermediate_size}
+    return heads | sizes | {"vocab_size": vocab_size}
+
+
+def _nemotron(hidden_size: int, layers: int, intermediate_size: int) -> dict[str, Any]:
+    rotary = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384}
+    told = {"rope_parameters": rotary, "mask_token_id": 100, "block_size": 32}
+    return _grouped(hidden_size, layers, intermediate_size, 131072) | told
+
+
+def _named(family: Family, sizes: dict[str, Any], part: str = "") -> dict[str, tuple[Any, dict[str, Any]]]:
+    """A family's published names, or those with `part` in them, with these sizes and what their files do not say."""
+    kind: Any = family.model_class.config_class
+    return {name: (kind, sizes | dict(said)) for name, said in family.published.items() if part in name}
+
+
 # name on the hub -> (config class, settings)
 PUBLISHED: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
-    "GSAI-ML/LLaDA-8B-Base": (LLaDAConfig, _LLADA_8B),
-    "GSAI-ML/LLaDA-8B-Instruct": (LLaDAConfig, _LLADA_8B),
-    "GSAI-ML/LLaDA-1.5": (LLaDAConfig, _LLADA_8B),
-    "Dream-org/Dream-v0-Base-7B": (DreamConfig, _DREAM_7B),
-    "Dream-org/Dream-v0-Instruct-7B": (DreamConfig, _DREAM_7B),
+    **_named(LLADA, _LLADA_8B),
+    **_named(DREAM, _DREAM_7B),
     "JingyangOu/radd-lambda-dce": (RaddConfig, _radd(768, 12, 12)),
     "JingyangOu/radd-t-dce": (RaddConfig, _radd(768, 12, 12)),
     "JingyangOu/radd-lambda-dce-medium": (RaddConfig, _radd(1024, 24, 16)),
+    **_named(A2D_QWEN3, _QWEN3_600M),
+    **_named(A2D_QWEN2, _QWEN2_500M),
+    **_named(SDAR, _grouped(2560, 36, 9728, 151936), "-4B-"),
+    **_named(SDAR, _grouped(4096, 36, 12288, 151936), "-8B-"),
+    **_named(NEMOTRON, _nemotron(3072, 26, 9216), "-3B"),
+    **_named(NEMOTRON, _nemotron(4096, 34, 14336), "-8B"),
+    **_named(NEMOTRON, _nemotron(5120, 40, 16384), "-14B"),
 }
 _DTYPES: dict[type[PreTrainedConfig], str] = {RaddConfig: "float32"}  # the others are published in bfloat16
 

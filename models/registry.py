@@ -28,7 +28,7 @@ from .families.family import PublishedFiles
 from .families.files import Files, config_beside, weight_files
 from .families.known import family_of, family_of_config, read_config
 from .hub import download, hub_options, quiet_transformers
-from .peft_adapters import base_of, is_adapter, put_on
+from .peft_adapters import base_of, is_adapter, noted_reads, put_on
 from .place import place_of
 from .probed import OBJECTIVES, ProbedModel, as_probed
 from .strict_loading import conversion, load_weights, require_no_pickles
@@ -175,7 +175,13 @@ def _from_files(
 def _adapted(
     folder: Path, name: str, dtype: Any, objective: str | None, given: dict[str, Any], options: Any, which: Any
 ) -> ProbedModel:
-    """An adapter on its base, with the adapter's own tokenizer where it brings one."""
+    """An adapter on its base, read as it was trained, with the adapter's own tokenizer where it brings one."""
+    noted = noted_reads(folder)
+    if given["block_size"] is None and "bidirectional" not in options:
+        given["block_size"] = noted.get("block_size")
+        options |= {"bidirectional": True} if noted.get("bidirectional") else {}
+    if given["mask_token_id"] is None:
+        given["mask_token_id"] = noted.get("mask_token_id")
     base = load_model(base_of(folder), dtype=dtype, objective=objective, **given, **options)
     with quiet_transformers():
         own = load_tokenizer(folder, name) if options["tokenizer"] is None else base.tokenizer
@@ -290,7 +296,7 @@ def stated_objective(config: PreTrainedConfig, name: str) -> str:
     Raises: RevprobeError, when the config fits neither, or both.
     """
     if (family := family_of_config(config)) is not None:
-        return family.objective
+        return "causal" if family.causal_class is not None and config.is_causal is True else family.objective
     classes = {
         "masked": MODEL_FOR_MASKED_LM_MAPPING.get(type(config), None),
         "causal": MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None),
@@ -321,13 +327,13 @@ _NEITHER = (
 
 def _class_of(config: PreTrainedConfig, objective: str, name: str, published: PublishedFiles | None) -> Any:
     """The class to load this config with as what was asked for. Raises: RevprobeError, saying what there is."""
-    if published is not None and objective != published.family.objective:
+    if published is not None:
         family = published.family
+        if (kind := family.class_for(objective)) is not None:
+            return kind
         raise RevprobeError(
             f"objective={objective!r}: {name!r} is {family.name}, a {family.objective} model; leave objective out"
         )
-    if published is not None:
-        return published.family.model_class
     classes = {"masked": MODEL_FOR_MASKED_LM_MAPPING, "causal": MODEL_FOR_CAUSAL_LM_MAPPING}
     there = [kind for kind, known in classes.items() if known.get(type(config), None) is not None]
     if objective not in there:

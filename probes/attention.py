@@ -17,6 +17,7 @@ from .passes.plan import PassResult, Plan, Progress
 from .passes.run import describe, run_pass
 from .passes.selection import chosen_of
 from .readings.reading import Reading
+from .statistics.estimators import LATER_BLOCK
 
 EVIDENCE_HIDDEN = "evidence hidden by the attention mask"
 
@@ -42,7 +43,8 @@ def probe_attention_correlation(
     Frame: pair, fact, group, kind, layer, head, offset_forward, offset_reverse (first evidence token minus first
     readout row, tokens), distance_forward, distance_reverse (nearest edges, tokens), score_forward, score_reverse
     (pre-softmax, mean over readout rows and evidence tokens), weight_forward, weight_reverse (post-softmax, summed
-    over evidence tokens), reason. A layer without softmax attention (linear attention, state space), or whose attention
+    over evidence tokens), reason. Evidence in a later block of a model that is read in blocks has neither score nor
+    weight. A layer without softmax attention (linear attention, state space), or whose attention
     cannot be read, has NaN rows, as many heads of them as the widest layer that has some; `meta["left_out"]` gives the
     reason for each module whose attention is not read (cross attention, pooled, in blocks). A layer is a numbered
     module of the model; one that computes its heads in several calls has them in the order of the calls.
@@ -107,10 +109,14 @@ def _head_frame(result: PassResult, base: pd.DataFrame, layer: int, head: int) -
     sides = {"forward": result.pairs.forward, "reverse": result.pairs.reverse}
     columns: dict[str, np.ndarray] = {"layer": np.full(len(base), layer), "head": np.full(len(base), head)}
     for side, queries in sides.items():
-        score = result.score[layer][queries, head]
-        columns[f"score_{side}"] = np.where(np.isfinite(score), score, np.nan)
-    columns |= {f"weight_{side}": result.weight[layer][queries, head] for side, queries in sides.items()}
+        score, seen = result.score[layer][queries, head], ~result.unseen[queries]
+        columns[f"score_{side}"] = np.where(np.isfinite(score) & seen, score, np.nan)
+    for side, queries in sides.items():
+        columns[f"weight_{side}"] = np.where(result.unseen[queries], np.nan, result.weight[layer][queries, head])
+    later = result.unseen[result.pairs.forward] | result.unseen[result.pairs.reverse]
     hidden = np.isnan(columns["score_forward"]) | np.isnan(columns["score_reverse"])
     unread = np.isnan(columns["weight_forward"]) | np.isnan(columns["weight_reverse"])
-    reasons = np.select([unread, hidden], [result.without_attention.get(layer, ""), EVIDENCE_HIDDEN], "")
+    reasons = np.select(
+        [later, unread, hidden], [LATER_BLOCK, result.without_attention.get(layer, ""), EVIDENCE_HIDDEN], ""
+    )
     return base.assign(**columns, reason=reasons)

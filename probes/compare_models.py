@@ -115,7 +115,7 @@ def fact_words(pairs: ReversalPairs) -> dict[str, str]:
     for one in (pairs, *pairs.by_probe.values()):
         if one.tokenizer is None:
             continue
-        for fact, query in zip(one.facts.astype(str), one.forward, strict=True):
+        for fact, query in zip(one.facts.astype(str).tolist(), one.forward, strict=True):
             if fact not in words:
                 told = shown_query(one.queries[query], one.tokenizer)
                 words[fact] = " | ".join(sorted(_letters(told[part]) for part in ("target", "evidence")))

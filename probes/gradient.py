@@ -49,7 +49,8 @@ def probe_gradient_cosine(
     Frame: one row per pair and parameter (three for a fused query-key-value projection of declared layout, with roles
     q, k and v; see `models.structure`): pair, fact, kind, parameter, role, layer, inner, norm_forward, norm_reverse,
     floor_forward, floor_reverse (rounding level of the norms), and inner_control, norm_control, floor_control.
-    A cosine whose norm does not exceed its rounding level is NaN.
+    A cosine whose norm does not exceed its rounding level is NaN. A model that is read in blocks has two columns more,
+    reason and reason_control: why a pair, or its control, has no numbers (evidence in a later block).
     `meta["coverage"]`: the share of the model's parameters that the reading speaks of, and the others by reason;
     `meta["one_by_one"]`: the parameters whose gradient a batch does not tell apart by query (tables without a batch,
     experts in one tensor, weights used outside their module), with the reason. They are as exact as the others, each
@@ -108,6 +109,8 @@ def gradient_reading(model: ProbedModel, result: PassResult, plan: Plan) -> Read
         columns["inner_control"] = result.inner_control.reshape(-1)
         for name, values in (("norm", result.norm), ("floor", result.floor)):
             columns[f"{name}_control"] = np.where(alone, np.nan, values[other]).reshape(-1)
+    if model.block_size is not None:
+        columns = _without_unseen(columns, result, width)
     frame = pd.DataFrame(columns)
     layers = pd.Series([r.layer for r in roles] * count, dtype="Int64")  # nullable: embeddings have no layer
     frame.insert(5, "layer", layers)
@@ -122,6 +125,21 @@ def gradient_reading(model: ProbedModel, result: PassResult, plan: Plan) -> Read
     if result.one_by_one:
         reading.meta["one_by_one"] = dict(sorted(result.one_by_one.items()))
     return reading
+
+
+def _without_unseen(columns: dict[str, np.ndarray], result: PassResult, width: int) -> dict[str, np.ndarray]:
+    """The columns with the reasons of a model that is read in blocks, and no numbers where there is one."""
+    pairs, controlled = result.pairs, "inner_control" in columns
+    control = pairs.reverse[result.partner]
+    reasons = result.unseen_reasons(np.stack([pairs.forward, pairs.reverse], axis=1), control)
+    own, other = (np.repeat(reason, width) for reason in reasons.values())
+    kept = {}
+    for name, values in columns.items():
+        if name.startswith(("inner", "norm_", "floor_")):
+            gone = (own != "") | (other != "") if name.endswith("_control") else own != ""
+            values = np.where(gone, np.nan, values)
+        kept[name] = values
+    return kept | {"reason": own} | ({"reason_control": other} if controlled else {})
 
 
 def coverage(model: ProbedModel, result: PassResult, plan: Plan) -> dict[str, object]:

@@ -37,7 +37,10 @@ def probe_reverse_probability(
 
     Frame: pair, fact, kind, direction, probability, log_probability (nats), rank (1-based, ties against the target,
     the worst over target tokens), argmax_match (rank is 1), probability_control, argmax_match_control (0 or 1; NaN
-    without a partner), reason.
+    without a partner), reason. Of a model that is read in blocks also reason_control: where evidence lies in a later
+    block than a readout row, the query has no numbers (rank and argmax_match are NaN too), nor has the control that is
+    priced there. In blocks "chain" is how such a model writes, each token after all that stand before it; "parallel"
+    hides a target that spans several blocks in all of them, a sight that it never meets.
     Raises: RevprobeError, when the queries do not fit the model or its logits are NaN.
     Source: paper Sec. 5 (Fig. 3, right; Tables 1 and 2).
     """
@@ -50,7 +53,7 @@ def probe_reverse_probability(
 def probability_reading(model: ProbedModel, result: PassResult, plan: Plan) -> Reading:
     """Join the priced targets of a pass to pairs and directions."""
     assert result.likelihoods is not None, "the pass was planned without probabilities"
-    pairs = result.pairs
+    pairs, blocks = result.pairs, model.block_size is not None
     frames = []
     for direction, index in (("forward", pairs.forward), ("reverse", pairs.reverse)):
         own = [pairs.queries[q].target for q in index]
@@ -58,6 +61,10 @@ def probability_reading(model: ProbedModel, result: PassResult, plan: Plan) -> R
         # The pair's own target at the query of its control.
         other = np.where(result.partner >= 0, index[result.partner], -1)
         control_value, control_rank = result.likelihoods.look_up(other, own)
+        reasons = result.unseen_reasons(index[:, None], index[result.partner])
+        unseen, beside = (reason != "" for reason in reasons.values())
+        value, rank = (np.where(unseen, np.nan, numbers) for numbers in (value, rank))
+        control_value = np.where(unseen | beside, np.nan, control_value)
         columns = {
             "pair": np.arange(len(index)),
             "fact": pairs.facts.astype(str),
@@ -65,17 +72,17 @@ def probability_reading(model: ProbedModel, result: PassResult, plan: Plan) -> R
             "direction": direction,
             "probability": np.exp(value),
             "log_probability": value,
-            "rank": rank.astype(np.int64),
-            "argmax_match": rank == 1,
+            "rank": rank if blocks else rank.astype(np.int64),
+            "argmax_match": np.where(np.isnan(rank), np.nan, rank == 1) if blocks else rank == 1,
             "probability_control": np.exp(control_value),
             "argmax_match_control": np.where(np.isnan(control_value), np.nan, control_rank == 1),
-            "reason": "",
+            **(reasons if blocks else {"reason": ""}),
             **pairs.flags,
         }
         frames.append(pd.DataFrame(columns))
     frame = pd.concat(frames, ignore_index=True).sort_values(["pair", "direction"], kind="stable", ignore_index=True)
     if not plan.control:
-        frame = frame.drop(columns=["probability_control", "argmax_match_control"])
+        frame = frame.drop(columns=["probability_control", "argmax_match_control", "reason_control"], errors="ignore")
     reading = Reading("reverse_probability", frame, describe(model, result, plan))
     reading.meta.update({"statistic": reading.measured.statistic, "mode": plan.mode})
     return reading

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -21,7 +21,7 @@ from .attention import EVIDENCE_HIDDEN
 from .edits import choose_heads, choose_layers
 from .pairs.pairs import ReversalPairs
 from .pairs.query import Query
-from .passes.asked import asked_pairs
+from .passes.asked import asked_pairs, out_of_sight
 from .passes.batches import prepare_queries, queries_per_batch, require_tokens_alone
 from .passes.likelihood import Likelihoods
 from .passes.plan import PassResult, Plan, Progress
@@ -30,6 +30,7 @@ from .passes.route_runs import CONTROL, EVIDENCE, Cell, RouteEdit, RouteResult, 
 from .passes.run import describe
 from .passes.selection import listed
 from .readings.reading import Reading
+from .statistics.estimators import LATER_BLOCK
 
 SCOPES = ("all", "layer", "head")
 ONLY_KEY = "the evidence is all that the readout row sees"
@@ -110,12 +111,14 @@ class _RouteProbe:
     plan: Plan
     edit: RouteEdit
     scope: str
+    unseen: np.ndarray = field(init=False)  # queries whose evidence lies in a later block
 
     def reading(self, layers: Iterable[int] | None, heads: Iterable[int] | None) -> Reading:
         model, plan = self.model, self.plan
         require_tokens_alone(model, "the positions that an edit and its control may stand at")
         self.pairs = asked_pairs(model, self.pairs, "route_edit")
         queries = prepare_queries(model, self.pairs.queries)
+        self.unseen = out_of_sight(model, queries)
         attention = attention_of(model)
         asked = None if layers is None else listed("layer", layers)
         without_attention = [layer for layer in attention.without if asked is None or layer in asked]
@@ -190,12 +193,15 @@ class _RouteProbe:
         self, result: RouteResult, direction: str, units: np.ndarray, place: int, cell: Cell
     ) -> pd.DataFrame:
         """One direction and cell: each pair's own numbers, NaN with the reason where the edit has no meaning."""
-        index = self.pairs.forward if direction == "forward" else self.pairs.reverse
-        before, after = result.before[index], result.after[units, place]
+        sides = self.pairs.forward, self.pairs.reverse
+        index, donor = sides if direction == "forward" else sides[::-1]
+        unseen = self.unseen[index] | (self.unseen[donor] & (self.edit.name == "transplant"))
+        before, after = np.where(self.unseen[index], np.nan, result.before[index]), result.after[units, place]
         asked, left, emptied = (part[units, place] for part in (result.asked, result.left, result.emptied))
         with np.errstate(invalid="ignore"):  # without a control run nothing was asked
             made = 1.0 - left / asked
         failed = _failures(self.edit.name, made, emptied)
+        failed[unseen] = LATER_BLOCK
         logs = np.where(failed != "", np.nan, after)
         reasons = _reasons(failed, before, logs)
         with np.errstate(invalid="ignore"):  # of probability 0
@@ -226,10 +232,10 @@ def _failures(edit: str, made: np.ndarray, emptied: np.ndarray) -> np.ndarray:
     Shapes: `made` (fraction of rows, heads and layers), `emptied`: `pair side -> pair side`.
     """
     nothing = NO_STRENGTH if edit == "transplant" else EVIDENCE_HIDDEN
-    own = np.select([emptied[:, EVIDENCE], made[:, EVIDENCE] == 0.0], [ONLY_KEY, nothing], "")
+    own = np.select([emptied[:, EVIDENCE], made[:, EVIDENCE] == 0.0], [ONLY_KEY, nothing], "").astype(object)
     uneven = (made[:, CONTROL] != made[:, EVIDENCE]) | emptied[:, CONTROL]
     control = np.select([own != "", np.isnan(made[:, CONTROL]), uneven], [own, NO_POSITION, UNEVEN], "")
-    return np.stack([own, control], 1)
+    return np.stack([own, control], 1).astype(object)
 
 
 def _reasons(failed: np.ndarray, before: np.ndarray, logs: np.ndarray) -> np.ndarray:

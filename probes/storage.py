@@ -16,14 +16,14 @@ from ..hooks.untouched import untouched
 from ..models.probed import ProbedModel, as_probed
 from .attention import EVIDENCE_HIDDEN
 from .pairs.pairs import ReversalPairs
-from .passes.asked import asked_pairs
+from .passes.asked import asked_pairs, out_of_sight
 from .passes.batches import in_batches, make_batch, prepare_queries, queries_per_batch
 from .passes.decomposition import Decomposition, LinearizedBatch, Piece
 from .passes.plan import PassResult, Plan, Progress
 from .passes.run import describe
 from .passes.selection import chosen_of, listed
 from .readings.reading import Reading
-from .statistics.estimators import NO_PARTNER
+from .statistics.estimators import LATER_BLOCK, LATER_BLOCK_CONTROL, NO_PARTNER
 from .statistics.resampling import derangement
 
 DIFFERENT_TOKENS = "different tokens in the two directions"
@@ -110,6 +110,7 @@ class _Storage:
     def __init__(self, model: ProbedModel, pairs: ReversalPairs, plan: Plan, layers: set[int] | None) -> None:
         self.model, self.pairs, self.plan, self.layers = model, pairs, plan, layers
         self.queries = prepare_queries(model, pairs.queries)
+        self.unseen = out_of_sight(model, self.queries)
         self.size = queries_per_batch(model, self.queries, plan.batch_size)
         partner = control_partners(pairs, model.logit_shift, seed=plan.seed)
         self.partner = partner if plan.control else np.full(len(pairs), -1)
@@ -228,7 +229,9 @@ class _Storage:
         pairs = self.pairs
         hidden = self.hidden[pairs.forward] | self.hidden[pairs.reverse]
         differ = np.asarray(pairs.flags.get("different_tokens", np.zeros(len(pairs), dtype=bool)), dtype=bool)
-        reason = np.where(differ[:, None], DIFFERENT_TOKENS, np.where(hidden, EVIDENCE_HIDDEN, ""))
+        unseen = (self.unseen[pairs.forward] | self.unseen[pairs.reverse])[:, None]
+        conditions = [np.broadcast_to(differ[:, None], hidden.shape), np.broadcast_to(unseen, hidden.shape), hidden]
+        reason = np.select(conditions, [DIFFERENT_TOKENS, LATER_BLOCK, EVIDENCE_HIDDEN], "")
         return np.where([piece.part == "evidence" for piece in self.pieces], reason, "")
 
     def _pair_reasons(self) -> np.ndarray:
@@ -241,7 +244,9 @@ class _Storage:
         pairs = self.pairs
         facts, groups = pairs.facts.astype(str), pairs.groups(self.model.logit_shift)
         no_partner = np.where(derangement(facts, groups, seed=self.plan.seed) < 0, NO_PARTNER, NO_LIKE_TARGET)
-        hidden = np.where(self.hidden[pairs.reverse[self.partner]], f"{EVIDENCE_HIDDEN} (control)", "")
+        other = pairs.reverse[self.partner]
+        hidden = np.where(self.hidden[other], f"{EVIDENCE_HIDDEN} (control)", "")
+        hidden = np.where(self.unseen[other][:, None], LATER_BLOCK_CONTROL, hidden)
         reason = np.where((self.partner < 0)[:, None], no_partner[:, None], hidden)
         return np.where([piece.part == "evidence" for piece in self.pieces], reason, "")
 

@@ -20,6 +20,7 @@ from ..models.one_layer import PLACEHOLDER, letter_alphabet, letter_tokenizer
 from ..models.probed import ProbedModel, as_probed
 from ..probes.pairs.pairs import ReversalPairs
 from ..probes.pairs.query import Query
+from ..probes.pairs.same_block import in_one_block
 
 PLACEMENTS = ("grid", "mirror", "all")
 # placements="all" grows with the fourth power of the length; beyond this many pairs it is refused.
@@ -82,6 +83,7 @@ class LettersRelation:
         *,
         placements: str | None = None,
         offset: int | None = None,
+        same_block: bool = False,
     ) -> ReversalPairs:
         """The pairs that probe what `direction` trained, those of each probe by default; see `letter_pairs`."""
         if direction != "forward":
@@ -92,8 +94,10 @@ class LettersRelation:
         _require_fit(model, self.length, self.alphabet)
         tokenizer = model.tokenizer or letter_tokenizer(self.alphabet)
         if placements is None and offset is None:
-            return self.pairs_by_probe(model.objective, tokenizer)
-        return self._placed(model.objective, tokenizer, placements or "grid", offset)
+            pairs = self.pairs_by_probe(model.objective, tokenizer)
+        else:
+            pairs = self._placed(model.objective, tokenizer, placements or "grid", offset)
+        return in_one_block(pairs, model, tokenizer.get_vocab()[PLACEHOLDER]) if same_block else pairs
 
     def pairs_by_probe(self, objective: str, tokenizer: Any) -> ReversalPairs:
         """The pairs that each probe reads at a run's snapshots; `letter_pairs` says which, and why.
@@ -143,6 +147,7 @@ def letter_pairs(
     placements: str | None = None,
     offset: int | None = None,
     alphabet: int = 26,
+    same_block: bool = False,
 ) -> ReversalPairs:
     """Forward and reverse queries about letter pairs, for a masked or a causal model.
 
@@ -167,9 +172,12 @@ def letter_pairs(
         offset: index of the left letter of one list, of the grid where no placements are named; 0 for the grid unless
             given. Causal pairs take none.
         alphabet: how many letter pairs; 26 facts make small groups.
+        same_block: put placeholders before a sequence until both letters share a block of the model as it is read
+            (`model.block_size`), so that it sees both ways; see the columns `filled_forward`, `filled_reverse`. Where
+            every token sees every other there is nothing to do.
     Raises: RevprobeError, for an unknown placement, too many pairs, or a model without these letters or lengths.
     """
-    return letters(length, alphabet).pairs(model, placements=placements, offset=offset)
+    return letters(length, alphabet).pairs(model, placements=placements, offset=offset, same_block=same_block)
 
 
 def _pair_up(

@@ -15,6 +15,7 @@ from ..errors import RevprobeError, did_you_mean
 from ..models.probed import ProbedModel
 from ..probes.pairs.pairs import ReversalPairs
 from ..probes.pairs.query import KINDS, Query
+from ..probes.pairs.same_block import in_one_block, text_filler
 from ..probes.pairs.spans import SpanError, require_fast_tokenizer
 from ..probes.pairs.text import pairs_from_frame
 from ..probes.pairs.token_strings import joined_strings
@@ -36,6 +37,7 @@ def make_pairs(
     swap: bool,
     carrier: str,
     drop: str | Iterable[str],
+    same_block: bool = False,
 ) -> ReversalPairs:
     """Pairs of each fact's forward statements with its reverse ones.
 
@@ -68,7 +70,8 @@ def make_pairs(
         raise RevprobeError(
             f"no pair of {len(forward)} statements could be made: {dict(+dropped)}; ask for fewer drops"
         )
-    return _as_kind(_joined(parts, dropped), kind)
+    pairs = _as_kind(_joined(parts, dropped), kind)
+    return in_one_block(pairs, model, text_filler(model)) if same_block else pairs
 
 
 def require_entities_fit(facts: pd.DataFrame, columns: Sequence[str], model: ProbedModel) -> None:

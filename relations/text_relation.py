@@ -203,6 +203,7 @@ class TextRelation:
         seed: int = 0,
         carrier: str | None = None,
         drop: str | Iterable[str] = REFUSALS,
+        same_block: bool = False,
     ) -> ReversalPairs:
         """The forward and reverse queries that probe what training in `direction` stored.
 
@@ -218,6 +219,7 @@ class TextRelation:
             limit: at most this many facts, drawn by `seed`, each with all its wordings.
             carrier: the relation's own by default; another one makes queries unlike the texts that were trained on.
             drop: flags and refusals that leave a pair out, counted in the pairs' `report`; () makes refusals errors.
+            same_block: as in `pairs_from_frame`.
         Raises: RevprobeError, for a name, a limit or a kind that does not fit, and for an entity longer than the
             model's context, by its row and column.
         Warns: when the model's tokenizer reads two names of the relation, of other case for example, as one.
@@ -237,7 +239,7 @@ class TextRelation:
         columns = self.columns[::-1] if swap else self.columns
         return make_pairs(
             self.table, columns, forward, self.statements[opposite], model, kind=kind, swap=swap, drop=drop,
-            carrier=self.carrier if carrier is None else carrier,
+            carrier=self.carrier if carrier is None else carrier, same_block=same_block,
         )  # fmt: skip
 
     @checked

@@ -21,7 +21,7 @@ from torch import nn
 import revprobe as rp
 from revprobe.arguments import checked, fitted
 from revprobe.errors import LONGEST, shown
-from tiny import gpt2, radd
+from tiny import gpt2, in_blocks, radd
 
 WRONG: dict[str, Callable[[], Any]] = {
     "None": lambda: None,
@@ -61,11 +61,18 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
     query = {"token_ids": [1, 2, 3], "target_positions": [0], "evidence_positions": [2]}
     one = rp.Query(**query)
     two = {"models": {"a": model, "b": model}}
+    written = in_blocks(4)
+    short = rp.letter_pairs(4, model=written, placements="mirror", alphabet=3)
+    swept = rp.block_sweep(written, short, sizes=[2, None], only=["probability"])
     compared = rp.ModelComparison({"a": rp.Readings([scores]), "b": rp.Readings([scores])})
     toy = {name: np.eye(2) for name in ("embedding", "query", "key", "value", "unembedding")}
     found: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         "diagnose": (rp.diagnose, {"model": model}),
         "FirstOrderPrediction": (rp.FirstOrderPrediction, {"pairs": pairs}),
+        "BlockSweep": (rp.BlockSweep, {"readings": swept.readings}),
+        "BlockSweep.difference": (swept.difference, {"measure": "reverse_probability", "size": None, "against": 2}),
+        "BlockSweep.save": (swept.save, {"folder": folder / "swept"}),
+        "BlockSweep.load": (rp.BlockSweep.load, {"folder": folder / "none"}),
         "ModelComparison": (rp.ModelComparison, {"readings": {"a": rp.Readings([scores]), "b": rp.Readings([scores])}}),
         "ModelComparison.save": (compared.save, {"folder": folder / "compared"}),
         "ModelComparison.load": (rp.ModelComparison.load, {"folder": folder / "none"}),
@@ -92,6 +99,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "TwoRouteToy": (rp.TwoRouteToy, toy),
         "alibi_correlation": (rp.alibi_correlation, ends),
         "compare": (rp.compare, {"runs": [folder / "none"]}),
+        "block_sweep": (rp.block_sweep, {"model": written, "pairs": short, "sizes": [2], "only": ["probability"]}),
         "compare_models": (rp.compare_models, {**two, "pairs": pairs, "only": ["probability"]}),
         "declare_fused": (rp.declare_fused, {"model_type": "none", "pattern": "x$", "order": "blocked"}),
         "decode": (rp.decode, {"model": model, "prompts": ["a"], "max_new_tokens": 1}),
@@ -162,6 +170,7 @@ ELSEWHERE |= {"Control", "Question", "TextRelation", "__version__", "invented_na
 NAMES = sorted(set(rp.__all__) - ELSEWHERE)
 METHODS = ["Reading.summary", "Reading.save", "Reading.load", "Readings.select", "Readings.save", "Readings.load"]
 METHODS += ["ModelComparison.save", "ModelComparison.load"]
+METHODS += ["BlockSweep.difference", "BlockSweep.save", "BlockSweep.load"]
 METHODS += ["ReversalPairs.from_pairs", "ReversalPairs.save", "ReversalPairs.load", "TextRelation.questions"]
 
 

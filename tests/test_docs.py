@@ -28,6 +28,7 @@ from transformers import (
 import revprobe
 from revprobe.finetune.config.one_layer import RunConfig
 from revprobe.finetune.training.tiny_models import train_tokenizer
+from tiny import in_blocks
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 ENTRY = re.compile(r"^::: revprobe\.(\S+)$", re.M)
@@ -164,6 +165,17 @@ def test_the_page_about_twins_runs(pages, tmp_path, monkeypatch, small_bert):
         exec(compile(code, f"twins.md, block {place}", "exec"), names)
     assert names["compared"].frame["value"].notna().any() and names["as_parent"].block_size == 1
     assert revprobe.ModelComparison.load("compared").frame.equals(names["compared"].frame)
+
+
+def test_the_page_about_blocks_runs(pages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = in_blocks(4)
+    pairs = revprobe.letter_pairs(5, model=model, placements="mirror", alphabet=9)
+    names = {"rp": revprobe, "model": model, "pairs": pairs}
+    for place, code in enumerate(blocks(pages["blocks.md"])):
+        exec(compile(code, f"blocks.md, block {place}", "exec"), names)
+    assert "evidence in a later block" not in names["reading"].undefined, "in reverse the evidence stands before"
+    assert revprobe.BlockSweep.load("swept").frame.equals(names["sweep"].frame)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import pytest
 import revprobe
 
 PUBLIC = [
+    "BlockSweep",
     "Control",
     "FinetuneConfig",
     "FirstOrderPrediction",
@@ -38,6 +39,7 @@ PUBLIC = [
     "TwoRouteToy",
     "__version__",
     "alibi_correlation",
+    "block_sweep",
     "compare",
     "compare_models",
     "declare_fused",

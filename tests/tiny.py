@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 import revprobe as rp
 from revprobe.hooks.attention import tap_attention
+from revprobe.models.families.fast_dllm import FastDLLMConfig, FastDLLMForMaskedDiffusion
+from revprobe.models.families.sdar import SDARConfig, SDARForMaskedDiffusion
 from revprobe.models.probed import CalledModule
 from revprobe.models.structure import attention_of
 
@@ -108,6 +110,18 @@ def gpt2(kernel: str = "sdpa", *, scale: float = 0.1) -> rp.ProbedModel:
 def llama(kernel: str = "sdpa", *, scale: float = 0.1, dtype: torch.dtype | None = None) -> rp.ProbedModel:
     """Llama of two layers, four query heads on two key heads."""
     return causal(transformers.LlamaConfig(**GROUPED), scale=scale, dtype=dtype, attn_implementation=kernel)
+
+
+def in_blocks(size: int | None = 4, *, shift: int = 0, scale: float = 0.1) -> rp.ProbedModel:
+    """A model that writes in blocks: SDAR, or with shift 1 Fast-dLLM v2. Two layers, four query heads on two."""
+    config_class, model_class = {
+        0: (SDARConfig, SDARForMaskedDiffusion),
+        1: (FastDLLMConfig, FastDLLMForMaskedDiffusion),
+    }[shift]
+    config = config_class(**(GROUPED if shift == 0 else {k: v for k, v in GROUPED.items() if k != "head_dim"}))
+    module = drawn(lambda: model_class(config), scale=scale)
+    told = {"mask_token_id": MASK, "block_size": size or "whole", "begin_token_id": 54}
+    return rp.ProbedModel(module, rp.letter_tokenizer(), objective="masked", **told)
 
 
 def bridged(model: rp.ProbedModel) -> rp.ProbedModel:

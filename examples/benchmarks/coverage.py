@@ -1,7 +1,7 @@
 """How often the 95 % intervals over facts hold the truth, by the number of facts; docs/statistics.md holds the table.
 
     python examples/benchmarks/coverage.py            # a quarter of an hour on one core; prints the table
-    python examples/benchmarks/coverage.py --paired   # the same of differences between models, an hour
+    python examples/benchmarks/coverage.py --paired   # the same of differences between models, as long
 
 Shapes: correlations 0, 0.5 and 0.9, of normal and of heavy-tailed (t with 4 degrees) scores, in one group or six that
 share half of each fact; means of probabilities that are even, beta(4, 4), skewed, beta(0.3, 3), or near 0 for most
@@ -10,9 +10,10 @@ over ten questions of each fact, with intra-fact correlation 0, 0.5 and 1. The c
 what it claims, that it holds the value of scores that have nothing to do with each other. Every cell is the lowest
 coverage of any shape.
 
-Differences between two models on the same facts, which share 0 or 70 % of what varies: correlations 0 and 0, 0.5 and 0.5,
-0.9 and 0.9, 0.9 and 0.5, 0.9 and 0, in the groups and tails above; means of the three kinds of probabilities, of one kind
-and of two; shares of 3 and 3, 3 and 20, 20 and 50, 90 and 90, 5 and 90 %, with one and with ten questions of each fact.
+Differences between two models on the same facts, which share 0 or 70 % of what varies: correlations 0 and 0, 0.5 and
+0.5, 0.9 and 0.9, 0.9 and 0.5, 0.9 and 0, of normal scores in one group and of heavy-tailed ones in six; means of the
+three kinds of probabilities, of one kind and of two; shares of 3 and 3, 3 and 20, 20 and 50, 90 and 90, 5 and 90 %,
+with one and with ten questions of each fact.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Iterator
 import numpy as np
 from scipy import special, stats
 
+from revprobe.probes.statistics.estimators import Measured
 from revprobe.probes.statistics.group_correlation import group_correlation
 from revprobe.probes.statistics.intervals import (
     FRACTION,
@@ -101,9 +103,8 @@ def answers(generator: np.random.Generator, share: float, together: float, facts
 def correlations_apart(generator: np.random.Generator, facts: int, runs: int) -> Iterator[dict[str, float]]:
     """Coverage of the difference between two correlations."""
     rhos = ((0.0, 0.0), (0.5, 0.5), (0.9, 0.9), (0.9, 0.5), (0.9, 0.0))
-    for (own, other), groups, heavy, share in [
-        (pair, g, h, s) for pair in rhos for g in (1, 6) for h in (False, True) for s in (0.0, 0.7)
-    ]:
+    kinds = ((1, False), (6, True))
+    for (own, other), (groups, heavy), share in [(pair, k, s) for pair in rhos for k in kinds for s in (0.0, 0.7)]:
         held = 0
         fact, group = np.tile(np.arange(facts), groups), np.repeat(np.arange(groups), facts)
         for _ in range(runs):
@@ -115,39 +116,51 @@ def correlations_apart(generator: np.random.Generator, facts: int, runs: int) ->
             both = [Correlations(a[:, None], b[:, None], fact.astype(str), group) for a, b in sides]
             found = measured_difference(*both, control=False).estimate
             held += found.low <= own - other <= found.high
-        yield {"difference": held / runs}
+        yield {"difference": held / runs, "excess": held / runs}  # the nulls' mean is 0
 
 
 def means_apart(generator: np.random.Generator, facts: int, runs: int) -> Iterator[dict[str, float]]:
-    """The same of two mean probabilities."""
+    """The same of two mean probabilities, and of what each is over a control that shares part of each fact."""
     even, skewed, rare = (4, 4), (0.3, 3), (0.1, 1)
     kinds = ((even, even), (skewed, skewed), (rare, rare), (even, skewed), (even, rare))
     names = np.arange(facts).astype(str)
     for (own, other), share in [(kind, s) for kind in kinds for s in (0.0, 0.7)]:
-        held, truth = 0, own[0] / sum(own) - other[0] / sum(other)
+        held, truth = {"difference": 0, "excess": 0}, own[0] / sum(own) - other[0] / sum(other)
         for _ in range(runs):
             z, mine = generator.standard_normal((2, facts))
             drawn = [stats.norm.cdf(one) for one in (z, share**0.5 * z + (1 - share) ** 0.5 * mine)]
-            values = [stats.beta.ppf(p, *shape) for p, shape in zip(drawn, (own, other), strict=True)]
-            found = measured_difference(*(Answers(v, None, names, FRACTION) for v in values)).estimate
-            held += found.low <= truth <= found.high
-        yield {"difference": held / runs}
+            sides = []
+            for chance, shape in zip(drawn, (own, other), strict=True):
+                values = stats.beta.ppf(chance, *shape)
+                null = 0.5 * (0.2 * values + 0.8 * generator.beta(*shape, facts))
+                sides.append(Answers(values, null, names, FRACTION))
+            _count(held, measured_difference(*sides), truth, truth / 2)
+        yield {name: count / runs for name, count in held.items()}
 
 
 def proportions_apart(generator: np.random.Generator, facts: int, runs: int) -> Iterator[dict[str, float]]:
-    """The same of two accuracies."""
+    """The same of two accuracies, whose controls are right by chance one time in twenty."""
     shares = ((0.03, 0.03), (0.03, 0.2), (0.2, 0.5), (0.9, 0.9), (0.05, 0.9))
     for (own, other), questions, share in [(pair, q, s) for pair in shares for q in (1, 10) for s in (0.0, 0.7)]:
-        held, names = 0, np.repeat(np.arange(facts), questions).astype(str)
+        held, names = {"difference": 0, "excess": 0}, np.repeat(np.arange(facts), questions).astype(str)
         for _ in range(runs):
             hard = np.repeat(generator.standard_normal((2, facts)), questions, axis=1)
-            one, two = generator.standard_normal((2, facts * questions))
-            hard = hard[0], share**0.5 * hard[0] + (1 - share) ** 0.5 * hard[1]
-            scores = 0.8 * hard[0] + 0.6 * one, 0.8 * hard[1] + 0.6 * two
-            right = [(stats.norm.cdf(z) < p).astype(float) for z, p in zip(scores, (own, other), strict=True)]
-            found = measured_difference(*(Answers(r, None, names, FRACTION, binary=True) for r in right)).estimate
-            held += found.low <= own - other <= found.high
-        yield {"difference": held / runs}
+            both = hard[0], share**0.5 * hard[0] + (1 - share) ** 0.5 * hard[1]
+            sides = []
+            for one, right in zip(both, (own, other), strict=True):
+                score = 0.8 * one + 0.6 * generator.standard_normal(len(names))
+                null = (generator.random(len(names)) < 0.05).astype(float)
+                answers = (stats.norm.cdf(score) < right).astype(float)
+                sides.append(Answers(answers, null, names, FRACTION, binary=True))
+            _count(held, measured_difference(*sides), own - other, own - other)
+        yield {name: count / runs for name, count in held.items()}
+
+
+def _count(held: dict[str, int], found: Measured, truth: float, over: float) -> None:
+    """Whether the difference and the excess hold the truth."""
+    assert found.excess is not None, "there is a control"
+    held["difference"] += found.estimate.low <= truth <= found.estimate.high
+    held["excess"] += found.excess.low <= over <= found.excess.high
 
 
 def main() -> None:
@@ -157,6 +170,8 @@ def main() -> None:
     parser.add_argument("--means", type=int, default=1500, help="the same of means and of proportions")
     parser.add_argument("--paired", action="store_true", help="differences between models")
     parser.add_argument("--facts", type=int, nargs="+", default=FACTS, help="numbers of facts, a column for each")
+    names = ("correlation", "mean", "proportion")
+    parser.add_argument("--statistics", nargs="+", default=names, choices=names, help="a row or more for each")
     asked = parser.parse_args()
     single = ("correlation", correlations), ("mean", means), ("proportion", proportions)
     paired = ("correlation", correlations_apart), ("mean", means_apart), ("proportion", proportions_apart)
@@ -164,10 +179,12 @@ def main() -> None:
     print(f"| statistic | interval | shapes x readings | {columns} |")
     print("|---|---|---|" + "---|" * len(asked.facts))
     for name, simulate in paired if asked.paired else single:
+        if name not in asked.statistics:
+            continue
         runs = asked.correlations if name == "correlation" else asked.means
         generator = np.random.default_rng(0)
         found = [list(simulate(generator, facts, runs)) for facts in asked.facts]
-        for interval in ("difference",) if asked.paired else ("value", "control", "excess"):
+        for interval in ("difference", "excess") if asked.paired else ("value", "control", "excess"):
             of = [[shape[interval] for shape in shapes if interval in shape] for shapes in found]
             cells = " | ".join(f"{min(shapes):.3f}" for shapes in of)
             print(f"| {name} | {interval} | {len(of[0])} x {runs} | {cells} |", flush=True)

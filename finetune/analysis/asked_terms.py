@@ -19,6 +19,7 @@ from ..runs.finetuning import FinetuneRun
 from ..runs.one_layer import OneLayerRun
 from ..runs.open import open_run
 from ..runs.run import Run
+from ..training.block_diffusion import require_one_block
 from ..training.dataset import RowOptions
 from .mask_sets import RATES, MaskLaw, law_of
 from .masked_samples import Objective
@@ -66,6 +67,7 @@ def asked_terms(
         model = as_probed(given)
     if model.objective != "masked":
         raise RevprobeError(f"{model.name} is causal: its terms have no masks to tell apart; pass a masked model")
+    require_one_block(model, "objective_terms")
     if relation is None:
         raise RevprobeError(f"{model.name} alone says nothing of what it is trained on; pass a relation, or pairs")
     objective = _with(objective, dial, rates, relation)

@@ -26,6 +26,7 @@ from ...models.one_layer import letter_tokenizer
 from ...models.probed import ProbedModel
 from ...probes.statistics.intervals import proportion
 from ...relations.letters import LettersRelation
+from ..training.block_diffusion import require_one_block
 from ..training.negatives import dropped_terms, letter_kinds
 from ..training.objectives import draw_masks, logits_at_their_position
 
@@ -81,6 +82,7 @@ def read_price(
     """
     if rows < 2 or samples < 1:
         raise RevprobeError(f"rows={rows!r}, samples={samples!r}: expected at least 2 rows and 1 sample")
+    require_one_block(model, "read_price")
     known = torch.tensor(letter_tokenizer(relation.alphabet)(relation.training_texts())["input_ids"])
     with untouched(model.module), torch.no_grad():
         generator = _generator(seed, _EVALUATION)

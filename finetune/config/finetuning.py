@@ -24,6 +24,7 @@ from .one_layer import SnapshotsConfig
 
 Text = Annotated[StrictStr, Field(min_length=1)]
 Rate = Annotated[Number, Field(gt=0)]
+_READS = ("mask_token_id", "block_size", "bidirectional")
 Templates = dict[Text, Text | list[Text]]
 
 
@@ -67,12 +68,31 @@ class FinetunedModel(Section):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     # QLoRA: the base in 4 bits, on a GPU, with bitsandbytes.
     quantize: Literal["4bit"] | None = None
+    # Where the checkpoint's files do not say: the mask token (its id or text), and tokens of a block or the whole text.
+    mask_token_id: Annotated[StrictInt, Field(ge=0)] | Text | None = None
+    block_size: Count | None = None
+    bidirectional: StrictBool = False
 
     @model_validator(mode="after")
     def _one_source(self) -> FinetunedModel:
         if (self.name is None) == (self.tiny is None):
             raise ValueError("give exactly one of name (a folder or a hub name) and tiny (a model built here)")
+        if self.tiny is not None and self.reads:
+            raise ValueError(f"a tiny model knows how it reads; leave {', '.join(self.reads)} out, or name a model")
+        if self.block_size is not None and self.bidirectional:
+            raise ValueError(f"block_size {self.block_size} and bidirectional: true exclude each other; leave one out")
         return self
+
+    @property
+    def reads(self) -> dict[str, Any]:
+        """What `load_model` is told that the checkpoint's files do not say."""
+        told = {key: getattr(self, key) for key in _READS}
+        return {key: value for key, value in told.items() if value not in (None, False)}
+
+    @model_serializer(mode="wrap")
+    def _only_reads_that_were_told(self, handler: Any) -> dict[str, Any]:
+        # A run's config.yaml from before these were there stays the config that it is.
+        return {key: value for key, value in handler(self).items() if key not in _READS or key in self.reads}
 
 
 class FinetunedRelation(Section):

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from ...errors import RevprobeError, first_line
+from ...models.contract.block_masks import WHOLE
 from ...models.families.known import family_of_config
 from ...models.hub import quiet_transformers
 from ...models.probed import ProbedModel
@@ -44,8 +45,12 @@ def plan_finetuning(config: FinetuneConfig, *, tokens: int | None = None) -> Mem
     with AnsweredYes():  # one traced pass finds the projections
         # There is no tokenizer to name a mask token; token ids do not matter to shapes.
         nameless = objective == "masked" and getattr(module.config, "mask_token_id", None) is None
-        model = _OnMeta(module, objective=objective, mask_token_id=0 if nameless else None, check=False)
+        size = WHOLE if config.model.bidirectional else config.model.block_size
+        told: dict[str, Any] = {"mask_token_id": 0 if nameless else None, "block_size": size}
+        model = _OnMeta(module, objective=objective, check=False, **told)
         adapted = add_lora(model, config.lora)
+    if model.block_size is not None:
+        tokens, about = 2 * tokens, f"{about}, a noised copy beside a clean one"
     plan = plan_memory(
         adapted,
         batch=training.batch_size,
@@ -115,7 +120,8 @@ def on_meta(chosen: FinetunedModel) -> tuple[nn.Module, str]:
     objective = stated_objective(settings, name)
     with torch.device("meta"):
         if (family := family_of_config(settings)) is not None:
-            return family.model_class._from_config(settings, dtype=dtype), objective
+            kind: Any = family.class_for(objective)
+            return kind._from_config(settings, dtype=dtype), objective
         auto = AutoModelForMaskedLM if objective == "masked" else AutoModelForCausalLM
         return auto.from_config(settings, dtype=dtype, trust_remote_code=False), objective
 

@@ -14,6 +14,7 @@ from transformers import set_seed
 
 from ...errors import RevprobeError
 from ...models.checkpoints import step_of
+from ...models.contract.block_masks import WHOLE
 from ...models.peft_adapters import BASE, without_wrapper
 from ...models.probed import ProbedModel
 from ...models.registry import load_model
@@ -70,6 +71,7 @@ class Prepared:
         return {
             "objective": self.model.objective,
             "logit_shift": self.model.logit_shift,
+            **({} if self.model.block_size is None else {"block_size": self.model.block_size}),
             "steps": self.steps,
             "snapshots": self.snapshots,
             "rows": len(self.rows),
@@ -88,8 +90,9 @@ class Prepared:
     def wrapping(self) -> dict[str, Any]:
         """How the base was wrapped; it was checked then."""
         base = self.model
-        known = {"mask_token_id": base.mask_token_id, "logit_shift": base.logit_shift}
+        known: dict[str, Any] = {"mask_token_id": base.mask_token_id, "logit_shift": base.logit_shift}
         known |= {"begin_token_id": base.begin_token_id, "tokenizer": base.tokenizer}
+        known |= {"block_size": (base.block_size or WHOLE) if base.objective == "masked" else None}
         return {"objective": base.objective, "check": False} | known
 
 
@@ -132,10 +135,11 @@ def text_relation(config: FinetuneConfig) -> TextRelation:
 
 
 def loading_options(config: FinetuneConfig) -> dict[str, Any]:
-    """How `load_model` reads the base: its dtype, and the 4 bits where asked for."""
+    """How `load_model` reads the base: its dtype, the 4 bits where asked for, and what its files do not say."""
     chosen, on_cpu = config.model, uses_cpu(config.training.device)
     dtype = getattr(torch, chosen.dtype) if chosen.dtype else None
-    return {"dtype": dtype, **quantization(chosen.quantize, dtype or torch.bfloat16, on_cpu=on_cpu)}
+    loaded = {"dtype": dtype, **quantization(chosen.quantize, dtype or torch.bfloat16, on_cpu=on_cpu)}
+    return loaded | chosen.reads
 
 
 def placed_options(config: FinetuneConfig) -> dict[str, Any]:
@@ -194,6 +198,8 @@ def build_finetuning(
         logit_shift=prepared.model.logit_shift if prepared.model.objective == "masked" else 0,
         eps=objective.eps,
         antithetic=objective.antithetic,
+        block_size=prepared.model.block_size,
+        reads=config.model.reads,
         snapshots=prepared.snapshots,
     )
     if config.snapshots.during_training:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import RevprobeError
+from .block_diffusion import block_logits, draw_block_masks
 
 EPS = 1e-3
 # Phases of a step's generators: its masks, those of an evaluation, and what a dial of negatives picks.
@@ -109,6 +110,7 @@ def price_masks(
     Args:
         logits: scores for the token AT each position.
         token_ids: the clean ids.
+        rate: of each row, or of each token where its block has one of its own (`batch seq`).
         n_tokens: L of each row; the sequence length when None (no padding). 1 gives nats per sequence.
         weights: of each term; 1 when None.
     Returns: nats per token; a row without a mask is 0. Its mean over draws bounds the negative log-likelihood per
@@ -118,7 +120,8 @@ def price_masks(
     losses = F.cross_entropy(logits.flatten(0, 1).float(), token_ids.flatten(), reduction="none").view_as(token_ids)
     # masked_fill, not a product: an infinite loss at a visible position must not turn the row into NaN.
     priced = losses.masked_fill(~is_masked if weights is None else ~is_masked | (weights == 0), 0.0)
-    total = (priced if weights is None else priced * weights).sum(1) / rate
+    priced = priced if weights is None else priced * weights
+    total = (priced / rate).sum(1) if rate.ndim == 2 else priced.sum(1) / rate
     return total / (token_ids.shape[1] if n_tokens is None else n_tokens)
 
 
@@ -138,6 +141,7 @@ def masked_diffusion_loss(
     masks: str | int = "rate",
     per: str = "token",
     weigh: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    block_size: int | None = None,
 ) -> Tensor:
     """The masked-diffusion loss of a batch, with masks drawn here from `generator`.
 
@@ -153,6 +157,8 @@ def masked_diffusion_loss(
         per: "token" divides a row's sum by L, "sequence" does not.
         weigh: from the clean ids, what is masked and the divisors (`batch seq, batch seq (bool), batch`), the weight of
             each term.
+        block_size: of a model that writes in blocks: a noised copy is priced beside the clean one, each block at a rate
+            of its own, see `block_diffusion`; only with "independent" rates and no `weigh`. None: the whole text.
     Raises: RevprobeError, for ids that are not a `batch seq` table, for a mask token among the clean ids, and for a
         row in which nothing can be masked.
     """
@@ -161,18 +167,20 @@ def masked_diffusion_loss(
         raise RevprobeError(
             f"the training ids contain the mask token {mask_token_id}; pass clean sequences, masks are drawn here"
         )
-    rate, is_masked = draw_masks(
-        (token_ids.shape[0], token_ids.shape[1]),
-        generator=generator,
-        eps=eps,
-        antithetic=antithetic,
-        leader=leader,
-        rates=rates,
-        masks=masks,
-    )
+    shape = (token_ids.shape[0], token_ids.shape[1])
+    drawing: dict[str, Any] = {"generator": generator, "eps": eps, "leader": leader}
+    if block_size is None:
+        rate, is_masked = draw_masks(shape, antithetic=antithetic, rates=rates, masks=masks, **drawing)
+    else:
+        _require_plain_rates(rates, masks, weigh, block_size)
+        rate, is_masked = draw_block_masks(shape, block_size, antithetic=antithetic, **drawing)
     counted = _counted(token_ids, attention_mask, maskable, logit_shift)
     rate, is_masked = rate.to(token_ids.device), is_masked.to(token_ids.device) & counted
-    logits = _logits(model, token_ids.masked_fill(is_masked, mask_token_id), attention_mask)
+    noised = token_ids.masked_fill(is_masked, mask_token_id)
+    if block_size is None:
+        logits = _logits(model, noised, attention_mask)
+    else:
+        logits = block_logits(model, noised, token_ids, block_size, attention_mask)
     logits = logits_at_their_position(logits, logit_shift)
     weights = None if weigh is None else weigh(token_ids, is_masked, rate)
     divisor = 1 if per == "sequence" else counted.sum(1)
@@ -240,6 +248,14 @@ def _logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) 
     extra: dict[str, Any] = {} if attention_mask is None else {"attention_mask": attention_mask}
     output = model(input_ids=input_ids, **extra)
     return output if isinstance(output, Tensor) else output.logits
+
+
+def _require_plain_rates(rates: str, masks: str | int, weigh: Any, block_size: int) -> None:
+    if (rates, masks, weigh) != ("independent", "rate", None):
+        raise RevprobeError(
+            f"rates={rates!r}, masks={masks!r} or a dial of negatives in blocks of {block_size}: expected independent "
+            "rates, one a block; leave them out, or train on the whole text"
+        )
 
 
 def _require_table(token_ids: Tensor, columns: int = 1) -> None:

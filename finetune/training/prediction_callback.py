@@ -35,10 +35,10 @@ from ...models.peft_adapters import without_wrapper
 from ...models.probed import ProbedModel
 from ...probes.pairs.pairs import ReversalPairs
 from ...probes.pairs.query import Query
-from ...probes.passes.asked import asked_pairs
+from ...probes.passes.asked import asked_pairs, out_of_sight
 from ...probes.passes.batches import prepare_queries
 from ...probes.passes.slopes import loss_slopes
-from ...probes.statistics.estimators import STATISTICS_VERSION, missing_intervals
+from ...probes.statistics.estimators import LATER_BLOCK, STATISTICS_VERSION, missing_intervals
 from ...probes.statistics.intervals import mean_over_facts
 from ...probes.statistics.old_columns import current_columns
 from ...probes.statistics.resampling import derangement
@@ -168,6 +168,8 @@ class FirstOrderPrediction(TrainerCallback):
         values["predicted_by_adamw"] = (
             before.slope[1] if step.by_formula is not None else np.full(len(asked.queries), np.nan)
         )
+        unseen = out_of_sight(probed, asked.queries)
+        values = {name: np.where(unseen, np.nan, each) for name, each in values.items()}
         facts = {
             "step": state.global_step,
             "kind": self.pairs.kind,
@@ -175,9 +177,13 @@ class FirstOrderPrediction(TrainerCallback):
             "update_norm": float(torch.stack([u.double().square().sum() for u in made.values()]).sum().sqrt()),
             "optimizer": step.optimizer,
         }
-        return [facts | self._row(direction, values, asked, step.reason) for direction in ("forward", "reverse")]
+        return [
+            facts | self._row(direction, values, asked, unseen, step.reason) for direction in ("forward", "reverse")
+        ]
 
-    def _row(self, direction: str, values: Mapping[str, np.ndarray], asked: _Asked, reason: str) -> dict[str, Any]:
+    def _row(
+        self, direction: str, values: Mapping[str, np.ndarray], asked: _Asked, unseen: np.ndarray, reason: str
+    ) -> dict[str, Any]:
         own, other = asked.index[direction], asked.index[f"{direction}_control"]
         columns = {name: each[own] for name, each in values.items()}
         columns["error"] = columns["observed"] - columns["predicted"]
@@ -188,7 +194,8 @@ class FirstOrderPrediction(TrainerCallback):
         for name, found in means.items():
             row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
         row |= {"n": means["observed"].n, "facts": means["observed"].facts}
-        return row | {"reason": "; ".join(filter(None, [reason, missing_intervals(means)]))}
+        later = f"{int(unseen[own].sum())} {LATER_BLOCK}" if unseen[own].any() else ""
+        return row | {"reason": "; ".join(filter(None, [reason, later, missing_intervals(means)]))}
 
     # ---- where ----
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ...errors import RevprobeError, did_you_mean, first_line
 from ...models.checkpoints import CHECKPOINTS, EMA, step_of
-from ...models.probed import OBJECTIVES
 from ...models.families.files import require_shards_inside
+from ...models.peft_adapters import write_reads
+from ...models.probed import OBJECTIVES
+from .block_diffusion import require_positions
 from .checkpointing import changed_file, complete_checkpoint, missing_state, resume_from
 from .ema import MovingAverage
 from .negatives import Negatives
@@ -90,7 +92,8 @@ class ForwardOnlyTrainer(Trainer):
         ema_decay: keep an average of the weights (`.ema`) and save it in `step-000500/ema`; None keeps none. Causal
             models keep none: their readings are on the weights as they are.
         snapshots: steps at which a checkpoint is written; None leaves that to `args.save_strategy`.
-        eps, antithetic, logit_shift, rates, masks, per: see `masked_diffusion_loss`.
+        eps, antithetic, logit_shift, rates, masks, per, block_size: see `masked_diffusion_loss`.
+        reads: how an adapter's base was loaded, where its files do not say; written beside each adapter.
         negatives: terms of the letters' loss that are left out; None leaves out none.
         step_log: told of every step, and saved with every checkpoint.
         others: as in `transformers.Trainer`; `data_collator` defaults to `collate_rows`.
@@ -113,6 +116,8 @@ class ForwardOnlyTrainer(Trainer):
         rates: str = "independent",
         masks: str | int = "rate",
         per: str = "token",
+        block_size: int | None = None,
+        reads: Mapping[str, Any] | None = None,
         negatives: Negatives | None = None,
         step_log: StepLog | None = None,
         **others: Any,
@@ -122,6 +127,7 @@ class ForwardOnlyTrainer(Trainer):
         self.objective: str = objective
         self.eps, self.antithetic, self.logit_shift = eps, antithetic, logit_shift
         self.rates, self.masks, self.per = rates, masks, per
+        self.block_size, self.reads = block_size, reads
         self.negatives = None if negatives is None or negatives.always_keeps else negatives
         self.step_log = step_log
         # Of the step being taken: its loss, the terms left out, and the sum of their 1/t.
@@ -141,6 +147,8 @@ class ForwardOnlyTrainer(Trainer):
         self.mask_token_id = getattr(config, "mask_token_id", None) if mask_token_id is None else mask_token_id
         if objective == "masked" and self.mask_token_id is None:
             raise RevprobeError(f"{type(model).__name__} names no mask token; pass mask_token_id=")
+        if block_size is not None:
+            require_positions(model)
         self.ema = MovingAverage(model, ema_decay) if ema_decay is not None and objective == "masked" else None
 
     # ---- loss ----
@@ -178,6 +186,7 @@ class ForwardOnlyTrainer(Trainer):
                 masks=self.masks,
                 per=self.per,
                 weigh=None if self.negatives is None else self._weights,
+                block_size=self.block_size,
                 **tables,
             )
         self._taken = (loss.detach(), *self._taken[1:])
@@ -256,9 +265,11 @@ class ForwardOnlyTrainer(Trainer):
         if self.args.should_save:
             folder, step = Path(self._get_output_dir(trial)), self.state.global_step
             working = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-            complete_checkpoint(folder.parent, step, working=working, add=self._save_average)
+            complete_checkpoint(folder.parent, step, working=working, add=self._add_to)
 
-    def _save_average(self, checkpoint: Path) -> None:
+    def _add_to(self, checkpoint: Path) -> None:
+        if self.reads:
+            write_reads(checkpoint, self.reads)
         if self.ema is not None:
             self.ema.save(checkpoint / EMA, self.processing_class)
 

@@ -27,6 +27,8 @@ class BidirectionalDecoder:
     # "full": every token sees every other; "block": finished blocks and its own, as the config says; "either": nothing
     # in the files says which of the two.
     attention = "full"
+    # How a token of a finished block sees its block: "whole", or "causal", only what stands before it.
+    finished_blocks = "whole"
     config_class: Any = None
     logit_shift = 0
     # The mask token as the family's tokenizers list it, also where they do not call it their mask.

@@ -192,9 +192,11 @@ class LLaDAConfig(PreTrainedConfig):
 
 
 class DreamConfig(Qwen2Config):
-    """The published config.json, which is Qwen2's plus the mask token.
+    """The published config.json, which is Qwen2's plus the mask token (and DreamOn's expand token, which is kept).
 
-    Raises: RevprobeError, for sliding windows and multimodal positions.
+    Scaled rotary positions are read and written under both of transformers' names, since the published code knows the
+    older, `rope_scaling`, and would take the plain ones without a word where it is missing.
+    Raises: RevprobeError, for sliding windows that are in use, and multimodal positions.
     """
 
     model_type = "Dream"
@@ -210,7 +212,17 @@ class DreamConfig(Qwen2Config):
                 raise RevprobeError(f"Dream config: {key}={given!r} is not supported; expected {only!r}")
         self.layer_types = None  # a sliding layer of the parent's gets the same mask as the others
         super().__post_init__(**kwargs)
+        self.layer_types = ["full_attention"] * self.num_hidden_layers  # whatever a file says of windows not in use
+        rotary: Any = self.rope_parameters
+        self.rope_theta = float(rotary["rope_theta"])
         self.use_cache = False  # the published file says true, for its own sampler
+
+    def to_dict(self) -> dict[str, Any]:
+        written: dict[str, Any] = super().to_dict()
+        rotary = written.get("rope_parameters") or {}
+        if rotary.get("rope_type", "default") != "default":
+            written["rope_scaling"] = {key: value for key, value in rotary.items() if key != "rope_theta"}
+        return written
 
 
 class DreamTokenizer(Qwen2Tokenizer):

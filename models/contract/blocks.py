@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 from ...errors import RevprobeError
 from .called import CalledModule
-from .trial import LENGTH, ordinary_ids, trial_row
+from .trial import LENGTH, ordinary_ids, rounding, trial_row
+from .witness import reaching, with_gradient
 
 # The rule is the same for all sizes, and two blocks of more tokens would cost a large model a long run.
 _LARGEST = 4
 
 
-def require_blocks(called: CalledModule, mask_token_id: int | None, first_row: int) -> None:
+def require_blocks(
+    called: CalledModule, mask_token_id: int | None, first_row: int, narrowed: torch.dtype | None = None
+) -> None:
     """Runs of one row: as it is, with the last token of the first block changed, and with the first of the second.
 
-    Each by itself: in a batch, equal rows may come out differently by rounding.
-
+    Each by itself: in a batch, equal rows may come out differently by rounding. In a mixture of experts a later token
+    joins the others in their products, which rounds earlier logits otherwise: there autograd says what reaches them.
     Args:
         first_row: logits rows before that of the first token.
+        narrowed: the type that products are taken in where it is narrower than the weights'.
     Raises: RevprobeError, when a module takes no mask, a later block reaches back, or a block's own later token does
         not.
     """
@@ -31,26 +38,47 @@ def require_blocks(called: CalledModule, mask_token_id: int | None, first_row: i
     length = min(max(LENGTH, size + 1), called.max_length or LENGTH)
     if length <= size:
         return
-    tried = CalledModule(called.module, called.name, size)
     ids = ordinary_ids(called, 2 * LENGTH)
-    plain = trial_row(ids, 0, length, mask_token_id)
-    rows = [plain]
-    for place in (size - 1, size):
-        other = plain.clone()
-        other[place] = next((i for i in reversed(ids) if i != int(plain[place])), int(plain[place]))
-        rows.append(other)
-    with torch.no_grad():
-        runs = [tried.run(row[None].to(called.device))[0] for row in rows]
-    out = torch.stack(runs)[:, first_row : first_row + length]
-    own, later = (bool((out[0, : size - 1] != out[k, : size - 1]).any()) for k in (1, 2))
-    edge = bool((out[0, size - 1] != out[2, size - 1]).any())
-    if later or edge:
+    plain = trial_row(ids, 0, length, mask_token_id).to(called.device)
+    tried = CalledModule(called.module, called.name, size)
+    row = _Row(tried, plain, ids, slice(first_row, first_row + length), narrowed or called.dtype)
+    if row.reaches(size, size):
         raise RevprobeError(
             f"{called.name}, read in blocks of {size}: a token of the next block changes logits of the block before, "
             "so the module does not heed a mask of who sees whom; leave block_size out"
         )
-    if size > 1 and not own and bool((out[0] != out[2]).any()):
+    if size > 1 and not row.reaches(size - 1, size - 1) and row.reaches(size, length):
         raise RevprobeError(
             f"{called.name}, read in blocks of {size}: a later token of a block does not reach its earlier ones; it is "
             "causal inside: load it with objective='causal', or as the family that it belongs to"
         )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of tokens, the ids that may stand in their places, and where the logits of the tokens are."""
+
+    called: CalledModule
+    plain: Tensor
+    ids: list[int]
+    rows: slice
+    arithmetic: torch.dtype
+
+    def reaches(self, place: int, earlier: int) -> bool:
+        """Whether the token at a place reaches the logits of the first `earlier` tokens."""
+        other = self.plain.clone()
+        other[place] = next((i for i in reversed(self.ids) if i != int(other[place])), int(other[place]))
+        with torch.no_grad():
+            one, two = (self.called.run(row[None])[0, self.rows][:earlier] for row in (self.plain, other))
+        apart = one != two  # -inf - -inf would be NaN
+        if not apart.any():
+            return False
+        if float((one[apart].double() - two[apart].double()).abs().max()) > rounding(one, self.arithmetic):
+            return True
+        seen = with_gradient(
+            self.called,
+            self.plain[None],
+            None,
+            lambda out, embedded: reaching([out[0, self.rows][:earlier]], embedded)[0, place:].any(),
+        )
+        return seen is None or bool(seen)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import RevprobeError
 from . import introspect
-from .block_masks import added_to_scores, block_mask
+from .block_masks import added_to_scores, block_mask, finished_causal_mask
 
 
 class CalledModule:
@@ -22,6 +22,7 @@ class CalledModule:
 
     module: nn.Module
     block_size: int | None = None
+    mask_token_id: int | None = None  # what hides tokens, once that is known
 
     def __init__(self, module: nn.Module, name: str | None = None, block_size: int | None = None) -> None:
         self.module, self.name, self.block_size = module, name or type(module).__name__, block_size
@@ -73,13 +74,19 @@ class CalledModule:
         """Logits as the module gives them. Shapes: `batch seq, batch seq -> batch rows vocab`."""
         kwargs: dict[str, Any] = {}
         if self.block_size is not None:
-            sees = block_mask(input_ids.shape[1], self.block_size, device=input_ids.device)
+            sees = self._sees(input_ids, self.block_size)
             attention_mask = added_to_scores(sees, attention_mask, self.dtype).expand(len(input_ids), -1, -1, -1)
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
         if "use_cache" in self._accepts:
             kwargs["use_cache"] = False
         return self.logits_in(self.module(input_ids, **kwargs))
+
+    def _sees(self, input_ids: Tensor, size: int) -> Tensor:
+        """Who sees whom. Shapes: `batch seq -> seq seq or batch seq seq (bool)`."""
+        if self.mask_token_id is not None and introspect.finished_blocks(self.module) == "causal":
+            return finished_causal_mask(input_ids == self.mask_token_id, size)
+        return block_mask(input_ids.shape[1], size, device=input_ids.device)
 
     def logits_in(self, output: Any) -> Tensor:
         """The logits in what the module returned: named so, or the first of a tuple that is as wide as the vocabulary.

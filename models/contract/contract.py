@@ -82,7 +82,8 @@ def contract_of(called: CalledModule, mask_token_id: int | None = None) -> Contr
         with skeleton(called.module, called.name) as copy:
             found = _judge(run_trial(CalledModule(copy, called.name, called.block_size), wanted))
             if called.block_size is not None:
-                require_blocks(CalledModule(copy, called.name, called.block_size), wanted, found.placement.logits)
+                in_blocks = CalledModule(copy, called.name, called.block_size)
+                require_blocks(in_blocks, wanted, found.placement.logits, found.narrowed)
         if found.reaches_back is not None:  # else it will be another once it has been trained
             known[wanted] = found
     return found

@@ -50,14 +50,14 @@ def mask_token(given: int | str | None, tokenizer: Any, module: nn.Module, vocab
     told = ", ".join(f"{what} is {one}" for what, one in stated.items())
     if given is None and len({*stated.values()}) > 1:
         raise RevprobeError(f"{name}: {told}; say which with mask_token_id=")
-    # One outside the vocabulary is left over from a larger model, and says nothing against another.
-    held_to = any(0 <= one < vocab_size for one in of_model.values())
-    if given is not None and held_to and given not in stated.values():
-        raise RevprobeError(f"{name}: mask_token_id={given}, but {told}; leave it out, or correct what says otherwise")
     known = next(iter(stated.values()), None) if given is None else given
     if known is not None and not 0 <= known < vocab_size:
         fix = "pass mask_token_id=" if given is None else "expected the id of its mask token"
         raise RevprobeError(f"{name}: mask token {known} is outside the vocabulary (0 to {vocab_size - 1}); {fix}")
+    # One outside the vocabulary is left over from a larger model, and says nothing against another.
+    held_to = any(0 <= one < vocab_size for one in of_model.values())
+    if given is not None and held_to and given not in stated.values():
+        raise RevprobeError(f"{name}: mask_token_id={given}, but {told}; leave it out, or correct what says otherwise")
     only = getattr(_inner(module), "mask_row", None)
     if known is not None and only not in (None, known):
         raise RevprobeError(
@@ -135,6 +135,11 @@ def block_size(given: int | str | None, objective: str, module: nn.Module, name:
     if objective != "masked":
         raise RevprobeError(f"{name} is causal and reads token by token; leave block_size out, or load it as masked")
     return stated
+
+
+def finished_blocks(module: nn.Module) -> str:
+    """How a model that is read in blocks reads those that are finished: "whole", or "causal"."""
+    return str(getattr(_inner(module), "finished_blocks", "whole"))
 
 
 # What a class says of its attention where its config must say the block size, and does not.

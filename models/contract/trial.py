@@ -103,9 +103,12 @@ class Trial:
         return float((one[apart].double() - other[apart].double()).abs().max()) / (self.spread or 1.0)
 
     def may_be_rounding(self, moved: float) -> bool:
-        logits = self.plain.logits
-        largest = float(logits[logits.isfinite()].abs().max())
-        return moved * (self.spread or 1.0) <= _ROUNDING * torch.finfo(self.arithmetic).eps * largest
+        return moved * (self.spread or 1.0) <= rounding(self.plain.logits, self.arithmetic)
+
+
+def rounding(logits: Tensor, arithmetic: torch.dtype) -> float:
+    """By how much rounding may move some logits, products being taken in a type."""
+    return _ROUNDING * torch.finfo(arithmetic).eps * float(logits[logits.isfinite()].abs().max())
 
 
 class _HasTokens(Protocol):

@@ -9,6 +9,7 @@ Source: ZHZisZZ/dllm, dllm/pipelines/a2d.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -49,25 +50,28 @@ class A2DLlamaForMaskedDiffusion(BidirectionalDecoder, LlamaForCausalLM):  # typ
     mask_text = "<|mask|>"
 
 
-def _family(parent: str, model_class: type[BidirectionalDecoder], *published: str) -> Family:
+def _family(parent: str, model_class: type[BidirectionalDecoder], published: Mapping[str, Any]) -> Family:
     config = model_class.config_class
-    kinds: dict[str, dict[str, Any]] = {
-        "mdlm": {"block_size": WHOLE},
-        "bd3lm": {"block_size": 32},
-    }  # as their names and dLLM's own scripts say
     return Family(
         name=f"A2D {parent}",
         about=f"{parent} trained on as a diffusion model by dLLM; the files do not say whether whole or in blocks",
         model_class=model_class,  # type: ignore[arg-type]
         recognises=of_type(config.model_type),
-        published={f"dllm-hub/{name}-diffusion-{kind}-v0.1": kinds[kind] for name in published for kind in kinds},
+        published=published,
         licence="Apache-2.0 (code); weights: see their model cards",
         parity=0.0,
     )
 
 
-A2D = (
-    _family("Qwen3", A2DQwen3ForMaskedDiffusion, "Qwen3-0.6B"),
-    _family("Qwen2", A2DQwen2ForMaskedDiffusion, "Qwen2.5-Coder-0.5B-Instruct"),
-    _family("Llama", A2DLlamaForMaskedDiffusion),
-)
+def _published(name: str, mask_token_id: int) -> dict[str, dict[str, Any]]:
+    """Both kinds of a parent, blocks as dLLM's scripts have them. The mask is the first id its tokenizer leaves."""
+    kinds: dict[str, int | str] = {"mdlm": WHOLE, "bd3lm": 32}
+    return {
+        f"dllm-hub/{name}-diffusion-{kind}-v0.1": {"mask_token_id": mask_token_id, "block_size": size}
+        for kind, size in kinds.items()
+    }
+
+
+A2D_QWEN3 = _family("Qwen3", A2DQwen3ForMaskedDiffusion, _published("Qwen3-0.6B", 151669))
+A2D_QWEN2 = _family("Qwen2", A2DQwen2ForMaskedDiffusion, _published("Qwen2.5-Coder-0.5B-Instruct", 151665))
+A2D = (A2D_QWEN3, A2D_QWEN2, _family("Llama", A2DLlamaForMaskedDiffusion, {}))

@@ -55,6 +55,7 @@ class Family:
         name: as people call it.
         about: one line for `list_models`.
         model_class: ours; its `config_class`, `logit_shift` and `attention` go with it.
+        causal_class: of the causal model that some families are as well, under the same weights and config.
         recognises: whether files are the family's.
         to_config: the settings of our config from the published files, and from what the user was asked for.
         asks: options of `load_model` that `to_config` takes beside the files.
@@ -77,6 +78,7 @@ class Family:
     model_class: type[PreTrainedModel]
     recognises: Callable[[Files], bool]
     to_config: Callable[..., dict[str, Any]] = own_settings
+    causal_class: type[PreTrainedModel] | None = None
     asks: Sequence[str] = ()
     key_map: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, Fused] = field(default_factory=dict)
@@ -107,6 +109,10 @@ class Family:
     def objective(self) -> str:
         """ "masked" or "causal"."""
         return str(getattr(self.model_class, "objective", "masked"))
+
+    def class_for(self, objective: str) -> type[PreTrainedModel] | None:
+        """The class that reads its files as "masked" or as "causal"; None where they are no such model."""
+        return {"causal": self.causal_class, self.objective: self.model_class}.get(objective)
 
     @property
     def translates(self) -> bool:

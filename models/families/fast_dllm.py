@@ -39,7 +39,7 @@ FAST_DLLM = Family(
     model_class=FastDLLMForMaskedDiffusion,
     recognises=of_type(FastDLLMConfig.model_type),
     to_config=_to_config,
-    published={f"Efficient-Large-Model/Fast_dLLM_v2_{size}": {} for size in ("7B", "1.5B")},
+    published={f"Efficient-Large-Model/Fast_dLLM_v2_{size}": {"mask_token_id": 151665} for size in ("1.5B", "7B")},
     licence="Apache-2.0 (code), Apache-2.0 (weights)",
     parity=3e-6,
 )

@@ -51,7 +51,9 @@ class Files:
     @property
     def name(self) -> str:
         """The hub name, or that of the folder or file."""
-        return self.place if isinstance(self.place, str) else self.place.stem
+        if isinstance(self.place, str):
+            return self.place
+        return self.place.stem if self.place.is_file() else self.place.name  # a folder's dots are no suffix
 
     @property
     def model_type(self) -> str:

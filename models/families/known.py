@@ -22,15 +22,11 @@ from .llada import LLADA
 from .llada2 import LLADA2
 from .llada_moe import LLADA_MOE
 from .mdlm import MDLM
+from .nemotron import NEMOTRON
 from .radd import RADD
 from .sdar import SDAR
 from .smdm import SMDM
 
-# Published types whose layout is known and whose way of reading is not ours -> what they do instead (docs/models.md).
-NOT_READ = {
-    "nemotron_labs_diffusion": "it reads finished text causally and only the block that it writes in both directions, "
-    "which is neither of the ways that models are read here",
-}
 # The first that recognises the files reads them.
 FAMILIES: tuple[Family, ...] = (
     RADD,
@@ -46,7 +42,14 @@ FAMILIES: tuple[Family, ...] = (
     BD3LM,
     FAST_DLLM,
     LLADA2,
+    NEMOTRON,
 )
+
+# model_type -> why its checkpoints are not read, of those that are known.
+NOT_READ = {
+    "nemotron_labs_diffusion_vlm": "it reads images too, through a vision tower whose layout is not established; its "
+    "relatives without images are read (nvidia/Nemotron-Labs-Diffusion-3B, 8B and 14B)",
+}
 
 
 def read_config(
@@ -58,8 +61,8 @@ def read_config(
         bidirectional: read a plain transformers folder as the family that is made of its class.
         asked: what the user said beside the files; what a family takes of it is taken out.
         options: of `from_pretrained`, for the hub.
-    Raises: RevprobeError, when there is no such family; what transformers raises for a file that is missing, no JSON,
-        or of an architecture it does not know.
+    Raises: RevprobeError, when there is no such family, or one that is known and not read; what transformers raises
+        for a file that is missing, no JSON, or of an architecture it does not know.
     """
     files = Files.at(place, **options)
     family = family_of(files, bidirectional=bidirectional)
@@ -103,9 +106,7 @@ def _require_known(files: Files) -> None:
     if files.model_type in CONFIG_MAPPING or not (files.model_type or code):
         return  # what transformers says of a config without a type is clear
     if reason := NOT_READ.get(files.model_type):
-        raise RevprobeError(
-            f"{files.name!r} is of type {files.model_type!r}: {reason}; use a model of rp.list_models()"
-        )
+        raise RevprobeError(f"{files.name!r} is of type {files.model_type!r}: {reason}")
     own = f"its own code ({', '.join(sorted(map(str, code)))} of its auto_map) is never run; " if code else ""
     names = ", ".join(one.name for one in FAMILIES)
     raise RevprobeError(

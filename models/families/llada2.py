@@ -179,5 +179,5 @@ LLADA2 = Family(
         )
     },
     licence="Apache-2.0 (code), Apache-2.0 (weights)",
-    parity=6e-6,
+    parity=5e-6,
 )

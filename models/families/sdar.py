@@ -1,15 +1,23 @@
 """SDAR: transformers' Qwen3, block by block. Config keys and tensor names are Qwen3's own.
 
+Checkpoints of other block sizes than 4 carry theirs in the name (-b32), and nothing makes sure that their config.json
+does not still say 4.
+
 Source: Cheng et al. 2025 (arXiv 2510.06303); the layout of JetLM/SDAR-4B-Chat (JetAstra/SDAR, training/model).
 """
 
 from __future__ import annotations
 
+import re
+import warnings
+from typing import Any
+
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from ..bases.bidirectional import BidirectionalDecoder
 from ..bases.masked_config import MaskedDiffusionConfig
-from .family import Family, of_type
+from .family import Family, of_type, own_settings
+from .files import Files
 
 
 class SDARConfig(MaskedDiffusionConfig, Qwen3Config):
@@ -22,12 +30,34 @@ class SDARForMaskedDiffusion(BidirectionalDecoder, Qwen3ForCausalLM):  # type: i
     mask_text = "<|MASK|>"
 
 
+def _to_config(files: Files) -> dict[str, Any]:
+    """Without the block size, where the name of a folder says another."""
+    settings = own_settings(files)
+    named, stated = re.search(r"-b(\d+)$", files.name), settings.get("block_size")
+    if named is not None and stated not in (None, int(named[1])) and files.name not in SDAR.published:
+        warnings.warn(
+            f"{files.name!r} is named after blocks of {named[1]} tokens, and its config.json says {stated}; neither is "
+            "taken: pass block_size=",
+            stacklevel=2,
+        )
+        del settings["block_size"]
+    return settings
+
+
 SDAR = Family(
     name="SDAR",
     about="SDAR 1.7B, 4B and 8B, of any block size; not the mixture of experts (30B-A3B)",
     model_class=SDARForMaskedDiffusion,
     recognises=of_type(SDARConfig.model_type),
-    published={f"JetLM/SDAR-{size}-Chat": {} for size in ("1.7B", "4B", "8B")},
+    to_config=_to_config,
+    published={
+        f"JetLM/SDAR-{size}-Chat{suffix}": {"mask_token_id": 151669, "block_size": block}
+        for size, suffix, block in (
+            *((size, "", 4) for size in ("1.7B", "4B", "8B")),
+            *((size, f"-b{block}", block) for size in ("1.7B", "4B", "8B") for block in (16, 32)),
+            *(("8B", f"-b{block}", block) for block in (8, 64)),
+        )
+    },
     licence="MIT (code), Apache-2.0 (weights)",
     parity=3e-6,
 )

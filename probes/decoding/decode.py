@@ -25,7 +25,7 @@ from ..pairs.spans import encode_texts, require_fast_tokenizer
 from ..passes.batches import queries_per_batch
 from ..passes.plan import Progress
 from .causal import continue_greedily, end_tokens, generator_of
-from .masked import Prompt, Unmasking, unmask, unmasking
+from .masked import Prompt, Unmasking, block_starts, unmask, unmasking
 
 
 @checked
@@ -136,8 +136,8 @@ def decode_tokens(
     _require_fit(model, prompts, lengths)
     if model.objective == "masked":
         how = how or unmasking(model)
-        for length in sorted(set(lengths)):
-            how.schedule(length)  # what it refuses is refused before the model runs
+        for before, length in sorted({(len(p.before), n) for p, n in zip(prompts, lengths, strict=True)}):
+            how.schedule(length, block_starts(model, how, before, length))  # refused before the model runs
     answers: list[list[int]] = [[] for _ in prompts]
     done = 0
     with untouched(model.module), torch.no_grad():

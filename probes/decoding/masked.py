@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,8 @@ class Unmasking:
     Args:
         algorithm: which positions come first, a key of ALGORITHMS.
         steps: forward passes for the whole answer; one a token when None.
-        block_length: tokens a block; the whole answer when None.
+        block_length: tokens a block; the whole answer when None. A model that is read in blocks writes in its own,
+            counted from the first token of the prompt, or in equal parts of them.
         temperature: 0 reveals the likeliest token; above, tokens are drawn at that temperature.
         seed: of the draws; each prompt draws from a generator of its own, whatever batch it is in.
     """
@@ -81,7 +83,7 @@ class Unmasking:
         """The settings, for a reading's meta."""
         return asdict(self)
 
-    def schedule(self, length: int) -> list[tuple[int, int, int]]:
+    def schedule(self, length: int, starts: Sequence[int] | None = None) -> list[tuple[int, int, int]]:
         """What each step does to an answer of `length` tokens: (first, one past the last) of its block, how many.
 
         Steps are spread evenly over blocks and tokens evenly over a block's steps, the earlier ones taking the
@@ -90,17 +92,19 @@ class Unmasking:
         >>> Unmasking(steps=4, block_length=3).schedule(6)
         [(0, 3, 2), (0, 3, 1), (3, 6, 2), (3, 6, 1)]
 
+        Args:
+            starts: where blocks begin in the answer, of a model that counts them from elsewhere (`block_starts`).
         Raises: RevprobeError, for fewer steps than blocks.
         """
         size = self.block_length or length
-        starts = range(0, length, size)
+        starts = range(0, length, size) if starts is None else starts
         steps = length if self.steps is None else min(self.steps, length)
         if steps < len(starts):
             raise RevprobeError(
                 f"{self.steps} steps for {len(starts)} blocks of {size} tokens: every block takes at least one step; "
                 "raise steps or block_length"
             )
-        blocks = [(start, min(start + size, length)) for start in starts]
+        blocks = list(pairwise([*starts, length]))
         # One token a step must stay that in a last, shorter block too: shares follow the blocks' sizes there.
         shares = [end - start for start, end in blocks] if steps == length else _even(steps, len(blocks))
         return [
@@ -131,9 +135,32 @@ def unmasking(
     for name, value in (("steps", steps), ("block_length", block_length)):
         if value is not None and value < 1:
             raise RevprobeError(f"{name} {value!r}: expected at least 1, or None for the default")
+    if model.block_size is not None:
+        block_length = block_length or model.block_size
+        if model.block_size % block_length:
+            raise RevprobeError(
+                f"block_length {block_length} for {model.name}, which is read in blocks of {model.block_size} tokens: "
+                "expected a number that divides them, or None"
+            )
     if not 0 <= temperature < float("inf"):
         raise RevprobeError(f"temperature {temperature!r}: expected 0 (the likeliest token) or a positive number")
     return Unmasking(algorithm, steps, block_length, float(temperature), seed)
+
+
+def block_starts(model: ProbedModel, how: Unmasking, before: int, length: int) -> list[int] | None:
+    """Where the blocks of an answer begin, after a prompt of `before` tokens; None for a model without blocks.
+
+    Blocks are counted from the prompt's first token, so that the answer's first one may be shorter. With shift 1 a
+    block's first token is read off the finished block before, and stands when the others are begun.
+    """
+    if model.block_size is None:
+        return None
+    assert how.block_length is not None, "set by `unmasking`"
+    places = range(before, before + length)
+    starts = {0} | {at - before for at in places if at % how.block_length == 0}
+    if model.logit_shift:
+        starts |= {at - before for at in places if at % model.block_size == 1 % model.block_size}
+    return sorted(starts)
 
 
 def unmask(
@@ -145,7 +172,10 @@ def unmask(
     """
     canvas = _Canvas(model, prompts, lengths)
     draws = _Draws(how, labels, model.device)
-    schedules = [how.schedule(length) for length in lengths]
+    schedules = [
+        how.schedule(length, block_starts(model, how, len(prompt.before), length))
+        for prompt, length in zip(prompts, lengths, strict=True)
+    ]
     for step in range(max(len(schedule) for schedule in schedules)):
         now = [schedule[step] if step < len(schedule) else (0, 0, 0) for schedule in schedules]
         first, last, count = torch.tensor(now, device=model.device).unbind(1)

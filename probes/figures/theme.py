@@ -158,7 +158,7 @@ def difference_text(value: float, low: float, high: float, control: float = math
     """A difference as people read it, with so many digits that no end but zero itself reads as zero.
 
     >>> difference_text(0.0046, -0.0008, 0.0149)
-    '0.0046 [-0.0008, 0.0149]'
+    '0.005 [-0.001, 0.015]'
     """
     ends = [end for end in (low, high) if end and not math.isnan(end)]
     digits = next((places for places in range(2, 7) if all(round(end, places) for end in ends)), 6)

@@ -22,6 +22,7 @@ from ...models.probed import ProbedModel, as_probed
 from .fact_rows import TextRow, read_rows
 from .pairs import ReversalPairs
 from .query import Query, ReversalPair
+from .same_block import in_one_block, text_filler
 from .spans import REFUSALS, Encoded, SpanError, encode_texts, entity_positions, require_fast_tokenizer
 from .templates import ROLES, Filled, Template, pair_templates
 
@@ -44,6 +45,7 @@ def pairs_from_frame(
     fact: str | None = None,
     drop: str | Iterable[str] = (),
     allow_different_tokens: bool = False,
+    same_block: bool = False,
 ) -> ReversalPairs:
     """Forward and reverse queries for every row of a table.
 
@@ -72,6 +74,9 @@ def pairs_from_frame(
             (different_tokens, ambiguous_span, straddling_span, unreadable_span, special_token); counted in `.report`.
         allow_different_tokens: keep pairs whose target or evidence is not the same tokens in both directions. They
             are marked in the column `different_tokens`; bounds and the stored-evidence matrix do not apply to them.
+        same_block: put begin tokens before a text until target and evidence share a block of the model as it is read
+            (`model.block_size`), so that it sees both ways; see the columns `filled_forward`, `filled_reverse`. Where
+            every token sees every other there is nothing to do.
     Returns: the pairs, with the flags `shares_tokens` (target and evidence have a token in common), `too_long` (for
         the model's context), `duplicate_fact` (the row repeats an earlier one's target and evidence),
         `different_tokens`, and the column `template` (its place in the lists).
@@ -84,7 +89,9 @@ def pairs_from_frame(
     phrasings = pair_templates(forward, reverse, columns=columns, roles=roles)
     slots = {slot for pair in phrasings for template in pair for slot in template.slots}
     rows = read_rows(frame, {slot: roles.get(slot, slot) for slot in sorted(slots)}, fact)
-    return _Builder(as_probed(model), carrier, allow_different_tokens).build(rows, phrasings, drop)
+    model = as_probed(model)
+    pairs = _Builder(model, carrier, allow_different_tokens).build(rows, phrasings, drop)
+    return in_one_block(pairs, model, text_filler(model)) if same_block else pairs
 
 
 @checked
@@ -99,6 +106,7 @@ def pair_from_text(
     carrier: str = "",
     fact: str = "",
     allow_different_tokens: bool = False,
+    same_block: bool = False,
 ) -> ReversalPair:
     """One pair from two templates such as "{target}'s child is {evidence}", aligned by the model's tokenizer.
 
@@ -107,6 +115,7 @@ def pair_from_text(
     """
     row = pd.DataFrame([{**(slots or {}), "target": target, "evidence": evidence}])
     options: dict[str, Any] = {"carrier": carrier, "allow_different_tokens": allow_different_tokens}
+    options["same_block"] = same_block
     pair = pairs_from_frame(row, forward=forward, reverse=reverse, model=model, **options)[0]
     return replace(pair, fact=fact) if fact else pair
 

@@ -1,19 +1,25 @@
 """What a probe is asked, held against the model before anything is run: every probe begins here.
 
 A pair of another vocabulary, or one whose evidence the model cannot see, gives a number like any other. So the tokens
-are compared by their strings, and a causal model is asked only for what stands behind its evidence.
+are compared by their strings, a causal model is asked only for what stands behind its evidence, and a query of a model
+that is read in blocks whose evidence lies in a later block has no number.
+
+A query is read as the model would be asked: when a token is predicted, the blocks before are finished, those behind not
+begun. So each readout row (target - shift) sees the tokens up to the end of its own block, in the one run that scores,
+gradients and parallel probabilities are read from, whatever blocks a target of several tokens spans. With shift 1 the
+row of a block's first token lies in the finished block before, and sees no further.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from ...errors import RevprobeError
 from ...models.probed import ProbedModel
 from ..pairs.pairs import ReversalPairs
-from ..pairs.query import ReversalPair
+from ..pairs.query import Query, ReversalPair
 from ..pairs.token_strings import first_difference
 
 CHECKED, UNCHECKED = "checked", "not checked: "
@@ -65,10 +71,26 @@ def _names_tokens(model: ProbedModel) -> bool:
     return hasattr(model.tokenizer, "convert_ids_to_tokens")
 
 
+def out_of_sight(model: ProbedModel, queries: Sequence[Query]) -> np.ndarray:
+    """Which queries have evidence, or part of it, in a later block than one of their readout rows. Shapes: `-> query`.
+
+    Their numbers answer another question, and are undefined with the reason LATER_BLOCK.
+    Args:
+        queries: as they are run, since blocks are counted from the first token: those of `prepare_queries`.
+    """
+    # A causal model reads in blocks of one.
+    size = 1 if model.objective == "causal" else model.block_size
+    if size is None:
+        return np.zeros(len(queries), dtype=bool)
+    row = np.array([query.target_positions[0] for query in queries]) - model.logit_shift
+    last = np.array([query.evidence_positions[-1] for query in queries])
+    return last // size > row // size
+
+
 def _require_evidence_in_sight(model: ProbedModel, pairs: ReversalPairs) -> None:
     if model.objective != "causal":
         return
-    behind = np.array([q.evidence_positions[-1] > q.target_positions[0] for q in pairs.queries])
+    behind = out_of_sight(model, pairs.queries)
     count = int((behind[pairs.forward] | behind[pairs.reverse]).sum())
     if count:
         raise RevprobeError(

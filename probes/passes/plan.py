@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..pairs.pairs import ReversalPairs
+from ..statistics.estimators import LATER_BLOCK, LATER_BLOCK_CONTROL
 from .likelihood import Likelihoods, Request
 
 Progress = Callable[[int, int], None]  # queries done, queries in all
@@ -64,6 +65,7 @@ class PassResult:
     with, -1 for none. `without_attention`: layer -> why it has no scores, or none for some queries; `left_out`: path of
     a module -> why the attention that it computes is not read.
     `reached`: parameters that some query's loss reaches; `one_by_one`: those read one query at a time, and why.
+    `unseen`: the queries whose evidence lies in a later block, `query`; their numbers are not those of the question.
     """
 
     pairs: ReversalPairs
@@ -80,6 +82,18 @@ class PassResult:
     inner_control: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     norm: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     floor: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    unseen: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+
+    def unseen_reasons(self, queries: np.ndarray, control: np.ndarray) -> dict[str, np.ndarray]:
+        """Columns that say which pairs have no number, or no control, since evidence lies in a later block.
+
+        Args:
+            queries: those a pair's number rests on; `control`: the query of its control, at `partner`.
+        Shapes: `pair query, pair -> pair`.
+        """
+        own = self.unseen[queries].any(1)
+        other = (self.partner >= 0) & self.unseen[control] & ~own
+        return {"reason": np.where(own, LATER_BLOCK, ""), "reason_control": np.where(other, LATER_BLOCK_CONTROL, "")}
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from ...models.structure import attention_of, fused_parts
 from ..pairs.pairs import ReversalPairs
 from ..statistics.resampling import derangement
 from .alone import PaddingReaches, Size, hold_against_alone, is_due
-from .asked import asked_pairs, tokens_note
+from .asked import asked_pairs, out_of_sight, tokens_note
 from .batches import QueryBatch, in_batches, make_batch, prepare_queries, queries_per_batch
 from .likelihood import Likelihoods, mean_nll, readout
 from .plan import PassResult, Plan
@@ -88,7 +88,7 @@ class _Pass:
         self.adopted: dict[str, dict[str, nn.Parameter]] | None = None
         labels = [label for name in self.selected for label in part_labels(name, self.parts)]
         labels = ["all"] if plan.summed else labels
-        self.result = PassResult(pairs, self.partner, labels)
+        self.result = PassResult(pairs, self.partner, labels, unseen=out_of_sight(model, self.queries))
         if plan.probability:
             self.result.likelihoods = Likelihoods.of(model, self.queries, pairs, self.partner, plan.mode)
         self.done, self.to_do = np.zeros(len(self.queries), dtype=bool), len(self.queries)
@@ -305,6 +305,7 @@ def describe(model: ProbedModel, result: PassResult, plan: Plan) -> dict[str, An
         "model": model.name,
         "objective": model.objective,
         "logit_shift": model.logit_shift,
+        **({} if model.block_size is None else {"block_size": model.block_size}),
         "kind": result.pairs.kind,
         "step": model.step,
         "weights": model.weights,

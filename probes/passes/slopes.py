@@ -131,5 +131,9 @@ class _Moved(nn.Module):
         super().__init__()
         self.model, self.values = model, dict(values)  # no child: the model's parameters are not this module's
 
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Those of the model it stands for, whose dtype a mask must have."""
+        return self.model.module.parameters(recurse)
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.model.logits_in(functional_call(self.model.module, self.values, args, kwargs))

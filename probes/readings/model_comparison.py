@@ -25,7 +25,7 @@ from ..statistics.paired import measured_difference
 from .parquet import read_reading, write_reading
 from .reading import MEASURE_COLUMNS, summary_row
 from .readings import Readings
-from .sides import Asked, Side, cautions, incomparable, left_out, undefined_on_common
+from .sides import Asked, Side, cautions, incomparable, left_out, nothing_shared, undefined_on_common
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -104,8 +104,8 @@ class ModelComparison:
 
     def _between(self, own: Side, other: Side) -> Iterator[dict[str, Any]]:
         """Two models on the facts of which both have a value, and the difference there."""
-        shared = np.intersect1d(own.facts, other.facts)
-        both = other.row(COMMON, own.name, shared), own.row(COMMON, other.name, shared)
+        shared, none = np.intersect1d(own.facts, other.facts), nothing_shared(own, other)
+        both = [one.row(COMMON, beside.name, shared, none) for one, beside in ((other, own), (own, other))]
         yield from both
         if why := incomparable(own, other):
             found, reasons = Measured(Estimate.undefined(facts=len(shared))), {why: max(len(shared), 1)}

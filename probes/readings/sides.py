@@ -59,18 +59,18 @@ class Side:
         """All of them."""
         return np.unique(self.reading.frame["fact"].to_numpy().astype(str))
 
-    def row(self, part: str, against: str, facts: np.ndarray | None = None) -> dict[str, Any]:
-        """The measure on all facts, or on some of them, as a row of the comparison."""
-        return self.placed(part, against, self._numbers(facts))
+    def row(self, part: str, against: str, facts: np.ndarray | None = None, why: str = NO_COMMON) -> dict[str, Any]:
+        """The measure on all facts, or on some of them, as a row of the comparison; `why` there are none, if so."""
+        return self.placed(part, against, self._numbers(facts, why))
 
     def placed(self, part: str, against: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
         place = {"measure": self.measure, "part": part, "model": self.name, "against": against, "kind": self.kind}
         return {**numbers, **place}
 
-    def _numbers(self, facts: np.ndarray | None) -> dict[str, Any]:
+    def _numbers(self, facts: np.ndarray | None, why: str) -> dict[str, Any]:
         reading = self.reading
         if facts is not None and not len(facts):
-            return summary_row(Measured(Estimate.undefined(), undefined={NO_COMMON: 1}))
+            return summary_row(Measured(Estimate.undefined(), undefined={why: 1}))
         if facts is not None and len(facts) < len(self.asked):
             reading = reading.part(reading.frame[reading.frame["fact"].astype(str).isin(facts)])
         measures = reading.measures()
@@ -83,9 +83,14 @@ def incomparable(own: Side, other: Side) -> str:
         one, two = own.reading.meta.get(key), other.reading.meta.get(key)
         if one != two:
             return f"{what}: {one or 'unknown'} and {two or 'unknown'}"
-    if not len(np.intersect1d(own.facts, other.facts)):
-        return NONE_DEFINED if len(np.intersect1d(own.asked, other.asked)) else NO_COMMON
-    return ""
+    return nothing_shared(own, other)
+
+
+def nothing_shared(own: Side, other: Side) -> str:
+    """Why two models have no fact of which both have a value; empty where they have one."""
+    if len(np.intersect1d(own.facts, other.facts)):
+        return ""
+    return NONE_DEFINED if len(np.intersect1d(own.asked, other.asked)) else NO_COMMON
 
 
 def left_out(own: Side, other: Side) -> dict[str, int]:

@@ -8,15 +8,18 @@ from __future__ import annotations
 # The fewest facts from which on every interval (value, control, excess) of every shape covers at least 90 %; 3 are the
 # fewest that were simulated.
 FEWEST = {"correlation": 3, "mean": 13, "proportion": 3}
+# The same of the difference between two models on the same facts, and of how it exceeds that of the controls.
+FEWEST_APART = {"correlation": 3, "mean": 13, "proportion": 5}
 
 
-def caution(statistic: str, facts: int) -> str:
-    """What a number over so few facts must be read with; empty where there is nothing to say.
+def caution(statistic: str, facts: int, *, apart: bool = False) -> str:
+    """What a number over so few facts must be read with, or a difference of two; empty where there is nothing to say.
 
     >>> caution("mean", 5)
     'few facts (5): 95 % intervals of a mean were seen to cover 90 % only from 13 facts on'
     """
-    if facts >= FEWEST[statistic] or not facts:
+    fewest, what = (FEWEST_APART, f"difference of {statistic}s") if apart else (FEWEST, statistic)
+    if facts >= fewest[statistic] or not facts:
         return ""
-    few = f"few facts ({facts}): 95 % intervals of a {statistic}"
-    return f"{few} were seen to cover 90 % only from {FEWEST[statistic]} facts on"
+    few = f"few facts ({facts}): 95 % intervals of a {what}"
+    return f"{few} were seen to cover 90 % only from {fewest[statistic]} facts on"

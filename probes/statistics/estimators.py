@@ -32,6 +32,8 @@ STATISTICS_VERSION = 2
 
 ALONE = "alone in its group, so without a correlation"
 BELOW_FLOOR = "gradient below the rounding floor"
+LATER_BLOCK = "evidence in a later block"
+LATER_BLOCK_CONTROL = f"{LATER_BLOCK} (control)"
 NO_GRADIENT = "gradient exactly zero in all of these parameters"
 NO_PARTNER = "no other fact in the group for the control"
 NO_VARIANCE = "no variance within the group"
@@ -110,6 +112,8 @@ def attention_correlation(frame: pd.DataFrame, seed: int, control: bool = True) 
         counts[TWO_PAIRS] = 2
     counts[NO_PARTNER] = found.lonely if control else 0
     undefined = _reasons(frame) | {reason: count for reason, count in counts.items() if count}
+    if LATER_BLOCK in undefined:  # the same for every layer and head of a pair
+        undefined[LATER_BLOCK] = frame.loc[frame["reason"] == LATER_BLOCK, "pair"].nunique()
     few = caution("correlation", found.facts)
     if not found.null.size:
         return _explained(Measured(estimate, None, None, undefined, found.statistic, few), len(pairs))
@@ -127,26 +131,34 @@ def gradient_cosine(frame: pd.DataFrame, seed: int, control: bool = True) -> Mea
     table = pair_cosines(frame)
     cosine, facts = table["cosine"].to_numpy(), table["fact"].to_numpy().astype(str)
     without_gradient = table["without_gradient"].to_numpy()
-    counts = {NO_GRADIENT: int(without_gradient.sum()), BELOW_FLOOR: int((np.isnan(cosine) & ~without_gradient).sum())}
+    reasons = _pair_reasons(frame, "reason") if "reason" in frame else {}
+    below = int((np.isnan(cosine) & ~without_gradient).sum()) - sum(reasons.values())
+    counts = reasons | {NO_GRADIENT: int(without_gradient.sum()), BELOW_FLOOR: below}
     undefined = {reason: count for reason, count in counts.items() if count}
     statistic = "mean per-pair cosine"
     if "cosine_control" not in table:
         return _with_control(cosine, None, facts, undefined, statistic, bounds=COSINE)
-    alone = frame["norm_control"].isna().groupby(frame["pair"]).any().to_numpy()
-    null = table["cosine_control"].to_numpy()
-    return _with_control(cosine, null, facts, undefined, statistic, bounds=COSINE, alone=alone)
+    alone = frame["norm_control"].isna()
+    if "reason_control" in frame:
+        alone &= (frame["reason"] == "") & (frame["reason_control"] == "")
+        undefined |= _control_reasons(frame)
+    null, lonely = table["cosine_control"].to_numpy(), alone.groupby(frame["pair"]).any().to_numpy()
+    return _with_control(cosine, null, facts, undefined, statistic, bounds=COSINE, alone=lonely)
 
 
 def pair_cosines(frame: pd.DataFrame) -> pd.DataFrame:
     """One row per pair: its fact, the cosine over the frame's parameters, and the shuffled pair's cosine.
 
-    NaN where a norm does not exceed its rounding floor; `without_gradient` where one is zero (modules that never ran).
+    NaN where a norm does not exceed its rounding floor, or the frame gives a reason; `without_gradient` where one is
+    zero (modules that never ran).
     """
     columns = [c for c in frame.columns if c.startswith(("norm_", "floor_"))]
     squared = frame.assign(**{c: frame[c].astype(float) ** 2 for c in columns})
     inner = [c for c in frame.columns if c.startswith("inner")]
     sums = squared.groupby("pair", sort=True).agg({"fact": "first"} | dict.fromkeys([*columns, *inner], "sum"))
     without_gradient = (sums["norm_forward"] == 0) | (sums["norm_reverse"] == 0)
+    if "reason" in frame:  # sums of NaN are 0
+        without_gradient &= frame["reason"].eq("").groupby(frame["pair"], sort=True).all()
     table = pd.DataFrame(
         {"fact": sums["fact"], "cosine": _cosine(sums, "inner", "reverse"), "without_gradient": without_gradient}
     )
@@ -242,7 +254,11 @@ def direction_mean(frame: pd.DataFrame, direction: str, column: str) -> Measured
     values, facts = rows[column].to_numpy(dtype=np.float64), rows["fact"].to_numpy().astype(str)
     null = rows[f"{column}_control"].to_numpy(dtype=np.float64) if f"{column}_control" in rows else None
     statistic, binary = f"mean {direction} {column}", column == "argmax_match"
-    return _with_control(values, null, facts, _reasons(rows), statistic, bounds=FRACTION, binary=binary)
+    undefined, alone = _reasons(rows), None
+    if null is not None and "reason_control" in rows:
+        undefined |= _control_reasons(rows)
+        alone = np.isnan(null) & np.isfinite(values) & rows["reason_control"].eq("").to_numpy()
+    return _with_control(values, null, facts, undefined, statistic, bounds=FRACTION, binary=binary, alone=alone)
 
 
 def _with_control(
@@ -321,6 +337,11 @@ def _reasons(frame: pd.DataFrame) -> dict[str, int]:
 def _pair_reasons(frame: pd.DataFrame, column: str) -> dict[str, int]:
     """Pairs (not rows) by the reason of any of their rows."""
     return _reasons(frame[frame[column] != ""].drop_duplicates("pair").assign(reason=lambda rows: rows[column]))
+
+
+def _control_reasons(frame: pd.DataFrame) -> dict[str, int]:
+    """Pairs that have a value of their own and no control, by the reason."""
+    return _pair_reasons(frame[frame["reason"] == ""], "reason_control")
 
 
 ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {

@@ -27,7 +27,7 @@ from scipy import stats
 from .by_head import score_table
 from .coverage import caution
 from .estimators import Control, Measured, missing_interval, pair_cosines
-from .group_correlation import LEAST_FACTS, Layout, null_correlations
+from .group_correlation import LEAST_FACTS, Layout, Moments, null_correlations
 from .intervals import (
     ALIKE,
     COSINE,
@@ -41,7 +41,7 @@ from .intervals import (
     student,
 )
 
-DRAWS, _CHUNK = 2000, 250
+DRAWS, _CHUNK = 2000, 1000
 POOLED = "small groups are pooled in one model and not in the other"
 UNEVEN = "facts hold other shares of the pairs in one model than in the other"
 SHUFFLED = "the same facts shuffled in both models"
@@ -130,9 +130,13 @@ class Correlations:
     def pooled(self) -> bool:
         return not self.large.any()
 
+    @cached_property
+    def blocks(self) -> list[tuple[Moments, np.ndarray]]:
+        """What every draw weighs, some heads at a time."""
+        return list(self.layout.blocks(self.forward, self.reverse, self.large))
+
     def under(self, weights: np.ndarray) -> np.ndarray:
-        blocks = self.layout.blocks(self.forward, self.reverse, self.large)
-        parts = [moments.weighted(weights, large, self.pooled) for moments, large in blocks]
+        parts = [moments.weighted(weights, large, self.pooled) for moments, large in self.blocks]
         total, number = (np.sum(part, axis=0) for part in zip(*parts, strict=True))
         with np.errstate(invalid="ignore"):
             return np.asarray(total / number)
@@ -227,13 +231,14 @@ def measured_difference(
 
 def _of_correlations(own: Correlations, other: Correlations, seed: int, control: bool) -> Measured:
     estimate = paired_difference(own, other, COSINE, seed=seed)
-    cautions = [caution("correlation", estimate.facts), POOLED if own.pooled != other.pooled else ""]
+    cautions = [caution("correlation", estimate.facts, apart=True), POOLED if own.pooled != other.pooled else ""]
+    cautions.append(_uneven(own, other))
     measured = Measured(estimate, statistic="difference of correlations", caution="; ".join(filter(None, cautions)))
-    nulls = [side.null(seed) for side in (own, other)] if control else []
-    if not control or not len(nulls[0]) or len(nulls[0]) != len(nulls[1]):
-        return measured
-    null = nulls[0] - nulls[1]
+    nulls = [side.null(seed) for side in (own, other)] if control else [np.array([])] * 2
+    null = nulls[0] - nulls[1] if len(nulls[0]) == len(nulls[1]) else np.array([])
     null = null[np.isfinite(null)]
+    if not len(null):
+        return measured
     middle = round(float(null.mean()), 12) + 0.0  # as of each model's own: a round of shuffles averages 0
     low, high = (float(edge) for edge in np.percentile(null, [2.5, 97.5]))
     beside = Control(middle, (low, high), estimate.n, f"{len(null)} shuffles, {SHUFFLED}", estimate.facts)
@@ -241,11 +246,16 @@ def _of_correlations(own: Correlations, other: Correlations, seed: int, control:
     return replace(measured, control=beside, excess=excess)
 
 
+def _uneven(own: Sample, other: Sample) -> str:
+    """A word of caution where the two numbers are of other mixtures of the same facts; else empty."""
+    return "" if np.allclose(own.pairs / own.pairs.sum(), other.pairs / other.pairs.sum()) else UNEVEN
+
+
 def _of_answers(own: Answers, other: Answers, seed: int, control: bool) -> Measured:
     kind = "proportion" if own.binary else "mean"
     estimate = _apart(own, other, seed)
-    shares = [one.pairs / one.pairs.sum() for one in (Means.of(side.values, side.facts) for side in (own, other))]
-    cautions = [caution(kind, estimate.facts), "" if np.allclose(*shares) else UNEVEN]
+    uneven = _uneven(*(Means.of(side.values, side.facts) for side in (own, other)))
+    cautions = [caution(kind, estimate.facts, apart=True), uneven]
     measured = Measured(estimate, statistic=f"difference of {kind}s", caution="; ".join(filter(None, cautions)))
     if not control or own.null is None or other.null is None:
         return measured
@@ -254,7 +264,7 @@ def _of_answers(own: Answers, other: Answers, seed: int, control: bool) -> Measu
         return measured
     excess = _apart(own, other, seed, excess=True)
     beside = Control(floor.value, (floor.low, floor.high), floor.n, "a derangement of facts in each model", floor.facts)
-    cautions[0] = caution(kind, min(estimate.facts, floor.facts, excess.facts))
+    cautions[0] = caution(kind, min(estimate.facts, floor.facts, excess.facts), apart=True)
     return replace(measured, control=beside, excess=excess, caution="; ".join(filter(None, cautions)))
 
 

@@ -21,8 +21,9 @@ from ...models.probed import ProbedModel, as_probed
 from ...models.structure import attention_of
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
-from ..passes.asked import asked_pairs
+from ..passes.asked import asked_pairs, out_of_sight
 from ..passes.batches import in_batches, make_batch, prepare_queries, queries_per_batch
+from ..statistics.estimators import LATER_BLOCK
 
 
 @checked
@@ -31,7 +32,8 @@ def storage_gradient_cosines(
 ) -> pd.DataFrame:
     """The two cosines whose product is the cosine of the gradients with respect to S, for every pair.
 
-    Returns: one row per pair: pair, fact, cosine, cosine_error (of p - 1_v), cosine_attention (of m).
+    Returns: one row per pair: pair, fact, cosine, cosine_error (of p - 1_v), cosine_attention (of m); of a model that
+        is read in blocks also reason, why they are NaN.
     Raises: RevprobeError, when the model has not exactly one attention layer, a target has several tokens, or the
         pairs are of kind "swapped" (S couples one target with one evidence token).
     Source: paper Sec. 4.3 (Thm 4.6) and App. C.1.
@@ -55,7 +57,13 @@ def storage_gradient_cosines(
         for values in map(torch.cat, zip(*parts, strict=True))
     )
     columns = {"pair": np.arange(len(pairs)), "fact": pairs.facts.astype(str), "cosine": of_error * of_mass}
-    return pd.DataFrame(columns | {"cosine_error": of_error, "cosine_attention": of_mass})
+    table = pd.DataFrame(columns | {"cosine_error": of_error, "cosine_attention": of_mass})
+    if model.block_size is None:
+        return table
+    unseen = out_of_sight(model, prepare_queries(model, pairs.queries))
+    later = unseen[pairs.forward] | unseen[pairs.reverse]
+    table.loc[later, ["cosine", "cosine_error", "cosine_attention"]] = np.nan
+    return table.assign(reason=np.where(later, LATER_BLOCK, ""))
 
 
 def _factors(model: ProbedModel, queries: list[Query]) -> tuple[Tensor, Tensor]:

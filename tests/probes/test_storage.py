@@ -279,7 +279,7 @@ def pattern_of(model: rp.ProbedModel, query: rp.Query) -> Tensor:
     """The attention row of the readout, by the reference above."""
     m, ids = model.module, shown(model, query)
     with torch.no_grad():
-        states = m._embed(ids)[0]
+        states = m._embed(ids, torch.arange(ids.shape[1])[None])[0]
         return attention_by_hand(model, m.blocks[0].attention_norm(states), ids)[0, query.target_positions[0]]
 
 

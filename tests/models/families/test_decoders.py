@@ -1,12 +1,12 @@
 """SDAR, Fast-dLLM v2 and A2D of any size: against one slow decoder, in float64, one head and one row at a time."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from slow_decoder import draw_checkpoint, pick, slow_logits, write_checkpoint
 from torch import Tensor
 
 import revprobe as rp
@@ -16,101 +16,16 @@ from tiny import FIXTURES, pairs_at
 TYPES = {"a2d-qwen3": "qwen3", "a2d-qwen2": "qwen2", "a2d-llama": "llama", "sdar": "qwen3", "Fast_dLLM_Qwen": "qwen2"}
 
 
-# --- the slow decoder ------------------------------------------------------------------------------------------------
-
-
-def rms(states: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return states / (states.square().mean(-1, keepdim=True) + eps).sqrt() * weight
-
-
-def turned(vector: Tensor, position: int, base: float) -> Tensor:
-    """Plane k is entries k and k + d/2."""
-    half = len(vector) // 2
-    angles = position * base ** (-torch.arange(half, dtype=torch.float64) / half)
-    a, b = vector[:half], vector[half:]
-    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()])
-
-
-def slow_logits(weights: dict[str, Tensor], config: dict, ids: list[int], sees, positions: list[int]) -> Tensor:
-    """`sees(i, j)`: whether query i sees key j."""
-    w = {name: tensor.double() for name, tensor in weights.items()}
-    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
-    dim = config.get("head_dim") or config["hidden_size"] // heads
-    eps, base = config["rms_norm_eps"], float(config["rope_theta"])
-    states = w["model.embed_tokens.weight"][ids]
-    for n in range(config["num_hidden_layers"]):
-        at = f"model.layers.{n}."
-        normed = rms(states, w[f"{at}input_layernorm.weight"], eps)
-        mixed = torch.zeros(len(ids), heads * dim, dtype=torch.float64)
-        made = {}
-        for letter in "qkv":
-            made[letter] = normed @ w[f"{at}self_attn.{letter}_proj.weight"].T
-            made[letter] = made[letter] + w.get(f"{at}self_attn.{letter}_proj.bias", torch.zeros(()))
-        for head in range(heads):
-            own, shared = slice(head * dim, head * dim + dim), head // (heads // groups)
-            group = slice(shared * dim, shared * dim + dim)
-            query, key, value = made["q"][:, own], made["k"][:, group], made["v"][:, group]
-            if f"{at}self_attn.q_norm.weight" in w:
-                query = rms(query, w[f"{at}self_attn.q_norm.weight"], eps)
-                key = rms(key, w[f"{at}self_attn.k_norm.weight"], eps)
-            query = torch.stack([turned(row, p, base) for row, p in zip(query, positions, strict=True)])
-            key = torch.stack([turned(row, p, base) for row, p in zip(key, positions, strict=True)])
-            for i in range(len(ids)):
-                seen = [j for j in range(len(ids)) if sees(i, j)]
-                scores = torch.stack([query[i] @ key[j] for j in seen]) / math.sqrt(dim)
-                mixed[i, own] = scores.softmax(0) @ value[seen]
-        states = states + mixed @ w[f"{at}self_attn.o_proj.weight"].T
-        normed = rms(states, w[f"{at}post_attention_layernorm.weight"], eps)
-        gate, up = (normed @ w[f"{at}mlp.{part}_proj.weight"].T for part in ("gate", "up"))
-        states = states + (gate * gate.sigmoid() * up) @ w[f"{at}mlp.down_proj.weight"].T
-    head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
-    return rms(states, w["model.norm.weight"], eps) @ head.T
+# --- any size ---------------------------------------------------------------------------------------------------------
 
 
 def checkpoint(folder: Path, model_type: str, seed: int) -> tuple[dict[str, Tensor], dict, int, int]:
     """A checkpoint of random size as it is published. Returns: weights, config, mask token, block size."""
-    torch.manual_seed(seed)
-    pick = lambda *values: values[int(torch.randint(len(values), ()))]  # noqa: E731
-    kind, groups, per, dim = TYPES[model_type], pick(1, 2, 3), pick(1, 2, 3), pick(4, 6, 8)
-    heads, layers, rows, tied = groups * per, pick(1, 2, 3), pick(61, 136), pick(True, False)
-    width = pick(20, 48) if kind == "qwen3" else heads * dim
-    config = {
-        "model_type": model_type,
-        "hidden_size": width,
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        "num_hidden_layers": layers,
-        "intermediate_size": pick(24, 40),
-        "vocab_size": rows,
-        "rms_norm_eps": pick(1e-5, 1e-6),
-        "rope_theta": pick(10000.0, 1000000, 500000.0),
-        "tie_word_embeddings": tied,
-        "max_position_embeddings": 64,
-        "hidden_act": "silu",
-        "torch_dtype": "float32",
-    } | ({"head_dim": dim} if kind == "qwen3" else {})
+    weights, config = draw_checkpoint(seed, TYPES[model_type], model_type=model_type)
     block = pick(2, 3, 5, 6)
     config |= {"sdar": {"block_size": block}, "Fast_dLLM_Qwen": {"bd_size": block}}.get(model_type, {})
-    shapes = {"model.embed_tokens.weight": (rows, width), "model.norm.weight": (width,)}
-    shapes |= {} if tied else {"lm_head.weight": (rows, width)}
-    for n in range(layers):
-        at = f"model.layers.{n}."
-        shapes |= {f"{at}{norm}.weight": (width,) for norm in ("input_layernorm", "post_attention_layernorm")}
-        for letter, count in zip("qkv", (heads, groups, groups), strict=True):
-            shapes[f"{at}self_attn.{letter}_proj.weight"] = (count * dim, width)
-            if kind == "qwen2":
-                shapes[f"{at}self_attn.{letter}_proj.bias"] = (count * dim,)
-        shapes[f"{at}self_attn.o_proj.weight"] = (width, heads * dim)
-        if kind == "qwen3":
-            shapes |= {f"{at}self_attn.{letter}_norm.weight": (dim,) for letter in "qk"}
-        inner = config["intermediate_size"]
-        shapes |= {f"{at}mlp.{part}_proj.weight": (inner, width) for part in ("gate", "up")}
-        shapes[f"{at}mlp.down_proj.weight"] = (width, inner)
-    weights = {name: torch.randn(shape) * 0.35 + (len(shape) == 1 and "norm" in name) for name, shape in shapes.items()}
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return weights, config, rows - 2, block
+    write_checkpoint(folder, weights, config)
+    return weights, config, config["vocab_size"] - 2, block
 
 
 @pytest.mark.parametrize("seed", range(5))

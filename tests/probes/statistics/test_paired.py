@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
+from revprobe.probes.statistics.coverage import FEWEST, caution
 from revprobe.probes.statistics.group_correlation import group_correlation
 from revprobe.probes.statistics.intervals import COSINE, FRACTION
 from revprobe.probes.statistics.paired import (
@@ -179,6 +181,19 @@ def test_the_interval_of_a_correlation_covers_and_is_narrower_than_that_of_model
     assert paired < 0.7 * apart
 
 
+def test_where_the_committed_table_is_under_90_percent_a_difference_carries_a_caution(root: Path) -> None:
+    """docs/statistics.md, as `examples/benchmarks/coverage.py --paired` printed it: there, and nowhere else."""
+    text = (root / "docs" / "statistics.md").read_text(encoding="utf-8")
+    section = text.partition("## Differences between models")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    rows = [row for row in rows if row[0] in FEWEST]
+    assert {(row[0], row[1]) for row in rows} == {(name, part) for name in FEWEST for part in ("difference", "excess")}
+    for statistic in FEWEST:
+        lowest = np.min([[float(cell) for cell in row[3:]] for row in rows if row[0] == statistic], axis=0)
+        for place, facts in enumerate((3, 5, 8, 13, 26, 60)):
+            assert bool(caution(statistic, facts, apart=True)) == bool((lowest[place:] < 0.9).any()), (statistic, facts)
+
+
 def test_an_accuracy_of_few_errors_is_not_drawn_to_certainty() -> None:
     """One error in 26: draws of facts would end at 0, as if the other model could not be the worse one."""
     own, other = np.ones(FACTS), np.ones(FACTS)
@@ -228,6 +243,8 @@ def test_other_weights_and_other_statistics_carry_a_caution() -> None:
     x, y = np.random.default_rng(0).standard_normal((2, FACTS))
     small = scores(x, y, names(FACTS), np.arange(FACTS) % 13)
     assert measured_difference(scores(x, y, names(FACTS)), small).caution == POOLED
+    more = scores(np.append(x, 0.3), np.append(y, 0.1), np.append(names(FACTS), names(1)))
+    assert measured_difference(scores(x, y, names(FACTS)), more).caution == UNEVEN
 
 
 # ---- controls ----
