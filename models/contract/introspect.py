@@ -54,16 +54,16 @@ def mask_token(given: int | str | None, tokenizer: Any, module: nn.Module, vocab
     if known is not None and not 0 <= known < vocab_size:
         fix = "pass mask_token_id=" if given is None else "expected the id of its mask token"
         raise RevprobeError(f"{name}: mask token {known} is outside the vocabulary (0 to {vocab_size - 1}); {fix}")
-    # One outside the vocabulary is left over from a larger model, and says nothing against another.
-    held_to = any(0 <= one < vocab_size for one in of_model.values())
-    if given is not None and held_to and given not in stated.values():
-        raise RevprobeError(f"{name}: mask_token_id={given}, but {told}; leave it out, or correct what says otherwise")
     only = getattr(_inner(module), "mask_row", None)
     if known is not None and only not in (None, known):
         raise RevprobeError(
             f"{name}: mask token {known}: its mask token is {only}, the only one it has no logit for; leave "
             "mask_token_id out"
         )
+    # One outside the vocabulary is left over from a larger model, and says nothing against another.
+    held_to = any(0 <= one < vocab_size for one in of_model.values())
+    if given is not None and held_to and given not in stated.values():
+        raise RevprobeError(f"{name}: mask_token_id={given}, but {told}; leave it out, or correct what says otherwise")
     return known
 
 
