@@ -24,10 +24,10 @@ from .finetune.training.prediction_callback import FirstOrderPrediction as First
 from .finetune.training.probe_callback import ProbeCallback as ProbeCallback
 from .models.bases.configs import RaddConfig as RaddConfig
 from .models.bases.radd import RaddForMaskedLM as RaddForMaskedLM
+from .models.listing import list_models as list_models
 from .models.one_layer import letter_tokenizer as letter_tokenizer
 from .models.one_layer import one_layer_gpt2 as one_layer_gpt2
 from .models.probed import ProbedModel as ProbedModel
-from .models.registry import list_models as list_models
 from .models.registry import load_model as load_model
 from .models.registry import register_model as register_model
 from .models.structure import declare_fused as declare_fused

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import RevprobeError
+from .loading import Load, load_options, named_values
 
 if TYPE_CHECKING:
     from ..finetune.config.finetuning import EvaluationOptions, FinetuneConfig
@@ -41,6 +41,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Tokens to write; those of the longest answer, and its end, by default.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    load: Load = None,
 ) -> None:
     """Score forward and reverse exact match by decoding: on trained facts, and on held-out ones as the floor."""
     from ..finetune.runs.progress import shown_probes
@@ -50,9 +51,9 @@ def evaluate(
 
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)  # a wrong --out is told before anything is decoded
-    options = _relation_options(option or [])
+    options = named_values(option, "--option", "seed=1 or heldout=0.2")
     asking = what_to_ask(model, relation=relation, path=path, direction=direction, options=options)
-    probed = load_model(model, step=step, device=device)
+    probed = load_model(model, **load_options(load, step=step, device=device))
     console, bar = make_console(), f"{probed.name}, {asking.relation.name}"
     with shown_probes([bar], console) as listener:
         readings = evaluate_relation(
@@ -69,20 +70,6 @@ def evaluate(
     if out is not None:
         save_evaluation(readings, out)
         console.print(f"{len(readings)} readings: {out}", soft_wrap=True)
-
-
-def _relation_options(given: list[str]) -> dict[str, Any]:
-    """`--option seed=1` as keywords: numbers, true, false and lists as JSON, anything else as the text it is."""
-    options = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier():
-            raise RevprobeError(f"--option {text!r}: expected NAME=VALUE, such as seed=1 or heldout=0.2")
-        try:
-            options[name] = json.loads(value)
-        except ValueError:
-            options[name] = value
-    return options
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import RevprobeError
+from .loading import Load, load_options
 
 if TYPE_CHECKING:
     from ..models.probed import ProbedModel
@@ -33,6 +34,7 @@ def probe(
     alphabet: Annotated[int, typer.Option(help="letters only: how many letter pairs.")] = 26,
     batch_size: Annotated[int | None, typer.Option(help="Queries per forward pass.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    load: Load = None,
 ) -> None:
     """Take readings of one model and show them beside their controls."""
     from ..finetune.runs.progress import shown_probes
@@ -49,7 +51,7 @@ def probe(
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
-    probed = load_model(model, step=step, weights=weights, device=device)
+    probed = load_model(model, **load_options(load, step=step, weights=weights, device=device))
     given = pairs_of(pairs, probed, placements, alphabet)
     asked = {name: given.for_probe(name) for name in names}
     console = make_console()

@@ -88,6 +88,7 @@ class ProbedModel(CalledModule):
             logit_shift = known.logit_shift if logit_shift is None and objective == known.objective else logit_shift
             if block_size is None and objective == known.objective:
                 block_size = known.block_size or WHOLE
+            self.tokenizer_source = known.tokenizer_source
             name, step, weights = name or known.name, known.step if step is None else step, weights or known.weights
         inner: Any = module.module if isinstance(module, ProbedModel) else module
         super().__init__(inner, name)

@@ -12,7 +12,6 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -21,28 +20,24 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from ..arguments import checked
 from ..errors import RevprobeError, did_you_mean, first_line, shown
-from .bases.masked_config import MaskedDiffusionConfig
 from .checkpoints import has_checkpoints
+from .contract import introspect
 from .contract.block_masks import WHOLE
+from .contract.called import CalledModule
 from .families.family import PublishedFiles
 from .families.files import Files, config_beside, weight_files
-from .families.known import FAMILIES, family_of, family_of_config, read_config
-from .hub import chosen_tokenizer, download, hub_options, load_tokenizer, quiet_transformers, require_rows
+from .families.known import family_of, family_of_config, read_config
+from .hub import download, hub_options, quiet_transformers
 from .peft_adapters import base_of, is_adapter, noted_reads, put_on
 from .place import place_of
 from .probed import OBJECTIVES, ProbedModel, as_probed
-from .strict_loading import CONVERSION, load_weights
+from .strict_loading import conversion, load_weights, require_no_pickles
+from .tokenizers import chosen_tokenizer, load_tokenizer, require_rows
 
-__all__ = ["ProbedModel", "as_probed", "list_models", "load_model", "quiet_transformers", "register_model"]
+__all__ = ["ProbedModel", "as_probed", "load_model", "quiet_transformers", "register_model", "registered"]
 
 Loader = Callable[..., ProbedModel | nn.Module]
 _LOADERS: dict[str, Loader] = {}
-_BUILT_IN = {
-    "gpt2": ("causal", "GPT-2 of any size, trained by `revprobe train` or loaded from transformers"),
-    "LoRA adapter": ("its base's", "a folder that peft wrote, or a run of `revprobe finetune`; put on its base"),
-    "any transformers causal LM": ("causal", "a folder or hub name with safetensors weights"),
-    "any transformers masked LM": ("masked", "a folder or hub name with safetensors weights and a mask token"),
-}
 
 
 @checked
@@ -68,15 +63,9 @@ def register_model(name: str, loader: Loader | None = None) -> Callable[[Loader]
     return loader
 
 
-@checked
-def list_models() -> pd.DataFrame:
-    """What `load_model` takes: built-in families and registered names. Columns: name, objective, about."""
-    rows = [(family.name, family.objective, family.about) for family in FAMILIES]
-    rows += [(name, objective, about) for name, (objective, about) in _BUILT_IN.items()]
-    rows += [
-        (name, "", (loader.__doc__ or "registered by the user").splitlines()[0]) for name, loader in _LOADERS.items()
-    ]
-    return pd.DataFrame(rows, columns=["name", "objective", "about"])
+def registered() -> Mapping[str, Loader]:
+    """The users' loaders by name."""
+    return _LOADERS
 
 
 @checked
@@ -154,7 +143,6 @@ def _from_files(
     with quiet_transformers():
         hub = hub_options(folder) | {key: options.pop(key) for key in _ON_THE_HUB if key in options}
         config, published = _read_config(folder, name, options, hub)
-        _write_down(config, given)
         objective = objective or stated_objective(config, name)
         kind = _class_of(config, objective, name, published)
         if objective == "causal" and (mask := given["mask_token_id"]) is not None:
@@ -168,17 +156,19 @@ def _from_files(
             folder = published.files.place  # one bare file, of a folder that holds no other
         options = hub | options
         try:
-            module = load_weights(folder, config, kind, published, dtype=dtype or "auto", **options)
+            module: Any = load_weights(folder, config, kind, published, dtype=dtype or "auto", **options)
         except RevprobeError:
             raise
         except Exception as error:
             raise RevprobeError(_why_not_loaded(error, folder, name, options)) from error
         beside = folder.parent if isinstance(folder, Path) and folder.is_file() else folder
         own = load_tokenizer(beside, name, **hub) if tokenizer is None else chosen_tokenizer(tokenizer)
+    rows = CalledModule(module).vocab_size
+    require_rows(own, rows, name, added=tokenizer is not None or published is not None)
+    mask = introspect.mask_token(given["mask_token_id"], own, module, rows, name)
+    _write_down(module.config, given | {"mask_token_id": mask})
     probed = ProbedModel(module, own, objective=objective, **given)
-    probed.tokenizer_source = None if published is None else published.family.tokenizer
-    if tokenizer is not None:
-        require_rows(own, probed.vocab_size, name)
+    probed.tokenizer_source = None if published is None else published.family.tokenizer_source
     return probed
 
 
@@ -216,9 +206,9 @@ def _whole(block_size: int | str | None) -> str:
 
 def _write_down(config: PreTrainedConfig, given: dict[str, Any]) -> None:
     """Keep in a family's config what its files do not say, so that what is saved of the model says it."""
-    if isinstance(config, MaskedDiffusionConfig):
-        for key, kinds in (("mask_token_id", int), ("block_size", int | str)):
-            if isinstance(given[key], kinds) and getattr(config, key) is None:
+    if family_of_config(config) is not None:
+        for key in ("mask_token_id", "block_size"):
+            if given[key] is not None and getattr(config, key, 0) is None:
                 setattr(config, key, given[key])
 
 
@@ -264,6 +254,7 @@ def _read_config(
 ) -> tuple[PreTrainedConfig, PublishedFiles | None]:
     """What the files say; options of `load_model` that a family takes are taken out of `options`."""
     if isinstance(folder, Path) and folder.is_file() and not _stands_alone(folder):
+        require_no_pickles(folder)
         raise RevprobeError(
             f"{str(folder)!r} is a file; expected the folder of a run or of a model, or a hub name (a single "
             "safetensors file only of a family that is published so: SMDM)"
@@ -271,6 +262,8 @@ def _read_config(
     if isinstance(folder, Path) and not config_beside(folder).is_file() and family_of(Files.at(folder)) is None:
         inside = sorted(p.name for p in folder.iterdir() if has_checkpoints(p) or (p / "config.json").is_file())
         some = ", ".join(str(folder / one) for one in inside[:3]) + (", ..." if len(inside) > 3 else "")
+        if not inside:
+            require_no_pickles(folder)
         raise RevprobeError(
             f"{folder} is no model but a folder of {len(inside)}; name one of them: {some}"
             if inside
@@ -359,8 +352,8 @@ def _why_not_loaded(error: Exception, folder: str | Path, name: str, options: di
             )
             return f"load_model and from_pretrained have no option {option!r}{near}"
     if isinstance(error, OSError) and "use_safetensors" in str(error):
-        how = CONVERSION.format("pytorch_model.bin")
-        return f"{name!r} has no model.safetensors; where it has pickled weights, download and convert them: {how}"
+        how = conversion("pytorch_model*.bin", "model.safetensors")
+        return f"{name!r} has no model.safetensors; where it has pickled weights, download and convert them: `{how}`"
     cause = f"cannot load the weights of {name!r} from {folder}: {first_line(error)}"
     passed_on = {key: one for key, one in options.items() if key != "local_files_only"}
     if passed_on and not isinstance(error, SafetensorError | OSError):

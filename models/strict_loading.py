@@ -5,9 +5,9 @@ transformers alone would fill a gap at random and print a report; a probe would 
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
@@ -16,16 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..errors import RevprobeError, first_line
-from .bases.matching import require_match
+from ..errors import RevprobeError
+from .bases.matching import require_match, without_report
 from .families.family import PublishedFiles
+from .families.files import header, require_shards_inside, shards_of
 
-# weights_only refuses whatever is no tensor; a copy of each, since tied weights share their memory.
-CONVERSION = (
-    "tensors = torch.load({0!r}, weights_only=True), then safetensors.torch.save_file({{name: one.clone() for name, "
-    "one in tensors.items()}}, 'model.safetensors')"
-)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")  # of a Trainer
 
 
 def load_weights(
@@ -46,12 +43,12 @@ def load_weights(
     options |= {"config": config, "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
     options["ignore_mismatched_sizes"] = True  # they are refused below, by their names
     if published is not None and published.family.translates:
-        place = Path(folder)
-        tensors = load_file(place) if place.is_file() else read_tensors(place)
+        tensors = read_tensors(Path(folder))
         source, options["state_dict"] = None, published.translate(tensors)
         if options["state_dict"].keys() != tensors.keys():  # what was saved here has our names
             official = published.family.official_name
-    module, info = kind.from_pretrained(source, **options)
+    with without_report():
+        module, info = kind.from_pretrained(source, **options)
     if Path(folder).is_file():  # transformers was given tensors; a saved adapter says where its base is
         module.name_or_path = module.config._name_or_path = str(folder)
     # Published checkpoints of transformers' own classes may carry another task's head.
@@ -60,59 +57,50 @@ def load_weights(
 
 
 def require_safetensors(folder: str | Path) -> None:
-    """Raise unless a folder holds safetensors, or is one, and an index of them, there or in the cache, names files
-    beside it.
-    """
+    """Raise unless a folder holds whole safetensors; an index, there or in the cache, must name files beside it."""
     if isinstance(folder, str):
         if isinstance(cached := try_to_load_from_cache(folder, SAFE_WEIGHTS_INDEX_NAME), str):
             require_shards_inside(Path(cached).parent)
         return
-    if folder.is_file():
-        return
-    if not any(folder.glob("model*.safetensors*")):
-        pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
+    if folder.is_dir() and not any(folder.glob("model*.safetensors*")):
+        require_no_pickles(folder)
         raise RevprobeError(
-            f"{folder} holds only pickled weights ({pickles[0]}), which can run code when read; convert them to "
-            f"safetensors: {CONVERSION.format(pickles[0])}"
-            if pickles
-            else f"{folder} holds no model.safetensors; the checkpoint is missing or was cut off while being saved"
+            f"{folder} holds no model.safetensors; the checkpoint is missing or was cut off while being saved"
         )
     require_shards_inside(folder)
+    for shard in shards_of(folder):
+        header(shard)
 
 
-def require_shards_inside(folder: Path) -> None:
-    """Raise unless every file that an index of safetensors names lies in its folder.
+def require_no_pickles(place: Path) -> None:
+    """Raise when a folder's weights, or the file itself, are pickled. The recipe in the error runs as it stands."""
+    found = [place] if place.is_file() else [file for pattern in _PICKLES for file in sorted(place.glob(pattern))]
+    found = [file for file in found if f"*{file.suffix}" in _PICKLES and not file.name.startswith(_NO_WEIGHTS)]
+    if not found:
+        return
+    first, folder = found[0], found[0].parent
+    alike = first.name if len(found) == 1 else f"{re.split(r'[-_.]?[0-9]', first.name)[0]}*{first.suffix}"
+    raise RevprobeError(
+        f"{place} holds only pickled weights ({first.name}), which can run code when read; convert them once, which "
+        f"runs none: `{conversion(folder / alike, folder / SAFE_WEIGHTS_NAME)}` (a training run's file keeps its "
+        "tensors under a key, such as ['state_dict'])"
+    )
 
-    A folder's own links (the hub's cache is made of them) go where whoever made them says; an index is a text that came
-    with the weights, and must not choose among the other files of this machine.
-    Raises: RevprobeError, naming the index and the first such file.
+
+def conversion(pickled: str | Path, written: str | Path) -> str:
+    """Code that writes pickled tensors (a pattern, for several files) as safetensors and refuses what is no tensor.
+
+    Each is copied, since tied weights share their memory, which safetensors does not take.
     """
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            outside = sorted(name for name in named if _leaves(name))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RevprobeError(
-                f"{index} is no index of safetensors ({first_line(error)}); expected a weight_map of tensors to files"
-            ) from error
-        if outside:
-            raise RevprobeError(
-                f"{index} names {outside[0]!r}, which lies outside its folder; put the file into it and name it there"
-            )
+    return (
+        "import glob, torch; from safetensors.torch import save_file; "
+        f"files = glob.glob({str(pickled)!r}); "
+        "read = [torch.load(file, map_location='cpu', weights_only=True) for file in files]; "
+        "tensors = {name: tensor.clone() for part in read for name, tensor in part.items()}; "
+        f"save_file(tensors, {str(written)!r}, {{'format': 'pt'}})"
+    )
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder's model.safetensors, or of the shards that its index names (see `require_shards_inside`).
-
-    Raises: what safetensors raises for a file that is missing or damaged.
-    """
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if (folder / SAFE_WEIGHTS_NAME).is_file() or not index.is_file():
-        return load_file(folder / SAFE_WEIGHTS_NAME)
-    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    return {name: tensor for shard in shards for name, tensor in load_file(folder / shard).items()}
-
-
-def _leaves(name: str) -> bool:
-    paths = PurePosixPath(name), PureWindowsPath(name)
-    return any(path.is_absolute() or path.drive or path.root or ".." in path.parts for path in paths)
+def read_tensors(place: Path) -> dict[str, Tensor]:
+    """The tensors of a folder or file of safetensors (see `require_safetensors`)."""
+    return {name: tensor for shard in shards_of(place) for name, tensor in load_file(shard).items()}

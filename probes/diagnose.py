@@ -198,6 +198,8 @@ class _Examination:
             more = f"{placed.rows_more} rows and {placed.columns_more} columns beside the tokens', which start at row "
             yield Line("virtual tokens", HANDLED, float("nan"), f"{more}{placed.rows} and column {placed.columns}")
         kind = "text and token ids" if model.tokenizer is not None else "token ids only: no tokenizer"
+        if model.tokenizer is None and model.tokenizer_source is not None:
+            kind += f"; tokenizer={model.tokenizer_source!r} has the family's"
         yield Line("pairs", OK, float("nan"), kind)
 
     def _probes(self) -> Iterator[Line]:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...errors import RevprobeError, did_you_mean
+from ...errors import RevprobeError, did_you_mean, nearest
 from ...hooks.attention_sites import attending_modules
 from ...hooks.untouched import untouched
 from ...models.bases.radd import Modulation
@@ -59,8 +59,8 @@ def target_modules(model: ProbedModel, targets: str | Sequence[str] = "auto") ->
     Args:
         targets: "auto" for all attention and MLP projections, "attention" or "mlp" for those alone, or names as peft
             takes them (a module's path or the end of one).
-    Raises: RevprobeError, for a name that no linear module has; it lists the nearest. And for one that would be read
-        as the experts of a mixture, which are no modules.
+    Raises: RevprobeError, for a name that no linear module has, which lists those there are; and for one that would be
+        read as the experts of a mixture, which are no modules.
     """
     found = projections(model)
     if experts := _experts(model.module):
@@ -68,7 +68,8 @@ def target_modules(model: ProbedModel, targets: str | Sequence[str] = "auto") ->
     if not isinstance(targets, str):
         for target in targets:
             if not any(path == target or path.endswith(f".{target}") for path in found):
-                near = did_you_mean(target, sorted({path.rpartition(".")[2] for path in found}))
+                there = sorted({path.rpartition(".")[2] for path in found})
+                near = did_you_mean(target, there) + (f" of {', '.join(there)}" if nearest(target, there) else "")
                 raise RevprobeError(f"lora.targets: {model.name} has no projection {target!r}{near}")
         return list(targets)
     wanted = [name for name, kind in found.items() if kind == targets or (targets == "auto" and kind != "norm")]

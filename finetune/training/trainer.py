@@ -24,9 +24,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ...errors import RevprobeError, did_you_mean, first_line
 from ...models.checkpoints import CHECKPOINTS, EMA, step_of
+from ...models.families.files import require_shards_inside
 from ...models.peft_adapters import write_reads
 from ...models.probed import OBJECTIVES
-from ...models.strict_loading import require_shards_inside
 from .block_diffusion import require_positions
 from .checkpointing import changed_file, complete_checkpoint, missing_state, resume_from
 from .ema import MovingAverage

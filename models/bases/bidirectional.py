@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ...errors import RevprobeError
-from .matching import require_match
+from .matching import require_match, without_report
 
 
 class BidirectionalDecoder:
@@ -31,6 +31,8 @@ class BidirectionalDecoder:
     finished_blocks = "whole"
     config_class: Any = None
     logit_shift = 0
+    # The mask token as the family's tokenizers list it, also where they do not call it their mask.
+    mask_text: str | None = None
     # The checkpoint's own name of a tensor, for error messages.
     official_name: Callable[[str], str] = staticmethod(str)
 
@@ -65,7 +67,8 @@ class BidirectionalDecoder:
         """
         options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # they are named below
         load = super().from_pretrained  # type: ignore[misc]
-        model, info = load(source, *args, output_loading_info=True, **options)
+        with without_report():
+            model, info = load(source, *args, output_loading_info=True, **options)
         if source is not None:  # tensors that were given one by one are held to by whoever knows where they are from
             require_match(info, source, official=cls.official_name)
         _require_tied(model, source)

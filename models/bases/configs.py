@@ -210,6 +210,7 @@ class DreamConfig(Qwen2Config):
             given = kwargs.get(key, getattr(self, key, only))
             if given not in (only, None):
                 raise RevprobeError(f"Dream config: {key}={given!r} is not supported; expected {only!r}")
+        self.layer_types = None  # a sliding layer of the parent's gets the same mask as the others
         super().__post_init__(**kwargs)
         self.layer_types = ["full_attention"] * self.num_hidden_layers  # whatever a file says of windows not in use
         rotary: Any = self.rope_parameters

@@ -36,5 +36,7 @@ class MaskedDiffusionConfig:
             value = kwargs.get(key, getattr(self, key, rotary.get(key)))
             if value not in (None, known):
                 raise RevprobeError(f"{type(self).__name__}: {key}={value!r} is not supported; expected {known!r}")
+        if hasattr(self, "layer_types"):
+            vars(self)["layer_types"] = None  # a sliding layer of the parent's gets the same mask as the others
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.use_cache = False  # published files say true, for their own samplers

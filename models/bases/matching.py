@@ -5,15 +5,38 @@ transformers alone would fill a gap at random and print a report; a probe would 
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ...errors import RevprobeError
 
 _IN_A_LAYER = re.compile(r"\.\d+\.")
 _SHOWN = 5
+
+
+@contextmanager
+def without_report() -> Iterator[None]:
+    """Load without transformers' table of tensors that do not match: `require_match` names them on one line.
+
+    Load with `ignore_mismatched_sizes=True`, or it stops before it has told which tensors are of another size. A table
+    of conversions that failed stays, since the error that follows refers to it.
+    """
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_no_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_report)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    told_again = "LOAD REPORT" in text or "checkpoint seem corrupted" in text
+    return "CONVERSION" in text or not told_again
 
 
 def require_match(

@@ -36,30 +36,43 @@ def _mask_id(given: int | str | None, tokenizer: Any) -> int | None:
 
 
 def mask_token(given: int | str | None, tokenizer: Any, module: nn.Module, vocab_size: int, name: str) -> int | None:
-    """The mask token's id: as given, else as the tokenizer and the config say; None when neither names one.
+    """The mask token's id: as given, else as tokenizer and config say; None when none of them names one.
 
+    A tokenizer says it by its own mask token, and by the token that the model's class states as its family's
+    (`mask_text`): published tokenizers list that one without calling it their mask.
     A model that has no logit for its mask token (SMDM) says which it is, and takes no other.
-    Raises: RevprobeError, when the two disagree, or the id is outside the vocabulary, or not the model's only one.
+    Raises: RevprobeError, when config, tokenizer and family disagree, when what is given is none that config or family
+        say, or the id is outside the vocabulary or not the model's only one.
     """
-    given = _mask_id(given, tokenizer)
-    named = [getattr(tokenizer, "mask_token_id", None), config_value(module, "mask_token_id")]
-    known = [given] if given is not None else [value for value in named if value is not None]
-    if len(set(known)) > 1:
-        raise RevprobeError(
-            f"{name}: the tokenizer's mask token is {named[0]}, the config's is {named[1]}; say which with "
-            "mask_token_id="
-        )
-    if known and not 0 <= known[0] < vocab_size:
-        raise RevprobeError(
-            f"{name}: mask token {known[0]} is outside the vocabulary (0 to {vocab_size - 1}); pass mask_token_id="
-        )
+    given, own = _mask_id(given, tokenizer), getattr(tokenizer, "mask_token_id", None)
+    of_model = _stated_masks(tokenizer, module)
+    stated = ({} if own is None else {"the tokenizer's mask token": own}) | of_model
+    told = ", ".join(f"{what} is {one}" for what, one in stated.items())
+    if given is None and len({*stated.values()}) > 1:
+        raise RevprobeError(f"{name}: {told}; say which with mask_token_id=")
+    known = next(iter(stated.values()), None) if given is None else given
+    if known is not None and not 0 <= known < vocab_size:
+        fix = "pass mask_token_id=" if given is None else "expected the id of its mask token"
+        raise RevprobeError(f"{name}: mask token {known} is outside the vocabulary (0 to {vocab_size - 1}); {fix}")
     only = getattr(_inner(module), "mask_row", None)
-    if known and only not in (None, known[0]):
+    if known is not None and only not in (None, known):
         raise RevprobeError(
-            f"{name}: mask token {known[0]}: its mask token is {only}, the only one it has no logit for; leave "
+            f"{name}: mask token {known}: its mask token is {only}, the only one it has no logit for; leave "
             "mask_token_id out"
         )
-    return known[0] if known else None
+    # One outside the vocabulary is left over from a larger model, and says nothing against another.
+    held_to = any(0 <= one < vocab_size for one in of_model.values())
+    if given is not None and held_to and given not in stated.values():
+        raise RevprobeError(f"{name}: mask_token_id={given}, but {told}; leave it out, or correct what says otherwise")
+    return known
+
+
+def _stated_masks(tokenizer: Any, module: nn.Module) -> dict[str, int]:
+    """The mask token as the config says it, and as the vocabulary lists the family's, each where there is one."""
+    text = getattr(_inner(module), "mask_text", None)
+    listed = tokenizer.get_vocab().get(text) if text is not None and hasattr(tokenizer, "get_vocab") else None
+    found = {"the config's": config_value(module, "mask_token_id"), f"the family's, {text!r},": listed}
+    return {what: one for what, one in found.items() if one is not None}
 
 
 def begin_token(given: int | None, tokenizer: Any, module: nn.Module, vocab_size: int, name: str) -> int | None:

@@ -35,16 +35,19 @@ class A2DLlamaConfig(MaskedDiffusionConfig, LlamaConfig):
 class A2DQwen3ForMaskedDiffusion(BidirectionalDecoder, Qwen3ForCausalLM):  # type: ignore[misc]
     config_class = A2DQwen3Config
     attention = "either"
+    mask_text = "<|mask|>"
 
 
 class A2DQwen2ForMaskedDiffusion(BidirectionalDecoder, Qwen2ForCausalLM):  # type: ignore[misc]
     config_class = A2DQwen2Config
     attention = "either"
+    mask_text = "<|mask|>"
 
 
 class A2DLlamaForMaskedDiffusion(BidirectionalDecoder, LlamaForCausalLM):  # type: ignore[misc]
     config_class = A2DLlamaConfig
     attention = "either"
+    mask_text = "<|mask|>"
 
 
 def _family(parent: str, model_class: type[BidirectionalDecoder], published: Mapping[str, Any]) -> Family:
@@ -55,12 +58,13 @@ def _family(parent: str, model_class: type[BidirectionalDecoder], published: Map
         model_class=model_class,  # type: ignore[arg-type]
         recognises=of_type(config.model_type),
         published=published,
-        licence="Apache-2.0 (code); weights: the parent's",
+        licence="Apache-2.0 (code); weights: see their model cards",
+        parity=0.0,
     )
 
 
 def _published(name: str, mask_token_id: int) -> dict[str, dict[str, Any]]:
-    """Both kinds of a parent. The mask is the first id that its tokenizer leaves free."""
+    """Both kinds of a parent, blocks as dLLM's scripts have them. The mask is the first id its tokenizer leaves."""
     kinds: dict[str, int | str] = {"mdlm": WHOLE, "bd3lm": 32}
     return {
         f"dllm-hub/{name}-diffusion-{kind}-v0.1": {"mask_token_id": mask_token_id, "block_size": size}

@@ -64,7 +64,9 @@ BD3LM = Family(
     model_class=BD3LMForMaskedDiffusion,
     recognises=of_type(BD3LMConfig.model_type),
     to_config=stated_sizes,
-    licence="Apache-2.0 (code), Apache-2.0 (weights)",
+    published={f"kuleshov-group/bd3lm-owt-block_size{size}": {} for size in (4, 8, 16)},
+    licence="Apache-2.0 (code); weights: see the model card",
+    parity=7e-6,
     **LAYOUT
     | {"constants": LAYOUT["constants"] | dict.fromkeys(("sampling_eps_min", "sampling_eps_max"), _check_share)},
 )

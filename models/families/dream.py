@@ -26,6 +26,7 @@ class DreamForMaskedDiffusion(BidirectionalDecoder, Qwen2ForCausalLM):  # type: 
 
     config_class = DreamConfig
     logit_shift = 1
+    mask_text = "<|mask|>"
 
 
 DREAM = Family(
@@ -43,5 +44,6 @@ DREAM = Family(
         "apple/DiffuCoder-7B-Instruct": {},
         "apple/DiffuCoder-7B-cpGRPO": {},
     },
-    licence="Apache-2.0 (code), Apache-2.0 (weights); DiffuCoder: Apple's own",
+    licence="Apache-2.0 (code; weights of Dream-v0); the others: see their model cards",
+    parity=0.0,
 )

@@ -63,11 +63,14 @@ class Family:
         fused: published name of a tensor -> those it is made of.
         streams: whether transformers puts tensors under our names while it loads and saves (`rename_by`): none is held
             twice then, and what is saved keeps the published names.
+        embedding: published name of the table of tokens; where it has more rows than the config says, its rows count.
         constants: published name of a buffer that is worked out here -> the check of its value, which raises.
         plain: the `model_type` of the transformers models that `bidirectional=True` reads as this family.
-        tokenizer: where the family's tokenizer comes from when its checkpoints bring none; a name on the hub.
+        tokenizer: the public one that the family uses, by its name on the hub; None where checkpoints bring their own.
         published: name on the hub -> settings of our config that its files do not say.
         licence: of the published code, and of the weights.
+        parity: the largest difference of logits and scores to the published code's, on the tiny checkpoint in the tests
+            (float32); None where that code could not be run.
     """
 
     name: str
@@ -80,11 +83,27 @@ class Family:
     key_map: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, Fused] = field(default_factory=dict)
     streams: bool = False
+    embedding: str = "model.embed_tokens.weight"
     constants: Mapping[str, Callable[[Tensor, Settings], None]] = field(default_factory=dict)
     plain: str = ""
     tokenizer: str | None = None
     published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     licence: str = ""
+    parity: float | None = None
+
+    @property
+    def attention(self) -> str:
+        """ "full", "block" or "either", as the class states it (`bases/bidirectional.py`); or "causal"."""
+        return "causal" if self.objective == "causal" else str(getattr(self.model_class, "attention", "full"))
+
+    @property
+    def logit_shift(self) -> int:
+        return int(getattr(self.model_class, "logit_shift", 0))
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """A name on the hub that has the family's tokenizer, for checkpoints that bring none."""
+        return self.tokenizer or next(iter(self.published), None)
 
     @property
     def objective(self) -> str:
@@ -103,6 +122,9 @@ class Family:
     def config(self, files: Files, **asked: Any) -> PreTrainedConfig:
         """Our config of published files. Raises: RevprobeError, for settings that the class does not have."""
         settings = self.to_config(files, **asked) | dict(self.published.get(files.name, {}))
+        rows = files.rows(self.embedding) or 0
+        if rows > settings.get("vocab_size", rows):
+            settings["vocab_size"] = rows
         kind: Any = self.model_class.config_class
         return kind(**{key: value for key, value in settings.items() if key not in _NOT_OURS})
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from safetensors import safe_open
 from transformers import PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ...errors import RevprobeError, first_line
 
@@ -78,8 +80,10 @@ class Files:
     def _headers(self) -> tuple[Shapes, Mapping[str, str]]:
         shapes: dict[str, tuple[int, ...]] = {}
         notes: dict[str, str] = {}
+        if isinstance(self.place, Path) and (self.place / SAFE_WEIGHTS_INDEX_NAME).is_file():
+            shards_of(self.place)  # names a file that is missing; without it tensors would seem to be
         for path in weight_files(self.place) if isinstance(self.place, Path) else []:
-            found, said = _header(path)
+            found, said = header(path)
             shapes |= found
             notes |= said
         return shapes, notes
@@ -112,17 +116,67 @@ def bare_weights(place: Path) -> list[Path]:
     """
     if not place.is_dir() or any(any(place.glob(name)) for name in _LOOKED_FOR):
         return []
-    return [path for path in weight_files(place) if any(name.endswith(".weight") for name in _header(path)[0])]
+    return [path for path in weight_files(place) if any(name.endswith(".weight") for name in header(path)[0])]
 
 
-def _header(path: Path) -> tuple[Shapes, Mapping[str, str]]:
-    """Tensor name -> shape, and the metadata. Raises: RevprobeError, for a file that is cut off or no safetensors."""
+def header(path: Path) -> tuple[Shapes, Mapping[str, str]]:
+    """Tensor name -> shape, and the metadata, which stand in a file before its numbers.
+
+    Raises: RevprobeError, naming a file that is missing, cut off or no safetensors.
+    """
     try:
         with safe_open(path, framework="pt") as tensors:
             shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
             return shapes, tensors.metadata() or {}
     except Exception as error:  # whatever safetensors raises: a header that is none, a file shorter than it says
         raise RevprobeError(
-            f"cannot read the tensors of {path}: {first_line(error)}; the file is cut off or no safetensors: fetch it "
-            "again"
+            f"cannot load the weights of {path}: {first_line(error)}; the file is cut off or no safetensors, so "
+            "download or save it again"
         ) from error
+
+
+def shards_of(place: Path) -> list[Path]:
+    """The files that a checkpoint is read from: its model.safetensors, else those that its index names, or the file.
+
+    Raises: RevprobeError, for a file that the index names and that is not there.
+    """
+    if place.is_file():
+        return [place]
+    index = place / SAFE_WEIGHTS_INDEX_NAME
+    if (place / SAFE_WEIGHTS_NAME).is_file() or not index.is_file():
+        return [place / SAFE_WEIGHTS_NAME]
+    require_shards_inside(place)
+    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    shards = [place / name for name in sorted(set(named))]
+    for shard in shards:
+        if not shard.is_file():
+            raise RevprobeError(
+                f"{index} names {shard.name!r}, which is not there; download this one of {len(shards)} files again"
+            )
+    return shards
+
+
+def require_shards_inside(folder: Path) -> None:
+    """Raise unless every file that an index of safetensors names lies in its folder.
+
+    A folder's own links (the hub's cache is made of them) go where whoever made them says; an index is a text that came
+    with the weights, and must not choose among the other files of this machine.
+    Raises: RevprobeError, naming the index and the first such file.
+    """
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            outside = sorted(name for name in named if _leaves(name))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RevprobeError(
+                f"{index} is no index of safetensors ({first_line(error)}); expected a weight_map of tensors to files"
+            ) from error
+        if outside:
+            raise RevprobeError(
+                f"{index} names {outside[0]!r}, which lies outside its folder; put the file into it and name it there"
+            )
+
+
+def _leaves(name: str) -> bool:
+    paths = PurePosixPath(name), PureWindowsPath(name)
+    return any(path.is_absolute() or path.drive or path.root or ".." in path.parts for path in paths)

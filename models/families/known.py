@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers import __version__ as version
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ...errors import RevprobeError
 from .a2d import A2D
@@ -70,19 +72,22 @@ def read_config(
         said = {key: asked.pop(key) for key in family.asks if asked and key in asked}
         config = family.config(files, **said)
         return config, PublishedFiles(family, files, config)
-    if files.model_type in NOT_READ:
-        raise RevprobeError(f"{files.name!r} is of type {files.model_type!r}: {NOT_READ[files.model_type]}")
     # False, not None: None would ask on the terminal whether to run the repository's code.
-    return AutoConfig.from_pretrained(place, trust_remote_code=False, **options), None
+    config = AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
+    if config._attn_implementation not in (None, "eager", "sdpa"):
+        config._attn_implementation = None  # a kernel that nothing can look into; who wants it names it
+    return config, None
 
 
 def family_of(files: Files, *, bidirectional: bool = False) -> Family | None:
     """The family whose files these are; None for transformers' own.
 
-    Raises: RevprobeError, when a folder that transformers knows is asked for as bidirectional, and no family is made
-        so; when a family's is, and it is causal.
+    Raises: RevprobeError, for a type that only code of its folder reads; for one of transformers' that is asked for as
+        bidirectional where no family is made so, and a family's that is causal.
     """
     found = next((one for one in FAMILIES if files.name in one.published or one.recognises(files)), None)
+    if found is None:
+        _require_known(files)
     if found is not None and bidirectional and found.objective == "causal":
         raise RevprobeError(f"bidirectional=True: {files.name!r} is a causal model ({found.name}); leave it out")
     if found is not None or not bidirectional:
@@ -92,9 +97,25 @@ def family_of(files: Files, *, bidirectional: bool = False) -> Family | None:
         plain = ", ".join(one.plain for one in FAMILIES if one.plain)
         raise RevprobeError(
             f"bidirectional=True: {files.name!r} is of type {files.model_type or 'unknown'!r}, and no diffusion family "
-            f"is made of it; those of type {plain} can be read so"
+            f"is made of it; {f'those of type {plain} can be read so' if plain else 'leave bidirectional out'}"
         )
     return found
+
+
+def _require_known(files: Files) -> None:
+    """Raise for files that neither a family nor transformers reads, without their code."""
+    code = files.settings.get("auto_map")
+    if files.model_type in CONFIG_MAPPING or not (files.model_type or code):
+        return  # what transformers says of a config without a type is clear
+    if reason := NOT_READ.get(files.model_type):
+        raise RevprobeError(f"{files.name!r} is of type {files.model_type!r}: {reason}")
+    own = f"its own code ({', '.join(sorted(map(str, code)))} of its auto_map) is never run; " if code else ""
+    names = ", ".join(one.name for one in FAMILIES)
+    raise RevprobeError(
+        f"{files.name!r} is of type {files.model_type or 'unknown'!r}, which neither transformers {version} nor "
+        f"revprobe knows; {own}the diffusion families that load are {names} (rp.list_models()); wrap a model that you "
+        "built yourself with ProbedModel(module, objective=...)"
+    )
 
 
 def family_of_config(config: PreTrainedConfig) -> Family | None:

@@ -46,6 +46,7 @@ class LLaDAForMaskedDiffusion(BidirectionalDecoder, LlamaForCausalLM):  # type: 
 
     config_class = LLaDAConfig
     official_name = staticmethod(official_name)
+    mask_text = "<|mdm_mask|>"
 
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__(config)
@@ -68,6 +69,8 @@ LLADA = Family(
     recognises=_recognises,
     key_map=_KEY_MAP,
     streams=True,
-    published={"GSAI-ML/LLaDA-8B-Base": {}, "GSAI-ML/LLaDA-8B-Instruct": {}, "GSAI-ML/LLaDA-1.5": {}},
-    licence="MIT (code), MIT (weights)",
+    embedding="model.transformer.wte.weight",
+    published={f"GSAI-ML/LLaDA-{kind}": {} for kind in ("8B-Base", "8B-Instruct", "1.5")},
+    licence="MIT (weights, and the code beside them); LLaDA-1.5: see its model card",
+    parity=0.0,
 )

@@ -124,6 +124,7 @@ class LLaDA2ForMaskedDiffusion(GroupedExperts, BidirectionalDecoder, Glm4MoeForC
 
     config_class = LLaDA2Config
     attention = "block"
+    mask_text = "<|mask|>"
 
     @staticmethod
     def official_name(name: str) -> str:
@@ -178,4 +179,5 @@ LLADA2 = Family(
         )
     },
     licence="Apache-2.0 (code), Apache-2.0 (weights)",
+    parity=5e-6,
 )

@@ -82,6 +82,7 @@ class LLaDAMoEForMaskedDiffusion(GroupedExperts, BidirectionalDecoder, Qwen3MoeF
     """LLaDA-MoE-7B-A1B Base and Instruct, and any model in their layout."""
 
     config_class = LLaDAMoEConfig
+    mask_text = "<|mask|>"
 
     @staticmethod
     def official_name(name: str) -> str:
@@ -119,7 +120,6 @@ def _to_config(files: Files) -> dict[str, Any]:
             "LLaDA-MoE"
         )
     require_experts(files.shapes, said["num_experts"], files.name)
-    said["vocab_size"] = max(said["vocab_size"], files.rows("model.embed_tokens.weight") or 0)
     return {"num_key_value_heads": said["num_attention_heads"]} | said
 
 
@@ -136,4 +136,5 @@ LLADA_MOE = Family(
         for kind in ("Base", "Instruct", "Instruct-TD")
     },
     licence="Apache-2.0 (code), Apache-2.0 (weights)",
+    parity=0.0,
 )

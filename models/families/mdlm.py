@@ -106,6 +106,8 @@ MDLM = Family(
     model_class=MDLMForMaskedDiffusion,
     recognises=of_type(MDLMConfig.model_type),
     to_config=stated_sizes,
+    published={f"kuleshov-group/mdlm-{kind}": {} for kind in ("owt", "noeos-owt")},
     licence="Apache-2.0 (code), Apache-2.0 (weights)",
+    parity=6e-6,
     **LAYOUT,
 )

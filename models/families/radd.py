@@ -69,7 +69,8 @@ def rotation_check(head_dim_of: Callable[[Settings], int]) -> Callable[[Tensor, 
     def check(inv_freq: Tensor, config: Settings) -> None:
         head_dim = head_dim_of(config)
         expected = ROPE_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-        if inv_freq.shape != expected.shape or not torch.allclose(inv_freq.float(), expected, rtol=1e-5, atol=0):
+        rounding = max(1e-5, torch.finfo(inv_freq.dtype).eps)  # of a file in a narrower type
+        if inv_freq.shape != expected.shape or not torch.allclose(inv_freq.float(), expected, rtol=rounding, atol=0):
             raise RevprobeError(
                 f"rotary_emb.inv_freq {tuple(inv_freq.shape)} holds other angles than base {ROPE_BASE:g} at a head "
                 f"dimension of {head_dim}, by which the model turns; the checkpoint is of another model or a damaged "
@@ -109,5 +110,7 @@ RADD = Family(
         )
     },
     tokenizer=GPT2_TOKENIZER,
-    licence="MIT (code), MIT (weights)",
+    published={f"JingyangOu/radd-{kind}": {} for kind in ("lambda-dce", "t-dce", "lambda-dce-medium")},
+    licence="Apache-2.0 (code); weights: see the model card",
+    parity=3e-6,
 )

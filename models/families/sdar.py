@@ -27,6 +27,7 @@ class SDARConfig(MaskedDiffusionConfig, Qwen3Config):
 class SDARForMaskedDiffusion(BidirectionalDecoder, Qwen3ForCausalLM):  # type: ignore[misc]
     config_class = SDARConfig
     attention = "block"
+    mask_text = "<|MASK|>"
 
 
 def _to_config(files: Files) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def _to_config(files: Files) -> dict[str, Any]:
 
 SDAR = Family(
     name="SDAR",
-    about="SDAR 1.7B to 30B, dense sizes",
+    about="SDAR 1.7B, 4B and 8B, of any block size; not the mixture of experts (30B-A3B)",
     model_class=SDARForMaskedDiffusion,
     recognises=of_type(SDARConfig.model_type),
     to_config=_to_config,
@@ -58,4 +59,5 @@ SDAR = Family(
         )
     },
     licence="MIT (code), Apache-2.0 (weights)",
+    parity=3e-6,
 )

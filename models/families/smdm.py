@@ -189,7 +189,13 @@ def _by_group(fused: Tensor, config: Any, parts: int) -> Sequence[Tensor]:
     return [part.flatten(0, 2) for part in rows.split((shared, 1, 1), dim=1)]
 
 
-def _family(name: str, about: str, model_class: type[PreTrainedModel], more_rows: Callable[[int], bool]) -> Family:
+def _family(
+    name: str,
+    about: str,
+    model_class: type[PreTrainedModel],
+    more_rows: Callable[[int], bool],
+    parity: float | None = None,
+) -> Family:
     block, ours = "transformer.h.{}", "model.layers.{}"
     return Family(
         name=name,
@@ -198,6 +204,7 @@ def _family(name: str, about: str, model_class: type[PreTrainedModel], more_rows
         recognises=_recognises(model_class, more_rows),
         to_config=_to_config,
         asks=("n_heads", "rotary"),
+        embedding="",  # a masked model's has a row more than its logits, for the mask token
         key_map={
             "transformer.wte": "model.embed_tokens",
             f"{block}.norm_1": f"{ours}.input_layernorm",
@@ -211,16 +218,18 @@ def _family(name: str, about: str, model_class: type[PreTrainedModel], more_rows
         fused={f"{block}.attn.attn": Fused([f"{ours}.self_attn.{letter}_proj" for letter in "qkv"], _by_group)},
         # Llama 2's, under the name that the published code reads it from.
         tokenizer="TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
-        licence="Apache-2.0 (code); weights: as nieshen/SMDM says",
+        licence="Apache-2.0 (code); weights: see the model card",
+        parity=parity,
     )
 
 
 SMDM = (
     _family(
         "SMDM",
-        "one bare file of SMDM: 6M to 2.1B, and those fine-tuned for GSM8K, ShareGPT and reversal",
+        "one bare file of nieshen/SMDM: 6M to 2.1B, and those fine-tuned for GSM8K, ShareGPT and reversal",
         LitLlamaForMaskedDiffusion,
         lambda more: more != 0,
+        parity=4e-6,
     ),
     _family(
         "SMDM AR twin", "the autoregressive models trained beside SMDM's", LitLlamaForCausalLM, lambda more: more == 0

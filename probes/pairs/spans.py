@@ -51,7 +51,7 @@ def require_fast_tokenizer(model: ProbedModel) -> Any:
     if tokenizer is None:
         source = model.tokenizer_source
         given = "load_model(..., tokenizer=FOLDER_OR_NAME) or ProbedModel(module, tokenizer, objective=...)"
-        named = f"load_model(..., tokenizer={source!r}), whose its family uses, or a folder that holds it"
+        named = f"load_model(..., tokenizer={source!r}), which its family uses, or a folder that holds it"
         raise RevprobeError(
             f"{model.name} has no tokenizer, so text cannot become tokens; pass {named if source else given}"
         )

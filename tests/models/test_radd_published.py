@@ -360,7 +360,7 @@ DAMAGE = {
     other_angles: r"rotary_emb\.inv_freq \(8,\) holds other angles than base 10000 at a head dimension of 16",
     other_width: r"rotary_emb\.inv_freq \(8,\) holds other angles than base 10000 at a head dimension of 32",
     no_heads: r"d_model 64 is not divisible by n_heads 5",
-    truncated: r"cannot load the weights of 'checkpoint' from .*; the checkpoint is missing, cut off, or of another",
+    truncated: r"cannot load the weights of \S+model\.safetensors: .*; the file is cut off or no safetensors",
     pickled: r"holds only pickled weights \(pytorch_model\.bin\), which can run code when read",
     without_config: r"is no model folder: it has no config\.json",
 }

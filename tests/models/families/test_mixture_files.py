@@ -68,8 +68,8 @@ def dense_weights(folder: Path) -> None:
 DAMAGES: dict[Callable[[Path], None], str] = {
     cut_off: "cut off",
     one_shard_cut_off: "cut off",
-    one_shard_missing: "missing",
-    pickled: r"only pickled weights \(pytorch_model.bin\).*convert them to safetensors",
+    one_shard_missing: r"names 'model-\d+-of-\d+\.safetensors', which is not there",
+    pickled: r"only pickled weights \(pytorch_model.bin\).*convert them once, which runs none",
     code_only: "holds no model.safetensors",
     another_familys_weights: "does not match its config",
     dense_weights: "does not match its config: missing model.layers",

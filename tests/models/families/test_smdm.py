@@ -367,7 +367,7 @@ def test_files_that_are_no_model_are_one_line(tmp_path: Path) -> None:
     assert "is a file; expected the folder" in refusal(TINY.with_name("reference.safetensors"))
     (tmp_path / "smdm.safetensors").unlink()
     torch.save(load_file(TINY), tmp_path / "mdm.pth")
-    assert "no config.json" in refusal(tmp_path)
+    assert "holds only pickled weights (mdm.pth)" in refusal(tmp_path)
 
 
 # --- what is done with it: the logits are one narrower than the embedding ---------------------------------------------

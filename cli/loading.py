@@ -1,0 +1,45 @@
+"""What the commands that load a model share: options of `load_model` as `--load NAME=VALUE`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import RevprobeError
+
+Load = Annotated[
+    list[str] | None,
+    typer.Option("--load", help="An option of load_model, NAME=VALUE, such as block_size=32; repeatable."),
+]
+
+
+def named_values(given: Iterable[str] | None, option: str, such_as: str) -> dict[str, Any]:
+    """`--load block_size=32` as keywords: numbers, true, false and lists as JSON, anything else as the text it is.
+
+    Raises: RevprobeError, for what is no NAME=VALUE.
+    """
+    values = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise RevprobeError(f"{option} {text!r}: expected NAME=VALUE, such as {such_as}")
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            values[name] = value
+    return values
+
+
+def load_options(given: Iterable[str] | None, **own: Any) -> dict[str, Any]:
+    """What `load_model` is asked for: by `--load`, and by options that a command has of its own.
+
+    Raises: RevprobeError, for one that is given both ways.
+    """
+    values = named_values(given, "--load", "block_size=32 or mask_token_id=151669")
+    for name in values:
+        if name in own:
+            raise RevprobeError(f"--load {name}=...: this command has --{name} of its own; use that")
+    return own | values
