@@ -23,7 +23,7 @@ def test_the_example_prints_the_model_and_three_readings(root, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.strip().splitlines()
-    assert lines[0].startswith("ProbedModel(my-masked-model, masked, logit_shift=0")
+    assert lines[0].startswith("ProbedModel(my-masked-model, masked (bidirectional), logit_shift=0")
     names = ("attention_correlation", "gradient_cosine", "reverse_probability")
     assert [sum(name in line for line in lines) for name in names] == [1, 1, 1], done.stdout
 
