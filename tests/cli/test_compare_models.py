@@ -104,7 +104,7 @@ def test_letters_of_the_two_objectives_are_of_two_kinds(cli: Cli) -> None:
         (["a=parent", "b=child", "--pairs", "letters:ten"], "expected letters:LENGTH"),
         (["a=parent", "b=child", "--pairs", "pairs.jsonl", "--probes", "gradients"], "unknown probe 'gradients'"),
         (["a=parent", "b=child", "--pairs", "pairs.jsonl", "--probes", ","], "no probe was named"),
-        (["a=parent", "b=child", "--pairs", "pairs.jsonl", "--out", "parent"], "which is no comparison's"),
+        (["a=parent", "b=child", "--pairs", "pairs.jsonl", "--out", "parent"], "'parent' holds 'config.json'"),
         (["a=parent", "b=child", "--pairs", "pairs.jsonl", "--out", "pairs.jsonl"], "'pairs.jsonl' is a file"),
         (["a=parent", "b=child", "--pairs", "pairs.jsonl", "--device", "nowhere"], "device 'nowhere' cannot be used"),
     ],
