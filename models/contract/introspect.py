@@ -71,7 +71,10 @@ def _stated_masks(tokenizer: Any, module: nn.Module) -> dict[str, int]:
     """The mask token as the config says it, and as the vocabulary lists the family's, each where there is one."""
     text = getattr(_inner(module), "mask_text", None)
     listed = tokenizer.get_vocab().get(text) if text is not None and hasattr(tokenizer, "get_vocab") else None
-    found = {"the config's": config_value(module, "mask_token_id"), f"the family's, {text!r},": listed}
+    # XLM and FlauBERT keep their mask as `mask_index`; their `mask_token_id` is a default, and their begin token.
+    index = config_value(module, "mask_index")
+    in_config = config_value(module, "mask_token_id") if index is None else index
+    found = {"the config's": in_config, f"the family's, {text!r},": listed}
     return {what: one for what, one in found.items() if one is not None}
 
 

@@ -105,10 +105,10 @@ def family_of(files: Files, *, bidirectional: bool = False) -> Family | None:
 def _require_known(files: Files) -> None:
     """Raise for files that neither a family nor transformers reads, without their code."""
     code = files.settings.get("auto_map")
-    if files.model_type in CONFIG_MAPPING or not (files.model_type or code):
-        return  # what transformers says of a config without a type is clear
     if reason := NOT_READ.get(files.model_type):
         raise RevprobeError(f"{files.name!r} is of type {files.model_type!r}: {reason}")
+    if files.model_type in CONFIG_MAPPING or not (files.model_type or code):
+        return  # what transformers says of a config without a type is clear
     own = f"its own code ({', '.join(sorted(map(str, code)))} of its auto_map) is never run; " if code else ""
     names = ", ".join(one.name for one in FAMILIES)
     raise RevprobeError(

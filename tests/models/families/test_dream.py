@@ -152,7 +152,7 @@ def change(folder: Path, **settings: object) -> None:
             "does not match its config: unexpected model.transformer.blocks.0.k_proj.bias",
         ),
         ({"model_type": "sdar"}, {"block_size": 4}, "does not match its config: missing .*k_norm"),
-        ({"model_type": "DreamOfTomorrow"}, {}, "cannot read the config of"),
+        ({"model_type": "DreamOfTomorrow"}, {}, "is of type 'DreamOfTomorrow', which neither transformers"),
         ({"use_mrope": True}, {}, "use_mrope=True is not supported"),
         ({"num_key_value_heads": 4}, {}, r"mismatched model.layers.0.self_attn.k_proj.bias \(\(32,\) for \(64,\)\)"),
     ],
