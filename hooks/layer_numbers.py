@@ -8,7 +8,7 @@ later ones go on from those before; lists that run side by side (XLM's attention
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,16 +38,18 @@ class LayerNumbers:
         stack = ".".join(part for part in (outer, found["stack"]) if part)
         return int(found["number"]) + self.first.get(stack, 0)
 
-    def beside(self, module: nn.Module, paths: list[str]) -> set[int]:
-        """All layers of the lists in which the modules at `paths` stand."""
-        stacks = {self._stack(path) for path in paths} - {None}
-        return {
-            int(name) + self.first.get(stack, 0)
-            for stack in stacks
-            if stack is not None
-            for name in module.get_submodule(stack)._modules
-            if name.isdigit()
-        }
+    def blocks(self, module: nn.Module, paths: Iterable[str]) -> dict[int, list[str]]:
+        """Layer -> the paths of its modules, for all layers of the lists in which the modules at `paths` stand.
+
+        One module, the layer's block, except where lists run side by side.
+        """
+        found: dict[int, list[str]] = {}
+        for stack in dict.fromkeys(self._stack(path) for path in paths):
+            for name in () if stack is None else module.get_submodule(stack)._modules:
+                if name.isdigit():
+                    layer = int(name) + self.first.get(stack or "", 0)
+                    found.setdefault(layer, []).append(f"{stack}.{name}" if stack else name)
+        return dict(sorted(found.items()))
 
     def _stack(self, path: str) -> str | None:
         outer = next((one for one in self.within if path.startswith(f"{one}.")), None)

@@ -21,6 +21,8 @@ from ..hooks.attention_sites import Attention
 from ..hooks.attention_survey import survey_attention
 from ..hooks.gradients.rules import has_rule
 from ..hooks.layer_numbers import LayerNumbers, layer_numbers
+from ..hooks.state_survey import survey_states
+from ..hooks.states import States
 from .contract.trial import ordinary_ids
 
 # A learned number for each offset, added to the scores and nowhere else: no embedding holds it.
@@ -47,6 +49,7 @@ _WRAPPERS = re.compile(
 LOOK_TOKENS = 11
 _ATTENTION: WeakKeyDictionary[nn.Module, tuple[tuple[tuple[int, int], int], Attention]] = WeakKeyDictionary()
 _NUMBERS: WeakKeyDictionary[nn.Module, tuple[int, LayerNumbers]] = WeakKeyDictionary()
+_STATES: WeakKeyDictionary[nn.Module, tuple[int, States]] = WeakKeyDictionary()
 ORDERS = ("blocked", "per_head")
 # model_type of the config -> (pattern of the module's path, order of its output features):
 #   blocked   all of q, then all of k, then all of v
@@ -130,6 +133,23 @@ def attention_of(model: Runs, *, required: bool = True) -> Attention:
     return known[1].require(getattr(model, "name", "the model")) if required else known[1]
 
 
+def states_of(model: Runs) -> States:
+    """Where a model's states lie: the residual stream, what is written into it, what its heads read; looked at once.
+
+    Raises: RevprobeError, for a model with virtual tokens, whose states are more than the query's.
+    """
+    state = _structure(model.module)
+    known = _STATES.get(model.module)
+    if known is None or known[0] != state:
+        first, second, _ = _short_sequences(model)
+        roles = {_WRAPPERS.sub("", name): role.role for name, role in parameter_roles(model.module).items()}
+        shown = first[:1], second[1:2]
+        attention, numbers = attention_of(model), layer_numbers_of(model)
+        known = state, survey_states(model.module, model.logits, shown, attention, numbers, roles)
+        _STATES[model.module] = known
+    return known[1]
+
+
 def layer_numbers_of(model: Runs) -> LayerNumbers:
     """How the layers of a model are numbered; found once for each module, by one short run where that is needed."""
     state = _structure(model.module)
@@ -172,7 +192,7 @@ def _silent(module: nn.Module, attention: Attention, numbers: LayerNumbers) -> d
     Qwen3.5 alternates softmax and linear attention: its linear layers make no call and stand here.
     """
     by_path = all(numbers(site.path) is not None for site in attention.sites)
-    beside = numbers.beside(module, [site.path for site in attention.sites]) if by_path else set()
+    beside = set(numbers.blocks(module, [site.path for site in attention.sites])) if by_path else set()
     reasons = {numbers(path): reason for path, reason in attention.left_out.items()}
     return {
         layer: f"layer {layer}: {reasons[layer]}" if layer in reasons else f"layer {layer} has no softmax attention"

@@ -83,7 +83,7 @@ class Tree(nn.Module):
 )
 def test_silent_layers_are_those_of_the_same_lists(sites, silent):
     numbers = LayerNumbers({"stack": 0, "other": 4})
-    assert sorted(numbers.beside(Tree(), sites) - {numbers(site) for site in sites}) == silent
+    assert sorted(set(numbers.blocks(Tree(), sites)) - {numbers(site) for site in sites}) == silent
 
 
 def test_evidence_outside_a_sliding_window_is_nan_with_a_reason():
