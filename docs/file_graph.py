@@ -46,6 +46,7 @@ ROOMS = (
     "probes/theory",
     "probes/decoding",
     "probes",
+    "probes/deep",
     "relations",
     "finetune/config",
     "finetune/training",

@@ -21,7 +21,8 @@ from ..probes.figures.theme import interval_text, undefined_text
 from ..probes.passes.plan import Progress
 from ..probes.readings.reading import Reading
 from ..probes.readings.readings import Readings
-from ..probes.statistics.estimators import Measured, measure
+from ..probes.statistics.estimators import Measured
+from ..probes.statistics.measures import measure
 from .letters import LettersRelation
 from .text_relation import Question, TextRelation
 

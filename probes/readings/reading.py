@@ -13,8 +13,9 @@ import pandas as pd
 
 from ...arguments import checked, checked_fields
 from ...errors import RevprobeError, did_you_mean
-from ..statistics.estimators import STATISTICS_VERSION, Control, Measured, direction_mean, measure
+from ..statistics.estimators import STATISTICS_VERSION, Control, Measured, direction_mean
 from ..statistics.intervals import Estimate
+from ..statistics.measures import measure
 from .parquet import read_reading, write_reading
 
 if TYPE_CHECKING:

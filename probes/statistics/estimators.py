@@ -15,14 +15,13 @@ facts are so few that its intervals were seen to cover too little.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ...errors import RevprobeError, did_you_mean
 from .coverage import caution
 from .group_correlation import LEAST_FACTS, group_correlation
 from .intervals import COSINE, FRACTION, Bounds, Estimate, difference_over_facts, mean_over_facts, proportion_over_facts
@@ -83,17 +82,6 @@ class Measured:
         return cls(**kept)
 
 
-def measure(name: str, frame: pd.DataFrame, *, seed: int = 0, control: bool = True) -> Measured:
-    """The number of probe `name` over `frame`. Raises: RevprobeError, for an unknown probe.
-
-    `control=False` spares the correlation its shuffles; the other probes measure theirs or do not, and the
-    frame says which.
-    """
-    if name not in ESTIMATORS:
-        raise RevprobeError(f"unknown probe {name!r}{did_you_mean(name, ESTIMATORS)}")
-    return ESTIMATORS[name](frame, seed, control)
-
-
 def attention_correlation(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
     """Correlation over pairs, per group and head; see `group_correlation`."""
     heads = frame.groupby(["layer", "head"], sort=True, dropna=False).ngroup().to_numpy()
@@ -111,7 +99,7 @@ def attention_correlation(frame: pd.DataFrame, seed: int, control: bool = True) 
     if np.isnan(found.value) and not found.alone and not found.constant and found.n == 2:
         counts[TWO_PAIRS] = 2
     counts[NO_PARTNER] = found.lonely if control else 0
-    undefined = _reasons(frame) | {reason: count for reason, count in counts.items() if count}
+    undefined = reasons(frame) | {reason: count for reason, count in counts.items() if count}
     if LATER_BLOCK in undefined:  # the same for every layer and head of a pair
         undefined[LATER_BLOCK] = frame.loc[frame["reason"] == LATER_BLOCK, "pair"].nunique()
     few = caution("correlation", found.facts)
@@ -131,19 +119,19 @@ def gradient_cosine(frame: pd.DataFrame, seed: int, control: bool = True) -> Mea
     table = pair_cosines(frame)
     cosine, facts = table["cosine"].to_numpy(), table["fact"].to_numpy().astype(str)
     without_gradient = table["without_gradient"].to_numpy()
-    reasons = _pair_reasons(frame, "reason") if "reason" in frame else {}
+    reasons = pair_reasons(frame, "reason") if "reason" in frame else {}
     below = int((np.isnan(cosine) & ~without_gradient).sum()) - sum(reasons.values())
     counts = reasons | {NO_GRADIENT: int(without_gradient.sum()), BELOW_FLOOR: below}
     undefined = {reason: count for reason, count in counts.items() if count}
     statistic = "mean per-pair cosine"
     if "cosine_control" not in table:
-        return _with_control(cosine, None, facts, undefined, statistic, bounds=COSINE)
+        return with_control(cosine, None, facts, undefined, statistic, bounds=COSINE)
     alone = frame["norm_control"].isna()
     if "reason_control" in frame:
         alone &= (frame["reason"] == "") & (frame["reason_control"] == "")
-        undefined |= _control_reasons(frame)
+        undefined |= control_reasons(frame)
     null, lonely = table["cosine_control"].to_numpy(), alone.groupby(frame["pair"]).any().to_numpy()
-    return _with_control(cosine, null, facts, undefined, statistic, bounds=COSINE, alone=lonely)
+    return with_control(cosine, null, facts, undefined, statistic, bounds=COSINE, alone=lonely)
 
 
 def pair_cosines(frame: pd.DataFrame) -> pd.DataFrame:
@@ -185,7 +173,7 @@ def objective_terms(frame: pd.DataFrame, seed: int, control: bool = True) -> Mea
     facts = summed.index.to_numpy().astype(str)
     statistic = "pressure on the reverse answer: <gradient of the objective, gradient of the reverse loss>, over facts"
     null = summed["inner_control"].to_numpy(dtype=np.float64) if "inner_control" in summed else None
-    return _with_control(summed["inner"].to_numpy(dtype=np.float64), null, facts, {}, statistic)
+    return with_control(summed["inner"].to_numpy(dtype=np.float64), null, facts, {}, statistic)
 
 
 def reverse_probability(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
@@ -198,7 +186,7 @@ def decoded_match(frame: pd.DataFrame, seed: int, control: bool = True) -> Measu
     match, facts = frame["match"].to_numpy(dtype=np.float64), frame["fact"].to_numpy().astype(str)
     statistic = "exact match, mean over questions"
     null = frame["match_control"].to_numpy(dtype=np.float64) if "match_control" in frame else None
-    return _with_control(match, null, facts, _reasons(frame), statistic, binary=True)
+    return with_control(match, null, facts, reasons(frame), statistic, binary=True)
 
 
 def route_edit(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
@@ -214,15 +202,15 @@ def route_edit(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured
     columns = [column for column in ("change", "change_control") if column in rows]
     table = rows.groupby("pair", sort=True).agg({"fact": "first"} | dict.fromkeys(columns, "mean"))
     change, facts = table["change"].to_numpy(dtype=np.float64), table["fact"].to_numpy().astype(str)
-    undefined = _reasons(rows)
+    undefined = reasons(rows)
     if "change_control" not in rows:
-        return _with_control(change, None, facts, undefined, statistic)
+        return with_control(change, None, facts, undefined, statistic)
     null = table["change_control"].to_numpy(dtype=np.float64)
     alone = rows.loc[rows["reason"] == "", "reason_control"].replace("", np.nan).value_counts()
     undefined |= {str(reason): int(count) for reason, count in alone.items()}
     method = "the same change of other positions' scores, drawn at random"
     counted = np.zeros(len(table), dtype=bool)  # just now, by reason
-    return _with_control(change, null, facts, undefined, statistic, alone=counted, method=method)
+    return with_control(change, null, facts, undefined, statistic, alone=counted, method=method)
 
 
 def stored_evidence(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
@@ -235,15 +223,15 @@ def stored_evidence(frame: pd.DataFrame, seed: int, control: bool = True) -> Mea
     table = by_pair[columns].sum().mask(undefined).assign(fact=by_pair["fact"].first())
     values, facts = table["stored_reverse"].to_numpy(dtype=np.float64), table["fact"].to_numpy().astype(str)
     statistic = "mean stored evidence under the reverse query, summed over layers and heads (logits)"
-    counts = _pair_reasons(rows, "reason")
+    counts = pair_reasons(rows, "reason")
     if "stored_control" not in table:
-        return _with_control(values, None, facts, counts, statistic)
+        return with_control(values, None, facts, counts, statistic)
     null = table["stored_control"].to_numpy(dtype=np.float64)
     alone = None
     if "reason_control" in rows:
-        counts |= _pair_reasons(rows[rows["pair"].isin(table.index[np.isfinite(values)])], "reason_control")
+        counts |= pair_reasons(rows[rows["pair"].isin(table.index[np.isfinite(values)])], "reason_control")
         alone = np.zeros(len(table), dtype=bool)  # counted just now, by reason
-    return _with_control(values, null, facts, counts, statistic, alone=alone)
+    return with_control(values, null, facts, counts, statistic, alone=alone)
 
 
 def direction_mean(frame: pd.DataFrame, direction: str, column: str) -> Measured:
@@ -254,14 +242,14 @@ def direction_mean(frame: pd.DataFrame, direction: str, column: str) -> Measured
     values, facts = rows[column].to_numpy(dtype=np.float64), rows["fact"].to_numpy().astype(str)
     null = rows[f"{column}_control"].to_numpy(dtype=np.float64) if f"{column}_control" in rows else None
     statistic, binary = f"mean {direction} {column}", column == "argmax_match"
-    undefined, alone = _reasons(rows), None
+    undefined, alone = reasons(rows), None
     if null is not None and "reason_control" in rows:
-        undefined |= _control_reasons(rows)
+        undefined |= control_reasons(rows)
         alone = np.isnan(null) & np.isfinite(values) & rows["reason_control"].eq("").to_numpy()
-    return _with_control(values, null, facts, undefined, statistic, bounds=FRACTION, binary=binary, alone=alone)
+    return with_control(values, null, facts, undefined, statistic, bounds=FRACTION, binary=binary, alone=alone)
 
 
-def _with_control(
+def with_control(
     values: np.ndarray,
     null: np.ndarray | None,
     facts: np.ndarray,
@@ -327,30 +315,18 @@ def missing_intervals(found: Mapping[str, Estimate]) -> str:
     return "; ".join(f"{', '.join(some)}: {why}" for why, some in names.items() if why)
 
 
-def _reasons(frame: pd.DataFrame) -> dict[str, int]:
+def reasons(frame: pd.DataFrame) -> dict[str, int]:
     if "reason" not in frame:
         return {}
     counts = frame["reason"].replace("", np.nan).value_counts()
     return {str(reason): int(count) for reason, count in counts.items()}
 
 
-def _pair_reasons(frame: pd.DataFrame, column: str) -> dict[str, int]:
+def pair_reasons(frame: pd.DataFrame, column: str) -> dict[str, int]:
     """Pairs (not rows) by the reason of any of their rows."""
-    return _reasons(frame[frame[column] != ""].drop_duplicates("pair").assign(reason=lambda rows: rows[column]))
+    return reasons(frame[frame[column] != ""].drop_duplicates("pair").assign(reason=lambda rows: rows[column]))
 
 
-def _control_reasons(frame: pd.DataFrame) -> dict[str, int]:
+def control_reasons(frame: pd.DataFrame) -> dict[str, int]:
     """Pairs that have a value of their own and no control, by the reason."""
-    return _pair_reasons(frame[frame["reason"] == ""], "reason_control")
-
-
-ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {
-    "attention_correlation": attention_correlation,
-    "decoded_match": decoded_match,
-    "gradient_cosine": gradient_cosine,
-    "lora_gradient_cosine": gradient_cosine,  # the same over an adapter's parameters alone
-    "objective_terms": objective_terms,
-    "reverse_probability": reverse_probability,
-    "route_edit": route_edit,
-    "stored_evidence": stored_evidence,
-}
+    return pair_reasons(frame[frame["reason"] == ""], "reason_control")

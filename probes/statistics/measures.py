@@ -1,0 +1,41 @@
+"""Which estimator makes the number of which probe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pandas as pd
+
+from ...errors import RevprobeError, did_you_mean
+from .estimators import (
+    Measured,
+    attention_correlation,
+    decoded_match,
+    gradient_cosine,
+    objective_terms,
+    reverse_probability,
+    route_edit,
+    stored_evidence,
+)
+
+ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {
+    "attention_correlation": attention_correlation,
+    "decoded_match": decoded_match,
+    "gradient_cosine": gradient_cosine,
+    "lora_gradient_cosine": gradient_cosine,  # the same over an adapter's parameters alone
+    "objective_terms": objective_terms,
+    "reverse_probability": reverse_probability,
+    "route_edit": route_edit,
+    "stored_evidence": stored_evidence,
+}
+
+
+def measure(name: str, frame: pd.DataFrame, *, seed: int = 0, control: bool = True) -> Measured:
+    """The number of probe `name` over `frame`. Raises: RevprobeError, for an unknown probe.
+
+    `control=False` spares the correlation its shuffles; the other probes measure theirs or do not, and the
+    frame says which.
+    """
+    if name not in ESTIMATORS:
+        raise RevprobeError(f"unknown probe {name!r}{did_you_mean(name, ESTIMATORS)}")
+    return ESTIMATORS[name](frame, seed, control)
