@@ -116,18 +116,20 @@ def logit_shift(given: int | None, objective: str, module: nn.Module, name: str)
 
 
 def block_size(given: int | str | None, objective: str, module: nn.Module, name: str) -> int | None:
-    """Tokens of a block: as given, else as the model's config says; None where every token sees every other.
+    """Tokens of a block: as given, else as a model says that writes in blocks; None where every token sees every other.
 
+    Such a model's class states its `attention`. Elsewhere the name means other things: a context length in nanoGPT.
     Raises: RevprobeError, when it is no size, cannot be told, or the model is causal.
     """
     inner = _inner(module)
-    stated = given if given is not None else getattr(inner, "block_size", None) if objective == "masked" else None
-    attention = getattr(inner, "attention", "full")
+    stated, attention = given, getattr(inner, "attention", "full")
     if stated is None and objective == "masked" and attention in _UNTOLD:
-        raise RevprobeError(
-            f"{name}: {_UNTOLD[attention]}; pass block_size= with its number of tokens, or bidirectional=True "
-            f"(block_size={WHOLE!r}) where every token sees every other"
-        )
+        stated = getattr(inner, "block_size", None)
+        if stated is None:
+            raise RevprobeError(
+                f"{name}: {_UNTOLD[attention]}; pass block_size= with its number of tokens, or bidirectional=True "
+                f"(block_size={WHOLE!r}) where every token sees every other"
+            )
     if stated is None or stated == WHOLE:
         return None
     if not isinstance(stated, int) or isinstance(stated, bool) or stated < 1:

@@ -177,3 +177,15 @@ def test_what_is_saved_loads_again_without_options(name: str, tmp_path: Path) ->
     assert torch.equal(again.logits(ids), model.logits(ids))
     same = ("objective", "mask_token_id", "logit_shift", "block_size", "vocab_size")
     assert [getattr(again, key) for key in same] == [getattr(model, key) for key in same]
+
+
+# They see the whole text, and nobody has to say so.
+WHOLE = [name for name, told in CASES.items() if name not in BLOCKS and "bidirectional" not in told]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_dial_is_no_property_of_what_is_saved(name: str, tmp_path: Path) -> None:
+    """Read in blocks of two when it is loaded, it is saved as what it is."""
+    model = rp.load_model(FIXTURES / name, **CASES[name], block_size=2)
+    model.module.save_pretrained(tmp_path)
+    assert (model.reads, rp.load_model(tmp_path).reads) == ("in blocks of 2", "bidirectional")
