@@ -385,6 +385,14 @@ def test_sliding_layers_get_the_same_mask_as_the_others(name: str, tmp_path: Pat
     assert torch.equal(model.logits(IDS), plain.logits(IDS))
 
 
+@pytest.mark.parametrize("name", ["a2d-qwen3-mdlm-tiny", "a2d-qwen2-bd3lm-tiny"])
+def test_a2d_ignores_its_parents_windows_as_its_code_does(name: str, tmp_path: Path) -> None:
+    folder = copied(name, tmp_path / "model")
+    set_in_config(folder, use_sliding_window=True, sliding_window=2, max_window_layers=0, layer_types=None)
+    model, plain = (rp.load_model(place, **CASES[name]) for place in (folder, FIXTURES / name))
+    assert torch.equal(model.logits(IDS), plain.logits(IDS))
+
+
 def test_the_files_that_an_index_does_not_name_are_left_alone(tmp_path: Path) -> None:
     """A damaged file beside the checkpoint is no reason to refuse it."""
     folder = copied("sdar-tiny", tmp_path / "model")
