@@ -110,6 +110,15 @@ def test_any_size_equals_a_slow_decoder_in_every_reading(seed: int, tmp_path: Pa
         assert apart(model.logits(padded, kept.long())[0, :LENGTH], blocked) < CLOSE
 
 
+@torch.no_grad()
+def test_where_the_table_has_more_rows_than_the_config_says_the_rows_count(tmp_path: Path) -> None:
+    _, config, mask, _ = checkpoint(tmp_path / "any", 0)
+    ids, plain = torch.tensor([text_with(mask, 7)]), rp.load_model(tmp_path / "any")
+    (tmp_path / "any" / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] - 3}))
+    model = rp.load_model(tmp_path / "any")
+    assert model.vocab_size == config["vocab_size"] and torch.equal(model.logits(ids), plain.logits(ids))
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @torch.no_grad()
 def test_rows_of_a_batch_are_read_by_their_own_masks(seed: int, tmp_path: Path) -> None:
