@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from checkpoint_files import copied, rewrite
 from plain_gradients import worst_product_error
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -33,16 +34,7 @@ PAIRS = pairs_at((2, 5), (5, 2), count=9, length=8, vocab=240, ragged=True)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A copy to damage; its name does not say what it is."""
-    copy = Path(shutil.copytree(TINY, tmp_path / "checkpoint"))
-    (copy / "reference.safetensors").unlink()
-    return copy
-
-
-def rewrite(folder: Path, change) -> None:
-    """Write the weights anew, as `change` leaves the dict of tensors."""
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+    return copied("radd-tiny", tmp_path / "checkpoint")
 
 
 @torch.no_grad()
