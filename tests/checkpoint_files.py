@@ -49,6 +49,15 @@ def in_shards(folder: Path) -> list[Path]:
     return shards
 
 
+def in_cache(folder: Path, name: str, cache: Path, revision: str = "main", commit: str = "0" * 40) -> Path:
+    """Put a folder where the hub's client would have put its download."""
+    place = cache / f"models--{name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True, exist_ok=True)
+    (place / "refs" / revision).write_text(commit)
+    shutil.copytree(folder, place / "snapshots" / commit)
+    return cache
+
+
 def refusal(place: Path, **told: object) -> str:
     """What is said, in one line, of a checkpoint that does not load."""
     with pytest.raises(rp.RevprobeError) as caught:

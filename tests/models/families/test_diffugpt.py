@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import copied, in_shards, rewrite, set_in_config
+from checkpoint_files import copied, in_cache, in_shards, rewrite, set_in_config
 from checkpoint_files import refusal as any_refusal
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,13 +20,12 @@ from revprobe.finetune.training.objectives import masked_diffusion_loss
 from revprobe.models.families.diffugpt import DIFFUGPT
 from revprobe.probes.decoding.decode import decode_tokens
 from revprobe.probes.decoding.masked import Prompt
-from tiny import FIXTURES, bridged, module_at, pairs_at
+from tiny import FIXTURES, bridged, pairs_at
 
 TINY, MASK = FIXTURES / "diffugpt-tiny", 105
 REFERENCE = load_file(TINY / "reference.safetensors")
 PAIRS = pairs_at((2, 5), (5, 2), count=9, length=8, vocab=100, ragged=True)
 refusal = partial(any_refusal, mask_token_id=MASK)
-in_cache = module_at(Path(__file__).parents[1] / "test_radd_published.py").in_cache
 
 
 # --- the slow model --------------------------------------------------------------------------------------------------

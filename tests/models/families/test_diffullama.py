@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import copied, refusal, rewrite, set_in_config
+from checkpoint_files import copied, in_cache, refusal, rewrite, set_in_config
 from safetensors.torch import load_file, save_file
 from slow_decoder import slow_logits
 from torch import Tensor
@@ -14,11 +14,10 @@ from transformers import LlamaForCausalLM
 import revprobe as rp
 from revprobe.finetune.config.finetuning import LoraOptions
 from revprobe.finetune.training.lora import target_modules
-from tiny import FIXTURES, bridged, module_at, pairs_at
+from tiny import FIXTURES, bridged, pairs_at
 
 TINY, MASK = FIXTURES / "diffullama-tiny", 81
 PAIRS = pairs_at((2, 5), (5, 2), count=9, length=8, vocab=80, ragged=True)
-in_cache = module_at(Path(__file__).parents[1] / "test_radd_published.py").in_cache
 
 
 def everywhere(i: int, j: int) -> bool:
