@@ -124,6 +124,11 @@ def test_its_published_name_is_bidirectional(tmp_path: Path, monkeypatch) -> Non
     with pytest.warns(UserWarning, match="pairs of token ids work"):
         other = rp.load_model("somebody/llama", cache_dir=cache)
     assert other.objective == "causal"
+    # The folder that the hub's client gives for a name is called by a commit, and is of that name all the same.
+    for name, same in (("diffusionfamily/diffullama", model), ("somebody/llama", other)):
+        (snapshot,) = cache.glob(f"models--{name.replace('/', '--')}/snapshots/*")
+        again = rp.load_model(snapshot)
+        assert (again.name, again.objective, again.mask_token_id) == (name, same.objective, same.mask_token_id)
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
