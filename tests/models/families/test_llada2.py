@@ -13,7 +13,7 @@ from checkpoint_files import copied, refusal, rewrite, set_in_config
 from plain_gradients import worst_product_error
 from safetensors.torch import load_file
 from slow_decoder import pick, write_checkpoint
-from slow_mixture import Layer, Slow, swiglu
+from slow_mixture import Layer, Slow, apart, swiglu, worst_apart
 from torch import Tensor
 
 import revprobe as rp
@@ -21,7 +21,7 @@ from revprobe.models.contract.block_masks import added_to_scores, training_mask
 from revprobe.models.families.files import Files
 from revprobe.models.families.known import family_of
 from revprobe.models.families.llada2 import LLADA2, LLaDA2Config, LLaDA2Router
-from tiny import FIXTURES, tapped
+from tiny import FIXTURES
 
 NAME, TOLD = "llada2-tiny", {"mask_token_id": 246, "block_size": 4}
 CLOSE = 2e-5
@@ -158,28 +158,17 @@ def test_any_size_equals_a_slow_decoder(seed: int, tmp_path: Path) -> None:
     ids = torch.randint(40, (1, TOKENS))
     made, listed = slow(config, weights), ids[0].tolist()
     blocked, scores = made.run(listed, lambda i, j: j // block <= i // block)
-    whole, _ = made.run(listed, lambda i, j: True)
-    close = CLOSE * float(blocked.abs().max().clamp(min=1))
-    assert float((model.logits(ids)[0] - blocked).abs().max()) < close
-    assert float((model.in_blocks(None).logits(ids)[0] - whole).abs().max()) < close
-    padded, kept = torch.cat([ids, torch.zeros_like(ids[:, :3])], 1), (torch.arange(TOKENS + 3) < TOKENS)[None].long()
-    assert float((model.logits(padded, kept)[0, :TOKENS] - blocked).abs().max()) < close
-    everywhere = torch.arange(TOKENS)[None]
-    with tapped(model, everywhere, everywhere, TOKENS) as tap:
-        model.logits(ids)
-    seen = torch.stack([call.score[0] for _, call in sorted(tap.layers().items())])
-    assert torch.equal(seen.isfinite(), scores.isfinite()), "exactly what a block hides"
-    worst = (seen - scores)[scores.isfinite()].abs().max()
-    assert float(worst) < CLOSE * float(scores.nan_to_num().abs().max().clamp(min=1))
+    assert worst_apart(model, ids, blocked, scores) < CLOSE
+    assert worst_apart(model.in_blocks(None), ids, *made.run(listed, lambda i, j: True)) < CLOSE
     doubled, _ = made.run(listed * 2, lambda i, j: trained(i, j, TOKENS, block), [*range(TOKENS)] * 2)
     added = added_to_scores(training_mask(TOKENS, block), None, torch.float32)
     places = torch.tensor([[*range(TOKENS)] * 2])
     out = model.module(ids.repeat(1, 2), attention_mask=added, position_ids=places).logits
-    assert float((out[0] - doubled).abs().max()) < CLOSE * float(doubled.abs().max().clamp(min=1))
+    assert apart(out[0], doubled) < CLOSE
     for fault in FAULTS:
         faulty = rp.load_model(tmp_path, **told)
         if fault(faulty.module):
-            assert float((faulty.logits(ids)[0] - blocked).abs().max()) > 100 * close, fault.__name__
+            assert apart(faulty.logits(ids)[0], blocked) > 100 * CLOSE, fault.__name__
 
 
 def routers(module: torch.nn.Module) -> list[LLaDA2Router]:

@@ -13,14 +13,14 @@ from checkpoint_files import copied, refusal, rewrite, set_in_config
 from plain_gradients import worst_product_error
 from safetensors.torch import load_file
 from slow_decoder import pick, write_checkpoint
-from slow_mixture import Layer, Slow, swiglu
+from slow_mixture import Layer, Slow, apart, swiglu, worst_apart
 from torch import Tensor
 
 import revprobe as rp
 from revprobe.models.families.files import Files
 from revprobe.models.families.known import family_of, read_config
 from revprobe.models.families.llada_moe import LLADA_MOE
-from tiny import FIXTURES, tapped
+from tiny import FIXTURES
 
 NAME, MASK = "lladamoe-tiny", 252
 CLOSE = 2e-5
@@ -129,22 +129,13 @@ def test_any_size_equals_a_slow_decoder(seed: int, tmp_path: Path) -> None:
     ids = torch.randint(40, (1, TOKENS))
     made = slow(config, weights)
     logits, scores = made.run(ids[0].tolist(), lambda i, j: True)
-    close = CLOSE * float(logits.abs().max().clamp(min=1))
-    assert float((model.logits(ids)[0] - logits).abs().max()) < close
-    padded, kept = torch.cat([ids, torch.zeros_like(ids[:, :3])], 1), (torch.arange(TOKENS + 3) < TOKENS)[None].long()
-    assert float((model.logits(padded, kept)[0, :TOKENS] - logits).abs().max()) < close
-    everywhere = torch.arange(TOKENS)[None]
-    with tapped(model, everywhere, everywhere, TOKENS) as tap:
-        model.logits(ids)
-    seen = torch.stack([call.score[0] for _, call in sorted(tap.layers().items())])
-    assert float((seen - scores).abs().max()) < CLOSE * float(scores.abs().max().clamp(min=1))
-    blocks, _ = made.run(ids[0].tolist(), lambda i, j: j // 4 <= i // 4)
-    assert float((model.in_blocks(4).logits(ids)[0] - blocks).abs().max()) < close
+    assert worst_apart(model, ids, logits, scores) < CLOSE
+    assert worst_apart(model.in_blocks(4), ids, *made.run(ids[0].tolist(), lambda i, j: j // 4 <= i // 4)) < CLOSE
     # Planted faults: weights renormalised, one expert less, the shared expert or a dense layer left out.
     for fault in FAULTS:
         faulty = rp.load_model(tmp_path, mask_token_id=5)
         if fault(faulty.module):
-            assert float((faulty.logits(ids)[0] - logits).abs().max()) > 100 * close, fault.__name__
+            assert apart(faulty.logits(ids)[0], logits) > 100 * CLOSE, fault.__name__
 
 
 def renormalised(module: torch.nn.Module) -> bool:
