@@ -60,8 +60,8 @@ def mask_token(given: int | str | None, tokenizer: Any, module: nn.Module, vocab
             f"{name}: mask token {known}: its mask token is {only}, the only one it has no logit for; leave "
             "mask_token_id out"
         )
-    # One outside the vocabulary is left over from a larger model, and says nothing against another.
-    held_to = any(0 <= one < vocab_size for one in of_model.values())
+    # One outside the vocabulary is left over from a larger model, and says nothing against another; nor does a default.
+    held_to = any(0 <= one < vocab_size for one in of_model.values()) and not _by_default(module)
     if given is not None and held_to and given not in stated.values():
         raise RevprobeError(f"{name}: mask_token_id={given}, but {told}; leave it out, or correct what says otherwise")
     return known
@@ -73,6 +73,13 @@ def _stated_masks(tokenizer: Any, module: nn.Module) -> dict[str, int]:
     listed = tokenizer.get_vocab().get(text) if text is not None and hasattr(tokenizer, "get_vocab") else None
     found = {"the config's": config_value(module, "mask_token_id"), f"the family's, {text!r},": listed}
     return {what: one for what, one in found.items() if one is not None}
+
+
+def _by_default(module: nn.Module) -> bool:
+    """Whether the config's mask token is what a class of transformers has where a file says nothing (XLM: 0)."""
+    kind = type(getattr(_inner(module), "config", None))
+    default = getattr(kind, "mask_token_id", None) if kind.__module__.startswith("transformers.") else None
+    return default is not None and default == config_value(module, "mask_token_id")
 
 
 def begin_token(given: int | None, tokenizer: Any, module: nn.Module, vocab_size: int, name: str) -> int | None:
