@@ -205,11 +205,16 @@ def _whole(block_size: int | str | None) -> str:
 
 
 def _write_down(config: PreTrainedConfig, given: dict[str, Any]) -> None:
-    """Keep in a family's config what its files do not say, so that what is saved of the model says it."""
-    if family_of_config(config) is not None:
-        for key in ("mask_token_id", "block_size"):
-            if given[key] is not None and getattr(config, key, 0) is None:
-                setattr(config, key, given[key])
+    """Keep in a family's config what its files do not say, so that what is saved of the model says it.
+
+    Blocks only of a family that may write in them: of others they are a way to read it, and nothing of the model's.
+    """
+    family = family_of_config(config)
+    if family is None:
+        return
+    for key in ("mask_token_id", "block_size") if family.attention in ("block", "either") else ("mask_token_id",):
+        if given[key] is not None and getattr(config, key, 0) is None:
+            setattr(config, key, given[key])
 
 
 def _require_choices(dtype: torch.dtype | str | None, objective: str | None) -> None:

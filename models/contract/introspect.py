@@ -60,8 +60,8 @@ def mask_token(given: int | str | None, tokenizer: Any, module: nn.Module, vocab
             f"{name}: mask token {known}: its mask token is {only}, the only one it has no logit for; leave "
             "mask_token_id out"
         )
-    # One outside the vocabulary is left over from a larger model, and says nothing against another.
-    held_to = any(0 <= one < vocab_size for one in of_model.values())
+    # One outside the vocabulary is left over from a larger model, and says nothing against another; nor does a default.
+    held_to = any(0 <= one < vocab_size for one in of_model.values()) and not _by_default(module)
     if given is not None and held_to and given not in stated.values():
         raise RevprobeError(f"{name}: mask_token_id={given}, but {told}; leave it out, or correct what says otherwise")
     return known
@@ -76,6 +76,13 @@ def _stated_masks(tokenizer: Any, module: nn.Module) -> dict[str, int]:
     in_config = config_value(module, "mask_token_id") if index is None else index
     found = {"the config's": in_config, f"the family's, {text!r},": listed}
     return {what: one for what, one in found.items() if one is not None}
+
+
+def _by_default(module: nn.Module) -> bool:
+    """Whether the config's mask token is what a class of transformers has where a file says nothing (XLM: 0)."""
+    kind = type(getattr(_inner(module), "config", None))
+    default = getattr(kind, "mask_token_id", None) if kind.__module__.startswith("transformers.") else None
+    return default is not None and default == config_value(module, "mask_token_id")
 
 
 def begin_token(given: int | None, tokenizer: Any, module: nn.Module, vocab_size: int, name: str) -> int | None:
@@ -119,18 +126,20 @@ def logit_shift(given: int | None, objective: str, module: nn.Module, name: str)
 
 
 def block_size(given: int | str | None, objective: str, module: nn.Module, name: str) -> int | None:
-    """Tokens of a block: as given, else as the model's config says; None where every token sees every other.
+    """Tokens of a block: as given, else as a model says that writes in blocks; None where every token sees every other.
 
+    Such a model's class states its `attention`. Elsewhere the name means other things: a context length in nanoGPT.
     Raises: RevprobeError, when it is no size, cannot be told, or the model is causal.
     """
     inner = _inner(module)
-    stated = given if given is not None else getattr(inner, "block_size", None) if objective == "masked" else None
-    attention = getattr(inner, "attention", "full")
+    stated, attention = given, getattr(inner, "attention", "full")
     if stated is None and objective == "masked" and attention in _UNTOLD:
-        raise RevprobeError(
-            f"{name}: {_UNTOLD[attention]}; pass block_size= with its number of tokens, or bidirectional=True "
-            f"(block_size={WHOLE!r}) where every token sees every other"
-        )
+        stated = getattr(inner, "block_size", None)
+        if stated is None:
+            raise RevprobeError(
+                f"{name}: {_UNTOLD[attention]}; pass block_size= with its number of tokens, or bidirectional=True "
+                f"(block_size={WHOLE!r}) where every token sees every other"
+            )
     if stated is None or stated == WHOLE:
         return None
     if not isinstance(stated, int) or isinstance(stated, bool) or stated < 1:

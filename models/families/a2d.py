@@ -20,11 +20,21 @@ from ..contract.block_masks import WHOLE
 from .family import Family, of_type
 
 
-class A2DQwen3Config(MaskedDiffusionConfig, Qwen3Config):
+class _WindowsUnused(MaskedDiffusionConfig):
+    """The published code gives sliding layers the same mask as the others, whatever a config keeps of its parent's."""
+
+    use_sliding_window: bool
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.use_sliding_window = False
+        super().__post_init__(**kwargs)
+
+
+class A2DQwen3Config(_WindowsUnused, Qwen3Config):
     model_type = "a2d-qwen3"
 
 
-class A2DQwen2Config(MaskedDiffusionConfig, Qwen2Config):
+class A2DQwen2Config(_WindowsUnused, Qwen2Config):
     model_type = "a2d-qwen2"
 
 

@@ -63,7 +63,8 @@ class Family:
         fused: published name of a tensor -> those it is made of.
         streams: whether transformers puts tensors under our names while it loads and saves (`rename_by`): none is held
             twice then, and what is saved keeps the published names.
-        embedding: published name of the table of tokens; where it has more rows than the config says, its rows count.
+        embedding: our name of the table of tokens; where it has more rows than the config says, its rows count. Empty
+            where more rows mean something else.
         constants: published name of a buffer that is worked out here -> the check of its value, which raises.
         plain: the `model_type` of the transformers models that `bidirectional=True` reads as this family.
         tokenizer: the public one that the family uses, by its name on the hub; None where checkpoints bring their own.
@@ -122,8 +123,8 @@ class Family:
     def config(self, files: Files, **asked: Any) -> PreTrainedConfig:
         """Our config of published files. Raises: RevprobeError, for settings that the class does not have."""
         settings = self.to_config(files, **asked) | dict(self.published.get(files.name, {}))
-        rows = files.rows(self.embedding) or 0
-        if rows > settings.get("vocab_size", rows):
+        rows = files.rows(self.official_name(self.embedding), self.embedding) or 0
+        if rows > settings.get("vocab_size", 0):
             settings["vocab_size"] = rows
         kind: Any = self.model_class.config_class
         return kind(**{key: value for key, value in settings.items() if key not in _NOT_OURS})

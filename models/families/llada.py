@@ -69,7 +69,6 @@ LLADA = Family(
     recognises=_recognises,
     key_map=_KEY_MAP,
     streams=True,
-    embedding="model.transformer.wte.weight",
     published={f"GSAI-ML/LLaDA-{kind}": {} for kind in ("8B-Base", "8B-Instruct", "1.5")},
     licence="MIT (weights, and the code beside them); LLaDA-1.5: see its model card",
     parity=0.0,

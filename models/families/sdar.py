@@ -30,6 +30,9 @@ class SDARForMaskedDiffusion(BidirectionalDecoder, Qwen3ForCausalLM):  # type: i
     mask_text = "<|MASK|>"
 
 
+_BLOCKS = {"1.7B": (4, 16, 32), "4B": (4, 16, 32), "8B": (4, 8, 16, 32, 64)}
+
+
 def _to_config(files: Files) -> dict[str, Any]:
     """Without the block size, where the name of a folder says another."""
     settings = own_settings(files)
@@ -51,12 +54,9 @@ SDAR = Family(
     recognises=of_type(SDARConfig.model_type),
     to_config=_to_config,
     published={
-        f"JetLM/SDAR-{size}-Chat{suffix}": {"mask_token_id": 151669, "block_size": block}
-        for size, suffix, block in (
-            *((size, "", 4) for size in ("1.7B", "4B", "8B")),
-            *((size, f"-b{block}", block) for size in ("1.7B", "4B", "8B") for block in (16, 32)),
-            *(("8B", f"-b{block}", block) for block in (8, 64)),
-        )
+        f"JetLM/SDAR-{size}-Chat{'' if block == 4 else f'-b{block}'}": {"mask_token_id": 151669, "block_size": block}
+        for size, blocks in _BLOCKS.items()
+        for block in blocks
     },
     licence="MIT (code), Apache-2.0 (weights)",
     parity=3e-6,

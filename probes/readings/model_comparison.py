@@ -23,7 +23,7 @@ from ..statistics.intervals import Estimate
 from ..statistics.paired import measured_difference
 from .parquet import read_reading, write_reading
 from .reading import MEASURE_COLUMNS, summary_row
-from .readings import Readings
+from .readings import Readings, folder_of_readings
 from .sides import Asked, Side, cautions, incomparable, left_out, nothing_shared, undefined_on_common
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def require_names(models: Mapping[str, object]) -> None:
 
 def of_a_comparison(entry: Path) -> bool:
     """Whether an entry of a folder is of a saved comparison: its numbers, a picture of them, a model's readings."""
-    return entry.stem == "comparison" or (entry.is_dir() and entry.name.isdecimal())
+    return (entry.stem == "comparison" and entry.is_file()) or (entry.name.isdecimal() and folder_of_readings(entry))
 
 
 def _line(name: str, common: Mapping[str, Any], whole: Mapping[str, Any] | None = None) -> dict[str, str]:

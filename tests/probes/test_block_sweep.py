@@ -153,10 +153,12 @@ def test_the_command_line_takes_sizes_and_writes_the_folder(tmp_path):
     from revprobe.cli.main import app
 
     model = in_blocks(4)
-    model.module.config.block_size, model.module.config.mask_token_id = 4, 53
     model.module.save_pretrained(tmp_path / "model")
     model.tokenizer.save_pretrained(tmp_path / "model")
     words = ["block-sweep", str(tmp_path / "model"), "--pairs", "letters:5", "--probes", "probability"]
+    untold = CliRunner().invoke(app, words)
+    assert untold.exit_code != 0 and "pass block_size=" in str(untold.exception)
+    words += ["--load", "block_size=4"]
     done = CliRunner().invoke(app, [*words, "--sizes", "2,whole", "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert rp.BlockSweep.load(tmp_path / "out").sizes == [2, None]

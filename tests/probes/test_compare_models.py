@@ -377,6 +377,11 @@ def test_an_error_names_the_model_that_it_is_about(
         with pytest.raises(rp.RevprobeError) as caught:
             rp.compare_models(models, pairs, only=["probability"])
         assert str(caught.value).startswith(words) and "\n" not in str(caught.value)
+    two = {"one": parent, "two": parent}
+    with pytest.raises(rp.RevprobeError, match="two: block_size= does not apply to a model that is loaded already"):
+        rp.compare_models(two, letters, only=["probability"], load={"two": {"block_size": 2}})
+    with pytest.raises(rp.RevprobeError, match="options of 'tow', but no model is called so; the closest is 'two'"):
+        rp.compare_models(two, letters, load={"tow": {"block_size": 2}})
 
 
 def test_readings_that_cannot_be_compared_are_refused(compared: rp.ModelComparison) -> None:
