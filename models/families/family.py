@@ -59,7 +59,8 @@ class Family:
         recognises: whether files are the family's.
         to_config: the settings of our config from the published files, and from what the user was asked for.
         asks: options of `load_model` that `to_config` takes beside the files.
-        key_map: published name of a module or tensor -> ours; `{}` stands for the number of a layer.
+        key_map: published name of a module, with all that is in it, or of a tensor -> ours; `{}` stands for the number
+            of a layer. The first that fits counts.
         fused: published name of a tensor -> those it is made of.
         streams: whether transformers puts tensors under our names while it loads and saves (`rename_by`): none is held
             twice then, and what is saved keeps the published names.
@@ -226,7 +227,11 @@ class _Cut(ConversionOps):
 
 
 def published_name(name: str, key_map: Mapping[str, str]) -> str:
-    """The published name of one of our tensors; other names stay as they are."""
+    """The published name of one of our tensors; other names stay as they are.
+
+    >>> published_name("model.layers.3.mlp.up_proj.weight", {"backbone.layers.{}": "model.layers.{}"})
+    'backbone.layers.3.mlp.up_proj.weight'
+    """
     return _first(name, ((ours, published) for published, ours in key_map.items()))
 
 
@@ -238,7 +243,7 @@ def _first(name: str, pairs: Iterable[tuple[str, str]]) -> str:
 
 def _renamed(name: str, before: str, *after: str) -> list[str]:
     """The name with its beginning `before` put as each of `after`, the layer's number kept; empty where it has none."""
-    match = re.fullmatch(re.escape(before).replace(r"\{\}", r"(\d+)") + r"(\.\w+)?", name)
+    match = re.fullmatch(re.escape(before).replace(r"\{\}", r"(\d+)") + r"(\..+)?", name)
     if match is None:
         return []
     *layers, rest = match.groups("")

@@ -212,6 +212,16 @@ def test_two_tensors_of_one_shape_in_each_others_place_are_seen(tmp_path: Path) 
             assert float((model.logits(expected["input_ids"]) - expected["logits_nomask"]).abs().max()) > 1e-3
 
 
+def test_a_tensor_of_a_shared_expert_that_is_missing_is_called_as_in_the_file(tmp_path: Path) -> None:
+    """Its module is renamed, so is all that is in it."""
+    config = drawn_config(1)
+    weights = drawn_weights(config)
+    gone = next(name for name in weights if "shared_expert.up" in name)
+    del weights[gone]
+    with pytest.raises(rp.RevprobeError, match=f"missing {gone} "):
+        rp.load_model(saved(tmp_path, config, weights), mask_token_id=3)
+
+
 @pytest.mark.parametrize("kernel", ["grouped_mm", "eager"])
 def test_gradients_of_experts_routers_and_shared_experts_equal_autograd(kernel: str, tmp_path: Path) -> None:
     """In groups they are split by example; one after the other they are read one example at a time, and named."""

@@ -31,6 +31,7 @@ KINDS |= {"Fast-dLLM v2": ("Fast_dLLM_Qwen", "qwen2")}
         ("A2D Qwen2", "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-bd3lm-v0.1"),
         ("SDAR", "JetLM/SDAR-1.7B-Chat"),
         ("SDAR", "JetLM/SDAR-8B-Chat-b32"),
+        ("SDAR", "Gen-Verse/TraDo-8B-Thinking"),
         ("Fast-dLLM v2", "Efficient-Large-Model/Fast_dLLM_v2_7B"),
     ],
 )
