@@ -205,10 +205,10 @@ def _whole(block_size: int | str | None) -> str:
 
 
 def _write_down(config: PreTrainedConfig, given: dict[str, Any]) -> None:
-    """Keep in a family's config what its files do not say, so that what is saved of the model says it."""
+    """Keep in a family's config how its files were asked to be read, so that what is saved of the model says it."""
     if family_of_config(config) is not None:
         for key in ("mask_token_id", "block_size"):
-            if given[key] is not None and getattr(config, key, 0) is None:
+            if given[key] is not None and (getattr(config, key, None) is None or key == "block_size"):
                 setattr(config, key, given[key])
 
 
