@@ -205,16 +205,17 @@ def _whole(block_size: int | str | None) -> str:
 
 
 def _write_down(config: PreTrainedConfig, given: dict[str, Any]) -> None:
-    """Keep in a family's config what its files do not say, so that what is saved of the model says it.
+    """Keep in a family's config how its files were asked to be read, so that what is saved of the model says it.
 
     Blocks only of a family that may write in them: of others they are a way to read it, and nothing of the model's.
     """
     family = family_of_config(config)
     if family is None:
         return
-    for key in ("mask_token_id", "block_size") if family.attention in ("block", "either") else ("mask_token_id",):
-        if given[key] is not None and getattr(config, key, 0) is None:
-            setattr(config, key, given[key])
+    if given["mask_token_id"] is not None and getattr(config, "mask_token_id", None) is None:
+        config.mask_token_id = given["mask_token_id"]
+    if given["block_size"] is not None and family.attention in ("block", "either"):
+        config.block_size = given["block_size"]
 
 
 def _require_choices(dtype: torch.dtype | str | None, objective: str | None) -> None:

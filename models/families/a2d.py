@@ -20,25 +20,25 @@ from ..contract.block_masks import WHOLE
 from .family import Family, of_type
 
 
-class _WindowsUnused(MaskedDiffusionConfig):
-    """The published code gives sliding layers the same mask as the others, whatever a config keeps of its parent's."""
-
-    use_sliding_window: bool
+class A2DConfig(MaskedDiffusionConfig):
+    """Of all parents. Sliding windows, which a file may have from its parent, are left out as its own code does."""
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.use_sliding_window = False
+        kwargs.pop("use_sliding_window", None)
+        if hasattr(self, "use_sliding_window"):
+            vars(self)["use_sliding_window"] = False
         super().__post_init__(**kwargs)
 
 
-class A2DQwen3Config(_WindowsUnused, Qwen3Config):
+class A2DQwen3Config(A2DConfig, Qwen3Config):
     model_type = "a2d-qwen3"
 
 
-class A2DQwen2Config(_WindowsUnused, Qwen2Config):
+class A2DQwen2Config(A2DConfig, Qwen2Config):
     model_type = "a2d-qwen2"
 
 
-class A2DLlamaConfig(MaskedDiffusionConfig, LlamaConfig):
+class A2DLlamaConfig(A2DConfig, LlamaConfig):
     model_type = "a2d-llama"
 
 

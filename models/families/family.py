@@ -128,7 +128,7 @@ class Family:
         if rows > settings.get("vocab_size", 0):
             settings["vocab_size"] = rows
         kind: Any = self.model_class.config_class
-        return kind(**{key: value for key, value in settings.items() if key not in _NOT_OURS})
+        return kind(**{key: _as_declared(value, kind, key) for key, value in settings.items() if key not in _NOT_OURS})
 
     def translate(self, tensors: Mapping[str, Tensor], files: Files, config: Any) -> dict[str, Tensor]:
         """A checkpoint's tensors under our names; what the family does not know keeps its own.
@@ -174,8 +174,17 @@ class PublishedFiles:
         return self.family.translate(tensors, self.files, self.config)
 
 
-# Of a published config.json: the kernel it was trained with (flex, flash), and what the class states itself.
-_NOT_OURS = ("attn_implementation", "_attn_implementation", "model_type", "transformers_version")
+# Of a published config.json: the kernel it was trained with (flex, flash), what the class states itself, and how other
+# code called it, which would make tuples of outputs, or weights of attention that only the eager kernel has.
+_NOT_OURS = (
+    *("attn_implementation", "_attn_implementation", "model_type", "transformers_version"),
+    *("return_dict", "output_attentions", "output_hidden_states"),
+)
+
+
+def _as_declared(value: Any, kind: type, key: str) -> Any:
+    """A setting that json has as a whole number and the class as a fraction: transformers would refuse it."""
+    return float(value) if type(value) is int and isinstance(getattr(kind, key, None), float) else value
 
 
 def rename_by(

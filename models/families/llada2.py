@@ -61,6 +61,7 @@ class LLaDA2Config(MaskedDiffusionConfig, Glm4MoeConfig):
         "attention_bias": "use_qkv_bias",
     }
     only = {
+        "use_sliding_window": False,
         "norm_head": False,
         "norm_softmax": False,
         "norm_topk_prob": True,

@@ -294,7 +294,8 @@ def select_parameters(module: nn.Module, names: Sequence[str] | None) -> dict[st
             "load with a device_map that holds every weight"
         )
     chosen = everything if names is None else {name: everything[name] for name in names}
-    return {name: p for name, p in chosen.items() if p.is_floating_point()}  # whole numbers have no gradient
+    # Whole numbers have no gradient, nor have tensors without entries (experts of which there are none).
+    return {name: p for name, p in chosen.items() if p.is_floating_point() and p.numel()}
 
 
 def describe(model: ProbedModel, result: PassResult, plan: Plan) -> dict[str, Any]:

@@ -219,7 +219,7 @@ def test_a_tensor_of_a_shared_expert_that_is_missing_is_called_as_in_the_file(tm
     gone = next(name for name in weights if "shared_expert.up" in name)
     del weights[gone]
     with pytest.raises(rp.RevprobeError, match=f"missing {gone} "):
-        rp.load_model(saved(tmp_path, config, weights), mask_token_id=3)
+        rp.load_model(write_checkpoint(tmp_path, weights, config), mask_token_id=3)
 
 
 @pytest.mark.parametrize("kernel", ["grouped_mm", "eager"])
