@@ -1,9 +1,10 @@
 """DiffusionGemma: a prompt that is encoded from left to right, and a canvas of tokens that all see each other and it.
 
 transformers runs an encoder over the prompt and a decoder over the canvas, which attends to the encoder's keys and
-values beside its own. The two share every weight but one number a layer (`layer_scalar`), and neither's positions begin
-anew. So they are one pass over one sequence [prompt | canvas] with a mask of who sees whom, which is how it is run here:
-transformers' own layers, each attention call over the query's own tokens, each weight with all its uses.
+values beside its own. The two share every weight but one number a layer (`layer_scalar`), and the canvas goes on with
+the prompt's positions. So they are one pass over one sequence [prompt | canvas] with a mask of who sees whom, which is
+how it is run here: transformers' own layers, each attention call over the query's own tokens, each weight with all its
+uses.
 
     a prompt token sees    itself and the prompt before it; in sliding layers the last `sliding_window` of these
     a canvas token sees    the whole canvas and the whole prompt; in sliding layers its last `sliding_window` - 1 tokens
@@ -48,6 +49,8 @@ class DiffusionGemmaCanvasConfig(MaskedDiffusionConfig, DiffusionGemmaConfig):
 
     model_type = "diffusion_gemma"
     only = {"tie_word_embeddings": True}
+    text_config: Any = None
+    vision_config: Any = None
     draws: int = 8
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -89,11 +92,13 @@ class _OneStream(_Part):
         super().__init__(config)
         self.encoder = _Encoder(config)
         self.decoder = DiffusionGemmaDecoderModel(config)
+        decoder: Any = self.decoder
+        decoder.config = config.text_config  # by which transformers finds whose attention it sets
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.decoder.embed_tokens = value
 
 
@@ -131,6 +136,12 @@ class DiffusionGemmaForMaskedDiffusion(BidirectionalDecoder, _Part):  # type: ig
 
     config_class = DiffusionGemmaCanvasConfig
     noise = UNIFORM
+    # Path -> why the attention there is not read.
+    not_read = {
+        "model.encoder.language_model": "the encoder has the decoder's weights and is run as the prompt's rows of its "
+        "layers, at which nothing is predicted",
+        "model.encoder.vision_tower": "it reads images, and queries are text",
+    }
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
 
     def __init__(self, config: DiffusionGemmaCanvasConfig) -> None:
@@ -139,7 +150,8 @@ class DiffusionGemmaForMaskedDiffusion(BidirectionalDecoder, _Part):  # type: ig
             # Layers ask the text's own config, which transformers tells only where it is a whole model's.
             setattr(config.text_config, kernel, getattr(config, kernel))
         self.model = _OneStream(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
     @property
@@ -220,7 +232,9 @@ class DiffusionGemmaForMaskedDiffusion(BidirectionalDecoder, _Part):  # type: ig
         hidden = torch.where(canvas, decoder.self_conditioning(embedded, signal), embedded)
         kinds = set(text.layer_types)
         window = {"sliding_attention": text.sliding_window}
-        masks = {kind: added_to_scores(_or_itself(seen.attends(window.get(kind))), None, hidden.dtype) for kind in kinds}
+        masks = {
+            kind: added_to_scores(_or_itself(seen.attends(window.get(kind))), None, hidden.dtype) for kind in kinds
+        }
         turns = {kind: decoder.rotary_emb(hidden, seen.positions, kind) for kind in kinds}
         scalars = [part.layer_scalar for part in self.model.encoder.language_model.layers]
         for layer, scalar, kind in zip(decoder.layers, scalars, text.layer_types, strict=True):
@@ -234,8 +248,8 @@ def _whole(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> _Seque
     """Sequences that hold prompt and canvas."""
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     counted = valid.cumsum(1) - 1
-    told = mask is not None and bool((mask == CANVAS).any())
-    canvas = mask == CANVAS if told else valid & (counted > 0)
+    on_canvas = torch.zeros_like(valid) if mask is None else torch.eq(mask, CANVAS)
+    canvas = on_canvas if bool(on_canvas.any()) else valid & (counted > 0)
     return _Sequence(ids, counted.clamp(min=0) if positions is None else positions, canvas, (valid, valid))
 
 

@@ -48,8 +48,8 @@ def mask_token(given: int | str | None, tokenizer: Any, module: nn.Module, vocab
     if (hidden := hidden_by_noise(module)) is not None:
         if given not in (None, hidden):
             raise RevprobeError(
-                f"{name}: mask_token_id={shown(given)}: it has no mask token, what is hidden holds random tokens; leave "
-                "mask_token_id out"
+                f"{name}: mask_token_id={shown(given)}: it has no mask token, and hides tokens behind random ones; "
+                "leave mask_token_id out"
             )
         return hidden
     given, own = _mask_id(given, tokenizer), getattr(tokenizer, "mask_token_id", None)
@@ -79,6 +79,17 @@ def hidden_by_noise(module: nn.Module) -> int | None:
     """The id by which a module of uniform noise takes a hidden place; None for any other."""
     inner = _inner(module)
     return int(inner.hidden_id) if getattr(inner, "noise", "mask") == "uniform" else None  # type: ignore[arg-type]
+
+
+def canvas_length(module: nn.Module) -> int | None:
+    """Tokens of the canvas that a module writes on behind a prompt; None for any other."""
+    inner = _inner(module)
+    return None if hidden_by_noise(module) is None else int(inner.canvas_length)  # type: ignore[arg-type]
+
+
+def draws(module: nn.Module) -> int:
+    """How many fillings with random tokens a module's answers are means over; 1 where nothing is random."""
+    return 1 if hidden_by_noise(module) is None else int(_inner(module).draws)  # type: ignore[arg-type]
 
 
 def _stated_masks(tokenizer: Any, module: nn.Module) -> dict[str, int]:
@@ -136,7 +147,9 @@ def block_size(given: int | str | None, objective: str, module: nn.Module, name:
     """
     inner = _inner(module)
     if hidden_by_noise(module) is not None and given not in (None, WHOLE):
-        raise RevprobeError(f"{name}: block_size={given!r}: its canvas is one block, read as a whole; leave block_size out")
+        raise RevprobeError(
+            f"{name}: block_size={given!r}: its canvas is one block, read as a whole; leave block_size out"
+        )
     stated = given if given is not None else getattr(inner, "block_size", None) if objective == "masked" else None
     attention = getattr(inner, "attention", "full")
     if stated is None and objective == "masked" and attention in _UNTOLD:
@@ -185,8 +198,8 @@ def max_length(module: nn.Module) -> int | None:
     RoBERTa counts positions from its padding token's id on, so its table is longer than its context. A model that
     writes on a canvas takes that, behind a prompt of one token.
     """
-    if (canvas := getattr(_inner(module), "canvas_length", None)) is not None:
-        return 1 + int(canvas)
+    if (canvas := canvas_length(module)) is not None:
+        return 1 + canvas
     limit = config_value(module, "max_position_embeddings")
     words = input_embedding(module)
     for part in module.modules():
