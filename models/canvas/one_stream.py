@@ -54,7 +54,7 @@ class DiffusionGemmaCanvasConfig(MaskedDiffusionConfig, DiffusionGemmaConfig):
     draws: int = 8
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.draws < 1:
+        if not isinstance(self.draws, int) or self.draws < 1:
             raise RevprobeError(f"draws={self.draws!r}: expected at least 1 draw of the random tokens on the canvas")
         super().__post_init__(**kwargs)
         if self.text_config.use_bidirectional_attention == "all":

@@ -14,8 +14,12 @@ from torch import Tensor
 from transformers import DiffusionGemmaForBlockDiffusion
 
 import revprobe as rp
+from revprobe.finetune.config.finetuning import FinetuneConfig
+from revprobe.finetune.config.loading import parse_config
+from revprobe.finetune.memory.from_config import plan_finetuning
 from revprobe.models.canvas.noise import drawn_tokens
 from revprobe.probes.passes.draws import standard_error
+from revprobe.relations.answers import read_answers
 from tiny import FIXTURES, module_at
 
 GEMMA = module_at(Path(__file__).with_name("test_diffusion_gemma.py"))
@@ -396,6 +400,11 @@ ONE_SIGHT = "hides tokens behind random ones, and this analysis needs a mask tok
             lambda m, p: rp.with_bounds(rp.probe_attention_correlation(m, p), m, p),
             ONE_SIGHT,
         ),
+        (lambda m, p: rp.storage_gradient_cosines(m, p), "the stored-evidence matrix needs a mask token"),
+        (lambda m, p: rp.objective_terms(m, rp.letters(5)), "needs a mask token"),
+        (lambda m, p: rp.read_price(m, rp.letters(5)), "read_price needs a mask token"),
+        (lambda m, p: read_answers(m, rp.letters(5)), "a table of answers needs a mask token"),
+        (lambda m, p: rp.decode(m, ["ab"], max_new_tokens=2), "decoding needs a mask token"),
         (lambda m, p: rp.block_sweep(m, p, sizes=[1, 2]), "its canvas is one block, read as a whole"),
         (lambda m, p: m.in_blocks(2), "its canvas is one block, read as a whole"),
         (lambda m, p: m.to_bridge(), "TransformerLens"),
@@ -403,5 +412,45 @@ ONE_SIGHT = "hides tokens behind random ones, and this analysis needs a mask tok
 )
 def test_what_needs_a_mask_token_is_refused_in_one_line(asked, words: str) -> None:
     with pytest.raises(rp.RevprobeError, match=words) as error:
-        asked(loaded(1), pairs())
+        asked(with_letters(), pairs())
     assert "\n" not in str(error.value)
+
+
+FINE_TUNING = """
+name: canvas
+model: {name: BASE}
+relation: {name: invented_names, rows: [60, 72], heldout: 0.2, direction: P2C}
+lora: {rank: 2, alpha: 4}
+training: {steps: 1, batch_size: 2, device: cpu}
+"""
+
+
+def test_fine_tuning_is_refused_before_anything_is_trained_or_planned(tmp_path: Path) -> None:
+    config = parse_config(FINE_TUNING.replace("BASE", str(FIXTURE)), FinetuneConfig, "test")
+    for ask in (lambda: rp.fine_tune(config, tmp_path / "run"), lambda: plan_finetuning(config, tokens=8)):
+        with pytest.raises(rp.RevprobeError, match="fine-tuning, which hides tokens behind it, needs a mask token"):
+            ask()
+
+
+def with_letters() -> rp.ProbedModel:
+    """With a tokenizer that has a mask token, which the model does not."""
+    return rp.load_model(FIXTURE, draws=2, tokenizer=rp.letter_tokenizer())
+
+
+def test_a_tokenizers_mask_token_is_not_taken_for_the_models() -> None:
+    model = with_letters()
+    assert model.tokenizer.mask_token_id == 53 and model.mask_token_id == VOCAB
+    readings = rp.probe(model, rp.letter_pairs(4, model=model)[:40])
+    assert all(np.isfinite(reading.value) and reading.draw_error > 0 for reading in readings)
+
+
+def test_eager_attention_gives_the_same_numbers() -> None:
+    asked = pairs()
+    eager = rp.load_model(FIXTURE, draws=DRAWS, attn_implementation="eager")
+    for one, other in zip(rp.probe(eager, asked), rp.probe(loaded(), asked), strict=True):
+        assert one.value == pytest.approx(other.value, abs=1e-5)
+
+
+def test_transformers_class_wrapped_by_itself_is_refused_as_random() -> None:
+    with pytest.raises(rp.RevprobeError, match="is random in eval mode|rows of logits for"):
+        rp.ProbedModel(native(), objective="masked", mask_token_id=5, logit_shift=0)
