@@ -166,7 +166,7 @@ def _from_files(
     rows = CalledModule(module).vocab_size
     require_rows(own, rows, name, added=tokenizer is not None or published is not None)
     mask = introspect.mask_token(given["mask_token_id"], own, module, rows, name)
-    _write_down(module.config, given | {"mask_token_id": mask})
+    _write_down(module.config, given | {"mask_token_id": mask if introspect.hidden_by_noise(module) is None else None})
     probed = ProbedModel(module, own, objective=objective, **given)
     probed.tokenizer_source = None if published is None else published.family.tokenizer_source
     return probed

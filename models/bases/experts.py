@@ -33,7 +33,7 @@ class GroupedExperts:
 
     def _grouped_mm_can_dispatch(self) -> bool:
         """Raises: ValueError, as transformers expects it, where torch's grouped product would fail once it is run."""
-        config: Any = self.config
+        config: Any = self.config.get_text_config()
         uneven = [size for size in (config.hidden_size, config.moe_intermediate_size) if size % _ALIGNED]
         if uneven or config.dtype in (torch.float64, "float64"):
             raise ValueError(

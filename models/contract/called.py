@@ -66,6 +66,16 @@ class CalledModule:
         return introspect.max_length(self.module)
 
     @property
+    def canvas_length(self) -> int | None:
+        """Tokens that stand behind a prompt, random ones where none are given; None for a model without a canvas."""
+        return introspect.canvas_length(self.module)
+
+    @property
+    def draws(self) -> int:
+        """How many fillings with random tokens a reading is a mean over; 1 for a model with a mask token."""
+        return introspect.draws(self.module)
+
+    @property
     def takes_padding(self) -> bool:
         """Whether the module has an argument for an attention mask, or takes any."""
         return "attention_mask" in self._accepts or self._accepts_any

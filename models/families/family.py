@@ -103,6 +103,11 @@ class Family:
         return int(getattr(self.model_class, "logit_shift", 0))
 
     @property
+    def noise(self) -> str:
+        """What hides a token: "mask", or "uniform" (a random token), as the class states it."""
+        return str(getattr(self.model_class, "noise", "mask"))
+
+    @property
     def tokenizer_source(self) -> str | None:
         """A name on the hub that has the family's tokenizer, for checkpoints that bring none."""
         return self.tokenizer or next(iter(self.published), None)

@@ -29,6 +29,7 @@ def test_the_list_has_every_family_with_what_its_class_does() -> None:
         "objective",
         "attention",
         "shift",
+        "noise",
         "about",
         "tokenizer",
         "licence",
@@ -42,6 +43,8 @@ def test_the_list_has_every_family_with_what_its_class_does() -> None:
         way = getattr(family.model_class, "attention", "full") if row["objective"] == "masked" else "causal"
         assert row["attention"] == way and way in {*WAYS, "causal"}
         assert row["shift"] == getattr(family.model_class, "logit_shift", 0)
+        noise = getattr(family.model_class, "noise", "mask") if row["objective"] == "masked" else ""
+        assert row["noise"] == noise and noise in {"mask", "uniform", ""}
         assert {"code", "weights"} <= set(re.findall(r"\w+", row["licence"])), "one of the two has no licence"
         assert row["published"] == ", ".join(family.published)
 
