@@ -452,5 +452,5 @@ def test_eager_attention_gives_the_same_numbers() -> None:
 
 
 def test_transformers_class_wrapped_by_itself_is_refused_as_random() -> None:
-    with pytest.raises(rp.RevprobeError, match="is random in eval mode|rows of logits for"):
+    with pytest.raises(rp.RevprobeError, match=r"is random in eval mode|rows of logits for"):
         rp.ProbedModel(native(), objective="masked", mask_token_id=5, logit_shift=0)
