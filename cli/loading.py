@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import RevprobeError
+from ..errors import RevprobeError, did_you_mean
 
 Load = Annotated[
     list[str] | None,
@@ -16,8 +16,12 @@ Load = Annotated[
 ]
 
 
+# As messages and Python write them; JSON has them in small letters.
+_PYTHON = {"True": True, "False": False, "None": None}
+
+
 def named_values(given: Iterable[str] | None, option: str, such_as: str) -> dict[str, Any]:
-    """`--load block_size=32` as keywords: numbers, true, false and lists as JSON, anything else as the text it is.
+    """`--load block_size=32` as keywords: numbers, lists, true and True as what they are, anything else as text.
 
     Raises: RevprobeError, for what is no NAME=VALUE.
     """
@@ -27,10 +31,28 @@ def named_values(given: Iterable[str] | None, option: str, such_as: str) -> dict
         if not equals or not name.isidentifier():
             raise RevprobeError(f"{option} {text!r}: expected NAME=VALUE, such as {such_as}")
         try:
-            values[name] = json.loads(value)
+            values[name] = _PYTHON[value] if value in _PYTHON else json.loads(value)
         except ValueError:
             values[name] = value
     return values
+
+
+def options_of_each(given: Iterable[str] | None, models: Collection[str], **own: Any) -> dict[str, dict[str, Any]]:
+    """`load_options` of several models: `MODEL.NAME=VALUE` is of one of them, `NAME=VALUE` of all.
+
+    Raises: RevprobeError, as `load_options`, and for a model that is none of them.
+    """
+    shared: list[str] = []
+    apart: dict[str, list[str]] = {name: [] for name in models}
+    for text in given or ():
+        model, dot, name = text.partition("=")[0].rpartition(".")
+        if not dot:
+            shared.append(text)
+        elif model not in apart:
+            raise RevprobeError(f"--load {text!r}: {model!r} is none of the models{did_you_mean(model, models)}")
+        else:
+            apart[model].append(name + text[len(model) + len(dot) + len(name) :])
+    return {name: load_options([*shared, *texts], **own) for name, texts in apart.items()}
 
 
 def load_options(given: Iterable[str] | None, **own: Any) -> dict[str, Any]:

@@ -29,7 +29,8 @@ from .readings.model_comparison import ModelComparison, require_names
 from .readings.readings import Readings
 from .readings.sides import Asked
 
-Model = ProbedModel | nn.Module | str | Path
+# What stands for a model: itself, what `load_model` takes, or a function that loads it.
+Model = ProbedModel | nn.Module | str | Path | Callable[[], ProbedModel]
 # A model's pairs, or what makes them once it is loaded.
 PairsOf = ReversalPairs | Callable[[ProbedModel], ReversalPairs]
 
@@ -50,14 +51,15 @@ def compare_models(
     """Take the same readings of two or more models, and their differences over the facts that two models share.
 
     Args:
-        models: name -> a model, a module, or what `load_model` takes; these are loaded one after the other, so that
-            only one is in memory. Each model is compared with those before it: name the parent first.
+        models: name -> a model, a module, what `load_model` takes, or a function that loads it where options are needed
+            (`lambda: rp.load_model("my-a2d", bidirectional=True)`). The last two are loaded one after the other, and
+            only one is in memory then. Each model is compared with those before it: name the parent first.
         pairs: of all models, or of each by its name; a function makes them of the model. They are joined by the labels
             of their facts, so these must mean the same in all lists. A difference is between pairs of one kind: a
             causal model's are swapped, so ask a masked one the same with `relation.pairs(..., kind="swapped")`.
         only, mode, batch_size, control, seed: as in `probe`; the seed is also that of the draws behind the intervals.
             Gradients are of each model's own parameters; those of an adapter on it are left out.
-        device: where models that are named are loaded.
+        device: where models that are named by what `load_model` takes are loaded.
         progress: called with the model's name, queries done and queries in all.
     Raises: RevprobeError, for fewer than two models, pairs that are not those of the models, and whatever loading and
         the probes raise, with the model's name before it.
@@ -80,7 +82,12 @@ def compare_models(
 
 def _read(model: Model, pairs: PairsOf, device: Any, options: dict[str, Any]) -> tuple[Readings, Asked]:
     """One model's readings and what it was asked. A model that was loaded here is gone when this returns."""
-    probed = load_model(model, device=device) if isinstance(model, str | Path) else as_probed(model)
+    if isinstance(model, str | Path):
+        probed = load_model(model, device=device)
+    elif isinstance(model, ProbedModel | nn.Module):
+        probed = as_probed(model)
+    else:
+        probed = as_probed(model())
     own = fitted("pairs", pairs(probed) if callable(pairs) else pairs, ReversalPairs)
     longest = max(len(query.target) for one in (own, *own.by_probe.values()) for query in one.queries)
     readings = probe(probed, own, parameters=own_parameters(probed.module), **options)

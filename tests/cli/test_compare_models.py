@@ -82,6 +82,18 @@ def test_each_model_may_have_pairs_of_its_own(cli: Cli) -> None:
     assert "asked of AR parent alone" in " ".join(out.split())
 
 
+def test_each_model_is_loaded_with_what_is_said_of_it(cli: Cli, tmp_path: Path) -> None:
+    """An A2D child's files do not say what it is: it is told on the command line, of it alone, as Python writes it."""
+    pairs = ("--pairs", "pairs.jsonl", "--probes", "probability")
+    code, out, err = cli(*TWINS, *pairs, "--load", "diffusion child.block_size=2", "--out", tmp_path / "compared")
+    assert code == 0, err
+    assert "AR parent: parent (causal), diffusion child: child (masked, in blocks of 2)" in " ".join(out.split())
+    saved = rp.ModelComparison.load(tmp_path / "compared").readings["diffusion child"]
+    assert saved["reverse_probability"].meta["block_size"] == 2
+    code, out, err = cli(*TWINS, *pairs, "--load", "diffusion child.bidirectional=True", "--load", "dtype=float64")
+    assert code == 0 and "child (masked, bidirectional)" in " ".join(out.split()), err
+
+
 def test_letters_of_the_two_objectives_are_of_two_kinds(cli: Cli) -> None:
     code, out, err = cli(*TWINS, "--pairs", "letters:4", "--probes", "probability")
     assert code == 0, err
@@ -101,6 +113,12 @@ def test_letters_of_the_two_objectives_are_of_two_kinds(cli: Cli) -> None:
         (["a=parent", "b=child", "--pairs", "x", "--pairs", "y"], "all models have 'x' already; use NAME=FILE"),
         (["a=parent", "b=child", "--pairs", "none.jsonl"], "a: no pairs file at 'none.jsonl'"),
         (["a=parent", "b=nowhere/at/all/b", "--pairs", "pairs.jsonl"], "b: no model folder at 'nowhere/at/all/b'"),
+        (["a=parent", "b=child", "--pairs", "pairs.jsonl", "--load", "c.x=1"], "'c' is none of the models"),
+        (
+            ["a=parent", "b=child", "--pairs", "pairs.jsonl", "--load", "b.x=1"],
+            "b: load_model and from_pretrained have no",
+        ),
+        (["a=parent", "b=child", "--pairs", "pairs.jsonl", "--load", "b.device=cpu"], "this command has --device"),
         (["a=parent", "b=child", "--pairs", "letters:ten"], "expected letters:LENGTH"),
         (["a=parent", "b=child", "--pairs", "pairs.jsonl", "--probes", "gradients"], "unknown probe 'gradients'"),
         (["a=parent", "b=child", "--pairs", "pairs.jsonl", "--probes", ","], "no probe was named"),

@@ -323,6 +323,11 @@ def test_models_by_name_are_in_memory_one_after_the_other(parent: rp.ProbedModel
     named = dict.fromkeys(("one", "two"), "compared twin")
     found = rp.compare_models(named, lambda model: rp.letters(4, 9).pairs(model), only=["probability"])
     assert alive == [0, 0] and (rows(found, "difference")["value"] == 0).all()
+    # A function that loads one with options of its own is called when its turn comes.
+    gc.collect()
+    held.clear(), alive.clear()
+    found = rp.compare_models(dict.fromkeys(("one", "two"), load), lambda model: rp.letters(4, 9).pairs(model))
+    assert alive == [0, 0] and (rows(found, "difference")["value"].abs() < 1e-12).all()
 
 
 def test_comparing_leaves_no_trace(parent: rp.ProbedModel, child: rp.ProbedModel, letters: rp.ReversalPairs) -> None:
@@ -372,6 +377,7 @@ def test_an_error_names_the_model_that_it_is_about(
     for models, pairs, words in (
         ({"one": parent, "the other": parent}, {"one": letters, "the other": wrong}, "the other: "),
         ({"one": parent, "two": parent}, lambda model: 3, "one: pairs"),
+        ({"one": lambda: 3, "two": parent}, letters[:6], "one: expected a model, got int"),
         ({"one": parent, "two": tmp_path / "none"}, letters[:6], "two: no model folder at"),
     ):
         with pytest.raises(rp.RevprobeError) as caught:
