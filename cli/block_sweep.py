@@ -50,7 +50,7 @@ def block_sweep(
             batch_size=batch_size,
             progress=None if listener is None else lambda _, done, total: listener("queries", done, total),
         )
-    console.print(text_table(found.table(), f"{probed.name}, {pairs}"))
+    console.print(text_table(found.table(), f"{probed.name} (loaded as {probed.reads}), {pairs}"))
     if out is not None:
         found.save(out)
         found.frame.to_csv(out / "block_sweep.csv", index=False)

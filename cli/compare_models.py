@@ -45,7 +45,7 @@ def compare_models(
     from ..probes.figures.plot import save_figure
     from ..probes.fused import require_probes
     from ..probes.readings.model_comparison import of_a_comparison
-    from ..report.summary.terminal import make_console, text_table
+    from ..report.summary.terminal import make_console, read_as, text_table
 
     only = require_probes(name.strip() for name in probes.split(",") if name.strip())
     if out is not None:
@@ -55,7 +55,7 @@ def compare_models(
     with shown_probes(list(named), console) as listener:
         found = compare(named, asked, only=only, batch_size=batch_size, load=loading, progress=listener)
     table = found.table()
-    title = ", ".join(f"{name}: {model}" for name, model in named.items())
+    title = ", ".join(f"{name}: {model} ({read_as(found.readings[name])})" for name, model in named.items())
     console.print(text_table(table.drop(columns="note"), title))
     for (model, note), part in table[table["note"] != "-"].groupby(["model", "note"], sort=False):
         console.print(f"{model}, {', '.join(dict.fromkeys(part['measure']))}: {note}", soft_wrap=True)

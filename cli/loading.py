@@ -16,8 +16,12 @@ Load = Annotated[
 ]
 
 
+# As messages and Python write them; JSON has them in small letters.
+_PYTHON = {"True": True, "False": False, "None": None}
+
+
 def named_values(given: Iterable[str] | None, option: str, such_as: str) -> dict[str, Any]:
-    """`--load block_size=32` as keywords: numbers, true, false and lists as JSON, anything else as the text it is.
+    """`--load block_size=32` as keywords: numbers, lists, true and True as what they are, anything else as text.
 
     Raises: RevprobeError, for what is no NAME=VALUE.
     """
@@ -27,7 +31,7 @@ def named_values(given: Iterable[str] | None, option: str, such_as: str) -> dict
         if not equals or not name.isidentifier():
             raise RevprobeError(f"{option} {text!r}: expected NAME=VALUE, such as {such_as}")
         try:
-            values[name] = json.loads(value)
+            values[name] = _PYTHON[value] if value in _PYTHON else json.loads(value)
         except ValueError:
             values[name] = value
     return values

@@ -281,13 +281,13 @@ def _read_config(
         raise
     except Exception as error:
         known = sorted([*_LOADERS, "gpt2"])
-        hint = (
-            ""
-            if isinstance(folder, Path)
-            else f"; registered models: {', '.join(known)}{did_you_mean(name, known) if _LOADERS else ''}; of a "
-            "repository of single files (SMDM's) download one and give its path"
-        )
-        raise RevprobeError(f"cannot read the config of {name!r}: {first_line(error)}{hint}") from error
+        where, hint = "", ""
+        if not isinstance(folder, Path):
+            where = f", which is no folder here and no registered model ({', '.join(known)})"
+            hint = did_you_mean(name, known) if _LOADERS else "; check the name or the path"
+            hint += "; of a repository of single files (SMDM's) download one and give its path"
+        why = first_line(error).rstrip(".")
+        raise RevprobeError(f"cannot read the config of {name!r}{where}: {why}{hint}") from error
 
 
 def _stands_alone(path: Path) -> bool:

@@ -109,6 +109,12 @@ def test_letters_of_the_two_objectives_are_of_two_kinds(compare: Cli) -> None:
         (["a=parent", "b=child", "--pairs", "x", "--pairs", "y"], "all models have 'x' already; use NAME=FILE"),
         (["a=parent", "b=child", "--pairs", "none.jsonl"], "a: no pairs file at 'none.jsonl'"),
         (["a=parent", "b=nowhere/at/all/b", "--pairs", "pairs.jsonl"], "b: no model folder at 'nowhere/at/all/b'"),
+        (["a=parent", "b=child", "--pairs", "pairs.jsonl", "--load", "c:x=1"], "'c' is none of the models"),
+        (
+            ["a=parent", "b=child", "--pairs", "pairs.jsonl", "--load", "b:x=1"],
+            "b: load_model and from_pretrained have no",
+        ),
+        (["a=parent", "b=child", "--pairs", "pairs.jsonl", "--load", "b:device=cpu"], "this command has --device"),
         (["a=parent", "b=child", "--pairs", "letters:ten"], "expected letters:LENGTH"),
         (["a=parent", "b=child", "--pairs", "pairs.jsonl", "--probes", "gradients"], "unknown probe 'gradients'"),
         (["a=parent", "b=child", "--pairs", "pairs.jsonl", "--probes", ","], "no probe was named"),

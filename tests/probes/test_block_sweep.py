@@ -163,5 +163,14 @@ def test_the_command_line_takes_sizes_and_writes_the_folder(tmp_path):
     assert done.exit_code == 0, done.output
     assert rp.BlockSweep.load(tmp_path / "out").sizes == [2, None]
     assert (tmp_path / "out" / "block_sweep.html").is_file()
+    told = CliRunner().invoke(
+        app, [*words, "--sizes", "whole", "--load", "mask_token_id=53", "--load", "dtype=float64"]
+    )
+    assert told.exit_code == 0, told.output
     wrong = CliRunner().invoke(app, [*words, "--sizes", "2,none"])
     assert wrong.exit_code != 0 and "expected whole numbers and 'whole'" in str(wrong.exception)
+    probed = CliRunner().invoke(app, ["probe", *words[1:4]])
+    assert probed.exit_code == 0, probed.output
+    said = " ".join(probed.output.split())
+    assert "model (masked, in blocks of 4), letters:5" in said, "which way it was read"
+    assert "evidence in a later block" in said, "why pairs have no number"

@@ -389,7 +389,8 @@ def test_the_command_line_takes_what_the_files_do_not_say(monkeypatch: pytest.Mo
             main()
         said = capfd.readouterr()
         assert ended.value.code == 1 and words in said.err and said.err.count("\n") == 1
-    monkeypatch.setattr(sys, "argv", [*command, "--load", "bidirectional=true", "--load", "mask_token_id=254"])
+    # True as the message writes it.
+    monkeypatch.setattr(sys, "argv", [*command, "--load", "bidirectional=True", "--load", "mask_token_id=254"])
     with pytest.raises(SystemExit) as ended:
         main()
     said = capfd.readouterr()

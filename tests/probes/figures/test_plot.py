@@ -326,6 +326,7 @@ def test_plain_text_leaves_nothing_to_interpret(text: str) -> None:
 def test_numbers_as_people_read_them() -> None:
     assert interval_text(0.534, 0.41, 0.619, 0.0199) == "0.53 [0.41, 0.62] (control 0.02)"
     assert interval_text(0.5, math.nan, math.nan) == "0.50"
+    assert interval_text(0.003, 0.0021, 0.0048, 0.0041) == "0.003 [0.002, 0.005] (control 0.004)", "as fine"
     assert interval_text(0.0005, 0.0003, 0.0008) == "0.001 [0.000, 0.001]", "no interval looks as if it had no width"
     assert interval_text(0.99995, 0.9999, 1.0, percent=True) == "100.00 [99.99, 100.00]"
     assert interval_text(math.nan, 0.1, 0.2, 0.0) == "undefined"
