@@ -164,7 +164,10 @@ class BlockSweep:
         return pd.DataFrame(shown)
 
     def plot(self, *, theme: str = "light") -> go.Figure:
-        """Each measure over block sizes on the common pairs, with its interval as a band, its control and n visible.
+        """Correlation, cosine and probabilities over block sizes on the common pairs, with intervals, controls and n.
+
+        Under each size is how many pairs are in sight there. The accuracies are in `table`.
+
 
         Args:
             theme: "light" or "dark".

@@ -33,6 +33,7 @@ from revprobe.probes.figures.theme import (
     band,
     interval_text,
     plain,
+    with_theme,
 )
 from revprobe.probes.figures.token_strip import token_strip
 from revprobe.probes.figures.training_curves import measures_with_reasons
@@ -463,6 +464,8 @@ def test_the_token_strip_shows_where_the_readout_position_looks() -> None:
 
 def test_a_figure_is_saved_whole_or_the_reason_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figure = go.Figure(go.Scatter(y=[1, 2]))
+    dark = save_figure(with_theme(figure, "dark"), tmp_path / "figure.html").read_text()
+    assert "body.style.background='#16191D'" in dark, "a dark figure on a white page"
     page = save_figure(figure, tmp_path / "figure.html").read_text()
     assert "plotly.js v" in page and 'src="http' not in page, "the page must open without a network"
     monkeypatch.setattr(plot, "find_spec", lambda name: None)
