@@ -197,7 +197,7 @@ def test_the_command_line_takes_sizes_and_writes_the_folder(tmp_path):
     assert told.exit_code == 0, told.output
     wrong = CliRunner().invoke(app, [*words, "--sizes", "2,none"])
     assert wrong.exit_code != 0 and "expected whole numbers and 'whole'" in str(wrong.exception)
-    probed = CliRunner().invoke(app, ["probe", *words[1:4]])
+    probed = CliRunner().invoke(app, ["probe", *words[1:4], "--load", "block_size=4"])
     assert probed.exit_code == 0, probed.output
     said = " ".join(probed.output.split())
     assert "model (masked, in blocks of 4), letters:5" in said, "which way it was read"

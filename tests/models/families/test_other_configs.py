@@ -235,9 +235,7 @@ def test_blocks_that_were_asked_for_are_those_of_what_is_saved(name: str, size: 
     assert rp.load_model(tmp_path / "again", block_size=5).block_size == 5, "and may be asked for otherwise again"
 
 
-@pytest.mark.parametrize(
-    "name", ["llada-tiny", "dream-tiny", "radd-tiny", "mdlm-tiny", "diffugpt-tiny", "lladamoe-tiny"]
-)
+@pytest.mark.parametrize("kind", ["llada", "dream", "radd", "mdlm", "diffugpt", "lladamoe"])
 def test_blocks_are_a_dial_for_a_family_that_reads_the_whole_and_are_not_saved(kind: str, tmp_path: Path) -> None:
     """What is saved is the model, which knows no blocks; the wrapper says in which it is read."""
     name = f"{kind}-tiny"
