@@ -41,7 +41,7 @@ def probe(
     from ..finetune.training.probe_callback import take_readings
     from ..models.registry import load_model
     from ..probes.fused import require_probes
-    from ..report.summary.terminal import make_console, readings_table
+    from ..report.summary.terminal import make_console, read_as, readings_table
 
     names = require_probes(name.strip() for name in probes.split(",") if name.strip())
     if not names:
@@ -57,7 +57,7 @@ def probe(
     console = make_console()
     with shown_probes(names, console) as listener:
         readings = take_readings(probed, asked, batch_size=batch_size, listener=listener)
-    console.print(readings_table(readings, f"{probed.name}, {pairs}"))
+    console.print(readings_table(readings, f"{probed.name} ({read_as(readings)}), {pairs}"))
     if out is not None:
         for reading in readings:
             reading.save(out / f"{reading.name}.{reading.meta.get('weights') or 'raw'}.parquet")

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig, Qwen2Config, Qwen2Tokenizer
 
 from ...errors import RevprobeError, did_you_mean
+from .masked_config import require_only
 
 POSITION_ENCODINGS = ("rope", "alibi", "absolute", "none", "scalar")
 INITIALIZATIONS = ("normal", "published")
@@ -30,12 +31,15 @@ _LLADA_ONLY: dict[str, Any] = {
     "layer_norm_type": "rms",
     "layer_norm_with_affine": True,
     "residual_dropout": 0.0,
+    "partial_rotary_factor": 1,
     "rope": True,
+    "rope_type": "default",  # its code turns by the base alone
     "scale_logits": False,
+    "type": "default",  # of a rope_scaling, as older releases of transformers wrote it
 }
 _LLADA_ACTIVATIONS = ("silu", "gelu", "relu")
-# What the published Dream code ignores or never had; Qwen2 would act on the first.
-_DREAM_ONLY: dict[str, Any] = {"use_sliding_window": False, "use_mrope": False}
+# What the published Dream code ignores or never had; Qwen2 would act on the first and leave the last out.
+_DREAM_ONLY: dict[str, Any] = {"use_sliding_window": False, "use_mrope": False, "partial_rotary_factor": 1}
 
 
 class RaddConfig(PreTrainedConfig):
@@ -170,9 +174,7 @@ class LLaDAConfig(PreTrainedConfig):
     use_cache: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for key, only in _LLADA_ONLY.items():
-            if kwargs.get(key, only) not in (only, None):
-                raise RevprobeError(f"LLaDA config: {key}={kwargs[key]!r} is not supported; expected {only!r}")
+        require_only(self, _LLADA_ONLY, kwargs, "LLaDA config")
         if self.activation_type not in _LLADA_ACTIVATIONS:
             raise RevprobeError(
                 f"LLaDA config: activation_type={self.activation_type!r} is not supported; expected one of "
@@ -206,10 +208,7 @@ class DreamConfig(Qwen2Config):
     rope_theta: float = 10000.0
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for key, only in _DREAM_ONLY.items():
-            given = kwargs.get(key, getattr(self, key, only))
-            if given not in (only, None):
-                raise RevprobeError(f"Dream config: {key}={given!r} is not supported; expected {only!r}")
+        require_only(self, _DREAM_ONLY, kwargs, "Dream config")
         self.layer_types = None  # a sliding layer of the parent's gets the same mask as the others
         super().__post_init__(**kwargs)
         self.layer_types = ["full_attention"] * self.num_hidden_layers  # whatever a file says of windows not in use

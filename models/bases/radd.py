@@ -254,6 +254,11 @@ class MaskedEncoder(PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
+    @property
+    def block_size(self) -> int | str | None:
+        """Tokens of a block, where `load_model` was told some; None: every token sees every other."""
+        return getattr(self.config, "block_size", None)
+
     def forward(
         self,
         input_ids: Tensor,

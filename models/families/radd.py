@@ -30,7 +30,8 @@ _BLOCK = "blocks.{}"
 
 def _is_published(config: Settings) -> bool:
     sizes = config.get("model")
-    return "model_type" not in config and "tokens" in config and isinstance(sizes, dict) and {*_READ} <= set(sizes)
+    named = config.get("model_type") in (None, "radd")  # tools that copy a checkpoint write one into it
+    return named and "tokens" in config and isinstance(sizes, dict) and {*_READ} <= set(sizes)
 
 
 def _recognises(files: Files) -> bool:

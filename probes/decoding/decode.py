@@ -132,6 +132,7 @@ def decode_tokens(
     """
     if not prompts:
         return []
+    model.require_mask_token("decoding")
     prompts = [_after_begin(model, prompt) for prompt in prompts]
     _require_fit(model, prompts, lengths)
     if model.objective == "masked":

@@ -274,7 +274,9 @@ def save_figure(figure: go.Figure, path: str | Path, *, scale: float = 2.0) -> P
     try:
         with written_whole(path) as part:
             if ending == ".html":
-                figure.write_html(part, include_plotlyjs=True)
+                # The page around a figure in its colour, or a dark one would stand on white.
+                paper = figure.layout.paper_bgcolor or figure.layout.template.layout.paper_bgcolor or "white"
+                figure.write_html(part, include_plotlyjs=True, post_script=f"document.body.style.background='{paper}'")
             else:
                 figure.write_image(part, format=ending.removeprefix("."), scale=scale)
     except RevprobeError:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from checkpoint_files import copied, in_cache, rewrite
 from plain_gradients import worst_product_error
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -33,16 +34,7 @@ PAIRS = pairs_at((2, 5), (5, 2), count=9, length=8, vocab=240, ragged=True)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A copy to damage; its name does not say what it is."""
-    copy = Path(shutil.copytree(TINY, tmp_path / "checkpoint"))
-    (copy / "reference.safetensors").unlink()
-    return copy
-
-
-def rewrite(folder: Path, change) -> None:
-    """Write the weights anew, as `change` leaves the dict of tensors."""
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+    return copied("radd-tiny", tmp_path / "checkpoint")
 
 
 @torch.no_grad()
@@ -211,15 +203,6 @@ def test_gradient_products_equal_autograd() -> None:
 
 
 # --- by name, in shards, saved ----------------------------------------------------------------------------------------
-
-
-def in_cache(folder: Path, name: str, cache: Path, revision: str = "main", commit: str = "0" * 40) -> Path:
-    """Put a folder where the hub's client would have put its download."""
-    place = cache / f"models--{name.replace('/', '--')}"
-    (place / "refs").mkdir(parents=True, exist_ok=True)
-    (place / "refs" / revision).write_text(commit)
-    shutil.copytree(folder, place / "snapshots" / commit)
-    return cache
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("JingyangOu/")])
