@@ -135,6 +135,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "probe_attention_correlation": (rp.probe_attention_correlation, asked),
         "probe_gradient_cosine": (rp.probe_gradient_cosine, asked),
         "probe_reverse_probability": (rp.probe_reverse_probability, asked),
+        "probe_causal_trace": (rp.probe_causal_trace, {**asked, "layers": [0], "heads": None, "steps": None}),
         "probe_route_edit": (rp.probe_route_edit, {**asked, "scope": "all"}),
         "probe_stored_evidence": (rp.probe_stored_evidence, {"model": masked, "pairs": same}),
         "register_model": (rp.register_model, {"name": "arguments", "loader": radd}),

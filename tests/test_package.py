@@ -76,6 +76,7 @@ PUBLIC = [
     "pressure",
     "probe",
     "probe_attention_correlation",
+    "probe_causal_trace",
     "probe_gradient_cosine",
     "probe_reverse_probability",
     "probe_route_edit",
