@@ -150,7 +150,7 @@ def wired(*, carries: bool = True, facts: int = 10) -> tuple[rp.ProbedModel, rp.
         attention, carried = module.blocks[1].attention, torch.arange(facts)
         attention.v_proj.weight[:facts] = torch.linalg.pinv(seen)[:, 10 : 10 + facts].T
         if carries:
-            attention.o_proj.weight[:, carried] = 100.0 * module.lm_head.weight[30 : 30 + facts].T
+            attention.o_proj.weight[:, carried] = 10.0 * module.lm_head.weight[30 : 30 + facts].T
     pairs = [
         rp.ReversalPair(
             rp.Query([1, 10 + i, 2, 3, 30 + i, 4], [4], [1]), rp.Query([5, 30 + i, 3, 10 + i, 2], [1], [3]), fact=str(i)
