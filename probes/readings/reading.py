@@ -205,7 +205,7 @@ class Reading:
         return plot_reading(self, **options)
 
     def part(self, frame: pd.DataFrame) -> Reading:
-        """The reading of some of its rows, every number worked out from them; without what is known of the whole alone."""
+        """The reading of some of its rows, every number worked out from them, without those of the whole alone."""
         meta = {key: one for key, one in self.meta.items() if key not in ("controls", "draw_errors")}
         return Reading(self.name, frame, meta, statistics_version=self.statistics_version)
 

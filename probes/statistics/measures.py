@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from ...errors import RevprobeError, did_you_mean
+from .causal_trace import causal_trace, head_ranking
 from .estimators import (
     Measured,
     attention_correlation,
@@ -20,8 +21,10 @@ from .estimators import (
 
 ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {
     "attention_correlation": attention_correlation,
+    "causal_trace": causal_trace,
     "decoded_match": decoded_match,
     "gradient_cosine": gradient_cosine,
+    "head_ranking": head_ranking,
     "lora_gradient_cosine": gradient_cosine,  # the same over an adapter's parameters alone
     "objective_terms": objective_terms,
     "reverse_probability": reverse_probability,
