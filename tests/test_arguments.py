@@ -134,6 +134,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "probe": (rp.probe, {**asked, "only": ["probability"]}),
         "probe_attention_correlation": (rp.probe_attention_correlation, asked),
         "probe_gradient_cosine": (rp.probe_gradient_cosine, asked),
+        "probe_logit_lens": (rp.probe_logit_lens, asked),
         "probe_reverse_probability": (rp.probe_reverse_probability, asked),
         "probe_route_edit": (rp.probe_route_edit, {**asked, "scope": "all"}),
         "probe_stored_evidence": (rp.probe_stored_evidence, {"model": masked, "pairs": same}),

@@ -77,6 +77,7 @@ PUBLIC = [
     "probe",
     "probe_attention_correlation",
     "probe_gradient_cosine",
+    "probe_logit_lens",
     "probe_reverse_probability",
     "probe_route_edit",
     "probe_stored_evidence",

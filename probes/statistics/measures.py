@@ -17,11 +17,13 @@ from .estimators import (
     route_edit,
     stored_evidence,
 )
+from .lens import logit_lens
 
 ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {
     "attention_correlation": attention_correlation,
     "decoded_match": decoded_match,
     "gradient_cosine": gradient_cosine,
+    "logit_lens": logit_lens,
     "lora_gradient_cosine": gradient_cosine,  # the same over an adapter's parameters alone
     "objective_terms": objective_terms,
     "reverse_probability": reverse_probability,
