@@ -170,8 +170,13 @@ def _fitted_list(value: Any, kind: Any, bounds: tuple[int, int]) -> Any:
         given = list(value)
     except TypeError:
         return _MISFIT
-    parts = [part for part in typing.get_args(kind) if part is not Ellipsis]
-    fitting = [_fitted(one, parts[0], bounds) for one in given] if parts else given
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple and Ellipsis not in parts:  # so many, each of its own kind
+        if len(parts) != len(given):
+            return _MISFIT
+        fitting = [_fitted(one, part, bounds) for one, part in zip(given, parts, strict=True)]
+    else:
+        fitting = [_fitted(one, parts[0], bounds) for one in given] if parts else given
     if any(one is _MISFIT for one in fitting):
         return _MISFIT
     same = hasattr(value, "__len__") and all(one is other for one, other in zip(given, fitting, strict=True))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,13 @@ from torch import nn
 from ..arguments import checked
 from ..models.probed import ProbedModel, as_probed
 from ..models.structure import attention_of
+from .controls import NEIGHBOUR, PARENT, SINK, UNTRAINED, Controls, Parent, Reader
 from .pairs.pairs import ReversalPairs
+from .passes.beside import beside_evidence
 from .passes.plan import PassResult, Plan, Progress
 from .passes.run import describe, run_pass
 from .passes.selection import chosen_of
+from .passes.untrained import untrained_twin
 from .readings.reading import Reading
 from .statistics.estimators import LATER_BLOCK
 
@@ -33,6 +38,8 @@ def probe_attention_correlation(
     progress: Progress | None = None,
     seed: int = 0,
     bounds: bool = False,
+    controls: str | Iterable[str] = (),
+    parent: Parent | None = None,
 ) -> Reading:
     """Correlate the attention score of the evidence, seen from the readout row, between forward and reverse queries.
 
@@ -51,14 +58,19 @@ def probe_attention_correlation(
     Args:
         bounds: also work out the theory's lower bound for each pair and head from its queries (see `with_bounds`), for
             `plot(kind="bounds")`; one more pass over the queries.
-    Raises: RevprobeError, when the queries do not fit the model, no attention is seen, or a layer is asked for that the
-        model lacks.
+        controls: what else the number is held against, of "untrained", "neighbour", "sink" and "parent", or "all" (the
+            last only with a parent); see `Reading.controls`. One more pass each, neighbour and sink together one.
+        parent: the model of that control, alone or with pairs of its own: (model, pairs).
+    Raises: RevprobeError, when the queries do not fit the model, no attention is seen, a layer is asked for that the
+        model lacks, or a control is not known.
     Source: paper Sec. 4.2 and 5 (Fig. 3, left).
     """
     model = as_probed(model)
     layers = readable_layers(model, layers)
     plan = Plan(attention=True, control=control, batch_size=batch_size, seed=seed, progress=progress)
+    asked = Controls.asked(controls, parent, pairs)
     reading = attention_reading(model, run_pass(model, pairs, plan), plan, layers)
+    reading = asked.beside(reading, attention_controls(model, pairs, plan, asked, layers))
     if not bounds:
         return reading
     from .theory.model_bounds import with_bounds  # it needs this module's readings
@@ -91,6 +103,27 @@ def attention_reading(
     reading = Reading("attention_correlation", frame, describe(model, result, plan))
     reading.meta["statistic"] = reading.measured.statistic
     return reading
+
+
+def attention_controls(
+    model: ProbedModel, pairs: ReversalPairs, plan: Plan, asked: Controls, layers: Iterable[int] | None = None
+) -> dict[str, Reader]:
+    """What takes each control of an attention reading; the layers of a parent are its own, all of them."""
+    plain = replace(plan, control=False, share=None)
+
+    def read(other: ProbedModel, own: ReversalPairs, chosen: Iterable[int] | None = None) -> Reading:
+        return attention_reading(other, run_pass(other, own, plain), plain, chosen)
+
+    @cache
+    def beside() -> dict[str, PassResult]:
+        return beside_evidence(model, pairs, plain)
+
+    readers: dict[str, Reader] = {
+        UNTRAINED: lambda: read(untrained_twin(model, plan.seed), pairs, layers),
+        NEIGHBOUR: lambda: attention_reading(model, beside()[NEIGHBOUR], plain, layers),
+        SINK: lambda: attention_reading(model, beside()[SINK], plain, layers),
+    }
+    return readers if asked.parent is None else readers | {PARENT: partial(read, *asked.parent)}
 
 
 def readable_layers(model: ProbedModel, layers: Iterable[int] | None) -> list[int] | None:

@@ -11,8 +11,9 @@ from torch import nn
 from ..arguments import checked
 from ..errors import RevprobeError, did_you_mean
 from ..models.probed import ProbedModel, as_probed
-from .attention import attention_reading, readable_layers
-from .gradient import chosen_parameters, gradient_reading
+from .attention import attention_controls, attention_reading, readable_layers
+from .controls import Controls, Parent
+from .gradient import chosen_parameters, gradient_controls, gradient_reading
 from .pairs.pairs import ReversalPairs
 from .passes.plan import PassResult, Plan, Progress, Share
 from .passes.run import run_pass
@@ -58,13 +59,16 @@ def probe(
     progress: Progress | None = None,
     seed: int = 0,
     share: Share | None = None,
+    controls: str | Iterable[str] = (),
+    parent: Parent | None = None,
 ) -> Readings:
     """Attention correlation, gradient cosine and reverse probability, from one run of each query for all that read it.
 
     The numbers are those of the three probes run alone; see there for what they mean. `only` names some of
     "attention", "gradient", "probability". Pairs that give a probe a list of its own (`letter_pairs`, `Run.pairs`) are
     run list by list, and `progress` begins anew with each. `share` divides the work among processes (see
-    `finetune.training.distributed`); each of them gets all readings.
+    `finetune.training.distributed`); each of them gets all readings. `controls` and `parent` are those of the attention
+    and gradient probes (see `Reading.controls`): passes of their own, so the default is none.
     Raises: RevprobeError, for an unknown probe, and whatever the single probes raise.
     """
     model = as_probed(model)
@@ -94,4 +98,10 @@ def probe(
         plan = replace(asked, attention=attention, gradient=gradient, probability=probability)
         result = run_pass(model, own, plan)
         taken |= {name: makers[name](model, result, plan) for name in members}
+    beside = Controls.asked(controls, parent, pairs)
+    readers = {
+        "attention": lambda: attention_controls(model, pairs, replace(asked, attention=True), beside, layers),
+        "gradient": lambda: gradient_controls(model, pairs, replace(asked, gradient=True), beside),
+    }
+    taken |= {name: beside.beside(taken[name], make()) for name, make in readers.items() if name in taken}
     return Readings(taken[name] for name in PROBES if name in taken)

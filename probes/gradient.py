@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -14,11 +15,15 @@ from ..errors import RevprobeError
 from ..hooks.layer_numbers import LayerNumbers
 from ..models.probed import ProbedModel, as_probed
 from ..models.structure import ParameterRole, layer_numbers_of, parameter_role
+from .controls import NEIGHBOUR, NOT_ATTENDED, PARENT, SINK, UNTRAINED, Controls, Parent, Reader
 from .pairs.pairs import ReversalPairs
+from .passes.asked import asked_pairs
 from .passes.batches import queries_per_batch
+from .passes.beside import neighbour_targets
 from .passes.plan import PassResult, Plan, Progress
 from .passes.run import describe, run_pass
 from .passes.selection import listed
+from .passes.untrained import untrained_twin
 from .readings.reading import Reading
 
 # Of `cross=True`: queries run about (facts / batch) times each; beyond this many cells that is hours.
@@ -37,6 +42,8 @@ def probe_gradient_cosine(
     cross: bool = False,
     progress: Progress | None = None,
     seed: int = 0,
+    controls: str | Iterable[str] = (),
+    parent: Parent | None = None,
 ) -> Reading:
     """Cosine between the gradients of the forward and of the reverse loss over all (or the named) parameters.
 
@@ -55,14 +62,21 @@ def probe_gradient_cosine(
     `meta["one_by_one"]`: the parameters whose gradient a batch does not tell apart by query (tables without a batch,
     experts in one tensor, weights used outside their module), with the reason. They are as exact as the others, each
     query being run once more by itself: one more forward and backward pass per query.
-    Raises: RevprobeError, when a parameter is unknown, or cut off from the loss by something that detaches.
+    Args:
+        controls: what else the number is held against, of "untrained", "neighbour" and "parent", or "all" (the last
+            only with a parent); see `Reading.controls`. One more pass each.
+        parent: the model of that control, alone or with pairs of its own: (model, pairs).
+    Raises: RevprobeError, when a parameter is unknown, or cut off from the loss by something that detaches, or a
+        control is not known.
     Source: paper Sec. 4.3 and 5 (Fig. 3, middle).
     """
     model = as_probed(model)
     names = chosen_parameters(model, parameters, layers)
     plan = Plan(gradient=True, parameters=names, control=control, batch_size=batch_size, seed=seed, progress=progress)
+    asked = Controls.asked(controls, parent, pairs)
     result = run_pass(model, pairs, plan)
     reading = gradient_reading(model, result, plan)
+    reading = asked.beside(reading, gradient_controls(model, pairs, plan, asked))
     return replace(reading, cross=cross_cosines(model, result.pairs, plan)) if cross else reading
 
 
@@ -125,6 +139,29 @@ def gradient_reading(model: ProbedModel, result: PassResult, plan: Plan) -> Read
     if result.one_by_one:
         reading.meta["one_by_one"] = dict(sorted(result.one_by_one.items()))
     return reading
+
+
+def gradient_controls(model: ProbedModel, pairs: ReversalPairs, plan: Plan, asked: Controls) -> dict[str, Reader]:
+    """What takes each control of a gradient reading; of a parent all parameters, since names differ."""
+    plain = replace(plan, control=False, share=None)
+
+    def read(other: ProbedModel, own: ReversalPairs, plan: Plan = plain) -> Reading:
+        return gradient_reading(other, run_pass(other, own, plan), plan)
+
+    def neighbour() -> Reading:
+        beside, left_out = neighbour_targets(model, asked_pairs(model, pairs, "gradient"))
+        if beside is None:
+            raise RevprobeError(f"{left_out} pairs have no other token to ask for beside the target")
+        return read(model, beside)
+
+    readers: dict[str, Reader] = {
+        UNTRAINED: lambda: read(untrained_twin(model, plan.seed), pairs),
+        NEIGHBOUR: neighbour,
+        SINK: NOT_ATTENDED,
+    }
+    if asked.parent is None:
+        return readers
+    return readers | {PARENT: partial(read, *asked.parent, replace(plain, parameters=None))}
 
 
 def _without_unseen(columns: dict[str, np.ndarray], result: PassResult, width: int) -> dict[str, np.ndarray]:

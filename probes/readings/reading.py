@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MEASURE_COLUMNS = ["measure", "value", "n", "facts", "low", "high", "control", "control_low", "control_high"]
 MEASURE_COLUMNS += ["excess", "excess_low", "excess_high", "undefined", "reason", "caution"]
+CONTROL_COLUMNS = ["control", "model", "value", "low", "high", "n", "facts"]
+CONTROL_COLUMNS += ["difference", "difference_low", "difference_high", "reason"]
 
 
 @checked_fields
@@ -103,6 +105,25 @@ class Reading:
         return self.measured.excess
 
     @property
+    def controls(self) -> pd.DataFrame:
+        """What the number is held against, a row for each control that was asked for by `controls=`.
+
+        Columns: control ("shuffled": facts within groups, the reading's own `control`; "untrained"; "neighbour";
+        "sink"; "parent": see `probes.controls`), model, value, low, high (95 %, over facts; of "shuffled" over shuffles
+        for a correlation), n (pairs), facts; difference (this reading's number less the control's over the facts that
+        both have, difference_low, difference_high: paired, 95 %); reason (why there is no number or difference, or what
+        is undefined). Without any but the first it holds "shuffled" alone.
+        """
+        rows = list(self.meta.get("controls", []))
+        if (shuffled := self.control) is not None:
+            own = Estimate.undefined() if self.excess is None else self.excess
+            low, high = shuffled.interval
+            row = {"control": "shuffled", "model": self.meta.get("model"), "value": shuffled.value, "low": low}
+            row |= {"high": high, "n": shuffled.n, "facts": shuffled.facts, "difference": own.value}
+            rows.insert(0, row | {"difference_low": own.low, "difference_high": own.high, "reason": ""})
+        return pd.DataFrame(rows, columns=CONTROL_COLUMNS).astype({"n": "Int64", "facts": "Int64"})
+
+    @property
     def undefined(self) -> dict[str, int]:
         """What is NaN, counted by reason."""
         return self.measured.undefined
@@ -173,8 +194,9 @@ class Reading:
         return plot_reading(self, **options)
 
     def part(self, frame: pd.DataFrame) -> Reading:
-        """The reading of some of its rows, every number worked out from them."""
-        return Reading(self.name, frame, self.meta, statistics_version=self.statistics_version)
+        """The reading of some of its rows, every number worked out from them; without the controls of the whole."""
+        meta = {key: value for key, value in self.meta.items() if key != "controls"}
+        return Reading(self.name, frame, meta, statistics_version=self.statistics_version)
 
     def with_columns(self, **columns: Any) -> Reading:
         """This reading with further columns in its frame, on which none of its numbers depends."""

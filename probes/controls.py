@@ -1,0 +1,97 @@
+"""What a reading must be held against beside shuffled facts: each a reading of its own, on the same facts.
+
+    untrained   the same configuration with initial weights: what architecture, tokens and chance give
+    neighbour   attention: the score at the token beside the evidence; gradient: the reverse query asked for the token
+                beside its target. What two queries share whatever the fact
+    sink        attention: the score at the position that the head attends to most, evidence aside
+    parent      another model on its own pairs: the autoregressive parent of a diffusion model
+
+Facts shuffled within groups are each reading's `control`, and stand first in its table of controls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from ..errors import RevprobeError, did_you_mean, first_line
+from ..models.probed import ProbedModel, as_probed
+from .pairs.pairs import ReversalPairs
+from .passes.beside import NEIGHBOUR, SINK
+from .readings.reading import Reading
+from .statistics.paired import measured_difference, side_of
+
+SHUFFLED, UNTRAINED, PARENT = "shuffled", "untrained", "parent"
+CONTROLS = (SHUFFLED, UNTRAINED, NEIGHBOUR, SINK, PARENT)
+NOT_ATTENDED = "a gradient is of parameters and attends to no position"
+NUMBERS = ("model", "value", "low", "high", "n", "facts", "difference", "difference_low", "difference_high")
+OTHER_KIND = "asked with pairs of kind {}, so without a difference"
+
+Parent = ProbedModel | nn.Module | tuple[ProbedModel | nn.Module, ReversalPairs]
+# Takes the reading of a control, or says why there is none.
+Reader = Callable[[], Reading] | str
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Which controls are asked for, and the model and pairs of `parent`."""
+
+    names: tuple[str, ...] = ()
+    parent: tuple[ProbedModel, ReversalPairs] | None = None
+
+    @classmethod
+    def asked(cls, controls: str | Iterable[str], parent: Parent | None, pairs: ReversalPairs) -> Controls:
+        """Read what a probe was given for `controls` and `parent`.
+
+        Raises: RevprobeError, for an unknown name, and for a parent without a model or a model without being asked for.
+        """
+        everything = controls == "all"
+        names = [controls] if isinstance(controls, str) else list(controls)
+        if everything:
+            names = [name for name in CONTROLS if name != PARENT or parent is not None]
+        for name in names:
+            if name not in CONTROLS:
+                raise RevprobeError(f"unknown control {name!r}{did_you_mean(name, [*CONTROLS, 'all'])}")
+        if (PARENT in names) != (parent is not None):
+            fix = "pass parent=model, or (model, its pairs)" if parent is None else "add 'parent' to controls"
+            raise RevprobeError(f"controls={controls!r} with parent={_named(parent)}: {fix}")
+        if parent is None:
+            return cls(tuple(names))
+        model, own = parent if isinstance(parent, tuple) else (parent, pairs)
+        return cls(tuple(names), (as_probed(model), own))
+
+    def beside(self, reading: Reading, readers: Mapping[str, Reader]) -> Reading:
+        """The reading with a table of its controls in `meta["controls"]`; itself where none was asked for."""
+        wanted = [name for name in CONTROLS if name in self.names and name != SHUFFLED]
+        if not self.names:
+            return reading
+        rows = [_row(name, reading, readers[name]) for name in wanted]
+        return replace(reading, meta=reading.meta | {"controls": rows})
+
+
+def _named(parent: Parent | None) -> str:
+    return "None" if parent is None else type(parent[0] if isinstance(parent, tuple) else parent).__name__
+
+
+def _row(name: str, reading: Reading, reader: Reader) -> dict[str, Any]:
+    """The number of one control, and by how much the reading's differs over the facts of both."""
+    row: dict[str, Any] = {"control": name} | dict.fromkeys(NUMBERS, None) | {"reason": ""}
+    if isinstance(reader, str):
+        return row | {"reason": reader}
+    try:
+        other = reader()
+    except RevprobeError as error:  # the reading itself stands; this control is not to be had
+        return row | {"reason": first_line(error, with_type=False)}
+    low, high = other.interval
+    row |= {"model": other.meta["model"], "value": other.value, "low": low, "high": high}
+    row |= {"n": other.n, "facts": other.facts}
+    said = [f"{count} {why}" for why, count in other.undefined.items()]
+    if other.meta["kind"] != reading.meta["kind"]:
+        return row | {"reason": "; ".join([*said, OTHER_KIND.format(other.meta["kind"])])}
+    sides = (side_of(reading.name, one.frame) for one in (reading, other))
+    found = measured_difference(*sides, seed=reading.seed, control=False).estimate
+    row |= {"difference": found.value, "difference_low": found.low, "difference_high": found.high}
+    return row | {"reason": "; ".join(said)}
