@@ -138,6 +138,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "probe_reverse_probability": (rp.probe_reverse_probability, asked),
         "probe_route_edit": (rp.probe_route_edit, {**asked, "scope": "all"}),
         "probe_stored_evidence": (rp.probe_stored_evidence, {"model": masked, "pairs": same}),
+        "probe_stored_once": (rp.probe_stored_once, {**asked, "untrained": False}),
         "register_model": (rp.register_model, {"name": "arguments", "loader": radd}),
         "run_sweep": (rp.run_sweep, {"config": "none", "out": folder}),
         "rope_asymmetric_bound": (rp.rope_asymmetric_bound, {"d": 8, **ends, "samples": 4}),

@@ -81,6 +81,7 @@ PUBLIC = [
     "probe_reverse_probability",
     "probe_route_edit",
     "probe_stored_evidence",
+    "probe_stored_once",
     "read_price",
     "register_model",
     "rope_asymmetric_bound",

@@ -1,4 +1,4 @@
-"""Figures over the layers of a model: the logit lens."""
+"""Figures over the layers of a model: the logit lens, and whether a fact is stored once."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ...errors import RevprobeError, did_you_mean
-from ..statistics.intervals import Estimate, mean_over_facts, proportion_over_facts
+from ..statistics.intervals import FRACTION, Estimate, mean_over_facts, proportion_over_facts
 from .drawable import Drawable
 from .theme import (
+    CONTROL_GREY,
     DIVERGING,
     FORWARD,
+    OKABE_ITO,
     REVERSE,
     TEMPLATE,
     UNDEFINED_GREY,
@@ -31,6 +33,13 @@ from .training_curves import series_words
 
 COLOURS = {"forward": FORWARD, "reverse": REVERSE}
 KINDS = ("layers", "heads")
+SHARES = {"correct": "share at the top", "place": "share of other candidates below"}
+TESTS = {"map": "Map to the target's row, held-out facts", "classifier": "Classifier of facts"}
+BESIDE = {
+    "_control": ("reverse, shuffled labels", CONTROL_GREY),
+    "_untrained": ("reverse, untrained twin", OKABE_ITO["purple"]),
+    "_evidence": ("reverse, other evidence", OKABE_ITO["green"]),
+}
 CONTROL = "control: another fact's target"
 
 
@@ -88,6 +97,34 @@ def logit_lens_figure(reading: Drawable, *, kind: str = "layers", direction: str
     return titled(
         layer_panels(panels), reading, "log-probability gained by the reverse target, embedding to last layer"
     )
+
+
+def stored_once_figure(reading: Drawable, *, number: str = "correct") -> go.Figure:
+    """Draw both tests by layer, each with its controls.
+
+    Args:
+        number: "correct", the share at the top, or "place", the share of other candidates below (0.5 by chance).
+    Raises: RevprobeError, for another number.
+    """
+    if number not in SHARES:
+        raise RevprobeError(f"stored-once plot of number {number!r}{did_you_mean(number, tuple(SHARES))}")
+    panels = []
+    for test, title in TESTS.items():
+        rows = reading.frame[reading.frame["test"] == test]
+        sides = {side: rows[rows["direction"] == side] for side in COLOURS}
+        lines = [curve(part, number, f"{side} states", COLOURS[side], _share) for side, part in sides.items()]
+        for ending, (name, colour) in BESIDE.items():
+            if f"{number}{ending}" in rows:
+                lines.append(curve(sides["reverse"], f"{number}{ending}", name, colour, _share, control=True))
+        panels.append(Panel(title, SHARES[number], lines))
+    if not any(np.isfinite(one.value) for panel in panels for line in panel.curves for one in line.found):
+        return message_figure(f"No defined test: {undefined_text(reading.undefined)}")
+    figure = layer_panels(panels).update_yaxes(range=[-0.04, 1.04])
+    return titled(figure, reading, "held-out targets put first by the reverse state of the last layer")
+
+
+def _share(values: np.ndarray, facts: np.ndarray) -> Estimate:
+    return mean_over_facts(values, facts, bounds=FRACTION)
 
 
 def curve(

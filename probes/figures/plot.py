@@ -23,7 +23,7 @@ from ...errors import RevprobeError, did_you_mean, first_line
 from ..pairs.pairs import ReversalPairs
 from .attention_maps import correlation_heatmap, head_map, role_map
 from .bounds import bounds_figure
-from .by_layer import logit_lens_figure
+from .by_layer import logit_lens_figure, stored_once_figure
 from .drawable import Drawable
 from .objective_terms import objective_terms_figure
 from .route_edits import route_edit_figure
@@ -60,7 +60,7 @@ def plot_reading(reading: Drawable, *, theme: str = "light", **options: Any) -> 
             bound, for a reading that `with_bounds` gave), `layer=`, `head=`, `pairs=` (the ReversalPairs it was taken
             on, whose text then stands on the hover); gradient: `by="role"` or another column of the frame, or
             `kind="layers"` (by layer x role); probability: `bins=`; route edits, stored evidence and logit
-            lens: `kind=`; objective terms: `by=`, `measure=`.
+            lens: `kind=`; stored once: `number=`; objective terms: `by=`, `measure=`.
     Raises: RevprobeError, when the reading or an option is not known.
     """
     if reading.name not in RENDERERS:
@@ -253,6 +253,7 @@ RENDERERS: dict[str, Callable[..., go.Figure]] = {
     "reverse_probability": probability_figure,
     "route_edit": route_edit_figure,
     "stored_evidence": stored_evidence_figure,
+    "stored_once": stored_once_figure,
 }
 
 

@@ -12,17 +12,20 @@ Shapes below: query, token (target tokens), layer, width, vocab.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...errors import RevprobeError
 from ...hooks.states import StateSite, change_states, record_states
+from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
 from ...models.structure import states_of
-from .batches import QueryBatch
+from ..pairs.query import Query
+from .batches import QueryBatch, in_batches, make_batch
 
 # The last layer's own states may miss the model's logits by this share of the largest, or by some rounding units.
 _SLACK, _UNITS = 1e-5, 4.0
@@ -138,3 +141,30 @@ def _missed(found: Tensor, wanted: Tensor) -> Tensor:
     """The largest difference of each row; a token that both leave out (-inf) is none. Shapes: `-> row`, float64."""
     apart = (found.double() - wanted.double()).abs().masked_fill(found == wanted, 0.0)
     return apart.amax(-1).cpu() if len(apart) else apart.new_zeros(0).cpu()
+
+
+@torch.no_grad()
+def states_of_queries(
+    model: ProbedModel, queries: Sequence[Query], sites: Sequence[StateSite], size: int, report: Callable[[int], None]
+) -> np.ndarray:
+    """The states of many queries at their readout rows, the mean over target tokens.
+
+    Args:
+        size: queries of a batch; `report` is told how many have been run.
+    Shapes: `-> site query width`, float32. Raises: RevprobeError, for NaN logits.
+    """
+    found, done = np.zeros((len(sites), len(queries), 0), dtype=np.float32), 0
+    length = lambda q: len(queries[q].token_ids)  # noqa: E731
+    with untouched(model.module):
+        for numbers in in_batches(model, range(len(queries)), size, length):
+            batch = make_batch(model, [queries[q] for q in numbers])
+            _, states = rows_of_states(model, batch, sites)
+            for place, state in enumerate(states):
+                asked = batch.is_target.to(state.device)[..., None]
+                mean = state.float().masked_fill(~asked, 0.0).sum(1) / asked.sum(1)
+                if not found.shape[2]:
+                    found = np.full((len(sites), len(queries), mean.shape[1]), np.nan, dtype=np.float32)
+                found[place, numbers] = mean.cpu().numpy()
+            done += len(numbers)
+            report(done)
+    return found

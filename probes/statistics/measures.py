@@ -18,6 +18,7 @@ from .estimators import (
     stored_evidence,
 )
 from .lens import logit_lens
+from .stored_once import stored_once
 
 ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {
     "attention_correlation": attention_correlation,
@@ -29,6 +30,7 @@ ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {
     "reverse_probability": reverse_probability,
     "route_edit": route_edit,
     "stored_evidence": stored_evidence,
+    "stored_once": stored_once,
 }
 
 
