@@ -85,8 +85,7 @@ def probe_stored_once(
     `reading.controls` has their differences from the value, with intervals.
 
     Args:
-        untrained: whether to read the untrained twin, which costs as many runs again.
-        ridge: the penalty, as a share of the states' mean variance.
+        untrained: whether to read the twin; ridge: the penalty, as a share of the states' mean variance.
         layers: all when None; -1 is the embedding.
 
     Frame: pair, fact, kind, test, direction (of the states asked about), layer; rank (1-based, ties against it), place
@@ -97,13 +96,11 @@ def probe_stored_once(
     Cost: one forward for each query, and for each reverse query with other evidence; as many of the twin.
     Raises: RevprobeError, for a layer the model lacks, a ridge that is not positive, or virtual tokens.
     """
-    model = as_probed(model)
-    if not (isinstance(ridge, Real) and math.isfinite(ridge) and ridge > 0):
-        raise RevprobeError(f"ridge={ridge!r}: expected a positive number; 0.1 is a tenth of the mean variance")
+    model, ridge = as_probed(model), _positive(ridge)
     require_tokens_alone(model, "the states of the query's tokens")
     pairs = asked_pairs(model, pairs, "stored_once")
     plan = Plan(control=control, batch_size=batch_size, seed=seed, progress=progress)
-    tests = _Tests.of(model, pairs, plan, float(ridge), layers)
+    tests = _Tests.of(model, pairs, plan, ridge, layers)
     own = tests.run(model, 2 if untrained else 1)
     twin: Found | str = NOT_ASKED
     if untrained:
@@ -112,9 +109,10 @@ def probe_stored_once(
         except RevprobeError as error:  # the model's own tests stand
             twin = first_line(error, with_type=False)
     frame = tests.frame(own, twin, states_of(model).missing("residual"))
-    reading = Reading("stored_once", frame, describe(model, PassResult(pairs, tests.partner, []), plan))
-    about = {"statistic": reading.measured.statistic, "ridge": float(ridge), "layers": tests.layers}
-    reading.meta.update(about | {"controls": _controls(reading, twin if isinstance(twin, str) else "")})
+    about = describe(model, PassResult(pairs, tests.partner, []), plan) | {"ridge": ridge}
+    reading = Reading("stored_once", frame, about | {"layers": tests.layers})
+    beside = _controls(reading, twin if isinstance(twin, str) else "")
+    reading.meta.update({"statistic": reading.measured.statistic, "controls": beside})
     return reading
 
 
@@ -240,6 +238,12 @@ class _Tests:
             lone = np.bincount(facts, minlength=len(self.asked.fact))[self.asked.fact[self.pairs.forward]] < 2
             apart = np.where(there & lone, ONE_FORWARD, apart)
         return np.where(apart == LATER_BLOCK, apart, whole or apart).astype(object)
+
+
+def _positive(ridge: float) -> float:
+    if not (isinstance(ridge, Real) and math.isfinite(ridge) and ridge > 0):
+        raise RevprobeError(f"ridge={ridge!r}: expected a positive number; 0.1 is a tenth of the mean variance")
+    return float(ridge)
 
 
 def _with_evidence(query: Query, other: Query) -> Query:
