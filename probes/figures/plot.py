@@ -23,6 +23,7 @@ from ...errors import RevprobeError, did_you_mean, first_line
 from ..pairs.pairs import ReversalPairs
 from .attention_maps import correlation_heatmap, head_map, role_map
 from .bounds import bounds_figure
+from .by_layer import logit_lens_figure, stored_once_figure
 from .causal_trace import causal_trace_figure, head_ranking_figure
 from .drawable import Drawable
 from .objective_terms import objective_terms_figure
@@ -59,8 +60,9 @@ def plot_reading(reading: Drawable, *, theme: str = "light", **options: Any) -> 
             statistic sees), `"heatmap"` (by distance), `"heads"` (by layer x head) or `"bounds"` (over RoPE's lower
             bound, for a reading that `with_bounds` gave), `layer=`, `head=`, `pairs=` (the ReversalPairs it was taken
             on, whose text then stands on the hover); gradient: `by="role"` or another column of the frame, or
-            `kind="layers"` (by layer x role); probability: `bins=`; route edits and stored evidence: `kind=`;
-            objective terms: `by=`, `measure=`; causal traces: `by=`, `part=`, `measure=`.
+            `kind="layers"` (by layer x role); probability: `bins=`; route edits, stored evidence and logit
+            lens: `kind=`; stored once: `number=`; objective terms: `by=`, `measure=`; causal traces: `by=`, `part=`,
+            `measure=`.
     Raises: RevprobeError, when the reading or an option is not known.
     """
     if reading.name not in RENDERERS:
@@ -250,10 +252,12 @@ RENDERERS: dict[str, Callable[..., go.Figure]] = {
     "causal_trace": causal_trace_figure,
     "gradient_cosine": gradient_figure,
     "head_ranking": head_ranking_figure,
+    "logit_lens": logit_lens_figure,
     "objective_terms": objective_terms_figure,
     "reverse_probability": probability_figure,
     "route_edit": route_edit_figure,
     "stored_evidence": stored_evidence_figure,
+    "stored_once": stored_once_figure,
 }
 
 

@@ -18,6 +18,8 @@ from .estimators import (
     route_edit,
     stored_evidence,
 )
+from .lens import logit_lens
+from .stored_once import stored_once
 
 ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {
     "attention_correlation": attention_correlation,
@@ -25,11 +27,13 @@ ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {
     "decoded_match": decoded_match,
     "gradient_cosine": gradient_cosine,
     "head_ranking": head_ranking,
+    "logit_lens": logit_lens,
     "lora_gradient_cosine": gradient_cosine,  # the same over an adapter's parameters alone
     "objective_terms": objective_terms,
     "reverse_probability": reverse_probability,
     "route_edit": route_edit,
     "stored_evidence": stored_evidence,
+    "stored_once": stored_once,
 }
 
 
