@@ -36,6 +36,7 @@ from .probes.block_sweep import block_sweep as block_sweep
 from .probes.compare_models import compare_models as compare_models
 from .probes.decoding.decode import decode as decode
 from .probes.decoding.exact_match import decoded_match as decoded_match
+from .probes.deep.denoising import trace_denoising as trace_denoising
 from .probes.diagnose import diagnose as diagnose
 from .probes.edits import edit_attention as edit_attention
 from .probes.figures.plot import save_figure as save_figure

@@ -136,6 +136,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "probe_gradient_cosine": (rp.probe_gradient_cosine, asked),
         "probe_reverse_probability": (rp.probe_reverse_probability, asked),
         "probe_route_edit": (rp.probe_route_edit, {**asked, "scope": "all"}),
+        "trace_denoising": (rp.trace_denoising, {"model": masked, "pairs": same}),
         "probe_stored_evidence": (rp.probe_stored_evidence, {"model": masked, "pairs": same}),
         "register_model": (rp.register_model, {"name": "arguments", "loader": radd}),
         "run_sweep": (rp.run_sweep, {"config": "none", "out": folder}),

@@ -23,6 +23,7 @@ from ...errors import RevprobeError, did_you_mean, first_line
 from ..pairs.pairs import ReversalPairs
 from .attention_maps import correlation_heatmap, head_map, role_map
 from .bounds import bounds_figure
+from .denoising import denoising_figure
 from .drawable import Drawable
 from .objective_terms import objective_terms_figure
 from .route_edits import route_edit_figure
@@ -59,7 +60,7 @@ def plot_reading(reading: Drawable, *, theme: str = "light", **options: Any) -> 
             bound, for a reading that `with_bounds` gave), `layer=`, `head=`, `pairs=` (the ReversalPairs it was taken
             on, whose text then stands on the hover); gradient: `by="role"` or another column of the frame, or
             `kind="layers"` (by layer x role); probability: `bins=`; route edits and stored evidence: `kind=`;
-            objective terms: `by=`, `measure=`.
+            objective terms: `by=`, `measure=`; denoising traces: `kind=`, `step=`.
     Raises: RevprobeError, when the reading or an option is not known.
     """
     if reading.name not in RENDERERS:
@@ -246,6 +247,7 @@ def _titled(figure: go.Figure, reading: Drawable, what: str) -> go.Figure:
 
 RENDERERS: dict[str, Callable[..., go.Figure]] = {
     "attention_correlation": attention_figure,
+    "denoising_trace": denoising_figure,
     "gradient_cosine": gradient_figure,
     "objective_terms": objective_terms_figure,
     "reverse_probability": probability_figure,

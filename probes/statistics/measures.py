@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from ...errors import RevprobeError, did_you_mean
+from .denoising import denoising_trace
 from .estimators import (
     Measured,
     attention_correlation,
@@ -21,6 +22,7 @@ from .estimators import (
 ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {
     "attention_correlation": attention_correlation,
     "decoded_match": decoded_match,
+    "denoising_trace": denoising_trace,
     "gradient_cosine": gradient_cosine,
     "lora_gradient_cosine": gradient_cosine,  # the same over an adapter's parameters alone
     "objective_terms": objective_terms,
