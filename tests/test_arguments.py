@@ -139,6 +139,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "probe_reverse_probability": (rp.probe_reverse_probability, asked),
         "probe_causal_trace": (rp.probe_causal_trace, {**asked, "layers": [0], "heads": None, "steps": None}),
         "probe_route_edit": (rp.probe_route_edit, {**asked, "scope": "all"}),
+        "trace_denoising": (rp.trace_denoising, {"model": masked, "pairs": same}),
         "probe_stored_evidence": (rp.probe_stored_evidence, {"model": masked, "pairs": same}),
         "probe_stored_once": (rp.probe_stored_once, {**asked, "untrained": False}),
         "register_model": (rp.register_model, {"name": "arguments", "loader": radd}),

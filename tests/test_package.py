@@ -102,6 +102,7 @@ PUBLIC = [
     "theory_tables",
     "token_contributions",
     "token_strip",
+    "trace_denoising",
     "train",
     "trex",
     "with_bounds",

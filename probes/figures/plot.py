@@ -25,6 +25,7 @@ from .attention_maps import correlation_heatmap, head_map, role_map
 from .bounds import bounds_figure
 from .by_layer import logit_lens_figure, stored_once_figure
 from .causal_trace import causal_trace_figure, head_ranking_figure
+from .denoising import denoising_figure
 from .drawable import Drawable
 from .objective_terms import objective_terms_figure
 from .route_edits import route_edit_figure
@@ -62,7 +63,7 @@ def plot_reading(reading: Drawable, *, theme: str = "light", **options: Any) -> 
             on, whose text then stands on the hover); gradient: `by="role"` or another column of the frame, or
             `kind="layers"` (by layer x role); probability: `bins=`; route edits, stored evidence and logit
             lens: `kind=`; stored once: `number=`; objective terms: `by=`, `measure=`; causal traces: `by=`, `part=`,
-            `measure=`.
+            `measure=`; denoising traces: `kind=`, `step=`.
     Raises: RevprobeError, when the reading or an option is not known.
     """
     if reading.name not in RENDERERS:
@@ -250,6 +251,7 @@ def _titled(figure: go.Figure, reading: Drawable, what: str) -> go.Figure:
 RENDERERS: dict[str, Callable[..., go.Figure]] = {
     "attention_correlation": attention_figure,
     "causal_trace": causal_trace_figure,
+    "denoising_trace": denoising_figure,
     "gradient_cosine": gradient_figure,
     "head_ranking": head_ranking_figure,
     "logit_lens": logit_lens_figure,

@@ -8,6 +8,7 @@ import pandas as pd
 
 from ...errors import RevprobeError, did_you_mean
 from .causal_trace import causal_trace, head_ranking
+from .denoising import denoising_trace
 from .estimators import (
     Measured,
     attention_correlation,
@@ -25,6 +26,7 @@ ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {
     "attention_correlation": attention_correlation,
     "causal_trace": causal_trace,
     "decoded_match": decoded_match,
+    "denoising_trace": denoising_trace,
     "gradient_cosine": gradient_cosine,
     "head_ranking": head_ranking,
     "logit_lens": logit_lens,
