@@ -11,13 +11,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ...errors import RevprobeError
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
 from ..pairs.query import Query
 from ..passes.batches import in_batches, make_batch
 from ..passes.likelihood import readout
-from .masked import ALGORITHMS, Unmasking, block_starts
+from .masked import ALGORITHMS, Unmasking, schedule_of
 
 
 def forced_steps(
@@ -25,9 +24,9 @@ def forced_steps(
 ) -> tuple[list[list[Query]], int]:
     """For each query one query per step, whose targets are what that step reveals; and how many sequences were run.
 
-    Raises: RevprobeError, for fewer steps than blocks, or a target in pieces in a model that writes in blocks.
+    Raises: RevprobeError, for fewer steps than blocks.
     """
-    schedules = [_schedule(model, query, how) for query in queries]
+    schedules = [schedule_of(model, how, query.target_positions) for query in queries]
     steps: list[list[Query]] = [[] for _ in queries]
     hidden = [list(query.target_positions) for query in queries]
     with untouched(model.module), torch.no_grad():
@@ -41,17 +40,6 @@ def forced_steps(
                     hidden[q] = [position for position in hidden[q] if position not in revealed]
                     steps[q].append(_as_shown(model, queries[q], revealed, hidden[q]))
     return steps, sum(len(schedule) for schedule in schedules)
-
-
-def _schedule(model: ProbedModel, query: Query, how: Unmasking) -> list[tuple[int, int, int]]:
-    first, length = query.target_positions[0], len(query.target_positions)
-    starts = block_starts(model, how, first, length)
-    if starts is not None and query.target_positions[-1] - first >= length:
-        raise RevprobeError(
-            f"a target at positions {list(query.target_positions)}: {model.name} writes in blocks, and its decoder an "
-            "answer in one piece; leave steps out, or ask for targets in one piece"
-        )
-    return how.schedule(length, starts)
 
 
 def _surest(
