@@ -162,7 +162,7 @@ def test_random_sizes_equal_a_slow_forward_and_transformers(tmp_path: Path, seed
 
 @torch.no_grad()
 def test_the_encoders_own_scalars_are_felt_from_the_third_layer_on(tmp_path: Path) -> None:
-    """A norm takes the first layer's out of the second's keys, and the fixture, which has no third, does not show them."""
+    """A norm takes the first layer's out of the keys of the second, and the fixture has no third to show them."""
     kinds = ["sliding_attention", "full_attention", "full_attention"]
     folder = checkpoint(tmp_path / "model", 0, num_hidden_layers=3, layer_types=kinds)
     prompt, canvas = torch.arange(10, 15)[None], torch.arange(20, 23)[None]
