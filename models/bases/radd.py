@@ -333,3 +333,8 @@ class RaddForMaskedLM(MaskedEncoder):
 
     config: RaddConfig
     config_class = RaddConfig
+
+    def __init__(self, config: RaddConfig) -> None:
+        if config.published_layout:  # `from_pretrained` would find none of its tensors, and draw them all
+            raise RevprobeError("this is the config.json of RADD's published code; load_model(FOLDER_OR_NAME) reads it")
+        super().__init__(config)

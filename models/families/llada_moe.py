@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP, Qwen3MoeSparseMoeBlock
@@ -29,6 +30,7 @@ _NEEDED = ("vocab_size", "num_attention_heads", "num_experts", "num_experts_per_
 _WIDTHS = ("dense_intermediate_size", "expert_intermediate_size")  # of a layer without experts, and of one with them
 
 
+@strict  # fields here have other types than their namesakes of Qwen3-MoE
 class LLaDAMoEConfig(MaskedDiffusionConfig, Qwen3MoeConfig):
     """The published config.json, key by key; Qwen3-MoE's names read through `attribute_map`.
 
@@ -57,6 +59,7 @@ class LLaDAMoEConfig(MaskedDiffusionConfig, Qwen3MoeConfig):
     shared_expert_intermediate_size: int | None = None
     moe_layer_freq: list[int] | None = None
     qk_layernorm: bool = False
+    norm_topk_prob: bool | None = None  # type: ignore[assignment]  # the published file says null
     rms_norm_eps: float = 1e-5
     rope_theta: float | None = None  # a field, so that saving keeps the key
 

@@ -431,6 +431,8 @@ def test_ctrl_c_during_start_up_is_one_line(module: str, tmp_path: Path) -> None
     """While the command line, torch or the config is being imported, long before there is a run's folder."""
     code = (
         "import builtins, runpy, signal, os, sys\n"
+        # A shell that starts the tests in the background leaves it ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "before = builtins.__import__\n"
         "def watched(name, *rest, **named):\n"
         f"    if name == {module.split('.')[-1]!r} or name.endswith('.'.join({module!r}.split('.')[-2:])):\n"

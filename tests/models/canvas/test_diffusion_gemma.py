@@ -161,6 +161,22 @@ def test_random_sizes_equal_a_slow_forward_and_transformers(tmp_path: Path, seed
 
 
 @torch.no_grad()
+def test_the_encoders_own_scalars_are_felt_from_the_third_layer_on(tmp_path: Path) -> None:
+    """A norm takes the first layer's out of the keys of the second, and the fixture has no third to show them."""
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    folder = checkpoint(tmp_path / "model", 0, num_hidden_layers=3, layer_types=kinds)
+    prompt, canvas = torch.arange(10, 15)[None], torch.arange(20, 23)[None]
+    before = rp.load_model(folder).module(prompt, decoder_input_ids=canvas).logits
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.encoder.language_model.layers.0.layer_scalar"] *= 3
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    after = rp.load_model(folder).module(prompt, decoder_input_ids=canvas).logits
+    native = DiffusionGemmaForBlockDiffusion.from_pretrained(folder)
+    assert largest(after, native(prompt, decoder_input_ids=canvas).logits) < CLOSE
+    assert largest(after, before) > 1e-3
+
+
+@torch.no_grad()
 def test_both_styles_of_config_load_and_what_is_saved_is_read_by_transformers(tmp_path: Path) -> None:
     model, expected = loaded(), reference()
     model.module.save_pretrained(tmp_path)

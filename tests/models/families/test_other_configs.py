@@ -245,3 +245,21 @@ def test_blocks_are_a_dial_for_a_family_that_reads_the_whole_and_are_not_saved(k
     again = rp.load_model(tmp_path / "again")
     assert again.block_size is None and "bidirectional" in repr(again)
     assert apart(model, again.in_blocks(3)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["radd-tiny", *(name for name in CASES if name != "diffullama-tiny")])
+def test_an_adapter_that_peft_saves_says_where_its_base_is(name: str, tmp_path: Path) -> None:
+    """peft reads the base's config again by our class, and its place from the model. (Llama's files do not say that
+    they are DiffuLLaMA's, so an adapter on them is a causal model's unless the user says so too.)"""
+    from peft import LoraConfig, get_peft_model
+
+    told = CASES.get(name, {})
+    model = rp.load_model(FIXTURES / name, **told)
+    torch.manual_seed(0)
+    adapted: torch.nn.Module = get_peft_model(
+        model.module, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    )
+    adapted.eval().save_pretrained(tmp_path / "adapter")  # type: ignore[operator]
+    again = rp.load_model(tmp_path / "adapter", **told)
+    assert apart(rp.ProbedModel(model, objective="masked").with_module(adapted), again) < 1e-4
+    assert apart(rp.load_model(FIXTURES / name, **told), again) > 1e-2
