@@ -75,9 +75,9 @@ def probe_causal_trace(
             query, the tokens are the true ones: the effect is on the log-probability that this writes the whole target.
         layers, heads: all when None; heads of site "head" only.
 
-    Frame: pair, fact, kind, direction, step and revealed (tokens, with `steps` only), part, layer, head (missing but
-    for site "head"), log_probability (clean), log_probability_corrupted, log_probability_patched, effect (nats), share
-    (fraction), effect_control, share_control; reason, reason_share and reason_control (why each is NaN).
+    Frame: pair, fact, kind, direction, step (from 1) and revealed (tokens; both with `steps` only), part, layer, head
+    (missing but for site "head"), log_probability (clean), log_probability_corrupted, log_probability_patched, effect
+    (nats), share (fraction), effect_control, share_control; reason, reason_share and reason_control (why each is NaN).
     Cost: 3 forward passes per query (and token in chain mode, or step, and those that find the order), and one per
     place, twice with a control; meta["forwards"] counts the sequences that were run.
     Raises: RevprobeError, for an unknown option or one that has no say, a layer or head the model lacks, or queries
@@ -202,7 +202,7 @@ class _Trace:
                     continue
                 for number, step in enumerate(steps[q]):
                     own = tuple(trials[number : number + 1])
-                    entries.append(Entry(*about, own, tuple(trials), number, len(step.target_positions)))
+                    entries.append(Entry(*about, own, tuple(trials), number + 1, len(step.target_positions)))
         return entries
 
     def _trials_of(

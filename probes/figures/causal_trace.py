@@ -123,7 +123,7 @@ def _maps(
 def _titled(figure: go.Figure, reading: Drawable, where: str) -> go.Figure:
     meta = reading.meta
     step = "" if meta.get("step") is None else f", step {int(meta['step']):,}"
-    pairs = f"{reading.frame['pair'].nunique():,} pairs"
+    pairs = f"{reading.frame['pair'].nunique():,} pairs of {reading.frame['fact'].nunique():,} facts"
     undefined = sum(reading.undefined.values())
     what = f"clean state put back into the corrupted query: {SITES.get(meta.get('site', ''), 'state')}{where}, {pairs}"
     what += f", {undefined:,} undefined" if undefined else ""

@@ -351,13 +351,13 @@ def test_the_state_put_back_at_one_step_equals_a_slow_loop(name: str, options: d
         evidence = getattr(pairs[int(other[row["pair"]])], row["direction"]).evidence
         with torch.no_grad():
             steps = writing_by_hand(model, query, counts, rule)
-        assert row["revealed"] == len(steps[row["step"]][1])
+        assert row["revealed"] == len(steps[row["step"] - 1][1])
         corrupted = [priced(model, swapped_in(ids, query, evidence), reads) for ids, reads in steps]
         whole = list(corrupted)
-        ids, reads = steps[row["step"]]
+        ids, reads = steps[row["step"] - 1]
         at = positions_by_hand(query, reads, row["part"])
         shown = ids, swapped_in(ids, query, evidence)
-        whole[row["step"]] = patched_by_hand(model, shown, reads, at, "attention", row["layer"], None)
+        whole[row["step"] - 1] = patched_by_hand(model, shown, reads, at, "attention", row["layer"], None)
         assert row["log_probability_corrupted"] == pytest.approx(sum(corrupted), abs=2e-5)
         assert row["log_probability"] == pytest.approx(sum(priced(model, *step) for step in steps), abs=2e-5)
         assert row["effect"] == pytest.approx(sum(whole) - sum(corrupted), abs=2e-5)
@@ -592,7 +592,7 @@ def test_the_figures_show_the_means() -> None:
         )
         assert shown.z[at[0]][at[1]] == pytest.approx(row["value"])
     by_step = rp.probe_causal_trace(model, pairs, steps=2, control=False).plot()
-    assert len(by_step.data) == 2 and list(by_step.data[0].x) == ["0", "1"]
+    assert len(by_step.data) == 2 and list(by_step.data[0].x) == ["1", "2"]
     heads = rp.probe_causal_trace(model, pairs, site="head")
     assert list(heads.plot(part="evidence", measure="share", theme="dark").data[0].x) == ["0", "1", "2", "3"]
     with pytest.raises(RevprobeError, match="drawn with by 'heads'"):
