@@ -67,7 +67,8 @@ def _curves(reading: Drawable) -> go.Figure:
     for direction, rows in table.groupby("direction", sort=True):
         colour, x = COLOURS[str(direction)], rows["step"].tolist()
         numbers = {name: rows[name].astype(float).tolist() for name in rows if name not in ("direction", "step", "n")}
-        dash = "solid" if direction == "reverse" else "dot"  # ALiBi's two curves lie on one another
+        # ALiBi's two curves lie on one another, so one has rings around the other's points.
+        mark = {"size": 7, "color": colour} if direction == "reverse" else {"size": 12, "symbol": "circle-open"}
         figure.add_trace(band(x, numbers["low"], numbers["high"], colour, showlegend=False))
         null = numbers.get("control", [math.nan] * len(x))
         if "control" in numbers:
@@ -76,9 +77,9 @@ def _curves(reading: Drawable) -> go.Figure:
             figure.add_trace(control.update(name=f"{direction}: another fact's target"))
         words = zip(x, numbers["value"], numbers["low"], numbers["high"], null, rows["n"], strict=True)
         hover = [f"{direction}, step {at}: {interval_text(*found)}, n = {n:,}" for at, *found, n in words]
-        line = {"color": colour, "width": 2, "dash": dash}
+        line = {"color": colour, "width": 2}
         points = go.Scatter(x=x, y=numbers["value"], mode="lines+markers", line=line, hovertext=hover, hoverinfo="text")
-        figure.add_trace(points.update(name=str(direction), marker={"size": 7, "color": colour}))
+        figure.add_trace(points.update(name=str(direction), marker=mark))
     counted = counts_text(table["n"].astype(float))
     figure.update_xaxes(
         title=f"denoising step ({counted} pairs a direction)", dtick=max(1, len(set(table["step"])) // 12)
