@@ -12,11 +12,12 @@ import pandas as pd
 from torch import nn
 
 from ..arguments import checked
+from ..errors import RevprobeError
 from ..models.probed import ProbedModel, as_probed
 from ..models.structure import attention_of
 from .controls import NEIGHBOUR, PARENT, SINK, UNTRAINED, Controls, Parent, Reader
 from .pairs.pairs import ReversalPairs
-from .passes.beside import beside_evidence
+from .passes.beside import LEFT_OUT, beside_evidence
 from .passes.plan import PassResult, Plan, Progress
 from .passes.run import describe, run_pass
 from .passes.selection import chosen_of
@@ -68,7 +69,7 @@ def probe_attention_correlation(
     model = as_probed(model)
     layers = readable_layers(model, layers)
     plan = Plan(attention=True, control=control, batch_size=batch_size, seed=seed, progress=progress)
-    asked = Controls.asked(controls, parent, pairs)
+    asked = Controls.asked(controls, parent)
     reading = attention_reading(model, run_pass(model, pairs, plan), plan, layers)
     reading = asked.beside(reading, attention_controls(model, pairs, plan, asked, layers))
     if not bounds:
@@ -115,15 +116,24 @@ def attention_controls(
         return attention_reading(other, run_pass(other, own, plain), plain, chosen)
 
     @cache
-    def beside() -> dict[str, PassResult]:
+    def passes() -> dict[str, PassResult | None]:
         return beside_evidence(model, pairs, plain)
+
+    def beside(name: str) -> Reading:
+        result = passes()[name]
+        if result is None:
+            raise RevprobeError(f"all {LEFT_OUT[name]}")
+        return attention_reading(model, result, plain, layers)
 
     readers: dict[str, Reader] = {
         UNTRAINED: lambda: read(untrained_twin(model, plan.seed), pairs, layers),
-        NEIGHBOUR: lambda: attention_reading(model, beside()[NEIGHBOUR], plain, layers),
-        SINK: lambda: attention_reading(model, beside()[SINK], plain, layers),
+        NEIGHBOUR: partial(beside, NEIGHBOUR),
+        SINK: partial(beside, SINK),
     }
-    return readers if asked.parent is None else readers | {PARENT: partial(read, *asked.parent)}
+    if asked.parent is None:
+        return readers
+    other, own = asked.parent
+    return readers | {PARENT: partial(read, other, own or pairs)}
 
 
 def readable_layers(model: ProbedModel, layers: Iterable[int] | None) -> list[int] | None:

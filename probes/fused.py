@@ -12,7 +12,7 @@ from ..arguments import checked
 from ..errors import RevprobeError, did_you_mean
 from ..models.probed import ProbedModel, as_probed
 from .attention import attention_controls, attention_reading, readable_layers
-from .controls import Controls, Parent
+from .controls import Controls, Parent, Reader
 from .gradient import chosen_parameters, gradient_controls, gradient_reading
 from .pairs.pairs import ReversalPairs
 from .passes.plan import PassResult, Plan, Progress, Share
@@ -93,15 +93,23 @@ def probe(
         "gradient": gradient_reading,
         "probability": probability_reading,
     }
+    beside = Controls.asked(controls, parent)
     for members, own in lists_read(pairs, wanted):
         attention, gradient, probability = (name in members for name in PROBES)
         plan = replace(asked, attention=attention, gradient=gradient, probability=probability)
         result = run_pass(model, own, plan)
         taken |= {name: makers[name](model, result, plan) for name in members}
-    beside = Controls.asked(controls, parent, pairs)
-    readers = {
-        "attention": lambda: attention_controls(model, pairs, replace(asked, attention=True), beside, layers),
-        "gradient": lambda: gradient_controls(model, pairs, replace(asked, gradient=True), beside),
-    }
-    taken |= {name: beside.beside(taken[name], make()) for name, make in readers.items() if name in taken}
+    for name, readers in control_readers(model, pairs, asked, beside, layers).items():
+        if name in taken:
+            taken[name] = beside.beside(taken[name], readers)
     return Readings(taken[name] for name in PROBES if name in taken)
+
+
+def control_readers(
+    model: ProbedModel, pairs: ReversalPairs, plan: Plan, asked: Controls, layers: Iterable[int] | None = None
+) -> dict[str, dict[str, Reader]]:
+    """Probe -> what takes each of its controls; nothing is run here. A probability has its own control alone."""
+    return {
+        "attention": attention_controls(model, pairs, replace(plan, attention=True), asked, layers),
+        "gradient": gradient_controls(model, pairs, replace(plan, gradient=True), asked),
+    }

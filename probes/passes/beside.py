@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import RevprobeError
 from ...hooks.attention import tap_attention
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
@@ -75,15 +74,16 @@ def beside_evidence(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> dic
             with tap_attention(model.module, *keys, attention, batch.size) as tap:
                 readout(model, batch)
             places = _places(batch, [moved[q] for q in numbers], [seen[q] for q in numbers])
-            for name, result in found.items():
-                if result is not None:
-                    result.without_attention |= dict(tap.attention.without) | tap.missing()
-                    result.left_out |= dict(tap.attention.left_out) | tap.left_out
-                    for layer, call in tap.layers(model.name).items():
-                        score, weight = _over_rows(call.score, batch), _over_rows(call.weight, batch)
-                        cell = places[name][:, None].expand_as(weight) & score.isfinite()
-                        cell = _most_attended(weight, cell) if name == SINK else places[name][:, None].expand_as(weight)
-                        _keep(result, layer, numbers, len(queries), score, weight, cell)
+            for result in (result for result in found.values() if result is not None):
+                result.without_attention |= dict(tap.attention.without) | tap.missing()
+                result.left_out |= dict(tap.attention.left_out) | tap.left_out
+            for layer, call in tap.layers(model.name).items():
+                score, weight = _over_rows(call.score, batch), _over_rows(call.weight, batch)
+                cells = {name: there[:, None].expand_as(weight) for name, there in places.items()}
+                cells[SINK] = _most_attended(weight, cells[SINK] & score.isfinite())
+                for name, result in found.items():
+                    if result is not None:
+                        _keep(result, layer, numbers, len(queries), score, weight, cells[name])
             done += len(numbers)
             if plan.progress is not None:
                 plan.progress(done, len(queries))
@@ -98,10 +98,10 @@ def neighbour_targets(model: ProbedModel, pairs: ReversalPairs) -> ReversalPairs
     """
     queries = prepare_queries(model, pairs.queries)
     others = [_other_target(model, query) for query in queries]
-    count = len(queries)
-    beside = replace(pairs, reverse=pairs.reverse + count)
-    found = _among(beside, [*queries, *(other or q for other, q in zip(others, queries, strict=True))],
-                   [True] * count + [other is not None for other in others])
+    asked = [other or query for other, query in zip(others, queries, strict=True)]
+    # Each query twice: as it is, and asking for the neighbour.
+    both = replace(pairs, queries=(*queries, *asked), reverse=pairs.reverse + len(queries))
+    found = _among(both, both.queries, [True] * len(queries) + [other is not None for other in others])
     return None if found is None else found.take(np.arange(len(found)))
 
 
