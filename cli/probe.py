@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,6 +33,12 @@ def probe(
     ] = None,
     alphabet: Annotated[int, typer.Option(help="letters only: how many letter pairs.")] = 26,
     batch_size: Annotated[int | None, typer.Option(help="Queries per forward pass.")] = None,
+    controls: Annotated[
+        str,
+        typer.Option(help="Beside shuffled facts: untrained, neighbour, sink, parent, separated by commas, or all."),
+    ] = "",
+    parent: Annotated[str | None, typer.Option(help="The parent model, named like the model.")] = None,
+    parent_pairs: Annotated[str | None, typer.Option(help="The parent's pairs; those of --pairs by default.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     load: Load = None,
 ) -> None:
@@ -41,9 +47,10 @@ def probe(
     from ..finetune.training.probe_callback import take_readings
     from ..models.registry import load_model
     from ..probes.fused import require_probes
-    from ..report.summary.terminal import make_console, readings_table
+    from ..report.summary.terminal import controls_table, make_console, readings_table
 
     names = require_probes(name.strip() for name in probes.split(",") if name.strip())
+    against = controls_of(controls, parent, parent_pairs)
     if not names:
         raise RevprobeError("--probes names no probe; expected some of attention, gradient, probability")
     if out is not None:
@@ -54,14 +61,34 @@ def probe(
     probed = load_model(model, **load_options(load, step=step, weights=weights, device=device))
     given = pairs_of(pairs, probed, placements, alphabet)
     asked = {name: given.for_probe(name) for name in names}
+    beside: dict[str, Any] = {"controls": against}
+    if parent is not None:
+        elder = load_model(parent, step=-1, device=device)
+        beside["parent"] = elder, pairs_of(parent_pairs or pairs, elder, placements, alphabet)
     console = make_console()
     with shown_probes(names, console) as listener:
-        readings = take_readings(probed, asked, batch_size=batch_size, listener=listener)
+        readings = take_readings(probed, asked, batch_size=batch_size, listener=listener, **beside)
     console.print(readings_table(readings, f"{probed.name}, {pairs}"))
+    if against:
+        console.print(controls_table(readings, "what the signatures are held against"))
     if out is not None:
         for reading in readings:
             reading.save(out / f"{reading.name}.{reading.meta.get('weights') or 'raw'}.parquet")
         console.print(f"{len(readings)} readings: {out}", soft_wrap=True)
+
+
+def controls_of(names: str, parent: str | None, parent_pairs: str | None) -> tuple[str, ...]:
+    """The controls that `--controls` names. Raises: RevprobeError, for an unknown one, or a parent that does not fit."""
+    from ..probes.controls import PARENT, require_controls
+
+    asked = [name.strip() for name in names.split(",") if name.strip()]
+    if parent is None and (parent_pairs is not None or PARENT in asked):
+        raise RevprobeError(
+            f"--parent-pairs {parent_pairs} without --parent; name the model that they are for"
+            if parent_pairs is not None
+            else f"--controls {names} needs the parent; name it with --parent MODEL"
+        )
+    return require_controls(asked, parent is not None)
 
 
 def require_place(out: Path, ours: Callable[[Path], bool]) -> None:

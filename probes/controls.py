@@ -42,6 +42,24 @@ def _whole(reading: Reading) -> Reading:
     return reading
 
 
+def require_controls(names: Iterable[str], parent: bool) -> tuple[str, ...]:
+    """The controls that are asked for, each once and in their order; "all" without the parent where there is none.
+
+    Raises: RevprobeError, for an unknown name, and for a parent without a model or a model without being asked for.
+    """
+    names = list(names)
+    for name in names:
+        if name not in (*CONTROLS, ALL):
+            raise RevprobeError(f"unknown control {name!r}{did_you_mean(name, [*CONTROLS, ALL])}")
+    if ALL in names:
+        names = [name for name in CONTROLS if name != PARENT or parent]
+    if PARENT in names and not parent:
+        raise RevprobeError("the control 'parent' needs a model: pass parent=model, or parent=(model, its pairs)")
+    if parent and PARENT not in names:
+        raise RevprobeError(f"a parent is given for the controls {names}: add 'parent' to them, or leave it out")
+    return tuple(name for name in CONTROLS if name in names)
+
+
 @dataclass(frozen=True)
 class Controls:
     """Which controls are asked for, and the model and pairs of `parent` (those of the reading when None)."""
@@ -55,19 +73,11 @@ class Controls:
 
         Raises: RevprobeError, for an unknown name, and for a parent without a model or a model without being asked for.
         """
-        names = [controls] if isinstance(controls, str) else list(controls)
-        for name in names:
-            if name not in (*CONTROLS, ALL):
-                raise RevprobeError(f"unknown control {name!r}{did_you_mean(name, [*CONTROLS, ALL])}")
-        if ALL in names:
-            names = [name for name in CONTROLS if name != PARENT or parent is not None]
-        if (PARENT in names) != (parent is not None):
-            fix = "pass parent=model, or (model, its pairs)" if parent is None else "add 'parent' to controls"
-            raise RevprobeError(f"controls={controls!r} with parent={_named(parent)}: {fix}")
+        names = require_controls([controls] if isinstance(controls, str) else controls, parent is not None)
         if parent is None:
-            return cls(tuple(names))
+            return cls(names)
         model, own = parent if isinstance(parent, tuple) else (parent, None)
-        return cls(tuple(names), (as_probed(model), own))
+        return cls(names, (as_probed(model), own))
 
     def beside(self, reading: Reading, readers: Mapping[str, Reader], part: Part = _whole) -> Reading:
         """The reading with a table of its controls in `meta["controls"]`; itself where none was asked for.
@@ -80,10 +90,6 @@ class Controls:
             return reading
         rows = [_row(name, reading, readers[name], part) for name in wanted]
         return replace(reading, meta=reading.meta | {"controls": rows})
-
-
-def _named(parent: Parent | None) -> str:
-    return "None" if parent is None else type(parent[0] if isinstance(parent, tuple) else parent).__name__
 
 
 def _row(name: str, reading: Reading, reader: Reader, part: Part) -> dict[str, Any]:

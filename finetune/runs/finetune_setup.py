@@ -218,6 +218,7 @@ def _add_probes(
         folder / READINGS,
         done=done,
         parameters=config.snapshots.parameters,
+        controls=config.snapshots.held_against,
         log=trainer.log if config.training.report_to != "none" else None,
         **common,
         **wrapping,

@@ -81,9 +81,9 @@ def beside_evidence(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> dic
                 score, weight = _over_rows(call.score, batch), _over_rows(call.weight, batch)
                 cells = {name: there[:, None].expand_as(weight) for name, there in places.items()}
                 cells[SINK] = _most_attended(weight, cells[SINK] & score.isfinite())
-                for name, result in found.items():
-                    if result is not None:
-                        _keep(result, layer, numbers, len(queries), score, weight, cells[name])
+                for name, kept in found.items():
+                    if kept is not None:
+                        _keep(kept, layer, numbers, len(queries), score, weight, cells[name])
             done += len(numbers)
             if plan.progress is not None:
                 plan.progress(done, len(queries))

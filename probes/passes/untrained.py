@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import RevprobeError
@@ -93,8 +93,8 @@ def _dress(fresh: nn.Module, like: nn.Module, model: ProbedModel) -> None:
             f"{model.name} cannot be made anew from its configuration: parameter {other[0]!r} is of another shape, or "
             "in one of the two alone; probe an untrained model that you make yourself, and compare"
         )
-    own |= {_WRAPPED.sub("", name): b for name, b in like.named_buffers()}
+    kept: dict[str, Tensor] = {**own, **{_WRAPPED.sub("", name): b for name, b in like.named_buffers()}}
     for name, tensor in [*made.items(), *fresh.named_buffers()]:
-        there = own.get(name, tensor)
+        there = kept.get(name, tensor)
         dtype = there.dtype if there.is_floating_point() else model.dtype
         tensor.data = tensor.data.to(model.device, dtype if tensor.is_floating_point() else tensor.dtype)

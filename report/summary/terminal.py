@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ...probes.figures.theme import interval_text
 from ...probes.readings.readings import Readings
+from .controls import reading_controls
 from .tables import MEASURES, final_table
 
 # Where output is no terminal (a log), lines may be long: a table folded to 80 columns is unreadable.
@@ -40,6 +41,11 @@ def readings_table(readings: Readings, title: str) -> Table:
         shown["caution"] = row["caution"] or "-"
         rows.append(shown | {"weights": row["weights"] or "-", "kind": row["kind"].replace("_", " ")})
     return text_table(pd.DataFrame(rows), title)
+
+
+def controls_table(readings: Readings, title: str) -> Table:
+    """One row per control of the readings that were asked for some, with the paired difference to each."""
+    return text_table(reading_controls(readings), title)
 
 
 def read_summary(folder: Path) -> pd.DataFrame:
