@@ -36,6 +36,11 @@ from .probes.block_sweep import block_sweep as block_sweep
 from .probes.compare_models import compare_models as compare_models
 from .probes.decoding.decode import decode as decode
 from .probes.decoding.exact_match import decoded_match as decoded_match
+from .probes.deep.causal_trace import probe_causal_trace as probe_causal_trace
+from .probes.deep.denoising import trace_denoising as trace_denoising
+from .probes.deep.logit_lens import probe_logit_lens as probe_logit_lens
+from .probes.deep.rank_heads import rank_heads as rank_heads
+from .probes.deep.stored_once import probe_stored_once as probe_stored_once
 from .probes.diagnose import diagnose as diagnose
 from .probes.edits import edit_attention as edit_attention
 from .probes.figures.plot import save_figure as save_figure

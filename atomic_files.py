@@ -75,7 +75,8 @@ def folder_written_whole(folder: str | Path, ours: Callable[[Path], bool]) -> It
 def require_replaceable(folder: Path, ours: Callable[[Path], bool]) -> None:
     """Raises: RevprobeError, when a folder that is to be written holds what nobody asked to lose, or is a file."""
     if folder.is_dir():
-        others = sorted(entry.name for entry in folder.iterdir() if not (ours(entry) or entry.name.startswith(".")))
+        litter = lambda entry: entry.is_file() and entry.name.startswith(".")  # noqa: E731  # .DS_Store, .nfs0001
+        others = sorted(entry.name for entry in folder.iterdir() if not (ours(entry) or litter(entry)))
         if others:
             raise RevprobeError(
                 f"{str(folder)!r} holds {others[0]!r}, which would be lost when it is replaced; choose another folder"

@@ -74,8 +74,11 @@ def first_line(error: BaseException, *, with_type: bool = True) -> str:
 
     >>> first_line(KeyError("no such key"))
     "KeyError: 'no such key'"
+    >>> first_line(ValueError("these are wrong:\\n  the first\\n  the second"), with_type=False)
+    'these are wrong: the first'
     """
     text, name = str(error).strip().splitlines(), type(error).__name__
     if not text:
         return name
-    return f"{name}: {text[0]}" if with_type else text[0]
+    said = f"{text[0]} {text[1].strip()}" if text[0].endswith(":") and len(text) > 1 else text[0]
+    return f"{name}: {said}" if with_type else said

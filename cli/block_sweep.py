@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import RevprobeError
+from .loading import Load, load_options
 
 
 def block_sweep(
@@ -20,15 +21,9 @@ def block_sweep(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the readings, the numbers and their figure.")
     ] = None,
-    block_size: Annotated[
-        int | None, typer.Option(help="The block size the model was trained with, where its files do not say.")
-    ] = None,
-    bidirectional: Annotated[bool, typer.Option(help="It sees the whole text, where its files do not say.")] = False,
-    mask_token_id: Annotated[
-        int | None, typer.Option(help="The id of the mask token, where the files do not say.")
-    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Queries per forward pass.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    load: Load = None,
 ) -> None:
     """Read one set of pairs from token by token to the whole text at once, and draw the curve over block sizes."""
     asked = _sizes(sizes)
@@ -44,9 +39,7 @@ def block_sweep(
     only = require_probes(name.strip() for name in probes.split(",") if name.strip())
     if out is not None:
         require_place(out, of_a_sweep)
-    probed = load_model(
-        model, device=device, mask_token_id=mask_token_id, block_size=block_size, bidirectional=bidirectional
-    )
+    probed = load_model(model, **load_options(load, device=device))
     console = make_console()
     with shown_probes(["queries"], console) as listener:
         found = sweep(
@@ -57,7 +50,7 @@ def block_sweep(
             batch_size=batch_size,
             progress=None if listener is None else lambda _, done, total: listener("queries", done, total),
         )
-    console.print(text_table(found.table(), f"{probed.name}, {pairs}"))
+    console.print(text_table(found.table(), f"{probed.name} (loaded as {probed.reads}), {pairs}"))
     if out is not None:
         found.save(out)
         found.frame.to_csv(out / "block_sweep.csv", index=False)

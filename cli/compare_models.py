@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import RevprobeError, did_you_mean
+from .loading import options_by_model
 from .probe import pairs_of, require_place
 
 
@@ -27,16 +28,24 @@ def compare_models(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Queries per forward pass.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    load: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--load",
+            help="An option of load_model, NAME:OPTION=VALUE for one model, such as child:block_size=32, or "
+            "OPTION=VALUE for all; repeatable.",
+        ),
+    ] = None,
 ) -> None:
     """Take the same readings of two or more models, and show by how much they differ on the facts that they share."""
     named = _named(models)
-    sources = _pairs_by_model(pairs, named)
+    sources, loading = _pairs_by_model(pairs, named), options_by_model(load, named, device=device)
     from ..finetune.runs.progress import shown_probes
     from ..probes.compare_models import compare_models as compare
     from ..probes.figures.plot import save_figure
     from ..probes.fused import require_probes
     from ..probes.readings.model_comparison import of_a_comparison
-    from ..report.summary.terminal import make_console, text_table
+    from ..report.summary.terminal import make_console, read_as, text_table
 
     only = require_probes(name.strip() for name in probes.split(",") if name.strip())
     if out is not None:
@@ -44,9 +53,9 @@ def compare_models(
     asked = {name: partial(pairs_of, source) for name, source in sources.items()}
     console = make_console()
     with shown_probes(list(named), console) as listener:
-        found = compare(named, asked, only=only, batch_size=batch_size, device=device, progress=listener)
+        found = compare(named, asked, only=only, batch_size=batch_size, load=loading, progress=listener)
     table = found.table()
-    title = ", ".join(f"{name}: {model}" for name, model in named.items())
+    title = ", ".join(f"{name}: {model} ({read_as(found.readings[name])})" for name, model in named.items())
     console.print(text_table(table.drop(columns="note"), title))
     for (model, note), part in table[table["note"] != "-"].groupby(["model", "note"], sort=False):
         console.print(f"{model}, {', '.join(dict.fromkeys(part['measure']))}: {note}", soft_wrap=True)

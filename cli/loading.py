@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import RevprobeError
+from ..errors import RevprobeError, did_you_mean
 
 Load = Annotated[
     list[str] | None,
@@ -16,8 +16,12 @@ Load = Annotated[
 ]
 
 
+# As messages and Python write them; JSON has them in small letters.
+_PYTHON = {"True": True, "False": False, "None": None}
+
+
 def named_values(given: Iterable[str] | None, option: str, such_as: str) -> dict[str, Any]:
-    """`--load block_size=32` as keywords: numbers, true, false and lists as JSON, anything else as the text it is.
+    """`--load block_size=32` as keywords: numbers, lists, true and True as what they are, anything else as text.
 
     Raises: RevprobeError, for what is no NAME=VALUE.
     """
@@ -27,7 +31,7 @@ def named_values(given: Iterable[str] | None, option: str, such_as: str) -> dict
         if not equals or not name.isidentifier():
             raise RevprobeError(f"{option} {text!r}: expected NAME=VALUE, such as {such_as}")
         try:
-            values[name] = json.loads(value)
+            values[name] = _PYTHON[value] if value in _PYTHON else json.loads(value)
         except ValueError:
             values[name] = value
     return values
@@ -43,3 +47,19 @@ def load_options(given: Iterable[str] | None, **own: Any) -> dict[str, Any]:
         if name in own:
             raise RevprobeError(f"--load {name}=...: this command has --{name} of its own; use that")
     return own | values
+
+
+def options_by_model(given: Iterable[str] | None, models: Iterable[str], **own: Any) -> dict[str, dict[str, Any]]:
+    """`--load OPTION=VALUE` for all of several models, `--load NAME:OPTION=VALUE` for one of them.
+
+    Raises: RevprobeError, for a name that no model has, and as `load_options`.
+    """
+    by_model: dict[str, list[str]] = {name: [] for name in models}
+    for text in given or ():
+        left, equals, value = text.partition("=")
+        name, colon, option = left.rpartition(":")
+        if colon and name not in by_model:
+            raise RevprobeError(f"--load {text!r}: {name!r} is none of the models{did_you_mean(name, by_model)}")
+        for options in [by_model[name]] if colon else by_model.values():
+            options.append(f"{option}{equals}{value}")
+    return {name: load_options(options, **own) for name, options in by_model.items()}

@@ -119,7 +119,7 @@ app.command(
 app.command(
     epilog="Examples: [bold]revprobe compare-models parent=Qwen/Qwen2.5-7B child=Dream-org/Dream-v0-Base-7B "
     "--pairs pairs.jsonl[/bold], [bold]revprobe compare-models a=FOLDER b=FOLDER --pairs a=a.jsonl --pairs b=b.jsonl "
-    "--out compared[/bold]"
+    "--load b.bidirectional=true --out compared[/bold]"
 )(compare_models)
 app.command(
     epilog="Examples: [bold]revprobe sweep one-layer-quick --jobs 2[/bold], "

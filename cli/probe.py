@@ -47,7 +47,7 @@ def probe(
     from ..finetune.training.probe_callback import take_readings
     from ..models.registry import load_model
     from ..probes.fused import require_probes
-    from ..report.summary.terminal import controls_table, make_console, readings_table
+    from ..report.summary.terminal import controls_table, make_console, read_as, readings_table
 
     names = require_probes(name.strip() for name in probes.split(",") if name.strip())
     against = controls_of(controls, parent, parent_pairs)
@@ -68,7 +68,7 @@ def probe(
     console = make_console()
     with shown_probes(names, console) as listener:
         readings = take_readings(probed, asked, batch_size=batch_size, listener=listener, **beside)
-    console.print(readings_table(readings, f"{probed.name}, {pairs}"))
+    console.print(readings_table(readings, f"{probed.name} ({read_as(readings)}), {pairs}"))
     if against:
         console.print(controls_table(readings, "what the signatures are held against"))
     if out is not None:
@@ -78,7 +78,7 @@ def probe(
 
 
 def controls_of(names: str, parent: str | None, parent_pairs: str | None) -> tuple[str, ...]:
-    """The controls that `--controls` names. Raises: RevprobeError, for an unknown one, or a parent that does not fit."""
+    """What `--controls` names. Raises: RevprobeError, for an unknown control, or a parent that does not fit."""
     from ..probes.controls import PARENT, require_controls
 
     asked = [name.strip() for name in names.split(",") if name.strip()]

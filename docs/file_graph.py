@@ -36,6 +36,7 @@ ROOMS = (
     "hooks",
     "models/contract",
     "models/bases",
+    "models/canvas",
     "models/families",
     "models",
     "probes/pairs",

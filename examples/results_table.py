@@ -17,14 +17,17 @@ import pandas as pd
 from revprobe.atomic_files import write_text
 from revprobe.probes.figures.theme import interval_text
 from revprobe.report.paper.evidence_figures import pressure_figure, reverse_figure
-from revprobe.report.paper.evidence_markdown import (
-    ABOUT_PRESSURE,
-    evidence_sections,
-    pressure_table,
-    published_sections,
-)
+from revprobe.report.paper.evidence_markdown import evidence_sections, published_sections
 from revprobe.report.paper.evidence_sentences import Told
 from revprobe.report.paper.markdown import markdown_table, of_seeds, one_layer_markdown, spread_markdown
+from revprobe.report.paper.pressure_markdown import (
+    ABOUT_FORETELLING,
+    ABOUT_PRESSURE,
+    ABOUT_STORED,
+    foretelling_table,
+    pressure_table,
+    stored_table,
+)
 from revprobe.report.paper.reproduce import NOT_RUN, OUTSIDE, compare
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -32,6 +35,11 @@ SEEDS = 3
 # Their tables' names; where they come from; the figures; and the marks around README's lines.
 SWEEPS, EVIDENCE = ("negative_evidence", "one_layer_published"), "negative_evidence.json"
 OVER_TRAINING, PRESSURE = "reverse_over_training.svg", "pressure_by_class.svg"
+PRESSURE_TABLES = {
+    "pressure": ("Pressure of the training terms", ABOUT_PRESSURE, pressure_table),
+    "foretelling": ("Does pressure foretell where the reverse answer goes?", ABOUT_FORETELLING, foretelling_table),
+    "storage": ("What is stored for the answer and for the placeholder", ABOUT_STORED, stored_table),
+}
 FIGURES = {
     OVER_TRAINING: "Reverse accuracy and letters-only accuracy over training, by dial and encoding, and after switches",
     PRESSURE: "What presses on the reverse answer over training, by class of training terms",
@@ -95,9 +103,9 @@ def readme(folder: Path) -> str:
         sections |= evidence_sections(told.runs, told.answers)
     if told.published_runs is not None and told.published_answers is not None:
         sections |= published_sections(told.published_runs, told.published_answers, told.runs)
-    pressure = _table(folder, f"{SWEEPS[0]}_pressure")
-    if pressure is not None:
-        sections["Pressure of the training terms"] = f"{ABOUT_PRESSURE}\n\n{pressure_table(pressure)}"
+    for name, (title, about, table) in PRESSURE_TABLES.items():
+        if (found := _table(folder, f"{SWEEPS[0]}_{name}")) is not None:
+            sections[title] = f"{about}\n\n{table(found)}"
     parts += [f"## {title}\n\n{text}" for title, text in sections.items()]
     parts.append(BESIDE_OTHERS)
     if (folder / EVIDENCE).is_file():

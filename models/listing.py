@@ -27,7 +27,7 @@ _BUILT_IN: dict[str, tuple[str, str, int | None, str]] = {
         "a folder or hub name with safetensors weights and a mask token",
     ),
 }
-_COLUMNS = ("name", "objective", "attention", "shift", "about", "tokenizer", "licence", "parity", "published")
+_COLUMNS = ("name", "objective", "attention", "shift", "noise", "about", "tokenizer", "licence", "parity", "published")
 
 
 @checked
@@ -36,7 +36,8 @@ def list_models() -> pd.DataFrame:
 
     Columns: name; objective; attention ("full": every token sees every other; "block": finished blocks and its own;
     "either": the files do not say which of the two; "causal"); shift (1: row i - 1 predicts token i; 0: row i does);
-    about. Of families also: tokenizer ("its own", or the public one it uses); licence, of code and weights; parity, the
+    noise ("mask": a token is hidden by the mask token; "uniform": by a random one; empty for causal models); about. Of
+    families also: tokenizer ("its own", or the public one it uses); licence, of code and weights; parity, the
     largest difference of logits and scores to the published code's on a tiny checkpoint in float32; published, names on
     the hub. Their real files were not at hand: see docs/models.md.
     """
@@ -46,6 +47,7 @@ def list_models() -> pd.DataFrame:
             family.objective,
             family.attention,
             family.logit_shift,
+            family.noise if family.objective == "masked" else "",
             family.about,
             family.tokenizer or "its own",
             family.licence,
@@ -54,10 +56,13 @@ def list_models() -> pd.DataFrame:
         )
         for family in FAMILIES
     ]
-    rows += [(name, *what, "", "", None, "") for name, what in _BUILT_IN.items()]
+    rows += [
+        (name, *what, "mask" if what[0] == "masked" else "", about, "", "", None, "")
+        for name, (*what, about) in _BUILT_IN.items()
+    ]
     for name, loader in registered().items():
         about = (loader.__doc__ or "registered by the user").splitlines()[0]
-        rows.append((name, "", "", None, about, "", "", None, ""))
+        rows.append((name, "", "", None, "", about, "", "", None, ""))
     return pd.DataFrame(rows, columns=list(_COLUMNS)).astype({"shift": "Int64"})
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import RevprobeError, nearest
 from .checkpoints import EMA, checkpoint_folder, has_checkpoints, step_of
+from .families.files import name_in_cache
 
 
 def place_of(source: str | Path, step: int, weights: str | None) -> tuple[str | Path, str, int | None, str | None]:
@@ -20,7 +21,7 @@ def place_of(source: str | Path, step: int, weights: str | None) -> tuple[str | 
         at_step = step_of(checkpoint)
         if at_step is None:
             _require_no_choice(name, step, weights)
-            return path, path.name, None, None
+            return path, name_in_cache(path) or path.name, None, None
         # Inside a run its step and weights are read off the path.
         which = "ema" if path.name == EMA else "raw"
         if weights not in (None, which):
@@ -30,7 +31,7 @@ def place_of(source: str | Path, step: int, weights: str | None) -> tuple[str | 
         return path, checkpoint.parent.parent.name, at_step, which
     if path.is_file():
         _require_no_choice(name, step, weights)
-        return path.resolve(), path.stem, None, None
+        return path.absolute(), path.stem, None, None  # a link of the hub's cache leads to a file without a suffix
     # A model on the hub is `name` or `owner/name`, and there is no folder called `owner` here.
     is_path = isinstance(source, Path) or path.is_absolute() or name.startswith(".") or name.count("/") > 1
     if is_path or ("/" in name and path.parent.is_dir()):

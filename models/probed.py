@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -148,8 +149,22 @@ class ProbedModel(CalledModule):
             self._check_direction()
         return self
 
+    def wants_begin(self, token_ids: Sequence[int], canvas_start: int = 1) -> bool:
+        """Whether a query of a model with a canvas lacks the begin token that is its prompt."""
+        return self.canvas_length is not None and canvas_start == 1 and token_ids[0] != self.begin_token_id
+
+    def require_mask_token(self, what: str) -> None:
+        """Raises: RevprobeError, for a model of random tokens, of which `what` would take one sight of them for all."""
+        if self.canvas_length is not None:
+            raise RevprobeError(
+                f"{self.name} hides tokens behind random ones, and {what} needs a mask token; such a model is read by "
+                "the three probes (rp.probe), as means over draws of its random tokens"
+            )
+
     def hide(self, token_ids: Tensor, is_target: Tensor) -> Tensor:
         """The sequence as the model may see it: targets masked; unchanged for a causal model, which reads before them.
+
+        A model of random tokens sees those of its first draw; the others have the ids that follow.
 
         Shapes: `batch seq, batch seq (bool) -> batch seq`.
         """
@@ -243,9 +258,11 @@ class ProbedModel(CalledModule):
 
     @property
     def reads(self) -> str:
-        """Which way a masked model was read: in both directions, or in blocks; empty for a causal one."""
+        """Which way a masked model was read: in both directions, in blocks, on a canvas; empty for a causal one."""
         if self.objective == "causal":
             return ""
+        if self.canvas_length is not None:
+            return f"canvas of {self.canvas_length} tokens behind a prompt, {self.draws} draws of random tokens"
         if self.block_size is None:
             return "bidirectional"
         finished = ", causal where finished" if introspect.finished_blocks(self.module) == "causal" else ""

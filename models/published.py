@@ -13,13 +13,13 @@ from transformers import PreTrainedConfig
 
 from ..errors import RevprobeError, first_line
 from .bases.configs import RaddConfig
+from .bases.configs import published_radd as radd_config
 from .families.a2d import A2D_QWEN2, A2D_QWEN3
 from .families.dream import DREAM
 from .families.family import Family
 from .families.known import read_config
 from .families.llada import LLADA
 from .families.nemotron import NEMOTRON
-from .families.radd import config_of as radd_config
 from .families.sdar import SDAR
 from .hub import hub_options
 

@@ -166,7 +166,7 @@ def _from_files(
     rows = CalledModule(module).vocab_size
     require_rows(own, rows, name, added=tokenizer is not None or published is not None)
     mask = introspect.mask_token(given["mask_token_id"], own, module, rows, name)
-    _write_down(module.config, given | {"mask_token_id": mask})
+    _write_down(module.config, given | {"mask_token_id": mask if introspect.hidden_by_noise(module) is None else None})
     probed = ProbedModel(module, own, objective=objective, **given)
     probed.tokenizer_source = None if published is None else published.family.tokenizer_source
     return probed
@@ -205,11 +205,17 @@ def _whole(block_size: int | str | None) -> str:
 
 
 def _write_down(config: PreTrainedConfig, given: dict[str, Any]) -> None:
-    """Keep in a family's config what its files do not say, so that what is saved of the model says it."""
-    if family_of_config(config) is not None:
-        for key in ("mask_token_id", "block_size"):
-            if given[key] is not None and getattr(config, key, 0) is None:
-                setattr(config, key, given[key])
+    """Keep in a family's config how its files were asked to be read, so that what is saved of the model says it.
+
+    Blocks only of a family that may write in them: of others they are a way to read it, and nothing of the model's.
+    """
+    family = family_of_config(config)
+    if family is None:
+        return
+    if given["mask_token_id"] is not None and getattr(config, "mask_token_id", None) is None:
+        config.mask_token_id = given["mask_token_id"]
+    if given["block_size"] is not None and family.attention in ("block", "either"):
+        config.block_size = given["block_size"]
 
 
 def _require_choices(dtype: torch.dtype | str | None, objective: str | None) -> None:
@@ -275,13 +281,13 @@ def _read_config(
         raise
     except Exception as error:
         known = sorted([*_LOADERS, "gpt2"])
-        hint = (
-            ""
-            if isinstance(folder, Path)
-            else f"; registered models: {', '.join(known)}{did_you_mean(name, known) if _LOADERS else ''}; of a "
-            "repository of single files (SMDM's) download one and give its path"
-        )
-        raise RevprobeError(f"cannot read the config of {name!r}: {first_line(error)}{hint}") from error
+        where, hint = "", ""
+        if not isinstance(folder, Path):
+            where = f", which is no folder here and no registered model ({', '.join(known)})"
+            hint = did_you_mean(name, known) if _LOADERS else "; check the name or the path"
+            hint += "; of a repository of single files (SMDM's) download one and give its path"
+        why = first_line(error).rstrip(".")
+        raise RevprobeError(f"cannot read the config of {name!r}{where}: {why}{hint}") from error
 
 
 def _stands_alone(path: Path) -> bool:

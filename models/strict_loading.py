@@ -49,8 +49,9 @@ def load_weights(
             official = published.family.official_name
     with without_report():
         module, info = kind.from_pretrained(source, **options)
-    if Path(folder).is_file():  # transformers was given tensors; a saved adapter says where its base is
-        module.name_or_path = module.config._name_or_path = str(folder)
+    if source is None and published is not None:  # transformers was given tensors; an adapter says where its base is
+        by_name = published.files.place if isinstance(published.files.place, str) else folder
+        module.name_or_path = module.config._name_or_path = str(by_name)
     # Published checkpoints of transformers' own classes may carry another task's head.
     require_match(info, folder, strict=not type(module).__module__.startswith("transformers."), official=official)
     return module.eval()

@@ -183,7 +183,8 @@ def _surveyed(model: Runs, virtual: tuple[int, int]) -> Attention:
     first, second, token = _short_sequences(model)
     numbers = layer_numbers_of(model)
     found = survey_attention(model.module, model.logits, (first, second), token, layer_of=numbers, virtual=virtual)
-    return replace(found, without=_silent(model.module, found, numbers))
+    stated = dict(getattr(model.module, "not_read", {}))
+    return replace(found, without=_silent(model.module, found, numbers), left_out=stated | dict(found.left_out))
 
 
 def _silent(module: nn.Module, attention: Attention, numbers: LayerNumbers) -> dict[int, str]:

@@ -96,12 +96,17 @@ def _has_library(tokenizer_class: str) -> bool:
 
 @contextmanager
 def _types_left_alone() -> Iterator[None]:
-    """Without transformers' remark that a family's `model_type` is not its own: no model is built from it here."""
+    """Without transformers' remarks on config.json: no model is built from it here.
+
+    They say that a family's `model_type` is not its own, and that a key of published files has a newer name.
+    """
     of_configs = logging.getLogger("transformers.configuration_utils")
     level = of_configs.level
     of_configs.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`rope_scaling` is deprecated", FutureWarning)
+            yield
     finally:
         of_configs.setLevel(level)
 

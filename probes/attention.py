@@ -22,6 +22,7 @@ from .passes.plan import PassResult, Plan, Progress
 from .passes.run import describe, run_pass
 from .passes.selection import chosen_of
 from .passes.untrained import untrained_twin
+from .readings.draw_error import with_draw_error
 from .readings.reading import Reading
 from .statistics.estimators import LATER_BLOCK
 
@@ -55,7 +56,8 @@ def probe_attention_correlation(
     weight. A layer without softmax attention (linear attention, state space), or whose attention
     cannot be read, has NaN rows, as many heads of them as the widest layer that has some; `meta["left_out"]` gives the
     reason for each module whose attention is not read (cross attention, pooled, in blocks). A layer is a numbered
-    module of the model; one that computes its heads in several calls has them in the order of the calls.
+    module of the model; one that computes its heads in several calls has them in the order of the calls. Of a model
+    that hides tokens behind random ones, scores and weights are means over draws of these (`reading.draw_error`).
     Args:
         bounds: also work out the theory's lower bound for each pair and head from its queries (see `with_bounds`), for
             `plot(kind="bounds")`; one more pass over the queries.
@@ -103,7 +105,7 @@ def attention_reading(
     frame = pd.concat(parts, ignore_index=True) if parts else base.iloc[:0]
     reading = Reading("attention_correlation", frame, describe(model, result, plan))
     reading.meta["statistic"] = reading.measured.statistic
-    return reading
+    return with_draw_error(reading, [attention_reading(model, one, plan, layers) for one in result.without])
 
 
 def attention_controls(

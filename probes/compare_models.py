@@ -9,7 +9,7 @@ Tokenizers differ, so each model has pairs of its own; what joins them is the la
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import nn
 from ..arguments import checked, fitted
 from ..errors import RevprobeError, did_you_mean
 from ..models.peft_adapters import own_parameters
-from ..models.probed import ProbedModel, as_probed
+from ..models.probed import ProbedModel
 from ..models.registry import load_model
 from .fused import PROBES, probe, require_probes
 from .pairs.display import shown_query
@@ -45,6 +45,7 @@ def compare_models(
     control: bool = True,
     seed: int = 0,
     device: torch.device | str | int | None = None,
+    load: Mapping[str, Mapping[str, Any]] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> ModelComparison:
     """Take the same readings of two or more models, and their differences over the facts that two models share.
@@ -57,30 +58,36 @@ def compare_models(
             causal model's are swapped, so ask a masked one the same with `relation.pairs(..., kind="swapped")`.
         only, mode, batch_size, control, seed: as in `probe`; the seed is also that of the draws behind the intervals.
             Gradients are of each model's own parameters; those of an adapter on it are left out.
-        device: where models that are named are loaded.
+        device: where models that are loaded here are put.
+        load: name -> options of `load_model` beside the device, for what a model's files do not say:
+            `{"diffusion child": {"block_size": 32, "mask_token_id": 151669}}`.
         progress: called with the model's name, queries done and queries in all.
-    Raises: RevprobeError, for fewer than two models, pairs that are not those of the models, and whatever loading and
-        the probes raise, with the model's name before it.
+    Raises: RevprobeError, for fewer than two models, pairs or options that are not those of the models, and whatever
+        loading and the probes raise, with the model's name before it.
     """
     require_names(models)
     if only is not None and not require_probes(only):
         raise RevprobeError(f"no probe was named; expected some of {', '.join(PROBES)}")
-    asked = _pairs_by_model(models, pairs)
+    asked, loading = _pairs_by_model(models, pairs), load or {}
+    _require_models(loading, models, "options")
     options: dict[str, Any] = {"only": only, "mode": mode, "batch_size": batch_size, "control": control, "seed": seed}
     readings: dict[str, Readings] = {}
     told: dict[str, Asked] = {}
     for name, model in models.items():
         options["progress"] = None if progress is None else partial(progress, name)
         try:
-            readings[name], told[name] = _read(model, asked[name], device, options)
+            own = {"device": device} | dict(loading.get(name, {}))
+            readings[name], told[name] = _read(model, asked[name], own, options)
         except RevprobeError as error:
             raise RevprobeError(f"{name}: {error}") from error
     return ModelComparison(readings, told, seed)
 
 
-def _read(model: Model, pairs: PairsOf, device: Any, options: dict[str, Any]) -> tuple[Readings, Asked]:
+def _read(model: Model, pairs: PairsOf, loading: dict[str, Any], options: dict[str, Any]) -> tuple[Readings, Asked]:
     """One model's readings and what it was asked. A model that was loaded here is gone when this returns."""
-    probed = load_model(model, device=device) if isinstance(model, str | Path) else as_probed(model)
+    if not isinstance(model, str | Path):
+        loading = {key: value for key, value in loading.items() if key != "device"}  # it stays where it is
+    probed = load_model(model, **loading)
     own = fitted("pairs", pairs(probed) if callable(pairs) else pairs, ReversalPairs)
     longest = max(len(query.target) for one in (own, *own.by_probe.values()) for query in one.queries)
     readings = probe(probed, own, parameters=own_parameters(probed.module), **options)
@@ -91,13 +98,18 @@ def _pairs_by_model(models: Mapping[str, Model], pairs: PairsOf | Mapping[str, P
     """The pairs of each model. Raises: RevprobeError, for names that are not those of the models."""
     if not isinstance(pairs, Mapping):
         return dict.fromkeys(models, pairs)
-    for name in pairs:
-        if name not in models:
-            raise RevprobeError(f"pairs of {name!r}, but no model is called so{did_you_mean(str(name), models)}")
+    _require_models(pairs, models, "pairs")
     for name in models:
         if name not in pairs:
             raise RevprobeError(f"no pairs of {name!r}: name some for each of {', '.join(map(str, models))}")
     return pairs
+
+
+def _require_models(named: Iterable[str], models: Mapping[str, Model], what: str) -> None:
+    """Raises: RevprobeError, for a name that no model has."""
+    for name in named:
+        if name not in models:
+            raise RevprobeError(f"{what} of {name!r}, but no model is called so{did_you_mean(str(name), models)}")
 
 
 def fact_words(pairs: ReversalPairs) -> dict[str, str]:

@@ -34,7 +34,8 @@ from .attention import probe_attention_correlation
 from .gradient import probe_gradient_cosine
 from .pairs.pairs import ReversalPairs
 from .pairs.query import Query, ReversalPair
-from .passes.batches import make_batch
+from .passes.batches import QueryBatch, make_batch, prepare_queries
+from .passes.draws import mean_likelihood
 from .passes.likelihood import mean_nll, readout
 from .probability import probe_reverse_probability
 from .readings.reading import Reading
@@ -117,6 +118,7 @@ _NONE = dict.fromkeys(("attention", "gradient", "probability"), False)
 def some_pairs(model: ProbedModel) -> ReversalPairs:
     """A few pairs of ordinary tokens in both orders, of the kind that fits the model."""
     length = min(_LENGTH, model.max_length or _LENGTH)
+    length -= int(model.canvas_length is not None and length < _LENGTH)  # a begin token goes before them
     if length < 4:
         raise RevprobeError(f"{model.name} takes {length} tokens; a pair needs 4")
     ids = [i for i in ordinary_ids(model, 2 * _LENGTH) if i != model.mask_token_id]
@@ -180,6 +182,7 @@ class _Examination:
     def _wrapping(self) -> Iterator[Line]:
         model, contract, size = self.model, self.contract, self.contract.measured
         hidden = f"hidden by token {model.mask_token_id}" if model.objective == "masked" else "hidden by causality"
+        hidden = hidden if model.canvas_length is None else "hidden by random tokens"
         reads = f"{model.objective}, targets {hidden}, read at row i - {model.logit_shift}"
         yield Line("objective", OK, size.get("later tokens", float("nan")), f"{reads}; how far a later token moves it")
         yield Line("reads", OK, float("nan"), _way(model))
@@ -225,7 +228,7 @@ class _Examination:
     def _probability(self) -> Iterator[Line]:
         frame = probe_reverse_probability(self.model, self.pairs, control=False).frame
         places = frame[["pair", "direction"]].to_numpy().tolist()
-        alone = [-self._loss(getattr(self.pairs[pair], direction)).item() for pair, direction in places]
+        alone = [self._log_probability(getattr(self.pairs[pair], direction)) for pair, direction in places]
         apart = float(np.abs(frame["log_probability"] - alone).max())
         yield self._judged("probability", apart, "log-probability of a target in a batch and by a run of its own, nats")
 
@@ -314,7 +317,7 @@ class _Examination:
         if held > _SHARE * _free(self.model.device):
             yield Line(check, NOT_RUN, float("nan"), f"another copy of the weights takes {held / 1e9:.1f} GB")
             return
-        batch = make_batch(self.model, [self.pairs[0].forward])
+        batch = self._batch(self.pairs[0].forward)
         try:
             other = self.model.with_module(copy.deepcopy(self.model.module).to(kind).eval())
             with torch.no_grad():
@@ -327,14 +330,28 @@ class _Examination:
         yield Line(check, MEASURED, moved, "how far the logits move: rounding of the narrower type")
 
     def _loss(self, query: Query) -> Tensor:
-        """Mean negative log-likelihood of a query by a run of its own, nats."""
-        batch = make_batch(self.model, [query])
-        return mean_nll(readout(self.model, batch), batch)[0]
+        """Mean negative log-likelihood of a query by a run of its own, nats; over draws of random tokens as well."""
+        batch = self._batch(query)
+        return mean_nll(readout(self.model, batch), batch).mean()
+
+    def _log_probability(self, query: Query) -> float:
+        """Of its one target token, by a run of its own, nats."""
+        batch = self._batch(query)
+        with torch.no_grad():
+            mean = mean_likelihood(readout(self.model, batch), batch.draws, range(batch.draws))
+        return -float(mean_nll(mean, batch.row(0)))
+
+    def _batch(self, query: Query) -> QueryBatch:
+        return make_batch(self.model, prepare_queries(self.model, [query]), in_draws=True)
 
 
 def _way(model: ProbedModel) -> str:
     """Which way it reads, in words; of a causal model also whether its files could have been read the other way."""
     if model.objective == "masked":
+        if model.canvas_length is not None:
+            return (
+                f"{model.reads}: a token of the canvas sees all of it and the prompt, which is read from left to right"
+            )
         whole = model.block_size is None
         return f"{model.reads}: a token sees {'every other' if whole else 'finished blocks and its own'}"
     of_type = config_value(model.module, "model_type")

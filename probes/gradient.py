@@ -24,6 +24,7 @@ from .passes.plan import PassResult, Plan, Progress
 from .passes.run import describe, run_pass
 from .passes.selection import listed
 from .passes.untrained import twin_parameters, untrained_twin
+from .readings.draw_error import with_draw_error
 from .readings.reading import Reading
 
 # Of `cross=True`: queries run about (facts / batch) times each; beyond this many cells that is hours.
@@ -57,7 +58,8 @@ def probe_gradient_cosine(
     q, k and v; see `models.structure`): pair, fact, kind, parameter, role, layer, inner, norm_forward, norm_reverse,
     floor_forward, floor_reverse (rounding level of the norms), and inner_control, norm_control, floor_control.
     A cosine whose norm does not exceed its rounding level is NaN. A model that is read in blocks has two columns more,
-    reason and reason_control: why a pair, or its control, has no numbers (evidence in a later block).
+    reason and reason_control: why a pair, or its control, has no numbers (evidence in a later block). Of a model that
+    hides tokens behind random ones, the gradients are those of the mean loss over draws (`reading.draw_error`).
     `meta["coverage"]`: the share of the model's parameters that the reading speaks of, and the others by reason;
     `meta["one_by_one"]`: the parameters whose gradient a batch does not tell apart by query (tables without a batch,
     experts in one tensor, weights used outside their module), with the reason. They are as exact as the others, each
@@ -138,7 +140,7 @@ def gradient_reading(model: ProbedModel, result: PassResult, plan: Plan) -> Read
     )
     if result.one_by_one:
         reading.meta["one_by_one"] = dict(sorted(result.one_by_one.items()))
-    return reading
+    return with_draw_error(reading, [gradient_reading(model, one, plan) for one in result.without])
 
 
 def gradient_controls(model: ProbedModel, pairs: ReversalPairs, plan: Plan, asked: Controls) -> dict[str, Reader]:

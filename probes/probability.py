@@ -13,6 +13,7 @@ from ..models.probed import ProbedModel, as_probed
 from .pairs.pairs import ReversalPairs
 from .passes.plan import PassResult, Plan, Progress
 from .passes.run import describe, run_pass
+from .readings.draw_error import with_draw_error
 from .readings.reading import Reading
 
 
@@ -40,7 +41,9 @@ def probe_reverse_probability(
     without a partner), reason. Of a model that is read in blocks also reason_control: where evidence lies in a later
     block than a readout row, the query has no numbers (rank and argmax_match are NaN too), nor has the control that is
     priced there. In blocks "chain" is how such a model writes, each token after all that stand before it; "parallel"
-    hides a target that spans several blocks in all of them, a sight that it never meets.
+    hides a target that spans several blocks in all of them, a sight that it never meets. Of a model that hides tokens
+    behind random ones, all are of its mean distribution over draws of these, at each step of a chain; a column more,
+    probability_error, is the draws' standard error of a row, `reading.draw_error` that of the value.
     Raises: RevprobeError, when the queries do not fit the model or its logits are NaN.
     Source: paper Sec. 5 (Fig. 3, right; Tables 1 and 2).
     """
@@ -85,4 +88,4 @@ def probability_reading(model: ProbedModel, result: PassResult, plan: Plan) -> R
         frame = frame.drop(columns=["probability_control", "argmax_match_control", "reason_control"], errors="ignore")
     reading = Reading("reverse_probability", frame, describe(model, result, plan))
     reading.meta.update({"statistic": reading.measured.statistic, "mode": plan.mode})
-    return reading
+    return with_draw_error(reading, [probability_reading(model, one, plan) for one in result.without])

@@ -79,6 +79,7 @@ def answers_of(model: ProbedModel, asked: Asked) -> pd.DataFrame:
 
 def questions(relation: LettersRelation, model: ProbedModel) -> Asked:
     """The queries that `read_answers` asks of this model."""
+    model.require_mask_token("a table of answers")
     masked = model.objective == "masked"
     pairs = _spread(relation.pairs(model, placements="mirror"), MOST_PLACEMENTS)
     vocabulary = _vocabulary(model)

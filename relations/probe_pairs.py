@@ -68,7 +68,8 @@ def make_pairs(
         parts.append(replace(part, flags={**part.flags, "template": numbers}))
     if not parts:
         raise RevprobeError(
-            f"no pair of {len(forward)} statements could be made: {dict(+dropped)}; ask for fewer drops"
+            f"no pair of {len(forward)} statements could be made: {dict(+dropped)}; drop=() tells the first of them "
+            "in full"
         )
     pairs = _as_kind(_joined(parts, dropped), kind)
     return in_one_block(pairs, model, text_filler(model)) if same_block else pairs

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+import revprobe as rp
+from tiny import tapped
+
 Sees = Callable[[int, int], bool]
 
 
@@ -98,3 +101,21 @@ class Slow:
                 scores[head, i, seen] = torch.stack([query[i] @ key[j] for j in seen]) / math.sqrt(self.dim)
                 mixed[i, own : own + self.dim] = scores[head, i, seen].softmax(0) @ value[seen]
         return mixed, scores
+
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    """In units of the largest expected number, where that is above 1."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
+
+
+def worst_apart(model: rp.ProbedModel, ids: Tensor, logits: Tensor, scores: Tensor) -> float:
+    """Of one row's logits, alone and padded, and of its scores, which must be hidden where nothing is seen (NaN)."""
+    length = ids.shape[1]
+    everywhere, kept = torch.arange(length)[None], (torch.arange(length + 3) < length)[None].long()
+    with tapped(model, everywhere, everywhere, length) as tap:
+        alone = model.logits(ids)[0]
+    seen = torch.stack([call.score[0] for _, call in sorted(tap.layers().items())])
+    assert torch.equal(seen.isfinite(), scores.isfinite()), "exactly what is hidden"
+    padded = model.logits(torch.cat([ids, torch.zeros_like(ids[:, :3])], 1), kept)[0, :length]
+    there = scores.isfinite()
+    return max(apart(alone, logits), apart(padded, logits), apart(seen[there], scores[there]))

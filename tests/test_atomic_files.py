@@ -138,4 +138,13 @@ def test_what_is_saved_as_a_folder_never_replaces_what_is_not_its_own(tmp_path: 
     with pytest.raises(RevprobeError, match=r"holds 'thesis\.tex', which would be lost"):
         made.save(place)
     assert (place / "thesis.tex").read_text() == "years of work"
+    # A folder of years, or of a repository's history, is no model's or size's readings, whatever its name.
+    for name in ("2024", ".git", "block_sweep", "comparison"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        (tmp_path / "photos" / name / "first.jpg").touch()
+        with pytest.raises(RevprobeError, match=f"holds '{name}', which would be lost"):
+            made.save(tmp_path / "photos")
+        (tmp_path / "photos" / name / "first.jpg").unlink()
+        (tmp_path / "photos" / name).rmdir()
+    (tmp_path / "photos").rmdir()
     assert sorted(os.listdir(tmp_path)) == ["my-project"]

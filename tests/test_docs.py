@@ -101,7 +101,8 @@ def test_the_guide_runs(pages, tmp_path, monkeypatch):
     config = {"name": run.name, "relation": {"length": 10, "alphabet": 9}, "model": small, "training": training}
     revprobe.train(RunConfig(**config, snapshots={"steps": [1]}), run)
     names: dict[str, object] = {}
-    guide = ("quick-start.md", "probes.md", "storage-and-routes.md", "objective-terms.md", "theory.md", "runs.md")
+    guide = ("quick-start.md", "probes.md", "storage-and-routes.md", "logit-lens.md", "stored-once.md")
+    guide += ("objective-terms.md", "theory.md", "runs.md")
     for page in (*guide, "figures.md"):
         for place, code in enumerate(blocks(pages[page])):
             code = re.sub(r"length=\d+", "length=4, alphabet=9", code)
@@ -137,13 +138,14 @@ def test_the_pages_about_text_run(pages, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     names = request.getfixturevalue("small_bert")
     for page, wanted in (
-        ("attach.md", ("rp.ProbedModel(", "rp.pairs_from_frame(")),
+        ("attach.md", ("rp.ProbedModel(", "rp.pairs_from_frame(", "rp.ReversalPairs.from_pairs(")),
         ("fine-tune.md", ("rp.invented_names(", "rp.ProbeCallback(", "rp.decoded_match(")),
     ):
         shown = [code for code in blocks(pages[page]) if any(name in code for name in wanted)]
         assert len(shown) == len(wanted), f"{page} no longer shows {wanted}"
         for code in shown:
             exec(compile(code, page, "exec"), names)
+    assert len(names["of_ids"]) == 3
     assert len(names["pairs"]) == 2 and names["pairs"].kind == "same_target"
     assert names["readings"].steps == [0, 2] and len(names["readings"]) == 6
     assert 0 <= names["match"].value <= 1 and names["match"].n == len(names["questions"])

@@ -181,3 +181,12 @@ def test_predictions_written_by_v0_1_stand_in_the_report() -> None:
     assert {"observed", "predicted_by_adamw", "observed_low"} <= set(current_columns(table))
     shown = "".join(finetune_sections([run]))
     assert "observed change (nats)" in shown and f"{table['came'].iloc[0]:+.2e}" in shown
+
+
+def test_a_run_gives_its_pairs_to_its_own_kind_of_model_alone() -> None:
+    """A causal model would be asked other questions than those that the run's readings answer."""
+    masked, causal = (rp.open_run(HOME / "tiny-sweep" / name) for name in ("rope-l4-s0", "arm-l4-s0"))
+    assert masked.pairs(masked.load()).digest == masked.pairs().digest
+    for run, model, kinds in ((masked, causal.load(), "causal.* masked"), (causal, masked.load(), "masked.* causal")):
+        with pytest.raises(rp.RevprobeError, match=rf"is {kinds} models; give one of the run's"):
+            run.pairs(model)

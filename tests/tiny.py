@@ -130,6 +130,36 @@ def bridged(model: rp.ProbedModel) -> rp.ProbedModel:
     return rp.ProbedModel(model.to_bridge(), model.tokenizer, **told)
 
 
+def wired(*, carries: bool = True, facts: int = 10) -> tuple[rp.ProbedModel, rp.ReversalPairs]:
+    """RADD of two layers and two heads in which layer 1, head 0 alone answers, and pairs that it answers.
+
+    It looks everywhere alike and writes the target of whichever evidence it sees (evidence 10 + i, target 30 + i).
+    Layer 0 copies, no MLP writes anything. `carries=False`: that head writes nothing either.
+    """
+    model = radd("none", n_layers=2, n_heads=2, d_model=64, scale=0.3)
+    module = model.module
+    with torch.no_grad():
+        for block in module.blocks:
+            for part in (block.attention.q_proj, block.attention.v_proj, block.attention.o_proj, block.mlp.down_proj):
+                part.weight.zero_()
+            block.mlp.down_proj.bias.zero_()
+            for norm in (block.attention_norm, module.final_norm):
+                norm.weight.fill_(1.0)
+                norm.bias.zero_()
+        seen = nn.functional.layer_norm(module.embed_tokens.weight, (64,))
+        attention, carried = module.blocks[1].attention, torch.arange(facts)
+        attention.v_proj.weight[:facts] = torch.linalg.pinv(seen)[:, 10 : 10 + facts].T
+        if carries:
+            attention.o_proj.weight[:, carried] = 10.0 * module.lm_head.weight[30 : 30 + facts].T
+    pairs = [
+        rp.ReversalPair(
+            rp.Query([1, 10 + i, 2, 3, 30 + i, 4], [4], [1]), rp.Query([5, 30 + i, 3, 10 + i, 2], [1], [3]), fact=str(i)
+        )
+        for i in range(facts)
+    ]
+    return model, rp.ReversalPairs.from_pairs(pairs)
+
+
 class AttentionOnly(nn.Module):
     """The paper's model: embedding, attention without W_O, unembedding; no norm, no residual; several heads' values
     are added up. `cut` silences one head's values at one position of every sequence.

@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from ...errors import RevprobeError, first_line
 from ...models.contract.block_masks import WHOLE
+from ...models.contract.introspect import hidden_by_noise
 from ...models.families.known import family_of_config
 from ...models.hub import quiet_transformers
 from ...models.probed import ProbedModel
 from ...models.published import config_of, published_config, published_dtype
 from ...models.registry import stated_objective
 from ..config.finetuning import FinetuneConfig, FinetunedModel
-from ..runs.finetune_setup import text_relation
+from ..runs.finetune_setup import NO_FINE_TUNING, text_relation
 from ..training.lora import add_lora
 from ..training.tiny_models import untrained
 from .live_bytes import AnsweredYes
@@ -45,9 +46,11 @@ def plan_finetuning(config: FinetuneConfig, *, tokens: int | None = None) -> Mem
     with AnsweredYes():  # one traced pass finds the projections
         # There is no tokenizer to name a mask token; token ids do not matter to shapes.
         nameless = objective == "masked" and getattr(module.config, "mask_token_id", None) is None
+        nameless &= hidden_by_noise(module) is None
         size = WHOLE if config.model.bidirectional else config.model.block_size
         told: dict[str, Any] = {"mask_token_id": 0 if nameless else None, "block_size": size}
         model = _OnMeta(module, objective=objective, check=False, **told)
+        model.require_mask_token(NO_FINE_TUNING)
         adapted = add_lora(model, config.lora)
     if model.block_size is not None:
         tokens, about = 2 * tokens, f"{about}, a noised copy beside a clean one"

@@ -35,6 +35,7 @@ from ..training.trainer import ForwardOnlyTrainer
 
 # A column of the pairs and their readings: the loss never hid what the forward query asks for.
 FORWARD_UNTRAINED = "forward_untrained"
+NO_FINE_TUNING = "fine-tuning, which hides tokens behind it,"
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def prepare(config: FinetuneConfig, folder: Path, team: ProcessGroup) -> Prepare
     if tiny is not None:
         source = team.on_rank_zero(lambda: build_tiny(tiny, relation, folder / BASE))
     model = load_model(source, **loading)  # the Trainer places it, unless it is loaded in 4 bits
+    model.require_mask_token(NO_FINE_TUNING)
     answers = answer_book(model, relation, direction)
     answer_tokens = config.evaluation.max_new_tokens or answers.limit
     response_only = config.objective.scope == "response_only"

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, enable_full_determinism, set_seed
 
 from ...arguments import checked
+from ...errors import RevprobeError
 from ...models.bases.configs import RaddConfig
 from ...models.bases.radd import RaddForMaskedLM
 from ...models.checkpoints import step_of
@@ -71,6 +72,12 @@ class OneLayerRun(Run):
 
     def pairs(self, model: ProbedModel | None = None) -> ReversalPairs:
         config = self.config
+        if model is not None and model.objective != config.model.objective:
+            raise RevprobeError(
+                f"{model.name} is {model.objective}, but the readings of {self.path.name!r} are of "
+                f"{config.model.objective} models; give one of the run's (run.load()), or make pairs for this one "
+                "(rp.letter_pairs(length, model=))"
+            )
         tokenizer = (model and model.tokenizer) or letter_tokenizer(config.relation.alphabet)
         return self.relation.pairs_by_probe(config.model.objective, tokenizer)
 

@@ -86,6 +86,7 @@ class Run(ABC):
 
         Args:
             model: one of the run's models, where it has been loaded; where one is needed, the last checkpoint's is.
+        Raises: RevprobeError, for a model of another objective, which would be asked other questions.
         """
 
     @abstractmethod

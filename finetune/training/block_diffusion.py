@@ -89,7 +89,8 @@ def require_positions(module: nn.Module) -> None:
 
 
 def require_one_block(model: ProbedModel, what: str) -> None:
-    """Raises: RevprobeError, for a model that is read in blocks, whose objective `what` does not take apart."""
+    """Raises: RevprobeError, for a model of random tokens or in blocks, whose objective `what` cannot take apart."""
+    model.require_mask_token(what)
     if model.block_size is not None:
         raise RevprobeError(
             f"{what} takes the loss of one masked sequence apart, but {model.name} is trained in blocks of "

@@ -6,11 +6,13 @@ imported yet.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig, Qwen2Config, Qwen2Tokenizer
 
 from ...errors import RevprobeError, did_you_mean
+from .masked_config import require_only
 
 POSITION_ENCODINGS = ("rope", "alibi", "absolute", "none", "scalar")
 INITIALIZATIONS = ("normal", "published")
@@ -30,12 +32,37 @@ _LLADA_ONLY: dict[str, Any] = {
     "layer_norm_type": "rms",
     "layer_norm_with_affine": True,
     "residual_dropout": 0.0,
+    "partial_rotary_factor": 1,
     "rope": True,
+    "rope_type": "default",  # its code turns by the base alone
     "scale_logits": False,
+    "type": "default",  # of a rope_scaling, as older releases of transformers wrote it
 }
 _LLADA_ACTIVATIONS = ("silu", "gelu", "relu")
-# What the published Dream code ignores or never had; Qwen2 would act on the first.
-_DREAM_ONLY: dict[str, Any] = {"use_sliding_window": False, "use_mrope": False}
+# What the published Dream code ignores or never had; Qwen2 would act on the first and leave the last out.
+_DREAM_ONLY: dict[str, Any] = {"use_sliding_window": False, "use_mrope": False, "partial_rotary_factor": 1}
+
+
+def published_radd(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `RaddConfig` from the config.json of RADD's published code."""
+    sizes = config["model"]
+    return {
+        "vocab_size": config["tokens"] + 1,
+        "mask_token_id": config["tokens"],  # the last row
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "d_model": sizes["hidden_size"],
+        "n_layers": sizes["n_blocks"],
+        "n_heads": sizes["n_heads"],
+        "dropout": sizes["dropout"],
+        "dropout_sites": ["attention", "mlp"],
+        # Of all public models; no part of the model, which rotates: a file that leaves it out is held to this one.
+        "max_length": sizes.get("length") or 1024,
+        "position_encoding": "rope",
+        "rope_base": 10000.0,
+        "initialization": "published",
+        "head_bias": True,
+    }
 
 
 class RaddConfig(PreTrainedConfig):
@@ -47,11 +74,13 @@ class RaddConfig(PreTrainedConfig):
         head_bias: whether the unembedding has a bias, as the published one has.
         dropout_sites: where `dropout` applies: "embedding", "attention_weights", "attention" (its output) and "mlp"
             (its output); the published code has the last two.
+        published_layout: whether it was made from the published code's own config.json, whose tensors have other names.
     Raises: RevprobeError, for an unknown encoding, initialization or dropout site, heads that do not divide d_model, an
-        odd RoPE head dimension, a mask token outside the vocabulary, or the published code's own config.
+        odd RoPE head dimension, or a mask token outside the vocabulary.
     """
 
     model_type = "radd"
+    published_layout = False
     attribute_map = {
         "hidden_size": "d_model",
         "num_attention_heads": "n_heads",
@@ -82,8 +111,9 @@ class RaddConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if "tokens" in kwargs and isinstance(kwargs.get("model"), dict):
-            # RaddForMaskedLM.from_pretrained comes here, and would draw a model of the default sizes.
-            raise RevprobeError("this is the config.json of RADD's published code; load_model(FOLDER_OR_NAME) reads it")
+            for key, value in published_radd({"model": kwargs.pop("model"), "tokens": kwargs.pop("tokens")}).items():
+                setattr(self, key, value)
+            kwargs["published_layout"] = True
         for key, known in (("position_encoding", POSITION_ENCODINGS), ("initialization", INITIALIZATIONS)):
             if (value := getattr(self, key)) not in known:
                 raise RevprobeError(f"unknown {key} {value!r}{did_you_mean(value, known)}")
@@ -170,9 +200,7 @@ class LLaDAConfig(PreTrainedConfig):
     use_cache: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for key, only in _LLADA_ONLY.items():
-            if kwargs.get(key, only) not in (only, None):
-                raise RevprobeError(f"LLaDA config: {key}={kwargs[key]!r} is not supported; expected {only!r}")
+        require_only(self, _LLADA_ONLY, kwargs, "LLaDA config")
         if self.activation_type not in _LLADA_ACTIVATIONS:
             raise RevprobeError(
                 f"LLaDA config: activation_type={self.activation_type!r} is not supported; expected one of "
@@ -206,10 +234,7 @@ class DreamConfig(Qwen2Config):
     rope_theta: float = 10000.0
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for key, only in _DREAM_ONLY.items():
-            given = kwargs.get(key, getattr(self, key, only))
-            if given not in (only, None):
-                raise RevprobeError(f"Dream config: {key}={given!r} is not supported; expected {only!r}")
+        require_only(self, _DREAM_ONLY, kwargs, "Dream config")
         self.layer_types = None  # a sliding layer of the parent's gets the same mask as the others
         super().__post_init__(**kwargs)
         self.layer_types = ["full_attention"] * self.num_hidden_layers  # whatever a file says of windows not in use

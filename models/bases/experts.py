@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ...errors import RevprobeError
@@ -32,7 +33,7 @@ class GroupedExperts:
 
     def _grouped_mm_can_dispatch(self) -> bool:
         """Raises: ValueError, as transformers expects it, where torch's grouped product would fail once it is run."""
-        config: Any = self.config
+        config: Any = self.config.get_text_config()
         uneven = [size for size in (config.hidden_size, config.moe_intermediate_size) if size % _ALIGNED]
         if uneven or config.dtype in (torch.float64, "float64"):
             raise ValueError(
@@ -40,6 +41,13 @@ class GroupedExperts:
                 f"{config.dtype} cannot be multiplied in groups; use experts_implementation='eager'"
             )
         return True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What `.to()` and its kin do. The kernel was chosen for the type that the weights had when they were read."""
+        moved: Any = super()._apply(fn, recurse)  # type: ignore[misc]
+        if moved.dtype == torch.float64:
+            moved.config._experts_implementation = "eager"
+        return moved
 
 
 def require_experts(names: Collection[str], count: int, source: object) -> None:

@@ -254,6 +254,11 @@ class MaskedEncoder(PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
+    @property
+    def block_size(self) -> int | str | None:
+        """Tokens of a block, where `load_model` was told some; None: every token sees every other."""
+        return getattr(self.config, "block_size", None)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -328,3 +333,8 @@ class RaddForMaskedLM(MaskedEncoder):
 
     config: RaddConfig
     config_class = RaddConfig
+
+    def __init__(self, config: RaddConfig) -> None:
+        if config.published_layout:  # `from_pretrained` would find none of its tensors, and draw them all
+            raise RevprobeError("this is the config.json of RADD's published code; load_model(FOLDER_OR_NAME) reads it")
+        super().__init__(config)

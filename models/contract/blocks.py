@@ -16,6 +16,15 @@ from .witness import reaching, with_gradient
 _LARGEST = 4
 
 
+def require_mask_argument(called: CalledModule) -> None:
+    """Raises: RevprobeError, for a module that is read in blocks and cannot be told who sees whom."""
+    if called.block_size is not None and not called.takes_padding:
+        raise RevprobeError(
+            f"{called.name} takes no attention_mask, so it cannot be read in blocks; leave block_size out, or let its "
+            "forward take one"
+        )
+
+
 def require_blocks(
     called: CalledModule, mask_token_id: int | None, first_row: int, narrowed: torch.dtype | None = None
 ) -> None:
@@ -26,13 +35,8 @@ def require_blocks(
     Args:
         first_row: logits rows before that of the first token.
         narrowed: the type that products are taken in where it is narrower than the weights'.
-    Raises: RevprobeError, when a module takes no mask, a later block reaches back, or a block's own later token does
-        not.
+    Raises: RevprobeError, when a later block reaches back, or a block's own later token does not.
     """
-    if not called.takes_padding:
-        raise RevprobeError(
-            f"{called.name} takes no attention_mask, so it cannot be read in blocks; leave block_size out"
-        )
     assert called.block_size is not None, "asked of models that are read in blocks"
     size = min(called.block_size, _LARGEST)
     length = min(max(LENGTH, size + 1), called.max_length or LENGTH)

@@ -66,6 +66,16 @@ class CalledModule:
         return introspect.max_length(self.module)
 
     @property
+    def canvas_length(self) -> int | None:
+        """Tokens that stand behind a prompt, random ones where none are given; None for a model without a canvas."""
+        return introspect.canvas_length(self.module)
+
+    @property
+    def draws(self) -> int:
+        """How many fillings with random tokens a reading is a mean over; 1 for a model with a mask token."""
+        return introspect.draws(self.module)
+
+    @property
     def takes_padding(self) -> bool:
         """Whether the module has an argument for an attention mask, or takes any."""
         return "attention_mask" in self._accepts or self._accepts_any
@@ -74,7 +84,7 @@ class CalledModule:
         """Logits as the module gives them. Shapes: `batch seq, batch seq -> batch rows vocab`."""
         kwargs: dict[str, Any] = {}
         if self.block_size is not None:
-            sees = self._sees(input_ids, self.block_size)
+            sees = self._sees(input_ids, attention_mask, self.block_size)
             attention_mask = added_to_scores(sees, attention_mask, self.dtype).expand(len(input_ids), -1, -1, -1)
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
@@ -82,10 +92,12 @@ class CalledModule:
             kwargs["use_cache"] = False
         return self.logits_in(self.module(input_ids, **kwargs))
 
-    def _sees(self, input_ids: Tensor, size: int) -> Tensor:
-        """Who sees whom. Shapes: `batch seq -> seq seq or batch seq seq (bool)`."""
+    def _sees(self, input_ids: Tensor, attention_mask: Tensor | None, size: int) -> Tensor:
+        """Who sees whom, padding apart. Shapes: `batch seq, batch seq or None -> seq seq or batch seq seq (bool)`."""
         if self.mask_token_id is not None and introspect.finished_blocks(self.module) == "causal":
-            return finished_causal_mask(input_ids == self.mask_token_id, size)
+            hidden = input_ids == self.mask_token_id
+            # Padding may have the mask token's id, and leaves no block unfinished.
+            return finished_causal_mask(hidden if attention_mask is None else hidden & attention_mask.bool(), size)
         return block_mask(input_ids.shape[1], size, device=input_ids.device)
 
     def logits_in(self, output: Any) -> Tensor:

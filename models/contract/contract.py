@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import RevprobeError
-from .blocks import require_blocks
+from .blocks import require_blocks, require_mask_argument
 from .called import CalledModule
 from .placement import Placement, place_tokens
 from .skeleton import skeleton
@@ -79,11 +79,12 @@ def contract_of(called: CalledModule, mask_token_id: int | None = None) -> Contr
     known = _known.setdefault(called.module, {}).setdefault(state, {})
     found = known.get(wanted) or (next(iter(known.values()), None) if wanted is None else None)
     if found is None:
+        require_mask_argument(called)
         with skeleton(called.module, called.name) as copy:
-            found = _judge(run_trial(CalledModule(copy, called.name, called.block_size), wanted))
-            if called.block_size is not None:
-                in_blocks = CalledModule(copy, called.name, called.block_size)
-                require_blocks(in_blocks, wanted, found.placement.logits, found.narrowed)
+            tried = CalledModule(copy, called.name, called.block_size)
+            found = _judge(run_trial(tried, wanted))
+            if tried.block_size is not None:
+                require_blocks(tried, wanted, found.placement.logits, found.narrowed)
         if found.reaches_back is not None:  # else it will be another once it has been trained
             known[wanted] = found
     return found

@@ -40,10 +40,18 @@ def mask_token(given: int | str | None, tokenizer: Any, module: nn.Module, vocab
 
     A tokenizer says it by its own mask token, and by the token that the model's class states as its family's
     (`mask_text`): published tokenizers list that one without calling it their mask.
-    A model that has no logit for its mask token (SMDM) says which it is, and takes no other.
+    A model that has no logit for its mask token (SMDM) says which it is, and takes no other. One of uniform noise has
+    none: its module takes an id beyond the vocabulary for a hidden place (`canvas.noise`).
     Raises: RevprobeError, when config, tokenizer and family disagree, when what is given is none that config or family
         say, or the id is outside the vocabulary or not the model's only one.
     """
+    if (hidden := hidden_by_noise(module)) is not None:
+        if given not in (None, hidden):
+            raise RevprobeError(
+                f"{name}: mask_token_id={shown(given)}: it has no mask token, and hides tokens behind random ones; "
+                "leave mask_token_id out"
+            )
+        return hidden
     given, own = _mask_id(given, tokenizer), getattr(tokenizer, "mask_token_id", None)
     of_model = _stated_masks(tokenizer, module)
     stated = ({} if own is None else {"the tokenizer's mask token": own}) | of_model
@@ -60,11 +68,28 @@ def mask_token(given: int | str | None, tokenizer: Any, module: nn.Module, vocab
             f"{name}: mask token {known}: its mask token is {only}, the only one it has no logit for; leave "
             "mask_token_id out"
         )
-    # One outside the vocabulary is left over from a larger model, and says nothing against another.
-    held_to = any(0 <= one < vocab_size for one in of_model.values())
+    # One outside the vocabulary is left over from a larger model, and says nothing against another; nor does a default.
+    held_to = any(0 <= one < vocab_size for one in of_model.values()) and not _by_default(module)
     if given is not None and held_to and given not in stated.values():
         raise RevprobeError(f"{name}: mask_token_id={given}, but {told}; leave it out, or correct what says otherwise")
     return known
+
+
+def hidden_by_noise(module: nn.Module) -> int | None:
+    """The id by which a module of uniform noise takes a hidden place; None for any other."""
+    inner = _inner(module)
+    return int(inner.hidden_id) if getattr(inner, "noise", "mask") == "uniform" else None  # type: ignore[arg-type]
+
+
+def canvas_length(module: nn.Module) -> int | None:
+    """Tokens of the canvas that a module writes on behind a prompt; None for any other."""
+    inner = _inner(module)
+    return None if hidden_by_noise(module) is None else int(inner.canvas_length)  # type: ignore[arg-type]
+
+
+def draws(module: nn.Module) -> int:
+    """How many fillings with random tokens a module's answers are means over; 1 where nothing is random."""
+    return 1 if hidden_by_noise(module) is None else int(_inner(module).draws)  # type: ignore[arg-type]
 
 
 def _stated_masks(tokenizer: Any, module: nn.Module) -> dict[str, int]:
@@ -76,6 +101,13 @@ def _stated_masks(tokenizer: Any, module: nn.Module) -> dict[str, int]:
     in_config = config_value(module, "mask_token_id") if index is None else index
     found = {"the config's": in_config, f"the family's, {text!r},": listed}
     return {what: one for what, one in found.items() if one is not None}
+
+
+def _by_default(module: nn.Module) -> bool:
+    """Whether the config's mask token is what a class of transformers has where a file says nothing (XLM: 0)."""
+    kind = type(getattr(_inner(module), "config", None))
+    default = getattr(kind, "mask_token_id", None) if kind.__module__.startswith("transformers.") else None
+    return default is not None and default == config_value(module, "mask_token_id")
 
 
 def begin_token(given: int | None, tokenizer: Any, module: nn.Module, vocab_size: int, name: str) -> int | None:
@@ -119,18 +151,24 @@ def logit_shift(given: int | None, objective: str, module: nn.Module, name: str)
 
 
 def block_size(given: int | str | None, objective: str, module: nn.Module, name: str) -> int | None:
-    """Tokens of a block: as given, else as the model's config says; None where every token sees every other.
+    """Tokens of a block: as given, else as a model says that writes in blocks; None where every token sees every other.
 
+    Such a model's class states its `attention`. Elsewhere the name means other things: a context length in nanoGPT.
     Raises: RevprobeError, when it is no size, cannot be told, or the model is causal.
     """
     inner = _inner(module)
-    stated = given if given is not None else getattr(inner, "block_size", None) if objective == "masked" else None
-    attention = getattr(inner, "attention", "full")
-    if stated is None and objective == "masked" and attention in _UNTOLD:
+    if hidden_by_noise(module) is not None and given not in (None, WHOLE):
         raise RevprobeError(
-            f"{name}: {_UNTOLD[attention]}; pass block_size= with its number of tokens, or bidirectional=True "
-            f"(block_size={WHOLE!r}) where every token sees every other"
+            f"{name}: block_size={given!r}: its canvas is one block, read as a whole; leave block_size out"
         )
+    stated, attention = given, getattr(inner, "attention", "full")
+    if stated is None and objective == "masked" and attention in _UNTOLD:
+        stated = getattr(inner, "block_size", None)
+        if stated is None:
+            raise RevprobeError(
+                f"{name}: {_UNTOLD[attention]}; pass block_size= with its number of tokens, or bidirectional=True "
+                f"(block_size={WHOLE!r}) where every token sees every other"
+            )
     if stated is None or stated == WHOLE:
         return None
     if not isinstance(stated, int) or isinstance(stated, bool) or stated < 1:
@@ -169,8 +207,11 @@ def objective(module: nn.Module) -> str | None:
 def max_length(module: nn.Module) -> int | None:
     """The longest sequence the config allows; None when it names no limit, or one below 1 (XLNet's -1: none).
 
-    RoBERTa counts positions from its padding token's id on, so its table is longer than its context.
+    RoBERTa counts positions from its padding token's id on, so its table is longer than its context. A model that
+    writes on a canvas takes that, behind a prompt of one token.
     """
+    if (canvas := canvas_length(module)) is not None:
+        return 1 + canvas
     limit = config_value(module, "max_position_embeddings")
     words = input_embedding(module)
     for part in module.modules():

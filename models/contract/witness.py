@@ -46,9 +46,12 @@ def with_gradient(
 ) -> Asked | None:
     """What is asked of a run's logits and its embedded tokens, which carry gradient; None where that cannot be had."""
     embedded: list[Tensor] = []
+    words = ids < called.vocab_size  # ids beyond stand for random tokens (`canvas.noise`), which are embedded instead
 
     def cut(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if embedded or not args or args[0].shape != ids.shape or not torch.equal(args[0], ids):
+        if embedded or not args or args[0].shape != ids.shape:
+            return None
+        if not torch.equal(args[0][words], ids[words]):
             return None
         embedded.append(output.detach().requires_grad_())
         return embedded[0]

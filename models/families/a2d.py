@@ -20,15 +20,25 @@ from ..contract.block_masks import WHOLE
 from .family import Family, of_type
 
 
-class A2DQwen3Config(MaskedDiffusionConfig, Qwen3Config):
+class A2DConfig(MaskedDiffusionConfig):
+    """Of all parents. Sliding windows, which a file may have from its parent, are left out as its own code does."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop("use_sliding_window", None)
+        if hasattr(self, "use_sliding_window"):
+            vars(self)["use_sliding_window"] = False
+        super().__post_init__(**kwargs)
+
+
+class A2DQwen3Config(A2DConfig, Qwen3Config):
     model_type = "a2d-qwen3"
 
 
-class A2DQwen2Config(MaskedDiffusionConfig, Qwen2Config):
+class A2DQwen2Config(A2DConfig, Qwen2Config):
     model_type = "a2d-qwen2"
 
 
-class A2DLlamaConfig(MaskedDiffusionConfig, LlamaConfig):
+class A2DLlamaConfig(A2DConfig, LlamaConfig):
     model_type = "a2d-llama"
 
 

@@ -10,8 +10,6 @@ Source: Gong et al. 2025 (arXiv 2410.17891); HKUNLP/DiffuLLaMA, model.py.
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ...errors import RevprobeError
@@ -55,20 +53,14 @@ def _recognises(files: Files) -> bool:
         return False
 
 
-def _to_config(files: Files) -> dict[str, Any]:
-    """GPT-2's settings, with as many tokens as the embedding has rows, under whichever name it stands."""
-    rows = files.rows(*(f"{name}.weight" for name in (_EMBED, _KEY_MAP[_EMBED], "wte")))
-    return dict(files.settings) | ({} if rows is None else {"vocab_size": rows})
-
-
 DIFFUGPT = Family(
     name="DiffuGPT",
     about="DiffuGPT small and medium; with bidirectional=True any GPT-2 folder that holds such a model",
     model_class=DiffuGPTForMaskedDiffusion,
     recognises=_recognises,
-    to_config=_to_config,
     key_map=_KEY_MAP,
     streams=True,
+    embedding=f"{_KEY_MAP[_EMBED]}.weight",
     plain=_PLAIN,
     tokenizer="openai-community/gpt2",
     published={

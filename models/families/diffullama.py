@@ -9,14 +9,11 @@ Source: Gong et al. 2025 (arXiv 2410.17891); HKUNLP/DiffuLLaMA, inf_diffullama.p
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..bases.bidirectional import BidirectionalDecoder
 from ..bases.masked_config import MaskedDiffusionConfig
 from .family import Family, of_type
-from .files import Files
 
 
 class DiffuLlamaConfig(MaskedDiffusionConfig, LlamaConfig):
@@ -28,18 +25,11 @@ class DiffuLlamaForMaskedDiffusion(BidirectionalDecoder, LlamaForCausalLM):  # t
     logit_shift = 1
 
 
-def _to_config(files: Files) -> dict[str, Any]:
-    """Llama's settings, with as many tokens as the embedding has rows."""
-    rows = files.rows("model.embed_tokens.weight")
-    return dict(files.settings) | ({} if rows is None else {"vocab_size": rows})
-
-
 DIFFULLAMA = Family(
     name="DiffuLLaMA",
     about="DiffuLLaMA 7B by its name; with bidirectional=True any Llama folder that holds such a model",
     model_class=DiffuLlamaForMaskedDiffusion,
     recognises=of_type(DiffuLlamaConfig.model_type),
-    to_config=_to_config,
     plain="llama",
     tokenizer="TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",  # Llama 2's, as DiffuLLaMA's own is
     published={"diffusionfamily/diffullama": {"mask_token_id": 811}},

@@ -59,11 +59,13 @@ class Family:
         recognises: whether files are the family's.
         to_config: the settings of our config from the published files, and from what the user was asked for.
         asks: options of `load_model` that `to_config` takes beside the files.
-        key_map: published name of a module or tensor -> ours; `{}` stands for the number of a layer.
+        key_map: published name of a module, with all that is in it, or of a tensor -> ours; `{}` stands for the number
+            of a layer. The first that fits counts.
         fused: published name of a tensor -> those it is made of.
         streams: whether transformers puts tensors under our names while it loads and saves (`rename_by`): none is held
             twice then, and what is saved keeps the published names.
-        embedding: published name of the table of tokens; where it has more rows than the config says, its rows count.
+        embedding: our name of the table of tokens; where it has more rows than the config says, its rows count. Empty
+            where more rows mean something else.
         constants: published name of a buffer that is worked out here -> the check of its value, which raises.
         plain: the `model_type` of the transformers models that `bidirectional=True` reads as this family.
         tokenizer: the public one that the family uses, by its name on the hub; None where checkpoints bring their own.
@@ -101,6 +103,11 @@ class Family:
         return int(getattr(self.model_class, "logit_shift", 0))
 
     @property
+    def noise(self) -> str:
+        """What hides a token: "mask", or "uniform" (a random token), as the class states it."""
+        return str(getattr(self.model_class, "noise", "mask"))
+
+    @property
     def tokenizer_source(self) -> str | None:
         """A name on the hub that has the family's tokenizer, for checkpoints that bring none."""
         return self.tokenizer or next(iter(self.published), None)
@@ -122,11 +129,11 @@ class Family:
     def config(self, files: Files, **asked: Any) -> PreTrainedConfig:
         """Our config of published files. Raises: RevprobeError, for settings that the class does not have."""
         settings = self.to_config(files, **asked) | dict(self.published.get(files.name, {}))
-        rows = files.rows(self.embedding) or 0
-        if rows > settings.get("vocab_size", rows):
+        rows = files.rows(self.official_name(self.embedding), self.embedding) or 0
+        if rows > settings.get("vocab_size", 0):
             settings["vocab_size"] = rows
         kind: Any = self.model_class.config_class
-        return kind(**{key: value for key, value in settings.items() if key not in _NOT_OURS})
+        return kind(**{key: _as_declared(value, kind, key) for key, value in settings.items() if key not in _NOT_OURS})
 
     def translate(self, tensors: Mapping[str, Tensor], files: Files, config: Any) -> dict[str, Tensor]:
         """A checkpoint's tensors under our names; what the family does not know keeps its own.
@@ -172,8 +179,17 @@ class PublishedFiles:
         return self.family.translate(tensors, self.files, self.config)
 
 
-# Of a published config.json: the kernel it was trained with (flex, flash), and what the class states itself.
-_NOT_OURS = ("attn_implementation", "_attn_implementation", "model_type", "transformers_version")
+# Of a published config.json: the kernel it was trained with (flex, flash), what the class states itself, and how other
+# code called it, which would make tuples of outputs, or weights of attention that only the eager kernel has.
+_NOT_OURS = (
+    *("attn_implementation", "_attn_implementation", "model_type", "transformers_version"),
+    *("return_dict", "output_attentions", "output_hidden_states"),
+)
+
+
+def _as_declared(value: Any, kind: type, key: str) -> Any:
+    """A setting that json has as a whole number and the class as a fraction: transformers would refuse it."""
+    return float(value) if type(value) is int and isinstance(getattr(kind, key, None), float) else value
 
 
 def rename_by(
@@ -225,7 +241,11 @@ class _Cut(ConversionOps):
 
 
 def published_name(name: str, key_map: Mapping[str, str]) -> str:
-    """The published name of one of our tensors; other names stay as they are."""
+    """The published name of one of our tensors; other names stay as they are.
+
+    >>> published_name("model.layers.3.mlp.up_proj.weight", {"backbone.layers.{}": "model.layers.{}"})
+    'backbone.layers.3.mlp.up_proj.weight'
+    """
     return _first(name, ((ours, published) for published, ours in key_map.items()))
 
 
@@ -237,7 +257,7 @@ def _first(name: str, pairs: Iterable[tuple[str, str]]) -> str:
 
 def _renamed(name: str, before: str, *after: str) -> list[str]:
     """The name with its beginning `before` put as each of `after`, the layer's number kept; empty where it has none."""
-    match = re.fullmatch(re.escape(before).replace(r"\{\}", r"(\d+)") + r"(\.\w+)?", name)
+    match = re.fullmatch(re.escape(before).replace(r"\{\}", r"(\d+)") + r"(\..+)?", name)
     if match is None:
         return []
     *layers, rest = match.groups("")

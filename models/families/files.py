@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -50,10 +51,11 @@ class Files:
 
     @property
     def name(self) -> str:
-        """The hub name, or that of the folder or file."""
+        """The hub name, also of a snapshot in the hub's cache, or that of the folder or file."""
         if isinstance(self.place, str):
             return self.place
-        return self.place.stem if self.place.is_file() else self.place.name  # a folder's dots are no suffix
+        # A folder's dots are no suffix.
+        return name_in_cache(self.place) or (self.place.stem if self.place.is_file() else self.place.name)
 
     @property
     def model_type(self) -> str:
@@ -91,6 +93,16 @@ class Files:
     def rows(self, *names: str) -> int | None:
         """Rows of the first of these tensors that is here; None where none is. Raises: as `shapes`."""
         return next((self.shapes[name][0] for name in names if self.shapes.get(name)), None)
+
+
+def name_in_cache(folder: Path) -> str | None:
+    """The hub name of a snapshot that the hub's client has downloaded, whose folder is called by its commit.
+
+    >>> name_in_cache(Path("/cache/models--GSAI-ML--LLaDA-1.5/snapshots/0123abc"))
+    'GSAI-ML/LLaDA-1.5'
+    """
+    kept = re.search(r"(?:^|/)models--([^/]+)/snapshots/[^/]+$", folder.as_posix())
+    return kept and kept[1].replace("--", "/", 1)
 
 
 def config_beside(place: Path) -> Path:

@@ -14,6 +14,7 @@ from .a2d import A2D
 from .bd3lm import BD3LM
 from .diffugpt import DIFFUGPT
 from .diffullama import DIFFULLAMA
+from .diffusion_gemma import DIFFUSION_GEMMA
 from .dream import DREAM
 from .family import Family, PublishedFiles
 from .fast_dllm import FAST_DLLM
@@ -43,14 +44,13 @@ FAMILIES: tuple[Family, ...] = (
     FAST_DLLM,
     LLADA2,
     NEMOTRON,
+    DIFFUSION_GEMMA,
 )
 
 # model_type -> why its checkpoints are not read, of those that are known.
 NOT_READ = {
     "nemotron_labs_diffusion_vlm": "it reads images too, through a vision tower whose layout is not established; its "
     "relatives without images are read (nvidia/Nemotron-Labs-Diffusion-3B, 8B and 14B)",
-    "diffusion_gemma": "it hides tokens behind random ones and has no mask token, by which queries here hide their "
-    "target; models with a mask token are read",
 }
 
 

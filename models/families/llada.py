@@ -9,6 +9,8 @@ Source: Nie et al. 2025 (arXiv 2502.09992); the layout of GSAI-ML/LLaDA-8B-Base.
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import LlamaForCausalLM
 
 from ..bases.bidirectional import BidirectionalDecoder
@@ -62,14 +64,20 @@ def _recognises(files: Files) -> bool:
     return files.model_type == LLaDAConfig.model_type and "num_experts" not in files.settings
 
 
+def _to_config(files: Files) -> dict[str, Any]:
+    """A file that does not say by what base it turns is read as the published code reads it."""
+    said = files.settings.keys() & {"rope_theta", "rope_parameters"}
+    return dict(files.settings) | ({} if said else {"rope_theta": 10000.0})
+
+
 LLADA = Family(
     name="LLaDA",
     about="LLaDA-8B Base, Instruct and 1.5, and models in their layout",
     model_class=LLaDAForMaskedDiffusion,
     recognises=_recognises,
+    to_config=_to_config,
     key_map=_KEY_MAP,
     streams=True,
-    embedding="model.transformer.wte.weight",
     published={f"GSAI-ML/LLaDA-{kind}": {} for kind in ("8B-Base", "8B-Instruct", "1.5")},
     licence="MIT (weights, and the code beside them); LLaDA-1.5: see its model card",
     parity=0.0,

@@ -61,6 +61,7 @@ class LLaDA2Config(MaskedDiffusionConfig, Glm4MoeConfig):
         "attention_bias": "use_qkv_bias",
     }
     only = {
+        "use_sliding_window": False,
         "norm_head": False,
         "norm_softmax": False,
         "norm_topk_prob": True,
@@ -151,8 +152,6 @@ def _to_config(files: Files) -> dict[str, Any]:
     """The published file writes null for what it does not say."""
     said = {key: value for key, value in files.settings.items() if value is not None}
     require_experts(files.shapes, said.get("num_experts", LLaDA2Config.num_experts), files.name)
-    if "vocab_size" in said:
-        said["vocab_size"] = max(said["vocab_size"], files.rows("model.word_embeddings.weight") or 0)
     return said
 
 

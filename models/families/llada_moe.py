@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP, Qwen3MoeSparseMoeBlock
@@ -26,8 +27,10 @@ from .files import Files
 _KEY_MAP = {"model.layers.{}.shared_expert": "model.layers.{}.mlp.shared_expert"}
 # The published code has no default for these that works, and no tensor's shape contradicts a wrong one.
 _NEEDED = ("vocab_size", "num_attention_heads", "num_experts", "num_experts_per_tok", "moe_layer_freq", "rope_theta")
+_WIDTHS = ("dense_intermediate_size", "expert_intermediate_size")  # of a layer without experts, and of one with them
 
 
+@strict  # fields here have other types than their namesakes of Qwen3-MoE
 class LLaDAMoEConfig(MaskedDiffusionConfig, Qwen3MoeConfig):
     """The published config.json, key by key; Qwen3-MoE's names read through `attribute_map`.
 
@@ -41,6 +44,7 @@ class LLaDAMoEConfig(MaskedDiffusionConfig, Qwen3MoeConfig):
         "num_local_experts": "num_experts",
     }
     only = {
+        "use_sliding_window": False,
         "clip_qkv": None,
         "moe_router_enable_expert_bias": False,
         "moe_router_score_function": "softmax",
@@ -55,12 +59,13 @@ class LLaDAMoEConfig(MaskedDiffusionConfig, Qwen3MoeConfig):
     shared_expert_intermediate_size: int | None = None
     moe_layer_freq: list[int] | None = None
     qk_layernorm: bool = False
+    norm_topk_prob: bool | None = None  # type: ignore[assignment]  # the published file says null
     rms_norm_eps: float = 1e-5
     rope_theta: float | None = None  # a field, so that saving keeps the key
 
     def __post_init__(self, **kwargs: Any) -> None:
         kinds = self.moe_layer_freq
-        if kinds is not None and len(kinds) < self.num_hidden_layers:
+        if kinds is not None and (not isinstance(kinds, list) or len(kinds) < self.num_hidden_layers):
             raise RevprobeError(
                 f"LLaDAMoEConfig: moe_layer_freq={kinds!r} does not say of each of {self.num_hidden_layers} layers "
                 "whether it has experts; expected a list with 0 for a dense layer and 1 for one with experts"
@@ -113,7 +118,11 @@ def _recognises(files: Files) -> bool:
 def _to_config(files: Files) -> dict[str, Any]:
     """The published file writes null for what it does not say."""
     said = {key: value for key, value in files.settings.items() if value is not None}
-    missing = [key for key in _NEEDED if key not in said]
+    rotary, kinds = said.get("rope_parameters"), said.get("moe_layer_freq")
+    if isinstance(rotary, dict) and "rope_theta" in rotary:  # as newer releases of transformers write it
+        said = {"rope_theta": rotary["rope_theta"]} | said
+    widths = {_WIDTHS[kind != 0] for kind in kinds} if isinstance(kinds, list) else set()
+    missing = [key for key in (*_NEEDED, *sorted(widths)) if key not in said]
     if missing:
         raise RevprobeError(
             f"{files.name}: its config.json does not say {', '.join(missing)}; expected the published file of a "

@@ -65,7 +65,7 @@ class MDLMConfig(MaskedDiffusionConfig, PreTrainedConfig):
                 "depends on a noise level that no query names; expected False"
             )
         super().__post_init__(**kwargs)
-        self.return_dict = True  # published files say false, for their own code
+        self.tie_word_embeddings = False  # the published code ties nothing, whatever a file says
         if self.mask_token_id is None:
             self.mask_token_id = self.vocab_size - 1
         require_sizes(self, width="hidden_dim")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import RevprobeError
+from ..bases.configs import published_radd
 from ..bases.radd import RaddForMaskedLM
 from .family import Family, Fused
 from .files import Files, Settings
@@ -22,15 +23,13 @@ from .files import Files, Settings
 _READ = ("hidden_size", "n_heads", "n_blocks", "dropout")
 ROPE_BASE = 10000.0
 GPT2_TOKENIZER = "openai-community/gpt2"
-# The length all public models were trained at. It is in the file but no part of the model, which rotates: a file that
-# leaves it out is held to this one.
-_LENGTH = 1024
 _BLOCK = "blocks.{}"
 
 
 def _is_published(config: Settings) -> bool:
     sizes = config.get("model")
-    return "model_type" not in config and "tokens" in config and isinstance(sizes, dict) and {*_READ} <= set(sizes)
+    named = config.get("model_type") in (None, "radd")  # tools that copy a checkpoint write one into it
+    return named and "tokens" in config and isinstance(sizes, dict) and {*_READ} <= set(sizes)
 
 
 def _recognises(files: Files) -> bool:
@@ -39,28 +38,7 @@ def _recognises(files: Files) -> bool:
 
 
 def _to_config(files: Files) -> dict[str, Any]:
-    return config_of(files.settings) if _is_published(files.settings) else dict(files.settings)
-
-
-def config_of(config: Settings) -> dict[str, Any]:
-    """The settings of our config from the published one."""
-    sizes = config["model"]
-    return {
-        "vocab_size": config["tokens"] + 1,
-        "mask_token_id": config["tokens"],  # the last row
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "d_model": sizes["hidden_size"],
-        "n_layers": sizes["n_blocks"],
-        "n_heads": sizes["n_heads"],
-        "dropout": sizes["dropout"],
-        "dropout_sites": ["attention", "mlp"],
-        "max_length": sizes.get("length") or _LENGTH,
-        "position_encoding": "rope",
-        "rope_base": ROPE_BASE,
-        "initialization": "published",
-        "head_bias": True,
-    }
+    return published_radd(files.settings) if _is_published(files.settings) else dict(files.settings)
 
 
 def rotation_check(head_dim_of: Callable[[Settings], int]) -> Callable[[Tensor, Settings], None]:

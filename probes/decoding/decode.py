@@ -25,7 +25,7 @@ from ..pairs.spans import encode_texts, require_fast_tokenizer
 from ..passes.batches import queries_per_batch
 from ..passes.plan import Progress
 from .causal import continue_greedily, end_tokens, generator_of
-from .masked import Prompt, Unmasking, block_starts, unmask, unmasking
+from .masked import Prompt, Unmasking, schedule_of, unmask, unmasking
 
 
 @checked
@@ -132,19 +132,22 @@ def decode_tokens(
     """
     if not prompts:
         return []
+    model.require_mask_token("decoding")
     prompts = [_after_begin(model, prompt) for prompt in prompts]
     _require_fit(model, prompts, lengths)
     if model.objective == "masked":
         how = how or unmasking(model)
         for before, length in sorted({(len(p.before), n) for p, n in zip(prompts, lengths, strict=True)}):
-            how.schedule(length, block_starts(model, how, before, length))  # refused before the model runs
+            schedule_of(model, how, range(before, before + length))  # refused before the model runs
     answers: list[list[int]] = [[] for _ in prompts]
     done = 0
     with untouched(model.module), torch.no_grad():
         for batch in _batches(model, prompts, lengths, batch_size):
             asked, wanted = [prompts[i] for i in batch], [lengths[i] for i in batch]
             if how is not None:
-                written = unmask(model, asked, wanted, how, batch)
+                assert model.mask_token_id is not None, "a masked model names its mask token when wrapped"
+                texts = [p.blanks(n, model.mask_token_id) for p, n in zip(asked, wanted, strict=True)]
+                written = unmask(model, texts, how, batch)
             else:
                 written = continue_greedily(model, [list(prompt.before) for prompt in asked], wanted)
             for place, answer in zip(batch, written, strict=True):

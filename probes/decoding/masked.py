@@ -7,8 +7,12 @@ remasking, or Dream's sampler with `alg="entropy"`; with blocks of one token it 
 Two things differ from the published samplers, on purpose: the mask token is never revealed (theirs leave such a
 position masked for good), and of equally sure positions the leftmost comes first (theirs leave it to the sort).
 
-Shapes below: row (prompt), seq (prompt and answer, right-padded), token (answer positions), open (positions that may
-be revealed in this step), vocab.
+The positions to be written need not stand at the end, nor together: a text may go on behind them. Whoever wants to know
+what happens at each step hands in a `Watch`; it sees the model's own run, so that watching costs no run of its own and
+changes no token.
+
+Shapes below: row (text), seq (right-padded), token (positions to be written), open (positions that may be revealed in
+this step), vocab.
 
 Source: Nie et al. 2025 (arXiv 2502.09992), App. B.4; Ye et al. 2025 (arXiv 2508.15487).
 """
@@ -16,9 +20,10 @@ Source: Nie et al. 2025 (arXiv 2502.09992), App. B.4; Ye et al. 2025 (arXiv 2508
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +39,44 @@ class Prompt:
 
     before: tuple[int, ...]
     after: tuple[int, ...] = ()
+
+    def blanks(self, length: int, mask: int) -> Blanks:
+        """The prompt with an answer of so many tokens still to be written."""
+        start = len(self.before)
+        return Blanks((*self.before, *[mask] * length, *self.after), tuple(range(start, start + length)))
+
+
+@dataclass(frozen=True)
+class Blanks:
+    """A text with the mask token at the positions that are to be written, ascending."""
+
+    token_ids: tuple[int, ...]
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a batch, before anything is revealed in it.
+
+    Shapes: `ids`, `attention` (None without padding): `row seq`; `columns` (where a token stands), `hidden` (not
+    written yet), `is_open` (may be revealed now): `row token`.
+    """
+
+    ids: Tensor
+    attention: Tensor | None
+    columns: Tensor
+    hidden: Tensor
+    is_open: Tensor
+
+
+class Watch(Protocol):
+    """What looks on while a batch is unmasked."""
+
+    def running(self, step: Step) -> AbstractContextManager[Any]:
+        """Open while the model runs."""
+
+    def seen(self, step: Step, logits: Tensor, revealed: Tensor) -> None:
+        """After the step. Shapes: `row seq vocab, row token`: the token revealed, -1 where none was."""
 
 
 def _confidence(log_probabilities: Tensor, tokens: Tensor) -> Tensor:
@@ -147,85 +190,97 @@ def unmasking(
     return Unmasking(algorithm, steps, block_length, float(temperature), seed)
 
 
-def block_starts(model: ProbedModel, how: Unmasking, before: int, length: int) -> list[int] | None:
-    """Where the blocks of an answer begin, after a prompt of `before` tokens; None for a model without blocks.
+def block_starts(model: ProbedModel, how: Unmasking, places: Sequence[int]) -> list[int] | None:
+    """Which of the positions to be written begin a block; None for a model without blocks.
 
-    Blocks are counted from the prompt's first token, so that the answer's first one may be shorter. With shift 1 a
+    Blocks are counted from the text's first token, so that an answer's first one may be shorter. With shift 1 a
     block's first token is read off the finished block before, and stands when the others are begun.
     """
-    if model.block_size is None:
+    size, length = model.block_size, how.block_length
+    if size is None:
         return None
-    assert how.block_length is not None, "set by `unmasking`"
-    places = range(before, before + length)
-    starts = {0} | {at - before for at in places if at % how.block_length == 0}
-    if model.logit_shift:
-        starts |= {at - before for at in places if at % model.block_size == 1 % model.block_size}
-    return sorted(starts)
+    assert length is not None, "set by `unmasking`"
+    block = [(at // length, bool(model.logit_shift) and at % size == 0) for at in places]
+    return [k for k in range(len(places)) if k == 0 or block[k] != block[k - 1]]
+
+
+def schedule_of(model: ProbedModel, how: Unmasking, places: Sequence[int]) -> list[tuple[int, int, int]]:
+    """`Unmasking.schedule` of the positions of a text. Raises: RevprobeError, for fewer steps than blocks."""
+    return how.schedule(len(places), block_starts(model, how, places))
 
 
 def unmask(
-    model: ProbedModel, prompts: Sequence[Prompt], lengths: Sequence[int], how: Unmasking, labels: Sequence[int]
+    model: ProbedModel, texts: Sequence[Blanks], how: Unmasking, labels: Sequence[int], watch: Watch | None = None
 ) -> list[list[int]]:
-    """The answers of one batch, `lengths[i]` tokens to `prompts[i]`; `labels` seed the draws of each.
+    """What is written into the blanks of one batch; `labels` seed the draws of each text.
 
     Raises: RevprobeError, when the logits are NaN.
     """
-    canvas = _Canvas(model, prompts, lengths)
+    canvas = _Canvas(model, texts)
     draws = _Draws(how, labels, model.device)
-    schedules = [
-        how.schedule(length, block_starts(model, how, len(prompt.before), length))
-        for prompt, length in zip(prompts, lengths, strict=True)
-    ]
+    schedules = [schedule_of(model, how, text.places) for text in texts]
     for step in range(max(len(schedule) for schedule in schedules)):
         now = [schedule[step] if step < len(schedule) else (0, 0, 0) for schedule in schedules]
         first, last, count = torch.tensor(now, device=model.device).unbind(1)
-        canvas.reveal(first, last, count, how, draws)
-    return canvas.answers(lengths)
+        canvas.reveal(first, last, count, how, draws, watch)
+    return canvas.answers()
 
 
 class _Canvas:
-    """Prompts, masks, and what has been revealed. Shapes: `ids, attention: row seq`; `columns, hidden: row token`."""
+    """Texts and what has been revealed. Shapes: `ids, attention: row seq`; `columns, hidden: row token`."""
 
-    def __init__(self, model: ProbedModel, prompts: Sequence[Prompt], lengths: Sequence[int]) -> None:
-        assert model.mask_token_id is not None, "a masked model names its mask token when wrapped"
+    def __init__(self, model: ProbedModel, texts: Sequence[Blanks]) -> None:
         self.model = model
-        rows = [
-            [*p.before, *[model.mask_token_id] * length, *p.after] for p, length in zip(prompts, lengths, strict=True)
-        ]
         # To the right, so that a learned position embedding sees a padded row exactly as it sees the row alone.
-        width = max(map(len, rows))
-        self.ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=model.device)
-        sizes = torch.tensor([len(row) for row in rows], device=model.device)[:, None]
+        width = max(len(text.token_ids) for text in texts)
+        rows = [[*text.token_ids, *[0] * (width - len(text.token_ids))] for text in texts]
+        self.ids = torch.tensor(rows, device=model.device)
+        sizes = torch.tensor([len(text.token_ids) for text in texts], device=model.device)[:, None]
         is_token = torch.arange(width, device=model.device) < sizes
         self.attention = None if bool(is_token.all()) else is_token.long()
-        token = torch.arange(max(lengths), device=model.device)
-        self.hidden = token < torch.tensor(list(lengths), device=model.device)[:, None]
-        begins = torch.tensor([len(p.before) for p in prompts], device=model.device)[:, None]
-        self.columns = torch.where(self.hidden, begins + token, begins)
+        self.lengths = [len(text.places) for text in texts]
+        most = max(self.lengths)
+        places = [[*text.places, *[text.places[0]] * (most - len(text.places))] for text in texts]
+        self.columns = torch.tensor(places, device=model.device)
+        lengths = torch.tensor(self.lengths, device=model.device)[:, None]
+        self.hidden = torch.arange(most, device=model.device) < lengths
 
-    def reveal(self, first: Tensor, last: Tensor, count: Tensor, how: Unmasking, draws: _Draws) -> None:
+    def reveal(
+        self, first: Tensor, last: Tensor, count: Tensor, how: Unmasking, draws: _Draws, watch: Watch | None = None
+    ) -> None:
         """Run the model and fill the `count` surest positions of each row's block. Shapes: `row, row, row ->`."""
         token = torch.arange(self.hidden.shape[1], device=self.ids.device)
         is_open = self.hidden & (token >= first[:, None]) & (token < last[:, None])
         row, at = is_open.nonzero(as_tuple=True)
-        log_probabilities = self._read(row, at)
+        step = Step(self.ids, self.attention, self.columns, self.hidden.clone(), is_open)
+        with nullcontext() if watch is None else watch.running(step):
+            logits = self.run()
+        log_probabilities = self._read(logits, row, at)
         tokens = draws.tokens(log_probabilities, row)
         sure = torch.full(is_open.shape, -torch.inf, dtype=torch.float64, device=self.ids.device)
         sure[row, at] = ALGORITHMS[how.algorithm](log_probabilities, tokens)
         rank = sure.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         chosen = (is_open & (rank < count[:, None]))[row, at]
-        self.ids[row[chosen], self.columns[row[chosen], at[chosen]]] = tokens[chosen]
-        self.hidden[row[chosen], at[chosen]] = False
+        row, at, tokens = row[chosen], at[chosen], tokens[chosen]
+        if watch is not None:  # before the canvas changes under the step
+            revealed = torch.full_like(self.columns, -1)
+            revealed[row, at] = tokens
+            watch.seen(step, logits, revealed)
+        self.ids[row, self.columns[row, at]] = tokens
+        self.hidden[row, at] = False
 
-    def answers(self, lengths: Sequence[int]) -> list[list[int]]:
-        """The tokens at the answer positions, all of them revealed by now."""
+    def answers(self) -> list[list[int]]:
+        """The tokens at the positions that were to be written, all of them revealed by now."""
         assert not self.hidden.any(), "the schedule must reveal every position"
         rows = self.ids.gather(1, self.columns).tolist()
-        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+        return [row[:length] for row, length in zip(rows, self.lengths, strict=True)]
 
-    def _read(self, row: Tensor, at: Tensor) -> Tensor:
+    def run(self) -> Tensor:
+        """The model on what stands there now. Shapes: `-> row seq vocab`."""
+        return self.model.logits(self.ids, self.attention)
+
+    def _read(self, logits: Tensor, row: Tensor, at: Tensor) -> Tensor:
         """Log-probabilities at the positions' readout rows, mask token left out. Shapes: `open, open -> open vocab`."""
-        logits = self.model.logits(self.ids, self.attention)
         # In float64, as LLaDA's sampler: ties that rounding makes would be broken by position.
         logits = logits[row, self.columns[row, at] - self.model.logit_shift].double()
         log_probabilities = self.model.without_mask(logits).log_softmax(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -15,9 +16,7 @@ from .theme import (
     OKABE_ITO,
     REVERSE,
     TEMPLATE,
-    band,
     counts_text,
-    faded,
     interval_text,
     message_figure,
     plain,
@@ -30,7 +29,9 @@ _PANELS = {
     "forward_probability": ("Answer: forward query", "target probability", FORWARD, 0.0),
     "reverse_probability": ("Answer: reverse query", "target probability", REVERSE, 0.0),
 }
-_KEY = "line: common pairs · band: 95 % interval over facts · dashed: control (shuffled facts) · ×: undefined"
+_KEY = "line: common pairs · bar: 95 % interval over facts · grey: control (shuffled facts) · ×: undefined (hover: why)"
+# Two panels beside each other fit half a screen. Of more sizes than find room under one, some have no label.
+_WIDTH, _PANEL, _COLUMNS, _CHARACTER = 760, 290, 2, 8
 
 
 def block_sweep_figure(
@@ -46,24 +47,41 @@ def block_sweep_figure(
     if not measures:
         return message_figure("No measure to draw.")
     titles = [f"<b>{_PANELS[measure][0]}</b>" for measure in measures]
-    figure = make_subplots(1, len(measures), subplot_titles=titles, horizontal_spacing=0.08)
-    for column, measure in enumerate(measures, start=1):
+    lines = math.ceil(len(measures) / _COLUMNS)
+    figure = make_subplots(
+        lines,
+        min(len(measures), _COLUMNS),
+        subplot_titles=titles,
+        horizontal_spacing=0.15,
+        vertical_spacing=0.34 / lines,
+    )
+    for place, measure in enumerate(measures):
+        at = {"row": place // _COLUMNS + 1, "col": place % _COLUMNS + 1}
         rows = frame[(frame["measure"] == measure) & (frame["part"] == "common")].reset_index(drop=True)
         _, unit, colour, floor = _PANELS[measure]
-        _draw(figure, rows, sizes, measure.replace("_", " "), colour, floor, column)
-        seen = "<br>".join(["block size", f"(below: pairs in sight, of {asked[measure]:,})"])
-        ticks = [
-            f"{'whole' if size is None else size}<br>{n:,}" for size, n in zip(sizes, rows["visible"], strict=True)
-        ]
-        places = list(range(len(sizes)))
-        span = [-0.4, len(sizes) - 0.6]
-        figure.update_xaxes(title=seen, tickvals=places, ticktext=ticks, range=span, row=1, col=column)
+        _draw(figure, rows, sizes, measure.replace("_", " "), colour, floor, at)
+        ticks = _ticks(sizes, rows["visible"].tolist(), _PANEL if len(measures) > 1 else _WIDTH - 115)
+        title = f"block size<br>(below: pairs in sight, of {asked[measure]:,})"
+        figure.update_xaxes(title=title, range=[-0.4, len(sizes) - 0.6], tickangle=0, **ticks, **at)
         title = f"{unit} ({counts_text(rows['n'].astype(float))})"
-        lowest = min([floor, *rows[["value", "low", "control"]].astype(float).min().dropna()])
-        figure.update_yaxes(title=title, range=[lowest - 0.07, 1.04], row=1, col=column)
+        lowest = min([floor, *rows[["value", "low", "control", "control_low"]].astype(float).min().dropna()])
+        figure.update_yaxes(title=title, range=[lowest - 0.07, 1.04], **at)
     heading = {"text": _KEY, "font": {"size": 12, "color": "#555"}, "y": 1, "yref": "container", "pad": {"t": 8}}
-    figure.update_layout(template=TEMPLATE, title=heading, showlegend=False, height=440, margin={"t": 80, "b": 90})
-    return with_theme(figure.update_layout(width=max(420, 330 * len(measures))), theme)
+    figure.update_layout(template=TEMPLATE, title=heading, showlegend=False, margin={"t": 80, "b": 90})
+    return with_theme(figure.update_layout(width=_WIDTH, height=90 + 350 * lines), theme)
+
+
+def _ticks(sizes: Sequence[int | None], visible: Sequence[int], width: int) -> dict[str, list[Any]]:
+    """A size with its pairs in sight below it, of as many sizes as stand beside each other in `width` pixels."""
+    texts = [f"{'whole' if size is None else size}<br>{n:,}" for size, n in zip(sizes, visible, strict=True)]
+    wide = 10 + _CHARACTER * max(len(part) for text in texts for part in text.split("<br>"))
+    step = math.ceil(len(sizes) * wide / width)
+    # Counted from the last, the whole text; the lines of the others stay.
+    labelled = {place for place in range(len(sizes)) if (len(sizes) - 1 - place) % step == 0}
+    return {
+        "tickvals": list(range(len(sizes))),
+        "ticktext": [text if place in labelled else "" for place, text in enumerate(texts)],
+    }
 
 
 def _draw(
@@ -73,11 +91,9 @@ def _draw(
     name: str,
     colour: str,
     floor: float,
-    column: int,
+    at: dict[str, int],
 ) -> None:
-    """Band, control and line of one measure, and a cross at the foot where it is undefined."""
-    x = [float(place) for place in range(len(sizes))]
-    value, low, high, control = (rows[key].astype(float).tolist() for key in ("value", "low", "high", "control"))
+    """Control and line of one measure with their intervals, and a cross at the foot where it is undefined."""
     hover = []
     for size, row in zip(sizes, rows.to_dict("records"), strict=True):
         numbers = interval_text(*(float(row[key]) for key in ("value", "low", "high", "control")))
@@ -85,23 +101,25 @@ def _draw(
         counts = f"n = {row['n']:,} pairs of {row['facts']:,} facts, {row['visible']:,} in sight"
         notes = [plain(row[key], limit=200) for key in ("reason", "caution") if row[key]]
         hover.append("<br>".join([f"<b>{name}</b>", f"{where}: {numbers}", counts, *notes]))
-    gaps = [place for place, number in enumerate(value) if math.isnan(number)]
-    cross = {"symbol": "x-thin", "size": 8, "line": {"width": 2, "color": CONTROL_GREY}}
-    line, dashed = {"color": colour, "width": 2}, {"color": faded(colour, 0.75), "width": 1.5, "dash": "dash"}
+    grey = {"color": CONTROL_GREY, "symbol": "diamond-open", "size": 6}
+    dashed = {"color": CONTROL_GREY, "width": 1.5, "dash": "dash"}
     parts = [
-        band(x, low, high, colour),
-        go.Scatter(x=x, y=control, mode="lines", line=dashed, hoverinfo="skip", name=f"control of {name}"),
-        go.Scatter(x=x, y=value, mode="lines+markers", line=line, hovertext=hover, hoverinfo="text", name=name),
-        go.Scatter(
-            x=[x[place] for place in gaps],
-            y=[floor for _ in gaps],
-            mode="markers",
-            marker=cross,
-            hovertext=[hover[place] for place in gaps],
-            hoverinfo="text",
-            name=f"{name}, undefined",
-        ),
+        _points(rows, "control", line=dashed, marker=grey, hoverinfo="skip", name=f"control of {name}"),
+        _points(rows, "value", line={"color": colour, "width": 2}, hovertext=hover, hoverinfo="text", name=name),
     ]
+    gaps = [place for place, number in enumerate(rows["value"].astype(float)) if math.isnan(number)]
+    cross = {"symbol": "x-thin", "size": 8, "line": {"width": 2, "color": CONTROL_GREY}}
+    lost = go.Scatter(x=gaps, y=[floor for _ in gaps], mode="markers", marker=cross, name=f"{name}, undefined")
+    parts += [lost.update(hovertext=[hover[place] for place in gaps], hoverinfo="text")] if gaps else []
     for part in parts:
-        if part.x:
-            figure.add_trace(part, row=1, col=column)
+        figure.add_trace(part, **at)
+
+
+def _points(rows: pd.DataFrame, number: str, *, line: dict[str, Any], **look: Any) -> go.Scatter:
+    """One number over the sizes. A bar at each size, not an area: a size without neighbours has its interval too."""
+    ends = ("low", "high") if number == "value" else (f"{number}_low", f"{number}_high")
+    value, low, high = (rows[column].astype(float) for column in (number, *ends))
+    bars = {"type": "data", "symmetric": False, "color": line["color"], "thickness": line["width"] * 0.75, "width": 4}
+    bars |= {"array": (high - value).fillna(0).tolist(), "arrayminus": (value - low).fillna(0).tolist()}
+    places = list(range(len(rows)))
+    return go.Scatter(x=places, y=value.tolist(), mode="lines+markers", line=line, error_y=bars, **look)

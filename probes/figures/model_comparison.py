@@ -24,7 +24,10 @@ from .theme import (
 
 # A model keeps its colour; black is for differences.
 _COLOURS = [OKABE_ITO[name] for name in ("blue", "vermillion", "green", "purple", "sky", "orange")]
-_KEY = "bar: 95 % interval over facts · grey: control (shuffled facts) · open: on common facts alone · ×: undefined"
+_KEY = (
+    "bar: 95 % interval over facts · grey: control (shuffled facts) · open: common facts alone · "
+    "×: undefined (hover: why)"
+)
 
 
 def comparison_figure(frame: pd.DataFrame, *, theme: str = "light") -> go.Figure:
@@ -36,7 +39,7 @@ def comparison_figure(frame: pd.DataFrame, *, theme: str = "light") -> go.Figure
     if not measures:
         return message_figure("No measure that two models share.")
     models = list(dict.fromkeys(frame["model"]))
-    titles = ["<b>Each model</b>", "<b>Differences, paired over common facts</b>"]
+    titles = ["<b>Each model</b>", "<b>Paired differences</b>"]
     figure = make_subplots(1, 2, shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.04)
     places = {measure: -float(place) for place, measure in enumerate(measures)}
     for number, model in enumerate(models):
@@ -44,13 +47,14 @@ def comparison_figure(frame: pd.DataFrame, *, theme: str = "light") -> go.Figure
         colour = _COLOURS[number % len(_COLOURS)]
         symbol = SYMBOLS[number // len(_COLOURS) % len(SYMBOLS)]
         rows = frame[frame["model"] == model].assign(at=frame["measure"].map(places) + at)
-        _draw_model(figure, rows, plain(model), colour, symbol, 0.18 / len(models))
+        _draw_model(figure, rows, _with_kind(model, rows), colour, symbol, 0.18 / len(models))
     differences = frame[frame["part"] == "difference"]
     between = list(dict.fromkeys(zip(differences["model"], differences["against"], strict=True)))
     for number, (model, against) in enumerate(between):
         rows = differences[(differences["model"] == model) & (differences["against"] == against)]
         rows = rows.assign(at=rows["measure"].map(places) + _spread(number, len(between)))
-        _draw_difference(figure, rows, f"{plain(model)} − {plain(against)}", SYMBOLS[number % len(SYMBOLS)])
+        symbol = SYMBOLS[number % len(SYMBOLS)] + ("-open" if number // len(SYMBOLS) % 2 else "")
+        _draw_difference(figure, rows, f"{plain(model)} − {plain(against)}", symbol)
     figure.add_vline(x=0, line={"color": CONTROL_GREY, "dash": "dot", "width": 1}, col=2)
     ticks = {"tickvals": list(places.values()), "ticktext": [measure.replace("_", " ") for measure in measures]}
     figure.update_yaxes(range=[0.6 - len(measures), 0.6], **ticks)
@@ -61,9 +65,15 @@ def comparison_figure(frame: pd.DataFrame, *, theme: str = "light") -> go.Figure
     legend = {"orientation": "h", "y": -0.14, "yanchor": "top", "x": 0}
     heading = {"text": _KEY, "font": {"size": 12, "color": "#555"}, "y": 1, "yref": "container", "pad": {"t": 8}}
     rows_drawn = len(measures) * max(len(models), len(between))
-    size = {"height": 240 + max(52 * len(measures), 18 * rows_drawn), "width": 1000}
+    size = {"height": 240 + max(52 * len(measures), 18 * rows_drawn), "width": 780}
     figure.update_layout(template=TEMPLATE, title=heading, legend=legend, margin={"t": 80, "b": 110}, **size)
     return with_theme(figure, theme)
+
+
+def _with_kind(model: str, rows: pd.DataFrame) -> str:
+    """A model's name and the kind of its pairs: numbers of different kinds are no answers to one question."""
+    kinds = dict.fromkeys(kind.replace("_", " ") for kind in rows.loc[rows["part"] == "all", "kind"] if kind)
+    return f"{plain(model)} ({', '.join(kinds)})" if kinds else plain(model)
 
 
 def _spread(number: int, count: int) -> float:

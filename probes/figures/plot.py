@@ -23,7 +23,10 @@ from ...errors import RevprobeError, did_you_mean, first_line
 from ..pairs.pairs import ReversalPairs
 from .attention_maps import correlation_heatmap, head_map, role_map
 from .bounds import bounds_figure
+from .by_layer import logit_lens_figure, stored_once_figure
+from .causal_trace import causal_trace_figure, head_ranking_figure
 from .controls import controls_figure, controls_over_steps
+from .denoising import denoising_figure
 from .drawable import Drawable
 from .objective_terms import objective_terms_figure
 from .route_edits import route_edit_figure
@@ -61,8 +64,9 @@ def plot_reading(reading: Drawable, *, theme: str = "light", **options: Any) -> 
             bound, for a reading that `with_bounds` gave) or `"controls"` (the number above all that it is held
             against), `layer=`, `head=`, `pairs=` (the ReversalPairs it was taken on, whose text then stands on the
             hover); gradient: `by="role"` or another column of the frame, or `kind="layers"` (by layer x role) or
-            `"controls"`; probability: `bins=`; route edits and stored evidence: `kind=`;
-            objective terms: `by=`, `measure=`.
+            `"controls"`; probability: `bins=`; route edits, stored evidence and logit lens: `kind=`; stored once:
+            `number=`; objective terms: `by=`, `measure=`; causal traces: `by=`, `part=`, `measure=`; denoising
+            traces: `kind=`, `step=`.
     Raises: RevprobeError, when the reading or an option is not known.
     """
     if reading.name not in RENDERERS:
@@ -264,11 +268,16 @@ def _titled(figure: go.Figure, reading: Drawable, what: str) -> go.Figure:
 
 RENDERERS: dict[str, Callable[..., go.Figure]] = {
     "attention_correlation": attention_figure,
+    "causal_trace": causal_trace_figure,
+    "denoising_trace": denoising_figure,
     "gradient_cosine": gradient_figure,
+    "head_ranking": head_ranking_figure,
+    "logit_lens": logit_lens_figure,
     "objective_terms": objective_terms_figure,
     "reverse_probability": probability_figure,
     "route_edit": route_edit_figure,
     "stored_evidence": stored_evidence_figure,
+    "stored_once": stored_once_figure,
 }
 
 
@@ -292,7 +301,9 @@ def save_figure(figure: go.Figure, path: str | Path, *, scale: float = 2.0) -> P
     try:
         with written_whole(path) as part:
             if ending == ".html":
-                figure.write_html(part, include_plotlyjs=True)
+                # The page around a figure in its colour, or a dark one would stand on white.
+                paper = figure.layout.paper_bgcolor or figure.layout.template.layout.paper_bgcolor or "white"
+                figure.write_html(part, include_plotlyjs=True, post_script=f"document.body.style.background='{paper}'")
             else:
                 figure.write_image(part, format=ending.removeprefix("."), scale=scale)
     except RevprobeError:

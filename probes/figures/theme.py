@@ -144,14 +144,13 @@ def interval_text(
         return "undefined"
     # Ends that round to one number would read as an interval of no width: they get the digits that tell them apart.
     least = digits or (1 if percent else 2)
-    beside = "" if math.isnan(control) else f" (control {_rounded(control, percent, least)})"
-    if not low < high:  # without an interval, or one of no width, which would claim certainty
-        return _rounded(value, percent, least) + beside
-    for places in range(least, 17):
-        ends = _rounded(low, percent, places), _rounded(high, percent, places)
-        if ends[0] != ends[1]:
-            return f"{_rounded(value, percent, places)} [{ends[0]}, {ends[1]}]{beside}"
-    return _rounded(value, percent, least) + beside  # within rounding of each other
+    told_apart = (n for n in range(least, 17) if _rounded(low, percent, n) != _rounded(high, percent, n))
+    # None without an interval, or with one of no width, which would claim certainty.
+    places = next(told_apart, None) if low < high else None
+    ends = "" if places is None else f" [{_rounded(low, percent, places)}, {_rounded(high, percent, places)}]"
+    places = places or least
+    beside = "" if math.isnan(control) else f" (control {_rounded(control, percent, places)})"
+    return f"{_rounded(value, percent, places)}{ends}{beside}"
 
 
 def difference_text(value: float, low: float, high: float, control: float = math.nan) -> str:

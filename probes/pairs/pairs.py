@@ -18,7 +18,7 @@ import hashlib
 import html
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -194,7 +194,7 @@ class ReversalPairs(Sequence[ReversalPair]):
         """
         state = hashlib.sha256(self.kind.encode())
         for query in self.queries:
-            state.update(repr((query.token_ids, query.target_positions, query.evidence_positions)).encode())
+            state.update(repr(tuple(query.as_row().values())).encode())
         state.update(np.stack([self.forward, self.reverse]).astype("<i8").tobytes())
         state.update(json.dumps([str(fact) for fact in self.facts]).encode())
         return state.hexdigest()[:16]
@@ -231,7 +231,7 @@ class ReversalPairs(Sequence[ReversalPair]):
         """The lines of a file, one for each pair; `probe` alone reads them, unless it is empty."""
         for i, pair in enumerate(self):
             row: dict[str, Any] = {"fact": pair.fact, "kind": pair.kind}
-            row |= {"forward": asdict(pair.forward), "reverse": asdict(pair.reverse)}
+            row |= {"forward": pair.forward.as_row(), "reverse": pair.reverse.as_row()}
             if self.flags:
                 row["flags"] = {name: np.asarray(values)[i].item() for name, values in self.flags.items()}
             yield row | ({"probe": probe} if probe else {})

@@ -7,8 +7,9 @@ fact twice, in the order it was trained in and in the other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from operator import index as whole
+from typing import Any
 
 from ...arguments import fitted
 from ...errors import RevprobeError, did_you_mean, shown
@@ -21,21 +22,28 @@ class Query:
     """A clean sequence, the positions of the target (asked for) and of the evidence (given).
 
     The model's wrapper hides the target; the tokens here are what it should have been. `token_ids` may be ints or
-    a 1-D tensor; positions are sorted.
+    a 1-D tensor; positions are sorted. `canvas_start` is for models that write on a canvas behind a prompt: the tokens
+    before it are the prompt. 1, the default, makes a begin token the prompt, which probes put in front where a query
+    has none.
 
     >>> Query([4, 0, 0, 30], target_positions=[0], evidence_positions=[3]).target
     (4,)
 
     Raises: RevprobeError, when a position is outside the sequence, target or evidence is empty, they overlap, or
-        their tokens are the same (then the question contains its answer).
+        their tokens are the same (then the question contains its answer), or a target stands in the prompt.
     """
 
     token_ids: tuple[int, ...]
     target_positions: tuple[int, ...]
     evidence_positions: tuple[int, ...]
+    canvas_start: int = 1
 
     def __init__(
-        self, token_ids: Iterable[int], target_positions: Iterable[int], evidence_positions: Iterable[int]
+        self,
+        token_ids: Iterable[int],
+        target_positions: Iterable[int],
+        evidence_positions: Iterable[int],
+        canvas_start: int = 1,
     ) -> None:
         object.__setattr__(self, "token_ids", _whole_numbers("token_ids", token_ids))
         object.__setattr__(
@@ -43,6 +51,7 @@ class Query:
         )
         evidence = _whole_numbers("evidence_positions", evidence_positions)
         object.__setattr__(self, "evidence_positions", tuple(sorted(evidence)))
+        object.__setattr__(self, "canvas_start", _whole_numbers("canvas_start", [canvas_start])[0])
         self._validate()
 
     @property
@@ -66,6 +75,11 @@ class Query:
                 )
             if len(set(positions)) < len(positions):
                 raise RevprobeError(f"{part} positions {list(positions)} name a position twice; each token counts once")
+        if self.canvas_start < 1 or (self.canvas_start > 1 and self.target_positions[0] < self.canvas_start):
+            raise RevprobeError(
+                f"canvas_start={self.canvas_start} with a target at position {self.target_positions[0]}: expected at "
+                "least one token of prompt, and the target behind the prompt"
+            )
         shared = set(self.target_positions) & set(self.evidence_positions)
         if shared:
             raise RevprobeError(f"position {min(shared)} is both target and evidence; the evidence must stay visible")
@@ -75,12 +89,22 @@ class Query:
                 "another pair"
             )
 
+    def as_row(self) -> dict[str, Any]:
+        """Its fields, for a file; where the canvas starts only if it is not behind the first token."""
+        row = asdict(self)
+        return row if self.canvas_start != 1 else {key: one for key, one in row.items() if key != "canvas_start"}
+
     @classmethod
     def unchecked(
-        cls, token_ids: Sequence[int], target_positions: Sequence[int], evidence_positions: Sequence[int]
+        cls,
+        token_ids: Sequence[int],
+        target_positions: Sequence[int],
+        evidence_positions: Sequence[int],
+        canvas_start: int = 1,
     ) -> Query:
         """A query that skips the checks, for steps on the way to a target whose tokens need not make sense together."""
         query = cls.__new__(cls)
+        object.__setattr__(query, "canvas_start", canvas_start)
         for name, value in zip(
             ("token_ids", "target_positions", "evidence_positions"),
             (token_ids, target_positions, evidence_positions),

@@ -76,8 +76,8 @@ def _missing(query: Query, model: ProbedModel) -> int:
 
 def _behind(query: Query, before: list[int]) -> Query:
     count = len(before)
-    places = ([p + count for p in part] for part in (query.target_positions, query.evidence_positions))
-    return Query([*before, *query.token_ids], *places) if count else query
+    target, evidence = ([p + count for p in part] for part in (query.target_positions, query.evidence_positions))
+    return Query([*before, *query.token_ids], target, evidence) if count else query
 
 
 def _require_room(pairs: ReversalPairs, model: ProbedModel, size: int) -> None:

@@ -233,9 +233,10 @@ class _Builder:
     def _too_long(self, queries: Sequence[Query]) -> np.ndarray:
         """Whether each query exceeds the model's context, the begin token that probes will add included."""
         lengths = np.array([len(q.token_ids) for q in queries])
-        begins = self.model.logit_shift and any(q.target_positions[0] == 0 for q in queries)
+        begins = bool(self.model.logit_shift) and any(q.target_positions[0] == 0 for q in queries)
+        added = np.array([int(begins or self.model.wants_begin(q.token_ids)) for q in queries])
         limit = self.model.max_length
-        return np.zeros(len(queries), dtype=bool) if limit is None else lengths + int(bool(begins)) > limit
+        return np.zeros(len(queries), dtype=bool) if limit is None else lengths + added > limit
 
 
 def _known_drops(drop: str | Iterable[str], allow_different_tokens: bool) -> tuple[str, ...]:

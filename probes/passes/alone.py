@@ -65,10 +65,11 @@ def hold_against_alone(
 ) -> None:
     """Run the query by itself and compare.
 
-    Shapes: `log_probabilities`: `query token vocab`, of the batch in which the query stands at `row`.
+    Of a model of random tokens, the first draw of them. Shapes: `log_probabilities`: `query token vocab`, of the batch
+    in which the query stands at `row`.
     Raises: PaddingReaches, for a padded batch with other numbers; RevprobeError, for one without padding.
     """
-    batch = make_batch(model, [query])
+    batch = make_batch(model, [query], in_draws=True)
     if tap is None or attention is None:
         alone, own = readout(model, batch)[0], None
     else:

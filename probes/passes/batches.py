@@ -7,9 +7,9 @@ Shapes below: query, seq (longest of the batch, right-padded), token (most targe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice, zip_longest
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class QueryBatch:
     Shapes: `input_ids` (target hidden), `attention_mask` (None without padding): `query seq`; `rows` (readout rows),
     `targets` (token ids), `is_target`: `query token`; `columns` (evidence positions), `is_evidence`: `query column`.
     `ahead`: query rows and key columns of an attention call that stand before the query's own (an adapter's prompts).
+    `draws`: so many rows are one query, each with other random tokens; the axis `query` is `(query draw)` then.
     """
 
     input_ids: Tensor
@@ -41,6 +42,13 @@ class QueryBatch:
     columns: Tensor
     is_evidence: Tensor
     ahead: tuple[int, int] = (0, 0)
+    draws: int = 1
+
+    def row(self, number: int) -> QueryBatch:
+        """One of its rows."""
+        rows = slice(number, number + 1)
+        one: dict[str, Any] = {key: held[rows] for key, held in vars(self).items() if isinstance(held, Tensor)}
+        return replace(self, **one, draws=1)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -58,13 +66,18 @@ class QueryBatch:
         return self.columns + self.ahead[1]
 
 
-def make_batch(model: ProbedModel, queries: Sequence[Query]) -> QueryBatch:
+def make_batch(model: ProbedModel, queries: Sequence[Query], *, in_draws: bool = False) -> QueryBatch:
     """Pad the queries and hide their targets the model's way.
 
-    Raises: RevprobeError, when a readout row would be before the sequence.
+    Args:
+        in_draws: the caller takes as many rows for a query as the model has draws of random tokens.
+    Raises: RevprobeError, when a readout row would be before the sequence, and for a model of random tokens where one
+        sight of a query would be taken for all.
     """
+    if not in_draws:
+        model.require_mask_token("this analysis")
     device = model.device
-    tokens, lengths = _padded([q.token_ids for q in queries], 0)
+    tokens, lengths = _padded([_on_canvas(model, q) for q in queries], 0)
     positions, counts = _padded([q.target_positions for q in queries], -1)
     columns, widths = _padded([q.evidence_positions for q in queries], 0)
     is_target = torch.arange(positions.shape[1]) < counts[:, None]
@@ -77,18 +90,44 @@ def make_batch(model: ProbedModel, queries: Sequence[Query]) -> QueryBatch:
             "query"
         )
     targets = tokens.gather(1, positions.clamp(min=0))
-    padding = (
-        None
-        if (lengths == tokens.shape[1]).all()
-        else (torch.arange(tokens.shape[1]) < lengths[:, None]).long().to(device)
-    )
+    padding = _marked(queries, lengths, tokens.shape[1])
     is_evidence = torch.arange(columns.shape[1]) < widths[:, None]
     shown = model.hide(tokens.to(device), hidden.to(device))
     rows, targets, is_target, columns, is_evidence = (
         t.to(device) for t in (rows, targets, is_target, columns, is_evidence)
     )
+    padding = None if padding is None else padding.to(device)
     ahead = model.contract.placement.ahead
-    return QueryBatch(shown, padding, rows, targets, is_target, columns, is_evidence, ahead)
+    batch = QueryBatch(shown, padding, rows, targets, is_target, columns, is_evidence, ahead)
+    return batch if model.draws == 1 else _in_draws(model, batch)
+
+
+def _on_canvas(model: CalledModule, query: Query) -> Sequence[int]:
+    """The tokens of a query, with hidden ones behind them up to the end of the canvas of a model that has one."""
+    if model.canvas_length is None:
+        return query.token_ids
+    free = query.canvas_start + model.canvas_length - len(query.token_ids)
+    return [*query.token_ids, *[model.mask_token_id or 0] * free]
+
+
+def _marked(queries: Sequence[Query], lengths: Tensor, length: int) -> Tensor | None:
+    """The attention mask: 0 for padding and 1 for tokens, or 2 on a canvas that starts elsewhere than at 1."""
+    starts = torch.tensor([query.canvas_start for query in queries])[:, None]
+    place = torch.arange(length)
+    if (lengths == length).all() and (starts == 1).all():
+        return None
+    there = (place < lengths[:, None]).long()
+    return there if (starts == 1).all() else there * (1 + (place >= starts).long())
+
+
+def _in_draws(model: ProbedModel, batch: QueryBatch) -> QueryBatch:
+    """Each row once for each draw: the ids of hidden places say which. Shapes: `query ... -> (query draw) ...`."""
+    held = {key: one for key, one in vars(batch).items() if isinstance(one, Tensor)}
+    rows: dict[str, Any] = {key: one.repeat_interleave(model.draws, 0) for key, one in held.items()}
+    ids: Tensor = rows["input_ids"]
+    draw = torch.arange(model.draws, device=ids.device).repeat(len(batch.input_ids))[:, None]
+    rows["input_ids"] = ids + draw * torch.eq(ids, model.mask_token_id or 0)
+    return replace(batch, **rows, draws=model.draws)
 
 
 def prepare_queries(model: ProbedModel, queries: Sequence[Query]) -> list[Query]:
@@ -110,6 +149,12 @@ def prepare_queries(model: ProbedModel, queries: Sequence[Query]) -> list[Query]
             f"a target is the mask token {model.mask_token_id} itself, which is never predicted; give the clean "
             "sequence"
         )
+    if model.canvas_length is not None:
+        return [_behind_its_prompt(model, query, model.canvas_length) for query in queries]
+    if elsewhere := next((q.canvas_start for q in queries if q.canvas_start != 1), None):
+        raise RevprobeError(
+            f"a query has canvas_start={elsewhere}, and {model.name} has no canvas behind a prompt; leave it out"
+        )
     if model.logit_shift and any(q.target_positions[0] == 0 for q in queries):
         begin = model.begin_token_id
         if begin is None:
@@ -130,6 +175,30 @@ def prepare_queries(model: ProbedModel, queries: Sequence[Query]) -> list[Query]
     return list(queries)
 
 
+def _behind_its_prompt(model: ProbedModel, query: Query, canvas: int) -> Query:
+    """The query with a prompt: a begin token where it says no other.
+
+    Raises: RevprobeError, when there is none, or more stands behind the prompt than the canvas holds.
+    """
+    if model.wants_begin(query.token_ids, query.canvas_start):
+        if (begin := model.begin_token_id) is None:
+            raise RevprobeError(
+                f"{model.name} writes behind a prompt, and names no begin token to be one; pass begin_token_id="
+            )
+        target, evidence = ([p + 1 for p in one] for one in (query.target_positions, query.evidence_positions))
+        query = Query([begin, *query.token_ids], target, evidence)
+    if query.target_positions[0] < query.canvas_start:
+        raise RevprobeError(
+            f"a target is the begin token, which is the prompt of {model.name} and is not predicted; ask for another"
+        )
+    if (behind := len(query.token_ids) - query.canvas_start) > canvas:
+        raise RevprobeError(
+            f"a query of {len(query.token_ids)} tokens has {behind} behind its prompt of {query.canvas_start}, more "
+            f"than the canvas of {model.name} holds ({canvas}); shorten it, or let more of it be prompt (canvas_start=)"
+        )
+    return query
+
+
 def queries_per_batch(model: CalledModule, queries: Sequence[Query], batch_size: int | None = None) -> int:
     """What was asked for; by itself about 8,192 tokens for small models, fewer for large ones, at least two queries.
 
@@ -141,7 +210,8 @@ def queries_per_batch(model: CalledModule, queries: Sequence[Query], batch_size:
         return batch_size
     parameters = sum(p.numel() for p in model.module.parameters())
     tokens = max(512, int(_TOKENS * min(1.0, _SMALL / max(parameters, 1))))
-    return max(2, tokens // max(len(q.token_ids) for q in queries))
+    longest = max(len(_on_canvas(model, query)) for query in queries)
+    return max(2, tokens // (longest * model.draws))
 
 
 def require_tokens_alone(model: ProbedModel, what: str) -> None:

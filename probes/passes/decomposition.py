@@ -12,8 +12,9 @@ Shapes below: batch (queries), token (target tokens), heads, seq, vocab.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -35,14 +36,19 @@ _SLACK, _MOST = 64.0, 0.02
 
 
 class Piece(NamedTuple):
-    """A summand of the logit. `part`: "evidence" or "others" (what a head reads there), embed, position, mlp, norm or
-    bias (what reaches the logit directly); `source`: of a head's piece; None where it does not apply.
+    """A summand of the logit. `part`: "evidence" or "others" (what a head reads there), "head" (all it reads), embed,
+    position, mlp, norm or bias (what reaches the logit directly); `source`: of what a head reads; None where it does
+    not apply.
     """
 
     part: str
     source: str | None
     layer: int | None
     head: int | None
+
+
+Shares = dict[Piece, tuple[Tensor, Tensor]]  # contribution and stored evidence, `batch` each
+Gradients = Sequence[Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,6 @@ class LinearizedBatch:
     own: Tensor  # the model's logits at the readout rows, `batch token vocab`
     logits: Tensor  # the same from the linearized pass, with its graph
     layer_of: LayerNumbers
-    values: list[dict[str, Tensor]]  # of each layer, by source
 
     @classmethod
     def run(cls, model: ProbedModel, batch: QueryBatch) -> LinearizedBatch:
@@ -92,9 +97,13 @@ class LinearizedBatch:
                 "product of two matrices (it may be an einsum), so what its heads read cannot be told apart; write it "
                 "as weights @ values or by scaled_dot_product_attention (the three probes read it as it is)"
             )
+        return cls(model, batch, held, own, logits, layer_numbers_of(model))
+
+    @cached_property
+    def values(self) -> list[dict[str, Tensor]]:
+        """What the values of each attention call are made of, by source."""
         with torch.enable_grad():
-            values = [_value_shares(call, held) for call in held.attention]
-        return cls(model, batch, held, own, logits, layer_numbers_of(model), values)
+            return [_value_shares(call, self.held) for call in self.held.attention]
 
     @property
     def _is_evidence(self) -> Tensor:
@@ -129,27 +138,64 @@ class LinearizedBatch:
         Shapes: `targets`: `batch token`, read at the batch's readout rows.
         Raises: RevprobeError, when attention reaches the logit through something nonlinear, or the sum misses it.
         """
-        asked = self.batch.is_target
-        mean = lambda logits: _chosen(logits, targets).masked_fill(~asked, 0.0).sum(1) / asked.sum(1)  # noqa: E731
         outputs = [call.output for call in self.held.attention]
-        leaves = [*outputs, *(part.values for part in self.held.parts)]
-        with torch.enable_grad():
-            objective = mean(self.logits).sum()
-        gradients = torch.autograd.grad(objective, leaves, retain_graph=True, allow_unused=True)
-        found: dict[Piece, tuple[Tensor, Tensor]] = {}
+        gradients, of_parts = self._gradients(targets, outputs)
+        found: Shares = {}
         for place in range(len(outputs)):
             for piece, shares in self._head_pieces(place, gradients[place]).items():
                 # Two calls of the same weights (differential attention) are the same heads.
                 twice = found.get(piece)
                 found[piece] = shares if twice is None else (twice[0] + shares[0], twice[1] + shares[1])
-        for part, gradient in zip(self.held.parts, gradients[len(outputs) :], strict=True):
+        return self._completed(found, of_parts, targets)
+
+    def by_head(self, targets: Tensor, written: Sequence[Tensor]) -> tuple[Decomposition, list[Tensor | None]]:
+        """The same by head alone, whatever it read, and the direct shares of states that the held run went through.
+
+        Args:
+            written: such states, as `record_states` around `run` keeps them.
+        Returns: the logit taken apart, and of each state its share, `batch` (float64); None where it has none.
+        Raises: RevprobeError, as `decompose`.
+        """
+        calls = self.held.attention
+        gradients, of_parts = self._gradients(targets, [*(call.output for call in calls), *written])
+        found: Shares = {}
+        for call, gradient in zip(calls, gradients[: len(calls)], strict=True):
+            share = (self._direct(call.site, gradient).double() * call.output.detach().double()).sum((2, 3))
+            for head, column in enumerate(share.unbind(1)):
+                piece = Piece("head", None, call.layer, call.first_head + head)
+                before = found[piece][0] if piece in found else 0.0
+                found[piece] = column + before, torch.full_like(column, torch.nan)
+        return self._completed(found, of_parts, targets), [
+            None if gradient is None else (gradient.double() * state.detach().double()).flatten(1).sum(1)
+            for state, gradient in zip(written, gradients[len(calls) :], strict=True)
+        ]
+
+    def _mean(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The mean logit of each query's target tokens. Shapes: `batch token vocab, batch token -> batch`."""
+        asked = self.batch.is_target
+        return _chosen(logits, targets).masked_fill(~asked, 0.0).sum(1) / asked.sum(1)
+
+    def _gradients(self, targets: Tensor, leaves: Sequence[Tensor]) -> tuple[Gradients, Gradients]:
+        """The derivatives of the targets' logits by the leaves and by the parts; None without a direct share."""
+        leaves = [*leaves, *(part.values for part in self.held.parts)]
+        used = [leaf for leaf in leaves if leaf.requires_grad]
+        with torch.enable_grad():
+            objective = self._mean(self.logits, targets).sum()
+        found = iter(torch.autograd.grad(objective, used, retain_graph=True, allow_unused=True))
+        gradients = [next(found) if leaf.requires_grad else None for leaf in leaves]
+        first = len(leaves) - len(self.held.parts)
+        return gradients[:first], gradients[first:]
+
+    def _completed(self, found: Shares, of_parts: Gradients, targets: Tensor) -> Decomposition:
+        """What heads add, with what reaches the logit beside them, held against the model's own logit."""
+        for part, gradient in zip(self.held.parts, of_parts, strict=True):
             if gradient is not None:
                 piece = Piece(part.kind, None, self.layer_of(part.site), None)
                 share = part.shares(gradient, len(targets)).double()
                 before = found[piece][0] if piece in found else 0.0
                 found[piece] = share + before, torch.full_like(share, torch.nan)
         contribution, stored = (torch.stack(columns, dim=1) for columns in zip(*found.values(), strict=True))
-        return self._checked(list(found), contribution, stored, mean(self.own).double())
+        return self._checked(list(found), contribution, stored, self._mean(self.own, targets).double())
 
     def _head_pieces(self, place: int, gradient: Tensor | None) -> dict[Piece, tuple[Tensor, Tensor]]:
         """Contribution and stored evidence of every head, position and source of one layer."""
@@ -171,16 +217,20 @@ class LinearizedBatch:
 
         Shapes: source -> `batch heads token seq`, float64. Raises: RevprobeError, without a direct share.
         """
-        call = self.held.attention[place]
-        if gradient is None:
-            raise RevprobeError(
-                f"{self.model.name}: the heads of {call.site!r} reach the logit only through something nonlinear "
-                f"({self._last_cut()}), so they have no direct share in it"
-            )
+        gradient = self._direct(self.held.attention[place].site, gradient)
         batch = torch.arange(len(gradient), device=gradient.device)[:, None]
         at_rows = gradient.transpose(1, 2)[batch, self.batch.rows].transpose(1, 2).double()
         at_rows = at_rows.masked_fill(~self.batch.is_target[:, None, :, None], 0.0)
         return {source: at_rows @ values.double().mT for source, values in self.values[place].items()}
+
+    def _direct(self, site: str, gradient: Tensor | None) -> Tensor:
+        """The derivative by what heads write. Raises: RevprobeError, when there is none along the stream alone."""
+        if gradient is None:
+            raise RevprobeError(
+                f"{self.model.name}: the heads of {site!r} reach the logit only through something nonlinear "
+                f"({self._last_cut()}), so they have no direct share in it"
+            )
+        return gradient
 
     def by_position(self) -> Iterator[tuple[LinearizedAttention, dict[str, Tensor]]]:
         """Each attention call, and the shares of every position in the logits of the batch's own targets.

@@ -21,6 +21,7 @@ from ...models.probed import ProbedModel
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
 from .batches import QueryBatch, in_batches, make_batch
+from .draws import mean_likelihood
 
 MODES = ("chain", "parallel")
 
@@ -30,12 +31,16 @@ Request = tuple[int, Target]
 
 @dataclass
 class Likelihoods:
-    """The requests of one pass and their answers, (log-probability in nats, worst 1-based rank) each."""
+    """The requests of one pass and their answers, (log-probability in nats, worst 1-based rank) each.
+
+    `kept`: the draws of random tokens that answers are means over; one, of a model with a mask token.
+    """
 
     model: ProbedModel
     queries: Sequence[Query]
     mode: str
     requests: dict[int, list[Target]]
+    kept: Sequence[int] = (0,)
     answers: dict[Request, tuple[float, int]] = field(default_factory=dict)
 
     @classmethod
@@ -60,10 +65,11 @@ class Likelihoods:
                 own, other = targets[index[pair]], int(index[partner[pair]])
                 if len(own) == len(targets[other]):
                     requests[other][own] = None
-        return cls(model, queries, mode, {q: list(targets) for q, targets in requests.items()})
+        asked = {q: list(targets) for q, targets in requests.items()}
+        return cls(model, queries, mode, asked, range(model.draws))
 
     def from_run(self, log_probabilities: Tensor, queries: np.ndarray) -> None:
-        """Answer what these queries' own run can answer. Shapes: `query token vocab, query`."""
+        """Answer what these queries' own run can answer. Shapes: `(query draw) token vocab, query`."""
         now = [
             (row, int(q), t)
             for row, q in enumerate(queries)
@@ -72,6 +78,7 @@ class Likelihoods:
         ]
         if not now:
             return
+        log_probabilities = mean_likelihood(log_probabilities, self.model.draws, self.kept)
         width, device = log_probabilities.shape[1], log_probabilities.device
         tokens = torch.tensor([[*target, *([0] * (width - len(target)))] for *_, target in now], device=device)
         present = torch.tensor([[k < len(target) for k in range(width)] for *_, target in now], device=device)
@@ -85,19 +92,6 @@ class Likelihoods:
         own = self.model.objective == "causal" and target == self.queries[query].target
         return len(target) == 1 or self.mode == "parallel" or own
 
-    def run_chains(self, batch_size: int, part: int = 0, parts: int = 1) -> None:
-        """Answer the rest, targets of several tokens, conditional by conditional; every `parts`-th from `part`."""
-        requests = [(q, target) for q, targets in self.requests.items() for target in targets]
-        rest = [request for request in requests if not self._in_one_run(*request)][part::parts]
-        steps = [(request, query) for request in rest for query in self.conditionals(*request)]
-        totals: dict[Request, tuple[float, int]] = dict.fromkeys(rest, (0.0, 0))
-        for some in in_batches(self.model, steps, batch_size, lambda step: len(step[1].token_ids)):
-            batch = make_batch(self.model, [query for _, query in some])
-            values, ranks = price(readout(self.model, batch), batch.targets, batch.is_target)
-            for (request, _), value, rank in zip(some, values.tolist(), ranks.tolist(), strict=True):
-                totals[request] = (totals[request][0] + value, max(totals[request][1], rank))
-        self.answers.update(totals)
-
     def conditionals(self, q: int, target: Target) -> Iterator[Query]:
         """The queries whose probabilities multiply to P(target): one per token, or one run of a causal model."""
         query = self.queries[q]
@@ -105,14 +99,14 @@ class Likelihoods:
         for position, token in zip(query.target_positions, target, strict=True):
             tokens[position] = token
         if self.model.objective == "causal":
-            yield Query.unchecked(tokens, query.target_positions, query.evidence_positions)
+            yield Query.unchecked(tokens, query.target_positions, query.evidence_positions, query.canvas_start)
             return
         assert self.model.mask_token_id is not None, "a masked ProbedModel has a mask token"
         for k, position in enumerate(query.target_positions):
             # Later target tokens are masked in the clean sequence itself; the wrapper hides the one asked for.
             hidden = query.target_positions[k + 1 :]
             shown = [self.model.mask_token_id if i in hidden else token for i, token in enumerate(tokens)]
-            yield Query.unchecked(shown, (position,), query.evidence_positions)
+            yield Query.unchecked(shown, (position,), query.evidence_positions, query.canvas_start)
 
     def look_up(self, queries: np.ndarray, targets: Sequence[Target]) -> tuple[np.ndarray, np.ndarray]:
         """Log-probability and rank of targets[n] at queries[n]; NaN where there is no query (-1) or no such request."""
@@ -122,8 +116,31 @@ class Likelihoods:
         return value, rank
 
 
+def run_chains(every: Sequence[Likelihoods], batch_size: int, part: int = 0, parts: int = 1) -> None:
+    """Answer the rest, targets of several tokens, conditional by conditional; every `parts`-th request from `part`.
+
+    Args:
+        every: the likelihoods of one pass, over different draws; the model runs once for all of them.
+    """
+    one = every[0]
+    requests = [(q, target) for q, targets in one.requests.items() for target in targets]
+    rest = [request for request in requests if not one._in_one_run(*request)][part::parts]
+    steps = [(request, query) for request in rest for query in one.conditionals(*request)]
+    totals: list[dict[Request, tuple[float, int]]] = [dict.fromkeys(rest, (0.0, 0)) for _ in every]
+    for some in in_batches(one.model, steps, batch_size, lambda step: len(step[1].token_ids)):
+        batch = make_batch(one.model, [query for _, query in some], in_draws=True)
+        found, first = readout(one.model, batch), slice(None, None, batch.draws)
+        for likelihoods, total in zip(every, totals, strict=True):
+            mean = mean_likelihood(found, batch.draws, likelihoods.kept)
+            values, ranks = price(mean, batch.targets[first], batch.is_target[first])
+            for (request, _), value, rank in zip(some, values.tolist(), ranks.tolist(), strict=True):
+                total[request] = (total[request][0] + value, max(total[request][1], rank))
+    for likelihoods, total in zip(every, totals, strict=True):
+        likelihoods.answers.update(total)
+
+
 def readout(model: ProbedModel, batch: QueryBatch) -> Tensor:
-    """Log-probabilities at the readout rows. Shapes: `-> query token vocab`, float64.
+    """Log-probabilities at the readout rows. Shapes: `-> (query draw) token vocab`, float64.
 
     In float32 the gradient p - 1 of a confident answer is a difference of rounding errors.
     Raises: RevprobeError, for NaN logits.

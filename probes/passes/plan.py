@@ -66,6 +66,7 @@ class PassResult:
     a module -> why the attention that it computes is not read.
     `reached`: parameters that some query's loss reaches; `one_by_one`: those read one query at a time, and why.
     `unseen`: the queries whose evidence lies in a later block, `query`; their numbers are not those of the question.
+    `without`: of a model of random tokens, the same without each of its draws.
     """
 
     pairs: ReversalPairs
@@ -83,6 +84,13 @@ class PassResult:
     norm: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     floor: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     unseen: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    without: list[PassResult] = field(default_factory=list)
+
+    def empty_copy(self, kept: Sequence[int]) -> PassResult:
+        """Tables of the same pass for means over fewer draws, with nothing measured yet; what is told is shared."""
+        likelihoods = None if self.likelihoods is None else replace(self.likelihoods, kept=kept, answers={})
+        tables: dict[str, Any] = {name: getattr(self, name).copy() for name in _TABLES}
+        return replace(self, score={}, weight={}, likelihoods=likelihoods, **tables)
 
     def unseen_reasons(self, queries: np.ndarray, control: np.ndarray) -> dict[str, np.ndarray]:
         """Columns that say which pairs have no number, or no control, since evidence lies in a later block.

@@ -33,7 +33,8 @@ from ..statistics.resampling import derangement
 from .alone import PaddingReaches, Size, hold_against_alone, is_due
 from .asked import asked_pairs, out_of_sight, tokens_note
 from .batches import QueryBatch, in_batches, make_batch, prepare_queries, queries_per_batch
-from .likelihood import Likelihoods, mean_nll, readout
+from .draws import every_two, kept_draws, mean_floor, mean_products, mean_rows
+from .likelihood import Likelihoods, mean_nll, readout, run_chains
 from .plan import PassResult, Plan
 
 DIFFERENT_LENGTHS = "queries of different lengths, which cannot share a batch of this model"
@@ -52,6 +53,9 @@ def run_pass(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> PassResult
             "no gradient is recorded under torch.inference_mode(), nor of a model made under it; expected ordinary "
             "tensors, so call the gradient probe (and load the model) outside of it"
         )
+
+    if plan.share is not None and model.draws > 1:
+        raise RevprobeError(f"{model.name}: draws of random tokens are not divided among processes; probe it in one")
 
     def work(part: int, parts: int) -> PassResult:
         return _Pass(model, pairs, plan, part, parts).run()
@@ -94,6 +98,9 @@ class _Pass:
         self.done, self.to_do = np.zeros(len(self.queries), dtype=bool), len(self.queries)
         if plan.gradient:
             self._allocate_products()
+        every, *fewer = kept_draws(model.draws)
+        self.result.without = [self.result.empty_copy(kept) for kept in fewer]
+        self.by_draws = [(self.result, every), *zip(self.result.without, fewer, strict=True)]
 
     def run(self) -> PassResult:
         with untouched(self.model.module), torch.set_grad_enabled(self.plan.gradient):
@@ -103,7 +110,8 @@ class _Pass:
                 self._run_batch(queries, pairs)
             if self.result.likelihoods is not None:
                 with torch.no_grad():
-                    self.result.likelihoods.run_chains(self.batch_size, self.part, self.of)
+                    every = [one.likelihoods for one, _ in self.by_draws if one.likelihoods is not None]
+                    run_chains(every, self.batch_size, self.part, self.of)
         return self.result
 
     def _allocate_products(self) -> None:
@@ -168,7 +176,7 @@ class _Pass:
         self._keep_products(self._alone(queries), queries, pairs)
 
     def _run_together(self, queries: np.ndarray, pairs: np.ndarray, *, gradient: bool) -> None:
-        batch = make_batch(self.model, [self.queries[q] for q in queries])
+        batch = make_batch(self.model, [self.queries[q] for q in queries], in_draws=True)
         with ExitStack() as stack:
             recorder = self._recorder(stack, queries) if gradient else None
             tapping = None
@@ -186,18 +194,21 @@ class _Pass:
         size = Size(bool(np.ptp(lengths)), len(queries), int(lengths.max()), tap is not None)
         if is_due(self.model, size):
             row = len(queries) - 1 - int(lengths[::-1].argmin())
-            hold_against_alone(self.model, self.queries[queries[row]], row, size, logits, tap, self.attention)
-        if self.result.likelihoods is not None:
-            self.result.likelihoods.from_run(logits.detach(), queries)
+            query, row = self.queries[queries[row]], row * batch.draws
+            hold_against_alone(self.model, query, row, size, logits, tap, self.attention)
+        for result, _ in self.by_draws:
+            if result.likelihoods is not None:
+                result.likelihoods.from_run(logits.detach(), queries)
         self.done[queries] = True
         if self.plan.progress is not None:
             self.plan.progress(int(self.done.sum()), self.to_do)
 
     def _loss_of(self, queries: np.ndarray) -> Callable[[int], Tensor]:
-        """The loss of one of the queries, run by itself."""
+        """The loss of one of the queries in one of the draws, run by itself."""
 
         def loss_of(n: int) -> Tensor:
-            alone = make_batch(self.model, [self.queries[queries[n]]])
+            query, draw = divmod(n, self.model.draws)
+            alone = make_batch(self.model, [self.queries[queries[query]]], in_draws=True).row(draw)
             return mean_nll(readout(self.model, alone), alone)[0]
 
         return loss_of
@@ -211,7 +222,8 @@ class _Pass:
             names, loss_of = list(self.selected), self._loss_of(queries)
             for parameter in self.selected.values():
                 parameter.requires_grad_(True)  # put back with everything else when the pass ends
-            found = read_one_by_one(self.model.module, selection, names, loss_of, (left, right), len(queries))
+            rows = len(queries) * self.model.draws
+            found = read_one_by_one(self.model.module, selection, names, loss_of, (left, right), rows)
             moved = {label for label, inner in found.inner.items() if bool(inner.any())}
             self.result.reached.update(name for label, name in selection.owners.items() if label in moved)
             return found
@@ -223,7 +235,7 @@ class _Pass:
         recording = record_gradients(
             self.model.module,
             self.selected,
-            len(queries),
+            len(queries) * self.model.draws,
             parts=self.parts,
             adopted=adopted,
             loss_of=self._loss_of(queries),
@@ -234,7 +246,7 @@ class _Pass:
     def _adopted(self) -> dict[str, dict[str, nn.Parameter]]:
         """Parameters that are used without calling their module, found by one run of the first query."""
         if self.adopted is None:
-            first = make_batch(self.model, self.queries[:1])
+            first = make_batch(self.model, self.queries[:1], in_draws=True)
             run = lambda: self.model.logits(first.input_ids, first.attention_mask).sum()  # noqa: E731
             self.adopted = adopted_parameters(self.model.module, self.selected, run)
         return self.adopted
@@ -243,19 +255,21 @@ class _Pass:
         """Scores averaged over readout rows and evidence tokens, weights summed over evidence tokens."""
         cell = (batch.is_target[:, :, None] & batch.is_evidence[:, None, :])[:, None]
         rows = batch.is_target.sum(1)[:, None]
-        self.result.without_attention |= dict(tap.attention.without) | tap.missing()
-        self.result.left_out |= dict(tap.attention.left_out) | tap.left_out
+        for result, _ in self.by_draws:
+            result.without_attention |= dict(tap.attention.without) | tap.missing()
+            result.left_out |= dict(tap.attention.left_out) | tap.left_out
         for layer, call in tap.layers(self.model.name).items():
             score = call.score.masked_fill(~cell, 0.0).sum((2, 3)) / cell.sum((2, 3))
             weight = call.weight.masked_fill(~cell, 0.0).sum((2, 3)) / rows
-            for kept, values in ((self.result.score, score), (self.result.weight, weight)):
-                table = kept.setdefault(layer, np.full((len(self.queries), values.shape[1]), np.nan))
-                table[queries] = values.double().cpu().numpy()
+            for result, draws in self.by_draws:
+                for kept, values in ((result.score, score), (result.weight, weight)):
+                    table = kept.setdefault(layer, np.full((len(self.queries), values.shape[1]), np.nan))
+                    table[queries] = mean_rows(values, batch.draws, draws)
 
     def _keep_products(
         self, multiply: Callable[[Tensor, Tensor], Products], queries: np.ndarray, pairs: np.ndarray
     ) -> None:
-        """Norms of every query and inner products of every pair of the batch, with its control's."""
+        """Norms of every query and inner products of every pair of the batch, with its control's; of mean gradients."""
         place = np.full(len(self.queries), -1)
         place[queries] = np.arange(len(queries))
         partner = self.partner[pairs]
@@ -264,13 +278,15 @@ class _Pass:
         right = np.concatenate(
             [place[self.pairs.reverse[pairs]], place[self.pairs.reverse[self.partner[controlled]]], place[queries]]
         )
-        found = multiply(torch.as_tensor(left), torch.as_tensor(right))
-        values = self._columns(found.inner)
-        self.result.inner[pairs] = values[: len(pairs)]
-        self.result.inner_control[controlled] = values[len(pairs) : len(pairs) + len(controlled)]
-        self.result.norm[queries] = np.sqrt(np.maximum(values[len(pairs) + len(controlled) :], 0.0))
-        floors = {label: floor**2 for label, floor in found.floor.items()}
-        self.result.floor[queries] = np.sqrt(self._columns(floors))
+        count, (first, last) = self.model.draws, (len(pairs), len(pairs) + len(controlled))
+        found = multiply(every_two(left, count, first=True), every_two(right, count, first=False))
+        products = self._columns(found.inner)
+        floors = np.sqrt(self._columns({label: floor**2 for label, floor in found.floor.items()}))
+        for result, kept in self.by_draws:
+            values = mean_products(products, count, kept)
+            result.inner[pairs], result.inner_control[controlled] = values[:first], values[first:last]
+            result.norm[queries] = np.sqrt(np.maximum(values[last:], 0.0))
+            result.floor[queries] = mean_floor(floors, count, kept)
 
     def _columns(self, by_label: Mapping[str, Tensor]) -> np.ndarray:
         """One column per parameter, or their sum. Shapes: `-> row parameter`, float64."""
@@ -294,7 +310,8 @@ def select_parameters(module: nn.Module, names: Sequence[str] | None) -> dict[st
             "load with a device_map that holds every weight"
         )
     chosen = everything if names is None else {name: everything[name] for name in names}
-    return {name: p for name, p in chosen.items() if p.is_floating_point()}  # whole numbers have no gradient
+    # Whole numbers have no gradient, nor have tensors without entries (experts of which there are none).
+    return {name: p for name, p in chosen.items() if p.is_floating_point() and p.numel()}
 
 
 def describe(model: ProbedModel, result: PassResult, plan: Plan) -> dict[str, Any]:
@@ -306,6 +323,7 @@ def describe(model: ProbedModel, result: PassResult, plan: Plan) -> dict[str, An
         "objective": model.objective,
         "logit_shift": model.logit_shift,
         **({} if model.block_size is None else {"block_size": model.block_size}),
+        **({} if model.canvas_length is None else {"canvas_length": model.canvas_length, "draws": model.draws}),
         "kind": result.pairs.kind,
         "step": model.step,
         "weights": model.weights,

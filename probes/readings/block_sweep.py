@@ -28,7 +28,7 @@ from ..statistics.paired import measured_difference, side_of
 from .model_comparison import COMMON, DIFFERENCE, MEASURES
 from .parquet import read_reading, write_reading
 from .reading import MEASURE_COLUMNS, Reading, summary_row
-from .readings import Readings
+from .readings import Readings, folder_of_readings
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -164,7 +164,10 @@ class BlockSweep:
         return pd.DataFrame(shown)
 
     def plot(self, *, theme: str = "light") -> go.Figure:
-        """Each measure over block sizes on the common pairs, with its interval as a band, its control and n visible.
+        """Correlation, cosine and probabilities over block sizes on the common pairs, with intervals, controls and n.
+
+        Under each size is how many pairs are in sight there. The accuracies are in `table`.
+
 
         Args:
             theme: "light" or "dark".
@@ -311,7 +314,8 @@ class _Curve:
 
 def of_a_sweep(entry: Path) -> bool:
     """Whether an entry of a folder is of a saved sweep: its numbers, a picture of them, the readings of a size."""
-    return entry.stem == "block_sweep" or (entry.is_dir() and (entry.name == WHOLE_TEXT or entry.name.isdecimal()))
+    named = entry.name == WHOLE_TEXT or entry.name.isdecimal()
+    return (entry.stem == "block_sweep" and entry.is_file()) or (named and folder_of_readings(entry))
 
 
 def _size(value: Any) -> Size:

@@ -23,7 +23,7 @@ from ..statistics.intervals import Estimate
 from ..statistics.paired import measured_difference
 from .parquet import read_reading, write_reading
 from .reading import MEASURE_COLUMNS, summary_row
-from .readings import Readings
+from .readings import Readings, folder_of_readings
 from .sides import Asked, Side, cautions, incomparable, left_out, nothing_shared, undefined_on_common
 
 if TYPE_CHECKING:
@@ -182,10 +182,14 @@ class ModelComparison:
     def __repr__(self) -> str:
         lines = []
         for line in self.table().to_dict("records"):
-            common = f", common facts {line['common facts']} (n / facts {line['n / common']})"
-            whole = f" {line['all facts']} (n / facts {line['n / facts']})" if line["n / facts"] != "-" else ""
-            note = f"; {line['note']}" if line["note"] != "-" else ""
-            lines.append(f"  {line['measure']}, {line['model']} ({line['kind']}):{whole}{common}{note}")
+            whole, common = (
+                "" if line[counts] == "-" else f"{line[title]} (n / facts {line[counts]})"
+                for title, counts in (("all facts", "n / facts"), ("common facts", "n / common"))
+            )
+            # Said once where all facts are common.
+            numbers = [whole, "" if whole == common else f"common facts {common}" if whole else common, line["note"]]
+            told = "; ".join(part for part in numbers if part not in ("", "-"))
+            lines.append(f"  {line['measure']}, {line['model']} ({line['kind']}): {told}")
         return f"ModelComparison({', '.join(self.readings)}):\n" + "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -206,7 +210,7 @@ def require_names(models: Mapping[str, object]) -> None:
 
 def of_a_comparison(entry: Path) -> bool:
     """Whether an entry of a folder is of a saved comparison: its numbers, a picture of them, a model's readings."""
-    return entry.stem == "comparison" or (entry.is_dir() and entry.name.isdecimal())
+    return (entry.stem == "comparison" and entry.is_file()) or (entry.name.isdecimal() and folder_of_readings(entry))
 
 
 def _line(name: str, common: Mapping[str, Any], whole: Mapping[str, Any] | None = None) -> dict[str, str]:
@@ -218,5 +222,5 @@ def _line(name: str, common: Mapping[str, Any], whole: Mapping[str, Any] | None 
         line[counts] = "-" if row is None else f"{row['n']:,} / {row['facts']:,}"
     excess = [common[key] for key in ("excess", "excess_low", "excess_high")]
     line["over the control"] = "-" if np.isnan(excess[0]) else difference_text(*excess)
-    notes = [common["reason"], common["caution"]]
-    return line | {"note": "; ".join(filter(None, notes)) or "-"}
+    notes = ["" if whole is None else whole["reason"], common["reason"], common["caution"]]
+    return line | {"note": "; ".join(dict.fromkeys(filter(None, notes))) or "-"}

@@ -137,6 +137,17 @@ class Reading:
         return self.measured.caution
 
     @property
+    def draw_error(self) -> float | None:
+        """The standard error that the value has from the random tokens drawn, in `meta["draws"]` draws.
+
+        NaN where there was one draw, or for some of the rows; None for a model that draws nothing. Facts' intervals do
+        not hold it, since the same tokens stand under every query.
+        """
+        if "draws" not in self.meta:
+            return None
+        return float(self.meta.get("draw_errors", {}).get(self.name, "nan"))
+
+    @property
     def recomputed(self) -> bool:
         """Whether its file held numbers of other statistics, so that they were worked out again from the frame."""
         return self.statistics_version != STATISTICS_VERSION
@@ -197,8 +208,8 @@ class Reading:
         return plot_reading(self, **options)
 
     def part(self, frame: pd.DataFrame) -> Reading:
-        """The reading of some of its rows, every number worked out from them; without the controls of the whole."""
-        meta = {key: value for key, value in self.meta.items() if key != "controls"}
+        """The reading of some of its rows, every number worked out from them, without those of the whole alone."""
+        meta = {key: one for key, one in self.meta.items() if key not in ("controls", "draw_errors")}
         return Reading(self.name, frame, meta, statistics_version=self.statistics_version)
 
     def with_columns(self, **columns: Any) -> Reading:
@@ -255,6 +266,8 @@ class Reading:
         )
         if (coverage := self.meta.get("coverage")) is not None:
             where += f", {coverage['share']:.1%} of the parameters"
+        if self.draw_error is not None:
+            where += f", draw_error={self.draw_error:.2g} over {self.meta['draws']} draws"
         numbers = f"{self.value:.4g} [{low:.4g}, {high:.4g}], n={self.n}, facts={self.facts}"
         return f"Reading({self.name}={numbers}{control}{left_out}{where})"
 

@@ -92,7 +92,7 @@ class Readings(Sequence[Reading]):
         Older readings there are replaced. Raises: RevprobeError, when two readings would share a file, or something
             else is there.
         """
-        with folder_written_whole(folder, lambda entry: entry.suffix == ".parquet") as part:
+        with folder_written_whole(folder, of_readings) as part:
             for reading in self:
                 path = part / f"{reading.name}.{reading.meta.get('weights') or 'raw'}.parquet"
                 if path.exists():
@@ -137,3 +137,13 @@ def _raw_first(path: Path) -> tuple[str, bool]:
     """Order of a step's files: by probe, the weights as they are before their average."""
     name, _, weights = path.stem.partition(".")
     return name, weights != "raw"
+
+
+def of_readings(entry: Path) -> bool:
+    """Whether an entry of a folder is what `Readings.save` writes there."""
+    return entry.is_file() and entry.suffix == ".parquet"
+
+
+def folder_of_readings(entry: Path) -> bool:
+    """Whether an entry is a folder that holds readings and nothing else."""
+    return entry.is_dir() and any(entry.iterdir()) and all(map(of_readings, entry.iterdir()))

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import pandas as pd
 
 from ...errors import RevprobeError, did_you_mean
+from .causal_trace import causal_trace, head_ranking
+from .denoising import denoising_trace
 from .estimators import (
     Measured,
     attention_correlation,
@@ -17,16 +19,23 @@ from .estimators import (
     route_edit,
     stored_evidence,
 )
+from .lens import logit_lens
+from .stored_once import stored_once
 
 ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {
     "attention_correlation": attention_correlation,
+    "causal_trace": causal_trace,
     "decoded_match": decoded_match,
+    "denoising_trace": denoising_trace,
     "gradient_cosine": gradient_cosine,
+    "head_ranking": head_ranking,
+    "logit_lens": logit_lens,
     "lora_gradient_cosine": gradient_cosine,  # the same over an adapter's parameters alone
     "objective_terms": objective_terms,
     "reverse_probability": reverse_probability,
     "route_edit": route_edit,
     "stored_evidence": stored_evidence,
+    "stored_once": stored_once,
 }
 
 

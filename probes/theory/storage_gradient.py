@@ -39,6 +39,7 @@ def storage_gradient_cosines(
     Source: paper Sec. 4.3 (Thm 4.6) and App. C.1.
     """
     model = as_probed(model)
+    model.require_mask_token("the stored-evidence matrix")
     pairs = asked_pairs(model, pairs, "storage_gradient")
     if pairs.kind != "same_target":
         raise RevprobeError(f"pairs of kind {pairs.kind!r} do not share an entry of S; use same_target pairs")

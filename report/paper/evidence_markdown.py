@@ -80,14 +80,6 @@ ABOUT_WANDERING = (
     "Per cent. Spread: standard deviation of reverse accuracy over the checkpoints of the second half, mean over "
     "seeds; range: the widest lowest-to-highest of any seed."
 )
-PRESSED = ("target", "left", "negative", "asked", "all")
-ABOUT_PRESSURE = (
-    "Nats per unit of learning rate, mean over seeds (lowest to highest), raw weights: positive where a step of "
-    "plain descent lowers the reverse loss (docs/objective-terms.md). Target, left, negative: the terms of rows "
-    "whose evidence is visible and whose target is hidden, by what is priced; asked: these three; all: the whole "
-    "objective as trained; dropped: what the dial leaves out. Log-odds: of the target against the placeholder in "
-    "reverse."
-)
 _AFTER = (0, 50, 100, 250, 500, 1000)
 
 
@@ -292,19 +284,6 @@ def _answers(answers: pd.DataFrame, names: pd.Series, weights: str, question: st
         return pd.DataFrame({"step": [], "accuracy": []})
     chosen = answers["run"].isin(names) & (answers["weights"] == weights) & (answers["question"] == question)
     return answers[chosen & (answers["extra"] == 0)]
-
-
-def pressure_table(pressure: pd.DataFrame) -> str:
-    """What presses on the reverse answer at each checkpoint, by kind of term."""
-    rows = []
-    keys = ["sweep", "recipe", "cell", "step"]
-    for (sweep, recipe, cell, step), own in pressure.groupby(keys, sort=False):
-        by = {str(name): part.sort_values("run") for name, part in own.groupby("terms")}
-        row = {"recipe": recipe, "cell": cell, "sweep": sweep, "step": step, "seeds": own["run"].nunique()}
-        row |= {name: spread_text(by[name]["pressure"], scale=1, digits=2) for name in PRESSED if name in by}
-        row |= {"dropped": spread_text(by["all"]["dropped"], scale=1, digits=2)}
-        rows.append(row | {"log-odds": spread_text(by["all"]["log_odds"], scale=1, digits=2)})
-    return markdown_table(rows)
 
 
 # ---- the published recipe ----

@@ -27,6 +27,11 @@ COUNTED = ("reverse_probability", "attention_correlation", "gradient_cosine")
 PAIRS, FACTS = "n pairs", "n facts"
 
 
+def last_checkpoints(summary: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each run's last checkpoint."""
+    return summary[summary["step"].fillna(-1) == summary.groupby("run")["step"].transform("max").fillna(-1)]
+
+
 def final_table(summary: pd.DataFrame) -> pd.DataFrame:
     """The last checkpoint of each run: one row per run, weights and kind of pairs.
 
@@ -35,7 +40,7 @@ def final_table(summary: pd.DataFrame) -> pd.DataFrame:
         where it was not measured (its n is missing) or is undefined. `format_final_table` makes text of it.
     Raises: RevprobeError, when a measure stands twice at one checkpoint.
     """
-    last = summary[summary["step"].fillna(-1) == summary.groupby("run")["step"].transform("max").fillna(-1)]
+    last = last_checkpoints(summary)
     twice = last[last.duplicated([*SERIES, "measure"])]
     if len(twice):
         row = twice.iloc[0]

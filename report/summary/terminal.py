@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ...probes.figures.theme import interval_text
+from ...probes.figures.theme import difference_text, interval_text
 from ...probes.readings.readings import Readings
 from .controls import reading_controls
-from .tables import MEASURES, final_table
+from .tables import MEASURES, final_table, last_checkpoints
 
 # Where output is no terminal (a log), lines may be long: a table folded to 80 columns is unreadable.
 _LOG_WIDTH = 200
@@ -36,16 +36,26 @@ def readings_table(readings: Readings, title: str) -> Table:
         shown = {"measure": row["measure"].replace("_", " "), "value [95 %]": value, "control": control}
         # What the finding rests on; there is none without a control.
         excess = [row.get(name, float("nan")) for name in ("excess", "excess_low", "excess_high")]
-        shown["value - control [95 %]"] = "-" if pd.isna(excess[0]) else interval_text(*excess)
+        shown["value - control [95 %]"] = "-" if pd.isna(excess[0]) else difference_text(*excess)
         shown["n"], shown["facts"] = row["n"], row["facts"]
-        shown["caution"] = row["caution"] or "-"
-        rows.append(shown | {"weights": row["weights"] or "-", "kind": row["kind"].replace("_", " ")})
+        shown |= {"weights": row["weights"] or "-", "kind": row["kind"].replace("_", " ")}
+        # Why pairs have no number, and what a number must be read with.
+        rows.append(shown | {"note": "; ".join(filter(None, [row["reason"], row["caution"]])) or "-"})
     return text_table(pd.DataFrame(rows), title)
 
 
 def controls_table(readings: Readings, title: str) -> Table:
     """One row per control of the readings that were asked for some, with the paired difference to each."""
     return text_table(reading_controls(readings), title)
+
+
+def read_as(readings: Readings) -> str:
+    """Which way a model was read, by its readings: "causal", "masked, in blocks of 4" or "masked, bidirectional"."""
+    meta = next((reading.meta for reading in readings if "objective" in reading.meta), {})
+    if meta.get("objective") != "masked":
+        return str(meta.get("objective", "unknown"))
+    size = meta.get("block_size")
+    return "masked, bidirectional" if size is None else f"masked, in blocks of {size}"
 
 
 def read_summary(folder: Path) -> pd.DataFrame:
@@ -74,11 +84,14 @@ def print_final(summary: pd.DataFrame, console: Console) -> None:
     console.print(table)
     if not wide:
         console.print("probabilities: see the report, or widen the terminal")
-    if "caution" in summary:
-        for caution, part in summary.dropna(subset=["caution"]).groupby("caution"):
-            if caution:
+    last = last_checkpoints(summary)
+    for column, said in (("reason", last[last["value"].isna()]), ("caution", summary)):
+        if column not in summary:  # files of earlier statistics
+            continue
+        for words, part in said.dropna(subset=[column]).groupby(column):
+            if words:
                 measures = sorted({str(name).replace("_", " ") for name in part["measure"]})
-                console.print(f"{', '.join(measures)}: {caution!s}")
+                console.print(f"{', '.join(measures)}: {words!s}")
 
 
 def text_table(frame: pd.DataFrame, title: str) -> Table:

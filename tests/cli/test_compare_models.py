@@ -1,7 +1,9 @@
 """`revprobe compare-models`: what it prints and leaves behind, and that every bad input ends in one clear line."""
 
-import sys
+import json
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +11,6 @@ import pytest
 import transformers
 
 import revprobe as rp
-from revprobe.cli.main import main
 from revprobe.models.families.a2d import A2DQwen3Config, A2DQwen3ForMaskedDiffusion
 from tiny import GROUPED, MASK, drawn, language_model
 
@@ -33,29 +34,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path) -> Cli:
-    """Run `revprobe compare-models` in this process, where the twins are; returns exit code, stdout and stderr."""
+def compare(cli: Cli, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Cli:
+    """`revprobe compare-models` where the twins are."""
     monkeypatch.chdir(folder)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["revprobe", "compare-models", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
+    return partial(cli, "compare-models")
 
 
 TWINS = ("AR parent=parent", "diffusion child=child")
 
 
-def test_numbers_are_printed_and_kept(cli: Cli, folder: Path, tmp_path: Path) -> None:
-    code, out, err = cli(*TWINS, "--pairs", "pairs.jsonl", "--out", tmp_path / "compared")
+def test_numbers_are_printed_and_kept(compare: Cli, folder: Path, tmp_path: Path) -> None:
+    code, out, err = compare(*TWINS, "--pairs", "pairs.jsonl", "--out", tmp_path / "compared")
     assert code == 0, err
     assert "diffusion child - AR parent" in out and "reverse probability" in out and "/ 12" in out
     saved = rp.ModelComparison.load(tmp_path / "compared")
@@ -66,7 +55,7 @@ def test_numbers_are_printed_and_kept(cli: Cli, folder: Path, tmp_path: Path) ->
     table = pd.read_csv(tmp_path / "compared" / "comparison.csv")
     assert table["value"].tolist() == pytest.approx(same.frame["value"].tolist())
     assert "plotly" in (tmp_path / "compared" / "comparison.html").read_text(encoding="utf-8")[:10_000].lower()
-    code, _, err = cli(*TWINS, "--pairs", "pairs.jsonl", "--probes", "probability", "--out", tmp_path / "compared")
+    code, _, err = compare(*TWINS, "--pairs", "pairs.jsonl", "--probes", "probability", "--out", tmp_path / "compared")
     assert code == 0, err  # an older comparison is replaced
     assert set(rp.ModelComparison.load(tmp_path / "compared").frame["measure"].str.split("_").str[1]) == {
         "probability",
@@ -74,16 +63,35 @@ def test_numbers_are_printed_and_kept(cli: Cli, folder: Path, tmp_path: Path) ->
     }
 
 
-def test_each_model_may_have_pairs_of_its_own(cli: Cli) -> None:
-    code, out, err = cli(
+def test_each_model_may_have_pairs_of_its_own(compare: Cli) -> None:
+    code, out, err = compare(
         *TWINS, "--pairs", "diffusion child=fewer.jsonl", "--pairs", "pairs.jsonl", "--probes", "probability"
     )
     assert code == 0, err
     assert "asked of AR parent alone" in " ".join(out.split())
 
 
-def test_letters_of_the_two_objectives_are_of_two_kinds(cli: Cli) -> None:
-    code, out, err = cli(*TWINS, "--pairs", "letters:4", "--probes", "probability")
+def test_what_a_models_files_do_not_say_is_told_of_it_alone(compare: Cli, folder: Path) -> None:
+    """The child as an A2D folder is published: neither block size nor mask token in its config."""
+    settings = json.loads((folder / "child" / "config.json").read_text())
+    del settings["mask_token_id"], settings["block_size"]
+    shutil.copytree(folder / "child", folder / "published", dirs_exist_ok=True)
+    (folder / "published" / "config.json").write_text(json.dumps(settings))
+    twins = ("parent=parent", "child=published", "--pairs", "pairs.jsonl", "--probes", "probability")
+    code, _, err = compare(*twins)
+    assert code == 1 and err.startswith("error: child: ") and "pass block_size=" in err
+    load = {"child": {"block_size": 1, "mask_token_id": MASK, "logit_shift": 1}}
+    told = [f"child:{option}={value}" for option, value in load["child"].items()]
+    code, _, err = compare(*twins, *(part for one in told for part in ("--load", one)))
+    assert code == 0, err
+    models = {"parent": folder / "parent", "child": folder / "published"}
+    pairs = rp.ReversalPairs.load(folder / "pairs.jsonl", tokenizer=rp.letter_tokenizer())
+    apart = rp.compare_models(models, pairs, only=["probability"], load=load).frame.query("part == 'difference'")
+    assert apart["value"].abs().max() < 1e-6, "in blocks of one, read at the parent's rows, it is the parent"
+
+
+def test_letters_of_the_two_objectives_are_of_two_kinds(compare: Cli) -> None:
+    code, out, err = compare(*TWINS, "--pairs", "letters:4", "--probes", "probability")
     assert code == 0, err
     assert "pairs of different kinds: same_target and swapped" in " ".join(out.split())
 
@@ -101,22 +109,31 @@ def test_letters_of_the_two_objectives_are_of_two_kinds(cli: Cli) -> None:
         (["a=parent", "b=child", "--pairs", "x", "--pairs", "y"], "all models have 'x' already; use NAME=FILE"),
         (["a=parent", "b=child", "--pairs", "none.jsonl"], "a: no pairs file at 'none.jsonl'"),
         (["a=parent", "b=nowhere/at/all/b", "--pairs", "pairs.jsonl"], "b: no model folder at 'nowhere/at/all/b'"),
+        (["a=parent", "b=child", "--pairs", "pairs.jsonl", "--load", "c:x=1"], "'c' is none of the models"),
+        (
+            ["a=parent", "b=child", "--pairs", "pairs.jsonl", "--load", "b:x=1"],
+            "b: load_model and from_pretrained have no",
+        ),
+        (["a=parent", "b=child", "--pairs", "pairs.jsonl", "--load", "b:device=cpu"], "this command has --device"),
         (["a=parent", "b=child", "--pairs", "letters:ten"], "expected letters:LENGTH"),
         (["a=parent", "b=child", "--pairs", "pairs.jsonl", "--probes", "gradients"], "unknown probe 'gradients'"),
         (["a=parent", "b=child", "--pairs", "pairs.jsonl", "--probes", ","], "no probe was named"),
         (["a=parent", "b=child", "--pairs", "pairs.jsonl", "--out", "parent"], "'parent' holds 'config.json'"),
         (["a=parent", "b=child", "--pairs", "pairs.jsonl", "--out", "pairs.jsonl"], "'pairs.jsonl' is a file"),
         (["a=parent", "b=child", "--pairs", "pairs.jsonl", "--device", "nowhere"], "device 'nowhere' cannot be used"),
+        (["a=parent", "b=child", "--pairs", "pairs.jsonl", "--load", "c:dtype=float32"], "'c' is none of the models"),
+        (["a=parent", "b=child", "--pairs", "pairs.jsonl", "--load", "b:blocks"], "'blocks': expected NAME=VALUE"),
+        (["a=parent", "b=child", "--pairs", "pairs.jsonl", "--load", "device=cpu"], "has --device of its own"),
     ],
 )
-def test_whatever_is_wrong_is_one_line(cli: Cli, arguments: list[str], words: str, folder: Path) -> None:
-    code, _, err = cli(*arguments, *([] if "--probes" in arguments else ["--probes", "probability"]))
+def test_whatever_is_wrong_is_one_line(compare: Cli, arguments: list[str], words: str, folder: Path) -> None:
+    code, _, err = compare(*arguments, *([] if "--probes" in arguments else ["--probes", "probability"]))
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1, err
     assert words in err
     assert (folder / "parent" / "config.json").is_file(), "a folder that is in the way is left alone"
 
 
-def test_usage(cli: Cli) -> None:
-    code, out, _ = cli("--help")
+def test_usage(compare: Cli) -> None:
+    code, out, _ = compare("--help")
     assert code == 0 and "revprobe compare-models" in " ".join(out.split()).split("Example", 1)[1]
-    assert cli(*TWINS)[0] == 2
+    assert compare(*TWINS)[0] == 2

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import revprobe as rp
-from revprobe.cli.main import main
 from revprobe.finetune.config.loading import parse_config
 from revprobe.finetune.config.one_layer import RunConfig, SweepConfig
 from revprobe.finetune.training.checkpointing import run_lock
@@ -31,26 +30,6 @@ SWEEP = (
 )
 
 Cli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
-    """Run a command line in this process, in tmp_path; returns exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("REVPROBE_DEBUG", raising=False)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["revprobe", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -452,6 +431,8 @@ def test_ctrl_c_during_start_up_is_one_line(module: str, tmp_path: Path) -> None
     """While the command line, torch or the config is being imported, long before there is a run's folder."""
     code = (
         "import builtins, runpy, signal, os, sys\n"
+        # A shell that starts the tests in the background leaves it ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "before = builtins.__import__\n"
         "def watched(name, *rest, **named):\n"
         f"    if name == {module.split('.')[-1]!r} or name.endswith('.'.join({module!r}.split('.')[-2:])):\n"

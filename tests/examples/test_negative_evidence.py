@@ -238,7 +238,9 @@ def test_another_sweeps_folder_and_an_empty_one_are_refused(
 ) -> None:
     (tmp_path / "sweep.yaml").write_text(SWEEP.replace("name: negative-evidence", "name: mine"))
     monkeypatch.setattr(sys, "argv", ["collect", str(tmp_path), "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match="holds the sweep 'mine'; expected negative-evidence or one-layer-published"):
+    with pytest.raises(
+        SystemExit, match="holds the sweep 'mine'; expected one of pressure, negative-evidence, one-layer-published"
+    ):
         script.main()
     (tmp_path / "sweep.yaml").write_text(SWEEP)
     with pytest.raises(SystemExit, match="no finished run of negative-evidence"):
@@ -266,3 +268,53 @@ def test_the_committed_tables_are_of_the_configured_runs(root: Path, script: Mod
         again = evidence_runs.statistics(own, config.training.steps)
         for column, value in again.items():
             assert np.isclose(float(row[column]), float(value), rtol=1e-5, atol=1e-6, equal_nan=True), (run, column)
+
+
+PRESSING = """\
+name: pressure
+base:
+  relation: {length: 4, alphabet: 3}
+  model: {d_model: 8}
+  training: {steps: 12, batch_size: 8, warmup_steps: 1, device: cpu, ema_decay: 0.9}
+  snapshots: {every: 2, answers: {every: 1}}
+cells:
+  - {position_encoding: rope, seed: [0, 1]}
+"""
+
+
+def test_what_presses_foretells_and_is_stored_is_collected_and_drawn(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the sweep `pressure`, run by run, as the functions themselves give it; what is known of a run is kept."""
+    import results_table
+
+    import revprobe as rp
+
+    sweep, folder, out = parse_config(PRESSING, SweepConfig, "tiny"), tmp_path / "pressure", tmp_path / "out"
+    folder.mkdir()
+    (folder / "sweep.yaml").write_text(PRESSING)
+    train(sweep.runs()[0], folder / sweep.runs()[0].name)
+    monkeypatch.setattr(script, "load_config", lambda name, kind: sweep)
+    monkeypatch.setitem(script.PRESSED, "pressure", ("rope-l4",))
+    monkeypatch.setattr(script, "STORED_EVERY", 4)
+    monkeypatch.setattr(sys, "argv", ["collect", str(folder), "--out", str(out), "--commit", "c" * 40])
+    script.main()
+    tables = {name: pd.read_parquet(out / f"negative_evidence_{name}.parquet") for name in script.READERS}
+    assert all(set(table["run"]) == {"rope-l4-s0"} and set(table["cell"]) == {"rope-l4"} for table in tables.values())
+    run = open_run(folder / "rope-l4-s0")
+    foretold = rp.foretelling(rp.pressure(run.path, draws=script.DRAWS), run.answers())
+    pd.testing.assert_frame_equal(tables["foretelling"][list(foretold)], foretold, check_dtype=False)
+    assert set(tables["storage"]["step"]) == {4, 8, 12} and set(tables["storage"]["weights"]) == {"raw"}
+    text = (out / "README.md").read_text()
+    assert "](pressure_by_class.svg)" in text
+    for title, _, _ in results_table.PRESSURE_TABLES.values():
+        assert f"## {title}" in text
+    stored = tables["storage"].query("step == 8 and side == 'left' and measure == 'stored' and answer == 'placeholder'")
+    line = next(line for line in text.split("What is stored")[1].splitlines() if line.startswith("| W | rope-l4 | 8 |"))
+    assert f"| {stored['value'].item():.2f} |" in line
+    train(sweep.runs()[1], folder / sweep.runs()[1].name)
+    monkeypatch.setitem(script.READERS, "storage", lambda run, _: pd.DataFrame({"read_again": [run.path.name]}))
+    script.main()
+    again = pd.read_parquet(out / "negative_evidence_storage.parquet")
+    assert again["read_again"].dropna().tolist() == ["rope-l4-s1"], "the first run's was kept"
+    assert len(again) == len(tables["storage"]) + 1

@@ -102,7 +102,7 @@ def test_a_sweep_is_shown_drawn_and_saved(tmp_path):
     assert repr(sweep).startswith("BlockSweep(1, 2, 4, whole):") and LATER_BLOCK in repr(sweep)
     assert "<table" in sweep._repr_html_()
     figure = sweep.plot(theme="dark")
-    lines = [trace for trace in figure.data if trace.mode == "lines+markers"]
+    lines = [trace for trace in figure.data if trace.mode == "lines+markers" and not trace.name.startswith("control")]
     assert len(lines) == 4
     cosines = sweep.frame.query("measure == 'gradient_cosine' and part == 'common'")["value"].to_numpy()
     drawn = np.array(next(t for t in lines if t.name == "gradient cosine").y, dtype=float)
@@ -117,6 +117,34 @@ def test_a_sweep_is_shown_drawn_and_saved(tmp_path):
         sweep.save(tmp_path / "other")
     with pytest.raises(rp.RevprobeError, match="no block sweep at"):
         rp.BlockSweep.load(tmp_path / "other")
+
+
+def test_a_size_without_neighbours_is_drawn_with_its_interval_and_its_control():
+    """An area between sizes would have no width there, and a line of one point no length."""
+    model = in_blocks(4)
+    sweep = rp.block_sweep(model, rp.letter_pairs(6, model=model, alphabet=8), sizes=[1, None])
+    rows = sweep.frame.query("measure == 'gradient_cosine' and part == 'common'").iloc[-1]
+    by_name = {trace.name: trace for trace in sweep.plot().data}
+    for name, number, ends in (
+        ("gradient cosine", "value", ("low", "high")),
+        ("control of gradient cosine", "control", ("control_low", "control_high")),
+    ):
+        drawn = by_name[name]
+        assert math.isnan(drawn.y[0]) and drawn.y[1] == rows[number] and "markers" in drawn.mode
+        assert drawn.y[1] - drawn.error_y.arrayminus[1] == pytest.approx(rows[ends[0]])
+        assert drawn.y[1] + drawn.error_y.array[1] == pytest.approx(rows[ends[1]])
+
+
+def test_labels_of_many_sizes_do_not_run_into_each_other():
+    model = in_blocks(4)
+    pairs = rp.letter_pairs(12, model=model, placements="mirror", alphabet=26)
+    figure = rp.block_sweep(model, pairs, sizes=[*range(1, 13), None], only=["probability"]).plot()
+    labels = figure.layout.xaxis.ticktext
+    shown = [text for text in labels if text]
+    assert len(labels) == 13 and labels[-1].startswith("whole") and figure.layout.xaxis.tickangle == 0
+    room = 290 / len(shown)  # pixels for each
+    assert 8 * max(len(line) for text in shown for line in text.split("<br>")) < room
+    assert figure.layout.width <= 784, "a page of 800 pixels has margins"
 
 
 @pytest.mark.parametrize("encoding", ["rope", "alibi", "absolute"])
@@ -153,13 +181,24 @@ def test_the_command_line_takes_sizes_and_writes_the_folder(tmp_path):
     from revprobe.cli.main import app
 
     model = in_blocks(4)
-    model.module.config.block_size, model.module.config.mask_token_id = 4, 53
     model.module.save_pretrained(tmp_path / "model")
     model.tokenizer.save_pretrained(tmp_path / "model")
     words = ["block-sweep", str(tmp_path / "model"), "--pairs", "letters:5", "--probes", "probability"]
+    untold = CliRunner().invoke(app, words)
+    assert untold.exit_code != 0 and "pass block_size=" in str(untold.exception)
+    words += ["--load", "block_size=4"]
     done = CliRunner().invoke(app, [*words, "--sizes", "2,whole", "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert rp.BlockSweep.load(tmp_path / "out").sizes == [2, None]
     assert (tmp_path / "out" / "block_sweep.html").is_file()
+    told = CliRunner().invoke(
+        app, [*words, "--sizes", "whole", "--load", "mask_token_id=53", "--load", "dtype=float64"]
+    )
+    assert told.exit_code == 0, told.output
     wrong = CliRunner().invoke(app, [*words, "--sizes", "2,none"])
     assert wrong.exit_code != 0 and "expected whole numbers and 'whole'" in str(wrong.exception)
+    probed = CliRunner().invoke(app, ["probe", *words[1:4], "--load", "block_size=4"])
+    assert probed.exit_code == 0, probed.output
+    said = " ".join(probed.output.split())
+    assert "model (masked, in blocks of 4), letters:5" in said, "which way it was read"
+    assert "evidence in a later block" in said, "why pairs have no number"

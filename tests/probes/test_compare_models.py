@@ -377,6 +377,11 @@ def test_an_error_names_the_model_that_it_is_about(
         with pytest.raises(rp.RevprobeError) as caught:
             rp.compare_models(models, pairs, only=["probability"])
         assert str(caught.value).startswith(words) and "\n" not in str(caught.value)
+    two = {"one": parent, "two": parent}
+    with pytest.raises(rp.RevprobeError, match="two: block_size= does not apply to a model that is loaded already"):
+        rp.compare_models(two, letters, only=["probability"], load={"two": {"block_size": 2}})
+    with pytest.raises(rp.RevprobeError, match="options of 'tow', but no model is called so; the closest is 'two'"):
+        rp.compare_models(two, letters, load={"tow": {"block_size": 2}})
 
 
 def test_readings_that_cannot_be_compared_are_refused(compared: rp.ModelComparison) -> None:
@@ -438,9 +443,10 @@ def test_names_are_escaped_and_numbers_stand_with_their_n() -> None:
 def test_the_figure_has_every_value_with_its_interval_and_every_difference(compared: rp.ModelComparison) -> None:
     figure = compared.plot(theme="dark")
     by_name = {trace.name: trace for trace in figure.data}
-    assert {PARENT, CHILD, f"{CHILD} − {PARENT}", f"control of {PARENT}"} <= set(by_name)
-    for name, part in ((PARENT, "all"), (CHILD, "all"), (f"{CHILD} − {PARENT}", "difference")):
-        own = rows(compared, part, PARENT if name == PARENT else CHILD)
+    drawn = {PARENT: f"{PARENT} (swapped)", CHILD: f"{CHILD} (swapped)"}  # with the kind of its pairs
+    assert {*drawn.values(), f"{CHILD} − {PARENT}", f"control of {drawn[PARENT]}"} <= set(by_name)
+    for name, part in ((drawn[PARENT], "all"), (drawn[CHILD], "all"), (f"{CHILD} − {PARENT}", "difference")):
+        own = rows(compared, part, PARENT if name == drawn[PARENT] else CHILD)
         assert list(by_name[name].x) == pytest.approx(own["value"].tolist())
         assert list(by_name[name].error_x.array) == pytest.approx((own["high"] - own["value"]).tolist())
         assert by_name[name].xaxis == ("x" if part == "all" else "x2")

@@ -414,8 +414,8 @@ def test_scores_made_equal_by_construction_are_found():
 def plant_shifted_rows(patch) -> None:
     true = batches.make_batch
 
-    def shifted(model, queries):
-        batch = true(model, queries)
+    def shifted(model, queries, **options):
+        batch = true(model, queries, **options)
         object.__setattr__(batch, "rows", (batch.rows + 1) % batch.input_ids.shape[1])
         return batch
 
@@ -444,8 +444,8 @@ def test_averaging_padding_in_turns_the_padding_check_red(monkeypatch):
     pairs = ReversalPairs.from_pairs([one, ReversalPair(two.forward, two.reverse, fact="b")])
     true = batches.make_batch
 
-    def counted(model, queries):
-        batch = true(model, queries)
+    def counted(model, queries, **options):
+        batch = true(model, queries, **options)
         for name in ("is_target", "is_evidence"):
             object.__setattr__(batch, name, torch.ones_like(getattr(batch, name)))
         return batch

@@ -276,9 +276,8 @@ def test_a_damaged_state_stops_its_own_run_alone(both: Path, tmp_path: Path) -> 
     (runs[2] / READINGS / step_name(STEPS)).touch()  # where a folder will have to go
     problems = train_together(made, tmp_path)
     assert list(problems) == [run.name for run in runs[:3]]
-    for run, said in zip(
-        runs[:3], ("rng_state.pth is damaged", "optimizer.pt is damaged", "expected a folder to write"), strict=True
-    ):
+    damaged = ("rng_state.pth is damaged", "optimizer.pt is damaged", "expected a folder to write")
+    for run, said in zip(runs[:3], damaged, strict=True):
         assert said in problems[run.name] and open_run(run).problem == problems[run.name]
         assert checkpoint_steps(run) == [0, STEPS // 2]
     assert apart(weights(runs[3]), weights(both / "alone" / runs[3].name)) < 1e-5

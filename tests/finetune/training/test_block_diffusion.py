@@ -1,12 +1,11 @@
 """Training in blocks: the loss of a noised copy beside a clean one against each block run alone behind its prefix."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from blocks_alone import run_alone
 from torch import Tensor
 
 import revprobe as rp
@@ -31,35 +30,23 @@ def rows(lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
     return ids, (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
 
 
-def block_alone(model: rp.ProbedModel, clean: list[int], noised: list[int], block: int, size: int) -> Tensor:
-    """Logits of one noised block behind its clean prefix, the mask written out by hand. Shapes: `-> place vocab`."""
-    first, last = block * size, min((block + 1) * size, len(clean))
-    tokens = clean[:first] + noised[first:last]
-    mask = torch.zeros(1, 1, last, last)
-    for i in range(last):
-        for j in range(last):
-            if j // size > i // size:
-                mask[0, 0, i, j] = -math.inf
-    return model.module(torch.tensor([tokens]), attention_mask=mask).logits[0, first:].double()
-
-
 def slow_loss(
     model: rp.ProbedModel, ids: Tensor, lengths: list[int], masked: Tensor, rate: Tensor, counted: Tensor, size: int
 ) -> Tensor:
-    """Every block of every row by itself; with shift 1 a block's first token in the last row of the block before."""
+    """Every noised block of every row by itself, behind its clean prefix, with a mask that is written out by hand; with
+    shift 1 a block's first token in the last row of the block before.
+    """
     shift, total = model.logit_shift, []
     for row, length in enumerate(lengths):
         clean = ids[row, :length].tolist()
         hidden = masked[row, :length] & counted[row, :length]
         noised = [MASK if gone else token for token, gone in zip(clean, hidden.tolist(), strict=True)]
-        logits = {b: block_alone(model, clean, noised, b, size) for b in range(-(-length // size))}
-        loss = torch.zeros((), dtype=torch.float64)
-        for i in range(length):
-            if hidden[i]:
-                at = i - shift
-                priced = F.cross_entropy(logits[at // size][at % size][None], torch.tensor([clean[i]]))
-                loss = loss + priced / float(rate[row, i])
-        total.append(loss / int(counted[row].sum()))
+        starts = range(0, length, size)
+        logs = [run_alone(model, clean[:first] + noised[first : first + size], size)[0] for first in starts]
+        losses = [
+            -logs[(i - shift) // size][i - shift, clean[i]] / float(rate[row, i]) for i in range(length) if hidden[i]
+        ]
+        total.append(sum(losses, torch.zeros((), dtype=torch.float64)) / int(counted[row].sum()))
     return torch.stack(total).mean()
 
 

@@ -186,6 +186,30 @@ def test_a_module_that_does_not_heed_the_mask_is_refused(module: type, said: str
         rp.ProbedModel(module(), objective="masked", mask_token_id=3, block_size=4)
 
 
+class OfContext(torch.nn.Module):
+    """nanoGPT's name for the context length, in a masked model of one's own that takes no mask."""
+
+    logit_shift, block_size = 0, 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.out = torch.nn.Embedding(40, 8), torch.nn.Linear(8, 40)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        states = self.embed(input_ids)
+        return self.out(torch.nn.functional.scaled_dot_product_attention(states, states, states))
+
+
+def test_a_block_size_is_tokens_of_a_block_only_in_a_class_that_writes_in_blocks() -> None:
+    model = rp.ProbedModel(OfContext(), objective="masked", mask_token_id=3)
+    assert (model.block_size, model.reads) == (None, "bidirectional")
+    with pytest.raises(rp.RevprobeError, match="takes no attention_mask, so it cannot be read in blocks; leave"):
+        model.in_blocks(4)
+    writes = type("InBlocks", (CausalAnyway,), {"attention": "block", "block_size": 1})
+    assert rp.ProbedModel(writes(), objective="masked", mask_token_id=3).block_size == 1
+
+
 def test_a_model_is_told_apart_by_how_it_is_read() -> None:
     """The contract of one block size is not that of another, though the module is the same."""
     model = rp.load_model(FIXTURES / "a2d-qwen3-mdlm-tiny", mask_token_id=254, bidirectional=True)

@@ -2,11 +2,13 @@
 
 import json
 import math
-import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import copied, in_cache, in_shards, rewrite, set_in_config
+from checkpoint_files import refusal as any_refusal
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -18,12 +20,12 @@ from revprobe.finetune.training.objectives import masked_diffusion_loss
 from revprobe.models.families.diffugpt import DIFFUGPT
 from revprobe.probes.decoding.decode import decode_tokens
 from revprobe.probes.decoding.masked import Prompt
-from tiny import FIXTURES, bridged, module_at, pairs_at
+from tiny import FIXTURES, bridged, pairs_at
 
 TINY, MASK = FIXTURES / "diffugpt-tiny", 105
 REFERENCE = load_file(TINY / "reference.safetensors")
 PAIRS = pairs_at((2, 5), (5, 2), count=9, length=8, vocab=100, ragged=True)
-in_cache = module_at(Path(__file__).parents[1] / "test_radd_published.py").in_cache
+refusal = partial(any_refusal, mask_token_id=MASK)
 
 
 # --- the slow model --------------------------------------------------------------------------------------------------
@@ -215,22 +217,7 @@ def test_published_names_bring_their_mask_token(size: str, tmp_path: Path, monke
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    copy = Path(shutil.copytree(TINY, tmp_path / "checkpoint"))
-    (copy / "reference.safetensors").unlink()
-    return copy
-
-
-def refusal(place: Path, **told) -> str:
-    with pytest.raises(rp.RevprobeError) as caught:
-        rp.load_model(place, **{"mask_token_id": MASK} | told)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def rewrite(folder: Path, change) -> None:
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return copied("diffugpt-tiny", tmp_path / "checkpoint")
 
 
 def test_what_is_not_said_or_cannot_be_is_one_line(folder: Path) -> None:
@@ -254,16 +241,14 @@ def test_a_head_that_should_be_the_embedding_and_is_not_is_refused(folder: Path)
     """transformers would take it for a head of its own; the published code has one tensor for both."""
     rewrite(folder, lambda w: w.update({"lm_head.weight": w["embed_tokens.weight"] + 1}))
     assert "its head differs from its embedding" in refusal(folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    set_in_config(folder, tie_word_embeddings=False)
     module = rp.load_model(folder, mask_token_id=MASK).module
     assert torch.equal(module.lm_head.weight, module.transformer.wte.weight + 1)
 
 
 @pytest.mark.parametrize("architecture", ["DiscreteDiffusionModel", "GPT2LMHeadModel"])
 def test_a_cut_off_or_pickled_file_is_one_line(architecture: str, folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
+    set_in_config(folder, architectures=[architecture])
     weights, path = load_file(TINY / "model.safetensors"), folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:9000])
     told = {} if architecture.startswith("Disc") else {"mask_token_id": None}  # nothing else says what it is
@@ -278,19 +263,12 @@ def test_a_cut_off_or_pickled_file_is_one_line(architecture: str, folder: Path) 
     assert rp.load_model(folder, mask_token_id=MASK).objective == "masked"
 
 
-def test_a_missing_shard_is_named(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names = sorted(weights)
-    shards = {f"model-0000{k + 1}-of-00002.safetensors": names[k::2] for k in range(2)}
-    for shard, held in shards.items():
-        save_file({name: weights[name] for name in held}, folder / shard, {"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: shard for shard, held in shards.items() for name in held}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+def test_a_missing_shard_is_named_that_would_say_whose_the_files_are(folder: Path) -> None:
+    shards = in_shards(folder)
     assert rp.load_model(folder, mask_token_id=MASK).vocab_size == 256
-    with_embedding = next(shard for shard, held in shards.items() if "embed_tokens.weight" in held)
-    (folder / with_embedding).unlink()
-    assert with_embedding in refusal(folder)
+    shard = next(shard for shard in shards if "embed_tokens.weight" in load_file(shard))
+    shard.unlink()
+    assert shard.name in refusal(folder)
 
 
 # --- what is done with it ---------------------------------------------------------------------------------------------

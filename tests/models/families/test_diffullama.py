@@ -1,24 +1,23 @@
 """DiffuLLaMA: a Llama's folder that says it is causal, read in both directions when asked to, and by its name."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import copied, in_cache, refusal, rewrite, set_in_config
 from safetensors.torch import load_file, save_file
+from slow_decoder import slow_logits
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import revprobe as rp
 from revprobe.finetune.config.finetuning import LoraOptions
 from revprobe.finetune.training.lora import target_modules
-from tiny import FIXTURES, bridged, module_at, pairs_at
+from tiny import FIXTURES, bridged, pairs_at
 
 TINY, MASK = FIXTURES / "diffullama-tiny", 81
 PAIRS = pairs_at((2, 5), (5, 2), count=9, length=8, vocab=80, ragged=True)
-slow_logits = module_at(Path(__file__).with_name("test_decoders.py")).slow_logits
-in_cache = module_at(Path(__file__).parents[1] / "test_radd_published.py").in_cache
 
 
 def everywhere(i: int, j: int) -> bool:
@@ -125,6 +124,11 @@ def test_its_published_name_is_bidirectional(tmp_path: Path, monkeypatch) -> Non
     with pytest.warns(UserWarning, match="pairs of token ids work"):
         other = rp.load_model("somebody/llama", cache_dir=cache)
     assert other.objective == "causal"
+    # The folder that the hub's client gives for a name is called by a commit, and is of that name all the same.
+    for name, same in (("diffusionfamily/diffullama", model), ("somebody/llama", other)):
+        (snapshot,) = cache.glob(f"models--{name.replace('/', '--')}/snapshots/*")
+        again = rp.load_model(snapshot)
+        assert (again.name, again.objective, again.mask_token_id) == (name, same.objective, same.mask_token_id)
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
@@ -132,16 +136,7 @@ def test_its_published_name_is_bidirectional(tmp_path: Path, monkeypatch) -> Non
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    copy = Path(shutil.copytree(TINY, tmp_path / "checkpoint"))
-    (copy / "reference.safetensors").unlink()
-    return copy
-
-
-def refusal(place: Path, **told) -> str:
-    with pytest.raises(rp.RevprobeError) as caught:
-        rp.load_model(place, **told)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return copied("diffullama-tiny", tmp_path / "checkpoint")
 
 
 def test_what_is_not_said_or_cannot_be_is_one_line(folder: Path) -> None:
@@ -154,28 +149,19 @@ def test_what_is_not_said_or_cannot_be_is_one_line(folder: Path) -> None:
     assert "leave one of them out" in refusal(folder, **both, block_size=4)
 
 
-def test_tensors_are_named_and_damaged_files_are_one_line(folder: Path) -> None:
+def test_tensors_are_named(folder: Path) -> None:
     both = {"bidirectional": True, "mask_token_id": MASK}
     name, left_over = "model.layers.1.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight"
-    weights = load_file(TINY / "model.safetensors")
-    for changed, said in (
-        ({key: one for key, one in weights.items() if key != name}, f"missing {name}"),
-        (weights | {name: weights[name][:9].contiguous()}, f"mismatched {name} ((9, 64) for (160, 64))"),
-        (weights | {left_over: weights[name].clone()}, f"unexpected {left_over}"),
-    ):
-        save_file(changed, folder / "model.safetensors", {"format": "pt"})
-        assert said in refusal(folder, **both)
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:9000])
-    assert "cut off" in refusal(folder, **both)
-    path.unlink()
-    torch.save(weights, folder / "pytorch_model.bin")
-    assert "holds only pickled weights (pytorch_model.bin)" in refusal(folder, **both)
+    rewrite(folder, lambda w: w.update({left_over: w[name].clone()}))
+    assert f"unexpected {left_over}" in refusal(folder, **both)
+    rewrite(folder, lambda w: w.update({name: w.pop(left_over)[:9]}))
+    assert f"mismatched {name} ((9, 64) for (160, 64))" in refusal(folder, **both)
+    rewrite(folder, lambda w: w.pop(name))
+    assert f"missing {name}" in refusal(folder, **both)
 
 
 def test_what_no_family_is_made_of_is_not_read_in_both_directions(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
+    set_in_config(folder, model_type="mistral")
     assert "no diffusion family is made of it; those of type gpt2, llama" in refusal(folder, bidirectional=True)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import INDEX, WHOLE, copied, in_shards, set_in_config, settings
 from safetensors.torch import load_file, save_file
 
 import revprobe as rp
@@ -20,7 +21,6 @@ from revprobe.cli.main import main
 from tiny import FIXTURES, module_at
 
 CASES = module_at(Path(__file__).with_name("test_every_family.py")).CASES
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The key of config.json that has the vocabulary's size, if not vocab_size; and the number of layers.
 SIZE = {"radd-tiny": "tokens"}
 LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "n_blocks")
@@ -28,38 +28,10 @@ LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "n_blocks")
 MASK_IS_LAST = {"radd-tiny", "mdlm-tiny", "bd3lm-tiny"}
 
 
-def copied(name: str, folder: Path) -> Path:
-    """A fixture's own files, to damage."""
-    shutil.copytree(FIXTURES / name, folder, ignore=shutil.ignore_patterns("reference.safetensors"))
-    return folder
-
-
-def settings(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())
-
-
-def set_in_config(folder: Path, **changed: object) -> None:
-    (folder / "config.json").write_text(json.dumps(settings(folder) | changed))
-
-
 def weights(folder: Path) -> Path:
     """The one file of weights, whatever it is called."""
     (file,) = (file for file in folder.glob("*.safetensors") if file.name != "reference.safetensors")
     return file
-
-
-def in_shards(folder: Path) -> list[Path]:
-    """The same checkpoint in two files and an index."""
-    tensors = load_file(folder / WHOLE)
-    (folder / WHOLE).unlink()
-    shards, weight_map = [], {}
-    for number in (1, 2):
-        shards.append(folder / f"model-{number:05}-of-00002.safetensors")
-        own = {key: tensors[key] for key in sorted(tensors)[number - 1 :: 2]}
-        save_file(own, shards[-1], {"format": "pt"})
-        weight_map |= dict.fromkeys(own, shards[-1].name)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return shards
 
 
 def cut(path: Path) -> None:
@@ -192,8 +164,7 @@ FAILURES: dict[Callable[[str, Path, dict], str], set[str]] = {
     no_weights: set(),
     only_code: BARE,
     one_layer_too_few: BARE,
-    # In DiffuGPT and DiffuLLaMA the rows count, whatever the config says.
-    vocabulary_larger_than_the_rows: BARE | {"diffugpt-tiny", "diffullama-tiny"},
+    vocabulary_larger_than_the_rows: BARE,
     unknown_option: set(),
     option_of_another_family: BARE,  # theirs
     causal: set(),
@@ -255,9 +226,9 @@ def test_a_mask_that_contradicts_what_the_config_says_is_refused(name: str, tmp_
     stated = rp.load_model(folder, **CASES[name]).mask_token_id
     if "mask_token_id" in CASES[name]:
         set_in_config(folder, mask_token_id=stated)  # its published config does not say it
-    with pytest.raises(
-        rp.RevprobeError, match=rf"mask.* 7: its mask token is {stated}|7, but the config's is {stated}"
-    ):
+    words = f"mask_token_id=7, but the config's is {stated}; leave it out, or correct"
+    words += f"|mask token 7: its mask token is {stated}, the only one it has no logit for; leave"
+    with pytest.raises(rp.RevprobeError, match=words):
         rp.load_model(folder, **CASES[name] | {"mask_token_id": 7})
     assert rp.load_model(folder, **CASES[name] | {"mask_token_id": stated}).mask_token_id == stated
 
@@ -385,6 +356,14 @@ def test_sliding_layers_get_the_same_mask_as_the_others(name: str, tmp_path: Pat
     assert torch.equal(model.logits(IDS), plain.logits(IDS))
 
 
+@pytest.mark.parametrize("name", ["a2d-qwen3-mdlm-tiny", "a2d-qwen2-bd3lm-tiny"])
+def test_a2d_ignores_its_parents_windows_as_its_code_does(name: str, tmp_path: Path) -> None:
+    folder = copied(name, tmp_path / "model")
+    set_in_config(folder, use_sliding_window=True, sliding_window=2, max_window_layers=0, layer_types=None)
+    model, plain = (rp.load_model(place, **CASES[name]) for place in (folder, FIXTURES / name))
+    assert torch.equal(model.logits(IDS), plain.logits(IDS))
+
+
 def test_the_files_that_an_index_does_not_name_are_left_alone(tmp_path: Path) -> None:
     """A damaged file beside the checkpoint is no reason to refuse it."""
     folder = copied("sdar-tiny", tmp_path / "model")
@@ -410,7 +389,8 @@ def test_the_command_line_takes_what_the_files_do_not_say(monkeypatch: pytest.Mo
             main()
         said = capfd.readouterr()
         assert ended.value.code == 1 and words in said.err and said.err.count("\n") == 1
-    monkeypatch.setattr(sys, "argv", [*command, "--load", "bidirectional=true", "--load", "mask_token_id=254"])
+    # True as the message writes it.
+    monkeypatch.setattr(sys, "argv", [*command, "--load", "bidirectional=True", "--load", "mask_token_id=254"])
     with pytest.raises(SystemExit) as ended:
         main()
     said = capfd.readouterr()

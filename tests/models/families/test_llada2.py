@@ -4,13 +4,16 @@ The fixture's biases never make a dropped group's 0 the better choice: a bias of
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import copied, refusal, rewrite, set_in_config
 from plain_gradients import worst_product_error
-from safetensors.torch import load_file, save_file
-from slow_mixture import Layer, Slow, swiglu
+from safetensors.torch import load_file
+from slow_decoder import pick, write_checkpoint
+from slow_mixture import Layer, Slow, apart, swiglu, worst_apart
 from torch import Tensor
 
 import revprobe as rp
@@ -18,7 +21,7 @@ from revprobe.models.contract.block_masks import added_to_scores, training_mask
 from revprobe.models.families.files import Files
 from revprobe.models.families.known import family_of
 from revprobe.models.families.llada2 import LLADA2, LLaDA2Config, LLaDA2Router
-from tiny import FIXTURES, tapped
+from tiny import FIXTURES
 
 NAME, TOLD = "llada2-tiny", {"mask_token_id": 246, "block_size": 4}
 CLOSE = 2e-5
@@ -31,7 +34,6 @@ TOKENS = 11
 def drawn_config(seed: int) -> dict:
     """As the published file has it; seeds differ in what the fixture has no example of."""
     torch.manual_seed(seed)
-    pick = lambda *values: values[int(torch.randint(len(values), ()))]  # noqa: E731
     kv, per, dim, layers = pick(1, 2, 3), pick(1, 2, 3), [4, 12, 10, 6, 8, 20][seed], 2 + seed % 2
     groups, size = [(1, 5), (2, 3), (4, 2), (3, 4), (2, 4), (4, 3)][seed]
     kept = max(1, groups - 1 - seed % 2)
@@ -95,13 +97,6 @@ def drawn_weights(config: dict) -> dict[str, Tensor]:
     return {name: torch.randn(shape) * 0.4 + (name in ones) for name, shape in shapes.items()}
 
 
-def saved(folder: Path, config: dict, weights: dict[str, Tensor]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
 def slow(config: dict, weights: dict[str, Tensor]) -> Slow:
     w = {name: tensor.double() for name, tensor in weights.items()}
     heads, kv, dim = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
@@ -158,33 +153,22 @@ def test_any_size_equals_a_slow_decoder(seed: int, tmp_path: Path) -> None:
     config, block = drawn_config(seed), 3 + seed % 3
     weights = drawn_weights(config)
     told = {"mask_token_id": 38 - 3 * (seed == 4), "block_size": block}
-    model = rp.load_model(saved(tmp_path, config, weights), **told)
+    model = rp.load_model(write_checkpoint(tmp_path, weights, config), **told)
     assert (model.vocab_size, model.block_size, model.logit_shift) == (40, block, 0)
     ids = torch.randint(40, (1, TOKENS))
     made, listed = slow(config, weights), ids[0].tolist()
     blocked, scores = made.run(listed, lambda i, j: j // block <= i // block)
-    whole, _ = made.run(listed, lambda i, j: True)
-    close = CLOSE * float(blocked.abs().max().clamp(min=1))
-    assert float((model.logits(ids)[0] - blocked).abs().max()) < close
-    assert float((model.in_blocks(None).logits(ids)[0] - whole).abs().max()) < close
-    padded, kept = torch.cat([ids, torch.zeros_like(ids[:, :3])], 1), (torch.arange(TOKENS + 3) < TOKENS)[None].long()
-    assert float((model.logits(padded, kept)[0, :TOKENS] - blocked).abs().max()) < close
-    everywhere = torch.arange(TOKENS)[None]
-    with tapped(model, everywhere, everywhere, TOKENS) as tap:
-        model.logits(ids)
-    seen = torch.stack([call.score[0] for _, call in sorted(tap.layers().items())])
-    assert torch.equal(seen.isfinite(), scores.isfinite()), "exactly what a block hides"
-    worst = (seen - scores)[scores.isfinite()].abs().max()
-    assert float(worst) < CLOSE * float(scores.nan_to_num().abs().max().clamp(min=1))
+    assert worst_apart(model, ids, blocked, scores) < CLOSE
+    assert worst_apart(model.in_blocks(None), ids, *made.run(listed, lambda i, j: True)) < CLOSE
     doubled, _ = made.run(listed * 2, lambda i, j: trained(i, j, TOKENS, block), [*range(TOKENS)] * 2)
     added = added_to_scores(training_mask(TOKENS, block), None, torch.float32)
     places = torch.tensor([[*range(TOKENS)] * 2])
     out = model.module(ids.repeat(1, 2), attention_mask=added, position_ids=places).logits
-    assert float((out[0] - doubled).abs().max()) < CLOSE * float(doubled.abs().max().clamp(min=1))
+    assert apart(out[0], doubled) < CLOSE
     for fault in FAULTS:
         faulty = rp.load_model(tmp_path, **told)
         if fault(faulty.module):
-            assert float((faulty.logits(ids)[0] - blocked).abs().max()) > 100 * close, fault.__name__
+            assert apart(faulty.logits(ids)[0], blocked) > 100 * CLOSE, fault.__name__
 
 
 def routers(module: torch.nn.Module) -> list[LLaDA2Router]:
@@ -260,7 +244,7 @@ def test_every_router_of_a_loaded_model_is_the_families_own() -> None:
 def test_saving_gives_back_the_published_names_and_tensors(seed: int, shard: str, tmp_path: Path) -> None:
     config = drawn_config(seed)
     published = drawn_weights(config)
-    model = rp.load_model(saved(tmp_path / "published", config, published), mask_token_id=38, block_size=5)
+    model = rp.load_model(write_checkpoint(tmp_path / "published", published, config), mask_token_id=38, block_size=5)
     model.module.save_pretrained(tmp_path / "again", max_shard_size=shard)
     files = sorted((tmp_path / "again").glob("model*.safetensors"))
     assert (len(files) > 1) == (shard == "9KB")
@@ -289,7 +273,7 @@ def test_tensors_and_rows_in_each_others_place_are_seen(tmp_path: Path) -> None:
     for fault in (by_head, experts_crossed):
         weights = load_file(FIXTURES / NAME / "model.safetensors")
         fault(weights)
-        model = rp.load_model(saved(tmp_path, config, weights), **TOLD)
+        model = rp.load_model(write_checkpoint(tmp_path, weights, config), **TOLD)
         with torch.no_grad():
             assert float((model.logits(expected["input_ids"]) - expected["block_logits"]).abs().max()) > 1e-3
 
@@ -357,11 +341,8 @@ def test_settings_that_are_not_there_are_the_published_codes_own() -> None:
     ],
 )
 def test_what_it_cannot_do_is_refused_by_name(settings: dict, said: str, tmp_path: Path) -> None:
-    config = json.loads((FIXTURES / NAME / "config.json").read_text())
-    saved(tmp_path, config | settings, load_file(FIXTURES / NAME / "model.safetensors"))
-    with pytest.raises(rp.RevprobeError, match=said) as caught:
-        rp.load_model(tmp_path, **TOLD)
-    assert "\n" not in str(caught.value)
+    set_in_config(copied(NAME, tmp_path / "any"), **settings)
+    assert said in refusal(tmp_path / "any", **TOLD)
 
 
 FUSED, BIAS = "model.layers.1.attention.query_key_value.weight", "model.layers.1.mlp.gate.expert_bias"
@@ -389,9 +370,5 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_what_is_missing_left_over_or_misshapen_is_named(damage: str, tmp_path: Path) -> None:
     change, said = DAMAGES[damage]
-    weights = load_file(FIXTURES / NAME / "model.safetensors")
-    change(weights)
-    saved(tmp_path, json.loads((FIXTURES / NAME / "config.json").read_text()), weights)
-    with pytest.raises(rp.RevprobeError, match=said) as caught:
-        rp.load_model(tmp_path, **TOLD)
-    assert "\n" not in str(caught.value)
+    rewrite(copied(NAME, tmp_path / "any"), change)
+    assert re.search(said, refusal(tmp_path / "any", **TOLD))

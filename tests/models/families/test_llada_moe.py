@@ -4,20 +4,23 @@ The fixture has neither a dense layer nor a shared expert: both are drawn here.
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import copied, refusal, rewrite, set_in_config
 from plain_gradients import worst_product_error
-from safetensors.torch import load_file, save_file
-from slow_mixture import Layer, Slow, swiglu
+from safetensors.torch import load_file
+from slow_decoder import pick, write_checkpoint
+from slow_mixture import Layer, Slow, apart, swiglu, worst_apart
 from torch import Tensor
 
 import revprobe as rp
 from revprobe.models.families.files import Files
 from revprobe.models.families.known import family_of, read_config
 from revprobe.models.families.llada_moe import LLADA_MOE
-from tiny import FIXTURES, tapped
+from tiny import FIXTURES
 
 NAME, MASK = "lladamoe-tiny", 252
 CLOSE = 2e-5
@@ -30,7 +33,6 @@ TOKENS = 11
 def drawn_config(seed: int) -> dict:
     """As the published file has it; seeds differ in what the fixture has no example of."""
     torch.manual_seed(seed)
-    pick = lambda *values: values[int(torch.randint(len(values), ()))]  # noqa: E731
     groups, per, dim, layers, experts = pick(1, 2, 3), pick(1, 2), pick(4, 6, 10), 2 + seed % 2, pick(4, 5, 7)
     return {
         "architectures": ["LLaDAMoEModelLM"],
@@ -89,13 +91,6 @@ def drawn_weights(config: dict) -> dict[str, Tensor]:
     return {name: torch.randn(shape) * scales[name] + (len(shape) == 1) for name, shape in shapes.items()}
 
 
-def saved(folder: Path, config: dict, weights: dict[str, Tensor]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
 def slow(config: dict, weights: dict[str, Tensor]) -> Slow:
     w = {name: tensor.double() for name, tensor in weights.items()}
     heads = config["num_attention_heads"]
@@ -129,27 +124,18 @@ def mlp(w: dict[str, Tensor], config: dict, layer: int, token: Tensor) -> Tensor
 def test_any_size_equals_a_slow_decoder(seed: int, tmp_path: Path) -> None:
     config = drawn_config(seed)
     weights = drawn_weights(config)
-    model = rp.load_model(saved(tmp_path, config, weights), mask_token_id=38 - 3 * (seed == 4))
+    model = rp.load_model(write_checkpoint(tmp_path, weights, config), mask_token_id=38 - 3 * (seed == 4))
     assert (model.vocab_size, model.reads, model.logit_shift) == (40, "bidirectional", 0)
     ids = torch.randint(40, (1, TOKENS))
     made = slow(config, weights)
     logits, scores = made.run(ids[0].tolist(), lambda i, j: True)
-    close = CLOSE * float(logits.abs().max().clamp(min=1))
-    assert float((model.logits(ids)[0] - logits).abs().max()) < close
-    padded, kept = torch.cat([ids, torch.zeros_like(ids[:, :3])], 1), (torch.arange(TOKENS + 3) < TOKENS)[None].long()
-    assert float((model.logits(padded, kept)[0, :TOKENS] - logits).abs().max()) < close
-    everywhere = torch.arange(TOKENS)[None]
-    with tapped(model, everywhere, everywhere, TOKENS) as tap:
-        model.logits(ids)
-    seen = torch.stack([call.score[0] for _, call in sorted(tap.layers().items())])
-    assert float((seen - scores).abs().max()) < CLOSE * float(scores.abs().max().clamp(min=1))
-    blocks, _ = made.run(ids[0].tolist(), lambda i, j: j // 4 <= i // 4)
-    assert float((model.in_blocks(4).logits(ids)[0] - blocks).abs().max()) < close
+    assert worst_apart(model, ids, logits, scores) < CLOSE
+    assert worst_apart(model.in_blocks(4), ids, *made.run(ids[0].tolist(), lambda i, j: j // 4 <= i // 4)) < CLOSE
     # Planted faults: weights renormalised, one expert less, the shared expert or a dense layer left out.
     for fault in FAULTS:
         faulty = rp.load_model(tmp_path, mask_token_id=5)
         if fault(faulty.module):
-            assert float((faulty.logits(ids)[0] - logits).abs().max()) > 100 * close, fault.__name__
+            assert apart(faulty.logits(ids)[0], logits) > 100 * CLOSE, fault.__name__
 
 
 def renormalised(module: torch.nn.Module) -> bool:
@@ -190,7 +176,7 @@ FAULTS = (renormalised, one_expert_less, nothing_shared, keys_not_normed)
 def test_saving_gives_back_the_published_names_and_tensors(seed: int, shard: str, tmp_path: Path) -> None:
     config = drawn_config(seed)
     published = drawn_weights(config)
-    model = rp.load_model(saved(tmp_path / "published", config, published), mask_token_id=38)
+    model = rp.load_model(write_checkpoint(tmp_path / "published", published, config), mask_token_id=38)
     model.module.save_pretrained(tmp_path / "again", max_shard_size=shard)
     files = sorted((tmp_path / "again").glob("model*.safetensors"))
     assert (len(files) > 1) == (shard == "5KB")
@@ -203,7 +189,7 @@ def test_saving_gives_back_the_published_names_and_tensors(seed: int, shard: str
 
 
 def test_a_model_that_was_never_in_a_file_is_saved_in_the_published_layout(tmp_path: Path) -> None:
-    config, _ = read_config(saved(tmp_path, drawn_config(1), drawn_weights(drawn_config(1))))
+    config, _ = read_config(write_checkpoint(tmp_path, drawn_weights(drawn_config(1)), drawn_config(1)))
     torch.manual_seed(0)
     module = LLADA_MOE.model_class(config)
     shared = module.model.layers[0].mlp.shared_expert.gate_proj.weight
@@ -221,16 +207,26 @@ def test_two_tensors_of_one_shape_in_each_others_place_are_seen(tmp_path: Path) 
         weights = load_file(FIXTURES / NAME / "model.safetensors")
         one, other = f"{one}.weight", f"{other}.weight"
         weights[one], weights[other] = weights[other], weights[one]
-        model = rp.load_model(saved(tmp_path, config, weights), mask_token_id=MASK)
+        model = rp.load_model(write_checkpoint(tmp_path, weights, config), mask_token_id=MASK)
         with torch.no_grad():
             assert float((model.logits(expected["input_ids"]) - expected["logits_nomask"]).abs().max()) > 1e-3
+
+
+def test_a_tensor_of_a_shared_expert_that_is_missing_is_called_as_in_the_file(tmp_path: Path) -> None:
+    """Its module is renamed, so is all that is in it."""
+    config = drawn_config(1)
+    weights = drawn_weights(config)
+    gone = next(name for name in weights if "shared_expert.up" in name)
+    del weights[gone]
+    with pytest.raises(rp.RevprobeError, match=f"missing {gone} "):
+        rp.load_model(write_checkpoint(tmp_path, weights, config), mask_token_id=3)
 
 
 @pytest.mark.parametrize("kernel", ["grouped_mm", "eager"])
 def test_gradients_of_experts_routers_and_shared_experts_equal_autograd(kernel: str, tmp_path: Path) -> None:
     """In groups they are split by example; one after the other they are read one example at a time, and named."""
     config = drawn_config(5) | SIZED
-    saved(tmp_path, config, drawn_weights(config))
+    write_checkpoint(tmp_path, drawn_weights(config), config)
     model = rp.load_model(tmp_path, mask_token_id=38, experts_implementation=kernel)
     ids = torch.randint(37, (4, 9), generator=torch.Generator().manual_seed(1))
 
@@ -258,7 +254,7 @@ def test_in_float64_experts_run_one_after_the_other() -> None:
 @torch.no_grad()
 def test_the_bridge_gives_the_models_own_logits_with_dense_layers_and_shared_experts(tmp_path: Path) -> None:
     config = drawn_config(1)
-    model = rp.load_model(saved(tmp_path, config, drawn_weights(config)), mask_token_id=38)
+    model = rp.load_model(write_checkpoint(tmp_path, drawn_weights(config), config), mask_token_id=38)
     ids = torch.randint(37, (2, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
     bridge = model.to_bridge()
@@ -298,19 +294,16 @@ def test_the_family_is_told_from_dense_llada_and_by_its_published_names() -> Non
     ],
 )
 def test_what_it_cannot_do_or_is_not_told_is_refused_by_name(setting: str, value: object, tmp_path: Path) -> None:
-    config = json.loads((FIXTURES / NAME / "config.json").read_text())
-    if setting == "rope_parameters":
-        setting, config = "partial_rotary_factor", {**config, "rope_parameters": value, "partial_rotary_factor": None}
-        value = config["partial_rotary_factor"]
-    saved(tmp_path, config | {setting: value}, load_file(FIXTURES / NAME / "model.safetensors"))
-    with pytest.raises(rp.RevprobeError, match=setting) as caught:
-        rp.load_model(tmp_path, mask_token_id=MASK)
-    assert "\n" not in str(caught.value)
+    settings = {setting: value}
+    if setting == "rope_parameters":  # newer files have it there
+        setting, settings = "partial_rotary_factor", settings | {"partial_rotary_factor": None}
+    set_in_config(copied(NAME, tmp_path / "any"), **settings)
+    assert setting in refusal(tmp_path / "any", mask_token_id=MASK)
 
 
 def without(*ends: str):
-    """The fixture's tensors but for some."""
-    return lambda weights: {name: tensor for name, tensor in weights.items() if not name.endswith(ends)}
+    """Takes some tensors out."""
+    return lambda weights: [weights.pop(name) for name in [*weights] if name.endswith(ends)]
 
 
 SIXTH = "model.layers.0.mlp.experts.5.up_proj.weight"
@@ -326,22 +319,18 @@ DAMAGES = {
     ),
     "a router": (without("1.mlp.gate.weight"), "missing model.layers.1.mlp.gate.weight"),
     "an expert under another number": (
-        lambda weights: without(SIXTH)(weights) | {SIXTH.replace(".5.", ".6."): weights[SIXTH]},
+        lambda weights: weights.update({SIXTH.replace(".5.", ".6."): weights.pop(SIXTH)}),
         "experts.5.up_proj.weight, model.layers.0.mlp.experts.6.up_proj.weight",
     ),
     "a router of another size": (
-        lambda weights: weights | {"model.layers.0.mlp.gate.weight": torch.zeros(5, 64)},
+        lambda weights: weights.update({"model.layers.0.mlp.gate.weight": torch.zeros(5, 64)}),
         r"mismatched model.layers.0.mlp.gate.weight \(\(5, 64\) for \(6, 64\)\)",
     ),
-    "dense LLaDA's weights": (lambda _: load_file(FIXTURES / "llada-tiny" / "model.safetensors"), "does not match"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_what_is_missing_left_over_or_misshapen_is_named(damage: str, tmp_path: Path) -> None:
     change, said = DAMAGES[damage]
-    config = json.loads((FIXTURES / NAME / "config.json").read_text())
-    saved(tmp_path, config, change(load_file(FIXTURES / NAME / "model.safetensors")))
-    with pytest.raises(rp.RevprobeError, match=said) as caught:
-        rp.load_model(tmp_path, mask_token_id=MASK)
-    assert "\n" not in str(caught.value)
+    rewrite(copied(NAME, tmp_path / "any"), change)
+    assert re.search(said, refusal(tmp_path / "any", mask_token_id=MASK))

@@ -14,6 +14,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from checkpoint_files import copied, rewrite
 from plain_gradients import worst_product_error
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -35,18 +36,7 @@ REFERENCE = {name: load_file(FIXTURES / name / "reference.safetensors") for name
 def folder_of(tmp_path: Path) -> Callable[[str], Path]:
     """Copies to damage; their names do not say what they are."""
 
-    def copied(name: str) -> Path:
-        copy = Path(shutil.copytree(FIXTURES / name, tmp_path / f"checkpoint-{name[0]}"))
-        (copy / "reference.safetensors").unlink()
-        return copy
-
-    return copied
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+    return lambda name: copied(name, tmp_path / f"checkpoint-{name[0]}")
 
 
 def settings(folder: Path, **changed: object) -> None:

@@ -29,6 +29,7 @@ def test_the_list_has_every_family_with_what_its_class_does() -> None:
         "objective",
         "attention",
         "shift",
+        "noise",
         "about",
         "tokenizer",
         "licence",
@@ -42,6 +43,8 @@ def test_the_list_has_every_family_with_what_its_class_does() -> None:
         way = getattr(family.model_class, "attention", "full") if row["objective"] == "masked" else "causal"
         assert row["attention"] == way and way in {*WAYS, "causal"}
         assert row["shift"] == getattr(family.model_class, "logit_shift", 0)
+        noise = getattr(family.model_class, "noise", "mask") if row["objective"] == "masked" else ""
+        assert row["noise"] == noise and noise in {"mask", "uniform", ""}
         assert {"code", "weights"} <= set(re.findall(r"\w+", row["licence"])), "one of the two has no licence"
         assert row["published"] == ", ".join(family.published)
 
@@ -59,9 +62,8 @@ def test_the_parity_that_is_stated_was_measured(name: str) -> None:
         EVERY.apart(whole.logits(ids, mask)[mask.bool()], expected["logits"][mask.bool()], model.mask_token_id),
         EVERY.worst_score_error(whole, ids[:1], expected["scores_row0"]),
     ]
-    if "block_logits_padded" in expected and model.block_size:
-        found.append(EVERY.apart(model.logits(ids), expected["block_logits"], model.mask_token_id))
-        found.append(EVERY.worst_score_error(model, ids[:1], expected["block_scores_row0"]))
+    if name in EVERY.BLOCKS:
+        found += [*EVERY.block_errors(name), *EVERY.training_errors(name)]
     assert family.parity is not None, f"seen: {max(found):.0e}; write it into the family's parity"
     assert max(found) <= family.parity + 5e-6
 

@@ -104,8 +104,19 @@ def test_any_size_equals_a_slow_decoder_in_every_reading(seed: int, tmp_path: Pa
     finished_whole = slow(weights, config, ids, lambda i, j: j // size <= i // size)
     others = (whole, causal, finished_whole)
     assert min(apart(blocked, other) for other in others) > 5 * CLOSE, "each reading is another"
-    padded, kept = torch.cat([shown, torch.zeros_like(shown[:, :3])], 1), torch.arange(LENGTH + 3)[None] < LENGTH
-    assert apart(model.logits(padded, kept.long())[0, :LENGTH], blocked) < CLOSE
+    kept = torch.arange(LENGTH + 3)[None] < LENGTH
+    for filler in (0, mask):  # the mask's own id, too, leaves no block unfinished where it is padding
+        padded = torch.cat([shown, torch.full((1, 3), filler)], 1)
+        assert apart(model.logits(padded, kept.long())[0, :LENGTH], blocked) < CLOSE
+
+
+@torch.no_grad()
+def test_where_the_table_has_more_rows_than_the_config_says_the_rows_count(tmp_path: Path) -> None:
+    _, config, mask, _ = checkpoint(tmp_path / "any", 0)
+    ids, plain = torch.tensor([text_with(mask, 7)]), rp.load_model(tmp_path / "any")
+    (tmp_path / "any" / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] - 3}))
+    model = rp.load_model(tmp_path / "any")
+    assert model.vocab_size == config["vocab_size"] and torch.equal(model.logits(ids), plain.logits(ids))
 
 
 @pytest.mark.parametrize("seed", SEEDS)

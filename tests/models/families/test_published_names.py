@@ -1,11 +1,11 @@
 """Names on the hub: what a checkpoint's files do not say is known by its name, and its memory is planned by it."""
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import in_cache
 from slow_decoder import draw_checkpoint, write_checkpoint
 from typer.testing import CliRunner
 
@@ -22,15 +22,6 @@ KINDS = {"A2D Qwen3": ("a2d-qwen3", "qwen3"), "A2D Qwen2": ("a2d-qwen2", "qwen2"
 KINDS |= {"Fast-dLLM v2": ("Fast_dLLM_Qwen", "qwen2")}
 
 
-def in_cache(folder: Path, name: str, cache: Path) -> Path:
-    """Put a folder where the hub's client would have put its download."""
-    place = cache / f"models--{name.replace('/', '--')}"
-    (place / "refs").mkdir(parents=True)
-    (place / "refs" / "main").write_text("0" * 40)
-    shutil.copytree(folder, place / "snapshots" / ("0" * 40))
-    return cache
-
-
 @pytest.mark.filterwarnings("ignore:the tokenizer of")
 @pytest.mark.parametrize(
     ("family", "name"),
@@ -40,6 +31,7 @@ def in_cache(folder: Path, name: str, cache: Path) -> Path:
         ("A2D Qwen2", "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-bd3lm-v0.1"),
         ("SDAR", "JetLM/SDAR-1.7B-Chat"),
         ("SDAR", "JetLM/SDAR-8B-Chat-b32"),
+        ("SDAR", "Gen-Verse/TraDo-8B-Thinking"),
         ("Fast-dLLM v2", "Efficient-Large-Model/Fast_dLLM_v2_7B"),
     ],
 )

@@ -78,6 +78,16 @@ def write(folder: Path, made: Tokenizer | None, **settings: object) -> None:
     (folder / "tokenization_new.py").write_text(CODE)
 
 
+def test_reading_a_tokenizer_says_nothing_of_config_json(tmp_path: Path) -> None:
+    """transformers reads it on the way, and remarks on `rope_scaling`; who loads the model did not write the file."""
+    folder = Path(shutil.copytree(FIXTURES / "sdar-tiny", tmp_path / "model"))
+    assert "rope_scaling" in json.loads((folder / "config.json").read_text())
+    write(folder, backend(), tokenizer_class="PreTrainedTokenizerFast")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rp.load_model(folder).tokenizer is not None
+
+
 # --- mask tokens that a tokenizer lists without calling them its mask -------------------------------------------------
 
 

@@ -285,13 +285,14 @@ def test_a_padded_prompt_is_read_as_it_is_alone(build, words):
     model.module.eval()
     prompts, lengths = encode_prompts(model, PROMPTS), [5, 2, 4, 3]
     with torch.no_grad():
-        batch = _Canvas(model, prompts, lengths)
+        texts = [p.blanks(n, MASK_WORD) for p, n in zip(prompts, lengths, strict=True)]
+        batch = _Canvas(model, texts)
         assert batch.attention is not None, "these rows must need padding"
         row, at = batch.hidden.nonzero(as_tuple=True)
-        together = batch._read(row, at)
-        for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-            one = _Canvas(model, [prompt], [length])
-            alone = one._read(*one.hidden.nonzero(as_tuple=True))
+        together = batch._read(batch.run(), row, at)
+        for i, text in enumerate(texts):
+            one = _Canvas(model, [text])
+            alone = one._read(one.run(), *one.hidden.nonzero(as_tuple=True))
             torch.testing.assert_close(together[row == i], alone, atol=1e-5, rtol=0)
     answers = decode(model, PROMPTS, max_new_tokens=lengths)
     assert answers == decode(model, PROMPTS, max_new_tokens=lengths, batch_size=1)

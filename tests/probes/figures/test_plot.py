@@ -33,6 +33,7 @@ from revprobe.probes.figures.theme import (
     band,
     interval_text,
     plain,
+    with_theme,
 )
 from revprobe.probes.figures.token_strip import token_strip
 from revprobe.probes.figures.training_curves import measures_with_reasons
@@ -326,6 +327,7 @@ def test_plain_text_leaves_nothing_to_interpret(text: str) -> None:
 def test_numbers_as_people_read_them() -> None:
     assert interval_text(0.534, 0.41, 0.619, 0.0199) == "0.53 [0.41, 0.62] (control 0.02)"
     assert interval_text(0.5, math.nan, math.nan) == "0.50"
+    assert interval_text(0.003, 0.0021, 0.0048, 0.0041) == "0.003 [0.002, 0.005] (control 0.004)", "as fine"
     assert interval_text(0.0005, 0.0003, 0.0008) == "0.001 [0.000, 0.001]", "no interval looks as if it had no width"
     assert interval_text(0.99995, 0.9999, 1.0, percent=True) == "100.00 [99.99, 100.00]"
     assert interval_text(math.nan, 0.1, 0.2, 0.0) == "undefined"
@@ -462,6 +464,8 @@ def test_the_token_strip_shows_where_the_readout_position_looks() -> None:
 
 def test_a_figure_is_saved_whole_or_the_reason_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figure = go.Figure(go.Scatter(y=[1, 2]))
+    dark = save_figure(with_theme(figure, "dark"), tmp_path / "figure.html").read_text()
+    assert "body.style.background='#16191D'" in dark, "a dark figure on a white page"
     page = save_figure(figure, tmp_path / "figure.html").read_text()
     assert "plotly.js v" in page and 'src="http' not in page, "the page must open without a network"
     monkeypatch.setattr(plot, "find_spec", lambda name: None)

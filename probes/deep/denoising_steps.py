@@ -1,0 +1,226 @@
+"""Queries unmasked by the model's own decoder, with a look at every step: the runs behind `trace_denoising`.
+
+Nothing is run that decoding would not run: a watch taps the attention of the readout rows of what is still masked while
+the model runs, and prices the target in the logits that the decoder reads.
+
+Shapes below: query (distinct queries), step, token (target tokens), asked (tokens that are priced at a target position:
+the query's own first, then those of the facts that are its controls), head (the heads of all layers that are read,
+layer after layer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import RevprobeError
+from ...hooks.attention import AttentionTap, tap_attention
+from ...hooks.attention_sites import Attention
+from ...hooks.untouched import untouched
+from ...models.probed import ProbedModel
+from ..decoding.masked import Blanks, Step, Unmasking, schedule_of, unmask
+from ..pairs.query import Query
+from ..passes.alone import PaddingReaches, Size, hold_against_alone, is_due
+from ..passes.batches import in_batches, queries_per_batch
+from ..passes.plan import Progress
+
+# What a target position is at a step: written before it, may be written in it, waits for its turn, or stands in a block
+# that the model has not begun.
+WRITTEN, OPEN, WAITING, NOT_BEGUN = range(4)
+
+
+@dataclass
+class Trace:
+    """What was seen of each query at each step; NaN (-1) where there was nothing to see.
+
+    Shapes: `steps` (how many a query takes): `query`; `state`, `written` (the token revealed there and then), `rank`
+    (of the query's own target, 1-based, ties against it): `query step token`; `log_probability` (nats, of the whole
+    vocabulary): `query step token asked`; `score` (pre-softmax, mean over still-masked rows and evidence tokens),
+    `weight` (summed over evidence tokens, mean over still-masked rows): `query step head`.
+    `unread`: layer -> why it has no attention in some batch, of those that should have been read.
+    """
+
+    steps: np.ndarray
+    state: np.ndarray
+    written: np.ndarray
+    rank: np.ndarray
+    log_probability: np.ndarray
+    score: np.ndarray
+    weight: np.ndarray
+    unread: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, steps: Sequence[int], tokens: int, asked: int, heads: int) -> Trace:
+        shape = len(steps), max(steps), tokens
+        return cls(
+            steps=np.array(steps),
+            state=np.zeros(shape, dtype=np.int8),
+            written=np.full(shape, -1, dtype=np.int32),
+            rank=np.full(shape, np.nan, dtype=np.float32),
+            log_probability=np.full((*shape, asked), np.nan),
+            score=np.full((*shape[:2], heads), np.nan, dtype=np.float32),
+            weight=np.full((*shape[:2], heads), np.nan, dtype=np.float32),
+        )
+
+
+def trace_steps(
+    model: ProbedModel,
+    queries: Sequence[Query],
+    asked: Sequence[Sequence[tuple[int, ...]]],
+    how: Unmasking,
+    attention: Attention,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Trace:
+    """Let the model write every query's target, as `decode` would, and keep what was seen.
+
+    Args:
+        asked: for each query the targets priced at its positions, its own first, all of its length.
+        attention: the sites that are read.
+    Raises: RevprobeError, for fewer steps than blocks, NaN logits, or numbers that depend on the batch.
+    """
+    steps = [len(schedule_of(model, how, query.target_positions)) for query in queries]  # refused before it runs
+    size = queries_per_batch(model, queries, batch_size)
+    by_size = sorted(range(len(queries)), key=lambda i: (len(queries[i].token_ids), steps[i]))
+    heads, widest = sum(attention.heads.values()), max(len(query.target) for query in queries)
+    trace = Trace.empty(steps, widest, max(map(len, asked)), heads)
+    done = 0
+    with untouched(model.module), torch.no_grad():
+        for some in in_batches(model, by_size, size, lambda i: len(queries[i].token_ids)):
+            watch = _Look(model, trace, some, [queries[i] for i in some], [asked[i] for i in some], attention)
+            try:
+                unmask(model, [_blanks(model, queries[i]) for i in some], how, some, watch)
+            except PaddingReaches as error:  # as in every pass over queries
+                model.contract = replace(model.contract, equal_lengths=str(error))
+                return trace_steps(model, queries, asked, how, attention, batch_size, progress)
+            done += len(some)
+            if progress is not None:
+                progress(done, len(queries))
+    return trace
+
+
+def _blanks(model: ProbedModel, query: Query) -> Blanks:
+    """The query with its target masked, the rest shown."""
+    assert model.mask_token_id is not None, "a masked model names its mask token when wrapped"
+    tokens = list(query.token_ids)
+    for place in query.target_positions:
+        tokens[place] = model.mask_token_id
+    return Blanks(tuple(tokens), query.target_positions)
+
+
+class _Look:
+    """A `Watch` over the queries of one batch, at `numbers` of the trace."""
+
+    def __init__(
+        self,
+        model: ProbedModel,
+        trace: Trace,
+        numbers: Sequence[int],
+        queries: Sequence[Query],
+        asked: Sequence[Sequence[tuple[int, ...]]],
+        attention: Attention,
+    ) -> None:
+        self.model, self.trace, self.numbers, self.queries = model, trace, np.array(numbers), queries
+        self.attention, self.step, self.tap = attention, 0, AttentionTap(attention)
+        widest, most = max(len(query.target) for query in queries), max(map(len, asked))
+        tokens = np.zeros((len(queries), most, widest), dtype=np.int64)
+        for row, targets in enumerate(asked):
+            for place, target in enumerate(targets):
+                tokens[row, place, : len(target)] = target
+        self.asked = torch.as_tensor(tokens, device=model.device)
+        self.watched = self.asked.new_zeros(0)  # the target positions whose rows are tapped: `row token`
+        evidence = [query.evidence_positions for query in queries]
+        wide = max(map(len, evidence))
+        columns = [[*places, *[places[0]] * (wide - len(places))] for places in evidence]
+        self.columns = torch.tensor(columns, device=model.device)
+        counts = torch.tensor([len(places) for places in evidence], device=model.device)
+        self.is_evidence = torch.arange(wide, device=model.device) < counts[:, None]
+
+    @contextmanager
+    def running(self, step: Step) -> Iterator[None]:
+        """The attention of the readout rows of what is still masked, while the model runs."""
+        ahead, length = self.model.contract.placement.ahead, step.ids.shape[1]
+        most = int(step.hidden.sum(1).max())
+        self.watched = (~step.hidden).byte().argsort(dim=1, stable=True)[:, :most]  # those still masked come first
+        rows = step.columns.gather(1, self.watched) - self.model.logit_shift
+        at = rows + ahead[0], self.columns + ahead[1]
+        size = length + ahead[0], length + ahead[1]
+        with tap_attention(self.model.module, *at, self.attention, size) as self.tap:
+            yield
+
+    def seen(self, step: Step, logits: Tensor, revealed: Tensor) -> None:
+        """Keep the step."""
+        if not self.step:
+            self._hold(step, logits)
+        read = step.hidden if self.model.block_size is None else step.hidden & self._begun(step)
+        waiting = torch.where(read, WAITING, NOT_BEGUN)
+        state = torch.where(step.is_open, OPEN, torch.where(step.hidden, waiting, WRITTEN))
+        at = self.numbers, self.step
+        width = state.shape[1]
+        self.trace.state[*at, :width] = state.cpu().numpy()
+        self.trace.written[*at, :width] = revealed.cpu().numpy()
+        self._price(step, logits, read)
+        self._keep_attention(read)
+        self.step += 1
+
+    def _begun(self, step: Step) -> Tensor:
+        """Which positions are read off a block that the model has come to. Shapes: `-> row token`."""
+        block = (step.columns - self.model.logit_shift) // (self.model.block_size or 1)
+        return block <= block.masked_fill(~step.is_open, -1).amax(1, keepdim=True)
+
+    def _price(self, step: Step, logits: Tensor, read: Tensor) -> None:
+        """Log-probabilities of the targets asked for, over the whole vocabulary as all probes have them."""
+        row, at = read.nonzero(as_tuple=True)
+        rows = logits[row, step.columns[row, at] - self.model.logit_shift].double()
+        chosen = rows.gather(-1, self.asked[row, :, at])
+        values = (chosen - rows.logsumexp(-1, keepdim=True)).cpu().numpy()
+        place = self.numbers[row.cpu().numpy()], self.step, at.cpu().numpy()
+        self.trace.log_probability[*place, : values.shape[1]] = values
+        self.trace.rank[place] = (rows >= chosen[:, :1]).sum(-1).cpu().numpy()
+
+    def _keep_attention(self, read: Tensor) -> None:
+        """Scores averaged over still-masked rows and evidence tokens, weights summed over evidence tokens."""
+        self.trace.unread |= self.tap.missing()
+        layers, missing = self.tap.layers(self.model.name), torch.full((len(read), 1), torch.nan, device=read.device)
+        scores: list[Tensor] = []
+        weights: list[Tensor] = []
+        read = read.gather(1, self.watched)
+        cell = (read[:, :, None] & self.is_evidence[:, None, :])[:, None]
+        rows = read.sum(1)[:, None]
+        for layer, heads in self.attention.heads.items():
+            if layer not in layers:
+                score = weight = missing.expand(-1, heads)
+            else:
+                call = layers[layer]
+                score = call.score.masked_fill(~cell, 0.0).sum((2, 3)) / cell.sum((2, 3))
+                weight = call.weight.masked_fill(~cell, 0.0).sum((2, 3)) / rows  # 0 / 0 where all is written
+            scores.append(score.float())
+            weights.append(weight.float())
+        at = self.numbers, self.step
+        self.trace.score[at], self.trace.weight[at] = (torch.cat(part, 1).cpu().numpy() for part in (scores, weights))
+
+    def _hold(self, step: Step, logits: Tensor) -> None:
+        """The first, all-masked step beside the shortest query alone, where that is due (`passes.alone`)."""
+        lengths = np.array([len(query.token_ids) for query in self.queries])
+        size = Size(bool(np.ptp(lengths)), len(lengths), int(lengths.max()), True)
+        if not is_due(self.model, size):
+            return
+        row = len(lengths) - 1 - int(lengths[::-1].argmin())
+        every = torch.arange(len(lengths), device=logits.device)[:, None]
+        values = logits[every, step.columns - self.model.logit_shift].double().log_softmax(-1)
+        hold_against_alone(self.model, self.queries[row], row, size, values, self.tap, self.attention)
+
+
+def read_layers(attention: Attention, layers: Sequence[int]) -> Attention:
+    """The attention of some layers alone: the calls of others are made and not looked at."""
+    sites = tuple(site for site in attention.sites if site.layer in layers)
+    if not sites:
+        raise RevprobeError(
+            f"none of the layers {list(layers)} has attention that can be read; ask for one of {list(attention.heads)}"
+        )
+    return replace(attention, sites=sites)

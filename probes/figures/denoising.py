@@ -1,0 +1,137 @@
+"""Denoising traces drawn: the target's probability over the steps, and which layers attend to the evidence when."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from ...errors import RevprobeError, did_you_mean
+from ..statistics.denoising import attention_table, steps_table
+from .drawable import Drawable
+from .theme import (
+    FORWARD,
+    OKABE_ITO,
+    REVERSE,
+    TEMPLATE,
+    UNDEFINED_GREY,
+    band,
+    counts_text,
+    faded,
+    interval_text,
+    message_figure,
+    plain,
+    undefined_text,
+)
+from .training_curves import series_words
+
+KINDS = ("steps", "layers", "heads")
+COLOURS = {"forward": FORWARD, "reverse": REVERSE}
+# From paper (by its name, which a dark page swaps) through one hue: a weight has a zero and no sign.
+WEIGHTS = ((0.0, "white"), (1.0, OKABE_ITO["blue"]))
+CELL, MOST = 18, 640  # pixels a layer, and at most
+
+
+def denoising_figure(reading: Drawable, *, kind: str = "steps", step: int = 1) -> go.Figure:
+    """Draw a denoising trace, forward beside reverse.
+
+    Args:
+        kind: "steps", the target's probability over the steps with its 95 % interval and its control; "layers", the
+            evidence's attention weight by layer and step, mean over heads; "heads", by layer and head at one step.
+        step: of kind "heads".
+    Raises: RevprobeError, for an unknown kind, or a step that the trace does not have.
+    """
+    if kind not in KINDS:
+        raise RevprobeError(f"denoising plot of kind {kind!r}{did_you_mean(kind, KINDS)}")
+    frame = reading.frame
+    if kind == "steps":
+        return _titled(_curves(reading), reading)
+    last = int(frame["step"].max())
+    if kind == "heads" and not 1 <= step <= last:
+        raise RevprobeError(f"no step {step!r} in this trace: expected one of 1 to {last}")
+    shown = frame[frame["step"] == step] if kind == "heads" else frame
+    across = "head" if kind == "heads" else "step"
+    table = attention_table(shown, ["direction", "layer", across])
+    if table.empty or table["value"].isna().all():
+        return message_figure(f"No attention to draw: {undefined_text(reading.part(shown).undefined)}")
+    return _titled(_maps(table, across, step), reading)
+
+
+def _curves(reading: Drawable) -> go.Figure:
+    table = steps_table(reading.frame)
+    if table["value"].isna().all():
+        return message_figure(f"No defined probability: {undefined_text(reading.undefined)}")
+    figure = go.Figure()
+    for direction, rows in table.groupby("direction", sort=True):
+        colour, x = COLOURS[str(direction)], rows["step"].tolist()
+        numbers = {name: rows[name].astype(float).tolist() for name in rows if name not in ("direction", "step", "n")}
+        dash = "solid" if direction == "reverse" else "dot"  # ALiBi's two curves lie on one another
+        figure.add_trace(band(x, numbers["low"], numbers["high"], colour, showlegend=False))
+        null = numbers.get("control", [math.nan] * len(x))
+        if "control" in numbers:
+            dashed = {"color": faded(colour, 0.75), "width": 1.5, "dash": "dash"}
+            control = go.Scatter(x=x, y=null, mode="lines", line=dashed, hoverinfo="skip")
+            figure.add_trace(control.update(name=f"{direction}: another fact's target"))
+        words = zip(x, numbers["value"], numbers["low"], numbers["high"], null, rows["n"], strict=True)
+        hover = [f"{direction}, step {at}: {interval_text(*found)}, n = {n:,}" for at, *found, n in words]
+        line = {"color": colour, "width": 2, "dash": dash}
+        points = go.Scatter(x=x, y=numbers["value"], mode="lines+markers", line=line, hovertext=hover, hoverinfo="text")
+        figure.add_trace(points.update(name=str(direction), marker={"size": 7, "color": colour}))
+    counted = counts_text(table["n"].astype(float))
+    figure.update_xaxes(
+        title=f"denoising step ({counted} pairs a direction)", dtick=max(1, len(set(table["step"])) // 12)
+    )
+    figure.update_yaxes(title="probability of the target<br>(mean over its positions)", rangemode="tozero")
+    return figure.update_layout(width=720, height=460)
+
+
+def _maps(table: pd.DataFrame, across: str, step: int) -> go.Figure:
+    """Two maps on one scale, forward left and reverse right; undefined cells are grey."""
+    directions = [name for name in ("forward", "reverse") if (table["direction"] == name).any()]
+    counts = {name: counts_text(table.loc[table["direction"] == name, "n"].astype(float)) for name in directions}
+    titles = [f"<b>{name}</b> ({counts[name]} pairs a cell)" for name in directions]
+    figure = make_subplots(1, len(directions), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.04)
+    at = f" at step {step}" if across == "head" else ""
+    for column, direction in enumerate(directions, start=1):
+        rows = table[table["direction"] == direction].astype({"layer": int, across: int})
+        texts = [interval_text(*numbers) for numbers in rows[["value", "low", "high"]].itertuples(index=False)]
+        cells, hover = (
+            rows.assign(text=texts).pivot(index="layer", columns=across, values=name) for name in ("value", "text")
+        )
+        z = [[None if math.isnan(one) else one for one in line] for line in cells.to_numpy(dtype=float).tolist()]
+        heat = go.Heatmap(
+            x=cells.columns.tolist(),
+            y=cells.index.tolist(),
+            z=z,
+            text=hover.fillna("not measured").to_numpy().tolist(),
+            hovertemplate=f"{direction}, layer %{{y}}, {across} %{{x}}{at}: %{{text}}<extra></extra>",
+            coloraxis="coloraxis",
+        )
+        figure.add_trace(heat, row=1, col=column)
+        every = max(1, len(cells.columns) // 8)
+        axis = {"title": f"{across}{at}" if across == "head" else "denoising step", "dtick": every, "showgrid": False}
+        figure.update_xaxes(**axis, tick0=int(cells.columns[0]), row=1, col=column)
+    layers = table["layer"].nunique()
+    figure.update_yaxes(dtick=max(1, layers // 16), showgrid=False)
+    figure.update_yaxes(title="layer", row=1, col=1)
+    mean = "" if across == "head" else ",<br>mean over heads"
+    bar = {"title": {"text": f"weight of<br>the evidence{mean}"}, "thickness": 14}
+    scale = {"cmin": 0.0, "cmax": float(table["value"].max()) or 1.0, "colorscale": WEIGHTS, "colorbar": bar}
+    size = {"width": 980, "height": 210 + min(MOST, max(120, CELL * layers))}
+    return figure.update_layout(coloraxis=scale, plot_bgcolor=UNDEFINED_GREY, **size)
+
+
+def _titled(figure: go.Figure, reading: Drawable) -> go.Figure:
+    meta = reading.meta
+    step = "" if meta.get("step") is None else f", training step {int(meta['step']):,}"
+    control = reading.control.value if reading.control else math.nan
+    numbers = interval_text(reading.value, *reading.interval, control)
+    undefined = sum(reading.undefined.values())
+    text = f"<b>{plain(meta.get('model') or 'model')}</b>{step} ({series_words(meta.get('weights'), meta.get('kind'))})"
+    line = f"probability of the reverse target when it was written: {numbers}, n = {reading.n:,}"
+    line += f", {undefined:,} undefined" if undefined else ""
+    title = {"text": f"{text}<br>{line}", "font": {"size": 14}, "y": 1, "yref": "container", "pad": {"t": 12}}
+    legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}
+    return figure.update_layout(template=TEMPLATE, title=title, legend=legend, margin={"t": 110})

@@ -1,0 +1,121 @@
+"""From the frame of a denoising trace to its number, to its curve over steps, and to its map of attention.
+
+The number is the probability of the target when it was written: at each target position, that which the model gave to
+the target's token in the step that revealed the position; mean over the positions of a pair, then over pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from .estimators import Measured, control_reasons, pair_reasons, with_control
+from .intervals import FRACTION, mean_intervals
+
+CONTROL = "another fact's target at the same positions and steps"
+NOT_WRITTEN = "nothing was written in these steps"
+
+
+def denoising_trace(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
+    """Mean probability of the target when it was written; of rows of attention alone, the mean weight of the evidence.
+
+    Reverse queries, unless the frame holds forward ones alone.
+    """
+    rows = frame[frame["direction"] == "reverse"] if (frame["direction"] == "reverse").any() else frame
+    direction, answers = rows["direction"].iloc[0], rows[rows["part"] == "answer"]
+    if answers.empty:
+        table, undefined = _by_pair(rows, ["weight"])
+        statistic = f"mean attention weight of the evidence, {direction} queries, from what is still masked"
+        return with_control(table["weight"].to_numpy(), None, _facts(table), undefined, statistic, bounds=FRACTION)
+    statistic = f"mean probability of the target when it was written, {direction} queries"
+    written = answers[answers["token"].notna()]
+    if written.empty:
+        table = answers.drop_duplicates("pair")
+        nothing = np.full(len(table), np.nan)
+        return with_control(nothing, None, _facts(table), {NOT_WRITTEN: len(table)}, statistic, bounds=FRACTION)
+    columns = [column for column in ("probability", "probability_control") if column in written]
+    table, undefined = _by_pair(written, columns)
+    values = table["probability"].to_numpy()
+    if len(columns) == 1:
+        return with_control(values, None, _facts(table), undefined, statistic, bounds=FRACTION)
+    undefined |= control_reasons(_plain(written))
+    counted = np.zeros(len(table), dtype=bool)  # just now, by reason
+    null = table["probability_control"].to_numpy()
+    facts = _facts(table)
+    return with_control(values, null, facts, undefined, statistic, bounds=FRACTION, alone=counted, method=CONTROL)
+
+
+def steps_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """The target's probability by direction and step, mean over pairs, with its interval over facts and its control.
+
+    A position that has been written keeps the probability it was written with, so that every pair counts at every step
+    and the last step is the reading's number; one whose block is not begun does not count yet.
+    Columns: direction, step, n (pairs), value, low, high, and with a control control, control_low, control_high.
+    """
+    answers = frame[frame["part"] == "answer"]
+    parts = []
+    for direction in ("forward", "reverse"):
+        rows = answers[answers["direction"] == direction]
+        if rows.empty:
+            continue
+        steps = np.arange(1, int(rows["step"].max()) + 1)
+        part = pd.DataFrame({"direction": direction, "step": steps})
+        for column, name in (("probability", "value"), ("probability_control", "control")):
+            if column in rows:
+                pairs = _carried(rows, column, steps)
+                value, low, high = _means(pairs)
+                names = (name, "low", "high") if name == "value" else (name, "control_low", "control_high")
+                part = part.assign(**dict(zip(names, (value, low, high), strict=True)))
+                part = part.assign(n=pairs.notna().sum().to_numpy()) if name == "value" else part
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def attention_table(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Mean attention weight of the evidence in each cell of the columns `by`, with its interval over facts.
+
+    Columns: by..., n (pairs), value, low, high. A pair's own mean over the cell's rows is taken first.
+    """
+    rows = frame[frame["part"] == "attention"]
+    keys = [rows["pair"].to_numpy(), _facts(rows), *(rows[column].to_numpy() for column in by)]
+    pairs = rows["weight"].groupby(keys, sort=True).mean()
+    table = pairs.rename_axis(["pair", "fact", *by]).unstack(list(range(2, 2 + len(by))))
+    value, low, high = _means(table)
+    found = table.columns.to_frame(index=False)
+    return found.assign(n=table.notna().sum().to_numpy(), value=value, low=low, high=high)
+
+
+def _carried(rows: pd.DataFrame, column: str, steps: np.ndarray) -> pd.DataFrame:
+    """Pairs by step: each position's number, kept once the position is written. Shapes: `(pair, fact) step`."""
+    place = pd.MultiIndex.from_arrays([rows["pair"].to_numpy(), _facts(rows), rows["position"].to_numpy()])
+    values = pd.Series(
+        rows[column].to_numpy(dtype=float),
+        pd.MultiIndex.from_arrays([*(place.get_level_values(level) for level in range(3)), rows["step"].to_numpy()]),
+    )
+    table = values.unstack(level=3).reindex(columns=steps)
+    return table.ffill(axis=1).groupby(level=[0, 1], sort=True).mean()
+
+
+def _means(pairs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean of each column over pairs, with its interval over facts. Shapes: `(pair, fact) cell -> cell, cell, cell`."""
+    by_fact = pairs.groupby(level=1, sort=True)
+    return mean_intervals(by_fact.sum().to_numpy(), by_fact.count().to_numpy().astype(float), bounds=FRACTION)
+
+
+def _by_pair(rows: pd.DataFrame, columns: list[str]) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Each pair's means and fact, and the pairs that have none, by reason."""
+    table = rows.groupby("pair", sort=True).agg({"fact": "first"} | dict.fromkeys(columns, "mean"))
+    lacking = table.index[table[columns[0]].isna()]
+    undefined = pair_reasons(_plain(rows[rows["pair"].isin(lacking)]), "reason")
+    return table.astype(dict.fromkeys(columns, np.float64)), undefined
+
+
+def _plain(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with their reasons as texts: categories that do not occur would be counted."""
+    return rows.assign(**{name: rows[name].astype(str) for name in rows.columns if name.startswith("reason")})
+
+
+def _facts(rows: pd.DataFrame) -> np.ndarray:
+    return rows["fact"].to_numpy().astype(str)
