@@ -11,7 +11,7 @@ Facts shuffled within groups are each reading's `control`, and stand first in it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from .statistics.paired import measured_difference, side_of
 
 SHUFFLED, UNTRAINED, PARENT, ALL = "shuffled", "untrained", "parent", "all"
 CONTROLS = (SHUFFLED, UNTRAINED, NEIGHBOUR, SINK, PARENT)
+CONTROLLED = ("attention", "gradient")  # the probes that have them, by their short names
 NOT_ATTENDED = "a gradient is of parameters and attends to no position"
 NUMBERS = ("model", "value", "low", "high", "n", "facts", "difference", "difference_low", "difference_high")
 OTHER_KIND = "asked with pairs of kind {}, so without a difference"
@@ -68,12 +69,22 @@ class Controls:
     parent: tuple[ProbedModel, ReversalPairs | None] | None = None
 
     @classmethod
-    def asked(cls, controls: str | Iterable[str], parent: Parent | None = None) -> Controls:
+    def asked(
+        cls, controls: str | Iterable[str], parent: Parent | None = None, *, of: Collection[str] = CONTROLLED
+    ) -> Controls:
         """Read what a probe was given for `controls` and `parent`.
 
-        Raises: RevprobeError, for an unknown name, and for a parent without a model or a model without being asked for.
+        Args:
+            of: the probes that take part, by their short names.
+        Raises: RevprobeError, for an unknown name, for a parent without a model or a model without being asked for, and
+            where no probe takes part that has controls.
         """
         names = require_controls([controls] if isinstance(controls, str) else controls, parent is not None)
+        if names and not {*of} & {*CONTROLLED}:
+            raise RevprobeError(
+                f"controls {', '.join(names)} of {', '.join(of)} alone, which has none but its shuffled facts; name "
+                "'attention' or 'gradient' too, or leave controls out"
+            )
         if parent is None:
             return cls(names)
         model, own = parent if isinstance(parent, tuple) else (parent, None)

@@ -69,12 +69,13 @@ def probe(
     run list by list, and `progress` begins anew with each. `share` divides the work among processes (see
     `finetune.training.distributed`); each of them gets all readings. `controls` and `parent` are those of the attention
     and gradient probes (see `Reading.controls`): passes of their own, so the default is none.
-    Raises: RevprobeError, for an unknown probe, and whatever the single probes raise.
+    Raises: RevprobeError, for an unknown probe, controls of none but the probability, and what the single probes raise.
     """
     model = as_probed(model)
     wanted = list(PROBES) if only is None else require_probes(only)
     if not wanted:
         raise RevprobeError(f"no probe was named; expected some of {', '.join(PROBES)}")
+    beside = Controls.asked(controls, parent, of=wanted)
     if layers is not None:
         layers = readable_layers(model, layers) if "attention" in wanted else listed("layer", layers)
     names = chosen_parameters(model, parameters, layers) if "gradient" in wanted else None
@@ -93,7 +94,6 @@ def probe(
         "gradient": gradient_reading,
         "probability": probability_reading,
     }
-    beside = Controls.asked(controls, parent)
     for members, own in lists_read(pairs, wanted):
         attention, gradient, probability = (name in members for name in PROBES)
         plan = replace(asked, attention=attention, gradient=gradient, probability=probability)

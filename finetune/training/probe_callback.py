@@ -29,7 +29,6 @@ from ...probes.controls import Controls, Parent, Reader
 from ...probes.fused import PROBES, control_readers, lists_read, probe, require_probes
 from ...probes.pairs.pairs import ReversalPairs
 from ...probes.passes.plan import Plan, Share
-from ...probes.passes.untrained import ADAPTER_LEFT_OUT
 from ...probes.readings.reading import Reading
 from ...probes.readings.readings import Readings
 from .checkpointing import READINGS
@@ -40,6 +39,7 @@ ProbeListener = Callable[[str, int, int], None]
 # Whose parameters' gradients are compared, and what the readings are called.
 OWNERS = ("all", "lora", "both")
 GRADIENT, LORA_GRADIENT = "gradient_cosine", "lora_gradient_cosine"
+NO_ADAPTER = "its model has no adapter, whose parameters alone this reading is of"
 
 
 def take_readings(
@@ -95,7 +95,7 @@ def _held_against(
     def part(other: Reading) -> Reading:
         own = next(one for one in by_owner([other], owner) if one.name == reading.name)
         if own.frame.empty:
-            raise RevprobeError(ADAPTER_LEFT_OUT)
+            raise RevprobeError(NO_ADAPTER)
         return own
 
     return beside.beside(reading, readers[probes[reading.name]], part) if probes[reading.name] in readers else reading

@@ -50,7 +50,8 @@ def beside_evidence(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> dic
     The neighbour of evidence of several tokens is as many tokens, the nearest to it on both sides that are neither
     evidence nor target; offsets and groups of its pairs are its own. The sink of a query, layer and head is the
     position with the largest weight, averaged over readout rows, of those that every readout row sees and that are not
-    evidence; it may be another in the other query. Virtual tokens of an adapter are none of the query's.
+    evidence; it may be another in the other query. Virtual tokens of an adapter are none of the query's, nor what a
+    canvas holds behind it; of a model of random tokens, scores and weights are means over its draws.
     Returns: for each of the two the pairs that have it, and what was read; None where none has.
     Raises: RevprobeError, as `run_pass`.
     """
@@ -68,7 +69,7 @@ def beside_evidence(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> dic
     size, done = queries_per_batch(model, queries, plan.batch_size), 0
     with untouched(model.module), torch.no_grad():
         for numbers in in_batches(model, range(len(queries)), size, lambda q: len(queries[q].token_ids)):
-            batch = make_batch(model, [queries[q] for q in numbers])
+            batch = make_batch(model, [queries[q] for q in numbers], in_draws=True)
             everywhere = torch.arange(batch.input_ids.shape[1], device=batch.rows.device).expand_as(batch.input_ids)
             keys = batch.attention_rows, everywhere + batch.ahead[1]
             with tap_attention(model.module, *keys, attention, batch.size) as tap:
@@ -107,14 +108,15 @@ def neighbour_targets(model: ProbedModel, pairs: ReversalPairs) -> ReversalPairs
 
 def _other_target(model: ProbedModel, query: Query) -> Query | None:
     """The query asking for its target's neighbours; tokens that hide others, or have no row, are not asked for."""
-    shown = [p for p, token in enumerate(query.token_ids) if p >= model.logit_shift and token != model.mask_token_id]
+    first = model.logit_shift if model.canvas_length is None else query.canvas_start
+    shown = [p for p, token in enumerate(query.token_ids) if p >= first and token != model.mask_token_id]
     asked = [p for p in shown if not out_of_sight(model, [_moved(query, (p,), query.evidence_positions)])[0]]
     at = neighbours(query, query.target_positions, asked)
     return _moved(query, at, query.evidence_positions) if at else None
 
 
 def _moved(query: Query, target: tuple[int, ...], evidence: tuple[int, ...]) -> Query:
-    return Query.unchecked(query.token_ids, target, evidence)
+    return Query.unchecked(query.token_ids, target, evidence, query.canvas_start)
 
 
 def _among(pairs: ReversalPairs, queries: Sequence[Query], fit: Sequence[bool]) -> ReversalPairs | None:
@@ -129,12 +131,13 @@ def _among(pairs: ReversalPairs, queries: Sequence[Query], fit: Sequence[bool]) 
 
 def _places(batch: QueryBatch, moved: Sequence[tuple[int, ...]], seen: Sequence[range]) -> dict[str, Tensor]:
     """Where the neighbour stands, and where a sink may. Shapes: `-> batch seq` (bool)."""
-    neighbour = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+    neighbour = torch.zeros_like(batch.input_ids[:: batch.draws], dtype=torch.bool)
     for row, at in enumerate(moved):
         neighbour[row, list(at)] = True
     ends = torch.tensor([len(sight) for sight in seen], device=batch.input_ids.device)
     free = torch.arange(batch.input_ids.shape[1], device=ends.device) < ends[:, None]
-    free.scatter_(1, torch.where(batch.is_evidence, batch.columns, batch.columns[:, :1]), False)
+    evidence = torch.where(batch.is_evidence, batch.columns, batch.columns[:, :1])
+    free.scatter_(1, evidence[:: batch.draws], False)
     return {NEIGHBOUR: neighbour, SINK: free}
 
 
@@ -145,9 +148,10 @@ def _most_attended(weight: Tensor, free: Tensor) -> Tensor:
 
 
 def _over_rows(values: Tensor, batch: QueryBatch) -> Tensor:
-    """The mean over a query's readout rows. Shapes: `batch heads rows seq -> batch heads seq`."""
+    """The mean over a query's readout rows and draws. Shapes: `(batch draw) heads rows seq -> batch heads seq`."""
     asked = batch.is_target[:, None, :, None]
-    return values.masked_fill(~asked, 0.0).sum(2) / asked.sum(2)
+    by_row = values.masked_fill(~asked, 0.0).sum(2) / asked.sum(2)
+    return by_row if batch.draws == 1 else by_row.unflatten(0, (-1, batch.draws)).mean(1)
 
 
 def _keep(
