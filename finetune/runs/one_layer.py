@@ -106,7 +106,7 @@ class OneLayerRun(Run):
         model = self.load(step, weights)
         pairs = self.pairs(model)
         asked = {probe: pairs.for_probe(probe) for probe, name in PROBES.items() if name in names}
-        return take_readings(model, asked, controls=self.config.snapshots.held_against)
+        return take_readings(model, asked, controls=self.config.snapshots.controls or ())
 
 
 @checked
@@ -196,7 +196,7 @@ def build_trainer(
     done = () if checkpoint is None else (step_of(checkpoint) or 0,)
     answers = AnswersCallback(run.relation, run.path / ANSWERS, steps=config.answer_steps, ema=trainer.ema, **wrapping)
     steps = config.snapshot_steps
-    asked: dict[str, Any] = {"steps": steps, "done": done, "controls": config.snapshots.held_against}
+    asked: dict[str, Any] = {"steps": steps, "done": done, "controls": config.snapshots.controls or ()}
     probes = ProbeCallback(pairs, run.path / READINGS, ema=trainer.ema, **asked, **wrapping)
     return trainer, answers, probes
 
