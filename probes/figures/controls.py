@@ -38,10 +38,12 @@ LOOKS = {
 AXES = {"attention_correlation": "Pearson r of forward and reverse score", "gradient_cosine": "cosine of the gradients"}
 LINE = 78  # letters of a reason on one line, of two
 ROW = 46
+BESIDE: dict[str, Any] = {"x": 1.01, "xref": "paper", "xanchor": "left", "align": "left", "showarrow": False}
+BESIDE |= {"font": {"size": 11, "color": CONTROL_GREY}}
 
 
 def controls_figure(reading: Drawable) -> go.Figure:
-    """The number with its 95 % interval, and below it each control with its own; differences stand on the hover."""
+    """The number with its 95 % interval, and below it each control with its own, and the paired difference."""
     own: dict[Hashable, Any] = {"control": "", "model": reading.meta.get("model"), "reason": reading_reason(reading)}
     own |= dict(zip(("low", "high"), reading.interval, strict=True))
     own |= {"value": reading.value, "n": reading.n, "facts": reading.facts}
@@ -50,18 +52,30 @@ def controls_figure(reading: Drawable) -> go.Figure:
     labels = [_label(row) for row in rows]
     for row, label in zip(rows, labels, strict=True):
         figure.add_trace(_point(row, label))
-        if math.isnan(row["value"]):
-            said = textwrap.wrap(f"undefined: {row['reason'] or 'no number'}", LINE, max_lines=2, placeholder=" …")
-            text = "<br>".join(plain(line, limit=None) for line in said)
-            place = {"x": 0.01, "xref": "paper", "xanchor": "left", "align": "left", "y": label}
-            figure.add_annotation(text=text, showarrow=False, font={"size": 11, "color": CONTROL_GREY}, **place)
+        _beside(figure, row, y=label)
+    figure.add_annotation(text="<b>reading − control</b>", yref="paper", y=1.0, yanchor="bottom", **BESIDE)
     ends = [float(row[name]) for row in rows for name in ("value", "low", "high")]
     lowest = min([0.0, *(end for end in ends if not math.isnan(end))])
     figure.add_vline(x=0, line={"color": CONTROL_GREY, "dash": "dot", "width": 1})
     measure = "gradient_cosine" if reading.name.endswith("gradient_cosine") else reading.name
     figure.update_xaxes(title=f"{AXES.get(measure, 'value')} (bar: 95 % interval)", range=[lowest - 0.05, 1.05])
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=labels)
-    return figure.update_layout(showlegend=False, meta={"height": 190 + ROW * len(rows)})
+    size = {"margin": {"t": 90, "r": 150}, "meta": {"height": 180 + ROW * len(rows)}}
+    return figure.update_layout(showlegend=False, **size)
+
+
+def _beside(figure: go.Figure, row: dict[Hashable, Any], **place: Any) -> None:
+    """What no marker says: why there is no number, and at the right by how much the reading's is another."""
+    if math.isnan(row["value"]):
+        said = textwrap.wrap(f"undefined: {row['reason'] or 'no number'}", LINE, max_lines=2, placeholder=" …")
+        text = "<br>".join(plain(line, limit=None) for line in said)
+        figure.add_annotation(text=text, **BESIDE | {"x": 0.01}, **place)
+    if row["control"] and not math.isnan(row["difference"]):
+        figure.add_annotation(text=_apart(row), **BESIDE, **place)
+
+
+def _apart(row: dict[Hashable, Any]) -> str:
+    return difference_text(*(float(row[f"difference{end}"]) for end in ("", "_low", "_high")))
 
 
 def reading_reason(reading: Drawable) -> str:
@@ -99,8 +113,7 @@ def control_words(row: dict[Hashable, Any]) -> str:
     model = f" ({plain(row['model'])})" if isinstance(row["model"], str) else ""
     said = [title + model, interval_text(*(float(row[key]) for key in ("value", "low", "high")))]
     if name and not math.isnan(row["difference"]):
-        apart = difference_text(*(float(row[f"difference{end}"]) for end in ("", "_low", "_high")))
-        said.append(f"reading − control: {apart}, paired over facts")
+        said.append(f"reading − control: {_apart(row)}, paired over facts")
     said += textwrap.wrap(plain(row["reason"], limit=300), LINE) if row["reason"] else []
     return "<br>".join(said)
 

@@ -248,7 +248,7 @@ def _histogram(values: np.ndarray, edges: np.ndarray, colour: str, dash: str) ->
 
 def _controls(reading: Drawable, what: str) -> go.Figure:
     figure = controls_figure(reading)
-    return _titled(figure, reading, what).update_layout(height=figure.layout.meta["height"], width=760)
+    return _titled(figure, reading, what).update_layout(height=figure.layout.meta["height"], width=860)
 
 
 def _titled(figure: go.Figure, reading: Drawable, what: str) -> go.Figure:

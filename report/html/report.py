@@ -31,6 +31,7 @@ from .page import choice, controls, details, figure_data, figure_place, folded, 
 from .reading_tabs import edits_tab, storage_tab
 
 CONTROLS = "controls.csv"
+LONG = 32  # more rows than this are folded away
 MANY = 8  # more configurations than this are folded into one line
 WHAT = (
     "For each checkpoint of each run this page shows whether a language model that saw a relation in one direction "
@@ -171,6 +172,7 @@ def _signatures_section(measures: pd.DataFrame, held_against: pd.DataFrame) -> M
 def _controls_section(held_against: pd.DataFrame) -> Markup:
     shown = last_controls(held_against)
     body = table(list(shown.columns), shown.to_numpy().tolist())
+    body = body if len(shown) <= LONG else folded(f"{len(shown)} controls", body)
     return section("controls", "Controls beside shuffled facts, last checkpoint", body, paragraph(AGAINST, note=True))
 
 
