@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from ..models.probed import ProbedModel
     from ..probes.pairs.pairs import ReversalPairs
 
+ControlNames = Annotated[
+    str,
+    typer.Option(help="Beside shuffled facts: untrained, neighbour, sink, parent, separated by commas, or all."),
+]
+ParentModel = Annotated[
+    str | None,
+    typer.Option(help="The model of the control 'parent', named like the model; --load parent:NAME=VALUE is its."),
+]
+ParentPairs = Annotated[str | None, typer.Option(help="The parent's pairs; those of --pairs by default.")]
+
 
 def probe(
     model: Annotated[str, typer.Argument(help="A run, a checkpoint folder, a hub name or a registered model.")],
@@ -33,12 +43,9 @@ def probe(
     ] = None,
     alphabet: Annotated[int, typer.Option(help="letters only: how many letter pairs.")] = 26,
     batch_size: Annotated[int | None, typer.Option(help="Queries per forward pass.")] = None,
-    controls: Annotated[
-        str,
-        typer.Option(help="Beside shuffled facts: untrained, neighbour, sink, parent, separated by commas, or all."),
-    ] = "",
-    parent: Annotated[str | None, typer.Option(help="The model of the control 'parent', named like the model.")] = None,
-    parent_pairs: Annotated[str | None, typer.Option(help="The parent's pairs; those of --pairs by default.")] = None,
+    controls: ControlNames = "",
+    parent: ParentModel = None,
+    parent_pairs: ParentPairs = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     load: Load = None,
 ) -> None:
