@@ -82,9 +82,18 @@ def probe_attention_correlation(
 
 
 def attention_reading(
-    model: ProbedModel, result: PassResult, plan: Plan, layers: Iterable[int] | None = None
+    model: ProbedModel,
+    result: PassResult,
+    plan: Plan,
+    layers: Iterable[int] | None = None,
+    hidden: str = EVIDENCE_HIDDEN,
 ) -> Reading:
-    """Join the scores of a pass to pairs. Raises: RevprobeError, for a layer that the model lacks."""
+    """Join the scores of a pass to pairs.
+
+    Args:
+        hidden: what is said of a score that the mask forbids.
+    Raises: RevprobeError, for a layer that the model lacks.
+    """
     there = sorted({*result.score, *result.without_attention})
     wanted = chosen_of("layer", layers, there, model=model, purpose="read")
     pairs = result.pairs
@@ -98,7 +107,7 @@ def attention_reading(
     parts = []
     for layer in wanted:
         if layer in result.score:
-            parts += [_head_frame(result, base, layer, head) for head in range(result.score[layer].shape[1])]
+            parts += [_head_frame(result, base, layer, head, hidden) for head in range(result.score[layer].shape[1])]
         else:
             why = result.without_attention[layer]
             parts += [base.assign(layer=layer, head=head, **nothing, reason=why) for head in range(most)]
@@ -125,7 +134,7 @@ def attention_controls(
         result = passes()[name]
         if result is None:
             raise RevprobeError(f"all {LEFT_OUT[name]}")
-        return attention_reading(model, result, plain, layers)
+        return attention_reading(model, result, plain, layers, EVIDENCE_HIDDEN.replace("evidence", name))
 
     readers: dict[str, Reader] = {
         UNTRAINED: lambda: read(untrained_twin(model, plan.seed), pairs, layers),
@@ -149,7 +158,7 @@ def readable_layers(model: ProbedModel, layers: Iterable[int] | None) -> list[in
     return chosen_of("layer", layers, sorted({*attention.heads, *attention.without}), model=model, purpose="read")
 
 
-def _head_frame(result: PassResult, base: pd.DataFrame, layer: int, head: int) -> pd.DataFrame:
+def _head_frame(result: PassResult, base: pd.DataFrame, layer: int, head: int, forbidden: str) -> pd.DataFrame:
     """The rows of one head; a score the mask forbids, or that was not read in its batch, is NaN with its reason."""
     sides = {"forward": result.pairs.forward, "reverse": result.pairs.reverse}
     columns: dict[str, np.ndarray] = {"layer": np.full(len(base), layer), "head": np.full(len(base), head)}
@@ -161,7 +170,5 @@ def _head_frame(result: PassResult, base: pd.DataFrame, layer: int, head: int) -
     later = result.unseen[result.pairs.forward] | result.unseen[result.pairs.reverse]
     hidden = np.isnan(columns["score_forward"]) | np.isnan(columns["score_reverse"])
     unread = np.isnan(columns["weight_forward"]) | np.isnan(columns["weight_reverse"])
-    reasons = np.select(
-        [later, unread, hidden], [LATER_BLOCK, result.without_attention.get(layer, ""), EVIDENCE_HIDDEN], ""
-    )
+    reasons = np.select([later, unread, hidden], [LATER_BLOCK, result.without_attention.get(layer, ""), forbidden], "")
     return base.assign(**columns, reason=reasons)

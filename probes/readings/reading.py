@@ -27,6 +27,7 @@ MEASURE_COLUMNS += ["excess", "excess_low", "excess_high", "undefined", "reason"
 CONTROL_COLUMNS = ["control", "model", "value", "low", "high", "n", "facts"]
 CONTROL_COLUMNS += ["difference", "difference_low", "difference_high", "reason"]
 NOT_SHUFFLED, NO_SHUFFLE = "not taken: control=False", "no group has two facts to shuffle"
+NOT_DEFINED = "the reading has no number, so neither has its shuffle"
 
 
 @checked_fields
@@ -117,7 +118,8 @@ class Reading:
         """
         own = {"control": "shuffled", "model": self.meta.get("model"), "reason": ""}
         if (shuffled := self.control) is None:
-            own["reason"] = NO_SHUFFLE if self.meta.get("control", True) else NOT_SHUFFLED
+            nothing = NOT_DEFINED if self.facts > 1 and self.value != self.value else NO_SHUFFLE
+            own["reason"] = nothing if self.meta.get("control", True) else NOT_SHUFFLED
         else:
             excess, (low, high) = self.excess or Estimate.undefined(), shuffled.interval
             own |= {"value": shuffled.value, "low": low, "high": high, "n": shuffled.n, "facts": shuffled.facts}

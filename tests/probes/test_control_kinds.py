@@ -12,7 +12,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 import revprobe as rp
 from revprobe.models.peft_adapters import without_wrapper
 from revprobe.probes.passes.untrained import untrained_twin
-from tiny import GROUPED, MASK, gpt2, in_blocks, language_model, llama, pairs_at, radd
+from tiny import GROUPED, MASK, causal, gpt2, in_blocks, language_model, llama, pairs_at, radd
 
 PROBES = {"attention": rp.probe_attention_correlation, "gradient": rp.probe_gradient_cosine}
 
@@ -245,6 +245,20 @@ def test_what_was_not_shuffled_stands_in_the_table_with_its_reason() -> None:
     assert without["reason"][0] == "not taken: control=False"
     lone = rp.probe_attention_correlation(model, pairs.for_probe("attention")[:1]).controls
     assert np.isnan(lone["value"][0]) and lone["reason"][0] == "no group has two facts to shuffle"
+    two = rp.probe_attention_correlation(model, pairs_at((2, 5), (5, 1), count=2)).controls
+    assert np.isnan(two["value"][0]) and two["reason"][0] == "the reading has no number, so neither has its shuffle"
+
+
+def test_a_neighbour_behind_a_window_is_not_called_evidence() -> None:
+    """The evidence is the last that a window of four reaches, and its two nearest free tokens stand before it."""
+    model = causal(transformers.MistralConfig(**GROUPED, sliding_window=4))
+    pairs = []
+    for fact, tokens in enumerate(drawn_tokens(8)):
+        backward = [tokens[1], tokens[0], *tokens[2:]]
+        pairs.append(asked([(tokens, [4, 5, 6], [2, 3]), (backward, [4, 5, 6], [2, 3])], str(fact), "swapped"))
+    reading = rp.probe_attention_correlation(model, rp.ReversalPairs.from_pairs(pairs), controls="neighbour")
+    found = row(reading, "neighbour")
+    assert "neighbour hidden by the attention mask" in found["reason"], found
 
 
 def test_a_parent_asked_about_other_facts_says_that_there_is_no_difference() -> None:
