@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,16 @@ from .loading import Load, load_options
 if TYPE_CHECKING:
     from ..models.probed import ProbedModel
     from ..probes.pairs.pairs import ReversalPairs
+
+ControlNames = Annotated[
+    str,
+    typer.Option(help="Beside shuffled facts: untrained, neighbour, sink, parent, separated by commas, or all."),
+]
+ParentModel = Annotated[
+    str | None,
+    typer.Option(help="The model of the control 'parent', named like the model; --load parent:NAME=VALUE is its."),
+]
+ParentPairs = Annotated[str | None, typer.Option(help="The parent's pairs; those of --pairs by default.")]
 
 
 def probe(
@@ -33,6 +43,9 @@ def probe(
     ] = None,
     alphabet: Annotated[int, typer.Option(help="letters only: how many letter pairs.")] = 26,
     batch_size: Annotated[int | None, typer.Option(help="Queries per forward pass.")] = None,
+    controls: ControlNames = "",
+    parent: ParentModel = None,
+    parent_pairs: ParentPairs = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     load: Load = None,
 ) -> None:
@@ -41,27 +54,71 @@ def probe(
     from ..finetune.training.probe_callback import take_readings
     from ..models.registry import load_model
     from ..probes.fused import require_probes
-    from ..report.summary.terminal import make_console, read_as, readings_table
+    from ..report.summary.terminal import controls_table, make_console, read_as, readings_table
 
-    names = require_probes(name.strip() for name in probes.split(",") if name.strip())
+    names = require_probes(listed(probes))
     if not names:
         raise RevprobeError("--probes names no probe; expected some of attention, gradient, probability")
+    against = controls_of(controls, names, parent, parent_pairs)
+    own, theirs = parted_load(load, parent)
     if out is not None:
-        # A folder and a file in it, so that a wrong --out costs no probing.
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    probed = load_model(model, **load_options(load, step=step, weights=weights, device=device))
+        require_folder(out)
+    probed = load_model(model, **load_options(own, step=step, weights=weights, device=device))
     given = pairs_of(pairs, probed, placements, alphabet)
+    elder = None if parent is None else load_model(parent, **load_options(theirs, step=-1, device=device))
+    beside = elder and (elder, pairs_of(parent_pairs or pairs, elder, placements, alphabet))
     asked = {name: given.for_probe(name) for name in names}
+    options: dict[str, Any] = {"batch_size": batch_size, "controls": against, "parent": beside}
     console = make_console()
     with shown_probes(names, console) as listener:
-        readings = take_readings(probed, asked, batch_size=batch_size, listener=listener)
+        readings = take_readings(probed, asked, listener=listener, **options)
     console.print(readings_table(readings, f"{probed.name} ({read_as(readings)}), {pairs}"))
+    if against:
+        console.print(controls_table(readings, "controls"))
     if out is not None:
         for reading in readings:
             reading.save(out / f"{reading.name}.{reading.meta.get('weights') or 'raw'}.parquet")
         console.print(f"{len(readings)} readings: {out}", soft_wrap=True)
+
+
+def listed(names: str) -> list[str]:
+    """The names in "attention, gradient"."""
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def controls_of(names: str, probes: list[str], parent: str | None, parent_pairs: str | None) -> tuple[str, ...]:
+    """What `--controls` names. Raises: RevprobeError, for an unknown control, or a parent that does not fit."""
+    from ..probes.controls import CONTROLLED, PARENT, require_controls
+
+    asked = listed(names)
+    if asked and not {*probes} & {*CONTROLLED}:
+        raise RevprobeError(f"--controls {names}: expected attention or gradient among --probes; others have none")
+    if parent is None and parent_pairs is not None:
+        raise RevprobeError(f"--parent-pairs {parent_pairs} without --parent; name the model that they are for")
+    if parent is None and PARENT in asked:
+        raise RevprobeError(f"--controls {names} needs the parent; name it with --parent MODEL")
+    if parent is not None and not {PARENT, "all"} & {*asked}:
+        raise RevprobeError(f"--parent {parent} is not asked for; add parent to --controls, or let it be all")
+    return require_controls(asked, parent is not None)
+
+
+def parted_load(load: list[str] | None, parent: str | None) -> tuple[list[str], list[str]]:
+    """The model's `--load NAME=VALUE`, and the parent's `--load parent:NAME=VALUE`, without the prefix.
+
+    Raises: RevprobeError, for an option of a parent that is not there.
+    """
+    own = [text for text in load or () if not text.startswith("parent:")]
+    theirs = [text.removeprefix("parent:") for text in load or () if text.startswith("parent:")]
+    if theirs and parent is None:
+        raise RevprobeError(f"--load parent:{theirs[0]} without --parent; name the model that it is for")
+    return own, theirs
+
+
+def require_folder(out: Path) -> None:
+    """Make the folder, and a file in it, so that a wrong `--out` costs no probing. Raises: OSError, when it cannot."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out):
+        pass
 
 
 def require_place(out: Path, ours: Callable[[Path], bool]) -> None:
@@ -72,9 +129,7 @@ def require_place(out: Path, ours: Callable[[Path], bool]) -> None:
     from ..atomic_files import require_replaceable
 
     require_replaceable(out, ours)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out.parent):
-        pass
+    require_folder(out.parent)
 
 
 def pairs_of(source: str, model: ProbedModel, placements: str | None = None, alphabet: int = 26) -> ReversalPairs:

@@ -12,11 +12,12 @@ import pandas as pd
 from torch import nn
 
 from ..arguments import checked
+from ..errors import RevprobeError
 from ..models.probed import ProbedModel, as_probed
 from ..models.structure import attention_of
 from .controls import NEIGHBOUR, PARENT, SINK, UNTRAINED, Controls, Parent, Reader
 from .pairs.pairs import ReversalPairs
-from .passes.beside import beside_evidence
+from .passes.beside import LEFT_OUT, beside_evidence
 from .passes.plan import PassResult, Plan, Progress
 from .passes.run import describe, run_pass
 from .passes.selection import chosen_of
@@ -70,7 +71,7 @@ def probe_attention_correlation(
     model = as_probed(model)
     layers = readable_layers(model, layers)
     plan = Plan(attention=True, control=control, batch_size=batch_size, seed=seed, progress=progress)
-    asked = Controls.asked(controls, parent, pairs)
+    asked = Controls.asked(controls, parent)
     reading = attention_reading(model, run_pass(model, pairs, plan), plan, layers)
     reading = asked.beside(reading, attention_controls(model, pairs, plan, asked, layers))
     if not bounds:
@@ -81,9 +82,18 @@ def probe_attention_correlation(
 
 
 def attention_reading(
-    model: ProbedModel, result: PassResult, plan: Plan, layers: Iterable[int] | None = None
+    model: ProbedModel,
+    result: PassResult,
+    plan: Plan,
+    layers: Iterable[int] | None = None,
+    hidden: str = EVIDENCE_HIDDEN,
 ) -> Reading:
-    """Join the scores of a pass to pairs. Raises: RevprobeError, for a layer that the model lacks."""
+    """Join the scores of a pass to pairs.
+
+    Args:
+        hidden: what is said of a score that the mask forbids.
+    Raises: RevprobeError, for a layer that the model lacks.
+    """
     there = sorted({*result.score, *result.without_attention})
     wanted = chosen_of("layer", layers, there, model=model, purpose="read")
     pairs = result.pairs
@@ -97,7 +107,7 @@ def attention_reading(
     parts = []
     for layer in wanted:
         if layer in result.score:
-            parts += [_head_frame(result, base, layer, head) for head in range(result.score[layer].shape[1])]
+            parts += [_head_frame(result, base, layer, head, hidden) for head in range(result.score[layer].shape[1])]
         else:
             why = result.without_attention[layer]
             parts += [base.assign(layer=layer, head=head, **nothing, reason=why) for head in range(most)]
@@ -117,15 +127,24 @@ def attention_controls(
         return attention_reading(other, run_pass(other, own, plain), plain, chosen)
 
     @cache
-    def beside() -> dict[str, PassResult]:
+    def passes() -> dict[str, PassResult | None]:
         return beside_evidence(model, pairs, plain)
+
+    def beside(name: str) -> Reading:
+        result = passes()[name]
+        if result is None:
+            raise RevprobeError(f"all {LEFT_OUT[name]}")
+        return attention_reading(model, result, plain, layers, EVIDENCE_HIDDEN.replace("evidence", name))
 
     readers: dict[str, Reader] = {
         UNTRAINED: lambda: read(untrained_twin(model, plan.seed), pairs, layers),
-        NEIGHBOUR: lambda: attention_reading(model, beside()[NEIGHBOUR], plain, layers),
-        SINK: lambda: attention_reading(model, beside()[SINK], plain, layers),
+        NEIGHBOUR: partial(beside, NEIGHBOUR),
+        SINK: partial(beside, SINK),
     }
-    return readers if asked.parent is None else readers | {PARENT: partial(read, *asked.parent)}
+    if asked.parent is None:
+        return readers
+    other, own = asked.parent
+    return readers | {PARENT: partial(read, other, own or pairs)}
 
 
 def readable_layers(model: ProbedModel, layers: Iterable[int] | None) -> list[int] | None:
@@ -139,7 +158,7 @@ def readable_layers(model: ProbedModel, layers: Iterable[int] | None) -> list[in
     return chosen_of("layer", layers, sorted({*attention.heads, *attention.without}), model=model, purpose="read")
 
 
-def _head_frame(result: PassResult, base: pd.DataFrame, layer: int, head: int) -> pd.DataFrame:
+def _head_frame(result: PassResult, base: pd.DataFrame, layer: int, head: int, forbidden: str) -> pd.DataFrame:
     """The rows of one head; a score the mask forbids, or that was not read in its batch, is NaN with its reason."""
     sides = {"forward": result.pairs.forward, "reverse": result.pairs.reverse}
     columns: dict[str, np.ndarray] = {"layer": np.full(len(base), layer), "head": np.full(len(base), head)}
@@ -151,7 +170,5 @@ def _head_frame(result: PassResult, base: pd.DataFrame, layer: int, head: int) -
     later = result.unseen[result.pairs.forward] | result.unseen[result.pairs.reverse]
     hidden = np.isnan(columns["score_forward"]) | np.isnan(columns["score_reverse"])
     unread = np.isnan(columns["weight_forward"]) | np.isnan(columns["weight_reverse"])
-    reasons = np.select(
-        [later, unread, hidden], [LATER_BLOCK, result.without_attention.get(layer, ""), EVIDENCE_HIDDEN], ""
-    )
+    reasons = np.select([later, unread, hidden], [LATER_BLOCK, result.without_attention.get(layer, ""), forbidden], "")
     return base.assign(**columns, reason=reasons)

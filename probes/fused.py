@@ -12,7 +12,7 @@ from ..arguments import checked
 from ..errors import RevprobeError, did_you_mean
 from ..models.probed import ProbedModel, as_probed
 from .attention import attention_controls, attention_reading, readable_layers
-from .controls import Controls, Parent
+from .controls import Controls, Parent, Reader
 from .gradient import chosen_parameters, gradient_controls, gradient_reading
 from .pairs.pairs import ReversalPairs
 from .passes.plan import PassResult, Plan, Progress, Share
@@ -69,12 +69,13 @@ def probe(
     run list by list, and `progress` begins anew with each. `share` divides the work among processes (see
     `finetune.training.distributed`); each of them gets all readings. `controls` and `parent` are those of the attention
     and gradient probes (see `Reading.controls`): passes of their own, so the default is none.
-    Raises: RevprobeError, for an unknown probe, and whatever the single probes raise.
+    Raises: RevprobeError, for an unknown probe, controls of none but the probability, and what the single probes raise.
     """
     model = as_probed(model)
     wanted = list(PROBES) if only is None else require_probes(only)
     if not wanted:
         raise RevprobeError(f"no probe was named; expected some of {', '.join(PROBES)}")
+    beside = Controls.asked(controls, parent, of=wanted)
     if layers is not None:
         layers = readable_layers(model, layers) if "attention" in wanted else listed("layer", layers)
     names = chosen_parameters(model, parameters, layers) if "gradient" in wanted else None
@@ -98,10 +99,17 @@ def probe(
         plan = replace(asked, attention=attention, gradient=gradient, probability=probability)
         result = run_pass(model, own, plan)
         taken |= {name: makers[name](model, result, plan) for name in members}
-    beside = Controls.asked(controls, parent, pairs)
-    readers = {
-        "attention": lambda: attention_controls(model, pairs, replace(asked, attention=True), beside, layers),
-        "gradient": lambda: gradient_controls(model, pairs, replace(asked, gradient=True), beside),
-    }
-    taken |= {name: beside.beside(taken[name], make()) for name, make in readers.items() if name in taken}
+    for name, readers in control_readers(model, pairs, asked, beside, layers).items():
+        if name in taken:
+            taken[name] = beside.beside(taken[name], readers)
     return Readings(taken[name] for name in PROBES if name in taken)
+
+
+def control_readers(
+    model: ProbedModel, pairs: ReversalPairs, plan: Plan, asked: Controls, layers: Iterable[int] | None = None
+) -> dict[str, dict[str, Reader]]:
+    """Probe -> what takes each of its controls; nothing is run here. A probability has its own control alone."""
+    return {
+        "attention": attention_controls(model, pairs, replace(plan, attention=True), asked, layers),
+        "gradient": gradient_controls(model, pairs, replace(plan, gradient=True), asked),
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pandas as pd
@@ -19,11 +19,11 @@ from .controls import NEIGHBOUR, NOT_ATTENDED, PARENT, SINK, UNTRAINED, Controls
 from .pairs.pairs import ReversalPairs
 from .passes.asked import asked_pairs
 from .passes.batches import queries_per_batch
-from .passes.beside import neighbour_targets
+from .passes.beside import LEFT_OUT, neighbour_targets
 from .passes.plan import PassResult, Plan, Progress
 from .passes.run import describe, run_pass
 from .passes.selection import listed
-from .passes.untrained import untrained_twin
+from .passes.untrained import twin_parameters, untrained_twin
 from .readings.draw_error import with_draw_error
 from .readings.reading import Reading
 
@@ -75,7 +75,7 @@ def probe_gradient_cosine(
     model = as_probed(model)
     names = chosen_parameters(model, parameters, layers)
     plan = Plan(gradient=True, parameters=names, control=control, batch_size=batch_size, seed=seed, progress=progress)
-    asked = Controls.asked(controls, parent, pairs)
+    asked = Controls.asked(controls, parent)
     result = run_pass(model, pairs, plan)
     reading = gradient_reading(model, result, plan)
     reading = asked.beside(reading, gradient_controls(model, pairs, plan, asked))
@@ -147,23 +147,26 @@ def gradient_controls(model: ProbedModel, pairs: ReversalPairs, plan: Plan, aske
     """What takes each control of a gradient reading; of a parent all parameters, since names differ."""
     plain = replace(plan, control=False, share=None)
 
-    def read(other: ProbedModel, own: ReversalPairs, plan: Plan = plain) -> Reading:
-        return gradient_reading(other, run_pass(other, own, plan), plan)
+    def read(other: ProbedModel, own: ReversalPairs, parameters: Sequence[str] | None = plain.parameters) -> Reading:
+        own_plan = replace(plain, parameters=parameters)
+        return gradient_reading(other, run_pass(other, own, own_plan), own_plan)
+
+    def untrained() -> Reading:
+        parameters = twin_parameters(model, plain.parameters)
+        return read(untrained_twin(model, plan.seed), pairs, parameters)
 
     def neighbour() -> Reading:
-        beside, left_out = neighbour_targets(model, asked_pairs(model, pairs, "gradient"))
+        beside = neighbour_targets(model, asked_pairs(model, pairs, "gradient"))
         if beside is None:
-            raise RevprobeError(f"{left_out} pairs have no other token to ask for beside the target")
+            raise RevprobeError(f"all {LEFT_OUT[NEIGHBOUR]}")
         return read(model, beside)
 
-    readers: dict[str, Reader] = {
-        UNTRAINED: lambda: read(untrained_twin(model, plan.seed), pairs),
-        NEIGHBOUR: neighbour,
-        SINK: NOT_ATTENDED,
-    }
+    # Each is read once, whatever parts of the parameters are asked about.
+    readers: dict[str, Reader] = {UNTRAINED: cache(untrained), NEIGHBOUR: cache(neighbour), SINK: NOT_ATTENDED}
     if asked.parent is None:
         return readers
-    return readers | {PARENT: partial(read, *asked.parent, replace(plain, parameters=None))}
+    other, theirs = asked.parent
+    return readers | {PARENT: cache(partial(read, other, theirs or pairs, None))}
 
 
 def _without_unseen(columns: dict[str, np.ndarray], result: PassResult, width: int) -> dict[str, np.ndarray]:

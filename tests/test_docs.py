@@ -101,7 +101,7 @@ def test_the_guide_runs(pages, tmp_path, monkeypatch):
     config = {"name": run.name, "relation": {"length": 10, "alphabet": 9}, "model": small, "training": training}
     revprobe.train(RunConfig(**config, snapshots={"steps": [1]}), run)
     names: dict[str, object] = {}
-    guide = ("quick-start.md", "probes.md", "storage-and-routes.md", "logit-lens.md", "stored-once.md")
+    guide = ("quick-start.md", "probes.md", "controls.md", "storage-and-routes.md", "logit-lens.md", "stored-once.md")
     guide += ("objective-terms.md", "theory.md", "runs.md")
     for page in (*guide, "figures.md"):
         for place, code in enumerate(blocks(pages[page])):

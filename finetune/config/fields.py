@@ -29,3 +29,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     # Keys (dotted ones of sections) by which a file of another kind is told: what it is, and what command takes it.
     marks_another_kind: ClassVar[dict[str, tuple[str, str]]] = {}
+
+
+def as_listed(value: object) -> object:
+    """A name by itself as a list of one."""
+    return [value] if isinstance(value, str) else value

@@ -28,10 +28,12 @@ from pydantic import (
 )
 
 from ...errors import did_you_mean
-from .fields import Count, Fraction, Length, Name, Names, Number, Section, Seed, Size, Threads
+from .fields import Count, Fraction, Length, Name, Names, Number, Section, Seed, Size, Threads, as_listed
 from .mistakes import explain
 
 PositionEncoding = Literal["rope", "alibi", "absolute", "none", "scalar"]
+# The controls that need no other model; see `probes.controls`.
+SnapshotControl = Literal["shuffled", "untrained", "neighbour", "sink", "all"]
 DropoutSite = Literal["embedding", "attention_weights", "attention", "mlp"]
 Rates = Literal["independent", "t", "lambda", "k"]
 Dial = Literal[
@@ -203,9 +205,14 @@ class StepsConfig(Section):
 
 
 class SnapshotsConfig(StepsConfig):
-    """When checkpoints are written and probed; `answers` are further steps at which the answers alone are read."""
+    """When checkpoints are written and probed; `answers` are further steps at which the answers alone are read.
+
+    `controls`: what signatures are held against beside shuffled facts, at every snapshot: passes of their own. A name
+    by itself is a list of one.
+    """
 
     answers: StepsConfig | None = None
+    controls: Annotated[tuple[SnapshotControl, ...] | None, BeforeValidator(as_listed)] = None
 
 
 class BaseConfig(Section):

@@ -220,6 +220,7 @@ def _add_probes(
         folder / READINGS,
         done=done,
         parameters=config.snapshots.parameters,
+        controls=config.snapshots.controls or (),
         log=trainer.log if config.training.report_to != "none" else None,
         **common,
         **wrapping,

@@ -179,6 +179,7 @@ def _complete(run: FinetuneRun, prepared: Prepared, model: ProbedModel | None) -
 
     def take(step: int, weights: str, names: set[str]) -> Readings:
         options: dict[str, Any] = {"batch_size": config.snapshots.batch_size, "parameters": config.snapshots.parameters}
+        options["controls"] = config.snapshots.controls or ()
         return take_readings(run.load(step, weights), prepared.pairs, **options)
 
     taken = run.backfill_readings(take)

@@ -51,6 +51,8 @@ def _comes_as_far(source: Path, config: RunConfig, step: int, shared: list[int])
         return False
     if _until_the_switch(other) != _until_the_switch(config) or other.training.switch is not None:
         return False
+    if other.snapshots.controls != config.snapshots.controls:  # its readings are taken along
+        return False
     folders = [source / CHECKPOINTS / step_name(one) for one in shared]
     readings = [source / READINGS / step_name(one) for one in shared]
     whole = step in resumable_steps(source) and all(path.is_dir() for path in (*folders, *readings))

@@ -105,7 +105,8 @@ class OneLayerRun(Run):
             enable_full_determinism(self.config.training.seed)  # as it was while training
         model = self.load(step, weights)
         pairs = self.pairs(model)
-        return take_readings(model, {probe: pairs.for_probe(probe) for probe, name in PROBES.items() if name in names})
+        asked = {probe: pairs.for_probe(probe) for probe, name in PROBES.items() if name in names}
+        return take_readings(model, asked, controls=self.config.snapshots.controls or ())
 
 
 @checked
@@ -195,7 +196,8 @@ def build_trainer(
     done = () if checkpoint is None else (step_of(checkpoint) or 0,)
     answers = AnswersCallback(run.relation, run.path / ANSWERS, steps=config.answer_steps, ema=trainer.ema, **wrapping)
     steps = config.snapshot_steps
-    probes = ProbeCallback(pairs, run.path / READINGS, steps=steps, ema=trainer.ema, done=done, **wrapping)
+    asked: dict[str, Any] = {"steps": steps, "done": done, "controls": config.snapshots.controls or ()}
+    probes = ProbeCallback(pairs, run.path / READINGS, ema=trainer.ema, **asked, **wrapping)
     return trainer, answers, probes
 
 

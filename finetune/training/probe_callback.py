@@ -25,9 +25,10 @@ from ...hooks.untouched import untouched
 from ...models.checkpoints import step_name
 from ...models.peft_adapters import adapter_parameters, is_adapter_parameter, own_parameters, without_wrapper
 from ...models.probed import ProbedModel, as_probed
-from ...probes.fused import PROBES, lists_read, probe, require_probes
+from ...probes.controls import Controls, Parent, Reader
+from ...probes.fused import PROBES, control_readers, lists_read, probe, require_probes
 from ...probes.pairs.pairs import ReversalPairs
-from ...probes.passes.plan import Share
+from ...probes.passes.plan import Plan, Share
 from ...probes.readings.reading import Reading
 from ...probes.readings.readings import Readings
 from .checkpointing import READINGS
@@ -38,6 +39,7 @@ ProbeListener = Callable[[str, int, int], None]
 # Whose parameters' gradients are compared, and what the readings are called.
 OWNERS = ("all", "lora", "both")
 GRADIENT, LORA_GRADIENT = "gradient_cosine", "lora_gradient_cosine"
+NO_ADAPTER = "its model has no adapter, whose parameters alone this reading is of"
 
 
 def take_readings(
@@ -48,6 +50,8 @@ def take_readings(
     parameters: str = "all",
     listener: ProbeListener | None = None,
     share: Share | None = None,
+    controls: str | Iterable[str] = (),
+    parent: Parent | None = None,
 ) -> Readings:
     """All three probes on some pairs (one fused pass over each list they read), or the named ones of a mapping.
 
@@ -56,6 +60,8 @@ def take_readings(
             is merged; "lora": the adapter's, as a reading of its own, `lora_gradient_cosine`; "both" gives both.
         listener: called with the probe's name ("all" for a pass that several share), queries done, and queries in all.
         share: divides the work among processes, as in `probe`.
+        controls, parent: what attention and gradients are held against beside shuffled facts, as in `probe`; each
+            process takes them whole.
     Raises: RevprobeError, for an unknown probe name, the parameters of an adapter that is not there, and for whatever
         the probes refuse.
     """
@@ -69,11 +75,30 @@ def take_readings(
         lists = lists_read(pairs, PROBES)
     else:
         lists = [([name], pairs[name].for_probe(name)) for name in require_probes(pairs)]
+    beside = Controls.asked(controls, parent)
     taken: list[Reading] = []
     for names, own in lists:
         told = progress(names[0] if len(names) == 1 else "all")
-        taken += probe(model, own, only=names, progress=told, **options)
-    return by_owner(taken, parameters)
+        found = by_owner(probe(model, own, only=names, progress=told, **options), parameters)
+        plan = Plan(parameters=asked, batch_size=batch_size, progress=told)
+        readers = control_readers(model, own, plan, beside) if beside.names else {}
+        taken += [_held_against(reading, beside, readers, parameters) for reading in found]
+    return Readings(taken)
+
+
+def _held_against(
+    reading: Reading, beside: Controls, readers: Mapping[str, Mapping[str, Reader]], owner: str
+) -> Reading:
+    """A reading beside its controls, of the same owner's parameters."""
+    probes = {name: probe for probe, name in PROBES.items()} | {LORA_GRADIENT: "gradient"}
+
+    def part(other: Reading) -> Reading:
+        own = next(one for one in by_owner([other], owner) if one.name == reading.name)
+        if own.frame.empty:
+            raise RevprobeError(NO_ADAPTER)
+        return own
+
+    return beside.beside(reading, readers[probes[reading.name]], part) if probes[reading.name] in readers else reading
 
 
 def logged_values(readings: Iterable[Reading]) -> dict[str, float]:
@@ -121,7 +146,7 @@ class ProbeCallback(TrainerCallback):
         steps: the steps to probe at; whenever the Trainer writes a checkpoint when None.
         ema: an `AveragedModel` (or a module with `.module`); its weights are read too, labelled "ema".
         done: steps whose readings are there already and are not taken again (a resumed run's own step).
-        batch_size, parameters: as in `take_readings`.
+        batch_size, parameters, controls: as in `take_readings`.
         log: called with the probes' values under stable names ("probe/gradient_cosine", ...); `trainer.log` hands
             them to whatever `report_to` names.
         wrapping: how to wrap the Trainer's model: tokenizer, objective, mask_token_id, logit_shift, name, check, as
@@ -141,6 +166,7 @@ class ProbeCallback(TrainerCallback):
         done: Collection[int] = (),
         batch_size: int | None = None,
         parameters: str = "all",
+        controls: str | Iterable[str] = (),
         log: Callable[[dict[str, float]], None] | None = None,
         **wrapping: Any,
     ) -> None:
@@ -149,6 +175,7 @@ class ProbeCallback(TrainerCallback):
         self.pairs, self.folder, self.ema = pairs, None if folder is None else Path(folder), ema
         self.steps = None if steps is None else frozenset(steps)
         self.batch_size, self.parameters, self.log = batch_size, parameters, log
+        self.controls = Controls.asked(controls).names  # told now, not at the first snapshot
         self.wrapping = Wrapping(**wrapping)
         self.done, self._done = frozenset(done), set(done)
 
@@ -191,7 +218,7 @@ class ProbeCallback(TrainerCallback):
             with untouched(module):
                 probed = self._wrap(module, name=name, step=step, weights=weights)
                 asked: dict[str, Any] = {"batch_size": self.batch_size, "parameters": self.parameters}
-                readings += take_readings(probed, self.pairs, share=team.share, **asked)
+                readings += take_readings(probed, self.pairs, share=team.share, controls=self.controls, **asked)
         folder = self.folder or home / READINGS
         if state.is_world_process_zero:
             folder.mkdir(parents=True, exist_ok=True)

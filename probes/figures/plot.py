@@ -25,6 +25,7 @@ from .attention_maps import correlation_heatmap, head_map, role_map
 from .bounds import bounds_figure
 from .by_layer import logit_lens_figure, stored_once_figure
 from .causal_trace import causal_trace_figure, head_ranking_figure
+from .controls import controls_figure, controls_over_steps
 from .denoising import denoising_figure
 from .drawable import Drawable
 from .objective_terms import objective_terms_figure
@@ -46,7 +47,8 @@ from .training_curves import measures_with_reasons, series_words, signatures_fig
 
 __all__ = ["correlation_heatmap", "plot_reading", "plot_readings", "signatures_figure"]
 
-KINDS = ("scatter", "heatmap", "heads", "bounds")
+KINDS = ("scatter", "heatmap", "heads", "bounds", "controls")
+GRADIENT_KINDS = ("intervals", "layers", "controls")
 POINTS = 5_000  # more points than this slow a browser down and show nothing new
 SIZE = {"width": 640, "height": 480}
 PICTURES = (".png", ".svg", ".pdf")
@@ -58,12 +60,13 @@ def plot_reading(reading: Drawable, *, theme: str = "light", **options: Any) -> 
     Args:
         theme: "light" or "dark".
         options: attention: `kind="scatter"` (each pair's two scores, less their group's mean, which is what the
-            statistic sees), `"heatmap"` (by distance), `"heads"` (by layer x head) or `"bounds"` (over RoPE's lower
-            bound, for a reading that `with_bounds` gave), `layer=`, `head=`, `pairs=` (the ReversalPairs it was taken
-            on, whose text then stands on the hover); gradient: `by="role"` or another column of the frame, or
-            `kind="layers"` (by layer x role); probability: `bins=`; route edits, stored evidence and logit
-            lens: `kind=`; stored once: `number=`; objective terms: `by=`, `measure=`; causal traces: `by=`, `part=`,
-            `measure=`; denoising traces: `kind=`, `step=`.
+            statistic sees), `"heatmap"` (by distance), `"heads"` (by layer x head), `"bounds"` (over RoPE's lower
+            bound, for a reading that `with_bounds` gave) or `"controls"` (the number above all that it is held
+            against), `layer=`, `head=`, `pairs=` (the ReversalPairs it was taken on, whose text then stands on the
+            hover); gradient: `by="role"` or another column of the frame, or `kind="layers"` (by layer x role) or
+            `"controls"`; probability: `bins=`; route edits, stored evidence and logit lens: `kind=`; stored once:
+            `number=`; objective terms: `by=`, `measure=`; causal traces: `by=`, `part=`, `measure=`; denoising
+            traces: `kind=`, `step=`.
     Raises: RevprobeError, when the reading or an option is not known.
     """
     if reading.name not in RENDERERS:
@@ -76,10 +79,14 @@ def plot_readings(readings: Iterable[Drawable], *, theme: str = "light", **optio
 
     Args:
         theme: "light" or "dark".
-        options: `buttons=False` leaves out the choice of weights. For the map over distances see `correlation_heatmap`.
+        options: `buttons=False` leaves out the choice of weights, `controls=None` the controls beside shuffled facts
+            (drawn where the readings have some: `controls=` of a probe). For the map over distances see
+            `correlation_heatmap`.
     Raises: RevprobeError, when an option is not known.
     """
-    figure = _called(signatures_figure, measures_with_reasons(readings), options, what="a plot of readings")
+    shown = list(readings)
+    options = {"controls": controls_over_steps(shown)} | options
+    figure = _called(signatures_figure, measures_with_reasons(shown), options, what="a plot of readings")
     return with_theme(figure, theme)
 
 
@@ -109,6 +116,10 @@ def attention_figure(
         return _titled(head_map(reading, frame), reading, "Pearson r within groups, all heads:")
     if kind == "bounds":
         return bounds_figure(reading, frame)
+    if kind == "controls":
+        return _controls(
+            reading if len(frame) == len(reading.frame) else reading.part(frame), "Pearson r within groups"
+        )
     frame = frame.dropna(subset=["score_forward", "score_reverse"])
     if frame.empty:
         return message_figure(f"No defined score: {reading.undefined}")
@@ -167,8 +178,10 @@ def _score_scatter(reading: Drawable, shown: pd.DataFrame, words: Mapping[int, s
 
 def gradient_figure(reading: Drawable, *, by: str = "role", kind: str = "intervals") -> go.Figure:
     """Cosine of forward and reverse gradient by role of the parameter, beside its control; the last row is all."""
-    if kind not in ("intervals", "layers"):
-        raise RevprobeError(f"gradient plot of kind {kind!r}{did_you_mean(kind, ['intervals', 'layers'])}")
+    if kind not in GRADIENT_KINDS:
+        raise RevprobeError(f"gradient plot of kind {kind!r}{did_you_mean(kind, GRADIENT_KINDS)}")
+    if kind == "controls":
+        return _controls(reading, "gradient cosine")
     if kind == "layers":
         return _titled(role_map(reading), reading, "gradient cosine, all parameters:")
     parts = reading.summary(by=by)
@@ -231,6 +244,11 @@ def _histogram(values: np.ndarray, edges: np.ndarray, colour: str, dash: str) ->
     fill = None if dash == "dash" else "tozeroy"
     trace = go.Scatter(x=x, y=y, mode="lines", line=line, fill=fill, hovertext=[*ends, ends[-1]], hoverinfo="name+text")
     return trace.update(fillcolor=faded(colour, 0.12))
+
+
+def _controls(reading: Drawable, what: str) -> go.Figure:
+    figure = controls_figure(reading)
+    return _titled(figure, reading, what).update_layout(height=figure.layout.meta["height"], width=860)
 
 
 def _titled(figure: go.Figure, reading: Drawable, what: str) -> go.Figure:

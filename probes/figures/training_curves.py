@@ -19,6 +19,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ...errors import RevprobeError
+from .controls import LOOKS, control_words
 from .drawable import Drawable
 from .theme import (
     COLOURS,
@@ -73,13 +74,17 @@ def measures_with_reasons(readings: Iterable[Drawable]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*NEEDED, "reason", "objective"])
 
 
-def signatures_figure(measures: pd.DataFrame, *, buttons: bool = True) -> go.Figure:
+def signatures_figure(
+    measures: pd.DataFrame, *, buttons: bool = True, controls: pd.DataFrame | None = None
+) -> go.Figure:
     """Draw attention correlation, gradient cosine and target probability over training, each with its control.
 
     Args:
         measures: tidy rows with the columns of `summary.csv`; `objective`, `position_encoding`, `length` and `reason`
             (shown where a value is undefined) are used when they are there.
         buttons: add the buttons that choose raw weights, EMA weights or both.
+        controls: further controls (`controls_over_steps`, `run` as in `measures`), each drawn in its own dash and
+            marker in the run's colour; the legend says which is which.
     Raises: RevprobeError, when a column is missing.
     Source: Fig. 3 of the paper; forward and reverse probability have axes of their own, for ALiBi they coincide.
     """
@@ -92,11 +97,14 @@ def signatures_figure(measures: pd.DataFrame, *, buttons: bool = True) -> go.Fig
     # A model loaded from a hub has no training step: its points stand at the left edge, and the axis says so.
     rows = rows.assign(place=rows["step"].astype(float).fillna(0.0))
     scale = StepScale.over(int(step) for step in rows["place"])
-    figure = _empty_panels(rows, scale)
+    against = pd.DataFrame(columns=["control"]) if controls is None or controls.empty else controls
+    figure = _empty_panels(rows, scale, against)
     if rows["step"].isna().all():
         figure.update_xaxes(title="no training step recorded", showticklabels=False)
     for series in _all_series(rows):
         _draw_series(figure, series, scale)
+        _draw_controls(figure, series, against, scale)
+    _draw_key(figure, against)
     if buttons and {"raw", "ema"} <= set(rows["weights"].dropna()):
         choices = []
         for view, label in VIEWS.items():
@@ -156,14 +164,16 @@ def colour_key(row: pd.Series) -> str:
     return encoding if isinstance(encoding, str) and encoding else str(row["run"])
 
 
-def _empty_panels(rows: pd.DataFrame, scale: StepScale) -> go.Figure:
+def _empty_panels(rows: pd.DataFrame, scale: StepScale, against: pd.DataFrame) -> go.Figure:
     specs = [[{"rowspan": 2}, {"rowspan": 2}, {}], [None, None, {}]]
     titles = [f"<b>{panel.title}</b>" for panel in PANELS]
     figure = make_subplots(2, 3, specs=specs, subplot_titles=titles, horizontal_spacing=0.075, vertical_spacing=0.2)
     for panel in PANELS:
         part = rows[rows["measure"] == panel.measure]
         place = {"row": panel.row, "col": panel.column}
-        drawn = part[["value", "low", "control"]].to_numpy(dtype=float)
+        drawn = part[["value", "low", "control"]].to_numpy(dtype=float).ravel()
+        if len(against):
+            drawn = np.append(drawn, against.loc[against["measure"] == panel.measure, "value"].to_numpy(dtype=float))
         floor = min(panel.floor, float(np.nanmin(drawn, initial=panel.floor + 0.05)) - 0.05)
         title = f"{panel.unit} ({counts_text(part['n'].astype(float))})"
         if panel.column == 3:  # half as high as the others: the long title needs two lines
@@ -174,7 +184,7 @@ def _empty_panels(rows: pd.DataFrame, scale: StepScale) -> go.Figure:
     key = "line: value · band: 95 % interval over facts · dashed: control (shuffled facts) · ×: undefined"
     heading = {"text": key, "font": {"size": 12, "color": "#555"}, "y": 1, "yref": "container", "pad": {"t": 8}}
     legend = {"orientation": "h", "yref": "container", "y": 0.0, "yanchor": "bottom", "x": 0, "entrywidth": 225}
-    series = rows.groupby(["run", "weights", "kind"], dropna=False).ngroups
+    series = rows.groupby(["run", "weights", "kind"], dropna=False).ngroups + against["control"].nunique()
     below = LEGEND["axis"] + LEGEND["row"] * math.ceil(series / LEGEND["columns"])
     size = {"height": LEGEND["panels"] + below, "margin": {"t": 80, "b": below, "r": 45}}
     return figure.update_layout(template=TEMPLATE, title=heading, legend=legend, meta={"below": LEGEND}, **size)
@@ -209,6 +219,43 @@ def _draw_series(figure: go.Figure, series: Series, scale: StepScale) -> None:
                 trace.update(showlegend=shown and part == "value", visible="ema" in series.dressing["views"])
                 figure.add_trace(trace, row=panel.row, col=panel.column)
         shown = False
+
+
+def _draw_controls(figure: go.Figure, series: Series, against: pd.DataFrame, scale: StepScale) -> None:
+    """A series' controls beside shuffled facts, in its colour; one without any number is in the key alone."""
+    one = series.rows.iloc[0]
+    if not len(against):
+        return
+    same = [against[key].eq(one[key]) | (against[key].isna() & pd.isna(one[key])) for key in ("run", "weights", "kind")]
+    own = against[np.logical_and.reduce(same)]
+    for panel in PANELS:
+        for name, part in own[own["measure"] == panel.measure].groupby("control", sort=False):
+            rows = part.assign(place=part["step"].astype(float).fillna(0.0)).sort_values("place")
+            if rows["value"].isna().all():
+                continue
+            look = LOOKS[str(name)]
+            trace = go.Scatter(
+                x=[scale.position(step) for step in rows["place"]], y=rows["value"].astype(float).tolist()
+            )
+            hover = [f"<b>{series.label}</b><br>{control_words(row)}" for row in rows.to_dict("records")]
+            trace.update(mode="lines+markers", hovertext=hover, hoverinfo="text", name=series.label)
+            trace.update(line={"color": series.colour, "width": 1.2, "dash": look.dash}, opacity=0.8)
+            trace.update(marker={"symbol": look.symbol, "size": 8}, legendgroup=series.label, showlegend=False)
+            trace.update(meta={"part": "against", "against": name, **series.dressing})
+            trace.update(visible="ema" in series.dressing["views"])
+            figure.add_trace(trace, row=panel.row, col=panel.column)
+
+
+def _draw_key(figure: go.Figure, against: pd.DataFrame) -> None:
+    """One entry of the legend for each control, grey: the dash and the marker that it has in every colour."""
+    for name, part in against.groupby("control", sort=False):
+        look, gone = LOOKS[str(name)], part["value"].isna().all()
+        line = {"color": CONTROL_GREY, "width": 1.2, "dash": look.dash}
+        words = f"control: {look.words}" + (" (undefined)" if gone else "")
+        trace = go.Scatter(x=[None], y=[None], mode="lines+markers", name=words, line=line, hoverinfo="skip")
+        trace.update(marker={"symbol": look.symbol, "size": 8, "color": CONTROL_GREY}, legendgroup=words)
+        trace.update(meta={"part": "key", "against": name, "views": list(VIEWS)}, showlegend=True)
+        figure.add_trace(trace, row=1, col=1)
 
 
 def _hover(label: str, row: dict[Hashable, Any]) -> str:

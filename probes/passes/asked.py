@@ -78,13 +78,15 @@ def out_of_sight(model: ProbedModel, queries: Sequence[Query]) -> np.ndarray:
     Args:
         queries: as they are run, since blocks are counted from the first token: those of `prepare_queries`.
     """
+    return np.array([query.evidence_positions[-1] not in in_sight(model, query) for query in queries], dtype=bool)
+
+
+def in_sight(model: ProbedModel, query: Query) -> range:
+    """The positions that all readout rows of a query (as it is run) may see: all, or those up to the end of a block."""
     # A causal model reads in blocks of one.
     size = 1 if model.objective == "causal" else model.block_size
-    if size is None:
-        return np.zeros(len(queries), dtype=bool)
-    row = np.array([query.target_positions[0] for query in queries]) - model.logit_shift
-    last = np.array([query.evidence_positions[-1] for query in queries])
-    return last // size > row // size
+    length, row = len(query.token_ids), query.target_positions[0] - model.logit_shift
+    return range(length if size is None else min(length, (row // size + 1) * size))
 
 
 def _require_evidence_in_sight(model: ProbedModel, pairs: ReversalPairs) -> None:

@@ -26,6 +26,8 @@ MEASURE_COLUMNS = ["measure", "value", "n", "facts", "low", "high", "control", "
 MEASURE_COLUMNS += ["excess", "excess_low", "excess_high", "undefined", "reason", "caution"]
 CONTROL_COLUMNS = ["control", "model", "value", "low", "high", "n", "facts"]
 CONTROL_COLUMNS += ["difference", "difference_low", "difference_high", "reason"]
+NOT_SHUFFLED, NO_SHUFFLE = "not taken: control=False", "no group has two facts to shuffle"
+NOT_DEFINED = "the reading has no number, so neither has its shuffle"
 
 
 @checked_fields
@@ -112,16 +114,19 @@ class Reading:
         "sink"; "parent": see `probes.controls`), model, value, low, high (95 %, over facts; of "shuffled" over shuffles
         for a correlation), n (pairs), facts; difference (this reading's number less the control's over the facts that
         both have, difference_low, difference_high: paired, 95 %); reason (why there is no number or difference, or what
-        is undefined). Without any but the first it holds "shuffled" alone.
+        is undefined, left out or to be read with caution). Without any but the first it holds "shuffled" alone.
         """
-        rows = list(self.meta.get("controls", []))
-        if (shuffled := self.control) is not None:
-            own = Estimate.undefined() if self.excess is None else self.excess
-            low, high = shuffled.interval
-            row = {"control": "shuffled", "model": self.meta.get("model"), "value": shuffled.value, "low": low}
-            row |= {"high": high, "n": shuffled.n, "facts": shuffled.facts, "difference": own.value}
-            rows.insert(0, row | {"difference_low": own.low, "difference_high": own.high, "reason": ""})
-        return pd.DataFrame(rows, columns=CONTROL_COLUMNS).astype({"n": "Int64", "facts": "Int64"})
+        own = {"control": "shuffled", "model": self.meta.get("model"), "reason": ""}
+        if (shuffled := self.control) is None:
+            nothing = NOT_DEFINED if self.facts > 1 and self.value != self.value else NO_SHUFFLE
+            own["reason"] = nothing if self.meta.get("control", True) else NOT_SHUFFLED
+        else:
+            excess, (low, high) = self.excess or Estimate.undefined(), shuffled.interval
+            own |= {"value": shuffled.value, "low": low, "high": high, "n": shuffled.n, "facts": shuffled.facts}
+            own |= {"difference": excess.value, "difference_low": excess.low, "difference_high": excess.high}
+        table = pd.DataFrame([own, *self.meta.get("controls", [])], columns=CONTROL_COLUMNS)
+        whole = dict.fromkeys(("n", "facts"), "Int64")
+        return table.astype(whole | {name: "float64" for name in CONTROL_COLUMNS[2:5] + CONTROL_COLUMNS[7:10]})
 
     @property
     def undefined(self) -> dict[str, int]:

@@ -196,7 +196,7 @@ def side_of(measure: str, frame: pd.DataFrame) -> Correlations | Answers:
     """What a reading's frame says of one of its measures, pair by pair."""
     if measure == "attention_correlation":
         return Correlations.of(frame)
-    if measure == "gradient_cosine":
+    if measure.endswith("gradient_cosine"):  # of an adapter's parameters alone, too
         table = pair_cosines(frame)
         null = table["cosine_control"].to_numpy() if "cosine_control" in table else None
         return Answers(table["cosine"].to_numpy(), null, table["fact"].to_numpy().astype(str), COSINE)

@@ -48,9 +48,10 @@ function interval(value, low, high, control) {
 // --- Overview: the signatures over training, and which of them are shown ---
 
 function showSeries() {
-  const [view, length, run] = ["choose-weights", "choose-length", "choose-run"].map(chosen);
-  const agrees = (tags) => (view === "all" || tags.views.includes(view)) && (length === "all" || tags.length === length)
-    && (run === "all" || tags.run === run);
+  const [view, length, run, against] = ["choose-weights", "choose-length", "choose-run", "choose-against"].map(chosen);
+  const held = (tags) => against === "all" || !tags.against || tags.against === against;
+  const agrees = (tags) => held(tags) && (tags.part === "key" || (view === "all" || tags.views.includes(view))
+    && (length === "all" || tags.length === length) && (run === "all" || tags.run === run));
   const traces = byId("signatures").data, below = byId("signatures").layout.meta.below;
   const rows = Math.ceil(traces.filter((trace) => trace.showlegend && agrees(trace.meta)).length / below.columns);
   const bottom = below.axis + below.row * rows;
@@ -353,7 +354,7 @@ function start() {
   byId("choose-theme").addEventListener("click", () => { dress(!dark); redraw(everyTab()); });
   for (const button of document.querySelectorAll("[role=tab]"))
     button.addEventListener("click", () => openTab(button.dataset.tab));
-  for (const id of ["choose-weights", "choose-length", "choose-run"])
+  for (const id of ["choose-weights", "choose-length", "choose-run", "choose-against"])
     if (byId(id)) byId(id).addEventListener("change", showSeries);
   for (const one of document.querySelectorAll("div.gallery"))
     listen(one.dataset.choice, () => {}, [one.closest("[role=tabpanel]").id.slice(4)]);

@@ -1,8 +1,8 @@
-"""One HTML file about a run or a sweep, and the tidy `summary.csv` beside it.
+"""One HTML file about a run or a sweep, the tidy `summary.csv` beside it, and `controls.csv` where there are some.
 
 A tab each for the overview, routing, gradients, probability, storage, edits and configuration; one checkpoint slider
 and the choice of layer and head drive three of them. The page opens without a network and shows what there is: a broken
-or unfinished run is listed with its reason. Both files are written to temporary names and renamed, so an interrupted
+or unfinished run is listed with its reason. All files are written to temporary names and renamed, so an interrupted
 report leaves the old one whole.
 """
 
@@ -21,13 +21,17 @@ from markupsafe import Markup
 from ...atomic_files import written_whole
 from ...errors import RevprobeError
 from ...finetune.runs.record import AXES, RunRecord, tidy_summary
+from ...probes.figures.controls import LOOKS
 from ...probes.figures.training_curves import VIEWS, measures_with_reasons, signatures_figure
 from ...probes.statistics.estimators import STATISTICS_VERSION
+from ..summary.controls import controls_frame, last_controls
 from ..summary.tables import final_table, format_final_table
 from .explorer_tabs import explorer
 from .page import choice, controls, details, figure_data, figure_place, folded, page, paragraph, section, table
 from .reading_tabs import edits_tab, storage_tab
 
+CONTROLS = "controls.csv"
+LONG = 32  # more rows than this are folded away
 MANY = 8  # more configurations than this are folded into one line
 WHAT = (
     "For each checkpoint of each run this page shows whether a language model that saw a relation in one direction "
@@ -40,6 +44,12 @@ KINDS = (
     "swapped exchanges the roles (autoregressive models). The two answer different questions."
 )
 COUNTS = "n pairs: one number where the probes share their pairs, else those of answer / attention / gradient."
+AGAINST = (
+    "Untrained twin: the same configuration with initial weights. Neighbour: the token beside the evidence "
+    "(attention), or beside the reverse target (gradient). Sink: the position that each head attends to most, evidence "
+    "aside. Reading - control is paired over the facts that both have. An untrained twin may stand high: what it shows "
+    "needs no training."
+)
 IDENTITY = (
     "For ALiBi, reverse = forward and correlation = 1 are identities of its symmetric position bias in a one-layer "
     "model, not findings."
@@ -51,6 +61,8 @@ def write_report(
 ) -> Path:
     """Write the report to `path` and `summary.csv` beside it, each whole or not at all.
 
+    Where a run has controls beside shuffled facts, `controls.csv` as well; where none has, an older one is removed.
+
     Args:
         sections: made with `section` and the other parts of `page.py`, shown after the list of runs.
     Raises: RevprobeError, when the folder cannot be written or two runs share a name.
@@ -61,8 +73,11 @@ def write_report(
         raise RevprobeError(f"two runs are called {twice[0]!r}: expected different names, rename one of their folders")
     measures = {run.name: run.label(measures_with_reasons(run.readings)) for run in runs}
     summary = tidy_summary(measures.values())
-    document = _document(title, runs, summary, measures, sections)
+    held_against = controls_frame(runs)
+    document = _document(title, runs, summary, measures, held_against, sections)
     texts = {path.with_name("summary.csv"): summary.to_csv(index=False, lineterminator="\n"), path: document}
+    if len(held_against):
+        texts[path.with_name(CONTROLS)] = held_against.to_csv(index=False, lineterminator="\n")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Both under temporary names first, so that a full disk leaves both old ones.
@@ -70,6 +85,8 @@ def write_report(
             for file, text in texts.items():
                 part = renamed_at_the_end.enter_context(written_whole(file))
                 part.write_text(text, encoding="utf-8", newline="")
+        if not len(held_against):
+            path.with_name(CONTROLS).unlink(missing_ok=True)
     except OSError as error:
         raise RevprobeError(
             f"cannot write the report in {str(path.parent)!r}: {error}; expected a writable folder"
@@ -82,6 +99,7 @@ def _document(
     runs: Sequence[RunRecord],
     summary: pd.DataFrame,
     measures: Mapping[str, pd.DataFrame],
+    held_against: pd.DataFrame,
     sections: Sequence[Markup],
 ) -> str:
     """The page: what it is about, and a tab for each side of the runs; a tab without data says why."""
@@ -91,7 +109,8 @@ def _document(
         overview.insert(0, paragraph(f"Nothing to show: {why}"))
     else:
         measured = pd.concat([part for part in measures.values() if len(part)], ignore_index=True)
-        overview += [_final_section(runs, summary), _signatures_section(measured)]
+        overview += [_final_section(runs, summary), _signatures_section(measured, held_against)]
+        overview += [_controls_section(held_against)] if len(held_against) else []
     chooser, explored = explorer(runs)
     tabs = [
         ("overview", "overview", [*overview, _warnings(runs)]),
@@ -130,8 +149,8 @@ def _final_section(runs: Sequence[RunRecord], summary: pd.DataFrame) -> Markup:
     return section("final", "Last checkpoint", body, *(paragraph(note, note=True) for note in notes))
 
 
-def _signatures_section(measures: pd.DataFrame) -> Markup:
-    figure = signatures_figure(measures, buttons=False)
+def _signatures_section(measures: pd.DataFrame, held_against: pd.DataFrame) -> Markup:
+    figure = signatures_figure(measures, buttons=False, controls=held_against)
     selects = []
     if {"raw", "ema"} <= set(measures["weights"].dropna()):
         selects.append(choice("choose-weights", "weights", list(VIEWS.items())))
@@ -141,9 +160,20 @@ def _signatures_section(measures: pd.DataFrame) -> Markup:
             # Lengths are different tasks: a sweep opens on the first, not on all of them over each other.
             first = values[0] if axis == "length" else "all"
             selects.append(choice(f"choose-{axis}", axis, [("all", "all"), *((v, v) for v in values)], chosen=first))
+    against = list(dict.fromkeys(held_against["control"]))
+    if against:
+        options = [("all", "all"), *((name, LOOKS[name].words) for name in against), ("none", "shuffled facts alone")]
+        selects.append(choice("choose-against", "controls", options))
     note = "Colour: position encoding (ARM: autoregressive model). A click on a legend entry hides its run."
     parts = [controls(*selects), figure_place("signatures"), figure_data("signatures", figure)]
     return section("signatures", "The three signatures over training", *parts, paragraph(note, note=True))
+
+
+def _controls_section(held_against: pd.DataFrame) -> Markup:
+    shown = last_controls(held_against)
+    body = table(list(shown.columns), shown.to_numpy().tolist())
+    body = body if len(shown) <= LONG else folded(f"{len(shown)} controls", body)
+    return section("controls", "Controls beside shuffled facts, last checkpoint", body, paragraph(AGAINST, note=True))
 
 
 def _warnings(runs: Sequence[RunRecord]) -> Markup:

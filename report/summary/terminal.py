@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ...probes.figures.theme import difference_text, interval_text
 from ...probes.readings.readings import Readings
+from .controls import reading_controls
 from .tables import MEASURES, final_table, last_checkpoints
 
 # Where output is no terminal (a log), lines may be long: a table folded to 80 columns is unreadable.
@@ -41,6 +42,11 @@ def readings_table(readings: Readings, title: str) -> Table:
         # Why pairs have no number, and what a number must be read with.
         rows.append(shown | {"note": "; ".join(filter(None, [row["reason"], row["caution"]])) or "-"})
     return text_table(pd.DataFrame(rows), title)
+
+
+def controls_table(readings: Readings, title: str) -> Table:
+    """One row per control of the readings that were asked for some, with the paired difference to each."""
+    return text_table(reading_controls(readings), title)
 
 
 def read_as(readings: Readings) -> str:

@@ -201,8 +201,8 @@ def test_a_planted_sink_is_found() -> None:
     ("options", "words"),
     [
         ({"controls": "neighbor"}, "unknown control 'neighbor'; the closest is 'neighbour'"),
-        ({"controls": ["untrained", "parent"]}, r"with parent=None: pass parent=model"),
-        ({"controls": ["untrained"], "parent": "gpt2"}, "with parent=ProbedModel: add 'parent' to controls"),
+        ({"controls": ["untrained", "parent"]}, "control 'parent' needs a model: pass parent=model"),
+        ({"controls": ["untrained"], "parent": "gpt2"}, "a parent is given for the controls .*: add 'parent'"),
     ],
 )
 def test_what_is_asked_for_wrongly_is_said_before_anything_runs(options: dict, words: str) -> None:

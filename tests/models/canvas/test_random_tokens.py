@@ -454,3 +454,28 @@ def test_eager_attention_gives_the_same_numbers() -> None:
 def test_transformers_class_wrapped_by_itself_is_refused_as_random() -> None:
     with pytest.raises(rp.RevprobeError, match=r"is random in eval mode|rows of logits for"):
         rp.ProbedModel(native(), objective="masked", mask_token_id=5, logit_shift=0)
+
+
+@pytest.mark.parametrize("prompt", [0, 2])
+def test_controls_of_a_canvas_stay_on_it_and_are_means_over_draws(prompt: int) -> None:
+    """The token beside evidence or target, asked by hand; the prompt, which no query asks for, is none to ask for."""
+    model, given = loaded(), pairs(prompt=prompt)
+    beside: dict[str, list[rp.ReversalPair]] = {"attention": [], "gradient": []}
+    for pair in given:
+        (one, other), told = (pair.forward, pair.reverse), {"canvas_start": prompt or 1}
+        asked, last = {"fact": pair.fact, "different_tokens": True}, len(one.token_ids) - 1
+        [at], [place] = one.evidence_positions, other.target_positions
+        moved = [
+            rp.Query.unchecked(one.token_ids, one.target_positions, [at + 1 if at < last else at - 1], **told),
+            rp.Query.unchecked(other.token_ids, other.target_positions, [other.evidence_positions[0] + 1], **told),
+        ]
+        beside["attention"].append(rp.ReversalPair(*moved, **asked))
+        place = place + 1 if place + 1 < len(other.token_ids) else place - 1
+        target = rp.Query.unchecked(other.token_ids, [place], other.evidence_positions, **told)
+        beside["gradient"].append(rp.ReversalPair(one, target, **asked))
+    for name, probe in (("attention", rp.probe_attention_correlation), ("gradient", rp.probe_gradient_cosine)):
+        expected = probe(model, rp.ReversalPairs.from_pairs(beside[name]), control=False)
+        table = probe(model, given, controls=["neighbour", "untrained", "sink"]).controls.set_index("control")
+        assert table.loc["neighbour", "value"] == pytest.approx(expected.value, abs=1e-5)
+        assert table.loc["neighbour", "n"] == expected.n == 5 and np.isfinite(table.loc["untrained", "value"])
+        assert np.isfinite(table.loc["sink", "value"]) == (name == "attention")

@@ -333,3 +333,42 @@ def test_a_broken_run_and_what_makes_numbers_incomparable_are_said(runs: list[Ru
     text = Elements(write_report([late], tmp_path / "b.html").read_text()).text
     assert "late: no reading of the untrained model: the first is at step 10" in text
     assert "late: attention_correlation was taken with 2 sets of pairs" in text
+
+
+def held_against(reason: str = "", model: str = "toy") -> dict[str, list[dict[str, Any]]]:
+    """What a run's readings say of two controls, one without a number."""
+    low = {"value": 0.25, "low": 0.125, "high": 0.375, "n": 36, "facts": 9, "difference": 0.5}
+    low |= {"difference_low": 0.25, "difference_high": 0.75, "reason": ""}
+    gone = dict.fromkeys(low) | {"reason": reason or "no variance"}
+    return {"controls": [{"control": "untrained", "model": model, **low}, {"control": "sink", "model": model, **gone}]}
+
+
+def test_a_signature_is_drawn_against_its_controls(tmp_path: Path) -> None:
+    path = write_report([run("rope", 0, 10, **held_against()), run("alibi", 0)], tmp_path / "report.html", title="t")
+    page, kept = path.read_text(), pd.read_csv(tmp_path / "controls.csv")
+    drawn = [t for t in embedded(page)["signatures"]["data"] if t["meta"]["part"] == "against"]
+    # The probabilities of these made-up readings say the same; attention's panel is the first.
+    attention_traces = [t for t in drawn if t["yaxis"] == "y"]
+    assert {t["meta"]["run"] for t in attention_traces} == {"rope"} and attention_traces[0]["y"] == [0.25, 0.25]
+    words = Elements(page).text
+    for said in ("untrained twin", "attention sink", "0.50", "no variance", "control: "):
+        assert said in words or said in json.dumps(embedded(page)["signatures"]), said
+    assert 'id="choose-against"' in page
+    assert set(kept["run"]) == {"rope"} and set(kept["control"]) == {"untrained", "sink"}
+    shown = kept[(kept["measure"] == "attention_correlation") & (kept["control"] == "untrained")]
+    assert shown["value"].tolist() == [0.25] * 4 and kept.loc[kept["control"] == "sink", "value"].isna().all()
+
+
+def test_without_controls_an_older_table_of_them_goes(runs: list[RunRecord], tmp_path: Path) -> None:
+    write_report([run("rope", 0, **held_against())], tmp_path / "report.html", title="t")
+    page = write_report(runs, tmp_path / "report.html", title="t").read_text()
+    assert not (tmp_path / "controls.csv").exists() and 'id="choose-against"' not in page
+
+
+def test_planted_markup_in_controls_stays_text(tmp_path: Path) -> None:
+    plain, evil = (
+        write_report([run("rope", 0, **held_against(text, text))], tmp_path / f"{n}.html", title="t").read_text()
+        for n, text in enumerate(("late", EVIL))
+    )
+    assert [tag for tag, _ in Elements(evil).tags] == [tag for tag, _ in Elements(plain).tags]
+    assert EVIL in Elements(evil).text and len(Elements(evil).scripts) == len(Elements(plain).scripts)

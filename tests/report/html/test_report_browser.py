@@ -24,6 +24,11 @@ pytestmark = pytest.mark.skipif(
 )
 EVIL = "</script><script>document.title='planted'</script><img src=x onerror=\"document.title='planted'\"><b>%{x}"
 FACTS = [EVIL, *"bcdefghij"]
+NUMBERS = ("value", "low", "high", "difference", "difference_low", "difference_high")
+CONTROLS = [
+    {"control": name, "model": EVIL, "n": 10, "facts": 10, "reason": EVIL} | dict.fromkeys(NUMBERS, value)
+    for name, value in (("untrained", 0.25), ("sink", 0.5))
+]
 
 
 def attention(draw: int, about: dict[str, Any]) -> Reading:
@@ -66,7 +71,7 @@ def readings(*steps: int, weights: tuple[str, ...] = ("raw", "ema"), **more: Any
 def runs() -> list[RunRecord]:
     return [
         RunRecord(EVIL, {"position_encoding": EVIL}, {EVIL: EVIL}, readings(0, 10, 500, model=EVIL), EVIL),
-        RunRecord("b", {"position_encoding": "rope"}, {}, readings(0, 10, weights=("raw",)), None),
+        RunRecord("b", {"position_encoding": "rope"}, {}, readings(0, 10, weights=("raw",), controls=CONTROLS), None),
         RunRecord("broken", {}, {}, Readings([]), "step-000010 is truncated: <cut>"),
     ]
 
@@ -227,6 +232,16 @@ def test_another_run_keeps_the_checkpoint_and_a_tab_without_data_says_why(opened
         assert opened.execute_script("return document.getElementById('explore').hidden"), "controls that change nothing"
     open_tab(opened, "overview")
     assert "step-000010 is truncated: <cut>" in said(opened, "tab-overview")
+
+
+def test_the_choice_of_a_control_shows_it_alone(opened: Any) -> None:
+    open_tab(opened, "overview")
+    for choice, shown in (("sink", {"sink"}), ("none", set()), ("all", {"untrained", "sink"})):
+        change(opened, "choose-against", choice)
+        drawn_now = [one for one in traces(opened, "signatures") if one["visible"] is True]
+        for part in ("against", "key"):
+            assert {one["meta"]["against"] for one in drawn_now if one["meta"]["part"] == part} == shown, (choice, part)
+        assert any(one["meta"]["part"] == "value" for one in drawn_now), "the signatures stay"
 
 
 def test_the_dark_page_draws_in_the_dark(opened: Any) -> None:
