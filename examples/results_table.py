@@ -19,7 +19,7 @@ from revprobe.probes.figures.theme import interval_text
 from revprobe.report.paper.evidence_figures import pressure_figure, reverse_figure
 from revprobe.report.paper.evidence_markdown import evidence_sections, published_sections
 from revprobe.report.paper.evidence_sentences import Told
-from revprobe.report.paper.markdown import markdown_table, of_seeds, one_layer_markdown, spread_markdown
+from revprobe.report.paper.markdown import folded, markdown_table, of_seeds, one_layer_markdown, spread_markdown
 from revprobe.report.paper.pressure_markdown import (
     ABOUT_FORETELLING,
     ABOUT_PRESSURE,
@@ -94,9 +94,10 @@ ABOUT_ROUTES = (
 def readme(folder: Path) -> str:
     """The page, from the tables in `folder`; what is not there is said."""
     told = Told(*(_table(folder, name) for sweep in SWEEPS for name in (f"{sweep}_runs", f"{sweep}_answers")))
-    parts = ["# Why the reverse answer fades, and the paper's tables as they came out here", " ".join(told.four())]
-    parts += [f"![{words}]({name})" for name, words in FIGURES.items() if name in figures(folder)]
-    if PRESSURE not in figures(folder):
+    parts = ["# Why the reverse answer fades, and the paper's tables as they came out here", *told.four()]
+    drawings = figures(folder)
+    parts += [f"![{words}]({name})" for name, words in FIGURES.items() if name in drawings]
+    if PRESSURE not in drawings:
         parts.append("Pressure by class over training: not run at four checkpoints of any cell (`rp.pressure`).")
     sections: dict[str, str] = {}
     if told.runs is not None and told.answers is not None:
@@ -112,7 +113,7 @@ def readme(folder: Path) -> str:
         parts.append(f"## Where the numbers come from\n\n{_about(json.loads((folder / EVIDENCE).read_text('utf-8')))}")
     if (folder / "one_layer.parquet").is_file():
         parts += decayed_rate(folder)
-    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+    return folded("\n\n".join(part.strip() for part in parts if part) + "\n")
 
 
 def decayed_rate(folder: Path) -> list[str]:
