@@ -28,7 +28,7 @@ from revprobe.report.paper.pressure_markdown import (
     pressure_table,
     stored_table,
 )
-from revprobe.report.paper.reproduce import NOT_RUN, OUTSIDE, compare
+from revprobe.report.paper.reproduce import NOT_RUN, OUTSIDE, compare, model_name, records
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SEEDS = 3
@@ -57,7 +57,8 @@ BESIDE_OTHERS = (
     "the source entity a prediction target, and representation distances and linear probes are consistent with "
     "forward and reverse stored as distinct entries. Here the lowercase letter is a prediction target in every "
     "masked run, which is their condition, and no reversed sequence is ever trained, so there is no second entry to "
-    "learn. Where letters-only accuracy is high while accuracy is low, the fact reaches the reverse readout and "
+    "learn. The causal runs lack it: there the lowercase letter is never predicted with the uppercase one in view. "
+    "Where letters-only accuracy is high while accuracy is low, the fact reaches the reverse readout and "
     "loses to the placeholder; that is one layer and 26 letters, and says nothing of deep models or of text."
 )
 ABOUT_INTERVALS = (
@@ -132,6 +133,7 @@ def decayed_rate(folder: Path) -> list[str]:
         f"{len(result.cells)} cells (printed cell x accuracy or probability x weights): "
         f"{counts.get(OUTSIDE, 0)} outside their tolerance, {counts.get(NOT_RUN, 0)} not run. "
         f"{len(result.claims)} claims: {', '.join(f'{count} {verdict}' for verdict, count in verdicts.items())}.",
+        _not_reproduced(result.cells),
         _about(provenance),
         ABOUT_INTERVALS if (full["statistics_version"] == 1).any() else "",
         one_layer_markdown(result, seeds=SEEDS),
@@ -146,6 +148,18 @@ def decayed_rate(folder: Path) -> list[str]:
     parts.append(_one_step(folder / ONE_STEP))
     parts.append(_route_edits(folder / ROUTE_EDITS))
     return parts
+
+
+def _not_reproduced(cells: pd.DataFrame) -> str:
+    """The printed reverse accuracies that lie outside their tolerance, on the weights that decide."""
+    decide = (cells["weights"] == "ema") | (cells["objective"] == "causal")
+    decide &= (cells["quantity"] == "accuracy") & (cells["direction"] == "reverse")
+    outside = cells[decide & (cells["status"] == OUTSIDE)]
+    told = dict.fromkeys(
+        f"{model_name(row)}, L = {row['length']}: {100 * row['ours']:.0f} % (paper {100 * row['paper']:.1f})"
+        for row in records(outside)
+    )
+    return f"**Not reproduced** under it, reverse accuracy on averaged weights: {'; '.join(told)}." if told else ""
 
 
 def figures(folder: Path) -> dict[str, str]:

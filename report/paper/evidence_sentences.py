@@ -32,8 +32,8 @@ OPEN = {
     GATE: "gate not met",
 }
 SHORT = {
-    SUFFICES: "fades too, and not without those terms: negative evidence suffices",
-    NARROWED: "fitted, and it stays: RoPE's rotation is needed, the claim is narrowed",
+    SUFFICES: "the answer fades too, and not without those terms: negative evidence suffices",
+    NARROWED: "negatives fitted, and it stays: RoPE's rotation is needed, the claim is narrowed",
 }
 LETTERS = 26
 
@@ -211,7 +211,7 @@ class Told:
         numbers = "" if short or np.isnan(reverse) else f" ({told}{raw})"
         prices = "; ".join(f"{self._price(recipe, short)} ({recipe})" for recipe in RECIPES)
         if short:
-            return f"Scalar positions (W): {SHORT.get(word, word)}. Drop-right costs RoPE {prices}."
+            return f"Scalar positions (W): {SHORT.get(word, word)}. Not pricing them costs RoPE {prices}."
         n = _n(self._counts(Cell("scalar"), "W"))
         named = f"With scalar positions, a learned bias per signed distance (W{n}),"
         return f"{head}{named} {OPEN[word]}{numbers}. Drop-right costs RoPE {prices}."

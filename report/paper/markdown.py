@@ -121,8 +121,14 @@ def folded(page: str, most: int = 24) -> str:
         rows = len(table) - 2  # without head and rule
         if rows > most:
             columns = [name.strip() for name in table[0].strip("|").split("|")]
-            named = ", ".join(columns[:8]) + (", ..." if len(columns) > 8 else "")
-            table = [f"<details><summary>{rows} rows: {escape(named)}</summary>", "", *table, "", "</details>"]
+            named = " · ".join(columns[:8]) + (" · ..." if len(columns) > 8 else "")
+            table = [
+                f"<details><summary>{rows} rows: {escape(named, quote=False)}</summary>",
+                "",
+                *table,
+                "",
+                "</details>",
+            ]
         parts += [*table, line]
         table = []
     return "\n".join(parts[:-1])
