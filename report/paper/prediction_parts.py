@@ -75,7 +75,7 @@ class Part:
         """What keeps it from holding; empty where it holds."""
         if self.verdict == HOLDS:
             return ""
-        found = self.found or "; ".join(f"{name} {_between(low, high)}".strip() for name, low, high in self.spans)
+        found = self.found or ", ".join(f"{name} {_between(low, high)}".strip() for name, low, high in self.spans)
         missing = [one.seed for one in self.seeds if not one.ran and one.seed >= 0]
         out = [one.seed for one in self.seeds if one.ran and not one.counts]
         if self.verdict == FAILS or not (missing or out):
