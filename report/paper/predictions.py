@@ -280,9 +280,9 @@ class _Judge:
             seeds.append(Seed(plain.seed, value, plain.counts and premise.passes(start)))
             told.append(f"s{plain.seed} {start:.2f} → {value:.2f} (then {after.iloc[-1]:.2f}){mark(seeds[-1])}")
         was_to = {"drop-right": "recover above 90 %", "keep": "fade below 50 %", "mirror": "stay below 50 %"}
-        plain = f"switched from {cell.dial} to {cell.switch}, RoPE was to {was_to[str(cell.switch)]} within 1,000 steps"
+        words = f"switched from {cell.dial} to {cell.switch}, RoPE was to {was_to[str(cell.switch)]} within 1,000 steps"
         verdict, numbers = by_threshold(seeds, bound), ", ".join(told)
-        return Part(f"{what} {bound}", cell_name(rows, cell), verdict, seeds, numbers, plain, spans_of(seeds))
+        return Part(f"{what} {bound}", cell_name(rows, cell), verdict, seeds, numbers, words, spans_of(seeds))
 
     def curve(self, run: str) -> pd.Series:
         """A run's reverse accuracy by step."""
