@@ -19,7 +19,7 @@ from revprobe.probes.figures.theme import interval_text
 from revprobe.report.paper.evidence_figures import pressure_figure, reverse_figure
 from revprobe.report.paper.evidence_markdown import evidence_sections, published_sections
 from revprobe.report.paper.evidence_sentences import Told
-from revprobe.report.paper.markdown import markdown_table, of_seeds, one_layer_markdown, spread_markdown
+from revprobe.report.paper.markdown import folded, markdown_table, of_seeds, one_layer_markdown, spread_markdown
 from revprobe.report.paper.pressure_markdown import (
     ABOUT_FORETELLING,
     ABOUT_PRESSURE,
@@ -28,7 +28,7 @@ from revprobe.report.paper.pressure_markdown import (
     pressure_table,
     stored_table,
 )
-from revprobe.report.paper.reproduce import NOT_RUN, OUTSIDE, compare
+from revprobe.report.paper.reproduce import NOT_RUN, OUTSIDE, compare, model_name, records
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SEEDS = 3
@@ -57,7 +57,8 @@ BESIDE_OTHERS = (
     "the source entity a prediction target, and representation distances and linear probes are consistent with "
     "forward and reverse stored as distinct entries. Here the lowercase letter is a prediction target in every "
     "masked run, which is their condition, and no reversed sequence is ever trained, so there is no second entry to "
-    "learn. Where letters-only accuracy is high while accuracy is low, the fact reaches the reverse readout and "
+    "learn. The causal runs lack it: there the lowercase letter is never predicted with the uppercase one in view. "
+    "Where letters-only accuracy is high while accuracy is low, the fact reaches the reverse readout and "
     "loses to the placeholder; that is one layer and 26 letters, and says nothing of deep models or of text."
 )
 ABOUT_INTERVALS = (
@@ -94,9 +95,10 @@ ABOUT_ROUTES = (
 def readme(folder: Path) -> str:
     """The page, from the tables in `folder`; what is not there is said."""
     told = Told(*(_table(folder, name) for sweep in SWEEPS for name in (f"{sweep}_runs", f"{sweep}_answers")))
-    parts = ["# Why the reverse answer fades, and the paper's tables as they came out here", " ".join(told.four())]
-    parts += [f"![{words}]({name})" for name, words in FIGURES.items() if name in figures(folder)]
-    if PRESSURE not in figures(folder):
+    parts = ["# Why the reverse answer fades, and the paper's tables as they came out here", *told.four()]
+    drawings = figures(folder)
+    parts += [f"![{words}]({name})" for name, words in FIGURES.items() if name in drawings]
+    if PRESSURE not in drawings:
         parts.append("Pressure by class over training: not run at four checkpoints of any cell (`rp.pressure`).")
     sections: dict[str, str] = {}
     if told.runs is not None and told.answers is not None:
@@ -112,7 +114,7 @@ def readme(folder: Path) -> str:
         parts.append(f"## Where the numbers come from\n\n{_about(json.loads((folder / EVIDENCE).read_text('utf-8')))}")
     if (folder / "one_layer.parquet").is_file():
         parts += decayed_rate(folder)
-    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+    return folded("\n\n".join(part.strip() for part in parts if part) + "\n")
 
 
 def decayed_rate(folder: Path) -> list[str]:
@@ -131,6 +133,7 @@ def decayed_rate(folder: Path) -> list[str]:
         f"{len(result.cells)} cells (printed cell x accuracy or probability x weights): "
         f"{counts.get(OUTSIDE, 0)} outside their tolerance, {counts.get(NOT_RUN, 0)} not run. "
         f"{len(result.claims)} claims: {', '.join(f'{count} {verdict}' for verdict, count in verdicts.items())}.",
+        _not_reproduced(result.cells),
         _about(provenance),
         ABOUT_INTERVALS if (full["statistics_version"] == 1).any() else "",
         one_layer_markdown(result, seeds=SEEDS),
@@ -145,6 +148,18 @@ def decayed_rate(folder: Path) -> list[str]:
     parts.append(_one_step(folder / ONE_STEP))
     parts.append(_route_edits(folder / ROUTE_EDITS))
     return parts
+
+
+def _not_reproduced(cells: pd.DataFrame) -> str:
+    """The printed reverse accuracies that lie outside their tolerance, on the weights that decide."""
+    decide = (cells["weights"] == "ema") | (cells["objective"] == "causal")
+    decide &= (cells["quantity"] == "accuracy") & (cells["direction"] == "reverse")
+    outside = cells[decide & (cells["status"] == OUTSIDE)]
+    told = dict.fromkeys(
+        f"{model_name(row)}, L = {row['length']}: {100 * row['ours']:.0f} % (paper {100 * row['paper']:.1f})"
+        for row in records(outside)
+    )
+    return f"**Not reproduced** under it, reverse accuracy on averaged weights: {'; '.join(told)}." if told else ""
 
 
 def figures(folder: Path) -> dict[str, str]:

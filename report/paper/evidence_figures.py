@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,11 +11,17 @@ import pandas as pd
 from ...probes.figures.theme import CONTROL_GREY, OKABE_ITO
 from .evidence_runs import FINISHED
 from .line_panels import Line, Panel, drawn
-from .predictions import RECIPES, Cell
+from .prediction_parts import Cell
+from .predictions import RECIPES
 
 COLOURS = {"keep": OKABE_ITO["vermillion"], "drop-right": OKABE_ITO["blue"], "mirror": OKABE_ITO["green"]}
+CAUSAL = {"keep": OKABE_ITO["vermillion"], "drop-after": OKABE_ITO["blue"]}
+KEYS = {
+    "keep": "keep: every term priced",
+    "drop-right": "drop-right (causal: drop-after): not the placeholders right of the uppercase letter",
+    "mirror": "mirror: drop-right's reflection",
+}
 SWITCHES = (("keep", "drop-right"), ("drop-right", "keep"), ("keep", "mirror"))
-ENCODINGS = {"rope": "RoPE", "absolute": "absolute", "scalar": "scalar"}
 # Each line of the pressure is a sum. The target's terms and those of the placeholders left of the evidence are each
 # large and cancel (which hidden place on the left is the target's is not known), so they are shown together.
 TERMS = {
@@ -28,42 +35,60 @@ FEWEST = 4  # checkpoints, for a curve of pressure: two are a line whatever lies
 
 
 def reverse_figure(runs: pd.DataFrame, answers: pd.DataFrame, *, weights: str = "ema") -> str:
-    """Reverse and letters-only accuracy over training, by dial and encoding, a row for each recipe; then the switches.
+    """Reverse and letters-only accuracy over training, by dial: a row of encodings for each recipe, then the switches.
 
-    Lines are means over seeds, bands reach from the lowest to the highest seed.
+    Lines are means over seeds, bands reach from the lowest to the highest seed. A causal model has raw weights alone.
     """
-    rows = []
+    rows, last = [], []
     for recipe in RECIPES:
-        own = runs[(runs["recipe"] == recipe) & (runs["weights"] == weights)]
-        row = []
-        for encoding, name in ENCODINGS.items():
-            found = [(Cell(encoding, dial=dial).among(own), dial) for dial in COLOURS]
-            planned = any(len(table) for table, _ in found)
-            lines = [line for table, dial in found for line in _curves(table, answers, weights, COLOURS[dial])]
-            empty = "not run" if planned else "no such runs"
-            row.append(Panel(f"{name}, L = 10, recipe {recipe}", lines, empty, UNIT))
-        row.append(_switches(own, answers, weights, recipe))
-        rows.append(row)
-    legend = [_key(dial, colour) for dial, colour in COLOURS.items()]
-    legend += [_key("reverse accuracy", CONTROL_GREY), _key("letters-only accuracy", CONTROL_GREY, "dashed")]
+        own = runs[(runs["recipe"] == recipe) & ((runs["weights"] == weights) | (runs["objective"] == "causal"))]
+        rows.append(
+            [
+                _dialled(own, answers, Cell("rope"), f"RoPE, recipe {recipe}", COLOURS),
+                _dialled(own, answers, Cell("absolute"), f"absolute, recipe {recipe}", COLOURS),
+                _dialled(own, answers, Cell(objective="causal"), f"causal, recipe {recipe}", CAUSAL),
+            ]
+        )
+        last.append(_switches(own, answers, recipe))
+    plain = runs[(runs["recipe"] == "W") & (runs["weights"] == weights)]
+    rows.append([*last, _dialled(plain, answers, Cell("scalar"), "scalar positions, recipe W", COLOURS)])
+    legend = [_key(words, COLOURS[dial]) for dial, words in KEYS.items()]
+    legend += [_key("reverse accuracy", CONTROL_GREY), _key("letters-only: right among the 26", CONTROL_GREY, "dashed")]
     kind = "averaged" if weights == "ema" else "raw"
-    return drawn(rows, legend, x_title="training step", y_title=f"share of answers, {kind} weights")
+    title = f"share of answers at length 10, {kind} weights (causal: raw)"
+    return drawn(rows, legend, x_title="training step", y_title=title)
 
 
-def _switches(runs: pd.DataFrame, answers: pd.DataFrame, weights: str, recipe: str) -> Panel:
+def _dialled(rows: pd.DataFrame, answers: pd.DataFrame, cell: Cell, title: str, colours: Mapping[str, str]) -> Panel:
+    """A model under each dial."""
+    found = {dial: replace(cell, dial=dial).among(rows) for dial in colours}
+    lines = [line for dial, table in found.items() for line in _curves(table, answers, colours[dial])]
+    empty = "not run" if any(len(table) for table in found.values()) else "no such runs"
+    return Panel(f"{title}, {_n(found.values())}", lines, empty, UNIT)
+
+
+def _switches(runs: pd.DataFrame, answers: pd.DataFrame, recipe: str) -> Panel:
+    """RoPE after each switch, in the colour of the dial it goes on with."""
     lines: list[Line] = []
-    for before, after in SWITCHES:
-        table = Cell(dial=before, switch=after).among(runs)
+    tables = [Cell(dial=before, switch=after).among(runs) for before, after in SWITCHES]
+    for (_, after), table in zip(SWITCHES, tables, strict=True):
         at = table["switch_step"].dropna()
         if len(at):
-            lines += _curves(table, answers, weights, COLOURS[after], since=float(at.iloc[0]))
-    return Panel(f"RoPE, switched to, recipe {recipe}", lines, "not run", UNIT)
+            lines += _curves(table, answers, COLOURS[after], since=float(at.iloc[0]))
+    return Panel(f"RoPE, switched to, recipe {recipe}, {_n(tables)}", lines, "not run", UNIT)
 
 
-def _curves(rows: pd.DataFrame, answers: pd.DataFrame, weights: str, colour: str, *, since: float = 0.0) -> list[Line]:
-    """Reverse solid, letters-only dashed."""
-    names = rows.loc[rows["status"] == FINISHED, "run"]
-    chosen = answers["run"].isin(names) & (answers["weights"] == weights) & (answers["question"] == "reverse")
+def _n(tables: Iterable[pd.DataFrame]) -> str:
+    """How many seeds each line is the mean of; one number where all that are planned are alike."""
+    counts = [int((table["status"] == FINISHED).sum()) for table in tables if len(table)]
+    return f"n = {', '.join(str(count) for count in (dict.fromkeys(counts) if len(set(counts)) == 1 else counts)) or 0}"
+
+
+def _curves(rows: pd.DataFrame, answers: pd.DataFrame, colour: str, *, since: float = 0.0) -> list[Line]:
+    """Reverse solid, letters-only dashed, on the weights that the rows are of."""
+    done = rows[rows["status"] == FINISHED]
+    chosen = answers["run"].isin(done["run"]) & answers["weights"].isin(done["weights"])
+    chosen &= answers["question"] == "reverse"
     own = answers[chosen & (answers["extra"] == 0) & (answers["step"] >= since)]
     lines = []
     for column, dash in (("accuracy", "solid"), ("letters_only", "dashed")):
@@ -87,7 +112,7 @@ def _key(name: str, colour: str, dash: str = "solid") -> Line:
 def pressure_figure(pressure: pd.DataFrame) -> str | None:
     """The pressure of each kind of term over training, a panel for each cell that has at least 4 checkpoints.
 
-    None where no cell has. Four panels in a row.
+    None where no cell has. Three panels in a row.
     Args:
         pressure: rows of `rp.pressure`, with sweep, recipe, cell and run beside them.
     """
@@ -99,12 +124,14 @@ def pressure_figure(pressure: pd.DataFrame) -> str | None:
         for names, colour in TERMS.values():
             summed = own[own["terms"].isin(names)].groupby(["step", "run"])["pressure"].sum(min_count=1)
             lines.append(_over_seeds(summed.unstack("run"), colour, "solid"))
-        panels.append(Panel(f"{cell}, recipe {recipe}{' (Table 1)' if sweep == PUBLISHED else ''}", lines))
+        # A cell of recipe P needs not name it twice.
+        named = f"{str(cell).replace('-published', '')}, recipe {recipe}{' (Table 1)' if sweep == PUBLISHED else ''}"
+        panels.append(Panel(f"{named}, n = {own['run'].nunique()}", lines))
     if not panels:
         return None
     legend = [_key(name, colour) for name, (_, colour) in TERMS.items()]
     return drawn(_rows(panels), legend, x_title="training step", y_title="pressure (nats per unit of learning rate)")
 
 
-def _rows(panels: Sequence[Panel], size: int = 4) -> list[Sequence[Panel]]:
+def _rows(panels: Sequence[Panel], size: int = 3) -> list[Sequence[Panel]]:
     return [panels[start : start + size] for start in range(0, len(panels), size)]

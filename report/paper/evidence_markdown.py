@@ -16,24 +16,40 @@ from .markdown import markdown_table
 from .predictions import judged, overall
 from .published_recipe import joint_test, places, wandering
 from .reproduce import NOT_RUN, model_name, records
-from .rules import CANNOT, EQUAL, FAILS, FORWARD, GATE, MARGIN, interval
+from .rules import CANNOT, EQUAL, FAILS, FORWARD, GATE, MARGIN, VERDICTS, interval
 
-NAMES = (
-    "Recipe W: N(0, 0.02), rate 1e-3 after a warm-up of 500 steps, loss per token, no dropout, 5,000 steps of 128 "
-    "rows. Recipe P: RADD's published one, scaled (torch's own initialisation, rate 3e-4, rates t, loss summed over "
-    "tokens, dropout 0.02 after attention and MLP). Both at a constant rate and d = 64; a cell is named like its "
-    "runs, without the seed (`rope-l10-published-drop-right`: RoPE, length 10, recipe P, dial drop-right). The older "
-    "sweep at the end of the page is called decayed rate."
+WORDS = (
+    "- A **sequence** is placeholders (one token, which is no letter) and two letters, the lowercase one left of its "
+    "uppercase partner. The **reverse** question shows the uppercase letter (the evidence) and asks for the lowercase "
+    "one (the target) to its right, where no training sequence has it; the **mirrored** one asks for the uppercase "
+    "letter left of the lowercase one. **Letters-only**: is the right letter ahead of the other 25, whatever the "
+    "placeholder gets? A causal model reads the last place alone: forward the uppercase letter after its partner, in "
+    "reverse the lowercase one.\n"
+    "- A **dial** says which terms of the loss are priced in rows that show the evidence and hide the target. "
+    "**keep**: all. **drop-right**: all but the hidden placeholders right of the evidence; **drop-left**, "
+    "**drop-both** likewise; **matched** dials drop as many as the side with fewer has. **mirror**: the reflection of "
+    "drop-right, in rows that show the lowercase letter and hide the uppercase one. **drop-after**: drop-right's "
+    "counterpart for causal models, tokens after the second letter. **single**, **two**, **three masks**: so many "
+    "tokens of each row are hidden. **dose**: what drop-right drops is weighted by 0.03, 0.1 or 0.3 instead of 0. "
+    "**then**: the dial changes in mid-training, the rest goes on.\n"
+    "- **Recipe W**: N(0, 0.02), rate 1e-3 after a warm-up of 500 steps, loss per token, no dropout, 5,000 steps of "
+    "128 rows (length 20: 6,000; scalar: 15,000). **Recipe P**: RADD's published one, scaled (torch's own "
+    "initialisation, rate 3e-4, rates t, loss summed over tokens, dropout 0.02 after attention and MLP). Both at a "
+    "constant rate and d = 64. A **cell** is named like its runs, without the seed (`rope-l10-published-drop-right`: "
+    "RoPE, length 10, recipe P, dial drop-right). **Averaged weights**: the exponential average at 0.9999, warmed up; "
+    "a causal model has raw ones alone. The older sweep at the end of the page is called **decayed rate**."
 )
 RULES = (
     "The unit is the run, its statistic the mean over the answers read in the second half of its training, averaged "
     "weights (a causal model has raw ones alone); *stays* takes the minimum there. A threshold claim holds if every "
     f"planned seed passes, fails if any misses by more than {MARGIN:g}, and is *{CANNOT}* otherwise, also while seeds "
-    f"are missing; a claim of no change holds if the 90 % t-interval of the differences, paired by seed, lies within "
+    "are missing; a claim of no change holds if the 90 % t-interval of the differences, paired by seed, lies within "
     f"±{EQUAL:g}, and fails if it lies outside altogether. A seed counts where its forward accuracy is at least "
     f"{FORWARD:g}, and in a switch where there is something to recover (below 0.5 at the switch) or to lose (above); "
-    f"where none counts the verdict is *{GATE}*. Verdicts on raw weights stand beside and decide nothing. Time to fade "
-    "is the first reading from which on the reverse accuracy is below 0.5 for good, 0 where it never was above."
+    f"where none counts the verdict is *{GATE}*. Prediction 0 says *every cell*, so it fails where the causal model's "
+    "cells fail; they and the masked models' are judged by themselves beside it. Verdicts on raw weights stand beside "
+    "and decide nothing. Time to fade is the first reading from which on the reverse accuracy is below 0.5 for good, 0"
+    " where it never was above."
 )
 SEEN = (
     "Seen before the predictions were written: prototypes of one seed each, by other code. Without the right-hand "
@@ -47,7 +63,7 @@ ABOUT_CELLS = (
     "weights unless raw is said. Stays: the lowest reading of any seed in the second half. Placeholder: share of the "
     "wrong reverse answers that are the placeholder. +1, +2: the reverse question with so many further masks left of "
     "the evidence. Mirror: the uppercase letter asked from its lowercase partner on the right. A run that switches "
-    "is averaged across its switch here; see *Switches*. A causal model is asked another question forward and in "
+    "is averaged across its switch here; see the next section. A causal model is asked another question forward and in "
     "reverse (docs/probes.md), and has no mirrored one."
 )
 ABOUT_PRICE = (
@@ -80,19 +96,31 @@ ABOUT_WANDERING = (
     "Per cent. Spread: standard deviation of reverse accuracy over the checkpoints of the second half, mean over "
     "seeds; range: the widest lowest-to-highest of any seed."
 )
+RUNS = "Each finished run, per cent, by the same statistics (`-`: not asked, or no wrong answer):"
+RUN_COLUMNS = {
+    "forward": "forward",
+    "reverse": "reverse",
+    "lowest": "reverse_lowest",
+    "letters-only": "letters_only",
+    "placeholder": "placeholder_share",
+    "mirror": "mirror_reverse",
+}
 _AFTER = (0, 50, 100, 250, 500, 1000)
 
 
 def evidence_sections(runs: pd.DataFrame, answers: pd.DataFrame) -> dict[str, str]:
     """The sections of the negative-evidence sweep, title to text."""
     parts = judged(runs, answers)
+    plain = runs[(runs["length"] == 10) & (runs["masks"] == "rate") & runs["switch_dial"].isna() & runs["clip"].notna()]
+    plain = plain[plain["dial"].isin(["keep", "drop-right", "mirror", "drop-after"]) & plain["dose"].isin([0.0, 1.0])]
     return {
-        "Predictions and verdicts": f"{NAMES}\n\n{RULES}\n\n{SEEN}\n\n{verdict_table(overall(parts))}",
-        "Every part of every prediction": parts_table(parts),
-        "Every cell": f"{ABOUT_CELLS}\n\n{cells_table(runs)}\n{unfinished(runs)}",
-        "Switches": f"{ABOUT_SWITCHES}\n\n{switches_table(runs, answers)}",
-        "Price of a dial": f"{ABOUT_PRICE}\n\n{price_table(runs)}",
-        "Steps and probes": f"{ABOUT_LOG}\n\n{log_table(runs)}",
+        "Words": WORDS,
+        "Which predictions hold?": f"{RULES}\n\n{SEEN}\n\n{verdict_table(overall(parts))}\n{parts_table(parts)}",
+        "How does each dial answer?": f"{ABOUT_CELLS}\n\nLength 10, the three dials:\n\n{cells_table(plain)}\nEvery "
+        f"cell:\n\n{cells_table(runs)}\n{unfinished(runs)}\n{RUNS}\n\n{runs_table(runs)}",
+        "What does a switch in mid-training do?": f"{ABOUT_SWITCHES}\n\n{switches_table(runs, answers)}",
+        "What does a dial cost?": f"{ABOUT_PRICE}\n\n{price_table(runs)}",
+        "How did training go, and what do the probes read?": f"{ABOUT_LOG}\n\n{log_table(runs)}",
     }
 
 
@@ -102,9 +130,11 @@ def published_sections(runs: pd.DataFrame, answers: pd.DataFrame, others: pd.Dat
     joint = joint_test(runs, found)
     both = runs if others is None else pd.concat([runs, others], ignore_index=True)
     return {
-        "Table 1 under the published recipe": f"{ABOUT_PLACES}\n\n{places_table(found)}\n{joint_table(joint)}",
+        "Does Table 1 come out under the published recipe?": f"{ABOUT_PLACES}\n\n{places_table(found)}\n"
+        f"{joint_table(joint)}",
         "Does reverse accuracy wander?": f"{ABOUT_WANDERING}\n\n{wandering_table(wandering(both))}",
-        "Every cell of the published recipe": f"{ABOUT_CELLS}\n\n{cells_table(runs)}\n{unfinished(runs)}",
+        "How does each cell of the published recipe answer?": f"{ABOUT_CELLS}\n\n{cells_table(runs)}\n"
+        f"{unfinished(runs)}\n{RUNS}\n\n{runs_table(runs)}",
     }
 
 
@@ -112,17 +142,19 @@ def published_sections(runs: pd.DataFrame, answers: pd.DataFrame, others: pd.Dat
 
 
 def verdict_table(table: pd.DataFrame) -> str:
-    """Predictions by recipe, what failed first."""
+    """Predictions by recipe, what failed first, each with what keeps it from holding; those without a cell last."""
     order = {word: place for place, word in enumerate((FAILS, CANNOT, GATE, NOT_RUN))}
-    rows = sorted(records(table), key=lambda row: order.get(row["verdict"], len(order)))
+    rows = sorted(
+        records(table), key=lambda row: (row["planned"] == 0, order.get(row["verdict"], len(order)), row["prediction"])
+    )
     return markdown_table(
         [
             {
                 "recipe": row["recipe"],
                 "prediction": f"{row['prediction']}. {row['claim']}",
                 "verdict": f"**{row['verdict']}**" if row["planned"] else f"{NOT_RUN} (no such cell)",
+                "what keeps it from holding": row["why"] or "-",
                 "raw weights": row["raw"],
-                "parts": row["parts"],
                 "runs that count": f"{row['n']} of {row['planned']}",
             }
             for row in rows
@@ -131,11 +163,11 @@ def verdict_table(table: pd.DataFrame) -> str:
 
 
 def parts_table(parts: pd.DataFrame) -> str:
-    """All of them, with the numbers that decide."""
+    """All of them, what failed first, with the numbers that decide."""
     keys = ["recipe", "prediction", "claim", "cell"]
     raw = parts[parts["weights"] == "raw"].set_index(keys)["verdict"].to_dict()
     rows = []
-    for row in records(parts[parts["weights"] == "ema"]):
+    for row in sorted(records(parts[parts["weights"] == "ema"]), key=lambda row: VERDICTS.index(row["verdict"])):
         shown = {name: row[name] for name in ("recipe", "prediction", "cell", "claim", "verdict")}
         shown |= {"raw": raw[tuple(row[name] for name in keys)], "n": f"{row['n']} of {row['planned']}"}
         rows.append(shown | {"numbers": row["numbers"]})
@@ -199,12 +231,31 @@ def _share(done: pd.DataFrame) -> str:
 
 
 def unfinished(runs: pd.DataFrame) -> str:
-    """The runs that are in no number, by reason."""
+    """The runs that are in no number, by reason and cell."""
     left = runs[runs["status"] != FINISHED].drop_duplicates("run")
     if left.empty:
         return "Every run of the sweep is in the table.\n"
-    lines = [f"- {reason}: {', '.join(own['run'])}" for reason, own in left.groupby("status", sort=False)]
+    lines = []
+    for reason, own in left.groupby("status", sort=False):
+        cells = (
+            f"{cell} ({', '.join(f's{seed}' for seed in sorted(of_cell['seed']))})"
+            for cell, of_cell in own.groupby("cell", sort=False)
+        )
+        lines.append(f"- {reason}: {', '.join(cells)}")
     return "Not in the numbers:\n\n" + "\n".join(lines) + "\n"
+
+
+def runs_table(runs: pd.DataFrame) -> str:
+    """Every finished run by itself."""
+    rows = []
+    for row, done, raw in by_cell(runs):
+        beside = raw.set_index("run")["reverse"]
+        for one in records(done):
+            shown = {"recipe": row["recipe"], "run": one["run"]}
+            for words, column in RUN_COLUMNS.items():
+                shown[words] = f"{100 * one[column]:.1f}" if pd.notna(one.get(column)) else "-"
+            rows.append(shown | {"reverse, raw": f"{100 * beside[one['run']]:.1f}"})
+    return markdown_table(rows)
 
 
 def price_table(runs: pd.DataFrame) -> str:

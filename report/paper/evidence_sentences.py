@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from .evidence_runs import FINISHED
-from .predictions import NARROWED, RECIPES, SUFFICES, Cell, judged, overall
+from .prediction_parts import Cell
+from .predictions import CHANGE, NARROWED, RECIPES, SUFFICES, counted, judged, overall
 from .published_recipe import SECOND, joint_test, places
 from .reproduce import records
 from .rules import CANNOT, FAILS, GATE, HOLDS, NOT_RUN
@@ -22,13 +24,18 @@ REPRODUCED = {
 }
 NAMES, DIALS = {"rope": "RoPE", "absolute": "absolute"}, ("keep", "drop-right")
 OPEN = {
-    SUFFICES: "its answer fades too, and stays without those terms, so negative evidence suffices",
-    NARROWED: "its negatives are fitted and its answer stays, so RoPE's content-dependent rotation is needed and the "
+    SUFFICES: "the answer fades too and stays without those terms: negative evidence suffices",
+    NARROWED: "the negatives are fitted and the answer stays: RoPE's content-dependent rotation is needed, and the "
     "claim is narrowed",
     CANNOT: "cannot tell",
     NOT_RUN: "not run",
     GATE: "gate not met",
 }
+SHORT = {
+    SUFFICES: "the answer fades too, and not without those terms: negative evidence suffices",
+    NARROWED: "negatives fitted, and it stays: RoPE's rotation is needed, the claim is narrowed",
+}
+LETTERS = 26
 
 
 @dataclass(frozen=True)
@@ -41,15 +48,14 @@ class Told:
     published_answers: pd.DataFrame | None = None
 
     def four(self) -> list[str]:
-        """What contradicts the predictions; Table 1; what was claimed; the open test and the price."""
-        return [f"{sentence[0].upper()}{sentence[1:]}" for sentence in self._sentences(short=False)]
+        """What contradicts the predictions, in words; Table 1; what was claimed; the open test and the price."""
+        first = [self.contradictions(short=False), *self.failures(), self.of_causal()]
+        rest = [self.table_1(short=False), self.outvoted(short=False), self.open_and_price(short=False)]
+        return ["\n".join(part for part in first if part), *rest]
 
     def short(self) -> list[str]:
-        """The same for README."""
-        return [f"{sentence[0].upper()}{sentence[1:]}" for sentence in self._sentences(short=True)]
-
-    def _sentences(self, *, short: bool) -> list[str]:
-        return [self.contradictions(short), self.table_1(short), self.outvoted(short), self.open_and_price(short)]
+        """The same for README, in at most two lines each."""
+        return [self.contradictions(True), self.table_1(True), self.outvoted(True), self.open_and_price(True)]
 
     @cached_property
     def parts(self) -> pd.DataFrame:
@@ -60,31 +66,84 @@ class Told:
 
     def contradictions(self, short: bool) -> str:
         if self.runs is None or self.answers is None:
-            return "no prediction has been judged: the sweep has not been collected."
-        table = overall(self.parts)
-        table = table[(table["prediction"] != "open") & (table["planned"] > 0)]
+            return "No prediction has been judged: the sweep has not been collected."
+        table = counted(overall(self.parts))
         by_word = {
             word: [f"{row['recipe']}{row['prediction']}" for row in records(table) if row["verdict"] == word]
             for word in (FAILS, CANNOT, GATE, NOT_RUN, HOLDS)
         }
-        failed = by_word[FAILS]
-        fail = f"{len(failed)} {'fails' if len(failed) == 1 else 'fail'}" if failed else "none fails"
-        if failed:
-            fail += f" ({', '.join(failed)})" if short else f": {'; '.join(_why(self.parts, name) for name in failed)}"
         words = {CANNOT: "cannot be told", GATE: "not at their gate", NOT_RUN: "not run", HOLDS: "hold"}
+        failed = by_word.pop(FAILS)
+        fail = f"{len(failed)} {'fails' if len(failed) == 1 else 'fail'}" if failed else "none fails"
+        fail += f" ({', '.join(failed)})" if failed and short else ""
         rest = [
-            f"{len(by_word[word])} {said}" + ("" if short else f" ({', '.join(by_word[word])})")
-            for word, said in words.items()
-            if by_word[word]
+            f"{len(names)} {words[word]}" + ("" if short else f" ({', '.join(names)})")
+            for word, names in by_word.items()
+            if names
         ]
-        start = f"of {len(table)} predictions (each under recipe W or P) written before the runs, "
-        return f"{start}{', '.join([fail, *rest])}."
+        told = ", ".join([fail, *rest])
+        if short:
+            return f"Of {len(table)} predictions written before the runs (under recipes W and P), {told}."
+        start = "written before the runs ([0 to 7](#which-predictions-hold), under recipe W, a plain one, and where "
+        start += "planned P, RADD's published one scaled down)"
+        end = " What fails ([words](#words)), lowest to highest seed:\n" if failed else ""
+        return f"**Predictions.** Of {len(table)} {start}, {told}.{end}"
+
+    def failures(self) -> list[str]:
+        """Each claim that fails, told once, with what was found under each recipe, on averaged and on raw weights."""
+        if self.runs is None or self.answers is None:
+            return []
+        parts = self.parts[self.parts["prediction"] != "open"]
+        failed = parts[(parts["weights"] == "ema") & (parts["verdict"] == FAILS)]
+        lines = []
+        for (prediction, plain), own in failed.sort_values("prediction", kind="stable").groupby(
+            ["prediction", "plain"], sort=False
+        ):
+            told = []
+            for recipe, rows in own.groupby("recipe", sort=False):
+                beside = (parts["weights"] == "raw") & (parts["recipe"] == recipe) & parts["cell"].isin(rows["cell"])
+                averaged, raw = _found(rows), _found(parts[beside & (parts["plain"] == plain)])
+                n = rows[["n", "planned"]].sum()
+                count = f" ({n['n']} of {n['planned']} seeds count)" if n["n"] < n["planned"] else ""
+                told.append(
+                    f"{averaged}{count}" if raw == averaged else f"averaged weights {averaged}{count}, raw {raw}"
+                )
+            recipes = list(own["recipe"].unique())
+            names = ", ".join(f"{recipe}{str(prediction).split()[0]}" for recipe in recipes)
+            each = "; ".join(f"{recipe} {said}" for recipe, said in zip(recipes, told, strict=True))
+            lines.append(f"- **{names}**: {plain}; found {each if len(told) > 1 else told[0]}.")
+        return lines
+
+    def of_causal(self) -> str:
+        """What it means where a causal model fails; empty where none does."""
+        if self.runs is None or self.answers is None:
+            return ""
+        failed = self.parts[(self.parts["weights"] == "ema") & (self.parts["verdict"] == FAILS)]
+        if not set(failed["prediction"]) & {"0 (causal)", "7"}:
+            return ""
+        own = self.runs[(self.runs["objective"] == "causal") & (self.runs["status"] == FINISHED)]
+        keep, after = (own[own["dial"] == dial] for dial in ("keep", "drop-after"))
+        told = (
+            "So the causal model is not merely outvoted. Asked in reverse for the last letter, after its uppercase "
+            f"partner (by chance {_per_cent(1 / LETTERS)}), it puts the right one ahead of the others in "
+            f"{_range(keep['letters_only'])}."
+        )
+        if len(after):
+            answered = ", ".join(
+                f"{_range(rows['reverse'])} ({recipe}, at a mean probability of {_range(rows['reverse_answer'])})"
+                for recipe, rows in after.groupby("recipe", sort=False)
+            )
+            told += f" With that place unpriced it is right in {answered}: nothing trains what stands there."
+        return f"\n{told}"
 
     # ---- the second ----
 
     def table_1(self, short: bool) -> str:
+        head = "" if short else "**Table 1.** "
         if self.published_runs is None or self.published_answers is None:
-            return "RADD's published recipe has not been collected, so Table 1 stands against the decayed rate alone."
+            older = "[the older recipe](#decayed-rate-tables-1-and-2-under-the-older-recipe)"
+            beside = "the decayed rate" if short else older
+            return f"{head}RADD's published recipe has not been collected, so Table 1 stands against {beside} alone."
         found = places(self.published_runs, self.published_answers)
         joint = joint_test(self.published_runs, found)
         verdict = joint[(joint["weights"] == "ema") & (joint["scope"] == SECOND)]["verdict"].iloc[0]
@@ -95,71 +154,84 @@ class Told:
             paper.append(f"{row['paper']:.1f}")
         lengths = ", ".join(str(row["length"]) for row in records(rope.sort_values("length")))
         blind = int(joint[(joint["weights"] == "ema") & (joint["scope"] == SECOND)]["not_informative"].iloc[0])
-        note = f" ({blind} of the four distributions not informative)" if blind and not short else ""
+        note = f"; {blind} of the four distributions too wide to inform" if blind and not short else ""
         scaled = "RADD's recipe (P)" if short else "RADD's published recipe, scaled to two cores (P),"
         return (
-            f"under {scaled} the paper's Table 1 {REPRODUCED[verdict]}: RoPE answers {', '.join(ours)} % backwards at "
-            f"lengths {lengths} (paper: {', '.join(paper)}){note}."
+            f"{head}Under {scaled} the paper's Table 1 {REPRODUCED[verdict]}: RoPE answers {', '.join(ours)} % "
+            f"backwards at lengths {lengths} (paper: {', '.join(paper)}){note}."
         )
 
     # ---- the third ----
 
     def outvoted(self, short: bool) -> str:
+        head = "" if short else "**Outvoted.** "
         if self.runs is None or self.answers is None:
-            return "what fades has not been measured."
-        told = []
+            return f"{head}What fades has not been measured."
+        told, counts = [], [self._counts(Cell(encoding), recipe) for encoding in NAMES for recipe in RECIPES]
+        alike = len(set(counts)) == 1 and counts[0][0] == counts[0][1]
         for encoding, name in NAMES.items():
-            by_recipe = [
-                f"{_change([self._mean(Cell(encoding, dial=dial), recipe, 'reverse') for dial in DIALS])} "
-                f"({recipe}{self._seeds(Cell(encoding), recipe)})"
-                for recipe in RECIPES
-            ]
+            by_recipe = []
+            for recipe in RECIPES:
+                change = _change([self._mean(Cell(encoding, dial=dial), recipe, "reverse") for dial in DIALS])
+                n = "" if alike or short else _n(self._counts(Cell(encoding), recipe))
+                by_recipe.append(f"{change} ({recipe}{n})")
             told.append(f"{name} {', '.join(by_recipe)}")
         own = self.runs[(self.runs["objective"] == "masked") & (self.runs["weights"] == "ema")]
         own = own[own["status"] == FINISHED]
         letters = own["letters_only"].min() if len(own) else np.nan
         share = own["placeholder_share"].min() if len(own) else np.nan
-        verdicts = [str(row["verdict"]) for row in records(overall(self.parts)) if row["prediction"] == "0"]
-        word = "outvoted, not forgotten" if set(verdicts) == {HOLDS} else _mixed(verdicts)
-        start = "reverse accuracy at length 10, placeholders right of the evidence priced → not priced"
-        end = f"letters-only in any masked run at the lowest {_per_cent(letters)}"
-        end += "" if short else f", the placeholder's share of a run's errors at the lowest {_per_cent(share)}"
-        return f"{start}: {'; '.join(told)}; {end}: {word}."
+        verdicts = [str(row["verdict"]) for row in records(overall(self.parts)) if row["prediction"] == "0 (masked)"]
+        holds = set(verdicts) == {HOLDS}
+        word = ": outvoted, not forgotten" if holds else f" (verdict on masked models: {_mixed(verdicts)})"
+        each = f" (n = {counts[0][0]} each)" if alike and counts[0][0] and not short else ""
+        changes = f"{'; '.join(told)}{each}"
+        if short:
+            start = f"Reverse accuracy, placeholders right of the evidence priced → not: {changes}"
+            return f"{start}; among the letters alone at least {_at_least(letters)}{word}."
+        return (
+            f"{head}*Keep* prices the placeholders (tokens that are no letter) right of the uppercase letter, "
+            f"*drop-right* does not ([words](#words)). Reverse accuracy at length 10, keep → drop-right: {changes}. In "
+            f"every masked run the right letter leads the {LETTERS} in {_at_least(letters)} or more, and "
+            f"{_at_least(share)} or more of errors are the placeholder{word}."
+        )
 
     # ---- the fourth ----
 
     def open_and_price(self, short: bool) -> str:
+        head = "" if short else "**Open test and price.** "
         if self.runs is None or self.answers is None:
-            return "the open test has not been run."
+            return f"{head}The open test has not been run."
         table = overall(self.parts)
-        word = str(table[(table["prediction"] == "open") & (table["recipe"] == "W")]["verdict"].iloc[0])
-        reverse, fitted = (self._mean(Cell("scalar"), "W", name) for name in ("reverse", "negative_probability"))
+        row = records(table[(table["prediction"] == "open") & (table["recipe"] == "W")])[0]
+        word = str(row["verdict"])
+        reverse = self._mean(Cell("scalar"), "W", "reverse")
         stays = self._mean(Cell("scalar", dial="drop-right"), "W", "reverse")
         told = f"reverse {_per_cent(reverse)} under keep, {_per_cent(stays)} under drop-right"
-        numbers = "" if short or np.isnan(reverse) else f" ({told}; keep's p(placeholder) {fitted:.2f})"
-        prices = [f"{self._price(recipe, short)} ({recipe})" for recipe in RECIPES]
-        named = "scalar positions" if short else "scalar positions, the test between this account and the paper's"
-        named = f"{named} (W{self._seeds(Cell('scalar'), 'W')})"
-        return f"{named}: {OPEN[word]}{numbers}; drop-right costs RoPE {'; '.join(prices)}."
+        raw = "" if row["raw"] == word else f"; on raw weights: {row['raw']}"
+        numbers = "" if short or np.isnan(reverse) else f" ({told}{raw})"
+        prices = "; ".join(f"{self._price(recipe, short)} ({recipe})" for recipe in RECIPES)
+        if short:
+            return f"Scalar positions (W): {SHORT.get(word, word)}. Not pricing them costs RoPE {prices}."
+        n = _n(self._counts(Cell("scalar"), "W"))
+        named = f"With scalar positions, a learned bias per signed distance (W{n}),"
+        return f"{head}{named} {OPEN[word]}{numbers}. Drop-right costs RoPE {prices}."
 
     def _price(self, recipe: str, short: bool) -> str:
-        loss, ill, believed = (
-            [self._mean(Cell(dial=dial), recipe, name) for dial in DIALS]
-            for name in ("keep_loss", "ill_formed", "negative_probability")
+        loss, ill = (
+            [self._mean(Cell(dial=dial), recipe, name) for dial in DIALS] for name in ("keep_loss", "ill_formed")
         )
         if np.isnan([*loss, *ill]).any():
             return NOT_RUN
-        told = f"{loss[1] - loss[0]:+.3f} nats per token and {_change(ill)} ill-formed samples"
-        return told if short else f"{told}, p(placeholder) where it is dropped {believed[0]:.2f} → {believed[1]:.2f}"
+        nats = f"{loss[1] - loss[0]:+.3f} nats"
+        samples = f"{_change(ill)} ill-formed"
+        return f"{nats}, {samples}" if short else f"{nats} per token and {samples} samples"
 
-    def _seeds(self, cell: Cell, recipe: str) -> str:
+    def _counts(self, cell: Cell, recipe: str) -> tuple[int, int]:
         """How many runs each end of a change rests on, those of keep and of drop-right."""
         assert self.runs is not None
         own = self.runs[(self.runs["recipe"] == recipe) & (self.runs["weights"] == "ema")]
-        counts = [int((replace(cell, dial=dial).among(own)["status"] == FINISHED).sum()) for dial in DIALS]
-        if not any(counts):
-            return ""
-        return f", n = {counts[0]}" if counts[0] == counts[1] else f", n = {counts[0]} and {counts[1]}"
+        keep, dropped = (int((replace(cell, dial=dial).among(own)["status"] == FINISHED).sum()) for dial in DIALS)
+        return keep, dropped
 
     def _mean(self, cell: Cell, recipe: str, column: str) -> float:
         """Of a cell's finished runs on averaged weights; NaN without one."""
@@ -169,21 +241,52 @@ class Told:
         return float(done[column].mean()) if len(done) else float("nan")
 
 
-def _why(parts: pd.DataFrame, name: str) -> str:
-    """What a prediction's first failing part claimed, and the numbers against it."""
-    recipe, prediction = name[0], name[1:]
-    chosen = (parts["recipe"] == recipe) & (parts["prediction"] == prediction) & (parts["weights"] == "ema")
-    failed = records(parts[chosen & (parts["verdict"] == FAILS)])
-    table = overall(parts)
-    raw = table[(table["recipe"] == recipe) & (table["prediction"] == prediction)]["raw"].iloc[0]
-    more = f", and {len(failed) - 1} more of its parts" if len(failed) > 1 else ""
-    found = f"{failed[0]['numbers']}{more}; on raw weights: {raw}"
-    return f"**{name}** ({failed[0]['cell']}, claimed *{failed[0]['claim']}*, found {found})"
+def _found(rows: pd.DataFrame) -> str:
+    """The lowest and the highest of the parts' spans, by name; what decides where there is none."""
+    spans: dict[str, tuple[float, float]] = {}
+    for name, low, high in (span for own in rows["spans"] for span in own):
+        before = spans.get(name, (np.inf, -np.inf))
+        spans[name] = (min(before[0], low), max(before[1], high))
+    if not spans:
+        return "; ".join(dict.fromkeys(rows["why"])) or HOLDS
+    return ", ".join(
+        f"{100 * low:+.0f} to {100 * high:+.0f} points" if name == CHANGE else f"{name} {_range([low, high])}".strip()
+        for name, (low, high) in spans.items()
+    )
+
+
+def _range(values: Any) -> str:
+    """Lowest to highest of shares, in per cent; one number where they are alike to its digits."""
+    found = np.asarray(list(values), dtype=float)
+    if not len(found) or np.isnan(found).all():
+        return NOT_RUN
+    low, high = (_digits(100 * value) for value in (np.nanmin(found), np.nanmax(found)))
+    return f"{low} %" if low == high else f"{low} to {high} %"
+
+
+def _digits(value: float) -> str:
+    """Whole per cent; a digit more next to 0 and 100, which alone are told whole."""
+    if 1 <= value <= 99 or value in (0.0, 100.0):
+        return f"{value:.0f}"
+    return f"{value:.1g}" if value < 1 else f"{value:.1f}"
+
+
+def _at_least(share: float) -> str:
+    """Rounded down, since no value lies below."""
+    return NOT_RUN if np.isnan(share) else f"{np.floor(100 * share + 1e-6):.0f} %"
+
+
+def _n(counts: tuple[int, int]) -> str:
+    if not any(counts):
+        return ""
+    return f", n = {counts[0]}" if counts[0] == counts[1] else f", n = {counts[0]} and {counts[1]}"
 
 
 def _mixed(verdicts: list[str]) -> str:
     """What prediction 0 says where it does not simply hold."""
-    return f"prediction 0 reads {', '.join(f'{word} ({name})' for word, name in zip(verdicts, RECIPES, strict=True))}"
+    if len(set(verdicts)) == 1:
+        return verdicts[0]
+    return ", ".join(f"{recipe} {word}" for recipe, word in zip(RECIPES, verdicts, strict=True))
 
 
 def _per_cent(share: float) -> str:

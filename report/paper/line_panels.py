@@ -11,7 +11,7 @@ from html import escape
 
 import numpy as np
 
-from ...probes.figures.theme import FONT, GRID_GREY
+from ...probes.figures.theme import CONTROL_GREY, FONT, GRID_GREY
 
 WIDTH, HEIGHT, LEFT, TOP, GAP = 240, 165, 46, 26, 38
 LEGEND, FOOT = 22, 34
@@ -49,18 +49,19 @@ def drawn(rows: Sequence[Sequence[Panel]], legend: Sequence[Line], *, x_title: s
     """
     columns = max(len(row) for row in rows)
     width = LEFT + columns * (WIDTH + GAP)
-    height = LEGEND + len(rows) * (TOP + HEIGHT + GAP) + FOOT - GAP
+    keys, legend_height = _legend(legend, width)
+    height = legend_height + len(rows) * (TOP + HEIGHT + GAP) + FOOT - GAP
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'font-family="{escape(FONT, quote=True)}" font-size="11" fill="{_INK}">',
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        *_legend(legend),
+        *keys,
     ]
     for i, row in enumerate(rows):
         for j, panel in enumerate(row):
-            x, y = LEFT + j * (WIDTH + GAP), LEGEND + TOP + i * (TOP + HEIGHT + GAP)
+            x, y = LEFT + j * (WIDTH + GAP), legend_height + TOP + i * (TOP + HEIGHT + GAP)
             parts += _panel(panel, x, y)
-    middle = LEGEND + (height - LEGEND - FOOT) / 2
+    middle = legend_height + (height - legend_height - FOOT) / 2
     parts += [
         f'<text x="{width / 2:.0f}" y="{height - 4}" text-anchor="middle">{escape(x_title)}</text>',
         f'<text transform="translate(11 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y_title)}</text>',
@@ -68,15 +69,19 @@ def drawn(rows: Sequence[Sequence[Panel]], legend: Sequence[Line], *, x_title: s
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _legend(lines: Sequence[Line]) -> list[str]:
-    parts, x = [], LEFT
+def _legend(lines: Sequence[Line], width: float) -> tuple[list[str], int]:
+    """Its keys one after another, in as many rows as they need; and its height."""
+    parts, x, y = [], LEFT, 0
     for line in lines:
+        reach = 42 + round(5.9 * len(line.name))
+        if x > LEFT and x + reach > width:
+            x, y = LEFT, y + LEGEND - 4
         parts.append(
-            f'<path d="M{x} 12h22" stroke="{line.colour}" stroke-width="2"{_DASHES[line.dash]}/>'
-            f'<text x="{x + 27}" y="16">{escape(line.name)}</text>'
+            f'<path d="M{x} {y + 12}h22" stroke="{line.colour}" stroke-width="2"{_DASHES[line.dash]}/>'
+            f'<text x="{x + 27}" y="{y + 16}">{escape(line.name)}</text>'
         )
-        x += 42 + round(5.9 * len(line.name))
-    return parts
+        x += reach
+    return parts, y + LEGEND
 
 
 def _panel(panel: Panel, left: float, top: float) -> list[str]:
@@ -94,11 +99,12 @@ def _panel(panel: Panel, left: float, top: float) -> list[str]:
     scale = _Scale(left, top, x_range, y_range)
     for value in _ticks(*y_range):
         y = scale.y(value)
-        parts.append(f'<path d="M{left} {y:.1f}h{WIDTH}" stroke="{GRID_GREY}"/>')
+        zero = value == 0 and y_range[0] < 0
+        parts.append(f'<path d="M{left} {y:.1f}h{WIDTH}" stroke="{CONTROL_GREY if zero else GRID_GREY}"/>')
         parts.append(f'<text x="{left - 4}" y="{y + 4:.1f}" text-anchor="end" font-size="10">{value:g}</text>')
     for value in _ticks(*x_range, most=4):
-        at = f'x="{scale.x(value):.1f}" y="{top + HEIGHT + 13}"'
-        parts.append(f'<text {at} text-anchor="middle" font-size="10">{value:g}</text>')
+        at = f'x="{scale.x(value):.1f}" y="{top + HEIGHT + 15}"'
+        parts.append(f'<text {at} text-anchor="middle" font-size="10">{value:,g}</text>')
     for line in panel.lines:
         parts += _line(line, scale)
     return [*parts, frame]

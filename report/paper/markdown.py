@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,29 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     head = list(rows[0])
     lines = [head, ["---"] * len(head), *([row[name] for name in head] for row in rows)]
     return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def folded(page: str, most: int = 24) -> str:
+    """A page whose tables of more than so many rows are closed until one opens them; a line says what is in each."""
+    parts, table = [], list[str]()
+    for line in [*page.split("\n"), ""]:
+        if line.startswith("|"):
+            table.append(line)
+            continue
+        rows = len(table) - 2  # without head and rule
+        if rows > most:
+            columns = [name.strip() for name in table[0].strip("|").split("|")]
+            named = " · ".join(columns[:8]) + (" · ..." if len(columns) > 8 else "")
+            table = [
+                f"<details><summary>{rows} rows: {escape(named, quote=False)}</summary>",
+                "",
+                *table,
+                "",
+                "</details>",
+            ]
+        parts += [*table, line]
+        table = []
+    return "\n".join(parts[:-1])
 
 
 def of_seeds(held: int, seeds: int) -> str:

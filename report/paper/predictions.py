@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .evidence_runs import FINISHED
+from .prediction_parts import Cell, Part, cell_name, listed, mark, numbers_of, spans_of, time_text
 from .rules import (
     CANNOT,
     FAILS,
@@ -34,15 +35,18 @@ from .rules import (
 RECIPES = ("W", "P")
 WEIGHTS = ("ema", "raw")
 ENCODINGS, LENGTHS = ("rope", "absolute"), (10, 20)
+QUESTIONS = {"reverse": "reverse accuracy", "mirror_reverse": "accuracy on the mirrored question"}
 DOSES = (0.0, 0.03, 0.1, 0.3, 1.0)
 WITHIN = 1_000  # steps after a switch
 HIGH, LOW = Bound(">", 0.9), Bound("<", 0.5)
 LETTERS, OUTVOTED, FITTED = Bound(">=", 0.95), Bound(">=", 0.95), Bound(">=", 0.9)
 NOUGHT = Bound("<", 0.005)  # 0 %, rounded to whole per cent
+CHANGE = "change"  # the name of a span that is a difference
 SUFFICES, NARROWED = "negative evidence suffices", "the claim is narrowed"
 CLAIMS = {
     "0": "letters-only accuracy at least 0.95 in every cell, and at least 95 % of reverse errors are the placeholder",
-    "0 (causal)": "the same of the causal model, whose cells are cells too",
+    "0 (masked)": "of this, the cells of masked models",
+    "0 (causal)": "of this, the cells of causal models",
     "1": "drop-right: RoPE's reverse accuracy stays above 0.9",
     "2": "drop-right: so does the absolute encoding's",
     "3": "drop-right raises reverse above 0.9 and leaves mirror-reverse; mirror the other way round",
@@ -54,49 +58,10 @@ CLAIMS = {
 }
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Which runs; all that is not named is as in the base."""
-
-    encoding: str = "rope"
-    length: int = 10
-    dial: str = "keep"
-    masks: str = "rate"
-    dose: float | None = None
-    switch: str | None = None
-    objective: str = "masked"
-
-    def among(self, runs: pd.DataFrame) -> pd.DataFrame:
-        """Their rows, by seed."""
-        dose = self.dose if self.dose is not None else float(self.dial == "keep")
-        chosen = (runs["objective"] == self.objective) & (runs["length"] == self.length)
-        chosen &= (runs["dial"] == self.dial) & (runs["masks"] == self.masks)
-        chosen &= np.isclose(runs["dose"].astype(float), dose) & np.isclose(runs["clip"].astype(float), 1.0)
-        chosen &= runs["switch_dial"].isna() if self.switch is None else runs["switch_dial"] == self.switch
-        if self.objective == "masked":
-            chosen &= runs["position_encoding"] == self.encoding
-        return runs[chosen].sort_values("seed")
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of a prediction: what is claimed of which cell, the verdict, and the numbers that decide."""
-
-    claim: str
-    cell: str
-    verdict: str
-    seeds: Sequence[Seed]
-    numbers: str
-
-    def row(self, prediction: str) -> dict[str, object]:
-        counted = sum(one.ran and one.counts for one in self.seeds)
-        row: dict[str, object] = {"prediction": prediction, "claim": self.claim, "cell": self.cell}
-        return row | {"verdict": self.verdict, "n": counted, "planned": len(self.seeds), "numbers": self.numbers}
-
-
 def judged(runs: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
     """Every part of every prediction: recipe, weights, prediction, claim, cell, verdict, n (seeds that count), planned
-    (seeds), numbers. A causal model has no averaged weights: its raw ones stand for both.
+    (seeds), numbers; plain and spans (see `Part`); why (what keeps it from holding). A causal model has no averaged
+    weights: its raw ones stand for both.
     """
     rows = []
     for recipe in RECIPES:
@@ -112,16 +77,39 @@ def judged(runs: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
 
 
 def overall(parts: pd.DataFrame) -> pd.DataFrame:
-    """A row for each prediction and recipe: verdict on averaged weights, and on raw ones, n and planned over parts."""
+    """A row for each prediction and recipe: verdict on averaged weights, and on raw ones, n and planned over parts,
+    why (what keeps it from holding). Prediction 0 is of every cell; masked and causal ones stand beside it.
+    """
     rows = []
-    for (prediction, recipe), own in parts.groupby(["prediction", "recipe"], sort=False):
-        judge = open_verdict if prediction == "open" else combined
-        found = {weights: judge(list(part["verdict"])) for weights, part in own.groupby("weights")}
-        ema = own[own["weights"] == "ema"]
-        row = {"prediction": prediction, "recipe": recipe, "claim": CLAIMS[str(prediction)]}
-        row |= {"verdict": found["ema"], "raw": found["raw"], "parts": len(ema)}
-        rows.append(row | {"n": ema["n"].sum(), "planned": ema["planned"].sum()})
+    for recipe, every in parts.groupby("recipe", sort=False):
+        for prediction, claim in CLAIMS.items():
+            own = every[
+                every["prediction"].isin([prediction, *(("0 (masked)", "0 (causal)") if prediction == "0" else ())])
+            ]
+            if own.empty:
+                continue
+            judge = open_verdict if prediction == "open" else combined
+            found = {weights: judge(list(part["verdict"])) for weights, part in own.groupby("weights")}
+            ema = own[own["weights"] == "ema"]
+            row = {"prediction": prediction, "recipe": recipe, "claim": claim}
+            row |= {"verdict": found["ema"], "raw": found["raw"], "parts": len(ema), "n": ema["n"].sum()}
+            rows.append(row | {"planned": ema["planned"].sum(), "why": _why(ema, found["ema"])})
     return pd.DataFrame(rows)
+
+
+def counted(table: pd.DataFrame) -> pd.DataFrame:
+    """Of `overall`, the predictions that were written, each once, under the recipes that have cells for them."""
+    return table[table["prediction"].str.isdigit() & (table["planned"] > 0)]
+
+
+def _why(parts: pd.DataFrame, verdict: str) -> str:
+    """Which parts keep a prediction from holding, those alike told together; where one fails, those that fail."""
+    left = parts[parts["verdict"] == FAILS] if verdict == FAILS else parts[parts["why"] != ""]
+    told = []
+    for why, own in left[left["planned"] > 0].groupby("why", sort=False):
+        cells = list(dict.fromkeys(own["cell"]))
+        told.append(f"{', '.join(cells) if len(cells) <= 2 else f'{len(cells)} cells'}: {why}")
+    return "; ".join(told)
 
 
 def open_verdict(verdicts: Sequence[str]) -> str:
@@ -161,24 +149,43 @@ class _Judge:
 
     def predictions(self) -> dict[str, list[Part]]:
         every = [(encoding, length) for encoding in ENCODINGS for length in LENGTHS]
-        stays = "reverse_lowest"
+        stays, lasts = "reverse_lowest", "reverse accuracy was to stay above 90 % under drop-right"
+        causal = "with the tokens after the second letter unpriced it was to answer 0 % backwards"
         return {
-            "0": self.outvoted("masked"),
+            "0 (masked)": self.outvoted("masked"),
             "0 (causal)": self.outvoted("causal"),
-            "1": [self.bounded(Cell("rope", n, "drop-right"), stays, HIGH, "reverse stays") for n in LENGTHS],
-            "2": [self.bounded(Cell("absolute", n, "drop-right"), stays, HIGH, "reverse stays") for n in LENGTHS],
+            "1": [self.bounded(Cell("rope", n, "drop-right"), stays, HIGH, "reverse stays", lasts) for n in LENGTHS],
+            "2": [
+                self.bounded(Cell("absolute", n, "drop-right"), stays, HIGH, "reverse stays", lasts) for n in LENGTHS
+            ],
             "3": [part for encoding, length in every for part in self.dissociated(encoding, length)],
             "4": self.switched(),
             "5": [self.dosed()],
             "6": [
-                self.bounded(Cell(masks="2"), "reverse", LOW, "reverse"),
-                self.bounded(Cell(masks="2", dial="drop-right"), "reverse", HIGH, "reverse"),
+                self.bounded(
+                    Cell(masks="2"), "reverse", LOW, "reverse", "with two masks a row it was to fade below 50 %"
+                ),
+                self.bounded(
+                    Cell(masks="2", dial="drop-right"),
+                    "reverse",
+                    HIGH,
+                    "reverse",
+                    "with two masks a row drop-right was to keep it above 90 %",
+                ),
             ],
-            "7": [self.bounded(Cell(objective="causal", dial="drop-after"), "reverse", NOUGHT, "reverse")],
+            "7": [self.bounded(Cell(objective="causal", dial="drop-after"), "reverse", NOUGHT, "reverse", causal)],
             "open": [
-                self.bounded(Cell("scalar"), "reverse", LOW, "fades: reverse"),
-                self.bounded(Cell("scalar"), "negative_probability", FITTED, "negatives fitted: p(placeholder)"),
-                self.bounded(Cell("scalar", dial="drop-right"), "reverse", HIGH, "drop-right beside it: reverse"),
+                self.bounded(Cell("scalar"), "reverse", LOW, "fades: reverse", "does it fade"),
+                self.bounded(
+                    Cell("scalar"),
+                    "negative_probability",
+                    FITTED,
+                    "negatives fitted: p(placeholder)",
+                    "are they fitted",
+                ),
+                self.bounded(
+                    Cell("scalar", dial="drop-right"), "reverse", HIGH, "drop-right beside it: reverse", "does it stay"
+                ),
             ],
         }
 
@@ -192,10 +199,11 @@ class _Judge:
             for seed, status, value, forward in named
         ]
 
-    def bounded(self, cell: Cell, column: str, bound: Bound, what: str) -> Part:
+    def bounded(self, cell: Cell, column: str, bound: Bound, what: str, plain: str) -> Part:
         rows = cell.among(self.runs)
-        seeds = self.seeds(rows, column)
-        return Part(f"{what} {bound}", _named(rows, cell), by_threshold(seeds, bound), seeds, _numbers(seeds))
+        seeds, name = self.seeds(rows, column), cell_name(rows, cell)
+        verdict, plain = by_threshold(seeds, bound), f"{cell.words}: {plain}"
+        return Part(f"{what} {bound}", name, verdict, seeds, numbers_of(seeds), plain, spans_of(seeds))
 
     def outvoted(self, objective: str) -> list[Part]:
         """A part for each cell there is; where no answer is wrong there is no error to be the placeholder."""
@@ -208,9 +216,13 @@ class _Judge:
             letters = self.seeds(rows, "letters_only")
             placeholder = self.seeds(rows.assign(placeholder_share=share), "placeholder_share")
             verdict = combined([by_threshold(letters, LETTERS), by_threshold(placeholder, OUTVOTED)])
-            numbers = f"letters-only {_numbers(letters)}; placeholder {_numbers(placeholder)}"
+            numbers = f"letters-only {numbers_of(letters)}; placeholder {numbers_of(placeholder)}"
             claim = "letters-only and share of placeholder errors at least 0.95"
-            parts.append(Part(claim, str(name), verdict, letters, numbers))
+            plain = (
+                f"{objective} models: the right letter was to lead the 26, and the placeholder to be the error, in 95 %"
+            )
+            spans = [*spans_of(letters, "letters-only"), *spans_of(placeholder, "placeholder")]
+            parts.append(Part(claim, str(name), verdict, letters, numbers, plain, spans))
         return parts
 
     def dissociated(self, encoding: str, length: int) -> list[Part]:
@@ -220,7 +232,8 @@ class _Judge:
             ("mirror", "mirror_reverse", "reverse"),
         ):
             cell, keep = Cell(encoding, length, dial), Cell(encoding, length)
-            parts.append(self.bounded(cell, raised, HIGH, f"{dial} raises {raised}"))
+            plain = f"{dial} was to raise the {QUESTIONS[raised]} above 90 %"
+            parts.append(self.bounded(cell, raised, HIGH, f"{dial} raises {raised}", plain))
             parts.append(self.unmoved(cell, keep, left))
         return parts
 
@@ -234,9 +247,12 @@ class _Judge:
             other = before.get(one.seed, missing)
             seeds.append(Seed(one.seed, one.value - other.value, one.counts and other.counts))
         low, high = interval([one.value for one in seeds if one.ran and one.counts])
-        numbers = f"{_numbers(seeds, signed=True)}; 90 % interval [{low:+.2f}, {high:+.2f}]"
+        found = "" if np.isnan(low) else f"90 % interval [{low:+.3f}, {high:+.3f}]"
+        numbers = "; ".join([numbers_of(seeds, signed=True), *([found] if found else [])])
         claim = f"{cell.dial} moves {column} by less than 0.15"
-        return Part(claim, _named(rows, cell), by_equality(seeds), seeds, numbers)
+        plain = f"{cell.words}: {cell.dial} was to move the {QUESTIONS[column]} by less than 15 points against keep"
+        spans = spans_of(seeds, CHANGE)
+        return Part(claim, cell_name(rows, cell), by_equality(seeds), seeds, numbers, plain, spans, found)
 
     def switched(self) -> list[Part]:
         """Only a run whose answer has faded can recover, only one that has an answer can fade; others do not count."""
@@ -262,8 +278,11 @@ class _Judge:
             upwards = (bound.sign[0] == ">") == best
             value, start = float(after.max() if upwards else after.min()), float(curve[at])
             seeds.append(Seed(plain.seed, value, plain.counts and premise.passes(start)))
-            told.append(f"s{plain.seed} {start:.2f} → {value:.2f} (then {after.iloc[-1]:.2f}){_mark(seeds[-1])}")
-        return Part(f"{what} {bound}", _named(rows, cell), by_threshold(seeds, bound), seeds, ", ".join(told))
+            told.append(f"s{plain.seed} {start:.2f} → {value:.2f} (then {after.iloc[-1]:.2f}){mark(seeds[-1])}")
+        was_to = {"drop-right": "recover above 90 %", "keep": "fade below 50 %", "mirror": "stay below 50 %"}
+        words = f"switched from {cell.dial} to {cell.switch}, RoPE was to {was_to[str(cell.switch)]} within 1,000 steps"
+        verdict, numbers = by_threshold(seeds, bound), ", ".join(told)
+        return Part(f"{what} {bound}", cell_name(rows, cell), verdict, seeds, numbers, words, spans_of(seeds))
 
     def curve(self, run: str) -> pd.Series:
         """A run's reverse accuracy by step."""
@@ -284,11 +303,15 @@ class _Judge:
         ]
         verdicts = [word if one.counts else GATE for word, one in zip(found, seeds, strict=True)]
         told = [
-            f"s{one.seed} {', '.join(_time(time) for time in curve)}{_mark(one)}"
+            f"s{one.seed} {', '.join(time_text(time) for time in curve)}{mark(one)}"
             for one, curve in zip(seeds, times, strict=True)
         ]
         numbers = f"steps at doses {', '.join(f'{dose:g}' for dose in DOSES)}: {'; '.join(told)}" if told else ""
-        return Part("time to fade shortens with the dose", "rope-l10, doses", combined(verdicts), seeds, numbers)
+        against = [one.seed for word, one in zip(verdicts, seeds, strict=True) if word == FAILS]
+        plain = "the larger the share of the right-hand terms that is priced, the sooner it was to fade"
+        told_why = f"{listed(against)} the other way round" if against else "times alike" if told else ""
+        claim, verdict = "time to fade shortens with the dose", combined(verdicts)
+        return Part(claim, "rope-l10, doses", verdict, seeds, numbers, plain, (), told_why)
 
     def fading(self, cell: Cell) -> dict[int, tuple[Seed, float]]:
         """By seed, when it fades, and how far its readings lie apart at most."""
@@ -302,26 +325,3 @@ class _Judge:
             time = fading_time(steps, curve.to_numpy(float))
             found[plain.seed] = (Seed(plain.seed, time, plain.counts), float(np.diff(steps).max(initial=0)))
         return found
-
-
-def _named(rows: pd.DataFrame, cell: Cell) -> str:
-    """The cell's runs by their name; what was asked for where there is none."""
-    if len(rows):
-        return " ".join(pd.unique(rows["cell"]))
-    where = "causal" if cell.objective == "causal" else cell.encoding
-    masks = "" if cell.masks == "rate" else f", {cell.masks} masks"
-    return f"no cell ({where}, L = {cell.length}, {cell.dial}{f' then {cell.switch}' if cell.switch else ''}{masks})"
-
-
-def _mark(one: Seed) -> str:
-    return "" if one.counts else " (does not count)"
-
-
-def _numbers(seeds: Sequence[Seed], *, signed: bool = False) -> str:
-    form = "+.3f" if signed else ".3f"
-    told = (f"{format(one.value, form)}{_mark(one)}" if one.ran else NOT_RUN for one in seeds)
-    return ", ".join(f"s{one.seed} {said}" for one, said in zip(seeds, told, strict=True))
-
-
-def _time(step: float) -> str:
-    return "not run" if np.isnan(step) else "not by the end" if np.isinf(step) else f"{step:.0f}"

@@ -198,7 +198,7 @@ def test_the_page_names_its_origin_and_every_cell(collected: tuple[Path, list[st
     assert noted["not_run"]["rope-l5-s1-published"] == "not run" and noted["trained_at_commit"] == "c" * 40
     assert len(noted["file_sha256"]) == 64 and noted["versions"][0]["torch"] == torch.__version__
     text = (out / "README.md").read_text()
-    assert text.splitlines()[2].startswith("Of ") and "](reverse_over_training.svg)" in text
+    assert text.splitlines()[2].startswith("**Predictions.** Of ") and "](reverse_over_training.svg)" in text
     assert "Pressure by class over training: not run" in text
     for run in sweep.runs():
         assert f"| {evidence_runs.axes_of(run)['cell']} |" in text, run.name

@@ -46,3 +46,12 @@ def test_a_band_is_drawn_and_unequal_lengths_are_refused() -> None:
     assert 'opacity="0.15"' in svg(Panel("one", [banded])) and 'opacity="0.15"' not in svg(Panel("one", [LINE]))
     with pytest.raises(ValueError, match="line 'a' of 'one': 3 x and 2 y"):
         svg(Panel("one", [Line("a", X, np.array([0.0, 1.0]), "#0072B2")]))
+
+
+def test_a_legend_that_is_too_long_goes_on_in_the_next_row_and_moves_the_panels_down() -> None:
+    keys = [Line("a name of some length, number", X, X, "#000000")] * 3
+    one, two = (drawn([[Panel("one", [LINE])]], keys[:n], x_title="", y_title="") for n in (1, 3))
+    tops = [min(int(y) for y in re.findall(rf'<rect x="{LEFT}" y="(\d+)"', text)) for text in (one, two)]
+    assert tops[0] == LEGEND + TOP < tops[1]
+    rows = {int(y) for y in re.findall(r'<text x="\d+" y="(\d+)">a name', two)}
+    assert len(rows) == 3, "each in its own row of a narrow figure"

@@ -41,7 +41,8 @@ def test_all_hold_where_all_comes_as_predicted(predicted: tuple[pd.DataFrame, pd
     """What a recipe has no cell for is not run; scalar fades too, so negative evidence suffices."""
     found = verdicts(*predicted, recipes="WP")
     expected = {(str(name), recipe): HOLDS for name in range(8) for recipe in "WP"}
-    expected |= {("0 (causal)", recipe): HOLDS for recipe in "WP"} | {("open", "W"): SUFFICES}
+    expected |= {(f"0 ({kind})", recipe): HOLDS for kind in ("masked", "causal") for recipe in "WP"}
+    expected |= {("open", "W"): SUFFICES}
     expected |= {(name, "P"): NOT_RUN for name in ("5", "6", "open")}
     assert found == expected
 
@@ -54,8 +55,8 @@ def test_every_part_names_its_seeds_and_numbers(predicted: tuple[pd.DataFrame, p
     parts = judged(*predicted).set_index(["recipe", "weights", "prediction", "cell"]).sort_index()
     row = parts.loc[("W", "ema", "1", "rope-l10-drop-right")]
     assert (row["n"], row["planned"], row["verdict"]) == (5, 5, HOLDS)
-    assert row["numbers"] == "s0 0.990, s1 0.990, s2 0.990, s3 0.990, s4 0.990"
-    masked = {cell for (_, _, name, cell) in parts.index if name == "0"}
+    assert (row["numbers"], row["why"], row["spans"][0][1:]) == ("all 5 0.990", "", pytest.approx((0.99, 0.99)))
+    masked = {cell for (_, _, name, cell) in parts.index if name == "0 (masked)"}
     assert masked == set(predicted[0].query("objective == 'masked'")["cell"]), "every cell has its part"
 
 
@@ -69,7 +70,8 @@ def test_every_part_names_its_seeds_and_numbers(predicted: tuple[pd.DataFrame, p
         ("0", dialled(dial="keep", position_encoding="absolute"), {"outvoted": 0.9}, CANNOT),
         ("0", dialled(dial="keep"), {"reverse": 1.0, "outvoted": 0.0}, HOLDS),  # no error at all
         ("0 (causal)", dialled(objective="causal", dial="keep"), {"letters": 0.04}, FAILS),
-        ("0", dialled(objective="causal", dial="keep"), {"letters": 0.04}, HOLDS),
+        ("0 (masked)", dialled(objective="causal", dial="keep"), {"letters": 0.04}, HOLDS),
+        ("0", dialled(objective="causal", dial="keep"), {"letters": 0.04}, FAILS),
         # 1 and 2: at one length.
         ("1", dialled(dial="drop-right", position_encoding="rope", length=20), {"reverse": 0.3}, FAILS),
         ("1", dialled(dial="drop-right", position_encoding="rope", length=20), {"reverse": 0.85}, CANNOT),
