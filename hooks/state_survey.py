@@ -3,8 +3,10 @@
 A layer's block, the module that its layer number names, is taken for what hands the residual stream on; then it is put
 to the test: with the state of one sequence put in at that layer, another sequence must get the first one's logits.
 Where it does not, later layers read more than the block hands on (inputs of their own, a second stream), and the layer
-has no such site. What is written into the stream is found by the roles of parameters, the heads' input of the output
-projection by comparing it with what the attention calls return.
+has no such site. What is written into the stream is found by the roles of parameters, and put to two tests: a part that
+tells sequences apart while all that is learned in it is silent hands on the stream itself (BLOOM's MLP adds it), and
+beside a part that is held no other of the block's MLP may count (shared experts are not all of them). The heads' input
+of the output projection is found by comparing it with what the attention calls return.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class _Seen:
     ran: dict[str, int] = field(default_factory=dict)
     returned: dict[str, Tensor] = field(default_factory=dict)
     given: dict[str, Tensor] = field(default_factory=dict)
+    adds: set[str] = field(default_factory=set)  # modules whose output holds the stream itself
     mixed: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
@@ -61,7 +64,11 @@ def survey_states(
         roles: the path of a module with parameters -> its role ("o", "mlp", "norm", ...).
     """
     blocks = numbers.blocks(module, [site.path for site in attention.sites])
-    seen = _look(module, run, shown[0], [path for paths in blocks.values() for path in paths], attention)
+    paths = [path for some in blocks.values() for path in some]
+    seen = _look(module, run, shown[0], paths, attention)
+    seen.adds = _adding(module, run, torch.cat(shown), paths, roles)
+    mlps: dict[int, list[StateSite]] = {}
+    attending: list[str | None] = []
     sites: dict[tuple[str, int], StateSite] = {}
     without: dict[tuple[str, int], str] = {}
 
@@ -81,12 +88,18 @@ def survey_states(
         block = _Block(layer, paths[0], own, seen, {at: role for at, role in roles.items() if _inside(at, paths[0])})
         keep("residual", layer, block.residual())
         keep("attention", layer, block.written_by_attention())
-        keep("mlp", layer, block.written_by_mlp())
+        mlps[layer] = block.written_by_mlp()
+        attending.append(block.part_that_attends())
         keep("head", layer, block.heads(attention.heads.get(layer, 0)))
     if not by_path:
         without |= {
             (kind, layer): NO_BLOCK for layer in attention.heads for kind in ("residual", "attention", "mlp", "head")
         }
+    parts = [
+        at for at, role in roles.items() if role == "mlp" and not any(_inside(at, one) for one in attending if one)
+    ]
+    for layer, whole in _whole(module, run, shown[0], mlps, {layer: blocks[layer][0] for layer in mlps}, parts).items():
+        keep("mlp", layer, whole or NO_MLP)
     first = next((blocks[layer][0] for layer in sorted(blocks) if ("residual", layer) in sites), None)
     if first is not None and first in seen.given:
         sites["residual", EMBEDDED] = StateSite("residual", EMBEDDED, first, before=True)
@@ -107,7 +120,7 @@ def _look(
             seen.ran[path] = seen.ran.get(path, 0) + 1
             for table, state in ((seen.given, given_state(args, kwargs)), (seen.returned, returned_state(output))):
                 if state is not None:
-                    table[path] = state
+                    table[path] = state.clone()  # what comes after may write into it
 
         return hook
 
@@ -152,30 +165,32 @@ class _Block:
         return None if state is None else state.shape[-1]
 
     def _writes(self, path: str) -> bool:
-        """Whether a module runs once and returns something as wide as the stream."""
+        """Whether a module runs once and returns something as wide as the stream, and not the stream itself."""
         state = self.seen.returned.get(path)
-        return state is not None and self.seen.ran[path] == 1 and state.shape[-1] == self._width()
+        alone = state is not None and self.seen.ran[path] == 1 and path not in self.seen.adds
+        return alone and state is not None and state.shape[-1] == self._width()
 
     def _projection(self) -> str | None:
         found = [path for path, role in self.roles.items() if role == "o" and self._writes(path)]
         return found[0] if len(found) == 1 else None
 
-    def _part_that_attends(self) -> str | None:
+    def part_that_attends(self) -> str | None:
         """The part of the block, its own child, in which it attends."""
         return next((_child(site.path, self.path) for site in self.attention if _inside(site.path, self.path)), None)
 
     def written_by_attention(self) -> StateSite | str:
-        part = self._projection() or self._part_that_attends()
-        return StateSite("attention", self.layer, part) if part and self._writes(part) else NO_OUTPUT
+        part = self._projection()
+        if part is None and (whole := self.part_that_attends()) and "mlp" not in self._all_of(whole):
+            part = whole if self._writes(whole) else None
+        return StateSite("attention", self.layer, part) if part else NO_OUTPUT
 
-    def written_by_mlp(self) -> StateSite | str:
+    def written_by_mlp(self) -> list[StateSite]:
+        """Where the MLP may write, the likeliest first."""
         named = [path for path in self.seen.returned if self._writes(path) and self._all_of(path) == {"mlp"}]
         outermost = [path for path in named if not any(_inside(path, other) for other in named)]
-        if len(outermost) != 1:
-            attending = self._part_that_attends()
-            children = {_child(path, self.path) for path in self.roles} - {attending}
-            outermost = [one for one in children if self._writes(one) and self._all_of(one) - {"norm"}]
-        return StateSite("mlp", self.layer, outermost[0]) if len(outermost) == 1 else NO_MLP
+        children = {_child(path, self.path) for path in self.roles} - {self.part_that_attends()}
+        children = {one for one in children if self._writes(one) and self._all_of(one) - {"norm"}}
+        return [StateSite("mlp", self.layer, *some) for some in (outermost, children) if len(some) == 1]
 
     def _all_of(self, path: str) -> set[str]:
         return {role for at, role in self.roles.items() if at == path or _inside(at, path)}
@@ -206,6 +221,109 @@ def _forms(result: Tensor, site: AttentionSite, batch: int) -> Iterator[Tensor]:
     for layout in (site.layout, Layout("(b h0) q k", (("h0", site.heads),))):
         if result.dim() > 2 and (flat := layout.flat(result, batch)) is not None:
             yield flat
+
+
+def _adding(
+    module: nn.Module, run: Callable[[Tensor], Any], ids: Tensor, blocks: Sequence[str], roles: Mapping[str, str]
+) -> set[str]:
+    """The modules in the blocks whose output tells two sequences apart while all that is learned there but norms is
+    silent: what does that is the stream, which they add. Shapes: `ids`: `2 seq`.
+    """
+    adding: set[str] = set()
+    learned = _innermost(module, [path for path, role in roles.items() if role != "norm"])
+    handles = []
+
+    def note(path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            if (state := returned_state(output)) is not None and len(state) == 2:
+                one, other = state.nan_to_num()
+                if float((one - other).abs().max()) > _FINE * float(state.nan_to_num().abs().max()):
+                    adding.add(path)
+
+        return hook
+
+    try:
+        for path, child in module.named_modules():
+            if any(_inside(path, block) for block in blocks):
+                if path in learned:
+                    handles.append(child.register_forward_hook(_scaled(0.0)))
+                else:
+                    handles.append(child.register_forward_hook(note(path)))
+        with untouched(module), torch.no_grad():
+            run(ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return adding
+
+
+def _whole(
+    module: nn.Module,
+    run: Callable[[Tensor], Any],
+    ids: Tensor,
+    tried: Mapping[int, Sequence[StateSite]],
+    blocks: Mapping[int, str],
+    parts: Sequence[str],
+) -> dict[int, StateSite | None]:
+    """Of what may be a layer's MLP the first beside which nothing of its MLP counts: with what it returns held, the
+    block returns the same whatever becomes of the rest. None where there is none.
+
+    Args:
+        parts: the paths of the parameters of MLPs.
+    """
+    found: dict[int, StateSite | None] = dict.fromkeys(tried)
+    learned = _innermost(module, parts)
+    for rank in range(max(map(len, tried.values()), default=0)):
+        sites = {layer: some[rank] for layer, some in tried.items() if found[layer] is None and rank < len(some)}
+        outputs = [StateSite("residual", layer, blocks[layer]) for layer in sites]
+        with untouched(module), torch.no_grad():
+            with record_states(module, [*sites.values(), *outputs]) as own:
+                run(ids)
+            moved: dict[StateSite, bool] = {}
+
+            def hold(
+                site: StateSite, own: Any = own, moved: dict[StateSite, bool] = moved
+            ) -> Callable[[Tensor], Tensor]:
+                def change(state: Tensor) -> Tensor:
+                    moved[site] = not float((state - own[site]).abs().max()) <= _FINE * float(own[site].abs().max())
+                    return own[site].clone()  # type: ignore[no-any-return]
+
+                return change
+
+            rest = [
+                path
+                for layer, site in sites.items()
+                for path in learned
+                if _inside(path, blocks[layer]) and path != site.path and not _inside(path, site.path)
+            ]
+            handles = [module.get_submodule(path).register_forward_hook(_scaled(2.0)) for path in rest]
+            try:
+                with change_states(module, {site: hold(site) for site in (*sites.values(), *outputs)}):
+                    run(ids)
+            finally:
+                for handle in handles:
+                    handle.remove()
+        found |= {site.layer: sites[site.layer] for site in outputs if not moved[site]}
+    return found
+
+
+def _innermost(module: nn.Module, paths: Sequence[str]) -> set[str]:
+    """The modules that hold the parameters at some paths, and no other module with parameters."""
+    names = {name for name, child in module.named_modules() if next(child.parameters(), None) is not None}
+    held = {path if path in names else path.rpartition(".")[0] for path in paths} & names
+    return {path for path in held if not any(_inside(name, path) for name in names)}
+
+
+def _scaled(by: float) -> Callable[..., Any]:
+    """A hook that multiplies what a module returns."""
+
+    def scaled(one: Any) -> Any:
+        return one * by if isinstance(one, Tensor) and one.is_floating_point() else one
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        return tuple(map(scaled, output)) if isinstance(output, tuple) else scaled(output)
+
+    return hook
 
 
 def _failing(

@@ -67,8 +67,9 @@ def record_states(
     found: dict[StateSite, Tensor] = {}
 
     def note(site: StateSite) -> Change:
-        def see(state: Tensor) -> None:
+        def see(state: Tensor) -> Tensor:
             found[site] = keep(state)
+            return state.clone()  # some models add to what a part returned, in its place (Falcon's parallel blocks)
 
         return see
 

@@ -24,10 +24,10 @@ from .passes.run import describe
 from .passes.selection import chosen_of, listed
 from .readings.reading import Reading
 from .statistics.estimators import LATER_BLOCK, LATER_BLOCK_CONTROL, NO_PARTNER
-from .statistics.resampling import derangement
+from .statistics.resampling import derangement, kin
 
 DIFFERENT_TOKENS = "different tokens in the two directions"
-NO_LIKE_TARGET = "no other fact in the group has a target of as many tokens, for the control"
+NO_LIKE_TARGET = "no other fact in the group has another target of as many tokens, for the control"
 NO_OTHER_TARGET = "no other target of as many tokens, for margin and rank"
 
 Target = tuple[int, ...]
@@ -89,14 +89,15 @@ def probe_stored_evidence(
 
 
 def control_partners(pairs: ReversalPairs, logit_shift: int, *, seed: int = 0) -> np.ndarray:
-    """For each pair one of another fact in its group whose targets have as many tokens; -1 where there is none.
+    """For each pair one of another fact in its group with other targets of as many tokens; -1 where there is none.
 
     A target can be asked for only where as many tokens are hidden. Shapes: `-> pair` (indices).
     """
     width = np.array([len(query.target_positions) for query in pairs.queries])
     traits = np.stack([pairs.groups(logit_shift), width[pairs.forward], width[pairs.reverse]], axis=1)
     alike = np.unique(traits, axis=0, return_inverse=True)[1].reshape(-1)
-    return derangement(pairs.facts.astype(str), alike, seed=seed)
+    targets = [[pairs.queries[q].target for q in index] for index in (pairs.forward, pairs.reverse)]
+    return derangement(kin(pairs.facts, *targets), alike, seed=seed)
 
 
 class _Storage:

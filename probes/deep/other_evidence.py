@@ -52,7 +52,7 @@ def with_evidence(query: Query, evidence: Sequence[int]) -> Query:
 
 def _fits(other: tuple[Query, ...], own: tuple[Query, ...]) -> bool:
     return all(
-        len(a.evidence) == len(b.evidence) and not set(b.target) <= set(a.evidence)
+        len(a.evidence) == len(b.evidence) and a.target != b.target and not set(b.target) <= set(a.evidence)
         for a, b in zip(other, own, strict=True)
     )
 

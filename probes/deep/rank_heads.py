@@ -20,6 +20,7 @@ from ..passes.run import describe
 from ..readings.reading import Reading
 from ..route_edit import probe_route_edit
 from ..statistics.causal_trace import place_means
+from ..statistics.resampling import kin
 
 BY, DIRECTIONS = ("effect", "excess"), ("reverse", "forward")
 EDITS = {"knockout": -1.0, "transplant": 1.0}  # the sign under which a larger effect is a head that carries more
@@ -113,8 +114,12 @@ class _Ranking:
         return reading
 
     def _halves(self) -> tuple[np.ndarray, np.ndarray]:
-        """The pairs to rank by and those to show the best on, by fact; the training half takes the odd one."""
-        names, fact = np.unique(self.pairs.facts.astype(str), return_inverse=True)
+        """The pairs to rank by and those to show the best on, by fact; the training half takes the odd one.
+
+        Facts that ask the very same query are one: it would be ranked by and shown on.
+        """
+        asked = getattr(self.pairs, self.direction).tolist()
+        names, fact = np.unique(kin(self.pairs.facts, asked), return_inverse=True)
         if len(names) < 2:
             raise RevprobeError("pairs of one fact: expected at least two, one to rank by and one to show the best on")
         chosen = np.random.default_rng(self.plan.seed).permutation(len(names))[: (len(names) + 1) // 2]

@@ -28,7 +28,7 @@ from ..passes.untrained import untrained_twin
 from ..readings.reading import Reading
 from ..statistics.estimators import LATER_BLOCK
 from ..statistics.intervals import FRACTION, difference_over_facts, proportion_over_facts
-from ..statistics.resampling import derangement
+from ..statistics.resampling import derangement, kin
 from ..statistics.stored_once import (
     CLASSIFIER,
     MAP,
@@ -44,7 +44,7 @@ LEAST_FACTS = 8
 FORWARD_EVIDENCE = "asked of reverse states alone"
 ASKED_FORWARD = "its reverse query is asked forward as well, so the fit has seen it"
 NOT_ASKED = "not asked for"
-NO_EVIDENCE = "no other fact's evidence has as many tokens"
+NO_EVIDENCE = "no other fact with another target has evidence of as many tokens"
 NO_UNEMBEDDING = "the model names no unembedding, so there are no rows to map to"
 ONE_FORWARD = "one forward query of the fact, so none is left to ask about"
 SAME_STATE = "the states are the same for every fact"
@@ -144,7 +144,8 @@ class _Tests:
         fact = np.full(len(queries), -1)
         fact[pairs.reverse] = fact[pairs.forward] = np.unique(pairs.facts.astype(str), return_inverse=True)[1]
         width = np.array([len(queries[q].evidence_positions) for q in pairs.reverse])
-        partner = derangement(pairs.facts.astype(str), width, seed=plan.seed)
+        unlike = kin(pairs.facts, [queries[q].target for q in pairs.reverse])
+        partner = derangement(unlike, width, seed=plan.seed)
         forward = np.unique(pairs.forward[~unseen[pairs.forward]])
         reverse = np.unique(pairs.reverse[~unseen[pairs.reverse]])
         reverse = reverse[~np.isin(reverse, forward) & np.isin(fact[reverse], fact[forward])]

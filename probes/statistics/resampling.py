@@ -5,10 +5,13 @@ Every routine works on whole arrays; the slow, obvious versions stand in the tes
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 SHUFFLES = 200
 
@@ -36,6 +39,24 @@ def derangement(facts: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> np.n
     chosen = order[starts[target] + within % sizes[target]]
     partner[order] = np.where(target == run, -1, chosen)
     return partner
+
+
+def kin(facts: np.ndarray, *traits: Sequence[Hashable]) -> np.ndarray:
+    """Facts that share one of the traits (a target), directly or through others, under one label: the first of theirs.
+
+    Another fact with the same target is no null of a pair, since what is right there is right here.
+    Shapes: `pair, pair... -> pair`.
+    """
+    names, fact = np.unique(facts.astype(str), return_inverse=True)
+    found = np.arange(len(names))
+    for trait in traits:
+        codes: dict[Hashable, int] = {}
+        code = np.array([codes.setdefault(one, len(codes)) for one in trait])
+        both = coo_array((np.ones(len(code)), (found[fact], len(names) + code)), shape=(len(names) + len(codes),) * 2)
+        joined = connected_components(both, directed=False)[1]
+        found = np.unique(joined[found], return_index=True, return_inverse=True)[1:]
+        found = found[0][found[1]]
+    return names[found[fact]]
 
 
 def shuffles(facts: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> np.ndarray:

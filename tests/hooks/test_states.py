@@ -235,3 +235,124 @@ def test_only_what_is_changed_changes() -> None:
         share[:, :, 1] = seen["given"][:, :, 1]
         torch.testing.assert_close(next(iter(written.values())), own - projection(share.flatten(-2)))
     assert model.mask_token_id != MASK
+
+
+# --- what is written is all that the part writes, and nothing else ---------------------------------------------------
+
+
+def written(model: rp.ProbedModel, ids: Tensor) -> dict[str, dict[int, Tensor]]:
+    states = states_of(model)
+    kinds = {kind: states.of(kind) for kind in ("residual", "attention", "mlp")}
+    with torch.no_grad(), record_states(model.module, [s for some in kinds.values() for s in some.values()]) as found:
+        model.logits(ids)
+    return {kind: {layer: found[site] for layer, site in some.items()} for kind, some in kinds.items()}
+
+
+@pytest.mark.parametrize(
+    ("config", "objective"),
+    [
+        (transformers.FalconConfig(**SIZES), "causal"),  # adds the attention to what its MLP returned, in its place
+        (transformers.BloomConfig(**SIZES), "causal"),  # its MLP is given the stream, and adds it
+        (transformers.MptConfig(vocab_size=56, d_model=32, n_layers=2, n_heads=4, max_seq_len=64), "causal"),  # too
+        (transformers.RobertaPreLayerNormConfig(**SIZES), "masked"),  # its dense layer sits in a part that adds it
+        (transformers.PhiConfig(**SIZES), "causal"),
+        (
+            transformers.GPTJConfig(vocab_size=56, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64),
+            "causal",
+        ),
+        (transformers.MixtralConfig(**GROUPED, num_local_experts=4), "causal"),
+    ],
+    ids=lambda one: getattr(one, "model_type", ""),
+)
+def test_what_is_written_adds_up_to_the_stream_also_where_a_part_adds_the_stream_itself(
+    config: transformers.PreTrainedConfig, objective: str
+) -> None:
+    model = masked(config) if objective == "masked" else causal(config)
+    found = written(model, IDS)
+    for layer in (0, 1):
+        before, after = found["residual"][layer - 1], found["residual"][layer]
+        torch.testing.assert_close(
+            before + found["attention"][layer] + found["mlp"][layer], after, atol=1e-4, rtol=1e-4
+        )
+
+
+class OwnAttention(nn.Module):
+    def __init__(self, adds: bool) -> None:
+        super().__init__()
+        self.adds, self.qkv, self.out = adds, nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, state: Tensor) -> Tensor:
+        query, key, value = (one.unflatten(-1, (2, 8)).transpose(1, 2) for one in self.qkv(state).chunk(3, -1))
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.out(mixed.transpose(1, 2).flatten(2)) + self.adds * state  # type: ignore[no-any-return]
+
+
+class OwnMLP(nn.Module):
+    def __init__(self, adds: bool) -> None:
+        super().__init__()
+        self.adds, self.up, self.down = adds, nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, state: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(state))) + self.adds * state  # type: ignore[no-any-return]
+
+
+class OwnBlock(nn.Module):
+    """A block of someone's own: attention and MLP add the stream themselves, or two MLPs write beside each other."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.attn, self.mlp = how, OwnAttention(how == "adds"), OwnMLP(how == "adds")
+        self.shared = nn.ModuleDict({"mlp": nn.Linear(16, 16)})
+
+    def forward(self, state: Tensor) -> Tensor:
+        if self.how == "adds":
+            return self.mlp(self.attn(state))  # type: ignore[no-any-return]
+        state = state + self.attn(state)
+        beside = self.shared["mlp"](state) if self.how == "two" else 0.0
+        return state + self.mlp(state) + beside  # type: ignore[no-any-return]
+
+
+class Own(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(56, 16), nn.Linear(16, 56)
+        self.blocks = nn.ModuleList([OwnBlock(how) for _ in range(2)])
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        state = self.embed(input_ids)
+        for block in self.blocks:
+            state = block(state)
+        return self.head(state)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("how", "attention", "mlp"),
+    [("plain", "attn", "mlp"), ("adds", None, "mlp.down"), ("two", "attn", None)],
+)
+def test_a_part_of_ones_own_that_adds_the_stream_or_is_half_of_an_mlp_is_not_taken_for_what_it_writes(
+    how: str, attention: str | None, mlp: str | None
+) -> None:
+    module = drawn(lambda: Own(how), scale=0.3)
+    states = states_of(rp.ProbedModel(module, objective="masked", mask_token_id=MASK, logit_shift=0))
+    for kind, path in (("attention", attention), ("mlp", mlp)):
+        found = [site.path for site in states.of(kind).values()]
+        assert found == ([] if path is None else [f"blocks.{layer}.{path}" for layer in (0, 1)])
+        assert bool(states.missing(kind)) == (path is None)
+
+
+def test_a_gate_of_the_attention_is_no_part_of_the_mlp() -> None:
+    """AFMoE calls it `gate_proj`."""
+    states = states_of(
+        causal(transformers.AfmoeConfig(**GROUPED | {"num_dense_layers": 2, "moe_intermediate_size": 16}))
+    )
+    assert [site.path for site in states.of("mlp").values()] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+
+
+def test_shared_experts_are_not_all_of_an_mlp() -> None:
+    """A.X-K1 has a norm among its experts, so that the shared ones alone are an MLP by name."""
+    sizes = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    groups = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    config = transformers.AXK1Config(**{**SIZES, **sizes, **experts, **groups})
+    sites = states_of(causal(config)).of("mlp")
+    assert [site.path for site in sites.values()] == ["model.layers.0.mlp", "model.layers.1.mlp"]

@@ -35,6 +35,7 @@ from revprobe.probes.deep.trace_frame import (
 from revprobe.probes.passes import state_runs
 from revprobe.probes.statistics.causal_trace import place_means
 from revprobe.probes.statistics.estimators import LATER_BLOCK
+from revprobe.probes.statistics.resampling import kin
 from tiny import FIXTURES, GROUPED, causal, in_blocks, pairs_at, radd
 
 SITES = ("residual", "attention", "mlp", "head")
@@ -434,6 +435,44 @@ def test_evidence_of_another_length_or_that_holds_the_target_stands_in_for_none(
     assert len(set(pairs.groups(0))) == 1
     found = [{"abcd"[one] for one in both if one >= 0} for both in zip(*other_evidence(pairs, 0), strict=True)]
     assert found == [{"b", "c"}, {"a", "c"}, {"a"}, set()]
+
+
+def sharing(facts: int = 12, of: int = 2) -> rp.ReversalPairs:
+    """Pairs of one group, `of` facts with one target."""
+    pairs = [
+        rp.ReversalPair(
+            rp.Query([1, 10 + i, 2, 3, 30 + i // of, 4], [4], [1]),
+            rp.Query([5, 30 + i // of, 3, 10 + i, 2], [1], [3]),
+            fact=f"{i:02d}",
+        )
+        for i in range(facts)
+    ]
+    return rp.ReversalPairs.from_pairs(pairs)
+
+
+def test_a_fact_with_the_same_target_stands_in_for_none() -> None:
+    """Its evidence would leave the answer right, and as the third fact's restore it: a control like a value."""
+    pairs = sharing()
+    target = [pair.forward.target for pair in pairs]
+    for seed in range(5):
+        for chosen in other_evidence(pairs, 0, seed=seed):
+            assert all(target[one] != target[pair] for pair, one in enumerate(chosen.tolist()) if one >= 0)
+            assert (chosen >= 0).all()
+    assert all((one < 0).all() for one in other_evidence(sharing(4, 4), 0)), "one target alone has no other"
+    lens = rp.probe_logit_lens(radd(n_layers=2), pairs).frame
+    assert (lens["reason_control"] == "").all() and not np.isclose(lens["gain"], lens["gain_control"])[
+        lens["layer"] > 0
+    ].any()
+    once = rp.probe_stored_once(radd(n_layers=2), pairs, untrained=False)
+    wrong = once.meta["controls"][1]
+    assert wrong["control"] == "evidence" and wrong["n"] == len(pairs)
+
+
+def test_kin_are_joined_through_others_and_facts_without_keep_their_names() -> None:
+    facts = np.array(["d", "c", "b", "a", "c"])
+    assert kin(facts, [1, 2, 3, 4, 2]).tolist() == facts.tolist()
+    assert kin(facts, [1, 1, 2, 3, 2], [5, 6, 7, 8, 9]).tolist() == ["b", "b", "b", "a", "b"]
+    assert kin(facts, [1, 2, 3, 4, 5], [6, 7, 8, 6, 9]).tolist() == ["a", "c", "b", "a", "c"]
 
 
 def test_substitutes_are_of_the_group_and_new() -> None:

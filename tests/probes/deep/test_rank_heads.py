@@ -207,6 +207,16 @@ def test_a_wrong_option_says_what_was_expected(options: dict[str, Any], message:
         rp.rank_heads(MODELS["LLaDA"](), pairs_at((1, 4), (2, 5), count=4), **options)
 
 
+def test_a_query_that_two_facts_ask_is_in_one_half() -> None:
+    """The same rows of a table under two names would be ranked by and shown on."""
+    model, pairs = tiny.wired()
+    twice = [*pairs, *(rp.ReversalPair(pair.forward, pair.reverse, fact=f"{pair.fact} again") for pair in pairs)]
+    for seed in range(3):
+        ranking = rp.rank_heads(model, rp.ReversalPairs.from_pairs(twice), top=1, control=False, seed=seed)
+        training = {fact.split()[0] for fact in ranking.meta["training_facts"]}
+        assert not training & {fact.split()[0] for fact in ranking.frame["fact"]} and len(training) == 5
+
+
 def test_one_fact_cannot_be_split() -> None:
     with pytest.raises(RevprobeError, match="at least two, one to rank by"):
         rp.rank_heads(MODELS["LLaDA"](), pairs_at((1, 4), (2, 5), count=1))
