@@ -179,7 +179,7 @@ def tap_queries(
 
 
 def _wide_at(vectors: Tensor, positions: Tensor, first: int) -> Tensor:
-    """Queries or keys at the positions, float32 or wider. Shapes: `batch heads seq dim, batch at -> batch heads at dim`."""
+    """Queries or keys at some positions. Shapes: `batch heads seq dim, batch at -> batch heads at dim`."""
     at = at_rows(vectors, positions.to(vectors.device) + first)
     return at.to(torch.promote_types(at.dtype, torch.float32))
 

@@ -17,6 +17,7 @@ from ..theory.key_covariance import (
     FACTS_PER_ENTRY,
     FAILS,
     HOLDS,
+    adverse_alignment,
     alignment,
     centred,
     concentration,
@@ -35,6 +36,7 @@ PLANE = ["frequency", "rho", "rho_low", "rho_high", "trace", "trace_low", "trace
 HEAD = ["cross_share", "cross_low", "cross_high", "null", "null_low", "null_high", "trace_spread"]
 HEAD += ["query_concentration", "query_mean_share", "bound_assumed", "bound_measured", "exact", "correlation"]
 HEAD += ["correlation_low", "correlation_high", "key_match", "query_match"]
+VERDICTS = ("direction_verdict", "verdict", "why")
 DIRECTIONS = ("forward", "reverse")
 
 
@@ -104,22 +106,23 @@ def layer_rows(
     seed: int,
 ) -> pd.DataFrame:
     """The rows of a layer with planes. Shapes: `query`, `key`: `query head plane`; `score`: `query head`."""
-    keys = {side: _keys(audited, key[getattr(audited, side)]) for side in DIRECTIONS}
-    queries = {side: query[getattr(audited, side)].astype(np.complex128) for side in DIRECTIONS}
-    both = audited.correlations(score)
-    both |= {"key_match": _cosine(*(one for one, _ in keys.values()), axes=(0, 2))}
-    both |= {"query_match": _cosine(*queries.values(), axes=2).mean(0)}
-    found = {}
-    for side in DIRECTIONS:
-        own, varies = keys[side]
-        tables = _measured(audited, own, queries[side], frequencies, permutations, seed)
-        tables |= {name: values[:, None] for name, values in both.items()}
-        found[side] = {name: np.where(varies[:, None], values, _nothing(values)) for name, values in tables.items()}
-        found[side] |= {name: values[:, None] for name, values in audited.correlations(score).items()}
-        found[side]["reason"] = np.where(varies, "", SAME_KEY)[:, None]
-    whole = _worse(*(found[side]["direction_verdict"] for side in DIRECTIONS))
-    heads = np.arange(key.shape[1])
-    parts = [_rows(audited, layer, heads, side, len(frequencies), {**found[side], "verdict": whole}) for side in DIRECTIONS]
+    keys = [audited.by_fact(key[getattr(audited, side)]) for side in DIRECTIONS]
+    queries = [query[getattr(audited, side)].astype(np.complex128) for side in DIRECTIONS]
+    apart = [centred(one, audited.strata) for one in keys]
+    varies = np.logical_and(*(_varies(one, whole) for one, whole in zip(apart, keys, strict=True)))
+    matches = {"key_match": _cosine(*apart, axes=(0, 2)), "query_match": _cosine(*queries, axes=2).mean(0)}
+    found = [
+        _measured(audited, one, asked, frequencies, permutations, seed)
+        for one, asked in zip(apart, queries, strict=True)
+    ]
+    verdicts = _worse(*(one["direction_verdict"] for one in found))
+    whole = {name: values[:, None] for name, values in matches.items()} | {"verdict": verdicts}
+    beside = {name: values[:, None] for name, values in audited.correlations(score).items()}
+    beside["reason"] = np.where(varies, "", SAME_KEY)[:, None]
+    parts = []
+    for side, own in zip(DIRECTIONS, found, strict=True):
+        tables = {name: np.where(varies[:, None], one, _nothing(one)) for name, one in (own | whole).items()}
+        parts.append(_rows(audited, layer, np.arange(len(varies)), side, len(frequencies), tables | beside))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -132,15 +135,10 @@ def rows_without_planes(audited: Audited, layer: int, heads: int, score: np.ndar
     return pd.concat(parts, ignore_index=True)
 
 
-def _keys(audited: Audited, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each fact's key as a deviation, and in which heads keys vary by more than rounding.
-
-    Shapes: `pair head plane -> fact head plane, head`.
-    """
-    whole = audited.by_fact(key)
-    apart = centred(whole, audited.strata)
-    spread, size = (np.sqrt(np.square(np.abs(one)).sum((0, 2))) for one in (apart, whole))
-    return apart, spread > CONSTANT * size
+def _varies(apart: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """In which heads keys vary by more than rounding. Shapes: `fact head plane, fact head plane -> head`."""
+    spread, size = (np.sqrt(np.square(np.abs(one)).sum((0, 2))) for one in (apart, keys))
+    return np.asarray(spread > CONSTANT * size)
 
 
 def _measured(
@@ -157,7 +155,8 @@ def _measured(
     judged = np.full(heads, None, dtype=object), np.full(heads, "", dtype=object)
     if not audited.reason_bound:
         assumed = np.full(heads, mean_bound(frequencies, audited.distance).mean())
-        measured = measured_bound(queries, rho[0], trace[0], audited.distance, frequencies).mean(0)
+        adverse = adverse_alignment(rho[0], rho[2])
+        measured = measured_bound(queries, adverse, trace[0], audited.distance, frequencies).mean(0)
         exact = correlation_over_keys(keys, queries, audited.distance, frequencies).mean(0)
         judged = verdict(cross, assumed, measured, audited.freedom, head_dim)
     of_head = [cross.share, cross.low, cross.high, cross.null, cross.null_low, cross.null_high, trace[0].std(-1)]
@@ -191,7 +190,8 @@ def _rows(
     shape = len(heads), planes or 1
     wide = lambda values: np.broadcast_to(values, shape).reshape(-1)  # noqa: E731
     rows = shape[0] * shape[1]
-    columns: dict[str, Any] = {"kind": pd.Categorical([audited.kind] * rows), "layer": layer, "head": wide(heads[:, None])}
+    columns: dict[str, Any] = {"kind": pd.Categorical([audited.kind] * rows), "layer": layer}
+    columns["head"] = wide(heads[:, None])
     columns["direction"] = pd.Categorical([side] * rows, categories=DIRECTIONS)
     columns["plane"] = pd.array([pd.NA] * rows if planes is None else wide(np.arange(planes)), dtype="Int64")
     columns |= {name: wide(tables.get(name, np.nan)).astype(np.float64) for name in [*PLANE, *HEAD]}
@@ -199,7 +199,7 @@ def _rows(
     needed = pd.NA if planes is None else FACTS_PER_ENTRY * 2 * planes
     columns["facts_needed"] = pd.array([needed] * rows, dtype="Int64")
     reason = wide(tables["reason"]).astype(object)
-    texts: dict[str, Any] = {name: wide(tables.get(name, None)).astype(object) for name in ("direction_verdict", "verdict")}
-    texts |= {"why": np.where(pd.isna(wide(tables.get("why", None))), "", wide(tables.get("why", None))), "reason": reason}
+    texts: dict[str, Any] = {name: wide(tables.get(name, None)).astype(object) for name in VERDICTS}
+    texts |= {"why": np.where(pd.isna(texts["why"]), "", texts["why"]), "reason": reason}
     texts["reason_bound"] = np.where(reason != "", reason, audited.reason_bound)
     return pd.DataFrame(columns | {name: pd.Categorical(values) for name, values in texts.items()})

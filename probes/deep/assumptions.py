@@ -91,11 +91,12 @@ def audit_assumptions(
     pairs = asked_pairs(model, pairs, "attention")
     plan = Plan(control=True, batch_size=batch_size, seed=seed, progress=progress)
     audit = _Audit.of(model, pairs, plan, layers)
-    reading = Reading("assumption_audit", audit.frame(permutations), describe(model, PassResult(pairs, np.array([]), []), plan))
-    about = {"layers": audit.layers, "permutations": permutations, "tolerance": TOLERANCE}
+    about: dict[str, Any] = describe(model, PassResult(pairs, np.array([]), []), plan)
+    reading = Reading("assumption_audit", audit.frame(permutations), about)
+    about |= {"layers": audit.layers, "permutations": permutations, "tolerance": TOLERANCE}
     about |= {"facts_per_entry": FACTS_PER_ENTRY, "pairs_audited": len(audit.audited.fact)}
     about |= {"pairs_left_out": audit.left_out, "strata": audit.audited.strata_count}
-    reading.meta.update(about | {"statistic": reading.measured.statistic})
+    about["statistic"] = reading.measured.statistic
     return reading
 
 
@@ -160,8 +161,9 @@ class _Audit:
                 places = [_numbers(one) for one in (batch.rows, batch.columns)]
                 weights = [_mean_weights(one) for one in (batch.is_target, batch.is_evidence)]
                 for layer in {*self.layers} & {*calls}:
-                    assert calls[layer].key is not None, "the tap was asked for keys"
-                    vectors = [_numbers(one) for one in (calls[layer].query, calls[layer].key)]
+                    query, key = calls[layer].query, calls[layer].key
+                    assert key is not None, "the tap was asked for keys"
+                    vectors = [_numbers(query), _numbers(key)]
                     self._keep(layer, len(queries), numbers, vectors, places, weights)
                 done += len(numbers)
                 if self.plan.progress is not None:
@@ -176,15 +178,15 @@ class _Audit:
         places: list[np.ndarray],
         weights: list[np.ndarray],
     ) -> None:
-        """Add a batch's vectors to a layer's. Shapes: `vectors`: `batch head at dim`; `places`, `weights`: `batch at`."""
+        """Add a batch's vectors. Shapes: `vectors`: `batch head at dim`; `places`, `weights`: `batch at`."""
         query, key = vectors
         score = np.einsum("bhrd,bhcd,br,bc->bh", query, key, *weights, optimize=True)
         rotary = self.rotary.get(layer)
         if layer not in self.seen:
             heads, planes = query.shape[1], query.shape[3] // 2
             empty = lambda: np.full((count, heads, planes), np.nan, dtype=np.complex64)  # noqa: E731
-            tables = (empty(), empty()) if rotary is not None else (None, None)
-            self.seen[layer] = _Vectors(*tables, np.full((count, heads), np.nan))
+            tables = [empty(), empty()] if rotary is not None else [None, None]
+            self.seen[layer] = _Vectors(tables[0], tables[1], np.full((count, heads), np.nan))
         kept = self.seen[layer]
         kept.score[numbers] = score
         if rotary is None:
@@ -205,7 +207,7 @@ class _Audit:
                 parts.append(rows_without_planes(self.audited, layer, self.heads[layer], scores, why or NOT_SEEN))
                 continue
             frequencies, seed = self.rotary[layer].frequencies, self.plan.seed
-            options = {"frequencies": frequencies, "permutations": permutations, "seed": seed}
+            options: dict[str, Any] = {"frequencies": frequencies, "permutations": permutations, "seed": seed}
             parts.append(layer_rows(self.audited, layer, vectors.query, vectors.key, vectors.score, **options))
         return pd.concat(parts, ignore_index=True)
 

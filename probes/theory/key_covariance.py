@@ -28,6 +28,7 @@ from .score_correlation import rope_conditional_correlation
 NUMBERS = ("share", "low", "high", "null", "null_low", "null_high")
 HOLDS, FAILS, CANNOT_TELL = "holds", "fails", "cannot tell"
 TOLERANCE = 0.05  # by how much the bound may move when measured values stand in it
+ROUNDING = 1e-12  # of a share: what is left where there is one plane alone
 FACTS_PER_ENTRY = 2  # of a head: with fewer, a covariance of rank n looks cross-planar under independence
 
 
@@ -105,7 +106,8 @@ def _within(planes: np.ndarray, still: np.ndarray) -> np.ndarray:
 
 def _crossing(whole: np.ndarray, within: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(np.where(whole > 0, np.clip(1 - within / whole, 0.0, 1.0), np.nan))
+        share = np.clip(1 - within / whole, 0.0, 1.0)
+    return np.asarray(np.where(whole > 0, np.where(share > ROUNDING, share, 0.0), np.nan))
 
 
 def _jackknife(
@@ -178,10 +180,15 @@ def traces(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     size = np.square(np.abs(keys))
     planes = size.shape[-1]
     mean = np.broadcast_to(size.mean(-1, keepdims=True), size.shape)
-    return _by_plane(size, mean, (0.0, float(planes))) if planes > 1 else (np.ones(size.shape[1:]),) * 3
+    if planes == 1:
+        one = np.ones(size.shape[1:])
+        return one, one, one
+    return _by_plane(size, mean, (0.0, float(planes)))
 
 
-def _by_plane(sums: np.ndarray, counts: np.ndarray, bounds: tuple[float, float]) -> tuple[np.ndarray, ...]:
+def _by_plane(
+    sums: np.ndarray, counts: np.ndarray, bounds: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ratios over facts with intervals. Shapes: `fact head plane, fact head plane -> head plane` three times."""
     shape = sums.shape[1:]
     # Squares of float32 numbers: what is this far below the largest is rounding.
@@ -190,7 +197,8 @@ def _by_plane(sums: np.ndarray, counts: np.ndarray, bounds: tuple[float, float])
     with np.errstate(invalid="ignore", divide="ignore"):
         value, low, high = mean_intervals(flat[0], flat[1], bounds=bounds)
     there = flat[1].sum(0) > 0
-    return tuple(np.where(there, np.clip(edge, *bounds), np.nan).reshape(shape) for edge in (value, low, high))
+    edges = [np.where(there, np.clip(edge, *bounds), np.nan).reshape(shape) for edge in (value, low, high)]
+    return edges[0], edges[1], edges[2]
 
 
 def directions_of(queries: np.ndarray) -> np.ndarray:
@@ -225,19 +233,30 @@ def mean_share(queries: np.ndarray) -> np.ndarray:
 
 
 def measured_bound(
-    queries: np.ndarray, rho: np.ndarray, trace: np.ndarray, distance: np.ndarray, frequencies: ArrayLike
+    queries: np.ndarray, adverse: np.ndarray, trace: np.ndarray, distance: np.ndarray, frequencies: ArrayLike
 ) -> np.ndarray:
-    """The theorem's bound with measured queries and traces, and the alignment where that is worse than assumed.
+    """The theorem's bound with measured queries and traces, and the alignment where it is worse than assumed.
 
     The bound is the least correlation over rho_k in [0, 1]. At equal distances the correlation never falls as a rho_k
-    grows, so the least lies at 0; with a measured rho_k below 0 it lies there. NaN of rho counts as 0.
+    grows, so that least lies at 0, and where rho_k is known to be negative it lies there.
+    Args:
+        adverse: rho_k where it is below 0, else 0.
     Shapes: `pair head plane, head plane, head plane, pair, plane -> pair head`.
     """
-    worst = np.clip(np.minimum(np.nan_to_num(rho), 0.0), -1.0, 0.0)
     weights, apart = np.square(np.abs(queries)), np.asarray(distance, dtype=np.float64)[:, None]
-    spread = np.clip(np.nan_to_num(trace), 0.0, None)
-    options = {"frequencies": frequencies, "variance": spread}
-    return np.asarray(rope_conditional_correlation(weights, worst, apart, apart, **options))
+    spread = np.nan_to_num(trace)
+    return np.asarray(
+        rope_conditional_correlation(weights, adverse, apart, apart, frequencies=frequencies, variance=spread)
+    )
+
+
+def adverse_alignment(rho: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """rho where its 95 % interval lies below 0, else 0.
+
+    Chance alone makes every second rho negative, by some 1/sqrt(facts): taken as they are, these would lower the bound
+    of keys that have no alignment at all. Shapes: `head plane, head plane -> head plane`.
+    """
+    return np.asarray(np.where(high < 0, rho, 0.0))
 
 
 def correlation_over_keys(
@@ -272,7 +291,9 @@ def verdict(
     moved = np.asarray(measured - assumed)
     above, below = cross.share > cross.null_high, cross.share < cross.null_low
     moves = ~(np.abs(moved) <= TOLERANCE)
-    outside = np.select([above, below], ["cross-plane covariance above the null", "cross-plane covariance below the null"], "")
+    outside = np.select(
+        [above, below], ["cross-plane covariance above the null", "cross-plane covariance below the null"], ""
+    )
     words = np.array([f"the bound moves by {by:+.3f}" if move else "" for by, move in zip(moved, moves, strict=True)])
     why = np.array(["; ".join(filter(None, both)) for both in zip(outside, words, strict=True)], dtype=object)
     if facts < FACTS_PER_ENTRY * head_dim:
