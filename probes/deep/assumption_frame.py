@@ -81,6 +81,12 @@ class Audited:
         np.add.at(sums, self.fact, values)
         return np.asarray(sums / np.bincount(self.fact).reshape(-1, *[1] * (values.ndim - 1)))
 
+    def over_groups(self, values: np.ndarray) -> np.ndarray:
+        """The mean over groups of the mean over each one's pairs, as correlations are. Shapes: `pair ... -> ...`."""
+        group = np.unique(self.group, return_inverse=True)[1].reshape(-1)
+        share = 1 / np.bincount(group)[group]
+        return np.asarray(np.tensordot(share / share.sum(), values, axes=1))
+
     def correlations(self, scores: np.ndarray) -> dict[str, np.ndarray]:
         """The measured correlation of each head, with its interval. Shapes: `query head -> head` three times."""
         count, heads = len(self.fact), scores.shape[1]
@@ -154,10 +160,10 @@ def _measured(
     assumed = measured = exact = np.full(heads, np.nan)
     judged = np.full(heads, None, dtype=object), np.full(heads, "", dtype=object)
     if not audited.reason_bound:
-        assumed = np.full(heads, mean_bound(frequencies, audited.distance).mean())
+        assumed = np.full(heads, audited.over_groups(mean_bound(frequencies, audited.distance)))
         adverse = adverse_alignment(rho[0], rho[2])
-        measured = measured_bound(queries, adverse, trace[0], audited.distance, frequencies).mean(0)
-        exact = correlation_over_keys(keys, queries, audited.distance, frequencies).mean(0)
+        measured = audited.over_groups(measured_bound(queries, adverse, trace[0], audited.distance, frequencies))
+        exact = audited.over_groups(correlation_over_keys(keys, queries, audited.distance, frequencies))
         judged = verdict(cross, assumed, measured, audited.freedom, head_dim)
     of_head = [cross.share, cross.low, cross.high, cross.null, cross.null_low, cross.null_high, trace[0].std(-1)]
     of_head += [concentration(queries), mean_share(queries), assumed, measured, exact]

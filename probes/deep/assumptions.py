@@ -69,15 +69,15 @@ def audit_assumptions(
         layers: all when None.
 
     Frame: one row per layer, head, direction (of the queries whose keys and queries are taken) and plane. Of the plane:
-    frequency, rho (alignment), trace (over its mean over planes), each with _low and _high (95 %, over facts),
-    query_share (w_k, mean over queries). Of the head and direction, the same in each of its rows: cross_share (fraction
-    of the covariance's square; cross_low, cross_high), null (null_low, null_high), trace_spread (standard deviation of
-    trace over planes), query_concentration (1 for isotropic queries), query_mean_share (|mean q|^2 / mean |q|^2),
-    bound_assumed, bound_measured, exact (the correlation by q and the whole covariance), correlation (measured,
-    mean within groups, with its interval; both directions' scores), key_match and query_match (cosines between the
-    directions; the theorem has one key and one query, so 1), facts, pairs, facts_needed, direction_verdict, why,
-    verdict (the head's). reason: why planes have no number, reason_bound: why there is no bound and no verdict. A layer
-    without planes has one row per head and direction.
+    frequency, rho (alignment) and trace (over its mean over planes), each with _low and _high (95 %, over facts),
+    query_share (w_k, mean over queries). Of head and direction, the same in each of its rows: cross_share (fraction of
+    the covariance's square; cross_low, cross_high), null (null_low, null_high), trace_spread (standard deviation of
+    trace over planes), query_concentration (1 for isotropic queries), query_mean_share (|mean q|^2 / mean |q|^2);
+    bound_assumed, bound_measured, exact (by q and the whole covariance) and correlation (measured, of both directions'
+    scores, with its interval), means over groups; key_match and query_match (cosines between the directions; the
+    theorem has one key and one query, so 1); facts, pairs, facts_needed; direction_verdict, why, verdict (the head's).
+    reason: why planes have no number; reason_bound: why there is no bound and no verdict. A layer without planes has
+    one row per head and direction.
     Cost: one forward per query, and permutations x products of keys.
     Raises: RevprobeError, when no attention call is seen, for a layer the model lacks, fewer than 40 permutations,
         queries that do not fit the model, or virtual tokens.

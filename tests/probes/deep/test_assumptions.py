@@ -175,6 +175,9 @@ def test_in_a_one_layer_model_the_exact_correlation_is_the_measured_one() -> Non
     """One query, one key for both directions: then q' R S R q is the attention probe's correlation itself."""
     model = tiny.radd(n_heads=2, d_model=16, scale=0.3)
     pairs = rp.letter_pairs(6, model=model, alphabet=20)
+    mirrored = rp.letter_pairs(6, model=model, alphabet=20, placements="mirror")  # nearer offsets have more pairs
+    both = heads_of(rp.audit_assumptions(model, mirrored))
+    np.testing.assert_allclose(both["exact"], both["correlation"], atol=2e-5)
     reading = rp.audit_assumptions(model, pairs)
     heads = heads_of(reading)
     np.testing.assert_allclose(heads["exact"], heads["correlation"], atol=2e-5)
