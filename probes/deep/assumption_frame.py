@@ -13,10 +13,7 @@ from ..pairs.pairs import ReversalPairs
 from ..statistics.by_head import head_correlations
 from ..statistics.group_correlation import CONSTANT
 from ..theory.key_covariance import (
-    CANNOT_TELL,
     FACTS_PER_ENTRY,
-    FAILS,
-    HOLDS,
     adverse_alignment,
     alignment,
     centred,
@@ -28,6 +25,7 @@ from ..theory.key_covariance import (
     measured_bound,
     traces,
     verdict,
+    worse,
 )
 from ..theory.score_correlation import mean_bound
 
@@ -121,7 +119,7 @@ def layer_rows(
         _measured(audited, one, asked, frequencies, permutations, seed)
         for one, asked in zip(apart, queries, strict=True)
     ]
-    verdicts = _worse(*(one["direction_verdict"] for one in found))
+    verdicts = worse(*(one["direction_verdict"][:, 0] for one in found))[:, None]
     whole = {name: values[:, None] for name, values in matches.items()} | {"verdict": verdicts}
     beside = {name: values[:, None] for name, values in audited.correlations(score).items()}
     beside["reason"] = np.where(varies, "", SAME_KEY)[:, None]
@@ -180,13 +178,6 @@ def _cosine(one: np.ndarray, other: np.ndarray, *, axes: int | tuple[int, ...]) 
     with np.errstate(invalid="ignore", divide="ignore"):
         sizes = np.square(np.abs(one)).sum(axes) * np.square(np.abs(other)).sum(axes)
         return np.asarray((np.conj(one) * other).real.sum(axes) / np.sqrt(sizes))
-
-
-def _worse(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """A head's verdict from those of its two directions; none where one has none."""
-    order = [None, CANNOT_TELL, FAILS, HOLDS]
-    pick = lambda a, b: order[min(order.index(a), order.index(b))]  # noqa: E731
-    return np.array([[pick(a, b)] for a, b in zip(one[:, 0], other[:, 0], strict=True)], dtype=object)
 
 
 def _rows(

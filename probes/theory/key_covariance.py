@@ -300,3 +300,10 @@ def verdict(
         few = f"{facts} facts: expected at least {FACTS_PER_ENTRY} x head dimension {head_dim}"
         return np.full(len(moved), CANNOT_TELL, dtype=object), np.full(len(moved), few, dtype=object)
     return np.where(why == "", HOLDS, FAILS).astype(object), why
+
+
+def worse(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """A head's verdict from those of its two directions; none where one has none. Shapes: `head, head -> head`."""
+    order = [None, CANNOT_TELL, FAILS, HOLDS]
+    worst = [order[min(order.index(each) for each in both)] for both in zip(one, other, strict=True)]
+    return np.array(worst, dtype=object)

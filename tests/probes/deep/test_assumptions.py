@@ -29,6 +29,7 @@ from revprobe.probes.theory.key_covariance import (
     measured_bound,
     traces,
     verdict,
+    worse,
 )
 from revprobe.probes.theory.model_bounds import SEVERAL_TOKENS, SWAPPED, UNEQUAL
 from revprobe.probes.theory.score_correlation import rope_frequencies
@@ -392,6 +393,9 @@ def test_the_verdict_follows_its_rule() -> None:
         "the bound moves by +0.051",
     ]
     assert set(verdict(cross, np.full(5, 0.5), measured, 15, 8)[0]) == {"cannot tell"}
+    one = np.array(["holds", "holds", "fails", "holds", None], dtype=object)
+    other = np.array(["holds", "fails", "cannot tell", None, "fails"], dtype=object)
+    assert worse(one, other).tolist() == worse(other, one).tolist() == ["holds", "fails", "cannot tell", None, None]
 
 
 # --- families, kinds of pairs, and what is undefined ----------------------------------------------------------------
