@@ -36,6 +36,7 @@ from .probes.block_sweep import block_sweep as block_sweep
 from .probes.compare_models import compare_models as compare_models
 from .probes.decoding.decode import decode as decode
 from .probes.decoding.exact_match import decoded_match as decoded_match
+from .probes.deep.assumptions import audit_assumptions as audit_assumptions
 from .probes.deep.causal_trace import probe_causal_trace as probe_causal_trace
 from .probes.deep.denoising import trace_denoising as trace_denoising
 from .probes.deep.logit_lens import probe_logit_lens as probe_logit_lens

@@ -10,7 +10,7 @@ rows and columns asked for, at the calls that one look at the model found readab
 
 Scores are pre-softmax and include what is added to them (ALiBi arrives as an additive mask, a cap has been put on); a
 position that the mask forbids has score -inf and weight 0. A sink takes its part of the weight.
-`tap_queries` keeps the query vectors of SDPA calls instead.
+`tap_queries` keeps the query vectors of SDPA calls instead, and the key vectors if asked.
 """
 
 from __future__ import annotations
@@ -84,13 +84,15 @@ def _joined(parts: list[AttentionRows]) -> AttentionRows:
 
 @dataclass(frozen=True)
 class QueryRows:
-    """The queries of one layer, as the scores see them: after RoPE, before the scale.
+    """The queries of one layer, and the keys if asked, as the scores see them: after RoPE, before the scale.
 
-    Shapes: `query`: `batch heads rows dim`, float32 or wider.
+    Shapes: `query`: `batch heads rows dim`, `key`: `batch heads columns dim`, float32 or wider. A key that several
+    query heads share stands under each of them.
     """
 
     site: str
     query: Tensor
+    key: Tensor | None = None
 
 
 @contextmanager
@@ -147,29 +149,39 @@ def _score_rows(
 
 
 @contextmanager
-def tap_queries(module: nn.Module, rows: Tensor, attention: Attention) -> Iterator[dict[int, QueryRows]]:
-    """Record the queries at `rows` of every SDPA layer of `module` while open, by layer.
+def tap_queries(
+    module: nn.Module, rows: Tensor, attention: Attention, columns: Tensor | None = None
+) -> Iterator[dict[int, QueryRows]]:
+    """Record the queries at `rows`, and the keys at `columns`, of every SDPA layer of `module` while open, by layer.
 
-    Shapes: `rows`: `batch rows` (long). Adds hooks to the module tree and removes exactly those, also when the forward
-    pass raises.
+    Shapes: `rows`: `batch rows`, `columns`: `batch columns` (long); no keys when None. Adds hooks to the module tree
+    and removes exactly those, also when the forward pass raises.
     """
     layers: dict[int, QueryRows] = {}
-    parts: dict[int, dict[int, Tensor]] = {}
+    parts: dict[int, dict[int, tuple[Tensor, Tensor | None]]] = {}
 
     def see(site: AttentionSite, func: Any, args: Any, kwargs: Any, _: Uncentred) -> None:
         if site.repeats or func is not F.scaled_dot_product_attention:
             return
-        query = site.layout.flat(sdpa_call(args, kwargs)["query"].detach(), len(rows))
-        if query is not None:
-            at = at_rows(query, rows.to(query.device) + site.shift[0])
-            wide = at.to(torch.promote_types(query.dtype, torch.float32))
-            parts.setdefault(site.layer, {})[site.first_head] = wide
-            layers[site.layer] = QueryRows(
-                site.path, torch.cat([part for _, part in sorted(parts[site.layer].items())], 1)
-            )
+        call = canonical(sdpa_call(args, kwargs), site.layout, len(rows))
+        if call is None:
+            return
+        query, key = call["query"].detach(), None
+        if columns is not None:
+            shared = query.shape[1] // call["key"].shape[1]
+            key = _wide_at(call["key"].detach(), columns, site.shift[1]).repeat_interleave(shared, dim=1)
+        parts.setdefault(site.layer, {})[site.first_head] = _wide_at(query, rows, site.shift[0]), key
+        queries, keys = zip(*(part for _, part in sorted(parts[site.layer].items())), strict=True)
+        layers[site.layer] = QueryRows(site.path, torch.cat(queries, 1), None if key is None else torch.cat(keys, 1))
 
     with watched_calls(module, attention, see):
         yield layers
+
+
+def _wide_at(vectors: Tensor, positions: Tensor, first: int) -> Tensor:
+    """Queries or keys at some positions. Shapes: `batch heads seq dim, batch at -> batch heads at dim`."""
+    at = at_rows(vectors, positions.to(vectors.device) + first)
+    return at.to(torch.promote_types(at.dtype, torch.float32))
 
 
 def _weigh(scores: Tensor, columns: Tensor, first: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:

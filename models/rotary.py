@@ -106,6 +106,15 @@ class Rotary:
         first, second = turning[..., 0], turning[..., 1]
         return np.concatenate([first * cos - second * sin, first * sin + second * cos, still], axis=-1)
 
+    def turned_back(self, vectors: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Queries or keys as they are at position 0, each plane as one complex number, in the order of `frequencies`.
+
+        Shapes: `... head_dim, ... -> ... plane`, complex128; positions are broadcast.
+        """
+        turning, still = self._split(vectors.astype(np.float64))
+        planes = np.concatenate([turning, still.reshape(*still.shape[:-1], -1, 2)], axis=-2)
+        return (planes[..., 0] + 1j * planes[..., 1]) * np.exp(-1j * positions[..., None] * self.frequencies)
+
     def _split(self, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Turning entries as `... turning 2`, and the rest as `... rest`."""
         stop = self.start + 2 * len(self.angles)

@@ -98,6 +98,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "TextRelation.questions": (relation.questions, {"direction": "P2C"}),
         "TwoRouteToy": (rp.TwoRouteToy, toy),
         "alibi_correlation": (rp.alibi_correlation, ends),
+        "audit_assumptions": (rp.audit_assumptions, {**asked, "permutations": 40, "layers": [0]}),
         "compare": (rp.compare, {"runs": [folder / "none"]}),
         "block_sweep": (rp.block_sweep, {"model": written, "pairs": short, "sizes": [2], "only": ["probability"]}),
         "compare_models": (rp.compare_models, {**two, "pairs": pairs, "only": ["probability"]}),

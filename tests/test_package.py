@@ -39,6 +39,7 @@ PUBLIC = [
     "TwoRouteToy",
     "__version__",
     "alibi_correlation",
+    "audit_assumptions",
     "block_sweep",
     "compare",
     "compare_models",

@@ -21,6 +21,7 @@ from ...arguments import checked
 from ...atomic_files import written_whole
 from ...errors import RevprobeError, did_you_mean, first_line
 from ..pairs.pairs import ReversalPairs
+from .assumptions import assumption_figure
 from .attention_maps import correlation_heatmap, head_map, role_map
 from .bounds import bounds_figure
 from .by_layer import logit_lens_figure, stored_once_figure
@@ -66,7 +67,7 @@ def plot_reading(reading: Drawable, *, theme: str = "light", **options: Any) -> 
             hover); gradient: `by="role"` or another column of the frame, or `kind="layers"` (by layer x role) or
             `"controls"`; probability: `bins=`; route edits, stored evidence and logit lens: `kind=`; stored once:
             `number=`; objective terms: `by=`, `measure=`; causal traces: `by=`, `part=`, `measure=`; denoising
-            traces: `kind=`, `step=`.
+            traces: `kind=`, `step=`; assumption audits: `kind=`, `layer=`, `head=`.
     Raises: RevprobeError, when the reading or an option is not known.
     """
     if reading.name not in RENDERERS:
@@ -267,6 +268,7 @@ def _titled(figure: go.Figure, reading: Drawable, what: str) -> go.Figure:
 
 
 RENDERERS: dict[str, Callable[..., go.Figure]] = {
+    "assumption_audit": assumption_figure,
     "attention_correlation": attention_figure,
     "causal_trace": causal_trace_figure,
     "denoising_trace": denoising_figure,

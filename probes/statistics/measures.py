@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from ...errors import RevprobeError, did_you_mean
+from .assumptions import assumption_audit
 from .causal_trace import causal_trace, head_ranking
 from .denoising import denoising_trace
 from .estimators import (
@@ -23,6 +24,7 @@ from .lens import logit_lens
 from .stored_once import stored_once
 
 ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {
+    "assumption_audit": assumption_audit,
     "attention_correlation": attention_correlation,
     "causal_trace": causal_trace,
     "decoded_match": decoded_match,

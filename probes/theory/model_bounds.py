@@ -163,7 +163,7 @@ def with_bounds(
     model = as_probed(model)
     pairs = pairs.for_probe("attention")
     _require_reading_of(reading, model, pairs)
-    pair_reasons = _pair_reasons(pairs, model.logit_shift)
+    pair_reasons = reasons_without_bound(pairs, model.logit_shift)
     eligible = np.flatnonzero(pair_reasons == "")
     positions = layer_positions(model, length=max(len(query.token_ids) for query in pairs.queries))
     keys = reading.frame[["pair", "layer", "head"]]
@@ -198,7 +198,7 @@ def _require_reading_of(reading: Reading, model: ProbedModel, pairs: ReversalPai
             )
 
 
-def _pair_reasons(pairs: ReversalPairs, logit_shift: int) -> np.ndarray:
+def reasons_without_bound(pairs: ReversalPairs, logit_shift: int) -> np.ndarray:
     """Why the bound does not apply to a pair, "" where it does. Shapes: `-> pair`."""
     forward, reverse = pairs.offsets(logit_shift)
     several = np.array([len(query.target_positions) + len(query.evidence_positions) > 2 for query in pairs.queries])
