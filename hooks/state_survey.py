@@ -286,7 +286,8 @@ def _whole(
             ) -> Callable[[Tensor], Tensor]:
                 def change(state: Tensor) -> Tensor:
                     moved[site] = not float((state - own[site]).abs().max()) <= _FINE * float(own[site].abs().max())
-                    return own[site].clone()  # type: ignore[no-any-return]
+                    held: Tensor = own[site].clone()
+                    return held
 
                 return change
 

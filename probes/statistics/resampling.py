@@ -54,8 +54,8 @@ def kin(facts: np.ndarray, *traits: Sequence[Hashable]) -> np.ndarray:
         code = np.array([codes.setdefault(one, len(codes)) for one in trait])
         both = coo_array((np.ones(len(code)), (found[fact], len(names) + code)), shape=(len(names) + len(codes),) * 2)
         joined = connected_components(both, directed=False)[1]
-        found = np.unique(joined[found], return_index=True, return_inverse=True)[1:]
-        found = found[0][found[1]]
+        first, of = np.unique(joined[found], return_index=True, return_inverse=True)[1:]
+        found = first[of]
     return names[found[fact]]
 
 
