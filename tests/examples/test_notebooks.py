@@ -20,7 +20,7 @@ import revprobe
 
 ANY_MODEL = "02_attach_any_model.ipynb"
 SIZED = ["01_one_layer.ipynb", "03_finetune_and_watch.ipynb", "04_storage_and_routes.ipynb"]
-SIZED += ["05_why_the_reverse_answer_fades.ipynb"]
+SIZED += ["05_why_the_reverse_answer_fades.ipynb", "06_inside_a_deep_model.ipynb"]
 NOTEBOOKS = sorted([ANY_MODEL, *SIZED])
 SWITCH = "REVPROBE_NOTEBOOK_SIZE"
 READINGS = ("attention_correlation", "gradient_cosine", "reverse_probability")
