@@ -27,7 +27,7 @@ READINGS = ("attention_correlation", "gradient_cosine", "reverse_probability")
 MODELS = 4  # each prints its three readings
 PLOTLY, PICTURE = "application/vnd.plotly.v1+json", "image/png"
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
-BYTES = 400_000
+BYTES = 450_000
 
 
 @pytest.fixture(scope="module")
