@@ -31,6 +31,7 @@ from revprobe.finetune.config.loading import load_config
 from revprobe.finetune.config.one_layer import SweepConfig
 from revprobe.finetune.runs.one_layer import OneLayerRun
 from revprobe.finetune.runs.sweeps import open_sweep
+from revprobe.probes.statistics.estimators import STATISTICS_VERSION
 from revprobe.report.paper.evidence_runs import (
     FINISHED,
     axes_of,
@@ -120,7 +121,7 @@ class _Kept:
 
 
 def _foretold(run: OneLayerRun, pressure: _Kept) -> pd.DataFrame:
-    return rp.foretelling(pressure.parts[-1], run.answers())
+    return rp.foretelling(pressure.parts[-1], run.answers()).assign(statistics_version=STATISTICS_VERSION)
 
 
 def _stored(run: OneLayerRun, _: _Kept) -> pd.DataFrame:

@@ -150,7 +150,8 @@ class Told:
         rope = found[(found["position_encoding"] == "rope") & (found["weights"] == "ema") & (found["scope"] == SECOND)]
         ours, paper = [], []
         for row in records(rope.sort_values("length")):
-            ours.append(f"{row['lowest']:.0f} to {row['highest']:.0f}" if row["n"] else NOT_RUN)
+            ends = dict.fromkeys(f"{row[end]:.0f}" for end in ("lowest", "highest"))
+            ours.append(" to ".join(ends) if row["n"] else NOT_RUN)
             paper.append(f"{row['paper']:.1f}")
         lengths = ", ".join(str(row["length"]) for row in records(rope.sort_values("length")))
         blind = int(joint[(joint["weights"] == "ema") & (joint["scope"] == SECOND)]["not_informative"].iloc[0])

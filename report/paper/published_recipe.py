@@ -137,7 +137,9 @@ def wandering(runs: pd.DataFrame) -> pd.DataFrame:
         (the largest lowest-to-highest of any seed), in fractions; NaN where not run.
     """
     rows = []
-    for (cell, weights), own in runs[runs["objective"] == "masked"].groupby(["cell", "weights"], sort=False):
+    masked = runs[runs["objective"] == "masked"]
+    # Two sweeps have cells of one name under different recipes.
+    for (_, cell, weights), own in masked.groupby(["recipe", "cell", "weights"], sort=False):
         done = own[own["status"] == FINISHED]
         first = own.iloc[0]
         row = {name: first[name] for name in ("recipe", "position_encoding", "learning_rate", "d_model", "length")}

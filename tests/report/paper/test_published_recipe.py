@@ -97,3 +97,14 @@ def test_wandering_is_told_by_rate_and_width() -> None:
     assert row["range"] == pytest.approx(0.30) and row["spread"] == pytest.approx(0.15, rel=0.05)
     assert table.loc[("rope-l10-high-rate", "ema"), "learning_rate"] == 1e-3
     assert not any(cell.startswith("arm") for cell, _ in table.index)
+
+
+def test_a_cell_of_another_recipe_is_not_among_the_seeds() -> None:
+    """Two sweeps have a cell rope-l10, and one number of both would be neither's."""
+    runs = made({})[0]
+    other = runs.assign(recipe="W", reverse=0.99, learning_rate=1e-3)
+    found = wandering(pd.concat([runs, other])).set_index(["recipe", "cell", "weights"])
+    alone = wandering(runs).set_index(["recipe", "cell", "weights"])
+    for key, row in alone.iterrows():
+        assert found.loc[key, "seeds"] == row["seeds"] and found.loc[key, "learning_rate"] == row["learning_rate"]
+        assert found.loc[key, "reverse"] == pytest.approx(row["reverse"], nan_ok=True)
