@@ -83,7 +83,7 @@ class Told:
         ]
         told = ", ".join([fail, *rest])
         if short:
-            return f"Of {len(table)} predictions written before the runs (under recipes W and P), {told}."
+            return f"Of {len(table)} predictions written before the runs (W, P), {told}."
         start = "written before the runs ([0 to 7](#which-predictions-hold), under recipe W, a plain one, and where "
         start += "planned P, RADD's published one scaled down)"
         end = " What fails ([words](#words)), lowest to highest seed:\n" if failed else ""
@@ -177,23 +177,30 @@ class Told:
                 n = "" if alike or short else _n(self._counts(Cell(encoding), recipe))
                 by_recipe.append(f"{change} ({recipe}{n})")
             told.append(f"{name} {', '.join(by_recipe)}")
-        own = self.runs[(self.runs["objective"] == "masked") & (self.runs["weights"] == "ema")]
-        own = own[own["status"] == FINISHED]
-        letters = own["letters_only"].min() if len(own) else np.nan
-        share = own["placeholder_share"].min() if len(own) else np.nan
+        letters, share = _lowest(self.runs, "ema")
+        raw = _lowest(self.runs, "raw")
+        longer = np.nan if self.published_runs is None else _lowest(self.published_runs, "ema")[0]
         verdicts = [str(row["verdict"]) for row in records(overall(self.parts)) if row["prediction"] == "0 (masked)"]
         holds = set(verdicts) == {HOLDS}
-        word = ": outvoted, not forgotten" if holds else f" (verdict on masked models: {_mixed(verdicts)})"
+        of = "" if short else " on masked models"
+        word = ": outvoted, not forgotten" if holds else f" (verdict{of}: {_mixed(verdicts)})"
         each = f" (n = {counts[0][0]} each)" if alike and counts[0][0] and not short else ""
         changes = f"{'; '.join(told)}{each}"
         if short:
             start = f"Reverse accuracy, placeholders right of the evidence priced → not: {changes}"
-            return f"{start}; among the letters alone at least {_at_least(letters)}{word}."
+            beside = "" if np.isnan(longer) else f", in P's longer runs {_at_least(longer)}"
+            return f"{start}; letters alone at least {_at_least(letters)}{beside}{word}."
+        beside = (
+            ""
+            if np.isnan(longer)
+            else f". Table 1's longer runs: the right letter leads in {_at_least(longer)} or more"
+        )
         return (
             f"{head}*Keep* prices the placeholders (tokens that are no letter) right of the uppercase letter, "
-            f"*drop-right* does not ([words](#words)). Reverse accuracy at length 10, keep → drop-right: {changes}. In "
-            f"every masked run the right letter leads the {LETTERS} in {_at_least(letters)} or more, and "
-            f"{_at_least(share)} or more of errors are the placeholder{word}."
+            f"*drop-right* does not ([words](#words)). Reverse accuracy at length 10, keep → drop-right: {changes}.\n\n"
+            f"In every masked run of this sweep (averaged weights; raw {_at_least(raw[0])} and {_at_least(raw[1])}) "
+            f"the right letter leads the {LETTERS} in {_at_least(letters)} or more, and {_at_least(share)} or more of "
+            f"errors are the placeholder{word}{beside}."
         )
 
     # ---- the fourth ----
@@ -270,6 +277,13 @@ def _digits(value: float) -> str:
     if 1 <= value <= 99 or value in (0.0, 100.0):
         return f"{value:.0f}"
     return f"{value:.1g}" if value < 1 else f"{value:.1f}"
+
+
+def _lowest(runs: pd.DataFrame, weights: str) -> tuple[float, float]:
+    """The lowest letters-only accuracy and placeholder's share of errors of any finished masked run."""
+    own = runs[(runs["objective"] == "masked") & (runs["weights"] == weights) & (runs["status"] == FINISHED)]
+    lowest = own.reindex(columns=["letters_only", "placeholder_share"]).min()
+    return float(lowest["letters_only"]), float(lowest["placeholder_share"])
 
 
 def _at_least(share: float) -> str:
