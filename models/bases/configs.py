@@ -33,7 +33,6 @@ _LLADA_ONLY: dict[str, Any] = {
     "layer_norm_with_affine": True,
     "residual_dropout": 0.0,
     "partial_rotary_factor": 1,
-    "rope": True,
     "rope_type": "default",  # its code turns by the base alone
     "scale_logits": False,
     "type": "default",  # of a rope_scaling, as older releases of transformers wrote it
@@ -185,6 +184,8 @@ class LLaDAConfig(PreTrainedConfig):
     attention_dropout: float = 0.0
     max_sequence_length: int = 4096
     rms_norm_eps: float = 1e-5
+    # False: positions are learned vectors, added to the embeddings, as in the code that the published one grew out of.
+    rope: bool = True
     rope_theta: float = 500000.0
     rope_parameters: dict | None = None
     vocab_size: int = 126464

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import LlamaForCausalLM
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, LlamaModel
 
 from ..bases.bidirectional import BidirectionalDecoder
 from ..bases.configs import LLaDAConfig
 from .family import Family, published_name, rename_by
 from .files import Files
 
-_OUTSIDE = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
+_OUTSIDE = {"wte": "model.embed_tokens", "wpe": "model.wpe", "ln_f": "model.norm", "ff_out": "lm_head"}
 _IN_BLOCK = {
     "attn_norm": "input_layernorm",
     "q_proj": "self_attn.q_proj",
@@ -43,6 +45,45 @@ def official_name(name: str) -> str:
     return published_name(name, _KEY_MAP)
 
 
+class _Unrotated(nn.Module):
+    """What a Llama's attention takes for angles, all of them zero."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+
+    def forward(self, states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines. Shapes: `batch seq d, batch seq -> batch seq head_dim, batch seq head_dim`."""
+        shape = (*position_ids.shape, self.head_dim)
+        return states.new_ones(shape), states.new_zeros(shape)
+
+
+class LearnedPositionsLlama(LlamaModel):  # type: ignore[misc]
+    """A Llama's body whose positions are learned vectors, `rope: false` in the published config."""
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__(config)
+        self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.rotary_emb = _Unrotated(config.head_dim)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """As LlamaModel's, each token's vector of its position added to it."""
+        states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        places = torch.arange(states.shape[1], device=states.device)[None] if position_ids is None else position_ids
+        return super().forward(
+            None, attention_mask, places, past_key_values, inputs_embeds=states + self.wpe(places), **options
+        )
+
+
 class LLaDAForMaskedDiffusion(BidirectionalDecoder, LlamaForCausalLM):  # type: ignore[misc]
     """LLaDA-8B-Base, Instruct, 1.5, and any model in their layout. The logits for position i stand in row i."""
 
@@ -52,6 +93,11 @@ class LLaDAForMaskedDiffusion(BidirectionalDecoder, LlamaForCausalLM):  # type: 
 
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__(config)
+        if not config.rope:
+            self.model = LearnedPositionsLlama(config)
+            for part in self.model.modules():
+                if hasattr(part, "is_causal"):
+                    part.is_causal = False
         # Llama zeroes the gradient of the padding token's row; the published code does not, and pads with its EOS.
         self.model.embed_tokens.padding_idx = None
 
