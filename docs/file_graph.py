@@ -49,6 +49,7 @@ ROOMS = (
     "probes",
     "probes/deep",
     "relations",
+    "relations/invented",
     "finetune/config",
     "finetune/training",
     "finetune/runs",

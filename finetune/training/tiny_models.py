@@ -8,21 +8,19 @@ facts that are invented for it: the relation's own words, recombined into names 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from ...errors import RevprobeError
 from ...models.bases.configs import DreamConfig, LLaDAConfig
 from ...models.families.dream import DreamForMaskedDiffusion
 from ...models.families.llada import LLaDAForMaskedDiffusion
 from ...models.probed import ProbedModel
 from ...relations.catalog import TextRelation, TrainingText
-from ...relations.statements import Statement
+from ...relations.invented.other_facts import other_statements
 from ..config.finetuning import TinyModel
 from .arguments import training_arguments
 from .dataset import PadRows, RowOptions, StatementRows, padding_id
@@ -30,8 +28,6 @@ from .trainer import ForwardOnlyTrainer
 
 _BEGIN, _END, _PAD, _MASK = "<|begin|>", "<|end|>", "<|pad|>", "<|mask|>"
 _CONTEXT = 128
-# How often the words are dealt out anew before they are said to be too few.
-_ROUNDS = 100
 
 
 def build_tiny(config: TinyModel, relation: TextRelation, folder: Path, *, answer_tokens: int | None = None) -> Path:
@@ -45,7 +41,8 @@ def build_tiny(config: TinyModel, relation: TextRelation, folder: Path, *, answe
     """
     if folder.is_dir():
         return folder
-    statements = other_statements(relation, config.pretraining.facts, config.seed)
+    told = other_statements(relation, config.pretraining.facts, config.seed, mixed=True)
+    statements = [statement for direction in relation.directions for statement in told[direction]]
     # The relation's own names stand behind its carrier for the tokenizer alone: no statement of it is among the texts.
     own = [f"{relation.carrier}{name}" for column in relation.columns for name in relation.table[column]]
     tokenizer = train_tokenizer([statement.text for statement in statements] + own, config.vocabulary)
@@ -108,70 +105,6 @@ def untrained(config: TinyModel, tokenizer: PreTrainedTokenizerFast) -> PreTrain
     if config.layout == "dream":
         return DreamForMaskedDiffusion(DreamConfig(mask_token_id=tokenizer.mask_token_id, **size))
     return LlamaForCausalLM(LlamaConfig(**size))
-
-
-def other_statements(relation: TextRelation, count: int, seed: int = 0) -> list[TrainingText]:
-    """Statements of `count` facts that are none of the relation's, in both directions and every wording.
-
-    Each name is made of words that names of the relation have at the same place; no name of the relation is among
-    them, and none stands in two facts.
-    Raises: RevprobeError, when the words are too few for so many names.
-    """
-    generator = np.random.default_rng(seed)
-    taken = {name for column in relation.columns for name in relation.table[column]}
-    columns = [_new_names(relation, column, count, generator, taken) for column in relation.columns]
-    facts = list(zip(*columns, strict=True))
-    found: dict[str, TrainingText] = {}
-    for place, direction in enumerate(relation.directions):
-        # One statement of each wording, told apart by the text around the names.
-        wordings: dict[tuple[str, str, str], Statement] = {}
-        for one in relation.statements[direction]:
-            (start, end), (second, last) = one.spans
-            wordings.setdefault((one.text[:start], one.text[end:second], one.text[last:]), one)
-        for number, pair in enumerate(facts):
-            names = pair if place == 0 else pair[::-1]
-            for one in wordings.values():
-                made = _renamed(one, names, f"other {number}", relation.carrier)
-                found.setdefault(made.text, made)
-    return list(found.values())
-
-
-def _renamed(one: Statement, names: Sequence[str], fact: str, carrier: str) -> TrainingText:
-    """A statement about two other names, behind the carrier."""
-    (start, end), (second, last) = one.spans
-    before, between, after = carrier + one.text[:start], one.text[end:second], one.text[last:]
-    place = len(before) + len(names[0]) + len(between)
-    spans = ((len(before), len(before) + len(names[0])), (place, place + len(names[1])))
-    text = before + names[0] + between + names[1] + after
-    return TrainingText(text, spans, fact, place - (second - one.prompt_length))
-
-
-def _new_names(
-    relation: TextRelation, column: str, count: int, generator: np.random.Generator, taken: set[str]
-) -> list[str]:
-    """Names that are not taken yet, and then are. A round of them uses every word once: none stays unlearned."""
-    names = list(dict.fromkeys(relation.table[column]))
-    made: dict[str, None] = {}
-    for _ in range(_ROUNDS):
-        made.update(dict.fromkeys(name for name in _reshuffled(names, generator) if name not in taken))
-        if len(made) >= count:
-            chosen = list(made)[:count]
-            taken.update(chosen)
-            return chosen
-    raise RevprobeError(
-        f"the words of {relation.name}'s column {column!r} make {len(made)} other names, fewer than "
-        f"model.tiny.pretraining.facts, {count}; lower it, or take a relation whose names have several words"
-    )
-
-
-def _reshuffled(names: Sequence[str], generator: np.random.Generator) -> Iterator[str]:
-    """The names with the words of each place dealt out anew, among names of as many words."""
-    split = [name.split() for name in names]
-    for length in sorted({len(words) for words in split}):
-        alike = [words for words in split if len(words) == length]
-        places = [[words[place] for words in alike] for place in range(length)]
-        dealt = [[column[i] for i in generator.permutation(len(alike))] for column in places]
-        yield from (" ".join(words) for words in zip(*dealt, strict=True))
 
 
 def _pretrain(

@@ -27,7 +27,7 @@ from revprobe.finetune.runs.sweeps import open_sweep
 from revprobe.finetune.training.dataset import PadRows, RowOptions, StatementRows
 from revprobe.finetune.training.distributed import ProcessGroup
 from revprobe.finetune.training.probe_callback import logged_values
-from revprobe.finetune.training.tiny_models import build_tiny, other_statements, train_tokenizer
+from revprobe.finetune.training.tiny_models import build_tiny, train_tokenizer
 from revprobe.models.peft_adapters import is_adapter_parameter
 from revprobe.relations.catalog import invented_names
 from revprobe.report.html.finetune_sections import finetune_sections
@@ -395,23 +395,6 @@ def test_response_only_is_said_by_the_run_its_pairs_and_its_report(tmp_path: Pat
 
 
 # ---- tiny models ----
-
-
-def test_other_facts_are_none_of_the_relations_and_say_every_wording() -> None:
-    relation = invented_names(rows=(60, 90))
-    statements = other_statements(relation, 20)
-    names = {name for column in relation.columns for name in relation.table[column]}
-    firsts = {s.text[slice(*s.spans[0])] for s in statements} | {s.text[slice(*s.spans[1])] for s in statements}
-    assert len(firsts) == 40
-    assert not firsts & names
-    assert not {s.text for s in statements} & {t for d in relation.directions for t in relation.training_texts(d)}
-    words = {word for name in names for word in name.split()}
-    assert {word for name in firsts for word in name.split()} <= words
-    for one in statements:
-        answer = one.text[one.prompt_length :]
-        assert answer.startswith(" ") and answer.strip() == one.text[slice(*one.spans[1])]
-    with pytest.raises(RevprobeError, match=r"column 'parent' make \d+ other names, fewer than model.tiny.pretrain"):
-        other_statements(relation.take(list(relation.table["fact"])[:1]), 20)
 
 
 @pytest.mark.parametrize("layout", ["llada", "dream", "llama"])
