@@ -26,6 +26,7 @@ from .evaluate import evaluate
 from .finetune import finetune
 from .models import models
 from .plan import plan
+from .pretrain import pretrain
 from .probe import probe
 from .report import report
 from .reproduce import reproduce
@@ -142,6 +143,10 @@ app.command(
     epilog="Examples: [bold]revprobe finetune finetune-tiny --jobs 2[/bold], "
     "[bold]revprobe finetune my_finetuning.yaml[/bold]"
 )(finetune)
+app.command(
+    epilog="Examples: [bold]revprobe pretrain mini-models[/bold], "
+    "[bold]revprobe pretrain mini-models --only mini-llada[/bold]"
+)(pretrain)
 app.command(
     epilog="Examples: [bold]revprobe plan llada-8b-parent-child[/bold], "
     "[bold]revprobe plan my_finetuning.yaml --memory 24 --tokens 40[/bold]"

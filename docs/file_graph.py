@@ -52,6 +52,7 @@ ROOMS = (
     "relations/invented",
     "finetune/config",
     "finetune/training",
+    "finetune/pretraining",
     "finetune/runs",
     "finetune/memory",
     "finetune/analysis",

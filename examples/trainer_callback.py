@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 import revprobe as rp
-from revprobe.finetune.training.tiny_models import train_tokenizer
+from revprobe.finetune.pretraining.layouts import train_tokenizer
 
 
 def main() -> None:

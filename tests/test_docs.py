@@ -27,7 +27,7 @@ from transformers import (
 
 import revprobe
 from revprobe.finetune.config.one_layer import RunConfig
-from revprobe.finetune.training.tiny_models import train_tokenizer
+from revprobe.finetune.pretraining.layouts import train_tokenizer
 from tiny import in_blocks
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)

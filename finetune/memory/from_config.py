@@ -19,9 +19,9 @@ from ...models.probed import ProbedModel
 from ...models.published import config_of, published_config, published_dtype
 from ...models.registry import stated_objective
 from ..config.finetuning import FinetuneConfig, FinetunedModel
+from ..pretraining.layouts import untrained
 from ..runs.finetune_setup import NO_FINE_TUNING, text_relation
 from ..training.lora import add_lora
-from ..training.tiny_models import untrained
 from .live_bytes import AnsweredYes
 from .plan import GB, RESERVE, MemoryPlan, plan_memory
 

@@ -23,6 +23,7 @@ from ...probes.pairs.pairs import ReversalPairs
 from ...relations.catalog import TextRelation, load_relation
 from ...relations.evaluation import answer_book
 from ..config.finetuning import FinetuneConfig
+from ..pretraining.tiny_models import build_tiny
 from ..training.arguments import training_arguments, uses_cpu
 from ..training.checkpointing import READINGS
 from ..training.dataset import PadRows, RowOptions, StatementRows, padding_id
@@ -30,7 +31,6 @@ from ..training.distributed import ProcessGroup
 from ..training.lora import add_lora, quantization, target_modules
 from ..training.prediction_callback import PREDICTIONS, FirstOrderPrediction
 from ..training.probe_callback import ProbeCallback
-from ..training.tiny_models import build_tiny
 from ..training.trainer import ForwardOnlyTrainer
 
 # A column of the pairs and their readings: the loss never hid what the forward query asks for.

@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ...errors import RevprobeError, did_you_mean, first_line
+from ...models.bases.bidirectional import BidirectionalDecoder
 from ...models.checkpoints import CHECKPOINTS, EMA, step_of
 from ...models.families.files import require_shards_inside
 from ...models.peft_adapters import write_reads
@@ -283,7 +284,11 @@ class ForwardOnlyTrainer(Trainer):
         for weights in (folder, folder / EMA):
             require_shards_inside(weights)
         with _resuming(folder, "its weights or trainer_state.json"):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if isinstance(self.model, BidirectionalDecoder):
+                # The Trainer would look for our names of the tensors; the file has the published ones.
+                self.model.load_state_dict(type(self.model).from_pretrained(folder).state_dict())
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
             step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
         if self.ema is not None:
             self.ema.load(folder / EMA, updates=step)

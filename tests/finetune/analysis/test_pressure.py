@@ -23,9 +23,9 @@ from revprobe.finetune.analysis.reverse_gradients import LOSS
 from revprobe.finetune.config.finetuning import FinetuneConfig, TinyModel
 from revprobe.finetune.config.loading import parse_config
 from revprobe.finetune.config.one_layer import RunConfig
+from revprobe.finetune.pretraining.layouts import untrained
 from revprobe.finetune.runs.one_layer import OneLayerRun, train
 from revprobe.finetune.training.dataset import RowOptions, StatementRows
-from revprobe.finetune.training.tiny_models import untrained
 from revprobe.probes.figures.objective_terms import pressure_figure
 from revprobe.probes.passes.plan import Plan
 from tiny import drawn, word_tokenizer

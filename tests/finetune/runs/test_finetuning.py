@@ -21,13 +21,14 @@ from revprobe import ProbedModel, RevprobeError
 from revprobe.cli.finetune import finetune as command
 from revprobe.finetune.config.finetuning import FinetuneConfig, FinetuneSweepConfig, read_finetune
 from revprobe.finetune.config.loading import dump_config, load_config, parse_config
+from revprobe.finetune.pretraining.layouts import train_tokenizer
+from revprobe.finetune.pretraining.tiny_models import build_tiny
 from revprobe.finetune.runs.finetune_setup import FORWARD_UNTRAINED, prepare
 from revprobe.finetune.runs.finetuning import FinetuneRun, fine_tune
 from revprobe.finetune.runs.sweeps import open_sweep
 from revprobe.finetune.training.dataset import PadRows, RowOptions, StatementRows
 from revprobe.finetune.training.distributed import ProcessGroup
 from revprobe.finetune.training.probe_callback import logged_values
-from revprobe.finetune.training.tiny_models import build_tiny, train_tokenizer
 from revprobe.models.peft_adapters import is_adapter_parameter
 from revprobe.relations.catalog import invented_names
 from revprobe.report.html.finetune_sections import finetune_sections

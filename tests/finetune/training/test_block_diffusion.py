@@ -13,10 +13,10 @@ from revprobe import RevprobeError
 from revprobe.finetune.config.finetuning import FinetuneConfig, TinyModel
 from revprobe.finetune.config.loading import dump_config, parse_config
 from revprobe.finetune.memory.from_config import plan_finetuning
+from revprobe.finetune.pretraining.tiny_models import build_tiny
 from revprobe.finetune.runs.finetuning import fine_tune
 from revprobe.finetune.training.block_diffusion import block_logits, draw_block_masks
 from revprobe.finetune.training.objectives import masked_diffusion_loss, price_masks
-from revprobe.finetune.training.tiny_models import build_tiny
 from revprobe.models.families.a2d import A2DQwen3Config, A2DQwen3ForMaskedDiffusion
 from revprobe.relations.catalog import invented_names
 from tiny import MASK, in_blocks

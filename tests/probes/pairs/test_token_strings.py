@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import revprobe as rp
-from revprobe.finetune.training.tiny_models import train_tokenizer
+from revprobe.finetune.pretraining.layouts import train_tokenizer
 from revprobe.probes.fused import PROBES
 from revprobe.probes.pairs.token_strings import joined_strings, token_strings
 from tiny import FIXTURES, drawn, radd, text_like_pairs

@@ -10,24 +10,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from ...models.bases.configs import DreamConfig, LLaDAConfig
-from ...models.families.dream import DreamForMaskedDiffusion
-from ...models.families.llada import LLaDAForMaskedDiffusion
 from ...models.probed import ProbedModel
 from ...relations.catalog import TextRelation, TrainingText
 from ...relations.invented.other_facts import other_statements
 from ..config.finetuning import TinyModel
-from .arguments import training_arguments
-from .dataset import PadRows, RowOptions, StatementRows, padding_id
-from .trainer import ForwardOnlyTrainer
-
-_BEGIN, _END, _PAD, _MASK = "<|begin|>", "<|end|>", "<|pad|>", "<|mask|>"
-_CONTEXT = 128
+from ..training.arguments import training_arguments
+from ..training.dataset import PadRows, RowOptions, StatementRows, padding_id
+from ..training.trainer import ForwardOnlyTrainer
+from .layouts import CAUSAL, train_tokenizer, untrained
 
 
 def build_tiny(config: TinyModel, relation: TextRelation, folder: Path, *, answer_tokens: int | None = None) -> Path:
@@ -57,56 +50,6 @@ def build_tiny(config: TinyModel, relation: TextRelation, folder: Path, *, answe
     return folder
 
 
-def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE over these texts, with begin, end, padding and mask tokens; it adds none of them by itself."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[_BEGIN, _END, _PAD, _MASK],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    special = {"bos_token": _BEGIN, "eos_token": _END, "pad_token": _PAD, "mask_token": _MASK}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=_CONTEXT, **special)
-
-
-def untrained(config: TinyModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """The model of a layout with random weights, from torch's current random state."""
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    inner, rotation = 4 * config.d_model, {"rope_type": "default", "rope_theta": 10000.0}
-    if config.layout == "llada":
-        return LLaDAForMaskedDiffusion(
-            LLaDAConfig(
-                d_model=config.d_model,
-                n_heads=config.n_heads,
-                n_layers=config.n_layers,
-                mlp_hidden_size=inner,
-                max_sequence_length=_CONTEXT,
-                rope_theta=10000.0,
-                vocab_size=len(tokenizer),
-                mask_token_id=tokenizer.mask_token_id,
-                **ids,
-            )
-        )
-    size: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": config.d_model,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_heads,
-        "intermediate_size": inner,
-        "max_position_embeddings": _CONTEXT,
-        "rope_parameters": rotation,
-        **ids,
-    }
-    if config.layout == "dream":
-        return DreamForMaskedDiffusion(DreamConfig(mask_token_id=tokenizer.mask_token_id, **size))
-    return LlamaForCausalLM(LlamaConfig(**size))
-
-
 def _pretrain(
     module: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -116,7 +59,7 @@ def _pretrain(
     answer_tokens: int | None,
 ) -> None:
     """Train all weights on the statements, with the objective of the layout."""
-    masked = config.layout != "llama"
+    masked = config.layout not in CAUSAL
     probed = ProbedModel(module, tokenizer, objective="masked" if masked else "causal", check=False)
     ends = [statement.text[statement.prompt_length :] for statement in statements]
     # The longest completion and one token to end it.

@@ -1,0 +1,1 @@
+"""Small models in published layouts, and what they read before they are fine-tuned."""

@@ -1,0 +1,207 @@
+"""A corpus about other people: what a small model reads before it is fine-tuned, and what it can be asked about it.
+
+Its facts have the words and the wordings of the relations that are fine-tuned on later, and none of their facts. Each
+is told in one direction or in both; fillers are sentences about nobody's relation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ...errors import RevprobeError
+from ...relations.catalog import Question, TextRelation, TrainingText, load_relation
+from ...relations.invented.other_facts import other_statements
+from ..config.pretraining import Corpus, CorpusDataset
+
+# Subject, verb and object of a filler; none of them is an entity of a relation.
+_WHO = (
+    "the old sailor",
+    "a young painter",
+    "the tired clerk",
+    "a curious child",
+    "the quiet neighbour",
+    "my uncle",
+    "the night nurse",
+    "a travelling cook",
+    "the new teacher",
+    "our gardener",
+    "the local baker",
+    "a retired judge",
+)
+_DOES = (
+    "walks to",
+    "writes about",
+    "dreams of",
+    "paints",
+    "remembers",
+    "avoids",
+    "often visits",
+    "complains about",
+    "takes pictures of",
+    "keeps returning to",
+    "tells stories about",
+    "looks for",
+)
+_WHAT = (
+    "the harbour",
+    "a stone bridge",
+    "the empty market",
+    "an orange kite",
+    "the railway station",
+    "a wooden boat",
+    "the winter garden",
+    "a cup of tea",
+    "the long road home",
+    "an unfinished letter",
+    "the blue house",
+    "a map of the coast",
+)
+_WHEN = (
+    "in the morning",
+    "at night",
+    "every Sunday",
+    "after the rain",
+    "before dinner",
+    "in late autumn",
+    "when nobody is there",
+    "on the way to work",
+)
+
+
+@dataclass(frozen=True)
+class Told:
+    """The facts of one dataset as a corpus tells them.
+
+    Attributes:
+        statements: direction -> what is read of it.
+        all: direction -> every statement of every fact, read or not; only to ask and to make a tokenizer.
+    """
+
+    relation: TextRelation
+    statements: Mapping[str, list[TrainingText]]
+    all: Mapping[str, list[TrainingText]]
+
+    def questions(self, direction: str, *, told: bool, facts: int) -> list[Question]:
+        """One question each about the first facts that were told in a direction, or in the other one alone."""
+        known = {one.fact for one in self.statements[direction]}
+        other = {one.fact for one in self.statements[self.relation.opposite(direction)]}
+        wanted = known if told else other - known
+        asked: dict[str, Question] = {}
+        for one in self.all[direction]:
+            if one.fact in wanted and len(asked) < facts:
+                asked.setdefault(one.fact, _question(one, direction))
+        return list(asked.values())
+
+
+@dataclass(frozen=True)
+class PretrainingCorpus:
+    """What a `Corpus` comes to."""
+
+    datasets: Mapping[str, Told]
+    fillers: list[TrainingText]
+
+    @classmethod
+    def of(cls, config: Corpus) -> PretrainingCorpus:
+        """Load the relations and make the corpus. Raises: RevprobeError, as `load_relation` and `other_statements`."""
+        datasets = {
+            label: _told(chosen, config.told, config.seed + place)
+            for place, (label, chosen) in enumerate(config.datasets.items())
+        }
+        return cls(datasets, _fillers(config.fillers, config.seed))
+
+    @cached_property
+    def parts(self) -> dict[str, list[TrainingText]]:
+        """What is read, by dataset and direction, and the fillers."""
+        parts = {
+            f"{label}.{direction}": statements
+            for label, told in self.datasets.items()
+            for direction, statements in told.statements.items()
+            if statements
+        }
+        return parts | ({"fillers": self.fillers} if self.fillers else {})
+
+    @property
+    def for_tokenizer(self) -> list[str]:
+        """Texts with every word of both directions and of the relations' own names, whatever is read of them.
+
+        The relations' own names stand behind their carrier for the tokenizer alone: no statement of a relation is
+        among the texts. So the tokenizer is the same for every way of telling.
+        """
+        texts = [one.text for one in self.fillers]
+        for told in self.datasets.values():
+            relation = told.relation
+            texts += [one.text for direction in relation.directions for one in told.all[direction]]
+            texts += [f"{relation.carrier}{name}" for column in relation.columns for name in relation.table[column]]
+        return texts
+
+    @property
+    def digest(self) -> str:
+        """sha256 of everything that is read, in its order."""
+        lines = (f"{part}\t{one.text}\n" for part, statements in self.parts.items() for one in statements)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def summary(self) -> dict[str, dict[str, int]]:
+        """Facts and statements of each part."""
+        return {
+            part: {"facts": len({one.fact for one in statements}), "statements": len(statements)}
+            for part, statements in self.parts.items()
+        }
+
+
+def _told(chosen: CorpusDataset, told: str, seed: int) -> Told:
+    relation = load_relation(chosen.name, chosen.path, **chosen.options)
+    assert isinstance(relation, TextRelation), "a config's names are those of text relations"
+    made = other_statements(relation, chosen.facts, seed)
+    first, second = relation.directions
+    generator = np.random.default_rng([seed, 1])
+    read: dict[str, list[TrainingText]] = {first: [], second: []}
+    for place, direction in enumerate(relation.directions):
+        by_fact: dict[str, list[TrainingText]] = {}
+        for one in made[direction]:
+            by_fact.setdefault(one.fact, []).append(one)
+        for fact, statements in by_fact.items():
+            order = generator.permutation(len(statements))[: chosen.wordings]
+            if told == "both" or place == (_number(fact) % 2 if told == "once" else 0):
+                read[direction] += [statements[i] for i in sorted(order)]
+    return Told(relation, read, made)
+
+
+def _number(fact: str) -> int:
+    """The number of an other fact, "other 12"."""
+    return int(fact.rpartition(" ")[2])
+
+
+def _question(statement: TrainingText, direction: str) -> Question:
+    """A statement as a question: its second entity counts as the answer, and what completes the text."""
+    start, end = statement.spans[1]
+    entity, rest = statement.text[start:end], statement.text[start:].strip()
+    answers = tuple(dict.fromkeys((entity, rest)))
+    return Question(statement.text[: statement.prompt_length], answers, statement.fact, 0, direction)
+
+
+def _fillers(count: int, seed: int) -> list[TrainingText]:
+    possible = len(_WHO) * len(_DOES) * len(_WHAT) * len(_WHEN)
+    if count > possible:
+        raise RevprobeError(f"corpus.fillers is {count}, but there are {possible} different ones; lower it")
+    drawn = np.random.default_rng([seed, 2]).choice(possible, size=count, replace=False)
+    return list(_filler(int(number)) for number in drawn)
+
+
+def _filler(number: int) -> TrainingText:
+    """A filler by its number; its subject and object stand where a statement has its entities."""
+    words = list(_pick(number))
+    who, does, what, when = words
+    text = f"{who[0].upper()}{who[1:]} {does} {what} {when}."
+    start = len(who) + 1 + len(does) + 1
+    return TrainingText(text, ((0, len(who)), (start, start + len(what))), f"filler {number}", start - 1)
+
+
+def _pick(number: int) -> Iterator[str]:
+    for words in (_WHO, _DOES, _WHAT, _WHEN):
+        number, place = divmod(number, len(words))
+        yield words[place]
