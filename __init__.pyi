@@ -85,6 +85,7 @@ from .relations.catalog import invented_names as invented_names
 from .relations.catalog import parent_child as parent_child
 from .relations.catalog import person_description as person_description
 from .relations.catalog import trex as trex
+from .relations.invented.look_alike import look_alike_data as look_alike_data
 from .relations.letters import letter_pairs as letter_pairs
 from .relations.letters import letters as letters
 from .relations.text_relation import Question as Question

@@ -21,6 +21,7 @@ from ..errors import RevprobeError, first_line
 from .block_sweep import block_sweep
 from .compare_models import compare_models
 from .dashboard import dashboard
+from .data import data
 from .diagnose import diagnose
 from .evaluate import evaluate
 from .finetune import finetune
@@ -154,6 +155,7 @@ app.command(
 app.command(epilog="Examples: [bold]revprobe dashboard runs[/bold], [bold]revprobe dashboard runs --port 0[/bold]")(
     dashboard
 )
+app.command(epilog="Example: [bold]revprobe data data[/bold]")(data)
 app.command(
     "block-sweep",
     epilog="Example: [bold]revprobe block-sweep JetLM/SDAR-1.7B-Chat --pairs pairs.jsonl --sizes 1,2,4,whole[/bold]",

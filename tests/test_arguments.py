@@ -114,6 +114,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "letters": (rp.letters, {"length": 5, "alphabet": 3}),
         "load_model": (rp.load_model, {"source": folder / "none", "step": -1, "weights": None, "mask_token_id": None}),
         "logit_contributions": (rp.logit_contributions, {"reading": stored}),
+        "look_alike_data": (rp.look_alike_data, {"folder": folder / "look_alike"}),
         "model_frequencies": (rp.model_frequencies, {"model": masked}),
         "model_theory": (rp.model_theory, {"model": masked, "distances": [1], "samples": 4}),
         "objective_classes": (rp.objective_classes, {"reading": terms, "by": "priced"}),

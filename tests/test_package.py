@@ -58,6 +58,7 @@ PUBLIC = [
     "list_models",
     "load_model",
     "logit_contributions",
+    "look_alike_data",
     "model_frequencies",
     "model_theory",
     "objective_classes",
@@ -113,6 +114,7 @@ EXAMPLES |= {"examples/negative_evidence.yaml", "examples/one_layer_published.ya
 EXAMPLES |= {"examples/llada_8b_parent_child.yaml"}
 EXAMPLES |= {"examples/finetune_tiny.yaml", "examples/table7.yaml", "examples/fsdp.yaml"}
 DATA = {"relations/data/invented_names.csv", "relations/data/trex_templates.csv"}
+DATA |= {f"relations/data/look_alike_{name}.csv" for name in ("names", "roles", "wordings", "words")}
 DATA |= {f"report/html/{name}" for name in ("explorer.html", "page.css", "page.html", "page.js", "parts.html")}
 DATA |= {"report/dashboard/index.html", "report/dashboard/page.css"}
 # What takes seconds to import.

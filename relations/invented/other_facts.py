@@ -7,7 +7,7 @@ have at the same place; a description, which its sentences inflect, as `other_de
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,7 @@ _HEAD = re.compile(r"(\w*?[aeiouy]+)(?=\w\w)", re.IGNORECASE)
 
 @checked
 def other_statements(
-    relation: TextRelation, count: int, seed: int = 0, *, mixed: bool = False
+    relation: TextRelation, count: int, seed: int = 0, *, mixed: bool = False, avoid: Iterable[str] = ()
 ) -> dict[str, list[TrainingText]]:
     """Statements of `count` facts that are none of the relation's, in both directions and every wording.
 
@@ -43,18 +43,20 @@ def other_statements(
         seed: draws the names.
         mixed: say each fact in the wordings of every kind ("the mother of" and "the father of" one person), as the
             pretraining of tiny models does; a relation with inflected descriptions has one kind.
+        avoid: further names that are not to be used, such as those of another relation that is trained as well.
     Returns: direction -> statements, fact by fact; a text stands once.
     Raises: RevprobeError, when the words are too few for so many names.
     """
     if count < 1:
         raise RevprobeError(f"count={count!r}: expected how many other facts to make, at least 1")
     generator = np.random.default_rng(seed)
+    taken = {*avoid, *(name for column in relation.columns for name in relation.table[column])}
     if is_inflected(relation):
         person = relation.columns[0]
-        names = _new_names(relation, person, relation.table, count, generator, set(relation.table[person]))
+        names = _new_names(relation, person, relation.table, count, generator, taken)
         facts = describe_anew(relation, names, generator)
     else:
-        facts = _renamed(relation, count, generator, mixed)
+        facts = _renamed(relation, count, generator, taken, mixed)
     found: dict[str, TrainingText] = {}
     statements: dict[str, list[TrainingText]] = {direction: [] for direction in relation.directions}
     for direction, listed in statements.items():
@@ -67,14 +69,13 @@ def other_statements(
 
 
 def _renamed(
-    relation: TextRelation, count: int, generator: np.random.Generator, mixed: bool
+    relation: TextRelation, count: int, generator: np.random.Generator, taken: set[str], mixed: bool
 ) -> list[dict[str, list[Said]]]:
     """Facts of two other names, kind by kind: for each direction what is said of them."""
     kinds = _kinds(relation, mixed)
     # As many of each kind as the relation has.
     kind_of = np.repeat(np.arange(len(kinds)), [len(places) for places, _ in kinds])
     modelled = kind_of[((np.arange(count) + 0.5) * len(kind_of) / count).astype(int)]
-    taken = {name for column in relation.columns for name in relation.table[column]}
     facts = []
     for number, (places, frames) in enumerate(kinds):
         alike = relation.table.iloc[places] if len(places) >= _FEWEST else relation.table
