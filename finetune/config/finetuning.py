@@ -19,7 +19,7 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr, model_serializer, 
 
 from ...errors import RevprobeError
 from .fields import Count, Fraction, Name, Number, Section, Seed, Size, Threads
-from .loading import find_config, load_config, parse_config, parse_yaml
+from .loading import checked_config, find_config, load_config, merged, parse_config, parse_yaml
 from .one_layer import SnapshotsConfig
 
 Text = Annotated[StrictStr, Field(min_length=1)]
@@ -238,7 +238,7 @@ class FinetuneConfig(FinetuneBase):
     model: FinetunedModel
     relation: RelationChoice
     # What the sweep that asked for it calls its model and its dataset, for the table over all of them.
-    label: dict[Literal["model", "dataset"], Text] | None = None
+    label: dict[Literal["model", "dataset", "variant"], Text] | None = None
 
     @model_validator(mode="after")
     def _can_be_read(self) -> FinetuneConfig:
@@ -251,12 +251,13 @@ class FinetuneConfig(FinetuneBase):
 
     @property
     def axes(self) -> dict[str, Any]:
-        """What a sweep varies: model, dataset, direction, seed."""
+        """What a sweep varies: model, dataset, the variant where it has some, direction, seed."""
         label = self.label or {}
         tiny = f"tiny-{self.model.tiny.layout}" if self.model.tiny is not None else None
         return {
             "model": label.get("model") or tiny or self.model.name,
             "dataset": label.get("dataset") or self.relation.name,
+            **({"variant": label["variant"]} if "variant" in label else {}),
             "direction": self.relation.direction,
             "seed": self.training.seed,
         }
@@ -269,7 +270,7 @@ class Dataset(FinetunedRelation):
 
 
 class FinetuneSweepConfig(Section):
-    """Models x datasets x directions x seeds: Table 7 of the paper."""
+    """Models x datasets x directions x variants x seeds: Table 7 of the paper, and what is varied beside it."""
 
     name: Name
     base: FinetuneBase
@@ -278,6 +279,11 @@ class FinetuneSweepConfig(Section):
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2]
     # model -> its rate, or dataset -> rate; the base's where neither is given.
     learning_rates: dict[Name, Rate | dict[Name, Rate]] = {}
+    # What is varied besides: of each variant the keys that differ from the base, section by section; `model` and
+    # `relation` among them change what it is fine-tuned from and on.
+    variants: dict[Name, dict[str, Any]] = {}
+    # model or dataset -> the keys that its runs have of their own, whatever the variant.
+    overrides: dict[Name, dict[str, Any]] = {}
 
     @model_validator(mode="after")
     def _known_labels(self) -> FinetuneSweepConfig:
@@ -288,32 +294,40 @@ class FinetuneSweepConfig(Section):
                 if dataset not in self.datasets:
                     known = ", ".join(self.datasets)
                     raise ValueError(f"learning_rates.{model} names the dataset {dataset!r}; expected some of {known}")
+        for label in self.overrides:
+            if label not in (known_labels := [*self.models, *self.datasets]):
+                raise ValueError(f"overrides names {label!r}; expected some of {', '.join(known_labels)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds} holds one twice; each run needs a seed of its own")
+        if self.variants or self.overrides:
+            self.runs()  # what is wrong in one of them is told now
         return self
 
     def runs(self) -> list[FinetuneConfig]:
-        """The runs, named like llada-parent-child-P2C-s0, model by model within a dataset."""
+        """The runs, named like llada-parent-child-P2C-s0 or llada-parent-child-P2C-one-span-s0."""
         return [
-            self._run(model, dataset, direction, seed)
+            self._run(model, dataset, direction, variant, seed)
             for dataset, chosen in self.datasets.items()
-            for direction, model, seed in product(chosen.directions, self.models, self.seeds)
+            for direction, model, variant, seed in product(
+                chosen.directions, self.models, self.variants or [None], self.seeds
+            )
         ]
 
-    def _run(self, model: str, dataset: str, direction: str, seed: int) -> FinetuneConfig:
+    def _run(self, model: str, dataset: str, direction: str, variant: str | None, seed: int) -> FinetuneConfig:
         values = self.base.model_dump()
+        relation = self.datasets[dataset].model_dump() | {"direction": direction}
+        relation.pop("directions")
+        values |= {"model": self.models[model].model_dump(), "relation": relation}
         rates = self.learning_rates.get(model)
         rate = rates.get(dataset) if isinstance(rates, dict) else rates
         values["training"] |= {"seed": seed} | ({} if rate is None else {"learning_rate": rate})
-        relation = self.datasets[dataset].model_dump()
-        relation.pop("directions")
-        return FinetuneConfig(
-            name=f"{model}-{dataset}-{direction}-s{seed}",
-            model=self.models[model],
-            relation=RelationChoice(**relation, direction=direction),
-            label={"model": model, "dataset": dataset},
-            **values,
-        )
+        own = (self.overrides.get(model), self.overrides.get(dataset), self.variants.get(variant or ""))
+        for changes in filter(None, own):
+            values = merged(values, changes)
+        parts = [model, dataset, direction, *([] if variant is None else [variant]), f"s{seed}"]
+        label = {"model": model, "dataset": dataset, **({} if variant is None else {"variant": variant})}
+        values |= {"name": "-".join(parts), "label": label}
+        return checked_config(values, FinetuneConfig, variant or model)
 
 
 def read_finetune(source: str | Path) -> FinetuneConfig | FinetuneSweepConfig:

@@ -86,6 +86,19 @@ def dump_config(config: BaseModel) -> str:
     return yaml.safe_dump(first | values, sort_keys=False)
 
 
+def merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested mappings as one; what the second says holds.
+
+    >>> merged({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}})
+    {'a': {'b': 1, 'c': 3}}
+    """
+    both = dict(base)
+    for key, value in own.items():
+        old = both.get(key)
+        both[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return both
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """Text to plain values. Raises: RevprobeError, with the line number, for text that is not YAML or repeats a key."""
     try:

@@ -11,7 +11,7 @@ models:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +19,7 @@ from pydantic import Field, StrictInt, model_validator
 
 from .fields import Count, Name, Number, Section, Seed, Size, Threads
 from .finetuning import FinetunedRelation, Rate
-from .loading import checked_config, find_config, load_config
+from .loading import checked_config, find_config, load_config, merged
 
 Rates = Annotated[list[Annotated[Number, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)]
 
@@ -130,19 +130,6 @@ class PretrainSweepConfig(Section):
     def _configs(self) -> Iterator[PretrainConfig]:
         for name, own in self.models.items():
             yield checked_config({**merged(self.base, own), "name": name}, PretrainConfig, f"models.{name}")
-
-
-def merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Two nested mappings as one; what the second says holds.
-
-    >>> merged({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}})
-    {'a': {'b': 1, 'c': 3}}
-    """
-    both = dict(base)
-    for key, value in own.items():
-        old = both.get(key)
-        both[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return both
 
 
 def read_pretraining(source: str | Path) -> PretrainSweepConfig:
