@@ -45,7 +45,7 @@ def match_frame(runs: Sequence[FinetuneRun]) -> pd.DataFrame:
     """
     rows: list[dict[str, Any]] = []
     for run in runs:
-        if not run.finished:
+        if not (run.finished and run.asks):
             continue
         for reading in run.evaluation():
             about = {name: reading.meta[name] for name in ("asked", "split", "templates")}
