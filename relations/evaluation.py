@@ -116,6 +116,7 @@ def match_table(readings: Readings) -> pd.DataFrame:
                 "excess [95 %]": "-"
                 if excess is None
                 else interval_text(excess.value, excess.low, excess.high, percent=True),
+                "wrong answers": ", ".join(f"{n} {error}" for error, n in about.get("errors", {}).items() if n) or "-",
                 "n": f"{reading.n:,} questions, {reading.facts:,} facts",
                 "undefined": "; ".join(filter(None, (undefined_text(measured.undefined), measured.caution))) or "-",
             }

@@ -12,6 +12,7 @@ import pandas as pd
 from ...errors import RevprobeError
 from ...models.checkpoints import CHECKPOINTS, step_name
 from ...models.probed import ProbedModel
+from ...probes.decoding.exact_match import ERRORS
 from ...probes.readings.reading import Reading
 from ..training.answers_callback import save_answers
 from ..training.checkpointing import ANSWERED, changed_file
@@ -64,11 +65,14 @@ def answer_table(readings: Iterable[Reading]) -> pd.DataFrame:
     """Readings of answers, tidy: a row for each step, side and measure.
 
     Columns: step, asked ("forward", "reverse"), split, templates (whose wordings), measure, value, low, high (95 %,
-        over facts), n (questions), facts, control, undefined, reason, caution.
+        over facts), n (questions), facts, control, undefined, reason, caution; of an exact match how many wrong answers
+        are what (end, prompt, other_entity, malformed, see `decoded_match`), missing where a run did not tell them.
     """
     columns = ["measure", "value", "low", "high", "n", "facts", "control", "undefined", "reason", "caution"]
     rows: list[dict[str, Any]] = []
     for reading in readings:
         about = {key: reading.meta.get(key) for key in ("step", "asked", "split", "templates")}
+        about |= reading.meta.get("errors", {})
         rows += [about | {key: row[key] for key in columns} for row in reading.measures().to_dict("records")]
-    return pd.DataFrame(rows, columns=["step", "asked", "split", "templates", *columns])
+    table = pd.DataFrame(rows, columns=["step", "asked", "split", "templates", *columns, *ERRORS])
+    return table.astype(dict.fromkeys(ERRORS, "Int64"))
