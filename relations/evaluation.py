@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from torch import nn
 
@@ -38,6 +39,7 @@ def evaluate_relation(
     *,
     splits: Sequence[str] = SPLITS,
     templates: str | None = None,
+    facts: int | None = None,
     max_new_tokens: int | None = None,
     answers: AnswerBook | None = None,
     progress: Progress | None = None,
@@ -49,6 +51,8 @@ def evaluate_relation(
         direction: the direction that was trained, e.g. "P2C"; reverse questions are of the other one.
         splits: "train", "heldout" or both.
         templates: "train", "heldout" or "all"; None asks in held-out wordings where a direction has some, else in all.
+        facts: at most so many of each split, the same forward and reverse; a question that several facts share belongs
+            to the first of them.
         max_new_tokens: the same for every side; that of the longest answer of any when None.
         answers: the relation's `answer_book`, where it is at hand.
         progress: called with (questions done, questions in all) over all sides.
@@ -62,7 +66,7 @@ def evaluate_relation(
     model = as_probed(model)
     if isinstance(relation, LettersRelation):
         raise RevprobeError("letters are asked by position, not in text; probe_reverse_probability has their accuracy")
-    sides = _sides(relation, direction, splits, templates)
+    sides = asked_sides(relation, direction, splits=splits, templates=templates, facts=facts)
     if answers is None and not max_new_tokens:
         # Of every side, asked or not: the length of a masked model's answers must not depend on what else is asked.
         answers = answer_book(model, relation, direction)
@@ -112,6 +116,7 @@ def match_table(readings: Readings) -> pd.DataFrame:
                 "excess [95 %]": "-"
                 if excess is None
                 else interval_text(excess.value, excess.low, excess.high, percent=True),
+                "wrong answers": ", ".join(f"{n} {error}" for error, n in about.get("errors", {}).items() if n) or "-",
                 "n": f"{reading.n:,} questions, {reading.facts:,} facts",
                 "undefined": "; ".join(filter(None, (undefined_text(measured.undefined), measured.caution))) or "-",
             }
@@ -136,10 +141,18 @@ def save_evaluation(readings: Readings, folder: Path) -> list[Path]:
     ]
 
 
-def _sides(
-    relation: TextRelation, direction: str, splits: Sequence[str], templates: str | None
+def asked_sides(
+    relation: TextRelation,
+    direction: str,
+    *,
+    splits: Sequence[str] = SPLITS,
+    templates: str | None = None,
+    facts: int | None = None,
 ) -> list[tuple[dict[str, str], list[Question]]]:
-    """What is asked, labelled: forward and reverse for each split."""
+    """What `evaluate_relation` asks, labelled (asked, split, templates): forward and reverse for each split.
+
+    Raises, warns: as `evaluate_relation`.
+    """
     for name, value, known in [("split", split, SPLITS) for split in splits] + [("templates", templates, TEMPLATES)]:
         if value is not None and value not in known:
             raise RevprobeError(f"unknown {name} {value!r}{did_you_mean(value, known)}")
@@ -153,12 +166,31 @@ def _sides(
         )
         splits = [split for split in splits if split in there]
     sides = []
+    labelled = relation.facts_of(direction)
     for split in splits:
+        chosen = _drawn(labelled[labelled["split"] == split], facts)
         for asked, statement in directions.items():
             wording = templates or ("heldout" if relation.has_heldout_templates(statement) else "all")
             found = relation.questions(direction, reverse=asked == "reverse", split=split, templates=wording)
-            sides.append(({"asked": asked, "split": split, "templates": wording}, found))
+            sides.append(({"asked": asked, "split": split, "templates": wording}, _of_facts(found, chosen)))
     return sides
+
+
+def _drawn(facts: pd.DataFrame, limit: int | None) -> set[str] | None:
+    """The labels of at most so many facts, the same in every call; None for all."""
+    if limit is None:
+        return None
+    if limit < 1:
+        raise RevprobeError(f"facts={limit!r}: expected at least 1, or None for all")
+    order = np.random.default_rng(0).permutation(len(facts))
+    return set(facts["fact"].iloc[order[:limit]].astype(str))
+
+
+def _of_facts(questions: list[Question], chosen: set[str] | None) -> list[Question]:
+    """The questions about some facts; where other facts' questions stand for all of theirs, the first ones."""
+    if chosen is None:
+        return questions
+    return [one for one in questions if str(one.fact) in chosen] or questions[: len(chosen)]
 
 
 def _part_of(progress: Progress | None, before: int, after: int, total: int) -> Progress | None:

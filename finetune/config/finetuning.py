@@ -28,6 +28,22 @@ _READS = ("mask_token_id", "block_size", "bidirectional")
 Templates = dict[Text, Text | list[Text]]
 
 
+class Grown(Section):
+    """A section with keys that came later: at their default they are not written, so that a run's config.yaml from
+    before stays the config that it is."""
+
+    added: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_added_defaults(self, handler: Any) -> dict[str, Any]:
+        fields = type(self).model_fields
+        return {
+            key: value
+            for key, value in handler(self).items()
+            if key not in self.added or getattr(self, key) != fields[key].default
+        }
+
+
 class Pretraining(Section):
     """What a tiny model learns before: both directions of other facts, so that it knows the templates."""
 
@@ -198,14 +214,21 @@ class FinetuneSnapshots(SnapshotsConfig):
     predictions: StrictBool = True
 
 
-class EvaluationOptions(Section):
-    """How trained and held-out facts are asked after training: greedy decoding, exact match."""
+class EvaluationOptions(Grown):
+    """How trained and held-out facts are asked: greedy decoding, exact match, and the rank among all candidates."""
 
+    added: ClassVar = ("at", "facts", "candidates")
     # Tokens of an answer; those of the longest that is asked for and one to end it, by default.
     max_new_tokens: Count | None = None
     # Which wordings; those held out from training, where there are some, by default.
     templates: Literal["all", "train", "heldout"] | None = None
     batch_size: Count | None = None
+    # When they are asked: after training, or at every snapshot as well.
+    at: Literal["last", "snapshots"] = "last"
+    # Of each side of the split so many facts at most; 0 asks none at all.
+    facts: Annotated[StrictInt, Field(ge=0)] | None = None
+    # Also rank the right answer among all entities that answer such a question.
+    candidates: StrictBool = False
 
 
 class FinetuneBase(Section):

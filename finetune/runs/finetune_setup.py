@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,12 +21,14 @@ from ...models.probed import ProbedModel
 from ...models.registry import load_model
 from ...probes.decoding.exact_match import AnswerBook
 from ...probes.pairs.pairs import ReversalPairs
+from ...probes.readings.readings import Readings
 from ...relations.catalog import TextRelation, load_relation
-from ...relations.evaluation import answer_book
+from ...relations.evaluation import answer_book, asked_sides, evaluate_relation
 from ..config.finetuning import FinetuneConfig
 from ..pretraining.tiny_models import build_tiny
+from ..training.answers_callback import SnapshotAnswers
 from ..training.arguments import training_arguments, uses_cpu
-from ..training.checkpointing import READINGS
+from ..training.checkpointing import ANSWERED, READINGS
 from ..training.dataset import PadRows, RowOptions, StatementRows, padding_id
 from ..training.distributed import ProcessGroup
 from ..training.lora import add_lora, quantization, target_modules
@@ -67,6 +70,12 @@ class Prepared:
         return self.config.snapshots.resolve(self.steps)
 
     @property
+    def answer_steps(self) -> list[int]:
+        """The snapshots at which facts are asked, beside the evaluation after the last."""
+        chosen = self.config.evaluation
+        return self.snapshots if chosen.at == "snapshots" and chosen.facts != 0 else []
+
+    @property
     def resolved(self) -> dict[str, Any]:
         """What the config came to, for resolved.json."""
         return {
@@ -81,7 +90,32 @@ class Prepared:
             "pairs": len(self.pairs),
             "kind": self.pairs.kind,
             "relation": repr(self.relation),
+            "asked": self._asked(),
         }
+
+    def _asked(self) -> list[list[str]]:
+        """The sides that are asked (forward or reverse, and of which facts); none where the config asks nothing."""
+        chosen = self.config.evaluation
+        if chosen.facts == 0:
+            return []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is no floor is said when it is asked
+            sides = asked_sides(self.relation, self.config.relation.direction, templates=chosen.templates)
+        return [[about["asked"], about["split"]] for about, _ in sides]
+
+    def ask(self, model: ProbedModel) -> Readings:
+        """What the config's evaluation asks of a model at a snapshot: exact match of every side."""
+        chosen = self.config.evaluation
+        return evaluate_relation(
+            model,
+            self.relation,
+            self.config.relation.direction,
+            templates=chosen.templates,
+            facts=chosen.facts,
+            max_new_tokens=self.answer_tokens,
+            answers=self.answers,
+            batch_size=chosen.batch_size,
+        )
 
     def wrapped(self, module: nn.Module, **provenance: Any) -> ProbedModel:
         """A model with an adapter, for the probes, as the base was wrapped."""
@@ -226,5 +260,8 @@ def _add_probes(
         **wrapping,
     )
     trainer.add_callback(probes)
+    if prepared.answer_steps:
+        asking: dict[str, Any] = {"steps": prepared.answer_steps, "done": done}
+        trainer.add_callback(SnapshotAnswers(prepared.ask, folder / ANSWERED, **asking, **wrapping))
     if config.snapshots.predictions:
         trainer.add_callback(FirstOrderPrediction(prepared.pairs, folder / PREDICTIONS, **common, **wrapping))

@@ -7,6 +7,7 @@ RUN/checkpoints/step-000500/                   the adapter, as peft saves it, an
 RUN/readings/step-000500/<probe>.raw.parquet
 RUN/predictions.parquet                        what the gradients foretold of the step after each snapshot
 RUN/evaluation/decoded_match.<asked>.<split>.parquet
+RUN/answers/step-000500/decoded_match.<asked>.<split>.parquet    the same at a snapshot, where the config asks there
 """
 
 from __future__ import annotations
@@ -22,24 +23,28 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from ...arguments import checked
-from ...atomic_files import write_text
+from ...atomic_files import folder_written_whole, write_text
 from ...errors import RevprobeError, first_line
+from ...models.checkpoints import step_name
 from ...models.hub import quiet_transformers
 from ...models.probed import ProbedModel
 from ...models.registry import load_model
 from ...probes.pairs.pairs import ReversalPairs
 from ...probes.readings.readings import Readings
-from ...relations.evaluation import evaluate_relation, save_evaluation
+from ...relations.evaluation import save_evaluation
 from ..config.finetuning import FinetuneConfig
 from ..config.loading import load_config
 from ..training.arguments import training_arguments
-from ..training.checkpointing import READINGS, remove_unfinished, resume_from, run_lock
+from ..training.checkpointing import ANSWERED, READINGS, remove_unfinished, resume_from, run_lock
 from ..training.distributed import ProcessGroup
 from ..training.probe_callback import GRADIENT, LORA_GRADIENT, take_readings
 from .finetune_setup import Prepared, build_finetuning, placed_options, prepare, snapshot_pairs, text_relation
 from .progress import Listener, ProgressCallback
 from .run import CONFIG, Expected, Run, claim_run, noting_problems, pinned_threads
+from .snapshot_answers import answer_table, backfill_answers
 
 RESOLVED, EVALUATION = "resolved.json", "evaluation"
 
@@ -93,7 +98,33 @@ class FinetuneRun(Run):
 
     @property
     def lacks(self) -> str | None:
-        return None if (self.path / EVALUATION).is_dir() else "its evaluation is missing"
+        if missing := self.missing_answers:
+            return f"answers of step {missing[0]} are missing ({len(missing)} snapshots lack some)"
+        there = (self.path / EVALUATION).is_dir() or not self.asks
+        return None if there else "its evaluation is missing"
+
+    @property
+    def asks(self) -> bool:
+        """Whether its config asks for any fact; `evaluation.facts: 0` asks for none."""
+        return self.config.evaluation.facts != 0
+
+    @property
+    def missing_answers(self) -> list[int]:
+        """The snapshots, up to the last complete checkpoint, whose answers should be there and are not."""
+        last = max(self.steps, default=-1)
+        return [
+            step
+            for step, names in self.expected_answers.items()
+            if step <= last and not all((self.path / ANSWERED / step_name(step) / name).is_file() for name in names)
+        ]
+
+    @property
+    def expected_answers(self) -> dict[int, list[str]]:
+        """The files of answers that each snapshot should have, by step; none unless they are asked there."""
+        if self.config.evaluation.at != "snapshots":
+            return {}
+        files = [f"decoded_match.{asked}.{split}.parquet" for asked, split in self.resolved.get("asked", [])]
+        return {step: files for step in self.snapshots if files}
 
     def pairs(self, model: ProbedModel | None = None) -> ReversalPairs:
         return snapshot_pairs(self.config, text_relation(self.config), model or self.load())
@@ -102,8 +133,25 @@ class FinetuneRun(Run):
         return load_model(self.path, step=step, weights=weights, **placed_options(self.config))
 
     def evaluation(self) -> Readings:
-        """Exact match forward and reverse, on trained and held-out facts. Raises: RevprobeError, before it is taken."""
+        """Exact match forward and reverse, on trained and held-out facts.
+
+        Raises: RevprobeError, before it is taken, and for a run whose config asks nothing.
+        """
+        if not self.asks:
+            raise RevprobeError(f"{self.path} asked for no fact (evaluation.facts: 0), so it has no exact match")
         return Readings.load(self.path / EVALUATION)
+
+    def answers(self) -> Readings:
+        """What it answered, each reading with its `step`, `asked` and `split` in its meta: at every snapshot where the
+        config says `evaluation.at: snapshots`, else as in `evaluation`.
+
+        Raises: RevprobeError, as `evaluation`.
+        """
+        return Readings.load(self.path / ANSWERED) if self.expected_answers else self.evaluation()
+
+    def answer_table(self) -> pd.DataFrame:
+        """`answers` as one tidy table; see `answer_table` in `snapshot_answers`."""
+        return answer_table(self.answers()).assign(run=self.name)
 
     def readings_so_far(self) -> Readings:
         """The readings there are; none before the first snapshot."""
@@ -186,17 +234,18 @@ def _complete(run: FinetuneRun, prepared: Prepared, model: ProbedModel | None) -
     if config.snapshots.during_training:
         for step in dict.fromkeys(one.step for one in taken):
             warnings.warn(f"{run.path}: missing readings of step {step} were taken from its checkpoint", stacklevel=4)
-    if run.lacks:
-        readings = evaluate_relation(
-            model or run.load(),
-            prepared.relation,
-            config.relation.direction,
-            templates=config.evaluation.templates,
-            max_new_tokens=prepared.answer_tokens,
-            answers=prepared.answers,
-            batch_size=config.evaluation.batch_size,
-        )
-        working = run.path / f".{EVALUATION}.part"
-        shutil.rmtree(working, ignore_errors=True)
-        save_evaluation(readings, working)
-        working.rename(run.path / EVALUATION)
+    if run.asks:
+        backfill_answers(run, prepared)
+        if not (run.path / EVALUATION).is_dir():
+            _evaluate(run, prepared, model)
+
+
+def _evaluate(run: FinetuneRun, prepared: Prepared, model: ProbedModel | None) -> None:
+    """Ask the last step's model, or take over what its snapshot was asked."""
+    with folder_written_whole(run.path / EVALUATION, lambda entry: entry.suffix == ".parquet") as working:
+        if run.expected_answers:
+            answered = run.path / ANSWERED / step_name(run.snapshots[-1])
+            for file in answered.glob("decoded_match.*.parquet"):
+                shutil.copyfile(file, working / file.name)
+        else:
+            save_evaluation(prepared.ask(model or run.load()), working)

@@ -1,12 +1,13 @@
-"""Read a letters run's answers while it trains, at more steps than its checkpoints: they cost little.
+"""Ask a model while it trains: letters at more steps than there are checkpoints, since they cost little, and facts told
+in text at every snapshot.
 
-A file beside the readings holds a row for each step, weights and question (see `relations.answers`). A resumed run
-keeps the rows up to its own step.
+For letters a file beside the readings holds a row for each step, weights and question (see `relations.answers`); a
+resumed run keeps the rows up to its own step. Facts in text leave readings, a folder for each step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,15 @@ import pandas as pd
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ...atomic_files import written_whole
+from ...atomic_files import folder_written_whole, written_whole
 from ...hooks.untouched import untouched
+from ...models.checkpoints import step_name
+from ...models.probed import ProbedModel
+from ...probes.readings.readings import Readings
 from ...relations.answers import Asked, answers_of, questions
+from ...relations.evaluation import save_evaluation
 from ...relations.letters import LettersRelation
+from .distributed import require_whole
 from .probe_callback import Wrapping
 from .step_log import read_table
 
@@ -81,3 +87,50 @@ class AnswersCallback(TrainerCallback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(self.path) as part:
             self.table.to_parquet(part, compression="zstd", index=False)
+
+
+class SnapshotAnswers(TrainerCallback):
+    """Ask for the facts at step 0 and at the steps named; the first process asks and writes, the others go on.
+
+    Taken before the checkpoint of the same step is completed, and without a trace, as readings are.
+
+    Args:
+        ask: what is asked of a model, as readings with `asked` and `split` in their meta.
+        folder: where `step-000500/<reading>.<asked>.<split>.parquet` appear.
+        done: steps whose answers are there already (a resumed run's own step).
+        wrapping: as in `ProbeCallback`.
+    """
+
+    def __init__(
+        self,
+        ask: Callable[[ProbedModel], Readings],
+        folder: Path,
+        *,
+        steps: Collection[int],
+        done: Collection[int] = (),
+        **wrapping: Any,
+    ) -> None:
+        self.ask, self.folder, self.steps, self.done = ask, folder, frozenset(steps), frozenset(done)
+        self.wrap = Wrapping(**wrapping)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **at: Any) -> None:
+        self.wrap.forget()
+        if state.global_step == 0:
+            self._take(at["model"], state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **at: Any) -> None:
+        self._take(at["model"], state)
+
+    def _take(self, model: nn.Module, state: TrainerState) -> None:
+        step = state.global_step
+        if step not in self.steps or step in self.done or not state.is_world_process_zero:
+            return
+        require_whole(model)
+        with untouched(model):
+            save_answers(self.ask(self.wrap(model, step=step, weights="raw")), self.folder / step_name(step))
+
+
+def save_answers(readings: Readings, folder: Path) -> None:
+    """The answers of one step; the folder appears whole or not at all."""
+    with folder_written_whole(folder, lambda entry: entry.suffix == ".parquet") as part:
+        save_evaluation(readings, part)

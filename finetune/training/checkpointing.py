@@ -23,6 +23,8 @@ from ...errors import RevprobeError
 from ...models.checkpoints import CHECKPOINTS, COMPLETE, checkpoint_steps, step_name, step_of
 
 READINGS = "readings"
+# What a fine-tuned model answered at its snapshots.
+ANSWERED = "answers"
 # What a resume cannot do without. transformers skips the ones that are absent, which trains another run in silence.
 RESUME_STATE = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
 # What only a resume needs; without these files a checkpoint is still a model to load and probe.
@@ -136,9 +138,10 @@ def remove_unfinished(run: Path) -> list[Path]:
     """
     steps = checkpoint_steps(run)
     last = steps[-1] if steps else -1
-    cut_off = list((run / CHECKPOINTS).glob("checkpoint-*")) + list((run / READINGS).glob(".step-*.part"))
+    taken = (run / READINGS, run / ANSWERED)
+    cut_off = list((run / CHECKPOINTS).glob("checkpoint-*")) + [p for home in taken for p in home.glob(".step-*.part")]
     unmarked = [p for p in (run / CHECKPOINTS).glob("step-*") if step_of(p) not in steps]
-    later = [p for p in (run / READINGS).glob("step-*") if (step_of(p) or 0) > last]
+    later = [p for home in taken for p in home.glob("step-*") if (step_of(p) or 0) > last]
     removed = [p for p in (*cut_off, *unmarked, *later) if p.is_dir()]
     for folder in removed:
         shutil.rmtree(folder)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -33,6 +33,9 @@ from .masked import Prompt, Unmasking
 
 ANSWER_LENGTHS = ("longest", "oracle")
 TOO_LONG = "no answer fits into max_new_tokens"
+# What a wrong decoding is: nothing before its end; words of the prompt, such as the entity asked about; exactly an
+# answer to another question of the same direction; or anything else. The first that holds is named.
+ERRORS = ("end", "prompt", "other_entity", "malformed")
 
 
 @checked
@@ -74,7 +77,7 @@ def decoded_match(
     Frame: question, fact, kind, direction, template, prompt, answers (a JSON list), decoded, match (1 or 0; NaN when no
     answer fits into max_new_tokens), match_control (NaN without a partner), begins (1 where the decoding begins with an
     answer and goes on with another word or sign, as a model does that was trained on longer texts), begins_control,
-    reason.
+    error (what a wrong decoding is, one of ERRORS; "" where right or undefined), reason. `meta["errors"]` counts.
     Raises: RevprobeError, as `decode` does, and for questions without an answer or none at all.
     Source: paper App. D.2 (Table 7).
     """
@@ -94,6 +97,7 @@ def decoded_match(
     decoded = {ask: answer_text(model, row, stop) for ask, row in zip(asks, tokens, strict=True)}
     frame, meta = scorer.frame(decoded), _describe(model, questions, how, control=control, seed=seed)
     meta["decoding"] |= {"stop": list(stop), "answer_length": answer_length, "max_new_tokens": max(lengths)}
+    meta["errors"] = {error: int((frame["error"] == error).sum()) for error in ERRORS}
     meta["statistic"] = Reading("decoded_match", frame, meta).measured.statistic
     return Reading("decoded_match", frame, meta)
 
@@ -117,6 +121,8 @@ class _Scorer:
         if lacking is not None:
             raise RevprobeError(f"the answers given lack the question {lacking!r}; leave answers= out to work them out")
         self.accepted = [book.accepted[asked_key(question)] for question in questions]
+        # A book may know further questions of the same direction than are asked here.
+        self.entities = book.entities
         self.lengths = [book.lengths[asked_key(question)] for question in questions]
         self.limit = max_new_tokens or book.limit
         self.oracle = oracle
@@ -155,6 +161,8 @@ class _Scorer:
             ("match", "begins"), zip(scores, controls or scores, strict=True), strict=True
         ):
             row |= {name: value} if controls is None else {name: value, f"{name}_control": control}
+        wrong = right is None and self._fits(i)
+        row["error"] = error_of(texts[0], question.prompt, self.entities[str(question.direction)]) if wrong else ""
         return row | {"reason": "" if self._fits(i) else TOO_LONG}
 
     def _scores(self, i: int, j: int, decoded: dict[tuple[int, int], str]) -> tuple[float, float]:
@@ -266,7 +274,7 @@ class AnswerBook:
     `accepted`, by `asked_key`: the answers normalized, and as the tokenizer reads them back (one that takes "O'Neil"
     apart and joins it with blanks could never write the original). `lengths`: token counts of the answers, ascending;
     `limit`: tokens that hold the longest answer and an end token, where there is one, which is the `max_new_tokens`
-    that `decoded_match` takes by itself.
+    that `decoded_match` takes by itself; `entities`, by direction: all that is accepted of any of its questions.
 
     Raises: RevprobeError, without a fast tokenizer, or for questions without an answer.
     """
@@ -292,6 +300,9 @@ class AnswerBook:
         }
         self.lengths = {asked_key(q): sorted({max(1, len(tails[q.prompt, a])) for a in q.answers}) for q in questions}
         self.limit = max(lengths[-1] for lengths in self.lengths.values()) + (1 if end_tokens(model) else 0)
+        self.entities: dict[str, set[str]] = {}
+        for q in questions:
+            self.entities.setdefault(str(q.direction), set()).update(self.accepted[asked_key(q)])
 
 
 def _has_no_blank(tokenizer: Any, prompt: str, answer: str) -> bool:
@@ -303,6 +314,20 @@ def _has_no_blank(tokenizer: Any, prompt: str, answer: str) -> bool:
         return True
     unknown = tokenizer.unk_token_id
     return unknown is not None and encoded.token_ids.count(unknown) > alone.token_ids.count(unknown)
+
+
+def error_of(decoded: str, prompt: str, entities: Collection[str]) -> str:
+    """Which of ERRORS a wrong decoding is; `entities` are normalized answers to questions of its direction.
+
+    >>> error_of("Alma Brent", "Alma Brent's parent is", {"cora dent"})
+    'prompt'
+    """
+    text, asked = normalized(decoded), normalized(prompt)
+    if not text:
+        return "end"
+    places = [at for at in range(len(asked)) if asked.startswith(text, at)]
+    whole = [at for at in places if not (asked[at - 1 : at].isalnum() or asked[at + len(text) :][:1].isalnum())]
+    return "prompt" if whole else "other_entity" if text in entities else "malformed"
 
 
 def begins_with(text: str, answer: str) -> bool:

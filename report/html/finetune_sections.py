@@ -45,6 +45,8 @@ def finetune_sections(runs: Sequence[Run]) -> list[Markup]:
             f"Trained on the response only: {', '.join(only)}. There the first entity is never masked, so for masked "
             "models the probes' forward query is not what training asked."
         )
+    if silent := [run.name for run in tuned if not run.asks]:
+        notes.append(f"No fact was asked of {', '.join(silent)} (evaluation.facts: 0): no exact match was taken.")
     parts += [paragraph(note, note=True) for note in notes]
     sections = [section("table7", "Exact match (Table 7)", *parts)]
     if has_figure4(tuned):

@@ -27,16 +27,16 @@ PANELS: dict[str, dict[str, str]] = {
 }
 # A control of a second line in a panel would hide the first's.
 _WITH_CONTROL = ("attention_correlation", "gradient_cosine", "reverse_probability")
-_SERIES = ["model", "dataset", "direction", "kind"]
+_SERIES = ["model", "dataset", "direction", "variant", "kind"]
 
 
 def signature_frame(runs: Sequence[FinetuneRun]) -> pd.DataFrame:
-    """All measures of all runs by model, dataset, direction, kind, seed and step, as `Readings.measures` has them."""
+    """All measures of all runs by model, dataset, direction, variant, kind, seed and step, as `Readings.measures` has them."""
     parts = []
     for run in runs:
         readings = run.readings_so_far()
         if len(readings):
-            about = {name: run.axes[name] for name in ("model", "dataset", "direction", "seed")}
+            about = {name: run.axes.get(name, "") for name in ("model", "dataset", "direction", "variant", "seed")}
             parts.append(readings.measures().assign(**about))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
@@ -64,8 +64,8 @@ def figure4(runs: Sequence[FinetuneRun]) -> go.Figure:
     figure = make_subplots(rows=1, cols=len(PANELS), subplot_titles=list(PANELS), horizontal_spacing=0.07)
     figure.update_annotations(font={"size": 13})
     for place, (series, part) in enumerate(table.groupby(_SERIES, sort=False, dropna=False)):
-        model, dataset, direction, kind = (str(value) for value in series)
-        name = f"{model} {dataset} ({direction}), {kind.replace('_', ' ')}"
+        model, dataset, direction, variant, kind = (str(value) for value in series)
+        name = f"{model} {dataset} ({direction}), {variant}{', ' if variant else ''}{kind.replace('_', ' ')}"
         look = {"colour": SPARE_COLOURS[place % len(SPARE_COLOURS)], "symbol": SYMBOLS[place % len(SYMBOLS)]}
         for column, measures in enumerate(PANELS.values(), start=1):
             for measure, dash in measures.items():

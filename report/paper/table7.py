@@ -26,7 +26,9 @@ from ..summary.terminal import text_table
 
 SIDES = {"forward": "Fwd.", "reverse": "Rev."}
 FACTS = {"train": "trained facts", "heldout": "held-out facts (the floor)"}
-COLUMNS = ["run", "objective", "model", "dataset", "direction", "seed", "asked", "split", "templates"]
+COLUMNS = ["run", "objective", "model", "dataset", "direction", "variant", "seed", "asked", "split", "templates"]
+# What the seeds of a cell have in common, the model beside it.
+CELL = ["dataset", "direction", "variant"]
 NUMBERS = ["value", "low", "high", "n", "facts", "control"]
 NOTE = (
     "Exact match in per cent after lower-casing and stripping blanks, decoded greedily; any of a fact's answers "
@@ -45,14 +47,14 @@ def match_frame(runs: Sequence[FinetuneRun]) -> pd.DataFrame:
     """
     rows: list[dict[str, Any]] = []
     for run in runs:
-        if not run.finished:
+        if not (run.finished and run.asks):
             continue
         for reading in run.evaluation():
             about = {name: reading.meta[name] for name in ("asked", "split", "templates")}
             low, high = reading.interval
             numbers = {"value": reading.value, "low": low, "high": high, "n": reading.n, "facts": reading.facts}
             control = math.nan if reading.control is None else reading.control.value
-            rows.append({"run": run.name} | run.axes | about | numbers | {"control": control})
+            rows.append({"run": run.name, "variant": ""} | run.axes | about | numbers | {"control": control})
     return pd.DataFrame(rows, columns=[*COLUMNS, *NUMBERS])
 
 
@@ -65,8 +67,8 @@ def table7(matches: pd.DataFrame, split: str = "train") -> pd.DataFrame:
     """
     chosen = matches[matches["split"] == split]
     rows = []
-    for (dataset, direction), part in chosen.groupby(["dataset", "direction"], sort=False):
-        row = {"trained on": f"{dataset} ({direction})"}
+    for (dataset, direction, variant), part in chosen.groupby(CELL, sort=False):
+        row = {"trained on": f"{dataset} ({direction}){f', {variant}' if variant else ''}"}
         for model in dict.fromkeys(chosen["model"]):
             for asked, short in SIDES.items():
                 row[f"{model} {short}"] = _cell(part[(part["model"] == model) & (part["asked"] == asked)])
@@ -131,7 +133,7 @@ def table7_figure(matches: pd.DataFrame, split: str = "train", *, theme: str = "
 def _means(chosen: pd.DataFrame, columns: list[str]) -> list[list[float | None]]:
     """Each cell's mean over seeds in per cent, in the order of `table7`; None where there is none."""
     lines: list[list[float | None]] = []
-    for _, part in chosen.groupby(["dataset", "direction"], sort=False):
+    for _, part in chosen.groupby(CELL, sort=False):
         found = {
             f"{model} {short}": part.loc[(part["model"] == model) & (part["asked"] == asked), "value"].mean()
             for model in dict.fromkeys(part["model"])

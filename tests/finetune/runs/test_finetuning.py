@@ -202,7 +202,7 @@ def nth(function, count):
 MOMENTS = {
     "between two snapshots": (trainer.ForwardOnlyTrainer, "training_step", 5),
     "after the weights, before the optimizer": (trainer.ForwardOnlyTrainer, "_save_optimizer_and_scheduler", 2),
-    "before the evaluation": (finetuning, "evaluate_relation", 1),
+    "before the evaluation": (finetuning, "save_evaluation", 1),
 }
 
 def in_a_fork(config, folder, moment=None):

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from revprobe import ProbedModel, Reading, RevprobeError, decode, decoded_match
-from revprobe.probes.decoding.exact_match import TOO_LONG, AnswerBook, begins_with, normalized
+from revprobe.probes.decoding.exact_match import TOO_LONG, AnswerBook, begins_with, error_of, normalized
 from revprobe.probes.statistics.estimators import NO_PARTNER
 from tiny import word_tokenizer
 
@@ -225,7 +225,8 @@ def test_a_reading_says_what_was_asked_and_how_and_survives_the_disk(tmp_path):
     model = script(says)
     reading = decoded_match(model, questions, algorithm="margin", steps=3, stop="jones")
     columns = (
-        "question fact kind direction template prompt answers decoded match match_control begins begins_control reason"
+        "question fact kind direction template prompt answers decoded match match_control begins begins_control "
+        "error reason"
     )
     assert list(reading.frame.columns) == columns.split()
     assert json.loads(reading.frame["answers"][0]) == ["alma dent"]
@@ -289,3 +290,41 @@ def test_a_mistake_is_told_before_the_model_runs(options, message):
     with pytest.raises(RevprobeError, match=message):
         decoded_match(model, **({"questions": [Question("q1", ("alma",), "a")]} | options))
     assert model.module.rows == 0
+
+
+def test_a_wrong_answer_is_called_what_it_is_and_counted() -> None:
+    """Right, nothing, the entity asked about, another answer, an answer that goes on, and words of none."""
+    says = {"q0": "alma brent", "q1": "", "q2": "q2", "q3": "alma brent", "q4": "gina hart fox", "q5": "jones"}
+    answers = ["alma brent", "cora dent", "eric fox", "ida jones", "gina hart", "dent alma"]
+    questions = [Question(f"q1{i} q{i}", (answer,), f"f{i}") for i, answer in enumerate(answers)]
+    reading = decoded_match(script(says), questions)
+    assert reading.frame["error"].tolist() == ["", "end", "prompt", "other_entity", "malformed", "malformed"]
+    assert reading.frame["match"].tolist() == [1, 0, 0, 0, 0, 0]
+    assert reading.meta["errors"] == {"end": 1, "prompt": 1, "other_entity": 1, "malformed": 2}
+    # An answer of the other direction alone is no entity that answers here.
+    other = [replace(one, direction="C2P") if i == 0 else one for i, one in enumerate(questions)]
+    assert decoded_match(script(says), other).frame["error"].tolist()[3] == "malformed"
+
+
+@pytest.mark.parametrize(
+    ("decoded", "expected"),
+    [
+        ("Brent's", "prompt"),
+        ("rent", "malformed"),
+        ("alma  BRENT", "prompt"),
+        (" ", "end"),
+        ("Cora Dent", "other_entity"),
+    ],
+)
+def test_words_of_the_prompt_are_whole_words(decoded: str, expected: str) -> None:
+    assert error_of(decoded, "Alma Brent's parent is", {"cora dent", "alma"}) == expected
+
+
+def test_a_frame_from_before_errors_were_told_still_loads(tmp_path) -> None:
+    says, questions = asked(4, 2)
+    reading = decoded_match(script(says), questions)
+    old = Reading(
+        reading.name, reading.frame.drop(columns="error"), {k: v for k, v in reading.meta.items() if k != "errors"}
+    )
+    loaded = Reading.load(old.save(tmp_path / "old.parquet"))
+    assert (loaded.value, loaded.interval) == (reading.value, reading.interval)
