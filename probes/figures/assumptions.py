@@ -13,6 +13,7 @@ from plotly.subplots import make_subplots
 from ...errors import RevprobeError, did_you_mean
 from .drawable import Drawable
 from .theme import (
+    BELOW,
     CONTROL_GREY,
     DIVERGING,
     FORWARD,
@@ -114,7 +115,7 @@ def _verdict_legend(figure: go.Figure, table: pd.DataFrame) -> None:
     for name, shade in [*reversed(VERDICTS.items()), (NO_VERDICT, UNDEFINED_GREY)]:
         mark = go.Scatter(x=[None], y=[None], mode="markers", name=f"{name}: {int(counts.get(name, 0)):,}")
         figure.add_trace(mark.update(marker={"symbol": "square", "size": 12, "color": shade}), row=1, col=1)
-    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 0.01, "yref": "container", "yanchor": "bottom"})
+    figure.update_layout(legend=BELOW)
 
 
 def _planes(reading: Drawable, layer: int | None, head: int | None) -> go.Figure:
@@ -148,8 +149,10 @@ def _planes(reading: Drawable, layer: int | None, head: int | None) -> go.Figure
             figure.add_trace(points.update(legendgroup=side, showlegend=place == 1), row=1, col=place)
         line = {"color": CONTROL_GREY, "dash": "dot", "width": 1}
         figure.add_hline(y=expected, line=line, row=1, col=place)
+    planes = rows["plane"].nunique()
     figure.update_xaxes(title=f"plane, fastest first ({counts_text(rows['facts'].astype(float))} facts)")
-    figure.update_layout(height=430, legend={"orientation": "h", "x": 0, "y": -0.2})
+    figure.update_xaxes(tick0=0, dtick=max(1, planes // 16), range=[-0.5, planes - 0.3])
+    figure.update_layout(height=430, legend=BELOW)
     return _titled(figure, reading, f", layer {first['layer']}, head {first['head']}: {first['verdict'] or NO_VERDICT}")
 
 
@@ -163,4 +166,4 @@ def _titled(figure: go.Figure, reading: Drawable, where: str = "") -> go.Figure:
     words = series_words(meta.get("weights"), meta.get("kind"))
     text = f"<b>{plain(meta.get('model') or 'model')}</b>{step} ({words}){where}<br>{what}"
     title = {"text": text, "font": {"size": 14}, "y": 1, "yref": "container", "pad": {"t": 12}}
-    return figure.update_layout(template=TEMPLATE, title=title, margin={"t": 100, "b": 100}, width=900)
+    return figure.update_layout(template=TEMPLATE, title=title, margin={"t": 100, "b": 100})

@@ -36,6 +36,7 @@ from .theme import (
     CONTROL_GREY,
     FORWARD,
     OKABE_ITO,
+    PICTURE_WIDTH,
     REVERSE,
     TEMPLATE,
     faded,
@@ -249,7 +250,7 @@ def _histogram(values: np.ndarray, edges: np.ndarray, colour: str, dash: str) ->
 
 def _controls(reading: Drawable, what: str) -> go.Figure:
     figure = controls_figure(reading)
-    return _titled(figure, reading, what).update_layout(height=figure.layout.meta["height"], width=860)
+    return _titled(figure, reading, what).update_layout(height=figure.layout.meta["height"], width=None)
 
 
 def _titled(figure: go.Figure, reading: Drawable, what: str) -> go.Figure:
@@ -307,7 +308,8 @@ def save_figure(figure: go.Figure, path: str | Path, *, scale: float = 2.0) -> P
                 paper = figure.layout.paper_bgcolor or figure.layout.template.layout.paper_bgcolor or "white"
                 figure.write_html(part, include_plotlyjs=True, post_script=f"document.body.style.background='{paper}'")
             else:
-                figure.write_image(part, format=ending.removeprefix("."), scale=scale)
+                width = figure.layout.width or PICTURE_WIDTH
+                figure.write_image(part, format=ending.removeprefix("."), scale=scale, width=width)
     except RevprobeError:
         raise
     except OSError as error:
