@@ -112,8 +112,11 @@ def _verdict_legend(figure: go.Figure, table: pd.DataFrame) -> None:
     """What each colour means, and how many heads have it."""
     heads = table.drop_duplicates(["layer", "head"])["verdict"].astype(object)
     counts = heads.where(heads.notna(), NO_VERDICT).value_counts()
+    why = {str(one) for one in table.loc[table["verdict"].isna(), "reason_bound"] if one}
     for name, shade in [*reversed(VERDICTS.items()), (NO_VERDICT, UNDEFINED_GREY)]:
-        mark = go.Scatter(x=[None], y=[None], mode="markers", name=f"{name}: {int(counts.get(name, 0)):,}")
+        label = f"{name}: {int(counts.get(name, 0)):,}"
+        label += f" ({plain(*why, limit=110)})" if name == NO_VERDICT and len(why) == 1 else ""
+        mark = go.Scatter(x=[None], y=[None], mode="markers", name=label)
         figure.add_trace(mark.update(marker={"symbol": "square", "size": 12, "color": shade}), row=1, col=1)
     figure.update_layout(legend=BELOW)
 

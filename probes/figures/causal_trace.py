@@ -31,6 +31,7 @@ from .theme import (
 from .training_curves import series_words
 
 AXES = ("part", "head", "step")
+TAKEN_WITH = {"head": "site='head'", "step": "steps=", "part": "positions="}
 MEASURES = {"effect": "effect (nats)", "share": "restored share"}
 ORDER = ("evidence", "template", "target", "all")
 SITES = {
@@ -58,9 +59,13 @@ def causal_trace_figure(
     there = [axis for axis in AXES if axis in frame and frame[axis].notna().any()]
     by = by or next((axis for axis in ("step", "head") if axis in there), "part")
     for what, value, known in (("by", by, there), ("measure", measure, list(MEASURES))):
+        if what == "by" and value in AXES and value not in there:
+            raise RevprobeError(f"causal trace without a {value} to draw by: measure it with {TAKEN_WITH[value]}")
         if value not in known:
             raise RevprobeError(f"causal trace drawn with {what} {value!r}{did_you_mean(value, known)}")
     parts = [one for one in ORDER if one in set(frame["part"])]
+    if part in ORDER and part not in parts:
+        raise RevprobeError(f"causal trace without the part {part!r}: measure it with positions=[{part!r}, ...]")
     if part is not None and part not in parts:
         raise RevprobeError(f"causal trace drawn with part {part!r}{did_you_mean(part, parts)}")
     shown = frame if by == "part" and part is None else frame[frame["part"] == (part or parts[0])]

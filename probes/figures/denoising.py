@@ -50,7 +50,9 @@ def denoising_figure(reading: Drawable, *, kind: str = "steps", step: int = 1) -
         return _titled(_curves(reading), reading)
     last = int(frame["step"].max())
     if kind == "heads" and not 1 <= step <= last:
-        raise RevprobeError(f"no step {step!r} in this trace: expected one of 1 to {last}")
+        raise RevprobeError(
+            f"no step {step!r} in this trace: expected one of 1 to {last}; steps= of trace_denoising sets how many"
+        )
     shown = frame[frame["step"] == step] if kind == "heads" else frame
     across = "head" if kind == "heads" else "step"
     table = attention_table(shown, ["direction", "layer", across])

@@ -92,5 +92,13 @@ def test_a_line_without_a_number_is_called_undefined_in_the_legend() -> None:
         assert not re.search("undefined", next(one.name for one in figure.data if one.name == "reverse"))
 
 
+def test_an_audit_without_verdicts_says_why() -> None:
+    """The map of verdicts was grey all over, with the reason on the hover alone."""
+    one_side = pairs_at((1, 4), (2, 6), count=10)
+    figure = rp.audit_assumptions(rp.load_model(FIXTURES / "llada-tiny"), one_side, permutations=40).plot()
+    (label,) = [one.name for one in figure.data if one.name and one.name.startswith("no verdict")]
+    assert re.fullmatch(r"no verdict: 8 \(.{10,}\)", label), label
+
+
 def test_a_colour_bar_leaves_room_for_the_tools() -> None:
     assert TEMPLATE.data.heatmap[0].colorbar.xpad == TEMPLATE.layout.coloraxis.colorbar.xpad >= 24
