@@ -57,18 +57,8 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 def plot_reading(reading: Drawable, *, theme: str = "light", **options: Any) -> go.Figure:
-    """Draw one reading.
+    """Draw one reading; what can be asked of each stands at `Reading.plot`.
 
-    Args:
-        theme: "light" or "dark".
-        options: attention: `kind="scatter"` (each pair's two scores, less their group's mean, which is what the
-            statistic sees), `"heatmap"` (by distance), `"heads"` (by layer x head), `"bounds"` (over RoPE's lower
-            bound, for a reading that `with_bounds` gave) or `"controls"` (the number above all that it is held
-            against), `layer=`, `head=`, `pairs=` (the ReversalPairs it was taken on, whose text then stands on the
-            hover); gradient: `by="role"` or another column of the frame, or `kind="layers"` (by layer x role) or
-            `"controls"`; probability: `bins=`; route edits, stored evidence and logit lens: `kind=`; stored once:
-            `number=`; objective terms: `by=`, `measure=`; causal traces: `by=`, `part=`, `measure=`; denoising
-            traces: `kind=`, `step=`; assumption audits: `kind=`, `layer=`, `head=`.
     Raises: RevprobeError, when the reading or an option is not known.
     """
     if reading.name not in RENDERERS:
