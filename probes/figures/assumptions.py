@@ -65,7 +65,7 @@ def assumption_figure(
     def spread(of: Callable[[pd.DataFrame], Any]) -> list[list[Any]]:
         return [[of(cells[at, one]) if (at, one) in cells else None for one in heads] for at in layers]
 
-    titles = ["<b>Verdict</b>", "<b>Cross-plane share of covariance², less its null</b>"]
+    titles = ["<b>Verdict</b>", "<b>Cross-plane share, less its null</b>"]
     figure = make_subplots(1, 2, subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.04)
     codes = {name: float(place) for place, name in enumerate(VERDICTS)}
     scale = [[(place + end) / len(VERDICTS), shade] for place, shade in enumerate(VERDICTS.values()) for end in (0, 1)]
