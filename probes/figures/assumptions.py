@@ -13,6 +13,7 @@ from plotly.subplots import make_subplots
 from ...errors import RevprobeError, did_you_mean
 from .drawable import Drawable
 from .theme import (
+    BELOW,
     CONTROL_GREY,
     DIVERGING,
     FORWARD,
@@ -64,7 +65,7 @@ def assumption_figure(
     def spread(of: Callable[[pd.DataFrame], Any]) -> list[list[Any]]:
         return [[of(cells[at, one]) if (at, one) in cells else None for one in heads] for at in layers]
 
-    titles = ["<b>Verdict</b>", "<b>Cross-plane share of covariance², less its null</b>"]
+    titles = ["<b>Verdict</b>", "<b>Cross-plane share, less its null</b>"]
     figure = make_subplots(1, 2, subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.04)
     codes = {name: float(place) for place, name in enumerate(VERDICTS)}
     scale = [[(place + end) / len(VERDICTS), shade] for place, shade in enumerate(VERDICTS.values()) for end in (0, 1)]
@@ -111,10 +112,13 @@ def _verdict_legend(figure: go.Figure, table: pd.DataFrame) -> None:
     """What each colour means, and how many heads have it."""
     heads = table.drop_duplicates(["layer", "head"])["verdict"].astype(object)
     counts = heads.where(heads.notna(), NO_VERDICT).value_counts()
+    why = {str(one) for one in table.loc[table["verdict"].isna(), "reason_bound"] if one}
     for name, shade in [*reversed(VERDICTS.items()), (NO_VERDICT, UNDEFINED_GREY)]:
-        mark = go.Scatter(x=[None], y=[None], mode="markers", name=f"{name}: {int(counts.get(name, 0)):,}")
+        label = f"{name}: {int(counts.get(name, 0)):,}"
+        label += f" ({plain(*why, limit=110)})" if name == NO_VERDICT and len(why) == 1 else ""
+        mark = go.Scatter(x=[None], y=[None], mode="markers", name=label)
         figure.add_trace(mark.update(marker={"symbol": "square", "size": 12, "color": shade}), row=1, col=1)
-    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 0.01, "yref": "container", "yanchor": "bottom"})
+    figure.update_layout(legend=BELOW)
 
 
 def _planes(reading: Drawable, layer: int | None, head: int | None) -> go.Figure:
@@ -148,8 +152,10 @@ def _planes(reading: Drawable, layer: int | None, head: int | None) -> go.Figure
             figure.add_trace(points.update(legendgroup=side, showlegend=place == 1), row=1, col=place)
         line = {"color": CONTROL_GREY, "dash": "dot", "width": 1}
         figure.add_hline(y=expected, line=line, row=1, col=place)
+    planes = rows["plane"].nunique()
     figure.update_xaxes(title=f"plane, fastest first ({counts_text(rows['facts'].astype(float))} facts)")
-    figure.update_layout(height=430, legend={"orientation": "h", "x": 0, "y": -0.2})
+    figure.update_xaxes(tick0=0, dtick=max(1, planes // 16), range=[-0.5, planes - 0.3])
+    figure.update_layout(height=430, legend=BELOW)
     return _titled(figure, reading, f", layer {first['layer']}, head {first['head']}: {first['verdict'] or NO_VERDICT}")
 
 
@@ -163,4 +169,4 @@ def _titled(figure: go.Figure, reading: Drawable, where: str = "") -> go.Figure:
     words = series_words(meta.get("weights"), meta.get("kind"))
     text = f"<b>{plain(meta.get('model') or 'model')}</b>{step} ({words}){where}<br>{what}"
     title = {"text": text, "font": {"size": 14}, "y": 1, "yref": "container", "pad": {"t": 12}}
-    return figure.update_layout(template=TEMPLATE, title=title, margin={"t": 100, "b": 100}, width=900)
+    return figure.update_layout(template=TEMPLATE, title=title, margin={"t": 100, "b": 100})

@@ -22,7 +22,7 @@ from ..statistics.by_distance import DISTANCES, distance_correlations
 from ..statistics.by_head import head_correlations
 from ..statistics.by_role import cell_cosines
 from .drawable import Drawable
-from .theme import DIVERGING, TEMPLATE, UNDEFINED_GREY, counts_text, interval_text, message_figure
+from .theme import CELL_INK, DIVERGING, TEMPLATE, UNDEFINED_GREY, counts_text, interval_text, message_figure
 from .training_curves import series_words
 
 Entry = tuple[Drawable, pd.DataFrame]
@@ -120,7 +120,7 @@ def _map_traces(cells: pd.DataFrame, grid: Grid) -> list[go.Heatmap]:
     hover = where + "r = %{z:.3f}, n = %{customdata} pairs<br>offsets (forward, reverse): %{text}<extra></extra>"
     value = go.Heatmap(**common, coloraxis="coloraxis", text=grid.spread(cells, "offsets"), hovertemplate=hover)
     if max(len(grid.forward), len(grid.reverse)) <= WRITTEN_OUT:
-        value.update(texttemplate="%{z:.2f}", textfont={"size": 10})
+        value.update(texttemplate="%{z:.2f}", textfont={"size": 10, "color": CELL_INK})
     return [undefined, value]
 
 
@@ -209,7 +209,7 @@ def _map(table: pd.DataFrame, column: str, hover: str, unit: str) -> go.Figure:
     scale = {"colorscale": DIVERGING, "zmin": -1, "zmax": 1, "colorbar": bar, "hoverongaps": False, "ygap": 1}
     cell = go.Heatmap(**shown, **scale, z=z, text=text, hovertemplate=hover)
     if max(len(columns), len(layers)) <= WRITTEN_OUT:
-        cell.update(texttemplate="%{z:.2f}", textfont={"size": 11})
+        cell.update(texttemplate="%{z:.2f}", textfont={"size": 11, "color": CELL_INK})
     figure = go.Figure([under, cell]).update_layout(template=TEMPLATE)
     figure.update_xaxes(type="category", showgrid=False)
     return figure.update_yaxes(type="category", showgrid=False)

@@ -145,4 +145,4 @@ def _laid_out(figure: go.Figure, reading: Drawable, cells: pd.DataFrame, left_ou
     title = {"text": text, "font": {"size": 14}, "y": 1, "yref": "container", "pad": {"t": 12}}
     margin = {"t": 80 + 18 * len(left_out)}
     figure.update_layout(template=TEMPLATE, title=title, legend={"tracegroupgap": 0})
-    return figure.update_layout(margin=margin, width=960, height=480)
+    return figure.update_layout(margin=margin, width=None, height=480)

@@ -15,6 +15,7 @@ from ...errors import RevprobeError, did_you_mean
 from ..statistics.intervals import FRACTION, Estimate, mean_over_facts, proportion_over_facts
 from .drawable import Drawable
 from .theme import (
+    BELOW,
     CONTROL_GREY,
     DIVERGING,
     FORWARD,
@@ -94,9 +95,7 @@ def logit_lens_figure(reading: Drawable, *, kind: str = "layers", direction: str
         Panel("What the state says", "log-probability of the target (nats)", logs),
         Panel("How often the target comes first", "share of pairs", first),
     ]
-    return titled(
-        layer_panels(panels), reading, "log-probability gained by the reverse target, embedding to last layer"
-    )
+    return titled(layer_panels(panels), reading, "nats gained by the reverse target, embedding to last layer")
 
 
 def stored_once_figure(reading: Drawable, *, number: str = "correct") -> go.Figure:
@@ -148,8 +147,10 @@ def curve(
 
 def layer_panels(panels: Sequence[Panel]) -> go.Figure:
     """Panels side by side over the same layers; where a layer has no number the lines break."""
-    figure = make_subplots(1, len(panels), subplot_titles=[f"<b>{panel.title}</b>" for panel in panels])
+    titles = [f"<b>{panel.title}</b>" for panel in panels]
+    figure = make_subplots(1, len(panels), subplot_titles=titles, horizontal_spacing=0.14)
     known: set[str] = set()
+    drawn = {line.name for panel in panels for line in panel.curves if any(one.n for one in line.found)}
     for place, panel in enumerate(panels, start=1):
         for line in panel.curves:
             value, low, high = ([getattr(one, end) for one in line.found] for end in ("value", "low", "high"))
@@ -157,7 +158,7 @@ def layer_panels(panels: Sequence[Panel]) -> go.Figure:
                 f"{layer_name(layer)}: {interval_text(one.value, one.low, one.high)}, n = {one.n:,}"
                 for layer, one in zip(line.layers, line.found, strict=True)
             ]
-            shown = {"legendgroup": line.name, "name": line.name}
+            shown = {"legendgroup": line.name, "name": line.name + " (undefined)" * (line.name not in drawn)}
             if not line.control:
                 figure.add_trace(band(line.layers, low, high, line.colour, showlegend=False, **shown), row=1, col=place)
             dash, width = ("dash", 1.5) if line.control else ("solid", 2.0)
@@ -198,9 +199,8 @@ def titled(figure: go.Figure, reading: Drawable, what: str) -> go.Figure:
     numbers += f", {undefined:,} undefined" if undefined else ""
     text = f"<b>{model}</b>{step} ({series_words(meta.get('weights'), meta.get('kind'))})<br>{numbers}"
     title = {"text": text, "font": {"size": 14}, "y": 1, "yref": "container", "pad": {"t": 12}}
-    legend = {"orientation": "h", "y": -0.22, "x": 0}
     margin = {"t": 110, "b": 110}
-    return figure.update_layout(template=TEMPLATE, title=title, legend=legend, margin=margin, height=470)
+    return figure.update_layout(template=TEMPLATE, title=title, legend=BELOW, margin=margin, height=470)
 
 
 def _heads(reading: Drawable, direction: str) -> go.Figure:

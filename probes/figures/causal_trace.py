@@ -15,10 +15,11 @@ from ...errors import RevprobeError, did_you_mean
 from ..statistics.causal_trace import place_means
 from .drawable import Drawable
 from .theme import (
+    BELOW,
+    CELL_INK,
     CONTROL_GREY,
     DIVERGING,
     FORWARD,
-    OKABE_ITO,
     REVERSE,
     TEMPLATE,
     UNDEFINED_GREY,
@@ -30,6 +31,7 @@ from .theme import (
 from .training_curves import series_words
 
 AXES = ("part", "head", "step")
+TAKEN_WITH = {"head": "site='head'", "step": "steps=", "part": "positions="}
 MEASURES = {"effect": "effect (nats)", "share": "restored share"}
 ORDER = ("evidence", "template", "target", "all")
 SITES = {
@@ -57,9 +59,13 @@ def causal_trace_figure(
     there = [axis for axis in AXES if axis in frame and frame[axis].notna().any()]
     by = by or next((axis for axis in ("step", "head") if axis in there), "part")
     for what, value, known in (("by", by, there), ("measure", measure, list(MEASURES))):
+        if what == "by" and value in AXES and value not in there:
+            raise RevprobeError(f"causal trace without a {value} to draw by: measure it with {TAKEN_WITH[value]}")
         if value not in known:
             raise RevprobeError(f"causal trace drawn with {what} {value!r}{did_you_mean(value, known)}")
     parts = [one for one in ORDER if one in set(frame["part"])]
+    if part in ORDER and part not in parts:
+        raise RevprobeError(f"causal trace without the part {part!r}: measure it with positions=[{part!r}, ...]")
     if part is not None and part not in parts:
         raise RevprobeError(f"causal trace drawn with part {part!r}{did_you_mean(part, parts)}")
     shown = frame if by == "part" and part is None else frame[frame["part"] == (part or parts[0])]
@@ -133,7 +139,7 @@ def _titled(figure: go.Figure, reading: Drawable, where: str) -> go.Figure:
 def _headed(figure: go.Figure, meta: dict[str, Any], words: str) -> go.Figure:
     text = f"<b>{plain(meta.get('model') or 'model')}</b>{words}"
     title = {"text": text, "font": {"size": 14}, "y": 1, "yref": "container", "pad": {"t": 12}}
-    return figure.update_layout(template=TEMPLATE, title=title, margin={"t": 100}, width=900)
+    return figure.update_layout(template=TEMPLATE, title=title, margin={"t": 100})
 
 
 def head_ranking_figure(reading: Drawable) -> go.Figure:
@@ -141,9 +147,9 @@ def head_ranking_figure(reading: Drawable) -> go.Figure:
     meta, table = reading.meta, reading.summary(by=["rank", "layer", "head"])
     if not meta["ranking"]:
         return message_figure(f"No defined effect: {undefined_text(reading.undefined)}")
-    names = [f"layer {row.layer}, head {row.head} (n = {row.n:,})" for row in table.itertuples()][::-1]
+    names = [f"layer {row.layer}, head {row.head}<br><sup>n = {row.n:,}</sup>" for row in table.itertuples()][::-1]
     edit = {"knockout": "lost when its route is cut", "transplant": "gained with the other direction's route"}
-    titles = [f"<b>{len(meta['training_facts']):,} training facts</b>", "<b>held-out facts</b>"]
+    titles = [f"<b>{len(meta['training_facts']):,} training facts</b> (squares: top heads)", "<b>held-out facts</b>"]
     figure = make_subplots(1, 2, subplot_titles=titles, column_widths=[0.55, 0.45], horizontal_spacing=0.2)
     _training_map(figure, pd.DataFrame(meta["ranking"]), table)
     rows, colour = table.iloc[::-1], FORWARD if meta["direction"] == "forward" else REVERSE
@@ -169,12 +175,11 @@ def head_ranking_figure(reading: Drawable) -> go.Figure:
     figure.add_vline(x=0, line={"color": CONTROL_GREY, "dash": "dot", "width": 1}, row=1, col=2)
     figure.update_xaxes(title=f"log-probability {edit[meta['edit']]} (nats)", title_font={"size": 12}, row=1, col=2)
     figure.update_yaxes(type="category", row=1, col=2)
-    legend = {"orientation": "h", "x": 1, "xanchor": "right", "y": -0.14, "yanchor": "top", "font": {"size": 11}}
     control = reading.control.value if reading.control else math.nan
     what = f"top heads, one at a time: {interval_text(reading.value, *reading.interval, control)}, n = {reading.n:,}"
-    height = 230 + max(260, 14 * len({one["layer"] for one in meta["ranking"]}), 26 * len(names))
+    height = 250 + max(260, 14 * len({one["layer"] for one in meta["ranking"]}), 26 * len(names))
     return _headed(figure, meta, f" ({meta['direction']} queries, {meta['edit']})<br>{what}").update_layout(
-        legend=legend, height=height
+        legend=BELOW | {"x": 1, "xanchor": "right"}, height=height, margin={"b": 110}
     )
 
 
@@ -185,13 +190,15 @@ def _training_map(figure: go.Figure, ranking: pd.DataFrame, table: pd.DataFrame)
     z = [[None if math.isnan(one) else one for one in line] for line in cells.to_numpy(dtype=float).tolist()]
     scale = {"colorscale": [list(stop) for stop in DIVERGING], "zmin": -limit, "zmax": limit, "hoverongaps": False}
     bar = {"title": {"text": "effect (nats)", "side": "bottom"}, "thickness": 10, "orientation": "h", "len": 0.3}
-    bar |= {"x": 0, "xanchor": "left", "xref": "paper", "y": -0.12, "yanchor": "top"}
+    bar |= {"x": 0, "xanchor": "left", "xpad": 0, "y": 0.01, "yref": "container", "yanchor": "bottom"}
     heat = go.Heatmap(z=z, x=heads, y=layers, xgap=1, ygap=1, colorbar=bar, **scale)
     heat.update(hovertemplate="layer %{y}, head %{x}: %{z:.3f} nats<extra></extra>")
     figure.add_trace(heat, row=1, col=1)
-    ring = {"symbol": "square-open", "size": 10, "color": OKABE_ITO["green"], "line": {"width": 2}}
+    ring = {"symbol": "square-open", "size": 11, "color": CELL_INK, "line": {"width": 2}}
     top = go.Scatter(x=table["head"].astype(str), y=table["layer"].astype(str), mode="markers", marker=ring)
-    top.update(name="top heads", hovertext=[f"rank {rank}" for rank in table["rank"]], hoverinfo="text")
+    top.update(
+        name="top heads", showlegend=False, hovertext=[f"rank {rank}" for rank in table["rank"]], hoverinfo="text"
+    )
     figure.add_trace(top, row=1, col=1)
     figure.update_xaxes(title="head", type="category", showgrid=False, dtick=max(1, len(heads) // 8), row=1, col=1)
     figure.update_yaxes(title="layer", type="category", showgrid=False, dtick=max(1, len(layers) // 16), row=1, col=1)

@@ -69,7 +69,7 @@ def _beside(figure: go.Figure, row: dict[Hashable, Any], **place: Any) -> None:
     if math.isnan(row["value"]):
         said = textwrap.wrap(f"undefined: {row['reason'] or 'no number'}", LINE, max_lines=2, placeholder=" …")
         text = "<br>".join(plain(line, limit=None) for line in said)
-        figure.add_annotation(text=text, **BESIDE | {"x": 0.01}, **place)
+        figure.add_annotation(text=text, bgcolor="white", **BESIDE | {"x": 0.01}, **place)
     if row["control"] and not math.isnan(row["difference"]):
         figure.add_annotation(text=_apart(row), **BESIDE, **place)
 

@@ -50,7 +50,9 @@ def denoising_figure(reading: Drawable, *, kind: str = "steps", step: int = 1) -
         return _titled(_curves(reading), reading)
     last = int(frame["step"].max())
     if kind == "heads" and not 1 <= step <= last:
-        raise RevprobeError(f"no step {step!r} in this trace: expected one of 1 to {last}")
+        raise RevprobeError(
+            f"no step {step!r} in this trace: expected one of 1 to {last}; steps= of trace_denoising sets how many"
+        )
     shown = frame[frame["step"] == step] if kind == "heads" else frame
     across = "head" if kind == "heads" else "step"
     table = attention_table(shown, ["direction", "layer", across])
@@ -74,7 +76,9 @@ def _curves(reading: Drawable) -> go.Figure:
         if "control" in numbers:
             dashed = {"color": faded(colour, 0.75), "width": 1.5, "dash": "dash"}
             control = go.Scatter(x=x, y=null, mode="lines", line=dashed, hoverinfo="skip")
-            figure.add_trace(control.update(name=f"{direction}: another fact's target"))
+            figure.add_trace(
+                control.update(name=f"{direction}: another fact's target" + " (undefined)" * all(map(math.isnan, null)))
+            )
         words = zip(x, numbers["value"], numbers["low"], numbers["high"], null, rows["n"], strict=True)
         hover = [f"{direction}, step {at}: {interval_text(*found)}, n = {n:,}" for at, *found, n in words]
         line = {"color": colour, "width": 2}
@@ -120,7 +124,7 @@ def _maps(table: pd.DataFrame, across: str, step: int) -> go.Figure:
     mean = "" if across == "head" else ",<br>mean over heads"
     bar = {"title": {"text": f"weight of<br>the evidence{mean}"}, "thickness": 14}
     scale = {"cmin": 0.0, "cmax": float(table["value"].max()) or 1.0, "colorscale": WEIGHTS, "colorbar": bar}
-    size = {"width": 980, "height": 210 + min(MOST, max(120, CELL * layers))}
+    size = {"height": 210 + min(MOST, max(120, CELL * layers))}
     return figure.update_layout(coloraxis=scale, plot_bgcolor=UNDEFINED_GREY, **size)
 
 

@@ -36,6 +36,7 @@ from .theme import (
     CONTROL_GREY,
     FORWARD,
     OKABE_ITO,
+    PICTURE_WIDTH,
     REVERSE,
     TEMPLATE,
     faded,
@@ -56,18 +57,8 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 def plot_reading(reading: Drawable, *, theme: str = "light", **options: Any) -> go.Figure:
-    """Draw one reading.
+    """Draw one reading; what can be asked of each stands at `Reading.plot`.
 
-    Args:
-        theme: "light" or "dark".
-        options: attention: `kind="scatter"` (each pair's two scores, less their group's mean, which is what the
-            statistic sees), `"heatmap"` (by distance), `"heads"` (by layer x head), `"bounds"` (over RoPE's lower
-            bound, for a reading that `with_bounds` gave) or `"controls"` (the number above all that it is held
-            against), `layer=`, `head=`, `pairs=` (the ReversalPairs it was taken on, whose text then stands on the
-            hover); gradient: `by="role"` or another column of the frame, or `kind="layers"` (by layer x role) or
-            `"controls"`; probability: `bins=`; route edits, stored evidence and logit lens: `kind=`; stored once:
-            `number=`; objective terms: `by=`, `measure=`; causal traces: `by=`, `part=`, `measure=`; denoising
-            traces: `kind=`, `step=`; assumption audits: `kind=`, `layer=`, `head=`.
     Raises: RevprobeError, when the reading or an option is not known.
     """
     if reading.name not in RENDERERS:
@@ -249,7 +240,7 @@ def _histogram(values: np.ndarray, edges: np.ndarray, colour: str, dash: str) ->
 
 def _controls(reading: Drawable, what: str) -> go.Figure:
     figure = controls_figure(reading)
-    return _titled(figure, reading, what).update_layout(height=figure.layout.meta["height"], width=860)
+    return _titled(figure, reading, what).update_layout(height=figure.layout.meta["height"], width=None)
 
 
 def _titled(figure: go.Figure, reading: Drawable, what: str) -> go.Figure:
@@ -307,7 +298,8 @@ def save_figure(figure: go.Figure, path: str | Path, *, scale: float = 2.0) -> P
                 paper = figure.layout.paper_bgcolor or figure.layout.template.layout.paper_bgcolor or "white"
                 figure.write_html(part, include_plotlyjs=True, post_script=f"document.body.style.background='{paper}'")
             else:
-                figure.write_image(part, format=ending.removeprefix("."), scale=scale)
+                width = figure.layout.width or PICTURE_WIDTH
+                figure.write_image(part, format=ending.removeprefix("."), scale=scale, width=width)
     except RevprobeError:
         raise
     except OSError as error:

@@ -115,9 +115,11 @@ def _heatmap(table: pd.DataFrame) -> go.Figure:
         zmax=limit,
         colorbar={"title": "nats"},
     )
-    figure = go.Figure(heat).update_layout(plot_bgcolor=UNDEFINED_GREY)
-    figure.update_xaxes(title=f"head edited ({CHANGE})", type="category", showgrid=False)
-    return figure.update_yaxes(title="layer edited", type="category", showgrid=False)
+    heat.update(xgap=1, ygap=1, hoverongaps=False)
+    figure = go.Figure(heat).update_layout(plot_bgcolor=UNDEFINED_GREY, height=230 + max(150, 14 * len(cells)))
+    every = {"tickmode": "linear", "type": "category", "showgrid": False}
+    figure.update_xaxes(title=f"head edited ({CHANGE})", dtick=max(1, len(cells.columns) // 16), **every)
+    return figure.update_yaxes(title="layer edited", dtick=max(1, len(cells) // 16), **every)
 
 
 def _titled(figure: go.Figure, reading: Drawable, widest: pd.Series, direction: str) -> go.Figure:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -43,8 +44,16 @@ FORWARD, REVERSE = OKABE_ITO["blue"], OKABE_ITO["vermillion"]
 CONTROL_GREY, UNDEFINED_GREY, GRID_GREY = "#6B6B6B", "#C8C8C8", "#E3E3E3"
 # Both ends are Okabe-Ito colours of like lightness and the middle is white, so sign and size survive without hue.
 DIVERGING = ((0.0, OKABE_ITO["vermillion"]), (0.5, "#FFFFFF"), (1.0, OKABE_ITO["blue"]))
+# On a cell of a map, whatever the page's colour: at least 4 to 1 on every colour of the scale.
+CELL_INK = "#000001"  # not black itself, which a dark page swaps
+# plotly's active button is nearly white on every page; so all buttons are pale and their words dark.
+BUTTONS = {"bgcolor": "#D3D9DF", "bordercolor": "#A7AFB7", "font": {"color": CELL_INK, "size": 12}}
+# A legend along the foot of the figure, however high that is.
+BELOW = {"orientation": "h", "x": 0, "y": 0.01, "yref": "container", "yanchor": "bottom"}
 FONT = "Helvetica, Arial, 'DejaVu Sans', sans-serif"
 LABEL_LIMIT = 60
+MESSAGE_LINE = 84  # letters of a message on one line: what a page of 800 pixels holds
+PICTURE_WIDTH = 900  # of a figure that takes the width it is given, drawn into a file
 # What ink and paper decide, light to dark; all other colours keep their meaning and stay legible on both.
 DARK_PAPER = "#16191D"
 IN_THE_DARK = {
@@ -78,6 +87,8 @@ def _axis() -> dict[str, Any]:
     }
 
 
+# Room at its right for the modebar, which otherwise covers title and numbers.
+COLOUR_BAR = {"xpad": 26}
 TEMPLATE = go.layout.Template(
     layout={
         "font": {"family": FONT, "size": 13, "color": "#1A1A1A"},
@@ -92,7 +103,10 @@ TEMPLATE = go.layout.Template(
         "margin": {"l": 70, "r": 45, "t": 70, "b": 60},
         # Upright at the right edge, where it covers neither titles nor buttons.
         "modebar": {"orientation": "v", "bgcolor": "rgba(255,255,255,0.6)"},
-    }
+        "updatemenudefaults": BUTTONS,
+        "coloraxis": {"colorbar": COLOUR_BAR},
+    },
+    data={"heatmap": [go.Heatmap(colorbar=COLOUR_BAR)]},
 )
 
 
@@ -148,7 +162,9 @@ def interval_text(
     # None without an interval, or with one of no width, which would claim certainty.
     places = next(told_apart, None) if low < high else None
     ends = "" if places is None else f" [{_rounded(low, percent, places)}, {_rounded(high, percent, places)}]"
-    places = places or least
+    # A number by itself shows one digit that is not zero.
+    finest = next((n for n in range(least, 17) if value == 0 or float(_rounded(value, percent, n))), least)
+    places = places or finest
     beside = "" if math.isnan(control) else f" (control {_rounded(control, percent, places)})"
     return f"{_rounded(value, percent, places)}{ends}{beside}"
 
@@ -171,8 +187,8 @@ def _rounded(number: float, percent: bool, digits: int) -> str:
 
 
 def undefined_text(undefined: Mapping[str, int]) -> str:
-    """The reasons of a reading's undefined points, counted: `26 constant scores; 3 masked out`."""
-    return "; ".join(f"{count:,} {reason}" for reason, count in undefined.items() if count)
+    """The reasons of a reading's undefined points, counted: `26 × constant scores; 3 × masked out`."""
+    return "; ".join(f"{count:,} × {reason}" for reason, count in undefined.items() if count)
 
 
 def counts_text(counts: Iterable[float]) -> str:
@@ -205,13 +221,17 @@ def band(x: Sequence[float], low: Sequence[float], high: Sequence[float], colour
     return go.Scatter(x=outline_x, y=outline_y, mode="lines", line=line, hoverinfo="skip", **fill, **options)
 
 
+NO_TOOLS = ["zoom", "pan", "zoomin", "zoomout", "autoscale", "resetscale", "toimage", "select", "lasso"]
+
+
 def message_figure(message: str) -> go.Figure:
     """A figure that says why there is nothing to draw."""
-    figure = go.Figure(layout={"template": TEMPLATE, "height": 160, "xaxis": {"visible": False}})
+    lines = textwrap.wrap(" ".join(message.split()), MESSAGE_LINE)
+    layout = {"template": TEMPLATE, "height": 140 + 20 * len(lines), "xaxis": {"visible": False}}
+    figure = go.Figure(layout=layout | {"modebar": {"remove": NO_TOOLS}})
     figure.update_yaxes(visible=False)
-    return figure.add_annotation(
-        text=plain(message, limit=None), showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper"
-    )
+    text = "<br>".join(plain(line, limit=None) for line in lines)
+    return figure.add_annotation(text=text, align="left", showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper")
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,8 @@ def signatures_figure(
             choices.append({"label": label, "method": "restyle", "args": [{"visible": visible}]})
         place = {"x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "pad": {"b": 36}, "direction": "right"}
         figure.update_layout(updatemenus=[{"type": "buttons", "buttons": choices, "showactive": True, **place}])
+        # Above them the key, which they would cover where the figure is narrow.
+        figure.update_layout(height=figure.layout.height + 24, margin={"t": figure.layout.margin.t + 24})
     return figure
 
 
@@ -167,7 +169,7 @@ def colour_key(row: pd.Series) -> str:
 def _empty_panels(rows: pd.DataFrame, scale: StepScale, against: pd.DataFrame) -> go.Figure:
     specs = [[{"rowspan": 2}, {"rowspan": 2}, {}], [None, None, {}]]
     titles = [f"<b>{panel.title}</b>" for panel in PANELS]
-    figure = make_subplots(2, 3, specs=specs, subplot_titles=titles, horizontal_spacing=0.075, vertical_spacing=0.2)
+    figure = make_subplots(2, 3, specs=specs, subplot_titles=titles, horizontal_spacing=0.11, vertical_spacing=0.2)
     for panel in PANELS:
         part = rows[rows["measure"] == panel.measure]
         place = {"row": panel.row, "col": panel.column}

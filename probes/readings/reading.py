@@ -204,7 +204,21 @@ class Reading:
         )
 
     def plot(self, **options: Any) -> go.Figure:
-        """This reading as a plotly figure; see `probes.figures.plot.plot_reading`."""
+        """This reading as a plotly figure, for `theme="light"` or "dark"; a wrong option names those there are.
+
+        Args:
+            options: of attention, `kind="scatter"` (each pair's two scores, less their group's mean, which is what the
+                statistic sees), "heatmap" (by distance), "heads" (by layer and head), "bounds" (over RoPE's bound, for
+                a reading that `with_bounds` gave) or "controls" (all that the number is held against), `layer=`,
+                `head=`, `pairs=` (those it was taken on, whose text then stands on the hover); of gradients,
+                `by="role"` or another column, or `kind="layers"` or "controls"; of probabilities, `bins=`.
+                Denoising traces: `kind="steps"`, "layers" or "heads" (at `step=`). Logit lens: `kind="layers"` or
+                "heads" (of a `direction=`). Causal traces: `by="part"`, "head" or "step", `part="target"` and the like,
+                `measure="effect"` or "share". Stored once: `number="correct"` or "place". Audits: `kind="heads"`, or
+                "planes" (of a `layer=` and `head=`). Route edits: `kind="intervals"` or "heatmap", `direction=`. Stored
+                evidence: `kind="parts"` or "matrix". Objective terms: `by=`, `measure=`. Rankings of heads: none.
+        Raises: RevprobeError, when the reading or an option is not known.
+        """
         from ..figures.plot import plot_reading
 
         return plot_reading(self, **options)

@@ -546,7 +546,7 @@ def test_the_figures_count_what_their_own_direction_lacks():
     assert math.isfinite(alone.value)
     for kind, count in (("intervals", 1), ("heatmap", 8)):
         text = alone.plot(kind=kind, direction="forward").layout.annotations[0].text
-        assert text == f"No defined change: {count} {EVIDENCE_HIDDEN}"
+        assert text == f"No defined change: {count} × {EVIDENCE_HIDDEN}"
 
 
 @pytest.mark.parametrize(

@@ -636,6 +636,10 @@ def test_the_figures_show_the_means() -> None:
     assert list(heads.plot(part="evidence", measure="share", theme="dark").data[0].x) == ["0", "1", "2", "3"]
     with pytest.raises(RevprobeError, match="drawn with by 'heads'"):
         stream.plot(by="heads")
+    with pytest.raises(RevprobeError, match="without a head to draw by: measure it with site='head'"):
+        stream.plot(by="head")
+    with pytest.raises(RevprobeError, match="without the part 'all': measure it with positions="):
+        stream.plot(part="all")
     null, null_pairs = tiny.wired(carries=False)
     nothing = rp.probe_causal_trace(null, null_pairs).plot(measure="share")
     assert "No defined share" in nothing.layout.annotations[0].text

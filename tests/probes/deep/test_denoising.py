@@ -507,7 +507,8 @@ def test_a_saved_trace_comes_back_and_is_drawn(tmp_path):
     pd.testing.assert_frame_equal(again.frame, reading.frame, check_categorical=False)
     assert again.value == reading.value and again.undefined == reading.undefined
     curves = again.plot()
-    assert {"forward", "reverse", "forward: another fact's target"} <= {trace.name for trace in curves.data}
+    names = {trace.name for trace in curves.data}
+    assert {"forward", "reverse", "forward: another fact's target (undefined)"} <= names, "the facts differ in length"
     shown = steps_table(reading.frame).query("direction == 'reverse'")["value"].tolist()
     (line,) = [trace for trace in curves.data if trace.name == "reverse"]
     assert list(line.y) == pytest.approx(shown, nan_ok=True)

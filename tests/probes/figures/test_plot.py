@@ -332,6 +332,8 @@ def test_numbers_as_people_read_them() -> None:
     assert interval_text(0.99995, 0.9999, 1.0, percent=True) == "100.00 [99.99, 100.00]"
     assert interval_text(math.nan, 0.1, 0.2, 0.0) == "undefined"
     assert interval_text(2.2e-9, 2.1e-9, 2.4e-9) == "0.0000000022 [0.0000000021, 0.0000000024]", "however small"
+    assert interval_text(0.0038, math.nan, math.nan) == "0.004", "one pair's small number is not nothing"
+    assert interval_text(0.0, math.nan, math.nan) == "0.00"
     assert interval_text(0.5, 0.5, 0.5) == "0.50" == interval_text(0.5, 0.5, 0.5 + 1e-18), "no certainty is printed"
     assert interval_text(1.2345, 1.2, 1.3, digits=3) == "1.234 [1.200, 1.300]"
     assert interval_text(0.987, 0.95, 1.0, -0.0004, percent=True) == "98.7 [95.0, 100.0] (control 0.0)"
@@ -482,10 +484,11 @@ def test_a_picture_is_asked_of_kaleido(tmp_path: Path, monkeypatch: pytest.Monke
     """Where kaleido is, plotly writes the picture; where its browser is missing, that is said in one line."""
     figure = go.Figure(go.Scatter(y=[1, 2]))
     monkeypatch.setattr(plot, "find_spec", lambda name: object())
-    monkeypatch.setattr(
-        go.Figure, "write_image", lambda self, path, format, scale: path.write_text(f"{format} x{scale}")
-    )
-    assert save_figure(figure, tmp_path / "a.png", scale=3).read_text() == "png x3"
+    write = lambda self, path, format, scale, width: path.write_text(f"{format} x{scale}, {width} wide")  # noqa: E731
+    monkeypatch.setattr(go.Figure, "write_image", write)
+    assert save_figure(figure, tmp_path / "a.png", scale=3).read_text() == "png x3, 900 wide"
+    figure.update_layout(width=640)
+    assert save_figure(figure, tmp_path / "a.png").read_text() == "png x2.0, 640 wide"
     monkeypatch.setattr(go.Figure, "write_image", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no Chrome")))
     with pytest.raises(RevprobeError, match=r"cannot draw .*no Chrome.*save it as \.html"):
         save_figure(figure, tmp_path / "b.png")
