@@ -14,10 +14,10 @@ TEST_SETUP := $(VENV)/.test-$(PLACE)
 DOCS_SETUP := $(VENV)/.docs-$(PLACE)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format docs build clean
+.PHONY: help setup demo test test-long lint format docs build clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(SETUP)  ## make .venv and install revprobe (editable) with the tested versions
 	@echo "==> $(VENV) is ready: $$($(PY) --version), torch $$($(PY) -c 'from importlib.metadata import version; print(version("torch"))')"
@@ -29,6 +29,11 @@ demo: setup  ## train the quick sweep, probe every checkpoint, write the report
 test: lint  ## ruff, mypy and the whole test suite
 	@echo "==> pytest"
 	$(PY) -m pytest -n auto --dist loadfile
+
+test-long: $(TEST_SETUP)  ## the tests that `make test` leaves out; their table goes into tests/LONG.md
+	@echo "==> pytest, long tests"
+	$(PY) -m pytest -m long -n auto --dist worksteal --junit-xml .pytest_long.xml; status=$$?; \
+	    $(PY) tests/long_table.py .pytest_long.xml tests/LONG.md && exit $$status
 
 lint: $(TEST_SETUP)  ## ruff (lint, format check), mypy, and the report's script where node is there
 	@echo "==> ruff"

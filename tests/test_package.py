@@ -287,6 +287,7 @@ def test_an_installed_wheel_runs_and_brings_its_examples(built: Path, tmp_path: 
     assert all(command in shown for command in ("train", "probe", "sweep", "report", "models")), shown
 
 
+@pytest.mark.long
 def test_an_installed_wheel_writes_the_report_it_writes_here(built: Path, tmp_path: Path) -> None:
     """Away from the checkout: templates, style and script come from the wheel."""
     from revprobe.report.html.report import write_report

@@ -327,6 +327,7 @@ def test_debug_shows_the_traceback(cli: Cli, monkeypatch: pytest.MonkeyPatch) ->
 # ---- sweeps ----
 
 
+@pytest.mark.long
 def test_a_sweep_runs_side_by_side_skips_finished_runs_and_survives_a_failing_one(cli: Cli, tmp_path: Path) -> None:
     """One run's folder is in the way at first: the other must finish, the report be written, the failure be named."""
     (tmp_path / "grid.yaml").write_text(SWEEP)
@@ -362,6 +363,7 @@ def test_a_sweep_runs_side_by_side_skips_finished_runs_and_survives_a_failing_on
         assert twin.read_bytes() == path.read_bytes(), f"{path.name} depends on who ran beside it"
 
 
+@pytest.mark.long
 def test_a_sweep_takes_other_cells_and_refuses_another_base(cli: Cli, tmp_path: Path) -> None:
     """sweep.yaml overwritten in silence would put finished runs of the old base into the new one's report."""
     one = SWEEP.replace("  - {objective: causal}\n", "")
@@ -387,6 +389,7 @@ def test_a_sweep_takes_other_cells_and_refuses_another_base(cli: Cli, tmp_path: 
     assert problems["alibi-l4-s0"] is None and words in (problems["arm-l4-s0"] or "")
 
 
+@pytest.mark.long
 def test_a_sweep_passes_on_what_its_runs_note(cli: Cli, tmp_path: Path) -> None:
     """A run that starts anew, or takes readings again, says so on its stderr, which the sweep reads."""
     (tmp_path / "grid.yaml").write_text(SWEEP.replace("  - {position_encoding: alibi}\n", ""))

@@ -130,6 +130,7 @@ REGISTERED = "print(type(transformers.AutoConfig.for_model('radd')).__name__, ty
 REGISTERED += ".from_pretrained(LLADA)).__name__)\n"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "again",
     [

@@ -124,6 +124,7 @@ def test_a_probe_that_disagrees_with_the_slow_computation_is_refused(monkeypatch
         assert not found.trustworthy and sum(found.table["result"] == "refused") == 1
 
 
+@pytest.mark.long
 def test_the_command_ends_with_status_0_only_for_a_model_to_trust(tmp_path: Path):
     drawn(language_model(transformers.LlamaConfig(**GROUPED))).save_pretrained(tmp_path / "sound")
     drawn(language_model(transformers.MambaConfig(vocab_size=56, hidden_size=16, num_hidden_layers=1))).save_pretrained(

@@ -317,6 +317,7 @@ DIALS = [
 ]
 
 
+@pytest.mark.long
 def test_dials_rates_and_masks_train_together_as_alone(tmp_path: Path) -> None:
     """In one batch, summed over tokens; what each step did is logged alike."""
     base = configs("- {position_encoding: [rope, scalar]}", loss="sequence", gradient_clipping=0.5)

@@ -237,6 +237,7 @@ def outcome(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in sorted(files)}
 
 
+@pytest.mark.long
 def test_a_run_killed_and_resumed_ends_at_the_same_adapter_and_readings(tmp_path: Path) -> None:
     """Masks or dropout that depend on when the process started, or a base built anew otherwise, break it."""
     arguments = [dump_config(config()), str(tmp_path)]
@@ -536,6 +537,7 @@ seeds: [0, 1]
 """
 
 
+@pytest.mark.long
 def test_the_command_runs_a_sweep_and_reports_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -118,6 +118,7 @@ def outcome(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in sorted(files) if path.is_file()}
 
 
+@pytest.mark.long
 def test_a_run_killed_at_any_moment_ends_at_the_same_bits(tmp_path: Path) -> None:
     """Masks from the collator, a reading that disturbs the RNG, a half-written checkpoint taken up: each breaks it."""
     fates = run_driver("radd", tmp_path, [])
@@ -132,6 +133,7 @@ def test_a_run_killed_at_any_moment_ends_at_the_same_bits(tmp_path: Path) -> Non
         assert not differ, f"killed {moment}: {differ} differ from the undisturbed run"
 
 
+@pytest.mark.long
 def test_a_killed_causal_run_ends_at_the_same_bits(tmp_path: Path) -> None:
     """The tied unembedding is saved once; a resume that misses it, or warns, is not the same run."""
     moments = ["between two snapshots", "after the weights, before the optimizer"]

@@ -369,6 +369,7 @@ def test_a_run_that_failed_is_named_and_the_others_are_tabled(tiny: Path) -> Non
     )["seeds"] == 1  # fmt: skip
 
 
+@pytest.mark.long
 def test_runs_side_by_side_are_tabled_on_any_device_and_a_stopped_one_is_taken_up(tiny: Path) -> None:
     """The default path: a process per run; then tables alone, asked for another device than the runs had."""
     command = ["reproduce", "one-layer", "--lengths", "10", "--seeds", "1", "--jobs", "2"]
