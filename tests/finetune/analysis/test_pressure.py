@@ -93,13 +93,8 @@ def test_steps_taken_on_one_class_confirm_its_sign_and_size(run: OneLayerRun) ->
     # A hundredth of the run's rate: at its own, the momentum of so young a model moves it beyond first order.
     steps = rp.objective_steps(run, step=20, learning_rate=1e-4)
     assert {path: path.read_bytes() for path in sorted(run.path.rglob("*")) if path.is_file()} == files
-    large, small = (
-        (part for _, part in steps[steps["optimizer"] == "sgd"].groupby("learning_rate", sort=True))[::-1]
-        if False
-        else tuple(
-            part for _, part in sorted(steps[steps["optimizer"] == "sgd"].groupby("learning_rate"), reverse=True)
-        )
-    )
+    plain = steps[steps["optimizer"] == "sgd"]
+    small, large = (part for _, part in plain.groupby("learning_rate", sort=True))
     assert large["learning_rate"].iloc[0] == pytest.approx(10 * small["learning_rate"].iloc[0])
     assert steps["same_sign"].all()
     assert np.allclose(small["error"].abs(), large["error"].abs() / 100, rtol=0.1, atol=1e-12)
