@@ -18,6 +18,7 @@ from ...models.probed import ProbedModel, as_probed
 from ...models.structure import states_of
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
+from ..passes.alone import in_equal_lengths_if_need_be
 from ..passes.asked import asked_pairs, out_of_sight
 from ..passes.batches import prepare_queries, queries_per_batch, require_tokens_alone
 from ..passes.plan import PassResult, Plan, Progress
@@ -180,7 +181,9 @@ class _Tests:
             if self.plan.progress is not None:
                 self.plan.progress(before * count + done, times * count)
 
-        states = states_of_queries(model, self.queries, list(sites.values()), self.size, report)
+        states = in_equal_lengths_if_need_be(
+            model, lambda: states_of_queries(model, self.queries, list(sites.values()), self.size, report)
+        )
         options: dict[str, Any] = {"ridge": self.ridge, "seed": self.plan.seed, "null": self.plan.control}
         for layer, table in zip(sites, states.astype(np.float64), strict=True):
             alike = all_alike(table[self.asked.forward])
