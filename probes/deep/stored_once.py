@@ -265,7 +265,7 @@ def _unembedding(model: ProbedModel, targets: Sequence[tuple[int, ...]]) -> np.n
     """The row of each target, the mean over its tokens; None where the model names no unembedding of token rows."""
     head = getattr(model.module, "get_output_embeddings", lambda: None)()
     weight = getattr(head, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.is_meta:
+    if head is None or not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.is_meta:
         return None
     tokens = [token for target in targets for token in target]
     if max(tokens) >= weight.shape[0]:
