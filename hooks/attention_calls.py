@@ -210,9 +210,12 @@ def call_rows(call: Mapping[str, Any], rows: Tensor) -> Tensor:
     """
     query, key = call["query"], call["key"]
     query_rows = at_rows(query, rows).to(torch.promote_types(query.dtype, torch.float32))
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).to(query_rows.dtype)
+    if (shared := query.shape[1] // key.shape[1]) > 1:
+        key = key.repeat_interleave(shared, dim=1)
     scale = call.get("scale")
-    scores = query_rows @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = query_rows @ key.to(query_rows.dtype).mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if call.get("attn_mask") is None and not call.get("is_causal"):
+        return scores  # nothing is hidden, and every step of a trace comes by here for every layer
     return hidden_as_infinite(scores + _mask_rows(call, rows, scores))
 
 

@@ -3,16 +3,19 @@
 A layer's block, the module that its layer number names, is taken for what hands the residual stream on; then it is put
 to the test: with the state of one sequence put in at that layer, another sequence must get the first one's logits.
 Where it does not, later layers read more than the block hands on (inputs of their own, a second stream), and the layer
-has no such site. What is written into the stream is found by the roles of parameters, and put to two tests: a part that
-tells sequences apart while all that is learned in it is silent hands on the stream itself (BLOOM's MLP adds it), and
-beside a part that is held no other of the block's MLP may count (shared experts are not all of them). The heads' input
-of the output projection is found by comparing it with what the attention calls return.
+has no such site. What is written into the stream is found by the roles of parameters: by attention, in the part of the
+block that calls it (a layer of a hybrid that calls none has no such site, whatever its projections are named), by the
+MLP beside it. That is put to two tests: a part that tells sequences apart while all that is learned in it is silent
+hands on a stream that it did not write (BLOOM's MLP adds it), and beside a part that is held no other of the block's
+MLP may count (shared experts are not all of them). The heads' input of the output projection is found by comparing it
+with what the attention calls return.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,19 +25,19 @@ from torch import Tensor, nn
 from .attention_calls import FunctionMode, Layout, its_path, running_modules
 from .attention_sites import Attention, AttentionSite
 from .layer_numbers import LayerNumbers
-from .states import EMBEDDED, States, StateSite, change_states, given_state, record_states, returned_state
+from .state_trials import adding, child_of, failing, first_that_is_whole, is_inside
+from .states import EMBEDDED, KINDS, States, StateSite, given_state, returned_state
 from .untouched import untouched
 
 NO_BLOCK = "the layer is no single module that runs once, whose output the next one reads"
 NO_STATE = "its block returns no tensor of (batch, tokens, width)"
 MORE = "later layers read more than the state that its block hands on"
+NO_ATTENTION = "no softmax attention was seen in it: what mixes its tokens is something else"
 NO_OUTPUT = "no single output projection of its attention is known by name"
 NO_MLP = "no single MLP is known by name, nor is there one other part that it could be"
 NO_HEADS = "what its output projection is given is not what its heads read, side by side"
-ROWS = 16  # sequences of a trial
+_OF_ATTENTION = frozenset(["q", "k", "v", "qkv", "o"])
 _PRODUCTS = frozenset(["matmul", "__matmul__", "bmm", "einsum", "scaled_dot_product_attention"])
-# By how much a trial may miss, as a share of what the two sequences differ by.
-_FINE, _COARSE = 1e-3, 0.1
 
 
 @dataclass
@@ -65,10 +68,11 @@ def survey_states(
     """
     blocks = numbers.blocks(module, [site.path for site in attention.sites])
     paths = [path for some in blocks.values() for path in some]
+    unread = [path.split(" (")[0] for path in attention.left_out]  # of some, one call of several
     seen = _look(module, run, shown[0], paths, attention)
-    seen.adds = _adding(module, run, torch.cat(shown), paths, roles)
-    mlps: dict[int, list[StateSite]] = {}
-    attending: list[str | None] = []
+    apart = partial(adding, module, run, torch.cat(shown), roles=roles)
+    attending = [child_of(at, path) for at in (*attention.calls, *unread) for path in paths if is_inside(at, path)]
+    seen.adds = apart(paths) | apart(attending)
     sites: dict[tuple[str, int], StateSite] = {}
     without: dict[tuple[str, int], str] = {}
 
@@ -79,34 +83,43 @@ def survey_states(
             sites[kind, layer] = found
 
     by_path = bool(blocks) and set(attention.heads) <= set(blocks)
-    for layer, paths in blocks.items() if by_path else []:
-        if len(paths) > 1 or seen.ran.get(paths[0]) != 1:
-            for kind in ("residual", "attention", "mlp", "head"):
-                keep(kind, layer, NO_BLOCK)
-            continue
+    whole = [layer for layer, some in blocks.items() if by_path and len(some) == 1 and seen.ran.get(some[0]) == 1]
+    for layer in set(blocks if by_path else attention.heads) - {*whole}:
+        without |= {(kind, layer): NO_BLOCK for kind in KINDS}
+    held: dict[int, _Block] = {}
+    for layer in whole:
+        path = blocks[layer][0]
         own = [site for site in attention.sites if site.layer == layer]
-        block = _Block(layer, paths[0], own, seen, {at: role for at, role in roles.items() if _inside(at, paths[0])})
+        inside = {at: role for at, role in roles.items() if is_inside(at, path)}
+        block = held[layer] = _Block(layer, path, own, unread, seen, inside)
         keep("residual", layer, block.residual())
         keep("attention", layer, block.written_by_attention())
-        mlps[layer] = block.written_by_mlp()
-        attending.append(block.part_that_attends())
         keep("head", layer, block.heads(attention.heads.get(layer, 0)))
-    if not by_path:
-        without |= {
-            (kind, layer): NO_BLOCK for layer in attention.heads for kind in ("residual", "attention", "mlp", "head")
-        }
-    parts = [
-        at for at, role in roles.items() if role == "mlp" and not any(_inside(at, one) for one in attending if one)
-    ]
-    for layer, whole in _whole(module, run, shown[0], mlps, {layer: blocks[layer][0] for layer in mlps}, parts).items():
-        keep("mlp", layer, whole or NO_MLP)
-    first = next((blocks[layer][0] for layer in sorted(blocks) if ("residual", layer) in sites), None)
+    for layer, mlp in _mlps(module, run, shown[0], held, apart).items():
+        keep("mlp", layer, mlp or NO_MLP)
+    # Of the first block, not of the first that has a state: a pooled encoder stands before its decoder (Funnel).
+    first = blocks[min(blocks)][0] if by_path and min(blocks) in held else None
     if first is not None and first in seen.given:
         sites["residual", EMBEDDED] = StateSite("residual", EMBEDDED, first, before=True)
-    for layer in _failing(module, run, shown, [site for site in sites.values() if site.kind == "residual"]):
+    for layer in failing(module, run, shown, [site for site in sites.values() if site.kind == "residual"]):
         del sites["residual", layer]
         without["residual", layer] = MORE
     return States(sites, without)
+
+
+def _mlps(
+    module: nn.Module,
+    run: Callable[[Tensor], Any],
+    ids: Tensor,
+    blocks: Mapping[int, _Block],
+    apart: Callable[[Sequence[str]], set[str]],
+) -> dict[int, StateSite | None]:
+    """Each block's MLP: what it writes, all of it and nothing else; None where there is no such place."""
+    tried = {layer: block.written_by_mlp() for layer, block in blocks.items()}
+    adds = apart([site.path for some in tried.values() for site in some])
+    tried = {layer: [site for site in some if site.path not in adds] for layer, some in tried.items()}
+    parts = [path for block in blocks.values() for path in block.parts_of_mlp()]
+    return first_that_is_whole(module, run, ids, tried, {layer: block.path for layer, block in blocks.items()}, parts)
 
 
 def _look(
@@ -132,7 +145,7 @@ def _look(
 
     try:
         for path, child in module.named_modules():
-            if any(path == block or _inside(path, block) for block in blocks):
+            if any(path == block or is_inside(path, block) for block in blocks):
                 handles.append(child.register_forward_hook(note(path), with_kwargs=True))
         with (
             untouched(module),
@@ -149,11 +162,12 @@ def _look(
 
 @dataclass
 class _Block:
-    """The block of one layer: `roles` of the modules inside it, by path."""
+    """The block of one layer: `roles` of the modules inside it, by path; `unread`: where attention is not read."""
 
     layer: int
     path: str
     attention: Sequence[AttentionSite]
+    unread: Sequence[str]
     seen: _Seen
     roles: Mapping[str, str]
 
@@ -171,14 +185,26 @@ class _Block:
         return alone and state is not None and state.shape[-1] == self._width()
 
     def _projection(self) -> str | None:
-        found = [path for path, role in self.roles.items() if role == "o" and self._writes(path)]
+        """Inside the part that attends, or beside it; a state-space part beside attention has one of its own."""
+        part, named = self.part_that_attends(), [path for path, role in self.roles.items() if role == "o"]
+        near = [path for path in named if part and is_inside(path, part)]
+        near = near or [path for path in named if child_of(path, self.path) == path]
+        found = [path for path in near if self._writes(path)]
         return found[0] if len(found) == 1 else None
+
+    def _attends(self) -> list[str]:
+        return [path for path in (*(site.path for site in self.attention), *self.unread) if self._holds(path)]
+
+    def _holds(self, path: str) -> bool:
+        return path == self.path or is_inside(path, self.path)
 
     def part_that_attends(self) -> str | None:
         """The part of the block, its own child, in which it attends."""
-        return next((_child(site.path, self.path) for site in self.attention if _inside(site.path, self.path)), None)
+        return next((child_of(path, self.path) for path in self._attends() if path != self.path), None)
 
     def written_by_attention(self) -> StateSite | str:
+        if not self._attends():
+            return NO_ATTENTION
         part = self._projection()
         if part is None and (whole := self.part_that_attends()) and "mlp" not in self._all_of(whole):
             part = whole if self._writes(whole) else None
@@ -187,15 +213,23 @@ class _Block:
     def written_by_mlp(self) -> list[StateSite]:
         """Where the MLP may write, the likeliest first."""
         named = [path for path in self.seen.returned if self._writes(path) and self._all_of(path) == {"mlp"}]
-        outermost = [path for path in named if not any(_inside(path, other) for other in named)]
-        children = {_child(path, self.path) for path in self.roles} - {self.part_that_attends()}
+        outermost = [path for path in named if not any(is_inside(path, other) for other in named)]
+        children = {child_of(path, self.path) for path in self.roles} - {self.part_that_attends()}
         children = {one for one in children if self._writes(one) and self._all_of(one) - {"norm"}}
+        children = {one for one in children if not self._all_of(one) & _OF_ATTENTION}  # Mamba's are called so too
         return [StateSite("mlp", self.layer, *some) for some in (outermost, children) if len(some) == 1]
 
+    def parts_of_mlp(self) -> list[str]:
+        """What is called an MLP's in the block; a gate of its attention is none."""
+        attends = self.part_that_attends()
+        return [at for at, role in self.roles.items() if role == "mlp" and not (attends and is_inside(at, attends))]
+
     def _all_of(self, path: str) -> set[str]:
-        return {role for at, role in self.roles.items() if at == path or _inside(at, path)}
+        return {role for at, role in self.roles.items() if at == path or is_inside(at, path)}
 
     def heads(self, count: int) -> StateSite | str:
+        if not self._attends():
+            return NO_ATTENTION
         projection = self._projection()
         given = None if projection is None else self.seen.given.get(projection)
         if projection is None or given is None:
@@ -221,153 +255,3 @@ def _forms(result: Tensor, site: AttentionSite, batch: int) -> Iterator[Tensor]:
     for layout in (site.layout, Layout("(b h0) q k", (("h0", site.heads),))):
         if result.dim() > 2 and (flat := layout.flat(result, batch)) is not None:
             yield flat
-
-
-def _adding(
-    module: nn.Module, run: Callable[[Tensor], Any], ids: Tensor, blocks: Sequence[str], roles: Mapping[str, str]
-) -> set[str]:
-    """The modules in the blocks whose output tells two sequences apart while all that is learned there but norms is
-    silent: what does that is the stream, which they add. Shapes: `ids`: `2 seq`.
-    """
-    adding: set[str] = set()
-    learned = _innermost(module, [path for path, role in roles.items() if role != "norm"])
-    handles = []
-
-    def note(path: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            if (state := returned_state(output)) is not None and len(state) == 2:
-                one, other = state.nan_to_num()
-                if float((one - other).abs().max()) > _FINE * float(state.nan_to_num().abs().max()):
-                    adding.add(path)
-
-        return hook
-
-    try:
-        for path, child in module.named_modules():
-            if any(_inside(path, block) for block in blocks):
-                if path in learned:
-                    handles.append(child.register_forward_hook(_scaled(0.0)))
-                else:
-                    handles.append(child.register_forward_hook(note(path)))
-        with untouched(module), torch.no_grad():
-            run(ids)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return adding
-
-
-def _whole(
-    module: nn.Module,
-    run: Callable[[Tensor], Any],
-    ids: Tensor,
-    tried: Mapping[int, Sequence[StateSite]],
-    blocks: Mapping[int, str],
-    parts: Sequence[str],
-) -> dict[int, StateSite | None]:
-    """Of what may be a layer's MLP the first beside which nothing of its MLP counts: with what it returns held, the
-    block returns the same whatever becomes of the rest. None where there is none.
-
-    Args:
-        parts: the paths of the parameters of MLPs.
-    """
-    found: dict[int, StateSite | None] = dict.fromkeys(tried)
-    learned = _innermost(module, parts)
-    for rank in range(max(map(len, tried.values()), default=0)):
-        sites = {layer: some[rank] for layer, some in tried.items() if found[layer] is None and rank < len(some)}
-        outputs = [StateSite("residual", layer, blocks[layer]) for layer in sites]
-        with untouched(module), torch.no_grad():
-            with record_states(module, [*sites.values(), *outputs]) as own:
-                run(ids)
-            moved: dict[StateSite, bool] = {}
-
-            def hold(
-                site: StateSite, own: Any = own, moved: dict[StateSite, bool] = moved
-            ) -> Callable[[Tensor], Tensor]:
-                def change(state: Tensor) -> Tensor:
-                    moved[site] = not float((state - own[site]).abs().max()) <= _FINE * float(own[site].abs().max())
-                    held: Tensor = own[site].clone()
-                    return held
-
-                return change
-
-            rest = [
-                path
-                for layer, site in sites.items()
-                for path in learned
-                if _inside(path, blocks[layer]) and path != site.path and not _inside(path, site.path)
-            ]
-            handles = [module.get_submodule(path).register_forward_hook(_scaled(2.0)) for path in rest]
-            try:
-                with change_states(module, {site: hold(site) for site in (*sites.values(), *outputs)}):
-                    run(ids)
-            finally:
-                for handle in handles:
-                    handle.remove()
-        found |= {site.layer: sites[site.layer] for site in outputs if not moved[site]}
-    return found
-
-
-def _innermost(module: nn.Module, paths: Sequence[str]) -> set[str]:
-    """The modules that hold the parameters at some paths, and no other module with parameters."""
-    names = {name for name, child in module.named_modules() if next(child.parameters(), None) is not None}
-    held = {path if path in names else path.rpartition(".")[0] for path in paths} & names
-    return {path for path in held if not any(_inside(name, path) for name in names)}
-
-
-def _scaled(by: float) -> Callable[..., Any]:
-    """A hook that multiplies what a module returns."""
-
-    def scaled(one: Any) -> Any:
-        return one * by if isinstance(one, Tensor) and one.is_floating_point() else one
-
-    def hook(_: nn.Module, __: Any, output: Any) -> Any:
-        return tuple(map(scaled, output)) if isinstance(output, tuple) else scaled(output)
-
-    return hook
-
-
-def _failing(
-    module: nn.Module, run: Callable[[Tensor], Tensor], shown: tuple[Tensor, Tensor], sites: Sequence[StateSite]
-) -> list[int]:
-    """The layers of the sites at which the second sequence's state does not bring its logits to the first."""
-    failing = []
-    with untouched(module), torch.no_grad():
-        own = run(shown[0])
-        with record_states(module, sites) as states:
-            wanted = run(shown[1])
-        apart = float(_apart(wanted, own).max())
-        slack = _FINE if torch.finfo(wanted.dtype).eps < 1e-4 and _is_fine(module) else _COARSE
-        for start in range(0, len(sites), ROWS):
-            some = sites[start : start + ROWS]
-            changes = {site: _put_in(states[site], row) for row, site in enumerate(some)}
-            with change_states(module, changes):
-                found = run(shown[0].expand(len(some), -1))
-            missed = _apart(found, wanted).flatten(1).amax(1)
-            failing += [site.layer for site, by in zip(some, missed.tolist(), strict=True) if not by <= slack * apart]
-    return failing
-
-
-def _apart(one: Tensor, other: Tensor) -> Tensor:
-    """Distances of logits; a token that both leave out (-inf, the mask of some models) is none."""
-    return (one - other).abs().masked_fill(one == other, 0.0)
-
-
-def _is_fine(module: nn.Module) -> bool:
-    return all(p.dtype.itemsize >= 4 for p in module.parameters() if p.is_floating_point())
-
-
-def _put_in(state: Tensor, row: int) -> Callable[[Tensor], Tensor]:
-    def change(given: Tensor) -> Tensor:
-        return torch.cat([given[:row], state.to(given), given[row + 1 :]])
-
-    return change
-
-
-def _inside(path: str, outer: str) -> bool:
-    return path.startswith(f"{outer}.")
-
-
-def _child(path: str, outer: str) -> str:
-    """The part of `outer`, one step below it, that holds `path`."""
-    return f"{outer}.{path[len(outer) + 1 :].split('.')[0]}"

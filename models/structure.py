@@ -142,7 +142,8 @@ def states_of(model: Runs) -> States:
     known = _STATES.get(model.module)
     if known is None or known[0] != state:
         first, second, _ = _short_sequences(model)
-        roles = {_WRAPPERS.sub("", name): role.role for name, role in parameter_roles(model.module).items()}
+        names = [name for name, _ in model.module.named_parameters(remove_duplicate=False)]  # shared blocks have theirs
+        roles = {_WRAPPERS.sub("", name): parameter_role(name).role for name in names}
         shown = first[:1], second[1:2]
         attention, numbers = attention_of(model), layer_numbers_of(model)
         known = state, survey_states(model.module, model.logits, shown, attention, numbers, roles)

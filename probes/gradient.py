@@ -172,7 +172,7 @@ def gradient_controls(model: ProbedModel, pairs: ReversalPairs, plan: Plan, aske
 def _without_unseen(columns: dict[str, np.ndarray], result: PassResult, width: int) -> dict[str, np.ndarray]:
     """The columns with the reasons of a model that is read in blocks, and no numbers where there is one."""
     pairs, controlled = result.pairs, "inner_control" in columns
-    control = pairs.reverse[result.partner]
+    control = np.where(result.partner >= 0, pairs.reverse[result.partner], -1)
     reasons = result.unseen_reasons(np.stack([pairs.forward, pairs.reverse], axis=1), control)
     own, other = (np.repeat(reason, width) for reason in reasons.values())
     kept = {}

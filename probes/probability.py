@@ -33,7 +33,8 @@ def probe_reverse_probability(
 
     `mode="chain"` reveals the target left to right and multiplies the conditionals; "parallel" multiplies the
     probabilities with the whole target hidden (masked models only). The control is the probability that the
-    query of another fact of the same group gives to this target. `layers` is accepted as everywhere and unused:
+    query of another fact of the same group, whose own target is another of as many tokens, gives to this target; NaN
+    where there is no such fact. `layers` is accepted as everywhere and unused:
     a probability has no layer.
 
     Frame: pair, fact, kind, direction, probability, log_probability (nats), rank (1-based, ties against the target,
@@ -62,9 +63,10 @@ def probability_reading(model: ProbedModel, result: PassResult, plan: Plan) -> R
         own = [pairs.queries[q].target for q in index]
         value, rank = result.likelihoods.look_up(index, own)
         # The pair's own target at the query of its control.
-        other = np.where(result.partner >= 0, index[result.partner], -1)
+        partner = result.likelihoods.partner.get(direction, np.full(len(index), -1))
+        other = np.where(partner >= 0, index[partner], -1)
         control_value, control_rank = result.likelihoods.look_up(other, own)
-        reasons = result.unseen_reasons(index[:, None], index[result.partner])
+        reasons = result.unseen_reasons(index[:, None], other)
         unseen, beside = (reason != "" for reason in reasons.values())
         value, rank = (np.where(unseen, np.nan, numbers) for numbers in (value, rank))
         control_value = np.where(unseen | beside, np.nan, control_value)

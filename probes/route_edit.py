@@ -142,7 +142,7 @@ class _RouteProbe:
         self, queries: Sequence[Query], attention: Attention, cells: Sequence[Cell]
     ) -> tuple[RouteResult, dict[str, np.ndarray]]:
         """Run everything; the unit of each pair is given by direction."""
-        pricing = Likelihoods.of(self.model, queries, self.pairs, np.full(len(self.pairs), -1), self.plan.mode)
+        pricing = Likelihoods.of(self.model, queries, self.pairs, self.plan.mode)
         parallel = self.plan.mode == "parallel"
         steps = [[q] if parallel else list(pricing.conditionals(i, q.target)) for i, q in enumerate(queries)]
         sides = {"forward": self.pairs.forward, "reverse": self.pairs.reverse}

@@ -19,8 +19,10 @@ from ...models.probed import ProbedModel, as_probed
 from ...models.rotary import STILL, TURNS, LayerPositions, Rotary, seen_positions
 from ...models.structure import attention_of
 from ..pairs.pairs import ReversalPairs
+from ..passes.alone import hold_batch, in_equal_lengths_if_need_be
 from ..passes.asked import asked_pairs, out_of_sight
 from ..passes.batches import in_batches, make_batch, prepare_queries, queries_per_batch, require_tokens_alone
+from ..passes.likelihood import readout
 from ..passes.plan import PassResult, Plan, Progress
 from ..passes.run import describe
 from ..passes.selection import chosen_of
@@ -142,7 +144,7 @@ class _Audit:
         rotary = {layer: one for layer, (one, _) in found.items() if one is not None}
         heads = {layer: attention.heads.get(layer, most) for layer in chosen}
         audit = cls(model, plan, chosen, heads, missing, rotary, audited, left_out)
-        audit._see(queries)
+        in_equal_lengths_if_need_be(model, lambda: audit._see(queries))
         return audit
 
     def _see(self, queries: list[Any]) -> None:
@@ -154,10 +156,12 @@ class _Audit:
         attention = attention_of(model)
         with untouched(model.module), torch.no_grad():
             for numbers in in_batches(model, asked.tolist(), size, length):
-                batch = make_batch(model, [queries[q] for q in numbers])
+                some = [queries[q] for q in numbers]
+                batch = make_batch(model, some)
                 rows, columns = batch.attention_rows, batch.attention_columns
                 with tap_queries(model.module, rows, attention, columns) as calls:
-                    model.logits(batch.input_ids, batch.attention_mask)
+                    log_probabilities = readout(model, batch)
+                hold_batch(model, some, log_probabilities)
                 places = [_numbers(one) for one in (batch.rows, batch.columns)]
                 weights = [_mean_weights(one) for one in (batch.is_target, batch.is_evidence)]
                 for layer in {*self.layers} & {*calls}:

@@ -179,7 +179,7 @@ class _Trace:
         if self.how is not None:
             steps, self.forwards = forced_steps(self.model, queries, self.how, size)
             return steps
-        pricing = Likelihoods.of(self.model, queries, self.pairs, np.full(len(self.pairs), -1), self.plan.mode)
+        pricing = Likelihoods.of(self.model, queries, self.pairs, self.plan.mode)
         if self.plan.mode == "parallel":
             return [[query] for query in queries]
         return [list(pricing.conditionals(q, query.target)) for q, query in enumerate(queries)]

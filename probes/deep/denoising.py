@@ -20,18 +20,18 @@ from ..decoding.masked import Unmasking, unmasking
 from ..pairs.pairs import ReversalPairs
 from ..passes.asked import asked_pairs, out_of_sight
 from ..passes.batches import prepare_queries
+from ..passes.likelihood import target_partners
 from ..passes.plan import PassResult, Plan, Progress
 from ..passes.run import describe
 from ..passes.selection import chosen_of
 from ..readings.reading import Reading
 from ..statistics.estimators import LATER_BLOCK, NO_PARTNER
 from ..statistics.resampling import derangement
+from ..storage import NO_LIKE_TARGET
 from .denoising_steps import NOT_BEGUN, WRITTEN, Trace, read_layers, trace_steps
 
 STATES = ("written", "open", "waiting", "not begun")
 BLOCK_NOT_BEGUN = "its block is not begun"
-OTHER_LENGTH = "the other fact's target has another number of tokens"
-SAME_TARGET = "the other fact has the same target"
 Target = tuple[int, ...]
 
 
@@ -56,7 +56,8 @@ def trace_denoising(
     something. The value is the probability of the target when it was written: at each target position that which the
     model gave to the target's token in the step that revealed the position (whatever stood there afterwards), mean over
     the positions of a pair and over pairs, of the reverse queries; `summary(by="direction")` has the forward ones
-    beside them. The control prices another fact's target at the same positions of the same steps.
+    beside them. The control prices another fact's target, another of as many tokens, at the same positions of the
+    same steps.
 
     Args:
         steps, block_length, temperature, seed: as in `decode`; the seed also shuffles the facts.
@@ -86,8 +87,7 @@ def trace_denoising(
     attention = attention_of(model)
     wanted = chosen_of("layer", layers, sorted({*attention.heads, *attention.without}), model=model, purpose="read")
     read = read_layers(attention, wanted)
-    partner = derangement(pairs.facts.astype(str), pairs.groups(model.logit_shift), seed=seed) if control else None
-    asks = _Asked.of(pairs, partner)
+    asks = _Asked.of(pairs, model.logit_shift, control, seed)
     trace = trace_steps(model, queries, asks.targets, how, read, batch_size, progress)
     silent = {layer: why for layer, why in attention.without.items() if layer in wanted} | trace.unread
     frame = _Table(model, pairs, trace, asks, read, silent, out_of_sight(model, queries)).frame()
@@ -120,21 +120,22 @@ class _Asked:
     why: np.ndarray
 
     @classmethod
-    def of(cls, pairs: ReversalPairs, partner: np.ndarray | None) -> _Asked:
+    def of(cls, pairs: ReversalPairs, logit_shift: int, control: bool, seed: int) -> _Asked:
         targets: list[dict[Target, int]] = [{query.target: 0} for query in pairs.queries]
-        control = np.full((len(pairs), 2), -1)
-        why = np.full((len(pairs), 2), "" if partner is None else NO_PARTNER, dtype=object)
-        for side, index in enumerate((pairs.forward, pairs.reverse)):
-            for pair, with_whom in [] if partner is None else enumerate(partner.tolist()):
-                if with_whom < 0:
+        why = np.full((len(pairs), 2), "", dtype=object)
+        if not control:
+            return cls([list(asked) for asked in targets], None, why)
+        found = np.full((len(pairs), 2), -1)
+        alone = derangement(pairs.facts.astype(str), pairs.groups(logit_shift), seed=seed) < 0
+        partners = target_partners(pairs, logit_shift, seed=seed)
+        for side, (index, partner) in enumerate(((pairs.forward, "forward"), (pairs.reverse, "reverse"))):
+            for pair, other in enumerate(partners[partner].tolist()):
+                if other < 0:
+                    why[pair, side] = NO_PARTNER if alone[pair] else NO_LIKE_TARGET
                     continue
-                own, other = int(index[pair]), pairs.queries[index[with_whom]].target
-                target = pairs.queries[own].target
-                uneven = len(other) != len(target)
-                why[pair, side] = OTHER_LENGTH if uneven else SAME_TARGET if other == target else ""
-                if not why[pair, side]:
-                    control[pair, side] = targets[own].setdefault(other, len(targets[own]))
-        return cls([list(asked) for asked in targets], None if partner is None else control, why)
+                own, target = int(index[pair]), pairs.queries[index[other]].target
+                found[pair, side] = targets[own].setdefault(target, len(targets[own]))
+        return cls([list(asked) for asked in targets], found, why)
 
 
 @dataclass

@@ -25,7 +25,7 @@ from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
 from ..decoding.masked import Blanks, Step, Unmasking, schedule_of, unmask
 from ..pairs.query import Query
-from ..passes.alone import PaddingReaches, Size, hold_against_alone, is_due
+from ..passes.alone import hold_batch, in_equal_lengths_if_need_be
 from ..passes.batches import in_batches, queries_per_batch
 from ..passes.plan import Progress
 
@@ -88,20 +88,19 @@ def trace_steps(
     size = queries_per_batch(model, queries, batch_size)
     by_size = sorted(range(len(queries)), key=lambda i: (len(queries[i].token_ids), steps[i]))
     heads, widest = sum(attention.heads.values()), max(len(query.target) for query in queries)
-    trace = Trace.empty(steps, widest, max(map(len, asked)), heads)
-    done = 0
-    with untouched(model.module), torch.no_grad():
-        for some in in_batches(model, by_size, size, lambda i: len(queries[i].token_ids)):
-            watch = _Look(model, trace, some, [queries[i] for i in some], [asked[i] for i in some], attention)
-            try:
+
+    def run() -> Trace:
+        trace, done = Trace.empty(steps, widest, max(map(len, asked)), heads), 0
+        with untouched(model.module), torch.no_grad():
+            for some in in_batches(model, by_size, size, lambda i: len(queries[i].token_ids)):
+                watch = _Look(model, trace, some, [queries[i] for i in some], [asked[i] for i in some], attention)
                 unmask(model, [_blanks(model, queries[i]) for i in some], how, some, watch)
-            except PaddingReaches as error:  # as in every pass over queries
-                model.contract = replace(model.contract, equal_lengths=str(error))
-                return trace_steps(model, queries, asked, how, attention, batch_size, progress)
-            done += len(some)
-            if progress is not None:
-                progress(done, len(queries))
-    return trace
+                done += len(some)
+                if progress is not None:
+                    progress(done, len(queries))
+        return trace
+
+    return in_equal_lengths_if_need_be(model, run)
 
 
 def _blanks(model: ProbedModel, query: Query) -> Blanks:
@@ -206,14 +205,9 @@ class _Look:
 
     def _hold(self, step: Step, logits: Tensor) -> None:
         """The first, all-masked step beside the shortest query alone, where that is due (`passes.alone`)."""
-        lengths = np.array([len(query.token_ids) for query in self.queries])
-        size = Size(bool(np.ptp(lengths)), len(lengths), int(lengths.max()), True)
-        if not is_due(self.model, size):
-            return
-        row = len(lengths) - 1 - int(lengths[::-1].argmin())
-        every = torch.arange(len(lengths), device=logits.device)[:, None]
-        values = logits[every, step.columns - self.model.logit_shift].double().log_softmax(-1)
-        hold_against_alone(self.model, self.queries[row], row, size, values, self.tap, self.attention)
+        every = torch.arange(len(self.queries), device=logits.device)[:, None]
+        values = lambda: logits[every, step.columns - self.model.logit_shift].double().log_softmax(-1)  # noqa: E731
+        hold_batch(self.model, self.queries, values, self.tap, self.attention)
 
 
 def read_layers(attention: Attention, layers: Sequence[int]) -> Attention:

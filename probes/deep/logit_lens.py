@@ -17,11 +17,11 @@ from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
 from ...models.structure import attention_of, states_of
 from ..pairs.pairs import ReversalPairs
+from ..passes.alone import in_equal_lengths_if_need_be
 from ..passes.asked import asked_pairs, out_of_sight
 from ..passes.batches import (
     QueryBatch,
     in_batches,
-    make_batch,
     prepare_queries,
     queries_per_batch,
     require_tokens_alone,
@@ -94,7 +94,7 @@ def probe_logit_lens(
     require_tokens_alone(model, "the states of the query's tokens")
     pairs = asked_pairs(model, pairs, "logit_lens")
     plan = Plan(control=control, batch_size=batch_size, seed=seed, progress=progress)
-    lens = _Lens(model, pairs, plan, layers, contributions).run()
+    lens = in_equal_lengths_if_need_be(model, lambda: _Lens(model, pairs, plan, layers, contributions).run())
     reading = Reading("logit_lens", lens.frame(), describe(model, PassResult(pairs, lens.partner, []), plan))
     reading.meta.update({"statistic": reading.measured.statistic, "worst_gap": lens.tail.gap, "layers": lens.layers})
     reading.meta.update({"no_contributions": lens.no_sum} if lens.no_sum else {})
@@ -159,9 +159,9 @@ class _Lens:
         lengths = [len(query.token_ids) for query in self.queries]
         with untouched(self.model.module), torch.no_grad():
             for numbers in in_batches(self.model, range(len(lengths)), size, lengths.__getitem__):
-                batch = make_batch(self.model, [self.queries[q] for q in numbers])
+                batch, own, states = rows_of_states(self.model, [self.queries[q] for q in numbers], self.sites)
                 wanted = self._wanted(batch, numbers)
-                self._read_states(batch, numbers, wanted)
+                self._read_states(batch, own, states, numbers, wanted)
                 if self.places and not self.no_sum:
                     self._take_apart(batch, numbers, wanted)
                 done += len(numbers)
@@ -178,8 +178,14 @@ class _Lens:
                 wanted[row, : len(target), place] = torch.tensor(target)
         return wanted
 
-    def _read_states(self, batch: QueryBatch, numbers: Sequence[int], wanted: torch.Tensor) -> None:
-        own, states = rows_of_states(self.model, batch, self.sites)
+    def _read_states(
+        self,
+        batch: QueryBatch,
+        own: torch.Tensor,
+        states: Sequence[torch.Tensor],
+        numbers: Sequence[int],
+        wanted: torch.Tensor,
+    ) -> None:
         asked, at = batch.is_target.cpu(), np.array(numbers)
         share = 1.0 / asked.sum(1).double()
         for read in self.tail.log_probabilities(batch, own, states):

@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import nn
 
 from ...arguments import checked
 from ...errors import RevprobeError, first_line
+from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
 from ...models.structure import states_of
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
+from ..passes.alone import in_equal_lengths_if_need_be
 from ..passes.asked import asked_pairs, out_of_sight
 from ..passes.batches import prepare_queries, queries_per_batch, require_tokens_alone
 from ..passes.plan import PassResult, Plan, Progress
@@ -41,6 +44,7 @@ from ..statistics.stored_once import (
 )
 
 LEAST_FACTS = 8
+_AT_ONCE = 64  # tokens whose rows are taken from an adapted head together
 FORWARD_EVIDENCE = "asked of reverse states alone"
 ASKED_FORWARD = "its reverse query is asked forward as well, so the fit has seen it"
 NOT_ASKED = "not asked for"
@@ -180,7 +184,9 @@ class _Tests:
             if self.plan.progress is not None:
                 self.plan.progress(before * count + done, times * count)
 
-        states = states_of_queries(model, self.queries, list(sites.values()), self.size, report)
+        states = in_equal_lengths_if_need_be(
+            model, lambda: states_of_queries(model, self.queries, list(sites.values()), self.size, report)
+        )
         options: dict[str, Any] = {"ridge": self.ridge, "seed": self.plan.seed, "null": self.plan.control}
         for layer, table in zip(sites, states.astype(np.float64), strict=True):
             alike = all_alike(table[self.asked.forward])
@@ -259,14 +265,30 @@ def _unembedding(model: ProbedModel, targets: Sequence[tuple[int, ...]]) -> np.n
     """The row of each target, the mean over its tokens; None where the model names no unembedding of token rows."""
     head = getattr(model.module, "get_output_embeddings", lambda: None)()
     weight = getattr(head, "weight", None)
-    if weight is None or weight.dim() != 2 or weight.is_meta:
+    if head is None or not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.is_meta:
         return None
     tokens = [token for target in targets for token in target]
     if max(tokens) >= weight.shape[0]:
         return None
-    rows = weight.detach()[tokens].double().cpu().numpy()
+    plain = type(head) is nn.Linear and "weight" in head._parameters
+    rows = weight.detach()[tokens].double() if plain else _rows_of(model, head, tokens, weight.shape[1])
     starts = np.cumsum([0, *(len(target) for target in targets)])[:-1]
-    return np.asarray(np.add.reduceat(rows, starts) / np.array([len(target) for target in targets])[:, None])
+    sums = np.add.reduceat(rows.double().cpu().numpy(), starts)
+    return np.asarray(sums / np.array([len(target) for target in targets])[:, None])
+
+
+def _rows_of(model: ProbedModel, head: nn.Module, tokens: Sequence[int], width: int) -> torch.Tensor:
+    """What a state is multiplied by for each token's logit, by its derivative: the weight is not all of an adapted or a
+    quantised head. Shapes: `-> token width`.
+    """
+    rows: list[torch.Tensor] = []
+    with untouched(model.module), torch.enable_grad():
+        for start in range(0, len(tokens), _AT_ONCE):
+            some = torch.tensor(tokens[start : start + _AT_ONCE], device=model.device)
+            state = torch.zeros(1, len(some), width, device=model.device, dtype=model.dtype, requires_grad=True)
+            chosen = head(state)[0].gather(1, some[:, None])
+            rows += torch.autograd.grad(chosen.sum(), state)[0][0]
+    return torch.stack(rows)
 
 
 def _controls(reading: Reading, why: str) -> list[dict[str, Any]]:

@@ -7,9 +7,12 @@ against its shortest query alone: log-probabilities, and the weights of its atte
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +45,7 @@ class PaddingReaches(Exception):
     """Raised for a padded batch whose shortest query gives other numbers alone."""
 
 
+Done = TypeVar("Done")
 _held: WeakKeyDictionary[nn.Module, set[Size]] = WeakKeyDictionary()
 
 
@@ -51,6 +55,45 @@ def is_due(model: ProbedModel, size: Size) -> bool:
     beyond = size.rows > 3 or size.tokens > LENGTH
     known = _held.get(model.module, set())
     return beyond and size.rows > 1 and not coarse and not any(one.covers(size) for one in known)
+
+
+def in_equal_lengths_if_need_be(model: ProbedModel, run: Callable[[], Done]) -> Done:
+    """What `run` gives; where padding reached a query there, what it gives in batches of equal lengths.
+
+    Args:
+        run: a whole pass, from its beginning: what a first one has kept is lost.
+    """
+    try:
+        return run()
+    except PaddingReaches as error:
+        model.contract = replace(model.contract, equal_lengths=str(error))
+        return run()
+
+
+def shortest_of(queries: Sequence[Query], *, attention: bool = False) -> tuple[int, Size]:
+    """The row to run alone of a batch of queries, the last of the shortest, and the batch's size."""
+    lengths = np.array([len(query.token_ids) for query in queries])
+    size = Size(bool(np.ptp(lengths)), len(lengths), int(lengths.max()), attention)
+    return len(lengths) - 1 - int(lengths[::-1].argmin()), size
+
+
+def hold_batch(
+    model: ProbedModel,
+    queries: Sequence[Query],
+    log_probabilities: Tensor | Callable[[], Tensor],
+    tap: AttentionTap | None = None,
+    attention: Attention | None = None,
+) -> None:
+    """Hold one query of a batch that has been run against its own run, where that is due.
+
+    Args:
+        log_probabilities: those of the batch, or what gives them. Shapes: `query token vocab`.
+    Raises: as `hold_against_alone`.
+    """
+    row, size = shortest_of(queries, attention=tap is not None)
+    if is_due(model, size):
+        found = log_probabilities if isinstance(log_probabilities, Tensor) else log_probabilities()
+        hold_against_alone(model, queries[row], row, size, found, tap, attention)
 
 
 @torch.no_grad()
@@ -79,7 +122,16 @@ def hold_against_alone(
     there = log_probabilities.detach()[row, : len(alone)]
     likely = (alone > _LIKELY) | (there > _LIKELY)
     moved = float((alone - there)[likely].abs().max())
-    turned = 0.0 if own is None or tap is None else _turned(own, tap, row, model.name)
+    require_as_alone(model, size, moved, 0.0 if own is None or tap is None else _turned(own, tap, row, model.name))
+
+
+def require_as_alone(model: ProbedModel, size: Size, moved: float, turned: float = 0.0) -> None:
+    """Note that a batch of this size is sound, or raise.
+
+    Args:
+        moved, turned: by how much a query's log-probabilities (nats) and weights differ from those of its own run.
+    Raises: PaddingReaches, for a padded batch with other numbers; RevprobeError, for one without padding.
+    """
     if max(moved, turned) <= _APART:
         _held.setdefault(model.module, set()).add(size)
         return

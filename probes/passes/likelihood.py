@@ -9,7 +9,7 @@ Shapes below: query (of the pass), request, token (target tokens), vocab.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +20,7 @@ from ...errors import RevprobeError, did_you_mean
 from ...models.probed import ProbedModel
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
+from ..statistics.resampling import derangement, kin
 from .batches import QueryBatch, in_batches, make_batch
 from .draws import mean_likelihood
 
@@ -29,10 +30,27 @@ Target = tuple[int, ...]
 Request = tuple[int, Target]
 
 
+def target_partners(pairs: ReversalPairs, logit_shift: int, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """For each direction and pair another fact's pair of its group, with another target of as many tokens; -1 for none.
+
+    The query of a fact with the same target makes no null of it: what is right there is right here. One order of the
+    facts for both directions, so that where all targets differ they have the same partner.
+    Shapes: direction -> `pair` (indices).
+    """
+    found = {}
+    for direction, index in (("forward", pairs.forward), ("reverse", pairs.reverse)):
+        targets = [pairs.queries[q].target for q in index]
+        traits = np.stack([pairs.groups(logit_shift), [len(target) for target in targets]], axis=1)
+        alike = np.unique(traits, axis=0, return_inverse=True)[1].reshape(-1)
+        found[direction] = derangement(kin(pairs.facts, targets), alike, seed=seed)
+    return found
+
+
 @dataclass
 class Likelihoods:
     """The requests of one pass and their answers, (log-probability in nats, worst 1-based rank) each.
 
+    `partner`: direction -> the pair at whose query a pair's target is priced for the control, -1 for none.
     `kept`: the draws of random tokens that answers are means over; one, of a model with a mask token.
     """
 
@@ -40,12 +58,20 @@ class Likelihoods:
     queries: Sequence[Query]
     mode: str
     requests: dict[int, list[Target]]
+    partner: Mapping[str, np.ndarray] = field(default_factory=dict)
     kept: Sequence[int] = (0,)
     answers: dict[Request, tuple[float, int]] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, model: ProbedModel, queries: Sequence[Query], pairs: ReversalPairs, partner: np.ndarray, mode: str
+        cls,
+        model: ProbedModel,
+        queries: Sequence[Query],
+        pairs: ReversalPairs,
+        mode: str,
+        *,
+        control: bool = False,
+        seed: int = 0,
     ) -> Likelihoods:
         """Every query's own target, and the targets that the control prices there.
 
@@ -60,13 +86,13 @@ class Likelihoods:
             )
         targets = [query.target for query in queries]
         requests: dict[int, dict[Target, None]] = {q: {target: None} for q, target in enumerate(targets)}
-        for index in (pairs.forward, pairs.reverse):
-            for pair in np.flatnonzero(partner >= 0):
-                own, other = targets[index[pair]], int(index[partner[pair]])
-                if len(own) == len(targets[other]):
-                    requests[other][own] = None
+        partner = target_partners(pairs, model.logit_shift, seed=seed) if control else {}
+        for direction, others in partner.items():
+            index = getattr(pairs, direction)
+            for pair in np.flatnonzero(others >= 0):
+                requests[int(index[others[pair]])][targets[index[pair]]] = None
         asked = {q: list(targets) for q, targets in requests.items()}
-        return cls(model, queries, mode, asked, range(model.draws))
+        return cls(model, queries, mode, asked, partner, range(model.draws))
 
     def from_run(self, log_probabilities: Tensor, queries: np.ndarray) -> None:
         """Answer what these queries' own run can answer. Shapes: `(query draw) token vocab, query`."""

@@ -96,11 +96,11 @@ class PassResult:
         """Columns that say which pairs have no number, or no control, since evidence lies in a later block.
 
         Args:
-            queries: those a pair's number rests on; `control`: the query of its control, at `partner`.
+            queries: those a pair's number rests on; `control`: the query of its control, -1 for none.
         Shapes: `pair query, pair -> pair`.
         """
         own = self.unseen[queries].any(1)
-        other = (self.partner >= 0) & self.unseen[control] & ~own
+        other = (control >= 0) & self.unseen[control] & ~own
         return {"reason": np.where(own, LATER_BLOCK, ""), "reason_control": np.where(other, LATER_BLOCK_CONTROL, "")}
 
 

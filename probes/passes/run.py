@@ -94,7 +94,9 @@ class _Pass:
         labels = ["all"] if plan.summed else labels
         self.result = PassResult(pairs, self.partner, labels, unseen=out_of_sight(model, self.queries))
         if plan.probability:
-            self.result.likelihoods = Likelihoods.of(model, self.queries, pairs, self.partner, plan.mode)
+            self.result.likelihoods = Likelihoods.of(
+                model, self.queries, pairs, plan.mode, control=plan.control, seed=plan.seed
+            )
         self.done, self.to_do = np.zeros(len(self.queries), dtype=bool), len(self.queries)
         if plan.gradient:
             self._allocate_products()

@@ -23,6 +23,7 @@ from ...hooks.states import StateSite, change_states, record_states
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
 from ..pairs.query import Query
+from .alone import hold_batch, in_equal_lengths_if_need_be, is_due, require_as_alone, shortest_of
 from .batches import in_batches, make_batch
 from .likelihood import price, readout
 from .plan import Progress
@@ -92,7 +93,13 @@ class StateRuns:
     progress: Progress | None = None
 
     def run(self) -> StateResult:
-        """Every trial's three queries as they are, then every place and donor; the model comes out as it went in."""
+        """Every trial's three queries as they are, then every place and donor; the model comes out as it went in.
+
+        Raises: RevprobeError, for NaN logits, and as `passes.alone` does where a query alone has other numbers.
+        """
+        return in_equal_lengths_if_need_be(self.model, self._run)
+
+    def _run(self) -> StateResult:
         count = len(self.trials)
         patched = np.full((count, len(self.places), 2), np.nan)
         result = StateResult(np.full(count, np.nan), np.full(count, np.nan), patched)
@@ -150,19 +157,26 @@ class _Group:
         batch = make_batch(self.model, queries)
         with record_states(self.model.module, [] if donor is None else list(self.sites.values())) as found:
             log_probabilities = readout(self.model, batch)
+        hold_batch(self.model, queries, log_probabilities)
         if donor is not None:
             self.states[donor], self.row_of[donor] = found, {member: row for row, member in enumerate(members)}
         return price(log_probabilities, batch.targets, batch.is_target)[0].cpu().numpy()
 
     def _patched(self, jobs: Sequence[_Job]) -> np.ndarray:
         """Log-probabilities of the targets of corrupted queries, each with the state of its own job put in."""
-        batch = make_batch(self.model, [self.trials[job.member].corrupted for job in jobs])
+        queries = [self.trials[job.member].corrupted for job in jobs]
+        batch = make_batch(self.model, queries)
         rows: dict[int, list[tuple[int, _Job]]] = {}
         for row, job in enumerate(jobs):
             rows.setdefault(self.places[job.place].layer, []).append((row, job))
         with change_states(self.model.module, {self.sites[layer]: self._change(layer, rows[layer]) for layer in rows}):
             log_probabilities = readout(self.model, batch)
-        return price(log_probabilities, batch.targets, batch.is_target)[0].cpu().numpy()
+        values: np.ndarray = price(log_probabilities, batch.targets, batch.is_target)[0].cpu().numpy()
+        row, size = shortest_of(queries)
+        if is_due(self.model, size):  # places may be many where the queries that were held are few
+            apart = np.abs(values[row] - self._patched([jobs[row]])[0])
+            require_as_alone(self.model, size, float(np.nan_to_num(apart)))  # both -inf: the same
+        return values
 
     def _change(self, layer: int, rows: Sequence[tuple[int, _Job]]) -> Callable[[Tensor], Tensor]:
         """What puts the donors' states in at one layer. Shapes: `batch seq width` or `batch seq heads dim`."""

@@ -25,6 +25,7 @@ from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
 from ...models.structure import states_of
 from ..pairs.query import Query
+from .alone import hold_batch
 from .batches import QueryBatch, in_batches, make_batch
 
 # The last layer's own states may miss the model's logits by this share of the largest, or by some rounding units.
@@ -32,18 +33,23 @@ _SLACK, _UNITS = 1e-5, 4.0
 _AT_ONCE = 64  # states whose log-probabilities are worked out together, in float64
 
 
-def rows_of_states(model: ProbedModel, batch: QueryBatch, sites: Sequence[StateSite]) -> tuple[Tensor, list[Tensor]]:
-    """Run a batch once: its logits at the readout rows, and the states there, site by site.
+def rows_of_states(
+    model: ProbedModel, queries: Sequence[Query], sites: Sequence[StateSite]
+) -> tuple[QueryBatch, Tensor, list[Tensor]]:
+    """Run queries once, as one batch: their logits at the readout rows, and the states there, site by site.
 
-    Shapes: `-> query token vocab, site: query token width`. Raises: RevprobeError, for NaN logits.
+    Shapes: `-> batch, query token vocab, site: query token width`.
+    Raises: RevprobeError, for NaN logits, and as `passes.alone` does where a query alone has other numbers.
     """
+    batch = make_batch(model, queries)
     at = torch.arange(len(batch.rows), device=batch.rows.device)[:, None], batch.rows
     keep = lambda state: state[tuple(index.to(state.device) for index in at)].clone()  # noqa: E731
     with record_states(model.module, sites, keep) as found:
         logits = model.logits(batch.input_ids, batch.attention_mask)[at]
     if logits.isnan().any():
         raise RevprobeError(model.explain_non_finite())
-    return logits, [found[site] for site in sites]
+    hold_batch(model, queries, lambda: logits.double().log_softmax(-1))
+    return batch, logits, [found[site] for site in sites]
 
 
 @dataclass
@@ -157,8 +163,7 @@ def states_of_queries(
     length = lambda q: len(queries[q].token_ids)  # noqa: E731
     with untouched(model.module):
         for numbers in in_batches(model, range(len(queries)), size, length):
-            batch = make_batch(model, [queries[q] for q in numbers])
-            _, states = rows_of_states(model, batch, sites)
+            batch, _, states = rows_of_states(model, [queries[q] for q in numbers], sites)
             for place, state in enumerate(states):
                 asked = batch.is_target.to(state.device)[..., None]
                 mean = state.float().masked_fill(~asked, 0.0).sum(1) / asked.sum(1)

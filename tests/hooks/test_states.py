@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import revprobe as rp
 from revprobe.errors import RevprobeError
-from revprobe.hooks.state_survey import MORE, NO_BLOCK, NO_HEADS, NO_MLP
+from revprobe.hooks.state_survey import MORE, NO_ATTENTION, NO_BLOCK, NO_HEADS, NO_MLP
 from revprobe.hooks.states import EMBEDDED, KINDS, change_states, record_states
 from revprobe.models.structure import states_of
 from tiny import FIXTURES, GROUPED, MASK, SIZES, bridged, causal, drawn, gpt2, language_model, llama
@@ -194,7 +194,7 @@ def test_heads_that_are_gated_before_the_projection_are_none() -> None:
         "linear_value_head_dim": 8,
     }
     states = states_of(causal(transformers.Qwen3_5TextConfig(**GROUPED | heads | {"num_hidden_layers": 4})))
-    assert states.missing("head") == dict.fromkeys(range(4), NO_HEADS)
+    assert states.missing("head") == {0: NO_ATTENTION, 1: NO_ATTENTION, 2: NO_ATTENTION, 3: NO_HEADS}
     assert list(states.of("residual")) == [EMBEDDED, 0, 1, 2, 3]
 
 

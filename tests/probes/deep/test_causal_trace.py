@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import revprobe as rp
 import tiny
 from revprobe.errors import RevprobeError
-from revprobe.hooks.state_survey import NO_HEADS
+from revprobe.hooks.state_survey import NO_ATTENTION, NO_HEADS
 from revprobe.probes.decoding.decode import decode_tokens
 from revprobe.probes.decoding.forced import forced_steps
 from revprobe.probes.decoding.masked import Prompt, unmasking
@@ -30,7 +30,6 @@ from revprobe.probes.deep.trace_frame import (
     TOO_CLOSE,
     ZERO_CLEAN,
     ZERO_CORRUPTED,
-    ZERO_PATCHED,
 )
 from revprobe.probes.passes import state_runs
 from revprobe.probes.statistics.causal_trace import place_means
@@ -504,7 +503,9 @@ def test_layers_without_the_state_are_nan_rows_with_their_reason() -> None:
     }
     model = causal(transformers.Qwen3_5TextConfig(**GROUPED | heads | {"num_hidden_layers": 4}), scale=0.3)
     reading = rp.probe_causal_trace(model, wordy(), site="head", layers=[1, 3])
-    assert set(reading.frame["reason"]) == {NO_HEADS} and np.isnan(reading.value) and reading.undefined == {NO_HEADS: 4}
+    frame, why = reading.frame, {1: NO_ATTENTION, 3: NO_HEADS}
+    assert {layer: {*rows["reason"]} for layer, rows in frame.groupby("layer")} == {k: {v} for k, v in why.items()}
+    assert np.isnan(reading.value) and reading.undefined == {NO_ATTENTION: 4, NO_HEADS: 4}
     assert reading.meta["layers_without_state"] == [1, 3] and set(reading.frame["layer"]) == {1, 3}
     assert rp.probe_causal_trace(model, wordy(), site="mlp", layers=[0]).n == 4
 
@@ -542,15 +543,10 @@ def test_probability_0_is_a_reason() -> None:
     for when, wanted in (
         (lambda ids: (ids[:, 1] == 10) | (ids[:, 3] == 10), (ZERO_CLEAN, "")),
         (lambda ids: (ids[:, 1] != 10) & (ids[:, 3] != 10), ("", ZERO_CORRUPTED)),
-        (lambda ids: torch.tensor([len(ids) > 1]).expand(len(ids)), None),
     ):
         module.when = when
-        frame = rp.probe_causal_trace(model, pairs, positions="target", batch_size=1 if wanted else 4).frame
-        first = frame[frame["pair"] == 0]
-        if wanted is None:
-            assert set(first["reason"]) <= {ZERO_CORRUPTED, ZERO_PATCHED}
-            continue
-        clean, corrupted = wanted
+        frame = rp.probe_causal_trace(model, pairs, positions="target").frame
+        first, (clean, corrupted) = frame[frame["pair"] == 0], wanted
         assert set(first["reason"]) == {corrupted} and set(first["reason_share"]) <= {clean or corrupted}
         assert first["share"].isna().all() and first["effect"].isna().all() == bool(corrupted)
 

@@ -19,10 +19,11 @@ from revprobe.models.families.llada import LLaDAForMaskedDiffusion
 from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.decoding.decode import decode_tokens
 from revprobe.probes.decoding.masked import ALGORITHMS, Prompt, unmasking
-from revprobe.probes.deep.denoising import BLOCK_NOT_BEGUN, OTHER_LENGTH, SAME_TARGET
+from revprobe.probes.deep.denoising import BLOCK_NOT_BEGUN
 from revprobe.probes.passes.batches import prepare_queries
 from revprobe.probes.statistics.denoising import attention_table, steps_table
 from revprobe.probes.statistics.estimators import LATER_BLOCK, NO_PARTNER
+from revprobe.probes.storage import NO_LIKE_TARGET
 from tiny import FIXTURES, AttentionOnly, drawn, gpt2, in_blocks, llama, pairs_at, radd, text_like_pairs
 
 MODELS = {
@@ -398,17 +399,28 @@ def test_what_has_no_number_says_why():
     assert set(trace["reason_control"].dropna()) == {NO_PARTNER, BLOCK_NOT_BEGUN}
 
 
-def test_a_control_of_another_length_or_of_the_same_target_is_none():
+def test_the_control_is_another_target_as_long_wherever_there_is_one():
+    """The next of the facts in their order may ask for the same target, or for more tokens: one after it serves."""
     model = radd("rope")
-    made = [([10], 20), ([11, 12], 21), ([10], 22), ([10], 23)]
+    made = [([10], 20), ([11, 12], 21), ([10], 22), ([10], 23), ([13], 24), ([14, 15], 25)]
     pairs = []
     for fact, (target, evidence) in enumerate(made):
         query = rp.Query([evidence, 1, *target, 2], range(2, 2 + len(target)), [0])
         pairs.append(rp.ReversalPair(query, query, fact=str(fact)))
-    reading = rp.trace_denoising(model, rp.ReversalPairs.from_pairs(pairs))
-    answers = reading.frame[reading.frame["part"] == "answer"]
-    assert set(answers["reason_control"]) == {OTHER_LENGTH, SAME_TARGET} and reading.control is None
-    assert sum(reading.undefined.values()) >= 4 and not math.isnan(reading.value)
+    for seed in range(5):
+        frame = rp.trace_denoising(model, rp.ReversalPairs.from_pairs(pairs), seed=seed).frame
+        answers = frame[frame["part"] == "answer"]
+        assert set(answers["reason_control"]) == {""} and answers["probability_control"].notna().all()
+        first = answers[answers["pair"].isin([0, 2, 3]) & (answers["step"] == 1)]  # 13 is all that is left for these
+        for row in first.itertuples():
+            ids = torch.tensor([[made[row.pair][1], 1, model.mask_token_id, 2]])
+            with torch.no_grad():
+                wanted = model.logits(ids)[0, 2].double().softmax(-1)[13]
+            assert row.probability_control == pytest.approx(float(wanted), rel=1e-5)
+    none = rp.trace_denoising(model, rp.ReversalPairs.from_pairs([pairs[0], pairs[1], pairs[2]]))
+    answers = none.frame[none.frame["part"] == "answer"]
+    assert set(answers["reason_control"]) == {NO_LIKE_TARGET} and none.control is None
+    assert sum(none.undefined.values()) >= 3 and not math.isnan(none.value)
 
 
 def test_layers_are_chosen_and_others_refused():

@@ -1,17 +1,21 @@
 """Whether a fact is stored once: both tests against explicit inverses, and models wired to hold facts once or twice."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import revprobe as rp
 import tiny
 from revprobe.errors import RevprobeError
+from revprobe.probes.deep import stored_once
 from revprobe.probes.deep.stored_once import (
     ASKED_FORWARD,
     NO_EVIDENCE,
@@ -331,3 +335,19 @@ def test_the_reading_survives_a_file_and_is_drawn(tmp_path: Path) -> None:
     assert reading.plot(number="place").data
     with pytest.raises(RevprobeError, match="stored-once plot of number 'ranks'"):
         reading.plot(number="ranks")
+
+
+def test_the_rows_of_an_adapted_unembedding_are_those_of_the_merged_one() -> None:
+    """peft's layer calls the base's weight its own: the map would lead to rows that the model does not read by."""
+    pairs = tiny.pairs_at((1, 4), (2, 4), count=12, length=8)
+    adapter = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
+    torch.manual_seed(3)
+    adapted = get_peft_model(tiny.llama(scale=0.3).module, adapter).eval()
+    merged = copy.deepcopy(adapted).merge_and_unload().eval()
+    models = [rp.ProbedModel(one, rp.letter_tokenizer(), objective="causal") for one in (adapted, merged)]
+    rows = [stored_once._unembedding(model, [(3,), (7, 9)]) for model in models]
+    np.testing.assert_allclose(rows[0], rows[1], atol=1e-5)
+    own = adapted.get_output_embeddings().weight.detach()[3].numpy()
+    assert np.abs(own - rows[1][0]).max() > 0.1, "the adapter counts"
+    found, wanted = (rp.probe_stored_once(model, pairs, untrained=False).frame for model in models)
+    pd.testing.assert_frame_equal(found[["rank", "place"]], wanted[["rank", "place"]])

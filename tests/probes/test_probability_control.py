@@ -1,0 +1,62 @@
+"""Whose query the control of a probability prices a target at: one that asks for something else."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import revprobe as rp
+from revprobe.probes.passes.likelihood import target_partners
+from tiny import MASK
+
+
+class Knows(nn.Module):
+    """Answers every query with the right one of two answers, 40 where the word before is even, else 41; sure of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(56, 56)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        answer = 40 + input_ids[:, :1] % 2
+        later = self.embed(input_ids).mean(1, keepdim=True)  # a masked model sees what comes after
+        return 30.0 * nn.functional.one_hot(answer.expand_as(input_ids), 56) + 0.1 * later
+
+
+def many_to_one(answers: list[list[int]]) -> rp.ReversalPairs:
+    """Fact i is asked for answers[i] by word 10 + i."""
+    pairs = []
+    for i, answer in enumerate(answers):
+        query = rp.Query([10 + i, 2, *answer, 3], range(2, 2 + len(answer)), [0])
+        pairs.append(rp.ReversalPair(query, query, fact=str(i)))
+    return rp.ReversalPairs.from_pairs(pairs)
+
+
+def test_facts_with_the_same_answer_are_no_control_of_one_another():
+    """Of a model that is always right the control would be half right: it has to be wrong throughout."""
+    model = rp.ProbedModel(Knows().eval(), objective="masked", mask_token_id=MASK, logit_shift=0)
+    pairs = many_to_one([[40 + i % 2] for i in range(10)])
+    for seed in range(5):
+        reading = rp.probe_reverse_probability(model, pairs, seed=seed)
+        assert reading.value == pytest.approx(1.0) and reading.frame["probability_control"].max() < 1e-6
+        assert reading.frame["probability_control"].notna().all()
+
+
+def test_an_answer_of_other_length_is_passed_over_where_another_will_do():
+    pairs = many_to_one([[20], [21, 22], [23], [24, 25], [20]])
+    for seed in range(5):
+        for partner in target_partners(pairs, 0, seed=seed).values():
+            targets = [pairs.queries[q].target for q in pairs.reverse]
+            assert all(other >= 0 for other in partner)
+            assert all(len(targets[i]) == len(targets[o]) and targets[i] != targets[o] for i, o in enumerate(partner))
+    assert (target_partners(many_to_one([[20], [20], [21, 22]]), 0)["forward"] == -1).all()
+
+
+def test_distinct_answers_have_the_partners_they_had():
+    """The shuffle of facts of the other probes, so that no number moves where no two facts share an answer."""
+    from revprobe.probes.statistics.resampling import derangement
+
+    pairs = many_to_one([[20 + i] for i in range(7)])
+    found = target_partners(pairs, 0, seed=3)
+    for partner in found.values():
+        np.testing.assert_array_equal(partner, derangement(pairs.facts.astype(str), pairs.groups(0), seed=3))
