@@ -18,6 +18,9 @@ from ..errors import RevprobeError, did_you_mean
 from .build import RelationOptions, build_relation, read_facts, read_options
 from .letters import LettersRelation, letter_pairs, letters
 from .person_description import person_description_relation
+from .pore import COLUMNS as PORE_COLUMNS
+from .pore import TEMPLATES as PORE
+from .pore import pore_table
 from .published import require_published, trex_groups, trex_table
 from .statements import TemplateLists
 from .text_relation import Question, TextRelation, TrainingText
@@ -35,6 +38,7 @@ __all__ = [
     "load_relation",
     "parent_child",
     "person_description",
+    "pore",
     "trex",
 ]
 
@@ -198,10 +202,31 @@ def trex(
     return build_relation("trex", table, ("subject", "object"), groups, chosen, by="relation")
 
 
+@checked
+def pore(path: str | Path | None = None, **options: Unpack[RelationOptions]) -> TextRelation:
+    """A dataset of PORE (Lu et al., 2024) in the directions "positive" ("Aramco's CEO is ...") and "negative".
+
+    Its company and CEO, work and author, or child and parent come from standard_positive_train_dataset.json and
+    standard_negative_train_dataset.json, which say the same facts in the same order. The first wording of a direction
+    is the files'; the others are ours. Names stay as the files write them ("Q &amp; A"); a few works were decoded
+    wrongly before they were saved, and bad_rows="skip" leaves them out.
+
+    Args:
+        path: the folder of one dataset, such as Data/Company_Ceo.
+        options: as in `from_table`, but duplicates="merge" unless given.
+    Raises: RevprobeError, as `from_table`, and naming the row where the two files do not say one fact.
+    """
+    chosen = read_options({"duplicates": "merge", **options})
+    frame = pore_table(require_published("pore", path), chosen.encoding)
+    table = read_facts(frame, PORE_COLUMNS, PORE.values(), chosen)
+    return build_relation("pore", table, PORE_COLUMNS, [(None, PORE)], chosen)
+
+
 RELATIONS: dict[str, Callable[..., TextRelation | LettersRelation]] = {
     "letters": letters,
     "parent_child": parent_child,
     "person_description": person_description,
+    "pore": pore,
     "trex": trex,
     "table": from_table,
     "invented_names": invented_names,
