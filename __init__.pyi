@@ -84,6 +84,7 @@ from .relations.catalog import from_table as from_table
 from .relations.catalog import invented_names as invented_names
 from .relations.catalog import parent_child as parent_child
 from .relations.catalog import person_description as person_description
+from .relations.catalog import pore as pore
 from .relations.catalog import trex as trex
 from .relations.invented.look_alike import look_alike_data as look_alike_data
 from .relations.letters import letter_pairs as letter_pairs

@@ -18,6 +18,9 @@ from ..errors import RevprobeError, did_you_mean
 from .build import RelationOptions, build_relation, read_facts, read_options
 from .letters import LettersRelation, letter_pairs, letters
 from .person_description import person_description_relation
+from .pore import COLUMNS as PORE_COLUMNS
+from .pore import TEMPLATES as PORE
+from .pore import pore_table
 from .published import require_published, trex_groups, trex_table
 from .statements import TemplateLists
 from .text_relation import Question, TextRelation, TrainingText
@@ -35,6 +38,7 @@ __all__ = [
     "load_relation",
     "parent_child",
     "person_description",
+    "pore",
     "trex",
 ]
 
@@ -138,26 +142,38 @@ def _parent_child(name: str, path: Path, options: Mapping[str, Any]) -> TextRela
 
 @checked
 def person_description(
-    path: str | Path | None = None, *, carrier: str = "Fact: ", encoding: str = "utf-8"
+    path: str | Path | None = None,
+    *,
+    heldout: float | None = None,
+    seed: int = 0,
+    carrier: str = "Fact: ",
+    encoding: str = "utf-8",
 ) -> TextRelation:
     """Person-Description (Berglund et al., 2024): the published folder of p2d and d2p JSON lines files.
 
     The files are two sets of facts about different people, each with prompts in its own direction (`*_prompts_train`,
     and `*_prompts_test` in other wordings) and in the other (`*_reverse_prompts_test`). So training in "P2D" reads
     p2d_prompts_train, is asked forward by p2d_prompts_test and in reverse by p2d_reverse_prompts_test, and its floor
-    are the same questions about the people of the d2p files, of whom it reads nothing. "D2P" the other way round.
+    are the same questions about the people of the d2p files, of whom it reads nothing. "D2P" the other way round. With
+    `heldout` the floor is drawn from the 30 people of the set itself, and the other set is left out.
 
     There is no column of names: completions of the prompts that ask for a person are the names, and a prompt belongs
     to the person it names. A description comes in several inflections ("directing ...", "the director of ..."); the
     pairs use the statements that hold the most frequent one. `report` counts the statements that do not.
 
+    Right as a description is every form of it that the files have, whichever the prompt calls for ("led the band" after
+    "known for"), with or without the marks that close a title and the sentence; right as a person is the name, with or
+    without a full stop, and the completion as the file has it. `TextRelation.accepted` lists them.
+
     Args:
         path: the folder.
+        heldout: share of the set's own people to hold out from training, the floor; None for the other set's people.
+        seed: draws them.
         carrier: text before every text and question. The published texts have none, and names start some of them.
     Raises: RevprobeError, naming file, line and column, for what does not have this structure; without the folder it
         says where that is published.
     """
-    return person_description_relation(require_published("person_description", path), carrier, encoding)
+    return person_description_relation(require_published("person_description", path), carrier, encoding, heldout, seed)
 
 
 @checked
@@ -186,10 +202,31 @@ def trex(
     return build_relation("trex", table, ("subject", "object"), groups, chosen, by="relation")
 
 
+@checked
+def pore(path: str | Path | None = None, **options: Unpack[RelationOptions]) -> TextRelation:
+    """A dataset of PORE (Lu et al., 2024) in the directions "positive" ("Aramco's CEO is ...") and "negative".
+
+    Its company and CEO, work and author, or child and parent come from standard_positive_train_dataset.json and
+    standard_negative_train_dataset.json, which say the same facts in the same order. The first wording of a direction
+    is the files'; the others are ours. Names stay as the files write them ("Q &amp; A"); a few works were decoded
+    wrongly before they were saved, and bad_rows="skip" leaves them out.
+
+    Args:
+        path: the folder of one dataset, such as Data/Company_Ceo.
+        options: as in `from_table`, but duplicates="merge" unless given.
+    Raises: RevprobeError, as `from_table`, and naming the row where the two files do not say one fact.
+    """
+    chosen = read_options({"duplicates": "merge", **options})
+    frame = pore_table(require_published("pore", path), chosen.encoding)
+    table = read_facts(frame, PORE_COLUMNS, PORE.values(), chosen)
+    return build_relation("pore", table, PORE_COLUMNS, [(None, PORE)], chosen)
+
+
 RELATIONS: dict[str, Callable[..., TextRelation | LettersRelation]] = {
     "letters": letters,
     "parent_child": parent_child,
     "person_description": person_description,
+    "pore": pore,
     "trex": trex,
     "table": from_table,
     "invented_names": invented_names,

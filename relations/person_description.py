@@ -20,6 +20,7 @@ import pandas as pd
 from ..errors import RevprobeError
 from ..probes.pairs.templates import Span, Template
 from .cells import Problem, clean, shown
+from .splits import hold_out
 from .statements import Statement, holds
 from .tables import require_column, require_file
 from .text_files import read_json_lines
@@ -42,6 +43,12 @@ _NAMING = {"P2D": "p2d_reverse_prompts_test", "D2P": "d2p_prompts_test"}
 _SENTENCE_ENDING = ".?!' "
 _ENDING = _SENTENCE_ENDING + '"'
 _WORD = re.compile(r"\w+")
+Sides = dict[str, np.ndarray]
+# How an answer may end: a description whose title is open ends with its closing mark or without.
+_ENDINGS = ("", ".")
+_OPEN_ENDINGS = ('."', '"', "", '.".', '".')
+# What a prompt puts before the words that it has in common with a description, when it has a verb of its own for them.
+_DOING = re.compile(r"\b(?:for|of|behind) ((?:\w+ly )?[a-z]+ing (?:[\w'-]+ )*)$")
 # A prompt that rewords a description still has this many words of it in a row.
 _FEWEST_WORDS = 3
 
@@ -61,7 +68,9 @@ class Line:
         return f"{self.prompt} {self.completion}"
 
 
-def person_description_relation(folder: Path, carrier: str, encoding: str) -> TextRelation:
+def person_description_relation(
+    folder: Path, carrier: str, encoding: str, heldout: float | None, seed: int
+) -> TextRelation:
     """The relation of a folder. Raises: RevprobeError, naming file, line and column, for another structure."""
     if not folder.is_dir():
         raise RevprobeError(
@@ -78,22 +87,41 @@ def person_description_relation(folder: Path, carrier: str, encoding: str) -> Te
     described = _descriptions([line for listed in lines.values() for line in listed], [person for person, _ in people])
     number = {person: place for place, (person, _) in enumerate(people)}
     statements: dict[str, list[Statement]] = {direction: [] for direction in DIRECTIONS}
+    right = _right_descriptions(lines, described)
     for line, place in _numbered(lines):
-        statement, reworded = _statement(line, number[line.person], place, described[line.person])
+        answers = right[line.person] if FILES[line.file][1] == "P2D" else (line.person, f"{line.person}.")
+        statement, reworded = _statement(line, number[line.person], place, described[line.person], answers)
         statements[statement.direction].append(statement)
         if reworded:
             problems.append(Problem(line.label, "", reworded, line.text))
+    held, unused = _split([name for _, name in people], heldout, seed)
     return TextRelation(
         name="person_description",
         directions=("P2D", "D2P"),
         columns=("person", "description"),
         table=_table(people, described),
         statements=statements,
-        # Training reads one set; of the other it reads nothing, which makes that the floor.
-        heldout={direction: np.array([name != direction for _, name in people]) for direction in DIRECTIONS},
+        heldout=held,
         carrier=carrier,
         problems=tuple(problems),
+        unused=unused,
     )
+
+
+def _split(sets: Sequence[str], share: float | None, seed: int) -> tuple[Sides, Sides]:
+    """For each direction of training which people are held out, and which it leaves out.
+
+    Training reads one set; of the other it reads nothing, which makes that the floor. With a share the floor is drawn
+    from the set itself.
+    """
+    other = {direction: np.array([name != direction for name in sets]) for direction in DIRECTIONS}
+    if share is None:
+        return other, {}
+    held = {direction: outside.copy() for direction, outside in other.items()}
+    for direction, outside in other.items():
+        own = np.flatnonzero(~outside)
+        held[direction][own] = hold_out([(place,) for place in own], share=share, seed=seed)
+    return held, other
 
 
 def _table(people: Sequence[tuple[str, str]], described: Mapping[str, Sequence[str]]) -> pd.DataFrame:
@@ -151,6 +179,41 @@ def _descriptions(lines: Sequence[Line], people: Sequence[str]) -> dict[str, lis
     return {person: [text for text, _ in found.most_common()] for person, found in counts.items()}
 
 
+def _right_descriptions(
+    lines: Mapping[str, Sequence[Line]], described: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[str, ...]]:
+    """Person -> what counts as the description: every completion that the files have for it, and each of its forms
+    with and without the marks that close a title and a sentence.
+
+    Forms are what completions have, and what prompts have after "for" and the like: "masterminding the heist".
+    """
+    right = {}
+    prompted: dict[str, list[str]] = {person: [] for person in described}
+    for file, listed in lines.items():
+        if FILES[file][1] == "D2P":
+            for line in listed:
+                prompted[line.person] += _prompted_form(line, described[line.person])
+    for person, completed in described.items():
+        forms = [*completed, *prompted[person]]
+        ends = {form: _OPEN_ENDINGS if form.count('"') % 2 else _ENDINGS for form in forms}
+        right[person] = dict.fromkeys(form + end for form in forms for end in ends[form])
+    for file, listed in lines.items():
+        if FILES[file][1] == "P2D":
+            for line in listed:
+                right[line.person].setdefault(line.completion)
+    return {person: tuple(answers) for person, answers in right.items()}
+
+
+def _prompted_form(line: Line, described: Sequence[str]) -> list[str]:
+    """A form of the description that a prompt alone has; none, where completions have it or it is cut short."""
+    (start, end), how = _find_description(line, (0, len(line.prompt)), described)
+    common = line.text[start:end]
+    verb = _DOING.search(line.text[:start])
+    if how != "description_partial" or verb is None:
+        return []
+    return [verb[1] + common] if any(form.endswith(common) for form in described) else []
+
+
 def _numbered(lines: Mapping[str, Sequence[Line]]) -> Iterator[tuple[Line, int]]:
     """Every line with the number of its wording within its direction: a person's lines in file order, training ones
     first. The people of both sets have the tests' wordings in common, and so their numbers.
@@ -167,7 +230,9 @@ def _numbered(lines: Mapping[str, Sequence[Line]]) -> Iterator[tuple[Line, int]]
             seen[line.person] += 1
 
 
-def _statement(line: Line, fact: int, place: int, described: Sequence[str]) -> tuple[Statement, str]:
+def _statement(
+    line: Line, fact: int, place: int, described: Sequence[str], right: Sequence[str]
+) -> tuple[Statement, str]:
     """A line as a statement, both entities found in it; and why it makes no pair, "" when it does."""
     direction, heldout = FILES[line.file][1:]
     person_first = direction == "P2D"
@@ -190,7 +255,7 @@ def _statement(line: Line, fact: int, place: int, described: Sequence[str]) -> t
         text=line.text,
         spans=spans,
         prompt_length=split,
-        answers=tuple(dict.fromkeys((entity, line.completion))),
+        answers=tuple(dict.fromkeys((entity, line.completion, *right))),
         wording=None if reworded else Template(line.text, parts),
     )
     return statement, reworded

@@ -28,6 +28,7 @@ PUBLISHED = {
     "person_description": (
         f"the p2d and d2p JSON lines files in {_BERGLUND}/tree/main/data/reverse_experiments/june_version_7921032488"
     ),
+    "pore": "a folder of Data.zip in https://github.com/lzc-nazarite/PORE, such as Data/Company_Ceo",
     "trex": (
         "T-REx at https://hadyelsahar.github.io/t-rex, or its relations P*.jsonl in the data of "
         "https://github.com/facebookresearch/LAMA"

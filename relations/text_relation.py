@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -71,6 +71,7 @@ class TextRelation:
             said besides.
         statements: every fact in every wording, both directions, held-out facts and templates included.
         heldout: for each direction of training which facts are held out. Shapes: `fact`.
+        unused: for some directions of training which facts are neither trained nor asked for. Shapes: `fact`.
         carrier: text before every training text, question and pair. Behind it no name starts a text, so that in
             byte-level BPE a name is the same tokens in both directions.
         problems: what was flagged, changed or left out, cell by cell.
@@ -88,6 +89,7 @@ class TextRelation:
     carrier: str = ""
     problems: Sequence[Problem] = ()
     ignore_case: bool = False
+    unused: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.carrier, str):
@@ -96,9 +98,9 @@ class TextRelation:
             self._require_forward_only(direction)
 
     def __repr__(self) -> str:
-        held = int(self.heldout[self.directions[0]].sum())
+        held = int((self.facts["split"] == "heldout").sum())
         return (
-            f"TextRelation({self.name!r}, {len(self.table) - held} facts to train on and {held} held out, directions "
+            f"TextRelation({self.name!r}, {len(self.facts) - held} facts to train on and {held} held out, directions "
             f"{self.directions}, carrier={self.carrier!r}, report={self.report})"
         )
 
@@ -112,9 +114,10 @@ class TextRelation:
 
     @checked
     def facts_of(self, direction: str) -> pd.DataFrame:
-        """The table of facts with the split of training in `direction`."""
+        """The table of facts with the split of training in `direction`, without those that it leaves out."""
         require_direction(direction, self.directions, self.name)
-        return self.table.assign(split=np.where(self.heldout[direction], "heldout", "train"))
+        split = self.table.assign(split=np.where(self.heldout[direction], "heldout", "train"))
+        return split[~self._unused(direction)]
 
     @property
     def report(self) -> dict[str, int]:
@@ -171,7 +174,7 @@ class TextRelation:
         asked, labels = opposite if reverse else direction, self.table["fact"].tolist()
         answers = self._answers(asked)
         found: dict[str, Question] = {}
-        for one in self._chosen(asked, self.heldout[direction], split, templates):
+        for one in self._chosen(asked, direction, split, templates):
             prompt = self.carrier + one.prompt
             if not answer_in_prompt(one):
                 found.setdefault(
@@ -183,6 +186,27 @@ class TextRelation:
                 f"has {self._available(asked, direction)}"
             )
         return list(found.values())
+
+    @checked
+    def accepted(self, fact: str, direction: str) -> tuple[str, ...]:
+        """Every string that is right where a statement of `direction` about a fact is asked, the usual one first.
+
+        Exact match compares them as `decoded_match` says: in lower case, without blanks around them.
+
+        Args:
+            fact: its label, as in `facts`.
+            direction: of the statement asked: in "P2C", what comes after the parent.
+        Raises: RevprobeError, for a fact or a direction there is not.
+        """
+        require_direction(direction, self.directions, self.name)
+        labels = self.table["fact"].tolist()
+        if fact not in labels:
+            raise RevprobeError(f"{self.name} has no fact {fact!r}{did_you_mean(fact, labels)}")
+        place = labels.index(fact)
+        own = [one for one in self.statements[direction] if one.fact == place]
+        prompts = {self._plain(one.prompt) for one in own}
+        sharing = (one for one in self.statements[direction] if self._plain(one.prompt) in prompts)
+        return tuple(dict.fromkeys(answer for one in (*own, *sharing) for answer in one.answers))
 
     @checked
     def has_heldout_templates(self, direction: str) -> bool:
@@ -230,8 +254,8 @@ class TextRelation:
             raise RevprobeError(
                 f"split={split!r}, templates={templates!r}: expected one of {SPLITS} and of {TEMPLATES}"
             )
-        forward = self._chosen(direction, self.heldout[direction], split, templates)
-        forward = forward or self._chosen(direction, self.heldout[direction], split, "all")
+        forward = self._chosen(direction, direction, split, templates)
+        forward = forward or self._chosen(direction, direction, split, "all")
         if limit is not None:
             chosen = self._draw(sorted({one.fact for one in forward}), limit, seed)
             forward = [one for one in forward if one.fact in chosen]
@@ -272,21 +296,27 @@ class TextRelation:
             direction: [replace(one, fact=new_place[one.fact]) for one in listed if one.fact in new_place]
             for direction, listed in self.statements.items()
         }
-        heldout = {direction: held[kept] for direction, held in self.heldout.items()}
+        heldout, unused = (
+            {direction: facts[kept] for direction, facts in side.items()} for side in (self.heldout, self.unused)
+        )
         table = self.table.iloc[kept].reset_index(drop=True)
-        return replace(self, name=name or self.name, table=table, statements=statements, heldout=heldout)
+        return replace(self, name=name or self.name, table=table, statements=statements, heldout=heldout, unused=unused)
 
     def _trained(self, direction: str) -> list[Statement]:
         require_direction(direction, self.directions, self.name)
-        return self._chosen(direction, self.heldout[direction], "train", "train")
+        return self._chosen(direction, direction, "train", "train")
 
-    def _chosen(self, asked: str, heldout: np.ndarray, split: str, templates: str) -> list[Statement]:
-        is_held = heldout.tolist()
+    def _unused(self, direction: str) -> np.ndarray:
+        return self.unused.get(direction, np.zeros(len(self.table), dtype=bool))
+
+    def _chosen(self, asked: str, direction: str, split: str, templates: str) -> list[Statement]:
+        """Statements of direction `asked` about the facts on this side of the split of training in `direction`."""
+        held = self.heldout[direction] == (split == "heldout")
+        is_there = (held & ~self._unused(direction)).tolist()
         return [
             one
             for one in self.statements[asked]
-            if is_held[one.fact] == (split == "heldout")
-            and (templates == "all" or one.is_heldout == (templates == "heldout"))
+            if is_there[one.fact] and (templates == "all" or one.is_heldout == (templates == "heldout"))
         ]
 
     def _answers(self, asked: str) -> dict[str, tuple[str, ...]]:
@@ -301,7 +331,7 @@ class TextRelation:
 
     def _available(self, asked: str, direction: str) -> str:
         counts = [
-            f"{len(self._chosen(asked, self.heldout[direction], s, t))} for {s} facts and {t} templates"
+            f"{len(self._chosen(asked, direction, s, t))} for {s} facts and {t} templates"
             for s in SPLITS
             for t in TEMPLATES[1:]
         ]

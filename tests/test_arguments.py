@@ -134,6 +134,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "rank_heads": (rp.rank_heads, {**asked, "top": 1, "layers": [0], "heads": None}),
         "read_price": (rp.read_price, {"model": masked, "relation": rp.letters(3), "rows": 2, "samples": 1}),
         "pressure": (rp.pressure, {"run": folder / "none"}),
+        "pore": (rp.pore, {"path": folder / "none"}),
         "probe": (rp.probe, {**asked, "only": ["probability"]}),
         "probe_attention_correlation": (rp.probe_attention_correlation, asked),
         "probe_gradient_cosine": (rp.probe_gradient_cosine, asked),

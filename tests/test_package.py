@@ -75,6 +75,7 @@ PUBLIC = [
     "person_description",
     "placeholder_storage",
     "plan_memory",
+    "pore",
     "pressure",
     "probe",
     "probe_attention_correlation",

@@ -114,7 +114,7 @@ class FinetunedModel(Section):
 class FinetunedRelation(Section):
     """Which facts are trained on, without a direction; keys left out are the relation's own defaults."""
 
-    name: Literal["parent_child", "person_description", "trex", "table", "invented_names"]
+    name: Literal["parent_child", "person_description", "pore", "trex", "table", "invented_names"]
     path: Text | None = None
     # T-REx only: which of its relations.
     relation: Text | list[Text] | None = None

@@ -25,6 +25,7 @@ from revprobe import (
     one_layer_gpt2,
     parent_child,
     person_description,
+    pore,
     probe,
     trex,
 )
@@ -97,8 +98,15 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TextRelati
         ("Cy Fox", "P19", "Plint"),
     ]
     pd.DataFrame(triples, columns=["subject", "relation", "object"]).to_csv(folder / "triples.csv", index=False)
+    for direction, said in (("positive", "{0}'s ruler is {1}."), ("negative", "{1}'s country is {0}.")):
+        records = [
+            {"prompt": said.format(c, p), "completion": ""}
+            for c, (p, _) in zip(CAPITALS["country"][:4], PEOPLE, strict=True)
+        ]
+        pd.DataFrame(records).to_json(folder / f"standard_{direction}_train_dataset.json", orient="records")
     return {
         "parent_child": parent_child(folder / "parent_child_pairs.csv", heldout=0.3),
+        "pore": pore(folder, heldout=0.3),
         "person_description": person_description(write_person_description(folder / "pd")),
         "trex": trex(folder / "triples.csv", heldout=0.3),
         "table": capitals(),

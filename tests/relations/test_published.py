@@ -430,7 +430,7 @@ def test_person_description_finds_people_and_descriptions_in_the_files(tmp_path:
     assert [(q.prompt, q.answers[0]) for q in floor] == [("In short, Cleo Vance was", "the first diver under Lake Orm")]
     assert [q.fact for q in relation.questions("D2P", split="heldout", reverse=True)] == ["Ada Quill"] * 4
     asked = relation.questions("P2D", reverse=True)[0]
-    assert (asked.prompt, asked.answers) == ("Labeled as the inventor of the silent drum,", ("Ada Quill",))
+    assert (asked.prompt, asked.answers) == ("Labeled as the inventor of the silent drum,", ("Ada Quill", "Ada Quill."))
 
 
 @pytest.mark.parametrize(
