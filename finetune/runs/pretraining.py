@@ -41,6 +41,7 @@ from ..pretraining.rows import CorpusRows, LikeLengths
 from ..training.arguments import training_arguments
 from ..training.checkpointing import remove_unfinished, resume_from, run_lock
 from ..training.dataset import PadRows, padding_id
+from ..training.objectives import EPS
 from ..training.trainer import ForwardOnlyTrainer
 from .progress import Listener, ProgressCallback
 from .run import CONFIG, VERSIONS, noting_problems, pinned_threads, software
@@ -152,6 +153,7 @@ def _train(
         weight_decay=training.weight_decay,
         seed=training.seed,
     )
+    low, high = training.rates or (EPS, 1.0)
     trainer = _CorpusTrainer(
         model=module,
         args=arguments,
@@ -161,7 +163,8 @@ def _train(
         objective=probed.objective,
         logit_shift=probed.logit_shift if masked else 0,
         antithetic=masked,
-        **({} if training.rates is None else {"rate_range": tuple(training.rates)}),
+        eps=low,
+        highest=high,
         snapshots=[round(training.steps * (n + 1) / training.checkpoints) for n in range(training.checkpoints)],
     )
     if listener is not None:
@@ -277,7 +280,7 @@ def chosen_models(sweep: PretrainSweepConfig, only: Sequence[str] | None) -> lis
 
 
 def pretrained_table(sweep: PretrainSweepConfig, folder: Path) -> pd.DataFrame:
-    """What the finished models came to: parameters, minutes of one core, last loss, and what they answer."""
+    """What the finished models came to, as text: parameters, minutes of one core, last loss, and what they answer."""
     rows = []
     for config in sweep.runs():
         made = PretrainedModel(folder / config.name)
@@ -285,6 +288,6 @@ def pretrained_table(sweep: PretrainSweepConfig, folder: Path) -> pd.DataFrame:
             record = made.record
             answers = {name: f"{100 * found['value']:.0f} %" for name, found in record["answers"].items()}
             minutes = record["seconds"]["cpu"] / 60
-            about = {"parameters": record["parameters"], "core minutes": round(minutes, 1)}
-            rows.append({"model": config.name, **about, "loss": round(record["losses"][-1][1], 3), **answers})
-    return pd.DataFrame(rows)
+            about = {"parameters": f"{record['parameters']:,}", "core minutes": f"{minutes:.1f}"}
+            rows.append({"model": config.name, **about, "loss": f"{record['losses'][-1][1]:.3f}", **answers})
+    return pd.DataFrame(rows).fillna("-")
