@@ -58,13 +58,13 @@ class _Unrotated(nn.Module):
         return states.new_ones(shape), states.new_zeros(shape)
 
 
-class LearnedPositionsLlama(LlamaModel):  # type: ignore[misc]
+class LearnedPositionsLlama(LlamaModel):
     """A Llama's body whose positions are learned vectors, `rope: false` in the published config."""
 
     def __init__(self, config: LLaDAConfig) -> None:
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[arg-type]  # Llama's names read through its attribute_map
         self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.rotary_emb = _Unrotated(config.head_dim)
+        self.rotary_emb = _Unrotated(config.head_dim)  # type: ignore[assignment]
         self.post_init()
 
     def forward(

@@ -21,8 +21,8 @@ from ...probes.figures.theme import OKABE_ITO
 from .listed_runs import Listed
 from .open_pair import SAME, OpenedPair, ReadQuery, disagreement
 
-FILTERS = ("group", "state", "objective", "position_encoding", "length")
-FILTERS += ("model", "dataset", "variant", "direction", "seed")
+_OF_FINETUNINGS = ("model", "dataset", "variant", "direction")
+FILTERS = ("group", "state", "objective", "position_encoding", "length", *_OF_FINETUNINGS, "seed")
 STATES = {
     "complete": "complete",
     "open": "open",
