@@ -21,7 +21,18 @@ from ...probes.figures.theme import OKABE_ITO
 from .listed_runs import Listed
 from .open_pair import SAME, OpenedPair, ReadQuery, disagreement
 
-FILTERS = ("group", "state", "objective", "position_encoding", "length", "model", "dataset", "variant", "direction", "seed")
+FILTERS = (
+    "group",
+    "state",
+    "objective",
+    "position_encoding",
+    "length",
+    "model",
+    "dataset",
+    "variant",
+    "direction",
+    "seed",
+)
 STATES = {
     "complete": "complete",
     "open": "open",

@@ -31,7 +31,7 @@ _SERIES = ["model", "dataset", "direction", "variant", "kind"]
 
 
 def signature_frame(runs: Sequence[FinetuneRun]) -> pd.DataFrame:
-    """All measures of all runs by model, dataset, direction, variant, kind, seed and step, as `Readings.measures` has them."""
+    """All measures of all runs by what they vary in, seed and step, as `Readings.measures` has them."""
     parts = []
     for run in runs:
         readings = run.readings_so_far()
