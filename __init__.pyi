@@ -34,6 +34,7 @@ from .models.structure import declare_fused as declare_fused
 from .probes.attention import probe_attention_correlation as probe_attention_correlation
 from .probes.block_sweep import block_sweep as block_sweep
 from .probes.compare_models import compare_models as compare_models
+from .probes.decoding.candidates import rank_candidates as rank_candidates
 from .probes.decoding.decode import decode as decode
 from .probes.decoding.exact_match import decoded_match as decoded_match
 from .probes.deep.assumptions import audit_assumptions as audit_assumptions

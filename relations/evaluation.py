@@ -17,6 +17,7 @@ from torch import nn
 
 from ..errors import RevprobeError, did_you_mean
 from ..models.probed import ProbedModel, as_probed
+from ..probes.decoding.candidates import rank_candidates
 from ..probes.decoding.exact_match import AnswerBook, decoded_match
 from ..probes.figures.theme import interval_text, undefined_text
 from ..probes.passes.plan import Progress
@@ -81,6 +82,36 @@ def evaluate_relation(
             "progress": _part_of(progress, before, done, total),
         }
         reading = decoded_match(model, questions, **options)
+        reading.meta.update({"relation": relation.name, "trained": direction, **about})
+        readings.append(reading)
+    return Readings(readings)
+
+
+def rank_relation(
+    model: ProbedModel | nn.Module,
+    relation: TextRelation,
+    direction: str,
+    *,
+    splits: Sequence[str] = SPLITS,
+    templates: str | None = None,
+    facts: int | None = None,
+    **ranking: Any,
+) -> Readings:
+    """`rank_candidates` forward and reverse on trained and on held-out facts, asked as `evaluate_relation` asks.
+
+    The candidates are all answers to questions of that direction about trained facts, however few are asked, and those
+    of the facts that are asked: held-out facts have their own among them too.
+
+    Args:
+        direction, splits, templates, facts: as in `evaluate_relation`.
+        ranking: passed on to `rank_candidates`.
+    Returns: readings labelled as those of `evaluate_relation`.
+    """
+    readings = []
+    for about, questions in asked_sides(relation, direction, splits=splits, templates=templates, facts=facts):
+        known = relation.questions(direction, reverse=about["asked"] == "reverse", split="train")
+        candidates = list(dict.fromkeys(answer for one in known for answer in one.answers))
+        reading = rank_candidates(model, questions, candidates, **ranking)
         reading.meta.update({"relation": relation.name, "trained": direction, **about})
         readings.append(reading)
     return Readings(readings)

@@ -131,6 +131,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "person_description": (rp.person_description, {"path": folder / "none"}),
         "placeholder_storage": (rp.placeholder_storage, {"run": folder / "none"}),
         "plan_memory": (rp.plan_memory, {"module": model.module, "batch": 1, "tokens": 4}),
+        "rank_candidates": (rp.rank_candidates, {"model": model, "questions": relation.questions("P2C")[:1]}),
         "rank_heads": (rp.rank_heads, {**asked, "top": 1, "layers": [0], "heads": None}),
         "read_price": (rp.read_price, {"model": masked, "relation": rp.letters(3), "rows": 2, "samples": 1}),
         "pressure": (rp.pressure, {"run": folder / "none"}),

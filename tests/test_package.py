@@ -85,6 +85,7 @@ PUBLIC = [
     "probe_route_edit",
     "probe_stored_evidence",
     "probe_stored_once",
+    "rank_candidates",
     "rank_heads",
     "read_price",
     "register_model",

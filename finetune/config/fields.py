@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, model_serializer
 
 # A run or sweep name becomes a folder.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
@@ -29,6 +29,22 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     # Keys (dotted ones of sections) by which a file of another kind is told: what it is, and what command takes it.
     marks_another_kind: ClassVar[dict[str, tuple[str, str]]] = {}
+
+
+class Grown(Section):
+    """A section with keys that came later: at their default they are not written, so that a run's config.yaml from
+    before stays the config that it is."""
+
+    added: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_added_defaults(self, handler: Any) -> dict[str, Any]:
+        fields = type(self).model_fields
+        return {
+            key: value
+            for key, value in handler(self).items()
+            if key not in self.added or getattr(self, key) != fields[key].default
+        }
 
 
 def as_listed(value: object) -> object:

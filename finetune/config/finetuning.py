@@ -18,30 +18,15 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, StrictBool, StrictInt, StrictStr, model_serializer, model_validator
 
 from ...errors import RevprobeError
-from .fields import Count, Fraction, Name, Number, Section, Seed, Size, Threads
+from .fields import Count, Fraction, Grown, Name, Number, Section, Seed, Size, Threads
 from .loading import checked_config, find_config, load_config, merged, parse_config, parse_yaml
+from .objective import ObjectiveOptions
 from .one_layer import SnapshotsConfig
 
 Text = Annotated[StrictStr, Field(min_length=1)]
 Rate = Annotated[Number, Field(gt=0)]
 _READS = ("mask_token_id", "block_size", "bidirectional")
 Templates = dict[Text, Text | list[Text]]
-
-
-class Grown(Section):
-    """A section with keys that came later: at their default they are not written, so that a run's config.yaml from
-    before stays the config that it is."""
-
-    added: ClassVar[tuple[str, ...]] = ()
-
-    @model_serializer(mode="wrap")
-    def _without_added_defaults(self, handler: Any) -> dict[str, Any]:
-        fields = type(self).model_fields
-        return {
-            key: value
-            for key, value in handler(self).items()
-            if key not in self.added or getattr(self, key) != fields[key].default
-        }
 
 
 class Pretraining(Section):
@@ -147,16 +132,6 @@ class RelationChoice(FinetunedRelation):
     direction: Text
 
 
-class ObjectiveOptions(Section):
-    """What the loss prices. Masked models: t ~ U(eps, 1), 1/t-weighted cross-entropy; others: the next token."""
-
-    # With response_only the first entity is never masked: the probes' forward query is then not what was trained.
-    scope: Literal["whole_sequence", "response_only"] = "whole_sequence"
-    whole_entity: StrictBool = False
-    antithetic: StrictBool = False
-    eps: Annotated[Number, Field(gt=0, lt=1)] = 1e-3
-
-
 class LoraOptions(Section):
     """The adapter: w + (alpha / rank) B A on each target."""
 
@@ -167,9 +142,10 @@ class LoraOptions(Section):
     targets: Literal["auto", "attention", "mlp"] | Annotated[list[Text], Field(min_length=1)] = "auto"
 
 
-class FinetuneTraining(Section):
+class FinetuneTraining(Grown):
     """How it is trained: AdamW, for so many optimizer steps or so many passes over the rows."""
 
+    added: ClassVar = ("min_learning_rate", "adam_beta2")
     steps: Count | None = None
     epochs: Rate | None = None
     batch_size: Count = 8
@@ -177,7 +153,10 @@ class FinetuneTraining(Section):
     learning_rate: Rate = 1e-4
     warmup_steps: Annotated[StrictInt, Field(ge=0)] = 0
     schedule: Literal["constant", "cosine"] = "cosine"
+    # Where the cosine ends.
+    min_learning_rate: Annotated[Number, Field(ge=0)] = 0.0
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    adam_beta2: Annotated[Number, Field(gt=0, lt=1)] = 0.999
     gradient_clipping: Rate = 1.0
     bf16: StrictBool = False
     gradient_checkpointing: StrictBool = False
@@ -190,6 +169,11 @@ class FinetuneTraining(Section):
     def _one_length(self) -> FinetuneTraining:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps (optimizer steps) and epochs (passes over the rows)")
+        if self.min_learning_rate and (self.schedule != "cosine" or self.min_learning_rate > self.learning_rate):
+            raise ValueError(
+                f"training.min_learning_rate {self.min_learning_rate} is where a cosine ends, below learning_rate "
+                f"{self.learning_rate}; the schedule is {self.schedule!r}"
+            )
         return self
 
     def total_steps(self, rows: int) -> int:
@@ -235,7 +219,8 @@ class FinetuneBase(Section):
     """Everything about a fine-tuning but its name, model and relation."""
 
     objective: ObjectiveOptions = ObjectiveOptions()
-    lora: LoraOptions = LoraOptions()
+    # null: no adapter, all weights are trained.
+    lora: LoraOptions | None = LoraOptions()
     training: FinetuneTraining
     snapshots: FinetuneSnapshots = FinetuneSnapshots(count=5)
     evaluation: EvaluationOptions = EvaluationOptions()
@@ -246,6 +231,11 @@ class FinetuneBase(Section):
         late = [step for step in self.snapshots.steps or [] if total is not None and step > total]
         if late:
             raise ValueError(f"snapshots.steps has {late[0]}, but training.steps is {total}; raise one or drop one")
+        if self.lora is None and self.snapshots.parameters != "all":
+            raise ValueError(
+                f"snapshots.parameters is {self.snapshots.parameters!r}, but lora: null trains all weights and has no "
+                "adapter; use parameters: all"
+            )
         return self
 
 
@@ -265,6 +255,10 @@ class FinetuneConfig(FinetuneBase):
 
     @model_validator(mode="after")
     def _can_be_read(self) -> FinetuneConfig:
+        if self.model.quantize is not None and self.lora is None:
+            raise ValueError(
+                f"model.quantize is {self.model.quantize!r}, and weights in 4 bits are not trained; use LoRA"
+            )
         if self.model.quantize is not None and self.snapshots.parameters != "lora":
             raise ValueError(
                 f"snapshots.parameters is {self.snapshots.parameters!r}, but weights in 4 bits have no gradients; use "

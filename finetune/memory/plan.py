@@ -1,4 +1,4 @@
-"""What a LoRA fine-tuning and its probes need in memory, worked out from shapes before anything is loaded.
+"""What a fine-tuning, LoRA or full, and its probes need in memory, worked out from shapes before anything is loaded.
 
 A training step and a probing pass are run through on the meta device, where tensors have shapes and no memory, and
 the bytes alive at once are counted (`live_bytes`). What is not tensors (the CUDA context, the allocator's slack) is a
@@ -89,7 +89,7 @@ def plan_memory(
     """The memory of training a module, of probing it, and of the first-order prediction at its snapshots.
 
     Args:
-        module: on the meta device, with its adapter; what requires grad trains, with AdamW.
+        module: on the meta device, with its adapter if it has one; what requires grad trains, with AdamW.
         batch, tokens: rows of one forward pass while training (without accumulation), and tokens of a row.
         checkpointing: whether layers are run again in the backward pass instead of keeping their activations.
         probe_batch, probe_tokens: queries of a probe's batch and tokens of a query; the probes' own default, and

@@ -19,11 +19,12 @@ from ...models.contract.block_masks import WHOLE
 from ...models.peft_adapters import BASE, without_wrapper
 from ...models.probed import ProbedModel
 from ...models.registry import load_model
+from ...probes.decoding.candidates import require_whole_text
 from ...probes.decoding.exact_match import AnswerBook
 from ...probes.pairs.pairs import ReversalPairs
 from ...probes.readings.readings import Readings
 from ...relations.catalog import TextRelation, load_relation
-from ...relations.evaluation import answer_book, asked_sides, evaluate_relation
+from ...relations.evaluation import answer_book, asked_sides, evaluate_relation, rank_relation
 from ..config.finetuning import FinetuneConfig
 from ..pretraining.tiny_models import build_tiny
 from ..training.answers_callback import SnapshotAnswers
@@ -32,6 +33,7 @@ from ..training.checkpointing import ANSWERED, READINGS
 from ..training.dataset import PadRows, RowOptions, StatementRows, padding_id
 from ..training.distributed import ProcessGroup
 from ..training.lora import add_lora, quantization, target_modules
+from ..training.negatives import Negatives
 from ..training.prediction_callback import PREDICTIONS, FirstOrderPrediction
 from ..training.probe_callback import ProbeCallback
 from ..training.trainer import ForwardOnlyTrainer
@@ -71,13 +73,13 @@ class Prepared:
 
     @property
     def answer_steps(self) -> list[int]:
-        """The snapshots at which facts are asked, beside the evaluation after the last."""
-        chosen = self.config.evaluation
-        return self.snapshots if chosen.at == "snapshots" and chosen.facts != 0 else []
+        """The snapshots with answers of their own, beside the evaluation after the last."""
+        return answer_steps(self.config, self.snapshots)
 
     @property
     def resolved(self) -> dict[str, Any]:
         """What the config came to, for resolved.json."""
+        lora = self.config.lora
         return {
             "objective": self.model.objective,
             "logit_shift": self.model.logit_shift,
@@ -86,7 +88,7 @@ class Prepared:
             "snapshots": self.snapshots,
             "rows": len(self.rows),
             "answer_tokens": self.answer_tokens,
-            "targets": target_modules(self.model, self.config.lora.targets),
+            "targets": "all weights" if lora is None else target_modules(self.model, lora.targets),
             "pairs": len(self.pairs),
             "kind": self.pairs.kind,
             "relation": repr(self.relation),
@@ -104,18 +106,25 @@ class Prepared:
         return [[about["asked"], about["split"]] for about, _ in sides]
 
     def ask(self, model: ProbedModel) -> Readings:
-        """What the config's evaluation asks of a model at a snapshot: exact match of every side."""
-        chosen = self.config.evaluation
+        """The exact match of every side that the config's evaluation asks of a model."""
         return evaluate_relation(
-            model,
-            self.relation,
-            self.config.relation.direction,
-            templates=chosen.templates,
-            facts=chosen.facts,
-            max_new_tokens=self.answer_tokens,
-            answers=self.answers,
-            batch_size=chosen.batch_size,
+            model, self.relation, self.config.relation.direction, answers=self.answers, **self._how
         )
+
+    def ask_at_snapshot(self, model: ProbedModel) -> Readings:
+        """What a snapshot's answers hold: exact match where they are asked over training, ranks where asked for."""
+        asked = self.ask(model) if self.config.evaluation.at == "snapshots" else Readings([])
+        if not self.config.evaluation.candidates:
+            return asked
+        ranked = rank_relation(model, self.relation, self.config.relation.direction, **self._how)
+        return Readings([*asked, *ranked])
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        """How facts are asked, decoding or ranking."""
+        chosen = self.config.evaluation
+        how = {"templates": chosen.templates, "facts": chosen.facts, "batch_size": chosen.batch_size}
+        return how | {"max_new_tokens": self.answer_tokens}
 
     def wrapped(self, module: nn.Module, **provenance: Any) -> ProbedModel:
         """A model with an adapter, for the probes, as the base was wrapped."""
@@ -129,6 +138,14 @@ class Prepared:
         known |= {"begin_token_id": base.begin_token_id, "tokenizer": base.tokenizer}
         known |= {"block_size": (base.block_size or WHOLE) if base.objective == "masked" else None}
         return {"objective": base.objective, "check": False} | known
+
+
+def answer_steps(config: FinetuneConfig, snapshots: list[int]) -> list[int]:
+    """The snapshots with answers of their own: all where facts are asked there, the last where they are only ranked."""
+    asked = config.evaluation
+    if asked.facts == 0 or (asked.at == "last" and not asked.candidates):
+        return []
+    return snapshots if asked.at == "snapshots" else snapshots[-1:]
 
 
 def prepare(config: FinetuneConfig, folder: Path, team: ProcessGroup) -> Prepared:
@@ -145,19 +162,49 @@ def prepare(config: FinetuneConfig, folder: Path, team: ProcessGroup) -> Prepare
         source = team.on_rank_zero(lambda: build_tiny(tiny, relation, folder / BASE))
     model = load_model(source, **loading)  # the Trainer places it, unless it is loaded in 4 bits
     model.require_mask_token(NO_FINE_TUNING)
+    if config.evaluation.candidates:
+        require_whole_text(model)
     answers = answer_book(model, relation, direction)
     answer_tokens = config.evaluation.max_new_tokens or answers.limit
-    response_only = config.objective.scope == "response_only"
-    options = RowOptions(response_only, config.objective.whole_entity, answer_tokens)
+    options = row_options(config, model, answer_tokens)
     pairs = snapshot_pairs(config, relation, model)
     rows = StatementRows(relation.training_rows(direction), model, options)
     return Prepared(config, relation, model, pairs, rows, answers, answer_tokens)
 
 
+def row_options(config: FinetuneConfig, model: ProbedModel, answer_tokens: int) -> RowOptions:
+    """What of a statement is trained, as the config has it.
+
+    Raises: RevprobeError, for a causal model asked for something about masks, and a model in blocks for what its
+        objective does not take.
+    """
+    objective = config.objective
+    departs = [
+        key for key in objective.of_masks if getattr(objective, key) != type(objective).model_fields[key].default
+    ]
+    if departs and model.objective == "causal":
+        raise RevprobeError(f"objective.{departs[0]} is about masks, and {model.name} is causal; leave it out")
+    for key in set(departs) & {"one_span", "negatives"}:
+        if model.block_size is not None:
+            raise RevprobeError(f"objective.{key} is not told for training in blocks, as {model.name} is; leave it out")
+    told = {"negatives": objective.negatives != "keep", "pad_sides": objective.pad_sides != "right"}
+    bare = next((f"objective.{key}: {getattr(objective, key)}" for key, holds in told.items() if holds), None)
+    return RowOptions(
+        objective.scope == "response_only",
+        objective.whole_entity,
+        answer_tokens,
+        objective.never_mask,
+        objective.end_padding,
+        objective.pad_sides,
+        bare,
+    )
+
+
 def snapshot_pairs(config: FinetuneConfig, relation: TextRelation, model: ProbedModel) -> ReversalPairs:
     """The pairs that are probed at every snapshot, marked where training never asks what their forward query does."""
     pairs = relation.pairs(model, config.relation.direction, limit=config.snapshots.facts)
-    if config.objective.scope != "response_only" or model.objective != "masked":
+    hides_first = config.objective.scope != "response_only" and config.objective.never_mask != "first"
+    if hides_first or model.objective != "masked":
         return pairs
     return replace(pairs, flags={**pairs.flags, FORWARD_UNTRAINED: np.ones(len(pairs), dtype=bool)})
 
@@ -188,7 +235,7 @@ def placed_options(config: FinetuneConfig) -> dict[str, Any]:
 def build_finetuning(
     config: FinetuneConfig, folder: Path, prepared: Prepared, checkpoint: Path | None
 ) -> ForwardOnlyTrainer:
-    """The trainer of a run with its probes, the adapter fresh from the config's seed.
+    """The trainer of a run with its probes, the adapter, where there is one, fresh from the config's seed.
 
     Args:
         checkpoint: where training will go on from; its readings are there and not taken again.
@@ -208,6 +255,8 @@ def build_finetuning(
         steps=prepared.steps,
         device=training.device,
         schedule=training.schedule,
+        min_learning_rate=training.min_learning_rate,
+        adam_beta2=training.adam_beta2,
         per_device_train_batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation,
         learning_rate=training.learning_rate,
@@ -222,6 +271,7 @@ def build_finetuning(
     )
     # A step has the config's rows, however many processes take them.
     arguments.per_device_train_batch_size = ProcessGroup.of(arguments).per_process(training.batch_size)
+    lowest, highest = objective.rates or (objective.eps, 1.0)
     set_seed(training.seed)
     trainer = ForwardOnlyTrainer(
         model=add_lora(prepared.model, config.lora, checkpointing=training.gradient_checkpointing),
@@ -232,8 +282,11 @@ def build_finetuning(
         objective=prepared.model.objective,
         mask_token_id=prepared.model.mask_token_id,
         logit_shift=prepared.model.logit_shift if prepared.model.objective == "masked" else 0,
-        eps=objective.eps,
+        eps=lowest,
+        highest=highest,
         antithetic=objective.antithetic,
+        masks="span" if objective.one_span else "rate",
+        negatives=Negatives(dial=objective.negatives),
         block_size=prepared.model.block_size,
         reads=config.model.reads,
         snapshots=prepared.snapshots,
@@ -262,6 +315,6 @@ def _add_probes(
     trainer.add_callback(probes)
     if prepared.answer_steps:
         asking: dict[str, Any] = {"steps": prepared.answer_steps, "done": done}
-        trainer.add_callback(SnapshotAnswers(prepared.ask, folder / ANSWERED, **asking, **wrapping))
+        trainer.add_callback(SnapshotAnswers(prepared.ask_at_snapshot, folder / ANSWERED, **asking, **wrapping))
     if config.snapshots.predictions:
         trainer.add_callback(FirstOrderPrediction(prepared.pairs, folder / PREDICTIONS, **common, **wrapping))

@@ -1,9 +1,10 @@
-"""A fine-tuning: LoRA on one direction of a relation, in one folder, probed at every snapshot, then asked both ways.
+"""A fine-tuning on one direction of a relation, LoRA or all weights: one folder, probed at every snapshot, asked both
+ways afterwards.
 
 RUN/config.yaml, versions.json, problem.txt    as in any run
 RUN/resolved.json      what the config came to on this model and relation: steps, snapshots, rows, LoRA targets
 RUN/base/              the model it built for itself, where it did
-RUN/checkpoints/step-000500/                   the adapter, as peft saves it, and what a resume needs
+RUN/checkpoints/step-000500/                   the adapter, as peft saves it, or the model, and what a resume needs
 RUN/readings/step-000500/<probe>.raw.parquet
 RUN/predictions.parquet                        what the gradients foretold of the step after each snapshot
 RUN/evaluation/decoded_match.<asked>.<split>.parquet
@@ -41,7 +42,15 @@ from ..training.arguments import training_arguments
 from ..training.checkpointing import ANSWERED, READINGS, remove_unfinished, resume_from, run_lock
 from ..training.distributed import ProcessGroup
 from ..training.probe_callback import GRADIENT, LORA_GRADIENT, take_readings
-from .finetune_setup import Prepared, build_finetuning, placed_options, prepare, snapshot_pairs, text_relation
+from .finetune_setup import (
+    Prepared,
+    answer_steps,
+    build_finetuning,
+    placed_options,
+    prepare,
+    snapshot_pairs,
+    text_relation,
+)
 from .progress import Listener, ProgressCallback
 from .run import CONFIG, Expected, Run, claim_run, noting_problems, pinned_threads
 from .snapshot_answers import answer_table, backfill_answers
@@ -78,7 +87,8 @@ class FinetuneRun(Run):
     def axes(self) -> dict[str, Any]:
         """objective (with what it leaves out), seed, model, dataset, direction."""
         objective = self.resolved.get("objective")
-        only = " (response only)" if self.config.objective.scope == "response_only" and objective == "masked" else ""
+        about = self.config.objective.about if objective == "masked" else []
+        only = f" ({', '.join(about)})" if about else ""
         return {"objective": objective and objective + only} | self.config.axes
 
     @property
@@ -121,10 +131,11 @@ class FinetuneRun(Run):
     @property
     def expected_answers(self) -> dict[int, list[str]]:
         """The files of answers that each snapshot should have, by step; none unless they are asked there."""
-        if self.config.evaluation.at != "snapshots":
-            return {}
-        files = [f"decoded_match.{asked}.{split}.parquet" for asked, split in self.resolved.get("asked", [])]
-        return {step: files for step in self.snapshots if files}
+        chosen = self.config.evaluation
+        names = ["decoded_match"] * (chosen.at == "snapshots") + ["candidate_rank"] * chosen.candidates
+        sides = self.resolved.get("asked", [])
+        files = [f"{name}.{asked}.{split}.parquet" for name in names for asked, split in sides]
+        return {step: files for step in answer_steps(self.config, self.snapshots) if files}
 
     def pairs(self, model: ProbedModel | None = None) -> ReversalPairs:
         return snapshot_pairs(self.config, text_relation(self.config), model or self.load())
@@ -143,11 +154,14 @@ class FinetuneRun(Run):
 
     def answers(self) -> Readings:
         """What it answered, each reading with its `step`, `asked` and `split` in its meta: at every snapshot where the
-        config says `evaluation.at: snapshots`, else as in `evaluation`.
+        config says `evaluation.at: snapshots`, else at the end; with the ranks among candidates where it asks for them.
 
         Raises: RevprobeError, as `evaluation`.
         """
-        return Readings.load(self.path / ANSWERED) if self.expected_answers else self.evaluation()
+        at_snapshots = Readings.load(self.path / ANSWERED) if self.expected_answers else Readings([])
+        return (
+            at_snapshots if self.config.evaluation.at == "snapshots" else Readings([*self.evaluation(), *at_snapshots])
+        )
 
     def answer_table(self) -> pd.DataFrame:
         """`answers` as one tidy table; see `answer_table` in `snapshot_answers`."""
@@ -243,7 +257,7 @@ def _complete(run: FinetuneRun, prepared: Prepared, model: ProbedModel | None) -
 def _evaluate(run: FinetuneRun, prepared: Prepared, model: ProbedModel | None) -> None:
     """Ask the last step's model, or take over what its snapshot was asked."""
     with folder_written_whole(run.path / EVALUATION, lambda entry: entry.suffix == ".parquet") as working:
-        if run.expected_answers:
+        if run.config.evaluation.at == "snapshots":
             answered = run.path / ANSWERED / step_name(run.snapshots[-1])
             for file in answered.glob("decoded_match.*.parquet"):
                 shutil.copyfile(file, working / file.name)

@@ -55,7 +55,7 @@ def backfill_answers(run: Answering, prepared: Prepared) -> list[int]:
                 f"{run.path}: the answers of step {step} are missing, and its checkpoint with them; delete the run's "
                 "folder to train it anew"
             )
-        save_answers(prepared.ask(run.load(step, "raw")), run.path / ANSWERED / step_name(step))
+        save_answers(prepared.ask_at_snapshot(run.load(step, "raw")), run.path / ANSWERED / step_name(step))
     if missing and run.config.snapshots.during_training:
         warnings.warn(f"{run.path}: missing answers of {len(missing)} steps were taken from checkpoints", stacklevel=5)
     return missing

@@ -12,13 +12,19 @@ from ...errors import RevprobeError
 
 
 def training_arguments(
-    folder: Path, *, steps: int, device: str = "cpu", schedule: str = "constant", **options: Any
+    folder: Path,
+    *,
+    steps: int,
+    device: str = "cpu",
+    schedule: str = "constant",
+    min_learning_rate: float = 0.0,
+    **options: Any,
 ) -> TrainingArguments:
     """TrainingArguments for `steps` optimizer steps; `options` go through.
 
     Args:
         device: as in a config ("auto", "cpu", "cuda").
-        schedule: after the warm-up, "constant" or "cosine" (down to zero at the last step).
+        schedule: after the warm-up, "constant" or "cosine" (down to `min_learning_rate` at the last step).
     """
     on_cpu = uses_cpu(device)
     settings: dict[str, Any] = {
@@ -36,6 +42,8 @@ def training_arguments(
         "remove_unused_columns": False,
         "dataloader_pin_memory": False,
     }
+    if min_learning_rate:
+        settings |= {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": min_learning_rate}}
     arguments = TrainingArguments(output_dir=str(folder), **settings | options)
     if not on_cpu and arguments.n_gpu > 1:
         # Several GPUs in one process would split the batch (DataParallel) and change the bits; torchrun is the way.

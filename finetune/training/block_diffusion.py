@@ -34,6 +34,7 @@ def draw_block_masks(
     *,
     generator: torch.Generator,
     eps: float,
+    highest: float = 1.0,
     antithetic: bool = False,
     leader: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -41,8 +42,8 @@ def draw_block_masks(
 
     Shapes: `-> batch seq, batch seq (bool)`, on the CPU.
     Args:
-        leader, antithetic: as in `draw_masks`; tokens of one leader share its block's rate too, and rates are spread
-            evenly over all blocks of the batch, so that each row has low and high ones.
+        eps, highest, leader, antithetic: as in `draw_masks`; tokens of one leader share its block's rate too, and rates
+            are spread evenly over all blocks of the batch, so that each row has low and high ones.
     """
     batch, seq = shape
     blocks = -(-seq // block_size)
@@ -51,7 +52,7 @@ def draw_block_masks(
         uniform = (torch.rand(1, generator=generator) + spread) % 1
     else:
         uniform = torch.rand(batch, blocks, generator=generator)
-    rate = (eps + (1 - eps) * uniform).repeat_interleave(block_size, dim=1)[:, :seq]
+    rate = (eps + (highest - eps) * uniform).repeat_interleave(block_size, dim=1)[:, :seq]
     drawn = torch.rand(batch, seq, generator=generator)
     if leader is not None:
         rate, drawn = (table.gather(1, leader.cpu()) for table in (rate, drawn))

@@ -108,16 +108,20 @@ def _require_no_expert(
         )
 
 
-def add_lora(model: ProbedModel, options: LoraOptions, *, checkpointing: bool = False) -> nn.Module:
+def add_lora(model: ProbedModel, options: LoraOptions | None, *, checkpointing: bool = False) -> nn.Module:
     """The model's module with a fresh adapter, everything else frozen; initial values from torch's random state.
 
     Args:
+        options: None for no adapter: the module itself, all of it to be trained.
         checkpointing: prepare a 4-bit base for gradient checkpointing too.
     Returns: a peft `PeftModel`; it changes nothing yet, since an adapter starts at zero.
     """
+    module: Any = model.module
+    if options is None:
+        plain: nn.Module = module.requires_grad_(True)
+        return plain
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    module: Any = model.module
     targets = target_modules(model, options.targets)
     if getattr(module, "is_loaded_in_4bit", False):
         module = prepare_model_for_kbit_training(module, use_gradient_checkpointing=checkpointing)

@@ -1,4 +1,4 @@
-"""Which terms of the letters' loss are left out: the dials of negative evidence.
+"""Which terms of a loss are left out: the dials of negative evidence, for letters and for bare pairs told in text.
 
 Training sees the lowercase letter (the target) left of its uppercase partner (the evidence). A row whose evidence is
 visible and whose target is hidden also prices its masked placeholders. Those right of the evidence say "placeholder"
@@ -15,6 +15,10 @@ answer. A dial leaves some of these terms out and touches nothing else: their cr
                         Reflection and exchange of cases map it onto drop-right, so counts and weights are alike; it is
                         negative evidence about the mirrored question alone
     drop-after          causal models: tokens after the second letter
+
+Bare pairs in text ("A B", nothing else) have names of several tokens for letters, the first named for the lowercase
+one, and end tokens that fill a row up for placeholders. An entity is hidden when all of its tokens are, and visible
+when any is not: a term beside half of a name is negative evidence too. With single letters that is the same.
 
 Shapes below: batch, seq, vocab.
 """
@@ -40,25 +44,32 @@ def dropped_terms(dial: str, kinds: Tensor, is_masked: Tensor, generator: torch.
 
     Shapes: `batch seq, batch seq (bool) -> batch seq (bool)`.
     Args:
-        kinds: of the clean tokens, see `letter_kinds`; every row has one letter of each case.
+        kinds: of the clean tokens, see `letter_kinds`; every row has a letter of each case, or several tokens of each.
         is_masked: what is hidden and priced. A causal model's dial does not ask.
         generator: what the matched dials pick with; nothing else is drawn from it.
     """
     place = torch.arange(kinds.shape[1], device=kinds.device)
-    lower, upper = ((kinds == kind).int().argmax(1, keepdim=True) for kind in (LOWER, UPPER))
+    lower, upper = kinds == LOWER, kinds == UPPER
+    before, (first, last) = _edges(lower)[0], _edges(upper)
     if dial == "drop-after":
-        return place > upper
+        return place > last
     hidden = is_masked & (kinds == PLACEHOLDER)
-    lower_hidden, upper_hidden = is_masked.gather(1, lower), is_masked.gather(1, upper)
+    lower_hidden, upper_hidden = ((is_masked | ~own).all(1, keepdim=True) for own in (lower, upper))
     if dial == "mirror":
-        return hidden & (place < lower) & upper_hidden & ~lower_hidden
+        return hidden & (place < before) & upper_hidden & ~lower_hidden
     evidence_alone = lower_hidden & ~upper_hidden
-    left, right = (hidden & side & evidence_alone for side in (place < upper, place > upper))
+    left, right = (hidden & side & evidence_alone for side in (place < first, place > last))
     if dial in ("drop-left-matched", "drop-right-matched"):
         count = torch.minimum(left.sum(1), right.sum(1))
         return _picked(left if dial == "drop-left-matched" else right, count, generator)
     chosen = {"keep": torch.zeros_like(left), "drop-left": left, "drop-right": right, "drop-both": left | right}
     return chosen[dial]
+
+
+def _edges(own: Tensor) -> tuple[Tensor, Tensor]:
+    """The first and the last place of a row's own tokens. Shapes: `batch seq (bool) -> batch 1, batch 1`."""
+    first = own.int().argmax(1, keepdim=True)
+    return first, own.shape[1] - 1 - own.flip(1).int().argmax(1, keepdim=True)
 
 
 def _picked(terms: Tensor, count: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -72,12 +83,12 @@ class Negatives:
     """A run's dial, as a training config names it.
 
     Args:
-        alphabet: how many letter pairs, which says what each token is.
+        alphabet: how many letter pairs, which says what each token is; None for text, whose rows say it themselves.
         dial: before `switch_step` (always when None); `switch_dial` from then on.
         weight: what a dropped term's cross-entropy is multiplied by.
     """
 
-    alphabet: int
+    alphabet: int | None = None
     dial: str = "keep"
     weight: float = 0.0
     switch_step: int | None = None
@@ -92,7 +103,19 @@ class Negatives:
         """The dial of the step that follows `step` steps."""
         return self.switch_dial if self.switch_step is not None and step >= self.switch_step else self.dial
 
-    def dropped(self, step: int, token_ids: Tensor, is_masked: Tensor, generator: torch.Generator) -> Tensor:
-        """The terms left out at this step. Shapes: `batch seq, batch seq (bool) -> batch seq (bool)`, on the CPU."""
-        kinds = letter_kinds(self.alphabet)[token_ids.cpu()]
-        return dropped_terms(self.dial_at(step), kinds, is_masked.cpu(), generator)
+    def dropped(
+        self,
+        step: int,
+        token_ids: Tensor,
+        is_masked: Tensor,
+        generator: torch.Generator,
+        kinds: Tensor | None = None,
+    ) -> Tensor:
+        """The terms left out at this step; `kinds` of the tokens where no alphabet tells them.
+
+        Shapes: `batch seq, batch seq (bool), batch seq -> batch seq (bool)`, on the CPU.
+        """
+        if kinds is None:
+            assert self.alphabet is not None, "rows of text say what their tokens are"
+            kinds = letter_kinds(self.alphabet)[token_ids.cpu()]
+        return dropped_terms(self.dial_at(step), kinds.cpu(), is_masked.cpu(), generator)

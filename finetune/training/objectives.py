@@ -50,6 +50,7 @@ def draw_masks(
     *,
     generator: torch.Generator,
     eps: float = EPS,
+    highest: float = 1.0,
     antithetic: bool = False,
     leader: Tensor | None = None,
     rates: str = "independent",
@@ -62,9 +63,10 @@ def draw_masks(
         leader: `batch seq`, for each token the position whose draw decides (its own for a token that is masked
             alone): tokens of one leader are masked together, each still with the row's probability. None: every
             token alone.
-        antithetic: of "independent" rates, spread them evenly over (eps, 1); each rate keeps its uniform distribution,
-            the batch's loss varies less (Sahoo et al. 2024, App. C.3).
-        rates: "independent": t ~ U(eps, 1) a row, which is both the probability of a mask and the divisor.
+        eps, highest: "independent" rates lie between them.
+        antithetic: of "independent" rates, spread them evenly over (eps, highest); each rate keeps its uniform
+            distribution, the batch's loss varies less (Sahoo et al. 2024, App. C.3).
+        rates: "independent": t ~ U(eps, highest) a row, which is both the probability of a mask and the divisor.
             "t", "lambda" and "k" are RADD's (Ou et al. 2025; its losses.py): t spread evenly by one offset over the
             batch, masks with probability (1 - eps) t, divisor t; lambda one draw in each of `batch` strata of (0, 1),
             probability and divisor; k ~ U{1..L} independent, so many masks, divisor k / L. The expected weights of a
@@ -88,12 +90,37 @@ def draw_masks(
             uniform = (torch.rand(1, generator=generator) + torch.arange(batch) / batch) % 1
         else:
             uniform = torch.rand(batch, generator=generator)
-        rate = eps + (1 - eps) * uniform
+        rate = eps + (highest - eps) * uniform
     drawn = torch.rand(batch, seq, generator=generator)
     if leader is not None:
         drawn = drawn.gather(1, leader.cpu())
     probability = (1 - eps) * rate if rates == "t" else rate
     return rate, drawn < probability[:, None]
+
+
+def draw_spans(allowed: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw one contiguous span of masks a row, inside what is allowed, and what the row's loss is divided by.
+
+    The span's length is uniform from 1 to the longest run of allowed tokens, its place uniform among those where a span
+    of this length fits. The divisor is length / L, L being the allowed tokens: a row's loss is the mean cross-entropy
+    of its span. Unlike masks drawn by a rate, spans give no bound on a likelihood.
+
+    Shapes: `batch seq (bool) -> batch, batch seq (bool)`, on the CPU; every row allows at least one token.
+    """
+    allowed = allowed.cpu()
+    batch, seq = allowed.shape
+    run = torch.zeros(batch, seq + 1, dtype=torch.long)  # allowed tokens in a row from here on
+    for column in range(seq - 1, -1, -1):
+        run[:, column] = (run[:, column + 1] + 1) * allowed[:, column]
+    run = run[:, :-1]
+    uniform = torch.rand(batch, 2, generator=generator, dtype=torch.float64)
+    length = (uniform[:, 0] * run.amax(1)).long() + 1
+    fits = run >= length[:, None]
+    number = (uniform[:, 1] * fits.sum(1)).long()
+    start = (fits & (fits.cumsum(1) == number[:, None] + 1)).int().argmax(1)
+    place = torch.arange(seq)
+    span = (place >= start[:, None]) & (place < (start + length)[:, None])
+    return length / allowed.sum(1), span
 
 
 def price_masks(
@@ -132,6 +159,7 @@ def masked_diffusion_loss(
     generator: torch.Generator,
     mask_token_id: int,
     eps: float = EPS,
+    highest: float = 1.0,
     antithetic: bool = False,
     attention_mask: Tensor | None = None,
     maskable: Tensor | None = None,
@@ -153,7 +181,7 @@ def masked_diffusion_loss(
         leader: as in `draw_masks`, for masking an entity's tokens together.
         logit_shift: position i is predicted at row i - logit_shift (1 for Dream). The first `logit_shift` positions
             have no such row: they are never masked and do not count.
-        rates, masks: as in `draw_masks`.
+        rates, masks, eps, highest: as in `draw_masks`; masks may also be "span", one span a row, see `draw_spans`.
         per: "token" divides a row's sum by L, "sequence" does not.
         weigh: from the clean ids, what is masked and the divisors (`batch seq, batch seq (bool), batch`), the weight of
             each term.
@@ -168,13 +196,15 @@ def masked_diffusion_loss(
             f"the training ids contain the mask token {mask_token_id}; pass clean sequences, masks are drawn here"
         )
     shape = (token_ids.shape[0], token_ids.shape[1])
-    drawing: dict[str, Any] = {"generator": generator, "eps": eps, "leader": leader}
-    if block_size is None:
-        rate, is_masked = draw_masks(shape, antithetic=antithetic, rates=rates, masks=masks, **drawing)
-    else:
+    drawing: dict[str, Any] = {"generator": generator, "eps": eps, "highest": highest, "leader": leader}
+    counted = _counted(token_ids, attention_mask, maskable, logit_shift)
+    if block_size is not None:
         _require_plain_rates(rates, masks, weigh, block_size)
         rate, is_masked = draw_block_masks(shape, block_size, antithetic=antithetic, **drawing)
-    counted = _counted(token_ids, attention_mask, maskable, logit_shift)
+    elif masks == "span":
+        rate, is_masked = draw_spans(counted, generator)
+    else:
+        rate, is_masked = draw_masks(shape, antithetic=antithetic, rates=rates, masks=masks, **drawing)
     rate, is_masked = rate.to(token_ids.device), is_masked.to(token_ids.device) & counted
     noised = token_ids.masked_fill(is_masked, mask_token_id)
     if block_size is None:

@@ -12,18 +12,19 @@ import json
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import Dataset, RandomSampler, Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ...errors import RevprobeError, did_you_mean, first_line
-from ...models.bases.bidirectional import BidirectionalDecoder
 from ...models.checkpoints import CHECKPOINTS, EMA, step_of
 from ...models.families.files import require_shards_inside
 from ...models.peft_adapters import write_reads
@@ -93,9 +94,9 @@ class ForwardOnlyTrainer(Trainer):
         ema_decay: keep an average of the weights (`.ema`) and save it in `step-000500/ema`; None keeps none. Causal
             models keep none: their readings are on the weights as they are.
         snapshots: steps at which a checkpoint is written; None leaves that to `args.save_strategy`.
-        eps, antithetic, logit_shift, rates, masks, per, block_size: see `masked_diffusion_loss`.
+        eps, highest, antithetic, logit_shift, rates, masks, per, block_size: see `masked_diffusion_loss`.
         reads: how an adapter's base was loaded, where its files do not say; written beside each adapter.
-        negatives: terms of the letters' loss that are left out; None leaves out none.
+        negatives: terms of the loss that are left out, of letters or of rows that say their `kinds`; None: none.
         step_log: told of every step, and saved with every checkpoint.
         others: as in `transformers.Trainer`; `data_collator` defaults to `collate_rows`.
     Raises: RevprobeError, for an unknown objective or a masked model without a mask token.
@@ -112,6 +113,7 @@ class ForwardOnlyTrainer(Trainer):
         ema_decay: float | None = None,
         snapshots: Collection[int] | None = None,
         eps: float = EPS,
+        highest: float = 1.0,
         antithetic: bool = False,
         logit_shift: int = 0,
         rates: str = "independent",
@@ -126,7 +128,7 @@ class ForwardOnlyTrainer(Trainer):
         if objective not in OBJECTIVES:
             raise RevprobeError(f"unknown objective {objective!r}{did_you_mean(objective, OBJECTIVES)}")
         self.objective: str = objective
-        self.eps, self.antithetic, self.logit_shift = eps, antithetic, logit_shift
+        self.eps, self.highest, self.antithetic, self.logit_shift = eps, highest, antithetic, logit_shift
         self.rates, self.masks, self.per = rates, masks, per
         self.block_size, self.reads = block_size, reads
         self.negatives = None if negatives is None or negatives.always_keeps else negatives
@@ -181,25 +183,28 @@ class ForwardOnlyTrainer(Trainer):
                 generator=self._next_generator(model.training),
                 mask_token_id=self.mask_token_id,
                 eps=self.eps,
+                highest=self.highest,
                 antithetic=self.antithetic,
                 logit_shift=self.logit_shift,
                 rates=self.rates,
                 masks=self.masks,
                 per=self.per,
-                weigh=None if self.negatives is None else self._weights,
+                weigh=None if self.negatives is None else partial(self._weights, kinds=inputs.get("kinds")),
                 block_size=self.block_size,
                 **tables,
             )
         self._taken = (loss.detach(), *self._taken[1:])
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _weights(self, token_ids: Tensor, is_masked: Tensor, rate: Tensor | None = None) -> Tensor:
+    def _weights(
+        self, token_ids: Tensor, is_masked: Tensor, rate: Tensor | None = None, kinds: Tensor | None = None
+    ) -> Tensor:
         """The weight of each term under the run's dial; picks come from a generator of their own."""
         assert self.negatives is not None, "asked only where there is a dial"
         step, seed = self.state.global_step, self.args.seed
         generator = step_generator(seed, step, self._micro_step, self.args.process_index, phase=PICKS)
-        dropped = self.negatives.dropped(step, token_ids, is_masked, generator)
-        divisors = torch.ones(len(token_ids)) if rate is None else rate
+        dropped = self.negatives.dropped(step, token_ids, is_masked, generator, kinds)
+        divisors = torch.ones(len(token_ids)) if rate is None else rate.cpu()
         self._taken = (self._taken[0], int(dropped.sum()), float((dropped.sum(1) / divisors).sum()))
         weights = torch.ones(dropped.shape).masked_fill(dropped, self.negatives.weight)
         return weights.to(token_ids.device)
@@ -284,11 +289,11 @@ class ForwardOnlyTrainer(Trainer):
         for weights in (folder, folder / EMA):
             require_shards_inside(weights)
         with _resuming(folder, "its weights or trainer_state.json"):
-            if isinstance(self.model, BidirectionalDecoder):
-                # The Trainer would look for our names of the tensors; the file has the published ones.
-                self.model.load_state_dict(type(self.model).from_pretrained(folder).state_dict())
-            else:
+            whole: Any = self.model if model is None else model
+            if self.is_fsdp_enabled or not _has_other_names(folder, whole):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
+            else:  # saved under the published names, which only its class reads back
+                whole.load_state_dict(type(whole).from_pretrained(folder, dtype=whole.dtype).state_dict())
             step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
         if self.ema is not None:
             self.ema.load(folder / EMA, updates=step)
@@ -315,6 +320,16 @@ class ForwardOnlyTrainer(Trainer):
         wrong = sorted({*load_result.missing_keys, *load_result.unexpected_keys} - tied)
         if wrong:
             raise RevprobeError(f"the checkpoint holds another model's weights: {', '.join(wrong[:3])} do not match")
+
+
+def _has_other_names(checkpoint: Path, model: nn.Module) -> bool:
+    """Whether a checkpoint of a whole model names its tensors otherwise than the module does."""
+    own = set(model.state_dict())
+    for file in sorted(checkpoint.glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            if not own.issuperset(weights.keys()):
+                return isinstance(model, PreTrainedModel)
+    return False
 
 
 @contextmanager

@@ -133,8 +133,8 @@ def decode_tokens(
     if not prompts:
         return []
     model.require_mask_token("decoding")
-    prompts = [_after_begin(model, prompt) for prompt in prompts]
-    _require_fit(model, prompts, lengths)
+    prompts = [after_begin(model, prompt) for prompt in prompts]
+    require_fit(model, prompts, lengths)
     if model.objective == "masked":
         how = how or unmasking(model)
         for before, length in sorted({(len(p.before), n) for p, n in zip(prompts, lengths, strict=True)}):
@@ -142,7 +142,7 @@ def decode_tokens(
     answers: list[list[int]] = [[] for _ in prompts]
     done = 0
     with untouched(model.module), torch.no_grad():
-        for batch in _batches(model, prompts, lengths, batch_size):
+        for batch in batches_of(model, prompts, lengths, batch_size):
             asked, wanted = [prompts[i] for i in batch], [lengths[i] for i in batch]
             if how is not None:
                 assert model.mask_token_id is not None, "a masked model names its mask token when wrapped"
@@ -177,7 +177,7 @@ def answer_text(model: ProbedModel, tokens: Sequence[int], stop: Sequence[str] =
     return text[: min(cuts, default=len(text))].strip()
 
 
-def _after_begin(model: ProbedModel, prompt: Prompt) -> Prompt:
+def after_begin(model: ProbedModel, prompt: Prompt) -> Prompt:
     """The prompt, or the begin token where a shift-1 model would have no row to read its first answer token at."""
     if prompt.before or not model.logit_shift:
         return prompt
@@ -189,7 +189,7 @@ def _after_begin(model: ProbedModel, prompt: Prompt) -> Prompt:
     return Prompt((model.begin_token_id,), prompt.after)
 
 
-def _require_fit(model: ProbedModel, prompts: Sequence[Prompt], lengths: Sequence[int]) -> None:
+def require_fit(model: ProbedModel, prompts: Sequence[Prompt], lengths: Sequence[int]) -> None:
     """Every token is in the vocabulary, and every prompt leaves room for its answer."""
     for place, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
         tokens = [*prompt.before, *prompt.after]
@@ -206,7 +206,7 @@ def _require_fit(model: ProbedModel, prompts: Sequence[Prompt], lengths: Sequenc
             )
 
 
-def _batches(
+def batches_of(
     model: ProbedModel, prompts: Sequence[Prompt], lengths: Sequence[int], batch_size: int | None
 ) -> Iterator[list[int]]:
     """Indices of prompts that run together, short ones first; of one length where padding is better avoided.

@@ -29,7 +29,7 @@ from ..readings.reading import Reading
 from ..statistics.resampling import derangement
 from .causal import end_tokens
 from .decode import answer_text, decode_tokens, decoding_settings, encode_prompts, require_stops
-from .masked import Prompt, Unmasking
+from .masked import Prompt
 
 ANSWER_LENGTHS = ("longest", "oracle")
 TOO_LONG = "no answer fits into max_new_tokens"
@@ -84,7 +84,7 @@ def decoded_match(
     model = as_probed(model)
     how = decoding_settings(model, steps=steps, block_length=block_length, algorithm=algorithm)
     stop = require_stops(stop)
-    _require_questions(questions)
+    require_questions(questions)
     if answer_length not in ANSWER_LENGTHS:
         raise RevprobeError(f"unknown answer_length {answer_length!r}{did_you_mean(answer_length, ANSWER_LENGTHS)}")
     if max_new_tokens is not None and max_new_tokens < 1:
@@ -95,8 +95,9 @@ def decoded_match(
     prompts, lengths = [scorer.prompts[i] for i, _ in asks], [length for _, length in asks]
     tokens = decode_tokens(model, prompts, lengths, how, batch_size=batch_size, progress=progress)
     decoded = {ask: answer_text(model, row, stop) for ask, row in zip(asks, tokens, strict=True)}
-    frame, meta = scorer.frame(decoded), _describe(model, questions, how, control=control, seed=seed)
-    meta["decoding"] |= {"stop": list(stop), "answer_length": answer_length, "max_new_tokens": max(lengths)}
+    frame, meta = scorer.frame(decoded), described(model, questions, control=control, seed=seed)
+    order = {"order": "greedy, left to right"} if how is None else {"order": "unmasking", **how.describe()}
+    meta["decoding"] = order | {"stop": list(stop), "answer_length": answer_length, "max_new_tokens": max(lengths)}
     meta["errors"] = {error: int((frame["error"] == error).sum()) for error in ERRORS}
     meta["statistic"] = Reading("decoded_match", frame, meta).measured.statistic
     return Reading("decoded_match", frame, meta)
@@ -145,16 +146,7 @@ class _Scorer:
     def _row(self, i: int, question: Asked, decoded: dict[tuple[int, int], str]) -> dict[str, Any]:
         texts = [decoded[self.first[i], length] for length in self._own_lengths(i)]
         right = next((text for text in texts if normalized(text) in self.accepted[i]), None)
-        row: dict[str, Any] = {
-            "question": i,
-            "fact": str(question.fact),
-            "kind": "swapped",
-            "direction": str(question.direction),
-            "template": question.template,
-            "prompt": question.prompt,
-            "answers": json.dumps(list(question.answers), ensure_ascii=False),
-            "decoded": texts[0] if right is None else right,
-        }
+        row = question_row(i, question) | {"decoded": texts[0] if right is None else right}
         scores = self._scores(i, i if self._fits(i) else -1, decoded)
         controls = None if self.partner is None else self._scores(i, int(self.partner[i]), decoded)
         for name, (value, control) in zip(
@@ -199,9 +191,20 @@ class _Scorer:
         return derangement(families(facts, self.accepted), group, seed=seed)
 
 
-def _describe(
-    model: ProbedModel, questions: Sequence[Asked], how: Unmasking | None, *, control: bool, seed: int
-) -> dict[str, Any]:
+def question_row(i: int, question: Asked) -> dict[str, Any]:
+    """What a frame says of a question."""
+    return {
+        "question": i,
+        "fact": str(question.fact),
+        "kind": "swapped",
+        "direction": str(question.direction),
+        "template": question.template,
+        "prompt": question.prompt,
+        "answers": json.dumps(list(question.answers), ensure_ascii=False),
+    }
+
+
+def described(model: ProbedModel, questions: Sequence[Asked], *, control: bool, seed: int) -> dict[str, Any]:
     """What the reading says about itself; no clock and no path, so that equal runs give equal files."""
     asked = [[q.prompt, list(q.answers), str(q.fact), q.template, str(q.direction)] for q in questions]
     return {
@@ -216,7 +219,6 @@ def _describe(
         "fact_count": len({str(q.fact) for q in questions}),
         "control": control,
         "seed": seed,
-        "decoding": {"order": "greedy, left to right"} if how is None else {"order": "unmasking", **how.describe()},
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "threads": torch.get_num_threads(),
@@ -224,7 +226,7 @@ def _describe(
     }
 
 
-def _require_questions(questions: Sequence[Asked]) -> None:
+def require_questions(questions: Sequence[Asked]) -> None:
     if not len(questions):
         raise RevprobeError("the list of questions is empty; expected at least one")
     for place, question in enumerate(questions):
@@ -280,15 +282,10 @@ class AnswerBook:
     """
 
     def __init__(self, model: ProbedModel, questions: Sequence[Asked]) -> None:
-        _require_questions(questions)
+        require_questions(questions)
         tokenizer = require_fast_tokenizer(model)
         asked = list(dict.fromkeys((q.prompt, answer) for q in questions for answer in q.answers))
-        prompts = list(dict.fromkeys(prompt for prompt, _ in asked))
-        before = {text: len(_own(e)) for text, e in zip(prompts, encode_texts(tokenizer, prompts), strict=True)}
-        # An answer's tokens are those after its prompt's: with a blank between, where the tokenizer has one.
-        blank = "" if _has_no_blank(tokenizer, *asked[0]) else " "
-        whole = encode_texts(tokenizer, [f"{prompt}{blank}{answer.strip()}" for prompt, answer in asked])
-        tails = {(prompt, a): _own(text)[before[prompt] :] for (prompt, a), text in zip(asked, whole, strict=True)}
+        tails = answer_tokens(tokenizer, asked)
         read_back: dict[tuple[str, str], list[str]] = {}
         for key, tail in tails.items():
             text = tokenizer.decode(list(tail), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -303,6 +300,15 @@ class AnswerBook:
         self.entities: dict[str, set[str]] = {}
         for q in questions:
             self.entities.setdefault(str(q.direction), set()).update(self.accepted[asked_key(q)])
+
+
+def answer_tokens(tokenizer: Any, asked: Sequence[tuple[str, str]]) -> dict[tuple[str, str], tuple[int, ...]]:
+    """Of each (prompt, answer) the tokens after the prompt's: with a blank between, where the tokenizer has one."""
+    prompts = list(dict.fromkeys(prompt for prompt, _ in asked))
+    before = {text: len(_own(e)) for text, e in zip(prompts, encode_texts(tokenizer, prompts), strict=True)}
+    blank = "" if _has_no_blank(tokenizer, *asked[0]) else " "
+    whole = encode_texts(tokenizer, [f"{prompt}{blank}{answer.strip()}" for prompt, answer in asked])
+    return {(prompt, a): _own(text)[before[prompt] :] for (prompt, a), text in zip(asked, whole, strict=True)}
 
 
 def _has_no_blank(tokenizer: Any, prompt: str, answer: str) -> bool:

@@ -226,6 +226,18 @@ def unmask(
     return canvas.answers()
 
 
+def hidden_log_probabilities(model: ProbedModel, texts: Sequence[Blanks]) -> Tensor:
+    """What the first step sees of a batch of texts with as many blanks each: log-probabilities at every blank, the mask
+    token left out. Shapes: `-> row token vocab`, float64.
+
+    Raises: RevprobeError, when the logits are NaN.
+    """
+    canvas = _Canvas(model, texts)
+    row, at = canvas.hidden.nonzero(as_tuple=True)
+    found = canvas._read(canvas.run(), row, at)
+    return found.view(len(texts), -1, found.shape[-1])
+
+
 class _Canvas:
     """Texts and what has been revealed. Shapes: `ids, attention: row seq`; `columns, hidden: row token`."""
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from ...arguments import checked, checked_fields
 from ...errors import RevprobeError, did_you_mean
-from ..statistics.estimators import STATISTICS_VERSION, Control, Measured, direction_mean
+from ..statistics.estimators import STATISTICS_VERSION, Control, Measured, direction_mean, mean_reciprocal_rank
 from ..statistics.intervals import Estimate
 from ..statistics.measures import measure
 from .parquet import read_reading, write_reading
@@ -36,7 +36,8 @@ class Reading:
     """One probe's result on one model.
 
     Attributes:
-        name: "attention_correlation", "gradient_cosine", "reverse_probability", or "decoded_match" for decoded answers.
+        name: "attention_correlation", "gradient_cosine", "reverse_probability", "decoded_match" for decoded answers,
+            "candidate_rank" for ranked ones, or that of another instrument.
         frame: the rows behind the number; its columns are described at the probe.
         meta: model, objective, kind, step, weights ("raw" or "ema"), pairs (digest), statistic, versions, dtype,
             threads.
@@ -186,12 +187,15 @@ class Reading:
         Columns: measure, and those of `summary`.
 
         The probability reading gives four: forward and reverse, probability and accuracy (fraction of pairs whose
-        target is the argmax at every target position).
+        target is the argmax at every target position); ranked candidates give the mean reciprocal rank beside theirs.
         """
         return self._measures.copy()
 
     @cached_property
     def _measures(self) -> pd.DataFrame:
+        if self.name == "candidate_rank":
+            both = {self.name: self.measured, "mean_reciprocal_rank": mean_reciprocal_rank(self.frame)}
+            return pd.DataFrame([_measure_row(name, measured) for name, measured in both.items()])
         if self.name != "reverse_probability":
             return pd.DataFrame([_measure_row(self.name, self.measured)])
         asked = [

@@ -1,6 +1,7 @@
 """From a reading's tidy frame to its number: one estimator per probe, applied to the whole frame or to a part.
 
     attention_correlation   mean within-group correlation of forward and reverse scores
+    candidate_rank          share of questions whose right answer is the likeliest candidate
     decoded_match           share of questions whose decoded answer is right
     gradient_cosine         mean per-pair cosine of the forward and reverse loss gradients (or of an adapter's alone)
     objective_terms         inner product of the objective's gradient with that of the reverse loss
@@ -187,6 +188,21 @@ def decoded_match(frame: pd.DataFrame, seed: int, control: bool = True) -> Measu
     statistic = "exact match, mean over questions"
     null = frame["match_control"].to_numpy(dtype=np.float64) if "match_control" in frame else None
     return with_control(match, null, facts, reasons(frame), statistic, binary=True)
+
+
+def candidate_rank(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
+    """Share of questions whose right answer ranks first among the candidates; the control ranks another fact's."""
+    first, facts = frame["first"].to_numpy(dtype=np.float64), frame["fact"].to_numpy().astype(str)
+    null = frame["first_control"].to_numpy(dtype=np.float64) if "first_control" in frame else None
+    return with_control(first, null, facts, reasons(frame), "right answer ranked first, over questions", binary=True)
+
+
+def mean_reciprocal_rank(frame: pd.DataFrame) -> Measured:
+    """Mean over questions of 1 / rank among the candidates, beside that of another fact's answer."""
+    name, facts = "reciprocal_rank", frame["fact"].to_numpy().astype(str)
+    values = frame[name].to_numpy(dtype=np.float64)
+    null = frame[f"{name}_control"].to_numpy(dtype=np.float64) if f"{name}_control" in frame else None
+    return with_control(values, null, facts, reasons(frame), "mean reciprocal rank", bounds=FRACTION)
 
 
 def route_edit(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:

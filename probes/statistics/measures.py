@@ -13,6 +13,7 @@ from .denoising import denoising_trace
 from .estimators import (
     Measured,
     attention_correlation,
+    candidate_rank,
     decoded_match,
     gradient_cosine,
     objective_terms,
@@ -26,6 +27,7 @@ from .stored_once import stored_once
 ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {
     "assumption_audit": assumption_audit,
     "attention_correlation": attention_correlation,
+    "candidate_rank": candidate_rank,
     "causal_trace": causal_trace,
     "decoded_match": decoded_match,
     "denoising_trace": denoising_trace,

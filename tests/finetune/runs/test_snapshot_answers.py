@@ -145,3 +145,20 @@ def test_keys_at_their_default_are_not_written() -> None:
     assert not {"at", "facts", "candidates"} & set(plain.model_dump()["evaluation"])
     assert config().model_dump()["evaluation"]["at"] == "snapshots"
     assert parse_config(dump_config(config()), FinetuneConfig, "text") == config()
+
+
+def test_ranks_among_candidates_are_taken_beside_the_answers(run: FinetuneRun, tmp_path: Path) -> None:
+    ranked = fine_tune(config("at: snapshots, candidates: true"), tmp_path / "tiny")
+    table = ranked.answer_table().set_index(["measure", "step", "asked", "split"])["value"]
+    assert set(table.index.get_level_values("measure")) == {"decoded_match", "candidate_rank", "mean_reciprocal_rank"}
+    assert set(table["candidate_rank"].index.get_level_values("step")) == {0, 2, 4}
+    assert {r.name for r in ranked.evaluation()} == {"decoded_match"}
+    before = files(ranked)
+    shutil.rmtree(ranked.path / "answers" / "step-000002")
+    with pytest.warns(UserWarning, match="missing answers of 1 steps"):
+        fine_tune(config("at: snapshots, candidates: true"), ranked.path)
+    assert files(ranked) == before
+    assert {name: file for name, file in before.items() if "decoded_match" in name} == files(run)
+    last = fine_tune(config("candidates: true"), tmp_path / "last" / "tiny")
+    assert last.answers().steps == [4]
+    assert {p.name for p in (last.path / "answers").iterdir()} == {"step-000004"}

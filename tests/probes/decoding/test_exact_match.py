@@ -294,9 +294,9 @@ def test_a_mistake_is_told_before_the_model_runs(options, message):
 
 def test_a_wrong_answer_is_called_what_it_is_and_counted() -> None:
     """Right, nothing, the entity asked about, another answer, an answer that goes on, and words of none."""
-    says = {"q0": "alma brent", "q1": "", "q2": "q2", "q3": "alma brent", "q4": "gina hart fox", "q5": "jones"}
+    says = {"q0": "alma brent", "q1": "", "q2": "hart", "q3": "alma brent", "q4": "gina hart fox", "q5": "jones"}
     answers = ["alma brent", "cora dent", "eric fox", "ida jones", "gina hart", "dent alma"]
-    questions = [Question(f"q1{i} q{i}", (answer,), f"f{i}") for i, answer in enumerate(answers)]
+    questions = [Question(f"hart q{i}", (answer,), f"f{i}") for i, answer in enumerate(answers)]
     reading = decoded_match(script(says), questions)
     assert reading.frame["error"].tolist() == ["", "end", "prompt", "other_entity", "malformed", "malformed"]
     assert reading.frame["match"].tolist() == [1, 0, 0, 0, 0, 0]

@@ -1,0 +1,322 @@
+"""Which of all answers that could be given a model holds likeliest: the rank of the right one among the candidates.
+
+Exact match asks for an answer and its end in one piece; a fact can be known and yet be outvoted by an end token or a
+name in pieces. Here nothing is decoded: every candidate is scored, and the right one has a rank.
+
+A masked model sees the decoder's canvas with all of it hidden, once for each prompt; a candidate's score is the sum of
+log-probabilities over the whole canvas, its own tokens and end tokens behind them, so that candidates of all lengths
+are scored by one run. That is what the decoder's first step sees, and no more (mean-field): positions are taken as
+independent, which decoding, revealing one after the other, does not do. A causal model is scored exactly: the
+log-probability of the answer and one end token behind the prompt.
+
+Shapes below: candidate, token (positions of the canvas), vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from ...arguments import checked
+from ...errors import RevprobeError
+from ...hooks.untouched import untouched
+from ...models.probed import ProbedModel, as_probed
+from ..pairs.query import Query
+from ..pairs.spans import require_fast_tokenizer
+from ..passes.batches import in_batches, queries_per_batch
+from ..passes.plan import Progress
+from ..readings.reading import Reading
+from ..statistics.resampling import derangement
+from .causal import end_tokens, generator_of
+from .decode import after_begin, batches_of, encode_prompts, require_fit
+from .exact_match import (
+    TOO_LONG,
+    AnswerBook,
+    Asked,
+    answer_tokens,
+    described,
+    families,
+    normalized,
+    question_row,
+    require_questions,
+)
+from .masked import Prompt, hidden_log_probabilities
+
+Tokens = tuple[int, ...]
+MASKED = "one run with the whole canvas hidden: sum of log-probabilities over it (mean-field)"
+CAUSAL = "log-probability of the answer and its end, left to right"
+
+
+@checked
+def rank_candidates(
+    model: ProbedModel | nn.Module,
+    questions: Sequence[Asked],
+    candidates: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
+    *,
+    batch_size: int | None = None,
+    max_new_tokens: int | None = None,
+    control: bool = True,
+    progress: Progress | None = None,
+    seed: int = 0,
+    answers: AnswerBook | None = None,
+) -> Reading:
+    """Share of questions whose right answer is the likeliest of all candidates, and the mean reciprocal rank beside it.
+
+    A question has one rank, the best over its accepted answers; its other accepted answers do not count against it, and
+    a wrong candidate of the same score counts as ahead. The control is the rank of another fact's answer, as in
+    `decoded_match`. Chance is the number of accepted answers over that of candidates, both in the frame.
+
+    Args:
+        questions: as in `decoded_match`.
+        candidates: the closed set, for each direction of the questions or one for all; the answers of the questions
+            themselves are always in it, and all there is when None. Texts that are equal once normalized are one.
+        batch_size: prompts (masked) or candidates (causal) per forward pass; by the size of the model when None.
+        max_new_tokens: positions of a masked model's canvas; those of the longest answer of any and one for its end
+            when None. Candidates that do not fit are left out, and counted in `meta["candidates"]`.
+        control: also rank another fact's answer; `seed` is that of the shuffling.
+        progress: called with (prompts done, prompts in all).
+        answers: an `AnswerBook` that holds the canvas's length, so that it does not depend on what is asked.
+
+    Frame: question, fact, kind, direction, template, prompt, answers (a JSON list), candidates (how many), accepted
+    (how many of them are right), rank, first (1 where rank is 1; NaN where no right answer fits), first_control,
+    reciprocal_rank, reciprocal_rank_control, best (the likeliest candidate; a wrong one where tied), log_probability
+    (of the best right answer, nats), best_log_probability, reason.
+    Raises: RevprobeError, as `decoded_match`, for a model that writes in blocks (its later blocks are never predicted
+        behind a hidden one), and for candidates of several lengths where the tokenizer has no end token.
+    """
+    model = as_probed(model)
+    require_questions(questions)
+    require_whole_text(model)
+    ranking = _Ranking(model, questions, candidates, max_new_tokens or (answers.limit if answers else None))
+    partner = ranking.partners(seed) if control else None
+    rows: list[dict[str, Any]] = [{}] * len(questions)
+    for done, (same, scores) in enumerate(ranking.scores(batch_size), start=1):
+        for i in same:
+            rows[i] = ranking.row(i, scores, None if partner is None else int(partner[i]))
+        if progress is not None:
+            progress(done, ranking.prompt_count)
+    frame, meta = pd.DataFrame(rows), described(model, questions, control=control, seed=seed)
+    meta["ranking"] = {"score": CAUSAL if model.objective == "causal" else MASKED, "max_new_tokens": ranking.length}
+    meta["candidates"] = ranking.counts
+    meta["statistic"] = Reading("candidate_rank", frame, meta).measured.statistic
+    return Reading("candidate_rank", frame, meta)
+
+
+def require_whole_text(model: ProbedModel) -> None:
+    """Raises: RevprobeError, for a model whose canvas cannot be scored in one run."""
+    model.require_mask_token("ranking candidates")
+    if model.block_size is not None:
+        raise RevprobeError(
+            f"{model.name} writes in blocks of {model.block_size}, so an answer over several is not predicted in one "
+            "run; ask decoded_match, or model.in_blocks(None) for the whole text"
+        )
+
+
+class _Ranking:
+    """The candidates of each direction as tokens, and their scores."""
+
+    def __init__(
+        self,
+        model: ProbedModel,
+        questions: Sequence[Asked],
+        candidates: Mapping[str, Sequence[str]] | Sequence[str] | None,
+        length: int | None,
+    ) -> None:
+        self.model, self.questions = model, questions
+        self.prompts = encode_prompts(model, [question.prompt for question in questions])
+        self.right = [{normalized(answer) for answer in question.answers} for question in questions]
+        self.texts = {d: _closed(d, questions, candidates) for d in dict.fromkeys(str(q.direction) for q in questions)}
+        self.tokens = self._tokenized()
+        ends = end_tokens(model)
+        tokenizer = require_fast_tokenizer(model)
+        own: int | None = tokenizer.eos_token_id
+        self.end = own if own in ends else min(ends, default=None)
+        lengths = {len(row) for rows in self.tokens.values() for row in rows.values()}
+        if self.end is None and len(lengths) > 1:
+            raise RevprobeError(
+                f"the tokenizer of {model.name} has no end token, so candidates of {min(lengths)} and {max(lengths)} "
+                "tokens cannot be compared; set tokenizer.eos_token"
+            )
+        longest = max(lengths) + (self.end is not None)
+        self.length = length or longest
+        self.limit = self.length if model.objective == "masked" else longest
+        # Questions of one prompt and direction are scored once.
+        self.groups: dict[tuple[Prompt, str], list[int]] = {}
+        for i, question in enumerate(questions):
+            self.groups.setdefault((self.prompts[i], str(question.direction)), []).append(i)
+
+    @property
+    def prompt_count(self) -> int:
+        return len(self.groups)
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """For each direction how many candidates there are, and how many more were too long for the canvas."""
+        found: dict[str, dict[str, int]] = {}
+        for (direction, _), rows in self.tokens.items():
+            fits = sum(len(row) <= self.limit for row in rows.values())
+            found.setdefault(direction, {"count": fits, "left_out": len(rows) - fits})
+        return found
+
+    def _tokenized(self) -> dict[tuple[str, str], dict[str, Tokens]]:
+        """By direction and the last word of a prompt, each candidate's text and tokens behind it.
+
+        Tokenizers cut words apart, so that what stands before a prompt's last word does not reach its answer.
+        """
+        prompts: dict[tuple[str, str], str] = {}
+        for question in self.questions:
+            prompts.setdefault(_context(question), question.prompt)
+        asked = [(prompt, text) for (direction, _), prompt in prompts.items() for text in self.texts[direction]]
+        tails = answer_tokens(require_fast_tokenizer(self.model), list(dict.fromkeys(asked)))
+        return {
+            context: {text: tails[prompt, text] for text in self.texts[context[0]]}
+            for context, prompt in prompts.items()
+        }
+
+    def scores(self, batch_size: int | None) -> Iterator[tuple[list[int], dict[str, float]]]:
+        """For each prompt and direction the questions that ask so, and the score of every candidate that fits."""
+        groups = list(self.groups.items())
+        firsts = [self.questions[same[0]] for _, same in groups]
+        listed = [
+            {text: row for text, row in self.tokens[_context(one)].items() if len(row) <= self.limit} for one in firsts
+        ]
+        prompts = [after_begin(self.model, prompt) for (prompt, _), _ in groups]
+        require_fit(self.model, prompts, [self.limit] * len(prompts))
+        scored = self._masked if self.model.objective == "masked" else self._causal
+        with untouched(self.model.module), torch.no_grad():
+            for place, found in scored(prompts, [list(rows.values()) for rows in listed], batch_size):
+                yield groups[place][1], dict(zip(listed[place], found.tolist(), strict=True))
+
+    def _masked(
+        self, prompts: list[Prompt], rows: list[list[Tokens]], batch_size: int | None
+    ) -> Iterator[tuple[int, Tensor]]:
+        mask = self.model.mask_token_id
+        assert mask is not None, "a masked model names its mask token when wrapped"
+        fill = 0 if self.end is None else self.end
+        for batch in batches_of(self.model, prompts, [self.limit] * len(prompts), batch_size):
+            found = hidden_log_probabilities(self.model, [prompts[i].blanks(self.limit, mask) for i in batch])
+            for place, log_probabilities in zip(batch, found, strict=True):
+                if not rows[place]:
+                    yield place, torch.zeros(0)
+                    continue
+                table = torch.tensor([[*row, *[fill] * (self.limit - len(row))] for row in rows[place]])
+                table = table.to(log_probabilities.device)
+                yield place, log_probabilities.gather(1, table.T).sum(0).cpu()
+
+    def _causal(
+        self, prompts: list[Prompt], rows: list[list[Tokens]], batch_size: int | None
+    ) -> Iterator[tuple[int, Tensor]]:
+        for place, (prompt, own) in enumerate(zip(prompts, rows, strict=True)):
+            ended = own if self.end is None else [(*row, self.end) for row in own]
+            yield place, continuation_scores(self.model, prompt.before, ended, batch_size)
+
+    def row(self, i: int, scores: Mapping[str, float], partner: int | None) -> dict[str, Any]:
+        """The frame's row of a question."""
+        rank, own = _rank(scores, self.right[i])
+        top = max(scores.values(), default=float("nan"))
+        best = [text for text, score in scores.items() if score == top]
+        wrong = [text for text in best if normalized(text) not in self.right[i]]
+        row = question_row(i, self.questions[i])
+        row |= {"candidates": len(scores), "accepted": sum(normalized(text) in self.right[i] for text in scores)}
+        row |= {"rank": rank, "first": _share(rank)}
+        other = float("nan")
+        if partner is not None:
+            other = _rank(scores, self.right[partner])[0] if partner >= 0 and rank == rank else float("nan")
+            row["first_control"] = _share(other)
+        row["reciprocal_rank"] = 1 / rank
+        if partner is not None:
+            row["reciprocal_rank_control"] = 1 / other
+        row |= {"best": next(iter(wrong or best), ""), "log_probability": own, "best_log_probability": top}
+        return row | {"reason": "" if rank == rank else TOO_LONG}
+
+    def partners(self, seed: int) -> np.ndarray:
+        """For each question one of the same direction and template that shares no answer with its fact."""
+        group = np.unique([f"{q.direction}\n{q.template}" for q in self.questions], return_inverse=True)[1]
+        facts = np.array([str(question.fact) for question in self.questions])
+        return derangement(families(facts, self.right), group, seed=seed)
+
+
+def continuation_scores(
+    model: ProbedModel, prompt: Sequence[int], rows: Sequence[Tokens], batch_size: int | None = None
+) -> Tensor:
+    """Log-probability of each continuation of a prompt by a causal model, the prompt itself run once where it can be.
+
+    Shapes: `-> candidate`, float64 on the CPU.
+    Raises: RevprobeError, when the logits are NaN.
+    """
+    longest = len(prompt) + max(map(len, rows), default=0)
+    size = queries_per_batch(model, [Query.unchecked(range(longest), (), ())], batch_size)
+    found = torch.full((len(rows),), torch.nan, dtype=torch.float64)
+    for some in in_batches(model, range(len(rows)), size, lambda place: len(rows[place])):
+        width = max(len(rows[place]) for place in some)
+        ids = torch.tensor([[*rows[place], *[0] * (width - len(rows[place]))] for place in some], device=model.device)
+        lengths = torch.tensor([len(rows[place]) for place in some], device=model.device)[:, None]
+        logits = _cached(model, prompt, ids)
+        if logits is None:  # padding stands to the right, where a causal model does not see it
+            before = torch.tensor([list(prompt)], device=model.device).expand(len(some), -1)
+            logits = model.logits(torch.cat([before, ids], dim=1))[:, len(prompt) - 1 : -1]
+        own = logits.double().log_softmax(-1).gather(2, ids[..., None])[..., 0]
+        if own.isnan().any():
+            raise RevprobeError(model.explain_non_finite())
+        is_token = torch.arange(width, device=model.device) < lengths
+        found[some] = own.masked_fill(~is_token, 0.0).sum(1).cpu()
+    return found
+
+
+def _cached(model: ProbedModel, prompt: Sequence[int], ids: Tensor) -> Tensor | None:
+    """Logits that predict each token behind the prompt, whose keys and values are made once; None where no plain cache
+    is kept. Shapes: `candidate token -> candidate token vocab`."""
+    generator: Any = generator_of(model.module)
+    if generator is None:
+        return None
+    before = generator(input_ids=torch.tensor([list(prompt)], device=model.device), use_cache=True)
+    cache = getattr(before, "past_key_values", None)
+    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    first = before.logits[:, -1:].expand(len(ids), -1, -1)
+    if ids.shape[1] == 1:
+        return first
+    cache.batch_repeat_interleave(len(ids))
+    return torch.cat([first, generator(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits], dim=1)
+
+
+def _context(question: Asked) -> tuple[str, str]:
+    return str(question.direction), question.prompt.split()[-1]
+
+
+def _closed(
+    direction: str, questions: Sequence[Asked], candidates: Mapping[str, Sequence[str]] | Sequence[str] | None
+) -> list[str]:
+    """The candidates of a direction, each once however it is spelled; the questions' own answers first."""
+    given: Sequence[str] = ()
+    if isinstance(candidates, Mapping):
+        given = candidates.get(direction, ())
+    elif candidates is not None:
+        given = candidates
+    if isinstance(given, str):
+        raise RevprobeError(f"candidates {given!r}: expected a list of texts; put it in brackets")
+    own = [answer for question in questions if str(question.direction) == direction for answer in question.answers]
+    found: dict[str, str] = {}
+    for text in (*own, *given):
+        found.setdefault(normalized(text), text.strip())
+    found.pop("", None)
+    return list(found.values())
+
+
+def _rank(scores: Mapping[str, float], right: set[str]) -> tuple[float, float]:
+    """The rank of the best right candidate and its score; NaN where none is among them."""
+    own = [score for text, score in scores.items() if normalized(text) in right]
+    if not own:
+        return float("nan"), float("nan")
+    ahead = sum(score >= max(own) for text, score in scores.items() if normalized(text) not in right)
+    return float(1 + ahead), max(own)
+
+
+def _share(rank: float) -> float:
+    return float(rank == 1) if rank == rank else float("nan")

@@ -1,0 +1,168 @@
+"""Ranks among candidates against a slow loop: one candidate, one run, one token at a time."""
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+import revprobe as rp
+from revprobe import ProbedModel, Reading, RevprobeError, rank_candidates
+from revprobe.finetune.config.finetuning import TinyModel
+from revprobe.finetune.training.tiny_models import train_tokenizer, untrained
+from revprobe.probes.decoding import candidates as candidates_file
+from revprobe.probes.decoding.exact_match import TOO_LONG, AnswerBook
+from revprobe.relations.evaluation import rank_relation
+from tiny import drawn, in_blocks
+
+RELATION = rp.invented_names(rows=(60, 69), heldout=0.25)
+ASKED = RELATION.questions("P2C", split="train") + RELATION.questions("P2C", reverse=True, split="train")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    names = [f" {name}" for column in RELATION.columns for name in RELATION.table[column]]
+    return train_tokenizer([*RELATION.training_texts("P2C"), *RELATION.training_texts("C2P"), *names], 330)
+
+
+def model(layout: str, tokenizer: PreTrainedTokenizerFast) -> ProbedModel:
+    config = TinyModel(layout=layout, d_model=16, n_heads=2)  # type: ignore[arg-type]
+    module = drawn(lambda: untrained(config, tokenizer), scale=0.3)
+    masked = layout != "llama"
+    return ProbedModel(module, tokenizer, objective="masked" if masked else "causal", name=layout)
+
+
+def slow_score(model: ProbedModel, prompt: str, text: str, canvas: int) -> float:
+    """The log-probability of one candidate, from the module's own logits, in a loop over its tokens."""
+    tokenizer: Any = model.tokenizer
+    before = tokenizer(prompt)["input_ids"]
+    answer = tokenizer(f"{prompt} {text}")["input_ids"][len(before) :]
+    end = tokenizer.eos_token_id
+    causal = model.objective == "causal"
+    row = [*answer, end] if causal else [*answer, *[end] * (canvas - len(answer))]
+    shown = [*before, *(row if causal else [tokenizer.mask_token_id] * canvas)]
+    with torch.no_grad():
+        logits = model.module(input_ids=torch.tensor([shown])).logits[0].double()
+    total = 0.0
+    for place, token in enumerate(row):
+        own = logits[len(before) + place - model.logit_shift].numpy()
+        kept = own if causal else np.delete(own, tokenizer.mask_token_id)
+        total += own[token] - kept.max() - math.log(np.exp(kept - kept.max()).sum())
+    return total
+
+
+@pytest.mark.parametrize("layout", ["llada", "dream", "llama"])
+def test_ranks_are_those_of_a_slow_loop(layout: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    probed = model(layout, tokenizer)
+    reading = rank_candidates(probed, ASKED, batch_size=5)
+    canvas = reading.meta["ranking"]["max_new_tokens"]
+    assert canvas == AnswerBook(probed, ASKED).limit
+    for row, question in zip(reading.frame.to_dict("records"), ASKED, strict=True):
+        own = [a for q in ASKED if q.direction == question.direction for a in q.answers]
+        scores = {text: slow_score(probed, question.prompt, text, canvas) for text in dict.fromkeys(own)}
+        right = max(scores[answer] for answer in question.answers)
+        ahead = [text for text, score in scores.items() if text not in question.answers and score >= right]
+        assert row["rank"] == 1 + len(ahead)
+        assert row["candidates"] == len(scores) and row["accepted"] == len(question.answers)
+        assert row["log_probability"] == pytest.approx(right, abs=1e-4)
+        assert row["best"] == max(scores, key=lambda text: scores[text])
+        assert row["best_log_probability"] == pytest.approx(max(scores.values()), abs=1e-4)
+        assert (row["first"], row["reciprocal_rank"]) == (float(not ahead), 1 / row["rank"])
+    assert reading.value == reading.frame["first"].mean()
+    measures = reading.measures().set_index("measure")["value"]
+    assert measures["mean_reciprocal_rank"] == pytest.approx(reading.frame["reciprocal_rank"].mean())
+    assert reading.frame["rank"].nunique() > 3, "the test needs ranks that differ"
+
+
+def test_the_control_is_another_facts_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Siblings share a parent: none is the other's control."""
+    probed = model("llada", tokenizer)
+    reading = rank_candidates(probed, ASKED)
+    assert reading.control is not None and reading.excess is not None
+    frame = reading.frame
+    assert frame["first_control"].notna().all()
+    right = frame[frame["first"] == 1]
+    assert not right["first_control"].any(), "two answers cannot both rank first"
+    without = rank_candidates(probed, ASKED, control=False)
+    assert without.control is None and "first_control" not in without.frame
+
+
+def test_further_candidates_and_those_that_do_not_fit(tokenizer: PreTrainedTokenizerFast) -> None:
+    probed = model("llada", tokenizer)
+    questions = [*ASKED[:3], replace(ASKED[3], answers=("Xyzzyx Qwertzuiopas",))]
+    alone, more = rank_candidates(probed, questions), rank_candidates(probed, questions, ["Zed", "Ann Low", "ann  low"])
+    assert (more.frame["candidates"] - alone.frame["candidates"]).tolist() == [2] * 4, "one name twice is one"
+    per_direction = rank_candidates(probed, ASKED, {"C2P": ["Zed"]}).meta["candidates"]
+    plain = rank_candidates(probed, ASKED).meta["candidates"]
+    assert per_direction["C2P"]["count"] == plain["C2P"]["count"] + 1
+    assert per_direction["P2C"] == plain["P2C"]
+    tokens = {answer: len(tokenizer(f" {answer}")["input_ids"]) for q in questions for answer in q.answers}
+    short = rank_candidates(probed, questions, max_new_tokens=min(tokens.values()))
+    fits = [any(tokens[a] <= min(tokens.values()) for a in q.answers) for q in questions]
+    assert short.frame["rank"].notna().tolist() == fits and not all(fits)
+    assert short.undefined[TOO_LONG] == fits.count(False)
+    assert short.meta["candidates"]["P2C"]["left_out"] > 0
+
+
+def test_ties_count_against_the_right_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A model that holds everything alike knows nothing: the right answer is last, and a wrong one is named."""
+    probed = model("llama", tokenizer)
+    with torch.no_grad():
+        for parameter in probed.module.lm_head.parameters():
+            parameter.zero_()
+    one = replace(ASKED[0], answers=("ab",))
+    alike = [
+        text
+        for text in ("ba", "xy", "qz")
+        if len(tokenizer(f" {text}")["input_ids"]) == len(tokenizer(" ab")["input_ids"])
+    ]
+    (row,) = rank_candidates(probed, [one], alike).frame.to_dict("records")
+    assert row["rank"] == 1 + len(alike) and len(alike) > 1
+    assert row["best"] in alike
+
+
+def test_the_kept_cache_changes_no_score(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    probed = model("llama", tokenizer)
+    cached = rank_candidates(probed, ASKED).frame
+    monkeypatch.setattr(candidates_file, "_cached", lambda *_: None)
+    plain = rank_candidates(probed, ASKED, batch_size=3).frame
+    assert np.allclose(cached["log_probability"], plain["log_probability"], atol=1e-4)
+    assert cached["rank"].tolist() == plain["rank"].tolist()
+
+
+def test_it_leaves_no_trace_and_survives_the_disk(tokenizer: PreTrainedTokenizerFast, tmp_path: Any) -> None:
+    probed = model("dream", tokenizer)
+    probed.module.train()
+    state = torch.get_rng_state()
+    reading = rank_candidates(probed, ASKED)
+    assert probed.module.training and torch.equal(state, torch.get_rng_state())
+    loaded = Reading.load(reading.save(tmp_path / "ranks.parquet"))
+    assert (loaded.value, loaded.interval, loaded.measures().to_json()) == (
+        reading.value,
+        reading.interval,
+        reading.measures().to_json(),
+    )
+    assert json.loads(loaded.frame["answers"][0]) == list(ASKED[0].answers)
+
+
+def test_held_out_facts_rank_theirs_among_the_trained_ones(tokenizer: PreTrainedTokenizerFast) -> None:
+    probed = model("llada", tokenizer)
+    readings = {(r.meta["asked"], r.meta["split"]): r for r in rank_relation(probed, RELATION, "P2C", facts=2)}
+    assert set(readings) == {(a, s) for a in ("forward", "reverse") for s in ("train", "heldout")}
+    trained = {a for q in RELATION.questions("P2C", split="train") for a in q.answers}
+    assert readings["forward", "train"].meta["candidates"]["P2C"]["count"] == len(trained)
+    own = {a for q in RELATION.questions("P2C", split="heldout") for a in q.answers}
+    held = readings["forward", "heldout"]
+    assert len(trained) < held.meta["candidates"]["P2C"]["count"] <= len(trained | own)
+    assert held.frame["rank"].notna().all() and held.facts == 2
+
+
+def test_what_cannot_be_ranked_is_told() -> None:
+    with pytest.raises(
+        RevprobeError, match=r"writes in blocks of 4, so an answer over several is not predicted in one"
+    ):
+        rank_candidates(in_blocks(4), ASKED)
