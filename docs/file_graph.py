@@ -58,6 +58,7 @@ ROOMS = (
     "finetune/analysis",
     "report/summary",
     "report/paper",
+    "report/paper/section6",
     "report/html",
     "report/dashboard",
     "report",

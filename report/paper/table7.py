@@ -71,12 +71,12 @@ def table7(matches: pd.DataFrame, split: str = "train") -> pd.DataFrame:
         row = {"trained on": f"{dataset} ({direction}){f', {variant}' if variant else ''}"}
         for model in dict.fromkeys(chosen["model"]):
             for asked, short in SIDES.items():
-                row[f"{model} {short}"] = _cell(part[(part["model"] == model) & (part["asked"] == asked)])
+                row[f"{model} {short}"] = cell_text(part[(part["model"] == model) & (part["asked"] == asked)])
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _cell(part: pd.DataFrame) -> str:
+def cell_text(part: pd.DataFrame) -> str:
     """One cell: mean and spread over seeds, one seed's interval over facts, or why there is neither."""
     values = part["value"].dropna()
     if part.empty:

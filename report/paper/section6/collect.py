@@ -1,0 +1,168 @@
+"""From the folders of runs to the tables of Section 6: what is finished, and why the rest is not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ....errors import RevprobeError
+from ....finetune.config.finetuning import FinetuneConfig, FinetuneSweepConfig
+from ....finetune.config.pretraining import PretrainSweepConfig
+from ....finetune.runs.finetuning import FinetuneRun
+from ....finetune.runs.open import is_finished
+from ....finetune.runs.pretraining import PretrainedModel
+from ....finetune.runs.run import VERSIONS
+from ....probes.readings.reading import Reading
+from ....probes.statistics.estimators import STATISTICS_VERSION
+from ....relations.invented.look_alike import look_alike_data
+from ..reproduce import records
+from .frames import FINISHED, NOT_RUN, Section6, tidy
+
+Tell = Callable[[str], None]
+# Answers of a finished run, by what the reading is called.
+_TABLE_OF = {"decoded_match": "answers", "candidate_rank": "ranks"}
+
+
+def collect(
+    sweeps: Mapping[str, tuple[FinetuneSweepConfig, Path]],
+    models: tuple[PretrainSweepConfig, Path],
+    tell: Tell = lambda text: None,
+) -> Section6:
+    """Read every planned run and model.
+
+    Args:
+        sweeps: what each is planned to be and the folder of its runs, by what the tables call it ("section6", ...).
+        models: the same of the small models.
+        tell: called with a line for each run that is read.
+    Raises: RevprobeError, for a reading that is damaged.
+    """
+    rows: dict[str, list[dict[str, Any]]] = {"runs": [], "answers": [], "ranks": [], "signatures": []}
+    about: dict[str, Any] = {}
+    for name, (planned, folder) in sweeps.items():
+        finished, left_out = [], {}
+        for config in planned.runs():
+            run, status = FinetuneRun(folder / config.name), _status(folder / config.name, config)
+            axes = {"variant": ""} | config.axes | {"sweep": name, "run": config.name}
+            resolved = run.resolved if status == FINISHED else {}
+            rows["runs"].append(axes | {key: resolved.get(key) for key in ("objective", "steps")} | {"status": status})
+            if status != FINISHED:
+                left_out[config.name] = status
+                continue
+            for table, found in _read(run).items():
+                rows[table] += [axes | row for row in found]
+            finished.append(config.name)
+            tell(f"{name}: {config.name}")
+        versions = _versions(folder / run for run in finished)
+        about[name] = {"command": f"revprobe finetune {planned.name}", "versions": versions}
+        about[name] |= {"finished": finished, "not_run": left_out}
+    told = {config.name: _model(PretrainedModel(models[1] / config.name)) for config in models[0].runs()}
+    about |= {"mini-models": {"command": f"revprobe pretrain {models[0].name}"}, "data": data_of(sweeps, models)}
+    about["statistics_version"] = STATISTICS_VERSION
+    return Section6(**{name: tidy(name, own) for name, own in rows.items()}, models=told, about=about)
+
+
+def _status(path: Path, config: FinetuneConfig) -> str:
+    try:
+        if not path.is_dir():
+            return NOT_RUN
+        if is_finished(path, config):
+            return FINISHED
+        run = FinetuneRun(path)
+        return run.problem or "a run of another config lies in its folder"
+    except (RevprobeError, FileNotFoundError) as error:
+        return str(error)
+
+
+def _read(run: FinetuneRun) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a finished run, by table."""
+    found: dict[str, list[dict[str, Any]]] = {"answers": [], "ranks": [], "signatures": []}
+    for reading in run.answers() if run.asks else ():
+        row = _numbers(reading) | {key: reading.meta.get(key) for key in ("step", "asked", "split", "templates")}
+        table = _TABLE_OF.get(reading.name)
+        if table == "answers":
+            row |= reading.meta.get("errors", {})
+        if table == "ranks":
+            row |= _among_candidates(reading)
+        if table is not None:
+            found[table].append(row)
+    for reading in run.readings():
+        beside = {key: reading.meta.get(key) for key in ("step", "kind")} | _untrained(reading)
+        found["signatures"] += [row | beside for row in records(reading.measures())]
+    return found
+
+
+def _numbers(reading: Reading) -> dict[str, Any]:
+    return records(reading.measures())[0]
+
+
+def _among_candidates(reading: Reading) -> dict[str, Any]:
+    """What there was to choose from, and the mean reciprocal rank."""
+    frame = reading.frame
+    row: dict[str, Any] = {"candidates": int(frame["candidates"].max()) if len(frame) else None}
+    row["chance"] = float((frame["accepted"] / frame["candidates"]).mean())
+    measures = reading.measures().set_index("measure")
+    if "mean_reciprocal_rank" in measures.index:
+        for name, column in (("", "value"), ("_low", "low"), ("_high", "high")):
+            row[f"reciprocal_rank{name}"] = measures.loc["mean_reciprocal_rank", column]
+    return row
+
+
+def _untrained(reading: Reading) -> dict[str, Any]:
+    """What the same configuration reads with its initial weights, where the run asked for that."""
+    controls = reading.controls
+    own = controls[controls["control"] == "untrained"]
+    if own.empty:
+        return {"untrained": math.nan, "untrained_reason": "not read"}
+    return {"untrained": own["value"].iloc[0], "untrained_reason": own["reason"].iloc[0]}
+
+
+def _versions(runs: Iterable[Path]) -> list[dict[str, str]]:
+    """The software that runs were started with; one entry when it was the same for all."""
+    texts = {(run / VERSIONS).read_text(encoding="utf-8") for run in runs}
+    return [json.loads(text) for text in sorted(texts)]
+
+
+def _model(made: PretrainedModel) -> dict[str, Any]:
+    """A small model's record, minutes in place of seconds; or that there is none."""
+    if not made.finished:
+        return {"status": "not finished" if made.path.is_dir() else NOT_RUN}
+    record = made.record
+    seconds = record.pop("seconds")
+    return record | {"status": FINISHED, "core_minutes": round(seconds["cpu"] / 60, 1)}
+
+
+# ---- which data ----
+
+
+def data_of(
+    sweeps: Mapping[str, tuple[FinetuneSweepConfig, Path]], models: tuple[PretrainSweepConfig, Path]
+) -> dict[str, Any]:
+    """Of each file or folder that a config names: its hash, and whether it is `revprobe data`'s look-alike."""
+    relations = [chosen for planned, _ in sweeps.values() for chosen in planned.datasets.values()]
+    corpora = [chosen for config in models[0].runs() for chosen in config.corpus.datasets.values()]
+    paths = dict.fromkeys(str(chosen.path) for chosen in (*relations, *corpora) if chosen.path)
+    if not paths:
+        return {}
+    with tempfile.TemporaryDirectory() as working:
+        alike = look_alike_data(Path(working) / "data")
+        of_look_alikes = {file.name: digest(file) for file in alike.iterdir()}
+    found = {}
+    for path in paths:
+        sha256 = digest(Path(path))
+        found[path] = {"sha256": sha256, "look_alike": sha256 is not None and sha256 in of_look_alikes.values()}
+    return found
+
+
+def digest(path: Path) -> str | None:
+    """sha256 of a file, or of a folder's files with their names; None where there is neither."""
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    if not path.is_dir():
+        return None
+    lines = [f"{file.name} {digest(file)}\n" for file in sorted(path.iterdir()) if file.is_file()]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

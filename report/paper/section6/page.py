@@ -1,0 +1,174 @@
+"""The page of Section 6 in miniature, from its tables alone: findings first, then every cell with its n."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ....atomic_files import write_text
+from ..markdown import folded
+from . import tables
+from .blocks import Block, Figure, Items, Section, Table, Text
+from .figures import figures
+from .frames import Section6
+from .sentences import Told
+
+TITLE = "Section 6 in miniature: forward-only fine-tuning of small models"
+PAGE = "section6.md"
+WORDS = (
+    "**Forward**: exact match (decoded greedily, lower-cased, blanks stripped) on the questions that a trained "
+    "direction answers; **reverse**: on those of the other direction, about the same facts, whose reverse statements "
+    "were never trained. **Floor**: the same about held-out facts, never trained in any direction. A cell is mean ± "
+    "standard deviation over seeds, its 95 % interval over seeds (of one seed over facts), the seeds that are in it, "
+    "n questions over them and the facts of each seed. "
+    "†k: in k seeds forward is below 90 % or undefined at the last step; such a cell stands with its "
+    "forward value, never tuned or dropped (mini-mlm and the never-mask ablations are exempt by design). "
+    "**Ranked first**: the right answer is the likeliest among all entities that answer such a question."
+)
+READINGS = (
+    "Two readings of every cell: at the last step, the same for all, here; and at the first checkpoint of at least "
+    "90 % forward, below, since what is answered backwards depends on when one stops."
+)
+ABOUT_PAPER = (
+    "The paper's values are of 8B models and a pattern to compare, never a target: which side is higher. Its Table 7 "
+    "is printed in full in the text at hand; its ranks, rates and steps are not. Per cent, means over seeds; a seed "
+    "*holds* where the side that the paper has higher is higher here. mini-mlm has no counterpart."
+)
+ABOUT_RANKS = (
+    "Reverse questions about trained facts at the last step. Control: the rank of another fact's answer; chance: "
+    "accepted answers over candidates, per cent. Held-out facts ranked first is the floor of the rank."
+)
+ABOUT_SIGNATURES = (
+    "Masked models are asked for the same target from the same evidence in either order (same target), causal models "
+    "another question (swapped roles): the two kinds are not compared with each other. Value and 95 % interval over "
+    "facts at the last step, seed by seed; before: step 0; control: facts shuffled, mean over seeds; above control: in "
+    "how many seeds the interval of the excess lies above 0. An untrained twin stands high on its own: a signature "
+    "needs to be held against it where it was read. The autoregressive twins are mini-llama and mini-qwen2."
+)
+ABOUT_VERDICTS = (
+    "Each prediction, written in the YAML before the runs, seed by seed: *holds*, *fails*, *cannot be told* (a cell "
+    "that is compared is below 90 % forward, or a number is undefined) or *not run*. Numbers in per cent."
+)
+ABOUT_ABLATIONS = (
+    "mini-llada, P2C; what is changed is the variant's name (`examples/section6_ablations.yaml`). Plain is the main "
+    "table's cell; its seeds are paired with the ablations'. First entity in place: the probes' forward query, \"[M]'s "
+    'child is B". A null of end-unpriced says nothing about the one-layer claim.'
+)
+ABOUT_METHODS = "Two models, P2C and D2P. LoRA is the main table's cell; the steps of a recipe in epochs are its own."
+ABOUT_MODELS = (
+    "What the small models learned before, on other people. Told facts, asked in both directions; untold facts are the "
+    "floor. Weights are not committed: the command makes them, and these are their hashes."
+)
+ABOUT_TRAINING = "Forward / reverse exact match on trained facts, per cent, means over seeds, by optimizer step."
+
+
+def sections(found: Section6) -> list[Section]:
+    """The page's sections, the findings first."""
+    told = Told(found)
+    return [
+        Section("", _findings(told)),
+        Section("Words", [Text(WORDS)]),
+        *_answers(found, told),
+        Section("Signatures", [Text(ABOUT_SIGNATURES), Table(tables.signatures(found))]),
+        Section("Which predictions hold?", [Text(ABOUT_VERDICTS), Table(tables.verdicts(told.main))]),
+        Section("What the paper and the one-layer results say", [Table(tables.verdicts(told.others))]),
+        Section(
+            "What of the recipe decides?",
+            [
+                Text(ABOUT_ABLATIONS),
+                Table(tables.ablations(found, told.ablations)),
+                Text("What decides each verdict:"),
+                Table(tables.verdicts(told.ablations)),
+            ],
+        ),
+        Section("LoRA, all weights, and recipes of others", [Text(ABOUT_METHODS), Table(tables.methods(found))]),
+        Section("The small models", [Text(ABOUT_MODELS), Table(tables.models(found))]),
+        Section("Not run", _left(found)),
+        Section("Where the numbers come from", origin(found.about)),
+    ]
+
+
+def _findings(told: Told) -> list[Block]:
+    """Four sentences, what contradicts under the first; then the figures."""
+    sentences: list[Block] = [Text(told.contradictions(), "Predictions")]
+    if failed := told.failures():
+        sentences.append(Items(failed))
+    sentences += [
+        Text(told.table_7(), "Table 7"),
+        Text(told.routes(), "Routes and ranks"),
+        Text(told.recipe(), "Recipe"),
+    ]
+    sentences.append(Text(f"{told.coverage()} No configuration was chosen by what is on this page."))
+    drawings = figures(told.found)
+    if not drawings:
+        return [*sentences, Text("Figures 4 and 6: not run.")]
+    return [*sentences, *(Figure(file, words, svg) for file, (words, svg) in drawings.items())]
+
+
+def _answers(found: Section6, told: Told) -> list[Section]:
+    return [
+        Section("Table 7 at the last step", [Text(READINGS), Table(tables.table_7(found))]),
+        Section("Table 7 at the first checkpoint of 90 % forward", [Table(tables.table_7(found, first=True))]),
+        Section("The floor: facts never trained", [Table(tables.table_7(found, split="heldout"))]),
+        Section("Beside the paper", [Text(ABOUT_PAPER), Table(tables.beside_the_paper(found, told.others))]),
+        Section("Rank among the candidates", [Text(ABOUT_RANKS), Table(tables.ranks(found))]),
+        Section("Reverse against forward over training", [Text(ABOUT_TRAINING), Table(tables.over_training(found))]),
+    ]
+
+
+def _left(found: Section6) -> list[Block]:
+    left = tables.not_run(found)
+    if found.runs.empty:
+        return [Text("Nothing has been collected; every cell above says so.")]
+    return [Items(left)] if left else [Text("Every planned run is in the tables.")]
+
+
+def origin(about: dict[str, Any]) -> list[Block]:
+    """Commands, commits, software and data, as they were collected."""
+    if not about:
+        return [Text("Nothing has been collected: `revprobe reproduce section6`, then `examples/collect_section6.py`.")]
+    lines = []
+    if about.get("collected_at_commit"):
+        lines.append(f"Collected {about['collected']} at commit {about['collected_at_commit']}.")
+    for name, sweep in about.items():
+        if not isinstance(sweep, dict) or "command" not in sweep:
+            continue
+        line = f"`{sweep['command']}`"
+        if "finished" in sweep:
+            line += f": {len(sweep['finished'])} runs finished, {len(sweep['not_run'])} not"
+        versions = "; ".join(
+            ", ".join(f"{key} {value}" for key, value in one.items()) for one in sweep.get("versions", [])
+        )
+        line += f" ({versions})" if versions else ""
+        if sweep.get("trained_at_commit"):
+            line += f", trained at commit {sweep['trained_at_commit']}"
+        if sweep.get("unchanged_since"):
+            line += (
+                f"; its YAML with the predictions (sha256 {sweep['file_sha256'][:12]}) is unchanged since "
+                f"{sweep['unchanged_since']}, commit {sweep['unchanged_since_commit']}"
+            )
+        lines.append(f"{name}: {line}.")
+    lines += [f"{path}: {_data(one)}." for path, one in about.get("data", {}).items()]
+    return [Items(lines)]
+
+
+def _data(one: dict[str, Any]) -> str:
+    if one["sha256"] is None:
+        return "not at hand when this was collected"
+    kind = "the look-alike that `revprobe data` writes" if one["look_alike"] else "no look-alike"
+    return f"{kind}, sha256 {one['sha256'][:12]}"
+
+
+def markdown(found: Section6) -> str:
+    """The whole page."""
+    parts: Sequence[str] = [f"# {TITLE}", *(section.markdown() for section in sections(found))]
+    return folded("\n\n".join(part.strip() for part in parts) + "\n")
+
+
+def write_markdown(found: Section6, folder: Path) -> Path:
+    """The page and its figures, each whole or not at all; returns the page."""
+    for file, (_, svg) in figures(found).items():
+        write_text(folder / file, svg)
+    write_text(folder / PAGE, markdown(found))
+    return folder / PAGE

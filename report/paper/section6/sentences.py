@@ -1,0 +1,204 @@
+"""What came out, in four sentences and in README's few lines: filled from the tables, what contradicts first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from .ablations import NOT_PREDICTED, PREDICTIONS, R, ablation_claims, number
+from .cells import mean
+from .frames import FINISHED, Section6
+from .main_claims import main_claims
+from .other_claims import ONE_LAYER, PAPER, SAID_BY, other_claims
+from .plan import CAUSAL, DATASETS, DROP_ORDER, MASKED, PLAIN, SEEDS, TABLE_MODELS, main_cell
+from .verdicts import CANNOT, FAILS, HOLDS, NOT_RUN, Claim, passes
+
+NOTHING = "no run has been collected"
+_COUNT_WORDS = {FAILS: "fail", HOLDS: "hold", CANNOT: "cannot be told", NOT_RUN: "not run"}
+
+
+@dataclass(frozen=True)
+class Told:
+    """The tables, and every claim about them with its verdicts."""
+
+    found: Section6
+
+    @cached_property
+    def main(self) -> list[Claim]:
+        return main_claims(self.found)
+
+    @cached_property
+    def ablations(self) -> list[Claim]:
+        return ablation_claims(self.found)
+
+    @cached_property
+    def others(self) -> list[Claim]:
+        return other_claims(self.found)
+
+    @property
+    def empty(self) -> bool:
+        return not (self.found.runs["status"] == FINISHED).any()
+
+    # ---- the first ----
+
+    def contradictions(self) -> str:
+        """How the predictions fared, and what is against the paper or the one-layer results."""
+        if self.empty:
+            return f"No prediction has been judged: {NOTHING}."
+        predicted = [*self.main, *self.ablations]
+        counts = _counts(predicted)
+        told = ", ".join(f"{count} {_COUNT_WORDS[word]}" for word, count in counts.items())
+        failed = list(dict.fromkeys(claim.name for claim in predicted if FAILS in claim.verdicts))
+        named = f"; some seed fails {', '.join(failed)}" if failed else ""
+        against = [f"{self._against(source)} against {what}" for source, what in _SOURCES.items()]
+        return f"Of {sum(counts.values())} verdicts (prediction x cell x seed), {told}{named}; {'; '.join(against)}."
+
+    def _against(self, source: str) -> str:
+        names = list(dict.fromkeys(claim.name for claim in self.said_by(source) if FAILS in claim.verdicts))
+        return ", ".join(names) if names else "none"
+
+    def said_by(self, source: str) -> list[Claim]:
+        """The claims that a source makes, predictions that repeat it among them."""
+        own = [claim for claim in (*self.main, *self.ablations) if SAID_BY.get(claim.name) == source]
+        return [*own, *(claim for claim in self.others if claim.source == source)]
+
+    def failures(self) -> list[str]:
+        """Each claim of the paper or the one-layer results that some seed contradicts, cell by cell."""
+        lines = []
+        for source, what in _SOURCES.items():
+            by_claim: dict[tuple[str, str], list[str]] = {}
+            for claim in self.said_by(source):
+                bad = [one for one in claim.seeds if one.verdict == FAILS]
+                if bad:
+                    each = "; ".join(f"s{one.seed} {one.numbers}" for one in bad)
+                    by_claim.setdefault((claim.name, _without_side(claim.plain)), []).append(f"{claim.cell}: {each}")
+            lines += [
+                f"Against {what} ({name}: {plain}): {'. '.join(cells)}." for (name, plain), cells in by_claim.items()
+            ]
+        return lines
+
+    # ---- the second ----
+
+    def table_7(self) -> str:
+        """What each model answers backwards."""
+        if self.empty:
+            return f"Nothing has been asked: {NOTHING}."
+        told = []
+        for model in TABLE_MODELS:
+            means = [self._mean(model, place) for place in range(len(DATASETS))]
+            told.append(f"{model} {_span(means)}")
+        floors = [
+            value
+            for trained in DATASETS
+            for model in TABLE_MODELS
+            for seed in SEEDS
+            if (value := self.found.last(main_cell(model, trained), seed, "reverse", "heldout")) is not None
+        ]
+        floor = max((value for value in floors if not math.isnan(value)), default=math.nan)
+        low = self._below()
+        marked = f"; below 90 % forward: {', '.join(low)}" if low else ""
+        return (
+            f"Reverse exact match on trained facts at the last step, lowest to highest dataset: {', '.join(told)}; "
+            f"facts never trained at most {_per_cent(floor)}{marked}."
+        )
+
+    def _mean(self, model: str, place: int) -> float:
+        return mean([self.found.last(main_cell(model, DATASETS[place]), seed, "reverse") for seed in SEEDS])
+
+    def _below(self) -> list[str]:
+        """The cells of the main table in which a seed is below 90 % forward at the last step."""
+        low = []
+        for trained in DATASETS:
+            for model in TABLE_MODELS:
+                values = [self.found.last(main_cell(model, trained), seed, "forward") for seed in SEEDS]
+                if any(value is not None and passes(value, ">=", 0.9) is not True for value in values):
+                    low.append(f"{model} {trained.direction} ({_per_cent(mean(values))})")
+        return low
+
+    # ---- the third ----
+
+    def routes(self) -> str:
+        """Whether the signatures stand above their controls, and how often the right answer ranks first."""
+        if self.empty:
+            return f"No signature has been read: {NOTHING}."
+        above = _counts([claim for claim in self.main if claim.name == "T4"])
+        held = ", ".join(f"{count} {_COUNT_WORDS[word]}" for word, count in above.items())
+        ranked = []
+        for models in (MASKED, CAUSAL):
+            values = [
+                mean([self.found.last(main_cell(model, trained), seed, "reverse", table="ranks") for seed in SEEDS])
+                for model in models
+                for trained in DATASETS
+            ]
+            ranked.append(_span(values))
+        return (
+            "Attention correlation and gradient cosine above their controls in the masked models, from 90 % forward on "
+            f"(model x dataset x seed): {held}; asked backwards, the right answer ranks first among all candidates in "
+            f"{ranked[0]} (masked models, lowest to highest cell) and {ranked[1]} (causal ones)."
+        )
+
+    # ---- the fourth ----
+
+    def recipe(self) -> str:
+        """What each ablation does to the reverse answer."""
+        plain = [number(self.found, PLAIN, R, seed) for seed in SEEDS]
+        told = []
+        for variant in (*PREDICTIONS, *NOT_PREDICTED):
+            value = mean([number(self.found, variant, R, seed) for seed in SEEDS])
+            if not math.isnan(value):
+                told.append(f"{variant} {100 * value:.0f}")
+        if not told:
+            return f"No ablation has been run; plain mini-llada answers P2C backwards in {_per_cent(mean(plain))}."
+        left = [variant for variant in PREDICTIONS if not any(word.startswith(f"{variant} ") for word in told)]
+        missing = f"; not run: {', '.join(left)}" if left else ""
+        return (
+            f"Plain mini-llada, P2C, answers backwards in {_per_cent(mean(plain))}; changed alone (per cent, mean over "
+            f"seeds): {', '.join(told)}{missing}."
+        )
+
+    def short(self) -> list[str]:
+        """README's five lines: the four sentences, and what was not run."""
+        return [self.contradictions(), self.table_7(), self.routes(), self.recipe(), self.coverage()]
+
+    def coverage(self) -> str:
+        """How much of what was planned has been run."""
+        runs = self.found.runs
+        if runs.empty:
+            return f"Runs: {NOTHING} (`revprobe reproduce section6`)."
+        told = []
+        for sweep in DROP_ORDER:
+            own = runs[runs["sweep"] == sweep]
+            told.append(
+                f"{sweep} {int((own['status'] == FINISHED).sum())} of {len(own)}" if len(own) else f"{sweep} none"
+            )
+        made = sum(record["status"] == FINISHED for record in self.found.models.values())
+        return f"Finished runs: {', '.join(told)}; small models: {made} of {len(self.found.models)}."
+
+
+_SOURCES = {PAPER: "the paper", ONE_LAYER: "the one-layer results"}
+
+
+def _counts(claims: Iterable[Claim]) -> dict[str, int]:
+    """How many seeds have each verdict, those that fail first."""
+    words = [word for claim in claims for word in claim.verdicts]
+    return {word: words.count(word) for word in (FAILS, CANNOT, HOLDS, NOT_RUN) if word in words}
+
+
+def _without_side(plain: str) -> str:
+    return plain.partition(" (forward)")[0].partition(" (reverse)")[0]
+
+
+def _span(values: Sequence[float]) -> str:
+    """Lowest to highest of shares in per cent; how many are missing is said."""
+    defined = [value for value in values if not math.isnan(value)]
+    if not defined:
+        return NOT_RUN
+    low, high = (f"{100 * value:.0f}" for value in (min(defined), max(defined)))
+    missing = f" ({len(defined)} of {len(values)} cells)" if len(defined) < len(values) else ""
+    return f"{low} %{missing}" if low == high else f"{low} to {high} %{missing}"
+
+
+def _per_cent(value: float) -> str:
+    return NOT_RUN if math.isnan(value) else f"{100 * value:.0f} %"

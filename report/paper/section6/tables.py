@@ -1,0 +1,281 @@
+"""The tables of the page, each a list of rows of texts; a cell that was not run stands there and says so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .ablations import IN_PLACE, NOT_PREDICTED, PREDICTIONS, R, number
+from .cells import at_last, at_reached, by_seed, cell_words, lacking, mean, seed_rows
+from .frames import FINISHED, KINDS, Section6
+from .other_claims import SIDE, counterpart
+from .plan import (
+    DATASETS,
+    METHODS,
+    PLAIN,
+    SEEDS,
+    TABLE_7,
+    TABLE_MODELS,
+    Cell,
+    Trained,
+    ablation_cell,
+    main_cell,
+)
+from .verdicts import Claim, per_cent
+
+Rows = list[dict[str, Any]]
+SIDES = {"forward": "Fwd.", "reverse": "Rev."}
+SIGNATURES = {
+    "attention_correlation": "attention correlation",
+    "gradient_cosine": "gradient cosine",
+    "lora_gradient_cosine": "adapter's gradient cosine",
+    "reverse_probability": "reverse probability",
+    "forward_probability": "forward probability",
+}
+
+
+def table_7(found: Section6, *, split: str = "train", first: bool = False) -> Rows:
+    """Table 7's layout: at the last step, or at the `first` checkpoint of at least 90 % forward."""
+    at = at_reached if first else at_last
+    rows = []
+    for trained in DATASETS:
+        row = {"trained on": trained.words}
+        for model in TABLE_MODELS:
+            cell = main_cell(model, trained)
+            if first:
+                row[f"{model} step"] = by_seed(
+                    [_step(found.reached(cell, seed)) for seed in SEEDS], percent=False, digits=0
+                )
+            for asked, short in SIDES.items():
+                row[f"{model} {short}"] = cell_words(found, cell, asked, split, at)
+        rows.append(row)
+    return rows
+
+
+def _step(step: int | None) -> float | None:
+    return None if step is None else float(step)
+
+
+def beside_the_paper(found: Section6, claims: Iterable[Claim]) -> Rows:
+    """Which side is higher, printed and found, by dataset and model."""
+    same = {claim.cell: claim.verdicts for claim in claims if claim.plain.startswith(SIDE)}
+    rows = []
+    for trained in DATASETS:
+        for model, (forward, reverse) in TABLE_7[trained].items():
+            cell = main_cell(model, trained)
+            means = {asked: mean([found.last(cell, seed, asked) for seed in SEEDS]) for asked in SIDES}
+            ours = f"{per_cent(means['forward'])} / {per_cent(means['reverse'])}"
+            missing = all(found.status(cell, seed) != FINISHED for seed in SEEDS)
+            row = {
+                "trained on": trained.words,
+                "paper": counterpart(model),
+                "printed Fwd. / Rev.": f"{forward} / {reverse}",
+            }
+            row |= {"here": model, "found Fwd. / Rev.": lacking(found, cell, at_last) if missing else ours}
+            rows.append(row | {"same side higher": counted(same.get(cell.words, []))})
+    return rows
+
+
+def counted(verdicts: Sequence[str]) -> str:
+    """Verdicts with how many seeds have each: "holds 2, fails 1"."""
+    counts = {word: list(verdicts).count(word) for word in dict.fromkeys(verdicts)}
+    return ", ".join(f"{word} {count}" for word, count in counts.items()) or "not run"
+
+
+def ranks(found: Section6) -> Rows:
+    """The right answer's rank among all candidates, beside exact match, asked backwards of trained facts."""
+    rows = []
+    for trained in DATASETS:
+        for model in TABLE_MODELS:
+            cell = main_cell(model, trained)
+            row: dict[str, Any] = {"trained on": trained.words, "model": model}
+            row["reverse exact match"] = cell_words(found, cell, "reverse")
+            own = seed_rows(found, cell, "reverse", table="ranks")
+            row["ranked first"] = cell_words(found, cell, "reverse", table="ranks")
+            row["reciprocal rank"] = by_seed([one["reciprocal_rank"] for one in own], percent=False, digits=2) or "-"
+            row["control"] = per_cent(mean([one["control"] for one in own])) if own else "-"
+            row["chance"] = per_cent(mean([one["chance"] for one in own])) if own else "-"
+            row["candidates"] = "-" if not own else str(max(int(one["candidates"]) for one in own))
+            rows.append(
+                row | {"held-out facts ranked first": cell_words(found, cell, "reverse", "heldout", table="ranks")}
+            )
+    return rows
+
+
+def over_training(found: Section6) -> Rows:
+    """Forward / reverse exact match at every snapshot, means over the seeds that have it."""
+    steps = sorted({int(step) for step in found.answers.loc[found.answers["sweep"] == "section6", "step"]})
+    rows = []
+    for trained in DATASETS:
+        for model in TABLE_MODELS:
+            cell = main_cell(model, trained)
+            n = sum(found.status(cell, seed) == FINISHED for seed in SEEDS)
+            row: dict[str, Any] = {"trained on": trained.words, "model": model, "seeds": f"{n} of {len(SEEDS)}"}
+            for step in steps:
+                values = {asked: _at(found, cell, asked, step) for asked in SIDES}
+                none = all(value is None for value in values["forward"])
+                row[f"{step:,}"] = "-" if none else " / ".join(_whole(mean(own)) for own in values.values())
+            rows.append(row)
+    return rows
+
+
+def _at(found: Section6, cell: Cell, asked: str, step: int) -> list[float | None]:
+    rows = [found.curve(cell, seed, asked).get(step) for seed in SEEDS]
+    return [None if row is None else float(row["value"]) for row in rows]
+
+
+def _whole(value: float) -> str:
+    return "undefined" if math.isnan(value) else f"{100 * value:.0f}"
+
+
+def signatures(found: Section6) -> Rows:
+    """The probes before fine-tuning and at the last step, beside their controls; masked and causal pairs are named."""
+    rows = []
+    for trained in DATASETS:
+        for model in TABLE_MODELS:
+            for measure, words in SIGNATURES.items():
+                rows.append(_signature(found, main_cell(model, trained), measure, words))
+    return rows
+
+
+def _signature(found: Section6, cell: Cell, measure: str, words: str) -> dict[str, Any]:
+    curves = [list(found.curve(cell, seed, measure, table="signatures").values()) for seed in SEEDS]
+    row: dict[str, Any] = {"trained on": f"{cell.dataset} ({cell.direction})", "model": cell.model, "measure": words}
+    last = [curve[-1] for curve in curves if curve]
+    if not last:
+        nothing = dict.fromkeys(("pairs", "before, by seed", "control before", "untrained twin"), "-")
+        return (
+            row
+            | {"last step, by seed": lacking(found, cell, at_last)}
+            | nothing
+            | {"control": "-", "above control": "-", "n": "-"}
+        )
+    first = [curve[0] if curve else None for curve in curves]
+    row["last step, by seed"] = "; ".join(_interval(curve[-1]) if curve else "-" for curve in curves)
+    row["pairs"] = ", ".join(dict.fromkeys(str(one["kind"]).replace("_", " ") for one in last))
+    row["before, by seed"] = by_seed(
+        [None if one is None else float(one["value"]) for one in first], percent=False, digits=2
+    )
+    row["control before"] = _number(mean([float(one["control"]) for one in first if one is not None]))
+    twins = [float(one["untrained"]) for one in last]
+    row["untrained twin"] = "not read" if all(map(math.isnan, twins)) else by_seed(twins, percent=False, digits=2)
+    row["control"] = _number(mean([float(one["control"]) for one in last]))
+    known = [float(one["excess_low"]) for one in last if not math.isnan(float(one["excess_low"]))]
+    row["above control"] = f"{sum(low > 0 for low in known)} of {len(last)}" if known else "not compared"
+    return row | {"n": ", ".join(dict.fromkeys(f"{int(one['n'])} ({int(one['facts'])} facts)" for one in last))}
+
+
+def _interval(row: dict[str, Any]) -> str:
+    value = float(row["value"])
+    if math.isnan(value):
+        return f"undefined ({row['reason']})" if row["reason"] else "undefined"
+    return f"{value:.2f} [{float(row['low']):.2f}, {float(row['high']):.2f}]"
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def verdicts(claims: Iterable[Claim], *, of: bool = True) -> Rows:
+    """A row for each claim and cell, a column for each seed: the verdict, then what decides."""
+    rows = []
+    for claim in claims:
+        row = {"": claim.name} if of else {}
+        row |= {"claim": claim.plain, "cell": claim.cell}
+        rows.append(row | {f"s{one.seed}": f"**{one.verdict}** ({one.numbers})" for one in claim.seeds})
+    return rows
+
+
+def ablations(found: Section6, claims: Sequence[Claim]) -> Rows:
+    """Every ablation with its numbers and its verdict per seed; the plain cell first, what was not predicted last."""
+    by_name = {claim.name: claim for claim in claims}
+    return [
+        _varied(found, ablation_cell(variant), variant, by_name.get(variant))
+        for variant in (PLAIN, *PREDICTIONS, *NOT_PREDICTED)
+    ]
+
+
+def _varied(found: Section6, cell: Cell, variant: str, claim: Claim | None) -> dict[str, Any]:
+    row: dict[str, Any] = {"variant": variant, "prediction": "-" if claim is None else claim.plain}
+    row |= (
+        {f"s{one.seed}": f"**{one.verdict}**" for one in claim.seeds} if claim else {f"s{seed}": "-" for seed in SEEDS}
+    )
+    row |= {"forward": cell_words(found, cell, "forward"), "reverse": cell_words(found, cell, "reverse")}
+    apart = [_less(number(found, variant, R, seed), number(found, PLAIN, R, seed)) for seed in SEEDS]
+    row["reverse less plain's, points by seed"] = by_seed(apart)
+    row["ranked first"] = cell_words(found, cell, "reverse", table="ranks")
+    row["floor, reverse"] = cell_words(found, cell, "reverse", "heldout")
+    row["first entity in place, by seed"] = by_seed([number(found, variant, IN_PLACE, seed) for seed in SEEDS])
+    return row | {"wrong answers backwards": wrong_answers(found, cell)}
+
+
+def _less(own: float | None, other: float | None) -> float | None:
+    return None if own is None or other is None else own - other
+
+
+def wrong_answers(found: Section6, cell: Cell) -> str:
+    """What the wrong reverse answers of all seeds are, at the last step: empty, words of the prompt, ..."""
+    rows = seed_rows(found, cell, "reverse")
+    counts = {
+        kind: sum(int(row[kind]) for row in rows if row[kind] == row[kind] and row[kind] is not None) for kind in KINDS
+    }
+    told = [f"{count} {kind.replace('_', ' ')}" for kind, count in counts.items() if count]
+    return ", ".join(told) or ("-" if not rows else "none")
+
+
+def methods(found: Section6) -> Rows:
+    """LoRA (the main table's cells), all weights, and recipes of others, on the same two directions."""
+    planned = list(found.cells(METHODS))
+    mains = dict.fromkeys(main_cell(cell.model, Trained(cell.dataset, cell.direction)) for cell in planned)
+    rows = []
+    for plain in mains:
+        beside = [cell for cell in planned if cell[1:4] == plain[1:4]]
+        for cell in (plain, *beside):
+            row = {"trained on": f"{cell.dataset} ({cell.direction})", "model": cell.model}
+            row |= {"method": cell.variant or "lora", "steps": _steps(found, cell)}
+            row |= {SIDES[asked]: cell_words(found, cell, asked) for asked in SIDES}
+            row |= {"ranked first backwards": cell_words(found, cell, "reverse", table="ranks")}
+            rows.append(row | {"wrong answers backwards": wrong_answers(found, cell)})
+    return rows
+
+
+def _steps(found: Section6, cell: Cell) -> str:
+    known = dict.fromkeys(steps for seed in SEEDS if (steps := found.steps(cell, seed)) is not None)
+    return ", ".join(f"{steps:,}" for steps in known) or "-"
+
+
+def models(found: Section6) -> Rows:
+    """The small models: what they cost, and what they answer of their corpus, told facts and untold ones."""
+    rows = []
+    for name, record in found.models.items():
+        row: dict[str, Any] = {"model": name, "told": "-", "parameters": "-", "core minutes": "-", "last loss": "-"}
+        row |= {"told facts, told direction / other": "-", "untold facts": "-", "weights (sha256)": record["status"]}
+        if record["status"] == FINISHED:
+            answers = record["answers"]
+            row |= {"told": record["corpus"]["told"], "parameters": f"{record['parameters']:,}"}
+            row |= {"core minutes": record["core_minutes"], "last loss": f"{record['losses'][-1][1]:.3f}"}
+            row |= {"told facts, told direction / other": _answered(answers, "told")}
+            row |= {"untold facts": _answered(answers, "untold")}
+            row["weights (sha256)"] = record["sha256"].get("model.safetensors", "-")[:16]
+        rows.append(row)
+    return rows
+
+
+def _answered(answers: dict[str, Any], known: str) -> str:
+    """By dataset and direction, in per cent, with how many questions."""
+    own = {name.rsplit(".", 1)[0]: one for name, one in answers.items() if name.rsplit(".", 1)[1] == known}
+    return "; ".join(f"{name} {per_cent(_float(one['value']))} (n = {one['n']})" for name, one in own.items()) or "-"
+
+
+def _float(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def not_run(found: Section6) -> list[str]:
+    """The planned runs that are in no number, by sweep and reason."""
+    lines = []
+    left = found.runs[found.runs["status"] != FINISHED]
+    for (sweep, status), own in left.groupby(["sweep", "status"], sort=False):
+        lines.append(f"{sweep}, {status}: {', '.join(own['run'])}")
+    return lines

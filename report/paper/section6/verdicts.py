@@ -1,0 +1,70 @@
+"""A verdict per seed: what a claim compares, and the words for what comes out; numbers in, a word out."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+HOLDS, FAILS, CANNOT, NOT_RUN = "holds", "fails", "cannot be told", "not run"
+WORDS = (FAILS, CANNOT, NOT_RUN, HOLDS)  # what contradicts first
+# Shares of questions: the last digits of a float subtraction, and of a file's, must not decide.
+DUST = 1e-6
+_SIGNS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+
+
+class Judged(NamedTuple):
+    """One seed of one cell under one claim."""
+
+    seed: int
+    verdict: str
+    numbers: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is said of some runs.
+
+    Args:
+        name: of the prediction ("T1", "one-span"), or of what the paper or the one-layer results say.
+        source: "prediction", "paper" or "one layer".
+        plain: the claim in words.
+        cell: which runs, in words.
+        seeds: the verdict of each.
+    """
+
+    name: str
+    source: str
+    plain: str
+    cell: str
+    seeds: Sequence[Judged]
+
+    @property
+    def verdicts(self) -> list[str]:
+        return [one.verdict for one in self.seeds]
+
+
+def passes(value: float, sign: str, limit: float) -> bool | None:
+    """Whether a value keeps to a bound; None where it is undefined. A value on a bound is on its closed side.
+
+    >>> passes(0.35 - 0.15, ">=", 0.2), passes(0.2, ">", 0.2)
+    (True, False)
+    """
+    if math.isnan(value):
+        return None
+    slack = DUST if sign in (">=", "<=") else -DUST
+    return bool(_SIGNS[sign](value, limit - slack if sign[0] == ">" else limit + slack))
+
+
+def of_parts(parts: Sequence[bool | None]) -> str:
+    """One word for conditions that must all hold: one that does not decides, then one that cannot be told."""
+    if any(part is False for part in parts):
+        return FAILS
+    return CANNOT if any(part is None for part in parts) or not parts else HOLDS
+
+
+def per_cent(value: float | None) -> str:
+    """As numbers stand in a verdict: 48.3, undefined, not run."""
+    return NOT_RUN if value is None else "undefined" if math.isnan(value) else f"{100 * value:.1f}"
