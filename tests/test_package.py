@@ -113,6 +113,7 @@ PUBLIC = [
 ]
 EXAMPLES = {"examples/one_layer.yaml", "examples/one_layer_quick.yaml", "examples/robustness.yaml"}
 EXAMPLES |= {"examples/negative_evidence.yaml", "examples/one_layer_published.yaml", "examples/pressure.yaml"}
+EXAMPLES |= {f"examples/{name}.yaml" for name in ("mini_models", "section6", "section6_ablations", "section6_methods")}
 EXAMPLES |= {"examples/llada_8b_parent_child.yaml"}
 EXAMPLES |= {"examples/finetune_tiny.yaml", "examples/table7.yaml", "examples/fsdp.yaml"}
 DATA = {"relations/data/invented_names.csv", "relations/data/trex_templates.csv"}
