@@ -224,7 +224,7 @@ def test_made_tables_meet_every_verdict() -> None:
         for claim in (*ablation_claims(found), *main_claims(found)):
             if claim.name in said:
                 said[claim.name] |= set(claim.verdicts)
-    # Some words are seldom met by some claims: what needs no forward answer can be told, four models are rarely in order.
+    # Some claims seldom meet some words: what needs no forward answer can be told, four models are rarely in order.
     for word in ("holds", "fails", "cannot be told", "not run"):
         assert sum(word in words for words in said.values()) >= 0.7 * len(said), (word, said)
     assert all(len(words) >= 2 for words in said.values()), said
