@@ -20,7 +20,7 @@ from revprobe.finetune.training.dataset import PadRows, RowOptions, StatementRow
 from revprobe.finetune.training.distributed import ProcessGroup
 from revprobe.finetune.training.negatives import LOWER, OTHER, PLACEHOLDER, UPPER, dropped_terms
 from revprobe.finetune.training.objectives import draw_masks, draw_spans, masked_diffusion_loss, step_generator
-from revprobe.finetune.training.tiny_models import train_tokenizer, untrained
+from revprobe.finetune.pretraining.layouts import train_tokenizer, untrained
 from tiny import ROOT, drawn, in_blocks
 
 CONFIG = """

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import revprobe as rp
 from revprobe import ProbedModel, Reading, RevprobeError, rank_candidates
 from revprobe.finetune.config.finetuning import TinyModel
-from revprobe.finetune.training.tiny_models import train_tokenizer, untrained
+from revprobe.finetune.pretraining.layouts import train_tokenizer, untrained
 from revprobe.probes.decoding import candidates as candidates_file
 from revprobe.probes.decoding.exact_match import TOO_LONG, AnswerBook
 from revprobe.relations.evaluation import rank_relation
