@@ -15,12 +15,12 @@ from transformers import PreTrainedTokenizerFast
 from revprobe import ProbedModel, RevprobeError
 from revprobe.finetune.config.finetuning import FinetuneConfig, TinyModel
 from revprobe.finetune.config.loading import dump_config, parse_config
+from revprobe.finetune.pretraining.layouts import train_tokenizer, untrained
 from revprobe.finetune.runs.finetune_setup import FORWARD_UNTRAINED, build_finetuning, prepare, row_options
 from revprobe.finetune.training.dataset import PadRows, RowOptions, StatementRows
 from revprobe.finetune.training.distributed import ProcessGroup
 from revprobe.finetune.training.negatives import LOWER, OTHER, PLACEHOLDER, UPPER, dropped_terms
 from revprobe.finetune.training.objectives import draw_masks, draw_spans, masked_diffusion_loss, step_generator
-from revprobe.finetune.pretraining.layouts import train_tokenizer, untrained
 from tiny import ROOT, drawn, in_blocks
 
 CONFIG = """
