@@ -77,6 +77,8 @@ SINCE: dict[str, Any] = {
     "switch": None,
     "answers": None,
     "snapshots": {},
+    "variants": {},
+    "overrides": {},
 }
 
 

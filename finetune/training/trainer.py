@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -293,7 +294,10 @@ class ForwardOnlyTrainer(Trainer):
             if self.is_fsdp_enabled or not _has_other_names(folder, whole):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             else:  # saved under the published names, which only its class reads back
-                whole.load_state_dict(type(whole).from_pretrained(folder, dtype=whole.dtype).state_dict())
+                options: dict[str, Any] = {"dtype": whole.dtype, "output_loading_info": True}
+                loaded, found = type(whole).from_pretrained(folder, **options)
+                self._issue_warnings_after_load(SimpleNamespace(**found))
+                whole.load_state_dict(loaded.state_dict())
             step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
         if self.ema is not None:
             self.ema.load(folder / EMA, updates=step)

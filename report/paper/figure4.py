@@ -52,6 +52,7 @@ def pooled(frame: pd.DataFrame) -> pd.DataFrame:
     Seeds whose value is undefined are left out of all four.
     """
     keys = [*_SERIES, "measure", "step"]
+    frame = frame if "variant" in frame else frame.assign(variant="")
     defined = frame[frame["value"].notna()]
     grouped = defined.groupby(keys, sort=False, dropna=False)
     table = grouped["value"].agg(mean="mean", low="min", high="max", seeds="count")

@@ -65,7 +65,7 @@ def table7(matches: pd.DataFrame, split: str = "train") -> pd.DataFrame:
         matches: what `match_frame` gives.
         split: "train", or "heldout" for the floor.
     """
-    chosen = matches[matches["split"] == split]
+    chosen = _of_split(matches, split)
     rows = []
     for (dataset, direction, variant), part in chosen.groupby(CELL, sort=False):
         row = {"trained on": f"{dataset} ({direction}){f', {variant}' if variant else ''}"}
@@ -96,6 +96,12 @@ def cell_text(part: pd.DataFrame) -> str:
     return f"{100 * values.mean():.1f}{spread} {interval} ({len(values)} seeds{lost}, n = {found.n:,}, {facts:,} facts)"
 
 
+def _of_split(matches: pd.DataFrame, split: str) -> pd.DataFrame:
+    """The rows of one side; frames from before there were variants have none."""
+    chosen = matches[matches["split"] == split]
+    return chosen if "variant" in chosen else chosen.assign(variant="")
+
+
 def print_table7(runs: Sequence[FinetuneRun], console: Console) -> None:
     """Both tables in the terminal; nothing where no run has been evaluated."""
     matches = match_frame(runs)
@@ -117,7 +123,7 @@ def table7_figure(matches: pd.DataFrame, split: str = "train", *, theme: str = "
         raise RevprobeError(f"split {split!r}{did_you_mean(split, FACTS)}")
     words = table7(matches, split)
     columns, rows = list(words.columns[1:]), [plain(name) for name in words.get("trained on", [])]
-    values = _means(matches[matches["split"] == split], list(words.columns[1:]))
+    values = _means(_of_split(matches, split), list(words.columns[1:]))
     text = [[plain(cell, limit=None) for cell in line] for line in words[columns].to_numpy().tolist()] if rows else []
     shades = [[0, "#FFFFFF"], [1, FORWARD]]
     cells = go.Heatmap(z=values, x=[plain(name) for name in columns], y=rows, text=text, texttemplate="%{text}")
