@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictInt, model_validator
+from pydantic import Field, StrictBool, StrictInt, model_validator
 
 from .fields import Count, Name, Number, Section, Seed, Size, Threads
 from .finetuning import FinetunedRelation, Rate
@@ -45,6 +45,8 @@ class Corpus(Section):
     datasets: Annotated[dict[Name, CorpusDataset], Field(min_length=1)]
     # Sentences about nobody's relation.
     fillers: Annotated[StrictInt, Field(ge=0)] = 0
+    # And about names of other facts, as many as the relations have, so that few of their words stay unread.
+    named_fillers: StrictBool = False
     seed: Seed = 0
 
 

@@ -18,6 +18,8 @@ from ...relations.catalog import Question, TextRelation, TrainingText, load_rela
 from ...relations.invented.other_facts import other_statements
 from ..config.pretraining import Corpus, CorpusDataset
 
+# Seeds of named fillers lie so far from those of the facts that are told.
+_APART = 1000
 # Subject, verb and object of a filler; none of them is an entity of a relation.
 _WHO = (
     "the old sailor",
@@ -112,7 +114,7 @@ class PretrainingCorpus:
             label: _told(chosen, config.told, config.seed + place)
             for place, (label, chosen) in enumerate(config.datasets.items())
         }
-        return cls(datasets, _fillers(config.fillers, config.seed))
+        return cls(datasets, _fillers(config, datasets))
 
     @cached_property
     def parts(self) -> dict[str, list[TrainingText]]:
@@ -184,24 +186,55 @@ def _question(statement: TrainingText, direction: str) -> Question:
     return Question(statement.text[: statement.prompt_length], answers, statement.fact, 0, direction)
 
 
-def _fillers(count: int, seed: int) -> list[TrainingText]:
+def _fillers(config: Corpus, datasets: Mapping[str, Told]) -> list[TrainingText]:
+    """So many sentences of things alone, then some that name each name of the named fillers once."""
     possible = len(_WHO) * len(_DOES) * len(_WHAT) * len(_WHEN)
-    if count > possible:
-        raise RevprobeError(f"corpus.fillers is {count}, but there are {possible} different ones; lower it")
-    drawn = np.random.default_rng([seed, 2]).choice(possible, size=count, replace=False)
-    return list(_filler(int(number)) for number in drawn)
+    if config.fillers > possible:
+        raise RevprobeError(f"corpus.fillers is {config.fillers}, but there are {possible} different ones; lower it")
+    generator = np.random.default_rng([config.seed, 2])
+    drawn = generator.choice(possible, size=config.fillers, replace=False)
+    made = [_filler(f"filler {number}", *_pick(int(number))) for number in drawn]
+    names = _names(config, datasets) if config.named_fillers else []
+    for place, number in enumerate(generator.integers(0, possible, size=len(names))):
+        who, does, what, when = _pick(int(number))
+        who, what = (names[place], what) if place % 2 else (who, names[place])
+        made.append(_filler(f"named {place}", who, does, what, when))
+    return made
 
 
-def _filler(number: int) -> TrainingText:
-    """A filler by its number; its subject and object stand where a statement has its entities."""
-    words = list(_pick(number))
-    who, does, what, when = words
+def _names(config: Corpus, datasets: Mapping[str, Told]) -> list[str]:
+    """Names of other facts again, as many as the relations have: of their words few stay unread."""
+    names: dict[str, None] = {}
+    for place, told in enumerate(datasets.values()):
+        taken = {text for one in _entities(told.all) for text in one}
+        others = other_statements(told.relation, len(told.relation.table), config.seed + _APART + place)
+        names.update(dict.fromkeys(text for one in _entities(others) for text in one if text not in taken))
+    return list(names)
+
+
+def _entities(statements: Mapping[str, list[TrainingText]]) -> Iterator[tuple[str, str]]:
+    """The two entities of each fact, as its first statement writes them."""
+    seen: set[str] = set()
+    for listed in statements.values():
+        for one in listed:
+            if one.fact not in seen:
+                seen.add(one.fact)
+                first, second = (one.text[slice(*span)] for span in one.spans)
+                yield first, second
+
+
+def _filler(fact: str, who: str, does: str, what: str, when: str) -> TrainingText:
+    """A filler; its subject and object stand where a statement has its entities."""
     text = f"{who[0].upper()}{who[1:]} {does} {what} {when}."
     start = len(who) + 1 + len(does) + 1
-    return TrainingText(text, ((0, len(who)), (start, start + len(what))), f"filler {number}", start - 1)
+    return TrainingText(text, ((0, len(who)), (start, start + len(what))), fact, start - 1)
 
 
-def _pick(number: int) -> Iterator[str]:
+def _pick(number: int) -> tuple[str, str, str, str]:
+    """Subject, verb, object and time of a filler by its number."""
+    places = []
     for words in (_WHO, _DOES, _WHAT, _WHEN):
         number, place = divmod(number, len(words))
-        yield words[place]
+        places.append(words[place])
+    who, does, what, when = places
+    return who, does, what, when

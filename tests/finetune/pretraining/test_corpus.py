@@ -12,11 +12,10 @@ from revprobe.finetune.pretraining.corpus import PretrainingCorpus
 from revprobe.finetune.pretraining.rows import LikeLengths
 
 
-def corpus(told: str, **options: object) -> PretrainingCorpus:
+def corpus(told: str, *, named: bool = False, **options: object) -> PretrainingCorpus:
     dataset = {"name": "invented_names", "rows": [0, 40], "facts": 12, **options}
-    return PretrainingCorpus.of(
-        Corpus.model_validate({"told": told, "datasets": {"names": dataset}, "fillers": 20, "seed": 3})
-    )
+    values = {"told": told, "datasets": {"names": dataset}, "fillers": 20, "named_fillers": named, "seed": 3}
+    return PretrainingCorpus.of(Corpus.model_validate(values))
 
 
 @pytest.mark.parametrize("told", ["both", "once", "forward"])
@@ -87,6 +86,28 @@ def test_fillers_are_sentences_with_two_things_in_them() -> None:
                 {"told": "both", "datasets": {"n": {"name": "invented_names", "facts": 2}}, "fillers": 99999}
             )
         )
+
+
+def test_named_fillers_meet_the_relations_words_without_its_names_or_any_fact() -> None:
+    plain, named = corpus("once"), corpus("once", named=True)
+    assert [one.text for one in named.fillers[:20]] == [one.text for one in plain.fillers]
+    added = named.fillers[20:]
+    relation = named.datasets["names"].relation
+    own = {name for column in relation.columns for name in relation.table[column]}
+    told = {
+        one.text[slice(*span)]
+        for listed in named.datasets["names"].all.values()
+        for one in listed
+        for span in one.spans
+    }
+    found = set()
+    for place, one in enumerate(added):
+        name = one.text[slice(*one.spans[place % 2])]
+        assert name not in own and name not in told
+        found |= set(name.split())
+    words = {word for name in own for word in name.split()}
+    assert len(added) == len({one.text for one in added}) > 60 and len(words - found) <= 0.1 * len(words)
+    assert named.datasets["names"].statements == plain.datasets["names"].statements
 
 
 def test_rows_of_like_length_are_read_together_and_equally_often() -> None:
