@@ -102,7 +102,7 @@ def test_named_fillers_meet_the_relations_words_without_its_names_or_any_fact() 
     }
     found = set()
     for place, one in enumerate(added):
-        name = one.text[slice(*one.spans[place % 2])]
+        name = one.text[slice(*one.spans[1 - place % 2])]
         assert name not in own and name not in told
         found |= set(name.split())
     words = {word for name in own for word in name.split()}
