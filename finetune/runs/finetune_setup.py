@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 
 from ...errors import RevprobeError
 from ...models.checkpoints import step_of
@@ -240,41 +240,14 @@ def build_finetuning(
     Args:
         checkpoint: where training will go on from; its readings are there and not taken again.
     """
-    training, objective = config.training, config.objective
-    if training.report_to != "none" and find_spec(training.report_to) is None:
-        raise RevprobeError(
-            f"training.report_to is {training.report_to!r}, which is not installed; `pip install "
-            f"{training.report_to}`, or none"
-        )
-    checkpointing: dict[str, Any] = {}
-    if training.gradient_checkpointing:
-        # A frozen embedding's output needs no gradient: the reentrant kind would drop every gradient behind it.
-        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    arguments = training_arguments(
-        folder,
-        steps=prepared.steps,
-        device=training.device,
-        schedule=training.schedule,
-        min_learning_rate=training.min_learning_rate,
-        adam_beta2=training.adam_beta2,
-        per_device_train_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation,
-        learning_rate=training.learning_rate,
-        warmup_steps=training.warmup_steps,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.gradient_clipping,
-        bf16=training.bf16,
-        **checkpointing,
-        seed=training.seed,
-        report_to=training.report_to,
-        run_name=config.name,
-    )
+    objective = config.objective
+    arguments = _arguments(config, folder, prepared.steps)
     # A step has the config's rows, however many processes take them.
-    arguments.per_device_train_batch_size = ProcessGroup.of(arguments).per_process(training.batch_size)
+    arguments.per_device_train_batch_size = ProcessGroup.of(arguments).per_process(config.training.batch_size)
     lowest, highest = objective.rates or (objective.eps, 1.0)
-    set_seed(training.seed)
+    set_seed(config.training.seed)
     trainer = ForwardOnlyTrainer(
-        model=add_lora(prepared.model, config.lora, checkpointing=training.gradient_checkpointing),
+        model=add_lora(prepared.model, config.lora, checkpointing=config.training.gradient_checkpointing),
         args=arguments,
         train_dataset=prepared.rows,
         data_collator=PadRows(padding_id(prepared.model.tokenizer)),
@@ -294,6 +267,39 @@ def build_finetuning(
     if config.snapshots.during_training:
         _add_probes(trainer, config, folder, prepared, checkpoint)
     return trainer
+
+
+def _arguments(config: FinetuneConfig, folder: Path, steps: int) -> TrainingArguments:
+    """The Trainer's arguments. Raises: RevprobeError, for a tracker that is not installed."""
+    training = config.training
+    if training.report_to != "none" and find_spec(training.report_to) is None:
+        raise RevprobeError(
+            f"training.report_to is {training.report_to!r}, which is not installed; `pip install "
+            f"{training.report_to}`, or none"
+        )
+    checkpointing: dict[str, Any] = {}
+    if training.gradient_checkpointing:
+        # A frozen embedding's output needs no gradient: the reentrant kind would drop every gradient behind it.
+        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    return training_arguments(
+        folder,
+        steps=steps,
+        device=training.device,
+        schedule=training.schedule,
+        min_learning_rate=training.min_learning_rate,
+        adam_beta2=training.adam_beta2,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        learning_rate=training.learning_rate,
+        warmup_steps=training.warmup_steps,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.gradient_clipping,
+        bf16=training.bf16,
+        **checkpointing,
+        seed=training.seed,
+        report_to=training.report_to,
+        run_name=config.name,
+    )
 
 
 def _add_probes(

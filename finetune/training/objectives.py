@@ -178,24 +178,21 @@ def masked_diffusion_loss(
     Args:
         maskable: `batch seq` (bool), what may be masked; L counts these tokens alone. The response of each row gives
             LLaDA's supervised objective (Nie et al. 2025, Sec. 2.3). None: every token.
-        leader: as in `draw_masks`, for masking an entity's tokens together.
         logit_shift: position i is predicted at row i - logit_shift (1 for Dream). The first `logit_shift` positions
             have no such row: they are never masked and do not count.
-        rates, masks, eps, highest: as in `draw_masks`; masks may also be "span", one span a row, see `draw_spans`.
+        leader, rates, masks, eps, highest: as in `draw_masks`; masks may also be "span", see `draw_spans`.
         per: "token" divides a row's sum by L, "sequence" does not.
-        weigh: from the clean ids, what is masked and the divisors (`batch seq, batch seq (bool), batch`), the weight of
-            each term.
+        weigh: from the clean ids, what is masked and the divisors, the weight of each term.
         block_size: of a model that writes in blocks: a noised copy is priced beside the clean one, each block at a rate
             of its own, see `block_diffusion`; only with "independent" rates and no `weigh`. None: the whole text.
-    Raises: RevprobeError, for ids that are not a `batch seq` table, for a mask token among the clean ids, and for a
-        row in which nothing can be masked.
+    Raises: RevprobeError, for ids that are no `batch seq` table or hold the mask token, and a row with nothing to mask.
     """
     _require_table(token_ids)
     if bool((token_ids == mask_token_id).any()):
         raise RevprobeError(
             f"the training ids contain the mask token {mask_token_id}; pass clean sequences, masks are drawn here"
         )
-    shape = (token_ids.shape[0], token_ids.shape[1])
+    shape = token_ids.shape[0], token_ids.shape[1]
     drawing: dict[str, Any] = {"generator": generator, "eps": eps, "highest": highest, "leader": leader}
     counted = _counted(token_ids, attention_mask, maskable, logit_shift)
     if block_size is not None:

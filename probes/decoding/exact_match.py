@@ -59,8 +59,8 @@ def decoded_match(
 
     Questions weigh equally, so a fact with two templates counts twice. The interval is Clopper-Pearson at the effective
     number of questions: none of 20 facts means "below 17 %", not exactly 0, however many questions each has. The
-    control asks whether the decoding matches the answers of a fact it does not share an answer with (of the same
-    direction and template): the rate at which a model that only knows what answers look like would be right.
+    control matches the decoding with the answers of a fact that shares none with its own (of the same direction and
+    template): how often a model that only knows what answers look like is right.
 
     A masked model fills a fixed number of positions. `answer_length="longest"` gives every question the same, the
     longest answer's tokens and one for the end token (where the tokenizer has one), or `max_new_tokens`; a model that
@@ -71,7 +71,7 @@ def decoded_match(
     Args:
         questions: see `Asked`; each with at least one answer.
         steps, block_length, algorithm: masked models only; see `decode`.
-        control: also match against shuffled answers; `seed` is that of the shuffling.
+        control: also match against shuffled answers, by `seed`.
         answers: an `AnswerBook` of these questions and maybe of others; made here when None.
 
     Frame: question, fact, kind, direction, template, prompt, answers (a JSON list), decoded, match (1 or 0; NaN when no
@@ -85,10 +85,7 @@ def decoded_match(
     how = decoding_settings(model, steps=steps, block_length=block_length, algorithm=algorithm)
     stop = require_stops(stop)
     require_questions(questions)
-    if answer_length not in ANSWER_LENGTHS:
-        raise RevprobeError(f"unknown answer_length {answer_length!r}{did_you_mean(answer_length, ANSWER_LENGTHS)}")
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise RevprobeError(f"max_new_tokens {max_new_tokens!r}: expected at least 1 token")
+    _require_lengths(answer_length, max_new_tokens)
     book, oracle = answers or AnswerBook(model, questions), answer_length == "oracle"
     scorer = _Scorer(model, questions, book, max_new_tokens, oracle, control, seed)
     asks = scorer.asks()
@@ -96,11 +93,18 @@ def decoded_match(
     tokens = decode_tokens(model, prompts, lengths, how, batch_size=batch_size, progress=progress)
     decoded = {ask: answer_text(model, row, stop) for ask, row in zip(asks, tokens, strict=True)}
     frame, meta = scorer.frame(decoded), described(model, questions, control=control, seed=seed)
-    order = {"order": "greedy, left to right"} if how is None else {"order": "unmasking", **how.describe()}
-    meta["decoding"] = order | {"stop": list(stop), "answer_length": answer_length, "max_new_tokens": max(lengths)}
+    meta["decoding"] = {"order": "greedy, left to right"} if how is None else {"order": "unmasking", **how.describe()}
+    meta["decoding"] |= {"stop": list(stop), "answer_length": answer_length, "max_new_tokens": max(lengths)}
     meta["errors"] = {error: int((frame["error"] == error).sum()) for error in ERRORS}
     meta["statistic"] = Reading("decoded_match", frame, meta).measured.statistic
     return Reading("decoded_match", frame, meta)
+
+
+def _require_lengths(answer_length: str, max_new_tokens: int | None) -> None:
+    if answer_length not in ANSWER_LENGTHS:
+        raise RevprobeError(f"unknown answer_length {answer_length!r}{did_you_mean(answer_length, ANSWER_LENGTHS)}")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise RevprobeError(f"max_new_tokens {max_new_tokens!r}: expected at least 1 token")
 
 
 class _Scorer:

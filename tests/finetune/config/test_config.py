@@ -223,7 +223,8 @@ def test_a_wrong_variant_says_so_in_one_line(variant: str, words: str) -> None:
 
 def test_the_examples_are_the_sweeps_the_documentation_promises() -> None:
     """Found by name from wherever the package lies; nothing but the axes differs between runs."""
-    finetunings = ["finetune-tiny", "llada-8b-parent-child", "table7"]
+    finetunings = ["finetune-tiny", "llada-8b-parent-child", "table7", "smdm-reversal", "differ"]
+    finetunings += ["causal-all-tokens", "causal-completion-only"]
     one_layer = ["negative-evidence", "one-layer", "one-layer-published", "one-layer-quick", "pressure", "robustness"]
     assert example_names() == sorted([*finetunings, *one_layer])
     quick = load_config("one-layer-quick", SweepConfig)

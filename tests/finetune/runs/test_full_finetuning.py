@@ -1,18 +1,20 @@
 """All weights trained, without an adapter: checkpoints are whole models that load, resume and probe like any other."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, Trainer
 
 import revprobe as rp
 from revprobe import RevprobeError
 from revprobe.finetune.config.finetuning import FinetuneConfig
-from revprobe.finetune.config.loading import parse_config
+from revprobe.finetune.config.loading import load_config, parse_config
 from revprobe.finetune.memory.from_config import plan_finetuning
 from revprobe.finetune.runs.finetuning import FinetuneRun, fine_tune
+from revprobe.finetune.training.arguments import training_arguments
 from revprobe.finetune.training.trainer import ForwardOnlyTrainer
 
 CONFIG = """
@@ -90,3 +92,32 @@ def test_the_memory_plan_counts_all_weights_as_trained() -> None:
     frame = full.to_frame()
     assert frame.loc["adapters", "training"] == 0
     assert frame.loc["AdamW's two moments", "training"] == 2 * 4 * full.parameters
+
+
+def test_the_recipes_are_what_their_sources_say() -> None:
+    """SMDM's learning rate, step by step, against its own formula; and two causal configs that differ in one key."""
+    smdm = load_config("smdm-reversal", FinetuneConfig)
+    assert (smdm.lora, smdm.training.batch_size, smdm.training.weight_decay) == (None, 64, 0.1)
+    training = smdm.training
+    steps = 562
+    arguments = training_arguments(
+        Path("."), steps=steps, schedule="cosine", min_learning_rate=training.min_learning_rate,
+        learning_rate=training.learning_rate, warmup_steps=training.warmup_steps,
+    )  # fmt: skip
+    trainer = Trainer(model=torch.nn.Linear(1, 1), args=arguments)
+    trainer.create_optimizer_and_scheduler(steps)
+    for step in range(steps):
+        if step < 200:
+            expected = 2e-4 * step / 200
+        else:
+            expected = 2e-5 + 0.5 * (1 + math.cos(math.pi * (step - 200) / (steps - 200))) * (2e-4 - 2e-5)
+        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-6, abs=1e-12), step
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    names = ("causal-completion-only", "causal-all-tokens")
+    only, every = (load_config(name, FinetuneConfig).model_dump() for name in names)
+    assert only.pop("objective") == every.pop("objective") | {"scope": "response_only"}
+    only.pop("name"), every.pop("name")
+    assert only == every
+    differ = load_config("differ", FinetuneConfig)
+    assert (differ.training.epochs, differ.training.learning_rate) == (50, 1e-5) and differ.objective.whole_entity
