@@ -105,6 +105,8 @@ class ForwardOnlyTrainer(Trainer):
 
     # The loss is a mean over its batch, so the Trainer divides it by the accumulation steps.
     loss_is_scaled_for_ga = False
+    # Floating-point operations, as the Trainer counts them.
+    _per_token: int | None = None
 
     def __init__(
         self,
@@ -209,6 +211,13 @@ class ForwardOnlyTrainer(Trainer):
         self._taken = (self._taken[0], int(dropped.sum()), float((dropped.sum(1) / divisors).sum()))
         weights = torch.ones(dropped.shape).masked_fill(dropped, self.negatives.weight)
         return weights.to(token_ids.device)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        # The Trainer counts the parameters at every step, which takes a small model 6 % of its time.
+        tokens = inputs["input_ids"].numel()
+        if self._per_token is None:
+            self._per_token = super().floating_point_ops(inputs) // tokens
+        return self._per_token * tokens
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # Reached once a step, with the norm before the clip; where nothing is clipped it is worked out here.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Trainer
 
 from revprobe import ProbedModel, RevprobeError
 from revprobe.finetune.config.finetuning import FinetuneConfig, TinyModel
@@ -255,6 +255,8 @@ def test_a_runs_loss_under_a_dial(tmp_path: Path, dial: str) -> None:
     assert module is not None
     batch = PadRows(prepared.model.tokenizer.pad_token_id)(rows)
     loss = trainer.compute_loss(module, dict(batch)).item()
+    for part in (batch, {key: table[:5] for key, table in batch.items()}):
+        assert trainer.floating_point_ops(part) == Trainer.floating_point_ops(trainer, part) > 0
     shape = tuple(batch["input_ids"].shape)
     generator = step_generator(3, 0)
     rate, masked = draw_masks(shape, generator=generator, eps=0.4, highest=0.6, leader=batch["leader"])  # type: ignore[arg-type]
