@@ -54,9 +54,10 @@ docs: $(DOCS_SETUP)  ## the guide and the reference, into site/
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	@echo "==> site/index.html; with search: $(VENV)/bin/python -m http.server -d site"
 
-build: $(TEST_SETUP)  ## sdist and wheel, into dist/
+build: $(TEST_SETUP)  ## sdist and wheel, into dist/, as an index would take them
 	rm -rf build dist
 	$(PY) -m build --no-isolation
+	$(PY) -m twine check --strict dist/*
 
 clean:  ## remove builds and caches; .venv and runs/ stay
 	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

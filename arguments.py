@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from .errors import RevprobeError, shown
+from .errors import RevprobeError, UnknownArgument, did_you_mean, shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,9 +61,10 @@ _MISFIT = object()  # what `_fitted` gives for a value that is none of the kind
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, its arguments held to their annotations; Python's own TypeError where the signature is not met.
+    """The function, its arguments held to their annotations; Python's own TypeError where one is missing.
 
-    Raises: RevprobeError, naming the first argument that does not fit, what was expected, and a fix.
+    Raises: RevprobeError, naming the first argument that does not fit, what was expected, and a fix; where no argument
+        has that name a TypeError as well, with the nearest name.
     """
     signature = inspect.signature(function)
     kinds: dict[str, Any] = {}
@@ -73,6 +74,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError:
+            _require_known(function.__qualname__, signature, kwargs)
             return function(*args, **kwargs)  # in Python's words, which name the function
         if not kinds:  # not when the function is defined: what it names may be defined below it
             kinds.update(_kinds(function))
@@ -83,6 +85,14 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         return function(*bound.args, **bound.kwargs)
 
     return call
+
+
+def _require_known(name: str, signature: inspect.Signature, given: Mapping[str, Any]) -> None:
+    known = [one.name for one in signature.parameters.values() if one.kind is not inspect.Parameter.POSITIONAL_ONLY]
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in signature.parameters.values()):
+        return
+    for unknown in (one for one in given if one not in known):
+        raise UnknownArgument(f"{name}() got an unexpected keyword argument {unknown!r}{did_you_mean(unknown, known)}")
 
 
 def checked_fields(kind: type[T]) -> type[T]:
@@ -282,6 +292,8 @@ def _words(kind: Any, name: str, many: bool = False) -> str:
         return " or ".join(dict.fromkeys(_words(part, name, many) for part in parts))
     if origin is Literal:
         return " or ".join(map(repr, parts))
+    if origin is tuple and parts and Ellipsis not in parts:
+        return f"({', '.join(_words(part, name) for part in parts)})"
     if origin in _LISTS:
         inner = next((part for part in parts if part is not Ellipsis), Any)
         return "a list" if inner is Any else f"a list of {_words(inner, name, many=True)}"

@@ -26,6 +26,10 @@ class RevprobeError(ValueError):
         super().__init__(kept, *further)
 
 
+class UnknownArgument(RevprobeError, TypeError):
+    """A function was called with a keyword that it does not have."""
+
+
 def shown(value: Any) -> str:
     """A value as an error shows it: on one line and shortened; a table, tensor or model by its kind alone.
 

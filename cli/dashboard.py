@@ -23,7 +23,7 @@ def dashboard(
         import dash  # noqa: F401  # the extra; what follows imports it
     except ImportError:
         raise RevprobeError(
-            "the dashboard needs dash, which is not installed; run `pip install 'revprobe[dashboard]'`"
+            "the dashboard needs dash, which is not installed; run `pip install '.[dashboard]'`"
         ) from None
     import logging
 

@@ -54,7 +54,7 @@ def probe(
     from ..finetune.training.probe_callback import take_readings
     from ..models.registry import load_model
     from ..probes.fused import require_probes
-    from ..report.summary.terminal import controls_table, make_console, read_as, readings_table
+    from ..report.summary.terminal import controls_table, make_console, print_readings, read_as
 
     names = require_probes(listed(probes))
     if not names:
@@ -72,7 +72,7 @@ def probe(
     console = make_console()
     with shown_probes(names, console) as listener:
         readings = take_readings(probed, asked, listener=listener, **options)
-    console.print(readings_table(readings, f"{probed.name} ({read_as(readings)}), {pairs}"))
+    print_readings(readings, f"{probed.name} ({read_as(readings)}), {pairs}", console)
     if against:
         console.print(controls_table(readings, "controls"))
     if out is not None:

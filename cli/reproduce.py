@@ -10,12 +10,26 @@ import typer
 from ..errors import RevprobeError
 
 if TYPE_CHECKING:
+    import pandas as pd
     from rich.console import Console
 
 reproduce = typer.Typer(
     no_args_is_help=True,
     help="The paper's tables, cell by cell: its value, ours with its spread over seeds, and the difference.",
 )
+
+
+def theory_cells(cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells of the theory's tables as text for 80 columns: an error where there is one, no difference of -0."""
+    from ..probes.theory.tables import MINIMUM
+
+    numbers = zip(cells["ours"], cells["standard_error"], strict=True)
+    ours = [f"{value:.3f}±{error:.3f}" if error else f"{value:.4f}" for value, error in numbers]
+    apart = [f"{round(value, 4) + 0.0:.4f}" for value in cells["difference"]]  # -0.0 + 0.0 is 0.0
+    verdict = cells["within"].map({True: "within", False: "OUTSIDE"})
+    about = cells[["table", "row", "column"]].replace({"row": {MINIMUM: "minimum"}})
+    about["column"] = about["column"].str.replace("tau", "τ").str.replace(" = ", "=")
+    return about.assign(paper=cells["paper"].map("{:.3f}".format), ours=ours, difference=apart, verdict=verdict)
 
 
 @reproduce.command(epilog="Example: [bold]revprobe reproduce theory --out runs/theory[/bold]")
@@ -31,9 +45,8 @@ def theory(
 
     cells = theory_tables()
     written = write_reproduction(out, {"theory": cells}, theory_markdown(cells), "The paper's theory, cell by cell")
-    shown = cells.drop(columns="note").assign(within=cells["within"].map({True: "within", False: "OUTSIDE"}))
     console = make_console()
-    console.print(text_table(shown.round(4), "Tables 3, 4 and 5"))
+    console.print(text_table(theory_cells(cells), "Tables 3, 4 and 5 (printed to 3 digits; ±: over random queries)"))
     for note in cells.loc[~cells["within"].astype(bool), ["table", "column", "note"]].itertuples():
         console.print(f"Table {note.table}, {note.column}: {note.note}", soft_wrap=True)
     console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)

@@ -9,6 +9,7 @@ is "masked" and must not when it is "causal".
 from __future__ import annotations
 
 import copy
+import html
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -251,10 +252,24 @@ class ProbedModel(CalledModule):
         where = "".join(
             f", {key}={value}" for key, value in (("step", self.step), ("weights", self.weights)) if value is not None
         )
+        tokens = "no tokenizer" if self.tokenizer is None else f"tokenizer {type(self.tokenizer).__name__}"
         return (
             f"ProbedModel({self.name}, {self.objective}{self.reads and f' ({self.reads})'}, "
-            f"logit_shift={self.logit_shift}, {size:,} parameters{where})"
+            f"logit_shift={self.logit_shift}, {self._shape()}{size:,} parameters, {tokens}{where})"
         )
+
+    def _shape(self) -> str:
+        """Layers x heads as the config has them, without running the model; empty where it does not say."""
+        config = getattr(self.module, "config", None)
+        names = (("num_hidden_layers", "n_layers"), ("num_attention_heads", "n_heads"))
+        layers, heads = (next((getattr(config, n) for n in some if hasattr(config, n)), None) for some in names)
+        known = isinstance(layers, int) and isinstance(heads, int)
+        return f"{layers} layers x {heads} heads, " if known else ""
+
+    def _repr_html_(self) -> str:
+        name, _, rest = repr(self).removeprefix("ProbedModel(").removesuffix(")").partition(", ")
+        told = "".join(f"<tr><td>{html.escape(one)}</td></tr>" for one in rest.split(", "))
+        return f"<table><tr><th>{html.escape(name)}</th></tr>{told}</table>"
 
     @property
     def reads(self) -> str:

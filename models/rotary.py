@@ -36,6 +36,10 @@ WITHIN = {TURNS: (1e-4, 4.0), STILL: (1e-5, 1.0)}
 NO_ATTENTION = "no scaled_dot_product_attention call was seen"
 BRIDGED = "a TransformerLens bridge makes none; ask the model it was made from"
 UNSEEN = "load with attn_implementation='sdpa'"
+BY_HAND = (
+    "its attention multiplies queries and keys itself, where nothing shows them turned; scores and weights are read "
+    "all the same (probe_attention_correlation)"
+)
 ALL_ZERO = "every query is zero, so nothing shows how position reaches them"
 UNCHECKED = "queries of equal tokens differ by more than a rotation: position reaches them another way"
 POSITION_TABLE = "the model has a table of positions ({name}), so equal queries do not show that none reaches them"
@@ -174,9 +178,15 @@ def seen_positions(model: ProbedModel, *, length: int | None = None) -> dict[int
     """`layer_positions` of a model in which some attention is seen. Raises: RevprobeError, when none is."""
     found = layer_positions(model, length=length)
     if not found:
-        bridge = any(name.endswith(".hook_attn_scores") for name, _ in model.module.named_modules())
-        raise RevprobeError(f"{model.name}: {NO_ATTENTION}; {BRIDGED if bridge else UNSEEN}")
+        raise RevprobeError(f"{model.name}: {NO_ATTENTION}; {_why_unseen(model.module)}")
     return found
+
+
+def _why_unseen(module: nn.Module) -> str:
+    """What a user can do where no call was seen: a class of transformers says itself whether it can make one."""
+    if any(name.endswith(".hook_attn_scores") for name, _ in module.named_modules()):
+        return BRIDGED
+    return UNSEEN if any(getattr(part, "_supports_sdpa", False) for part in module.modules()) else BY_HAND
 
 
 def _doubted(module: nn.Module, found: dict[int, LayerPositions]) -> dict[int, LayerPositions]:

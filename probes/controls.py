@@ -31,6 +31,7 @@ CONTROLLED = ("attention", "gradient")  # the probes that have them, by their sh
 NOT_ATTENDED = "a gradient is of parameters and attends to no position"
 NUMBERS = ("model", "value", "low", "high", "n", "facts", "difference", "difference_low", "difference_high")
 OTHER_KIND = "asked with pairs of kind {}, so without a difference"
+ON_THE_SAME = "difference: over the {:,} of {:,} pairs ({:,} facts) that have a part in both"
 NONE_SHARED = "of no fact that the reading has a number of, so without a difference"
 
 Parent = ProbedModel | nn.Module | tuple[ProbedModel | nn.Module, ReversalPairs]
@@ -122,9 +123,11 @@ def _row(name: str, reading: Reading, reader: Reader, part: Part) -> dict[str, A
     if other.meta["kind"] != reading.meta["kind"]:
         return row | {"reason": "; ".join([*said, OTHER_KIND.format(other.meta["kind"])])}
     sides = (side_of(reading.name, one.frame) for one in (reading, other))
-    found = measured_difference(*sides, seed=reading.seed, control=False)
+    found = measured_difference(*sides, seed=reading.seed, control=False, same_pairs=name != PARENT)
     apart = found.estimate
     row |= {"difference": apart.value, "difference_low": apart.low, "difference_high": apart.high}
+    if 0 < apart.n < reading.n:
+        said.append(ON_THE_SAME.format(apart.n, reading.n, apart.facts))
     said += [f"difference: {found.caution}"] if found.caution else []
     said += [NONE_SHARED] if not apart.facts and other.n and reading.n else []
     return row | {"reason": "; ".join([*said, *(f"difference: {why}" for why in found.undefined)])}

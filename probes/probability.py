@@ -11,6 +11,7 @@ from torch import nn
 from ..arguments import checked
 from ..models.probed import ProbedModel, as_probed
 from .pairs.pairs import ReversalPairs
+from .passes.likelihood import no_partner
 from .passes.plan import PassResult, Plan, Progress
 from .passes.run import describe, run_pass
 from .readings.draw_error import with_draw_error
@@ -70,6 +71,9 @@ def probability_reading(model: ProbedModel, result: PassResult, plan: Plan) -> R
         unseen, beside = (reason != "" for reason in reasons.values())
         value, rank = (np.where(unseen, np.nan, numbers) for numbers in (value, rank))
         control_value = np.where(unseen | beside, np.nan, control_value)
+        if plan.control:
+            why = no_partner(pairs, model.logit_shift, partner, seed=plan.seed)
+            reasons["reason_control"] = np.where(unseen | beside, reasons["reason_control"], why)
         columns = {
             "pair": np.arange(len(index)),
             "fact": pairs.facts.astype(str),
@@ -81,7 +85,7 @@ def probability_reading(model: ProbedModel, result: PassResult, plan: Plan) -> R
             "argmax_match": np.where(np.isnan(rank), np.nan, rank == 1) if blocks else rank == 1,
             "probability_control": np.exp(control_value),
             "argmax_match_control": np.where(np.isnan(control_value), np.nan, control_rank == 1),
-            **(reasons if blocks else {"reason": ""}),
+            **reasons,
             **pairs.flags,
         }
         frames.append(pd.DataFrame(columns))

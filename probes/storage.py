@@ -23,11 +23,10 @@ from .passes.plan import PassResult, Plan, Progress
 from .passes.run import describe
 from .passes.selection import chosen_of, listed
 from .readings.reading import Reading
-from .statistics.estimators import LATER_BLOCK, LATER_BLOCK_CONTROL, NO_PARTNER
+from .statistics.estimators import LATER_BLOCK, LATER_BLOCK_CONTROL, NO_LIKE_TARGET, NO_PARTNER
 from .statistics.resampling import derangement, kin
 
 DIFFERENT_TOKENS = "different tokens in the two directions"
-NO_LIKE_TARGET = "no other fact in the group has another target of as many tokens, for the control"
 NO_OTHER_TARGET = "no other target of as many tokens, for margin and rank"
 
 Target = tuple[int, ...]

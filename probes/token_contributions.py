@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from ..arguments import checked
 from ..errors import RevprobeError
 from ..hooks.untouched import untouched
 from ..models.probed import ProbedModel, as_probed
+from .pairs.display import token_texts
 from .pairs.pairs import ReversalPairs
 from .pairs.query import Query, ReversalPair
 from .passes.asked import require_same_tokens
@@ -24,9 +26,10 @@ def token_contributions(model: ProbedModel | nn.Module, question: ReversalPair |
     """What every visible position adds to the target's logit, through every head: one row per position and head.
 
     Columns: direction ("forward" and "reverse" of a pair, "query" of a single query); row (the readout row), target
-    (the token asked for there); position, token (its id as the model is shown it: a target is the mask token); layer,
-    head; weight (a_ij, the attention of the row on the position), stored (S[v, x_j] of that head, logits), contribution
-    (logits, to the logit of that row's target).
+    (the token asked for there); position, token (its id as the model is shown it: a target is the mask token); text,
+    target_text (both tokens in letters, a blank as `␣`; the ids without a tokenizer); layer, head; weight (a_ij, the
+    attention of the row on the position), stored (S[v, x_j] of that head, logits), contribution (logits, to the logit
+    of that row's target).
 
     The contribution is a_ij S[v, x_j] plus what the position's value is made of besides its token: position vectors,
     norms' centring and biases, and, beyond the first layer, what earlier layers wrote there. In a model that has none
@@ -58,6 +61,7 @@ def token_contributions(model: ProbedModel | nn.Module, question: ReversalPair |
 def _of_query(model: ProbedModel, query: Query) -> pd.DataFrame:
     batch, tables = make_batch(model, [query]), []
     rows, targets, shown = batch.rows[0].cpu(), batch.targets[0].cpu(), batch.input_ids[0].cpu()
+    texts = [np.array(token_texts(ids.tolist(), model.tokenizer), dtype=object) for ids in (shown, targets)]
     for call, shares in LinearizedBatch.run(model, batch).by_position():
         weight = call.weight[0].double()  # head row position
         whole = torch.stack(list(shares.values())).sum(0)[0] * weight
@@ -65,6 +69,7 @@ def _of_query(model: ProbedModel, query: Query) -> pd.DataFrame:
         at = lambda values: values.cpu()[head, row, position].numpy()  # noqa: B023, E731
         columns: dict[str, Any] = {"row": rows[row].numpy(), "target": targets[row].numpy()}
         columns |= {"position": position.numpy(), "token": shown[position].numpy()}
+        columns |= {"text": texts[0][position.numpy()], "target_text": texts[1][row.numpy()]}
         columns |= {"layer": call.layer, "head": call.first_head + head.numpy(), "weight": at(weight)}
         tables.append(pd.DataFrame(columns | {"stored": at(shares["token"][0]), "contribution": at(whole)}))
     return pd.concat(tables, ignore_index=True)

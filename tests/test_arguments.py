@@ -278,6 +278,17 @@ def test_pythons_own_words_stand_where_the_signature_is_not_met() -> None:
         ask(3, seed=-1)
 
 
+def test_a_misspelt_argument_names_the_nearest_and_a_pair_of_things_is_shown_as_one() -> None:
+    pairs = rp.letter_pairs(5, model=radd())
+    for given, nearest in ({"controls": "twin"}, "control"), ({"batchsize": 4}, "batch_size"):
+        with pytest.raises(rp.RevprobeError, match=f"unexpected keyword argument .*; the closest is '{nearest}'"):
+            rp.probe_reverse_probability(radd(), pairs, **given)  # type: ignore[arg-type]
+    with pytest.raises(
+        rp.RevprobeError, match=r"expected a ProbedModel or a Module or \(a ProbedModel or a Module, ReversalPairs\)"
+    ):
+        rp.probe_attention_correlation(radd(), pairs, controls="parent", parent=5)  # type: ignore[arg-type]
+
+
 def test_an_error_is_one_line_of_readable_length_and_keeps_its_fix() -> None:
     error = rp.RevprobeError("a\nb " + "x" * 10_000 + "; do this")
     assert "\n" not in str(error) and len(str(error)) < LONGEST and str(error).endswith("; do this")

@@ -12,7 +12,7 @@ from ...errors import did_you_mean, nearest
 
 
 def explain(error: ValidationError, kind: type[BaseModel], source: str) -> str:
-    """One line about the first problem of a config, and how many more there are.
+    """One line about every problem of a config, numbered where there are several.
 
     Args:
         kind: the model that was validated against; its fields are the valid keys.
@@ -21,19 +21,22 @@ def explain(error: ValidationError, kind: type[BaseModel], source: str) -> str:
     problems = error.errors(include_url=False)
     # A mistyped key is the cause of a "missing" one: name it first.
     problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
-    first: dict[str, Any] = dict(problems[0])
+    said = [_said(dict(problem), kind) for problem in problems]
+    if len(said) == 1:
+        return f"{source}: {said[0]}"
+    return f"{source}: {len(said)} problems: " + "; ".join(f"({n}) {one}" for n, one in enumerate(said, start=1))
+
+
+def _said(first: dict[str, Any], kind: type[BaseModel]) -> str:
     place = tuple(first["loc"])
     key, message = dotted(place), str(first["msg"])
     if first["type"] == "extra_forbidden":
-        said = f"unknown key {key!r}{_nearest_key(place, kind)}"
-    elif first["type"] == "missing":
-        said = f"{key!r} is missing; add it"
-    elif first["type"] == "value_error":  # our own validators already say value, expectation and fix
-        said = (f"{key}: " if key else "") + message.removeprefix("Value error, ")
-    else:
-        said = f"{key} is {first['input']!r}; expected {_expectation(first, message)}"
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{source}: {said}{more}"
+        return f"unknown key {key!r}{_nearest_key(place, kind)}"
+    if first["type"] == "missing":
+        return f"{key!r} is missing; add it"
+    if first["type"] == "value_error":  # our own validators already say value, expectation and fix
+        return (f"{key}: " if key else "") + message.removeprefix("Value error, ")
+    return f"{key} is {first['input']!r}; expected {_expectation(first, message)}"
 
 
 def _expectation(problem: dict[str, Any], message: str) -> str:

@@ -58,7 +58,7 @@ from .snapshot_answers import answer_table, backfill_answers
 RESOLVED, EVALUATION = "resolved.json", "evaluation"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FinetuneRun(Run):
     """A fine-tuning's folder, finished or not; `open_run(path)` and `fine_tune(...)` return it."""
 

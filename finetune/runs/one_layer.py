@@ -40,7 +40,7 @@ from .progress import Listener, ProgressCallback
 from .run import CONFIG, Expected, Run, claim_run, noting_problems, pinned_threads
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OneLayerRun(Run):
     """A run of `train(...)`, finished or not."""
 

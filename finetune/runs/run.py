@@ -11,6 +11,7 @@ What the two kinds of run share; `one_layer` and `finetuning` have what they do 
 
 from __future__ import annotations
 
+import html
 import json
 import platform
 import warnings
@@ -54,7 +55,7 @@ class Expected(NamedTuple):
         return f"{READINGS}/{step_name(self.step)}/{self.name}.{self.weights}.parquet"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run(ABC):
     """A run folder, finished or not; `open_run(path)`, `train(...)` and `fine_tune(...)` return one of its kinds."""
 
@@ -133,6 +134,26 @@ class Run(ABC):
         if missing := self.missing_readings:
             return f"{self._named(missing)}; run the same command again to take them from their checkpoints"
         return f"{self.lacks}; run the same command again"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({'; '.join(self._told())})"
+
+    def _repr_html_(self) -> str:
+        name, *rest = map(html.escape, self._told())
+        return f"<table><tr><th>{name}</th></tr>{''.join(f'<tr><td>{one}</td></tr>' for one in rest)}</table>"
+
+    def _told(self) -> list[str]:
+        """What a person asks of a run first, read from its folder alone; a damaged config is said and not raised."""
+        try:
+            objective = str(self.axes.get("objective", ""))
+            last, total = max(self.steps, default=0), self.total_steps
+            step = f"step {last:,}" + (f" of {total:,}" if total is not None else "")
+            state = "finished" if self.finished else f"not finished: {self.problem}"
+            there = len(self.expected_readings) - len(self.missing_readings)
+            told = [self.path.name, state, step, objective, f"{there:,} of {len(self.expected_readings):,} readings"]
+        except RevprobeError as error:
+            told = [self.path.name, f"cannot be read: {first_line(error, with_type=False)}"]
+        return [one for one in told if one]
 
     def readings(self) -> Readings:
         """The readings of every snapshot. Raises: RevprobeError, when there are none yet or a file is damaged."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,7 +26,7 @@ AnySweep = SweepConfig | FinetuneSweepConfig
 AnyRun = RunConfig | FinetuneConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sweep:
     """A sweep folder; `open_sweep(path)` and `run_sweep(...)` return it."""
 
@@ -53,6 +54,24 @@ class Sweep:
     def for_report(self) -> list[RunRecord]:
         """Renamed: `records`. Raises: RevprobeError, saying so."""
         raise RevprobeError("for_report() of a sweep is now records()")
+
+    def __repr__(self) -> str:
+        return f"Sweep({'; '.join(self._told())})"
+
+    def _repr_html_(self) -> str:
+        name, *rest = map(html.escape, self._told())
+        return f"<table><tr><th>{name}</th></tr>{''.join(f'<tr><td>{one}</td></tr>' for one in rest)}</table>"
+
+    def _told(self) -> list[str]:
+        """How far each run is, in counts; a damaged config is said and not raised."""
+        try:
+            asked, runs = self.config.runs(), self.runs
+            done = sum(run.finished for run in runs)
+        except RevprobeError as error:
+            return [self.path.name, f"cannot be read: {error}"]
+        others = {"begun": len(runs) - done, "not started": len(asked) - len(runs)}
+        rest = [f"{count} {state}" for state, count in others.items() if count]
+        return [self.path.name, f"{done} of {len(asked)} runs finished", *rest]
 
     def summary(self) -> pd.DataFrame:
         """All numbers of all runs, tidy, with the columns of summary.csv."""

@@ -11,23 +11,21 @@ import pandas as pd
 from torch import nn
 
 from ...arguments import checked
-from ...errors import RevprobeError
+from ...errors import RevprobeError, did_you_mean
 from ...hooks.attention_sites import Attention
 from ...models.probed import ProbedModel, as_probed
 from ...models.structure import attention_of
 from ..attention import EVIDENCE_HIDDEN
-from ..decoding.masked import Unmasking, unmasking
+from ..decoding.masked import ALGORITHMS, Unmasking, unmasking
 from ..pairs.pairs import ReversalPairs
 from ..passes.asked import asked_pairs, out_of_sight
 from ..passes.batches import prepare_queries
-from ..passes.likelihood import target_partners
+from ..passes.likelihood import no_partner, target_partners
 from ..passes.plan import PassResult, Plan, Progress
 from ..passes.run import describe
 from ..passes.selection import chosen_of
 from ..readings.reading import Reading
-from ..statistics.estimators import LATER_BLOCK, NO_PARTNER
-from ..statistics.resampling import derangement
-from ..storage import NO_LIKE_TARGET
+from ..statistics.estimators import LATER_BLOCK
 from .denoising_steps import NOT_BEGUN, WRITTEN, Trace, read_layers, trace_steps
 
 STATES = ("written", "open", "waiting", "not begun")
@@ -105,6 +103,8 @@ def _how(model: ProbedModel, **given: Any) -> Unmasking:
             f"{model.name} is a causal model, which does not denoise: it writes left to right, each token once; use "
             "probe_reverse_probability, or a masked model"
         )
+    if (named := given["algorithm"]) not in (None, *ALGORITHMS):
+        raise RevprobeError(f"unknown remasking {named!r}{did_you_mean(named, ALGORITHMS)}")
     return unmasking(model, **given)
 
 
@@ -126,13 +126,11 @@ class _Asked:
         if not control:
             return cls([list(asked) for asked in targets], None, why)
         found = np.full((len(pairs), 2), -1)
-        alone = derangement(pairs.facts.astype(str), pairs.groups(logit_shift), seed=seed) < 0
         partners = target_partners(pairs, logit_shift, seed=seed)
         for side, (index, partner) in enumerate(((pairs.forward, "forward"), (pairs.reverse, "reverse"))):
-            for pair, other in enumerate(partners[partner].tolist()):
-                if other < 0:
-                    why[pair, side] = NO_PARTNER if alone[pair] else NO_LIKE_TARGET
-                    continue
+            why[:, side] = no_partner(pairs, logit_shift, partners[partner], seed=seed)
+            for pair in np.flatnonzero(partners[partner] >= 0).tolist():
+                other = partners[partner][pair]
                 own, target = int(index[pair]), pairs.queries[index[other]].target
                 found[pair, side] = targets[own].setdefault(target, len(targets[own]))
         return cls([list(asked) for asked in targets], found, why)

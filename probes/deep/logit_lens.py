@@ -27,14 +27,13 @@ from ..passes.batches import (
     require_tokens_alone,
 )
 from ..passes.decomposition import LinearizedBatch
+from ..passes.likelihood import no_partner, target_partners
 from ..passes.plan import PassResult, Plan, Progress
 from ..passes.run import describe
 from ..passes.selection import chosen_of
 from ..passes.states import Tail, rows_of_states
 from ..readings.reading import Reading
-from ..statistics.estimators import LATER_BLOCK, NO_PARTNER
-from ..statistics.resampling import derangement
-from ..storage import NO_LIKE_TARGET, control_partners
+from ..statistics.estimators import LATER_BLOCK
 
 NO_EMBEDDING = "no state before the first block, from which a gain could be counted"
 NO_HEAD = "no head of the layer is read"
@@ -95,7 +94,7 @@ def probe_logit_lens(
     pairs = asked_pairs(model, pairs, "logit_lens")
     plan = Plan(control=control, batch_size=batch_size, seed=seed, progress=progress)
     lens = in_equal_lengths_if_need_be(model, lambda: _Lens(model, pairs, plan, layers, contributions).run())
-    reading = Reading("logit_lens", lens.frame(), describe(model, PassResult(pairs, lens.partner, []), plan))
+    reading = Reading("logit_lens", lens.frame(), describe(model, PassResult(pairs, np.array([]), []), plan))
     reading.meta.update({"statistic": reading.measured.statistic, "worst_gap": lens.tail.gap, "layers": lens.layers})
     reading.meta.update({"no_contributions": lens.no_sum} if lens.no_sum else {})
     return reading
@@ -122,8 +121,8 @@ class _Lens:
         # The embedding is what gains are counted from, the last layer what the tail is held against.
         self.read = [one for one in residual if one in (EMBEDDED, self.tail.last.layer) or one in self.layers]
         self.sites = [residual[layer] for layer in self.read]
-        partner = control_partners(pairs, model.logit_shift, seed=plan.seed)
-        self.partner = partner if plan.control else np.full(len(pairs), -1)
+        partners = target_partners(pairs, model.logit_shift, seed=plan.seed)
+        self.partner = {side: one if plan.control else np.full_like(one, -1) for side, one in partners.items()}
         self.sides = {"forward": pairs.forward, "reverse": pairs.reverse}
         self.asks = self._asks()
         self.places, self.silent = self._places()
@@ -135,9 +134,9 @@ class _Lens:
 
     def _asks(self) -> list[list[Target]]:
         asks: list[dict[Target, None]] = [{query.target: None} for query in self.queries]
-        for index in self.sides.values():
-            for pair in np.flatnonzero(self.partner >= 0):
-                other = self.queries[index[self.partner[pair]]].target
+        for side, index in self.sides.items():
+            for pair in np.flatnonzero(self.partner[side] >= 0):
+                other = self.queries[index[self.partner[side][pair]]].target
                 if self.model.objective == "masked" or len(other) == 1:
                     asks[index[pair]][other] = None
         return [list(targets) for targets in asks]
@@ -237,7 +236,7 @@ class _Lens:
 
     def _of_direction(self, direction: str) -> Iterator[pd.DataFrame]:
         index = self.sides[direction]
-        ask = self._control_asks(index)
+        ask = self._control_asks(direction)
 
         def beside(name: str, table: np.ndarray) -> dict[str, np.ndarray]:
             """The target's numbers and the control's. Shapes: `table`: `query place ask`."""
@@ -259,20 +258,21 @@ class _Lens:
         if self.silent:
             yield self._rows(direction, list(self.silent), {}, list(self.silent.values()))
 
-    def _control_asks(self, index: np.ndarray) -> np.ndarray:
-        """Which of its query's asks is the control of each pair; -1 without one. Shapes: `query's index, -> pair`."""
+    def _control_asks(self, direction: str) -> np.ndarray:
+        """Which of its query's asks is the control of each pair; -1 without one. Shapes: `-> pair`."""
+        index = self.sides[direction]
         targets = [self.queries[q].target for q in index]
         found = [
             self.asks[q].index(targets[other]) if other >= 0 and targets[other] in self.asks[q] else -1
-            for q, other in zip(index, self.partner, strict=True)
+            for q, other in zip(index, self.partner[direction], strict=True)
         ]
         return np.array(found)
 
-    def _no_control(self, index: np.ndarray) -> np.ndarray:
+    def _no_control(self, direction: str) -> np.ndarray:
         """Why a pair has no control; "" where it has one. Shapes: `-> pair`."""
-        facts, groups = self.pairs.facts.astype(str), self.pairs.groups(self.model.logit_shift)
-        alone = np.where(derangement(facts, groups, seed=self.plan.seed) < 0, NO_PARTNER, NO_LIKE_TARGET)
-        return np.select([self._control_asks(index) >= 0, self.partner >= 0], ["", OWN_TOKENS], alone).astype(object)
+        partner = self.partner[direction]
+        alone = no_partner(self.pairs, self.model.logit_shift, partner, seed=self.plan.seed)
+        return np.where((partner >= 0) & (self._control_asks(direction) < 0), OWN_TOKENS, alone).astype(object)
 
     def _rows(
         self, direction: str, places: Sequence[Place], numbers: Mapping[str, np.ndarray], why: Sequence[str]
@@ -293,6 +293,6 @@ class _Lens:
             values = np.broadcast_to(numbers.get(name, np.nan), shape)
             columns[name] = np.where(unseen, np.nan, values).reshape(-1)
         columns["reason"] = reason.reshape(-1)
-        columns["reason_control"] = np.where(reason == "", self._no_control(index)[:, None], reason).reshape(-1)
+        columns["reason_control"] = np.where(reason == "", self._no_control(direction)[:, None], reason).reshape(-1)
         flags = {name: np.repeat(np.asarray(values), shape[1]) for name, values in self.pairs.flags.items()}
         return pd.DataFrame(columns | flags)

@@ -13,6 +13,7 @@ from torch import nn
 from ...arguments import checked
 from ...errors import RevprobeError, did_you_mean
 from ...models.probed import ProbedModel, as_probed
+from ...models.structure import attention_of
 from ..pairs.pairs import ReversalPairs
 from ..passes.asked import asked_pairs
 from ..passes.plan import PassResult, Plan, Progress
@@ -36,7 +37,7 @@ def rank_heads(
     by: str = "effect",
     edit: str = "knockout",
     direction: str = "reverse",
-    top: int = 5,
+    top: int | None = None,
     others: int = 4,
     mode: str = "chain",
     batch_size: int | None = None,
@@ -57,6 +58,7 @@ def rank_heads(
     has each head's own. Heads are edited one at a time: their effects need not add up.
 
     Args:
+        top: how many heads are shown; 5 when None, or as many as there are.
         by: "effect", or "excess": the effect less that of the same edit at other positions (twice the runs).
         edit: "knockout" (the effect is the log-probability that is lost) or "transplant" (that is gained with the route
             that the other direction's query has in this head).
@@ -77,11 +79,22 @@ def rank_heads(
         if value not in known:
             raise RevprobeError(f"unknown {what} {value!r}{did_you_mean(value, known)}")
     for what, count in (("top", top), ("others", others)):
-        if count < 1:
+        if count is not None and count < 1:
             raise RevprobeError(f"{what}={count!r}: expected at least 1 head")
+    there = _heads_asked(model, layers, heads)
+    if top is not None and 0 < there < top:
+        raise RevprobeError(f"top={top}: {there} heads are ranked; expected at most so many")
     own = asked_pairs(model, pairs, "route_edit")
     plan = Plan(mode=mode, control=control, batch_size=batch_size, seed=seed, progress=progress)
-    return _Ranking(model, own, plan, by, edit, direction).reading(top, others, layers, heads)
+    return _Ranking(model, own, plan, by, edit, direction).reading(top or 5, others, layers, heads)
+
+
+def _heads_asked(model: ProbedModel, layers: Iterable[int] | None, heads: Iterable[int] | None) -> int:
+    """How many heads are ranked; of layers or heads that the model lacks, the edits say so."""
+    chosen = None if layers is None else {*layers}
+    wanted = None if heads is None else {*heads}
+    counts = [most for layer, most in attention_of(model).heads.items() if chosen is None or layer in chosen]
+    return sum(sum(wanted is None or head in wanted for head in range(most)) for most in counts)
 
 
 @dataclass

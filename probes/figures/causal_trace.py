@@ -133,7 +133,10 @@ def _titled(figure: go.Figure, reading: Drawable, where: str) -> go.Figure:
     undefined = sum(reading.undefined.values())
     what = f"clean state put back into the corrupted query: {SITES.get(meta.get('site', ''), 'state')}{where}, {pairs}"
     what += f", {undefined:,} undefined" if undefined else ""
-    return _headed(figure, meta, f"{step} ({series_words(meta.get('weights'), meta.get('kind'))})<br>{what}")
+    null = reading.control.value if reading.control else math.nan
+    numbers = f"mean over places: {interval_text(reading.value, *reading.interval, null)} nats, n = {reading.n:,} pairs"
+    words = f"{step} ({series_words(meta.get('weights'), meta.get('kind'))})<br>{what}<br>{numbers}"
+    return _headed(figure, meta, words).update_layout(margin={"t": 120})
 
 
 def _headed(figure: go.Figure, meta: dict[str, Any], words: str) -> go.Figure:

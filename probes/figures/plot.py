@@ -289,7 +289,8 @@ def save_figure(figure: go.Figure, path: str | Path, *, scale: float = 2.0) -> P
         raise RevprobeError(f"cannot write a figure as {path.name!r}{did_you_mean(ending, ['.html', *PICTURES])}")
     if ending in PICTURES and find_spec("kaleido") is None:
         raise RevprobeError(
-            f"a figure as {ending} needs kaleido, which is not installed; `pip install kaleido`, or save it as .html"
+            f"a figure as {ending} needs kaleido, which is not installed; `pip install kaleido` (the checkout's extra "
+            "'.[images]'), or save it as .html"
         )
     try:
         with written_whole(path) as part:
@@ -307,5 +308,8 @@ def save_figure(figure: go.Figure, path: str | Path, *, scale: float = 2.0) -> P
             f"cannot write the figure {str(path)!r}: {first_line(error)}; expected a writable folder"
         ) from error
     except (ValueError, RuntimeError) as error:  # kaleido without a browser
-        raise RevprobeError(f"cannot draw {str(path)!r}: {first_line(error)}; save it as .html instead") from error
+        raise RevprobeError(
+            f"cannot draw {str(path)!r}: {first_line(error)}; kaleido needs Chrome or Chromium (`plotly_get_chrome` "
+            "installs one), or save it as .html instead"
+        ) from error
     return path

@@ -14,6 +14,7 @@ A little long, since a list, its table and its file are read together.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import html
 import json
@@ -40,7 +41,7 @@ READERS = ("attention", "gradient", "probability")
 @checked_fields
 @dataclass(frozen=True, eq=False, repr=False)
 class ReversalPairs(Sequence[ReversalPair]):
-    """Many pairs of one kind, in columns.
+    """Many pairs of one kind, in columns; `ReversalPairs([pair, ...])` is `ReversalPairs.from_pairs([pair, ...])`.
 
     Args:
         queries: the distinct queries.
@@ -136,9 +137,11 @@ class ReversalPairs(Sequence[ReversalPair]):
         return (self[i] for i in range(len(self)))
 
     def __repr__(self) -> str:
-        counts = f"{len(self)} pairs of {len(set(self.facts))} facts, {len(self.queries)} queries"
-        differ = self.report.get("different_tokens")
-        opted_out = f", {differ} with different tokens in the two directions" if differ else ""
+        counts = f"{len(self):,} pairs of {len(set(self.facts)):,} facts, {len(self.queries):,} queries"
+        report = dict(self.report)
+        differ = report.pop("different_tokens", 0)
+        opted_out = f", {differ:,} with different tokens in the two directions" if differ else ""
+        opted_out += "".join(f", {count:,} {name.replace('_', ' ')}" for name, count in report.items())
         own = "".join(f"; {name} reads {len(pairs)} pairs of its own" for name, pairs in self.by_probe.items())
         return f"ReversalPairs({counts}, kind={self.kind!r}{opted_out}{own})"
 
@@ -160,6 +163,16 @@ class ReversalPairs(Sequence[ReversalPair]):
         facts = self.facts[pairs]
         about = (self.kind, flags, self.tokenizer, self.dropped, self.tokens)
         return ReversalPairs(queries, forward, reverse, facts, *about)
+
+    @checked
+    def sample(self, n: int, seed: int = 0) -> ReversalPairs:
+        """So many of the pairs, drawn at random without replacement, in their order; one list for all probes.
+
+        Raises: RevprobeError, for fewer than one or more than there are.
+        """
+        if not 1 <= n <= len(self):
+            raise RevprobeError(f"n={n}: expected 1 to {len(self)}, the pairs there are")
+        return self.take(np.sort(np.random.default_rng(seed).permutation(len(self))[:n]))
 
     def offsets(self, logit_shift: int) -> tuple[np.ndarray, np.ndarray]:
         """Signed offsets, first evidence token minus first readout row, forward and reverse. Shapes: `pair, pair`."""
@@ -288,6 +301,21 @@ class ReversalPairs(Sequence[ReversalPair]):
         counted = "".join(f"; {html.escape(name)}: {count}" for name, count in self.report.items())
         legend = f"<p>{html.escape(repr(self))}: {parts}{counted}</p>"
         return f"{legend}<table><tr><th>fact</th><th>forward</th><th>reverse</th></tr>{rows}</table>{more}"
+
+
+_from_columns = ReversalPairs.__init__
+
+
+@functools.wraps(_from_columns)
+def _from_either(self: ReversalPairs, queries: Any = (), *columns: Any, **about: Any) -> None:
+    """Of a list of pairs alone, what `from_pairs` makes of it; else the columns as they are given."""
+    if columns or not {*about} <= {"tokenizer"}:
+        _from_columns(self, queries, *columns, **about)
+    else:
+        self.__dict__.update(ReversalPairs.from_pairs(queries, **about).__dict__)
+
+
+ReversalPairs.__init__ = _from_either  # type: ignore[method-assign]
 
 
 @dataclass

@@ -20,6 +20,7 @@ from ...models.probed import ProbedModel
 from ...models.structure import attention_of
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
+from ..statistics.paired import OF_PAIR
 from .asked import asked_pairs, in_sight, out_of_sight
 from .batches import QueryBatch, in_batches, make_batch, prepare_queries, queries_per_batch
 from .likelihood import readout
@@ -120,11 +121,11 @@ def _moved(query: Query, target: tuple[int, ...], evidence: tuple[int, ...]) -> 
 
 
 def _among(pairs: ReversalPairs, queries: Sequence[Query], fit: Sequence[bool]) -> ReversalPairs | None:
-    """The pairs with other queries at the old numbers, those alone of which both fit; None without any."""
+    """The pairs with other queries at the old numbers, those of which both fit, saying which; None without any."""
     kept = np.array(fit)[pairs.forward] & np.array(fit)[pairs.reverse]
     if not kept.any():
         return None
-    flags = {name: values[kept] for name, values in pairs.flags.items()}
+    flags = {name: values[kept] for name, values in pairs.flags.items()} | {OF_PAIR: np.flatnonzero(kept)}
     columns = {"forward": pairs.forward[kept], "reverse": pairs.reverse[kept], "facts": pairs.facts[kept]}
     return replace(pairs, queries=tuple(queries), flags=flags, **columns)
 

@@ -20,6 +20,7 @@ from ...errors import RevprobeError, did_you_mean
 from ...models.probed import ProbedModel
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
+from ..statistics.estimators import NO_LIKE_TARGET, NO_PARTNER
 from ..statistics.resampling import derangement, kin
 from .batches import QueryBatch, in_batches, make_batch
 from .draws import mean_likelihood
@@ -44,6 +45,12 @@ def target_partners(pairs: ReversalPairs, logit_shift: int, *, seed: int = 0) ->
         alike = np.unique(traits, axis=0, return_inverse=True)[1].reshape(-1)
         found[direction] = derangement(kin(pairs.facts, targets), alike, seed=seed)
     return found
+
+
+def no_partner(pairs: ReversalPairs, logit_shift: int, partner: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """Why pairs have no partner of `target_partners`, "" where they have one. Shapes: `pair -> pair`."""
+    alone = derangement(pairs.facts.astype(str), pairs.groups(logit_shift), seed=seed) < 0
+    return np.select([partner >= 0, alone], ["", NO_PARTNER], NO_LIKE_TARGET).astype(object)
 
 
 @dataclass

@@ -128,7 +128,7 @@ class BlockSweep:
         if size in curve.common and against in curve.common and len(curve.pairs):
             sides = [side_of(measure, curve.common[one].frame) for one in (size, against)]
             control = all(curve.readings[one].meta.get("control", True) for one in (size, against))
-            found = measured_difference(sides[0], sides[1], seed=self.seed, control=control)
+            found = measured_difference(*sides, seed=self.seed, control=control, same_pairs=True)
         else:
             found = Measured(Estimate.undefined())
         left_out = curve.asked - len(curve.pairs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +14,10 @@ import pandas as pd
 
 from ...arguments import checked, checked_fields
 from ...errors import RevprobeError, did_you_mean
+from ..statistics.by_role import in_network_order
 from ..statistics.estimators import STATISTICS_VERSION, Control, Measured, direction_mean, mean_reciprocal_rank
 from ..statistics.intervals import Estimate
-from ..statistics.measures import measure
+from ..statistics.measures import counted, measure, unit_of
 from .parquet import read_reading, write_reading
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ MEASURE_COLUMNS = ["measure", "value", "n", "facts", "low", "high", "control", "
 MEASURE_COLUMNS += ["excess", "excess_low", "excess_high", "undefined", "reason", "caution"]
 CONTROL_COLUMNS = ["control", "model", "value", "low", "high", "n", "facts"]
 CONTROL_COLUMNS += ["difference", "difference_low", "difference_high", "reason"]
+_COMPACT = {name: (name, f"{prefix}low", f"{prefix}high") for name, prefix in (("value", ""), ("control", "control_"))}
 NOT_SHUFFLED, NO_SHUFFLE = "not taken: control=False", "no group has two facts to shuffle"
 NOT_DEFINED = "the reading has no number, so neither has its shuffle"
 
@@ -88,6 +91,11 @@ class Reading:
         return self.measured.estimate.low, self.measured.estimate.high
 
     @property
+    def unit(self) -> str:
+        """Of the value: "nats", "logits" or "share"; "" for a correlation, a cosine or a probability."""
+        return unit_of(self.name, self.measured.statistic)
+
+    @property
     def n(self) -> int:
         """Pairs behind the value."""
         return self.measured.estimate.n
@@ -125,6 +133,8 @@ class Reading:
             excess, (low, high) = self.excess or Estimate.undefined(), shuffled.interval
             own |= {"value": shuffled.value, "low": low, "high": high, "n": shuffled.n, "facts": shuffled.facts}
             own |= {"difference": excess.value, "difference_low": excess.low, "difference_high": excess.high}
+            less = f"difference: over {excess.n:,} of {self.n:,} pairs ({excess.facts:,} facts)"
+            own["reason"] = "; ".join(filter(None, [less * (0 < excess.n < self.n), self.caution]))
         table = pd.DataFrame([own, *self.meta.get("controls", [])], columns=CONTROL_COLUMNS)
         whole = dict.fromkeys(("n", "facts"), "Int64")
         return table.astype(whole | {name: "float64" for name in CONTROL_COLUMNS[2:5] + CONTROL_COLUMNS[7:10]})
@@ -156,12 +166,15 @@ class Reading:
         return self.statistics_version != STATISTICS_VERSION
 
     @checked
-    def summary(self, by: str | list[str] | None = None) -> pd.DataFrame:
+    def summary(self, by: str | list[str] | None = None, *, compact: bool = False) -> pd.DataFrame:
         """The number for each value of the column(s) `by`, or for all rows.
 
         Columns: by..., value, n (pairs), facts, low, high, control, control_low, control_high, excess, excess_low,
         excess_high, undefined (how many), reason (of each, counted) and caution. A probability is that of the reverse
         queries, unless `by` tells the directions apart.
+        Args:
+            compact: for reading, within 80 columns: by..., value and control as text with their intervals, n/facts
+                (pairs and facts), and undef. (how many are undefined; why stands in the whole summary).
         Raises: RevprobeError, for a column the frame lacks.
         """
         keys = [by] if isinstance(by, str) else list(by or [])
@@ -171,15 +184,19 @@ class Reading:
                     f"no column {key!r} in the {self.name} frame{did_you_mean(key, self.frame.columns)}"
                 )
         if not keys:
-            return pd.DataFrame([summary_row(self.measured)])
-        rows = []
+            whole = [summary_row(self.measured)]
+            return compact_table(whole, []) if compact else pd.DataFrame(whole)
+        rows: list[dict[str, Any]] = []
         for value, part in self.frame.groupby(keys, sort=True, dropna=False):
             # A probability is that of the reverse queries, except where the directions are told apart.
             by_direction = self.name == "reverse_probability" and "direction" in keys
             forward = by_direction and set(part["direction"]) == {"forward"}
             measured = self._forward_mean(part) if forward else self._measure(part)
             rows.append(dict(zip(keys, value, strict=True)) | summary_row(measured))
-        return pd.DataFrame(rows)
+        if "role" in keys:
+            order = pd.DataFrame(rows).sort_values(keys, key=in_network_order, kind="stable").index
+            rows = [rows[place] for place in order]
+        return compact_table(rows, keys) if compact else pd.DataFrame(rows)
 
     def measures(self) -> pd.DataFrame:
         """Everything this reading reports, tidy.
@@ -267,10 +284,10 @@ class Reading:
             reading.__dict__["_measures"] = pd.DataFrame(header["measures"], columns=MEASURE_COLUMNS)
         return reading
 
-    def _beside(self, number: Control | Estimate, low: float, high: float) -> str:
+    def _beside(self, number: Control | Estimate, low: float, high: float, unit: str = "") -> str:
         """A number with its interval, and its own n where that is not the reading's."""
-        own = f" (n={number.n})" if number.n != self.n else ""
-        return f"{number.value:.4g} [{low:.4g}, {high:.4g}]{own}"
+        own = f" ({counted(number.n, number.facts, self.name)})" if number.n != self.n else ""
+        return f"{number.value:.4g} [{low:.4g}, {high:.4g}]{unit}{own}"
 
     def __repr__(self) -> str:
         low, high = self.interval
@@ -288,12 +305,30 @@ class Reading:
             where += f", {coverage['share']:.1%} of the parameters"
         if self.draw_error is not None:
             where += f", draw_error={self.draw_error:.2g} over {self.meta['draws']} draws"
-        numbers = f"{self.value:.4g} [{low:.4g}, {high:.4g}], n={self.n}, facts={self.facts}"
+        unit = f" {self.unit}" if self.unit else ""
+        numbers = f"{self.value:.4g} [{low:.4g}, {high:.4g}]{unit}, {counted(self.n, self.facts, self.name)}"
         return f"Reading({self.name}={numbers}{control}{left_out}{where})"
 
     def _repr_html_(self) -> str:
+        shown = {name: html.escape(text) for name, text in self._told().items()}
+        told = "".join(f"<tr><th>{name}</th><td>{text}</td></tr>" for name, text in shown.items())
         rows = self.frame.head(8).to_html(index=False, escape=True)
-        return f"<p><code>{html.escape(repr(self))}</code></p>{rows}<p>{len(self.frame)} rows</p>"
+        return f"<table>{told}</table>{rows}<p>{len(self.frame):,} rows</p>"
+
+    def _told(self) -> dict[str, str]:
+        """What a person asks of a reading first, in words."""
+        meta, null, over, unit = self.meta, self.control, self.excess, f" {self.unit}" if self.unit else ""
+        step = None if meta.get("step") is None else f"step {meta['step']:,}"
+        told: dict[str, Any] = {self.name: self._beside(self.measured.estimate, *self.interval, unit)}
+        told["control"] = f"{self._beside(null, *null.interval, unit)}, {null.method}" if null else "none"
+        told["excess"] = over and self._beside(over, over.low, over.high, unit)
+        told["sample"] = counted(self.n, self.facts, self.name)
+        told["model"] = ", ".join(
+            str(one) for one in (meta.get("model"), step, meta.get("weights"), meta.get("kind")) if one
+        )
+        told["undefined"] = "; ".join(f"{count:,} {why}" for why, count in self.undefined.items())
+        told["caution"] = self.caution
+        return {name: text for name, text in told.items() if text}
 
 
 def summary_row(measured: Measured) -> dict[str, Any]:
@@ -306,6 +341,31 @@ def summary_row(measured: Measured) -> dict[str, Any]:
     row |= {"excess": excess.value, "excess_low": excess.low, "excess_high": excess.high}
     reason = "; ".join(f"{count} {why}" for why, count in measured.undefined.items())
     return row | {"undefined": sum(measured.undefined.values()), "reason": reason, "caution": measured.caution}
+
+
+def compact_table(rows: Iterable[Mapping[str, Any]], keys: Sequence[str]) -> pd.DataFrame:
+    """Rows of a summary as people read them: numbers with their intervals as text, then the sample."""
+    shown = []
+    for row in rows:
+        numbers = {name: _text(*(row[column] for column in columns)) for name, columns in _COMPACT.items()}
+        sample = {"n/facts": f"{row['n']}/{row['facts']}", "undef.": row["undefined"]}
+        shown.append({key: row[key] for key in keys} | numbers | sample)
+    return pd.DataFrame(shown)
+
+
+def _text(value: float, low: float, high: float) -> str:
+    if value != value:
+        return "undefined"
+    own, *ends = map(_short, (value, low, high))
+    return f"{own} [{', '.join(ends)}]" if low == low else own
+
+
+def _short(number: float) -> str:
+    """Two digits, or more where the number would read as a bound of its kind that it is not: 0.997 is not 1."""
+    if abs(number) >= 100:
+        return f"{number:.0f}"
+    texts = (f"{number:.{digits}g}" for digits in range(2, 7))
+    return next((text for text in texts if abs(float(text)) != 1 or abs(number) == 1), f"{number:.6g}")
 
 
 def _measure_row(name: str, measured: Measured) -> dict[str, Any]:

@@ -72,6 +72,46 @@ class Readings(Sequence[Reading]):
             and all(value is None or r.meta.get(key) == value for key, value in wanted.items())
         )
 
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The rows of all readings: reading (the probe's name), model, step, weights, then the frames' own columns.
+
+        Probes have different columns; what one does not have is missing in its rows.
+        """
+        parts = []
+        for one in self:
+            about = {"reading": one.name} | {key: one.meta.get(key) for key in ("model", "step", "weights")}
+            own = one.frame.drop(columns=[name for name in about if name in one.frame])
+            lead = pd.DataFrame({name: [value] * len(own) for name, value in about.items()}, index=own.index)
+            parts.append(pd.concat([lead.astype({"step": "Int64"}), own], axis=1))
+        return (
+            pd.concat(parts, ignore_index=True)
+            if parts
+            else pd.DataFrame(columns=["reading", "model", "step", "weights"])
+        )
+
+    @checked
+    def summary(self, by: str | list[str] | None = None, *, compact: bool = False) -> pd.DataFrame:
+        """`Reading.summary` of each, one below the other: reading, model, step and weights before its columns.
+
+        Args:
+            compact: numbers with their intervals as text; columns that say the same of every reading are left out.
+        Raises: RevprobeError, for a column that one of the frames lacks.
+        """
+        parts = []
+        for one in self:
+            part = one.summary(by, compact=compact)
+            for place, (name, value) in enumerate(
+                [("reading", one.name), *((key, one.meta.get(key)) for key in ("model", "step", "weights"))]
+            ):
+                part.insert(place, name, value)
+            parts.append(part)
+        table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+        same = [
+            name for name in ("model", "step", "weights") if name in table and table[name].nunique(dropna=False) < 2
+        ]
+        return table.drop(columns=same) if compact else table
+
     def measures(self) -> pd.DataFrame:
         """All numbers, tidy: step, weights, kind, then the columns of `Reading.measures`."""
         frames = [

@@ -81,9 +81,13 @@ def cell_correlations(units: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFra
     by_head = _ratio(sums).replace([np.inf, -np.inf], np.nan).mask(sums["free"] < 2)
     averaged = used[used["facts"] >= LEAST_FACTS].groupby(keys)["value"].mean()
     values = pd.concat([averaged, by_head.groupby(keys).mean()])
-    # Every head sees the same pairs: counting each would multiply n by the number of heads.
-    pairs = used.groupby([*keys, "group"])["n"].max().groupby(keys).sum()
-    return _described(used, keys).assign(value=values, n=pairs).reset_index()
+    # Every head sees the same pairs: counting each would multiply n by the number of heads. Those of a group without
+    # variance have no part in the value.
+    varies = (used["forward"] > 0) | (used["reverse"] > 0)
+    counting = used[np.where(pooled[used.index], varies, used["value"].notna())]
+    asked, pairs = (part.groupby([*keys, "group"])["n"].max().groupby(keys).sum() for part in (used, counting))
+    pairs = pairs.reindex(asked.index).where(values.reindex(asked.index).notna(), asked)
+    return _described(used, keys).assign(value=values, n=pairs).astype({"n": int}).reset_index()
 
 
 def _described(units: pd.DataFrame, keys: list[str]) -> pd.DataFrame:

@@ -30,9 +30,11 @@ def head_correlations(frame: pd.DataFrame) -> pd.DataFrame:
     forward, reverse = scores
     large = layout.defined_facts(forward, reverse) >= LEAST_FACTS
     heads = [_of_heads(moments, part) for moments, part in layout.blocks(forward, reverse, large)]
-    sums, counts, rest, rest_counts, small = (np.concatenate(part, axis=-1) for part in zip(*heads, strict=True))
+    sums, counts, rest, rest_counts, counting, small = (
+        np.concatenate(part, axis=-1) for part in zip(*heads, strict=True)
+    )
     defined = np.isfinite(forward) & np.isfinite(reverse)
-    used = defined & (large[layout.group] | small)
+    used = defined & counting[layout.group]
     present = np.stack([np.bincount(layout.fact, head, layout.n_facts) > 0 for head in used.T.astype(float)], axis=1)
     units = [np.ones(len(places), dtype=bool), *(places[:, 0] == layer for layer in np.unique(places[:, 0]))]
     # As in the reading: where some head has a large group, those that have none are left out of the mean.
@@ -67,16 +69,18 @@ def score_table(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def _of_heads(moments: Moments, large: np.ndarray) -> list[np.ndarray]:
-    """Sum and number of each head's correlations, whole and without each fact, and whether the head was pooled.
+    """Sum and number of each head's correlations, whole and without each fact; the groups that have a part in them; and
+    whether the head was pooled.
 
-    Shapes: `group head -> head, head, fact head, fact head, head`.
+    Shapes: `group head -> head, head, fact head, fact head, group head, head`.
     """
     found: list[list[np.ndarray]] = []
     for pooled in (False, True):
         of_kind = ~large.any(0) if pooled else large.any(0)
-        parts = []
+        parts: list[np.ndarray] = []
         for values, axis in ((moments.correlations(large, pooled), 0), (moments.left_out(large, pooled), 1)):
             defined = np.isfinite(values) & of_kind
             parts += [np.where(defined, values, 0.0).sum(axis), defined.sum(axis)]
-        found.append(parts)
-    return [*(whole + small for whole, small in zip(*found, strict=True)), ~large.any(0)]
+        found.append([*parts, (moments.counting(large, pooled) & of_kind).astype(int)])
+    *sums, counting = (whole + small for whole, small in zip(*found, strict=True))
+    return [*sums, counting > 0, ~large.any(0)]

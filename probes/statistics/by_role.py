@@ -14,7 +14,17 @@ import pandas as pd
 from .estimators import pair_cosines
 from .intervals import COSINE, mean_intervals
 
+# As a token passes through a model: the order of every table and figure by role.
+NETWORK = ("embed", "position", "q", "k", "v", "qkv", "o", "mlp", "norm", "unembed", "other")
 NOTHING = "none"  # the layer of a parameter that belongs to no layer: embeddings, the final norm
+
+
+def in_network_order(values: pd.Series) -> pd.Series:
+    """A sort key: roles as they follow in a model, unknown ones after them; anything else as it is."""
+    if values.name != "role":
+        return values
+    place = {role: number for number, role in enumerate(NETWORK)}
+    return values.map(lambda role: (place.get(role, len(place)), str(role)))
 
 
 def cell_cosines(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:

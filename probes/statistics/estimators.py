@@ -28,7 +28,7 @@ from .group_correlation import LEAST_FACTS, group_correlation
 from .intervals import COSINE, FRACTION, Bounds, Estimate, difference_over_facts, mean_over_facts, proportion_over_facts
 
 # Raised whenever the same frame comes to another number or interval; readings of another are worked out anew.
-STATISTICS_VERSION = 2
+STATISTICS_VERSION = 3
 
 ALONE = "alone in its group, so without a correlation"
 BELOW_FLOOR = "gradient below the rounding floor"
@@ -36,6 +36,7 @@ LATER_BLOCK = "evidence in a later block"
 LATER_BLOCK_CONTROL = f"{LATER_BLOCK} (control)"
 NO_GRADIENT = "gradient exactly zero in all of these parameters"
 NO_PARTNER = "no other fact in the group for the control"
+NO_LIKE_TARGET = "no other fact in the group has another target of as many tokens, for the control"
 NO_VARIANCE = "no variance within the group"
 NOT_FINITE = "not finite"
 ONE_FACT = "of one fact, so without an interval"
@@ -58,7 +59,9 @@ class Control:
     facts: int = 0
 
     def __repr__(self) -> str:
-        return f"Control({self.value:.4g} [{self.interval[0]:.4g}, {self.interval[1]:.4g}], n={self.n}, {self.method})"
+        return (
+            f"Control({self.value:.4g} [{self.interval[0]:.4g}, {self.interval[1]:.4g}], n = {self.n:,}, {self.method})"
+        )
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,9 @@ class GroupCorrelation:
 
     `value`, `low`, `high`: the mean over cells (a cell is a group in one head); `null`: its value under each
     shuffle of facts; `cells`: `group head` correlations; `statistic`: how small groups were treated; `n`, `facts`:
-    pairs and facts behind the value; `small`: pairs left out because their group is small; `constant`: cells without
-    variance; `alone`: pairs that are the only one of their group; `lonely`: pairs of groups of one fact.
+    pairs and facts behind the value, those of a cell that has a part in it (without a value, those asked about);
+    `small`: pairs left out because their group is small; `constant`: cells without variance; `alone`: pairs that are
+    the only one of their group; `lonely`: pairs of groups of one fact.
     """
 
     value: float
@@ -70,7 +71,9 @@ def group_correlation(
     cells = np.concatenate([_pearson(moments.groups) for moments, _ in blocks], axis=1)
     value = _mean(np.concatenate([moments.correlations(part, pooled) for moments, part in blocks], axis=None))
     defined = np.isfinite(forward) & np.isfinite(reverse)
-    used = (defined & (large[layout.group] | pooled)).any(1)
+    asked = (defined & (large[layout.group] | pooled)).any(1)
+    counting = np.concatenate([moments.counting(part, pooled) for moments, part in blocks], axis=1)
+    used = (defined & counting[layout.group]).any(1) if np.isfinite(value) else asked
     present = np.bincount(layout.fact[used], minlength=layout.n_facts) > 0
     left_out = [moments.left_out(part, pooled).reshape(layout.n_facts, -1) for moments, part in blocks]
     low, high = jackknife_intervals(
@@ -88,10 +91,10 @@ def group_correlation(
         null=null[np.isfinite(null)],
         cells=cells,
         statistic=averaged,
-        small=int((defined.any(1) & ~used).sum()),
+        small=int((defined.any(1) & ~asked).sum()),
         constant=int((np.isnan(cells) & (large | pooled) & (layout.counts(defined) > 1)).sum()),
-        alone=int((used & (layout.counts(defined.any(1)[:, None])[layout.group, 0] == 1)).sum()),
-        lonely=int((used & lonely).sum()),
+        alone=int((asked & (layout.counts(defined.any(1)[:, None])[layout.group, 0] == 1)).sum()),
+        lonely=int((asked & lonely).sum()),
     )
 
 
@@ -217,6 +220,13 @@ class Moments:
     def correlations(self, large: np.ndarray, pooled: bool) -> np.ndarray:
         """What is averaged: r of the large groups, or one pooled r per head. Shapes: `-> group|1 head`."""
         return _combine(self.groups, large, pooled)
+
+    def counting(self, large: np.ndarray, pooled: bool) -> np.ndarray:
+        """The groups that have a part in what is averaged: not those without variance. Shapes: `-> group head`."""
+        if not pooled:
+            return np.asarray(large & np.isfinite(_pearson(self.groups)))
+        xx, yy, _ = deviations(self.groups)
+        return np.asarray(((xx > 0) | (yy > 0)) & np.isfinite(self.correlations(large, pooled)))
 
     def left_out(self, large: np.ndarray, pooled: bool) -> np.ndarray:
         """The same without each fact in turn. Shapes: `-> fact group|1 head`."""

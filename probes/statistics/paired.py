@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -42,7 +42,10 @@ from .intervals import (
 )
 
 DRAWS, _CHUNK = 2000, 1000
+# The column of a list cut from another that says which pair of that each of its own is.
+OF_PAIR = "of_pair"
 POOLED = "small groups are pooled in one model and not in the other"
+NO_PART = "some groups have no variance in one model and have in the other"
 UNEVEN = "facts hold other shares of the pairs in one model than in the other"
 SHUFFLED = "the same facts shuffled in both models"
 
@@ -89,25 +92,47 @@ class Correlations:
     """The within-group correlation of `group_correlation`, of some facts.
 
     Which groups are large enough for a correlation of their own is told from the facts, not anew from each draw.
-    Shapes: `forward`, `reverse`: `pair head`; `fact_of`, `groups`: `pair`.
+    Shapes: `forward`, `reverse`: `pair head`; `fact_of`, `groups`, `pair` (its number where it was asked): `pair`;
+    `heads` (layer and head): `head 2`.
     """
 
     forward: np.ndarray
     reverse: np.ndarray
     fact_of: np.ndarray
     groups: np.ndarray
+    pair: np.ndarray | None = None
+    heads: np.ndarray | None = None
 
     @classmethod
     def of(cls, frame: pd.DataFrame) -> Correlations:
         """The scores of an attention reading's frame; pairs without one are left out."""
-        _, (forward, reverse), facts, groups = score_table(frame)
-        there = (np.isfinite(forward) & np.isfinite(reverse)).any(1)
-        return cls(forward[there], reverse[there], facts[there], groups[there])
+        heads, (forward, reverse), facts, groups = score_table(frame)
+        pair = numbers_of_pairs(frame.drop_duplicates("pair").sort_values("pair"))
+        return cls(forward, reverse, facts, groups, pair, heads).where(np.isfinite(forward) & np.isfinite(reverse))
+
+    def where(self, kept: np.ndarray) -> Correlations:
+        """With these scores alone, and the pairs that have some. Shapes: `pair head ->`."""
+        forward, reverse = (np.where(kept, scores, np.nan) for scores in (self.forward, self.reverse))
+        return replace(self, forward=forward, reverse=reverse).take(np.flatnonzero(kept.any(1)))
+
+    def take(self, rows: np.ndarray) -> Correlations:
+        """Some of the pairs, by their places here."""
+        pair = None if self.pair is None else self.pair[rows]
+        scores = self.forward[rows], self.reverse[rows]
+        return Correlations(*scores, self.fact_of[rows], self.groups[rows], pair, self.heads)
 
     def among(self, facts: np.ndarray) -> Correlations:
         """Of these facts alone."""
-        kept = np.isin(self.fact_of, facts)
-        return Correlations(self.forward[kept], self.reverse[kept], self.fact_of[kept], self.groups[kept])
+        return self.take(np.flatnonzero(np.isin(self.fact_of, facts)))
+
+    @cached_property
+    def counting(self) -> np.ndarray:
+        """The scores that have a part in the number: of a group that has a correlation. Shapes: `-> pair head`."""
+        if not len(self.fact_of):
+            return np.zeros(self.forward.shape, dtype=bool)
+        parts = [moments.counting(large, self.pooled) for moments, large in self.blocks]
+        defined = np.isfinite(self.forward) & np.isfinite(self.reverse)
+        return np.asarray(defined & np.concatenate(parts, axis=1)[self.layout.group])
 
     @cached_property
     def facts(self) -> np.ndarray:
@@ -119,7 +144,7 @@ class Correlations:
 
     @property
     def pairs(self) -> np.ndarray:
-        return np.bincount(self.layout.fact).astype(np.float64)
+        return np.bincount(self.layout.fact[self.counting.any(1)], minlength=len(self.facts)).astype(np.float64)
 
     @cached_property
     def large(self) -> np.ndarray:
@@ -177,19 +202,29 @@ def _draws(facts: int, seed: int) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True)
 class Answers:
-    """One model's values of a measure with their controls (None without). Shapes: `values`, `null`, `facts`: `pair`."""
+    """One model's values of a measure with their controls (None without).
+
+    Shapes: `values`, `null`, `facts`, `pair` (its number where it was asked): `pair`.
+    """
 
     values: np.ndarray
     null: np.ndarray | None
     facts: np.ndarray
     bounds: Bounds
     binary: bool = False
+    pair: np.ndarray | None = None
+
+    def take(self, rows: np.ndarray) -> Answers:
+        """Some of the pairs, by their places here."""
+        null, pair = (None if column is None else column[rows] for column in (self.null, self.pair))
+        return replace(self, values=self.values[rows], null=null, facts=self.facts[rows], pair=pair)
 
     def among(self, facts: np.ndarray) -> Answers:
         """Of these facts alone."""
-        kept = np.isin(self.facts, facts)
-        null = None if self.null is None else self.null[kept]
-        return replace(self, values=self.values[kept], null=null, facts=self.facts[kept])
+        return self.take(np.flatnonzero(np.isin(self.facts, facts)))
+
+
+Side = TypeVar("Side", Correlations, Answers)
 
 
 def side_of(measure: str, frame: pd.DataFrame) -> Correlations | Answers:
@@ -199,40 +234,94 @@ def side_of(measure: str, frame: pd.DataFrame) -> Correlations | Answers:
     if measure.endswith("gradient_cosine"):  # of an adapter's parameters alone, too
         table = pair_cosines(frame)
         null = table["cosine_control"].to_numpy() if "cosine_control" in table else None
-        return Answers(table["cosine"].to_numpy(), null, table["fact"].to_numpy().astype(str), COSINE)
+        pair = numbers_of_pairs(frame.drop_duplicates("pair").sort_values("pair"))
+        return Answers(table["cosine"].to_numpy(), null, table["fact"].to_numpy().astype(str), COSINE, pair=pair)
     direction, _, kind = measure.partition("_")
     column = {"probability": "probability", "accuracy": "argmax_match"}[kind]
     rows = frame[frame["direction"] == direction]
     values, null = (rows[name].to_numpy(np.float64) if name in rows else None for name in (column, f"{column}_control"))
     assert values is not None, "a reading of probabilities has both columns"
-    return Answers(values, null, rows["fact"].to_numpy().astype(str), FRACTION, kind == "accuracy")
+    pair = numbers_of_pairs(rows)
+    return Answers(values, null, rows["fact"].to_numpy().astype(str), FRACTION, kind == "accuracy", pair)
+
+
+def numbers_of_pairs(rows: pd.DataFrame) -> np.ndarray:
+    """The number of each row's pair in the list that was asked about; of a list cut from it, it says so itself."""
+    return np.asarray(rows[OF_PAIR if OF_PAIR in rows else "pair"].to_numpy())
 
 
 def facts_with_value(side: Correlations | Answers) -> np.ndarray:
-    """The facts of which some pair has a value, by label."""
-    return side.facts if isinstance(side, Correlations) else np.unique(side.facts[np.isfinite(side.values)])
+    """The facts of which some pair has a part in the number, by label."""
+    if isinstance(side, Correlations):
+        return np.unique(side.fact_of[side.counting.any(1)])
+    return np.unique(side.facts[np.isfinite(side.values)])
+
+
+def on_the_same(own: Side, other: Side) -> tuple[Side, Side]:
+    """Both sides of the same pairs, and of the same heads in each, of those that have a part in both numbers.
+
+    Two numbers of one list of pairs are of different groups where one of them has no variance: their difference would
+    be partly that of the groups. Sides of other heads are left as they are.
+    """
+    assert own.pair is not None and other.pair is not None, "both say which pairs they are of"
+    _, *rows = np.intersect1d(own.pair, other.pair, return_indices=True)
+    if isinstance(own, Answers) or isinstance(other, Answers):
+        first, second = (side.take(place) for side, place in zip((own, other), rows, strict=True))
+        both = np.flatnonzero(np.isfinite(first.values) & np.isfinite(second.values))
+        return first.take(both), second.take(both)
+    assert own.heads is not None and other.heads is not None, "a frame says which heads it is of"
+    if not np.array_equal(own.heads, other.heads):
+        return own, other
+    own, other = own.take(rows[0]), other.take(rows[1])
+    while True:  # what one side lacks may leave a group of the other too few facts, or no variance
+        kept = own.counting & other.counting
+        if all(np.array_equal(kept, np.isfinite(side.forward)) for side in (own, other)):
+            return own, other
+        own, other = own.where(kept), other.where(kept)
 
 
 def measured_difference(
-    own: Correlations | Answers, other: Correlations | Answers, *, seed: int = 0, control: bool = True
+    own: Correlations | Answers,
+    other: Correlations | Answers,
+    *,
+    seed: int = 0,
+    control: bool = True,
+    same_pairs: bool = False,
 ) -> Measured:
-    """One model's measure less another's over the facts on which both have a value, with that of their controls."""
-    shared = np.intersect1d(facts_with_value(own), facts_with_value(other))
-    if not len(shared):
-        return Measured(Estimate.undefined())
-    if isinstance(own, Correlations) and isinstance(other, Correlations):
-        found = _of_correlations(own.among(shared), other.among(shared), seed, control)
+    """One model's measure less another's over the facts that have a part in both, with that of their controls.
+
+    Args:
+        same_pairs: both sides are of one list of pairs, and are compared on the pairs (and heads) that have a part in
+            both, not on the facts alone.
+    """
+    if isinstance(own, Correlations):
+        assert isinstance(other, Correlations), "both are of one measure"
+        sides = _on_facts_of_both(*(on_the_same(own, other) if same_pairs else (own, other)))
+        found = _of_correlations(*sides, seed, control) if len(sides[0].fact_of) else None
     else:
-        assert isinstance(own, Answers) and isinstance(other, Answers), "both are of one measure"
-        found = _of_answers(own.among(shared), other.among(shared), seed, control)
+        assert isinstance(other, Answers), "both are of one measure"
+        answers = _on_facts_of_both(*(on_the_same(own, other) if same_pairs else (own, other)))
+        found = _of_answers(*answers, seed, control) if len(answers[0].facts) else None
+    if found is None:
+        return Measured(Estimate.undefined())
     lacking = {missing_interval(part): part.n for part in (found.estimate, found.excess) if part is not None}
     return replace(found, undefined={reason: count for reason, count in lacking.items() if reason})
+
+
+def _on_facts_of_both(own: Side, other: Side) -> tuple[Side, Side]:
+    """Of the facts that have a part in both numbers; without those that a fact less leaves without a group."""
+    while True:
+        first, second = facts_with_value(own), facts_with_value(other)
+        shared = np.intersect1d(first, second)
+        own, other = own.among(shared), other.among(shared)
+        if len(first) == len(second) == len(shared):
+            return own, other
 
 
 def _of_correlations(own: Correlations, other: Correlations, seed: int, control: bool) -> Measured:
     estimate = paired_difference(own, other, COSINE, seed=seed)
     cautions = [caution("correlation", estimate.facts, apart=True), POOLED if own.pooled != other.pooled else ""]
-    cautions.append(_uneven(own, other))
+    cautions += [_uneven(own, other), NO_PART if _lacks_groups(own) != _lacks_groups(other) else ""]
     measured = Measured(estimate, statistic="difference of correlations", caution="; ".join(filter(None, cautions)))
     nulls = [side.null(seed) for side in (own, other)] if control else [np.array([])] * 2
     null = nulls[0] - nulls[1] if len(nulls[0]) == len(nulls[1]) else np.array([])
@@ -244,6 +333,10 @@ def _of_correlations(own: Correlations, other: Correlations, seed: int, control:
     beside = Control(middle, (low, high), estimate.n, f"{len(null)} shuffles, {SHUFFLED}", estimate.facts)
     excess = replace(estimate, value=estimate.value - middle, low=estimate.low - middle, high=estimate.high - middle)
     return replace(measured, control=beside, excess=excess)
+
+
+def _lacks_groups(side: Correlations) -> bool:
+    return bool((~side.counting & np.isfinite(side.forward) & np.isfinite(side.reverse)).any())
 
 
 def _uneven(own: Sample, other: Sample) -> str:

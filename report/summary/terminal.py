@@ -17,6 +17,8 @@ from .tables import MEASURES, final_table, last_checkpoints
 
 # Where output is no terminal (a log), lines may be long: a table folded to 80 columns is unreadable.
 _LOG_WIDTH = 200
+# A number's columns in a table of measures, by the prefix of the value's own.
+_STACKED = {"": ("value", "low", "high"), "control": ("", "_low", "_high"), "excess": ("", "_low", "_high")}
 # Columns a terminal needs to show all six measures beside each other.
 _WIDE = 108
 
@@ -42,6 +44,29 @@ def readings_table(readings: Readings, title: str) -> Table:
         # Why pairs have no number, and what a number must be read with.
         rows.append(shown | {"note": "; ".join(filter(None, [row["reason"], row["caution"]])) or "-"})
     return text_table(pd.DataFrame(rows), title)
+
+
+def print_readings(readings: Readings, title: str, console: Console) -> None:
+    """`readings_table`; where the terminal is narrow, intervals below their values and the notes below the table."""
+    if console.width >= _WIDE:
+        console.print(readings_table(readings, title))
+        return
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("measure", "value", "control", "value - control", "n", "weights"):
+        table.add_column(heading)
+    notes = []
+    for row in readings.measures().to_dict("records"):
+        numbers = [interval_text(*(row[f"{name}{end}"] for end in ends)) for name, ends in _STACKED.items()]
+        shown = [text.replace(" [", "\n[") if not text.startswith("undefined") else "-" for text in numbers]
+        shown[0] = "undefined" if pd.isna(row["value"]) else shown[0]
+        name = row["measure"].replace("_", "\n", 1).replace("_", " ")
+        read = f"{row['weights'] or '-'}\n{row['kind'].replace('_', ' ')}"
+        table.add_row(*map(Text, [name, *shown, f"{row['n']:,} pairs\n{row['facts']:,} facts", read]))
+        said = "; ".join(filter(None, [row["reason"], row["caution"]]))
+        notes += [f"{row['measure'].replace('_', ' ')}: {said}"] if said else []
+    console.print(table)
+    for note in notes:
+        console.print(note)
 
 
 def controls_table(readings: Readings, title: str) -> Table:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -11,6 +12,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 import revprobe as rp
 from revprobe.models.peft_adapters import without_wrapper
+from revprobe.probes.controls import Controls
 from revprobe.probes.passes.untrained import untrained_twin
 from tiny import GROUPED, MASK, causal, gpt2, in_blocks, language_model, llama, pairs_at, radd
 
@@ -272,3 +274,24 @@ def test_too_few_facts_are_said_of_a_control_and_of_its_difference() -> None:
     model, pairs = radd(), pairs_at((2, 5), (5, 1), count=2)
     found = row(rp.probe_gradient_cosine(model, pairs, controls="untrained"), "untrained")
     assert "facts" in found["reason"] and "difference: " in found["reason"]
+
+
+def test_a_control_without_variance_in_some_groups_is_compared_on_the_others_and_counts_them() -> None:
+    """Eight facts in four places; beside the evidence of two places every head gives the same score."""
+
+    def reading(flat: tuple[int, ...], model: str) -> rp.Reading:
+        draw = np.random.default_rng(0)
+        group, fact = np.repeat(np.arange(4), 8), np.tile(np.arange(8), 4)
+        x = draw.normal(size=32)
+        y = np.where(group < 2, x, -x) + 0.2 * draw.normal(size=32)
+        columns = {"pair": np.arange(32), "fact": fact.astype(str), "group": group, "layer": 0, "head": 0}
+        columns |= {"score_forward": np.where(np.isin(group, flat), 1.0, x), "score_reverse": y, "reason": ""}
+        about = {"model": model, "kind": "same_target", "pair_count": 32, "seed": 0}
+        return rp.Reading("attention_correlation", pd.DataFrame(columns), about)
+
+    own, other = reading((), "own"), reading((2, 3), "beside")
+    asked = Controls(("neighbour",)).beside(own, {"neighbour": lambda: other})
+    found = row(asked, "neighbour")
+    assert (found["n"], found["facts"]) == (16, 8) and "2 no variance within the group" in found["reason"]
+    assert found["difference"] == pytest.approx(0, abs=1e-12), "the same scores where both have a correlation"
+    assert "difference: over the 16 of 32 pairs (8 facts) that have a part in both" in found["reason"]

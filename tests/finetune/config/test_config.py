@@ -28,7 +28,10 @@ def sweep(cells: str) -> SweepConfig:
             "training: {steps: 1, learning_rat: 1}",
             "my.yaml: unknown key 'training.learning_rat'; the closest is 'learning_rate'",
         ),
-        ("training: {stps: 1}", "unknown key 'training.stps'; the closest is 'steps' (in training) (and 1 more)"),
+        (
+            "training: {stps: 1}",
+            "2 problems: (1) unknown key 'training.stps'; the closest is 'steps' (in training); (2) ",
+        ),
         ("training: {steps: 1}\nmodle: {}", "unknown key 'modle'; the closest is 'model'"),
         ("training: {steps: 1}\nseed: 3", "unknown key 'seed'; the closest is 'training.seed'"),
         ("training: {}", "'training.steps' is missing"),

@@ -50,5 +50,5 @@ def test_sizes_that_no_machine_has_are_refused_by_their_key(text: str, words: st
 
 def test_a_mapping_is_a_config() -> None:
     assert load_config(RUN, RunConfig) == RunConfig(**RUN)
-    with pytest.raises(RevprobeError, match="the config: unknown key 'trainig'"):
+    with pytest.raises(RevprobeError, match=r"the config: .*unknown key 'trainig'"):
         train({"name": "x", "trainig": {"steps": 4}})

@@ -33,7 +33,7 @@ from revprobe.probes.theory.key_covariance import (
 )
 from revprobe.probes.theory.model_bounds import SEVERAL_TOKENS, SWAPPED, UNEQUAL
 from revprobe.probes.theory.score_correlation import rope_frequencies
-from tiny import FIXTURES, GROUPED, causal, in_blocks, pairs_at, text_like_pairs
+from tiny import FIXTURES, GROUPED, MASK, causal, in_blocks, pairs_at, text_like_pairs
 
 radd = partial(tiny.radd, n_layers=2, n_heads=2, scale=0.3)
 gpt2, llama = (partial(make, scale=0.3) for make in (tiny.gpt2, tiny.llama))
@@ -540,6 +540,24 @@ def test_options_and_errors() -> None:
         rp.audit_assumptions(model, pairs, layers=[9])
     with pytest.raises(RevprobeError, match="no scaled_dot_product_attention call was seen"):
         rp.audit_assumptions(llama("eager"), BEFORE())
+
+
+def test_a_model_that_cannot_be_read_is_refused_with_what_helps() -> None:
+    bridge = rp.ProbedModel(radd().to_bridge(), objective="masked", mask_token_id=MASK, logit_shift=0)
+    with pytest.raises(RevprobeError, match="a TransformerLens bridge makes none; ask the model it was made from"):
+        rp.audit_assumptions(bridge, MIRRORED(count=2))
+    config = transformers.GPTJConfig(vocab_size=60, n_embd=16, n_layer=2, n_head=2, rotary_dim=4, n_positions=32)
+    with pytest.raises(RevprobeError, match="multiplies queries and keys itself") as caught:
+        rp.audit_assumptions(causal(config), BEFORE())
+    assert "sdpa'" not in str(caught.value), "GPT-J has no such implementation to load"
+
+
+def test_logits_that_are_not_numbers_are_an_error_and_no_reading() -> None:
+    model = radd()
+    with torch.no_grad():
+        next(p for name, p in model.module.named_parameters() if "embed" in name).fill_(torch.nan)
+    with pytest.raises(RevprobeError, match=r"NaN|not finite|non-finite"):
+        rp.audit_assumptions(model, MIRRORED(count=2))
 
 
 def test_bfloat16_is_close() -> None:

@@ -29,7 +29,11 @@ from revprobe.probes.deep.trace_frame import (
     NO_THIRD,
     TOO_CLOSE,
     ZERO_CLEAN,
+    ZERO_CONTROL,
     ZERO_CORRUPTED,
+    ZERO_PATCHED,
+    Entry,
+    trace_frame,
 )
 from revprobe.probes.passes import state_runs
 from revprobe.probes.statistics.causal_trace import place_means
@@ -552,6 +556,20 @@ def test_probability_0_is_a_reason() -> None:
 
 
 # --- the rest of the contract ---------------------------------------------------------------------------------------
+
+
+def test_probability_0_with_a_state_put_back_is_a_reason_of_that_place_alone() -> None:
+    pairs = pairs_at((1, 5), (5, 1), count=1)
+    entry = Entry(0, "reverse", "", "", (0,), (0,))
+    patched = np.array([[[-1.0, -2.0], [-np.inf, -2.0], [-1.0, -np.inf]]])
+    found = state_runs.StateResult(np.array([-0.5]), np.array([-3.0]), patched)
+    places = [state_runs.Place(layer, None, "all") for layer in range(3)]
+    frame = trace_frame(pairs, [entry], found, places, {}, ["all"]).set_index("layer")
+    assert frame["reason"].tolist() == ["", ZERO_PATCHED, ""] and np.isnan(frame.loc[1, "effect"])
+    assert frame["reason_control"].tolist() == ["", ZERO_PATCHED, ZERO_CONTROL]
+    assert frame.loc[0, ["effect", "effect_control"]].tolist() == [2.0, 1.0] and np.isnan(
+        frame.loc[2, "effect_control"]
+    )
 
 
 def test_numbers_do_not_depend_on_the_batch_and_forwards_are_those_that_ran() -> None:

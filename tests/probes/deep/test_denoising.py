@@ -22,8 +22,7 @@ from revprobe.probes.decoding.masked import ALGORITHMS, Prompt, unmasking
 from revprobe.probes.deep.denoising import BLOCK_NOT_BEGUN
 from revprobe.probes.passes.batches import prepare_queries
 from revprobe.probes.statistics.denoising import attention_table, steps_table
-from revprobe.probes.statistics.estimators import LATER_BLOCK, NO_PARTNER
-from revprobe.probes.storage import NO_LIKE_TARGET
+from revprobe.probes.statistics.estimators import LATER_BLOCK, NO_LIKE_TARGET, NO_PARTNER
 from tiny import FIXTURES, AttentionOnly, drawn, gpt2, in_blocks, llama, pairs_at, radd, text_like_pairs
 
 MODELS = {
@@ -543,3 +542,8 @@ def test_a_frame_of_a_deep_models_size_stays_small():
     reading = rp.trace_denoising(model, pairs)
     assert len(reading.frame) == 200 + 2 * 100 * 32 * 32
     assert 16 * reading.frame.memory_usage(deep=True).sum() < 200e6
+
+
+def test_a_misspelt_remasking_is_called_by_the_name_it_was_given_under() -> None:
+    with pytest.raises(rp.RevprobeError, match="unknown remasking 'confidance'; the closest is 'confidence'"):
+        rp.trace_denoising(radd(), pairs_at((1, 5), (5, 1), count=2), remasking="confidance")

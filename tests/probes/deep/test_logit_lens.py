@@ -20,7 +20,8 @@ from revprobe.models.structure import states_of
 from revprobe.probes.deep.logit_lens import NO_EMBEDDING, NO_SUM, OWN_TOKENS
 from revprobe.probes.passes.batches import make_batch, prepare_queries
 from revprobe.probes.passes.decomposition import LinearizedBatch
-from revprobe.probes.statistics.estimators import LATER_BLOCK, NO_PARTNER
+from revprobe.probes.passes.likelihood import target_partners
+from revprobe.probes.statistics.estimators import LATER_BLOCK, NO_LIKE_TARGET, NO_PARTNER
 from tiny import FIXTURES, GROUPED, SIZES, bridged, causal, drawn, in_blocks, language_model, pairs_at, text_like_pairs
 
 # Weights far from their initial values, so that layers disagree.
@@ -97,12 +98,12 @@ def test_every_layer_equals_its_whole_state_put_back_by_hand(name: str) -> None:
     model = MODELS[name]()
     pairs = text_like_pairs() if name != "SDAR" else pairs_at((5, 4), (4, 5), count=4, length=9, ragged=True)
     reading = rp.probe_logit_lens(model, pairs)
-    partner = shuffled_onto(model, pairs, reading)
+    partners = {side: shuffled_onto(model, pairs, reading, side) for side in ("forward", "reverse")}
     frame = reading.frame.set_index(["pair", "direction", "layer"])
     for place, pair in enumerate(pairs):
         for direction in ("forward", "reverse"):
             query = getattr(pair, direction)
-            other = partner[place]
+            other = partners[direction][place]
             target = getattr(pairs[other], direction).target if other >= 0 else ()
             alone = model.objective == "causal" and len(query.target) > 1
             hand = by_hand(model, query, () if alone else target)
@@ -116,15 +117,26 @@ def test_every_layer_equals_its_whole_state_put_back_by_hand(name: str) -> None:
     assert reading.meta["worst_gap"] <= 1e-5
 
 
-def shuffled_onto(model: rp.ProbedModel, pairs: rp.ReversalPairs, reading: rp.Reading) -> list[int]:
-    """Each pair's partner, found without the probe's own tables: of its group, as wide, next in the drawn order."""
-    from revprobe.probes.storage import control_partners
-
-    found = control_partners(pairs, model.logit_shift, seed=reading.seed)
-    width = [len(query.target) for query in (pair.forward for pair in pairs)]
+def shuffled_onto(model: rp.ProbedModel, pairs: rp.ReversalPairs, reading: rp.Reading, side: str) -> list[int]:
+    """Each pair's partner: another fact of its group with another target as long."""
+    found = target_partners(pairs, model.logit_shift, seed=reading.seed)[side]
+    targets = [getattr(pair, side).target for pair in pairs]
     for place, other in enumerate(found):
-        assert other < 0 or (pairs.facts[other] != pairs.facts[place] and width[other] == width[place])
+        assert other < 0 or (pairs.facts[other] != pairs.facts[place] and len(targets[other]) == len(targets[place]))
+        assert other < 0 or targets[other] != targets[place]
     return found.tolist()
+
+
+def test_a_fact_whose_other_direction_cannot_be_shuffled_has_a_control_in_the_one_that_can() -> None:
+    """Two facts of one target and another evidence, asked in exchanged roles: only the reverse targets differ."""
+    pairs = []
+    for fact, (target, evidence) in enumerate([(7, 3), (7, 4)]):
+        forward = rp.Query([evidence, 20, 21, target], [3], [0])
+        reverse = rp.Query([target, 22, 23, evidence], [3], [0])
+        pairs.append(rp.ReversalPair(forward, reverse, kind="swapped", fact=str(fact)))
+    reading = rp.probe_logit_lens(radd(), rp.ReversalPairs.from_pairs(pairs))
+    reasons = reading.frame.groupby("direction")["reason_control"].unique().map(list).to_dict()
+    assert reasons == {"forward": [NO_LIKE_TARGET], "reverse": [""]} and reading.control is not None
 
 
 @pytest.mark.parametrize("name", MODELS)

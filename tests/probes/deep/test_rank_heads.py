@@ -220,3 +220,10 @@ def test_a_query_that_two_facts_ask_is_in_one_half() -> None:
 def test_one_fact_cannot_be_split() -> None:
     with pytest.raises(RevprobeError, match="at least two, one to rank by"):
         rp.rank_heads(MODELS["LLaDA"](), pairs_at((1, 4), (2, 5), count=1))
+
+
+def test_more_heads_than_there_are_cannot_be_shown() -> None:
+    model, pairs = radd(n_layers=2, n_heads=2), pairs_at((1, 5), (5, 1), count=4)
+    with pytest.raises(RevprobeError, match="top=100: 2 heads are ranked; expected at most so many"):
+        rp.rank_heads(model, pairs, top=100, layers=[1])
+    assert rp.rank_heads(model, pairs, layers=[1]).meta["top"] == 2, "as many as there are, where none was asked for"

@@ -55,17 +55,17 @@ def test_every_number_shows_with_its_interval_n_and_control(readings):
         shown = repr(reading)
         for number in (reading.value, *reading.interval, reading.control.value, reading.excess.value):
             assert f"{number:.4g}" in shown
-        assert f"n={reading.n}" in shown
+        assert f"n = {reading.n:,} pairs of {reading.facts} facts" in shown
 
 
 def test_a_control_over_fewer_pairs_shows_its_own_n(readings):
     """An excess over half the pairs is not value minus control of the whole."""
     whole = readings["reverse_probability"]
-    assert "(n=" not in repr(whole)
+    assert "(n = " not in repr(whole)
     rows = (whole.frame["direction"] == "reverse") & (whole.frame["pair"] < 3)
     control = whole.frame["probability_control"].mask(rows)
     part = Reading(whole.name, whole.frame.assign(probability_control=control), whole.meta)
-    fewer = f"(n={whole.n - 3})"
+    fewer = f"(n = {whole.n - 3:,} pairs of "
     assert repr(part).count(fewer) == 2 and part.control.n == part.excess.n == whole.n - 3
 
 

@@ -213,3 +213,17 @@ def test_a_layer_without_attention_neither_stops_nor_moves_the_views():
         assert units["value"].iloc[place] == pytest.approx(r, abs=1e-12)
     whole, alone = distance_correlations(hybrid), distance_correlations(frame)
     assert whole["value"].equals(alone["value"]) and whole["n"].equals(alone["n"])
+
+
+def test_pairs_of_groups_without_variance_are_not_behind_the_value():
+    """n says what the number rests on; facts of a constant group alone would narrow its interval too."""
+    forward, reverse, facts, groups = scores(facts=9, groups=3, heads=1)
+    facts = np.array(
+        [f"{fact} {group}" for fact, group in zip(facts, groups, strict=True)]
+    )  # each group has facts of its own
+    forward[groups == 2] = 5.0
+    found = group_correlation(forward, reverse, facts, groups)
+    rest = groups != 2
+    alone = group_correlation(forward[rest], reverse[rest], facts[rest], groups[rest])
+    assert found.n == rest.sum() and found.facts == 18 and found.constant == 1
+    assert (found.value, found.low, found.high) == pytest.approx((alone.value, alone.low, alone.high))

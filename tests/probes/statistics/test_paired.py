@@ -13,6 +13,7 @@ from revprobe.probes.statistics.coverage import FEWEST, caution
 from revprobe.probes.statistics.group_correlation import group_correlation
 from revprobe.probes.statistics.intervals import COSINE, FRACTION
 from revprobe.probes.statistics.paired import (
+    NO_PART,
     POOLED,
     UNEVEN,
     Answers,
@@ -300,3 +301,56 @@ def test_sides_are_what_the_readings_estimators_see() -> None:
     reverse, right = side_of("reverse_probability", frame), side_of("forward_accuracy", frame)
     assert isinstance(reverse, Answers) and reverse.values.tolist() == [0.3, 0.4] and reverse.null is None
     assert isinstance(right, Answers) and right.values.tolist() == [1.0, 0.0] and right.binary
+
+
+# ---- the same pairs ----
+
+
+def test_two_numbers_of_the_same_pairs_differ_over_the_groups_that_both_have() -> None:
+    """One side has no variance in half of the groups, in which the other is unlike its other half."""
+    generator = np.random.default_rng(5)
+    facts, groups = np.tile(names(12), 4), np.repeat(np.arange(4), 12)
+    x = generator.normal(size=(48, 2))
+    y = np.where(groups[:, None] < 2, x, -x) + 0.3 * generator.normal(size=(48, 2))
+    own = sided(x, y, facts, groups)
+    flat = np.where((groups >= 2)[:, None], 1.0, x + generator.normal(size=(48, 2)))
+    flat[groups == 1, 1] = 3.0  # and one group more in one head
+    other = sided(flat, y, facts, groups)
+    found = measured_difference(own, other, control=False, same_pairs=True)
+    cells = [(0, 0), (1, 0), (0, 1)]  # group, head
+
+    def by_hand(x: np.ndarray) -> float:
+        return float(np.mean([np.corrcoef(x[groups == g, h], y[groups == g, h])[0, 1] for g, h in cells]))
+
+    assert found.estimate.value == pytest.approx(by_hand(x) - by_hand(flat), abs=1e-12)
+    assert (found.estimate.n, found.estimate.facts) == (24, 12) and NO_PART not in found.caution
+    apart = measured_difference(own, other, control=False)
+    assert abs(apart.estimate.value - found.estimate.value) > 0.5, "the groups' difference stood in it"
+    assert NO_PART in apart.caution, "two models have no groups in common: it is said"
+
+
+def test_pairs_are_joined_by_the_number_they_were_asked_under() -> None:
+    """A control that lost pairs counts its own anew, and says which they were."""
+    values = np.array([0.1, 0.9, 0.4, 0.6, 0.2])
+    own = Answers(values, None, names(5), FRACTION, pair=np.arange(5))
+    kept = np.array([4, 1, 2])
+    other = Answers(np.array([0.1, np.nan, 0.2]), None, names(5)[kept], FRACTION, pair=kept)
+    found = measured_difference(own, other, same_pairs=True).estimate
+    assert found.value == pytest.approx((0.2 + 0.4) / 2 - (0.1 + 0.2) / 2) and found.n == 2
+
+
+def test_a_group_that_loses_pairs_to_the_other_side_may_lose_its_correlation() -> None:
+    """Nine facts, of which the other side has seven: fewer than a correlation of their own takes."""
+    facts, groups = np.concatenate([names(9), names(9)]), np.repeat([0, 1], 9)
+    x, y = np.random.default_rng(0).normal(size=(2, 18, 1))
+    own, there = sided(x, y, facts, groups), np.ones((18, 1), dtype=bool)
+    there[:2] = False
+    other = sided(x + y, y, facts, groups).where(there)
+    found = measured_difference(own, other, control=False, same_pairs=True).estimate
+    last = slice(9, None)
+    by_hand = [float(np.corrcoef(a[last, 0], y[last, 0])[0, 1]) for a in (x, x + y)]
+    assert found.value == pytest.approx(by_hand[0] - by_hand[1]) and found.n == 9
+
+
+def sided(x: np.ndarray, y: np.ndarray, facts: np.ndarray, groups: np.ndarray) -> Correlations:
+    return Correlations(x, y, facts, groups, np.arange(len(facts)), np.array([[0, n] for n in range(x.shape[1])]))

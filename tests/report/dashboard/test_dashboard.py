@@ -502,4 +502,4 @@ def test_the_command_says_what_is_missing_and_warns_of_an_open_host(
     assert "warning: listening on 0.0.0.0: whoever can reach this machine can read these runs" in shown.output
     monkeypatch.setitem(sys.modules, "dash", None)
     without = runner.invoke(command_line, ["dashboard", str(tmp_path)])
-    assert "pip install 'revprobe[dashboard]'" in str(without.exception)
+    assert "pip install '.[dashboard]'" in str(without.exception)
