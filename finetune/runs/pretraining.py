@@ -32,8 +32,7 @@ from ...models.probed import ProbedModel
 from ...models.registry import load_model
 from ...probes.decoding.exact_match import decoded_match
 from ...probes.readings.reading import Reading
-from ..config.loading import dump_config, load_config
-from ..config.mistakes import differences
+from ..config.loading import load_config
 from ..config.pretraining import PretrainConfig, PretrainSweepConfig
 from ..pretraining.corpus import PretrainingCorpus
 from ..pretraining.layouts import CAUSAL, train_tokenizer, untrained
@@ -44,9 +43,11 @@ from ..training.dataset import PadRows, padding_id
 from ..training.objectives import EPS
 from ..training.trainer import ForwardOnlyTrainer
 from .progress import Listener, ProgressCallback
-from .run import CONFIG, VERSIONS, noting_problems, pinned_threads, software
+from .run import CONFIG, claim_run, noting_problems, pinned_threads, software
 
-MODEL, RECORD, ANSWERS, _SECONDS = "model", "pretraining.json", "answers", "seconds.json"
+MODEL, RECORD, ANSWERS = "model", "pretraining.json", "answers"
+# Beside them until the record holds both.
+_SECONDS, _TRAINED = "seconds.json", "trained.json"
 # How many losses the record keeps, evenly over the steps.
 _LOSSES = 50
 
@@ -95,7 +96,7 @@ def pretrain(config: PretrainConfig, folder: Path, *, listener: Listener | None 
     made = PretrainedModel(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with run_lock(folder):
-        _claim(made, config)
+        claim_run(made, config)
         if made.finished:
             return made
         with noting_problems(folder), pinned_threads(config.training.threads), quiet_transformers():
@@ -106,18 +107,6 @@ def pretrain(config: PretrainConfig, folder: Path, *, listener: Listener | None 
             _require_same_tokens(made, corpus, tokenizer)
             _conclude(made, config, corpus)
     return made
-
-
-def _claim(made: PretrainedModel, config: PretrainConfig) -> None:
-    if not (made.path / CONFIG).is_file():
-        write_text(made.path / CONFIG, dump_config(config))
-        write_text(made.path / VERSIONS, json.dumps(software(), indent=2) + "\n")
-    changed = differences(made.config, config)
-    if changed:
-        raise RevprobeError(
-            f"{made.path} was started with another config: {', '.join(changed)} (old -> new); restore the old values "
-            "to resume it, or choose another folder"
-        )
 
 
 class _CorpusTrainer(ForwardOnlyTrainer):
@@ -182,7 +171,7 @@ def _train(
     shutil.rmtree(working, ignore_errors=True)
     module.save_pretrained(working)
     tokenizer.save_pretrained(working)
-    write_text(folder / "trained.json", json.dumps(about))
+    write_text(folder / _TRAINED, json.dumps(about))
     working.rename(folder / MODEL)
 
 
@@ -240,7 +229,7 @@ def _conclude(made: PretrainedModel, config: PretrainConfig, corpus: Pretraining
         "name": config.name,
         "parameters": sum(p.numel() for p in model.module.parameters()),
         "corpus": {"told": config.corpus.told, "sha256": corpus.digest, "parts": corpus.summary()},
-        **json.loads((made.path / "trained.json").read_text(encoding="utf-8")),
+        **json.loads((made.path / _TRAINED).read_text(encoding="utf-8")),
         "seconds": json.loads((made.path / _SECONDS).read_text(encoding="utf-8")),
         "answers": {name: _numbers(reading) for name, reading in answers.items()},
         "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
@@ -248,6 +237,8 @@ def _conclude(made: PretrainedModel, config: PretrainConfig, corpus: Pretraining
     }
     write_text(made.path / RECORD, json.dumps(record, indent=2) + "\n")
     shutil.rmtree(made.path / CHECKPOINTS, ignore_errors=True)
+    for name in (_SECONDS, _TRAINED):
+        (made.path / name).unlink(missing_ok=True)
 
 
 def _answers(model: ProbedModel, corpus: PretrainingCorpus, facts: int) -> Iterator[tuple[str, str, bool, Reading]]:

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from pydantic import BaseModel
@@ -229,7 +229,18 @@ def is_run(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file()
 
 
-def claim_run(run: Run, config: BaseModel) -> None:
+class Claimed(Protocol):
+    """What a folder is made of that belongs to one config: a run's, or a small model's."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def config(self) -> BaseModel: ...
+    @property
+    def finished(self) -> bool: ...
+
+
+def claim_run(run: Claimed, config: BaseModel) -> None:
     """Make the run's folder this config's, or check that it is. Raises: RevprobeError, when it is another's."""
     folder = run.path
     if not is_run(folder):

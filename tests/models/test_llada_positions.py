@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from revprobe import load_model
+from revprobe import Query, ReversalPair, ReversalPairs, load_model, probe_gradient_cosine
 from revprobe.models.bases.configs import LLaDAConfig
 from revprobe.models.families.llada import LLaDAForMaskedDiffusion
 from revprobe.models.probed import ProbedModel
+from revprobe.models.rotary import layer_positions
 
 
 @pytest.fixture
@@ -89,3 +90,31 @@ def test_padding_changes_nothing(model: LLaDAForMaskedDiffusion) -> None:
 def test_a_model_that_turns_has_no_table_of_positions() -> None:
     plain = LLaDAForMaskedDiffusion(LLaDAConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=20, mask_token_id=19))
     assert not any("wpe" in name for name, _ in plain.named_parameters())
+
+
+def test_position_is_told_to_reach_queries_by_the_embeddings(model: LLaDAForMaskedDiffusion) -> None:
+    """Neither a rotation nor none: bounds would be drawn for the first, and shared storage be said of the second."""
+    found = layer_positions(ProbedModel(model, objective="masked", mask_token_id=19))
+    assert {one.kind for one in found.values()} == {"other"} and all(one.reason for one in found.values())
+
+
+def test_the_gradient_of_the_table_of_positions_is_that_of_autograd(model: LLaDAForMaskedDiffusion) -> None:
+    """One table serves all rows at once: its gradient must still be each query's own."""
+    queries = [Query([1, 2, 3, 4, 5], [1], [3]), Query([1, 4, 3, 2, 5], [3], [1]), Query([2, 7, 4, 9], [0], [2])]
+    pairs = ReversalPairs([ReversalPair(queries[0], queries[1]), ReversalPair(queries[2], queries[1])])
+    frame = probe_gradient_cosine(ProbedModel(model, objective="masked", mask_token_id=19), pairs, control=False).frame
+
+    def gradient(query: Query) -> torch.Tensor:
+        ids = torch.tensor([query.token_ids])
+        (place,) = query.target_positions
+        shown = ids.clone()
+        shown[0, place] = 19
+        logits = model(input_ids=shown).logits[0, place]
+        loss = F.cross_entropy(logits[None], ids[0, place][None])
+        return torch.autograd.grad(loss, model.model.wpe.weight)[0]
+
+    forward, reverse = [gradient(queries[0]), gradient(queries[2])], gradient(queries[1])
+    rows = frame[frame["parameter"] == "model.wpe.weight"].sort_values("pair")
+    assert rows["role"].tolist() == ["position", "position"]
+    assert rows["inner"].tolist() == pytest.approx([float((one * reverse).sum()) for one in forward], rel=1e-4)
+    assert rows["norm_forward"].tolist() == pytest.approx([float(one.norm()) for one in forward], rel=1e-4)
