@@ -27,6 +27,7 @@ READINGS = ("attention_correlation", "gradient_cosine", "reverse_probability")
 MODELS = 4  # each prints its three readings
 PLOTLY, PICTURE = "application/vnd.plotly.v1+json", "image/png"
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
+INTERVAL = re.compile(r"\[(-?\d+\.?\d*), (-?\d+\.?\d*)\]")
 BYTES = 450_000
 
 
@@ -162,6 +163,30 @@ def test_what_is_committed_is_what_a_run_prints(stored, rerun):
 
 
 # ---- what is committed ----
+
+
+def outputs(notebook) -> str:
+    """Every text that cells print, tables included."""
+    return printed(notebook) + "\n".join(bundle.get("text/plain", "") for bundle in bundles(notebook))
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_every_interval_that_the_prose_names_stands_in_the_outputs(stored, name):
+    """What is said to have come out, beside what did: prose is not drawn, and outputs move without it."""
+    notebook = stored(name)
+    there = {float(number) for number in NUMBER.findall(outputs(notebook))}
+    told = {bound for text in markdown(notebook) for pair in INTERVAL.findall(text) for bound in pair}
+    for digits in range(4):
+        # As it stands, in per cent, or as a loss where the output has the log-probability.
+        near = {round(one * scale, digits) for one in there for scale in (1, 100, -1)}
+        missing = [bound for bound in told if len(bound.partition(".")[2]) == digits and float(bound) not in near]
+        assert not missing, f"in no output of {name}"
+
+
+def test_the_prose_that_is_held_to_its_outputs_is_there(stored):
+    """The check above would pass on notebooks that name no interval."""
+    told = [INTERVAL.findall(text) for text in markdown(stored("06_inside_a_deep_model.ipynb"))]
+    assert sum(map(len, told)) >= 12
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
