@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import RevprobeError
+from .running import Address, Jobs, On
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,7 +61,7 @@ def theory(
 )
 def one_layer(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each cell, from 0.")] = 3,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs side by side, each in its own process.")] = 1,
+    jobs: Jobs = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder that gets the folder one-layer.")] = Path("runs"),
     lengths: Annotated[
         str | None, typer.Option(help="Sequence lengths, separated by commas; all of 10,20,30,40 by default.")
@@ -72,6 +73,8 @@ def one_layer(
             "--batched/--separate", help="Runs of one shape as one model, without --jobs; by default on a GPU."
         ),
     ] = None,
+    on: On = "local",
+    address: Address = None,
     train: Annotated[
         bool, typer.Option("--train/--table-only", help="Or only the tables of what has been run.")
     ] = True,
@@ -87,9 +90,9 @@ def one_layer(
         if batched is None:
             import torch
 
-            batched = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+            batched = on == "local" and (device == "cuda" or (device == "auto" and torch.cuda.is_available()))
         try:
-            run_sweep(asked, jobs=jobs, out=out, console=console, batched=batched)
+            run_sweep(asked, jobs=jobs, out=out, console=console, batched=batched, on=on, address=address)
         except RunsFailed as error:  # the runs that are whole still make a table
             failed = error
         except KeyboardInterrupt:
