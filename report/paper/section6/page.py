@@ -151,7 +151,7 @@ def origin(about: dict[str, Any]) -> list[Block]:
             line += f", trained at commit {sweep['trained_at_commit']}"
         if sweep.get("unchanged_since"):
             line += (
-                f"; its YAML with the predictions (sha256 {sweep['file_sha256'][:12]}) is unchanged since "
+                f"; its YAML, comments and all (sha256 {sweep['file_sha256'][:12]}), is unchanged since "
                 f"{sweep['unchanged_since']}, commit {sweep['unchanged_since_commit']}"
             )
         lines.append(f"{name}: {line}.")

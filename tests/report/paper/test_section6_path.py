@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -213,3 +214,11 @@ def test_the_quick_variant_is_small_and_of_the_same_kinds(monkeypatch: pytest.Mo
     assert rates["mini-mlm"] == [0.15, 0.15] and rates["mini-llada"] is None
     assert quick.sweeps[0].overrides["mini-mlm"] == {"objective": {"rates": [0.15, 0.15]}}
     assert json.loads(quick.sweeps[1].model_dump_json())["seeds"] == [0]
+
+
+def test_no_interval_of_the_page_reads_as_one_of_no_width(made: tuple[Path, str]) -> None:
+    """Probabilities of thousandths, whose ends would all be 0.00: each gets the digits that tell its ends apart."""
+    found = Section6.read(made[0])
+    assert (found.signatures.query("measure == 'reverse_probability'")["high"] < 0.005).any(), "nothing so small here"
+    ends = re.findall(r"\[([+-]?[\d.]+(?:e[+-]?\d+)?), ([+-]?[\d.]+(?:e[+-]?\d+)?)\]", markdown(found))
+    assert len(ends) > 5 and not [pair for pair in ends if float(pair[0]) == float(pair[1])]
