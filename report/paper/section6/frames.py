@@ -15,7 +15,7 @@ import pandas as pd
 from ....atomic_files import write_text, written_whole
 from .plan import LEARNED, Cell
 
-FINISHED, NOT_RUN = "finished", "not run"
+FINISHED, NOT_FINISHED, NOT_RUN = "finished", "not finished", "not run"
 AXES = ["sweep", "model", "dataset", "direction", "variant", "seed"]
 RUNS = [*AXES, "run", "objective", "steps", "status"]
 _NUMBERS = ["value", "low", "high", "n", "facts", "control", "undefined", "reason", "caution"]
@@ -91,7 +91,7 @@ class Section6:
                 getattr(self, name).to_parquet(part, index=False, compression="zstd", compression_level=19)
         for name, value in (("section6_models", self.models), ("section6", self.about)):
             written.append(folder / f"{name}.json")
-            write_text(written[-1], json.dumps(value, indent=2, sort_keys=True) + "\n")
+            write_text(written[-1], json.dumps(value, indent=2) + "\n")  # in the plan's order, as the page
         return written
 
     # ---- looking things up ----
