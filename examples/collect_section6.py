@@ -4,7 +4,8 @@
 
 RUNS has the folders section6, section6-ablations, section6-methods and mini-models, as `revprobe reproduce section6`
 leaves them. A run that is not finished, one that is being trained too, stands in the tables as such, so the command can
-be given again while the sweeps go on; it reads and never writes a run. The page is drawn from the tables alone:
+be given again while the sweeps go on; it reads and never writes a run. Runs that were collected before and whose
+folders are gone stay, as long as config and weights are the planned ones. The page is drawn from the tables alone:
 
     python examples/collect_section6.py --page-only
 """
@@ -26,6 +27,7 @@ from revprobe.finetune.config.places import DATA
 from revprobe.finetune.config.pretraining import PretrainSweepConfig
 from revprobe.report.paper.section6.collect import collect
 from revprobe.report.paper.section6.frames import FINISHED, Section6
+from revprobe.report.paper.section6.kept import with_kept
 from revprobe.report.paper.section6.page import write_markdown
 from revprobe.report.paper.section6.plan import DROP_ORDER, MODELS
 
@@ -66,7 +68,7 @@ def main() -> None:
         folders = {name: asked.runs / name for name in DROP_ORDER} | {MODELS: asked.models or asked.runs / MODELS}
         if not any(folder.is_dir() for folder in folders.values()):
             raise SystemExit(f"none of {', '.join(map(str, folders.values()))} is there; give the folder of the sweeps")
-        found = collected(folders, asked.data, asked.commit)
+        found = with_kept(collected(folders, asked.data, asked.commit), Section6.read(asked.out))
         found.write(asked.out)
         statuses = found.runs["status"]
         print(f"{(statuses == FINISHED).sum()} runs finished, {(statuses != FINISHED).sum()} not")

@@ -44,13 +44,15 @@ def collect(sweeps: Sweeps, models: Models, data: Path = DATA, tell: Tell = lamb
     """
     rows: dict[str, list[dict[str, Any]]] = {"runs": [], "answers": [], "ranks": [], "signatures": []}
     about: dict[str, Any] = {}
+    told = {config.name: _model(PretrainedModel(models[1] / config.name), config) for config in models[0].runs()}
     for name, (planned, folder) in sweeps.items():
         finished, left_out = [], {}
         for config in planned.runs():
             run, status = FinetuneRun(folder / config.name), _status(folder / config.name, config)
             axes = {"variant": ""} | config.axes | {"sweep": name, "run": config.name}
             resolved = run.resolved if status == FINISHED else {}
-            rows["runs"].append(axes | {key: resolved.get(key) for key in ("objective", "steps")} | {"status": status})
+            of_plan = {"status": status} | _planned(config, told)
+            rows["runs"].append(axes | {key: resolved.get(key) for key in ("objective", "steps")} | of_plan)
             if status != FINISHED:
                 left_out[config.name] = status
                 continue
@@ -61,10 +63,19 @@ def collect(sweeps: Sweeps, models: Models, data: Path = DATA, tell: Tell = lamb
         versions = _versions(folder / run for run in finished)
         about[name] = {"command": f"revprobe finetune {planned.name}", "versions": versions}
         about[name] |= {"finished": finished, "not_run": left_out}
-    told = {config.name: _model(PretrainedModel(models[1] / config.name), config) for config in models[0].runs()}
     about |= {"mini-models": {"command": f"revprobe pretrain {models[0].name}"}, "data": data_of(sweeps, models, data)}
     about["statistics_version"] = STATISTICS_VERSION
     return Section6(**{name: tidy(name, own) for name, own in rows.items()}, models=told, about=about)
+
+
+def _planned(config: FinetuneConfig, models: Mapping[str, Any]) -> dict[str, str]:
+    """What says later whether a run is still the one that is planned: its config, and which weights it starts from."""
+    values = config.model_dump(mode="json")
+    values["training"].pop("device")  # where, not what
+    name = Path(str(config.model.name)).parent.name
+    weights = models.get(name, {}).get("sha256", {}).get("model.safetensors", "")
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return {"config": digest, "weights_of": name, "weights": weights}
 
 
 def _status(path: Path, config: FinetuneConfig) -> str:
