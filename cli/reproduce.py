@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import RevprobeError, did_you_mean, first_line
-from .running import interruptible
+from .running import Address, Jobs, On, interruptible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +63,7 @@ def theory(
 )
 def one_layer(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each cell, from 0.")] = 3,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs side by side, each in its own process.")] = 1,
+    jobs: Jobs = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder that gets the folder one-layer.")] = Path("runs"),
     lengths: Annotated[
         str | None, typer.Option(help="Sequence lengths, separated by commas; all of 10,20,30,40 by default.")
@@ -75,6 +75,8 @@ def one_layer(
             "--batched/--separate", help="Runs of one shape as one model, without --jobs; by default on a GPU."
         ),
     ] = None,
+    on: On = "local",
+    address: Address = None,
     train: Annotated[
         bool, typer.Option("--train/--table-only", help="Or only the tables of what has been run.")
     ] = True,
@@ -90,9 +92,9 @@ def one_layer(
         if batched is None:
             import torch
 
-            batched = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+            batched = on == "local" and (device == "cuda" or (device == "auto" and torch.cuda.is_available()))
         try:
-            run_sweep(asked, jobs=jobs, out=out, console=console, batched=batched)
+            run_sweep(asked, jobs=jobs, out=out, console=console, batched=batched, on=on, address=address)
         except RunsFailed as error:  # the runs that are whole still make a table
             failed = error
         except KeyboardInterrupt:
@@ -144,7 +146,7 @@ def section6(
     quick: Annotated[
         bool, typer.Option("--quick", help="The whole path in small, in minutes and without any file: no result.")
     ] = False,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs side by side, each in its own process.")] = 1,
+    jobs: Jobs = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -158,6 +160,8 @@ def section6(
         Path, typer.Option("--data", help="Folder of the published files or their look-alikes (`revprobe data`).")
     ] = Path("data"),
     device: Annotated[str, typer.Option(help="Where new runs are fine-tuned: cpu, cuda, or auto.")] = "cpu",
+    on: On = "local",
+    address: Address = None,
     train: Annotated[bool, typer.Option("--train/--table-only", help="Or only the page of what has been run.")] = True,
 ) -> None:
     """Table 7 and Figures 4 and 6 on small models made here; hours on two cores, and the same command goes on."""
@@ -171,7 +175,7 @@ def section6(
     console, failed = make_console(), list[str]()
     if train:
         with interruptible(console):
-            failed = _make_section6(asked, jobs, console)
+            failed = _make_section6(asked, console, jobs=jobs, on=on, address=address)
     try:
         _write_section6(asked, console)
     except RevprobeError as error:
@@ -180,7 +184,7 @@ def section6(
         raise RevprobeError("; ".join(failed))
 
 
-def _make_section6(asked: Miniature, jobs: int, console: Console) -> list[str]:
+def _make_section6(asked: Miniature, console: Console, **where: Any) -> list[str]:
     """Sweep by sweep the models it needs, then its runs; returns what failed, which keeps nothing else from being made.
 
     Raises: RevprobeError, for missing data and for a sweep's folder of something else, before its runs are begun.
@@ -202,7 +206,7 @@ def _make_section6(asked: Miniature, jobs: int, console: Console) -> list[str]:
                 failed[one.name] = f"{one.name}: {first_line(error, with_type=not isinstance(error, RevprobeError))}"
                 console.print(f"failed: {failed[one.name]}", soft_wrap=True)
         try:
-            run_sweep(sweep, jobs=jobs, out=asked.out, console=console)
+            run_sweep(sweep, out=asked.out, console=console, **where)
         except RunsFailed as error:
             failed[sweep.name] = f"{sweep.name}: {error}"
     return list(failed.values())
