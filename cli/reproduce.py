@@ -147,6 +147,8 @@ def section6(
         bool, typer.Option("--quick", help="The whole path in small, in minutes and without any file: no result.")
     ] = False,
     jobs: Jobs = None,
+    on: On = "local",
+    address: Address = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -160,8 +162,6 @@ def section6(
         Path, typer.Option("--data", help="Folder of the published files or their look-alikes (`revprobe data`).")
     ] = Path("data"),
     device: Annotated[str, typer.Option(help="Where new runs are fine-tuned: cpu, cuda, or auto.")] = "cpu",
-    on: On = "local",
-    address: Address = None,
     train: Annotated[bool, typer.Option("--train/--table-only", help="Or only the page of what has been run.")] = True,
 ) -> None:
     """Table 7 and Figures 4 and 6 on small models made here; hours on two cores, and the same command goes on."""
