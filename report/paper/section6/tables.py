@@ -275,8 +275,8 @@ def not_run(found: Section6) -> list[str]:
     """The planned runs that are in no number, by sweep and reason."""
     lines = []
     left = found.runs[found.runs["status"] != FINISHED]
-    planned = found.runs["sweep"].value_counts()
+    planned = {str(name): len(own) for name, own in found.runs.groupby("sweep")}
     for (sweep, status), own in left.groupby(["sweep", "status"], sort=False):
-        everything = len(own) == planned[sweep]
+        everything = len(own) == planned[str(sweep)]
         lines.append(f"{sweep}, {status}: {f'all {len(own)} runs' if everything else ', '.join(own['run'])}")
     return lines
