@@ -48,7 +48,7 @@ def pairs(count: int, tokens: int) -> rp.ReversalPairs:
         ids = torch.randint(10, VOCABULARY - 10, (tokens,), generator=generator).tolist()
         forward, reverse = rp.Query(ids, [tokens - 1], [0]), rp.Query(ids[::-1], [0], [tokens - 1])
         made.append(rp.ReversalPair(forward, reverse, fact=str(fact)))
-    return rp.ReversalPairs.of(made)
+    return rp.ReversalPairs.from_pairs(made)
 
 
 def peak_extra(run: Callable[[], object]) -> int:
