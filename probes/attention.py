@@ -15,10 +15,11 @@ from ..arguments import checked
 from ..errors import RevprobeError
 from ..models.probed import ProbedModel, as_probed
 from ..models.structure import attention_of
+from ..progress import Progress, shows_progress
 from .controls import NEIGHBOUR, PARENT, SINK, UNTRAINED, Controls, Parent, Reader
 from .pairs.pairs import ReversalPairs
 from .passes.beside import LEFT_OUT, beside_evidence
-from .passes.plan import PassResult, Plan, Progress
+from .passes.plan import PassResult, Plan
 from .passes.run import describe, run_pass
 from .passes.selection import chosen_of
 from .passes.untrained import untrained_twin
@@ -30,6 +31,7 @@ EVIDENCE_HIDDEN = "evidence hidden by the attention mask"
 
 
 @checked
+@shows_progress("queries")
 def probe_attention_correlation(
     model: ProbedModel | nn.Module,
     pairs: ReversalPairs,
@@ -37,7 +39,7 @@ def probe_attention_correlation(
     batch_size: int | None = None,
     layers: Iterable[int] | None = None,
     control: bool = True,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     seed: int = 0,
     bounds: bool = False,
     controls: str | Iterable[str] = (),
@@ -78,7 +80,7 @@ def probe_attention_correlation(
         return reading
     from .theory.model_bounds import with_bounds  # it needs this module's readings
 
-    return with_bounds(reading, model, pairs, batch_size=batch_size)
+    return with_bounds(reading, model, pairs, batch_size=batch_size, progress=progress)
 
 
 def attention_reading(

@@ -12,6 +12,7 @@ from ..arguments import checked
 from ..errors import RevprobeError
 from ..models.peft_adapters import own_parameters
 from ..models.probed import ProbedModel, as_probed
+from ..progress import shows_progress
 from .fused import probe
 from .pairs.pairs import ReversalPairs
 from .passes.asked import asked_pairs
@@ -20,6 +21,7 @@ from .readings.block_sweep import BlockSweep, Size, size_text
 
 
 @checked
+@shows_progress("queries", reads=lambda size, done, total: (done, total, size_text(size)))
 def block_sweep(
     model: ProbedModel | nn.Module,
     pairs: ReversalPairs,
@@ -30,7 +32,7 @@ def block_sweep(
     batch_size: int | None = None,
     control: bool = True,
     seed: int = 0,
-    progress: Callable[[Size, int, int], None] | None = None,
+    progress: Callable[[Size, int, int], None] | bool | None = None,
 ) -> BlockSweep:
     """Read one set of pairs with a masked model's attention in blocks of several sizes, from causal to whole.
 
@@ -43,7 +45,7 @@ def block_sweep(
     Args:
         sizes: tokens of a block, None for the whole text; powers of two up to the longest query, then None, by default.
         only, mode, batch_size, control, seed: as in `probe`; the seed is also that of the draws behind the intervals.
-        progress: called with the size, queries done and queries in all.
+        progress: called with the size, queries done and queries in all; None shows a bar, False nothing.
     Raises: RevprobeError, for a causal model, a size below 1, one named twice, and whatever the probes raise.
     """
     model = as_probed(model)
@@ -56,7 +58,7 @@ def block_sweep(
     options: dict[str, Any] = {"only": only, "mode": mode, "batch_size": batch_size, "control": control, "seed": seed}
     readings = {}
     for size in asked:
-        told = None if progress is None else partial(progress, size)
+        told = partial(progress, size) if callable(progress) else None
         read = model.in_blocks(size)
         readings[size] = probe(read, pairs, parameters=own_parameters(read.module), progress=told, **options)
     return BlockSweep(readings, seed)

@@ -22,6 +22,7 @@ from ..errors import RevprobeError, did_you_mean
 from ..models.peft_adapters import own_parameters
 from ..models.probed import ProbedModel
 from ..models.registry import load_model
+from ..progress import shows_progress
 from .fused import PROBES, probe, require_probes
 from .pairs.display import shown_query
 from .pairs.pairs import ReversalPairs
@@ -35,6 +36,7 @@ PairsOf = ReversalPairs | Callable[[ProbedModel], ReversalPairs]
 
 
 @checked
+@shows_progress("queries", reads=lambda name, done, total: (done, total, name))
 def compare_models(
     models: Mapping[str, Model],
     pairs: PairsOf | Mapping[str, PairsOf],
@@ -46,7 +48,7 @@ def compare_models(
     seed: int = 0,
     device: torch.device | str | int | None = None,
     load: Mapping[str, Mapping[str, Any]] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[str, int, int], None] | bool | None = None,
 ) -> ModelComparison:
     """Take the same readings of two or more models, and their differences over the facts that two models share.
 
@@ -61,7 +63,7 @@ def compare_models(
         device: where models that are loaded here are put.
         load: name -> options of `load_model` beside the device, for what a model's files do not say:
             `{"diffusion child": {"block_size": 32, "mask_token_id": 151669}}`.
-        progress: called with the model's name, queries done and queries in all.
+        progress: called with the model's name, queries done and queries in all; None shows a bar, False nothing.
     Raises: RevprobeError, for fewer than two models, pairs or options that are not those of the models, and whatever
         loading and the probes raise, with the model's name before it.
     """
@@ -74,7 +76,7 @@ def compare_models(
     readings: dict[str, Readings] = {}
     told: dict[str, Asked] = {}
     for name, model in models.items():
-        options["progress"] = None if progress is None else partial(progress, name)
+        options["progress"] = partial(progress, name) if callable(progress) else None
         try:
             own = {"device": device} | dict(loading.get(name, {}))
             readings[name], told[name] = _read(model, asked[name], own, options)

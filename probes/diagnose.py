@@ -30,6 +30,7 @@ from ..models.families.known import FAMILIES
 from ..models.probed import ProbedModel, as_probed
 from ..models.registry import load_model
 from ..models.structure import attention_of
+from ..progress import Progress, counted, shows_progress
 from .attention import probe_attention_correlation
 from .gradient import probe_gradient_cosine
 from .pairs.pairs import ReversalPairs
@@ -95,11 +96,13 @@ class Diagnosis:
 
 
 @checked
-def diagnose(model: ProbedModel | nn.Module | str | Path) -> Diagnosis:
+@shows_progress("checks")
+def diagnose(model: ProbedModel | nn.Module | str | Path, *, progress: Progress | bool | None = None) -> Diagnosis:
     """Try everything the probes take for granted on a model, before any number is taken of it.
 
     Args:
         model: a wrapped model, a module, or what `load_model` takes.
+        progress: called with (checks done, checks in all) of the three probes; None shows a bar, False nothing.
     Raises: RevprobeError, when a name or folder names no model. A model that cannot be wrapped is a line of the table.
     """
     try:
@@ -109,7 +112,7 @@ def diagnose(model: ProbedModel | nn.Module | str | Path) -> Diagnosis:
             raise
         return Diagnosis(type(model).__name__, _table([Line("wrapping", REFUSED, float("nan"), str(error))]), _NONE)
     with untouched(probed.module):
-        return _Examination(probed).diagnosis()
+        return _Examination(probed, progress).diagnosis()
 
 
 _NONE = dict.fromkeys(("attention", "gradient", "probability"), False)
@@ -163,8 +166,8 @@ def _places(model: ProbedModel, length: int) -> tuple[int, int]:
 class _Examination:
     """The checks of one model, in the order of the table."""
 
-    def __init__(self, model: ProbedModel) -> None:
-        self.model, self.contract = model, model.contract
+    def __init__(self, model: ProbedModel, progress: Progress | bool | None = None) -> None:
+        self.model, self.contract, self.progress = model, model.contract, progress
         narrow = self.contract.narrowed or model.dtype
         self.agrees = _AGREES if narrow.itemsize >= 4 else _ROUNDINGS * torch.finfo(narrow).eps
         self.answers = dict(_NONE)
@@ -211,7 +214,7 @@ class _Examination:
             "attention": self._attention,
             "gradient": self._gradient,
         }
-        for name, check in checks.items():
+        for name, check in counted(list(checks.items()), self.progress):
             try:
                 lines = list(check())
             except Exception as error:  # a line of the table, whatever it is

@@ -11,11 +11,12 @@ from torch import nn
 from ..arguments import checked
 from ..errors import RevprobeError, did_you_mean
 from ..models.probed import ProbedModel, as_probed
+from ..progress import Progress, shows_progress
 from .attention import attention_controls, attention_reading, readable_layers
 from .controls import Controls, Parent, Reader
 from .gradient import chosen_parameters, gradient_controls, gradient_reading
 from .pairs.pairs import ReversalPairs
-from .passes.plan import PassResult, Plan, Progress, Share
+from .passes.plan import PassResult, Plan, Share
 from .passes.run import run_pass
 from .passes.selection import listed
 from .probability import probability_reading
@@ -46,6 +47,7 @@ def lists_read(pairs: ReversalPairs, names: Iterable[str]) -> list[tuple[list[st
 
 
 @checked
+@shows_progress("queries")
 def probe(
     model: ProbedModel | nn.Module,
     pairs: ReversalPairs,
@@ -56,7 +58,7 @@ def probe(
     batch_size: int | None = None,
     layers: Iterable[int] | None = None,
     control: bool = True,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     seed: int = 0,
     share: Share | None = None,
     controls: str | Iterable[str] = (),

@@ -15,12 +15,13 @@ from ..errors import RevprobeError
 from ..hooks.layer_numbers import LayerNumbers
 from ..models.probed import ProbedModel, as_probed
 from ..models.structure import ParameterRole, layer_numbers_of, parameter_role
+from ..progress import Progress, shows_progress
 from .controls import NEIGHBOUR, NOT_ATTENDED, PARENT, SINK, UNTRAINED, Controls, Parent, Reader
 from .pairs.pairs import ReversalPairs
 from .passes.asked import asked_pairs
 from .passes.batches import queries_per_batch
 from .passes.beside import LEFT_OUT, neighbour_targets
-from .passes.plan import PassResult, Plan, Progress
+from .passes.plan import PassResult, Plan
 from .passes.run import describe, run_pass
 from .passes.selection import listed
 from .passes.untrained import twin_parameters, untrained_twin
@@ -32,6 +33,7 @@ MOST_CELLS = 250_000
 
 
 @checked
+@shows_progress("queries")
 def probe_gradient_cosine(
     model: ProbedModel | nn.Module,
     pairs: ReversalPairs,
@@ -41,7 +43,7 @@ def probe_gradient_cosine(
     layers: Iterable[int] | None = None,
     control: bool = True,
     cross: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     seed: int = 0,
     controls: str | Iterable[str] = (),
     parent: Parent | None = None,

@@ -10,15 +10,17 @@ from torch import nn
 
 from ..arguments import checked
 from ..models.probed import ProbedModel, as_probed
+from ..progress import Progress, shows_progress
 from .pairs.pairs import ReversalPairs
 from .passes.likelihood import no_partner
-from .passes.plan import PassResult, Plan, Progress
+from .passes.plan import PassResult, Plan
 from .passes.run import describe, run_pass
 from .readings.draw_error import with_draw_error
 from .readings.reading import Reading
 
 
 @checked
+@shows_progress("queries")
 def probe_reverse_probability(
     model: ProbedModel | nn.Module,
     pairs: ReversalPairs,
@@ -27,7 +29,7 @@ def probe_reverse_probability(
     batch_size: int | None = None,
     layers: Iterable[int] | None = None,
     control: bool = True,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     seed: int = 0,
 ) -> Reading:
     """Probability of the target under the forward and the reverse query; the value is the reverse mean.

@@ -17,6 +17,7 @@ from ..errors import RevprobeError, did_you_mean
 from ..hooks.attention_sites import Attention
 from ..models.probed import ProbedModel, as_probed
 from ..models.structure import attention_of
+from ..progress import Progress, shows_progress
 from .attention import EVIDENCE_HIDDEN
 from .edits import choose_heads, choose_layers
 from .pairs.pairs import ReversalPairs
@@ -24,7 +25,7 @@ from .pairs.query import Query
 from .passes.asked import asked_pairs, out_of_sight
 from .passes.batches import prepare_queries, queries_per_batch, require_tokens_alone
 from .passes.likelihood import Likelihoods
-from .passes.plan import PassResult, Plan, Progress
+from .passes.plan import PassResult, Plan
 from .passes.route_changes import EDITS, MATCHES
 from .passes.route_runs import CONTROL, EVIDENCE, Cell, RouteEdit, RouteResult, RouteRuns
 from .passes.run import describe
@@ -45,6 +46,7 @@ NUMBERS = ("log_probability", "log_probability_edited", "change", "log_probabili
 
 
 @checked
+@shows_progress("runs")
 def probe_route_edit(
     model: ProbedModel | nn.Module,
     pairs: ReversalPairs,
@@ -58,7 +60,7 @@ def probe_route_edit(
     layers: Iterable[int] | None = None,
     heads: Iterable[int] | None = None,
     control: bool = True,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     seed: int = 0,
 ) -> Reading:
     """Change the attention from readout rows to the evidence and see how the target's log-probability changes.

@@ -14,12 +14,13 @@ from ..arguments import checked
 from ..errors import RevprobeError
 from ..hooks.untouched import untouched
 from ..models.probed import ProbedModel, as_probed
+from ..progress import Progress, shows_progress
 from .attention import EVIDENCE_HIDDEN
 from .pairs.pairs import ReversalPairs
 from .passes.asked import asked_pairs, out_of_sight
 from .passes.batches import in_batches, make_batch, prepare_queries, queries_per_batch
 from .passes.decomposition import Decomposition, LinearizedBatch, Piece
-from .passes.plan import PassResult, Plan, Progress
+from .passes.plan import PassResult, Plan
 from .passes.run import describe
 from .passes.selection import chosen_of, listed
 from .readings.reading import Reading
@@ -33,6 +34,7 @@ Target = tuple[int, ...]
 
 
 @checked
+@shows_progress("queries")
 def probe_stored_evidence(
     model: ProbedModel | nn.Module,
     pairs: ReversalPairs,
@@ -41,7 +43,7 @@ def probe_stored_evidence(
     layers: Iterable[int] | None = None,
     control: bool = True,
     cross: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     seed: int = 0,
 ) -> Reading:
     """The stored evidence S[v, u] of target v on evidence token u, and the target's logit taken apart.
@@ -135,7 +137,7 @@ class _Storage:
             for numbers in in_batches(self.model, range(len(lengths)), self.size, lengths.__getitem__):
                 self._run_batch(numbers)
                 done += len(numbers)
-                if self.plan.progress is not None:
+                if callable(self.plan.progress):
                     self.plan.progress(done, len(lengths))
         return self
 

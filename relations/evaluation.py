@@ -20,11 +20,11 @@ from ..models.probed import ProbedModel, as_probed
 from ..probes.decoding.candidates import rank_candidates
 from ..probes.decoding.exact_match import AnswerBook, decoded_match
 from ..probes.figures.theme import interval_text, undefined_text
-from ..probes.passes.plan import Progress
 from ..probes.readings.reading import Reading
 from ..probes.readings.readings import Readings
 from ..probes.statistics.estimators import Measured
 from ..probes.statistics.measures import measure
+from ..progress import Progress, shows_progress
 from .letters import LettersRelation
 from .text_relation import Question, TextRelation
 
@@ -33,6 +33,7 @@ SPLITS = ("train", "heldout")
 TEMPLATES = ("train", "heldout", "all")
 
 
+@shows_progress("questions")
 def evaluate_relation(
     model: ProbedModel | nn.Module,
     relation: TextRelation | LettersRelation,
@@ -43,7 +44,7 @@ def evaluate_relation(
     facts: int | None = None,
     max_new_tokens: int | None = None,
     answers: AnswerBook | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **decoding: Any,
 ) -> Readings:
     """`decoded_match` forward and reverse on trained and on held-out facts: one reading for each side.
@@ -224,8 +225,8 @@ def _of_facts(questions: list[Question], chosen: set[str] | None) -> list[Questi
     return [one for one in questions if str(one.fact) in chosen] or questions[: len(chosen)]
 
 
-def _part_of(progress: Progress | None, before: int, after: int, total: int) -> Progress | None:
+def _part_of(progress: Progress | bool | None, before: int, after: int, total: int) -> Progress | None:
     """One side's progress as a part of all of them, counted in questions."""
-    if progress is None:
+    if not callable(progress):
         return None
     return lambda done, asked: progress(before + (after - before) * done // asked, total)

@@ -5,6 +5,8 @@ the caller wrote. New public functions need an entry in CALLS, or the first test
 """
 
 import inspect
+import io
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from numpy.typing import ArrayLike
 from torch import nn
 
 import revprobe as rp
+from revprobe import progress
 from revprobe.arguments import checked, fitted
 from revprobe.errors import LONGEST, shown
 from tiny import gpt2, in_blocks, radd
@@ -206,6 +209,51 @@ def test_whatever_is_wrong_is_said_in_one_line(
             except Exception as error:
                 faults.append(f"{argument}={label}: {type(error).__name__}: {str(error)[:150]}")
     assert not faults, f"{len(faults)} of {name}:\n" + "\n".join(faults)
+
+
+# Refused with these arguments, or nothing to run; `test_progress.py` runs those that take a run.
+QUIET_HERE = {"audit_assumptions", "probe_causal_trace", "probe_stored_once", "with_bounds", "compare", "decoded_match"}
+QUIET_HERE |= {
+    "fine_tune",
+    "foretelling",
+    "one_step",
+    "placeholder_storage",
+    "pressure",
+    "rank_candidates",
+    "rank_heads",
+}
+QUIET_HERE |= {"storage_curves", "train"}
+PROGRESS = [name for name in NAMES if {"progress", "listener"} & set(inspect.signature(getattr(rp, name)).parameters)]
+
+
+@pytest.mark.parametrize("name", PROGRESS)
+def test_progress_is_a_bar_nothing_or_a_function(
+    name: str,
+    calls: dict[str, tuple[Callable[..., Any], dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: Any,
+) -> None:
+    """Each call takes None, False, True and a function; what is refused for another reason is refused for that one."""
+    screen = io.StringIO()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(progress, "DELAY", -1.0)
+    call, right = calls[name]
+    argument = "listener" if "listener" in inspect.signature(call).parameters else "progress"
+    shown, told = {}, []
+    for label, value in {"False": False, "function": lambda *at: told.append(at), "None": None, "True": True}.items():
+        before = len(screen.getvalue())
+        try:
+            call(**{**right, argument: value})
+        except rp.RevprobeError as error:
+            assert argument not in str(error), f"{argument}={label}: {error}"
+            continue  # refused for what else is in `right`, such as a run that is not there
+        shown[label] = name in screen.getvalue()[before:]
+    ran = bool(told)  # some have nothing to run here: no layer turns, no two pairs of a group
+    assert shown in ({}, {"False": False, "function": False, "None": ran, "True": ran}), shown
+    assert all(isinstance(one, int) for at in told for one in at[-2:]), f"the function was called with {told[:1]}"
+    assert ran or name in QUIET_HERE, "it was never told how far the call is"
 
 
 def is_ours(error: BaseException) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...errors import RevprobeError
 from ...models.probed import ProbedModel
+from ...progress import Progress, counted
 from ..training.negatives import LOWER, OTHER, PLACEHOLDER, UPPER, dropped_terms
 from ..training.objectives import logits_at_their_position
 from .masked_samples import REPLICATES, Masked, Objective, Sample, State, samples
@@ -131,6 +132,7 @@ def class_gradients(
     *,
     draws: int,
     seed: int = 0,
+    progress: Progress | bool | None = None,
 ) -> ClassGradients:
     """Take the objective apart; the caller keeps the module untouched.
 
@@ -139,7 +141,7 @@ def class_gradients(
         draws: how many masked sequences in all, where not every set is enumerated.
     """
     found = ClassGradients(direction)
-    for sample in samples(tables, objective, draws, seed):
+    for sample in counted(list(samples(tables, objective, draws, seed)), progress):
         found.enumerated &= sample.enumerated
         found.sequences += sample.sequences
         found.add(flat, _of_sample(model, sample, objective.dial, flat))

@@ -21,6 +21,7 @@ from ...probes.passes.batches import in_batches, make_batch, prepare_queries, qu
 from ...probes.passes.likelihood import mean_nll, readout
 from ...probes.passes.slopes import Direction, carrying, slope_of
 from ...probes.storage import control_partners
+from ...progress import Progress, counted
 from .class_gradients import TermClass, class_weights, priced_terms
 from .masked_samples import REPLICATES, Objective, samples
 from .one_step import with_target
@@ -41,11 +42,18 @@ class ClassSlopes:
 
 @torch.no_grad()
 def class_slopes(
-    model: ProbedModel, tables: Sequence[RowTable], objective: Objective, along: Direction, *, draws: int, seed: int = 0
+    model: ProbedModel,
+    tables: Sequence[RowTable],
+    objective: Objective,
+    along: Direction,
+    *,
+    draws: int,
+    seed: int = 0,
+    progress: Progress | bool | None = None,
 ) -> ClassSlopes:
     """Take the objective apart along one direction; equal seeds draw equal masks. The caller keeps the module."""
     found = ClassSlopes()
-    for sample in samples(tables, objective, draws, seed):
+    for sample in counted(list(samples(tables, objective, draws, seed)), progress):
         found.enumerated &= sample.enumerated
         found.sequences += sample.sequences
         sums: dict[TermClass, np.ndarray] = {}

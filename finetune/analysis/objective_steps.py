@@ -31,6 +31,7 @@ from ...probes.passes.slopes import loss_slopes
 from ...probes.statistics.by_class import CLASS
 from ...probes.statistics.estimators import STATISTICS_VERSION, missing_intervals
 from ...probes.statistics.intervals import mean_over_facts
+from ...progress import Progress, counted, shows_progress
 from ...relations.letters import LettersRelation
 from ...relations.text_relation import TextRelation
 from ..runs.one_layer import OneLayerRun
@@ -45,6 +46,7 @@ NO_RATE = "the learning rate is 0 at this step; pass learning_rate="
 
 
 @checked
+@shows_progress("parts")
 def objective_steps(
     model: ProbedModel | nn.Module | Run | str | Path,
     relation: LettersRelation | TextRelation | ReversalPairs | None = None,
@@ -57,6 +59,7 @@ def objective_steps(
     draws: int = DRAWS,
     batch_size: int | None = None,
     seed: int = 0,
+    progress: Progress | bool | None = None,
 ) -> pd.DataFrame:
     """Take a step on each class of training terms, on a copy, and follow the reverse loss of every fact.
 
@@ -66,6 +69,8 @@ def objective_steps(
         by: what tells classes apart, as in `objective_classes`.
         learning_rate: of AdamW's step, and of the larger one of plain descent (the other is a tenth of it); the
             schedule's when None, or the run's largest where that is 0, and 0.001 for a model.
+        progress: called with (done, in all) of the facts, the strata, and the classes whose steps are
+            taken; None shows a bar, False nothing.
     Returns: a row for each class and step: by..., dropped, optimizer ("sgd" twice, "adamw"), learning_rate, observed
         (change of the reverse loss, nats) and predicted (to first order), error (observed less predicted), each a mean
         over facts with _low and _high (95 %), same_sign, n (facts), reason, statistics_version. Measured in float64.
@@ -76,13 +81,14 @@ def objective_steps(
     for key in keys:
         if key not in CLASS:
             raise RevprobeError(f"no grouping {key!r}{did_you_mean(str(key), CLASS)}")
-    terms = taken_apart(asked, draws, Plan(control=False, batch_size=batch_size, seed=seed))
+    terms = taken_apart(asked, draws, Plan(control=False, batch_size=batch_size, seed=seed, progress=progress))
     steps = _Steps(terms, learning_rate, batch_size)
     classes = pd.DataFrame(terms.classes.classes)
     if bool(classes["dropped"].any()) and "dropped" not in keys:
         keys.append("dropped")
     rows = []
-    for values, part in classes.groupby(keys, sort=True) if keys else [((), classes)]:
+    groups = list(classes.groupby(keys, sort=True)) if keys else [((), classes)]
+    for values, part in counted(groups, progress):
         gradient = terms.classes.gradient[part.index.tolist()].double().sum(0)
         rows += [dict(zip(keys, values, strict=True)) | row for row in steps.taken(gradient)]
     return pd.DataFrame(rows).assign(statistics_version=STATISTICS_VERSION)

@@ -31,6 +31,7 @@ from ...probes.passes.asked import asked_pairs
 from ...probes.passes.plan import PassResult, Plan
 from ...probes.passes.run import describe
 from ...probes.readings.reading import Reading
+from ...progress import Progress, shows_progress
 from ...relations.letters import LettersRelation
 from ...relations.text_relation import TextRelation
 from ..runs.run import Run
@@ -57,6 +58,7 @@ DRAWS = 8192
 
 
 @checked
+@shows_progress("parts")
 def objective_terms(
     model: ProbedModel | nn.Module | Run | str | Path,
     relation: LettersRelation | TextRelation | ReversalPairs | None = None,
@@ -71,6 +73,7 @@ def objective_terms(
     batch_size: int | None = None,
     control: bool = True,
     seed: int = 0,
+    progress: Progress | bool | None = None,
 ) -> Reading:
     """The training objective by class of its terms, and each class's pressure on the reverse answer.
 
@@ -97,6 +100,7 @@ def objective_terms(
             no cosines, roles, intervals or optimizer then. None: the first wherever it fits into 8 GB.
         answer_tokens: of text, what answers are filled up to with end tokens; a fine-tuning's own, or 0, when None.
         draws: masked sequences in all, where not every set is enumerated.
+        progress: called with facts, then strata, done and in all; None shows a bar, False nothing.
 
     Frame: one row per fact, class and role of parameters: fact, priced, target, evidence (visible, hidden, partly),
     masks, dropped, factor (what the dial multiplies the term by), role; loss (the class's part of the objective, alike
@@ -107,10 +111,9 @@ def objective_terms(
     the mean reverse loss). The classes "momentum" and "decay" hold what that step does whatever the gradient is.
     Raises: RevprobeError, for a causal model, a dial on text, a model without a relation, and as the probes.
     """
-    asked = asked_terms(
-        model, relation, direction=direction, step=step, dial=dial, rates=rates, answer_tokens=answer_tokens
-    )
-    plan = Plan(control=control, batch_size=batch_size, seed=seed)
+    options: dict[str, Any] = {"dial": dial, "rates": rates, "answer_tokens": answer_tokens}
+    asked = asked_terms(model, relation, direction=direction, step=step, **options)
+    plan = Plan(control=control, batch_size=batch_size, seed=seed, progress=progress)
     if mode not in (None, *MODES):
         raise RevprobeError(f"unknown mode {mode!r}{did_you_mean(str(mode), MODES)}")
     if mode == "slopes" or (mode is None and not fits(asked.model.module, len(set(asked.pairs.facts)))):
@@ -125,10 +128,12 @@ def taken_apart(asked: Asked, draws: int, plan: Plan) -> Terms:
     with untouched(module):
         flat = FlatParameters(module)
         flat.require_gradients()
-        options: dict[str, Any] = {"control": plan.control, "batch_size": plan.batch_size, "seed": plan.seed}
-        reverse = reverse_gradients(asked.model, pairs, flat, **options)
+        options: dict[str, Any] = {"seed": plan.seed, "progress": plan.progress}
+        reverse = reverse_gradients(
+            asked.model, pairs, flat, control=plan.control, batch_size=plan.batch_size, **options
+        )
         tables = rows_by_shape(asked.rows)
-        classes = class_gradients(asked.model, tables, asked.objective, flat, reverse.mean, draws=draws, seed=plan.seed)
+        classes = class_gradients(asked.model, tables, asked.objective, flat, reverse.mean, draws=draws, **options)
         adamw = no_map() if asked.run is None else adamw_map(asked.run, asked.step, flat)
     return Terms(replace(asked, pairs=pairs), flat, classes, reverse, adamw)
 
@@ -253,7 +258,9 @@ def along_the_mean(asked: Asked, draws: int, plan: Plan) -> Reading:
             norms[part] = (
                 float(torch.stack([g.double().square().sum() for g in along.values()]).sum().sqrt()) if along else 0.0
             )
-            found[part] = class_slopes(asked.model, tables, asked.objective, along, draws=draws, seed=plan.seed)
+            found[part] = class_slopes(
+                asked.model, tables, asked.objective, along, draws=draws, seed=plan.seed, progress=plan.progress
+            )
     own, nan = found["loss"], float("nan")
     classes = list(own.losses)
     frame = pd.DataFrame(classes).assign(class_number=range(len(classes)), role="all", loss=list(own.losses.values()))

@@ -36,6 +36,7 @@ from ...probes.statistics.estimators import STATISTICS_VERSION, missing_interval
 from ...probes.statistics.intervals import mean_over_facts, ratio_over_facts
 from ...probes.statistics.old_columns import current_columns
 from ...probes.storage import control_partners, probe_stored_evidence
+from ...progress import Progress, counted, shows_progress
 from ..runs.one_layer import OneLayerRun
 from ..runs.open import open_run
 from ..runs.run import Run
@@ -55,6 +56,7 @@ _REACH = 1e-5
 
 
 @checked
+@shows_progress("checkpoints")
 def one_step(
     run: Run | str | Path,
     *,
@@ -63,6 +65,7 @@ def one_step(
     learning_rate: float | None = None,
     batch_size: int | None = None,
     seed: int = 0,
+    progress: Progress | bool | None = None,
 ) -> pd.DataFrame:
     """Take the run's next step from each checkpoint, on a copy, and follow every pair.
 
@@ -71,6 +74,7 @@ def one_step(
         steps: which checkpoints, negative ones counted from the last; when None all that are complete but the run's
             last step, after which there is none. The step is taken on the raw weights.
         learning_rate: instead of the schedule's (which is 0 at step 0 of a warm-up, and ends with the run).
+        progress: called with (checkpoints done, checkpoints in all); None shows a bar, False nothing.
     Returns: one row per checkpoint, quantity and pair: step, optimizer ("saved" or "fresh" state), learning_rate,
         quantity ("stored": S[v, u] under the reverse query, logits; "forward_loss", "reverse_loss": nats), pair,
         fact, kind, before, observed (the change), predicted (to first order: the derivative along the update),
@@ -91,7 +95,7 @@ def one_step(
     if not chosen:
         raise RevprobeError(f"{run.path} has only its last checkpoint, after which no step comes; pass steps= to ask")
     tables = []
-    for at in chosen:
+    for at in counted(chosen, progress):
         if at < run.config.training.steps or learning_rate is not None:
             step = next_step(run, at, learning_rate=learning_rate)
             asked = letter_questions(run, step.before) if pairs is None else pairs

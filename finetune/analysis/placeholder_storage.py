@@ -24,6 +24,7 @@ from ...probes.statistics.by_part import evidence_by_pair
 from ...probes.statistics.estimators import STATISTICS_VERSION, missing_interval
 from ...probes.statistics.intervals import mean_over_facts
 from ...probes.storage import probe_stored_evidence
+from ...progress import Progress, shows_progress
 from ..runs.open import open_run
 from ..runs.run import Run
 from .one_step import with_target
@@ -35,6 +36,7 @@ ANSWERS = ("target", "placeholder", "difference")
 
 
 @checked
+@shows_progress("checkpoints")
 def placeholder_storage(
     run: Run | str | Path,
     *,
@@ -42,11 +44,12 @@ def placeholder_storage(
     weights: str | None = None,
     batch_size: int | None = None,
     seed: int = 0,
+    progress: Progress | bool | None = None,
 ) -> pd.DataFrame:
     """S[placeholder, u] beside S[v, u] at every checkpoint of a letters run, with the evidence on either side.
 
     Args:
-        steps, weights: as in `storage_curves`.
+        steps, weights, progress: as in `storage_curves`.
     Returns: tidy rows: step, weights, side (of the evidence, seen from the readout row: "right" in forward queries,
         "left" in reverse ones), measure ("stored": S, logits; "contribution": what the evidence position adds to the
         logit, all sources; "logit": the whole), answer ("target", "placeholder", "difference": target less placeholder,
@@ -56,7 +59,8 @@ def placeholder_storage(
     """
     run = run if isinstance(run, Run) else open_run(run)
     require_masked(run, None)
-    rows = [row for model in checkpoints(run, steps, weights) for row in storage_rows(run, model, batch_size, seed)]
+    models = checkpoints(run, steps, weights, progress)
+    rows = [row for model in models for row in storage_rows(run, model, batch_size, seed)]
     return pd.DataFrame(rows)
 
 

@@ -29,6 +29,7 @@ from ...probes.passes.plan import Plan
 from ...probes.readings.reading import Reading
 from ...probes.statistics.estimators import STATISTICS_VERSION, missing_intervals
 from ...probes.statistics.intervals import mean_over_facts
+from ...progress import Progress, counted, shows_progress
 from ..runs.one_layer import OneLayerRun
 from ..runs.open import open_run
 from ..runs.run import Run
@@ -53,6 +54,7 @@ LEAST = 4
 
 
 @checked
+@shows_progress("checkpoints")
 def pressure(
     run: Run | str | Path,
     *,
@@ -61,6 +63,7 @@ def pressure(
     draws: int = DRAWS,
     batch_size: int | None = None,
     seed: int = 0,
+    progress: Progress | bool | None = None,
 ) -> pd.DataFrame:
     """The pressure of the training terms on the reverse answer at every checkpoint of a letters run.
 
@@ -68,6 +71,7 @@ def pressure(
         steps: which checkpoints, negative ones counted from the last; all that are complete when None. Their raw
             weights, which are what the optimizer moves.
         dial, draws: as in `objective_terms`.
+        progress: called with (checkpoints done, checkpoints in all); None shows a bar, False nothing.
     Returns: a row for each checkpoint and sum of terms: step, dial, terms ("target": the target's, evidence visible;
         "negative": placeholders right of the visible evidence, target hidden; "left": those left of it; "asked": these
         three; "net": target and negative; "all"), pressure (as trained, the dial's factor included; nats per unit of
@@ -83,7 +87,7 @@ def pressure(
             f"{run.path} is a fine-tuning, which has no placeholders; pass its steps to objective_terms"
         )
     tables = []
-    for at in chosen_steps(run, steps):
+    for at in counted(chosen_steps(run, steps), progress):
         asked = asked_terms(run, step=at, dial=dial)
         plan = Plan(batch_size=batch_size, seed=seed)
         reading = taken_apart(asked, draws, plan).reading(plan)
@@ -153,7 +157,14 @@ def _answer(model: ProbedModel, pairs: ReversalPairs, batch_size: int | None) ->
 
 
 @checked
-def foretelling(table: pd.DataFrame, answers: pd.DataFrame | None = None, *, ahead: int = 100) -> pd.DataFrame:
+@shows_progress("sums of terms")
+def foretelling(
+    table: pd.DataFrame,
+    answers: pd.DataFrame | None = None,
+    *,
+    ahead: int = 100,
+    progress: Progress | bool | None = None,
+) -> pd.DataFrame:
     """Does the pressure at a checkpoint foretell how the reverse log-odds change over the next steps of the same run?
 
     Args:
@@ -161,6 +172,7 @@ def foretelling(table: pd.DataFrame, answers: pd.DataFrame | None = None, *, ahe
         answers: its `run.answers()`, which are read at more steps than its checkpoints; the checkpoints' own log-odds
             when None. Between two steps that are at most `ahead` apart the log-odds are interpolated.
         ahead: so many steps.
+        progress: called with (sums of terms done, sums of terms in all); None shows a bar, False nothing.
     Returns: a row for each sum of terms: terms, ahead, n (checkpoints with an answer so far ahead), spearman (rank
         correlation of pressure and change over them), control (mean of the same with the pressure shifted in time, by
         every number of checkpoints, round the end), control_low and control_high (2.5 and 97.5 % of the shifts), p (the
@@ -179,7 +191,7 @@ def foretelling(table: pd.DataFrame, answers: pd.DataFrame | None = None, *, ahe
         known = _reverse_answers(answers)
     known = known.sort_values("step")
     rows = []
-    for name, part in table.groupby("terms", sort=False):
+    for name, part in counted(list(table.groupby("terms", sort=False)), progress):
         part = part.sort_values("step")
         change = _change(known, part["step"].to_numpy(dtype=np.float64), ahead)
         found = _shifted(part["pressure"].to_numpy(dtype=np.float64), change)

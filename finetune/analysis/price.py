@@ -25,6 +25,7 @@ from ...hooks.untouched import untouched
 from ...models.one_layer import letter_tokenizer
 from ...models.probed import ProbedModel
 from ...probes.statistics.intervals import proportion
+from ...progress import Progress, counted, shows_progress
 from ...relations.letters import LettersRelation
 from ..training.block_diffusion import require_one_block
 from ..training.negatives import dropped_terms, letter_kinds
@@ -65,8 +66,15 @@ class Price:
 
 
 @checked
+@shows_progress("parts")
 def read_price(
-    model: ProbedModel, relation: LettersRelation, *, rows: int = ROWS, samples: int = SAMPLES, seed: int = 0
+    model: ProbedModel,
+    relation: LettersRelation,
+    *,
+    rows: int = ROWS,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    progress: Progress | bool | None = None,
 ) -> Price:
     """Keep's objective, what the model says of right-hand negatives, and what it makes up from all-masked.
 
@@ -77,6 +85,8 @@ def read_price(
         rows: how many training sequences are drawn, with replacement.
         samples: how many sequences are sampled.
         seed: of rows, masks and samples.
+        progress: called with (done, in all) of the batches of rows, then of the places sampled; None shows a bar, False
+            nothing.
     Returns: a `Price`; losses in nats per token, the rest fractions.
     Raises: RevprobeError, for fewer than 2 rows or 1 sample, or a model whose logits are NaN.
     """
@@ -87,8 +97,8 @@ def read_price(
     with untouched(model.module), torch.no_grad():
         generator = _generator(seed, _EVALUATION)
         token_ids = known[torch.randint(len(known), (rows,), generator=generator)]
-        losses, counts, believed, negatives = _priced(model, token_ids, relation.alphabet, generator)
-        sampled = sampled_sequences(model, known, samples, _generator(seed, _SAMPLING))
+        losses, counts, believed, negatives = _priced(model, token_ids, relation.alphabet, generator, progress)
+        sampled = sampled_sequences(model, known, samples, _generator(seed, _SAMPLING), progress)
     keep_loss, negative = _mean_of_rows(losses, counts), _mean_of_rows(believed, negatives)
     names = {tuple(row) for row in known.tolist()}
     wrong = np.array([tuple(row) not in names for row in sampled.tolist()], dtype=float)
@@ -123,7 +133,11 @@ def _generator(seed: int, stream: int) -> torch.Generator:
 
 
 def _priced(
-    model: ProbedModel, token_ids: Tensor, alphabet: int, generator: torch.Generator
+    model: ProbedModel,
+    token_ids: Tensor,
+    alphabet: int,
+    generator: torch.Generator,
+    progress: Progress | bool | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Each row's loss and its divisor; the sum of p("placeholder") over its right-hand negatives, and their number.
 
@@ -139,7 +153,8 @@ def _priced(
         is_masked[:, 0] = False  # no token stands before it
         negative = dropped_terms("drop-after", kinds, is_masked)
     nats = []
-    for ids, hidden in zip(token_ids.split(_BATCH), is_masked.split(_BATCH), strict=True):
+    batches = list(zip(token_ids.split(_BATCH), is_masked.split(_BATCH), strict=True))
+    for ids, hidden in counted(batches, progress):
         logits = model.logits(model.hide(ids, hidden).to(model.device)).float().cpu()
         at_place = logits_at_their_position(logits, model.logit_shift)
         nats.append(-at_place.log_softmax(2).gather(2, ids[:, :, None])[:, :, 0].double())
@@ -163,7 +178,13 @@ def _mean_of_rows(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     return float(value), float(np.sqrt(len(sums) / (len(sums) - 1) * (residual**2).sum()) / total)
 
 
-def sampled_sequences(model: ProbedModel, known: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def sampled_sequences(
+    model: ProbedModel,
+    known: Tensor,
+    count: int,
+    generator: torch.Generator,
+    progress: Progress | bool | None = None,
+) -> Tensor:
     """Sequences from the model's own distribution, one token at a time; see `read_price`.
 
     Shapes: `sequence seq -> sample seq`. `known` are the training's, for their length and a causal model's first token.
@@ -176,7 +197,7 @@ def sampled_sequences(model: ProbedModel, known: Tensor, count: int, generator: 
     else:
         ids = known[torch.randint(len(known), (count,), generator=generator)].clone()
         order = torch.arange(1, length).expand(count, -1)
-    for place in order.T:
+    for place in counted(order.T, progress):
         logits = torch.cat([model.logits(part.to(model.device)).float().cpu() for part in ids.split(_BATCH)])
         own = model.without_mask(logits[rows, (place - model.logit_shift).clamp(min=0)])
         ids[rows, place] = torch.multinomial(own.softmax(1), 1, generator=generator)[:, 0]

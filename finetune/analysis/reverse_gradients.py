@@ -25,6 +25,7 @@ from ...probes.pairs.query import Query
 from ...probes.passes.batches import QueryBatch, in_batches, make_batch, prepare_queries, queries_per_batch
 from ...probes.passes.likelihood import mean_nll, readout
 from ...probes.storage import control_partners
+from ...progress import Progress, counted
 from .one_step import with_target
 
 LOSS, LETTERS, CONTROL = range(3)
@@ -89,6 +90,7 @@ def reverse_gradients(
     control: bool = True,
     batch_size: int | None = None,
     seed: int = 0,
+    progress: Progress | bool | None = None,
 ) -> ReverseGradients:
     """Every fact's, by one backward pass each; the caller keeps the module untouched."""
     queries = prepare_queries(model, pairs.queries)
@@ -98,7 +100,7 @@ def reverse_gradients(
     size = queries_per_batch(model, queries, batch_size)
     loss = np.full((3, len(facts)), np.nan)
     gradient = torch.full((3, len(facts), flat.size), float("nan"), device=model.device, dtype=flat.parameters[0].dtype)
-    for place in range(len(facts)):
+    for place in counted(range(len(facts)), progress):
         own = np.flatnonzero(fact == place)
         asked = [queries[pairs.reverse[pair]] for pair in own]
         loss[[LOSS, LETTERS], place], gradient[[LOSS, LETTERS], place] = _of_fact(model, asked, flat, size, candidates)

@@ -22,6 +22,7 @@ from ...probes.statistics.by_part import evidence_by_pair
 from ...probes.statistics.estimators import STATISTICS_VERSION, missing_interval
 from ...probes.statistics.intervals import mean_over_facts
 from ...probes.storage import probe_stored_evidence
+from ...progress import Progress, counted, shows_progress
 from ...relations.catalog import letters
 from ..runs.one_layer import OneLayerRun
 from ..runs.open import open_run
@@ -34,6 +35,7 @@ COLUMNS += ["control", "control_n", "control_low", "control_high", "reason", "st
 
 
 @checked
+@shows_progress("checkpoints")
 def storage_curves(
     run: Run | str | Path,
     *,
@@ -42,6 +44,7 @@ def storage_curves(
     weights: str | None = None,
     batch_size: int | None = None,
     seed: int = 0,
+    progress: Progress | bool | None = None,
 ) -> pd.DataFrame:
     """Stored evidence S[v, u] and the route a_ij at every checkpoint of a run.
 
@@ -50,6 +53,7 @@ def storage_curves(
             given, of kind "same_target".
         steps: which checkpoints, negative ones counted from the last; all that are complete when None.
         weights: "raw" or "ema"; both where the run keeps an average when None.
+        progress: called with (checkpoints done, checkpoints in all); None shows a bar, False nothing.
     Returns: tidy rows: step, weights, kind, curve, direction, value, n (pairs), facts, low, high (95 %, over facts);
         for the stored evidence under the reverse query control, control_n, control_low, control_high; reason (why there
         is no interval, as where all facts are alike) and statistics_version. Curves: stored (S[v, u]), weight
@@ -61,22 +65,29 @@ def storage_curves(
     run = run if isinstance(run, Run) else open_run(run)
     require_masked(run, pairs)
     rows: list[dict[str, Any]] = []
-    for model in checkpoints(run, steps, weights):
+    for model in checkpoints(run, steps, weights, progress):
         asked = letter_questions(run, model) if pairs is None else pairs
         reading = probe_stored_evidence(model, asked, batch_size=batch_size, seed=seed)
         rows += [{"step": model.step, "weights": model.weights, **row} for row in curve_rows(reading)]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def checkpoints(run: Run, steps: Iterable[int] | None, weights: str | None) -> Iterator[ProbedModel]:
+def checkpoints(
+    run: Run, steps: Iterable[int] | None, weights: str | None, progress: Progress | bool | None = None
+) -> Iterator[ProbedModel]:
     """The models of a run's checkpoints, raw before their average.
+
+    Args:
+        progress: called when each has been dealt with.
 
     Raises: RevprobeError, as `chosen_steps`, and for weights that are not there.
     """
+    asked: list[tuple[int, str]] = []
     for step in chosen_steps(run, steps):
         averaged = (run.path / CHECKPOINTS / step_name(step) / EMA).is_dir()
-        for kind in (weights,) if weights else ("raw", "ema") if averaged else ("raw",):
-            yield run.load(step, kind)
+        asked += [(step, kind) for kind in ((weights,) if weights else ("raw", "ema") if averaged else ("raw",))]
+    for step, kind in counted(asked, progress):
+        yield run.load(step, kind)
 
 
 def chosen_steps(run: Run, steps: Iterable[int] | None) -> list[int]:

@@ -35,6 +35,7 @@ from ...models.probed import ProbedModel
 from ...models.registry import load_model
 from ...probes.pairs.pairs import ReversalPairs
 from ...probes.readings.readings import Readings
+from ...progress import shows_progress
 from ...relations.evaluation import save_evaluation
 from ..config.finetuning import FinetuneConfig
 from ..config.loading import load_config
@@ -51,7 +52,7 @@ from .finetune_setup import (
     snapshot_pairs,
     text_relation,
 )
-from .progress import Listener, ProgressCallback
+from .progress import Listener, ProgressCallback, step_told
 from .run import CONFIG, Expected, Run, claim_run, noting_problems, pinned_threads
 from .snapshot_answers import answer_table, backfill_answers
 
@@ -173,11 +174,12 @@ class FinetuneRun(Run):
 
 
 @checked
+@shows_progress("steps", argument="listener", reads=step_told)
 def fine_tune(
     config: FinetuneConfig | Mapping[str, Any] | str | Path,
     folder: str | Path | None = None,
     *,
-    listener: Listener | None = None,
+    listener: Listener | bool | None = None,
 ) -> FinetuneRun:
     """Fine-tune one model, or take it up where it stopped; a finished run is returned as it is.
 
@@ -187,7 +189,7 @@ def fine_tune(
     Args:
         config: a FinetuneConfig, a mapping of its keys, a YAML file, or the name of an example.
         folder: the run's folder; `runs/<name>` when None.
-        listener: called with (step, steps, loss) about once a second.
+        listener: called with (step, steps, loss) about once a second; None shows a bar, False nothing.
     Raises: RevprobeError, as `train`, and for a model, relation or direction that does not fit the config.
     Source: paper Sec. 6 and App. D.2.
     """
@@ -212,7 +214,7 @@ def finetuning_runs(runs: Iterable[Run]) -> list[FinetuneRun]:
     return [run for run in runs if isinstance(run, FinetuneRun)]
 
 
-def _train(run: FinetuneRun, prepared: Prepared, team: ProcessGroup, listener: Listener | None) -> ProbedModel:
+def _train(run: FinetuneRun, prepared: Prepared, team: ProcessGroup, listener: Listener | bool | None) -> ProbedModel:
     """Train from the newest checkpoint with its state, or from step 0; returns the model as it ends."""
 
     def start() -> Path | None:
@@ -222,7 +224,7 @@ def _train(run: FinetuneRun, prepared: Prepared, team: ProcessGroup, listener: L
 
     checkpoint = team.on_rank_zero(start)
     trainer = build_finetuning(run.config, run.path, prepared, checkpoint)
-    if listener is not None and team.rank == 0:
+    if callable(listener) and team.rank == 0:
         trainer.add_callback(ProgressCallback(listener))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     assert trainer.model is not None, "it has just been trained"

@@ -25,6 +25,7 @@ from ...models.registry import load_model
 from ...probes.fused import PROBES
 from ...probes.pairs.pairs import ReversalPairs
 from ...probes.readings.reading import Reading
+from ...progress import shows_progress
 from ...relations.catalog import LettersRelation, letters
 from ..config.loading import load_config
 from ..config.one_layer import RunConfig
@@ -36,7 +37,7 @@ from ..training.probe_callback import ProbeCallback, take_readings
 from ..training.step_log import STEPS, StepLog, read_table
 from ..training.trainer import ForwardOnlyTrainer, TokenRows
 from .forks import take_prefix
-from .progress import Listener, ProgressCallback
+from .progress import Listener, ProgressCallback, step_told
 from .run import CONFIG, Expected, Run, claim_run, noting_problems, pinned_threads
 
 
@@ -110,11 +111,12 @@ class OneLayerRun(Run):
 
 
 @checked
+@shows_progress("steps", argument="listener", reads=step_told)
 def train(
     config: RunConfig | Mapping[str, Any] | str | Path,
     folder: str | Path | None = None,
     *,
-    listener: Listener | None = None,
+    listener: Listener | bool | None = None,
 ) -> OneLayerRun:
     """Train one run, or take it up where it stopped; a finished one is returned as it is.
 
@@ -124,7 +126,7 @@ def train(
     Args:
         config: a RunConfig, a mapping of its keys, a YAML file, or the name of an example.
         folder: the run's folder; `runs/<name>` when None.
-        listener: called with (step, steps, loss) about once a second.
+        listener: called with (step, steps, loss) about once a second; None shows a bar, False nothing.
     Raises: RevprobeError, when the folder belongs to another config (the difference is shown), is being written by
         another process, or holds a damaged checkpoint; OSError, when it cannot be written.
     Warns: when it goes on from an earlier checkpoint than the last, takes readings again, or its software changed.
@@ -144,7 +146,7 @@ def train(
                 trainer, *callbacks = build_trainer(run, checkpoint)
                 for callback in callbacks:
                     trainer.add_callback(callback)
-                if listener is not None:
+                if callable(listener):
                     trainer.add_callback(ProgressCallback(listener))
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             taken = run.backfill_readings(run.take)

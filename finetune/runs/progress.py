@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ...engines.launcher import Listener
+from ...progress import without_bars
 
 EVERY_SECONDS = 1.0
 _PLAIN_SECONDS = 15.0
@@ -44,9 +45,10 @@ class ProgressCallback(TrainerCallback):
             self.listener(state.global_step, state.max_steps, self._loss)
 
 
-def bars(console: Console | None = None) -> Progress:
-    """The look of every progress bar here: name, bar, steps, loss, time left."""
-    return Progress(
+@contextmanager
+def bars(console: Console | None = None) -> Iterator[Progress]:
+    """The look of every progress bar here: name, bar, steps, loss, time left. What is called inside draws none."""
+    shown = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -55,6 +57,8 @@ def bars(console: Console | None = None) -> Progress:
         TextColumn("left"),
         console=console,
     )
+    with without_bars(), shown:
+        yield shown
 
 
 @contextmanager
@@ -127,6 +131,11 @@ def json_lines(step: int, steps: int, loss: float | None) -> None:
         print(json.dumps({"step": step, "steps": steps, "loss": loss}), flush=True)
     except BrokenPipeError:
         raise KeyboardInterrupt from None
+
+
+def step_told(step: int, steps: int, loss: float | None) -> tuple[int, int, str]:
+    """What a listener is told, as a bar of `rp.train` shows it."""
+    return step, steps, loss_note(loss)
 
 
 def loss_note(loss: float | None) -> str:

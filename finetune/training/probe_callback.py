@@ -68,8 +68,8 @@ def take_readings(
     asked = asked_parameters(model, parameters)
     options: dict[str, Any] = {"parameters": asked, "batch_size": batch_size, "share": share}
 
-    def progress(name: str) -> Callable[[int, int], None] | None:
-        return None if listener is None else partial(listener, name)
+    def progress(name: str) -> Callable[[int, int], None] | bool:
+        return False if listener is None else partial(listener, name)
 
     if isinstance(pairs, ReversalPairs):
         lists = lists_read(pairs, PROBES)

@@ -27,10 +27,10 @@ from ...arguments import checked
 from ...errors import RevprobeError
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
+from ...progress import Progress, shows_progress
 from ..pairs.query import Query
 from ..pairs.spans import require_fast_tokenizer
 from ..passes.batches import in_batches, queries_per_batch
-from ..passes.plan import Progress
 from ..readings.reading import Reading
 from ..statistics.resampling import derangement
 from .causal import end_tokens, generator_of
@@ -54,6 +54,7 @@ CAUSAL = "log-probability of the answer and its end, left to right"
 
 
 @checked
+@shows_progress("prompts")
 def rank_candidates(
     model: ProbedModel | nn.Module,
     questions: Sequence[Asked],
@@ -62,7 +63,7 @@ def rank_candidates(
     batch_size: int | None = None,
     max_new_tokens: int | None = None,
     control: bool = True,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     seed: int = 0,
     answers: AnswerBook | None = None,
 ) -> Reading:
@@ -99,7 +100,7 @@ def rank_candidates(
     for done, (same, scores) in enumerate(ranking.scores(batch_size), start=1):
         for i in same:
             rows[i] = ranking.row(i, scores, None if partner is None else int(partner[i]))
-        if progress is not None:
+        if callable(progress):
             progress(done, ranking.prompt_count)
     frame, meta = pd.DataFrame(rows), described(model, questions, control=control, seed=seed)
     meta["ranking"] = {"score": CAUSAL if model.objective == "causal" else MASKED, "max_new_tokens": ranking.length}

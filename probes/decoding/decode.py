@@ -20,15 +20,16 @@ from ...arguments import checked
 from ...errors import RevprobeError
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
+from ...progress import Progress, shows_progress
 from ..pairs.query import Query
 from ..pairs.spans import encode_texts, require_fast_tokenizer
 from ..passes.batches import queries_per_batch
-from ..passes.plan import Progress
 from .causal import continue_greedily, end_tokens, generator_of
 from .masked import Prompt, Unmasking, schedule_of, unmask, unmasking
 
 
 @checked
+@shows_progress("prompts")
 def decode(
     model: ProbedModel | nn.Module,
     prompts: Sequence[str],
@@ -41,7 +42,7 @@ def decode(
     seed: int = 0,
     stop: str | Sequence[str] = (),
     batch_size: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> list[str]:
     """What the model writes after each prompt, without the blanks around it; the model comes out as it went in.
 
@@ -124,7 +125,7 @@ def decode_tokens(
     how: Unmasking | None = None,
     *,
     batch_size: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> list[list[int]]:
     """The token ids written after each prompt, everything after an end token included for masked models.
 
@@ -153,7 +154,7 @@ def decode_tokens(
             for place, answer in zip(batch, written, strict=True):
                 answers[place] = answer
             done += len(batch)
-            if progress is not None:
+            if callable(progress):
                 progress(done, len(prompts))
     return answers
 

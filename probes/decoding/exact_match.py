@@ -23,8 +23,8 @@ from torch import nn
 from ...arguments import checked
 from ...errors import RevprobeError, did_you_mean
 from ...models.probed import ProbedModel, as_probed
+from ...progress import Progress, shows_progress
 from ..pairs.spans import Encoded, encode_texts, require_fast_tokenizer
-from ..passes.plan import Progress
 from ..readings.reading import Reading
 from ..statistics.resampling import derangement
 from .causal import end_tokens
@@ -39,6 +39,7 @@ ERRORS = ("end", "prompt", "other_entity", "malformed")
 
 
 @checked
+@shows_progress("prompts")
 def decoded_match(
     model: ProbedModel | nn.Module,
     questions: Sequence[Asked],
@@ -51,7 +52,7 @@ def decoded_match(
     algorithm: str | None = None,
     stop: str | Sequence[str] = (),
     control: bool = True,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     seed: int = 0,
     answers: AnswerBook | None = None,
 ) -> Reading:

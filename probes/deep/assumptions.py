@@ -18,12 +18,13 @@ from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
 from ...models.rotary import STILL, TURNS, LayerPositions, Rotary, seen_positions
 from ...models.structure import attention_of
+from ...progress import Progress, shows_progress
 from ..pairs.pairs import ReversalPairs
 from ..passes.alone import hold_batch, in_equal_lengths_if_need_be
 from ..passes.asked import asked_pairs, out_of_sight
 from ..passes.batches import in_batches, make_batch, prepare_queries, queries_per_batch, require_tokens_alone
 from ..passes.likelihood import readout
-from ..passes.plan import PassResult, Plan, Progress
+from ..passes.plan import PassResult, Plan
 from ..passes.run import describe
 from ..passes.selection import chosen_of
 from ..readings.reading import Reading
@@ -41,6 +42,7 @@ LEAST_PERMUTATIONS = 40  # fewer have no 95 % range
 
 
 @checked
+@shows_progress("queries")
 def audit_assumptions(
     model: ProbedModel | nn.Module,
     pairs: ReversalPairs,
@@ -48,7 +50,7 @@ def audit_assumptions(
     permutations: int = 200,
     batch_size: int | None = None,
     layers: Iterable[int] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     seed: int = 0,
 ) -> Reading:
     """Measure what the routing theorem assumes, layer by layer and head by head, and what its bound is without it.
@@ -170,7 +172,7 @@ class _Audit:
                     vectors = [_numbers(query), _numbers(key)]
                     self._keep(layer, len(queries), numbers, vectors, places, weights)
                 done += len(numbers)
-                if self.plan.progress is not None:
+                if callable(self.plan.progress):
                     self.plan.progress(done, len(asked))
 
     def _keep(

@@ -15,6 +15,7 @@ from ...errors import RevprobeError, did_you_mean
 from ...hooks.states import KINDS, States
 from ...models.probed import ProbedModel, as_probed
 from ...models.structure import states_of
+from ...progress import Progress, shows_progress
 from ..decoding.forced import forced_steps
 from ..decoding.masked import Unmasking, unmasking
 from ..pairs.pairs import ReversalPairs
@@ -22,7 +23,7 @@ from ..pairs.query import Query
 from ..passes.asked import asked_pairs, out_of_sight
 from ..passes.batches import prepare_queries, queries_per_batch, require_tokens_alone
 from ..passes.likelihood import Likelihoods
-from ..passes.plan import PassResult, Plan, Progress
+from ..passes.plan import PassResult, Plan
 from ..passes.run import describe
 from ..passes.selection import chosen_of
 from ..passes.state_runs import PARTS, Place, StateResult, StateRuns, Trial
@@ -35,6 +36,7 @@ POSITIONS = ("target", "evidence", "template")
 
 
 @checked
+@shows_progress("runs")
 def probe_causal_trace(
     model: ProbedModel | nn.Module,
     pairs: ReversalPairs,
@@ -49,7 +51,7 @@ def probe_causal_trace(
     layers: Iterable[int] | None = None,
     heads: Iterable[int] | None = None,
     control: bool = True,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     seed: int = 0,
 ) -> Reading:
     """Put one clean state back into a corrupted query, and see how much of the target's log-probability returns.

@@ -15,13 +15,14 @@ from ...errors import RevprobeError, did_you_mean
 from ...hooks.attention_sites import Attention
 from ...models.probed import ProbedModel, as_probed
 from ...models.structure import attention_of
+from ...progress import Progress, shows_progress
 from ..attention import EVIDENCE_HIDDEN
 from ..decoding.masked import ALGORITHMS, Unmasking, unmasking
 from ..pairs.pairs import ReversalPairs
 from ..passes.asked import asked_pairs, out_of_sight
 from ..passes.batches import prepare_queries
 from ..passes.likelihood import no_partner, target_partners
-from ..passes.plan import PassResult, Plan, Progress
+from ..passes.plan import PassResult, Plan
 from ..passes.run import describe
 from ..passes.selection import chosen_of
 from ..readings.reading import Reading
@@ -34,6 +35,7 @@ Target = tuple[int, ...]
 
 
 @checked
+@shows_progress("queries")
 def trace_denoising(
     model: ProbedModel | nn.Module,
     pairs: ReversalPairs,
@@ -46,7 +48,7 @@ def trace_denoising(
     batch_size: int | None = None,
     layers: Iterable[int] | None = None,
     control: bool = True,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Reading:
     """Let the model write each query's target in its own way, the rest of the query shown, and look at every step.
 

@@ -23,11 +23,11 @@ from ...hooks.attention import AttentionTap, tap_attention
 from ...hooks.attention_sites import Attention
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
+from ...progress import Progress
 from ..decoding.masked import Blanks, Step, Unmasking, schedule_of, unmask
 from ..pairs.query import Query
 from ..passes.alone import hold_batch, in_equal_lengths_if_need_be
 from ..passes.batches import in_batches, queries_per_batch
-from ..passes.plan import Progress
 
 # What a target position is at a step: written before it, may be written in it, waits for its turn, or stands in a block
 # that the model has not begun.
@@ -75,7 +75,7 @@ def trace_steps(
     how: Unmasking,
     attention: Attention,
     batch_size: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Trace:
     """Let the model write every query's target, as `decode` would, and keep what was seen.
 
@@ -96,7 +96,7 @@ def trace_steps(
                 watch = _Look(model, trace, some, [queries[i] for i in some], [asked[i] for i in some], attention)
                 unmask(model, [_blanks(model, queries[i]) for i in some], how, some, watch)
                 done += len(some)
-                if progress is not None:
+                if callable(progress):
                     progress(done, len(queries))
         return trace
 

@@ -16,6 +16,7 @@ from ...hooks.states import EMBEDDED, record_states
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
 from ...models.structure import attention_of, states_of
+from ...progress import Progress, shows_progress
 from ..pairs.pairs import ReversalPairs
 from ..passes.alone import in_equal_lengths_if_need_be
 from ..passes.asked import asked_pairs, out_of_sight
@@ -28,7 +29,7 @@ from ..passes.batches import (
 )
 from ..passes.decomposition import LinearizedBatch
 from ..passes.likelihood import no_partner, target_partners
-from ..passes.plan import PassResult, Plan, Progress
+from ..passes.plan import PassResult, Plan
 from ..passes.run import describe
 from ..passes.selection import chosen_of
 from ..passes.states import Tail, rows_of_states
@@ -48,6 +49,7 @@ Place = tuple[str, int, int | None]  # site, layer, head
 
 
 @checked
+@shows_progress("queries")
 def probe_logit_lens(
     model: ProbedModel | nn.Module,
     pairs: ReversalPairs,
@@ -56,7 +58,7 @@ def probe_logit_lens(
     batch_size: int | None = None,
     layers: Iterable[int] | None = None,
     control: bool = True,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     seed: int = 0,
 ) -> Reading:
     """Read the target's log-probability from the state of the readout row after each layer.
@@ -164,7 +166,7 @@ class _Lens:
                 if self.places and not self.no_sum:
                     self._take_apart(batch, numbers, wanted)
                 done += len(numbers)
-                if self.plan.progress is not None:
+                if callable(self.plan.progress):
                     self.plan.progress(done, len(lengths))
         return self
 

@@ -14,9 +14,10 @@ from ...arguments import checked
 from ...errors import RevprobeError, did_you_mean
 from ...models.probed import ProbedModel, as_probed
 from ...models.structure import attention_of
+from ...progress import Progress, shows_progress
 from ..pairs.pairs import ReversalPairs
 from ..passes.asked import asked_pairs
-from ..passes.plan import PassResult, Plan, Progress
+from ..passes.plan import PassResult, Plan
 from ..passes.run import describe
 from ..readings.reading import Reading
 from ..route_edit import probe_route_edit
@@ -30,6 +31,7 @@ NO_OTHER_HEAD = "no other head of the layer is left to compare with"
 
 
 @checked
+@shows_progress("sequences")
 def rank_heads(
     model: ProbedModel | nn.Module,
     pairs: ReversalPairs,
@@ -44,7 +46,7 @@ def rank_heads(
     layers: Iterable[int] | None = None,
     heads: Iterable[int] | None = None,
     control: bool = True,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     seed: int = 0,
 ) -> Reading:
     """Rank heads by their route's effect on one half of the facts, and show the best on the other half.
@@ -152,7 +154,7 @@ class _Ranking:
 
         def count(done: int, total: int) -> None:
             self.forwards = before + done
-            if self.plan.progress is not None:
+            if callable(self.plan.progress):
                 self.plan.progress(before + done, before + total)
 
         options: dict[str, Any] = {"mode": self.plan.mode, "batch_size": self.plan.batch_size, "seed": self.plan.seed}

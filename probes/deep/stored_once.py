@@ -18,12 +18,13 @@ from ...errors import RevprobeError, first_line
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
 from ...models.structure import states_of
+from ...progress import Progress, shows_progress
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
 from ..passes.alone import in_equal_lengths_if_need_be
 from ..passes.asked import asked_pairs, out_of_sight
 from ..passes.batches import prepare_queries, queries_per_batch, require_tokens_alone
-from ..passes.plan import PassResult, Plan, Progress
+from ..passes.plan import PassResult, Plan
 from ..passes.run import describe
 from ..passes.selection import chosen_of
 from ..passes.states import states_of_queries
@@ -58,6 +59,7 @@ Found = dict[tuple[str, int], Places]  # (test, layer) -> its places, none where
 
 
 @checked
+@shows_progress("queries")
 def probe_stored_once(
     model: ProbedModel | nn.Module,
     pairs: ReversalPairs,
@@ -67,7 +69,7 @@ def probe_stored_once(
     batch_size: int | None = None,
     layers: Iterable[int] | None = None,
     control: bool = True,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     seed: int = 0,
 ) -> Reading:
     """Test, layer by layer, whether a fact is the same state at the readout row in both directions.
@@ -181,7 +183,7 @@ class _Tests:
         count, rows, found = len(self.queries), _unembedding(model, self.targets), Found()
 
         def report(done: int) -> None:
-            if self.plan.progress is not None:
+            if callable(self.plan.progress):
                 self.plan.progress(before * count + done, times * count)
 
         states = in_equal_lengths_if_need_be(

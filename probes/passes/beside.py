@@ -87,7 +87,7 @@ def beside_evidence(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> dic
                     if kept is not None:
                         _keep(kept, layer, numbers, len(queries), score, weight, cells[name])
             done += len(numbers)
-            if plan.progress is not None:
+            if callable(plan.progress):
                 plan.progress(done, len(queries))
     return found
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from ...progress import Progress
 from ..pairs.pairs import ReversalPairs
 from ..statistics.estimators import LATER_BLOCK, LATER_BLOCK_CONTROL
 from .likelihood import Likelihoods, Request
 
-Progress = Callable[[int, int], None]  # queries done, queries in all
 # Gets `work(part, parts)`, which runs one part of a pass; returns the whole result.
 Share = Callable[[Callable[[int, int], "PassResult"]], "PassResult"]
 _TABLES = ("inner", "inner_control", "norm", "floor")
@@ -45,7 +45,7 @@ class Plan:
     control: bool = True
     batch_size: int | None = None
     seed: int = 0
-    progress: Progress | None = None
+    progress: Progress | bool | None = None
     summed: bool = False
     share: Share | None = None
 

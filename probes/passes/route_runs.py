@@ -22,10 +22,10 @@ from ...hooks.attention_edits import edit_scores
 from ...hooks.attention_sites import Attention
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
+from ...progress import Progress
 from ..pairs.query import Query
 from .batches import QueryBatch, in_batches, make_batch
 from .likelihood import price, readout
-from .plan import Progress
 from .route_changes import RouteChange, StrengthRecorder, VisibilityRecorder, other_positions
 
 EVIDENCE, CONTROL = 0, 1
@@ -91,7 +91,7 @@ class RouteRuns:
     cells: Sequence[Cell]
     batch_size: int
     seed: int | None
-    progress: Progress | None = None
+    progress: Progress | bool | None = None
     strength: dict[tuple[int, int], dict[int, Tensor]] = field(default_factory=dict)  # (query, step) -> layer -> ...
     free: dict[int, np.ndarray] = field(default_factory=dict)  # query -> where its control may stand, `seq`
     elsewhere: list[tuple[int, ...]] = field(default_factory=list)  # query -> its control's positions, if any
@@ -126,7 +126,7 @@ class RouteRuns:
         return result
 
     def _report(self, done: int, total: int) -> int:
-        if self.progress is not None:
+        if callable(self.progress):
             self.progress(done, total)
         return done
 

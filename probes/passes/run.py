@@ -202,7 +202,7 @@ class _Pass:
             if result.likelihoods is not None:
                 result.likelihoods.from_run(logits.detach(), queries)
         self.done[queries] = True
-        if self.plan.progress is not None:
+        if callable(self.plan.progress):
             self.plan.progress(int(self.done.sum()), self.to_do)
 
     def _loss_of(self, queries: np.ndarray) -> Callable[[int], Tensor]:

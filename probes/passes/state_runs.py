@@ -22,11 +22,11 @@ from torch import Tensor
 from ...hooks.states import StateSite, change_states, record_states
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
+from ...progress import Progress
 from ..pairs.query import Query
 from .alone import hold_batch, in_equal_lengths_if_need_be, is_due, require_as_alone, shortest_of
 from .batches import in_batches, make_batch
 from .likelihood import price, readout
-from .plan import Progress
 
 CLEAN, THIRD = 0, 1
 PARTS = ("target", "evidence", "template", "all")
@@ -90,7 +90,7 @@ class StateRuns:
     trials: Sequence[Trial]
     places: Sequence[Place]
     batch_size: int
-    progress: Progress | None = None
+    progress: Progress | bool | None = None
 
     def run(self) -> StateResult:
         """Every trial's three queries as they are, then every place and donor; the model comes out as it went in.
@@ -109,7 +109,7 @@ class StateRuns:
             for group in in_batches(self.model, range(count), self.batch_size, length):
                 for ran in _Group(self, group).fill(result):
                     result.forwards += ran
-                    if self.progress is not None:
+                    if callable(self.progress):
                         self.progress(result.forwards, total)
         return result
 

@@ -19,6 +19,7 @@ from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
 from ...models.rotary import OTHER, STILL, TURNS, LayerPositions, Rotary, layer_positions, seen_positions
 from ...models.structure import attention_of
+from ...progress import Progress, shows_progress
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
 from ..passes.batches import in_batches, make_batch, prepare_queries, queries_per_batch
@@ -143,8 +144,14 @@ def _promised(
 
 
 @checked
+@shows_progress("queries")
 def with_bounds(
-    reading: Reading, model: ProbedModel | nn.Module, pairs: ReversalPairs, *, batch_size: int | None = None
+    reading: Reading,
+    model: ProbedModel | nn.Module,
+    pairs: ReversalPairs,
+    *,
+    batch_size: int | None = None,
+    progress: Progress | bool | None = None,
 ) -> Reading:
     """An attention reading with RoPE's lower bound beside each score: then `.plot(kind="bounds")` draws both.
 
@@ -154,6 +161,7 @@ def with_bounds(
     Args:
         reading: of `probe_attention_correlation` on this model and these pairs; the bounds are those of its layers.
         batch_size: queries of one run; chosen by the model's size when None.
+        progress: called with (queries done, queries in all); None shows a bar, False nothing.
     Returns: the reading, its frame with the columns bound_forward, bound_reverse (sum_k w_k cos(2 D theta_k), w from
         the forward or the reverse query at its readout row), bound_mean (its mean over random queries), bound_reason
         (why they are NaN: pairs of another kind, unequal distances, several tokens, a layer that RoPE does not turn).
@@ -174,7 +182,7 @@ def with_bounds(
         if layer in asked and found.kind == TURNS and found.rotary
     }
     if len(eligible) and turning:
-        parts = _bounds_by_pair(model, pairs.take(eligible), eligible, turning, batch_size)
+        parts = _bounds_by_pair(model, pairs.take(eligible), eligible, turning, batch_size, progress)
         bounds = keys.merge(parts, on=["pair", "layer", "head"], how="left")[BOUNDS[:3]]
     else:
         bounds = pd.DataFrame(np.nan, index=range(len(keys)), columns=BOUNDS[:3])
@@ -214,13 +222,18 @@ def reasons_without_bound(pairs: ReversalPairs, logit_shift: int) -> np.ndarray:
 
 
 def _bounds_by_pair(
-    model: ProbedModel, pairs: ReversalPairs, numbers: np.ndarray, turning: dict[int, Rotary], size: int | None
+    model: ProbedModel,
+    pairs: ReversalPairs,
+    numbers: np.ndarray,
+    turning: dict[int, Rotary],
+    size: int | None,
+    progress: Progress | bool | None,
 ) -> pd.DataFrame:
     """Bounds of pairs of one target and one evidence token at opposite offsets, one row per pair, layer and head."""
     distance = np.abs(pairs.offsets(model.logit_shift)[0])
     by_query = np.zeros(len(pairs.queries))
     by_query[pairs.forward], by_query[pairs.reverse] = distance, distance
-    bounds = _bounds_by_query(model, pairs.queries, by_query, turning, size)
+    bounds = _bounds_by_query(model, pairs.queries, by_query, turning, size, progress)
     parts = []
     for layer, values in bounds.items():
         heads = values.shape[1]
@@ -232,12 +245,18 @@ def _bounds_by_pair(
 
 
 def _bounds_by_query(
-    model: ProbedModel, queries: tuple[Query, ...], distance: np.ndarray, turning: dict[int, Rotary], size: int | None
+    model: ProbedModel,
+    queries: tuple[Query, ...],
+    distance: np.ndarray,
+    turning: dict[int, Rotary],
+    size: int | None,
+    progress: Progress | bool | None,
 ) -> dict[int, np.ndarray]:
     """The q-specific bound of each query at its distance. Shapes: layer -> `query head`."""
     prepared = prepare_queries(model, queries)
     size = queries_per_batch(model, prepared, size)
     found: dict[int, np.ndarray] = {}
+    done = 0
     with untouched(model.module), torch.no_grad():
         for numbers in in_batches(model, range(len(prepared)), size, lambda q: len(prepared[q].token_ids)):
             batch = make_batch(model, [prepared[q] for q in numbers])
@@ -248,4 +267,7 @@ def _bounds_by_query(
                 energy = rotary.plane_energy(calls[layer].query[:, :, 0].double().cpu().numpy())
                 bound = rope_query_bound(energy, apart, frequencies=rotary.frequencies)
                 found.setdefault(layer, np.full((len(prepared), bound.shape[1]), np.nan))[numbers] = bound
+            done += len(numbers)
+            if callable(progress):
+                progress(done, len(prepared))
     return found

@@ -19,6 +19,7 @@ from ...hooks.attention import tap_attention
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
 from ...models.structure import attention_of
+from ...progress import Progress, counted, shows_progress
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
 from ..passes.asked import asked_pairs, out_of_sight
@@ -27,11 +28,18 @@ from ..statistics.estimators import LATER_BLOCK
 
 
 @checked
+@shows_progress("batches")
 def storage_gradient_cosines(
-    model: ProbedModel | nn.Module, pairs: ReversalPairs, *, batch_size: int | None = None
+    model: ProbedModel | nn.Module,
+    pairs: ReversalPairs,
+    *,
+    batch_size: int | None = None,
+    progress: Progress | bool | None = None,
 ) -> pd.DataFrame:
     """The two cosines whose product is the cosine of the gradients with respect to S, for every pair.
 
+    Args:
+        progress: called with (batches done, batches in all); None shows a bar, False nothing.
     Returns: one row per pair: pair, fact, cosine, cosine_error (of p - 1_v), cosine_attention (of m); of a model that
         is read in blocks also reason, why they are NaN.
     Raises: RevprobeError, when the model has not exactly one attention layer, a target has several tokens, or the
@@ -50,7 +58,7 @@ def storage_gradient_cosines(
     size = queries_per_batch(model, queries, batch_size)
     with untouched(model.module), torch.no_grad():
         batches = list(in_batches(model, range(len(queries)), size, lambda q: len(queries[q].token_ids)))
-        parts = [_factors(model, [queries[q] for q in batch]) for batch in batches]
+        parts = [_factors(model, [queries[q] for q in batch]) for batch in counted(batches, progress)]
     place = torch.tensor([q for batch in batches for q in batch]).argsort()
     forward, reverse = place[torch.as_tensor(pairs.forward)], place[torch.as_tensor(pairs.reverse)]
     of_error, of_mass = (

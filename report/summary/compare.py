@@ -18,18 +18,21 @@ from ...finetune.runs.sweeps import Sweep, is_sweep, open_sweep
 from ...probes.figures.theme import plain, with_theme
 from ...probes.figures.training_curves import measures_with_reasons, signatures_figure
 from ...probes.readings.readings import Readings
+from ...progress import Progress, counted, shows_progress
 from .seed_bands import SEEDS_KEY, family_of, pool_seeds
 
 BANDS, WEIGHTS = ("seeds", "facts"), ("ema", "raw", "both")
 
 
 @checked
+@shows_progress("runs")
 def compare(
     runs: Run | Sweep | str | Path | Iterable[Run | Sweep | str | Path],
     *,
     bands: str = "seeds",
     weights: str = "ema",
     theme: str = "light",
+    progress: Progress | bool | None = None,
 ) -> go.Figure:
     """Draw the signatures of several runs over training: attention correlation, gradient cosine, probabilities.
 
@@ -42,6 +45,7 @@ def compare(
             "facts": each run is a line with its 95 % interval over facts.
         weights: "ema" (raw where a run keeps no average), "raw" or "both".
         theme: "light" or "dark".
+        progress: called with (runs done, runs in all); None shows a bar, False nothing.
     Raises: RevprobeError, when a folder is no run, two runs share a folder, a file is damaged, no run has a reading,
         or an option is not known.
     """
@@ -55,7 +59,7 @@ def compare(
         measures_with_reasons(_chosen(run.readings(), weights)).assign(
             run=str(run.path), family=family_of(run), **run.axes
         )
-        for run in opened
+        for run in counted(opened, progress)
     ]
     rows = pd.concat(parts, ignore_index=True)
     notes: list[str] = []
