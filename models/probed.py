@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import checked
-from ..errors import RevprobeError, did_you_mean
+from ..errors import RevprobeError, did_you_mean, shown
 from .contract import introspect
 from .contract.block_masks import WHOLE
 from .contract.called import CalledModule
 from .contract.contract import Contract, contract_of, state_of
+from .tokenizers import chosen_tokenizer, require_rows
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -37,7 +38,7 @@ class ProbedModel(CalledModule):
         module: called as `module(input_ids, attention_mask=...)`; returns logits `batch seq vocab`, or an object, a
             mapping or a tuple that holds them (`.logits`, `["logits"]`, first). A ProbedModel stands for its module,
             and for what is not given of tokenizer, tokens, shift and provenance.
-        tokenizer: only for text pairs and for showing tokens.
+        tokenizer: only for text pairs and for showing tokens; the module's own where it has one, as a bridge has.
         objective: "masked" (the target is hidden by the mask token) or "causal" (by the causal mask).
         mask_token_id: an id or a token's text, required for "masked"; the tokenizer's or the config's unless given.
         logit_shift: the logits for position i stand in row i - logit_shift; 1 for causal models, 0 for transformers'
@@ -93,6 +94,7 @@ class ProbedModel(CalledModule):
             self.tokenizer_source = known.tokenizer_source
             name, step, weights = name or known.name, known.step if step is None else step, weights or known.weights
         inner: Any = module.module if isinstance(module, ProbedModel) else module
+        tokenizer = introspect.own_tokenizer(inner) if tokenizer is None else tokenizer
         super().__init__(inner, name)
         self.block_size = introspect.block_size(block_size, objective, inner, self.name)
         if check and introspect.is_empty(inner):
@@ -185,7 +187,7 @@ class ProbedModel(CalledModule):
         return logits.index_fill(-1, torch.tensor([mask], device=logits.device), -torch.inf)
 
     def to_bridge(self) -> TransformerBridge:
-        """A TransformerLens view of this model, sharing its weights; see `models.bridge.to_bridge`.
+        """A TransformerLens view of this model, sharing its weights and its tokenizer; see `models.bridge.to_bridge`.
 
         Raises: RevprobeError, when TransformerLens has no adapter for the architecture.
         Warns: for a model that is read in blocks: called by itself, the bridge lets every token see every other.
@@ -193,6 +195,7 @@ class ProbedModel(CalledModule):
         from .bridge import to_bridge  # TransformerLens takes seconds to import
 
         bridge = to_bridge(self.module)
+        bridge.tokenizer = self.tokenizer
         if self.block_size is not None:
             warnings.warn(
                 f"{self.name} is read in blocks of {self.block_size}; its bridge, called without a mask, as a whole: "
@@ -284,17 +287,30 @@ class ProbedModel(CalledModule):
         return f"in blocks of {self.block_size}{finished}"
 
 
-def as_probed(model: ProbedModel | nn.Module) -> ProbedModel:
+def as_probed(model: ProbedModel | nn.Module, tokenizer: Any = None) -> ProbedModel:
     """Wrap a bare module, finding its objective out by running it; a ProbedModel passes through.
 
-    Raises: RevprobeError, for anything else, and for a masked module that names no mask token.
+    Args:
+        tokenizer: instead of the model's own; a folder or hub name to read it from will do.
+    Raises: RevprobeError, for anything else, for a masked module that names no mask token, and for a tokenizer that
+        cannot be read or has more tokens than the model.
     """
+    if tokenizer is not None:
+        given, tokenizer = tokenizer, chosen_tokenizer(tokenizer)
+        if not hasattr(tokenizer, "get_vocab"):
+            raise RevprobeError(f"tokenizer={shown(given)}: expected a tokenizer, or the folder or hub name of one")
     if isinstance(model, ProbedModel):
-        return model.current()
+        model = model.current()
+        if tokenizer is None:
+            return model
+        require_rows(tokenizer, model.vocab_size, model.name)
+        return ProbedModel(model, tokenizer, objective=model.objective)
     if not isinstance(model, nn.Module):
         raise RevprobeError(f"expected a model, got {type(model).__name__}; pass an nn.Module or load_model(...)")
     called = CalledModule(model)
-    mask = introspect.mask_token(None, None, model, called.vocab_size, called.name)
+    tokenizer = introspect.own_tokenizer(model) if tokenizer is None else tokenizer
+    require_rows(tokenizer, called.vocab_size, called.name)
+    mask = introspect.mask_token(None, tokenizer, model, called.vocab_size, called.name)
     reaches = contract_of(called, mask).reaches_back
     stated = {True: "masked", False: "causal"}.get(reaches) if reaches is not None else introspect.objective(model)
     if stated is None:
@@ -302,4 +318,4 @@ def as_probed(model: ProbedModel | nn.Module) -> ProbedModel:
             f"no token of {called.name} moves another's logits yet (weights still zero?), so it cannot be told which "
             "way it reads; use ProbedModel(module, objective='masked' or 'causal')"
         )
-    return ProbedModel(model, objective=stated)
+    return ProbedModel(model, tokenizer, objective=stated)

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 from transformers.utils import cached_file
 
-from ..errors import RevprobeError, first_line
+from ..errors import RevprobeError, first_line, shown
 from .hub import TOKENIZER_FILES, hub_options
 
 _WHOLE = "tokenizer.json"
@@ -30,12 +30,12 @@ def chosen_tokenizer(given: Any) -> Any:
     """
     if not isinstance(given, str | Path):
         return given
-    place = Path(given) if Path(given).is_dir() else str(given)
     try:
+        place = Path(given) if Path(given).is_dir() else str(given)
         return _read(place, **hub_options(place))
     except Exception as error:
         raise RevprobeError(
-            f"tokenizer={str(given)!r} cannot be read: {_cause(error)}; expected a folder or hub name that has one"
+            f"tokenizer={shown(str(given))} cannot be read: {_cause(error)}; expected a folder or hub name that has one"
         ) from error
 
 

@@ -23,6 +23,12 @@ def config_value(module: nn.Module, key: str) -> Any:
     return getattr(text_part() if callable(text_part) else config, key, None)
 
 
+def own_tokenizer(module: nn.Module) -> Any:
+    """The tokenizer that a module carries, as a TransformerLens bridge does; None when it has none."""
+    found = getattr(module, "tokenizer", None)
+    return found if callable(found) and hasattr(found, "get_vocab") else None
+
+
 def _mask_id(given: int | str | None, tokenizer: Any) -> int | None:
     """The mask token as given by its id, or by its text. Raises: RevprobeError, for a text that is no token."""
     if not isinstance(given, str):

@@ -45,15 +45,21 @@ class Encoded:
     is_added: tuple[bool, ...]
 
 
-def require_fast_tokenizer(model: ProbedModel) -> Any:
-    """A model's tokenizer, if it has character offsets. Raises: RevprobeError, when it has none or is not there."""
+def require_fast_tokenizer(model: ProbedModel, *, can_be_given: bool = False) -> Any:
+    """A model's tokenizer, if it has character offsets.
+
+    Args:
+        can_be_given: whether the call that asks takes `tokenizer=`, for the error.
+    Raises: RevprobeError, when it has none or is not there.
+    """
     tokenizer = model.tokenizer
     if tokenizer is None:
         source = model.tokenizer_source
         given = "load_model(..., tokenizer=FOLDER_OR_NAME) or ProbedModel(module, tokenizer, objective=...)"
         named = f"load_model(..., tokenizer={source!r}), which its family uses, or a folder that holds it"
+        here = ", or tokenizer= to this call" if can_be_given else ""
         raise RevprobeError(
-            f"{model.name} has no tokenizer, so text cannot become tokens; pass {named if source else given}"
+            f"{model.name} has no tokenizer, so text cannot become tokens; pass {named if source else given}{here}"
         )
     if not getattr(tokenizer, "is_fast", False):
         raise RevprobeError(

@@ -46,6 +46,7 @@ def pairs_from_frame(
     drop: str | Iterable[str] = (),
     allow_different_tokens: bool = False,
     same_block: bool = False,
+    tokenizer: Any = None,
 ) -> ReversalPairs:
     """Forward and reverse queries for every row of a table.
 
@@ -77,6 +78,7 @@ def pairs_from_frame(
         same_block: put begin tokens before a text until target and evidence share a block of the model as it is read
             (`model.block_size`), so that it sees both ways; see the columns `filled_forward`, `filled_reverse`. Where
             every token sees every other there is nothing to do.
+        tokenizer: where the model has none, or instead of its own; a folder or hub name to read it from will do.
     Returns: the pairs, with the flags `shares_tokens` (target and evidence have a token in common), `too_long` (for
         the model's context), `duplicate_fact` (the row repeats an earlier one's target and evidence),
         `different_tokens`, and the column `template` (its place in the lists).
@@ -85,11 +87,10 @@ def pairs_from_frame(
     """
     roles = {"target": target, "evidence": evidence}
     drop = _known_drops(drop, allow_different_tokens)
-    columns = [str(column) for column in frame.columns] if isinstance(frame, pd.DataFrame) else []
-    phrasings = pair_templates(forward, reverse, columns=columns, roles=roles)
+    phrasings = pair_templates(forward, reverse, columns=_columns(frame), roles=roles)
     slots = {slot for pair in phrasings for template in pair for slot in template.slots}
     rows = read_rows(frame, {slot: roles.get(slot, slot) for slot in sorted(slots)}, fact)
-    model = as_probed(model)
+    model = as_probed(model, tokenizer)
     pairs = _Builder(model, carrier, allow_different_tokens).build(rows, phrasings, drop)
     return in_one_block(pairs, model, text_filler(model)) if same_block else pairs
 
@@ -107,6 +108,7 @@ def pair_from_text(
     fact: str = "",
     allow_different_tokens: bool = False,
     same_block: bool = False,
+    tokenizer: Any = None,
 ) -> ReversalPair:
     """One pair from two templates such as "{target}'s child is {evidence}", aligned by the model's tokenizer.
 
@@ -115,7 +117,7 @@ def pair_from_text(
     """
     row = pd.DataFrame([{**(slots or {}), "target": target, "evidence": evidence}])
     options: dict[str, Any] = {"carrier": carrier, "allow_different_tokens": allow_different_tokens}
-    options["same_block"] = same_block
+    options |= {"same_block": same_block, "tokenizer": tokenizer}
     pair = pairs_from_frame(row, forward=forward, reverse=reverse, model=model, **options)[0]
     return replace(pair, fact=fact) if fact else pair
 
@@ -136,7 +138,7 @@ class _Builder:
         if not isinstance(carrier, str):
             raise RevprobeError(f"carrier {carrier!r} is {type(carrier).__name__}, expected text such as {CARRIER!r}")
         self.model, self.carrier, self.allow = model, carrier, allow_different_tokens
-        self.tokenizer = require_fast_tokenizer(model)
+        self.tokenizer = require_fast_tokenizer(model, can_be_given=True)
 
     def build(self, rows: list[TextRow], phrasings: list[Phrasing], drop: tuple[str, ...]) -> ReversalPairs:
         """Encode every text once, align, then flag and drop."""
@@ -237,6 +239,10 @@ class _Builder:
         added = np.array([int(begins or self.model.wants_begin(q.token_ids)) for q in queries])
         limit = self.model.max_length
         return np.zeros(len(queries), dtype=bool) if limit is None else lengths + added > limit
+
+
+def _columns(frame: Any) -> list[str]:
+    return [str(column) for column in frame.columns] if isinstance(frame, pd.DataFrame) else []
 
 
 def _known_drops(drop: str | Iterable[str], allow_different_tokens: bool) -> tuple[str, ...]:
