@@ -17,8 +17,10 @@ def with_kept(found: Section6, kept: Section6) -> Section6:
     """What has been collected now, and of what was collected before the runs that are not finished here.
 
     A run is kept where its config is the planned one to the letter and its small model had the bytes that the model has
-    here (any, where none is here: the models are made again to the same bytes). Others stand as they are found.
+    here (any, where none is here: the models are made again to the same bytes). Others stand as they are found. What
+    was traced stays.
     """
+    found = replace(found, traces=kept.traces)  # taken of one run on its own, by examples/section6_traces.py
     if found.about.get("statistics_version") != kept.about.get("statistics_version"):
         return found
     models = {name: _model(record, kept.models.get(name, {})) for name, record in found.models.items()}
