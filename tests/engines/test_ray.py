@@ -91,6 +91,29 @@ def test_a_sweep_on_a_cluster_has_the_bytes_of_one_here(
     assert not ray.is_initialized(), "it stayed connected"
 
 
+def test_what_interrupts_a_sweep_ends_its_tasks_first(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a cluster that goes on, a task that nobody told to stop would train to its end, unheard."""
+    text = SWEEP.replace("steps: 12", "steps: 100000").replace("every: 6", "every: 50000")
+    interrupted: list[float] = []
+
+    def stop(step: int, steps: int, loss: float | None) -> None:
+        interrupted.append(time.monotonic())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "GRACE_SECONDS", 60.0)  # so long it would wait for one that was not told
+    works = [work_of(run) for run in sweep_config(text).runs()]
+    with pytest.raises(KeyboardInterrupt):
+        launcher("ray", address=cluster.address).run_all(works, tmp_path, Display(lambda work: stop, [].append))
+    assert time.monotonic() - interrupted[0] < 60, "the tasks were not told to end"
+    begun = [file.parent for file in tmp_path.glob("*/config.yaml")]
+    assert begun
+    for run in begun:
+        with run_lock(run):  # raises while a child still holds the folder
+            pass
+
+
 # ---- before anything is begun ----
 
 
@@ -200,10 +223,12 @@ def test_a_cluster_started_here_listens_on_loopback_alone_and_ctrl_c_ends_it(tmp
         assert time.monotonic() < deadline, "no run started within five minutes"
         time.sleep(0.1)
     processes = psutil.Process(child.pid).children(recursive=True)
+    trainings = [process for process in processes if "train" in process.cmdline()]
     heard = listeners([psutil.Process(child.pid), *processes])
     # To the whole group, as a terminal does.
     os.killpg(child.pid, signal.SIGINT)
     out, err = child.communicate(timeout=120)
+    assert trainings and not [one for one in trainings if one.is_running()], "a run went on when the sweep had ended"
     assert len(heard) > 0 and heard <= LOOPBACK_ADDRESSES, f"others can reach {heard - LOOPBACK_ADDRESSES}"
     assert child.returncode == 130, (out, err)
     assert out.endswith("run the same command again to go on\n") and err == "", (out, err)
