@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import RevprobeError
 from .plan import show_plan
-from .running import Out, interruptible
+from .running import Address, Jobs, On, Out, interruptible
 
 if TYPE_CHECKING:
     from ..finetune.config.finetuning import FinetuneConfig, FinetuneSweepConfig
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
 
 def finetune(
     config: Annotated[str, typer.Argument(help="A fine-tuning's or its sweep's YAML file, or an example's name.")],
-    jobs: Annotated[
-        int, typer.Option("--jobs", "-j", min=1, help="Runs of a sweep side by side, each in a process of its own.")
-    ] = 1,
+    jobs: Jobs = None,
     out: Out = Path("runs"),
+    on: On = "local",
+    address: Address = None,
 ) -> None:
     """Fine-tune on one direction of a relation, probe at every snapshot, and score both directions.
 
@@ -31,16 +32,19 @@ def finetune(
 
     chosen = parse_finetune(sys.stdin.read(), "stdin") if config == "-" else read_finetune(config)
     if isinstance(chosen, FinetuneConfig):
+        if on != "local":
+            raise RevprobeError(f"--on {on}: {chosen.name} is one run, which is done here; a sweep's runs go anywhere")
         _finetune_one(chosen, out / chosen.name)
     else:
-        _finetune_all(chosen, jobs, out)
+        _finetune_all(chosen, out, jobs=jobs, on=on, address=address)
 
 
 def _finetune_one(config: FinetuneConfig, folder: Path) -> None:
     """One run, with its numbers and its report; only its progress where a sweep listens."""
+    from ..engines.launcher import JSON_PROGRESS
     from ..finetune.runs.finetuning import fine_tune
     from ..finetune.runs.open import is_finished
-    from ..finetune.runs.progress import JSON_PROGRESS, json_lines, shown_progress
+    from ..finetune.runs.progress import json_lines, shown_progress
     from ..finetune.runs.record import summary_frame
     from ..report.html.finetune_sections import finetune_sections
     from ..report.html.report import write_report
@@ -69,7 +73,7 @@ def _finetune_one(config: FinetuneConfig, folder: Path) -> None:
     console.print(f"report: {report}", soft_wrap=True)
 
 
-def _finetune_all(config: FinetuneSweepConfig, jobs: int, out: Path) -> None:
+def _finetune_all(config: FinetuneSweepConfig, out: Path, **where: Any) -> None:
     from ..finetune.runs.finetuning import finetuning_runs
     from ..report.paper.table7 import print_table7
     from ..report.run_sweep import run_sweep
@@ -77,7 +81,7 @@ def _finetune_all(config: FinetuneSweepConfig, jobs: int, out: Path) -> None:
 
     console = make_console()
     with interruptible(console):
-        done = run_sweep(config, jobs=jobs, out=out, console=console)
+        done = run_sweep(config, out=out, console=console, **where)
     print_final(read_summary(done.path), console)
     print_table7(finetuning_runs(done.runs), console)
     console.print(f"report: {done.path / 'report.html'}", soft_wrap=True)

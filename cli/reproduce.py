@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import RevprobeError
+from ..errors import RevprobeError, did_you_mean, first_line
+from .running import Address, Jobs, On, interruptible
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
+
+    from ..report.paper.section6.miniature import Miniature
 
 reproduce = typer.Typer(
     no_args_is_help=True,
@@ -60,7 +63,7 @@ def theory(
 )
 def one_layer(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each cell, from 0.")] = 3,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs side by side, each in its own process.")] = 1,
+    jobs: Jobs = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder that gets the folder one-layer.")] = Path("runs"),
     lengths: Annotated[
         str | None, typer.Option(help="Sequence lengths, separated by commas; all of 10,20,30,40 by default.")
@@ -72,6 +75,8 @@ def one_layer(
             "--batched/--separate", help="Runs of one shape as one model, without --jobs; by default on a GPU."
         ),
     ] = None,
+    on: On = "local",
+    address: Address = None,
     train: Annotated[
         bool, typer.Option("--train/--table-only", help="Or only the tables of what has been run.")
     ] = True,
@@ -87,9 +92,9 @@ def one_layer(
         if batched is None:
             import torch
 
-            batched = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+            batched = on == "local" and (device == "cuda" or (device == "auto" and torch.cuda.is_available()))
         try:
-            run_sweep(asked, jobs=jobs, out=out, console=console, batched=batched)
+            run_sweep(asked, jobs=jobs, out=out, console=console, batched=batched, on=on, address=address)
         except RunsFailed as error:  # the runs that are whole still make a table
             failed = error
         except KeyboardInterrupt:
@@ -130,3 +135,91 @@ def _lengths(asked: str | None) -> list[int] | None:
     if wrong := [part for part in parts if not part.isdecimal()]:
         raise RevprobeError(f"--lengths {asked!r}: {wrong[0]!r} is no length; expected whole numbers such as 10,20")
     return [int(part) for part in parts]
+
+
+@reproduce.command(
+    epilog="Examples: [bold]revprobe reproduce section6 --quick[/bold], "
+    "[bold]revprobe reproduce section6 --jobs 2[/bold], "
+    "[bold]revprobe reproduce section6 --only main --only ablations[/bold]",
+)
+def section6(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The whole path in small, in minutes and without any file: no result.")
+    ] = False,
+    jobs: Jobs = None,
+    on: On = "local",
+    address: Address = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Folder of models, runs and page; runs, or runs/section6-quick.", show_default=False
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="Of main, ablations, methods these alone; repeat it.")
+    ] = None,
+    data: Annotated[
+        Path, typer.Option("--data", help="Folder of the published files or their look-alikes (`revprobe data`).")
+    ] = Path("data"),
+    device: Annotated[str, typer.Option(help="Where new runs are fine-tuned: cpu, cuda, or auto.")] = "cpu",
+    train: Annotated[bool, typer.Option("--train/--table-only", help="Or only the page of what has been run.")] = True,
+) -> None:
+    """Table 7 and Figures 4 and 6 on small models made here; hours on two cores, and the same command goes on."""
+    from ..report.paper.section6.miniature import PARTS, Miniature
+    from ..report.summary.terminal import make_console
+
+    if wrong := [part for part in only or () if part not in PARTS]:
+        raise RevprobeError(f"--only {wrong[0]!r} is no part of Section 6{did_you_mean(wrong[0], list(PARTS))}")
+    folder = out or Path("runs/section6-quick" if quick else "runs")
+    asked = Miniature.of(folder, data=data, only=only or (), device=device, quick=quick)
+    console, failed = make_console(), list[str]()
+    if train:
+        with interruptible(console):
+            failed = _make_section6(asked, console, jobs=jobs, on=on, address=address)
+    try:
+        _write_section6(asked, console)
+    except RevprobeError as error:
+        raise (RevprobeError("; ".join(failed)) if failed else error) from error
+    if failed:
+        raise RevprobeError("; ".join(failed))
+
+
+def _make_section6(asked: Miniature, console: Console, **where: Any) -> list[str]:
+    """Sweep by sweep the models it needs, then its runs; returns what failed, which keeps nothing else from being made.
+
+    Raises: RevprobeError, for missing data and for a sweep's folder of something else, before its runs are begun.
+    """
+    from ..finetune.runs.pretraining import pretrain
+    from ..finetune.runs.progress import shown_progress
+    from ..report.run_sweep import RunsFailed, run_sweep
+
+    asked.require_data()
+    failed: dict[str, str] = {}
+    for sweep in asked.sweeps_to_run():
+        for one in asked.models_of(sweep):
+            if one.name in failed:
+                continue
+            try:
+                with shown_progress(one.name, console) as listener:
+                    pretrain(one, asked.models_folder / one.name, listener=listener)
+            except Exception as error:  # the other models make a page
+                failed[one.name] = f"{one.name}: {first_line(error, with_type=not isinstance(error, RevprobeError))}"
+                console.print(f"failed: {failed[one.name]}", soft_wrap=True)
+        try:
+            run_sweep(sweep, out=asked.out, console=console, **where)
+        except RunsFailed as error:
+            failed[sweep.name] = f"{sweep.name}: {error}"
+    return list(failed.values())
+
+
+def _write_section6(asked: Miniature, console: Console) -> None:
+    """Collect what has been run, write the page and print its five lines."""
+    from ..report.paper.section6.sentences import Told
+
+    found = asked.collect()
+    page, *tables = asked.write(found)
+    if asked.quick:
+        console.print("Quick variant: the path works; none of this is a result.")
+    for line in Told(found).short():
+        console.print(line, soft_wrap=True)
+    console.print(f"written: {', '.join(map(str, [page, *tables]))}", soft_wrap=True)

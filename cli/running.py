@@ -12,6 +12,18 @@ from rich.console import Console
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder that gets a folder of the config's name.")]
 
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs", "-j", min=1, help="Runs side by side, each in a process of its own: 1, or all that a cluster holds."
+    ),
+]
+On = Annotated[str, typer.Option("--on", help="Where the runs are done: local (here), or ray (on a cluster).")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="With --on ray: a cluster that is there, HOST:PORT or auto; else one is started here."),
+]
+
 
 @contextmanager
 def interruptible(console: Console) -> Iterator[None]:

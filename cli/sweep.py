@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .running import Out, interruptible
+from .running import Address, Jobs, On, Out, interruptible
 
 
 def sweep(
@@ -18,10 +18,10 @@ def sweep(
             "negative-evidence, pressure, robustness."
         ),
     ],
-    jobs: Annotated[
-        int, typer.Option("--jobs", "-j", min=1, help="Runs side by side, each in a process of its own.")
-    ] = 1,
+    jobs: Jobs = None,
     out: Out = Path("runs"),
+    on: On = "local",
+    address: Address = None,
 ) -> None:
     """Train a grid of runs, skipping finished ones, and write one report over all of them."""
     from ..report.run_sweep import run_sweep
@@ -29,6 +29,6 @@ def sweep(
 
     console = make_console()
     with interruptible(console):
-        done = run_sweep(config, jobs=jobs, out=out, console=console)
+        done = run_sweep(config, jobs=jobs, out=out, console=console, on=on, address=address)
     print_final(read_summary(done.path), console)
     console.print(f"report: {done.path / 'report.html'}", soft_wrap=True)

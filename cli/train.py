@@ -17,11 +17,12 @@ def train(
     out: Out = Path("runs"),
 ) -> None:
     """Train one run forward-only and probe it at every snapshot; the same command resumes a run that was stopped."""
+    from ..engines.launcher import JSON_PROGRESS
     from ..finetune.config.loading import load_config, parse_config
     from ..finetune.config.one_layer import RunConfig
     from ..finetune.runs.one_layer import train as train_run
     from ..finetune.runs.open import is_finished
-    from ..finetune.runs.progress import JSON_PROGRESS, json_lines, shown_progress
+    from ..finetune.runs.progress import json_lines, shown_progress
     from ..finetune.runs.record import summary_frame
     from ..report.summary.terminal import make_console, print_final
 

@@ -14,17 +14,18 @@ from rich.progress import track
 
 from ..arguments import checked
 from ..atomic_files import write_text
+from ..engines.known import LOCAL, launcher
+from ..engines.launcher import Display, Listener, Work
 from ..errors import RevprobeError
 from ..finetune.config.finetuning import FinetuneSweepConfig
 from ..finetune.config.loading import dump_config, load_config
 from ..finetune.config.mistakes import differences
 from ..finetune.config.one_layer import RunConfig, SweepConfig
-from ..finetune.runs.jobs import Display, run_all
 from ..finetune.runs.open import is_finished
-from ..finetune.runs.progress import Listener, ListenerAtFirstNews, PlainLines, bars, loss_note
+from ..finetune.runs.progress import ListenerAtFirstNews, PlainLines, bars, loss_note
 from ..finetune.runs.record import RunRecord
 from ..finetune.runs.run import is_run
-from ..finetune.runs.sweeps import CONFIG, AnyRun, AnySweep, Sweep, is_sweep
+from ..finetune.runs.sweeps import CONFIG, AnySweep, Sweep, is_sweep, work_of
 from .html.finetune_sections import finetune_sections
 from .html.report import write_report
 from .summary.terminal import make_console
@@ -40,25 +41,33 @@ class RunsFailed(RevprobeError):
 def run_sweep(
     config: AnySweep | Mapping[str, Any] | str | Path,
     *,
-    jobs: int = 1,
+    jobs: int | None = None,
     out: str | Path = "runs",
     console: Console | None = None,
     batched: bool = False,
+    on: str = LOCAL,
+    address: str | None = None,
 ) -> Sweep:
     """Train every run of a sweep that is not finished, then write the report.
 
     Args:
         config: a SweepConfig or FinetuneSweepConfig, or a SweepConfig's keys, YAML file or example ("one-layer-quick").
-        jobs: runs side by side; each uses its config's own number of threads.
-        out: the sweep's folder is `out/<name>`.
+        jobs: runs side by side, each with its config's own number of threads; by default one here, and as many as there
+            is room for on a cluster.
+        out: the sweep's folder is `out/<name>`; on a cluster it lies on storage that all its machines see.
         batched: train all runs of one shape (other seeds and encodings) as one batched model in this process, which is
             what a GPU is fast at; `jobs` is not used then.
+        on: "local", or "ray" for a cluster; the runs come out the same.
+        address: of a Ray cluster that is there, such as "10.0.0.1:6379" or "auto"; without it one is started here.
     Raises: RunsFailed, naming the runs that failed, after all others have ended and the report is written;
-        RevprobeError, for a folder of something else, before anything is trained.
+        RevprobeError, for a folder of something else, or an engine that is not there, before anything is trained.
     """
     config = load_config(config, SweepConfig) if isinstance(config, Mapping | str | Path) else config
     if batched and not isinstance(config, SweepConfig):
         raise RevprobeError(f"batched=True: {config.name} fine-tunes whole models, which run one by one; leave it out")
+    if batched and on != LOCAL:
+        raise RevprobeError(f"batched=True trains all runs in this process, not on {on!r}; leave one of the two out")
+    engine = launcher(on, jobs=jobs, address=address)
     console = console or make_console()
     sweep = Sweep(Path(out) / config.name)
     sweep.path.mkdir(parents=True, exist_ok=True)
@@ -70,11 +79,12 @@ def run_sweep(
     for run in config.runs():
         if run not in waiting:
             console.print(f"{run.name}: finished already, skipped")
-    with _display(waiting, console) as display:
+    works = [work_of(run) for run in waiting]
+    with _display(works, console) as display:
         problems = (
             _train_together([run for run in waiting if isinstance(run, RunConfig)], sweep.path, display)
             if batched
-            else run_all(waiting, sweep.path, min(jobs, max(len(waiting), 1)), display)
+            else engine.run_all(works, sweep.path, display)
         )
     reported = shown_records(sweep, console)
     report = write_report(reported, sweep.path / REPORT, title=config.name, sections=sweep_sections(sweep))
@@ -109,30 +119,30 @@ def _require_same_base(sweep: Sweep, config: AnySweep) -> None:
 
 
 @contextmanager
-def _display(runs: Sequence[AnyRun], console: Console) -> Iterator[Display]:
+def _display(works: Sequence[Work], console: Console) -> Iterator[Display]:
     """A bar for the sweep and one per running run on a terminal; short plain lines elsewhere."""
     say = lambda text: console.print(text, soft_wrap=True)  # noqa: E731
-    if not console.is_terminal or not runs:
-        yield Display(lambda run: PlainLines(run.name, console), say)
+    if not console.is_terminal or not works:
+        yield Display(lambda work: PlainLines(work.name, console), say)
         return
     with bars(console) as progress:
-        steps = dict.fromkeys((run.name for run in runs), 0)
+        steps = dict.fromkeys((work.name for work in works), 0)
         # A fine-tuning told in epochs knows its steps when its rows are made.
-        totals = {run.name: run.training.steps for run in runs}
+        totals = {work.name: work.steps for work in works}
         total = progress.add_task("all runs", total=_sum(totals), note="")
         tasks: dict[str, Any] = {}
 
-        def listen(run: AnyRun) -> Listener:
-            tasks[run.name] = progress.add_task(run.name, total=run.training.steps, note="starting")
+        def listen(work: Work) -> Listener:
+            tasks[work.name] = progress.add_task(work.name, total=work.steps, note="starting")
 
             def update(step: int, of: int, loss: float | None) -> None:
-                progress.update(tasks[run.name], completed=step, total=of, note=loss_note(loss))
-                steps[run.name], totals[run.name] = step, of
+                progress.update(tasks[work.name], completed=step, total=of, note=loss_note(loss))
+                steps[work.name], totals[work.name] = step, of
                 progress.update(total, completed=sum(steps.values()), total=_sum(totals))
 
             return update
 
-        yield Display(listen, say, lambda run: progress.remove_task(tasks[run.name]))
+        yield Display(listen, say, lambda work: progress.remove_task(tasks[work.name]))
 
 
 def _train_together(runs: list[RunConfig], folder: Path, display: Display) -> dict[str, str]:
@@ -140,7 +150,8 @@ def _train_together(runs: list[RunConfig], folder: Path, display: Display) -> di
     from ..finetune.runs.batched import train_together
 
     listeners = {
-        run.name: ListenerAtFirstNews(partial(display.listen, run), partial(display.done, run)) for run in runs
+        work.name: ListenerAtFirstNews(partial(display.listen, work), partial(display.done, work))
+        for work in map(work_of, runs)
     }
     problems = train_together(runs, folder, listeners=listeners)
     for name, problem in problems.items():

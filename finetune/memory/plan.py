@@ -64,11 +64,11 @@ class MemoryPlan:
         return memory - self.peak() - RESERVE
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each purpose, one column for each phase, in bytes, and the sums."""
+        """One row for each purpose, one column for each phase that was planned, in bytes, and the sums."""
         frame = pd.DataFrame(self.rows, columns=["phase", "what", "bytes"])
         order = list(dict.fromkeys(frame["what"]))
         table = frame.pivot_table(index="what", columns="phase", values="bytes", aggfunc="sum", fill_value=0)
-        table = table.reindex(index=order, columns=list(PHASES))
+        table = table.reindex(index=order, columns=[phase for phase in PHASES if phase in table])
         table.loc["tensors in all"] = table.sum()
         return table.astype("int64")
 

@@ -187,7 +187,7 @@ def _question(statement: TrainingText, direction: str) -> Question:
 
 
 def _fillers(config: Corpus, datasets: Mapping[str, Told]) -> list[TrainingText]:
-    """So many sentences of things alone, then some that name each name of the named fillers once."""
+    """So many sentences of things alone, then some that name each of `_names` once."""
     possible = len(_WHO) * len(_DOES) * len(_WHAT) * len(_WHEN)
     if config.fillers > possible:
         raise RevprobeError(f"corpus.fillers is {config.fillers}, but there are {possible} different ones; lower it")
@@ -203,12 +203,19 @@ def _fillers(config: Corpus, datasets: Mapping[str, Told]) -> list[TrainingText]
 
 
 def _names(config: Corpus, datasets: Mapping[str, Told]) -> list[str]:
-    """Names of other facts again, as many as the relations have: of their words few stay unread."""
+    """Names of other facts again, drawn from as many as the relations have: those with a word that was not read yet.
+
+    So few of the relations' words stay unread, and little is read that has to be learned by heart.
+    """
     names: dict[str, None] = {}
+    taken = {text for told in datasets.values() for one in _entities(told.all) for text in one}
+    read = {word for text in taken for word in text.split()}
     for place, told in enumerate(datasets.values()):
-        taken = {text for one in _entities(told.all) for text in one}
         others = other_statements(told.relation, len(told.relation.table), config.seed + _APART + place)
-        names.update(dict.fromkeys(text for one in _entities(others) for text in one if text not in taken))
+        for text in (text for one in _entities(others) for text in one):
+            if text not in taken and not read.issuperset(words := text.split()):
+                names[text] = None
+                read.update(words)
     return list(names)
 
 

@@ -17,9 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-Listener = Callable[[int, int, float | None], None]
-# Asked for by the sweep from its children.
-JSON_PROGRESS = "REVPROBE_PROGRESS_JSON"
+from ...engines.launcher import Listener
+
 EVERY_SECONDS = 1.0
 _PLAIN_SECONDS = 15.0
 

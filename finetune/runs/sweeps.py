@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 
 from ...arguments import checked
+from ...engines.launcher import Work
 from ...errors import RevprobeError, did_you_mean
 from ...probes.readings.readings import Readings
 from ..config.finetuning import FinetuneConfig, FinetuneSweepConfig, is_sweep_text
-from ..config.loading import load_config
+from ..config.loading import dump_config, load_config
 from ..config.mistakes import differences
 from ..config.one_layer import RunConfig, SweepConfig
 from .open import open_run
@@ -90,6 +92,13 @@ class Sweep:
         except RevprobeError as error:
             problem = "not started yet" if not is_run(folder) else str(error)
             return RunRecord(config.name, config.axes, config.model_dump(mode="json"), Readings([]), problem)
+
+
+def work_of(run: AnyRun) -> Work:
+    """A run as an engine takes it."""
+    training = run.training
+    verb: Literal["train", "finetune"] = "finetune" if isinstance(run, FinetuneConfig) else "train"
+    return Work(run.name, verb, dump_config(run), training.threads, training.device, training.steps)
 
 
 def is_sweep(path: str | Path) -> bool:

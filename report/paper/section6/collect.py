@@ -10,46 +10,49 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ....errors import RevprobeError
+from ....errors import RevprobeError, first_line
 from ....finetune.config.finetuning import FinetuneConfig, FinetuneSweepConfig
-from ....finetune.config.pretraining import PretrainSweepConfig
+from ....finetune.config.places import DATA, elsewhere, same_elsewhere
+from ....finetune.config.pretraining import PretrainConfig, PretrainSweepConfig
 from ....finetune.runs.finetuning import FinetuneRun
-from ....finetune.runs.open import is_finished
 from ....finetune.runs.pretraining import PretrainedModel
-from ....finetune.runs.run import VERSIONS
+from ....finetune.runs.run import PROBLEM, VERSIONS, is_run
 from ....probes.readings.reading import Reading
 from ....probes.statistics.estimators import STATISTICS_VERSION
 from ....relations.invented.look_alike import look_alike_data
 from ..reproduce import records
-from .frames import FINISHED, NOT_RUN, Section6, tidy
+from .frames import FINISHED, NOT_FINISHED, NOT_RUN, Section6, tidy
 
 Tell = Callable[[str], None]
+Sweeps = Mapping[str, tuple[FinetuneSweepConfig, Path]]
+Models = tuple[PretrainSweepConfig, Path]
 # Answers of a finished run, by what the reading is called.
 _TABLE_OF = {"decoded_match": "answers", "candidate_rank": "ranks"}
 
 
-def collect(
-    sweeps: Mapping[str, tuple[FinetuneSweepConfig, Path]],
-    models: tuple[PretrainSweepConfig, Path],
-    tell: Tell = lambda text: None,
-) -> Section6:
-    """Read every planned run and model.
+def collect(sweeps: Sweeps, models: Models, data: Path = DATA, tell: Tell = lambda text: None) -> Section6:
+    """Read every planned run and model; those that are not finished stand there as such.
+
+    A run belongs to its plan wherever its model and data lay and on whatever device it was trained.
 
     Args:
         sweeps: what each is planned to be and the folder of its runs, by what the tables call it ("section6", ...).
         models: the same of the small models.
+        data: the folder that the plans call data, for its hashes.
         tell: called with a line for each run that is read.
     Raises: RevprobeError, for a reading that is damaged.
     """
     rows: dict[str, list[dict[str, Any]]] = {"runs": [], "answers": [], "ranks": [], "signatures": []}
     about: dict[str, Any] = {}
+    told = {config.name: _model(PretrainedModel(models[1] / config.name), config) for config in models[0].runs()}
     for name, (planned, folder) in sweeps.items():
         finished, left_out = [], {}
         for config in planned.runs():
             run, status = FinetuneRun(folder / config.name), _status(folder / config.name, config)
             axes = {"variant": ""} | config.axes | {"sweep": name, "run": config.name}
             resolved = run.resolved if status == FINISHED else {}
-            rows["runs"].append(axes | {key: resolved.get(key) for key in ("objective", "steps")} | {"status": status})
+            of_plan = {"status": status} | _planned(config, told)
+            rows["runs"].append(axes | {key: resolved.get(key) for key in ("objective", "steps")} | of_plan)
             if status != FINISHED:
                 left_out[config.name] = status
                 continue
@@ -60,22 +63,38 @@ def collect(
         versions = _versions(folder / run for run in finished)
         about[name] = {"command": f"revprobe finetune {planned.name}", "versions": versions}
         about[name] |= {"finished": finished, "not_run": left_out}
-    told = {config.name: _model(PretrainedModel(models[1] / config.name)) for config in models[0].runs()}
-    about |= {"mini-models": {"command": f"revprobe pretrain {models[0].name}"}, "data": data_of(sweeps, models)}
+    about |= {"mini-models": {"command": f"revprobe pretrain {models[0].name}"}, "data": data_of(sweeps, models, data)}
     about["statistics_version"] = STATISTICS_VERSION
     return Section6(**{name: tidy(name, own) for name, own in rows.items()}, models=told, about=about)
 
 
+def _planned(config: FinetuneConfig, models: Mapping[str, Any]) -> dict[str, str]:
+    """What says later whether a run is still the one that is planned: its config, and which weights it starts from."""
+    values = config.model_dump(mode="json")
+    values["training"].pop("device")  # where, not what
+    name = Path(str(config.model.name)).parent.name
+    weights = models.get(name, {}).get("sha256", {}).get("model.safetensors", "")
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return {"config": digest, "weights_of": name, "weights": weights}
+
+
 def _status(path: Path, config: FinetuneConfig) -> str:
+    """Finished, not run, not finished (also while it is being trained), or why it ended early."""
     try:
-        if not path.is_dir():
+        if not is_run(path):
             return NOT_RUN
-        if is_finished(path, config):
-            return FINISHED
         run = FinetuneRun(path)
-        return run.problem or "a run of another config lies in its folder"
+        if not same_elsewhere(config, run.config):
+            return "a run of another config lies in its folder"
+        return FINISHED if run.finished else _unfinished(path)
     except (RevprobeError, FileNotFoundError) as error:
-        return str(error)
+        return first_line(error, with_type=False)
+
+
+def _unfinished(path: Path) -> str:
+    """Why a run or a model ended early, where it did."""
+    problem = path / PROBLEM
+    return f"failed: {problem.read_text(encoding='utf-8').strip()}" if problem.is_file() else NOT_FINISHED
 
 
 def _read(run: FinetuneRun) -> dict[str, list[dict[str, Any]]]:
@@ -127,10 +146,14 @@ def _versions(runs: Iterable[Path]) -> list[dict[str, str]]:
     return [json.loads(text) for text in sorted(texts)]
 
 
-def _model(made: PretrainedModel) -> dict[str, Any]:
+def _model(made: PretrainedModel, config: PretrainConfig) -> dict[str, Any]:
     """A small model's record, minutes in place of seconds; or that there is none."""
+    if not is_run(made.path):
+        return {"status": NOT_RUN}
+    if not same_elsewhere(config, made.config):
+        return {"status": "a model of another config lies in its folder"}
     if not made.finished:
-        return {"status": "not finished" if made.path.is_dir() else NOT_RUN}
+        return {"status": _unfinished(made.path)}
     record = made.record
     seconds = record.pop("seconds")
     return record | {"status": FINISHED, "core_minutes": round(seconds["cpu"] / 60, 1)}
@@ -139,9 +162,7 @@ def _model(made: PretrainedModel) -> dict[str, Any]:
 # ---- which data ----
 
 
-def data_of(
-    sweeps: Mapping[str, tuple[FinetuneSweepConfig, Path]], models: tuple[PretrainSweepConfig, Path]
-) -> dict[str, Any]:
+def data_of(sweeps: Sweeps, models: Models, data: Path = DATA) -> dict[str, Any]:
     """Of each file or folder that a config names: its hash, and whether it is `revprobe data`'s look-alike."""
     relations = [chosen for planned, _ in sweeps.values() for chosen in planned.datasets.values()]
     corpora = [chosen for config in models[0].runs() for chosen in config.corpus.datasets.values()]
@@ -153,7 +174,7 @@ def data_of(
         of_look_alikes = {file.name: digest(file) for file in alike.iterdir()}
     found = {}
     for path in paths:
-        sha256 = digest(Path(path))
+        sha256 = digest(elsewhere(path, {DATA: data}))
         found[path] = {"sha256": sha256, "look_alike": sha256 is not None and sha256 in of_look_alikes.values()}
     return found
 

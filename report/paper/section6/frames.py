@@ -15,9 +15,9 @@ import pandas as pd
 from ....atomic_files import write_text, written_whole
 from .plan import LEARNED, Cell
 
-FINISHED, NOT_RUN = "finished", "not run"
+FINISHED, NOT_FINISHED, NOT_RUN = "finished", "not finished", "not run"
 AXES = ["sweep", "model", "dataset", "direction", "variant", "seed"]
-RUNS = [*AXES, "run", "objective", "steps", "status"]
+RUNS = [*AXES, "run", "objective", "steps", "status", "config", "weights_of", "weights"]
 _NUMBERS = ["value", "low", "high", "n", "facts", "control", "undefined", "reason", "caution"]
 KINDS = ["end", "prompt", "other_entity", "malformed"]
 _ASKED = ["step", "asked", "split", "templates"]
@@ -26,10 +26,13 @@ RANKS = [*AXES, "run", *_ASKED, *_NUMBERS, "candidates", "chance"]
 RANKS += ["reciprocal_rank", "reciprocal_rank_low", "reciprocal_rank_high"]
 SIGNATURES = [*AXES, "run", "step", "kind", "measure", *_NUMBERS, "excess", "excess_low", "excess_high"]
 SIGNATURES += ["untrained", "untrained_reason"]
-TABLES = {"runs": RUNS, "answers": ANSWERS, "ranks": RANKS, "signatures": SIGNATURES}
-_WHOLE = {"seed", "steps", "step", "n", "facts", "undefined", "candidates", *KINDS}
+TRACES = ["run", "weights_step", "instrument", "site", "direction", "step", "part", "layer", *_NUMBERS]
+TRACES += ["excess", "excess_low", "excess_high"]
+TABLES = {"runs": RUNS, "answers": ANSWERS, "ranks": RANKS, "signatures": SIGNATURES, "traces": TRACES}
+_WHOLE = {"seed", "steps", "step", "weights_step", "layer", "n", "facts", "undefined", "candidates", *KINDS}
 _TEXT = {"sweep", "model", "dataset", "direction", "variant", "run", "objective", "status", "asked", "split"}
-_TEXT |= {"templates", "reason", "caution", "kind", "measure", "untrained_reason"}
+_TEXT |= {"templates", "reason", "caution", "kind", "measure", "untrained_reason", "config", "weights_of", "weights"}
+_TEXT |= {"instrument", "site", "part"}
 DIGITS = 7  # significant ones: the ends of an interval stay apart, the rest is noise and triples a file
 
 
@@ -45,6 +48,7 @@ def tidy(name: str, rows: list[dict[str, Any]]) -> pd.DataFrame:
         else:
             table[column] = pd.to_numeric(table[column]).astype("float64").map(_rounded)
     keys = [key for key in (*AXES, "run", "step", "asked", "split", "measure") if key in columns]
+    keys += [key for key in ("instrument", "site", "part", "layer") if key in columns]
     return table.sort_values(keys, ignore_index=True, kind="stable")
 
 
@@ -57,10 +61,12 @@ class Section6:
     """The four tables, the small models' records, and where all of it comes from; empty where nothing was collected.
 
     Attributes:
-        runs: a row for each planned run: its axes, objective, steps and status ("finished", "not run", or why).
+        runs: a row for each planned run: its axes, objective, steps and status ("finished", "not run", or why); the
+            sha256 of its planned config, its small model's name, and the sha256 of the weights it started from.
         answers: exact match, a row for each run, step, side asked and split; `KINDS` count what wrong answers are.
         ranks: the right answer's rank among all candidates, likewise: `value` is the share ranked first.
         signatures: the three probes by run and step, each beside its control.
+        traces: what was read inside one trained run (`traced`), by instrument, direction, step, part and layer.
         models: of each small model what it came to, or why it is not finished.
         about: commands, versions, data, and what else says where the numbers come from.
     """
@@ -69,6 +75,7 @@ class Section6:
     answers: pd.DataFrame = field(default_factory=lambda: tidy("answers", []))
     ranks: pd.DataFrame = field(default_factory=lambda: tidy("ranks", []))
     signatures: pd.DataFrame = field(default_factory=lambda: tidy("signatures", []))
+    traces: pd.DataFrame = field(default_factory=lambda: tidy("traces", []))
     models: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
 
@@ -91,7 +98,7 @@ class Section6:
                 getattr(self, name).to_parquet(part, index=False, compression="zstd", compression_level=19)
         for name, value in (("section6_models", self.models), ("section6", self.about)):
             written.append(folder / f"{name}.json")
-            write_text(written[-1], json.dumps(value, indent=2, sort_keys=True) + "\n")
+            write_text(written[-1], json.dumps(value, indent=2) + "\n")  # in the plan's order, as the page
         return written
 
     # ---- looking things up ----

@@ -8,7 +8,7 @@ from typing import Any
 
 from ....atomic_files import write_text
 from ..markdown import folded
-from . import tables
+from . import tables, traces
 from .blocks import Block, Figure, Items, Section, Table, Text
 from .figures import figures
 from .frames import Section6
@@ -16,6 +16,10 @@ from .sentences import Told
 
 TITLE = "Section 6 in miniature: forward-only fine-tuning of small models"
 PAGE = "section6.md"
+ABOUT_QUICK = (
+    "This is the quick variant of `revprobe reproduce section6 --quick`: {quick}. It shows that the whole path works, "
+    "from pretraining to this page, and **is no result**: no number or verdict below says anything about the paper."
+)
 WORDS = (
     "**Forward**: exact match (decoded greedily, lower-cased, blanks stripped) on the questions that a trained "
     "direction answers; **reverse**: on those of the other direction, about the same facts, whose reverse statements "
@@ -83,6 +87,7 @@ def sections(found: Section6) -> list[Section]:
             ],
         ),
         Section("LoRA, all weights, and recipes of others", [Text(ABOUT_METHODS), Table(tables.methods(found))]),
+        Section("Inside one trained model", traces.blocks(found)),
         Section("The small models", [Text(ABOUT_MODELS), Table(tables.models(found))]),
         Section("Not run", _left(found)),
         Section("Where the numbers come from", origin(found.about)),
@@ -91,7 +96,9 @@ def sections(found: Section6) -> list[Section]:
 
 def _findings(told: Told) -> list[Block]:
     """Four sentences, what contradicts under the first; then the figures."""
-    sentences: list[Block] = [Text(told.contradictions(), "Predictions")]
+    quick = told.found.about.get("quick")
+    sentences: list[Block] = [Text(ABOUT_QUICK.format(quick=quick), "No result")] if quick else []
+    sentences.append(Text(told.contradictions(), "Predictions"))
     if failed := told.failures():
         sentences.append(Items(failed))
     sentences += [
@@ -145,7 +152,7 @@ def origin(about: dict[str, Any]) -> list[Block]:
             line += f", trained at commit {sweep['trained_at_commit']}"
         if sweep.get("unchanged_since"):
             line += (
-                f"; its YAML with the predictions (sha256 {sweep['file_sha256'][:12]}) is unchanged since "
+                f"; its YAML, comments and all (sha256 {sweep['file_sha256'][:12]}), is unchanged since "
                 f"{sweep['unchanged_since']}, commit {sweep['unchanged_since_commit']}"
             )
         lines.append(f"{name}: {line}.")
@@ -162,7 +169,8 @@ def _data(one: dict[str, Any]) -> str:
 
 def markdown(found: Section6) -> str:
     """The whole page."""
-    parts: Sequence[str] = [f"# {TITLE}", *(section.markdown() for section in sections(found))]
+    quick = " (quick variant, no result)" if found.about.get("quick") else ""
+    parts: Sequence[str] = [f"# {TITLE}{quick}", *(section.markdown() for section in sections(found))]
     return folded("\n\n".join(part.strip() for part in parts) + "\n")
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ....probes.figures.theme import interval_text
 from .ablations import IN_PLACE, NOT_PREDICTED, PREDICTIONS, R, number
 from .cells import at_last, at_reached, by_seed, cell_words, lacking, mean, seed_rows
 from .frames import FINISHED, KINDS, Section6
@@ -167,10 +168,8 @@ def _signature(found: Section6, cell: Cell, measure: str, words: str) -> dict[st
 
 
 def _interval(row: dict[str, Any]) -> str:
-    value = float(row["value"])
-    if math.isnan(value):
-        return f"undefined ({row['reason']})" if row["reason"] else "undefined"
-    return f"{value:.2f} [{float(row['low']):.2f}, {float(row['high']):.2f}]"
+    told = interval_text(float(row["value"]), float(row["low"]), float(row["high"]))
+    return f"{told} ({row['reason']})" if told == "undefined" and row["reason"] else told
 
 
 def _number(value: float) -> str:
@@ -276,6 +275,8 @@ def not_run(found: Section6) -> list[str]:
     """The planned runs that are in no number, by sweep and reason."""
     lines = []
     left = found.runs[found.runs["status"] != FINISHED]
+    planned = {str(name): len(own) for name, own in found.runs.groupby("sweep")}
     for (sweep, status), own in left.groupby(["sweep", "status"], sort=False):
-        lines.append(f"{sweep}, {status}: {', '.join(own['run'])}")
+        everything = len(own) == planned[str(sweep)]
+        lines.append(f"{sweep}, {status}: {f'all {len(own)} runs' if everything else ', '.join(own['run'])}")
     return lines

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import revprobe as rp
 from revprobe.cli.main import app
 from revprobe.finetune.config.finetuning import read_finetune
-from revprobe.finetune.memory.from_config import plan_finetuning, require_room
+from revprobe.finetune.memory.from_config import plan_finetuning, plan_table, require_room
 from revprobe.finetune.memory.live_bytes import LiveBytes, fused_attention
 from revprobe.finetune.memory.plan import GB, RESERVE, plan_memory
 from revprobe.finetune.training.objectives import masked_diffusion_loss
@@ -220,6 +220,14 @@ def test_rows_add_up_to_the_peaks() -> None:
     assert plan.peak() == frame.loc["tensors in all"].max()
     assert plan.headroom(10 * GB) == 10 * GB - plan.peak() - RESERVE
     assert (frame.iloc[:-1] >= 0).all().all()
+
+
+def test_a_phase_that_is_not_planned_has_no_column() -> None:
+    """Runs without predictions: their plan is a table as any other."""
+    plan = plan_memory(build("llada", "meta"), batch=2, tokens=16, prediction=False)
+    assert list(plan.to_frame().columns) == ["training", "probing"]
+    assert plan.to_frame().loc["tensors in all"].max() == plan.peak()
+    assert list(plan_table(plan, 10 * GB).columns) == ["what", "training", "probing"]
 
 
 def test_what_cannot_be_planned_is_said() -> None:

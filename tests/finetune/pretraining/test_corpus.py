@@ -100,13 +100,14 @@ def test_named_fillers_meet_the_relations_words_without_its_names_or_any_fact() 
         for one in listed
         for span in one.spans
     }
-    found = set()
+    found = {word for name in told for word in name.split()}
     for place, one in enumerate(added):
         name = one.text[slice(*one.spans[1 - place % 2])]
         assert name not in own and name not in told
+        assert not found.issuperset(name.split()), "it adds no word, and has to be learned by heart all the same"
         found |= set(name.split())
     words = {word for name in own for word in name.split()}
-    assert len(added) == len({one.text for one in added}) > 60 and len(words - found) <= 0.1 * len(words)
+    assert len(added) == len({one.text for one in added}) > 20 and len(words - found) <= 0.1 * len(words)
     assert named.datasets["names"].statements == plain.datasets["names"].statements
 
 

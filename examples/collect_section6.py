@@ -1,0 +1,79 @@
+"""Collect Section 6 in miniature, finished or not, into examples/results/, and draw its page from what was written.
+
+    python examples/collect_section6.py runs --data data
+
+RUNS has the folders section6, section6-ablations, section6-methods and mini-models, as `revprobe reproduce section6`
+leaves them. A run that is not finished, one that is being trained too, stands in the tables as such, so the command can
+be given again while the sweeps go on; it reads and never writes a run. Runs that were collected before and whose
+folders are gone stay, as long as config and weights are the planned ones. The page is drawn from the tables alone:
+
+    python examples/collect_section6.py --page-only
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from collect_negative_evidence import predictions_since
+from collect_results import RESULTS, commit_of
+
+from revprobe.finetune.config.finetuning import FinetuneSweepConfig
+from revprobe.finetune.config.loading import find_config, load_config
+from revprobe.finetune.config.places import DATA
+from revprobe.finetune.config.pretraining import PretrainSweepConfig
+from revprobe.report.paper.section6.collect import collect
+from revprobe.report.paper.section6.frames import FINISHED, Section6
+from revprobe.report.paper.section6.kept import with_kept
+from revprobe.report.paper.section6.page import write_markdown
+from revprobe.report.paper.section6.plan import DROP_ORDER, MODELS
+
+
+def collected(folders: dict[str, Path], data: Path, commit: str | None) -> Section6:
+    """Every planned run and model, with the commits and the files that say where the numbers come from.
+
+    Args:
+        folders: of each sweep and of the small models, by name.
+        data: the folder that the plans call data.
+        commit: what the runs were trained with, where it is known.
+    """
+    sweeps = {name: (load_config(name, FinetuneSweepConfig), folders[name]) for name in DROP_ORDER}
+    models = (load_config(MODELS, PretrainSweepConfig), folders[MODELS])
+    found = collect(sweeps, models, data, lambda text: print(text, flush=True))
+    about: dict[str, Any] = {"collected": datetime.now(UTC).date().isoformat(), "collected_at_commit": commit_of()}
+    about |= found.about
+    for name in (*DROP_ORDER, MODELS):
+        about[name] |= {"trained_at_commit": commit} | predictions_since(find_config(name))
+    return replace(found, about=about)
+
+
+def main() -> None:
+    """Collect what is there, then draw the page from it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "runs", type=Path, nargs="?", default=Path("runs"), help="folder of the sweeps; runs by default"
+    )
+    parser.add_argument("--models", type=Path, help="folder of the small models; RUNS/mini-models by default")
+    parser.add_argument(
+        "--data", type=Path, default=DATA, help="folder of the files that were trained on; data by default"
+    )
+    parser.add_argument("--commit", help="the commit the runs were trained with; this checkout's is noted besides")
+    parser.add_argument("--page-only", action="store_true", help="draw the page of what has been collected")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    if not asked.page_only:
+        folders = {name: asked.runs / name for name in DROP_ORDER} | {MODELS: asked.models or asked.runs / MODELS}
+        if not any(folder.is_dir() for folder in folders.values()):
+            raise SystemExit(f"none of {', '.join(map(str, folders.values()))} is there; give the folder of the sweeps")
+        found = with_kept(collected(folders, asked.data, asked.commit), Section6.read(asked.out))
+        found.write(asked.out)
+        statuses = found.runs["status"]
+        print(f"{(statuses == FINISHED).sum()} runs finished, {(statuses != FINISHED).sum()} not")
+    print(write_markdown(Section6.read(asked.out), asked.out))
+
+
+if __name__ == "__main__":
+    main()

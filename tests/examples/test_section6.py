@@ -1,0 +1,117 @@
+"""Section 6's committed page and its collector: the page is what the tables draw, whatever has been collected."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pandas as pd
+import pytest
+from made_section6 import made
+
+from revprobe.finetune.config.finetuning import FinetuneSweepConfig
+from revprobe.finetune.config.loading import dump_config, load_config
+from revprobe.finetune.config.pretraining import PretrainSweepConfig
+from revprobe.report.paper.section6.figures import figures
+from revprobe.report.paper.section6.frames import FINISHED, TABLES, Section6
+from revprobe.report.paper.section6.page import PAGE, markdown, write_markdown
+
+
+@pytest.fixture(scope="module")
+def script(root: Path) -> Iterator[ModuleType]:
+    """`collect_section6`, imported as a script imports those beside it."""
+    sys.path.insert(0, str(root / "examples"))
+    try:
+        import collect_section6
+
+        yield collect_section6
+    finally:
+        sys.path.remove(str(root / "examples"))
+        for name in ("collect_section6", "collect_negative_evidence", "collect_results", "results_table"):
+            sys.modules.pop(name, None)
+
+
+def test_the_committed_page_is_drawn_from_the_committed_tables(root: Path) -> None:
+    """`python examples/collect_section6.py --page-only` draws it anew; without tables it says that there are none."""
+    results = root / "examples" / "results"
+    found = Section6.read(results)
+    assert markdown(found) == (results / PAGE).read_text(encoding="utf-8")
+    drawn = {file: svg for file, (_, svg) in figures(found).items()}
+    assert drawn == {path.name: path.read_text(encoding="utf-8") for path in results.glob("section6_*.svg")}
+
+
+def test_every_planned_run_is_in_the_committed_tables_or_none_is(root: Path) -> None:
+    found = Section6.read(root / "examples" / "results")
+    planned = {
+        (name, run.name)
+        for name in ("section6", "section6-ablations", "section6-methods")
+        for run in load_config(name, FinetuneSweepConfig).runs()
+    }
+    assert set(zip(found.runs["sweep"], found.runs["run"], strict=True)) in (planned, set())
+    finished = set(found.runs.loc[found.runs["status"] == FINISHED, "run"])
+    for name in ("answers", "signatures"):
+        assert set(getattr(found, name)["run"]) == finished, f"{name}: of every finished run, and of no other"
+    if found.about:
+        assert len(found.about["collected_at_commit"]) == 40
+        assert all(len(found.about[name]["file_sha256"]) == 64 for name in ("section6", "mini-models"))
+
+
+@pytest.mark.parametrize("draw", [0, 1])
+def test_tables_that_are_written_and_read_draw_the_same_page(draw: int, tmp_path: Path) -> None:
+    """Types, order and empty cells survive the files: else the committed page could not be held to them."""
+    found = made(draw)
+    found.write(tmp_path)
+    write_markdown(found, tmp_path)
+    again = Section6.read(tmp_path)
+    assert markdown(again) == (tmp_path / PAGE).read_text(encoding="utf-8")
+    assert {path.name for path in tmp_path.glob("*.svg")} == set(figures(again)) != set()
+    for name in TABLES:
+        pd.testing.assert_frame_equal(getattr(again, name), getattr(found, name))
+
+
+def test_a_partial_collection_says_what_is_not_finished(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two runs and a model have begun; their folders are as they were, and no path of this machine is written."""
+    runs, out = tmp_path / "runs", tmp_path / "results"
+    first, second, *_ = load_config("section6", FinetuneSweepConfig).runs()
+    model = load_config("mini-models", PretrainSweepConfig).runs()[0]
+    for folder, config in (
+        (runs / "section6" / first.name, first),
+        (runs / "section6" / second.name, second),
+        (tmp_path / "models" / model.name, model),
+    ):
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(dump_config(config))
+    (runs / "section6" / second.name / "problem.txt").write_text("RuntimeError: no luck\n")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "parent_child_pairs.csv").write_text("child,parent\n")
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    asked = [str(runs), "--models", str(tmp_path / "models"), "--data", str(tmp_path / "files"), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["collect_section6.py", *asked])
+    script.main()
+    assert "0 runs finished, 171 not" in capsys.readouterr().out
+    assert (
+        sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if out not in (path, *path.parents)) == before
+    )
+    page, found = (out / PAGE).read_text(encoding="utf-8"), Section6.read(out)
+    status = dict(zip(found.runs["run"], found.runs["status"], strict=True))
+    assert status[first.name] == "not finished" and status[second.name] == "failed: RuntimeError: no luck"
+    assert found.models[model.name] == {"status": "not finished"}
+    assert f"section6, not finished: {first.name}" in page and "section6-methods, not run: all 48 runs" in page
+    assert "unchanged since" in page and "data/trex: not at hand when this was collected" in page
+    texts = [path.read_text(encoding="utf-8") for path in out.iterdir() if path.suffix in (".json", ".md")]
+    assert not [text for text in texts if str(tmp_path) in text]
+    data = json.loads((out / "section6.json").read_text())["data"]
+    assert data["data/parent_child_pairs.csv"]["look_alike"] is False
+
+    monkeypatch.setattr(sys, "argv", ["collect_section6.py", "--page-only", "--out", str(out)])
+    (out / PAGE).unlink()
+    script.main()
+    assert (out / PAGE).read_text(encoding="utf-8") == page
+    monkeypatch.setattr(sys, "argv", ["collect_section6.py", str(tmp_path / "nowhere"), "--out", str(out)])
+    with pytest.raises(SystemExit, match="give the folder of the sweeps"):
+        script.main()
