@@ -124,9 +124,9 @@ def test_nodes_that_are_not_alike_are_named_before_the_first_task(
     with ray_cluster.connected(cluster.address) as connected:
         alive = [node for node in connected.nodes() if node["Alive"]]
         assert len(alive) == 2
-        with pytest.raises(rp.RevprobeError, match=r"\([0-9a-f]{8}\) does not see '/proc/nowhere'") as lacking:
-            ray_cluster.require_like_nodes(connected, [tmp_path, Path("/proc/nowhere")])
-        assert str(lacking.value).count("does not see") == 2 and str(tmp_path) not in str(lacking.value)
+        with pytest.raises(rp.RevprobeError, match=r"\([0-9a-f]{8}\) does not see '.*nowhere'") as lacking:
+            ray_cluster.require_like_nodes(connected, [tmp_path, tmp_path / "nowhere"])
+        assert str(lacking.value).count("does not see") == 2, "one folder that each node lacks"
         mine = ray_cluster.own_versions()
         monkeypatch.setattr(ray_cluster, "own_versions", lambda: mine | {"torch": "9.9"})
         with pytest.raises(rp.RevprobeError, match=re.escape(f"has torch {mine['torch']}")) as unlike:
