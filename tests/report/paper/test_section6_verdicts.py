@@ -11,11 +11,13 @@ import pytest
 import yaml
 from made_section6 import made
 
+from revprobe.finetune.config.finetuning import FinetuneSweepConfig
+from revprobe.finetune.config.loading import load_config
 from revprobe.report.paper.section6.ablations import NOT_PREDICTED, PREDICTIONS, ablation_claims
 from revprobe.report.paper.section6.frames import Section6
 from revprobe.report.paper.section6.main_claims import main_claims
 from revprobe.report.paper.section6.other_claims import other_claims
-from revprobe.report.paper.section6.plan import DATASETS, EXEMPT_MODELS, SEEDS, TABLE_MODELS
+from revprobe.report.paper.section6.plan import DATASETS, DROP_ORDER, EXEMPT_MODELS, PLANNED, SEEDS, TABLE_MODELS
 
 PLAIN = {"sweep": "section6", "model": "mini-llada", "dataset": "parent-child", "direction": "P2C", "variant": ""}
 LIMIT = 1e-6
@@ -244,4 +246,6 @@ def test_the_plan_is_that_of_the_yaml(root: Path) -> None:
     assert set(values["variants"]) == {*PREDICTIONS, *NOT_PREDICTED}
     assert tuple(values["seeds"]) == SEEDS and values["datasets"]["parent-child"]["directions"] == ["P2C"]
     predicted = [line.split()[1] for line in text.splitlines() if line.startswith("#   ") and line[4] != " "]
+    planned = {name: len(load_config(name, FinetuneSweepConfig).runs()) for name in PLANNED}
+    assert planned == PLANNED and list(PLANNED) == list(DROP_ORDER)
     assert predicted == list(PREDICTIONS), "each prediction of the YAML is judged, and no other"
