@@ -213,13 +213,15 @@ def _make_section6(asked: Miniature, console: Console, **where: Any) -> list[str
 
 
 def _write_section6(asked: Miniature, console: Console) -> None:
-    """Collect what has been run, write the page and print its five lines."""
+    """Collect what has been run, write the page in both forms and print its few lines."""
+    from ..report.html.section6 import write_html
     from ..report.paper.section6.sentences import Told
 
     found = asked.collect()
-    page, *tables = asked.write(found)
+    written = asked.write(found)
+    written.insert(0, write_html(found, asked.out))
     if asked.quick:
         console.print("Quick variant: the path works; none of this is a result.")
     for line in Told(found).short():
         console.print(line, soft_wrap=True)
-    console.print(f"written: {', '.join(map(str, [page, *tables]))}", soft_wrap=True)
+    console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)

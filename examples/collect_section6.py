@@ -8,6 +8,8 @@ be given again while the sweeps go on; it reads and never writes a run. Runs tha
 folders are gone stay, as long as config and weights are the planned ones. Page and lines come from the tables alone:
 
     python examples/collect_section6.py --page-only
+
+section6.html beside it is the same page in one file, to open; it is not committed.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from revprobe.finetune.config.finetuning import FinetuneSweepConfig
 from revprobe.finetune.config.loading import find_config, load_config
 from revprobe.finetune.config.places import DATA
 from revprobe.finetune.config.pretraining import PretrainSweepConfig
+from revprobe.report.html.section6 import write_html
 from revprobe.report.paper.section6.collect import collect
 from revprobe.report.paper.section6.frames import FINISHED, Section6
 from revprobe.report.paper.section6.kept import with_kept
@@ -84,6 +87,7 @@ def main() -> None:
         print(f"{(statuses == FINISHED).sum()} runs finished, {(statuses != FINISHED).sum()} not")
     found = Section6.read(asked.out)
     print(write_markdown(found, asked.out))
+    print(write_html(found, asked.out))
     if asked.out == RESULTS:
         readme = RESULTS.parents[1] / "README.md"
         write_text(readme, with_section(readme.read_text(encoding="utf-8"), checked_section(found)))

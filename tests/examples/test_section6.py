@@ -15,6 +15,7 @@ from made_section6 import made
 from revprobe.finetune.config.finetuning import FinetuneSweepConfig
 from revprobe.finetune.config.loading import dump_config, load_config
 from revprobe.finetune.config.pretraining import PretrainSweepConfig
+from revprobe.report.html.section6 import html
 from revprobe.report.paper.section6.figures import figures
 from revprobe.report.paper.section6.frames import FINISHED, TABLES, Section6
 from revprobe.report.paper.section6.page import PAGE, markdown, write_markdown
@@ -132,8 +133,9 @@ def test_a_partial_collection_says_what_is_not_finished(
     assert status[first.name] == "not finished" and status[second.name] == "failed: RuntimeError: no luck"
     assert found.models[model.name] == {"status": "not finished"}
     assert f"section6, not finished: {first.name}" in page and "section6-methods, not run: all 48 runs" in page
+    assert (out / "section6.html").read_text(encoding="utf-8") == html(found)
     assert "unchanged since" in page and "data/trex: not at hand when this was collected" in page
-    texts = [path.read_text(encoding="utf-8") for path in out.iterdir() if path.suffix in (".json", ".md")]
+    texts = [path.read_text(encoding="utf-8") for path in out.iterdir() if path.suffix in (".json", ".md", ".html")]
     assert not [text for text in texts if str(tmp_path) in text]
     data = json.loads((out / "section6.json").read_text())["data"]
     assert data["data/parent_child_pairs.csv"]["look_alike"] is False

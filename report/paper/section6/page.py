@@ -166,10 +166,14 @@ def _data(one: dict[str, Any]) -> str:
     return f"{kind}, sha256 {one['sha256'][:12]}"
 
 
+def title(found: Section6) -> str:
+    """The page's heading, which says so where the numbers are no result."""
+    return f"{TITLE} (quick variant, no result)" if found.about.get("quick") else TITLE
+
+
 def markdown(found: Section6) -> str:
     """The whole page."""
-    quick = " (quick variant, no result)" if found.about.get("quick") else ""
-    parts: Sequence[str] = [f"# {TITLE}{quick}", *(section.markdown() for section in sections(found))]
+    parts: Sequence[str] = [f"# {title(found)}", *(section.markdown() for section in sections(found))]
     return folded("\n\n".join(part.strip() for part in parts) + "\n")
 
 

@@ -18,6 +18,7 @@ from revprobe.finetune.config.finetuning import FinetuneSweepConfig
 from revprobe.finetune.config.loading import dump_config, merged
 from revprobe.finetune.config.pretraining import PretrainSweepConfig
 from revprobe.finetune.runs.pretraining import PretrainedModel
+from revprobe.report.html.section6 import html
 from revprobe.report.paper.section6 import miniature
 from revprobe.report.paper.section6.frames import Section6
 from revprobe.report.paper.section6.miniature import Miniature
@@ -78,6 +79,8 @@ def test_the_smallest_cell_goes_from_look_alike_data_to_a_page(made: tuple[Path,
     assert set(found.ranks["split"]) == {"train", "heldout"}
     assert {"attention_correlation", "gradient_cosine", "reverse_probability"} <= set(found.signatures["measure"])
     assert page == markdown(found), "the page is drawn from the tables alone"
+    assert (out / "section6.html").read_text(encoding="utf-8") == html(found)
+    assert f"written: {out / 'section6.html'}" in said, "the page to open comes first"
     assert found.models["mini-llama"]["status"] == "finished"
     data = found.about["data"]
     assert list(data) == ["data/parent_child_pairs.csv"], "the plan's paths, not this machine's"
