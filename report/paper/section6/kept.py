@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..reproduce import records
 from .frames import FINISHED, Section6, tidy
 from .plan import DROP_ORDER
 
@@ -25,7 +26,7 @@ def with_kept(found: Section6, kept: Section6) -> Section6:
     before = kept.runs[kept.runs["status"] == FINISHED].set_index([*_RUN, "config"]).to_dict("index")
     rows: list[dict[str, Any]] = []
     again: set[tuple[str, str]] = set()
-    for row in found.runs.to_dict("records"):
+    for row in records(found.runs):
         old = before.get((row["sweep"], row["run"], row["config"]))
         if row["status"] != FINISHED and old is not None and old["weights"] == _weights(models, row["weights_of"]):
             row |= old
@@ -52,7 +53,7 @@ def _model(here: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
 
 def _joined(name: str, now: pd.DataFrame, before: pd.DataFrame, again: set[tuple[str, str]]) -> pd.DataFrame:
     chosen = [pair in again for pair in zip(before["sweep"], before["run"], strict=True)]
-    return tidy(name, [*now.to_dict("records"), *before[chosen].to_dict("records")])
+    return tidy(name, [*records(now), *records(before[chosen])])
 
 
 def _origin(now: dict[str, Any], before: dict[str, Any], sweep: str, again: set[tuple[str, str]]) -> dict[str, Any]:
