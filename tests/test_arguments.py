@@ -35,7 +35,7 @@ WRONG: dict[str, Callable[[], Any]] = {
     "an empty list": lambda: [],
     "a list of texts": lambda: ["text"],
     "a dict": lambda: {"key": 1},
-    "a path": lambda: Path("/nowhere/at/all"),
+    "a path": lambda: Path("/proc/nowhere/at/all"),
     "a table": lambda: pd.DataFrame({"a": [1, 2]}),
     "a tensor": lambda: torch.zeros(2, 2),
     "a generator": lambda: (one for one in ["text"]),

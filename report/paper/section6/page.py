@@ -8,7 +8,7 @@ from typing import Any
 
 from ....atomic_files import write_text
 from ..markdown import folded
-from . import tables
+from . import tables, traces
 from .blocks import Block, Figure, Items, Section, Table, Text
 from .figures import figures
 from .frames import Section6
@@ -87,6 +87,7 @@ def sections(found: Section6) -> list[Section]:
             ],
         ),
         Section("LoRA, all weights, and recipes of others", [Text(ABOUT_METHODS), Table(tables.methods(found))]),
+        Section("Inside one trained model", traces.blocks(found)),
         Section("The small models", [Text(ABOUT_MODELS), Table(tables.models(found))]),
         Section("Not run", _left(found)),
         Section("Where the numbers come from", origin(found.about)),

@@ -49,10 +49,10 @@ class Told:
             return f"No prediction has been judged: {NOTHING}."
         predicted = [*self.main, *self.ablations]
         counts = _counts(predicted)
-        told = ", ".join(f"{count} {_COUNT_WORDS[word]}" for word, count in counts.items())
+        told = _counted(counts)
         failed = list(dict.fromkeys(claim.name for claim in predicted if FAILS in claim.verdicts))
         named = f"; some seed fails {', '.join(failed)}" if failed else ""
-        against = [f"{self._against(source)} against {what}" for source, what in _SOURCES.items()]
+        against = [f"against {what}: {self._against(source)}" for source, what in _SOURCES.items()]
         return f"Of {sum(counts.values())} verdicts (prediction x cell x seed), {told}{named}; {'; '.join(against)}."
 
     def _against(self, source: str) -> str:
@@ -124,8 +124,7 @@ class Told:
         """Whether the signatures stand above their controls, and how often the right answer ranks first."""
         if self.empty:
             return f"No signature has been read: {NOTHING}."
-        above = _counts([claim for claim in self.main if claim.name == "T4"])
-        held = ", ".join(f"{count} {_COUNT_WORDS[word]}" for word, count in above.items())
+        held = _counted(_counts([claim for claim in self.main if claim.name == "T4"]))
         ranked = []
         for models in (MASKED, CAUSAL):
             values = [
@@ -197,6 +196,11 @@ def _counts(claims: Iterable[Claim]) -> dict[str, int]:
     """How many seeds have each verdict, those that fail first."""
     words = [word for claim in claims for word in claim.verdicts]
     return {word: words.count(word) for word in (FAILS, CANNOT, HOLDS, NOT_RUN) if word in words}
+
+
+def _counted(counts: dict[str, int]) -> str:
+    """How many of each verdict: "1 fails, 2 hold"."""
+    return ", ".join(f"{count} {word if count == 1 else _COUNT_WORDS[word]}" for word, count in counts.items())
 
 
 def _without_side(plain: str) -> str:
