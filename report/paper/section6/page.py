@@ -37,7 +37,8 @@ READINGS = (
 ABOUT_PAPER = (
     "The paper's values are of 8B models and a pattern to compare, never a target: which side is higher. Its Table 7 "
     "is printed in full in the text at hand; its ranks, rates and steps are not. Per cent, means over seeds; a seed "
-    "*holds* where the side that the paper has higher is higher here. mini-mlm has no counterpart."
+    "*holds* where the side that the paper has higher is higher here, and *cannot be told* below 90 % forward. "
+    "mini-mlm has no counterpart."
 )
 ABOUT_RANKS = (
     "Reverse questions about trained facts at the last step. Control: the rank of another fact's answer; chance: "
