@@ -41,9 +41,9 @@ def adding(
 
     try:
         for path, child in module.named_modules():
-            if any(path == part or is_inside(path, part) for part in parts):
-                if not any(is_inside(path, one) for one in learned):
-                    handles.append(child.register_forward_hook(_scaled(0.0) if path in learned else note(path)))
+            asked = any(path == part or is_inside(path, part) for part in parts)
+            if asked and not any(is_inside(path, one) for one in learned):
+                handles.append(child.register_forward_hook(_scaled(0.0) if path in learned else note(path)))
         with untouched(module), torch.no_grad():
             run(ids)
     finally:

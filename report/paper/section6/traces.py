@@ -10,6 +10,7 @@ from ....finetune.runs.finetuning import FinetuneRun
 from ....probes.deep.causal_trace import probe_causal_trace
 from ....probes.deep.denoising import trace_denoising
 from ....probes.readings.reading import Reading
+from ..reproduce import records
 from .blocks import Block, Row, Table, Text
 from .frames import Section6, tidy
 
@@ -37,7 +38,7 @@ def traced(run: FinetuneRun) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for instrument, site, reading, by in read:
         about = {"run": run.name, "weights_step": run.snapshots[-1], "instrument": instrument, "site": site}
-        rows += [about | row for row in reading.summary(by=by).to_dict("records")]
+        rows += [about | row for row in records(reading.summary(by=by))]
     return tidy("traces", rows)
 
 
@@ -55,7 +56,7 @@ def blocks(found: Section6) -> list[Block]:
 def _by_place(table: pd.DataFrame) -> list[Row]:
     """A row for each site, part and direction; a column for each layer."""
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
-    for row in table.to_dict("records"):
+    for row in records(table):
         key = (row["site"], row["part"], row["direction"])
         empty = dict.fromkeys(map(_layer, sorted(set(table["layer"]))), "-")
         own = rows.setdefault(key, dict(zip(("site", "part", "asked"), key, strict=True)) | empty)
@@ -70,7 +71,7 @@ def _layer(layer: int) -> str:
 
 def _by_step(table: pd.DataFrame) -> list[Row]:
     rows: dict[str, dict[str, Any]] = {}
-    for row in table.to_dict("records"):
+    for row in records(table):
         empty = dict.fromkeys((f"step {step}" for step in sorted(set(table["step"]))), "-")
         own = rows.setdefault(row["direction"], {"asked": row["direction"]} | empty)
         own[f"step {row['step']}"] = _cell(row, 3)
