@@ -226,7 +226,7 @@ def _curves(app: Dash, folder: RunsFolder) -> None:
         runs = [run for run in folder.scan(within=RECENT) if run.key in wanted]
         how = {name: asked[name] for name in ("weights", "bands", "hidden")}
         figure, table, said, problems = curves(folder, runs, **how)
-        numbers = page.number_table(table) if len(table) else page.notes(["No number yet."])
+        numbers = page.number_table(table) if len(table) else page.notes(["No number yet."] if runs else ["-"])
         told = [*page.notes(said), *page.notes(problems, problem=True)]
         return with_theme(figure, theme or "light"), numbers, told
 
