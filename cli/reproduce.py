@@ -187,6 +187,8 @@ def section6(
 def _make_section6(asked: Miniature, console: Console, **where: Any) -> list[str]:
     """Sweep by sweep the models it needs, then its runs; returns what failed, which keeps nothing else from being made.
 
+    Runs whose model could not be made are not started, and stand in the tables as not run.
+
     Raises: RevprobeError, for missing data and for a sweep's folder of something else, before its runs are begun.
     """
     from ..finetune.runs.pretraining import pretrain
@@ -205,21 +207,29 @@ def _make_section6(asked: Miniature, console: Console, **where: Any) -> list[str
             except Exception as error:  # the other models make a page
                 failed[one.name] = f"{one.name}: {first_line(error, with_type=not isinstance(error, RevprobeError))}"
                 console.print(f"failed: {failed[one.name]}", soft_wrap=True)
+        able, planned = asked.runs_without(sweep, failed), len(sweep.runs())
+        if len(able) < planned:
+            without = f"{planned - len(able)} of {planned} runs are not started, for want of their model"
+            console.print(f"{sweep.name}: {without}", soft_wrap=True)
+        if not able:
+            continue
         try:
-            run_sweep(sweep, out=asked.out, console=console, **where)
+            run_sweep(sweep, out=asked.out, console=console, only=able, **where)
         except RunsFailed as error:
             failed[sweep.name] = f"{sweep.name}: {error}"
     return list(failed.values())
 
 
 def _write_section6(asked: Miniature, console: Console) -> None:
-    """Collect what has been run, write the page and print its five lines."""
+    """Collect what has been run, write the page in both forms and print its few lines."""
+    from ..report.html.section6 import write_html
     from ..report.paper.section6.sentences import Told
 
     found = asked.collect()
-    page, *tables = asked.write(found)
+    written = asked.write(found)
+    written.insert(0, write_html(found, asked.out))
     if asked.quick:
         console.print("Quick variant: the path works; none of this is a result.")
     for line in Told(found).short():
         console.print(line, soft_wrap=True)
-    console.print(f"written: {', '.join(map(str, [page, *tables]))}", soft_wrap=True)
+    console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)

@@ -56,9 +56,12 @@ class Child:
 
     Args:
         environment: variables besides those of this process.
+        place: the folder that it runs in, to which paths in its config are relative; this process's where it is None.
     """
 
-    def __init__(self, work: Work, folder: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, work: Work, folder: Path, environment: Mapping[str, str] | None = None, place: Path | None = None
+    ) -> None:
         threads = str(work.threads)
         pinned = {JSON_PROGRESS: "1", "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed when it has been read
@@ -69,6 +72,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             env={**os.environ, **(environment or {}), **pinned},
+            cwd=place,
             start_new_session=True,
         )
         assert self.process.stdin is not None, "the child was started without pipes"
@@ -108,6 +112,8 @@ class Child:
 
     def stop(self, seconds: float = GRACE_SECONDS) -> None:
         """Ask it to end, wait so long, then kill it. What it had completed stays, the rest is redone on resume."""
+        if self.process.poll() is not None:
+            return
         self.process.terminate()
         try:
             self.process.wait(max(0.0, seconds))

@@ -1,13 +1,15 @@
-"""Collect Section 6 in miniature, finished or not, into examples/results/, and draw its page from what was written.
+"""Collect Section 6 in miniature, finished or not, into examples/results/, and draw its page and README's lines.
 
     python examples/collect_section6.py runs --data data
 
 RUNS has the folders section6, section6-ablations, section6-methods and mini-models, as `revprobe reproduce section6`
 leaves them. A run that is not finished, one that is being trained too, stands in the tables as such, so the command can
 be given again while the sweeps go on; it reads and never writes a run. Runs that were collected before and whose
-folders are gone stay, as long as config and weights are the planned ones. The page is drawn from the tables alone:
+folders are gone stay, as long as config and weights are the planned ones. Page and lines come from the tables alone:
 
     python examples/collect_section6.py --page-only
+
+section6.html beside it is the same page in one file, to open; it is not committed.
 """
 
 from __future__ import annotations
@@ -20,16 +22,22 @@ from typing import Any
 
 from collect_negative_evidence import predictions_since
 from collect_results import RESULTS, commit_of
+from results_table import section_of, with_section
 
+from revprobe.atomic_files import write_text
 from revprobe.finetune.config.finetuning import FinetuneSweepConfig
 from revprobe.finetune.config.loading import find_config, load_config
 from revprobe.finetune.config.places import DATA
 from revprobe.finetune.config.pretraining import PretrainSweepConfig
+from revprobe.report.html.section6 import write_html
 from revprobe.report.paper.section6.collect import collect
 from revprobe.report.paper.section6.frames import FINISHED, Section6
 from revprobe.report.paper.section6.kept import with_kept
 from revprobe.report.paper.section6.page import write_markdown
 from revprobe.report.paper.section6.plan import DROP_ORDER, MODELS
+from revprobe.report.paper.section6.sentences import Told
+
+BEGIN = "<!-- drawn by examples/collect_section6.py -->"
 
 
 def collected(folders: dict[str, Path], data: Path, commit: str | None) -> Section6:
@@ -50,8 +58,13 @@ def collected(folders: dict[str, Path], data: Path, commit: str | None) -> Secti
     return replace(found, about=about)
 
 
+def checked_section(found: Section6) -> str:
+    """README's lines about Section 6, between their two marks."""
+    return section_of(Told(found).short(), BEGIN)
+
+
 def main() -> None:
-    """Collect what is there, then draw the page from it."""
+    """Collect what is there, then draw the page and, of the committed tables, README's lines from it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "runs", type=Path, nargs="?", default=Path("runs"), help="folder of the sweeps; runs by default"
@@ -61,7 +74,7 @@ def main() -> None:
         "--data", type=Path, default=DATA, help="folder of the files that were trained on; data by default"
     )
     parser.add_argument("--commit", help="the commit the runs were trained with; this checkout's is noted besides")
-    parser.add_argument("--page-only", action="store_true", help="draw the page of what has been collected")
+    parser.add_argument("--page-only", action="store_true", help="draw page and lines of what has been collected")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     if not asked.page_only:
@@ -72,7 +85,13 @@ def main() -> None:
         found.write(asked.out)
         statuses = found.runs["status"]
         print(f"{(statuses == FINISHED).sum()} runs finished, {(statuses != FINISHED).sum()} not")
-    print(write_markdown(Section6.read(asked.out), asked.out))
+    found = Section6.read(asked.out)
+    print(write_markdown(found, asked.out))
+    print(write_html(found, asked.out))
+    if asked.out == RESULTS:
+        readme = RESULTS.parents[1] / "README.md"
+        write_text(readme, with_section(readme.read_text(encoding="utf-8"), checked_section(found)))
+        print(readme)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def picture(runs_dir: Path, out: Path, *, chosen: list[str] | None = None) -> Pa
                 raise RevprobeError(f"no run {key!r} in {runs_dir}: expected some of {', '.join(keys)}")
             pick(driver, key)
         await_true(lambda: len(table_rows(driver)) >= len(chosen or keys[:1]), "the numbers")
+        open_tab(driver, "pair")
         choose(driver, "fact")
         await_true(lambda: driver.find_elements("css selector", "#opened .token"), "the pair")
         time.sleep(2)  # what moves while it is drawn
@@ -78,8 +79,11 @@ def browser() -> Iterator[Any]:
         options = webdriver.ChromeOptions()
         options.binary_location = program
         fixed = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-dev-shm-usage"]
+        # A mouse, as a desk has one: what shows itself under the pointer stays out of the picture.
+        mouse = "primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,availablePointerTypes=4"
         for option in [
             *fixed,
+            f"--blink-settings={mouse}",
             f"--user-data-dir={profile}",
             f"--window-size={WIDTH},{HEIGHT}",
             f"--force-device-scale-factor={SCALE}",
@@ -94,18 +98,23 @@ def browser() -> Iterator[Any]:
 
 
 # In one script each: the list is made anew whenever a run changes, and an element held here would be gone.
-RUNS = "[...document.querySelectorAll('#runs input[type=checkbox]')].filter((box) => !box.disabled)"
+RUNS = "[...document.querySelectorAll('#runs [data-run]')]"
 
 
 def drawable(driver: Any) -> list[str]:
     """The runs that can be chosen, as paths from RUNS_DIR."""
-    return [str(key) for key in driver.execute_script(f"return {RUNS}.map((box) => box.value)")]
+    return [str(key) for key in driver.execute_script(f"return {RUNS}.map((line) => line.dataset.run)")]
 
 
 def pick(driver: Any, key: str, *, chosen: bool = True) -> None:
     """Choose a run, or no longer."""
-    script = f"{RUNS}.filter((box) => box.value === arguments[0] && box.checked !== arguments[1])"
-    driver.execute_script(f"{script}.forEach((box) => box.click())", key, chosen)
+    wanted = "line.dataset.run === arguments[0] && (line.getAttribute('aria-checked') === 'true') !== arguments[1]"
+    driver.execute_script(f"{RUNS}.filter((line) => {wanted}).forEach((line) => line.click())", key, chosen)
+
+
+def open_tab(driver: Any, name: str) -> None:
+    """Open a tab by its name in the address."""
+    driver.find_element("id", f"tab-{name}").click()
 
 
 def table_rows(driver: Any) -> list[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,16 +183,22 @@ def _table(folder: Path, name: str) -> pd.DataFrame | None:
 def checked_section(folder: Path) -> str:
     """README's lines about what came out, between its two marks."""
     told = Told(*(_table(folder, name) for sweep in SWEEPS for name in (f"{sweep}_runs", f"{sweep}_answers")))
-    lines = [textwrap.fill(f"- {line}", 120, subsequent_indent="  ", break_on_hyphens=False) for line in told.short()]
-    return "\n".join([BEGIN, *lines, END])
+    return section_of(told.short(), BEGIN)
+
+
+def section_of(sentences: Sequence[str], begin: str) -> str:
+    """Sentences as README's lines, between the mark that says what draws them and END."""
+    lines = [textwrap.fill(f"- {line}", 120, subsequent_indent="  ", break_on_hyphens=False) for line in sentences]
+    return "\n".join([begin, *lines, END])
 
 
 def with_section(text: str, section: str) -> str:
-    """A README with its section replaced. Raises: SystemExit, when it has no such marks."""
-    before, begin, rest = text.partition(BEGIN)
+    """A README with the section of the same first mark replaced. Raises: SystemExit, when it has no such marks."""
+    mark = section.partition("\n")[0]
+    before, begin, rest = text.partition(mark)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise SystemExit(f"README.md has no lines between {BEGIN} and {END}; put both where the section belongs")
+        raise SystemExit(f"README.md has no lines between {mark} and {END}; put both where the section belongs")
     return f"{before}{section}{after}"
 
 

@@ -41,7 +41,8 @@ def adding(
 
     try:
         for path, child in module.named_modules():
-            if any(path == part or is_inside(path, part) for part in parts):
+            asked = any(path == part or is_inside(path, part) for part in parts)
+            if asked and not any(is_inside(path, one) for one in learned):
                 handles.append(child.register_forward_hook(_scaled(0.0) if path in learned else note(path)))
         with untouched(module), torch.no_grad():
             run(ids)
@@ -103,8 +104,13 @@ def first_that_is_whole(
 
 
 def _innermost(module: nn.Module, paths: Sequence[str]) -> set[str]:
-    """The modules that hold the parameters at some paths, and no other module with parameters."""
-    names = {name for name, child in module.named_modules() if next(child.parameters(), None) is not None}
+    """The modules that hold the parameters at some paths, and no other module with parameters.
+
+    An adapted layer counts as one module: the base layer and the adapter in it are no layers of the model.
+    """
+    learns = {name: child for name, child in module.named_modules() if next(child.parameters(), None) is not None}
+    adapted = [name for name, child in learns.items() if hasattr(child, "adapter_layer_names")]  # peft's mark of them
+    names = {name for name in learns if not any(is_inside(name, one) for one in adapted)}
     held = {path if path in names else path.rpartition(".")[0] for path in paths} & names
     return {path for path in held if not any(is_inside(name, path) for name in names)}
 

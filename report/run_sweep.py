@@ -16,8 +16,8 @@ from ..arguments import checked
 from ..atomic_files import write_text
 from ..engines.known import LOCAL, launcher
 from ..engines.launcher import Display, Listener, Work
-from ..errors import RevprobeError
-from ..finetune.config.finetuning import FinetuneSweepConfig
+from ..errors import RevprobeError, did_you_mean
+from ..finetune.config.finetuning import FinetuneConfig, FinetuneSweepConfig
 from ..finetune.config.loading import dump_config, load_config
 from ..finetune.config.mistakes import differences
 from ..finetune.config.one_layer import RunConfig, SweepConfig
@@ -47,6 +47,7 @@ def run_sweep(
     batched: bool = False,
     on: str = LOCAL,
     address: str | None = None,
+    only: Sequence[str] | None = None,
 ) -> Sweep:
     """Train every run of a sweep that is not finished, then write the report.
 
@@ -59,14 +60,17 @@ def run_sweep(
             what a GPU is fast at; `jobs` is not used then.
         on: "local", or "ray" for a cluster; the runs come out the same.
         address: of a Ray cluster that is there, such as "10.0.0.1:6379" or "auto"; without it one is started here.
+        only: names of runs; the others are left as they are. All by default.
     Raises: RunsFailed, naming the runs that failed, after all others have ended and the report is written;
-        RevprobeError, for a folder of something else, or an engine that is not there, before anything is trained.
+        RevprobeError, for a folder of something else, an engine that is not there, or a name in `only` that no run
+        has, before anything is trained.
     """
     config = load_config(config, SweepConfig) if isinstance(config, Mapping | str | Path) else config
     if batched and not isinstance(config, SweepConfig):
         raise RevprobeError(f"batched=True: {config.name} fine-tunes whole models, which run one by one; leave it out")
     if batched and on != LOCAL:
         raise RevprobeError(f"batched=True trains all runs in this process, not on {on!r}; leave one of the two out")
+    chosen = _chosen(config, only)
     engine = launcher(on, jobs=jobs, address=address)
     console = console or make_console()
     sweep = Sweep(Path(out) / config.name)
@@ -75,8 +79,8 @@ def run_sweep(
         raise RevprobeError(f"{sweep.path} is a single run, not a sweep; choose another name or folder")
     _require_same_base(sweep, config)
     write_text(sweep.path / CONFIG, dump_config(config))
-    waiting = [run for run in config.runs() if not is_finished(sweep.path / run.name, run)]
-    for run in config.runs():
+    waiting = [run for run in chosen if not is_finished(sweep.path / run.name, run)]
+    for run in chosen:
         if run not in waiting:
             console.print(f"{run.name}: finished already, skipped")
     works = [work_of(run) for run in waiting]
@@ -88,11 +92,22 @@ def run_sweep(
         )
     reported = shown_records(sweep, console)
     report = write_report(reported, sweep.path / REPORT, title=config.name, sections=sweep_sections(sweep))
-    problems = {run.name: run.problem for run in reported if run.problem} | problems
+    asked = {run.name for run in chosen}
+    problems = {run.name: run.problem for run in reported if run.problem and run.name in asked} | problems
     if problems:
         listed = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
-        raise RunsFailed(f"{len(problems)} of {len(config.runs())} runs failed ({listed}); the others are in {report}")
+        raise RunsFailed(f"{len(problems)} of {len(chosen)} runs failed ({listed}); the others are in {report}")
     return sweep
+
+
+def _chosen(config: AnySweep, only: Sequence[str] | None) -> list[RunConfig | FinetuneConfig]:
+    """The runs asked for. Raises: RevprobeError, for a name that no run has."""
+    runs: list[RunConfig | FinetuneConfig] = [*config.runs()]
+    names = [run.name for run in runs]
+    for name in only or ():
+        if name not in names:
+            raise RevprobeError(f"{config.name} has no run {name!r}{did_you_mean(name, names)}")
+    return runs if only is None else [run for run in runs if run.name in only]
 
 
 def sweep_sections(sweep: Sweep) -> list[Markup]:

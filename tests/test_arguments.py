@@ -7,6 +7,7 @@ the caller wrote. New public functions need an entry in CALLS, or the first test
 import inspect
 import io
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ WRONG: dict[str, Callable[[], Any]] = {
     "an empty list": lambda: [],
     "a list of texts": lambda: ["text"],
     "a dict": lambda: {"key": 1},
-    "a path": lambda: Path("/nowhere/at/all"),
+    "a path": lambda: Path(tempfile.mkdtemp()) / "at" / "all",  # some calls write there
     "a table": lambda: pd.DataFrame({"a": [1, 2]}),
     "a tensor": lambda: torch.zeros(2, 2),
     "a generator": lambda: (one for one in ["text"]),

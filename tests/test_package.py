@@ -121,7 +121,8 @@ EXAMPLES |= {"examples/finetune_tiny.yaml", "examples/table7.yaml", "examples/fs
 DATA = {"relations/data/invented_names.csv", "relations/data/trex_templates.csv"}
 DATA |= {f"relations/data/look_alike_{name}.csv" for name in ("names", "roles", "wordings", "words")}
 DATA |= {f"report/html/{name}" for name in ("explorer.html", "page.css", "page.html", "page.js", "parts.html")}
-DATA |= {"report/dashboard/index.html", "report/dashboard/page.css"}
+DATA |= {f"report/html/section6.{kind}" for kind in ("css", "html", "js")}
+DATA |= {f"report/dashboard/{name}" for name in ("index.html", "page.css", "page.js")}
 # What takes seconds to import.
 HEAVY = ["torch", "transformers", "numpy", "pandas", "plotly.graph_objects", "peft", "transformer_lens", "dash"]
 

@@ -8,7 +8,9 @@ from pydantic import BaseModel
 
 from ...arguments import checked
 from ...errors import RevprobeError, did_you_mean
-from ..config.finetuning import is_finetuning_text
+from ..config.finetuning import FinetuneConfig, is_finetuning_text
+from ..config.loading import checked_config, parse_yaml
+from ..config.one_layer import RunConfig
 from .finetuning import FinetuneRun
 from .one_layer import OneLayerRun
 from .run import CONFIG, Run, is_run
@@ -23,6 +25,23 @@ def open_run(path: str | Path) -> Run:
         hint = did_you_mean(str(path), beside) if beside else "; expected a folder written by `revprobe train`"
         raise RevprobeError(f"no run at {str(path)!r}{hint}")
     return FinetuneRun(path) if is_finetuning_text(path / CONFIG) else OneLayerRun(path)
+
+
+def open_read_run(path: Path, text: str) -> Run:
+    """As `open_run`, for one whose config.yaml has been read already: a list of many runs opens each file once.
+
+    Raises: RevprobeError, for a text that is no run's config.
+    """
+    source = str(path / CONFIG)
+    values = parse_yaml(text, source)
+    run: Run
+    if isinstance(values, dict) and "lora" in values:
+        run = FinetuneRun(path)
+        run.__dict__["config"] = checked_config(values, FinetuneConfig, source)  # where `cached_property` keeps it
+    else:
+        run = OneLayerRun(path)
+        run.__dict__["config"] = checked_config(values, RunConfig, source)
+    return run
 
 
 def is_finished(path: str | Path, config: BaseModel) -> bool:

@@ -13,6 +13,7 @@ import fnmatch
 import hashlib
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ from ...errors import RevprobeError
 from ...models.checkpoints import CHECKPOINTS, COMPLETE, checkpoint_steps, step_name, step_of
 
 READINGS = "readings"
+# Held by the process that writes the run.
+LOCK = ".lock"
+_LOCK_TRIES = 4
 # What a fine-tuned model answered at its snapshots.
 ANSWERED = "answers"
 # What a resume cannot do without. transformers skips the ones that are absent, which trains another run in silence.
@@ -159,14 +163,36 @@ def run_lock(run: Path) -> Iterator[None]:
     except ImportError:  # Windows: nothing to hold, two writers are the caller's care
         yield
         return
-    with (run / ".lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RevprobeError(
-                f"{run} is being written by another process; wait for it, or stop it, then run again"
-            ) from error
+    with (run / LOCK).open("a+") as lock:
+        for left in reversed(range(_LOCK_TRIES)):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if not left:
+                    raise RevprobeError(
+                        f"{run} is being written by another process; wait for it, or stop it, then run again"
+                    ) from error
+                time.sleep(0.05)  # whoever only asks (`being_written`) lets go at once
         yield
+
+
+def being_written(run: Path) -> bool | None:
+    """Whether a process of this machine holds the run's folder; None where that cannot be asked. Writes nothing."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        with (run / LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    except OSError:  # a disk that knows no locks
+        return None
+    return False
 
 
 def _remove(paths: Iterator[Path]) -> None:

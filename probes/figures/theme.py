@@ -229,6 +229,8 @@ def message_figure(message: str) -> go.Figure:
     lines = textwrap.wrap(" ".join(message.split()), MESSAGE_LINE)
     layout = {"template": TEMPLATE, "height": 140 + 20 * len(lines), "xaxis": {"visible": False}}
     figure = go.Figure(layout=layout | {"modebar": {"remove": NO_TOOLS}})
+    # Drawn in place of a figure with a long legend, plotly would keep that one's margins and have no room left.
+    figure.update_layout(margin={"autoexpand": False})
     figure.update_yaxes(visible=False)
     text = "<br>".join(plain(line, limit=None) for line in lines)
     return figure.add_annotation(text=text, align="left", showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper")

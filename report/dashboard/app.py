@@ -1,45 +1,38 @@
 """The live dashboard of a folder of runs: a Dash app, and the server it runs on.
 
-The page asks every few seconds whether the folder changed, which costs one `stat` per readings file; only then is
-anything drawn again. It works without a network (all scripts come from this server, and its policy forbids others),
-answers requests to this machine's own names only unless it is told to listen elsewhere, and runs without Dash's
-debugging tools.
+One callback (`_settle`) turns what a visitor asks for, by the address of the page or by its controls, into a view that
+the folder can show. From it follow the address, the choices on offer and what is drawn; whatever is drawn has one
+input, so it is drawn anew when that changes and only then. The page asks every few seconds whether the folder changed,
+which costs one `stat` per readings file. It works without a network (all scripts come from this server, and its policy
+forbids others), answers requests to this machine's own names only unless it is told to listen elsewhere, and runs
+without Dash's debugging tools.
 """
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dash import ALL, Dash, Input, Output, State, no_update
+from dash import ClientsideFunction, Dash, Input, Output, State, ctx, no_update
 from dash.exceptions import PreventUpdate
 
 from ...errors import RevprobeError, first_line
-from ...probes.figures.theme import message_figure
+from ...probes.figures.theme import message_figure, with_theme
 from . import page
+from .choices import RECENT, Settled, settle
 from .folder import RunsFolder
-from .listed_runs import Listed
+from .listed_runs import STATES, short_words
 from .open_pair import PairOpener
+from .pair_strips import opened_pair
+from .run_list import chosen_states, runs_list
 from .server import LOOPBACK, guard
-from .views import (
-    ATTENTION,
-    READING_OF,
-    checkpoint_choices,
-    checkpoint_figure,
-    curves,
-    fact_pairs,
-    filter_values,
-    filtered,
-    or_reason,
-    pair_row,
-    reading_at,
-)
-
-# What several callbacks take.
-FILTERED = (Input({"type": "filter", "axis": ALL}, "value"), Input("search", "value"))
-CHECKPOINT = (Input("one-run", "value"), Input("one-step", "value"), Input("one-which", "value"))
+from .view import ALL, FILTERS, View
+from .views import ATTENTION, READING_OF, checkpoint_figure, curves, filtered, or_reason, pair_row, reading_at
 
 
 def make_app(root: str | Path, *, every: float = 2.0, host: str = LOOPBACK[0]) -> Dash:
@@ -62,199 +55,215 @@ def make_app(root: str | Path, *, every: float = 2.0, host: str = LOOPBACK[0]) -
         enable_mcp=False,
     )
     app.index_string = page.index()
-    # Worked out for each opening of the page, which shows the first run with readings.
-    app.layout = lambda: page.layout(str(folder.root), every, [run.key for run in folder.scan() if run.files][:1])
+    app.layout = page.layout(str(folder.root), every)
     guard(app.server, host)
+    _in_the_browser(app)
     _watch(app, folder)
-    _lists(app, folder)
+    _settle(app, folder)
+    _list(app, folder)
     _curves(app, folder)
     _checkpoint(app, folder)
-    _layers_heads_and_facts(app, folder)
     _pair(app, folder)
     return app
 
 
+def _in_the_browser(app: Dash) -> None:
+    """What the page's script does by itself: the address, light and dark, tabs, and the dots of the list."""
+    for name, output, inputs in (
+        ("opened", "url", [Input("root", "id")]),
+        ("addressed", "sent", [Input("address", "data")]),
+        ("dressed", "theme", [Input("theme-choice", "value")]),
+        ("shown", "dressed", [Input("view", "data")]),
+        ("dotted", "dotted", [Input("curves", "figure"), Input("runs", "children")]),
+    ):
+        app.clientside_callback(ClientsideFunction("revprobe", name), Output(output, "data"), *inputs)
+    for graph in ("curves", "one"):
+        # After the figure, never with it: the old one has no room in a box that shrinks below its margins.
+        sized = ClientsideFunction("revprobe", "sized")
+        app.clientside_callback(sized, Output(graph, "style"), Input(graph, "figure"))
+
+
 def _watch(app: Dash, folder: RunsFolder) -> None:
     @app.callback(
-        Output("version", "data"), Output("status", "children"), Input("poll", "n_intervals"), State("version", "data")
+        Output("version", "data"),
+        Output("told", "data"),
+        Output("status", "children"),
+        Input("poll", "n_intervals"),
+        State("version", "data"),
+        State("told", "data"),
     )
-    def _look(_: int | None, known: str | None) -> tuple[str, str]:
-        runs = folder.scan()
+    def _look(_: int | None, known: str | None, told: str | None) -> tuple[Any, Any, str]:
+        runs, now = folder.scan(), time.time()
         version = folder.version(runs)
-        if version == known:
+        # How long ago the last checkpoint was changes without any file: the list is drawn anew, the figures are not.
+        words = hashlib.sha256("|".join(short_words(run, now) for run in runs).encode()).hexdigest()[:16]
+        if (version, words) == (known, told):
             raise PreventUpdate
         counts = Counter(run.state for run in runs)
-        states = [f"{counts[state]} {text}" for state, text in page.STATES.items() if counts[state]]
-        return version, f"{len(runs)} runs: {', '.join(states)}" if runs else "no runs yet"
+        states = [f"{counts[state]} {state}" for state in STATES if counts[state]]
+        status = f"{len(runs)} runs: {', '.join(states)}" if runs else "no runs yet"
+        return no_update if version == known else version, words, status
 
 
-def _shown(folder: RunsFolder, values: Sequence[Sequence[str] | None], text: str | None) -> list[Listed]:
-    wanted = dict(zip(page.FILTERS, (value or [] for value in values), strict=True))
-    return filtered(folder.scan(), wanted, text or "")
+def _settle(app: Dash, folder: RunsFolder) -> None:
+    outputs = {name: Output(name, "data") for name in ("view", "selected", "tab", "address")}
+    outputs |= {f"{name}-asked": Output(f"{name}-asked", "data") for name in page.ASKED}
+    outputs |= {f"{name}.value": Output(name, "value") for name in page.CONTROLS}
+    outputs |= {f"{name}.options": Output(name, "options") for name in ("run", "step", "stored", "layer", "head")}
+    outputs |= {f"{name}.options": Output(name, "options") for name in ("fact", "pair")}
+    for axis in FILTERS:
+        outputs |= {
+            f"{axis}.only": Output(f"only-{axis}", "value"),
+            f"{axis}.options": Output(f"only-{axis}", "options"),
+        }
+        outputs[f"{axis}.style"] = Output(f"only-{axis}-box", "style")
+    inputs = {name: Input(name, "data") for name in ("url", "version", "selected", "tab")}
+    inputs |= {name: Input(name, "value") for name in page.CONTROLS}
+    inputs |= {f"only.{axis}": Input(f"only-{axis}", "value") for axis in FILTERS}
+    known = {f"{name}-asked": State(f"{name}-asked", "data") for name in page.ASKED}
+
+    @app.callback(output=outputs, inputs={"given": inputs, "known": known, "before": State("view", "data")})
+    def _settled(given: dict[str, Any], known: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
+        if given["url"] is None or given["version"] is None:
+            raise PreventUpdate
+        # Only the first look and the browser's own steps back and forth take the view from the address.
+        from_address = before is None or "url" in {one["prop_id"].split(".")[0] for one in ctx.triggered}
+        asked = View.from_address(str(given["url"]["search"])) if from_address else asked_by_controls(given)
+        done = settle(folder, asked)
+        answer = _control_updates(done, given, everything=from_address)
+        answer["view"] = no_update if asdict(done.view) == before else asdict(done.view)
+        moved = not from_address and ctx.triggered_id not in ("version", "search", None)
+        answer["address"] = {"search": done.address, "push": moved}
+        for name, wanted in _what_to_draw(folder, done, given["version"]).items():
+            answer[f"{name}-asked"] = no_update if wanted is None or wanted == known[f"{name}-asked"] else wanted
+        return answer
 
 
-def _lists(app: Dash, folder: RunsFolder) -> None:
+def asked_by_controls(given: Mapping[str, Any]) -> View:
+    """The view that the page's controls say; an empty one means the usual."""
+    numbers: dict[str, Any] = {
+        name: ALL if given[name] is None else int(given[name]) for name in ("step", "layer", "head")
+    }
+    kept = {name: given[name] for name in ("run", "stored", "fact", "pair", "weights", "bands", "figure", "tab")}
+    only = {axis: tuple(given[f"only.{axis}"] or ()) for axis in FILTERS}
+    only = {axis: values for axis, values in only.items() if values}
+    return View(runs=tuple(given["selected"] or ()), search=given["search"] or "", only=only, **kept, **numbers)
+
+
+def _control_updates(done: Settled, given: Mapping[str, Any], *, everything: bool) -> dict[str, Any]:
+    """The controls that say something else than the view does; all of them when the view came from the address."""
+    view, answer = done.view, {}
+
+    def update(name: str, value: Any, now: Any) -> None:
+        answer[name] = no_update if value == now and not everything else value
+
+    update("selected", list(view.runs or ()), given["selected"])
+    update("tab", view.tab, given["tab"])
+    for name in page.CONTROLS:
+        update(f"{name}.value", getattr(view, name), given[name])
+    for name in ("run", "step", "stored", "layer", "head", "fact", "pair"):
+        answer[f"{name}.options"] = done.offers.get(name, no_update)
+    for axis in FILTERS:
+        update(f"{axis}.only", list(view.only.get(axis, ())), given[f"only.{axis}"] or [])
+        answer[f"{axis}.options"] = done.offers[axis]
+        offered = len(done.offers[axis]) > 1 or axis in view.only
+        answer[f"{axis}.style"] = {} if offered else {"display": "none"}
+    return answer
+
+
+def _what_to_draw(folder: RunsFolder, done: Settled, version: str) -> dict[str, dict[str, Any] | None]:
+    """What each part of the page depends on; None for what stands in a tab that is not open."""
+    view = done.view
+    wanted: dict[str, dict[str, Any] | None] = dict.fromkeys(page.ASKED)
+    only = {axis: list(values) for axis, values in view.only.items()}
+    wanted["list"] = {"chosen": list(view.runs or ()), "gone": done.gone, "search": view.search, "only": only}
+    at = {name: getattr(view, name) for name in ("run", "step", "stored", "layer", "head")}
+    at["files"] = folder.version([folder.run(view.run, within=RECENT)]) if view.run else ""
+    if view.tab == "training":
+        keys = [run.key for run in done.shown]
+        how = {"weights": view.weights, "bands": view.bands, "hidden": len(view.runs or ()) - len(keys)}
+        wanted["curves"] = {"runs": keys, "files": folder.version(done.shown), **how}
+    elif view.tab == "checkpoint":
+        wanted["one"] = at | {"figure": view.figure}
+    elif view.tab == "pair":
+        wanted["pair"] = at | {"fact": view.fact, "pair": view.pair}
+    return wanted
+
+
+def _list(app: Dash, folder: RunsFolder) -> None:
     @app.callback(
         Output("runs", "children"),
-        Output({"type": "filter", "axis": ALL}, "options"),
-        Output({"type": "filter-box", "axis": ALL}, "style"),
-        Input("version", "data"),
-        *FILTERED,
-        State("selected", "data"),
+        Output("states", "children"),
+        Output("filters-summary", "children"),
+        Input("list-asked", "data"),
+        Input("told", "data"),
     )
-    def _runs(_: str, values: Any, text: str | None, selected: list[str]) -> tuple[Any, Any, Any]:
-        offered = [filter_values(folder.scan(), axis) for axis in page.FILTERS]
-        styles = [{} if len(found) > 1 else {"display": "none"} for found in offered]
-        return page.runs_list(_shown(folder, values, text), selected), offered, styles
-
-    @app.callback(
-        Output("selected", "data"),
-        Input({"type": "pick", "group": ALL}, "value"),
-        State({"type": "pick", "group": ALL}, "options"),
-        State("selected", "data"),
-    )
-    def _pick(values: list[list[str]], options: list[list[dict[str, Any]]], selected: list[str]) -> Any:
-        listed = {option["value"] for group in options for option in group}
-        # What a filter hides stays chosen, and is drawn again when it is let through.
-        chosen = [key for key in selected if key not in listed] + [key for group in values for key in group or []]
-        return no_update if sorted(chosen) == sorted(selected) else chosen
+    def _runs(asked: dict[str, Any] | None, _: str) -> tuple[Any, Any, str]:
+        if asked is None:
+            raise PreventUpdate
+        runs, now = folder.scan(within=RECENT), time.time()
+        chosen, only = set(asked["chosen"]), asked["only"]
+        words = [f"{asked['search']!r}"] if asked["search"] else []
+        words += [f"{axis.replace('_', ' ')} {' or '.join(values)}" for axis, values in only.items()]
+        shown = filtered(runs, only, asked["search"])
+        listed = runs_list(shown, chosen, now=now, narrowed=" with ".join(words))
+        states = chosen_states([run for run in shown if run.key in chosen], asked["gone"], now=now)
+        return listed, states, f"Filters ({len(only)} in use)" if only else "Filters"
 
 
 def _curves(app: Dash, folder: RunsFolder) -> None:
     @app.callback(
         Output("curves", "figure"),
-        Output("curves", "style"),
         Output("numbers", "children"),
         Output("notes", "children"),
-        Input("version", "data"),
-        Input("selected", "data"),
-        *FILTERED,
-        Input("weights", "value"),
-        Input("bands", "value"),
+        Input("curves-asked", "data"),
+        Input("theme", "data"),
     )
-    def _draw(_: str, selected: list[str], values: Any, text: str | None, weights: str, bands: str) -> tuple[Any, ...]:
-        runs = [run for run in _shown(folder, values, text) if run.key in selected]
-        figure, table, said, problems = curves(folder, runs, weights=weights, bands=bands)
-        numbers = page.number_table(table) if len(table) else page.notes(["No number yet."])
-        return figure, page.graph_style(figure), numbers, [*page.notes(said), *page.notes(problems, problem=True)]
-
-    @app.callback(
-        Output("one-run", "options"),
-        Output("one-run", "value"),
-        Input("version", "data"),
-        Input("selected", "data"),
-        State("one-run", "value"),
-    )
-    def _choose_run(_: str, selected: list[str], chosen: str | None) -> tuple[Any, Any]:
-        keys = [run.key for run in folder.scan() if run.key in selected]
-        return keys, chosen if chosen in keys else next(iter(keys), None)
+    def _draw(asked: dict[str, Any] | None, theme: str | None) -> tuple[Any, ...]:
+        if asked is None:
+            raise PreventUpdate
+        wanted = set(asked["runs"])
+        runs = [run for run in folder.scan(within=RECENT) if run.key in wanted]
+        how = {name: asked[name] for name in ("weights", "bands", "hidden")}
+        figure, table, said, problems = curves(folder, runs, **how)
+        numbers = page.number_table(table) if len(table) else page.notes(["No number yet."] if runs else ["-"])
+        told = [*page.notes(said), *page.notes(problems, problem=True)]
+        return with_theme(figure, theme or "light"), numbers, told
 
 
 def _checkpoint(app: Dash, folder: RunsFolder) -> None:
-    @app.callback(
-        Output("one-step", "options"),
-        Output("one-step", "value"),
-        Output("one-which", "options"),
-        Output("one-which", "value"),
-        Input("version", "data"),
-        Input("one-run", "value"),
-        State("one-step", "value"),
-        State("one-which", "value"),
-    )
-    def _choose(_: str, key: str | None, step: int | None, weights: str | None) -> tuple[Any, ...]:
-        try:
-            choices = checkpoint_choices(folder.run(str(key)), step, weights)
-        except RevprobeError:
-            return [], None, [], None
-        return choices["steps"], choices["step"], choices["weights"], choices["which"]
-
-    @app.callback(
-        Output("one", "figure"),
-        Output("one", "style"),
-        *CHECKPOINT,
-        Input("one-kind", "value"),
-        Input("one-layer", "value"),
-        Input("one-head", "value"),
-        Input("version", "data"),
-    )
-    def _draw(
-        key: str | None, step: int | None, weights: str | None, kind: str, layer: int | None, head: int | None, _: str
-    ) -> tuple[Any, Any]:
-        at = [None if place in (None, -1) else place for place in (layer, head)]
-        name = READING_OF.get(kind, ATTENTION)
-        if key is None:
-            figure = message_figure("Choose a run at the left.")
-            return figure, page.graph_style(figure)
-        figure = or_reason(
-            lambda: checkpoint_figure(reading_at(folder, folder.run(key), name, step, weights), kind, *at)
-        )
-        return figure, page.graph_style(figure)
-
-
-def _layers_heads_and_facts(app: Dash, folder: RunsFolder) -> None:
-    @app.callback(
-        Output("one-layer", "options"),
-        Output("one-head", "options"),
-        Output("fact", "options"),
-        Output("fact", "value"),
-        Output("pair-layer", "options"),
-        Output("pair-head", "options"),
-        Output("pair-layer", "value"),
-        Output("pair-head", "value"),
-        *CHECKPOINT,
-        State("fact", "value"),
-        State("pair-layer", "value"),
-        State("pair-head", "value"),
-    )
-    def _offer(
-        key: str | None, step: int | None, weights: str | None, fact: str | None, layer: Any, head: Any
-    ) -> tuple[Any, ...]:
-        try:
-            frame = reading_at(folder, folder.run(str(key)), ATTENTION, step, weights).frame
-        except RevprobeError:
-            return [], [], [], None, [], [], None, None
-        layers, heads = (sorted(int(value) for value in frame[name].unique()) for name in ("layer", "head"))
-        facts = sorted(frame["fact"].astype(str).unique())
-        everything = [{"label": "all", "value": -1}]
-        offered = [everything + [{"label": str(one), "value": one} for one in found] for found in (layers, heads)]
-        kept = [one if one in found else found[0] for one, found in ((layer, layers), (head, heads))]
-        return (*offered, facts, fact if fact in facts else None, layers, heads, *kept)
+    @app.callback(Output("one", "figure"), Input("one-asked", "data"), Input("theme", "data"))
+    def _draw(asked: dict[str, Any] | None, theme: str | None) -> Any:
+        if asked is None:
+            raise PreventUpdate
+        figure = message_figure("Choose a run in the list.")
+        if asked["run"] is not None:
+            name = READING_OF.get(asked["figure"], ATTENTION)
+            at = [None if asked[place] in (None, ALL) else int(asked[place]) for place in ("layer", "head")]
+            figure = or_reason(lambda: checkpoint_figure(_reading(folder, asked, name), asked["figure"], *at))
+        return with_theme(figure, theme or "light")
 
 
 def _pair(app: Dash, folder: RunsFolder) -> None:
     opener = PairOpener(folder)
 
-    @app.callback(
-        Output("pair", "options"), Output("pair", "value"), Input("fact", "value"), *CHECKPOINT, State("pair", "value")
-    )
-    def _choose(fact: str | None, key: str | None, step: int | None, weights: str | None, pair: int | None) -> Any:
-        try:
-            frame = reading_at(folder, folder.run(str(key)), ATTENTION, step, weights).frame
-        except RevprobeError:
-            return [], None
-        options = fact_pairs(frame, fact)
-        values = [option["value"] for option in options]
-        return options, pair if pair in values else next(iter(values), None)
-
-    @app.callback(
-        Output("opened", "children"),
-        Input("pair", "value"),
-        Input("pair-layer", "value"),
-        Input("pair-head", "value"),
-        *CHECKPOINT,
-    )
-    def _open(
-        pair: int | None, layer: int | None, head: int | None, key: str | None, step: int | None, weights: str | None
-    ) -> Any:
-        if pair is None or key is None or layer is None or head is None:
+    @app.callback(Output("opened", "children"), Input("pair-asked", "data"))
+    def _open(asked: dict[str, Any] | None) -> Any:
+        if asked is None or asked["pair"] is None or asked["run"] is None:
             return []
 
         def opened() -> Any:
-            run = folder.run(key)
-            reading = reading_at(folder, run, ATTENTION, step, weights)
-            return page.opened_pair(opener.open(run, reading, pair), pair_row(reading.frame, pair, layer, head))
+            reading = _reading(folder, asked, ATTENTION)
+            first = {name: int(reading.frame[name].min()) for name in ("layer", "head")}
+            layer, head = (first[name] if asked[name] in (None, ALL) else int(asked[name]) for name in first)
+            pair = opener.open(folder.run(asked["run"], within=RECENT), reading, int(asked["pair"]))
+            return opened_pair(pair, pair_row(reading.frame, int(asked["pair"]), layer, head))
 
         return _or_note(opened)
+
+
+def _reading(folder: RunsFolder, asked: Mapping[str, Any], name: str) -> Any:
+    return reading_at(folder, folder.run(str(asked["run"]), within=RECENT), name, asked["step"], asked["stored"])
 
 
 def _or_note(make: Callable[[], Any]) -> Any:

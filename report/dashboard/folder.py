@@ -1,15 +1,19 @@
 """What a folder of runs holds right now, for the dashboard: runs, sweeps, their readings, and what is wrong with them.
 
 Nothing outside the folder is read: every path is resolved before it is opened, and a run with a link that leads out is
-shown with that reason and left alone. Nothing here writes. A scan costs one `stat` per readings file; a file is parsed
-again only when its size or time changes.
+shown with that reason and left alone. Nothing here writes. The list opens one file of each run, its config, and no more
+of that than a config has; a scan after that costs one `stat` per readings file, and a file is parsed again only when
+its size or time changes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import shlex
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -20,16 +24,27 @@ from typing import Any
 import pandas as pd
 
 from ...errors import RevprobeError, did_you_mean
-from ...finetune.runs.open import open_run
-from ...finetune.runs.run import CONFIG, PROBLEM, is_run
+from ...finetune.runs.finetuning import FinetuneRun
+from ...finetune.runs.open import open_read_run
+from ...finetune.runs.run import CONFIG, PROBLEM, Run, is_run
 from ...finetune.runs.sweeps import CONFIG as SWEEP
 from ...finetune.runs.sweeps import open_sweep
-from ...finetune.training.checkpointing import READINGS
+from ...finetune.training.checkpointing import READINGS, being_written
 from ...models.checkpoints import CHECKPOINTS, step_of
 from ...probes.figures.training_curves import measures_with_reasons
 from ...probes.readings.reading import Reading
 from ..summary.seed_bands import family_of
-from .listed_runs import Listed, ReadingFile, Stamp, ends_whole, reason_of, stamp_of, state_of, total_steps
+from .listed_runs import (
+    Listed,
+    ReadingFile,
+    Stamp,
+    last_checkpoint,
+    read_bounded,
+    reason_of,
+    stamp_of,
+    state_of,
+    total_steps,
+)
 
 DEPTH = 3  # folders below RUNS_DIR that are looked into: RUNS_DIR / any / sweep / run
 WHOLE = 6  # readings kept with all their rows; those of a large model hold half a million
@@ -47,16 +62,27 @@ class RunsFolder:
         if not Path(root).is_dir():
             raise RevprobeError(f"no folder at {str(root)!r}; expected one that holds runs, such as 'runs'")
         self.root = Path(root).resolve()
+        self._given = Path(root)
         self._lock = threading.RLock()
+        self._looked: tuple[float, list[Listed]] = (-math.inf, [])
         self._described: dict[str, tuple[object, Listed]] = {}
         self._asked: dict[str, tuple[Stamp, list[tuple[str, dict[str, Any]]] | str]] = {}
+        self._sweep_names: dict[str, str] = {}
         self._numbers: dict[Path, tuple[Stamp, pd.DataFrame | str]] = {}
         self._whole: OrderedDict[tuple[Path, Stamp], Reading] = OrderedDict()
 
-    def scan(self) -> list[Listed]:
-        """Every run there is, by folder; a sweep's runs in the order of its config, those not begun among them."""
+    def scan(self, *, within: float = 0.0) -> list[Listed]:
+        """Every run there is, by folder; a sweep's runs in the order of its config, those not begun among them.
+
+        Args:
+            within: seconds that an earlier look may be old, to be good enough.
+        """
         with self._lock:
+            when, seen = self._looked
+            if time.monotonic() - when < within:
+                return seen
             found = list(self._below(self.root, DEPTH))
+            self._looked = (time.monotonic(), found)
             self._described = {one.key: self._described[one.key] for one in found if one.key in self._described}
             return found
 
@@ -65,9 +91,9 @@ class RunsFolder:
         state = [(one.key, one.state, one.problem, [(str(f.path), f.stamp) for f in one.files]) for one in runs]
         return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
 
-    def run(self, key: str) -> Listed:
+    def run(self, key: str, *, within: float = 0.0) -> Listed:
         """The run of this key. Raises: RevprobeError, for any key that a scan does not give, `../other` among them."""
-        runs = {one.key: one for one in self.scan()}
+        runs = {one.key: one for one in self.scan(within=within)}
         if key not in runs:
             raise RevprobeError(f"no run {key!r} in {self.root}{did_you_mean(key, runs)}")
         return runs[key]
@@ -137,7 +163,7 @@ class RunsFolder:
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
-            yield self._listed(folder, "broken", f"cannot be read: {error.strerror}")
+            yield self._listed(folder, "damaged", f"cannot be read: {error.strerror}")
             return
         names = {entry.name for entry in entries}
         visible = [entry for entry in entries if not entry.name.startswith(".")]
@@ -155,7 +181,7 @@ class RunsFolder:
         if entry.is_symlink():
             # A link to something inside is listed where that stands; one that leads out is not even looked at.
             if not path.resolve().is_relative_to(self.root):
-                yield self._listed(path, "broken", f"a link that leads out of {self.root}: not read")
+                yield self._listed(path, "damaged", f"a link that leads out of {self.root}: not read")
         elif depth and entry.is_dir(follow_symlinks=False):
             yield from self._below(path, depth - 1)
 
@@ -163,10 +189,10 @@ class RunsFolder:
         """A sweep's runs as its config orders them, with those that have not begun; others after them."""
         asked = self._asked_of(sweep)
         if isinstance(asked, str):
-            return [self._listed(sweep, "broken", asked), *found]
+            return [self._listed(sweep, "damaged", asked), *found]
         there = {one.name: one for one in found}
         ordered = [
-            there.pop(name) if name in there else replace(self._listed(sweep / name, "waiting", "not begun"), axes=axes)
+            there.pop(name) if name in there else replace(self._listed(sweep / name, "not begun"), axes=axes)
             for name, axes in asked
         ]
         return ordered + list(there.values())
@@ -177,7 +203,9 @@ class RunsFolder:
             now = stamp_of(os.stat(self.confined(sweep / SWEEP)))
             stamp, asked = self._asked.get(str(sweep), (None, ""))
             if stamp != now:
-                asked = [(run.name, run.axes) for run in open_sweep(sweep).config.runs()]
+                config = open_sweep(sweep).config
+                asked = [(run.name, run.axes) for run in config.runs()]
+                self._sweep_names[str(sweep)] = config.name
                 self._asked[str(sweep)] = (now, asked)
             return asked
         except Exception as error:
@@ -193,15 +221,16 @@ class RunsFolder:
                 with suppress(OSError):  # not there, or not yet
                     small[name] = stamp_of(os.lstat(folder / name))
         except (OSError, RevprobeError) as error:
-            return self._listed(folder, "broken", reason_of(error))
+            return self._listed(folder, "damaged", reason_of(error))
         known, listed = self._described.get(key, (None, None))
         if listed is None or known != (small, files):
             listed = self._describe(folder, files)
             self._described[key] = ((small, files), listed)
-        return listed
+        # Who holds a run changes without any of its files.
+        return replace(listed, state="training") if listed.state == "interrupted" and being_written(folder) else listed
 
     def _describe(self, folder: Path, files: tuple[ReadingFile, ...]) -> Listed:
-        listed = self._listed(folder, "broken", files=files)
+        listed = self._listed(folder, "damaged", files=files)
         try:
             self.require_no_way_out(folder)
         except (OSError, RevprobeError) as error:
@@ -209,24 +238,37 @@ class RunsFolder:
         try:
             if not is_run(folder):
                 return replace(listed, problem="half-written: it has no config.yaml, which a run writes first")
-            run = open_run(folder)
+            run = open_read_run(folder, read_bounded(self.confined(folder / CONFIG)))
             listed = replace(listed, axes=run.axes, family=family_of(run), total=total_steps(run))
             state, problem = state_of(run)
+            last, written = last_checkpoint(run)
         except Exception as error:  # a damaged folder may raise anything; it is shown beside the sound ones
             return replace(listed, problem=reason_of(error))
-        cut = [file.path for file in files if not ends_whole(file.path)]
-        if cut:
-            first = cut[0].relative_to(folder)
-            return replace(listed, problem=f"{first} is cut off or no parquet ({len(cut)} of {len(files)} files)")
-        return replace(listed, state=state, problem=problem)
+        resume = "" if state == "finished" else self._resume(run)
+        return replace(listed, state=state, problem=problem, last=last, written=written, resume=resume)
+
+    def _resume(self, run: Run) -> str:
+        """The command that takes a run up: its sweep's, where it is one's; "" where its folder has another name."""
+        finetuned, folder = isinstance(run, FinetuneRun), run.path
+        in_sweep = (folder.parent / SWEEP).is_file() and folder != self.root
+        command, file = ("sweep", folder.parent / SWEEP) if in_sweep else ("train", folder / CONFIG)
+        if in_sweep:
+            self._asked_of(folder.parent)
+        if file.parent.name != (self._sweep_names.get(str(folder.parent)) if in_sweep else run.config.name):
+            return ""
+        given = self._given / file.relative_to(self.root)
+        out = given.parent.parent if given.parent != Path() else self.root.parent
+        return shlex.join(["revprobe", "finetune" if finetuned else command, str(given), "--out", str(out)])
 
     def _reading_files(self, folder: Path) -> Iterator[ReadingFile]:
         readings = folder / READINGS
         if not self.confined(readings).is_dir():
             return
-        steps = [(step, Path(e.path)) for e in os.scandir(readings) if (step := step_of(Path(e.name))) is not None]
-        for step, part in sorted(steps):
-            inside = sorted(os.scandir(self.confined(part)), key=lambda entry: entry.name) if part.is_dir() else []
+        steps = [(step, e.path, e) for e in os.scandir(readings) if (step := step_of(Path(e.name))) is not None]
+        for step, path, part in sorted(steps, key=lambda one: one[:2]):
+            # Only a link can lead out: everything above it has been looked at.
+            place = self.confined(Path(path)) if part.is_symlink() else Path(path)
+            inside = sorted(os.scandir(place), key=lambda entry: entry.name) if part.is_dir() else []
             for entry in inside:
                 name, _, weights = entry.name.removesuffix(".parquet").partition(".")
                 if entry.name.endswith(".parquet") and not entry.name.startswith("."):

@@ -1,19 +1,21 @@
-"""A run as a list shows it, whole or not: its state, why it is not complete, and the files of its readings."""
+"""A run as a list shows it, whole or not: its state in words, what to do about it, and the files of its readings."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from ...errors import RevprobeError, first_line
-from ...finetune.runs.run import PROBLEM, Run
+from ...finetune.runs.run import CONFIG, PROBLEM, Run
 from ...models.checkpoints import CHECKPOINTS
 
-_MAGIC = b"PAR1"  # how every whole parquet file ends
+# In the order of a summary.
+STATES = ("training", "finished", "interrupted", "failed", "damaged", "empty", "not begun")
+BOUND = 1_000_000  # bytes of a config.yaml that are read; the longest of ours has four thousand
+_WHY = 2_000  # letters of a problem that are read
 
 Stamp = tuple[int, int]  # time in ns and size
 
@@ -36,11 +38,13 @@ class Listed:
     Attributes:
         key: its path from RUNS_DIR, "." for RUNS_DIR itself; the only name a page may ask for it by.
         group: the key of the folder it stands in, usually a sweep's.
+        state: one of STATES.
+        problem: why it is not whole; None where the state says it all.
         family: equal for runs that differ in nothing but their seed.
         total: training steps asked for; None where that is not known.
-        state: "complete", "open" (training, or stopped without an error), "stopped" (by an error), "broken", "empty"
-            or "waiting" (a sweep's run that has not begun).
-        problem: why it is not complete; None when it is.
+        last: the last complete checkpoint's step; None before the first.
+        written: when that was, in seconds since the epoch.
+        resume: the command that takes it up again; "" where there is nothing to take up.
     """
 
     key: str
@@ -51,6 +55,9 @@ class Listed:
     axes: Mapping[str, Any] = field(default_factory=dict)
     family: str = ""
     total: int | None = None
+    last: int | None = None
+    written: float | None = None
+    resume: str = ""
     files: tuple[ReadingFile, ...] = ()
 
     @property
@@ -60,17 +67,21 @@ class Listed:
 
 
 def state_of(run: Run) -> tuple[str, str | None]:
-    """A readable run's state, and why it is not complete."""
+    """A readable run's state as far as its files tell it, and why it failed; "interrupted" may still be training."""
     if run.finished:
-        return "complete", None
-    noted, checkpoints = run.path / PROBLEM, run.path / CHECKPOINTS
-    if noted.is_file() or run.trained:
-        return "stopped", run.problem
+        return "finished", None
+    if (run.path / PROBLEM).is_file():
+        with (run.path / PROBLEM).open(encoding="utf-8", errors="replace") as file:
+            return "failed", " ".join(file.read(_WHY).split())
+    # Trained to the end, and something is missing: the reason, without the advice that `resume` gives.
+    return "interrupted", str(run.problem).partition(";")[0] if run.trained else None
+
+
+def last_checkpoint(run: Run) -> tuple[int | None, float | None]:
+    """Step and time of the last complete checkpoint."""
     if not run.steps:
-        return "open", "begun: no checkpoint yet"
-    last = datetime.fromtimestamp(checkpoints.stat().st_mtime).strftime("%Y-%m-%d %H:%M:%S")
-    of = total_steps(run)
-    return "open", f"training or stopped: at step {run.steps[-1]:,}{f' of {of:,}' if of else ''}, written {last}"
+        return None, None
+    return run.steps[-1], (run.path / CHECKPOINTS).stat().st_mtime
 
 
 def total_steps(run: Run) -> int | None:
@@ -79,12 +90,51 @@ def total_steps(run: Run) -> int | None:
     return None if steps is None else int(steps)
 
 
-def ends_whole(path: Path) -> bool:
-    with path.open("rb") as file:
-        if file.seek(0, os.SEEK_END) < 2 * len(_MAGIC):
-            return False
-        file.seek(-len(_MAGIC), os.SEEK_END)
-        return file.read() == _MAGIC
+def short_words(run: Listed, now: float) -> str:
+    """The state of a run for one line of a list, what matters first: `training, 2 min ago, step 500 of 5,000`."""
+    if run.problem:
+        return f"{run.state}: {run.problem}"
+    since = ago(now - run.written) if run.state == "training" and run.written is not None else ""
+    return ", ".join(filter(None, (run.state, since, "" if run.state == "finished" else _where(run))))
+
+
+def state_words(run: Listed, now: float) -> str:
+    """The state of a run in a sentence: since when, how far, why, and how to go on."""
+    if run.state == "training":
+        since = "no checkpoint yet" if run.written is None else f"last checkpoint {ago(now - run.written)}"
+        return ", ".join(filter(None, ("training", _where(run), since)))
+    if run.state == "interrupted" and not run.problem:
+        at = _where(run) or "before its first checkpoint"
+        since = "" if run.written is None else f", last checkpoint {ago(now - run.written)}"
+        return f"interrupted {at.replace('step', 'at step', 1)}{since}{_go_on(run)}"
+    checkpoints = f", {len(run.steps)} checkpoints, {_where(run)}" if run.state == "finished" else ""
+    return short_words(run, now) + checkpoints + _go_on(run)
+
+
+def ago(seconds: float) -> str:
+    """How long since, in the largest unit that gives a whole number.
+
+    >>> ago(130), ago(7300)
+    ('2 min ago', '2 h ago')
+    """
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size or (unit != "days" and seconds >= size):
+            return f"{int(seconds // size)} {unit} ago"
+    return "just now"
+
+
+def read_bounded(file: Path) -> str:
+    """A config's text. Raises: RevprobeError, when it is too long to be one, or no text."""
+    with file.open("rb") as opened:
+        content = opened.read(BOUND + 1)
+    if len(content) > BOUND:
+        raise RevprobeError(f"{file.name} has more than {BOUND:,} bytes; expected a run's {CONFIG}")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RevprobeError(
+            f"{file.name}: not a text file ({error.reason} at byte {error.start}); expected YAML in UTF-8"
+        ) from error
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
@@ -93,3 +143,13 @@ def stamp_of(status: os.stat_result) -> Stamp:
 
 def reason_of(error: BaseException) -> str:
     return first_line(error, with_type=not isinstance(error, RevprobeError))
+
+
+def _where(run: Listed) -> str:
+    if run.last is None:
+        return ""
+    return f"step {run.last:,}" + (f" of {run.total:,}" if run.total else "")
+
+
+def _go_on(run: Listed) -> str:
+    return f"; resume with `{run.resume}`" if run.resume else ""

@@ -17,10 +17,11 @@ from ...finetune.runs.record import tidy_summary
 from ...probes.figures.theme import message_figure
 from ...probes.figures.training_curves import signatures_figure
 from ...probes.readings.reading import Reading
-from ..summary.seed_bands import SEEDS_KEY, pool_seeds
+from ..summary.seed_bands import SEEDS_KEY, family_label, pool_seeds
 from ..summary.tables import final_table, format_final_table
 from .folder import RunsFolder
 from .listed_runs import Listed
+from .view import LAST
 
 ATTENTION = "attention_correlation"
 READING_OF = {
@@ -29,7 +30,6 @@ READING_OF = {
     "gradient": "gradient_cosine",
     "probability": "reverse_probability",
 }
-LAST = -1  # the checkpoint choice that follows a run
 
 
 def axis_value(run: Listed, axis: str) -> str | None:
@@ -61,20 +61,22 @@ def run_names(runs: Sequence[Listed]) -> dict[str, str]:
 
 
 def curves(
-    folder: RunsFolder, runs: Sequence[Listed], *, weights: str, bands: str
+    folder: RunsFolder, runs: Sequence[Listed], *, weights: str, bands: str, hidden: int = 0
 ) -> tuple[go.Figure, pd.DataFrame, list[str], list[str]]:
     """The signatures of some runs over each other.
 
     Args:
         weights: "ema" (raw where there is no average), "raw" or "both".
         bands: "facts", each run with its interval, or "seeds", runs that differ in their seed as one.
+        hidden: chosen runs that the search and the filters leave out.
     Returns: the figure, the table of the last checkpoints, notes, and problems.
     """
     names = run_names(runs)
     measures, damaged = folder.measures(runs)
     problems = [f"{names[key]}: {reason}" for key, reasons in damaged.items() for reason in reasons]
     if measures.empty:
-        why = "Choose a run at the left." if not runs else "None of these runs has a reading that can be drawn."
+        left_out = f"Search and filters leave out the {hidden} chosen." if hidden else "Choose a run in the list."
+        why = left_out if not runs else "None of these runs has a reading that can be drawn."
         return message_figure(why), pd.DataFrame(), [], problems
     try:
         drawn = chosen_weights(measures, weights)
@@ -84,12 +86,24 @@ def curves(
         figure = signatures_figure(pooled, buttons=False).update_traces(visible=True)
         if bands == "seeds":
             figure.update_layout(title={"text": SEEDS_KEY})
+        figure.update_layout(meta=dict(figure.layout.meta) | {"colours": run_colours(figure, drawn, names, bands)})
     except Exception as error:  # numbers of another version may lack what a figure needs; the page stays
         why = first_line(error, with_type=not isinstance(error, RevprobeError))
         return message_figure(f"cannot be drawn: {why}"), pd.DataFrame(), [], problems
     # Zoom and hidden series stay while checkpoints come in, and start anew with other runs.
     figure.update_layout(uirevision="|".join([weights, bands, *names]))
     return figure, table, said, problems
+
+
+def run_colours(figure: go.Figure, drawn: pd.DataFrame, names: Mapping[str, str], bands: str) -> dict[str, str]:
+    """The colour of each run's line, by its key; runs that one line stands for share its colour."""
+    lines = {str(trace.meta["run"]): trace.line.color for trace in figure.data if trace.meta.get("part") == "value"}
+    called = {key: names[key] for key in drawn["run"].unique()}
+    if bands == "seeds":
+        for _, part in drawn.groupby("family"):
+            keys = list(part["run"].unique())
+            called |= dict.fromkeys(keys, family_label([names[key] for key in keys]))
+    return {key: lines[label] for key, label in called.items() if label in lines}
 
 
 def chosen_weights(measures: pd.DataFrame, weights: str) -> pd.DataFrame:
@@ -100,19 +114,6 @@ def chosen_weights(measures: pd.DataFrame, weights: str) -> pd.DataFrame:
     if weights == "raw":
         return measures[measures["weights"] != "ema"]
     return measures[(measures["weights"] == "ema") | ~measures["run"].isin(averaged)]
-
-
-def checkpoint_choices(run: Listed, step: int | None, weights: str | None) -> dict[str, Any]:
-    """Steps and weights there are, with what stays chosen: a step that follows the run, and EMA where there is one."""
-    steps = run.steps
-    kinds = sorted({file.weights for file in run.files}) or ["raw"]
-    options = [{"label": f"last (step {steps[-1]:,})", "value": LAST}] if steps else []
-    return {
-        "steps": options + [{"label": f"step {one:,}", "value": one} for one in reversed(steps)],
-        "step": step if step in steps else LAST,
-        "weights": [{"label": "EMA" if kind == "ema" else kind, "value": kind} for kind in kinds],
-        "which": weights if weights in kinds else kinds[0],
-    }
 
 
 def reading_at(folder: RunsFolder, run: Listed, name: str, step: int | None, weights: str | None) -> Reading:

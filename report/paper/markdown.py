@@ -111,7 +111,15 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
-def folded(page: str, most: int = 24) -> str:
+MOST_ROWS = 24  # of a table that stands open
+
+
+def row_count(rows: int, columns: Sequence[str]) -> str:
+    """What a closed table says of itself: how many rows, and of what."""
+    return f"{rows} rows: {' · '.join(columns[:8])}{' · ...' if len(columns) > 8 else ''}"
+
+
+def folded(page: str, most: int = MOST_ROWS) -> str:
     """A page whose tables of more than so many rows are closed until one opens them; a line says what is in each."""
     parts, table = [], list[str]()
     for line in [*page.split("\n"), ""]:
@@ -121,9 +129,8 @@ def folded(page: str, most: int = 24) -> str:
         rows = len(table) - 2  # without head and rule
         if rows > most:
             columns = [name.strip() for name in table[0].strip("|").split("|")]
-            named = " · ".join(columns[:8]) + (" · ..." if len(columns) > 8 else "")
             table = [
-                f"<details><summary>{rows} rows: {escape(named, quote=False)}</summary>",
+                f"<details><summary>{escape(row_count(rows, columns), quote=False)}</summary>",
                 "",
                 *table,
                 "",

@@ -71,6 +71,16 @@ def test_a_wrong_engine_and_an_address_for_none_are_named(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+def test_the_runs_that_were_not_asked_for_are_left_alone(tmp_path: Path) -> None:
+    sweep = parse_config(SWEEP, SweepConfig, "test")
+    with pytest.raises(rp.RevprobeError, match="grid has no run 'alibi-l4-s1'; the closest is 'alibi-l4-s0'"):
+        rp.run_sweep(sweep, out=tmp_path, only=["alibi-l4-s1"])
+    assert not list(tmp_path.iterdir())
+    made = rp.run_sweep(sweep, out=tmp_path, only=["arm-l4-s0"])
+    assert {run.path.name: run.finished for run in made.runs} == {"arm-l4-s0": True}
+    assert rp.open_sweep(tmp_path / "grid").config == sweep, "the whole plan stays the folder's"
+
+
 def test_a_work_carries_what_an_engine_places_it_by(works: list[Work]) -> None:
     config = parse_config(SWEEP.replace("device: cpu", "device: cuda, threads: 3"), SweepConfig, "test")
     assert [(one.name, one.threads, one.device) for one in map(work_of, config.runs())] == [

@@ -15,6 +15,7 @@ from made_section6 import made
 from revprobe.finetune.config.finetuning import FinetuneSweepConfig
 from revprobe.finetune.config.loading import dump_config, load_config
 from revprobe.finetune.config.pretraining import PretrainSweepConfig
+from revprobe.report.html.section6 import html
 from revprobe.report.paper.section6.figures import figures
 from revprobe.report.paper.section6.frames import FINISHED, TABLES, Section6
 from revprobe.report.paper.section6.page import PAGE, markdown, write_markdown
@@ -41,6 +42,36 @@ def test_the_committed_page_is_drawn_from_the_committed_tables(root: Path) -> No
     assert markdown(found) == (results / PAGE).read_text(encoding="utf-8")
     drawn = {file: svg for file, (_, svg) in figures(found).items()}
     assert drawn == {path.name: path.read_text(encoding="utf-8") for path in results.glob("section6_*.svg")}
+
+
+def test_readme_says_what_the_committed_tables_say(root: Path, script: ModuleType) -> None:
+    """A number changed by hand on either side turns this red; `--page-only` draws README's lines anew too."""
+    text = (root / "README.md").read_text(encoding="utf-8")
+    section = script.checked_section(Section6.read(root / "examples" / "results"))
+    assert script.with_section(text, section) == text
+    own = text.split("## Section 6 in miniature\n")[1].split("\n## ")[0]
+    assert "collect_section6.py runs" in own and section in own and "171 planned runs are in" in section
+
+
+def test_readmes_lines_are_right_with_none_few_and_all_runs(script: ModuleType) -> None:
+    """How many of the planned runs are in comes first; without any there is no other line."""
+    whole = made(9, gaps=False)
+    few = set(whole.runs["run"].unique()[:2])
+
+    def only(table: pd.DataFrame) -> pd.DataFrame:
+        return table[table["run"].isin(few)].reset_index(drop=True)
+
+    runs = whole.runs.assign(status=whole.runs["status"].where(whole.runs["run"].isin(few), "not run"))
+    begun = Section6(runs=runs, **{name: only(getattr(whole, name)) for name in TABLES if name != "runs"})
+    none = Section6(runs=runs.assign(status="not run"))
+    for found, finished, least in ((Section6(), 0, 1), (none, 0, 1), (begun, 2, 5), (whole, 171, 5)):
+        section = script.checked_section(found)
+        lines = section.splitlines()[1:-1]
+        assert lines[0].startswith(f"- {finished} of 171 planned runs are in"), lines
+        assert least <= len(lines) <= 3 * least and all(len(line) <= 120 for line in lines), "a few lines of README"
+        assert sum(line.startswith("- ") for line in lines) == least
+        assert ("not run" in section) == (found is begun), "of all runs, and of none, nothing else is said"
+        assert "nan" not in section.split() and "in not run" not in section, section
 
 
 def test_every_planned_run_is_in_the_committed_tables_or_none_is(root: Path) -> None:
@@ -102,8 +133,9 @@ def test_a_partial_collection_says_what_is_not_finished(
     assert status[first.name] == "not finished" and status[second.name] == "failed: RuntimeError: no luck"
     assert found.models[model.name] == {"status": "not finished"}
     assert f"section6, not finished: {first.name}" in page and "section6-methods, not run: all 48 runs" in page
+    assert (out / "section6.html").read_text(encoding="utf-8") == html(found)
     assert "unchanged since" in page and "data/trex: not at hand when this was collected" in page
-    texts = [path.read_text(encoding="utf-8") for path in out.iterdir() if path.suffix in (".json", ".md")]
+    texts = [path.read_text(encoding="utf-8") for path in out.iterdir() if path.suffix in (".json", ".md", ".html")]
     assert not [text for text in texts if str(tmp_path) in text]
     data = json.loads((out / "section6.json").read_text())["data"]
     assert data["data/parent_child_pairs.csv"]["look_alike"] is False

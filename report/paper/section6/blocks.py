@@ -1,4 +1,4 @@
-"""What a page is made of, once: the same blocks become Markdown here and HTML in `report/html/section6.py`."""
+"""What a page is made of, once: the same blocks become Markdown here and HTML in `report/html/`."""
 
 from __future__ import annotations
 

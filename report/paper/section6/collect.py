@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -26,6 +27,9 @@ from .frames import FINISHED, NOT_FINISHED, NOT_RUN, Section6, tidy
 Tell = Callable[[str], None]
 Sweeps = Mapping[str, tuple[FinetuneSweepConfig, Path]]
 Models = tuple[PretrainSweepConfig, Path]
+_ROOT = r"(?:~[\w-]*|[A-Za-z]:)?[/\\]"
+_QUOTED_PATH = re.compile(rf"(?P<quote>['\"`]){_ROOT}(?:[^'\"`\n]*[/\\])?(?P<name>[^'\"`/\\\n]+)[/\\]?(?P=quote)")
+_BARE_PATH = re.compile(rf"(?<![\w/\\.…~%]){_ROOT}(?:[\w.@+~-]+[/\\]+)*(?P<name>[\w.@+~-]*\w)[/\\]?")
 # Answers of a finished run, by what the reading is called.
 _TABLE_OF = {"decoded_match": "answers", "candidate_rank": "ranks"}
 
@@ -88,13 +92,26 @@ def _status(path: Path, config: FinetuneConfig) -> str:
             return "a run of another config lies in its folder"
         return FINISHED if run.finished else _unfinished(path)
     except (RevprobeError, FileNotFoundError) as error:
-        return first_line(error, with_type=False)
+        return without_folders(first_line(error, with_type=False))
 
 
 def _unfinished(path: Path) -> str:
     """Why a run or a model ended early, where it did."""
     problem = path / PROBLEM
-    return f"failed: {problem.read_text(encoding='utf-8').strip()}" if problem.is_file() else NOT_FINISHED
+    if not problem.is_file():
+        return NOT_FINISHED
+    told = problem.read_text(encoding="utf-8", errors="replace").strip().partition("\n")[0]
+    return f"failed: {without_folders(told)}"
+
+
+def without_folders(text: str) -> str:
+    """A message whose absolute paths are their last names: tables that are passed on say nothing of a machine.
+
+    >>> without_folders("no file '/home/me/my runs/x.csv' (see /tmp/log.txt), 1/2 of https://a.b/c read")
+    "no file '…/x.csv' (see …/log.txt), 1/2 of https://a.b/c read"
+    """
+    quoted = _QUOTED_PATH.sub(lambda found: f"{found['quote']}…/{found['name']}{found['quote']}", text)
+    return _BARE_PATH.sub(lambda found: f"…/{found['name']}", quoted)
 
 
 def _read(run: FinetuneRun) -> dict[str, list[dict[str, Any]]]:

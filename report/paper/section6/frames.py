@@ -26,10 +26,13 @@ RANKS = [*AXES, "run", *_ASKED, *_NUMBERS, "candidates", "chance"]
 RANKS += ["reciprocal_rank", "reciprocal_rank_low", "reciprocal_rank_high"]
 SIGNATURES = [*AXES, "run", "step", "kind", "measure", *_NUMBERS, "excess", "excess_low", "excess_high"]
 SIGNATURES += ["untrained", "untrained_reason"]
-TABLES = {"runs": RUNS, "answers": ANSWERS, "ranks": RANKS, "signatures": SIGNATURES}
-_WHOLE = {"seed", "steps", "step", "n", "facts", "undefined", "candidates", *KINDS}
+TRACES = ["run", "weights_step", "instrument", "site", "direction", "step", "part", "layer", *_NUMBERS]
+TRACES += ["excess", "excess_low", "excess_high"]
+TABLES = {"runs": RUNS, "answers": ANSWERS, "ranks": RANKS, "signatures": SIGNATURES, "traces": TRACES}
+_WHOLE = {"seed", "steps", "step", "weights_step", "layer", "n", "facts", "undefined", "candidates", *KINDS}
 _TEXT = {"sweep", "model", "dataset", "direction", "variant", "run", "objective", "status", "asked", "split"}
 _TEXT |= {"templates", "reason", "caution", "kind", "measure", "untrained_reason", "config", "weights_of", "weights"}
+_TEXT |= {"instrument", "site", "part"}
 DIGITS = 7  # significant ones: the ends of an interval stay apart, the rest is noise and triples a file
 
 
@@ -45,6 +48,7 @@ def tidy(name: str, rows: list[dict[str, Any]]) -> pd.DataFrame:
         else:
             table[column] = pd.to_numeric(table[column]).astype("float64").map(_rounded)
     keys = [key for key in (*AXES, "run", "step", "asked", "split", "measure") if key in columns]
+    keys += [key for key in ("instrument", "site", "part", "layer") if key in columns]
     return table.sort_values(keys, ignore_index=True, kind="stable")
 
 
@@ -62,6 +66,7 @@ class Section6:
         answers: exact match, a row for each run, step, side asked and split; `KINDS` count what wrong answers are.
         ranks: the right answer's rank among all candidates, likewise: `value` is the share ranked first.
         signatures: the three probes by run and step, each beside its control.
+        traces: what was read inside one trained run (`traced`), by instrument, direction, step, part and layer.
         models: of each small model what it came to, or why it is not finished.
         about: commands, versions, data, and what else says where the numbers come from.
     """
@@ -70,6 +75,7 @@ class Section6:
     answers: pd.DataFrame = field(default_factory=lambda: tidy("answers", []))
     ranks: pd.DataFrame = field(default_factory=lambda: tidy("ranks", []))
     signatures: pd.DataFrame = field(default_factory=lambda: tidy("signatures", []))
+    traces: pd.DataFrame = field(default_factory=lambda: tidy("traces", []))
     models: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
 

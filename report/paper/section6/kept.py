@@ -7,26 +7,29 @@ from typing import Any
 
 import pandas as pd
 
+from ..reproduce import records
 from .frames import FINISHED, Section6, tidy
 from .plan import DROP_ORDER
 
-_RUN = ["sweep", "run"]
+_KEY = ("sweep", "run", "config")
 
 
 def with_kept(found: Section6, kept: Section6) -> Section6:
     """What has been collected now, and of what was collected before the runs that are not finished here.
 
     A run is kept where its config is the planned one to the letter and its small model had the bytes that the model has
-    here (any, where none is here: the models are made again to the same bytes). Others stand as they are found.
+    here (any, where none is here: the models are made again to the same bytes). Others stand as they are found. What
+    was traced stays.
     """
+    found = replace(found, traces=kept.traces)  # taken of one run on its own, by examples/section6_traces.py
     if found.about.get("statistics_version") != kept.about.get("statistics_version"):
         return found
     models = {name: _model(record, kept.models.get(name, {})) for name, record in found.models.items()}
-    before = kept.runs[kept.runs["status"] == FINISHED].set_index([*_RUN, "config"]).to_dict("index")
+    before = {tuple(row[key] for key in _KEY): row for row in records(kept.runs) if row["status"] == FINISHED}
     rows: list[dict[str, Any]] = []
     again: set[tuple[str, str]] = set()
-    for row in found.runs.to_dict("records"):
-        old = before.get((row["sweep"], row["run"], row["config"]))
+    for row in records(found.runs):
+        old = before.get(tuple(row[key] for key in _KEY))
         if row["status"] != FINISHED and old is not None and old["weights"] == _weights(models, row["weights_of"]):
             row |= old
             again.add((row["sweep"], row["run"]))
@@ -52,7 +55,7 @@ def _model(here: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
 
 def _joined(name: str, now: pd.DataFrame, before: pd.DataFrame, again: set[tuple[str, str]]) -> pd.DataFrame:
     chosen = [pair in again for pair in zip(before["sweep"], before["run"], strict=True)]
-    return tidy(name, [*now.to_dict("records"), *before[chosen].to_dict("records")])
+    return tidy(name, [*records(now), *records(before[chosen])])
 
 
 def _origin(now: dict[str, Any], before: dict[str, Any], sweep: str, again: set[tuple[str, str]]) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ....errors import RevprobeError
-from ....finetune.config.finetuning import FinetuneSweepConfig
+from ....finetune.config.finetuning import FinetuneConfig, FinetuneSweepConfig
 from ....finetune.config.loading import checked_config, load_config, merged
 from ....finetune.config.places import DATA, MODELS, elsewhere, placed
 from ....finetune.config.pretraining import PretrainConfig, PretrainSweepConfig
@@ -114,10 +114,18 @@ class Miniature:
 
     def models_of(self, sweep: FinetuneSweepConfig) -> list[PretrainConfig]:
         """The small models that a sweep (as it is run here) starts from, and the parents of these, to be made here."""
-        folders = {str(self.models_folder / config.name / "model"): config.name for config in self.models.runs()}
-        named = dict.fromkeys(str(run.model.name) for run in sweep.runs())
-        needed = [folders[name] for name in named if name in folders]
+        named = dict.fromkeys(self._model_of(run) for run in sweep.runs())
+        needed = [name for name in named if name is not None]
         return [placed(config, self.places) for config in (chosen_models(self.models, needed) if needed else ())]
+
+    def runs_without(self, sweep: FinetuneSweepConfig, missing: Collection[str]) -> list[str]:
+        """The names of a sweep's runs (as it is run here) that start from none of the `missing` small models."""
+        return [run.name for run in sweep.runs() if self._model_of(run) not in missing]
+
+    def _model_of(self, run: FinetuneConfig) -> str | None:
+        """The small model that a run starts from; None where it starts from another."""
+        folders = {str(self.models_folder / config.name / "model"): config.name for config in self.models.runs()}
+        return folders.get(str(run.model.name))
 
     def collect(self, tell: Tell = lambda text: None) -> Section6:
         """What has been run in the folder. Raises: RevprobeError, for a reading that is damaged."""

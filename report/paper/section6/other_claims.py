@@ -1,15 +1,17 @@
 """What the paper and the one-layer results say that these runs can contradict, judged as the predictions are.
 
+A cell that has not learned the forward direction says neither for nor against them.
+
 Nothing here was predicted of the small models: the paper's are 8B, and the one-layer results are of letters.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .frames import KINDS, Section6
-from .main_claims import missing
+from .main_claims import learned, missing
 from .plan import (
     CAUSAL,
     DATASETS,
@@ -22,7 +24,7 @@ from .plan import (
     ablation_cell,
     main_cell,
 )
-from .verdicts import NOT_RUN, Claim, Judged, of_parts, passes, per_cent
+from .verdicts import CANNOT, NOT_RUN, Claim, Judged, of_parts, passes, per_cent
 
 PAPER, ONE_LAYER = "paper", "one layer"
 # Predictions that say what another source says.
@@ -62,9 +64,18 @@ def _of(found: Section6, name: str, source: str, plain: str, cell: Cell, rule: R
     def judged(seed: int) -> Judged:
         if found.steps(cell, seed) is None:
             return Judged(seed, NOT_RUN, found.status(cell, seed))
-        return Judged(seed, *rule(found, cell, seed))
+        return _where_learned(found, [cell], seed, *rule(found, cell, seed))
 
     return Claim(name, source, plain, cell.words, [judged(seed) for seed in SEEDS])
+
+
+def _where_learned(found: Section6, cells: Sequence[Cell], seed: int, verdict: str, numbers: str) -> Judged:
+    """The verdict; that it cannot be told, and of which cells, where forward is below 90 % or undefined."""
+    low = [cell for cell in cells if not learned(found, [cell], seed)]
+    if not low:
+        return Judged(seed, verdict, numbers)
+    told = ", ".join(f"{cell.model} {per_cent(_last(found, cell, seed, 'forward'))}" for cell in low)
+    return Judged(seed, CANNOT, f"{numbers}; forward at the last step: {told}")
 
 
 def _side(forward: float, reverse: float) -> str:
@@ -91,7 +102,7 @@ def _order(found: Section6, trained: Trained) -> Claim:
         values = {model: _last(found, cell, seed, "reverse") for model, cell in cells.items()}
         pairs = [passes(values[a] - values[b], ">", 0.0) for a in DIFFUSION for b in CAUSAL]
         numbers = ", ".join(f"{model} {per_cent(value)}" for model, value in values.items())
-        return Judged(seed, of_parts(pairs), numbers)
+        return _where_learned(found, list(cells.values()), seed, of_parts(pairs), numbers)
 
     return Claim("order", PAPER, ORDER, trained.words, [judged(seed) for seed in SEEDS])
 

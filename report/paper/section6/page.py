@@ -8,7 +8,7 @@ from typing import Any
 
 from ....atomic_files import write_text
 from ..markdown import folded
-from . import tables
+from . import tables, traces
 from .blocks import Block, Figure, Items, Section, Table, Text
 from .figures import figures
 from .frames import Section6
@@ -37,7 +37,8 @@ READINGS = (
 ABOUT_PAPER = (
     "The paper's values are of 8B models and a pattern to compare, never a target: which side is higher. Its Table 7 "
     "is printed in full in the text at hand; its ranks, rates and steps are not. Per cent, means over seeds; a seed "
-    "*holds* where the side that the paper has higher is higher here. mini-mlm has no counterpart."
+    "*holds* where the side that the paper has higher is higher here, and *cannot be told* below 90 % forward. "
+    "mini-mlm has no counterpart."
 )
 ABOUT_RANKS = (
     "Reverse questions about trained facts at the last step. Control: the rank of another fact's answer; chance: "
@@ -87,6 +88,7 @@ def sections(found: Section6) -> list[Section]:
             ],
         ),
         Section("LoRA, all weights, and recipes of others", [Text(ABOUT_METHODS), Table(tables.methods(found))]),
+        Section("Inside one trained model", traces.blocks(found)),
         Section("The small models", [Text(ABOUT_MODELS), Table(tables.models(found))]),
         Section("Not run", _left(found)),
         Section("Where the numbers come from", origin(found.about)),
@@ -166,10 +168,14 @@ def _data(one: dict[str, Any]) -> str:
     return f"{kind}, sha256 {one['sha256'][:12]}"
 
 
+def title(found: Section6) -> str:
+    """The page's heading, which says so where the numbers are no result."""
+    return f"{TITLE} (quick variant, no result)" if found.about.get("quick") else TITLE
+
+
 def markdown(found: Section6) -> str:
     """The whole page."""
-    quick = " (quick variant, no result)" if found.about.get("quick") else ""
-    parts: Sequence[str] = [f"# {TITLE}{quick}", *(section.markdown() for section in sections(found))]
+    parts: Sequence[str] = [f"# {title(found)}", *(section.markdown() for section in sections(found))]
     return folded("\n\n".join(part.strip() for part in parts) + "\n")
 
 

@@ -12,7 +12,7 @@ from .cells import mean
 from .frames import FINISHED, Section6
 from .main_claims import main_claims
 from .other_claims import ONE_LAYER, PAPER, SAID_BY, other_claims
-from .plan import CAUSAL, DATASETS, DROP_ORDER, MASKED, PLAIN, SEEDS, TABLE_MODELS, main_cell
+from .plan import CAUSAL, DATASETS, DROP_ORDER, MASKED, PLAIN, PLANNED, SEEDS, TABLE_MODELS, main_cell
 from .verdicts import CANNOT, FAILS, HOLDS, NOT_RUN, Claim, passes
 
 NOTHING = "no run has been collected"
@@ -49,10 +49,10 @@ class Told:
             return f"No prediction has been judged: {NOTHING}."
         predicted = [*self.main, *self.ablations]
         counts = _counts(predicted)
-        told = ", ".join(f"{count} {_COUNT_WORDS[word]}" for word, count in counts.items())
+        told = _counted(counts)
         failed = list(dict.fromkeys(claim.name for claim in predicted if FAILS in claim.verdicts))
         named = f"; some seed fails {', '.join(failed)}" if failed else ""
-        against = [f"{self._against(source)} against {what}" for source, what in _SOURCES.items()]
+        against = [f"against {what}: {self._against(source)}" for source, what in _SOURCES.items()]
         return f"Of {sum(counts.values())} verdicts (prediction x cell x seed), {told}{named}; {'; '.join(against)}."
 
     def _against(self, source: str) -> str:
@@ -81,8 +81,8 @@ class Told:
 
     # ---- the second ----
 
-    def table_7(self) -> str:
-        """What each model answers backwards."""
+    def table_7(self, *, named: bool = True) -> str:
+        """What each model answers backwards; the cells that have not learned are `named`, or counted."""
         if self.empty:
             return f"Nothing has been asked: {NOTHING}."
         told = []
@@ -98,7 +98,8 @@ class Told:
         ]
         floor = max((value for value in floors if not math.isnan(value)), default=math.nan)
         low = self._below()
-        marked = f"; below 90 % forward: {', '.join(low)}" if low else ""
+        told_low = ", ".join(low) if named else f"{len(low)} of {len(DATASETS) * len(TABLE_MODELS)} cells"
+        marked = f"; below 90 % forward in a seed: {told_low}" if low else ""
         return (
             f"Reverse exact match on trained facts at the last step, lowest to highest dataset: {', '.join(told)}; "
             f"facts never trained at most {_per_cent(floor)}{marked}."
@@ -123,8 +124,7 @@ class Told:
         """Whether the signatures stand above their controls, and how often the right answer ranks first."""
         if self.empty:
             return f"No signature has been read: {NOTHING}."
-        above = _counts([claim for claim in self.main if claim.name == "T4"])
-        held = ", ".join(f"{count} {_COUNT_WORDS[word]}" for word, count in above.items())
+        held = _counted(_counts([claim for claim in self.main if claim.name == "T4"]))
         ranked = []
         for models in (MASKED, CAUSAL):
             values = [
@@ -143,38 +143,50 @@ class Told:
 
     def recipe(self) -> str:
         """What each ablation does to the reverse answer."""
-        plain = [number(self.found, PLAIN, R, seed) for seed in SEEDS]
+        if self.empty:
+            return f"No ablation has been run: {NOTHING}."
+        plain = mean([number(self.found, PLAIN, R, seed) for seed in SEEDS])
+        beside = "is not run" if math.isnan(plain) else f"answers backwards in {_per_cent(plain)}"
         told = []
         for variant in (*PREDICTIONS, *NOT_PREDICTED):
             value = mean([number(self.found, variant, R, seed) for seed in SEEDS])
             if not math.isnan(value):
                 told.append(f"{variant} {100 * value:.0f}")
         if not told:
-            return f"No ablation has been run; plain mini-llada answers P2C backwards in {_per_cent(mean(plain))}."
+            return f"No ablation has been run; plain mini-llada, P2C, {beside}."
         left = [variant for variant in PREDICTIONS if not any(word.startswith(f"{variant} ") for word in told)]
         missing = f"; not run: {', '.join(left)}" if left else ""
         return (
-            f"Plain mini-llada, P2C, answers backwards in {_per_cent(mean(plain))}; changed alone (per cent, mean over "
-            f"seeds): {', '.join(told)}{missing}."
+            f"Plain mini-llada, P2C, {beside}; changed alone (per cent answered backwards, mean over seeds): "
+            f"{', '.join(told)}{missing}."
         )
 
     def short(self) -> list[str]:
-        """README's five lines: the four sentences, and what was not run."""
-        return [self.contradictions(), self.table_7(), self.routes(), self.recipe(), self.coverage()]
+        """README's few lines: how much has been run and, where anything has, the four sentences."""
+        if self.empty:
+            return [self.coverage()]
+        return [self.coverage(), self.contradictions(), self.table_7(named=False), self.routes(), self.recipe()]
 
     def coverage(self) -> str:
         """How much of what was planned has been run."""
-        runs = self.found.runs
-        if runs.empty:
-            return f"Runs: {NOTHING} (`revprobe reproduce section6`)."
-        told = []
+        runs, made = self.found.runs, self._made()
+        finished = runs[runs["status"] == FINISHED]
+        planned = len(runs) or sum(PLANNED.values())
+        share = f"{len(finished)} of {planned} planned runs are in"
+        if self.empty:
+            return f"{share}{made}: every number is still to come."
+        each = []
         for sweep in DROP_ORDER:
-            own = runs[runs["sweep"] == sweep]
-            told.append(
-                f"{sweep} {int((own['status'] == FINISHED).sum())} of {len(own)}" if len(own) else f"{sweep} none"
-            )
-        made = sum(record["status"] == FINISHED for record in self.found.models.values())
-        return f"Finished runs: {', '.join(told)}; small models: {made} of {len(self.found.models)}."
+            total = int((runs["sweep"] == sweep).sum())
+            each.append(f"{sweep} {int((finished['sweep'] == sweep).sum())} of {total}" if total else f"{sweep} none")
+        rest = "" if len(finished) == planned else "; the rest is not run or not finished"
+        return f"{share} ({', '.join(each)}){made}{rest}."
+
+    def _made(self) -> str:
+        """How many small models there are to start from, once any has been looked for."""
+        records = self.found.models.values()
+        made = sum(record["status"] == FINISHED for record in records)
+        return f", and {made} of {len(records)} small models" if records else ""
 
 
 _SOURCES = {PAPER: "the paper", ONE_LAYER: "the one-layer results"}
@@ -184,6 +196,11 @@ def _counts(claims: Iterable[Claim]) -> dict[str, int]:
     """How many seeds have each verdict, those that fail first."""
     words = [word for claim in claims for word in claim.verdicts]
     return {word: words.count(word) for word in (FAILS, CANNOT, HOLDS, NOT_RUN) if word in words}
+
+
+def _counted(counts: dict[str, int]) -> str:
+    """How many of each verdict: "1 fails, 2 hold"."""
+    return ", ".join(f"{count} {word if count == 1 else _COUNT_WORDS[word]}" for word, count in counts.items())
 
 
 def _without_side(plain: str) -> str:

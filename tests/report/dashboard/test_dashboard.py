@@ -1,9 +1,13 @@
 """The dashboard shows the folder as it is, reads nothing outside it, and what is broken breaks nothing else."""
 
+import fcntl
 import json
 import math
+import os
 import shutil
 import sys
+import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,15 +22,19 @@ from revprobe import Reading, RevprobeError
 from revprobe.cli.main import app as command_line
 from revprobe.finetune.config.loading import dump_config
 from revprobe.finetune.config.one_layer import SweepConfig
+from revprobe.finetune.training.checkpointing import run_lock
+from revprobe.probes.figures.theme import COLOURS
 from revprobe.report.dashboard import folder as dashboard_data
 from revprobe.report.dashboard.app import make_app
+from revprobe.report.dashboard.choices import settle
 from revprobe.report.dashboard.folder import RunsFolder
-from revprobe.report.dashboard.listed_runs import Listed, ReadingFile
+from revprobe.report.dashboard.listed_runs import BOUND, Listed, ReadingFile, short_words, state_words
 from revprobe.report.dashboard.open_pair import PairOpener, disagreement
-from revprobe.report.dashboard.page import opened_pair, runs_list
+from revprobe.report.dashboard.pair_strips import opened_pair, shade
+from revprobe.report.dashboard.run_list import runs_list
 from revprobe.report.dashboard.server import make_dashboard_server
+from revprobe.report.dashboard.view import LAST, View
 from revprobe.report.dashboard.views import (
-    checkpoint_choices,
     checkpoint_figure,
     chosen_weights,
     curves,
@@ -71,11 +79,11 @@ def test_every_kind_of_run_is_listed_where_it_stands(tmp_path: Path, real: Path)
     (tmp_path / "theory" / "theory.csv").write_text("no run")
     found = listed(tmp_path)
     assert list(found) == ["alone", "ft", f"grid/{first}", f"grid/{second}"], "or a folder that is no run is listed"
-    assert [run.state for run in found.values()] == ["complete", "open", "waiting", "open"]
+    assert [run.state for run in found.values()] == ["finished", "interrupted", "not begun", "interrupted"]
     assert found["alone"].axes == {"objective": "masked", "position_encoding": "rope", "length": 4, "seed": 0}
     assert found["ft"].axes["dataset"] == "invented_names" and found["ft"].steps == [0, 5] and found["ft"].total == 10
     assert found[f"grid/{first}"].group == "grid" and found[f"grid/{first}"].axes["length"] == 4
-    assert "at step 5 of 10" in str(found["ft"].problem)
+    assert found["ft"].last == 5
     assert list(listed(tmp_path / "alone")) == ["."], "a single run can be looked at by itself"
 
 
@@ -108,23 +116,24 @@ def broken_folder(folder: Path) -> None:
     ("key", "state", "words"),
     [
         ("empty", "empty", "no config.yaml yet"),
-        ("no-config", "broken", "half-written: it has no config.yaml"),
-        ("bad-config", "broken", "config.yaml"),
-        ("bytes", "broken", "config.yaml"),
-        ("cut", "broken", "readings/step-000005/attention_correlation.raw.parquet is cut off or no parquet (1 of 4"),
-        ("flipped", "open", "at step 5 of 10"),
-        ("failed", "stopped", "document.title"),
-        ("ft", "broken", "resolved.json is damaged"),
-        ("begun", "open", "no checkpoint yet"),
-        ("sweep", "broken", "sweep.yaml"),
-        ("sound", "open", "training or stopped: at step 5 of 10"),
+        ("no-config", "damaged", "half-written: it has no config.yaml"),
+        ("bad-config", "damaged", "config.yaml"),
+        ("bytes", "damaged", "config.yaml"),
+        ("cut", "interrupted", "interrupted at step 5 of 10, last checkpoint 2 min ago"),
+        ("flipped", "interrupted", "at step 5 of 10"),
+        ("failed", "failed", "failed: <script>document.title"),
+        ("ft", "damaged", "resolved.json is damaged"),
+        ("begun", "interrupted", "interrupted before its first checkpoint"),
+        ("sweep", "damaged", "sweep.yaml"),
+        ("sound", "interrupted", "interrupted at step 5 of 10"),
     ],
 )
 def test_a_run_that_is_not_whole_says_why(tmp_path: Path, key: str, state: str, words: str) -> None:
     broken_folder(tmp_path)
     run = listed(tmp_path)[key]
-    assert run.state == state and words in str(run.problem), run
-    assert "\n" not in str(run.problem), "the reason is one line"
+    told = state_words(run, (run.written or 0.0) + 130)
+    assert run.state == state and words in told, told
+    assert "\n" not in told, "the state is one line"
 
 
 def test_broken_runs_leave_the_others_drawn_and_damaged_files_are_named(tmp_path: Path) -> None:
@@ -140,7 +149,7 @@ def test_broken_runs_leave_the_others_drawn_and_damaged_files_are_named(tmp_path
     # Only the probabilities of step 5 are lost; the correlation of the same step is there.
     row = table.set_index("run").loc["flipped"]
     assert row["step"] == "5" and row["forward probability"] == "-" and row["attention correlation"] != "-"
-    assert len(runs_list(folder.scan(), ["sound"])) >= 2, "the list is made of them all"
+    assert len(runs_list(folder.scan(), ["sound"], now=0.0)) >= 1, "the list is made of them all"
 
 
 def test_numbers_on_the_page_are_those_of_the_readings(tmp_path: Path) -> None:
@@ -160,8 +169,10 @@ def test_a_file_is_parsed_again_only_when_it_changes(tmp_path: Path, monkeypatch
     real_load = Reading.load
     monkeypatch.setattr(dashboard_data.Reading, "load", lambda path: loaded.append(path) or real_load(path))
     described: list[Path] = []
-    real_open = dashboard_data.open_run
-    monkeypatch.setattr(dashboard_data, "open_run", lambda path: described.append(path) or real_open(path))
+    real_open = dashboard_data.open_read_run
+    monkeypatch.setattr(
+        dashboard_data, "open_read_run", lambda path, text: described.append(path) or real_open(path, text)
+    )
     folder = RunsFolder(tmp_path)
     version = folder.version(folder.scan())
     folder.measures(folder.scan())
@@ -176,10 +187,8 @@ def test_a_file_is_parsed_again_only_when_it_changes(tmp_path: Path, monkeypatch
     assert len(loaded) == 6 and {path.parent.name for path in loaded[4:]} == {"step-000010"}
     changed = run / "readings" / "step-000000" / f"{ATTENTION}.raw.parquet"
     changed.write_bytes(changed.read_bytes()[:-9])
-    runs = folder.scan()
-    assert runs[0].state == "broken" and "step-000000" in str(runs[0].problem)
-    folder.measures(runs)
-    assert loaded[6:] == [changed.resolve()]
+    _, problems = folder.measures(folder.scan())
+    assert loaded[6:] == [changed.resolve()] and "damaged" in problems["a"][0]
 
 
 @pytest.fixture
@@ -226,7 +235,7 @@ def test_nothing_outside_the_folder_is_read(
     folder = RunsFolder(inside)
     runs = {run.key: run for run in folder.scan()}
     folder.measures(list(runs.values()))
-    bad = {key for key, run in runs.items() if run.state == "broken"}
+    bad = {key for key, run in runs.items() if run.state == "damaged"}
     names = {"linked-run", "linked-up", "with-readings", "with-config.yaml", "with-checkpoints", "one-file", "by-way"}
     assert bad == names, runs
     assert all("leads out of" in str(runs[key].problem) and not runs[key].files for key in bad), runs
@@ -239,6 +248,149 @@ def test_nothing_outside_the_folder_is_read(
     sneaked = ReadingFile(outside / "readings" / "step-000000" / file.name, 0, ATTENTION, "raw", (0, 0))
     numbers, problems = folder.measures([Listed("x", "", "x", "open", files=(sneaked,))])
     assert numbers.empty and "leads out of" in problems["x"][0], "a path is checked again when it is opened"
+
+
+def test_many_runs_are_listed_with_one_bounded_read_each(tmp_path: Path, opened_paths: list[str]) -> None:
+    """A hundred runs: the list opens each config once, no readings file, and nothing again while nothing changes."""
+    made.write_run(tmp_path / "run-000", 0, 5, 10)
+    for place in range(1, 100):
+        shutil.copytree(tmp_path / "run-000", tmp_path / f"run-{place:03d}")
+    folder = RunsFolder(tmp_path)
+    opened_paths.clear()
+    runs = folder.scan()
+    assert len(runs) == 100 and {run.state for run in runs} == {"interrupted"}
+    opened = [path for path in opened_paths if Path(path).is_file()]
+    configs = [str(tmp_path / f"run-{place:03d}" / "config.yaml") for place in range(100)]
+    assert sorted(opened) == configs, "a file was opened beside the configs, or one of them twice"
+    opened_paths.clear()
+    folder.scan()
+    assert not [path for path in opened_paths if Path(path).is_file()], "an unchanged run was read again"
+
+
+def test_no_more_is_read_of_a_config_than_a_config_has(tmp_path: Path) -> None:
+    """300 MB in the place of a config: the reason is given, and neither the bytes nor their YAML are taken in."""
+    run = made.write_run(tmp_path / "a", 0)
+    os.truncate(run / "config.yaml", 300_000_000)
+    tracemalloc.start()
+    problem = listed(tmp_path)["a"].problem
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert f"more than {BOUND:,} bytes" in str(problem)
+    assert peak < 10 * BOUND, f"{peak:,} bytes at once"
+
+
+def test_a_run_that_is_held_trains_and_one_that_is_not_can_be_resumed(tmp_path: Path) -> None:
+    """Its process holds the run's lock; whoever only looks never keeps a run from being taken up."""
+    base = made.run_config("x").model_dump(exclude={"name"})
+    sweep = SweepConfig(name="grid", base=base, cells=[{"position_encoding": "rope", "length": 4, "seed": [0, 1]}])
+    names = [run.name for run in sweep.runs()]
+    for name, config in zip(names, sweep.runs(), strict=True):
+        made.write_run(tmp_path / "grid" / name, 0, 5, config=config)
+    (tmp_path / "grid" / "sweep.yaml").write_text(dump_config(sweep))
+    made.write_run(tmp_path / "toy", 0)
+    made.write_run(tmp_path / "renamed", 0)
+    folder = RunsFolder(tmp_path)
+    with run_lock(tmp_path / "grid" / names[0]):
+        runs = {run.key: run for run in folder.scan()}
+        first, second = (runs[f"grid/{name}"] for name in names)
+        assert (first.state, second.state) == ("training", "interrupted")
+        now = float(first.written or 0) + 150
+        assert short_words(first, now) == "training, 2 min ago, step 5 of 10"
+        assert state_words(first, now) == "training, step 5 of 10, last checkpoint 2 min ago"
+    assert folder.run(f"grid/{names[0]}").state == "interrupted", "the lock was let go"
+    command = f"resume with `revprobe sweep {tmp_path}/grid/sweep.yaml --out {tmp_path}`"
+    assert state_words(second, now).endswith(command), state_words(second, now)
+    assert runs["toy"].resume == f"revprobe train {tmp_path}/toy/config.yaml --out {tmp_path}"
+    assert runs["renamed"].resume == "", "its config would go on in another folder"
+    asking = (tmp_path / "toy" / ".lock").open("a+")
+    fcntl.flock(asking, fcntl.LOCK_SH)
+    letting_go = threading.Timer(0.08, asking.close)
+    letting_go.start()
+    with run_lock(tmp_path / "toy"):  # waits for whoever only asks
+        letting_go.join()
+
+
+def test_a_view_comes_out_of_its_address_as_it_went_in() -> None:
+    view = View(
+        tab="pair",
+        runs=("grid/a b&c=d", "e"),
+        search="ro%pe",
+        only={"state": ("training", "failed"), "seed": ("0",)},
+        run="e",
+        step=500,
+        stored="raw",
+        figure="scatter",
+        layer=3,
+        head=0,
+        fact=made.EVIL,
+        pair=7,
+        weights="both",
+        bands="seeds",
+    )
+    assert View.from_address(view.address()) == view
+    assert View().address() == "" and View.from_address("") == View()
+    assert View.from_address(View(runs=()).address()).runs == (), "no run chosen is not the usual run"
+    wrong = "?tab=secrets&step=1e9&layer=-7&pair=%00&head=99999999999999&weights=&only.password=x&figure=../x"
+    assert View.from_address(wrong) == View()
+    assert View.from_address("?" + "&".join(["chosen=x"] * 5_000)) == View(), "longer than any page writes"
+
+
+def test_what_an_address_asks_for_is_looked_up_in_the_folder(tmp_path: Path, real: Path) -> None:
+    """Runs, steps, layers and facts that are not there become those that are; an address says what is not usual."""
+    shutil.copytree(real / "rope-s0", tmp_path / "a")
+    made.write_run(tmp_path / "b", 0, 5)
+    folder = RunsFolder(tmp_path)
+    first = settle(folder, View())
+    assert first.view.runs == ("a",) and first.address == ""
+    done = settle(folder, View(tab="pair", runs=("../a", "b"), run="../a", step=7, layer=9, fact="zz", pair=3))
+    assert done.gone == ["../a"] and done.view.runs == ("b",) and done.view.run == "b"
+    assert (done.view.step, done.view.layer, done.view.fact, done.view.pair) == (LAST, -1, None, None)
+    assert done.address == "?tab=pair&chosen=b&stored=raw"
+    kept = settle(folder, View(tab="pair", runs=("a",), step=10, layer=0, head=0, fact="b"))
+    assert (kept.view.step, kept.view.layer, kept.view.head, kept.view.fact) == (10, 0, 0, "b")
+    assert kept.view.pair is not None, "a fact's first pair is opened"
+    assert settle(folder, kept.view).view == kept.view, "a settled view stays as it is"
+    made.write_run(tmp_path / "0-new", 0)
+    assert settle(folder, first.view).view.runs == ("a",), "a run that begins takes nobody's place"
+
+
+def test_a_list_that_nothing_is_left_of_says_so(tmp_path: Path) -> None:
+    made.write_run(tmp_path / "a", 0)
+    shown = str(runs_list([], [], now=0.0, narrowed="'zz' with state failed"))
+    assert "No run matches 'zz' with state failed." in shown
+    assert "There are no runs in this folder yet" in str(runs_list([], [], now=0.0))
+
+
+def test_dots_have_the_colours_of_the_figure(tmp_path: Path) -> None:
+    """Each drawn run by its key: also of two runs of one name, and of seeds that one line stands for."""
+    for group, encoding in {"one": "rope", "two": "alibi"}.items():
+        for seed in (0, 1):
+            config = made.run_config(f"same-s{seed}", position_encoding=encoding, seed=seed)
+            made.write_run(tmp_path / group / f"same-s{seed}", 0, 5, config=config)
+    folder = RunsFolder(tmp_path)
+    keys = [run.key for run in folder.scan()]
+    for bands in ("facts", "seeds"):
+        figure, *_ = curves(folder, folder.scan(), weights="ema", bands=bands)
+        colours = figure.layout.meta["colours"]
+        assert sorted(colours) == keys, bands
+        assert {colours[key] for key in keys if key.startswith("one")} == {COLOURS["rope"]}
+        assert {colours[key] for key in keys if key.startswith("two")} == {COLOURS["alibi"]}
+
+
+@pytest.mark.parametrize("weight", [n / 50 for n in range(51)])
+def test_numbers_on_cells_are_readable_on_every_colour(weight: float) -> None:
+    """WCAG's contrast of 4.5 to 1, by its own formula."""
+    look = shade(weight)
+    red, green, blue = (int(one) for one in look["background"][4:-1].split(","))
+    ink = tuple(int(look["color"][place : place + 2], 16) for place in (1, 3, 5))
+
+    def bright(colour: tuple[int, ...]) -> float:
+        parts = [c / 255 for c in colour]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((bright((red, green, blue)), bright(ink)))
+    assert (high + 0.05) / (low + 0.05) >= 4.5, look
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
@@ -326,8 +478,9 @@ def test_weights_are_chosen_per_run(tmp_path: Path) -> None:
     assert told["both"] == told["ema"] | told["raw"]
     figure, *_ = curves(folder, folder.scan(), weights="both", bands="facts")
     assert len({trace.name for trace in figure.data}) == 3 and all(trace.visible for trace in figure.data)
-    choices = checkpoint_choices(folder.run("both"), None, None)
-    assert choices["which"] == "ema" and choices["step"] == -1 and choices["steps"][0]["label"] == "last (step 0)"
+    done = settle(folder, View(tab="checkpoint", runs=("both",)))
+    assert done.view.stored == "ema" and done.view.step == LAST
+    assert done.offers["step"][0] == {"label": "last (step 0)", "value": LAST}
 
 
 def test_filters_keep_the_runs_with_a_wanted_value_on_every_axis() -> None:
@@ -377,7 +530,7 @@ def test_a_pair_of_a_fine_tuning_opens_too_wherever_its_folder_stands(tmp_path: 
     (tmp_path / "first").rename(tmp_path / "moved")
     folder = RunsFolder(tmp_path / "moved")
     run = folder.run("ft")
-    assert run.state == "complete" and run.axes["model"] == "tiny-dream" and run.steps == [0, 1, 2]
+    assert run.state == "finished" and run.axes["model"] == "tiny-dream" and run.steps == [0, 1, 2]
     reading = reading_at(folder, run, ATTENTION, -1, "raw")
     row, opened = pair_row(reading.frame, 2, 1, 1), PairOpener(folder).open(run, reading, 2)
     assert disagreement(opened, row) < 1e-5
@@ -465,13 +618,14 @@ def test_only_requests_to_this_machine_are_answered(client: Any) -> None:
 
 def test_a_request_for_a_run_outside_gets_a_reason_and_no_data(client: Any, tmp_path: Path) -> None:
     """What a page sends is a key, looked up in the list of the folder's runs."""
-    ids = ["one-run", "one-step", "one-which", "one-kind", "one-layer", "one-head", "version"]
     for key, expected in {"a": "9 points", "../secret": "no run", str(tmp_path / "secret"): "no run"}.items():
-        values = [key, 0, "raw", "scatter", None, None, "v"]
-        properties = ["value"] * 6 + ["data"]
-        inputs = [{"id": i, "property": p, "value": v} for i, p, v in zip(ids, properties, values, strict=True)]
-        outputs = [{"id": "one", "property": "figure"}, {"id": "one", "property": "style"}]
-        asked = {"output": "..one.figure...one.style..", "outputs": outputs, "inputs": inputs, "changedPropIds": []}
+        wanted = {"run": key, "step": 0, "stored": "raw", "figure": "scatter", "layer": None, "head": None}
+        inputs = [
+            {"id": "one-asked", "property": "data", "value": wanted},
+            {"id": "theme", "property": "data", "value": "light"},
+        ]
+        outputs = {"id": "one", "property": "figure"}
+        asked = {"output": "one.figure", "outputs": outputs, "inputs": inputs, "changedPropIds": []}
         answer = client.post("/_dash-update-component", json=asked, headers={"Host": "localhost"})
         assert answer.status_code == 200 and expected in answer.get_data(as_text=True), answer.get_data(as_text=True)
     for path in ("/../secret/config.yaml", "/assets/../../secret/config.yaml", "/a/config.yaml"):

@@ -34,7 +34,7 @@ def collection(draw: int = 0, weights: str = WEIGHTS, commit: str = "a" * 40) ->
             "not_run": dict(zip(own.loc[~done, "run"], own.loc[~done, "status"], strict=True)),
             "trained_at_commit": commit,
         }
-    return Section6(runs, found.answers, found.ranks, found.signatures, models, about)
+    return replace(found, runs=runs, models=models, about=about)
 
 
 def without(found: Section6, sweeps: list[str]) -> Section6:

@@ -18,7 +18,9 @@ from revprobe.finetune.config.finetuning import FinetuneSweepConfig
 from revprobe.finetune.config.loading import dump_config, merged
 from revprobe.finetune.config.pretraining import PretrainSweepConfig
 from revprobe.finetune.runs.pretraining import PretrainedModel
+from revprobe.report.html.section6 import html
 from revprobe.report.paper.section6 import miniature
+from revprobe.report.paper.section6.collect import without_folders
 from revprobe.report.paper.section6.frames import Section6
 from revprobe.report.paper.section6.miniature import Miniature
 from revprobe.report.paper.section6.page import markdown
@@ -78,6 +80,8 @@ def test_the_smallest_cell_goes_from_look_alike_data_to_a_page(made: tuple[Path,
     assert set(found.ranks["split"]) == {"train", "heldout"}
     assert {"attention_correlation", "gradient_cosine", "reverse_probability"} <= set(found.signatures["measure"])
     assert page == markdown(found), "the page is drawn from the tables alone"
+    assert (out / "section6.html").read_text(encoding="utf-8") == html(found)
+    assert f"written: {out / 'section6.html'}" in said, "the page to open comes first"
     assert found.models["mini-llama"]["status"] == "finished"
     data = found.about["data"]
     assert list(data) == ["data/parent_child_pairs.csv"], "the plan's paths, not this machine's"
@@ -136,23 +140,67 @@ def test_a_model_of_another_config_is_not_taken_for_the_planned_one(made: tuple[
     assert other.collect().models["mini-llama"] == {"status": "a model of another config lies in its folder"}
 
 
+def fails(*_: object, **__: object) -> None:
+    raise RunsFailed("1 of 2 runs failed (x: no luck)")
+
+
+def has_no_memory(*_: object, **__: object) -> None:
+    raise MemoryError
+
+
 def test_what_fails_is_named_after_the_page_of_the_rest_is_written(
     made: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise RunsFailed("1 of 2 runs failed (x: no luck)")
-
-    def no_model(*_: object, **__: object) -> None:
-        raise MemoryError
-
     out = made[0]
-    monkeypatch.setattr("revprobe.report.run_sweep.run_sweep", fail)
-    monkeypatch.setattr("revprobe.finetune.runs.pretraining.pretrain", no_model)
+    monkeypatch.setattr("revprobe.report.run_sweep.run_sweep", fails)
     (out / "section6.md").unlink()
     done = CliRunner().invoke(app, [*COMMAND, "--out", str(out)])
     assert isinstance(done.exception, RevprobeError)
-    assert str(done.exception) == "mini-llama: MemoryError; section6: 1 of 2 runs failed (x: no luck)"
+    assert str(done.exception) == "section6: 1 of 2 runs failed (x: no luck)"
     assert (out / "section6.md").is_file()
+
+
+def test_runs_of_a_model_that_could_not_be_made_are_not_started(
+    made: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would fail one by one, or, with a half-made model of the same name in place, start from that."""
+    out, started = made[0], list[object]()
+    monkeypatch.setattr("revprobe.report.run_sweep.run_sweep", lambda *asked, **_: started.append(asked))
+    monkeypatch.setattr("revprobe.finetune.runs.pretraining.pretrain", has_no_memory)
+    done = CliRunner().invoke(app, [*COMMAND, "--out", str(out)])
+    assert isinstance(done.exception, RevprobeError) and str(done.exception) == "mini-llama: MemoryError"
+    assert not started and "section6: 1 of 1 runs are not started, for want of their model" in done.output
+    assert (out / "section6.md").is_file(), "what was made before makes a page"
+    asked = Miniature.of(Path("x"), only=["ablations"])
+    (sweep,) = asked.sweeps_to_run()
+    able = asked.runs_without(sweep, ["mini-llada-absolute", "mini-llama-both", "mini-qwen2"])
+    assert {run.name for run in sweep.runs()} - set(able) == {
+        f"mini-llada-parent-child-P2C-{variant}-s{seed}"
+        for variant in ("absolute", "llama-read-both")
+        for seed in range(3)
+    }
+
+
+def test_a_failure_is_told_without_the_folders_of_a_machine(made: tuple[Path, str]) -> None:
+    """In the tables, which are committed; the terminal of the machine names them in full."""
+    out = made[0]
+    folder, model = out / "section6" / RUN, out / "mini-models" / "mini-llama"
+    asked = Miniature.of(out, only=["main"], quick=True)
+    kept = {file: file.read_bytes() for file in (folder / "config.yaml", model / "config.yaml")}
+    try:
+        (folder / "config.yaml").write_text("name: [broken")
+        (status,) = asked.collect().runs["status"]
+        assert "config.yaml" in status and str(out) not in status and "…/config.yaml" in status
+    finally:
+        for file, text in kept.items():
+            file.write_bytes(text)
+    for told, expected in (
+        ("no file '/home/me/my runs/x.csv' (see /tmp/log.txt)", "no file '…/x.csv' (see …/log.txt)"),
+        (r"C:\Users\me\x.txt is gone, ~/a/b.csv too", "…/x.txt is gone, …/b.csv too"),
+        ("1/2 of https://a.b/c, forward / reverse, runs/a/b", "1/2 of https://a.b/c, forward / reverse, runs/a/b"),
+        ("at file:/opt/q.py:3", "at file:…/q.py:3"),
+    ):
+        assert without_folders(told) == expected
 
 
 def test_a_stop_says_that_the_same_command_goes_on(made: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,188 @@
+"""Works on a Ray cluster: each is a task with its own CPUs and GPUs, placed anywhere.
+
+The task starts the same process as on one machine (`child`) and passes its news on, so the run's threads are its own,
+whatever Ray sets in its workers, and its bytes are those of a run done here.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import RevprobeError, first_line
+from .child import GRACE_SECONDS, Child, Ending, News
+from .launcher import Display, Listener, Work
+from .local import say_ending
+from .ray_cluster import connected, require_like_nodes
+
+_POLL = 0.2  # seconds; so soon a cancelled task notices
+# What the one who starts the sweep has set goes along, but for what opens doors.
+_PASSED_ON = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "REVPROBE_", "CUBLAS_")
+_KEPT = "TOKEN"
+
+
+class Began(NamedTuple):
+    """A task has its place."""
+
+    host: str
+
+
+class RayLauncher:
+    """A Ray cluster, at `address` or started here; as many works side by side as it has room for, or `jobs`."""
+
+    def __init__(self, jobs: int | None = None, address: str | None = None) -> None:
+        self.jobs, self.address = jobs, address
+
+    def run_all(self, works: Sequence[Work], folder: Path, display: Display) -> dict[str, str]:
+        """As `Launcher.run_all`.
+
+        Raises: RevprobeError, when there is no cluster, its nodes are not alike or do not see `folder`, or none has
+            what a work needs.
+        """
+        if not works:
+            return {}
+        folder = folder.resolve()
+        with connected(self.address) as ray:
+            require_like_nodes(ray, [folder, Path.cwd()])
+            needs = {work.name: needs_of(work, ray.nodes()) for work in works}
+            return _Tasks(ray, folder, display, needs).run(works, self.jobs)
+
+
+def needs_of(work: Work, nodes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The CPUs and GPUs of a work's task; no more CPUs than the largest node has, since threads can share one.
+
+    Raises: RevprobeError, when no node has a CPU, or a GPU that the work asks for.
+    """
+    largest: Callable[[str], float] = lambda kind: max(  # noqa: E731
+        (node["Resources"].get(kind, 0.0) for node in nodes if node["Alive"]), default=0.0
+    )
+    if largest("CPU") < 1:
+        raise RevprobeError("no node of the cluster has a CPU to give; start one with `ray start --address=HOST:PORT`")
+    if work.device == "cuda" and largest("GPU") < 1:
+        raise RevprobeError(f"{work.name} asks for device cuda, and no node of the cluster has a GPU; set device: auto")
+    gpus = 1.0 if work.device == "cuda" or (work.device == "auto" and largest("GPU") >= 1) else 0.0
+    return {"num_cpus": min(float(work.threads), largest("CPU")), "num_gpus": gpus}
+
+
+def do_work(work: Work, folder: str, place: str, environment: dict[str, str]) -> Iterator[Began | News | Ending]:
+    """A task: do one work in a process of its own, from the folder that the sweep was started in."""
+    child = Child(work, Path(folder), environment, place=Path(place))
+    try:
+        yield Began(platform.node())
+        yield from (news for news in child.news_or_none(_POLL) if news is not None)
+        yield child.ended()
+    finally:
+        child.stop()  # nothing is left to stop where it has ended; a cancelled task gets here too
+
+
+@dataclass
+class _Running:
+    """A task that was asked for, and since when it has been doing its work."""
+
+    work: Work
+    began: float | None = None
+    tell: Listener | None = None
+
+
+@dataclass
+class _Tasks:
+    """The works as tasks of a cluster, heard in one loop."""
+
+    ray: Any
+    folder: Path
+    display: Display
+    needs: dict[str, dict[str, float]]
+    running: dict[Any, _Running] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+
+    def run(self, works: Sequence[Work], jobs: int | None) -> dict[str, str]:
+        """Do them all; what is raised in here cancels what runs."""
+        waiting = deque(works)
+        try:
+            while waiting or self.running:
+                while waiting and (jobs is None or len(self.running) < jobs):
+                    self._submit(waiting.popleft())
+                for stream in self._ready(1.0):
+                    self._hear(stream)
+        except BaseException:
+            self._cancel()
+            raise
+        return self.problems
+
+    def _submit(self, work: Work) -> None:
+        task = self.ray.remote(max_retries=0, num_returns="streaming", **self.needs[work.name])(do_work)
+        given = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON) and _KEPT not in name}
+        self.running[task.options(name=work.name).remote(work, str(self.folder), os.getcwd(), given)] = _Running(work)
+
+    def _ready(self, seconds: float) -> list[Any]:
+        streams = list(self.running)
+        ready, _ = self.ray.wait(streams, num_returns=1, timeout=seconds, fetch_local=False)
+        return list(ready)
+
+    def _hear(self, stream: Any) -> None:
+        """One thing that a task has to say."""
+        one = self.running[stream]
+        try:
+            told = self.ray.get(next(stream))
+        except StopIteration:
+            self._over(stream, "its task ended without a word; run the same command again to go on")
+        except lost_errors(self.ray):
+            self._over(stream, "its node or worker was lost; run the same command again to go on")
+        except self.ray.exceptions.RayError as error:
+            self._over(stream, first_line(getattr(error, "cause", None) or error))
+        else:
+            if isinstance(told, Began):
+                one.began, one.tell = time.monotonic(), self.display.listen(one.work)
+                self.display.say(f"{one.work.name}: started on {told.host}")
+            elif isinstance(told, Ending):
+                self._ended(stream, told)
+            elif one.tell is not None:
+                one.tell(*told)
+
+    def _ended(self, stream: Any, ending: Ending) -> None:
+        one = self.running.pop(stream)
+        self.display.done(one.work)
+        say_ending(one.work, ending, time.monotonic() - (one.began or time.monotonic()), self.display)
+        if ending.problem is not None:
+            self.problems[one.work.name] = ending.problem
+
+    def _over(self, stream: Any, problem: str) -> None:
+        """A task that could not say how its work ended."""
+        one = self.running.pop(stream)
+        if one.tell is not None:
+            self.display.done(one.work)
+        self.display.say(f"{one.work.name}: failed: {problem}")
+        self.problems[one.work.name] = problem
+
+    def _cancel(self) -> None:
+        """End all tasks, and wait until their processes have ended: a worker that is killed would leave its own."""
+        for stream in self.running:
+            self.ray.cancel(stream)
+        deadline = time.monotonic() + 2 * GRACE_SECONDS
+        while self.running and time.monotonic() < deadline:
+            for stream in self._ready(deadline - time.monotonic()):
+                try:
+                    self.ray.get(next(stream))
+                except (StopIteration, self.ray.exceptions.RayError):
+                    del self.running[stream]
+
+
+def lost_errors(ray: Any) -> tuple[type[Exception], ...]:
+    """What Ray raises when a node, a worker or an actor is gone, and not the code that ran there.
+
+    By these a loss is told: for a while after it died, a node is still listed as alive.
+    """
+    kinds = ray.exceptions
+    return (
+        kinds.NodeDiedError,
+        kinds.WorkerCrashedError,
+        kinds.LocalRayletDiedError,
+        kinds.RayActorError,
+        kinds.ObjectLostError,
+    )

@@ -1,0 +1,118 @@
+// The script of the dashboard's page: the address, light and dark, tabs by click and key, and the chosen runs.
+//
+// It keeps what is chosen itself and tells the server the whole of it, so that neither a quick second click nor a list
+// drawn anew loses the first. Dash calls the functions at the end by their names (see app.py).
+
+(() => {
+  const tell = (store, data) => window.dash_clientside.set_props(store, {data});
+  const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+  let chosen = [], looks = 0, focused = null;
+
+  // --- The chosen runs: one line of the list is a check box ---
+
+  function choose(keys, on) {
+    const others = chosen.filter((key) => !keys.includes(key));
+    chosen = on ? [...chosen, ...keys.filter((key) => !chosen.includes(key))] : others;
+    for (const line of all("[data-run]"))
+      if (keys.includes(line.dataset.run)) line.setAttribute("aria-checked", String(on));
+    tell("selected", [...chosen]);
+  }
+  document.addEventListener("focusin", ({target}) => { focused = target.closest("[data-run]")?.dataset.run ?? null; });
+  const runsOf = (heading) => all("[data-run]", heading.closest(".sweep")).map((line) => line.dataset.run);
+
+  // --- Tabs: by click, and by arrow keys, Home and End ---
+
+  function openTab(name) {
+    show(name);
+    tell("tab", name);
+  }
+  function show(name) {
+    for (const tab of all("[data-tab]")) {
+      const open = tab.dataset.tab === name;
+      tab.setAttribute("aria-selected", String(open));
+      tab.tabIndex = open ? 0 : -1;
+      document.getElementById(tab.getAttribute("aria-controls")).hidden = !open;
+    }
+    document.getElementById("chooser").hidden = name === "training";
+  }
+  function step(tab, key) {
+    const tabs = all("[data-tab]"), at = tabs.indexOf(tab), last = tabs.length - 1;
+    const to = {ArrowRight: at === last ? 0 : at + 1, ArrowLeft: at ? at - 1 : last, Home: 0, End: last}[key];
+    if (to === undefined) return false;
+    tabs[to].focus();
+    openTab(tabs[to].dataset.tab);
+    return true;
+  }
+
+  document.addEventListener("click", ({target}) => {
+    const line = target.closest("[data-run]"), every = target.closest("[data-every]"), tab = target.closest("[data-tab]");
+    if (line) choose([line.dataset.run], line.getAttribute("aria-checked") !== "true");
+    if (every) choose(runsOf(every), every.dataset.every === "all");
+    if (tab) openTab(tab.dataset.tab);
+  });
+  document.addEventListener("keydown", (event) => {
+    const tab = event.target.closest?.("[data-tab]");
+    if (tab && step(tab, event.key)) event.preventDefault();
+  });
+
+  // --- Light and dark: chosen here, remembered by this browser, and known before anything is drawn ---
+
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  let wish = "system";
+  try { wish = localStorage.getItem("revprobe-theme") || wish; } catch { /* a browser may keep nothing */ }
+  const dark = () => wish === "dark" || (wish !== "light" && system.matches);
+  const dress = () => document.documentElement.classList.toggle("dark", dark());
+  dress();
+  system.addEventListener("change", () => { dress(); tell("theme", dark() ? "dark" : "light"); });
+
+  // --- What Dash calls ---
+
+  window.dash_clientside = window.dash_clientside || {};
+  const look = () => ({search: location.search, look: ++looks});
+  addEventListener("popstate", () => tell("url", look()));
+  let dressedBefore = false;
+  window.dash_clientside.revprobe = {
+    // The page has been opened: what its address asks for, and the theme that was chosen before.
+    opened: () => {
+      if (wish !== "system") window.dash_clientside.set_props("theme-choice", {value: wish});
+      return look();
+    },
+    // A view was settled: the address says it; a step of the visitor's own can be gone back from.
+    addressed: (address) => {
+      if (address && address.search !== location.search)
+        history[address.push ? "pushState" : "replaceState"](null, "", location.pathname + address.search);
+      return window.dash_clientside.no_update;
+    },
+    dressed: (value) => {
+      if (dressedBefore || value !== "system") {
+        wish = value;
+        try { localStorage.setItem("revprobe-theme", value); } catch { /* as above */ }
+      }
+      dressedBefore = true;
+      dress();
+      return dark() ? "dark" : "light";
+    },
+    shown: (view) => {
+      if (view) {
+        chosen = [...view.runs];
+        show(view.tab);
+      }
+      return window.dash_clientside.no_update;
+    },
+    // As high as a figure asks for, and as wide where it says so.
+    sized: (figure) => {
+      const {height, width} = figure?.layout ?? {};
+      return {height: `${Math.round(height ?? 450)}px`, ...(width ? {width: `${Math.round(width)}px`} : {})};
+    },
+    // The list or the figure was drawn: a run's dot has the colour of its line, and the line that had the focus has it.
+    dotted: (figure) => {
+      const colours = figure?.layout?.meta?.colours ?? {};
+      setTimeout(() => {
+        for (const dot of all("[data-dot]")) dot.style.background = colours[dot.dataset.dot] ?? "";
+        if (focused && document.activeElement === document.body)
+          all("[data-run]").find((line) => line.dataset.run === focused)?.focus({preventScroll: true});
+      }, 0);
+      return window.dash_clientside.no_update;
+    },
+  };
+})();
