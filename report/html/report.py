@@ -25,6 +25,7 @@ from ...probes.figures.controls import LOOKS
 from ...probes.figures.training_curves import VIEWS, measures_with_reasons, signatures_figure
 from ...probes.statistics.estimators import STATISTICS_VERSION
 from ..summary.controls import controls_frame, last_controls
+from ..summary.finding import finding
 from ..summary.tables import final_table, format_final_table
 from .explorer_tabs import explorer
 from .page import choice, controls, details, figure_data, figure_place, folded, page, paragraph, section, table
@@ -103,14 +104,17 @@ def _document(
     sections: Sequence[Markup],
 ) -> str:
     """The page: what it is about, and a tab for each side of the runs; a tab without data says why."""
-    overview = [section("runs", "Runs", _runs_table(runs)), *sections]
+    listed = section("runs", "Runs", _runs_table(runs))
     if summary.empty:
         why = "There are no runs here yet." if not runs else "No run has a reading yet."
-        overview.insert(0, paragraph(f"Nothing to show: {why}"))
+        overview = [paragraph(f"Nothing to show: {why}"), listed, *sections]
     else:
+        # What came out, the figure of it, and only then the tables.
         measured = pd.concat([part for part in measures.values() if len(part)], ignore_index=True)
-        overview += [_final_section(runs, summary), _signatures_section(measured, held_against)]
+        overview = [section("finding", "Finding", *(paragraph(text) for text in finding(final_table(summary))))]
+        overview += [_signatures_section(measured, held_against), _final_section(runs, summary), *sections]
         overview += [_controls_section(held_against)] if len(held_against) else []
+        overview.append(listed)
     chooser, explored = explorer(runs)
     tabs = [
         ("overview", "overview", [*overview, _warnings(runs)]),

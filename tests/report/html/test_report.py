@@ -181,7 +181,18 @@ def test_the_page_holds_the_numbers_of_the_readings(runs: list[RunRecord], writt
         np.testing.assert_allclose(y, expected, rtol=1e-4)
     assert len(drawn) == 3, drawn.keys()
     names = [a["id"] for tag, a in Elements(written.read_text()).tags if tag == "section"]
-    asked = ["top", "runs", "final", "signatures", "undefined", "routing", "gradients", "probability", "storage"]
+    asked = [
+        "top",
+        "finding",
+        "signatures",
+        "final",
+        "runs",
+        "undefined",
+        "routing",
+        "gradients",
+        "probability",
+        "storage",
+    ]
     asked += ["edits", "configuration", "versions"]
     assert names == [f"section-{name}" for name in asked], names
     data = figures["run-0"]
