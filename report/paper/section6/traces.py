@@ -81,7 +81,7 @@ def _by_step(table: pd.DataFrame) -> list[Row]:
 
 
 def _cell(row: dict[str, Any], digits: int) -> str:
-    """Value, interval, control and n; a number without an interval says so, one that no state moves is called nothing."""
+    """Value, interval, control and n; a number without an interval says so."""
     if pd.isna(row["value"]):
         return f"undefined ({row['reason']})"
     low, high = float(row["low"]), float(row["high"])
