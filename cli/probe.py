@@ -50,6 +50,7 @@ def probe(
     load: Load = None,
 ) -> None:
     """Take readings of one model and show them beside their controls."""
+    from ..finetune.config.loading import require_no_config
     from ..finetune.runs.progress import shown_probes
     from ..finetune.training.probe_callback import take_readings
     from ..models.registry import load_model
@@ -63,6 +64,7 @@ def probe(
     own, theirs = parted_load(load, parent)
     if out is not None:
         require_folder(out)
+    require_no_config(model)
     probed = load_model(model, **load_options(own, step=step, weights=weights, device=device))
     given = pairs_of(pairs, probed, placements, alphabet)
     elder = None if parent is None else load_model(parent, **load_options(theirs, step=-1, device=device))

@@ -39,7 +39,7 @@ from revprobe.probes.figures.token_strip import token_strip
 from revprobe.probes.figures.training_curves import measures_with_reasons
 from revprobe.probes.statistics.by_distance import cell_correlations, distance_correlations, unit_correlations
 from revprobe.probes.statistics.by_head import head_correlations
-from revprobe.probes.statistics.by_role import cell_cosines
+from revprobe.probes.statistics.by_role import NETWORK, cell_cosines
 from tiny import made_probabilities
 
 DISTANCES = ["distance_forward", "distance_reverse"]
@@ -377,6 +377,8 @@ def test_cell_cosines_equal_the_reading_on_each_cell(by: list[str]) -> None:
     frame["layer"] = frame["role"].map({"embed": pd.NA, "q": 0, "v": 1}).astype("Int64")
     frame.loc[(frame["pair"] == 3) & (frame["role"] == "q"), "norm_forward"] = 1e-9  # below the floor
     found = cell_cosines(frame, by)
+    if "role" in by:
+        assert found["role"].map(NETWORK.index).is_monotonic_increasing
     slow = Reading(reading.name, frame, reading.meta).summary(by=by or None)
     if by:
         found = found.set_index("role").loc[slow["role"]]
