@@ -31,6 +31,7 @@ from revprobe.atomic_files import write_text
 
 SIZE, SIZES = "REVPROBE_NOTEBOOK_SIZE", ("full", "small")
 PICTURE, JSON = "png", "plotly_mimetype"
+NO_BARS = {"TQDM_DISABLE": "1"}  # which calls take long enough for one depends on the machine
 CELL_TIMEOUT = 1800  # seconds
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -51,7 +52,7 @@ def executed(notebook: Path, folder: Path, *, size: str = "full", pictures: bool
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     settings = {"kernel_name": "python3", "timeout": CELL_TIMEOUT, "record_timing": False}
-    surroundings = {**os.environ, SIZE: size, "PLOTLY_RENDERER": renderer() if pictures else JSON}
+    surroundings = {**os.environ, SIZE: size, "PLOTLY_RENDERER": renderer() if pictures else JSON, **NO_BARS}
     NotebookClient(loaded, resources={"metadata": {"path": str(folder)}}, **settings).execute(env=surroundings)
     # The kernel writes its Python's version here, which would change with every machine.
     loaded.metadata["language_info"] = {"name": "python"}

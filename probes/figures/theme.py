@@ -158,15 +158,15 @@ def interval_text(
         return "undefined"
     # Ends that round to one number would read as an interval of no width: they get the digits that tell them apart.
     least = digits or (1 if percent else 2)
-    told_apart = (n for n in range(least, 17) if _rounded(low, percent, n) != _rounded(high, percent, n))
+    told_apart = (n for n in range(least, 17) if rounded(low, n, percent) != rounded(high, n, percent))
     # None without an interval, or with one of no width, which would claim certainty.
     places = next(told_apart, None) if low < high else None
-    ends = "" if places is None else f" [{_rounded(low, percent, places)}, {_rounded(high, percent, places)}]"
+    ends = "" if places is None else f" [{rounded(low, places, percent)}, {rounded(high, places, percent)}]"
     # A number by itself shows one digit that is not zero.
-    finest = next((n for n in range(least, 17) if value == 0 or float(_rounded(value, percent, n))), least)
+    finest = next((n for n in range(least, 17) if value == 0 or float(rounded(value, n, percent))), least)
     places = places or finest
-    beside = "" if math.isnan(control) else f" (control {_rounded(control, percent, places)})"
-    return f"{_rounded(value, percent, places)}{ends}{beside}"
+    beside = "" if math.isnan(control) else f" (control {rounded(control, places, percent)})"
+    return f"{rounded(value, places, percent)}{ends}{beside}"
 
 
 def difference_text(value: float, low: float, high: float, control: float = math.nan) -> str:
@@ -180,7 +180,8 @@ def difference_text(value: float, low: float, high: float, control: float = math
     return interval_text(value, low, high, control, digits=digits)
 
 
-def _rounded(number: float, percent: bool, digits: int) -> str:
+def rounded(number: float, digits: int, percent: bool = False) -> str:
+    """A number with so many digits behind the point; what rounds to zero has no sign."""
     text = f"{100 * number if percent else number:.{digits}f}"
     # A control just below zero would print as "-0.00", and its sign says nothing.
     return text.removeprefix("-") if float(text) == 0 else text

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from ....probes.figures.theme import rounded
 from ..table7 import cell_text
 from .frames import FINISHED, Section6
 from .plan import LEARNED, SEEDS, Cell
@@ -74,9 +75,8 @@ def by_seed(values: Sequence[float | None], *, percent: bool = True, digits: int
     >>> by_seed([0.5, None, 0.25])
     '50.0, -, 25.0'
     """
-    scale = 100 if percent else 1
     return ", ".join(
-        "-" if value is None else "undefined" if math.isnan(value) else f"{scale * value:.{digits}f}"
+        "-" if value is None else "undefined" if math.isnan(value) else rounded(value, digits, percent)
         for value in values
     )
 

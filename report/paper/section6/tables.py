@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ....probes.figures.theme import interval_text
+from ....probes.figures.theme import interval_text, rounded
 from .ablations import IN_PLACE, NOT_PREDICTED, PREDICTIONS, R, number
 from .cells import at_last, at_reached, by_seed, cell_words, lacking, mean, seed_rows
 from .frames import FINISHED, KINDS, Section6
@@ -173,7 +173,7 @@ def _interval(row: dict[str, Any]) -> str:
 
 
 def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2f}"
+    return "-" if math.isnan(value) else rounded(value, 2)
 
 
 def verdicts(claims: Iterable[Claim], *, of: bool = True) -> Rows:

@@ -9,6 +9,7 @@ import pandas as pd
 from ....finetune.runs.finetuning import FinetuneRun
 from ....probes.deep.causal_trace import probe_causal_trace
 from ....probes.deep.denoising import trace_denoising
+from ....probes.figures.theme import interval_text, rounded
 from ....probes.readings.reading import Reading
 from ..reproduce import records
 from .blocks import Block, Row, Table, Text
@@ -16,6 +17,7 @@ from .frames import Section6, tidy
 
 SITES = ("residual", "attention", "mlp")
 CAUSAL, DENOISING = "causal trace", "denoising trace"
+NOTHING = 1e-3  # nats: an interval within this of zero is rounding, of a state that does not reach the answer
 ABOUT = (
     "{run}, weights of step {step}, the probes' questions about {facts} trained facts. Causal trace: the evidence is "
     "replaced by another fact's, then one clean state is put back; nats of the target's log-probability that return, "
@@ -82,6 +84,10 @@ def _cell(row: dict[str, Any], digits: int) -> str:
     """Value, interval, control and n; a number without an interval says so."""
     if pd.isna(row["value"]):
         return f"undefined ({row['reason']})"
-    number = lambda value: "-" if pd.isna(value) else f"{value:.{digits}f}"  # noqa: E731
-    interval = "" if pd.isna(row["low"]) else f" [{number(row['low'])}, {number(row['high'])}]"
-    return f"{number(row['value'])}{interval} ({number(row['control'])}; n = {row['n']})"
+    low, high = float(row["low"]), float(row["high"])
+    if row["instrument"] == CAUSAL and max(-low, high) < NOTHING:
+        told = f"below {NOTHING:g}"
+    else:
+        told = interval_text(float(row["value"]), low, high, digits=digits)
+    control = "-" if pd.isna(row["control"]) else rounded(float(row["control"]), digits)
+    return f"{told} ({control}; n = {row['n']})"

@@ -62,5 +62,18 @@ def test_a_cell_without_a_number_says_why(table: pd.DataFrame) -> None:
     assert "undefined (the reason)" in blocks(Section6(traces=broken))[1].markdown()
 
 
+def test_no_cell_shows_an_interval_of_no_width(table: pd.DataFrame) -> None:
+    """What no state can move differs from zero by rounding; a narrow interval gets the digits that show its width."""
+    first = table.index[table["instrument"] == CAUSAL][0]
+    for low, value, high, told in (
+        (-3e-7, -1e-8, 2e-7, "below 0.001 ("),
+        (0.031, 0.033, 0.034, "0.033 [0.031, 0.034] ("),
+        (-0.02, -0.003, 0.01, "-0.00 [-0.02, 0.01] (".replace("-0.00", "0.00")),
+    ):
+        near = table.copy()
+        near.loc[first, ["low", "value", "high"]] = (low, value, high)
+        assert told in blocks(Section6(traces=near))[1].markdown()
+
+
 def test_without_traces_the_page_names_the_command() -> None:
     assert "examples/section6_traces.py" in blocks(Section6())[0].markdown()
