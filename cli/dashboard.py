@@ -20,7 +20,7 @@ def dashboard(
     every: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks at the folder.")] = 2.0,
     export: Annotated[
         Path | None,
-        typer.Option(help="Write the runs as a static folder to hand on and end: what `revprobe report --bundle` does."),
+        typer.Option(help="Write the runs as a static folder to hand on, as `revprobe report --bundle` does, and end."),
     ] = None,
 ) -> None:
     """Look at runs in the browser, also while they train: curves over each other, one checkpoint, one pair's tokens."""

@@ -1,7 +1,7 @@
 """Taking out of runs what names a machine, its user and where files lie on it, before anything of them is handed on.
 
-A path keeps its last part (`.../llada-tiny`), a user's name becomes USER and a host's HOST. The texts of facts and tokens
-are data: only this machine's own folders are taken out of them, so a fact that happens to be called as the user stays.
+A path keeps its last part (`.../llada-tiny`), a user's name becomes USER and a host's HOST. The texts of facts and
+tokens are data: only this machine's own folders are taken out of them, so a fact that is called as the user stays.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ T = TypeVar("T")
 
 USER, HOST = "USER", "HOST"
 # Names that thousands of machines share: they tell nothing, and are words that a page is made of.
-NOBODY = {"root", "user", "users", "home", "admin", "guest", "nobody", "default", "ubuntu", "debian", "runner", "docker"}
-NOBODY |= {"jovyan", "localhost", "local", "host", "vm", "data", "test", "app", ""}
+NOBODY = {"root", "user", "users", "home", "admin", "guest", "nobody", "default", "ubuntu", "debian", "runner"}
+NOBODY |= {"docker", "jovyan", "localhost", "local", "host", "vm", "data", "test", "app", ""}
 # What readings say in words of their own, which a name could equal.
 KEPT = {"weights", "kind", "objective", "statistic", "dtype", "position_encoding", "asked", "split", "direction"}
 SURE = 4  # letters of a name that is looked for in a finished page, where packed numbers are text as well
@@ -40,6 +40,8 @@ _PART = r"[^\s'\"`,;:()\[\]{}<>|\\/]"
 _QUOTED = re.compile(r"(?P<mark>['\"`])(?P<path>(?:/|[A-Za-z]:[\\/]|\\\\)[^'\"`\n]+)(?P=mark)")
 _POSIX = re.compile(rf"(?:file://|(?<![\w.~/<\-]))(?P<path>(?:/{_PART}+){{2,}}/?)")
 _WINDOWS = re.compile(r"(?<!\w)(?P<path>(?:[A-Za-z]:|\\\\)[\\/]?[^\s'\"`,;:()\[\]{}<>|/]+\\[^\s'\"`,;:()\[\]{}<>|]*)")
+# Below a known folder a blank belongs to the path where the word behind it leads on to another part.
+_BELOW = rf"(?:[/\\](?:{_PART}| (?={_PART}+[/\\]))*)*"
 # A value that is a path and nothing else may hold blanks; a sentence that begins with one has other marks besides.
 _WHOLE = re.compile(r"(?:file://)?/[^\n;:('\"]+|[A-Za-z]:[\\/][^\n;:('\"]*|\\\\[^\n;:('\"]+")
 
@@ -71,7 +73,7 @@ class Private:
         return text
 
     def value(self, value: T, key: object = None) -> T:
-        """Plain values, however nested, without paths and names; what stands under a key of KEPT loses its paths alone."""
+        """Plain values, however nested, without paths and names; under a key of KEPT without paths alone."""
         return self._value(value, key)
 
     def markup(self, part: Markup) -> Markup:
@@ -96,11 +98,13 @@ class Private:
         if meta == reading.meta and frame is reading.frame:
             return reading
         made = replace(reading, meta=meta, frame=frame)
-        made.__dict__.update({name: reading.__dict__[name] for name in ("measured", "_measures") if name in reading.__dict__})
+        made.__dict__.update(
+            {name: reading.__dict__[name] for name in ("measured", "_measures") if name in reading.__dict__}
+        )
         return made
 
     def frame(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Rows whose texts hold none of the folders; a model's name is told as everywhere. The same where nothing is."""
+        """Rows whose texts hold none of the folders, and a model's name no other path; the same where nothing is."""
         changed = {}
         for name in frame.columns:
             if is_numeric_dtype(frame[name]):
@@ -129,7 +133,7 @@ class Private:
     def _without_folders(self, text: str) -> str:
         for folder in self.folders:
             if folder in text:
-                text = re.sub(_folder_pattern(folder) + rf"(?:[/\\]{_PART}*)*", self._shortened_match, text)
+                text = re.sub(_folder_pattern(folder) + _BELOW, self._shortened_match, text)
         return text
 
     def _without_names(self, text: str) -> str:
@@ -140,8 +144,8 @@ class Private:
 
     def _shortened(self, path: str) -> str:
         last = re.split(r"[/\\]", path.rstrip("/\\"))[-1]
-        own = {re.split(r"[/\\]", str(one))[-1] for one in _own_folders()}
-        short = "..." if not last or last in own else f".../{self._without_names(last)}"
+        own = {str(place) for one in _own_folders() for place in (one, one.resolve())}
+        short = "..." if not last or path.rstrip("/\\") in own else f".../{self._without_names(last)}"
         self.said[path] = short
         return short
 
