@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import RevprobeError
+from .report import write_bundle
 
 
 def dashboard(
@@ -17,8 +18,15 @@ def dashboard(
     host: Annotated[str, typer.Option(help="Where to listen; only this machine by default.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8050,
     every: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks at the folder.")] = 2.0,
+    export: Annotated[
+        Path | None,
+        typer.Option(help="Write the runs as a static folder to hand on, as `revprobe report --bundle` does, and end."),
+    ] = None,
 ) -> None:
     """Look at runs in the browser, also while they train: curves over each other, one checkpoint, one pair's tokens."""
+    if export is not None:
+        write_bundle(runs_dir, export)
+        return
     try:
         import dash  # noqa: F401  # the extra; what follows imports it
     except ImportError:
