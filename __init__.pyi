@@ -2,6 +2,7 @@
 
 __version__: str
 
+from .engines.ray_workers import ray_workers as ray_workers
 from .errors import RevprobeError as RevprobeError
 from .finetune.analysis.objective_steps import objective_steps as objective_steps
 from .finetune.analysis.objective_terms import objective_terms as objective_terms

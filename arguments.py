@@ -46,6 +46,7 @@ FIXES = {
     "questions": "make them with relation.questions(...)",
     "reading": "pass what a probe returned",
     "figure": "pass what reading.plot() returned",
+    "workers": "make them with ray_workers(4)",
     "rows": "name positions for each sequence, such as rows=[[9]]",
     "columns": "name them one by one, such as [[0]] for positions or ['parent', 'child'] for a table",
 }
@@ -147,7 +148,8 @@ def _fitted(value: Any, kind: Any, bounds: tuple[int, int] = ANY_WHOLE) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _fitted_union(value, typing.get_args(kind), bounds)
     if origin is Literal:
-        return value if value in typing.get_args(kind) else _MISFIT
+        same = (isinstance(value, type(option)) and value == option for option in typing.get_args(kind))
+        return value if any(same) else _MISFIT
     if origin in _LISTS:
         return _fitted_list(value, kind, bounds)
     if origin is collections.abc.Callable:

@@ -97,7 +97,9 @@ def _listening(
 
 
 def _can_be_seen() -> bool:
-    """On a terminal or in a notebook; of several processes or threads the first alone draws."""
+    """On a terminal or in a notebook, unless TQDM_DISABLE is set; the first alone of several processes or threads."""
+    if os.environ.get("TQDM_DISABLE"):  # tqdm's own kind for notebooks does not ask
+        return False
     if os.environ.get("RANK", "0") != "0" or threading.current_thread() is not threading.main_thread():
         return False
     return _in_notebook() or (sys.stderr is not None and sys.stderr.isatty())
@@ -131,8 +133,6 @@ class _Bar:
         elif again or total != self.bar.total:
             self.bar.reset(total)  # tells a notebook's widget too
             again = True
-        if self.bar.disable:  # as TQDM_DISABLE asks
-            return
         if words != self.words:
             self.words = words
             self.bar.set_postfix_str(words, refresh=False)

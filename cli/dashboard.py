@@ -35,10 +35,12 @@ def dashboard(
         ) from None
     import logging
 
+    from ..finetune.config.loading import require_no_config
     from ..report.dashboard.app import make_app
     from ..report.dashboard.server import LOOPBACK, make_dashboard_server
     from ..report.summary.terminal import make_console
 
+    require_no_config(runs_dir)
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for each request would be two a second
     server = make_dashboard_server(make_app(runs_dir, every=every, host=host).server, host, port)
     console = make_console()

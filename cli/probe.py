@@ -11,6 +11,7 @@ import typer
 
 from ..errors import RevprobeError
 from .loading import Load, load_options
+from .running import Address, On
 
 if TYPE_CHECKING:
     from ..models.probed import ProbedModel
@@ -25,6 +26,9 @@ ParentModel = Annotated[
     typer.Option(help="The model of the control 'parent', named like the model; --load parent:NAME=VALUE is its."),
 ]
 ParentPairs = Annotated[str | None, typer.Option(help="The parent's pairs; those of --pairs by default.")]
+WorkerCount = Annotated[
+    int | None, typer.Option(help="On a cluster: processes that share the pairs; by default, as many as fit.")
+]
 
 
 def probe(
@@ -48,30 +52,38 @@ def probe(
     parent_pairs: ParentPairs = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     load: Load = None,
+    on: On = "local",
+    address: Address = None,
+    workers: WorkerCount = None,
+    threads: Annotated[int, typer.Option(help="On a cluster: threads, and CPUs, of each process.")] = 1,
 ) -> None:
     """Take readings of one model and show them beside their controls."""
+    from ..engines.known import workers as workers_of
+    from ..finetune.config.loading import require_no_config
     from ..finetune.runs.progress import shown_probes
     from ..finetune.training.probe_callback import take_readings
     from ..models.registry import load_model
     from ..probes.fused import require_probes
+    from ..probes.passes.shared_out import shared_out
     from ..report.summary.terminal import controls_table, make_console, print_readings, read_as
 
-    names = require_probes(listed(probes))
-    if not names:
+    if not (names := require_probes(listed(probes))):
         raise RevprobeError("--probes names no probe; expected some of attention, gradient, probability")
     against = controls_of(controls, names, parent, parent_pairs)
     own, theirs = parted_load(load, parent)
     if out is not None:
         require_folder(out)
-    probed = load_model(model, **load_options(own, step=step, weights=weights, device=device))
-    given = pairs_of(pairs, probed, placements, alphabet)
-    elder = None if parent is None else load_model(parent, **load_options(theirs, step=-1, device=device))
-    beside = elder and (elder, pairs_of(parent_pairs or pairs, elder, placements, alphabet))
-    asked = {name: given.for_probe(name) for name in names}
-    options: dict[str, Any] = {"batch_size": batch_size, "controls": against, "parent": beside}
+    require_no_config(model)
+    loading = load_options(own, step=step, weights=weights)
+    team = workers_of(on, count=workers, address=address, device=device or "cpu", threads=threads, **loading)
     console = make_console()
-    with shown_probes(names, console) as listener:
-        readings = take_readings(probed, asked, listener=listener, **options)
+    with shared_out(team, model, device=device, **loading) as (probed, share):
+        given = pairs_of(pairs, probed, placements, alphabet)
+        elder = None if parent is None else load_model(parent, **load_options(theirs, step=-1, device=device))
+        beside = elder and (elder, pairs_of(parent_pairs or pairs, elder, placements, alphabet))
+        options: dict[str, Any] = {"batch_size": batch_size, "controls": against, "parent": beside, "share": share}
+        with shown_probes(names, console) as options["listener"]:
+            readings = take_readings(probed, {name: given.for_probe(name) for name in names}, **options)
     print_readings(readings, f"{probed.name} ({read_as(readings)}), {pairs}", console)
     if against:
         console.print(controls_table(readings, "controls"))

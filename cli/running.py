@@ -1,4 +1,4 @@
-"""What the commands that train share: where their runs go, and what Ctrl-C leaves behind."""
+"""What the commands share: where work is done, where runs go, and what Ctrl-C leaves behind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Jobs = Annotated[
         "--jobs", "-j", min=1, help="Runs side by side, each in a process of its own: 1, or all that a cluster holds."
     ),
 ]
-On = Annotated[str, typer.Option("--on", help="Where the runs are done: local (here), or ray (on a cluster).")]
+On = Annotated[str, typer.Option("--on", help="Where the work is done: local (here), or ray (on a cluster).")]
 Address = Annotated[
     str | None,
     typer.Option(help="With --on ray: a cluster that is there, HOST:PORT or auto; else one is started here."),

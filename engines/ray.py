@@ -19,12 +19,9 @@ from ..errors import RevprobeError, first_line
 from .child import GRACE_SECONDS, Child, Ending, News
 from .launcher import Display, Listener, Work
 from .local import say_ending
-from .ray_cluster import connected, require_like_nodes
+from .ray_cluster import connected, lost_errors, passed_on, require_like_nodes
 
 _POLL = 0.2  # seconds; so soon a cancelled task notices
-# What the one who starts the sweep has set goes along, but for what opens doors.
-_PASSED_ON = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "REVPROBE_", "CUBLAS_")
-_KEPT = "TOKEN"
 
 
 class Began(NamedTuple):
@@ -117,8 +114,8 @@ class _Tasks:
 
     def _submit(self, work: Work) -> None:
         task = self.ray.remote(max_retries=0, num_returns="streaming", **self.needs[work.name])(do_work)
-        given = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON) and _KEPT not in name}
-        self.running[task.options(name=work.name).remote(work, str(self.folder), os.getcwd(), given)] = _Running(work)
+        asked = task.options(name=work.name).remote(work, str(self.folder), os.getcwd(), passed_on())
+        self.running[asked] = _Running(work)
 
     def _ready(self, seconds: float) -> list[Any]:
         streams = list(self.running)
@@ -171,18 +168,3 @@ class _Tasks:
                     self.ray.get(next(stream))
                 except (StopIteration, self.ray.exceptions.RayError):
                     del self.running[stream]
-
-
-def lost_errors(ray: Any) -> tuple[type[Exception], ...]:
-    """What Ray raises when a node, a worker or an actor is gone, and not the code that ran there.
-
-    By these a loss is told: for a while after it died, a node is still listed as alive.
-    """
-    kinds = ray.exceptions
-    return (
-        kinds.NodeDiedError,
-        kinds.WorkerCrashedError,
-        kinds.LocalRayletDiedError,
-        kinds.RayActorError,
-        kinds.ObjectLostError,
-    )

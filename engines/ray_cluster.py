@@ -30,6 +30,9 @@ _PATIENCE = 180.0  # seconds for a node to answer; its first worker may have to 
 _ANSWER = 10.0  # seconds for the head's port
 _START = "`ray start --head` starts a cluster, and `ray status` on one of its machines shows it"
 _SHOWN = 3
+# What the one who starts the work has set goes along, but for what opens doors.
+_PASSED_ON = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "REVPROBE_", "CUBLAS_")
+_KEPT = "TOKEN"
 
 
 class About(NamedTuple):
@@ -177,3 +180,23 @@ def require_like_nodes(ray: Any, folders: list[Path]) -> None:
 def node_name(node: dict[str, Any]) -> str:
     """A node as messages call it."""
     return f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})"
+
+
+def lost_errors(ray: Any) -> tuple[type[Exception], ...]:
+    """What Ray raises when a node, a worker or an actor is gone, and not the code that ran there.
+
+    By these a loss is told: for a while after it died, a node is still listed as alive.
+    """
+    kinds = ray.exceptions
+    return (
+        kinds.NodeDiedError,
+        kinds.WorkerCrashedError,
+        kinds.LocalRayletDiedError,
+        kinds.RayActorError,
+        kinds.ObjectLostError,
+    )
+
+
+def passed_on() -> dict[str, str]:
+    """The variables of this process that go along to what is done elsewhere."""
+    return {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON) and _KEPT not in name}

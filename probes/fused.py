@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from torch import nn
 
 from ..arguments import checked
+from ..engines.workers import Workers
 from ..errors import RevprobeError, did_you_mean
-from ..models.probed import ProbedModel, as_probed
+from ..models.probed import ProbedModel
 from ..progress import Progress, shows_progress
 from .attention import attention_controls, attention_reading, readable_layers
 from .controls import Controls, Parent, Reader
@@ -19,6 +21,7 @@ from .pairs.pairs import ReversalPairs
 from .passes.plan import PassResult, Plan, Share
 from .passes.run import run_pass
 from .passes.selection import listed
+from .passes.shared_out import shared_out
 from .probability import probability_reading
 from .readings.reading import Reading
 from .readings.readings import Readings
@@ -49,7 +52,7 @@ def lists_read(pairs: ReversalPairs, names: Iterable[str]) -> list[tuple[list[st
 @checked
 @shows_progress("queries")
 def probe(
-    model: ProbedModel | nn.Module,
+    model: ProbedModel | nn.Module | str | Path,
     pairs: ReversalPairs,
     *,
     only: Sequence[str] | None = None,
@@ -61,6 +64,7 @@ def probe(
     progress: Progress | bool | None = None,
     seed: int = 0,
     share: Share | None = None,
+    workers: Workers | None = None,
     controls: str | Iterable[str] = (),
     parent: Parent | None = None,
 ) -> Readings:
@@ -71,26 +75,36 @@ def probe(
     run list by list, and `progress` begins anew with each. `share` divides the work among processes (see
     `finetune.training.distributed`); each of them gets all readings. `controls` and `parent` are those of the attention
     and gradient probes (see `Reading.controls`): passes of their own, so the default is none.
-    Raises: RevprobeError, for an unknown probe, controls of none but the probability, and what the single probes raise.
+    `workers`, of `ray_workers`, run the passes of the three probes in parts; `model` may be the name or folder of one,
+    which each of them loads. What `controls` take is run here.
+    Raises: RevprobeError, for an unknown probe, controls of none but the probability, `share` beside `workers`, and
+        what `load_model`, the workers and the single probes raise.
     """
-    model = as_probed(model)
     wanted = list(PROBES) if only is None else require_probes(only)
     if not wanted:
         raise RevprobeError(f"no probe was named; expected some of {', '.join(PROBES)}")
+    if share is not None and workers is not None:
+        raise RevprobeError("share= and workers= both divide the work; leave one of them out")
     beside = Controls.asked(controls, parent, of=wanted)
+    asked = Plan(mode=mode, parameters=parameters, control=control, batch_size=batch_size, seed=seed, progress=progress)
+    with shared_out(workers, model) as (probed, by_workers):
+        return _taken(probed, pairs, replace(asked, share=share or by_workers), wanted, beside, layers)
+
+
+def _taken(
+    model: ProbedModel,
+    pairs: ReversalPairs,
+    asked: Plan,
+    wanted: list[str],
+    beside: Controls,
+    layers: Iterable[int] | None,
+) -> Readings:
+    """The readings of the probes that are wanted, in the order of PROBES."""
     if layers is not None:
         layers = readable_layers(model, layers) if "attention" in wanted else listed("layer", layers)
-    names = chosen_parameters(model, parameters, layers) if "gradient" in wanted else None
+    names = chosen_parameters(model, asked.parameters, layers) if "gradient" in wanted else None
+    asked = replace(asked, parameters=names)
     taken: dict[str, Reading] = {}
-    asked = Plan(
-        mode=mode,
-        parameters=names,
-        control=control,
-        batch_size=batch_size,
-        seed=seed,
-        progress=progress,
-        share=share,
-    )
     makers: dict[str, Callable[[ProbedModel, PassResult, Plan], Reading]] = {
         "attention": partial(attention_reading, layers=layers),
         "gradient": gradient_reading,

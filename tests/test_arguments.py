@@ -150,6 +150,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "trace_denoising": (rp.trace_denoising, {"model": masked, "pairs": same}),
         "probe_stored_evidence": (rp.probe_stored_evidence, {"model": masked, "pairs": same}),
         "probe_stored_once": (rp.probe_stored_once, {**asked, "untrained": False}),
+        "ray_workers": (rp.ray_workers, {"count": 1}),
         "register_model": (rp.register_model, {"name": "arguments", "loader": radd}),
         "run_sweep": (rp.run_sweep, {"config": "none", "out": folder}),
         "rope_asymmetric_bound": (rp.rope_asymmetric_bound, {"d": 8, **ends, "samples": 4}),

@@ -88,6 +88,7 @@ PUBLIC = [
     "probe_stored_once",
     "rank_candidates",
     "rank_heads",
+    "ray_workers",
     "read_price",
     "register_model",
     "rope_asymmetric_bound",

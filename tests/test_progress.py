@@ -142,7 +142,7 @@ def test_bars_of_the_command_line_stand_alone(screen: Screen, clock: Clock) -> N
     assert "read_ten" not in screen.getvalue(), "two bars at once"
 
 
-@pytest.mark.parametrize("where", ["no terminal", "no stderr", "another thread", "another process"])
+@pytest.mark.parametrize("where", ["no terminal", "no stderr", "another thread", "another process", "bars are off"])
 def test_nothing_is_drawn_where_nobody_looks(
     where: str, screen: Screen, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +153,8 @@ def test_nothing_is_drawn_where_nobody_looks(
         looked_at(None, monkeypatch)
     if where == "another process":
         monkeypatch.setenv("RANK", "1")
+    if where == "bars are off":
+        monkeypatch.setenv("TQDM_DISABLE", "1")
     run = threading.Thread(target=slow(clock)) if where == "another thread" else SimpleNamespace(start=slow(clock))
     run.start()
     if isinstance(run, threading.Thread):

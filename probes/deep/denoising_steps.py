@@ -185,23 +185,21 @@ class _Look:
     def _keep_attention(self, read: Tensor) -> None:
         """Scores averaged over still-masked rows and evidence tokens, weights summed over evidence tokens."""
         self.trace.unread |= self.tap.missing()
-        layers, missing = self.tap.layers(self.model.name), torch.full((len(read), 1), torch.nan, device=read.device)
-        scores: list[Tensor] = []
-        weights: list[Tensor] = []
-        read = read.gather(1, self.watched)
+        layers, read = self.tap.layers(self.model.name), read.gather(1, self.watched)
         cell = (read[:, :, None] & self.is_evidence[:, None, :])[:, None]
-        rows = read.sum(1)[:, None]
-        for layer, heads in self.attention.heads.items():
-            if layer not in layers:
-                score = weight = missing.expand(-1, heads)
-            else:
-                call = layers[layer]
-                score = call.score.masked_fill(~cell, 0.0).sum((2, 3)) / cell.sum((2, 3))
-                weight = call.weight.masked_fill(~cell, 0.0).sum((2, 3)) / rows  # 0 / 0 where all is written
-            scores.append(score.float())
-            weights.append(weight.float())
-        at = self.numbers, self.step
-        self.trace.score[at], self.trace.weight[at] = (torch.cat(part, 1).cpu().numpy() for part in (scores, weights))
+
+        def of_heads(part: str) -> Tensor:  # `row head watched evidence`, layer after layer
+            missing = torch.full((len(cell), 1, *cell.shape[2:]), torch.nan, device=cell.device)
+            every = [
+                getattr(layers[layer], part) if layer in layers else missing.expand(-1, heads, -1, -1)
+                for layer, heads in self.attention.heads.items()
+            ]
+            return torch.cat(every, 1)
+
+        score, weight = (of_heads(part).masked_fill(~cell, 0.0).sum((2, 3)) for part in ("score", "weight"))
+        at, rows = (self.numbers, self.step), read.sum(1)[:, None]
+        self.trace.score[at] = (score / cell.sum((2, 3))).cpu().numpy()
+        self.trace.weight[at] = (weight / rows).cpu().numpy()  # 0 / 0 where all is written
 
     def _hold(self, step: Step, logits: Tensor) -> None:
         """The first, all-masked step beside the shortest query alone, where that is due (`passes.alone`)."""

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...models.probed import ProbedModel
 from ...progress import Progress
 from ..pairs.pairs import ReversalPairs
 from ..statistics.estimators import LATER_BLOCK, LATER_BLOCK_CONTROL
 from .likelihood import Likelihoods, Request
 
 # Gets `work(part, parts)`, which runs one part of a pass; returns the whole result.
-Share = Callable[[Callable[[int, int], "PassResult"]], "PassResult"]
+Share = Callable[["Work"], "PassResult"]
 _TABLES = ("inner", "inner_control", "norm", "floor")
 
 
@@ -56,6 +57,23 @@ class Plan:
         return next((name for name, on in taking_part.items() if on), "")
 
 
+@dataclass(frozen=True)
+class Work:
+    """A pass that several can do: `work(part, parts)` runs one part of it here, `prepared()` none of it.
+
+    `model`, `pairs` and `plan` are what another process needs to do the same.
+    """
+
+    model: ProbedModel
+    pairs: ReversalPairs
+    plan: Plan
+    run: Callable[[int, int], PassResult]
+    prepared: Callable[[], PassResult]
+
+    def __call__(self, part: int, parts: int) -> PassResult:
+        return self.run(part, parts)
+
+
 @dataclass
 class PassResult:
     """What one pass collected.
@@ -67,6 +85,7 @@ class PassResult:
     `reached`: parameters that some query's loss reaches; `one_by_one`: those read one query at a time, and why.
     `unseen`: the queries whose evidence lies in a later block, `query`; their numbers are not those of the question.
     `without`: of a model of random tokens, the same without each of its draws.
+    `place`: what it was computed on and in, as readings say it: device, threads, dtype.
     """
 
     pairs: ReversalPairs
@@ -85,6 +104,7 @@ class PassResult:
     floor: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     unseen: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
     without: list[PassResult] = field(default_factory=list)
+    place: dict[str, Any] = field(default_factory=dict)
 
     def empty_copy(self, kept: Sequence[int]) -> PassResult:
         """Tables of the same pass for means over fewer draws, with nothing measured yet; what is told is shared."""
@@ -104,26 +124,36 @@ class PassResult:
         return {"reason": np.where(own, LATER_BLOCK, ""), "reason_control": np.where(other, LATER_BLOCK_CONTROL, "")}
 
 
+class Rows(NamedTuple):
+    """The rows of a table that hold a number; of a part's tables most are NaN."""
+
+    shape: tuple[int, ...]
+    rows: np.ndarray
+    values: np.ndarray
+
+
 @dataclass(frozen=True)
 class Part:
     """What one process found, without the model and the pairs, so that it can be sent."""
 
-    score: dict[int, np.ndarray]
-    weight: dict[int, np.ndarray]
+    score: dict[int, Rows]
+    weight: dict[int, Rows]
     without_attention: dict[int, str]
     left_out: dict[str, str]
     reached: set[str]
     one_by_one: dict[str, str]
     answers: dict[Request, tuple[float, int]]
-    tables: dict[str, np.ndarray]
+    tables: dict[str, Rows]
+    place: dict[str, Any]
 
 
 def part_of(result: PassResult) -> Part:
     """The part of a result that was measured here."""
     answers = {} if result.likelihoods is None else result.likelihoods.answers
-    tables = {name: getattr(result, name) for name in _TABLES}
+    tables = {name: _rows(getattr(result, name)) for name in _TABLES}
+    score, weight = ({layer: _rows(own) for layer, own in kept.items()} for kept in (result.score, result.weight))
     seen = result.without_attention, result.left_out, result.reached, result.one_by_one
-    return Part(result.score, result.weight, *seen, answers, tables)
+    return Part(score, weight, *seen, answers, tables, result.place)
 
 
 def merged(own: PassResult, parts: Sequence[Part]) -> PassResult:
@@ -144,18 +174,25 @@ def merged(own: PassResult, parts: Sequence[Part]) -> PassResult:
         likelihoods=likelihoods,
         reached={name for part in parts for name in part.reached},
         one_by_one={name: why for part in reversed(parts) for name, why in part.one_by_one.items()},
+        place=parts[0].place,
         **tables,
     )
 
 
-def _by_layer(parts: Sequence[dict[int, np.ndarray]]) -> dict[int, np.ndarray]:
+def _rows(table: np.ndarray) -> Rows:
+    rows = np.flatnonzero(~np.isnan(table).all(1))
+    return Rows(table.shape, rows, table[rows])
+
+
+def _by_layer(parts: Sequence[dict[int, Rows]]) -> dict[int, np.ndarray]:
     layers = sorted({layer for part in parts for layer in part})
     return {layer: _filled([part[layer] for part in parts if layer in part]) for layer in layers}
 
 
-def _filled(tables: Sequence[np.ndarray]) -> np.ndarray:
+def _filled(tables: Sequence[Rows]) -> np.ndarray:
     """The first value that is not NaN in each cell."""
-    whole = tables[0].copy()
-    for table in tables[1:]:
-        whole = np.where(np.isnan(whole), table, whole)
+    whole = np.full(tables[0].shape, np.nan)
+    for _, rows, values in tables:
+        there = whole[rows]
+        whole[rows] = np.where(np.isnan(there), values, there)
     return whole

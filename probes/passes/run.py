@@ -35,7 +35,7 @@ from .asked import asked_pairs, out_of_sight, tokens_note
 from .batches import QueryBatch, in_batches, make_batch, prepare_queries, queries_per_batch
 from .draws import every_two, kept_draws, mean_floor, mean_products, mean_rows
 from .likelihood import Likelihoods, mean_nll, readout, run_chains
-from .plan import PassResult, Plan
+from .plan import Part, PassResult, Plan, Work, part_of
 
 DIFFERENT_LENGTHS = "queries of different lengths, which cannot share a batch of this model"
 
@@ -57,16 +57,29 @@ def run_pass(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> PassResult
     if plan.share is not None and model.draws > 1:
         raise RevprobeError(f"{model.name}: draws of random tokens are not divided among processes; probe it in one")
 
+    def prepared(part: int = 0, parts: int = 1) -> _Pass:
+        return _Pass(model, pairs, plan, part, parts)
+
     def work(part: int, parts: int) -> PassResult:
-        return _Pass(model, pairs, plan, part, parts).run()
+        return prepared(part, parts).run()
 
     try:
-        return work(0, 1) if plan.share is None else plan.share(work)
+        if plan.share is None:
+            return work(0, 1)
+        return plan.share(Work(model, pairs, plan, work, lambda: prepared().result))
     except PaddingReaches as error:
         if plan.share is not None:  # the other processes went on
             raise RevprobeError(f"{model.name}: {error}; give pairs whose queries are of equal length") from None
         model.contract = replace(model.contract, equal_lengths=str(error))
         return work(0, 1)
+
+
+def run_part(model: ProbedModel, pairs: ReversalPairs, plan: Plan, part: int, parts: int) -> Part:
+    """One part of a pass, in a process that another one asked for it.
+
+    Raises: as `run_pass`; PaddingReaches, which the one that asks takes for all parts.
+    """
+    return part_of(_Pass(model, pairs, plan, part, parts).run())
 
 
 class _Pass:
@@ -92,7 +105,8 @@ class _Pass:
         self.adopted: dict[str, dict[str, nn.Parameter]] | None = None
         labels = [label for name in self.selected for label in part_labels(name, self.parts)]
         labels = ["all"] if plan.summed else labels
-        self.result = PassResult(pairs, self.partner, labels, unseen=out_of_sight(model, self.queries))
+        unseen, place = out_of_sight(model, self.queries), place_of(model)
+        self.result = PassResult(pairs, self.partner, labels, unseen=unseen, place=place)
         if plan.probability:
             self.result.likelihoods = Likelihoods.of(
                 model, self.queries, pairs, plan.mode, control=plan.control, seed=plan.seed
@@ -335,16 +349,18 @@ def describe(model: ProbedModel, result: PassResult, plan: Plan) -> dict[str, An
         "fact_count": len(set(result.pairs.facts)),
         "control": plan.control,
         "seed": plan.seed,
-        **_arithmetic(model),
-        "device": model.device.type,
-        "threads": torch.get_num_threads(),
+        **(result.place or place_of(model)),
         **({"left_out": dict(result.left_out)} if result.left_out else {}),
         "versions": {name: version(name) for name in ("revprobe", "torch", "transformers")},
     } | ({"batches": f"of equal lengths only: {apart}"} if (apart := model.contract.equal_lengths) else {})
 
 
+def place_of(model: ProbedModel) -> dict[str, Any]:
+    """What a pass here is computed on and in; of types that of products, and the weights' own where it is another."""
+    return {**_arithmetic(model), "device": model.device.type, "threads": torch.get_num_threads()}
+
+
 def _arithmetic(model: ProbedModel) -> dict[str, Any]:
-    """The type that products are taken in; the weights' own beside it where autocast makes it another."""
     kind, contract = model.device.type, model.contract
     narrow = model.dtype if contract.ambient or contract.narrowed is None else contract.narrowed
     if torch.is_autocast_enabled(kind):

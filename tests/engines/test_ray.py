@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import psutil
 import pytest
 
@@ -26,6 +28,7 @@ from revprobe.finetune.config.loading import parse_config
 from revprobe.finetune.config.one_layer import SweepConfig
 from revprobe.finetune.runs.sweeps import work_of
 from revprobe.finetune.training.checkpointing import run_lock
+from tiny import gpt2
 
 # As `connected` sets them for a cluster of its own; Ray reads them when it is imported.
 SETTINGS = ray_cluster.LOOPBACK | {"RAY_USAGE_STATS_ENABLED": "0"}
@@ -112,6 +115,63 @@ def test_what_interrupts_a_sweep_ends_its_tasks_first(
     for run in begun:
         with run_lock(run):  # raises while a child still holds the folder
             pass
+
+
+# ---- probing ----
+
+
+def assert_same(found: rp.Readings, alone: rp.Readings) -> None:
+    """Every number, and what is said of it."""
+    assert [one.name for one in found] == [one.name for one in alone] and len(found) == 3
+    for one, other in zip(found, alone, strict=True):
+        assert (one.n, one.undefined, one.meta) == (other.n, other.undefined, other.meta)
+        np.testing.assert_allclose((one.value, *one.interval), (other.value, *other.interval), rtol=0, atol=1e-6)
+        pd.testing.assert_frame_equal(one.frame, other.frame, rtol=0, atol=1e-6)
+
+
+def test_a_probe_goes_on_when_a_node_dies(cluster: Any, tmp_path: Path) -> None:
+    """Two workers on two nodes load a model by its folder; one node is killed when the first part has been told."""
+    gpt2().module.save_pretrained(tmp_path / "model")
+    model = rp.load_model(tmp_path / "model")
+    pairs = rp.letter_pairs(6, model=model)
+    alone = rp.probe(model, pairs)
+    heard: list[tuple[int, int]] = []
+
+    def kill_one(done: int, total: int) -> None:
+        if not heard:
+            cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
+        heard.append((done, total))
+
+    workers = rp.ray_workers(2, address=cluster.address)
+    try:
+        with pytest.warns(
+            UserWarning, match=r"a worker on .* was lost \(.*\); part \d of \d+ is done again on another"
+        ):
+            found = rp.probe(tmp_path / "model", pairs, workers=workers, progress=kill_one)
+    finally:
+        cluster.add_node(**NODE)
+    assert_same(found, alone)
+    assert len(heard) > 2 and heard[-1][0] == heard[-1][1], "the probe was over before the node was killed"
+    assert not ray.is_initialized(), "it stayed connected"
+
+
+def test_a_part_that_takes_its_worker_with_it_is_not_asked_for_ever(cluster: Any) -> None:
+    """What fills a node's memory fills the next one's; and more workers than there is room for are refused."""
+    workers = rp.ray_workers(1, address=cluster.address)
+    with workers.holding(lambda: {"held": 7}) as team:
+        assert team.ask(lambda held, part: held["held"] + part, 3) == [7, 8, 9]
+        with pytest.raises(ValueError, match="a question's own error"):
+            team.ask(lambda held, part: int("a question's own error"), 1)
+        with (
+            pytest.warns(UserWarning, match="part 1 of 1 is done again on another"),
+            pytest.raises(rp.RevprobeError, match=r"part 1 of 1 was lost with its worker 3 times, last on .*memory"),
+        ):
+            team.ask(lambda held, part: os.kill(os.getpid(), signal.SIGKILL), 1)
+    with (
+        pytest.raises(rp.RevprobeError, match="99 workers of 1 CPU each: the cluster has room for 2; ask for fewer"),
+        rp.ray_workers(99, address=cluster.address).holding(dict),
+    ):
+        pass
 
 
 # ---- before anything is begun ----

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import revprobe as rp
 from revprobe import ProbedModel, Query, ReversalPair, ReversalPairs, RevprobeError
+from revprobe.probes.passes.shared_out import WorkerShare
 from tiny import GROUPED, MASK, drawn, language_model
 
 
@@ -76,6 +77,27 @@ def test_what_begins_beyond_the_trials_length_is_found_by_the_first_long_batch()
     pairs = long_pairs((18, 17, 13, 18))
     readings = rp.probe(model, pairs, only=["probability", "gradient"])
     assert worst(model, pairs, readings["reverse_probability"]) < 1e-4 and model.contract.equal_lengths
+
+
+def test_workers_that_find_it_are_asked_again_with_lengths_apart():
+    """One of several processes that find out alone would leave the others' batches padded."""
+    pairs = long_pairs((18, 17, 13, 18))
+    own, theirs = (
+        ProbedModel(Pools(tokens=16).eval(), objective="masked", mask_token_id=MASK, logit_shift=0) for _ in range(2)
+    )
+
+    class Team:
+        size, asked = 2, 0
+
+        def ask(self, question, parts, told=None):
+            self.asked += 1
+            return [question(theirs, part) for part in range(parts)]
+
+    team = Team()
+    readings = rp.probe(own, pairs, only=["probability", "gradient"], share=WorkerShare(team))
+    assert worst(own, pairs, readings["reverse_probability"]) < 1e-4
+    assert team.asked == 2 and own.contract.equal_lengths and theirs.contract.equal_lengths
+    assert readings["reverse_probability"].meta["batches"].startswith("of equal lengths only")
 
 
 def test_rows_that_reach_each_other_in_large_batches_are_refused():
