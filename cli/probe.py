@@ -26,6 +26,9 @@ ParentModel = Annotated[
     typer.Option(help="The model of the control 'parent', named like the model; --load parent:NAME=VALUE is its."),
 ]
 ParentPairs = Annotated[str | None, typer.Option(help="The parent's pairs; those of --pairs by default.")]
+WorkerCount = Annotated[
+    int | None, typer.Option(help="On a cluster: processes that share the pairs; by default, as many as fit.")
+]
 
 
 def probe(
@@ -51,9 +54,7 @@ def probe(
     load: Load = None,
     on: On = "local",
     address: Address = None,
-    workers: Annotated[
-        int | None, typer.Option(help="On a cluster: processes that share the pairs; by default, as many as fit.")
-    ] = None,
+    workers: WorkerCount = None,
     threads: Annotated[int, typer.Option(help="On a cluster: threads, and CPUs, of each process.")] = 1,
 ) -> None:
     """Take readings of one model and show them beside their controls."""

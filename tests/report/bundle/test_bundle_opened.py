@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from axe_findings import axe_findings
 
 import revprobe as rp
 from revprobe.finetune.config.one_layer import RunConfig
@@ -59,6 +60,7 @@ def test_a_bundle_opens_from_disk_with_no_request_leaving(browser: Any, runs: Pa
     browser.get((folder / "index.html").as_uri())
     assert EVIL in browser.find_element("id", "runs").text
     assert browser.title == "runs", "planted script ran"
+    assert not axe_findings(browser)
     links = [one.get_attribute("href") for one in browser.find_elements("css selector", "a")]
     assert len(links) > 5
     for link in links:
