@@ -19,7 +19,7 @@ from revprobe.finetune.config.loading import parse_config
 from revprobe.finetune.config.one_layer import RunConfig
 from revprobe.finetune.runs.one_layer import build_model
 from revprobe.finetune.training.arguments import training_arguments
-from revprobe.finetune.training.checkpointing import run_lock
+from revprobe.finetune.training.run_lock import run_lock
 from revprobe.finetune.training.trainer import ForwardOnlyTrainer, TokenRows
 
 CONFIG = """
