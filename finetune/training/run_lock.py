@@ -42,7 +42,7 @@ _LENGTH = 512  # bytes: always as many, so that one write replaces all
 
 @dataclass(frozen=True)
 class Lease:
-    """What the file says. `beat` counts renewals; `held` is False when the writer has let go."""
+    """What the file says; it is empty when the writer has let go. `beat` counts renewals."""
 
     machine: str
     host: str
@@ -50,7 +50,6 @@ class Lease:
     token: str
     seconds: float
     beat: int = 0
-    held: bool = True
 
 
 @contextmanager
@@ -108,7 +107,7 @@ def being_written(run: Path) -> bool | None:
     except OSError:  # a disk that knows no locks
         return None
     lease = _read(run / LOCK)
-    return lease is not None and lease.held and lease.machine != machine() and age < lease.seconds
+    return lease is not None and lease.machine != machine() and age < lease.seconds
 
 
 @lru_cache(maxsize=1)
@@ -153,8 +152,9 @@ class _Heart:
         self._over.set()
         self._thread.join()
         found = _read(self.run / LOCK)
-        if not self.lost and found is not None and found.token == self.lease.token:
-            self._write(replace(self.lease, held=False))
+        in_time = not self.lost and _now() - self.renewed <= self.lease.seconds / 2
+        if in_time and found is not None and found.token == self.lease.token:
+            os.ftruncate(self.descriptor, 0)
 
     def _beat(self) -> None:
         pause = self.lease.seconds / _BEATS
@@ -195,7 +195,7 @@ def _outwaited(run: Path) -> bool:
     Raises: RevprobeError, when that machine goes on.
     """
     lease = _read(run / LOCK)
-    if lease is None or not lease.held or lease.machine == machine():
+    if lease is None or lease.machine == machine():
         return False
     warnings.warn(
         f"{run} was last written from {lease.host}; watching for {lease.seconds:g} s whether it still is", stacklevel=5
@@ -204,12 +204,12 @@ def _outwaited(run: Path) -> bool:
     while _now() - since < lease.seconds:
         time.sleep(lease.seconds / _BEATS / 4)
         found = _read(run / LOCK)
-        if found is not None and not found.held:
+        if found is None:
             return False
         if found != lease:
             if TAKES_OVER not in os.environ or _now() - began > _PATIENCE * lease.seconds:
                 raise _held_by(run, f", on {lease.host}")
-            lease, since = found or lease, _now()
+            lease, since = found, _now()
     return True
 
 
@@ -218,11 +218,18 @@ def _held_by(run: Path, where: str = "") -> RevprobeError:
 
 
 def _read(path: Path) -> Lease | None:
-    """The lease in the file, opened anew since other machines' writes are seen then; None where there is none."""
+    """The lease in the file, opened anew since other machines' writes are seen then; None where there is none.
+
+    What cannot be read is somebody's who is just writing.
+    """
     try:
-        return Lease(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
+        said = path.read_bytes()
+    except FileNotFoundError:
         return None
+    try:
+        return Lease(**json.loads(said)) if said else None
+    except (ValueError, TypeError):
+        return Lease("", "another machine", 0, said[:_LENGTH].decode(errors="replace"), _SECONDS)
 
 
 @lru_cache(maxsize=1)
