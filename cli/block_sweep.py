@@ -27,18 +27,21 @@ def block_sweep(
 ) -> None:
     """Read one set of pairs from token by token to the whole text at once, and draw the curve over block sizes."""
     asked = _sizes(sizes)
+    from ..finetune.config.loading import require_no_config
     from ..finetune.runs.progress import shown_probes
     from ..models.registry import load_model
     from ..probes.block_sweep import block_sweep as sweep
     from ..probes.figures.plot import save_figure
     from ..probes.fused import require_probes
     from ..probes.readings.block_sweep import of_a_sweep
+    from ..report.summary.fitted import Narrow
     from ..report.summary.terminal import make_console, text_table
     from .probe import pairs_of, require_place
 
     only = require_probes(name.strip() for name in probes.split(",") if name.strip())
     if out is not None:
         require_place(out, of_a_sweep)
+    require_no_config(model)
     probed = load_model(model, **load_options(load, device=device))
     console = make_console()
     with shown_probes(["queries"], console) as listener:
@@ -50,7 +53,8 @@ def block_sweep(
             batch_size=batch_size,
             progress=None if listener is None else lambda _, done, total: listener("queries", done, total),
         )
-    console.print(text_table(found.table(), f"{probed.name} (loaded as {probed.reads}), {pairs}"))
+    narrow = Narrow({"n / facts": ("common pairs", "n {}")}, notes=("note",), named=("measure", "block size"))
+    console.print(text_table(found.table(), f"{probed.name} (loaded as {probed.reads}), {pairs}", narrow))
     if out is not None:
         found.save(out)
         found.frame.to_csv(out / "block_sweep.csv", index=False)

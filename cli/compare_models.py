@@ -45,6 +45,7 @@ def compare_models(
     from ..probes.figures.plot import save_figure
     from ..probes.fused import require_probes
     from ..probes.readings.model_comparison import of_a_comparison
+    from ..report.summary.fitted import Narrow
     from ..report.summary.terminal import make_console, read_as, text_table
 
     only = require_probes(name.strip() for name in probes.split(",") if name.strip())
@@ -56,9 +57,12 @@ def compare_models(
         found = compare(named, asked, only=only, batch_size=batch_size, load=loading, progress=listener)
     table = found.table()
     title = ", ".join(f"{name}: {model} ({read_as(found.readings[name])})" for name, model in named.items())
-    console.print(text_table(table.drop(columns="note"), title))
+    narrow = Narrow(
+        {"kind": ("measure", "{}"), "n / facts": ("all facts", "n {}"), "n / common": ("common facts", "n {}")}
+    )
+    console.print(text_table(table.drop(columns="note"), title, narrow))
     for (model, note), part in table[table["note"] != "-"].groupby(["model", "note"], sort=False):
-        console.print(f"{model}, {', '.join(dict.fromkeys(part['measure']))}: {note}", soft_wrap=True)
+        console.print(f"{model}, {', '.join(dict.fromkeys(part['measure']))}: {note}")
     if out is not None:
         found.save(out)
         found.frame.to_csv(out / "comparison.csv", index=False)

@@ -17,10 +17,12 @@ def diagnose(
     load: Load = None,
 ) -> None:
     """Try what the probes take for granted on a model; exit status 0 only if all three can be trusted on it."""
+    from ..finetune.config.loading import require_no_config
     from ..models.registry import load_model
     from ..probes.diagnose import diagnose as examine
     from ..report.summary.terminal import make_console, text_table
 
+    require_no_config(model)
     found = examine(load_model(model, **load_options(load, step=step, device=device, dtype=dtype)))
     console = make_console()
     console.print(text_table(found.shown(), f"{found.model}: {found.verdict}"))

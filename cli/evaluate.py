@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from ..finetune.config.finetuning import EvaluationOptions, FinetuneConfig
     from ..relations.catalog import LettersRelation, TextRelation
 
+# Where the terminal is narrow: which columns stand in cells of others, and which below the table.
+_BELOW = {
+    "facts": ("asked", "{}"),
+    "wordings": ("asked", "{} wordings"),
+    "control": ("exact match (%) [95 %]", "ctrl {}"),
+}
+_NOTES = ("wrong answers", "undefined")
+
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="A run, a checkpoint folder, an adapter, a hub name.")],
@@ -44,13 +52,16 @@ def evaluate(
     load: Load = None,
 ) -> None:
     """Score forward and reverse exact match by decoding: on trained facts, and on held-out ones as the floor."""
+    from ..finetune.config.loading import require_no_config
     from ..finetune.runs.progress import shown_probes
     from ..models.registry import load_model
     from ..relations.evaluation import SPLITS, evaluate_relation, match_table, save_evaluation
+    from ..report.summary.fitted import Narrow
     from ..report.summary.terminal import make_console, text_table
 
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)  # a wrong --out is told before anything is decoded
+    require_no_config(model)
     options = named_values(option, "--option", "seed=1 or heldout=0.2")
     asking = what_to_ask(model, relation=relation, path=path, direction=direction, options=options)
     probed = load_model(model, **load_options(load, step=step, device=device))
@@ -66,7 +77,8 @@ def evaluate(
             batch_size=batch_size or asking.options.batch_size,
             progress=None if listener is None else lambda done, total: listener(bar, done, total),
         )
-    console.print(text_table(match_table(readings), f"{bar}, trained in direction {asking.direction}"))
+    title = f"{bar}, trained in direction {asking.direction}"
+    console.print(text_table(match_table(readings), title, Narrow(_BELOW, notes=_NOTES, named=("asked", "facts"))))
     if out is not None:
         save_evaluation(readings, out)
         console.print(f"{len(readings)} readings: {out}", soft_wrap=True)

@@ -129,7 +129,8 @@ app.command(
 )(sweep)
 app.command(
     epilog="Examples: [bold]revprobe report runs/one-layer-quick[/bold], "
-    "[bold]revprobe report runs/one-layer-quick/rope-l10-s0[/bold]"
+    "[bold]revprobe report runs/one-layer-quick/rope-l10-s0[/bold], "
+    "[bold]revprobe report runs/one-layer-quick --bundle to-share[/bold]"
 )(report)
 app.command(epilog="Example: [bold]revprobe models[/bold]")(models)
 app.command(

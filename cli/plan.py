@@ -59,5 +59,5 @@ def show_plan(
     planned = plan_finetuning(config, tokens=tokens)
     console.print(text_table(plan_table(planned, there), f"memory of {config.name} against {there / GB:.1f} GB ({of})"))
     for line in planned.about:
-        console.print(line, soft_wrap=True)
+        console.print(line)
     return planned, there

@@ -26,6 +26,9 @@ ParentModel = Annotated[
     typer.Option(help="The model of the control 'parent', named like the model; --load parent:NAME=VALUE is its."),
 ]
 ParentPairs = Annotated[str | None, typer.Option(help="The parent's pairs; those of --pairs by default.")]
+WorkerCount = Annotated[
+    int | None, typer.Option(help="On a cluster: processes that share the pairs; by default, as many as fit.")
+]
 
 
 def probe(
@@ -51,13 +54,12 @@ def probe(
     load: Load = None,
     on: On = "local",
     address: Address = None,
-    workers: Annotated[
-        int | None, typer.Option(help="On a cluster: processes that share the pairs; by default, as many as fit.")
-    ] = None,
+    workers: WorkerCount = None,
     threads: Annotated[int, typer.Option(help="On a cluster: threads, and CPUs, of each process.")] = 1,
 ) -> None:
     """Take readings of one model and show them beside their controls."""
     from ..engines.known import workers as workers_of
+    from ..finetune.config.loading import require_no_config
     from ..finetune.runs.progress import shown_probes
     from ..finetune.training.probe_callback import take_readings
     from ..models.registry import load_model
@@ -71,6 +73,7 @@ def probe(
     own, theirs = parted_load(load, parent)
     if out is not None:
         require_folder(out)
+    require_no_config(model)
     loading = load_options(own, step=step, weights=weights)
     team = workers_of(on, count=workers, address=address, device=device or "cpu", threads=threads, **loading)
     console = make_console()

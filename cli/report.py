@@ -10,8 +10,29 @@ import typer
 from ..errors import RevprobeError
 
 
-def report(path: Annotated[Path, typer.Argument(help="The folder of a run or of a sweep.")]) -> None:
+def write_bundle(path: Path, folder: Path) -> None:
+    """The same for both commands: the size is said before, and what was written after."""
+    from ..report.bundle.bundle import write_bundle as write
+    from ..report.summary.terminal import make_console
+
+    console = make_console()
+    write(path, folder, say=lambda text: console.print(text, soft_wrap=True))
+
+
+def report(
+    path: Annotated[Path, typer.Argument(help="The folder of a run or of a sweep; for a bundle also of several.")],
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a folder to hand on instead: report, tables, the rows behind them, configs, versions and an "
+            "index; without paths and names of this machine.",
+        ),
+    ] = None,
+) -> None:
     """Write report.html (one file, opens without a network) and summary.csv into the folder of a run or sweep."""
+    if bundle is not None:
+        write_bundle(path, bundle)
+        return
     from ..finetune.runs.open import open_run
     from ..finetune.runs.run import is_run
     from ..finetune.runs.sweeps import open_sweep

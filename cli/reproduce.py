@@ -51,7 +51,7 @@ def theory(
     console = make_console()
     console.print(text_table(theory_cells(cells), "Tables 3, 4 and 5 (printed to 3 digits; ±: over random queries)"))
     for note in cells.loc[~cells["within"].astype(bool), ["table", "column", "note"]].itertuples():
-        console.print(f"Table {note.table}, {note.column}: {note.note}", soft_wrap=True)
+        console.print(f"Table {note.table}, {note.column}: {note.note}")
     console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
 
 

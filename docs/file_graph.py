@@ -66,6 +66,7 @@ ROOMS = (
     "report/html",
     "report/dashboard",
     "report",
+    "report/bundle",
     "cli",
     "__main__.py",
 )

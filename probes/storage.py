@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import checked
-from ..errors import RevprobeError
 from ..hooks.untouched import untouched
 from ..models.probed import ProbedModel, as_probed
 from ..progress import Progress, shows_progress
 from .attention import EVIDENCE_HIDDEN
 from .pairs.pairs import ReversalPairs
-from .passes.asked import asked_pairs, out_of_sight
+from .passes.asked import asked_pairs, out_of_sight, require_one_entry
 from .passes.batches import in_batches, make_batch, prepare_queries, queries_per_batch
 from .passes.decomposition import Decomposition, LinearizedBatch, Piece
 from .passes.plan import PassResult, Plan
@@ -70,15 +69,16 @@ def probe_stored_evidence(
     The control's partner is of the same group and its target has as many tokens; where a pair has none, or the
     partner's evidence is hidden, the control's n is below the value's, `undefined` counts those pairs, and the excess
     is over the pairs that have both.
-    Raises: RevprobeError, for pairs of kind "swapped" (S couples one target with one evidence token), for a layer
-        without attention, and for a model whose logit is no such sum: soft-capped logits, a nonlinear prediction
-        head, or a custom kernel.
+    It answers for masked models whose logits are a linear readout of the residual stream behind norms: RADD, LLaDA,
+    Dream, MDLM, SDAR and the like.
+    Raises: RevprobeError, for pairs of kind "swapped", the only kind that causal models have (S couples one target
+        with one evidence token), for a layer without attention, and for a model whose logit is no such sum: a nonlinear
+        prediction head (BERT, RoBERTa, ModernBERT), soft-capped logits, or a custom kernel.
     Source: paper Sec. 4.1 (Prop. 4.1), with W_O and norms as they are on a real model.
     """
     model = as_probed(model)
     pairs = asked_pairs(model, pairs, "stored_evidence")
-    if pairs.kind != "same_target":
-        raise RevprobeError(f"pairs of kind {pairs.kind!r} do not share an entry of S; use same_target pairs")
+    require_one_entry(pairs)
     plan = Plan(control=control, batch_size=batch_size, seed=seed, progress=progress)
     found = _Storage(model, pairs, plan, None if layers is None else set(listed("layer", layers))).run()
     about = describe(model, PassResult(pairs, found.partner, []), plan)

@@ -103,7 +103,7 @@ def test_the_guide_runs(pages, tmp_path, monkeypatch):
     names: dict[str, object] = {}
     guide = ("quick-start.md", "probes.md", "controls.md", "storage-and-routes.md", "logit-lens.md", "stored-once.md")
     guide += ("objective-terms.md", "theory.md", "runs.md")
-    for page in (*guide, "figures.md"):
+    for page in ("index.md", *guide, "figures.md"):
         for place, code in enumerate(blocks(pages[page])):
             code = re.sub(r"length=\d+", "length=4, alphabet=9", code)
             exec(compile(code, f"{page}, block {place}", "exec"), names)

@@ -124,6 +124,7 @@ DATA |= {f"relations/data/look_alike_{name}.csv" for name in ("names", "roles", 
 DATA |= {f"report/html/{name}" for name in ("explorer.html", "page.css", "page.html", "page.js", "parts.html")}
 DATA |= {f"report/html/section6.{kind}" for kind in ("css", "html", "js")}
 DATA |= {f"report/dashboard/{name}" for name in ("index.html", "page.css", "page.js")}
+DATA |= {"report/bundle/index.html"}
 # What takes seconds to import.
 HEAVY = ["torch", "transformers", "numpy", "pandas", "plotly.graph_objects", "peft", "transformer_lens", "dash"]
 

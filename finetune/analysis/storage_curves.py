@@ -17,6 +17,7 @@ from ...errors import RevprobeError
 from ...models.checkpoints import CHECKPOINTS, EMA, checkpoint_folder, step_name
 from ...models.probed import ProbedModel
 from ...probes.pairs.pairs import ReversalPairs
+from ...probes.passes.asked import NEEDS_ONE_ENTRY
 from ...probes.readings.reading import Reading
 from ...probes.statistics.by_part import evidence_by_pair
 from ...probes.statistics.estimators import STATISTICS_VERSION, missing_interval
@@ -118,9 +119,7 @@ def require_masked(run: Run, pairs: ReversalPairs | None) -> None:
     if not isinstance(run, OneLayerRun):
         raise RevprobeError(f"{run.path} is a fine-tuning, which has no letters to ask; pass same_target pairs=")
     if run.config.model.objective == "causal":
-        raise RevprobeError(
-            f"{run.path} is causal: its pairs of kind 'swapped' do not share an entry of S; pass same_target pairs"
-        )
+        raise RevprobeError(f"{run.path} is causal: {NEEDS_ONE_ENTRY}")
 
 
 def curve_rows(reading: Reading) -> list[dict[str, Any]]:

@@ -6,6 +6,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, model_serializer
 
+from .kinds import ConfigKind
+
 # A run or sweep name becomes a folder.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 # Several of them as one: "wide+drop-right".
@@ -27,8 +29,8 @@ class Section(BaseModel):
     """A part of a config: a key it does not know is an error, and nothing changes it once it is checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    # Keys (dotted ones of sections) by which a file of another kind is told: what it is, and what command takes it.
-    marks_another_kind: ClassVar[dict[str, tuple[str, str]]] = {}
+    # Of a config that is a file: what kind of file.
+    kind: ClassVar[ConfigKind | None] = None
 
 
 class Grown(Section):

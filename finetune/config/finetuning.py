@@ -19,6 +19,7 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr, model_serializer, 
 
 from ...errors import RevprobeError
 from .fields import Count, Fraction, Grown, Name, Number, Section, Seed, Size, Threads
+from .kinds import FINETUNING, FINETUNING_SWEEP
 from .loading import checked_config, find_config, load_config, merged, parse_config, parse_yaml
 from .objective import ObjectiveOptions
 from .one_layer import SnapshotsConfig
@@ -242,11 +243,7 @@ class FinetuneBase(Section):
 class FinetuneConfig(FinetuneBase):
     """One fine-tuning; it is written into the run's folder, and a resume with another is refused."""
 
-    marks_another_kind: ClassVar = {
-        "cells": ("a sweep of one-layer runs (it has 'cells')", "sweep"),
-        "model.family": ("a one-layer run (it has 'model.family')", "train"),
-        "relation.length": ("a one-layer run (it has 'relation.length')", "train"),
-    }
+    kind: ClassVar = FINETUNING
     name: Name
     model: FinetunedModel
     relation: RelationChoice
@@ -289,6 +286,7 @@ class Dataset(FinetunedRelation):
 class FinetuneSweepConfig(Section):
     """Models x datasets x directions x variants x seeds: Table 7 of the paper, and what is varied beside it."""
 
+    kind: ClassVar = FINETUNING_SWEEP
     name: Name
     base: FinetuneBase
     models: Annotated[dict[Name, FinetunedModel], Field(min_length=1)]

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from ...errors import RevprobeError, did_you_mean
 from .fields import Section
+from .kinds import another_kind, told_kind, way_on
 from .mistakes import explain
 
 Kind = TypeVar("Kind", bound=Section)
@@ -34,8 +35,32 @@ def find_config(source: str | Path) -> Path:
         return path
     if str(source) in example_names():
         return EXAMPLES / f"{str(source).replace('-', '_')}.yaml"
+    if path.is_dir():
+        inside = next((path / name for name in ("config.yaml", "sweep.yaml") if (path / name).is_file()), None)
+        fix = "give the YAML file itself" if inside is None else f"its config is {inside}"
+        raise RevprobeError(f"{str(source)!r} is a folder; expected a YAML file: {fix}")
     raise RevprobeError(
         f"no config file {str(source)!r}, and no example of that name{did_you_mean(str(source), example_names())}"
+    )
+
+
+def require_no_config(source: str | Path) -> None:
+    """Tell a config, or the name of an example, that is given where a model or a run's folder belongs.
+
+    Raises: RevprobeError, with the command that takes it first.
+    """
+    path = Path(source)
+    if path.suffix not in (".yaml", ".yml") and (path.exists() or str(source) not in example_names()):
+        return
+    if path.suffix in (".yaml", ".yml") and not path.is_file():
+        return
+    values = parse_yaml(find_config(source).read_text(encoding="utf-8", errors="replace"), str(source))
+    found = told_kind(values) if isinstance(values, dict) else None
+    if found is None:
+        raise RevprobeError(f"{str(source)!r} is a YAML file; expected the folder of a run or of a model, or its name")
+    kind, key = found
+    raise RevprobeError(
+        f"{source} is {kind.what} (it has {key!r}); {way_on(kind, str(source))}, then give a run's folder"
     )
 
 
@@ -68,11 +93,9 @@ def checked_config(values: Any, kind: type[Kind], source: str) -> Kind:
         raise RevprobeError(
             f"{source}: expected the keys {', '.join(kind.model_fields)}, got {type(values).__name__}; see examples/"
         )
-    for key, (what, command) in kind.marks_another_kind.items():
-        section, _, inner = key.rpartition(".")
-        held = values.get(section) if section else values
-        if isinstance(held, dict) and inner in held:
-            raise RevprobeError(f"{source} is {what}; use `revprobe {command} {source}`")
+    wrong = None if kind.kind is None else another_kind(values, kind.kind, source)
+    if wrong is not None:
+        raise RevprobeError(wrong)
     try:
         return kind.model_validate(values)
     except ValidationError as error:

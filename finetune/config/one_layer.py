@@ -29,6 +29,7 @@ from pydantic import (
 
 from ...errors import did_you_mean
 from .fields import Count, Fraction, Length, Name, Names, Number, Section, Seed, Size, Threads, as_listed
+from .kinds import RUN, SWEEP
 from .mistakes import explain
 
 PositionEncoding = Literal["rope", "alibi", "absolute", "none", "scalar"]
@@ -54,13 +55,6 @@ DIALS: dict[str, list[str]] = {
 }
 # How a cell names the base itself among its variants.
 AS_BASE = "base"
-
-
-# What only fine-tunings and their sweeps have.
-FINETUNINGS = {
-    key: (f"a fine-tuning or a sweep of them (it has {key!r})", "finetune")
-    for key in ("models", "datasets", "lora", "evaluation", "model.tiny", "model.name", "relation.direction")
-}
 
 
 _RADD_ONLY = ("initialization", "head_bias", "dropout_sites")
@@ -249,7 +243,7 @@ class BaseConfig(Section):
 class RunConfig(BaseConfig):
     """One training run; `train` writes it into the run's folder and refuses to resume with another."""
 
-    marks_another_kind: ClassVar = {"cells": ("a sweep (it has 'cells')", "sweep")} | FINETUNINGS
+    kind: ClassVar = RUN
     name: Name
 
     @model_validator(mode="after")
@@ -339,7 +333,7 @@ class Variant(Section):
 class SweepConfig(Section):
     """Many runs that differ in objective, position encoding, length, seed or a named variant, and in nothing else."""
 
-    marks_another_kind: ClassVar = FINETUNINGS | {"relation": ("a single run (it has 'relation' at the top)", "train")}
+    kind: ClassVar = SWEEP
     name: Name
     base: BaseConfig
     variants: list[Variant] = []

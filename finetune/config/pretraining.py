@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StrictBool, StrictInt, model_validator
 
 from .fields import Count, Name, Number, Section, Seed, Size, Threads
 from .finetuning import FinetunedRelation, Rate
+from .kinds import SMALL_MODEL, SMALL_MODELS
 from .loading import checked_config, find_config, load_config, merged
 
 Rates = Annotated[list[Annotated[Number, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)]
@@ -76,6 +77,7 @@ class CheckOptions(Section):
 class PretrainConfig(Section):
     """One small model."""
 
+    kind: ClassVar = SMALL_MODEL
     name: Name
     layout: Literal["llada", "dream", "llama", "qwen2"]
     # Of the layout of LLaDA: learned, as its code allows, instead of rotary.
@@ -110,6 +112,7 @@ class PretrainConfig(Section):
 class PretrainSweepConfig(Section):
     """Small models that have a base in common; each says what it has of its own, section by section."""
 
+    kind: ClassVar = SMALL_MODELS
     name: Name
     base: dict[str, Any]
     models: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]

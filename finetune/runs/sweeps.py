@@ -16,7 +16,7 @@ from ...engines.launcher import Work
 from ...errors import RevprobeError, did_you_mean
 from ...probes.readings.readings import Readings
 from ..config.finetuning import FinetuneConfig, FinetuneSweepConfig, is_sweep_text
-from ..config.loading import dump_config, load_config
+from ..config.loading import dump_config, load_config, require_no_config
 from ..config.mistakes import differences
 from ..config.one_layer import RunConfig, SweepConfig
 from .open import open_run
@@ -111,6 +111,7 @@ def open_sweep(path: str | Path) -> Sweep:
     """Open a sweep folder. Raises: RevprobeError, when it is none; it names the nearest sweep beside it."""
     path = Path(path)
     if not is_sweep(path):
+        require_no_config(path)
         beside = [str(p) for p in path.parent.glob("*") if is_sweep(p)] if path.parent.is_dir() else []
         hint = did_you_mean(str(path), beside) if beside else "; expected a folder written by `revprobe sweep`"
         raise RevprobeError(f"no sweep at {str(path)!r}{hint}")

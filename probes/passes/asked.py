@@ -23,6 +23,10 @@ from ..pairs.query import Query, ReversalPair
 from ..pairs.token_strings import first_difference
 
 CHECKED, UNCHECKED = "checked", "not checked: "
+NEEDS_ONE_ENTRY = (
+    "pairs of kind 'swapped' do not share an entry of S: each direction has its own; causal models have no other pairs "
+    "(`token_contributions(model, pair)` takes each direction's logit apart, `probe_route_edit` changes its route)"
+)
 
 
 def asked_pairs(model: ProbedModel, pairs: ReversalPairs | Iterable[ReversalPair], probe: str) -> ReversalPairs:
@@ -52,6 +56,12 @@ def require_same_tokens(model: ProbedModel, pairs: ReversalPairs) -> None:
             f"token id {token} is {said!r} in these pairs and {known} of {model.name}: they were made for another "
             "model; make them with model= this one"
         )
+
+
+def require_one_entry(pairs: ReversalPairs) -> None:
+    """Raises: RevprobeError, for pairs whose two directions do not ask for one target from one evidence token."""
+    if pairs.kind != "same_target":
+        raise RevprobeError(NEEDS_ONE_ENTRY)
 
 
 def tokens_note(model: ProbedModel, pairs: ReversalPairs) -> str:

@@ -19,8 +19,9 @@ from ...models.contract.called import CalledModule
 from ...models.probed import ProbedModel
 from ..pairs.query import Query
 
-# Tokens of one batch for a small model, and the parameters beyond which batches shrink.
-_TOKENS, _SMALL = 8192, 50_000_000
+# Tokens of one batch for a small model, the parameters beyond which batches shrink, and how far they do. A CPU's time
+# for a large model grows with the tokens whatever the batch, and its memory is what other programs have left.
+_TOKENS, _SMALL, _FEWEST, _FEWEST_ON_CPU = 8192, 50_000_000, 512, 128
 Item = TypeVar("Item")
 
 
@@ -202,6 +203,8 @@ def _behind_its_prompt(model: ProbedModel, query: Query, canvas: int) -> Query:
 def queries_per_batch(model: CalledModule, queries: Sequence[Query], batch_size: int | None = None) -> int:
     """What was asked for; by itself about 8,192 tokens for small models, fewer for large ones, at least two queries.
 
+    The fewest are 512 tokens, on a CPU 128.
+
     Raises: RevprobeError, for a batch size below 1.
     """
     if batch_size is not None:
@@ -209,7 +212,8 @@ def queries_per_batch(model: CalledModule, queries: Sequence[Query], batch_size:
             raise RevprobeError(f"batch_size {batch_size!r}: expected at least 1 query")
         return batch_size
     parameters = sum(p.numel() for p in model.module.parameters())
-    tokens = max(512, int(_TOKENS * min(1.0, _SMALL / max(parameters, 1))))
+    fewest = _FEWEST_ON_CPU if model.device.type == "cpu" else _FEWEST
+    tokens = max(fewest, int(_TOKENS * min(1.0, _SMALL / max(parameters, 1))))
     longest = max(len(_on_canvas(model, query)) for query in queries)
     return max(2, tokens // (longest * model.draws))
 

@@ -228,7 +228,8 @@ class LinearizedBatch:
         if gradient is None:
             raise RevprobeError(
                 f"{self.model.name}: the heads of {site!r} reach the logit only through something nonlinear "
-                f"({self._last_cut()}), so they have no direct share in it"
+                f"({self._last_cut()}), so they have no direct share in it; ask it with `probe_route_edit`, "
+                "`probe_logit_lens` or `probe_causal_trace`, which need none"
             )
         return gradient
 

@@ -1,8 +1,8 @@
 """Likelihoods of targets: the log-probability a query gives to some target tokens, and their rank.
 
 A request is a query with the tokens it is priced for: its own target, or, for the control, the target of the fact
-shuffled onto it. A single token is read off the query's own run; several tokens in chain mode are revealed left
-to right, which takes one run per token.
+shuffled onto it. A single token is read off the query's own run, in which the whole target is hidden; several tokens in
+chain mode are revealed left to right: the first is read off that run too, each later one takes a run.
 
 Shapes below: query (of the pass), request, token (target tokens), vocab.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
@@ -59,6 +60,7 @@ class Likelihoods:
 
     `partner`: direction -> the pair at whose query a pair's target is priced for the control, -1 for none.
     `kept`: the draws of random tokens that answers are means over; one, of a model with a mask token.
+    `begun`: what is known of requests whose first token alone is priced so far.
     """
 
     model: ProbedModel
@@ -68,6 +70,7 @@ class Likelihoods:
     partner: Mapping[str, np.ndarray] = field(default_factory=dict)
     kept: Sequence[int] = (0,)
     answers: dict[Request, tuple[float, int]] = field(default_factory=dict)
+    begun: dict[Request, tuple[float, int]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -102,23 +105,27 @@ class Likelihoods:
         return cls(model, queries, mode, asked, partner, range(model.draws))
 
     def from_run(self, log_probabilities: Tensor, queries: np.ndarray) -> None:
-        """Answer what these queries' own run can answer. Shapes: `(query draw) token vocab, query`."""
+        """Answer what these queries' own run can answer, and the first token of a chain of a masked model.
+
+        Shapes: `(query draw) token vocab, query`.
+        """
         now = [
-            (row, int(q), t)
+            (row, (int(q), target), len(target) if self._in_one_run(int(q), target) else 1)
             for row, q in enumerate(queries)
-            for t in self.requests[int(q)]
-            if self._in_one_run(int(q), t)
+            for target in self.requests[int(q)]
+            if self.model.objective != "causal" or self._in_one_run(int(q), target)
         ]
         if not now:
             return
         log_probabilities = mean_likelihood(log_probabilities, self.model.draws, self.kept)
         width, device = log_probabilities.shape[1], log_probabilities.device
-        tokens = torch.tensor([[*target, *([0] * (width - len(target)))] for *_, target in now], device=device)
-        present = torch.tensor([[k < len(target) for k in range(width)] for *_, target in now], device=device)
+        tokens = torch.tensor([[*target, *([0] * (width - len(target)))] for _, (_, target), _ in now], device=device)
+        present = torch.tensor([[k < count for k in range(width)] for *_, count in now], device=device)
         rows = log_probabilities[torch.tensor([row for row, *_ in now], device=device)]
         values, ranks = price(rows, tokens, present)
-        answers = zip(values.tolist(), ranks.tolist(), strict=True)
-        self.answers.update(((query, target), answer) for (_, query, target), answer in zip(now, answers, strict=True))
+        for (_, request, count), *answer in zip(now, values.tolist(), ranks.tolist(), strict=True):
+            known = self.answers if count == len(request[1]) else self.begun
+            known[request] = (answer[0], answer[1])
 
     def _in_one_run(self, query: int, target: Target) -> bool:
         """A single token, parallel mode, or a causal model reading its own clean sequence."""
@@ -158,8 +165,11 @@ def run_chains(every: Sequence[Likelihoods], batch_size: int, part: int = 0, par
     one = every[0]
     requests = [(q, target) for q, targets in one.requests.items() for target in targets]
     rest = [request for request in requests if not one._in_one_run(*request)][part::parts]
-    steps = [(request, query) for request in rest for query in one.conditionals(*request)]
-    totals: list[dict[Request, tuple[float, int]]] = [dict.fromkeys(rest, (0.0, 0)) for _ in every]
+    # Another process may have run the query: its chain begins here.
+    steps = [
+        (request, query) for request in rest for query in islice(one.conditionals(*request), request in one.begun, None)
+    ]
+    totals = [{request: likelihoods.begun.get(request, (0.0, 0)) for request in rest} for likelihoods in every]
     for some in in_batches(one.model, steps, batch_size, lambda step: len(step[1].token_ids)):
         batch = make_batch(one.model, [query for _, query in some], in_draws=True)
         found, first = readout(one.model, batch), slice(None, None, batch.draws)

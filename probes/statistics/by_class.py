@@ -10,6 +10,7 @@ import pandas as pd
 
 from ...arguments import checked
 from ...errors import RevprobeError, did_you_mean
+from .by_role import in_network_order
 from .estimators import NO_GRADIENT, STATISTICS_VERSION, missing_intervals
 from .intervals import Estimate, difference_over_facts, mean_over_facts
 
@@ -65,7 +66,10 @@ def objective_classes(reading: TermsReading, by: str | Iterable[str] = CLASS) ->
         frame = frame[frame["loss"].notna()]  # the step's own parts are of no visibility and no number of masks
     groups = frame.groupby(keys, sort=True, dropna=False) if keys else [((), frame)]
     rows = [dict(zip(keys, key, strict=True)) | _group(reading, part, "role" in keys) for key, part in groups]
-    return pd.DataFrame(rows).assign(statistics_version=STATISTICS_VERSION)
+    table = pd.DataFrame(rows).assign(statistics_version=STATISTICS_VERSION)
+    if "role" not in keys:
+        return table
+    return table.sort_values(keys, key=in_network_order, kind="stable", ignore_index=True)
 
 
 def _group(reading: TermsReading, part: pd.DataFrame, one_role: bool) -> dict[str, Any]:

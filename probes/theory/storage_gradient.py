@@ -22,7 +22,7 @@ from ...models.structure import attention_of
 from ...progress import Progress, counted, shows_progress
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
-from ..passes.asked import asked_pairs, out_of_sight
+from ..passes.asked import asked_pairs, out_of_sight, require_one_entry
 from ..passes.batches import in_batches, make_batch, prepare_queries, queries_per_batch
 from ..statistics.estimators import LATER_BLOCK
 
@@ -49,8 +49,7 @@ def storage_gradient_cosines(
     model = as_probed(model)
     model.require_mask_token("the stored-evidence matrix")
     pairs = asked_pairs(model, pairs, "storage_gradient")
-    if pairs.kind != "same_target":
-        raise RevprobeError(f"pairs of kind {pairs.kind!r} do not share an entry of S; use same_target pairs")
+    require_one_entry(pairs)
     if any(len(query.target_positions) > 1 for query in pairs.queries):
         raise RevprobeError("a target of several tokens has no single prediction error; use single-token targets")
     whole = [Query.unchecked(q.token_ids, q.target_positions, range(len(q.token_ids))) for q in pairs.queries]

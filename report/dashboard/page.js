@@ -65,6 +65,33 @@
   dress();
   system.addEventListener("change", () => { dress(); tell("theme", dark() ? "dark" : "light"); });
 
+  // --- Dash's own controls, as a screen reader is to hear them ---
+
+  // Their choices are native inputs in elements that say to be options of a nameless list box: the inputs are left to
+  // speak for themselves, under the label that stands beside the control.
+  const label = (id) => document.getElementById(`${id}-label`)?.textContent ?? "";
+  function mend() {
+    for (const option of all(".dash-options-list-option"))
+      for (const name of ["role", "aria-selected"]) option.removeAttribute(name);
+    for (const list of all("[role=listbox]")) {
+      const window = list.closest("[role=dialog]");
+      const words = label(window ? document.querySelector(`[aria-controls="${window.id}"]`)?.id : list.id) || "choices";
+      list.setAttribute("role", list.querySelector("[type=radio]") ? "radiogroup" : "group");
+      list.setAttribute("aria-label", words);
+      window?.setAttribute("aria-label", words);
+    }
+    for (const stop of all(".dash-dropdown-focus-target[aria-hidden]")) {  // the keyboard's way into a list
+      stop.removeAttribute("aria-hidden");
+      stop.setAttribute("aria-label", label(stop.parentElement.querySelector("button")?.id) || "choices");
+    }
+    for (const button of all("button.dash-dropdown[id]")) {
+      const told = button.getAttribute("aria-labelledby") ?? "", own = `${button.id}-label`;
+      if (!told.includes(own)) button.setAttribute("aria-labelledby", `${own} ${told}`.trim());
+    }
+  }
+  new MutationObserver(mend).observe(document.documentElement, {childList: true, subtree: true,
+    attributeFilter: ["role", "aria-selected", "aria-labelledby"]});
+
   // --- What Dash calls ---
 
   window.dash_clientside = window.dash_clientside || {};

@@ -58,7 +58,7 @@ def _side() -> html.Aside:
     filters = [
         html.Div(
             [
-                html.Label(axis.replace("_", " "), htmlFor=f"only-{axis}"),
+                html.Label(axis.replace("_", " "), htmlFor=f"only-{axis}", id=f"only-{axis}-label"),
                 dcc.Dropdown(id=f"only-{axis}", multi=True, placeholder="any"),
             ],
             id=f"only-{axis}-box",
@@ -145,7 +145,7 @@ def _radio(name: str, label: str, options: Mapping[str, str], chosen: str) -> ht
 def _choice(name: str, label: str, options: Mapping[str, str] | None = None, value: str | None = None) -> html.Div:
     listed = [{"label": text, "value": one} for one, text in (options or {}).items()]
     dropdown = dcc.Dropdown(id=name, options=listed, value=value, clearable=False, placeholder="choose")
-    return html.Div([html.Label(label, htmlFor=name), dropdown])
+    return html.Div([html.Label(label, htmlFor=name, id=f"{name}-label"), dropdown])
 
 
 def number_table(table: pd.DataFrame) -> html.Table:

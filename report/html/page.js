@@ -327,8 +327,10 @@ function redraw(names) {
 }
 function openTab(name) {
   opened = name;
-  for (const button of document.querySelectorAll("[role=tab]"))
+  for (const button of document.querySelectorAll("[role=tab]")) {
     button.setAttribute("aria-selected", String(button.dataset.tab === name));
+    button.tabIndex = button.dataset.tab === name ? 0 : -1;  // one stop for all tabs; arrow keys lead on from it
+  }
   for (const tab of document.querySelectorAll("[role=tabpanel]")) tab.hidden = tab.id !== "tab-" + name;
   if (byId("explore")) byId("explore").hidden = !(name in DRAWERS);
   return redraw([]);
@@ -343,17 +345,27 @@ async function showAll() {  // for printing and pictures: every tab under each o
 function dress(wanted) {
   dark = wanted;
   document.documentElement.classList.toggle("dark", dark);
-  byId("choose-theme").textContent = dark ? "light" : "dark";
+  byId("choose-theme").textContent = dark ? "Light theme" : "Dark theme";
 }
 const everyTab = () => [...document.querySelectorAll("[role=tab]")].map((button) => button.dataset.tab);
+function stepTab(event) {  // by arrow keys, Home and End
+  const tabs = everyTab(), at = tabs.indexOf(event.target.dataset.tab), last = tabs.length - 1;
+  const to = {ArrowRight: at === last ? 0 : at + 1, ArrowLeft: at ? at - 1 : last, Home: 0, End: last}[event.key];
+  if (to === undefined) return;
+  event.preventDefault();
+  document.querySelector(`[data-tab=${tabs[to]}]`).focus();
+  openTab(tabs[to]);
+}
 function listen(id, change, names, event = "change") {
   if (byId(id)) byId(id).addEventListener(event, () => { change(); redraw(names); });
 }
 function start() {
   dress(matchMedia("(prefers-color-scheme: dark)").matches);
   byId("choose-theme").addEventListener("click", () => { dress(!dark); redraw(everyTab()); });
-  for (const button of document.querySelectorAll("[role=tab]"))
+  for (const button of document.querySelectorAll("[role=tab]")) {
     button.addEventListener("click", () => openTab(button.dataset.tab));
+    button.addEventListener("keydown", stepTab);
+  }
   for (const id of ["choose-weights", "choose-length", "choose-run", "choose-against"])
     if (byId(id)) byId(id).addEventListener("change", showSeries);
   for (const one of document.querySelectorAll("div.gallery"))
@@ -376,4 +388,11 @@ function start() {
   openTab(everyTab().includes(asked) ? asked : "overview");
 }
 addEventListener("beforeprint", showAll);
+// plotly fits what is seen to a new width; what lies in other tabs is drawn anew when they are opened.
+addEventListener("resize", () => {
+  for (const name of everyTab().filter((one) => one !== opened)) {
+    byId("tab-" + name).querySelectorAll("#signatures, div.drawn, div.gallery").forEach((one) => Plotly.purge(one));
+    stale.add(name);
+  }
+});
 start();

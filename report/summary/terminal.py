@@ -13,12 +13,18 @@ from rich.text import Text
 from ...probes.figures.theme import difference_text, interval_text
 from ...probes.readings.readings import Readings
 from .controls import reading_controls
+from .fitted import FittedTable, Narrow, stacked
 from .tables import MEASURES, final_table, last_checkpoints
 
 # Where output is no terminal (a log), lines may be long: a table folded to 80 columns is unreadable.
 _LOG_WIDTH = 200
 # A number's columns in a table of measures, by the prefix of the value's own.
 _STACKED = {"": ("value", "low", "high"), "control": ("", "_low", "_high"), "excess": ("", "_low", "_high")}
+_OF_CONTROLS = Narrow(
+    {"weights": ("measure", "{}"), "model": ("control", "of {}"), "n facts": ("n pairs", "{} facts")},
+    notes=("reason",),
+    named=("measure", "control"),
+)
 # Columns a terminal needs to show all six measures beside each other.
 _WIDE = 108
 
@@ -51,27 +57,25 @@ def print_readings(readings: Readings, title: str, console: Console) -> None:
     if console.width >= _WIDE:
         console.print(readings_table(readings, title))
         return
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("measure", "value", "control", "value - control", "n", "weights"):
-        table.add_column(heading)
-    notes = []
+    rows, notes = [], []
     for row in readings.measures().to_dict("records"):
         numbers = [interval_text(*(row[f"{name}{end}"] for end in ends)) for name, ends in _STACKED.items()]
-        shown = [text.replace(" [", "\n[") if not text.startswith("undefined") else "-" for text in numbers]
+        shown = [stacked(text) if not text.startswith("undefined") else "-" for text in numbers]
         shown[0] = "undefined" if pd.isna(row["value"]) else shown[0]
+        read = ", ".join(filter(None, [row["weights"], row["kind"].replace("_", " ")]))
         name = row["measure"].replace("_", "\n", 1).replace("_", " ")
-        read = f"{row['weights'] or '-'}\n{row['kind'].replace('_', ' ')}"
-        table.add_row(*map(Text, [name, *shown, f"{row['n']:,} pairs\n{row['facts']:,} facts", read]))
+        rows.append([f"{name}\n{read}", *shown, f"{row['n']:,} pairs\n{row['facts']:,} facts"])
         said = "; ".join(filter(None, [row["reason"], row["caution"]]))
         notes += [f"{row['measure'].replace('_', ' ')}: {said}"] if said else []
-    console.print(table)
+    frame = pd.DataFrame(rows, columns=["measure", "value [95 %]", "control [95 %]", "value - control [95 %]", "n"])
+    console.print(text_table(frame, title))
     for note in notes:
         console.print(note)
 
 
 def controls_table(readings: Readings, title: str) -> Table:
     """One row per control of the readings that were asked for some, with the paired difference to each."""
-    return text_table(reading_controls(readings), title)
+    return text_table(reading_controls(readings), title, _OF_CONTROLS)
 
 
 def read_as(readings: Readings) -> str:
@@ -119,11 +123,6 @@ def print_final(summary: pd.DataFrame, console: Console) -> None:
                 console.print(f"{', '.join(measures)}: {words!s}")
 
 
-def text_table(frame: pd.DataFrame, title: str) -> Table:
-    """A data frame of text as a rich table."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in frame.columns:
-        table.add_column(str(column), overflow="fold")
-    for row in frame.astype(str).to_numpy().tolist():
-        table.add_row(*(Text(cell) for cell in row))
-    return table
+def text_table(frame: pd.DataFrame, title: str, narrow: Narrow | None = None) -> FittedTable:
+    """A data frame of text as a table that fits where it is printed; `narrow` says what it gives up there."""
+    return FittedTable(frame, title, narrow)

@@ -1,17 +1,42 @@
-"""Tables at 80 columns: golden texts, no word broken."""
+"""Tables at 80 columns: golden texts, and no word of any command's output broken."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
 
 import pandas as pd
+import pytest
 from rich.console import Console
 
+import revprobe as rp
 from revprobe.cli.reproduce import theory_cells
+from revprobe.finetune.config.finetuning import parse_finetune
+from revprobe.finetune.config.loading import parse_config
+from revprobe.finetune.config.one_layer import RunConfig
 from revprobe.probes.readings.reading import Reading
 from revprobe.probes.readings.readings import Readings
 from revprobe.probes.theory.tables import theory_tables
+from revprobe.report.summary.fitted import Narrow
 from revprobe.report.summary.terminal import print_readings, text_table
 
+Cli = Callable[..., tuple[int, str, str]]
+RUN = (
+    "name: NAME\nrelation: {length: 4}\nmodel: {d_model: 16}\n"
+    "training: {steps: 4, batch_size: 16, warmup_steps: 2, device: cpu}\nsnapshots: {every: 4}\n"
+)
+TINY = "{layout: llada, d_model: 16, n_layers: 1, n_heads: 2, vocabulary: 400, pretraining: {steps: 2, facts: 10}}"
+FINETUNING = (
+    f"name: tuned\nmodel: {{tiny: {TINY}}}\nrelation: {{name: invented_names, direction: P2C}}\n"
+    "training: {steps: 2, batch_size: 4, device: cpu}\nsnapshots: {every: 2, facts: 8}\nevaluation: {facts: 4}\n"
+)
 
-def narrow() -> Console:
-    return Console(markup=False, highlight=False, width=80, record=True, quiet=False, file=open("/dev/null", "w"))
+
+def lines_of(print_to: Callable[[Console], None], width: int = 80) -> list[str]:
+    """What is printed on a terminal of so many columns, without the spaces behind."""
+    with Path("/dev/null").open("w") as nowhere:
+        console = Console(markup=False, highlight=False, width=width, record=True, file=nowhere)
+        print_to(console)
+    return [line.rstrip() for line in console.export_text().splitlines()]
 
 
 def test_readings_stand_value_above_and_interval_below() -> None:
@@ -19,17 +44,77 @@ def test_readings_stand_value_above_and_interval_below() -> None:
     numbers = {"probability": [0.2, 0.4] * 10, "log_probability": 0.0, "rank": 1, "argmax_match": [0, 1] * 10}
     frame = rows.assign(direction="reverse", reason="", **numbers)
     about = {"seed": 0, "control": False, "kind": "same_target", "weights": "ema"}
-    console = narrow()
-    print_readings(Readings([Reading("reverse_probability", frame, about)]), "m, letters:5", console)
-    text = console.export_text()
-    lines = [line.rstrip() for line in text.splitlines()]
-    assert max(map(len, lines)) <= 80
-    start = next(n for n, line in enumerate(lines) if line.lstrip().startswith("reverse"))
-    assert [line.split() for line in lines[start : start + 2]] == [
-        ["reverse", "0.30", "-", "-", "20", "pairs", "ema"],
-        ["probability", "[0.25,", "0.35]", "20", "facts", "same", "target"],
+    readings = Readings([Reading("reverse_probability", frame, about)])
+    lines = lines_of(lambda console: print_readings(readings, "m, letters:5", console))
+    assert lines[:4] == [
+        "m, letters:5",
+        "                  value         control  value - control",
+        "measure           [95 %]        [95 %]   [95 %]           n",
+        "─" * 66,
     ]
-    assert "forward accuracy: 1 no forward query in this part" in text
+    assert lines[7:13] == [
+        "reverse           0.30          -        -                20 pairs",
+        "probability       [0.25, 0.35]                            20 facts",
+        "ema, same target",
+        "forward           undefined     -        -                0 pairs",
+        "accuracy                                                  0 facts",
+        "ema, same target",
+    ]
+    assert "forward accuracy: 1 no forward query in this part" in lines
+
+
+ROWS = pd.DataFrame(
+    {
+        "asked": ["forward (P2C)", "reverse (C2P)"],
+        "facts": ["trained", "held out (floor)"],
+        "match [95 %]": ["96.0 [90.1, 98.4]", "3.0 [0.6, 8.5] (control 1.0)"],
+        "about the answers that were wrong": ["-", "97 other names, most of them of the same family"],
+    }
+)
+
+
+def test_a_table_gives_up_as_little_as_it_must() -> None:
+    """Wide as it is; narrower with intervals below values and notes below the table; then a block for each row."""
+    narrow = Narrow({"facts": ("asked", "{}")}, notes=("about the answers that were wrong",), named=("asked",))
+    shown = {
+        width: lines_of(lambda console: console.print(text_table(ROWS, "t", narrow)), width) for width in (150, 40, 30)
+    }
+    assert "96.0 [90.1, 98.4]" in shown[150][4]
+    assert shown[40] == [
+        "t",
+        "                  match",
+        "asked             [95 %]",
+        "─" * len("asked             (control 1.0)"),
+        "forward (P2C)     96.0",
+        "trained           [90.1, 98.4]",
+        "reverse (C2P)     3.0",
+        "held out (floor)  [0.6, 8.5]",
+        "                  (control 1.0)",
+        "reverse (C2P): about the answers that",
+        "were wrong: 97 other names, most of them",
+        "of the same family",
+        "",
+    ]
+    assert shown[30] == [
+        "t",
+        "",
+        "forward (P2C)",
+        "  facts   trained",
+        "  match   96.0",
+        "  [95 %]  [90.1, 98.4]",
+        "",
+        "reverse (C2P)",
+        "  facts         held out",
+        "                (floor)",
+        "  match [95 %]  3.0",
+        "                [0.6, 8.5]",
+        "                (control 1.0)",
+        "  about the     97 other",
+        "  answers that  names, most of",
+        "  were wrong    them of the",
+        "                same family",
+        "",
+    ]
 
 
 def test_the_theory_has_no_columns_of_zeros_and_no_minus_nought() -> None:
@@ -37,7 +122,51 @@ def test_the_theory_has_no_columns_of_zeros_and_no_minus_nought() -> None:
     assert shown.columns.tolist() == ["table", "row", "column", "paper", "ours", "difference", "verdict"]
     assert not shown["difference"].eq("-0.0000").any()
     assert shown.iloc[0].tolist()[2:5] == ["d=64", "0.337", "0.3365"]
-    console = narrow()
-    console.print(text_table(shown, "Tables 3, 4 and 5"))
-    lines = [line.rstrip() for line in console.export_text().splitlines() if line.strip()]
+    lines = [line for line in lines_of(lambda console: console.print(text_table(shown, "Tables 3, 4 and 5"))) if line]
     assert len(lines) == len(shown) + 3 and max(map(len, lines)) <= 80, "one line a cell"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    home = tmp_path_factory.mktemp("made")
+    runs = {
+        name: rp.train(parse_config(RUN.replace("NAME", name), RunConfig, "t"), home / name).path for name in ("a", "b")
+    }
+    return runs | {"tuned": rp.fine_tune(parse_finetune(FINETUNING, "t"), home / "tuned").path}
+
+
+COMMANDS = {
+    "probe": "probe {a} --pairs letters:4",
+    "controls": "probe {a} --pairs letters:4 --probes attention --controls untrained,neighbour",
+    "evaluate": "evaluate {tuned}",
+    "compare-models": "compare-models first={a} second={b} --pairs letters:4 --probes attention,probability",
+    "block-sweep": "block-sweep {tuned} --pairs letters:4 --probes probability --sizes 2,whole",
+    "diagnose": "diagnose {a}",
+    "models": "models",
+    "theory": "reproduce theory",
+    "report": "report {a}",
+}
+# What narrow tables say beside the words of the wide ones.
+LABELS = {"ctrl", "n", "of", "wordings", "probabilities:", "see", "the", "report,", "or", "widen", "terminal", "-"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_word_is_broken_at_80_columns(
+    command: str, cli: Cli, made: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broken word leaves two that the same table, with room for it, does not have."""
+    asked = COMMANDS[command].format(**made).split()
+    if command == "block-sweep":
+        asked = ["block-sweep", str(Path(rp.__file__).parent / "tests/fixtures/sdar-tiny"), *asked[2:]]
+    shown = {}
+    for columns in (80, 500):
+        for name, value in {"TTY_COMPATIBLE": "1", "NO_COLOR": "1", "COLUMNS": str(columns), "TERM": "dumb"}.items():
+            monkeypatch.setenv(name, value)
+        code, out, err = cli(*asked)
+        assert code == 0, err
+        shown[columns] = out
+    lines = [line for line in shown[80].splitlines() if str(made["a"].parent) not in line]
+    assert max(map(len, lines)) <= 80
+    pieces = {word.strip(",;:") for word in re.split(r"[\s─]+", "\n".join(lines))}
+    whole = {word.strip(",;:") for word in re.split(r"[\s─]+", shown[500])}
+    assert pieces - whole - LABELS == set()

@@ -70,6 +70,7 @@ def test_the_parents_own_options_reach_the_parent_alone(
     cli: Cli, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from revprobe.models import registry
+    from revprobe.probes.passes import shared_out
 
     given: dict[str, dict[str, object]] = {}
     load = registry.load_model
@@ -78,7 +79,8 @@ def test_the_parents_own_options_reach_the_parent_alone(
         given[Path(source).name] = options
         return load(source)
 
-    monkeypatch.setattr(registry, "load_model", loaded)
+    for where in (registry, shared_out):
+        monkeypatch.setattr(where, "load_model", loaded)
     asked = ["probe", trained["child"], "--pairs", "letters:4", "--probes", "gradient", "--controls", "parent"]
     code, _, err = cli(*asked, "--parent", trained["elder"], "--load", "parent:dtype=float32", "--load", "name=mine")
     assert (code, err) == (0, "")

@@ -462,6 +462,27 @@ def test_swapped_pairs_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("build", "instead"),
+    [
+        (lambda: DEEP["gpt2"](), ("token_contributions", "probe_route_edit")),
+        (lambda: bert(), ("probe_route_edit", "probe_logit_lens", "probe_causal_trace")),
+    ],
+    ids=["causal", "nonlinear head"],
+)
+def test_what_a_refusal_advises_works_on_the_very_model(build, instead: tuple[str, ...]) -> None:
+    """Advice that cannot be followed is worse than none."""
+    model = build()
+    pairs = pairs_for(model)
+    with pytest.raises(rp.RevprobeError) as refused:
+        probe_stored_evidence(model, pairs)
+    for name in instead:
+        assert f"`{name}" in str(refused.value)
+        found = getattr(rp, name)(model, pairs[0] if name == "token_contributions" else pairs)
+        values = found["contribution"] if isinstance(found, pd.DataFrame) else pd.Series([found.value])
+        assert np.isfinite(values).all() and values.abs().gt(0).any(), name
+
+
+@pytest.mark.parametrize(
     ("build", "words"),
     [
         (lambda: causal(transformers.Gemma2Config(**GROUPED)), r"only through something nonlinear \(tanh, in"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -127,7 +126,7 @@ def _read(run: FinetuneRun) -> dict[str, list[dict[str, Any]]]:
         if table is not None:
             found[table].append(row)
     for reading in run.readings():
-        beside = {key: reading.meta.get(key) for key in ("step", "kind")} | _untrained(reading)
+        beside = {key: reading.meta.get(key) for key in ("step", "kind")}
         found["signatures"] += [row | beside for row in records(reading.measures())]
     return found
 
@@ -146,15 +145,6 @@ def _among_candidates(reading: Reading) -> dict[str, Any]:
         for name, column in (("", "value"), ("_low", "low"), ("_high", "high")):
             row[f"reciprocal_rank{name}"] = measures.loc["mean_reciprocal_rank", column]
     return row
-
-
-def _untrained(reading: Reading) -> dict[str, Any]:
-    """What the same configuration reads with its initial weights, where the run asked for that."""
-    controls = reading.controls
-    own = controls[controls["control"] == "untrained"]
-    if own.empty:
-        return {"untrained": math.nan, "untrained_reason": "not read"}
-    return {"untrained": own["value"].iloc[0], "untrained_reason": own["reason"].iloc[0]}
 
 
 def _versions(runs: Iterable[Path]) -> list[dict[str, str]]:

@@ -25,13 +25,14 @@ ANSWERS = [*AXES, "run", *_ASKED, *_NUMBERS, *KINDS]
 RANKS = [*AXES, "run", *_ASKED, *_NUMBERS, "candidates", "chance"]
 RANKS += ["reciprocal_rank", "reciprocal_rank_low", "reciprocal_rank_high"]
 SIGNATURES = [*AXES, "run", "step", "kind", "measure", *_NUMBERS, "excess", "excess_low", "excess_high"]
-SIGNATURES += ["untrained", "untrained_reason"]
+TWINS = [*AXES, "run", "config", "kind", "measure", *_NUMBERS]
 TRACES = ["run", "weights_step", "instrument", "site", "direction", "step", "part", "layer", *_NUMBERS]
 TRACES += ["excess", "excess_low", "excess_high"]
-TABLES = {"runs": RUNS, "answers": ANSWERS, "ranks": RANKS, "signatures": SIGNATURES, "traces": TRACES}
+TABLES = {"runs": RUNS, "answers": ANSWERS, "ranks": RANKS, "signatures": SIGNATURES}
+TABLES |= {"twins": TWINS, "traces": TRACES}
 _WHOLE = {"seed", "steps", "step", "weights_step", "layer", "n", "facts", "undefined", "candidates", *KINDS}
 _TEXT = {"sweep", "model", "dataset", "direction", "variant", "run", "objective", "status", "asked", "split"}
-_TEXT |= {"templates", "reason", "caution", "kind", "measure", "untrained_reason", "config", "weights_of", "weights"}
+_TEXT |= {"templates", "reason", "caution", "kind", "measure", "config", "weights_of", "weights"}
 _TEXT |= {"instrument", "site", "part"}
 DIGITS = 7  # significant ones: the ends of an interval stay apart, the rest is noise and triples a file
 
@@ -58,7 +59,7 @@ def _rounded(value: float) -> float:
 
 @dataclass(frozen=True)
 class Section6:
-    """The four tables, the small models' records, and where all of it comes from; empty where nothing was collected.
+    """The tables, the small models' records, and where all of it comes from; empty where nothing was collected.
 
     Attributes:
         runs: a row for each planned run: its axes, objective, steps and status ("finished", "not run", or why); the
@@ -66,6 +67,7 @@ class Section6:
         answers: exact match, a row for each run, step, side asked and split; `KINDS` count what wrong answers are.
         ranks: the right answer's rank among all candidates, likewise: `value` is the share ranked first.
         signatures: the three probes by run and step, each beside its control.
+        twins: the same of an untrained twin of each run's model, over the run's pairs (`twin_readings`).
         traces: what was read inside one trained run (`traced`), by instrument, direction, step, part and layer.
         models: of each small model what it came to, or why it is not finished.
         about: commands, versions, data, and what else says where the numbers come from.
@@ -75,6 +77,7 @@ class Section6:
     answers: pd.DataFrame = field(default_factory=lambda: tidy("answers", []))
     ranks: pd.DataFrame = field(default_factory=lambda: tidy("ranks", []))
     signatures: pd.DataFrame = field(default_factory=lambda: tidy("signatures", []))
+    twins: pd.DataFrame = field(default_factory=lambda: tidy("twins", []))
     traces: pd.DataFrame = field(default_factory=lambda: tidy("traces", []))
     models: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
@@ -142,6 +145,14 @@ class Section6:
         """Each step's row of a finished run, in order; of signatures `asked` is the measure, and split is ""."""
         own = self._curves.get((table, cell, seed, asked, "" if table == "signatures" else split), {})
         return dict(sorted(own.items())) if self.status(cell, seed) == FINISHED else {}
+
+    def twin(self, cell: Cell, seed: int, measure: str) -> dict[Any, Any] | None:
+        """What an untrained twin of a finished run's model reads; None where none was read."""
+        return self._twins.get((cell, seed, measure)) if self.status(cell, seed) == FINISHED else None
+
+    @cached_property
+    def _twins(self) -> dict[tuple[Cell, int, str], dict[Any, Any]]:
+        return {(_cell(row), int(row["seed"]), row["measure"]): row for row in self.twins.to_dict("records")}
 
     def last(self, cell: Cell, seed: int, asked: str, split: str = "train", table: str = "answers") -> float | None:
         """The value at the last step; NaN where it is undefined or missing, None of a run that is not finished."""

@@ -19,9 +19,12 @@ def with_kept(found: Section6, kept: Section6) -> Section6:
 
     A run is kept where its config is the planned one to the letter and its small model had the bytes that the model has
     here (any, where none is here: the models are made again to the same bytes). Others stand as they are found. What
-    was traced stays.
+    was traced stays, and what untrained twins read of runs that are still planned.
     """
-    found = replace(found, traces=kept.traces)  # taken of one run on its own, by examples/section6_traces.py
+    # Traces are taken of one run on its own; twins are of runs that are still the planned ones.
+    planned = {(row["run"], row["config"]) for row in records(found.runs)}
+    twins = [row for row in records(kept.twins) if (row["run"], row["config"]) in planned]
+    found = replace(found, traces=kept.traces, twins=tidy("twins", twins))
     if found.about.get("statistics_version") != kept.about.get("statistics_version"):
         return found
     models = {name: _model(record, kept.models.get(name, {})) for name, record in found.models.items()}

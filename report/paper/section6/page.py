@@ -48,8 +48,9 @@ ABOUT_SIGNATURES = (
     "Masked models are asked for the same target from the same evidence in either order (same target), causal models "
     "another question (swapped roles): the two kinds are not compared with each other. Value and 95 % interval over "
     "facts at the last step, seed by seed; before: step 0; control: facts shuffled, mean over seeds; above control: in "
-    "how many seeds the interval of the excess lies above 0. An untrained twin stands high on its own: a signature "
-    "needs to be held against it where it was read. The autoregressive twins are mini-llama and mini-qwen2."
+    "how many seeds the interval of the excess lies above 0. Untrained twin: the same configuration with initial "
+    "weights on the same pairs; it may stand high on its own, and a signature needs to be held against it. The "
+    "autoregressive twins are mini-llama and mini-qwen2."
 )
 ABOUT_VERDICTS = (
     "Each prediction, written in the YAML before the runs, seed by seed: *holds*, *fails*, *cannot be told* (a cell "

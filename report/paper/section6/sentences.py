@@ -136,8 +136,26 @@ class Told:
         return (
             "Attention correlation and gradient cosine above their controls in the masked models, from 90 % forward on "
             f"(model x dataset x seed): {held}; asked backwards, the right answer ranks first among all candidates in "
-            f"{ranked[0]} (masked models, lowest to highest cell) and {ranked[1]} (causal ones)."
+            f"{ranked[0]} (masked models, lowest to highest cell) and {ranked[1]} (causal ones){self._twins()}."
         )
+
+    def _twins(self) -> str:
+        """In how many runs of masked models an untrained twin's signature stands above that of the trained model."""
+        told = []
+        for measure in ("attention_correlation", "gradient_cosine"):
+            read = above = 0
+            for cell in (main_cell(model, trained) for model in MASKED for trained in DATASETS):
+                for seed in SEEDS:
+                    twin = self.found.twin(cell, seed, measure)
+                    curve = list(self.found.curve(cell, seed, measure, table="signatures").values())
+                    if twin is None or not curve:
+                        continue
+                    read += 1
+                    above += bool(twin["low"] > curve[-1]["high"])  # False where either is undefined
+            told.append(f"{above} of {read} runs ({measure.replace('_', ' ')})")
+            if not read:
+                return ""
+        return f"; an untrained twin of a masked model reads higher, intervals apart, in {' and '.join(told)}"
 
     # ---- the fourth ----
 

@@ -159,12 +159,19 @@ def _signature(found: Section6, cell: Cell, measure: str, words: str) -> dict[st
         [None if one is None else float(one["value"]) for one in first], percent=False, digits=2
     )
     row["control before"] = _number(mean([float(one["control"]) for one in first if one is not None]))
-    twins = [float(one["untrained"]) for one in last]
-    row["untrained twin"] = "not read" if all(map(math.isnan, twins)) else by_seed(twins, percent=False, digits=2)
+    row["untrained twin"] = _twins(found, cell, measure)
     row["control"] = _number(mean([float(one["control"]) for one in last]))
     known = [float(one["excess_low"]) for one in last if not math.isnan(float(one["excess_low"]))]
     row["above control"] = f"{sum(low > 0 for low in known)} of {len(last)}" if known else "not compared"
     return row | {"n": ", ".join(dict.fromkeys(f"{int(one['n'])} ({int(one['facts'])} facts)" for one in last))}
+
+
+def _twins(found: Section6, cell: Cell, measure: str) -> str:
+    """Value and interval of each seed's untrained twin; an adapter has none."""
+    if measure.startswith("lora"):
+        return "has no adapter"
+    rows = [found.twin(cell, seed, measure) for seed in SEEDS]
+    return "; ".join("-" if row is None else _interval(row) for row in rows) if any(rows) else "not read"
 
 
 def _interval(row: dict[str, Any]) -> str:

@@ -132,9 +132,11 @@ def test_a_missing_file_names_the_nearest_example(tmp_path: Path) -> None:
 
 
 def test_a_sweep_given_to_train_and_a_run_given_to_sweep_name_the_right_command() -> None:
-    with pytest.raises(RevprobeError, match=r"is a sweep \(it has 'cells'\); use `revprobe sweep my.yaml`"):
+    with pytest.raises(
+        RevprobeError, match=r"is a sweep of one-layer runs \(it has 'cells'\); use `revprobe sweep my.yaml`"
+    ):
         parse_config(f"{SWEEP}cells: [{{seed: 0}}]", RunConfig, "my.yaml")
-    with pytest.raises(RevprobeError, match=r"is a single run .*; use `revprobe train my.yaml`"):
+    with pytest.raises(RevprobeError, match=r"a one-layer run \(it has .*\); use `revprobe train my.yaml`"):
         parse_config(RUN, SweepConfig, "my.yaml")
 
 

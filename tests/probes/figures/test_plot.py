@@ -370,6 +370,12 @@ def test_a_head_without_a_large_group_is_left_out_of_the_mean_where_others_have_
     assert table["value"].iloc[-1] == pytest.approx(alone.value, abs=1e-12), "by itself it is pooled"
 
 
+def test_cell_cosines_stand_in_network_order() -> None:
+    """Neither by the alphabet (norm, q, unembed) nor as the parameters come (unembed, q, norm)."""
+    frame = gradient().frame.replace({"role": {"embed": "unembed", "v": "norm"}})
+    assert cell_cosines(frame, ["role"])["role"].tolist() == ["q", "norm", "unembed"]
+
+
 @pytest.mark.parametrize("by", [[], ["role"], ["layer", "role"]])
 def test_cell_cosines_equal_the_reading_on_each_cell(by: list[str]) -> None:
     reading = gradient()

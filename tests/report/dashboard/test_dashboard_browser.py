@@ -8,6 +8,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from axe_findings import axe_findings
+from selenium.webdriver.common.keys import Keys
 
 from tiny import ROOT, module_at
 
@@ -140,6 +142,10 @@ def test_the_whole_visit(driver: Any, folder: Path) -> None:
     assert driver.execute_script("return window.sameCopyOfThePage === true"), "the page was reloaded on the way"
 
 
+def theme_of(driver: Any) -> str:
+    return "dark" if driver.execute_script("return document.documentElement.classList.contains('dark')") else "light"
+
+
 def chosen(driver: Any) -> list[str]:
     """The runs that the list says are chosen."""
     return list(driver.execute_script(f"return {CHOSEN}.map((line) => line.dataset.run)"))
@@ -263,8 +269,6 @@ def test_a_sweep_is_chosen_at_once_and_dots_have_the_colours_of_the_lines(driver
 
 
 def test_tabs_and_the_list_are_worked_by_the_keyboard(driver: Any) -> None:
-    from selenium.webdriver.common.keys import Keys
-
     driver.get(driver.current_url.partition("?")[0])
     shot.await_true(lambda: len(shot.drawable(driver)) > 3, "the list")
     driver.find_element("id", "tab-training").send_keys(Keys.ARROW_RIGHT)
@@ -280,6 +284,51 @@ def test_tabs_and_the_list_are_worked_by_the_keyboard(driver: Any) -> None:
     shot.await_true(lambda: "chosen=real" in driver.current_url, "and in the address")
     focus = "return document.activeElement.dataset.run"
     shot.await_true(lambda: driver.execute_script(focus) == "real", "the focus on the line")
+
+
+def test_a_drop_down_list_and_the_theme_are_worked_by_the_keyboard(driver: Any) -> None:
+    home = driver.current_url.partition("?")[0]
+    driver.get(f"{home}?chosen=real&tab=checkpoint&run=real")
+    shot.await_true(lambda: "last (step 10)" in text(driver, "#step"), "the checkpoints")
+    driver.find_element("id", "step").send_keys(Keys.ENTER)
+    shot.await_true(lambda: driver.find_elements("css selector", ".dash-dropdown-content"), "the open list")
+    listed = [one.text for one in driver.find_elements("css selector", ".dash-dropdown-content label")]
+    assert len(listed) == 3, listed
+    driver.switch_to.active_element.send_keys(Keys.ARROW_DOWN)
+    driver.switch_to.active_element.send_keys(Keys.ENTER)
+    shot.await_true(lambda: "step=" in driver.current_url, "another checkpoint in the address")
+    assert driver.execute_script("return document.activeElement.id") == "step", "the focus is where it was"
+    radio = driver.find_element("css selector", "#theme-choice label:nth-of-type(2) input")
+    radio.click()
+    shot.await_true(lambda: theme_of(driver) == "light", "light")
+    driver.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    shot.await_true(lambda: theme_of(driver) == "dark", "dark by the arrow key")
+    driver.switch_to.active_element.send_keys(Keys.ARROW_LEFT)
+    shot.await_true(lambda: theme_of(driver) == "light", "light again")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_grave_in_any_view(driver: Any, theme: str) -> None:
+    """Contrast, names, roles and what the keyboard reaches, as axe-core tells them; also in an open drop-down list."""
+    home = driver.current_url.partition("?")[0]
+    driver.get(f"{home}?chosen=real&chosen=0-training&chosen=ft&run=real")
+    shot.await_true(lambda: len(shot.table_rows(driver)) == 3, "the numbers")
+    driver.find_element("css selector", f"#theme-choice label:nth-of-type({2 if theme == 'light' else 3})").click()
+    shot.await_true(lambda: theme_of(driver) == theme, theme)
+    driver.find_element("id", "filters-summary").click()
+    found = [f"training: {one}" for one in axe_findings(driver)]
+    shot.open_tab(driver, "checkpoint")
+    shot.await_true(lambda: driver.find_elements("css selector", "#one .main-svg"), "a figure of one checkpoint")
+    found += [f"checkpoint: {one}" for one in axe_findings(driver)]
+    driver.find_element("id", "step").click()
+    shot.await_true(lambda: driver.find_elements("css selector", ".dash-dropdown-content"), "the list of checkpoints")
+    found += [f"an open list: {one}" for one in axe_findings(driver)]
+    driver.find_element("css selector", "body").send_keys(Keys.ESCAPE)
+    shot.open_tab(driver, "pair")
+    shot.choose(driver, "fact")
+    shot.await_true(lambda: driver.find_elements("css selector", "#opened .token"), "the pair")
+    found += [f"pair: {one}" for one in axe_findings(driver)]
+    assert not found, "\n".join(found)
 
 
 def test_nothing_planted_ran_nothing_failed_and_nothing_left_the_page(driver: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from axe_findings import axe_findings
 
 from revprobe import Reading, Readings
 from revprobe.finetune.runs.record import RunRecord
@@ -253,6 +254,87 @@ def test_the_dark_page_draws_in_the_dark(opened: Any) -> None:
     assert (light, opened.execute_script(paper)) == ("white", "#16191D")
     opened.execute_script("document.getElementById('choose-theme').click()")
     drawn(opened)
+
+
+@pytest.mark.parametrize(("theme", "width"), [("Light", 1280), ("Dark", 1280), ("Light", 800), ("Dark", 800)])
+def test_axe_finds_nothing_grave_in_any_tab(opened: Any, theme: str, width: int) -> None:
+    """Contrast, names, roles and what the keyboard reaches, as axe-core tells them."""
+    opened.set_window_size(width, 1600)
+    button = opened.find_element("id", "choose-theme")
+    if button.text == f"{theme} theme":  # the button says what a click leads to
+        button.click()
+    assert opened.execute_script("return dark") is (theme == "Dark")
+    found = []
+    for tab in opened.execute_script("return everyTab()"):
+        open_tab(opened, tab)
+        for one in opened.find_elements("css selector", f"#tab-{tab} details"):
+            opened.execute_script("arguments[0].open = true", one)
+        found += [f"{tab}: {one}" for one in axe_findings(opened)]
+    opened.set_window_size(1280, 1600)
+    assert not found, "\n".join(found)
+
+
+def test_a_figure_fits_a_window_that_was_narrowed_while_another_tab_was_open(opened: Any) -> None:
+    wide = "return document.getElementById('signatures')._fullLayout.width"
+    open_tab(opened, "overview")
+    before = opened.execute_script(wide)
+    open_tab(opened, "edits")
+    opened.set_window_size(820, 1600)
+    deadline = time.monotonic() + 30
+    while not opened.execute_script("return stale.has('overview')"):
+        assert time.monotonic() < deadline, "the page has not heard of its new width"
+        time.sleep(0.05)
+    open_tab(opened, "overview")
+    after = opened.execute_script(wide)
+    there = opened.execute_script("return document.getElementById('signatures').clientWidth")
+    opened.set_window_size(1280, 1600)
+    assert after == there < before
+
+
+def test_axe_is_one_that_finds(opened: Any) -> None:
+    """Pale text and a field without a name, planted and taken away again."""
+    planted = '<div id="planted"><p style="color: #ccc; background: #fff">pale</p><input type="text"></div>'
+    opened.execute_script("document.body.insertAdjacentHTML('beforeend', arguments[0])", planted)
+    found = axe_findings(opened)
+    opened.execute_script("document.getElementById('planted').remove()")
+    assert {one.partition(" ")[0] for one in found} == {"color-contrast", "label"}, found
+
+
+def test_tabs_slider_and_theme_are_worked_by_the_keyboard(opened: Any) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    def press(key: str) -> Any:
+        opened.switch_to.active_element.send_keys(key)
+        drawn(opened)
+        return opened.switch_to.active_element
+
+    tabs = opened.execute_script("return everyTab()")
+    open_tab(opened, "overview")
+    opened.find_element("css selector", "[data-tab=overview]").click()
+    for key, wanted in ((Keys.ARROW_RIGHT, 1), (Keys.END, -1), (Keys.ARROW_RIGHT, 0), (Keys.ARROW_LEFT, -1)):
+        assert press(key).get_attribute("data-tab") == tabs[wanted], key
+        shown = opened.execute_script("return [...document.querySelectorAll('main > :not([hidden])')].map((t) => t.id)")
+        assert shown == [f"tab-{tabs[wanted]}"]
+    press(Keys.HOME)
+    assert press(Keys.ARROW_RIGHT).get_attribute("data-tab") == "routing"
+    before = opened.execute_script("return dark")
+    assert press(Keys.TAB).get_attribute("id") == "choose-theme", "all tabs are one stop"
+    assert press(Keys.SHIFT + Keys.TAB).get_attribute("data-tab") == "routing", "and that is the open one"
+    press(Keys.TAB)
+    press(Keys.ENTER)
+    assert opened.execute_script("return dark") is not before
+    press(Keys.SPACE)
+    assert opened.execute_script("return dark") is before
+    change(opened, "explore-run", "run-0")
+    assert press(Keys.TAB).get_attribute("id") == "explore-run"
+    press(Keys.TAB)
+    assert press(Keys.TAB).get_attribute("id") == "explore-step"
+    for key, step in ((Keys.HOME, "0"), (Keys.ARROW_RIGHT, "10"), (Keys.END, "500"), (Keys.ARROW_LEFT, "10")):
+        press(key)
+        assert said(opened, "explore-step-shown") == step
+    line = traces(opened, "course")[1]
+    places = opened.execute_script("return document.getElementById('course').layout.shapes[0].x0")
+    assert places == line["x"][1], "the mark of the drawn checkpoint follows"
 
 
 def test_nothing_leaves_the_page_and_nothing_complains(opened: Any) -> None:

@@ -1,0 +1,1 @@
+"""A report and all behind it as one folder to hand on."""
