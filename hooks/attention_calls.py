@@ -213,9 +213,7 @@ def call_rows(call: Mapping[str, Any], rows: Tensor) -> Tensor:
     if (shared := query.shape[1] // key.shape[1]) > 1:
         key = key.repeat_interleave(shared, dim=1)
     scale = call.get("scale")
-    # The rows are scaled, not the scores, which are more numbers wherever there are more keys than entries in a head.
-    query_rows = query_rows * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = query_rows @ key.to(query_rows.dtype).mT
+    scores = query_rows @ key.to(query_rows.dtype).mT * (query.shape[-1] ** -0.5 if scale is None else scale)
     if call.get("attn_mask") is None and not call.get("is_causal"):
         return scores  # nothing is hidden, and every step of a trace comes by here for every layer
     return hidden_as_infinite(scores + _mask_rows(call, rows, scores))

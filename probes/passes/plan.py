@@ -108,7 +108,7 @@ class PassResult:
 
     def empty_copy(self, kept: Sequence[int]) -> PassResult:
         """Tables of the same pass for means over fewer draws, with nothing measured yet; what is told is shared."""
-        likelihoods = None if self.likelihoods is None else replace(self.likelihoods, kept=kept, answers={})
+        likelihoods = None if self.likelihoods is None else replace(self.likelihoods, kept=kept, answers={}, begun={})
         tables: dict[str, Any] = {name: getattr(self, name).copy() for name in _TABLES}
         return replace(self, score={}, weight={}, likelihoods=likelihoods, **tables)
 
