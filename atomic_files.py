@@ -15,6 +15,30 @@ from pathlib import Path
 
 from .errors import RevprobeError
 
+# Folder -> what raises when this process may no longer replace anything in it.
+_GUARDS: dict[Path, Callable[[], None]] = {}
+
+
+@contextmanager
+def guarded(folder: Path, require: Callable[[], None]) -> Iterator[None]:
+    """Ask `require`, which may raise, before anything in the folder is replaced."""
+    place = folder.absolute()
+    before = _GUARDS.get(place)
+    _GUARDS[place] = require
+    try:
+        yield
+    finally:
+        del _GUARDS[place]
+        if before is not None:
+            _GUARDS[place] = before
+
+
+def require_held(path: Path) -> None:
+    """Raises: what the guard of a folder raises that the path lies in."""
+    for folder in path.absolute().parents if _GUARDS else ():
+        if folder in _GUARDS:
+            _GUARDS[folder]()
+
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
@@ -32,6 +56,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
         yield part
+        require_held(path)
         part.replace(path)
     finally:
         with suppress(OSError):  # gone after the rename; elsewhere the folder itself may be what is wrong
@@ -59,10 +84,12 @@ def folder_written_whole(folder: str | Path, ours: Callable[[Path], bool]) -> It
     if aside.is_dir() and not folder.exists():
         aside.rename(folder)
     require_replaceable(folder, ours)
+    require_held(folder)
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir(parents=True)
     try:
         yield working
+        require_held(folder)
         shutil.rmtree(aside, ignore_errors=True)
         if folder.exists():
             folder.rename(aside)

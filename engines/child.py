@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from .launcher import JSON_PROGRESS, Work
+from .launcher import JSON_PROGRESS, STARTED_BY, Work
 
 # How long a child gets to end by itself after it was asked to before it is killed; nothing is lost either way.
 GRACE_SECONDS = 5.0
@@ -63,7 +63,12 @@ class Child:
         self, work: Work, folder: Path, environment: Mapping[str, str] | None = None, place: Path | None = None
     ) -> None:
         threads = str(work.threads)
-        pinned = {JSON_PROGRESS: "1", "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        pinned = {
+            JSON_PROGRESS: "1",
+            STARTED_BY: str(os.getpid()),
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+        }
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed when it has been read
         # A session of its own: Ctrl-C reaches the one that started it alone, which then stops its children in order.
         self.process = subprocess.Popen(

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 
 from ..errors import RevprobeError, first_line
 from .child import GRACE_SECONDS, Child, Ending, News
-from .launcher import Display, Listener, Work
+from .launcher import LEASE_SECONDS, TAKES_OVER, Display, Listener, Work
 from .local import say_ending
 from .ray_cluster import connected, lost_errors, passed_on, require_like_nodes
 
 _POLL = 0.2  # seconds; so soon a cancelled task notices
+_TRIES = 3  # losses of one work, before the fault is taken to be its own
 
 
 class Began(NamedTuple):
@@ -80,9 +81,10 @@ def do_work(work: Work, folder: str, place: str, environment: dict[str, str]) ->
 
 @dataclass
 class _Running:
-    """A task that was asked for, and since when it has been doing its work."""
+    """A task that was asked for, since when it has been doing its work, and how often that was lost before."""
 
     work: Work
+    losses: int = 0
     began: float | None = None
     tell: Listener | None = None
 
@@ -104,18 +106,22 @@ class _Tasks:
         try:
             while waiting or self.running:
                 while waiting and (jobs is None or len(self.running) < jobs):
-                    self._submit(waiting.popleft())
-                for stream in self._ready(1.0):
+                    self._submit(_Running(waiting.popleft()))
+                ready = self._ready(1.0)
+                for stream in ready:
                     self._hear(stream)
+                if not ready:
+                    self._require_room()
         except BaseException:
             self._cancel()
             raise
         return self.problems
 
-    def _submit(self, work: Work) -> None:
+    def _submit(self, one: _Running) -> None:
+        work, environment = one.work, {LEASE_SECONDS: "60"} | passed_on() | ({TAKES_OVER: "1"} if one.losses else {})
         task = self.ray.remote(max_retries=0, num_returns="streaming", **self.needs[work.name])(do_work)
-        asked = task.options(name=work.name).remote(work, str(self.folder), os.getcwd(), passed_on())
-        self.running[asked] = _Running(work)
+        asked = task.options(name=work.name).remote(work, str(self.folder), os.getcwd(), environment)
+        self.running[asked] = one
 
     def _ready(self, seconds: float) -> list[Any]:
         streams = list(self.running)
@@ -130,12 +136,12 @@ class _Tasks:
         except StopIteration:
             self._over(stream, "its task ended without a word; run the same command again to go on")
         except lost_errors(self.ray):
-            self._over(stream, "its node or worker was lost; run the same command again to go on")
+            self._lost(stream)
         except self.ray.exceptions.RayError as error:
             self._over(stream, first_line(getattr(error, "cause", None) or error))
         else:
             if isinstance(told, Began):
-                one.began, one.tell = time.monotonic(), self.display.listen(one.work)
+                one.began, one.tell = time.monotonic(), one.tell or self.display.listen(one.work)
                 self.display.say(f"{one.work.name}: started on {told.host}")
             elif isinstance(told, Ending):
                 self._ended(stream, told)
@@ -148,6 +154,26 @@ class _Tasks:
         say_ending(one.work, ending, time.monotonic() - (one.began or time.monotonic()), self.display)
         if ending.problem is not None:
             self.problems[one.work.name] = ending.problem
+
+    def _lost(self, stream: Any) -> None:
+        """Have a work taken up elsewhere, which the new process does when the old one surely writes no more."""
+        one = self.running[stream]
+        if one.losses + 1 >= _TRIES:
+            again = "run the same command again to go on"
+            self._over(stream, f"its node or worker was lost {_TRIES} times; the run may need more memory, {again}")
+            return
+        del self.running[stream]
+        self.display.say(f"{one.work.name}: its node or worker was lost; it is taken up from its last checkpoint")
+        self._submit(_Running(one.work, one.losses + 1, tell=one.tell))
+
+    def _require_room(self) -> None:
+        """End the works that were lost, for which no node that is left has room: they would wait for ever."""
+        lost = [stream for stream, one in self.running.items() if one.losses and one.began is None]
+        alive = [node["Resources"] for node in self.ray.nodes() if node["Alive"]] if lost else []
+        for stream in lost:
+            kinds = {kind[4:-1].upper(): need for kind, need in self.needs[self.running[stream].work.name].items()}
+            if not any(all(has.get(kind, 0.0) >= need for kind, need in kinds.items()) for has in alive):
+                self._over(stream, "its node was lost, and no other has room for it; run the same command to go on")
 
     def _over(self, stream: Any, problem: str) -> None:
         """A task that could not say how its work ended."""

@@ -206,7 +206,7 @@ class RayTeam:
             raise getattr(error, "cause", None) or RevprobeError(f"a worker failed: {first_line(error)}") from error
         self.free.append(task.actor)
         if task.number is None:
-            self.hosts[task.actor] = str(answer)
+            self.hosts[task.actor], self.lost_loading = str(answer), 0
         return answer
 
     def _replace(self, task: _Task, losses: int, parts: int, loss: _Lost) -> None:

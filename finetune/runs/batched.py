@@ -39,9 +39,10 @@ from ...errors import RevprobeError, first_line
 from ...models.hub import quiet_transformers
 from ..config.one_layer import RunConfig
 from ..training.answers_callback import AnswersCallback
-from ..training.checkpointing import remove_unfinished, resume_from, run_lock
+from ..training.checkpointing import remove_unfinished, resume_from
 from ..training.objectives import PICKS, draw_masks, step_generator
 from ..training.probe_callback import ProbeCallback
+from ..training.run_lock import run_lock
 from ..training.stacked_models import StackedModels, clip_each
 from ..training.trainer import ForwardOnlyTrainer, Permutations, TokenRows
 from .forks import take_prefix

@@ -40,9 +40,10 @@ from ...relations.evaluation import save_evaluation
 from ..config.finetuning import FinetuneConfig
 from ..config.loading import load_config
 from ..training.arguments import training_arguments
-from ..training.checkpointing import ANSWERED, READINGS, remove_unfinished, resume_from, run_lock
+from ..training.checkpointing import ANSWERED, READINGS, remove_unfinished, resume_from
 from ..training.distributed import ProcessGroup
 from ..training.probe_callback import GRADIENT, LORA_GRADIENT, take_readings
+from ..training.run_lock import run_lock
 from .finetune_setup import (
     Prepared,
     answer_steps,

@@ -31,9 +31,10 @@ from ..config.loading import load_config
 from ..config.one_layer import RunConfig
 from ..training.answers_callback import ANSWERS, AnswersCallback
 from ..training.arguments import training_arguments, uses_cpu
-from ..training.checkpointing import READINGS, remove_unfinished, resume_from, run_lock
+from ..training.checkpointing import READINGS, remove_unfinished, resume_from
 from ..training.negatives import Negatives
 from ..training.probe_callback import ProbeCallback, take_readings
+from ..training.run_lock import run_lock
 from ..training.step_log import STEPS, StepLog, read_table
 from ..training.trainer import ForwardOnlyTrainer, TokenRows
 from .forks import take_prefix

@@ -38,9 +38,10 @@ from ..pretraining.corpus import PretrainingCorpus
 from ..pretraining.layouts import CAUSAL, train_tokenizer, untrained
 from ..pretraining.rows import CorpusRows, LikeLengths
 from ..training.arguments import training_arguments
-from ..training.checkpointing import remove_unfinished, resume_from, run_lock
+from ..training.checkpointing import remove_unfinished, resume_from
 from ..training.dataset import PadRows, padding_id
 from ..training.objectives import EPS
+from ..training.run_lock import run_lock
 from ..training.trainer import ForwardOnlyTrainer
 from .progress import Listener, ProgressCallback
 from .run import CONFIG, claim_run, noting_problems, pinned_threads, software

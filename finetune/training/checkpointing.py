@@ -1,4 +1,4 @@
-"""Whole or absent: how a run's files appear, what a killed run leaves behind, and who may write at a time.
+"""Whole or absent: how a run's files appear, and what a killed run leaves behind.
 
 A checkpoint is written under a working name, completed, marked and renamed; a rename is atomic, so whatever kills
 the process (SIGKILL, SIGTERM, Ctrl-C, no memory left) leaves either the old state or the new one. That is a promise
@@ -13,20 +13,14 @@ import fnmatch
 import hashlib
 import re
 import shutil
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from ...atomic_files import write_text
-from ...errors import RevprobeError
+from ...atomic_files import require_held, write_text
 from ...models.checkpoints import CHECKPOINTS, COMPLETE, checkpoint_steps, step_name, step_of
 
 READINGS = "readings"
-# Held by the process that writes the run.
-LOCK = ".lock"
-_LOCK_TRIES = 4
 # What a fine-tuned model answered at its snapshots.
 ANSWERED = "answers"
 # What a resume cannot do without. transformers skips the ones that are absent, which trains another run in silence.
@@ -59,6 +53,7 @@ def complete_checkpoint(run: Path, step: int, *, working: Path, add: Callable[[P
     write_text(working / CHECKSUMS, "".join(lines))
     (working / COMPLETE).touch()
     final = run / CHECKPOINTS / step_name(step)
+    require_held(final)
     if final.exists():  # a user saved the same step twice; the newer one holds
         shutil.rmtree(final)
     working.rename(final)
@@ -150,49 +145,6 @@ def remove_unfinished(run: Path) -> list[Path]:
     for folder in removed:
         shutil.rmtree(folder)
     return removed
-
-
-@contextmanager
-def run_lock(run: Path) -> Iterator[None]:
-    """Hold the run folder for this process; the kernel lets go of it however the process ends.
-
-    Raises: RevprobeError, when another process is writing the run.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows: nothing to hold, two writers are the caller's care
-        yield
-        return
-    with (run / LOCK).open("a+") as lock:
-        for left in reversed(range(_LOCK_TRIES)):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if not left:
-                    raise RevprobeError(
-                        f"{run} is being written by another process; wait for it, or stop it, then run again"
-                    ) from error
-                time.sleep(0.05)  # whoever only asks (`being_written`) lets go at once
-        yield
-
-
-def being_written(run: Path) -> bool | None:
-    """Whether a process of this machine holds the run's folder; None where that cannot be asked. Writes nothing."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    try:
-        with (run / LOCK).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-    except OSError:  # a disk that knows no locks
-        return None
-    return False
 
 
 def _remove(paths: Iterator[Path]) -> None:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from ...atomic_files import require_held
 from ...errors import RevprobeError, did_you_mean, first_line
 from ...models.checkpoints import CHECKPOINTS, EMA, step_of
 from ...models.families.files import require_shards_inside
@@ -274,6 +275,7 @@ class ForwardOnlyTrainer(Trainer):
         return str(Path(super()._get_output_dir(trial)) / CHECKPOINTS)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        require_held(Path(self._get_output_dir(trial)))  # the Trainer's own files are not written whole
         if self.step_log is not None:
             self.step_log.save()
         super()._save_checkpoint(model, trial)

@@ -29,7 +29,8 @@ from ...finetune.runs.open import open_read_run
 from ...finetune.runs.run import CONFIG, PROBLEM, Run, is_run
 from ...finetune.runs.sweeps import CONFIG as SWEEP
 from ...finetune.runs.sweeps import open_sweep
-from ...finetune.training.checkpointing import READINGS, being_written
+from ...finetune.training.checkpointing import READINGS
+from ...finetune.training.run_lock import being_written
 from ...models.checkpoints import CHECKPOINTS, step_of
 from ...probes.figures.training_curves import measures_with_reasons
 from ...probes.readings.reading import Reading

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import revprobe as rp
 from revprobe.finetune.config.loading import parse_config
 from revprobe.finetune.config.one_layer import RunConfig, SweepConfig
-from revprobe.finetune.training.checkpointing import run_lock
+from revprobe.finetune.training.run_lock import run_lock
 from revprobe.probes.figures.theme import interval_text
 from revprobe.report.summary.terminal import readings_table
 

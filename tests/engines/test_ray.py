@@ -27,7 +27,7 @@ from revprobe.engines.launcher import Display, Work
 from revprobe.finetune.config.loading import parse_config
 from revprobe.finetune.config.one_layer import SweepConfig
 from revprobe.finetune.runs.sweeps import work_of
-from revprobe.finetune.training.checkpointing import run_lock
+from revprobe.finetune.training.run_lock import run_lock
 from tiny import gpt2
 
 # As `connected` sets them for a cluster of its own; Ray reads them when it is imported.
@@ -45,6 +45,7 @@ base:
 cells: [{position_encoding: alibi}, {objective: causal}]
 """
 FAST = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 2}
+FAST |= {"memory_monitor_refresh_ms": 0}  # what others take of this machine is not the tests' business
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 LOOPBACK_ADDRESSES = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
 
@@ -92,6 +93,41 @@ def test_a_sweep_on_a_cluster_has_the_bytes_of_one_here(
     assert err == "" and "ray::" not in out and "raylet" not in out, err
     assert (here.path / "summary.csv").read_bytes() == (there.path / "summary.csv").read_bytes()
     assert not ray.is_initialized(), "it stayed connected"
+
+
+def test_a_run_whose_node_died_is_taken_up_on_another(cluster: Any, tmp_path: Path) -> None:
+    """The node dies when its run has a checkpoint; the process of the run is then alone, and ends by itself."""
+    text = SWEEP.replace("steps: 12", "steps: 600").replace("every: 6", "every: 200")
+    works = [work_of(run) for run in sweep_config(text).runs()]
+    here = launcher("local", jobs=2).run_all(works, made_folder(tmp_path / "local"), silent())
+    killed: list[str] = []
+    said: list[str] = []
+
+    def listen(work: Work) -> Any:
+        def tell(step: int, steps: int, loss: float | None) -> None:
+            if not killed and all(list((there / one.name).glob("checkpoints/step-000200")) for one in works):
+                killed.append(work.name)
+                cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
+
+        return tell
+
+    there = made_folder(tmp_path / "ray")
+    try:
+        problems = launcher("ray", address=cluster.address).run_all(works, there, Display(listen, said.append))
+    finally:
+        cluster.add_node(**NODE)
+    assert not here and not problems
+    again = [line for line in said if "its node or worker was lost; it is taken up from its last checkpoint" in line]
+    assert killed and len(again) == 1, said
+    for work in works:
+        one, other = contents(tmp_path / "local" / work.name), contents(there / work.name)
+        assert set(one) == set(other)
+        assert not [path for path, held in one.items() if other[path] != held], f"{work.name} depends on who ran it"
+
+
+def made_folder(path: Path) -> Path:
+    path.mkdir()
+    return path
 
 
 def test_what_interrupts_a_sweep_ends_its_tasks_first(

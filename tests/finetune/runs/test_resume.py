@@ -19,7 +19,7 @@ from revprobe.finetune.config.loading import parse_config
 from revprobe.finetune.config.one_layer import RunConfig
 from revprobe.finetune.runs.one_layer import build_model
 from revprobe.finetune.training.arguments import training_arguments
-from revprobe.finetune.training.checkpointing import run_lock
+from revprobe.finetune.training.run_lock import run_lock
 from revprobe.finetune.training.trainer import ForwardOnlyTrainer, TokenRows
 
 CONFIG = """
@@ -189,11 +189,11 @@ def config(**training: object) -> RunConfig:
 
 
 def test_a_resume_with_another_config_shows_the_difference_and_changes_nothing(stopped: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*") if path.name != ".lock"}
     words = r"training.learning_rate: 0.001 -> 0.01, training.seed: 3 -> 4 \(old -> new\); restore the old values"
     with pytest.raises(RevprobeError, match=words):
         train(config(seed=4, learning_rate=0.01), stopped)
-    assert {path: path.stat().st_mtime_ns for path in stopped.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in stopped.rglob("*") if path.name != ".lock"} == before
 
 
 def test_a_run_that_another_process_writes_is_left_alone(stopped: Path) -> None:
@@ -342,6 +342,8 @@ def test_a_folder_that_is_no_run_is_not_taken_over(tmp_path: Path) -> None:
 
 def test_a_finished_run_is_returned_untouched(stopped: Path) -> None:
     train(config(), stopped)
-    before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*") if path.is_file()}
+    before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*") if path.is_file() and path.name != ".lock"}
     assert train(config(), stopped).finished
-    assert {path: path.stat().st_mtime_ns for path in stopped.rglob("*") if path.is_file()} == before
+    assert {
+        path: path.stat().st_mtime_ns for path in stopped.rglob("*") if path.is_file() and path.name != ".lock"
+    } == before

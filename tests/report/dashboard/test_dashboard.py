@@ -22,7 +22,7 @@ from revprobe import Reading, RevprobeError
 from revprobe.cli.main import app as command_line
 from revprobe.finetune.config.loading import dump_config
 from revprobe.finetune.config.one_layer import SweepConfig
-from revprobe.finetune.training.checkpointing import run_lock
+from revprobe.finetune.training.run_lock import run_lock
 from revprobe.probes.figures.theme import COLOURS
 from revprobe.report.dashboard import folder as dashboard_data
 from revprobe.report.dashboard.app import make_app
