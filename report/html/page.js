@@ -25,7 +25,8 @@ function dressed(value) {
 }
 const draw = (id, traces, layout) => Plotly.react(id, dressed(traces),
   {...dressed(layout), template: dark ? look.dark : look.light}, CONFIG);
-const drawFigure = (id, shown) => draw(id, shown.data, shown.layout);
+// As wide as its place, unless it says how wide: plotly alone would keep the first width of a figure that has a height.
+const drawFigure = (id, {data, layout}) => draw(id, data, {width: byId(id).clientWidth, ...layout});
 
 function unpacked(text, Kind) {
   const letters = atob(text), bytes = new Uint8Array(letters.length);
@@ -388,11 +389,9 @@ function start() {
   openTab(everyTab().includes(asked) ? asked : "overview");
 }
 addEventListener("beforeprint", showAll);
-// plotly fits what is seen to a new width; what lies in other tabs is drawn anew when they are opened.
+let width = innerWidth;
 addEventListener("resize", () => {
-  for (const name of everyTab().filter((one) => one !== opened)) {
-    byId("tab-" + name).querySelectorAll("#signatures, div.drawn, div.gallery").forEach((one) => Plotly.purge(one));
-    stale.add(name);
-  }
+  if (width !== innerWidth) redraw(everyTab());
+  width = innerWidth;
 });
 start();
