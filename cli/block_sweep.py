@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import RevprobeError
-from .loading import Load, load_options
+from .loading import Load, load_named, load_options
 
 
 def block_sweep(
@@ -27,9 +27,7 @@ def block_sweep(
 ) -> None:
     """Read one set of pairs from token by token to the whole text at once, and draw the curve over block sizes."""
     asked = _sizes(sizes)
-    from ..finetune.config.loading import require_no_config
     from ..finetune.runs.progress import shown_probes
-    from ..models.registry import load_model
     from ..probes.block_sweep import block_sweep as sweep
     from ..probes.figures.plot import save_figure
     from ..probes.fused import require_probes
@@ -41,8 +39,7 @@ def block_sweep(
     only = require_probes(name.strip() for name in probes.split(",") if name.strip())
     if out is not None:
         require_place(out, of_a_sweep)
-    require_no_config(model)
-    probed = load_model(model, **load_options(load, device=device))
+    probed = load_named(model, **load_options(load, device=device))
     console = make_console()
     with shown_probes(["queries"], console) as listener:
         found = sweep(

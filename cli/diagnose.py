@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .loading import Load, load_options
+from .loading import Load, load_named, load_options
 
 
 def diagnose(
@@ -17,13 +17,10 @@ def diagnose(
     load: Load = None,
 ) -> None:
     """Try what the probes take for granted on a model; exit status 0 only if all three can be trusted on it."""
-    from ..finetune.config.loading import require_no_config
-    from ..models.registry import load_model
     from ..probes.diagnose import diagnose as examine
     from ..report.summary.terminal import make_console, text_table
 
-    require_no_config(model)
-    found = examine(load_model(model, **load_options(load, step=step, device=device, dtype=dtype)))
+    found = examine(load_named(model, **load_options(load, step=step, device=device, dtype=dtype)))
     console = make_console()
     console.print(text_table(found.shown(), f"{found.model}: {found.verdict}"))
     if not found.trustworthy:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import RevprobeError, did_you_mean
+
+if TYPE_CHECKING:
+    from ..models.probed import ProbedModel
 
 Load = Annotated[
     list[str] | None,
@@ -47,6 +50,21 @@ def load_options(given: Iterable[str] | None, **own: Any) -> dict[str, Any]:
         if name in own:
             raise RevprobeError(f"--load {name}=...: this command has --{name} of its own; use that")
     return own | values
+
+
+def load_named(source: str, **options: Any) -> ProbedModel:
+    """`load_model`. Raises: RevprobeError, as it does, and for a config in a model's place."""
+    from ..models.registry import load_model
+
+    no_config(source)
+    return load_model(source, **options)
+
+
+def no_config(source: str) -> None:
+    """Raises: RevprobeError, for a config in the place of a model or of a run's folder."""
+    from ..finetune.config.loading import require_no_config
+
+    require_no_config(source)
 
 
 def options_by_model(given: Iterable[str] | None, models: Iterable[str], **own: Any) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import RevprobeError
-from .loading import Load, load_options
+from .loading import Load, load_named, load_options, no_config
 from .running import Address, On
 
 if TYPE_CHECKING:
@@ -59,10 +59,8 @@ def probe(
 ) -> None:
     """Take readings of one model and show them beside their controls."""
     from ..engines.known import workers as workers_of
-    from ..finetune.config.loading import require_no_config
     from ..finetune.runs.progress import shown_probes
     from ..finetune.training.probe_callback import take_readings
-    from ..models.registry import load_model
     from ..probes.fused import require_probes
     from ..probes.passes.shared_out import shared_out
     from ..report.summary.terminal import controls_table, make_console, print_readings, read_as
@@ -73,13 +71,13 @@ def probe(
     own, theirs = parted_load(load, parent)
     if out is not None:
         require_folder(out)
-    require_no_config(model)
+    no_config(model)
     loading = load_options(own, step=step, weights=weights)
     team = workers_of(on, count=workers, address=address, device=device or "cpu", threads=threads, **loading)
     console = make_console()
     with shared_out(team, model, device=device, **loading) as (probed, share):
         given = pairs_of(pairs, probed, placements, alphabet)
-        elder = None if parent is None else load_model(parent, **load_options(theirs, step=-1, device=device))
+        elder = None if parent is None else load_named(parent, **load_options(theirs, step=-1, device=device))
         beside = elder and (elder, pairs_of(parent_pairs or pairs, elder, placements, alphabet))
         options: dict[str, Any] = {"batch_size": batch_size, "controls": against, "parent": beside, "share": share}
         with shown_probes(names, console) as options["listener"]:

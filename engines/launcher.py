@@ -17,6 +17,9 @@ Listener = Callable[[int, int, float | None], None]
 JSON_PROGRESS = "REVPROBE_PROGRESS_JSON"
 # Set by an engine for the processes it starts: its own process, without which they end.
 STARTED_BY = "REVPROBE_STARTED_BY"
+# Seconds for which a lease on a run's folder is good, set by an engine whose runs may be taken up on another machine: a
+# process that stands still for half of them stops writing.
+LEASE_SECONDS = "REVPROBE_LEASE_SECONDS"
 # Set for a run that was lost with its place: wait until whoever wrote it surely writes no more, and go on from there.
 TAKES_OVER = "REVPROBE_TAKES_OVER"
 

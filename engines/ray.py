@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ..errors import RevprobeError, first_line
 from .child import GRACE_SECONDS, Child, Ending, News
-from .launcher import TAKES_OVER, Display, Listener, Work
+from .launcher import LEASE_SECONDS, TAKES_OVER, Display, Listener, Work
 from .local import say_ending
 from .ray_cluster import connected, lost_errors, passed_on, require_like_nodes
 
@@ -118,7 +118,7 @@ class _Tasks:
         return self.problems
 
     def _submit(self, one: _Running) -> None:
-        work, environment = one.work, passed_on() | ({TAKES_OVER: "1"} if one.losses else {})
+        work, environment = one.work, {LEASE_SECONDS: "60"} | passed_on() | ({TAKES_OVER: "1"} if one.losses else {})
         task = self.ray.remote(max_retries=0, num_returns="streaming", **self.needs[work.name])(do_work)
         asked = task.options(name=work.name).remote(work, str(self.folder), os.getcwd(), environment)
         self.running[asked] = one

@@ -2,9 +2,11 @@
 
 On one machine the kernel tells: it lets go of a lock however the process ends that holds it. Another machine may not
 see that lock, so the locked file holds a lease as well, which its holder renews. Who finds a lease of another machine
-watches it, and takes it when it has stood still for its whole time by the watcher's own clock; a holder that could not
-renew for half of that time writes no more. So two machines never write at once while clocks run at about the same rate
-and no single write takes longer than the other half.
+watches it, and takes it when it has stood still for its whole time by the watcher's own clock. Whose lease was taken
+writes no more. Where an engine of several machines set the lease's time, a holder that could not renew for half of it
+writes no more either, so two machines never write at once while clocks run at about the same rate and no single write
+takes longer than the other half. Elsewhere a process that was stopped, or whose machine slept, looks whether the folder
+is still its own, and goes on.
 """
 
 from __future__ import annotations
@@ -25,13 +27,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from ...atomic_files import guarded
-from ...engines.launcher import STARTED_BY, TAKES_OVER
+from ...engines.launcher import LEASE_SECONDS, STARTED_BY, TAKES_OVER
 from ...errors import RevprobeError
 
 # Held by the process that writes the run.
 LOCK = ".lock"
-# Seconds for which a lease is good; a process whose interpreter stands still for half of them stops writing.
-LEASE_SECONDS = "REVPROBE_LEASE_SECONDS"
 _SECONDS = 60.0
 _BEATS = 6  # renewals in that time
 _TICK = 0.5  # seconds; so soon a process notices that it was left alone
@@ -123,7 +123,7 @@ class _Heart:
     """The lease of this process, and the thread that renews it."""
 
     def __init__(self, run: Path, descriptor: int) -> None:
-        self.run, self.descriptor = run, descriptor
+        self.run, self.descriptor, self.shared = run, descriptor, LEASE_SECONDS in os.environ
         self.lease = Lease(machine(), platform.node()[:100], os.getpid(), secrets.token_hex(16), _lease_seconds())
         self.lost, self.renewed, self._over = "", _now(), threading.Event()
         self._write(self.lease)
@@ -138,10 +138,13 @@ class _Heart:
 
     def require_held(self) -> None:
         """Raises: RevprobeError, when the folder is another's, or may be, since the lease was not renewed in time."""
-        if not self.lost and _now() - self.renewed > self.lease.seconds / 2:
-            self.lost = f"its lease was not renewed for {self.lease.seconds / 2:g} s"
+        if not self.lost and not self._in_time(_now()):
+            self._renew()
         if self.lost:
             raise RevprobeError(self._said())
+
+    def _in_time(self, now: float) -> bool:
+        return now - self.renewed <= self.lease.seconds / 2
 
     def _said(self) -> str:
         why = self.lost or "the one that started it has ended"
@@ -152,7 +155,7 @@ class _Heart:
         self._over.set()
         self._thread.join()
         found = _read(self.run / LOCK)
-        in_time = not self.lost and _now() - self.renewed <= self.lease.seconds / 2
+        in_time = not self.lost and (not self.shared or self._in_time(_now()))
         if in_time and found is not None and found.token == self.lease.token:
             os.ftruncate(self.descriptor, 0)
 
@@ -175,7 +178,7 @@ class _Heart:
             found = _read(self.run / LOCK)
             if found is None or found.token != self.lease.token:
                 self.lost = f"{found.host} has taken the folder" if found else "its lease is gone"
-            elif asked - self.renewed > self.lease.seconds / 2:
+            elif self.shared and not self._in_time(asked):
                 self.lost = f"its lease was not renewed for {self.lease.seconds / 2:g} s"
             else:
                 self.lease = replace(self.lease, beat=self.lease.beat + 1)

@@ -155,6 +155,21 @@ def test_who_slept_through_half_of_his_time_writes_no_more(tmp_path: Path, monke
     assert not (tmp_path / "a.txt").exists()
 
 
+def test_who_slept_on_a_machine_of_his_own_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A laptop that was closed: nobody has taken the folder, unless somebody has."""
+    monkeypatch.delenv("REVPROBE_LEASE_SECONDS")
+    with run_lock(tmp_path):
+        now, own = lock_file._now, lease_of(tmp_path)
+        monkeypatch.setattr(lock_file, "_now", lambda: now() + 3600)
+        write_text(tmp_path / "a.txt", "after")
+        assert lease_of(tmp_path).token == own.token and lease_of(tmp_path).beat > own.beat
+        put(tmp_path, THEIRS)
+        monkeypatch.setattr(lock_file, "_now", lambda: now() + 7200)
+        with pytest.raises(rp.RevprobeError, match="far has taken the folder"):
+            write_text(tmp_path / "a.txt", "later")
+    assert (tmp_path / "a.txt").read_text() == "after" and lease_of(tmp_path) == THEIRS
+
+
 def test_guards_are_asked_by_folder_and_go_with_their_block(tmp_path: Path) -> None:
     def refuse() -> None:
         raise rp.RevprobeError("refused")
