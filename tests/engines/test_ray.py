@@ -24,6 +24,7 @@ from revprobe.engines import ray as engine
 from revprobe.engines import ray_cluster
 from revprobe.engines.known import launcher
 from revprobe.engines.launcher import Display, Work
+from revprobe.engines.ray_workers import RayTeam
 from revprobe.finetune.config.loading import parse_config
 from revprobe.finetune.config.one_layer import SweepConfig
 from revprobe.finetune.runs.sweeps import work_of
@@ -165,7 +166,7 @@ def assert_same(found: rp.Readings, alone: rp.Readings) -> None:
         pd.testing.assert_frame_equal(one.frame, other.frame, rtol=0, atol=1e-6)
 
 
-def test_a_probe_goes_on_when_a_node_dies(cluster: Any, tmp_path: Path) -> None:
+def test_a_probe_goes_on_when_a_node_dies(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers on two nodes load a model by its folder; one node is killed when the first part has been told."""
     gpt2().module.save_pretrained(tmp_path / "model")
     model = rp.load_model(tmp_path / "model")
@@ -178,6 +179,14 @@ def test_a_probe_goes_on_when_a_node_dies(cluster: Any, tmp_path: Path) -> None:
             cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
         heard.append((done, total))
 
+    start = RayTeam.start
+
+    def start_both(team: RayTeam) -> None:
+        """Else one may have begun while the other still loads, and a node is lost that had no part yet."""
+        start(team)
+        ray.wait(list(team.busy), num_returns=2, fetch_local=False)
+
+    monkeypatch.setattr(RayTeam, "start", start_both)
     workers = rp.ray_workers(2, address=cluster.address)
     try:
         with pytest.warns(
