@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from ....probes.figures.theme import interval_text
 from .frames import KINDS, Section6
 from .main_claims import learned, missing
 from .plan import (
@@ -113,7 +114,9 @@ def _rises(found: Section6, cell: Cell, seed: int) -> tuple[str, str]:
         return of_parts([]), "one reading alone"
     first, last = rows[0], rows[-1]
     higher = passes(float(last["low"]) - float(first["high"]), ">", 0.0)
-    return of_parts([higher]), f"{float(first['value']):.3f} to {float(last['value']):.3f}"
+    # Probabilities of thousandths: the intervals are what is compared, with the digits that tell their ends apart.
+    told = (interval_text(float(row["value"]), float(row["low"]), float(row["high"])) for row in (first, last))
+    return of_parts([higher]), " to ".join(told)
 
 
 def _below(found: Section6, cell: Cell, seed: int) -> tuple[str, str]:

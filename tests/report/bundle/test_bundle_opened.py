@@ -9,17 +9,14 @@ from typing import Any
 
 import pytest
 from axe_findings import axe_findings
+from headless import chromium, needs_chromium
 
 import revprobe as rp
 from revprobe.finetune.config.one_layer import RunConfig
 from revprobe.report.bundle.bundle import write_bundle
 
-DRIVER = shutil.which("chromedriver")
-CHROMIUM = next((path for name in ("chromium", "google-chrome") if (path := shutil.which(name))), None)
 EVIL = "<img src=x onerror=\"document.title='planted'\">"
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None or DRIVER is None, reason="no Chromium with its driver on this machine; .ci/run installs both"
-)
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +33,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Headless Chromium that notes every request and everything said on the console."""
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for option in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,1000"):
-        options.add_argument(option)
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('browser')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    driver.set_page_load_timeout(120)
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("browser"), "1280,1000") as driver:
+        yield driver
 
 
 def test_a_bundle_opens_from_disk_with_no_request_leaving(browser: Any, runs: Path, tmp_path: Path) -> None:

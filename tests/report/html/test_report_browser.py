@@ -1,7 +1,6 @@
 """In a real browser: tabs, slider and selectors change what is drawn, nothing is fetched, nothing complains."""
 
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,19 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from axe_findings import axe_findings
+from headless import chromium, needs_chromium
 
 from revprobe import Reading, Readings
 from revprobe.finetune.runs.record import RunRecord
 from revprobe.report.html.report import write_report
 from tiny import made_probabilities
 
-DRIVER = shutil.which("chromedriver")
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None or DRIVER is None, reason="no Chromium with its driver on this machine; .ci/run installs both"
-)
+pytestmark = needs_chromium
 EVIL = "</script><script>document.title='planted'</script><img src=x onerror=\"document.title='planted'\"><b>%{x}"
 FACTS = [EVIL, *"bcdefghij"]
 NUMBERS = ("value", "low", "high", "difference", "difference_low", "difference_high")
@@ -79,20 +73,8 @@ def runs() -> list[RunRecord]:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Headless Chromium that notes every request and everything said on the console."""
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for option in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,1600"):
-        options.add_argument(option)
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('browser')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    driver.set_page_load_timeout(120)
-    driver.set_script_timeout(120)
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("browser"), "1280,1600") as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")
