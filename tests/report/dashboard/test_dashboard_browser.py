@@ -294,7 +294,10 @@ def test_a_drop_down_list_and_the_theme_are_worked_by_the_keyboard(driver: Any) 
     shot.await_true(lambda: driver.find_elements("css selector", ".dash-dropdown-content"), "the open list")
     listed = [one.text for one in driver.find_elements("css selector", ".dash-dropdown-content label")]
     assert len(listed) == 3, listed
+    focus = "return document.activeElement.closest('.dash-dropdown-content label')?.textContent"
+    shot.await_true(lambda: driver.execute_script(focus) == listed[0], "the focus on the entry that is chosen")
     driver.switch_to.active_element.send_keys(Keys.ARROW_DOWN)
+    shot.await_true(lambda: driver.execute_script(focus) == listed[1], "the focus on the next entry")
     driver.switch_to.active_element.send_keys(Keys.ENTER)
     shot.await_true(lambda: "step=" in driver.current_url, "another checkpoint in the address")
     assert driver.execute_script("return document.activeElement.id") == "step", "the focus is where it was"
