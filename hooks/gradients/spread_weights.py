@@ -16,19 +16,28 @@ from torch import nn
 
 from ...errors import RevprobeError
 
-if torch.distributed.is_available():
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
+
+def in_a_group() -> bool:
+    """Whether this process belongs to a group, without which nothing is spread."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def spread_units(module: nn.Module) -> list[Any]:
     """The modules that `fully_shard` was called on; none of an ordinary model."""
-    return [m for m in module.modules() if torch.distributed.is_available() and isinstance(m, FSDPModule)]
+    if not in_a_group():
+        return []
+    from torch.distributed.fsdp import FSDPModule  # slow to import
+
+    return [m for m in module.modules() if isinstance(m, FSDPModule)]
 
 
 def is_piece(parameter: nn.Parameter) -> bool:
     """Whether a parameter is one process's piece of a weight."""
-    return torch.distributed.is_available() and isinstance(parameter, DTensor)
+    if not in_a_group():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor)
 
 
 def require_units(module: nn.Module) -> None:
