@@ -12,50 +12,24 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-import torch
 
 from ...errors import RevprobeError
 from ...finetune.runs.finetuning import FinetuneRun
 from ...finetune.runs.open import open_run
-from ...hooks.attention import tap_attention
-from ...hooks.untouched import untouched
 from ...models.checkpoints import checkpoint_folder
 from ...models.hub import quiet_transformers
 from ...models.peft_adapters import ADAPTER_CONFIG, base_of, is_adapter
 from ...models.probed import ProbedModel
 from ...models.registry import load_model
-from ...models.structure import attention_of
-from ...probes.pairs.display import token_texts
 from ...probes.pairs.pairs import ReversalPairs
-from ...probes.pairs.query import Query
-from ...probes.passes.batches import make_batch, prepare_queries
-from ...probes.passes.likelihood import readout
+from ...probes.passes.batches import prepare_queries
 from ...probes.readings.reading import Reading
+from ..asking.read_query import ReadQuery, read_query
 from .folder import RunsFolder
 from .listed_runs import Listed
 
 SAME = 1e-3  # two runs of one checkpoint differ by rounding; a score further off is another model's
-
-
-@dataclass(frozen=True)
-class ReadQuery:
-    """One query as the model saw it, and where its readout row looked.
-
-    Attributes:
-        tokens: each token as text; the target's are what was hidden (a causal model reads before them).
-        parts: "target", "evidence" or "" for each token.
-        weights: by layer, attention weights of the readout row (mean over rows of a longer target), `head token`.
-        scores: by layer, the pre-softmax score of the evidence (mean over readout rows and evidence tokens), `head`.
-        probability: of all target tokens, hidden together.
-    """
-
-    tokens: list[str]
-    parts: list[str]
-    weights: dict[int, np.ndarray]
-    scores: dict[int, np.ndarray]
-    probability: float
 
 
 @dataclass(frozen=True)
@@ -134,35 +108,6 @@ class PairOpener:
                 )
             self.runs.confined(Path(chosen.path))
         return run.pairs(model).for_probe("attention")
-
-
-def read_query(model: ProbedModel, query: Query) -> ReadQuery:
-    """Run one query and keep the readout row's attention over all its tokens; the model stays as it is.
-
-    Raises: RevprobeError, when no attention is seen or the logits are NaN.
-    """
-    batch = make_batch(model, [query])
-    columns = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)[None]
-    evidence = list(query.evidence_positions)
-    at = batch.attention_rows, columns + batch.ahead[1]
-    with (
-        untouched(model.module),
-        torch.no_grad(),
-        tap_attention(model.module, *at, attention_of(model), batch.size) as tap,
-    ):
-        log_probabilities = readout(model, batch)
-    target = log_probabilities[0].gather(-1, batch.targets[0][:, None])
-    layers = tap.layers(model.name)
-    parts = dict.fromkeys(query.target_positions, "target") | dict.fromkeys(query.evidence_positions, "evidence")
-    return ReadQuery(
-        tokens=token_texts(query.token_ids, model.tokenizer),
-        parts=[parts.get(place, "") for place in range(len(query.token_ids))],
-        weights={layer: call.weight[0].mean(1).double().cpu().numpy() for layer, call in layers.items()},
-        scores={
-            layer: call.score[0][..., evidence].double().mean((1, 2)).cpu().numpy() for layer, call in layers.items()
-        },
-        probability=float(target.sum().exp()),
-    )
 
 
 def disagreement(opened: OpenedPair, row: pd.Series) -> float:

@@ -9,7 +9,8 @@ import pandas as pd
 from dash import html
 
 from ...probes.figures.theme import OKABE_ITO
-from .open_pair import SAME, OpenedPair, ReadQuery, disagreement
+from ..asking.read_query import ReadQuery
+from .open_pair import SAME, OpenedPair, disagreement
 from .page import notes, number_table
 
 _BLUE = tuple(int(OKABE_ITO["blue"][start : start + 2], 16) for start in (1, 3, 5))
