@@ -128,10 +128,11 @@ class _Asking:
         pairs = ReversalPairs.from_pairs([self.pair], tokenizer=self.model.tokenizer)
         priced = probe_reverse_probability(self.model, pairs, control=False, progress=self.progress).frame
         priced = priced.set_index("direction")
+        rows = {str(direction): row for direction, row in priced.to_dict("index").items()}
         found = []
         for direction, query in self.asked.items():
             self.check()
-            row = priced.loc["forward" if direction == "query" else direction]
+            row = rows["forward" if direction == "query" else direction]
             read, likely = self._read(query)
             found.append(AnsweredQuery(direction, read, likely, float(row["log_probability"]), float(row["rank"])))
         return found

@@ -99,7 +99,9 @@ def route_numbers(
     """The numbers of an edit of the route: columns COLUMNS, a row for each direction."""
     pairs = ReversalPairs.from_pairs([pair], tokenizer=model.tokenizer)
     frame = probe_route_edit(model, pairs, progress=progress or False, **edit.options()).frame
-    frame = frame[frame["scope"] == "all"].assign(control="the same change at as many other positions, drawn at random")
+    frame = frame[frame["scope"] == "all"].assign(
+        control="the same change at as many other positions, drawn once at random"
+    )
     return frame[frame["direction"].isin(directions)][COLUMNS].reset_index(drop=True)
 
 
@@ -206,7 +208,7 @@ def swap_row(
     row = _row(direction, before) | {"log_probability_edited": after, "change": after - before}
     if not other:
         return row | {"reason_control": NO_POSITION if same else OTHER_LENGTH}
-    about = "the other evidence's tokens at as many other places, drawn at random"
+    about = "the other evidence's tokens at as many other places, drawn once at random"
     return row | {"log_probability_control": other[0], "change_control": other[0] - before, "control": about}
 
 

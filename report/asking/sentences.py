@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ...errors import RevprobeError, shown
 from ...models.probed import ProbedModel
@@ -86,7 +87,7 @@ def typed_pair(model: ProbedModel, forward: str, reverse: str = "") -> ReversalP
                 f"forward hides {one.hidden!r} given {one.given!r}, reverse {other.hidden!r} given {other.given!r}: a "
                 "causal model is asked for what each sentence ends with, so the reverse hides what forward gives"
             )
-        made = {"target": one.given, "evidence": one.hidden}
+        made: dict[str, Any] = {"target": one.given, "evidence": one.hidden}
         templates = one.slots("evidence", "target"), other.slots("target", "evidence")
     else:
         if names != theirs:
@@ -112,7 +113,7 @@ def sentence_query(model: ProbedModel, sentence: Sentence) -> Query:
     turned = replace(sentence, template=sentence.slots("given", "hidden"))  # the other order, read and left aside
     if model.objective == "causal":
         _require_in_sight(sentence, "typed")
-        names = {"target": sentence.given, "evidence": sentence.hidden}
+        names: dict[str, Any] = {"target": sentence.given, "evidence": sentence.hidden}
         templates = sentence.slots("evidence", "target"), turned.slots("evidence", "target")
     else:
         names = {"target": sentence.hidden, "evidence": sentence.given}
