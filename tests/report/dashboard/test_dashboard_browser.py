@@ -278,7 +278,7 @@ def test_tabs_and_the_list_are_worked_by_the_keyboard(driver: Any) -> None:
     active = "return document.activeElement.id"
     shot.await_true(lambda: driver.execute_script(active) == "tab-checkpoint", "the focus on the next tab")
     driver.switch_to.active_element.send_keys(Keys.END)
-    shot.await_true(lambda: state(driver)["tab"] == "pair", "the last tab")
+    shot.await_true(lambda: state(driver)["tab"] == "ask", "the last tab")
     driver.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
     shot.await_true(lambda: state(driver)["tab"] == "training", "round to the first")
     before = chosen(driver)
