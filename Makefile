@@ -42,8 +42,8 @@ lint: $(TEST_SETUP)  ## ruff (lint, format check), mypy, and the report's script
 	@echo "==> mypy"
 	$(PY) -m mypy
 	@echo "==> node"
-	@if command -v node > /dev/null; then echo "node --check report/html/page.js"; node --check report/html/page.js; \
-	    else echo "skipped: no node on this machine, so report/html/page.js is not checked"; fi
+	@if command -v node > /dev/null; then for script in report/html/*.js; do echo "node --check $$script"; node --check $$script || exit 1; done; \
+	    else echo "skipped: no node on this machine, so the report's scripts are not checked"; fi
 
 format: $(TEST_SETUP)  ## rewrite the code as ruff wants it
 	$(PY) -m ruff check --fix .

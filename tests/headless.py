@@ -26,6 +26,9 @@ def chromium(profile: Path, size: str) -> Iterator[Any]:
 
     options = webdriver.ChromeOptions()
     options.binary_location = str(CHROMIUM)
+    # A mouse, as a desk has one: what shows itself under the pointer stays hidden elsewhere.
+    mouse = "primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,availablePointerTypes=4"
+    options.add_argument(f"--blink-settings={mouse}")
     for option in ("--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={size}"):
         options.add_argument(option)
     options.add_argument(f"--user-data-dir={profile}")

@@ -108,6 +108,7 @@ PUBLIC = [
     "theory_tables",
     "token_contributions",
     "token_strip",
+    "top_predictions",
     "trace_denoising",
     "train",
     "trex",
@@ -122,7 +123,8 @@ EXAMPLES |= {f"examples/causal_{name}.yaml" for name in ("all_tokens", "completi
 EXAMPLES |= {"examples/finetune_tiny.yaml", "examples/table7.yaml", "examples/fsdp.yaml"}
 DATA = {"relations/data/invented_names.csv", "relations/data/trex_templates.csv"}
 DATA |= {f"relations/data/look_alike_{name}.csv" for name in ("names", "roles", "wordings", "words")}
-DATA |= {f"report/html/{name}" for name in ("explorer.html", "page.css", "page.html", "page.js", "parts.html")}
+DATA |= {f"report/html/explorer.{kind}" for kind in ("html", "js")} | {"report/html/parts.html"}
+DATA |= {f"report/html/page.{kind}" for kind in ("css", "html", "js")}
 DATA |= {f"report/html/section6.{kind}" for kind in ("css", "html", "js")}
 DATA |= {f"report/dashboard/{name}" for name in ("index.html", "page.css", "page.js")}
 DATA |= {"report/bundle/index.html"}

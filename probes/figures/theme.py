@@ -42,9 +42,11 @@ SPARE_COLOURS = (OKABE_ITO["blue"], OKABE_ITO["vermillion"], OKABE_ITO["green"],
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon")
 FORWARD, REVERSE = OKABE_ITO["blue"], OKABE_ITO["vermillion"]
 CONTROL_GREY, UNDEFINED_GREY, GRID_GREY = "#6B6B6B", "#C8C8C8", "#E3E3E3"
-# Both ends are Okabe-Ito colours of like lightness and the middle is white, so sign and size survive without hue.
-DIVERGING = ((0.0, OKABE_ITO["vermillion"]), (0.5, "#FFFFFF"), (1.0, OKABE_ITO["blue"]))
-# On a cell of a map, whatever the page's colour: at least 4 to 1 on every colour of the scale.
+# Both ends are Okabe-Ito colours of like lightness and the middle is white, so sign and size survive without hue; the
+# blue is a shade lighter, since numbers are written on it.
+MAP_BLUE = "#1B7FBE"
+DIVERGING = ((0.0, OKABE_ITO["vermillion"]), (0.5, "#FFFFFF"), (1.0, MAP_BLUE))
+# On a cell of a map, whatever the page's colour: at least 4.5 to 1 on every colour of the scale.
 CELL_INK = "#000001"  # not black itself, which a dark page swaps
 # plotly's active button is nearly white on every page; so all buttons are pale and their words dark.
 BUTTONS = {"bgcolor": "#D3D9DF", "bordercolor": "#A7AFB7", "font": {"color": CELL_INK, "size": 12}}
@@ -63,6 +65,7 @@ IN_THE_DARK = {
     "#555": "#B5B5B5",
     OKABE_ITO["black"]: "#FFFFFF",
     OKABE_ITO["blue"]: "#4C9FD4",
+    MAP_BLUE: "#4C9FD4",
     CONTROL_GREY: "#A0A0A0",
     UNDEFINED_GREY: "#5A5F66",
     GRID_GREY: "#33383E",
@@ -204,6 +207,24 @@ def faded(colour: str, alpha: float) -> str:
     """A `#RRGGBB` colour with an opacity, as plotly takes it."""
     red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
     return f"rgba({red},{green},{blue},{alpha})"
+
+
+def reach(numbers: Iterable[float], least: float = 0.2) -> list[float]:
+    """The limits of an axis of fractions, correlations or cosines: zero and all numbers, in tenths, and a little air.
+
+    Args:
+        least: what it spans at least; noise would fill a plot that spans less.
+
+    >>> [round(end, 3) for end in reach([0.02, 0.31, math.nan])]
+    [-0.016, 0.416]
+    """
+    known = [0.0, *(number for number in map(float, numbers) if not math.isnan(number))]
+    # Less a rounding error, so that 0.3 stays 0.3.
+    low, high = math.floor(min(known) * 10 + 1e-9) / 10, math.ceil(max(known) * 10 - 1e-9) / 10
+    if high - low < least:
+        low, high = (high - least, high) if -low > high else (low, low + least)
+    air = 0.04 * (high - low)
+    return [low - air, high + air]
 
 
 def band(x: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str, **options: Any) -> go.Scatter:

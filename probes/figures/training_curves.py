@@ -8,6 +8,7 @@ Source: Section 5 and Fig. 3 of the paper.
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
@@ -34,11 +35,18 @@ from .theme import (
     interval_text,
     message_figure,
     plain,
+    reach,
 )
 
 NEEDED = ("run", "step", "weights", "kind", "measure", "value", "n", "low", "high", "control")
 # Heights in pixels; they travel in the figure's meta, so that a page that hides series can take their room back.
-LEGEND = {"panels": 480, "axis": 70, "row": 20, "columns": 4}
+LEGEND = {"panels": 480, "axis": 70, "row": 20, "columns": 4, "beside": 115}
+LETTER, KEY_ROOM = 6.6, 45  # of a legend's entry: a letter's width, and its line with the gap to the next
+NAME_LIMIT = 40  # letters of a run's name in the legend
+# With less than `below` pixels for the figure a page draws two panels beside each other: titles and ticks would touch.
+NARROW = {"below": 1000, "panels": 760}
+SIDES = {"left": (0.0, 0.435), "right": (0.565, 1.0)}
+LEVELS = {"top": (0.58, 1.0), "bottom": (0.0, 0.42)}
 VIEWS = {"ema": "EMA weights (raw where there is no EMA)", "raw": "raw weights", "both": "raw and EMA"}
 
 
@@ -51,14 +59,13 @@ class Panel:
     unit: str
     row: int
     column: int
-    floor: float  # the lowest value worth showing even when the data stays above it
 
 
 PANELS = (
-    Panel("attention_correlation", "Routing: attention scores", "Pearson r of forward and reverse score", 1, 1, -0.25),
-    Panel("gradient_cosine", "Learning: gradients", "cosine over all parameters", 1, 2, -0.25),
-    Panel("forward_probability", "Answer: forward query", "target probability", 1, 3, 0.0),
-    Panel("reverse_probability", "Answer: reverse query", "target probability", 2, 3, 0.0),
+    Panel("attention_correlation", "Routing: attention scores", "Pearson r of forward and reverse score", 1, 1),
+    Panel("gradient_cosine", "Learning: gradients", "cosine over all parameters", 1, 2),
+    Panel("forward_probability", "Answer: forward query", "target probability", 1, 3),
+    Panel("reverse_probability", "Answer: reverse query", "target probability", 2, 3),
 )
 
 
@@ -105,6 +112,7 @@ def signatures_figure(
         _draw_series(figure, series, scale)
         _draw_controls(figure, series, against, scale)
     _draw_key(figure, against)
+    _fit_legend(figure)
     if buttons and {"raw", "ema"} <= set(rows["weights"].dropna()):
         choices = []
         for view, label in VIEWS.items():
@@ -145,7 +153,7 @@ def _all_series(rows: pd.DataFrame) -> list[Series]:
         symbol = SYMBOLS[lengths.index(length) % len(SYMBOLS)] if len(lengths) > 1 else "circle"
         views = ["ema", "both"] if weights == "ema" else ["raw", "both"] if run in with_ema else list(VIEWS)
         tags = {"run": str(run), "length": str(length), "views": views}
-        label = plain(run) + f" ({series_words(weights, kind)})"
+        label = plain(run, limit=NAME_LIMIT) + f" ({series_words(weights, kind)})"
         open_marker = "-open" if weights == "raw" and run in with_ema else ""
         series.append(Series(part, label, colours[colour_key(part.iloc[0])], symbol + open_marker, tags))
     return series
@@ -173,23 +181,35 @@ def _empty_panels(rows: pd.DataFrame, scale: StepScale, against: pd.DataFrame) -
     for panel in PANELS:
         part = rows[rows["measure"] == panel.measure]
         place = {"row": panel.row, "col": panel.column}
-        drawn = part[["value", "low", "control"]].to_numpy(dtype=float).ravel()
+        drawn = part[["value", "low", "high", "control"]].to_numpy(dtype=float).ravel()
         if len(against):
             drawn = np.append(drawn, against.loc[against["measure"] == panel.measure, "value"].to_numpy(dtype=float))
-        floor = min(panel.floor, float(np.nanmin(drawn, initial=panel.floor + 0.05)) - 0.05)
         title = f"{panel.unit} ({counts_text(part['n'].astype(float))})"
         if panel.column == 3:  # half as high as the others: the long title needs two lines
             title = title.replace(" (", "<br>(")
-        figure.update_yaxes(title={"text": title}, range=[floor - 0.02, 1.04], **place)
+        figure.update_yaxes(title={"text": title}, range=reach(drawn), **place)
         figure.update_xaxes(scale.axis(), **place)
     figure.update_xaxes(title=None, row=1, col=3)
     key = "line: value · band: 95 % interval over facts · dashed: control (shuffled facts) · ×: undefined"
     heading = {"text": key, "font": {"size": 12, "color": "#555"}, "y": 1, "yref": "container", "pad": {"t": 8}}
-    legend = {"orientation": "h", "yref": "container", "y": 0.0, "yanchor": "bottom", "x": 0, "entrywidth": 225}
+    legend = {"orientation": "h", "yref": "container", "y": 0.0, "yanchor": "bottom", "x": 0}
     series = rows.groupby(["run", "weights", "kind"], dropna=False).ngroups + against["control"].nunique()
     below = LEGEND["axis"] + LEGEND["row"] * math.ceil(series / LEGEND["columns"])
     size = {"height": LEGEND["panels"] + below, "margin": {"t": 80, "b": below, "r": 45}}
-    return figure.update_layout(template=TEMPLATE, title=heading, legend=legend, meta={"below": LEGEND}, **size)
+    meta = {"below": LEGEND, "narrow": _narrow(figure)}
+    return figure.update_layout(template=TEMPLATE, title=heading, legend=legend, meta=meta, **size)
+
+
+def _narrow(figure: go.Figure) -> dict[str, Any]:
+    """What a page that has less room changes in the layout: two panels in a row, their titles with them."""
+    places = [(side, level) for level in ("top", "bottom") for side in ("left", "right")]
+    layout: dict[str, Any] = {}
+    for number, (side, level) in zip(("", "2", "3", "4"), places, strict=True):
+        title = None if level == "top" else figure.layout.xaxis.title.text
+        layout[f"xaxis{number}"] = {"domain": SIDES[side], "title": {"text": title}}
+        layout[f"yaxis{number}"] = {"domain": LEVELS[level]}
+    layout["annotations"] = [{"x": sum(SIDES[side]) / 2, "y": LEVELS[level][1]} for side, level in places]
+    return NARROW | {"layout": layout}
 
 
 def _draw_series(figure: go.Figure, series: Series, scale: StepScale) -> None:
@@ -203,9 +223,11 @@ def _draw_series(figure: go.Figure, series: Series, scale: StepScale) -> None:
         value, low, high, control = (rows[name].astype(float).tolist() for name in ("value", "low", "high", "control"))
         hover = [_hover(series.label, row) for row in rows.to_dict("records")]
         # Grey crosses at the foot of the panel: the line keeps its gap, and the cross says why.
+        low_end, high_end = next(figure.select_yaxes(row=panel.row, col=panel.column)).range
+        floor = low_end + 0.03 * (high_end - low_end)
         gaps = [place for place, number in enumerate(value) if math.isnan(number)]
         cross = {"symbol": "x-thin", "size": 8, "line": {"width": 2, "color": CONTROL_GREY}}
-        foot = {"x": [x[place] for place in gaps], "y": [panel.floor for _ in gaps], "mode": "markers", "marker": cross}
+        foot = {"x": [x[place] for place in gaps], "y": [floor for _ in gaps], "mode": "markers", "marker": cross}
         parts = {
             "band": band(x, low, high, series.colour),
             "control": go.Scatter(x=x, y=control, mode="lines", hoverinfo="skip"),
@@ -258,6 +280,16 @@ def _draw_key(figure: go.Figure, against: pd.DataFrame) -> None:
         trace.update(marker={"symbol": look.symbol, "size": 8, "color": CONTROL_GREY}, legendgroup=words)
         trace.update(meta={"part": "key", "against": name, "views": list(VIEWS)}, showlegend=True)
         figure.add_trace(trace, row=1, col=1)
+
+
+def _fit_legend(figure: go.Figure) -> None:
+    """Entries as wide as the longest of them: a page counts its columns by it, and none runs into the next."""
+    words = [html.unescape(trace.name) for trace in figure.data if trace.showlegend]
+    width = round(LETTER * max(map(len, words), default=20))
+    meta = dict(figure.layout.meta)
+    figure.update_layout(
+        legend={"entrywidth": width}, meta=meta | {"below": meta["below"] | {"entry": width + KEY_ROOM}}
+    )
 
 
 def _hover(label: str, row: dict[Hashable, Any]) -> str:

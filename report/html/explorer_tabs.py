@@ -12,7 +12,7 @@ from markupsafe import Markup
 from ...errors import RevprobeError, first_line
 from ...finetune.runs.record import RunRecord
 from ...probes.figures.attention_maps import Grid
-from ...probes.figures.theme import DIVERGING, StepScale, plain
+from ...probes.figures.theme import BELOW, DIVERGING, StepScale, plain
 from ...probes.readings.readings import Readings
 from .explorer import ATTENTION, BINS, GRADIENT, PROBABILITY, explore
 from .page import data_block, paragraph, section
@@ -36,14 +36,21 @@ GRADIENTS = (
 )
 SHARES = "How the target's probability is spread over pairs; means with their 95 % intervals over facts."
 EXPLORED = (ATTENTION, GRADIENT, PROBABILITY)
+# Tab -> the probe it shows, its heading, its figures, and what is said under them.
+TABS = {
+    "routing": (ATTENTION, "Attention correlation", ("heads", "course", "distances", "scores"), ROUTING),
+    "gradients": (GRADIENT, "Gradient cosine", ("roles", "role-map"), GRADIENTS),
+    "probability": (PROBABILITY, "Probability of the target", ("shares",), SHARES),
+}
 
 
 def explorer(runs: Sequence[RunRecord]) -> tuple[Markup, dict[str, list[Markup]]]:
-    """The controls that the three tabs share, and the parts of each tab; no controls where there is nothing to draw.
+    """The controls that the three tabs share, and the parts of each tab that some run has a reading for.
 
-    A run whose readings cannot be worked out is left out with its reason.
+    A run whose readings cannot be worked out is left out with its reason; where that leaves none, so are the controls.
     """
     with_data: list[str] = []
+    drawn: set[str] = set()
     blocks: list[Markup] = []
     problems: list[str] = []
     for run in runs:
@@ -51,21 +58,20 @@ def explorer(runs: Sequence[RunRecord]) -> tuple[Markup, dict[str, list[Markup]]
         if not len(readings):
             continue
         try:
-            blocks.append(data_block(f"run-{len(blocks)}", _run_data(readings, len(runs))))
-            with_data.append(run.name)
+            data = _run_data(readings, len(runs))
         except RevprobeError as error:
             problems.append(f"{run.name} cannot be explored: {first_line(error, with_type=False)}")
+            continue
+        blocks.append(data_block(f"run-{len(blocks)}", data))
+        with_data.append(run.name)
+        drawn |= {one.name for one in readings}
     said = [paragraph(text) for text in problems]
+    tabs = {tab: _tab(tab, title, panels, note, said) for tab, (of, title, panels, note) in TABS.items() if of in drawn}
     if not with_data:
-        nothing = [paragraph("No run has a reading to draw here."), *said]
-        return Markup(), {name: nothing for name in ("routing", "gradients", "probability")}
+        return Markup(), {"routing": said} if said else {}
     blocks.append(data_block("panels", _panels() | {"bins": BINS}))
-    notes = [*said, EXPLORER.notes(), paragraph(ROUNDED, note=True), *blocks]
-    tabs = {
-        "routing": _tab("routing", "Attention correlation", ("heads", "course", "distances", "scores"), ROUTING, notes),
-        "gradients": _tab("gradients", "Gradient cosine", ("roles", "role-map"), GRADIENTS, said),
-        "probability": _tab("probability", "Probability of the target", ("shares",), SHARES, said),
-    }
+    # The data of all three stands in the first of them.
+    next(iter(tabs.values())).extend([EXPLORER.notes(), paragraph(ROUNDED, note=True), *blocks])
     return EXPLORER.controls([(f"run-{place}", name) for place, name in enumerate(with_data)]), tabs
 
 
@@ -105,7 +111,8 @@ def _panels() -> dict[str, Any]:
         },
         "course": {
             "xaxis": {},
-            "yaxis": {"title": "Pearson r of forward and reverse score", "range": [-1.04, 1.04]},
+            "yaxis": {"title": "Pearson r of forward and reverse score"},
+            "legend": BELOW,
             "height": 460,
         },
         "distances": {
@@ -120,9 +127,9 @@ def _panels() -> dict[str, Any]:
             "height": 500,
         },
         "roles": {
-            "xaxis": {"title": "cosine (mean over pairs)", "range": [-1.05, 1.05]},
+            "xaxis": {"title": "cosine (mean over pairs)"},
             "yaxis": {"type": "category"},
-            "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
+            "legend": BELOW,
         },
         "role-map": {
             "xaxis": {**category, "title": "role of the parameter"},
@@ -137,5 +144,5 @@ def _panels() -> dict[str, Any]:
             "height": 520,
         },
     }
-    size = {"width": 570, "title": {"text": "", "font": {"size": 14}}, "margin": {"t": 80}}
+    size = {"title": {"text": "", "font": {"size": 14}}, "margin": {"t": 80}}
     return {name: go.Layout(size | layout).to_plotly_json() for name, layout in layouts.items()}

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from ...probes.figures.theme import (
+    CELL_INK,
     CONTROL_GREY,
     FORWARD,
     IN_THE_DARK,
@@ -26,6 +27,7 @@ from ...probes.figures.theme import (
 from .templates import TEMPLATES, compact, file_text, macros
 
 PARTS = macros("parts.html")
+THEMES = (("system", "as the system"), ("light", "light"), ("dark", "dark"))
 
 
 def page(title: str, about: str, tabs: Sequence[tuple[str, str, Sequence[Markup]]], *, chooser: Markup) -> str:
@@ -33,15 +35,22 @@ def page(title: str, about: str, tabs: Sequence[tuple[str, str, Sequence[Markup]
 
     Args:
         about: what it shows, said over the tabs.
-        tabs: (name, shown text, its parts); the first is open.
+        tabs: (name, shown text, its parts); the first is open, one without parts is left out.
         chooser: the controls that several tabs share.
     """
-    own = {"style": file_text("page.css"), "script": file_text("page.js"), "plotly": get_plotlyjs()}
+    tabs = [tab for tab in tabs if tab[2]]
+    own = {
+        "style": file_text("page.css"),
+        "script": file_text("explorer.js") + file_text("page.js"),
+        "plotly": get_plotlyjs(),
+    }
     # The templates and colours that the page's script draws with.
     template = TEMPLATE.to_plotly_json()
     look = {"light": template, "dark": in_the_dark(template), "swap": IN_THE_DARK, "band": faded(FORWARD, 0.15)}
-    look |= {"forward": FORWARD, "reverse": REVERSE, "grey": CONTROL_GREY, "gone": UNDEFINED_GREY, "ink": "#1A1A1A"}
+    look |= {"forward": FORWARD, "reverse": REVERSE, "grey": CONTROL_GREY, "gone": UNDEFINED_GREY}
+    look |= {"ink": "#1A1A1A", "cell": CELL_INK}
     shown = {"title": title, "about": about, "tabs": tabs, "chooser": chooser, "look": data_block("look", look)}
+    shown["themes"] = THEMES
     return TEMPLATES.get_template("page.html").render(own | shown)
 
 
@@ -81,7 +90,12 @@ def controls(*choices: Markup) -> Markup:
 
 def details(summary: str, text: str) -> Markup:
     """Preformatted text that opens on a click."""
-    return folded(summary, PARTS.preformatted(text))
+    return folded(summary, preformatted(text))
+
+
+def preformatted(text: str) -> Markup:
+    """Text line by line as it is: code, a config."""
+    return PARTS.preformatted(text)
 
 
 def folded(summary: str, *parts: Markup) -> Markup:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import plotly.graph_objects as go
 from markupsafe import Markup
@@ -14,7 +15,7 @@ from ...probes.figures.storage import stored_evidence_figure
 from ...probes.figures.theme import message_figure
 from ...probes.figures.training_curves import series_words
 from ...probes.readings.reading import Reading
-from .page import gallery, paragraph, section
+from .page import gallery, paragraph, preformatted, section
 
 MOST = 60  # figures in one gallery; beyond, each run keeps its last checkpoint
 MANY_HEADS = 40  # edits of more single heads than this are a heat map
@@ -29,28 +30,52 @@ EDITS = (
 )
 
 
-def storage_tab(runs: Sequence[RunRecord]) -> list[Markup]:
-    """Every stored-evidence reading as a figure, or why there is none."""
-    nothing = (
-        "No run has a reading of stored evidence. Runs do not take it by themselves: take one with "
-        "revprobe.probe_stored_evidence(model, pairs) and save it in the folder of its step under the run's readings."
-    )
-    return _tab("storage", "Stored evidence", runs, STORED, STORAGE, nothing)
+# What fills a tab that is empty, in a Python that was started in the folder that holds the report.
+COMMAND = """import revprobe as rp
+
+run = rp.open_run({run!r})
+reading = rp.probe_{name}(run.load(), run.pairs())
+weights = reading.meta["weights"]
+reading.save(run.path / "readings" / f"step-{{run.steps[-1]:06d}}" / f"{name}.{{weights}}.parquet")
+"""
+FILLED = "Runs do not take it by themselves. In Python, from the folder that holds this report:"
+AGAIN = "Then, in a terminal in the same folder:"
 
 
-def edits_tab(runs: Sequence[RunRecord]) -> list[Markup]:
-    """Every route-edit reading as a figure, or why there is none."""
-    nothing = (
-        "No run has a reading of an edited route. Runs do not take it by themselves: take one with "
-        "revprobe.probe_route_edit(model, pairs) and save it in the folder of its step under the run's readings."
-    )
-    return _tab("edits", "Edited routes", runs, EDITED, EDITS, nothing)
+def storage_tab(runs: Sequence[RunRecord], folder: Path) -> list[Markup]:
+    """Every stored-evidence reading as a figure, or the commands that take one; nothing where no run could be read."""
+    nothing = "No run has a reading of stored evidence."
+    return _tab("storage", "Stored evidence", runs, folder, STORED, STORAGE, nothing)
 
 
-def _tab(name: str, title: str, runs: Sequence[RunRecord], what: str, note: str, nothing: str) -> list[Markup]:
+def edits_tab(runs: Sequence[RunRecord], folder: Path) -> list[Markup]:
+    """Every route-edit reading as a figure, or the commands that take one; nothing where no run could be read."""
+    return _tab("edits", "Edited routes", runs, folder, EDITED, EDITS, "No run has a reading of an edited route.")
+
+
+def _commands(runs: Sequence[RunRecord], folder: Path, what: str) -> list[Markup]:
+    """What takes a reading of the first run that can be asked for it: both probes are for masked models first."""
+    read = [run for run in runs if len(run.readings)]
+    masked = [run for run in read if run.axes.get("objective") != "causal"]
+    if not read:
+        return []
+    name = (masked or read)[0].name
+    where = name if (folder / name).is_dir() else "."  # a sweep's report lies over its runs, a run's own in its folder
+    return [
+        paragraph(FILLED),
+        preformatted(COMMAND.format(run=where, name=what)),
+        paragraph(AGAIN),
+        preformatted("revprobe report ."),
+    ]
+
+
+def _tab(
+    name: str, title: str, runs: Sequence[RunRecord], folder: Path, what: str, note: str, nothing: str
+) -> list[Markup]:
     found = [(run.name, reading) for run in runs for reading in run.readings if reading.name == what]
     if not found:
-        return [section(name, title, paragraph(nothing))]
+        filled = _commands(runs, folder, what)
+        return [section(name, title, paragraph(nothing), *filled)] if filled else []
     said = []
     if len(found) > MOST:
         last = {run.name: run.readings.steps[-1:] for run in runs}

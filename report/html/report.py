@@ -1,7 +1,8 @@
 """One HTML file about a run or a sweep, the tidy `summary.csv` beside it, and `controls.csv` where there are some.
 
 A tab each for the overview, routing, gradients, probability, storage, edits and configuration; one checkpoint slider
-and the choice of layer and head drive three of them. The page opens without a network and shows what there is: a broken
+and the choice of layer and head drive three of them, and one that no run has a reading for is left out. What is chosen
+stands in the page's address. The page opens without a network and shows what there is: a broken
 or unfinished run is listed with its reason. All files are written to temporary names and renamed, so an interrupted
 report leaves the old one whole.
 """
@@ -75,7 +76,7 @@ def write_report(
     measures = {run.name: run.label(measures_with_reasons(run.readings)) for run in runs}
     summary = tidy_summary(measures.values())
     held_against = controls_frame(runs)
-    document = _document(title, runs, summary, measures, held_against, sections)
+    document = _document(title, runs, summary, measures, held_against, sections, path.parent)
     texts = {path.with_name("summary.csv"): summary.to_csv(index=False, lineterminator="\n"), path: document}
     if len(held_against):
         texts[path.with_name(CONTROLS)] = held_against.to_csv(index=False, lineterminator="\n")
@@ -102,8 +103,9 @@ def _document(
     measures: Mapping[str, pd.DataFrame],
     held_against: pd.DataFrame,
     sections: Sequence[Markup],
+    folder: Path,
 ) -> str:
-    """The page: what it is about, and a tab for each side of the runs; a tab without data says why."""
+    """The page: what it is about, and a tab for each side of the runs; one without data says what fills it."""
     listed = section("runs", "Runs", _runs_table(runs))
     if summary.empty:
         why = "There are no runs here yet." if not runs else "No run has a reading yet."
@@ -118,11 +120,9 @@ def _document(
     chooser, explored = explorer(runs)
     tabs = [
         ("overview", "overview", [*overview, _warnings(runs)]),
-        ("routing", "routing", explored["routing"]),
-        ("gradients", "gradients", explored["gradients"]),
-        ("probability", "probability", explored["probability"]),
-        ("storage", "storage", storage_tab(runs)),
-        ("edits", "edits", edits_tab(runs)),
+        *((name, name, parts) for name, parts in explored.items()),
+        ("storage", "storage", storage_tab(runs, folder)),
+        ("edits", "edits", edits_tab(runs, folder)),
         ("configuration", "configuration", [_configs(runs), _versions(runs)]),
     ]
     return page(title, WHAT, tabs, chooser=chooser)

@@ -37,7 +37,8 @@ def final_table(summary: pd.DataFrame) -> pd.DataFrame:
 
     Returns: the columns of SERIES, then for each measure (fractions, cosines and correlations, as in `summary.csv`)
         `<measure>`, `<measure>_low`, `<measure>_high`, `<measure>_control`, `<measure>_n`, `<measure>_facts`; NaN
-        where it was not measured (its n is missing) or is undefined. `format_final_table` makes text of it.
+        where it was not measured (its n is missing) or is undefined; and `<measure>_reason`, why points are, counted.
+        `format_final_table` makes text of it.
     Raises: RevprobeError, when a measure stands twice at one checkpoint.
     """
     last = last_checkpoints(summary)
@@ -51,11 +52,15 @@ def final_table(summary: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for _, part in last.groupby(SERIES, sort=False, dropna=False):
         final: dict[str, Any] = {name: part[name].iloc[0] for name in SERIES}
+        for row in part.to_dict("records"):
+            final[f"{row['measure']}_reason"] = "" if pd.isna(row.get("reason")) else row["reason"]
         for measure, *numbers in part[["measure", *NUMBERS]].itertuples(index=False):
             known = [math.nan if pd.isna(number) else number for number in numbers]
             final |= dict(zip(_columns(measure), known, strict=True))
         rows.append(final)
-    return pd.DataFrame(rows, columns=[*SERIES, *(name for measure in MEASURES for name in _columns(measure))])
+    return pd.DataFrame(
+        rows, columns=[*SERIES, *(name for measure in MEASURES for name in [*_columns(measure), f"{measure}_reason"])]
+    )
 
 
 def _columns(measure: str) -> list[str]:

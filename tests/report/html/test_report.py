@@ -189,7 +189,6 @@ def test_the_page_holds_the_numbers_of_the_readings(runs: list[RunRecord], writt
         "runs",
         "undefined",
         "routing",
-        "gradients",
         "probability",
         "storage",
     ]
@@ -208,6 +207,14 @@ def test_the_page_holds_the_numbers_of_the_readings(runs: list[RunRecord], writt
     for value in format_final_table(final_table(summary_frame(runs)))["reverse probability"]:
         assert value.split(" ")[0] in words, f"{value} is not in the final table"
     assert "<td" not in words and "</div" not in words, "markup was escaped as if it were text"
+
+
+def test_a_tab_without_a_reading_is_left_out(runs: list[RunRecord], written: Path, tmp_path: Path) -> None:
+    """These runs have no gradients; a report of runs that have not begun has nothing but what was asked for."""
+    tabs = [a["data-tab"] for _, a in Elements(written.read_text()).tags if a.get("role") == "tab"]
+    assert tabs == ["overview", "routing", "probability", "storage", "edits", "configuration"]
+    page = write_report([runs[2]], tmp_path / "report.html").read_text()
+    assert [a["data-tab"] for _, a in Elements(page).tags if a.get("role") == "tab"] == ["overview", "configuration"]
 
 
 def test_the_page_loads_nothing_from_anywhere(written: Path) -> None:

@@ -1,74 +1,32 @@
 """In a real browser: tabs, slider and selectors change what is drawn, nothing is fetched, nothing complains."""
 
 import json
-import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from axe_findings import axe_findings
 from headless import chromium, needs_chromium
 
-from revprobe import Reading, Readings
+from revprobe import Reading
 from revprobe.finetune.runs.record import RunRecord
 from revprobe.report.html.report import write_report
-from tiny import made_probabilities
+from tiny import module_at
 
 pytestmark = needs_chromium
-EVIL = "</script><script>document.title='planted'</script><img src=x onerror=\"document.title='planted'\"><b>%{x}"
-FACTS = [EVIL, *"bcdefghij"]
-NUMBERS = ("value", "low", "high", "difference", "difference_low", "difference_high")
-CONTROLS = [
-    {"control": name, "model": EVIL, "n": 10, "facts": 10, "reason": EVIL} | dict.fromkeys(NUMBERS, value)
-    for name, value in (("untrained", 0.25), ("sink", 0.5))
-]
-
-
-def attention(draw: int, about: dict[str, Any]) -> Reading:
-    """Two layers of two heads; every head's correlation depends on the draw."""
-    rng = np.random.default_rng(draw)
-    parts = []
-    for layer, head in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        for group, (forward, reverse) in enumerate([(1, 1), (1, 2), (2, 1)]):
-            shared, own = rng.normal(size=(2, 10))
-            columns = {"pair": 10 * group + np.arange(10), "fact": FACTS, "group": group, "layer": layer, "head": head}
-            columns |= {"offset_forward": forward, "offset_reverse": -reverse, "distance_forward": forward}
-            columns |= {"distance_reverse": reverse, "score_forward": shared + 5 * group, "reason": ""}
-            parts.append(pd.DataFrame(columns | {"score_reverse": shared + (layer + 1) * own}))
-    return Reading("attention_correlation", pd.concat(parts, ignore_index=True), about)
-
-
-def gradient(draw: int, about: dict[str, Any]) -> Reading:
-    rng = np.random.default_rng(draw)
-    parts = []
-    for role, layer in (("embed", pd.NA), ("q", 0), ("q", 1), ("v", 1)):
-        columns = {"pair": np.arange(10), "fact": FACTS, "parameter": f"{role}.{layer}", "role": role}
-        columns |= {"inner": rng.uniform(-0.2, 1, 10), "norm_forward": 1.0, "norm_reverse": 1.0, "norm_control": 1.0}
-        columns |= {"floor_forward": 1e-6, "floor_reverse": 1e-6, "floor_control": 1e-6, "inner_control": 0.1}
-        parts.append(pd.DataFrame(columns).assign(layer=pd.array([layer] * 10, dtype="Int64")))
-    return Reading("gradient_cosine", pd.concat(parts, ignore_index=True), about)
-
-
-def readings(*steps: int, weights: tuple[str, ...] = ("raw", "ema"), **more: Any) -> Readings:
-    made: list[Reading] = []
-    for step in steps:
-        for place, which in enumerate(weights):
-            about = {"kind": "same_target", "objective": "masked", "step": step, "weights": which, "model": "toy"}
-            about |= more
-            made += [make(2 * step + place, about) for make in (attention, gradient)]
-            made.append(made_probabilities(2 * step + place, FACTS, about))
-    return Readings(made)
+made = module_at(Path(__file__).with_name("report_runs.py"))
+EVIL = made.EVIL
+awaited, change, choose_theme, drawn, open_tab, said, traces = (
+    getattr(made, name) for name in ("awaited", "change", "choose_theme", "drawn", "open_tab", "said", "traces")
+)
 
 
 @pytest.fixture(scope="module")
 def runs() -> list[RunRecord]:
-    return [
-        RunRecord(EVIL, {"position_encoding": EVIL}, {EVIL: EVIL}, readings(0, 10, 500, model=EVIL), EVIL),
-        RunRecord("b", {"position_encoding": "rope"}, {}, readings(0, 10, weights=("raw",), controls=CONTROLS), None),
-        RunRecord("broken", {}, {}, Readings([]), "step-000010 is truncated: <cut>"),
-    ]
+    found: list[RunRecord] = made.made_runs()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -85,37 +43,6 @@ def opened(runs: list[RunRecord], browser: Any, tmp_path_factory: pytest.TempPat
     browser.get(path.as_uri())
     drawn(browser)
     return browser
-
-
-def drawn(browser: Any) -> None:
-    """Wait until the page has drawn what it was asked for."""
-    deadline = time.monotonic() + 60
-    while browser.execute_script("return document.body.dataset.drawn") != "yes":
-        assert time.monotonic() < deadline, browser.get_log("browser")
-        time.sleep(0.05)
-
-
-def change(browser: Any, name: str, value: object) -> None:
-    """Set a selector or the slider as a reader would, and wait for the drawing."""
-    event = "input" if name == "explore-step" else "change"
-    script = "const one = document.getElementById(arguments[0]); one.value = arguments[1];"
-    browser.execute_script(script + "one.dispatchEvent(new Event(arguments[2]));", name, str(value), event)
-    drawn(browser)
-
-
-def open_tab(browser: Any, name: str) -> None:
-    browser.execute_script(f"document.querySelector('[data-tab={name}]').click()")
-    drawn(browser)
-
-
-def traces(browser: Any, panel: str) -> list[dict[str, Any]]:
-    script = f"return JSON.stringify(document.getElementById('{panel}').data)"
-    found: list[dict[str, Any]] = json.loads(browser.execute_script(script))
-    return found
-
-
-def said(browser: Any, name: str) -> str:
-    return str(browser.execute_script(f"return document.getElementById('{name}').textContent"))
 
 
 def test_the_slider_and_the_selectors_draw_the_readings_numbers(opened: Any, runs: list[RunRecord]) -> None:
@@ -137,10 +64,12 @@ def test_the_slider_and_the_selectors_draw_the_readings_numbers(opened: Any, run
         for column, wanted in (("layer", layer), ("head", head)):
             frame = frame if wanted is None else frame[frame[column] == wanted]
         part = Reading(reading.name, frame.reset_index(drop=True), reading.meta)
-        band, line = traces(opened, "course")
+        band, line, control = traces(opened, "course")
         at = [0, 10, 500].index(step)
         assert line["y"][at] == pytest.approx(part.value, abs=1e-4), (step, weights, layer, head)
         assert [band["y"][at], band["y"][5 - at]] == pytest.approx(part.interval, abs=1e-4)
+        assert reading.control is not None and control["y"][at] == pytest.approx(reading.control.value, abs=1e-4)
+        assert control["line"]["dash"] == "dash" and "control" in control["name"]
         cells = part.summary(by=["distance_forward", "distance_reverse"]).set_index(
             ["distance_forward", "distance_reverse"]
         )
@@ -231,21 +160,17 @@ def test_the_dark_page_draws_in_the_dark(opened: Any) -> None:
     open_tab(opened, "overview")
     paper = "return document.getElementById('signatures').layout.template.layout.paper_bgcolor"
     light = opened.execute_script(paper)
-    opened.execute_script("document.getElementById('choose-theme').click()")
-    drawn(opened)
+    choose_theme(opened, "dark")
     assert (light, opened.execute_script(paper)) == ("white", "#16191D")
-    opened.execute_script("document.getElementById('choose-theme').click()")
-    drawn(opened)
+    choose_theme(opened, "light")
 
 
-@pytest.mark.parametrize(("theme", "width"), [("Light", 1280), ("Dark", 1280), ("Light", 800), ("Dark", 800)])
+@pytest.mark.parametrize(("theme", "width"), [("light", 1280), ("dark", 1280), ("light", 800), ("dark", 800)])
 def test_axe_finds_nothing_grave_in_any_tab(opened: Any, theme: str, width: int) -> None:
     """Contrast, names, roles and what the keyboard reaches, as axe-core tells them."""
     opened.set_window_size(width, 1600)
-    button = opened.find_element("id", "choose-theme")
-    if button.text == f"{theme} theme":  # the button says what a click leads to
-        button.click()
-    assert opened.execute_script("return dark") is (theme == "Dark")
+    choose_theme(opened, theme)
+    assert opened.execute_script("return dark") is (theme == "dark")
     found = []
     for tab in opened.execute_script("return everyTab()"):
         open_tab(opened, tab)
@@ -254,14 +179,6 @@ def test_axe_finds_nothing_grave_in_any_tab(opened: Any, theme: str, width: int)
         found += [f"{tab}: {one}" for one in axe_findings(opened)]
     opened.set_window_size(1280, 1600)
     assert not found, "\n".join(found)
-
-
-def awaited(opened: Any, script: str) -> None:
-    """Wait until a script of the page is true: a window's new size is told to its page some frames later."""
-    deadline = time.monotonic() + 60
-    while not opened.execute_script(f"return {script}"):
-        assert time.monotonic() < deadline, script
-        time.sleep(0.05)
 
 
 def test_a_figure_follows_the_width_of_the_window(opened: Any) -> None:
@@ -287,7 +204,7 @@ def test_axe_is_one_that_finds(opened: Any) -> None:
     assert {one.partition(" ")[0] for one in found} == {"color-contrast", "label"}, found
 
 
-def test_tabs_slider_and_theme_are_worked_by_the_keyboard(opened: Any) -> None:
+def test_tabs_and_slider_are_worked_by_the_keyboard(opened: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 
     def press(key: str) -> Any:
@@ -304,14 +221,6 @@ def test_tabs_slider_and_theme_are_worked_by_the_keyboard(opened: Any) -> None:
         assert shown == [f"tab-{tabs[wanted]}"]
     press(Keys.HOME)
     assert press(Keys.ARROW_RIGHT).get_attribute("data-tab") == "routing"
-    before = opened.execute_script("return dark")
-    assert press(Keys.TAB).get_attribute("id") == "choose-theme", "all tabs are one stop"
-    assert press(Keys.SHIFT + Keys.TAB).get_attribute("data-tab") == "routing", "and that is the open one"
-    press(Keys.TAB)
-    press(Keys.ENTER)
-    assert opened.execute_script("return dark") is not before
-    press(Keys.SPACE)
-    assert opened.execute_script("return dark") is before
     change(opened, "explore-run", "run-0")
     assert press(Keys.TAB).get_attribute("id") == "explore-run"
     press(Keys.TAB)
