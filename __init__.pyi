@@ -82,6 +82,7 @@ from .probes.theory.storage_gradient import storage_gradient_cosines as storage_
 from .probes.theory.tables import theory_tables as theory_tables
 from .probes.theory.two_route_toy import TwoRouteToy as TwoRouteToy
 from .probes.token_contributions import token_contributions as token_contributions
+from .probes.top_predictions import top_predictions as top_predictions
 from .relations.catalog import from_table as from_table
 from .relations.catalog import invented_names as invented_names
 from .relations.catalog import parent_child as parent_child

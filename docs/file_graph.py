@@ -64,6 +64,7 @@ ROOMS = (
     "report/paper",
     "report/paper/section6",
     "report/html",
+    "report/asking",
     "report/dashboard",
     "report",
     "report/bundle",

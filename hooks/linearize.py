@@ -39,6 +39,7 @@ from .attention_calls import (
     weights_of,
 )
 from .attention_sites import Attention, AttentionSite
+from .gradients.spread_weights import require_whole
 from .linearized_pass import LinearizedAttention, LinearizedPass, Part
 
 # Linear in the one tensor that varies; shapes, casts, sums and selections. "__get__" is an attribute (.mT, .shape).
@@ -71,7 +72,10 @@ def hold_nonlinear(module: nn.Module, rows: Tensor, attention: Attention) -> Ite
 
     Parameters do not ask for gradient inside (their flags are restored); logits computed here carry the graph from
     the parts. Adds hooks to the module tree and removes exactly those.
+
+    Raises: RevprobeError, for weights spread over processes.
     """
+    require_whole(module, "an attribution of logits")
     held = LinearizedPass()
     named = getattr(module, "get_input_embeddings", lambda: None)()
     found = [named] if named is not None else [m for m in module.modules() if isinstance(m, nn.Embedding)]

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .gradients.spread_weights import let_go
+
 # What torch keeps on every module; the mode is restored apart, and parameters are never replaced by a forward pass.
 _OF_TORCH = frozenset(vars(nn.Module()))
 _TABLES = [key for key, value in vars(nn.Module()).items() if isinstance(value, dict) and key != "_parameters"]
@@ -22,7 +24,8 @@ def untouched(module: nn.Module) -> Iterator[nn.Module]:
     """Run `module` in eval mode and restore its modes, requires_grad flags, .grad tensors and all RNG states.
 
     So are attributes, buffers, submodules, hooks and settings that a forward pass changes (BigBird gives up its block
-    attention for good after one short sequence; transformers writes into its config).
+    attention for good after one short sequence; transformers writes into its config). Weights that are spread over
+    processes are in pieces again.
     """
     modes = [(m, m.training) for m in module.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in module.parameters()]
@@ -39,6 +42,7 @@ def untouched(module: nn.Module) -> Iterator[nn.Module]:
                 restore()
             for m, mode in modes:
                 m.training = mode
+            let_go(module)
             for p, requires_grad, grad in parameters:
                 p.grad = grad
                 p.requires_grad_(requires_grad)

@@ -171,6 +171,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "theory_tables": (rp.theory_tables, {"samples": 4}),
         "token_contributions": (rp.token_contributions, {"model": masked, "question": same[0]}),
         "token_strip": (rp.token_strip, {"model": model, "query": pairs[0]}),
+        "top_predictions": (rp.top_predictions, {"model": model, "question": pairs[0]}),
         "train": (rp.train, {"config": "none", "folder": folder / "t"}),
         "trex": (rp.trex, {"path": folder / "none"}),
         "with_bounds": (rp.with_bounds, {"reading": scores, "model": model, "pairs": pairs}),

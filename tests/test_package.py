@@ -107,6 +107,7 @@ PUBLIC = [
     "theory_tables",
     "token_contributions",
     "token_strip",
+    "top_predictions",
     "trace_denoising",
     "train",
     "trex",

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from ...errors import RevprobeError, did_you_mean
+from ...hooks.gradients.spread_weights import require_whole
 from ...models.checkpoints import checkpoint_folder
 from ...models.probed import ProbedModel, as_probed
 from ...probes.pairs.pairs import ReversalPairs
@@ -68,6 +69,7 @@ def asked_terms(
     if model.objective != "masked":
         raise RevprobeError(f"{model.name} is causal: its terms have no masks to tell apart; pass a masked model")
     require_one_block(model, "objective_terms")
+    require_whole(model.module, "objective_terms")
     if relation is None:
         raise RevprobeError(f"{model.name} alone says nothing of what it is trained on; pass a relation, or pairs")
     objective = _with(objective, dial, rates, relation)

@@ -22,6 +22,7 @@ from .graph import Call, CannotSplit, adds_up
 from .order import Mixed, Order, Rows
 from .products import Use, merged, multiply
 from .rules import all_finite, drop_silent_tokens, linear_use, lookup, replay
+from .spread_weights import WholeWeights
 from .walk import Key, Spread, walk_back
 
 _WIDER = "use a wider dtype, or check the weights for NaN"
@@ -41,11 +42,15 @@ class Products(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """The parameters whose gradients are wanted, how fused ones come apart, and who answers for uncalled ones."""
+    """The parameters whose gradients are wanted, how fused ones come apart, and who answers for uncalled ones.
+
+    `weights`: the module's, since a spread one holds pieces of the selected parameters while it does not run.
+    """
 
     parameters: Mapping[str, nn.Parameter]
     parts: Parts
     adopted: Adopted
+    weights: WholeWeights
 
     @property
     def names(self) -> dict[int, str]:
@@ -181,7 +186,8 @@ class _Reader:
             shapes = [self.spread[n, k].shape if (n, k) in self.spread else o.shape for k, o in enumerate(call.outputs)]
             try:
                 call.require_unchanged()
-                uses = replay(call, gradients, shapes, self.rows[n], self.batch)
+                with self.selection.weights.gathered(call.module):
+                    uses = replay(call, gradients, shapes, self.rows[n], self.batch)
                 for label, use in self._labelled(call, uses):
                     self._keep(label, use)
             except CannotSplit as error:
@@ -234,7 +240,8 @@ class _Reader:
             raise RevprobeError(f"the input of module {call.name!r} is not finite, so its gradient is not; {_WIDER}")
         for key in ("weight", "bias"):
             # .get: TransformerLens' unembedding swaps a missing bias for a buffer, which leaves no such parameter.
-            name = self.names.get(id(module._parameters.get(key)))
+            held = module._parameters.get(key)
+            name = None if held is None else self.names.get(id(self.selection.weights.of(held)))
             for label, features in part_labels(name, self.selection.parts).items() if name else ():
                 part = gradient if features is None else gradient[..., features.to(gradient.device)]
                 yield label, linear_use(module, key, part, inputs)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ...errors import RevprobeError
 from .products import FormedUse
+from .spread_weights import WholeWeights
 
 Edge = tuple[Any, int]  # a node of the graph and the number of its input
 
@@ -260,14 +261,20 @@ def _require_unused(calls: Sequence[Call], call: Call, name: str, reached: set[A
 
 
 def adopted_parameters(
-    module: nn.Module, parameters: Mapping[str, nn.Parameter], run: Callable[[], Tensor]
+    module: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    run: Callable[[], Tensor],
+    weights: WholeWeights | None = None,
 ) -> dict[str, dict[str, nn.Parameter]]:
     """Parameters that one run reaches although the module that holds them is not called: who answers for them.
 
     A parent that uses a child's weight without calling the child (TransformerLens' norms, quantized wrappers) is
     replayed with the child's parameters as its own.
+    Args:
+        weights: the module's, where they were asked for before.
     Returns: name of the nearest enclosing module that is called -> path from there -> parameter; empty for most models.
     """
+    weights = weights or WholeWeights(module)
     called: set[str] = set()
     handles = [
         child.register_forward_pre_hook(lambda *_, name=name: called.add(name))
@@ -284,13 +291,15 @@ def adopted_parameters(
             handle.remove()
         for p, flag in flags:
             p.requires_grad_(flag)
+        weights.let_go()
     wanted = {id(p) for p in parameters.values()} & set(reached)
     modules = list(module.named_modules())
-    answered = {id(p) for name, child in modules if name in called for p in child._parameters.values()}
+    held = lambda child: {key: weights.of(p) for key, p in child._parameters.items() if p is not None}  # noqa: E731
+    answered = {id(p) for name, child in modules if name in called for p in held(child).values()}
     found: dict[str, dict[str, nn.Parameter]] = {}
     for name, child in modules:
-        for key, parameter in child._parameters.items():
-            if parameter is not None and id(parameter) in wanted - answered:
+        for key, parameter in held(child).items():
+            if id(parameter) in wanted - answered:
                 parent = name  # becomes the innermost module around it that is called; "" is the model itself
                 while parent and parent not in called:
                     parent = parent.rpartition(".")[0]

@@ -34,6 +34,7 @@ from .graph import NOTHING_REACHED, Call, Output, completeness, fed_without_grad
 from .one_by_one import LossOf, read_one_by_one
 from .order import find_order
 from .rules import carries_gradient, has_rule, lookup_scale
+from .spread_weights import WholeWeights
 from .walk import spread_over
 
 
@@ -47,6 +48,7 @@ def record_gradients(
     adopted: Adopted | None = None,
     loss_of: LossOf | None = None,
     unread: dict[str, str] | None = None,
+    weights: WholeWeights | None = None,
 ) -> Iterator[GradientRecorder]:
     """Record what is needed for the per-example gradients of `parameters` during one forward pass of `batch` examples.
 
@@ -59,24 +61,27 @@ def record_gradients(
         loss_of: the loss of one example run by itself, for the parameters that the batch does not tell apart; without
             it they are an error.
         unread: parameters known to be such ones, and why; those found are added.
+        weights: the module's, where they were asked for before; `parameters` are whole ones.
     Raises: RevprobeError, for no parameters.
     """
     if not parameters:
         raise RevprobeError("no parameter was selected, so there is no gradient; check parameters= and layers=")
-    selection = Selection(dict(parameters), parts or {}, adopted or {})
+    weights = weights or WholeWeights(module)
+    selection = Selection(dict(parameters), parts or {}, adopted or {}, weights)
     recorder = GradientRecorder(module, selection, batch, loss_of, {} if unread is None else unread)
     flags = [(p, p.requires_grad) for p in module.parameters()]
-    recorder.frozen = {id(p) for p, flag in flags if not flag}
+    recorder.frozen = {id(weights.of(p)) for p, flag in flags if not flag}
     selected = {id(p) for p in parameters.values()}
     try:
         for p, _ in flags:
-            p.requires_grad_(id(p) in selected and p.is_floating_point())
+            p.requires_grad_(id(weights.of(p)) in selected and p.is_floating_point())
         recorder.attach()
         yield recorder
     finally:
         recorder.detach()
         for p, flag in flags:
             p.requires_grad_(flag)
+        weights.let_go()
 
 
 class GradientRecorder:
@@ -113,7 +118,7 @@ class GradientRecorder:
 
     def _answers_for(self, name: str, module: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters a module holds, and those it uses of children that are not called."""
-        own = {key: p for key, p in module._parameters.items() if p is not None}
+        own = {key: self._selection.weights.of(p) for key, p in module._parameters.items() if p is not None}
         return own | dict(self._selection.adopted.get(name, {}))
 
     def _aliases(self, name: str, module: nn.Module, own: dict[str, nn.Parameter]) -> dict[str, str]:
@@ -125,7 +130,8 @@ class GradientRecorder:
         if next(module.children(), None) is None:
             return {}
         keys, called = {id(p): key for key, p in own.items()}, {call.name for call in self._calls}
-        paths = ((path, keys.get(id(p))) for path, p in module.named_parameters(remove_duplicate=False))
+        whole = self._selection.weights.of
+        paths = ((path, keys.get(id(whole(p)))) for path, p in module.named_parameters(remove_duplicate=False))
         holder = lambda path: f"{name}.{path}".lstrip(".").rpartition(".")[0]  # noqa: E731
         return {path: key for path, key in paths if key and path not in own and holder(path) not in called}
 

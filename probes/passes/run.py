@@ -25,6 +25,7 @@ from ...hooks.gradients.backward import Products, Selection, part_labels
 from ...hooks.gradients.graph import adopted_parameters
 from ...hooks.gradients.one_by_one import read_one_by_one
 from ...hooks.gradients.recorder import GradientRecorder, record_gradients
+from ...hooks.gradients.spread_weights import WholeWeights, require_units
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
 from ...models.structure import attention_of, fused_parts
@@ -53,7 +54,7 @@ def run_pass(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> PassResult
             "no gradient is recorded under torch.inference_mode(), nor of a model made under it; expected ordinary "
             "tensors, so call the gradient probe (and load the model) outside of it"
         )
-
+    require_units(model.module)
     if plan.share is not None and model.draws > 1:
         raise RevprobeError(f"{model.name}: draws of random tokens are not divided among processes; probe it in one")
 
@@ -100,7 +101,8 @@ class _Pass:
         self.attention = attention_of(model) if plan.attention else None
         partner = derangement(pairs.facts.astype(str), pairs.groups(model.logit_shift), seed=plan.seed)
         self.partner = partner if plan.control else np.full(len(pairs), -1)
-        self.selected = select_parameters(model.module, plan.parameters) if plan.gradient else {}
+        self.weights = WholeWeights(model.module) if plan.gradient else None
+        self.selected = select_parameters(model.module, plan.parameters, self.weights) if self.weights else {}
         self.parts = fused_parts(model.module) if plan.gradient else {}
         self.adopted: dict[str, dict[str, nn.Parameter]] | None = None
         labels = [label for name in self.selected for label in part_labels(name, self.parts)]
@@ -231,13 +233,15 @@ class _Pass:
 
     def _alone(self, queries: np.ndarray) -> Callable[[Tensor, Tensor], Products]:
         """What multiplies gradients of queries that cannot share a batch."""
-        selection = Selection(self.selected, self.parts, self._adopted())
+        weights = self.weights
+        assert weights is not None, "gradients are asked for"
+        selection = Selection(self.selected, self.parts, self._adopted(), weights)
         self.result.one_by_one.update(dict.fromkeys(self.selected, DIFFERENT_LENGTHS))
 
         def products(left: Tensor, right: Tensor) -> Products:
             names, loss_of = list(self.selected), self._loss_of(queries)
             for parameter in self.selected.values():
-                parameter.requires_grad_(True)  # put back with everything else when the pass ends
+                weights.require_grad(parameter)  # put back with everything else when the pass ends
             rows = len(queries) * self.model.draws
             found = read_one_by_one(self.model.module, selection, names, loss_of, (left, right), rows)
             moved = {label for label, inner in found.inner.items() if bool(inner.any())}
@@ -256,6 +260,7 @@ class _Pass:
             adopted=adopted,
             loss_of=self._loss_of(queries),
             unread=unread,
+            weights=self.weights,
         )
         return stack.enter_context(recording)
 
@@ -264,7 +269,7 @@ class _Pass:
         if self.adopted is None:
             first = make_batch(self.model, self.queries[:1], in_draws=True)
             run = lambda: self.model.logits(first.input_ids, first.attention_mask).sum()  # noqa: E731
-            self.adopted = adopted_parameters(self.model.module, self.selected, run)
+            self.adopted = adopted_parameters(self.model.module, self.selected, run, self.weights)
         return self.adopted
 
     def _keep_scores(self, tap: AttentionTap, batch: QueryBatch, queries: np.ndarray) -> None:
@@ -310,8 +315,8 @@ class _Pass:
         return values.sum(1, keepdims=True) if self.plan.summed else values
 
 
-def select_parameters(module: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
-    """The named parameters, all of them when None; tied ones once.
+def select_parameters(module: nn.Module, names: Sequence[str] | None, weights: WholeWeights) -> dict[str, nn.Parameter]:
+    """The named parameters as they run, all of them when None; tied ones once.
 
     Raises: RevprobeError, for an unknown name, or weights that `device_map` left on disk or in offloaded memory.
     """
@@ -327,7 +332,7 @@ def select_parameters(module: nn.Module, names: Sequence[str] | None) -> dict[st
         )
     chosen = everything if names is None else {name: everything[name] for name in names}
     # Whole numbers have no gradient, nor have tensors without entries (experts of which there are none).
-    return {name: p for name, p in chosen.items() if p.is_floating_point() and p.numel()}
+    return {name: weights.of(p) for name, p in chosen.items() if p.is_floating_point() and p.numel()}
 
 
 def describe(model: ProbedModel, result: PassResult, plan: Plan) -> dict[str, Any]:

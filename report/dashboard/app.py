@@ -11,10 +11,11 @@ without Dash's debugging tools.
 from __future__ import annotations
 
 import hashlib
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,16 @@ from dash.exceptions import PreventUpdate
 from ...errors import RevprobeError, first_line
 from ...probes.figures.theme import message_figure, with_theme
 from . import page
+from .ask import Asker, add_ask, shown_parts, what_to_ask
 from .choices import RECENT, Settled, settle
 from .folder import RunsFolder
+from .held_model import HeldModel
 from .listed_runs import STATES, short_words
 from .open_pair import PairOpener
 from .pair_strips import opened_pair
 from .run_list import chosen_states, runs_list
-from .server import LOOPBACK, guard
-from .view import ALL, FILTERS, View
+from .server import LOOPBACK, TOKEN, guard
+from .view import ALL, FILTERS, View, positive, typed
 from .views import ATTENTION, READING_OF, checkpoint_figure, curves, filtered, or_reason, pair_row, reading_at
 
 
@@ -54,16 +57,21 @@ def make_app(root: str | Path, *, every: float = 2.0, host: str = LOOPBACK[0]) -
         add_log_handler=False,
         enable_mcp=False,
     )
-    app.index_string = page.index()
+    token = secrets.token_urlsafe(32)
+    app.server.config[TOKEN] = token  # for who posts without the page, as tests do
+    app.index_string = page.index(token)
     app.layout = page.layout(str(folder.root), every)
-    guard(app.server, host)
+    guard(app.server, host, token)
+    held = HeldModel(folder)
+    asker = Asker(folder, held)
     _in_the_browser(app)
     _watch(app, folder)
-    _settle(app, folder)
+    _settle(app, folder, asker)
     _list(app, folder)
     _curves(app, folder)
     _checkpoint(app, folder)
-    _pair(app, folder)
+    _pair(app, folder, held)
+    add_ask(app, asker)
     return app
 
 
@@ -105,12 +113,14 @@ def _watch(app: Dash, folder: RunsFolder) -> None:
         return no_update if version == known else version, words, status
 
 
-def _settle(app: Dash, folder: RunsFolder) -> None:
+def _settle(app: Dash, folder: RunsFolder, asker: Asker) -> None:
     outputs = {name: Output(name, "data") for name in ("view", "selected", "tab", "address")}
     outputs |= {f"{name}-asked": Output(f"{name}-asked", "data") for name in page.ASKED}
     outputs |= {f"{name}.value": Output(name, "value") for name in page.CONTROLS}
     outputs |= {f"{name}.options": Output(name, "options") for name in ("run", "step", "stored", "layer", "head")}
-    outputs |= {f"{name}.options": Output(name, "options") for name in ("fact", "pair")}
+    outputs |= {f"{name}.options": Output(name, "options") for name in ("fact", "pair", "other", "start")}
+    outputs |= {f"{name}.shown": Output(name, "style") for name in shown_parts(View())}
+    outputs["start.value"] = Output("start", "value")
     for axis in FILTERS:
         outputs |= {
             f"{axis}.only": Output(f"only-{axis}", "value"),
@@ -118,7 +128,7 @@ def _settle(app: Dash, folder: RunsFolder) -> None:
         }
         outputs[f"{axis}.style"] = Output(f"only-{axis}-box", "style")
     inputs = {name: Input(name, "data") for name in ("url", "version", "selected", "tab")}
-    inputs |= {name: Input(name, "value") for name in page.CONTROLS}
+    inputs |= {name: Input(name, "value") for name in (*page.CONTROLS, "start")}
     inputs |= {f"only.{axis}": Input(f"only-{axis}", "value") for axis in FILTERS}
     known = {f"{name}-asked": State(f"{name}-asked", "data") for name in page.ASKED}
 
@@ -130,7 +140,12 @@ def _settle(app: Dash, folder: RunsFolder) -> None:
         from_address = before is None or "url" in {one["prop_id"].split(".")[0] for one in ctx.triggered}
         asked = View.from_address(str(given["url"]["search"])) if from_address else asked_by_controls(given)
         done = settle(folder, asked)
+        started = asker.sentences(done.view.run or "") if done.view.tab == "ask" and done.view.about == "text" else {}
+        if ctx.triggered_id == "start" and given["start"] in started:
+            forward, reverse = started[given["start"]]
+            done = settle(folder, replace(asked, forward=forward, reverse=reverse))
         answer = _control_updates(done, given, everything=from_address)
+        answer["start.value"], answer["start.options"] = None, list(started)
         answer["view"] = no_update if asdict(done.view) == before else asdict(done.view)
         moved = not from_address and ctx.triggered_id not in ("version", "search", None)
         answer["address"] = {"search": done.address, "push": moved}
@@ -145,6 +160,9 @@ def asked_by_controls(given: Mapping[str, Any]) -> View:
         name: ALL if given[name] is None else int(given[name]) for name in ("step", "layer", "head")
     }
     kept = {name: given[name] for name in ("run", "stored", "fact", "pair", "weights", "bands", "figure", "tab")}
+    kept |= {name: given[name] for name in ("about", "edit", "match", "at", "other")}
+    kept |= {name: typed(given[name]) for name in ("forward", "reverse", "instead")}
+    kept["factor"] = positive(given["factor"]) or View.factor
     only = {axis: tuple(given[f"only.{axis}"] or ()) for axis in FILTERS}
     only = {axis: values for axis, values in only.items() if values}
     return View(runs=tuple(given["selected"] or ()), search=given["search"] or "", only=only, **kept, **numbers)
@@ -161,7 +179,9 @@ def _control_updates(done: Settled, given: Mapping[str, Any], *, everything: boo
     update("tab", view.tab, given["tab"])
     for name in page.CONTROLS:
         update(f"{name}.value", getattr(view, name), given[name])
-    for name in ("run", "step", "stored", "layer", "head", "fact", "pair"):
+    for name, style in shown_parts(view).items():
+        answer[f"{name}.shown"] = style
+    for name in ("run", "step", "stored", "layer", "head", "fact", "pair", "other"):
         answer[f"{name}.options"] = done.offers.get(name, no_update)
     for axis in FILTERS:
         update(f"{axis}.only", list(view.only.get(axis, ())), given[f"only.{axis}"] or [])
@@ -187,6 +207,8 @@ def _what_to_draw(folder: RunsFolder, done: Settled, version: str) -> dict[str, 
         wanted["one"] = at | {"figure": view.figure}
     elif view.tab == "pair":
         wanted["pair"] = at | {"fact": view.fact, "pair": view.pair}
+    elif view.tab == "ask":
+        wanted["ask"] = at | what_to_ask(view)
     return wanted
 
 
@@ -244,8 +266,8 @@ def _checkpoint(app: Dash, folder: RunsFolder) -> None:
         return with_theme(figure, theme or "light")
 
 
-def _pair(app: Dash, folder: RunsFolder) -> None:
-    opener = PairOpener(folder)
+def _pair(app: Dash, folder: RunsFolder, held: HeldModel) -> None:
+    opener = PairOpener(folder, held)
 
     @app.callback(Output("opened", "children"), Input("pair-asked", "data"))
     def _open(asked: dict[str, Any] | None) -> Any:

@@ -18,7 +18,7 @@ from .views import ATTENTION, fact_pairs, filter_values, filtered, reading_at
 
 Options = list[dict[str, Any]]
 RECENT = 2.0  # seconds for which a look at the folder answers what follows from it
-_INTO_A_CHECKPOINT = ("checkpoint", "pair")
+_INTO_A_CHECKPOINT = ("checkpoint", "pair", "ask")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def settle(folder: RunsFolder, asked: View) -> Settled:
 
 
 def _into_a_checkpoint(folder: RunsFolder, view: View) -> tuple[View, dict[str, Options]]:
-    nothing: dict[str, Options] = {name: [] for name in ("step", "stored", "layer", "head", "fact", "pair")}
+    nothing: dict[str, Options] = {name: [] for name in ("step", "stored", "layer", "head", "fact", "pair", "other")}
     try:
         run = folder.run(str(view.run), within=RECENT)
     except RevprobeError:
@@ -78,6 +78,9 @@ def _into_a_checkpoint(folder: RunsFolder, view: View) -> tuple[View, dict[str, 
     facts = sorted(frame["fact"].astype(str).unique())
     view = replace(view, fact=view.fact if view.fact in facts else None)
     view, offers["pair"] = _pair(frame, view)
+    others = [fact for fact in facts if fact != view.fact]
+    view = replace(view, other=view.other if view.other in others else next(iter(others), None))
+    offers["other"] = [{"label": fact, "value": fact} for fact in others]
     return view, nothing | offers | {"fact": [{"label": fact, "value": fact} for fact in facts]}
 
 

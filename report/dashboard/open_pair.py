@@ -2,60 +2,25 @@
 
 Readings keep scores of the evidence alone, so the checkpoint they were taken from is run once more on the two queries.
 The pairs are made again from the run's config and must have the digest that the reading states; the score of the
-evidence comes out of the same run and stands beside the reading's. Model, adapter base and relation file are read only
-where they lie inside the dashboard's folder.
+evidence comes out of the same run and stands beside the reading's.
 """
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import pandas as pd
-import torch
 
 from ...errors import RevprobeError
-from ...finetune.runs.finetuning import FinetuneRun
-from ...finetune.runs.open import open_run
-from ...hooks.attention import tap_attention
-from ...hooks.untouched import untouched
-from ...models.checkpoints import checkpoint_folder
-from ...models.hub import quiet_transformers
-from ...models.peft_adapters import ADAPTER_CONFIG, base_of, is_adapter
-from ...models.probed import ProbedModel
-from ...models.registry import load_model
-from ...models.structure import attention_of
-from ...probes.pairs.display import token_texts
 from ...probes.pairs.pairs import ReversalPairs
-from ...probes.pairs.query import Query
-from ...probes.passes.batches import make_batch, prepare_queries
-from ...probes.passes.likelihood import readout
+from ...probes.passes.batches import prepare_queries
 from ...probes.readings.reading import Reading
+from ..asking.read_query import ReadQuery, read_query
 from .folder import RunsFolder
+from .held_model import HeldModel
 from .listed_runs import Listed
 
 SAME = 1e-3  # two runs of one checkpoint differ by rounding; a score further off is another model's
-
-
-@dataclass(frozen=True)
-class ReadQuery:
-    """One query as the model saw it, and where its readout row looked.
-
-    Attributes:
-        tokens: each token as text; the target's are what was hidden (a causal model reads before them).
-        parts: "target", "evidence" or "" for each token.
-        weights: by layer, attention weights of the readout row (mean over rows of a longer target), `head token`.
-        scores: by layer, the pre-softmax score of the evidence (mean over readout rows and evidence tokens), `head`.
-        probability: of all target tokens, hidden together.
-    """
-
-    tokens: list[str]
-    parts: list[str]
-    weights: dict[int, np.ndarray]
-    scores: dict[int, np.ndarray]
-    probability: float
 
 
 @dataclass(frozen=True)
@@ -68,101 +33,33 @@ class OpenedPair:
 
 
 class PairOpener:
-    """Opens pairs of a folder's runs; keeps the last checkpoint loaded."""
+    """Opens pairs of a folder's runs."""
 
-    def __init__(self, runs: RunsFolder) -> None:
-        self.runs = runs
-        self._lock = threading.Lock()  # one forward pass at a time: RNG state and hooks are the module's
-        self._held: tuple[object, ProbedModel, ReversalPairs] | None = None
+    def __init__(self, runs: RunsFolder, held: HeldModel | None = None) -> None:
+        self.held = HeldModel(runs) if held is None else held
 
     def open(self, run: Listed, reading: Reading, pair: int) -> OpenedPair:
         """Run the reading's checkpoint on one of its pairs.
 
         Args:
             reading: of attention; its step, weights and pairs are those that are opened.
-        Raises: RevprobeError, when the checkpoint is missing or damaged, something it needs lies outside the folder,
-            or the pairs that the config gives are not the reading's.
+        Raises: RevprobeError, as `HeldModel.pairs`, and when the pairs that the config gives are not the reading's.
         """
         step, weights = int(reading.meta.get("step") or 0), str(reading.meta.get("weights") or "raw")
-        with self._lock:
-            model, pairs = self._loaded(run, step, weights)
-            if pairs.digest != reading.meta.get("pairs"):
-                raise RevprobeError(
-                    f"the pairs of {run.key}'s config are not those of this reading; its tokens are not known"
-                )
-            if not 0 <= pair < len(pairs):
-                raise RevprobeError(f"no pair {pair} in {run.key}: expected 0 to {len(pairs) - 1}")
+        with self.held.lock:
+            model, pairs = self.held.model(run, step, weights), self.held.pairs(run, step, weights)
+            require_pair(pairs, reading, pair, run.key)
             queries = prepare_queries(model, pairs.queries)
             forward, reverse = (read_query(model, queries[index[pair]]) for index in (pairs.forward, pairs.reverse))
         return OpenedPair(forward, reverse, model.objective == "masked")
 
-    def _loaded(self, run: Listed, step: int, weights: str) -> tuple[ProbedModel, ReversalPairs]:
-        folder = self.runs.folder_of(run)
-        checkpoint, *_ = checkpoint_folder(folder, step, weights)
-        place = (checkpoint, checkpoint.stat().st_mtime_ns)
-        if self._held is None or self._held[0] != place:
-            self._held = None  # the old model's memory, before the new one takes its own
-            self._require_inside(folder, checkpoint)
-            with quiet_transformers():
-                model = load_model(folder, step=step, weights=weights, device="cpu")
-                self._held = (place, model, self._pairs(folder, model))
-        return self._held[1], self._held[2]
 
-    def _require_inside(self, folder: Path, checkpoint: Path) -> None:
-        """Raises: RevprobeError, when the checkpoint or the base of its adapter is not wholly inside RUNS_DIR."""
-        self.runs.require_no_way_out(folder)
-        if is_adapter(checkpoint):
-            base = base_of(checkpoint)
-            if not isinstance(base, Path):
-                raise RevprobeError(
-                    f"its base model {base!r} is not inside {self.runs.root}, and a dashboard reads nothing outside; "
-                    "look at this pair with revprobe.load_model in a notebook"
-                )
-            checkpoint = self.runs.confined(base)
-            self.runs.require_no_way_out(checkpoint)
-        if (checkpoint / ADAPTER_CONFIG).exists():  # transformers would go and load the base that it names
-            raise RevprobeError(f"{checkpoint} is a model and an adapter at once, which no run writes: not read")
-
-    def _pairs(self, folder: Path, model: ProbedModel) -> ReversalPairs:
-        run = open_run(folder)
-        chosen = run.config.relation
-        if isinstance(run, FinetuneRun) and chosen.name != "invented_names":
-            if chosen.path is None or not Path(chosen.path).exists():
-                raise RevprobeError(
-                    f"its relation {chosen.name!r} is no file inside {self.runs.root}, and a dashboard reads nothing "
-                    "outside; its tokens are not known here"
-                )
-            self.runs.confined(Path(chosen.path))
-        return run.pairs(model).for_probe("attention")
-
-
-def read_query(model: ProbedModel, query: Query) -> ReadQuery:
-    """Run one query and keep the readout row's attention over all its tokens; the model stays as it is.
-
-    Raises: RevprobeError, when no attention is seen or the logits are NaN.
-    """
-    batch = make_batch(model, [query])
-    columns = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)[None]
-    evidence = list(query.evidence_positions)
-    at = batch.attention_rows, columns + batch.ahead[1]
-    with (
-        untouched(model.module),
-        torch.no_grad(),
-        tap_attention(model.module, *at, attention_of(model), batch.size) as tap,
-    ):
-        log_probabilities = readout(model, batch)
-    target = log_probabilities[0].gather(-1, batch.targets[0][:, None])
-    layers = tap.layers(model.name)
-    parts = dict.fromkeys(query.target_positions, "target") | dict.fromkeys(query.evidence_positions, "evidence")
-    return ReadQuery(
-        tokens=token_texts(query.token_ids, model.tokenizer),
-        parts=[parts.get(place, "") for place in range(len(query.token_ids))],
-        weights={layer: call.weight[0].mean(1).double().cpu().numpy() for layer, call in layers.items()},
-        scores={
-            layer: call.score[0][..., evidence].double().mean((1, 2)).cpu().numpy() for layer, call in layers.items()
-        },
-        probability=float(target.sum().exp()),
-    )
+def require_pair(pairs: ReversalPairs, reading: Reading, pair: int, called: str) -> None:
+    """Raises: RevprobeError, when these are not the reading's pairs, or there is no such pair among them."""
+    if pairs.digest != reading.meta.get("pairs"):
+        raise RevprobeError(f"the pairs of {called}'s config are not those of this reading; its tokens are not known")
+    if not 0 <= pair < len(pairs):
+        raise RevprobeError(f"no pair {pair} in {called}: expected 0 to {len(pairs) - 1}")
 
 
 def disagreement(opened: OpenedPair, row: pd.Series) -> float:

@@ -6,7 +6,23 @@
 (() => {
   const tell = (store, data) => window.dash_clientside.set_props(store, {data});
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
-  let chosen = [], looks = 0, focused = null;
+  let chosen = [], looks = 0, cancels = 0, focused = null, asked = null;
+
+  // --- The token that shows the server that a POST comes from this page, and not from another one ---
+
+  const token = document.querySelector("meta[name=revprobe-token]").content, name = "X-Revprobe-Token";
+  const plain = window.fetch;
+  window.fetch = async (what, how = {}) => {
+    const to = new URL(what.url ?? what, location.href), posts = (how.method ?? "GET").toUpperCase() === "POST";
+    if (posts && to.origin === location.origin) {
+      const headers = new Headers(how.headers);
+      headers.set(name, token);
+      how = {...how, headers};
+    }
+    const answer = await plain(what, how);
+    if (answer.status === 403 && answer.headers.get(name) === "stale") location.reload();  // another server runs here now
+    return answer;
+  };
 
   // --- The chosen runs: one line of the list is a check box ---
 
@@ -49,6 +65,13 @@
     if (line) choose([line.dataset.run], line.getAttribute("aria-checked") !== "true");
     if (every) choose(runsOf(every), every.dataset.every === "all");
     if (tab) openTab(tab.dataset.tab);
+    const token = target.closest("[data-at]"), cancel = target.closest("[data-cancel]");
+    if (token) {
+      asked = token.dataset.at;
+      window.dash_clientside.set_props("at", {value: asked});
+      window.dash_clientside.set_props("edit", {value: "mask"});
+    }
+    if (cancel) tell("cancel", ++cancels);
   });
   document.addEventListener("keydown", (event) => {
     const tab = event.target.closest?.("[data-tab]");
@@ -124,6 +147,17 @@
         chosen = [...view.runs];
         show(view.tab);
       }
+      return window.dash_clientside.no_update;
+    },
+    // This copy of the page, by a name that no other has: a later question of it takes the place of an earlier one.
+    named: () => [...crypto.getRandomValues(new Uint32Array(4))].map((part) => part.toString(36)).join("-"),
+    // An answer was drawn: the token that was chosen in the one before has the focus.
+    answered: () => {
+      setTimeout(() => {
+        if (asked && document.activeElement === document.body)
+          document.querySelector(`[data-at="${asked}"]`)?.focus({preventScroll: true});
+        asked = null;
+      }, 0);
       return window.dash_clientside.no_update;
     },
     // As high as a figure asks for, and as wide where it says so.

@@ -14,7 +14,9 @@ from typing import Any
 import pandas as pd
 from dash import dcc, html
 
-from .view import BANDS, FIGURES, FILTERS, TABS, WEIGHTS, View
+from ..asking.edits import EDITS, MATCHES
+from ..asking.sentences import LONGEST
+from .view import ABOUT, BANDS, FIGURES, FILTERS, TABS, WEIGHTS, View
 
 THEMES = {"system": "as the system", "light": "light", "dark": "dark"}
 # plotly's "Share chart" button would send a figure's data to plotly's servers.
@@ -27,17 +29,19 @@ _WAITING["layout"] |= {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0
 _WAITING["layout"]["annotations"] = [{"text": "Reading the folder ...", "showarrow": False, "x": 0.5, "y": 0.5}]
 _WAITING["layout"]["annotations"][0] |= {"xref": "paper", "yref": "paper"}
 # Stores by name: what the page's script and the callbacks tell each other (see app.py).
-_OF_THE_SCRIPT = ("url", "address", "sent", "selected", "tab", "theme", "dressed", "dotted")
-ASKED = ("list", "curves", "one", "pair")
-STORES = ("version", "told", "view", *_OF_THE_SCRIPT, *(f"{name}-asked" for name in ASKED))
-CONTROLS = ("weights", "bands", "search", "run", "step", "stored", "figure", "layer", "head", "fact", "pair")
+_OF_THE_SCRIPT = ("url", "address", "sent", "selected", "tab", "theme", "dressed", "dotted", "page-name", "cancel")
+ASKED = ("list", "curves", "one", "pair", "ask")
+STORES = ("version", "told", "view", "cancelled", "answered", *_OF_THE_SCRIPT, *(f"{name}-asked" for name in ASKED))
+_OF_RUNS = ("weights", "bands", "search", "run", "step", "stored", "figure", "layer", "head", "fact", "pair")
+CONTROLS = (*_OF_RUNS, "about", "forward", "reverse", "edit", "match", "factor", "at", "other", "instead")
 
 
-def index() -> str:
-    """The document around the page: Dash puts its own parts where it finds their names, we our style and script."""
+def index(token: str = "") -> str:
+    """The document around the page: Dash puts its parts where it finds their names, we our style, script and token."""
     here = files(__package__)
     read = {name: here.joinpath(f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
     document = here.joinpath("index.html").read_text(encoding="utf-8")
+    document = document.replace("{%token%}", token)
     return document.replace("{%style%}", read["css"]).replace("{%script%}", read["js"])
 
 
@@ -81,6 +85,8 @@ def _main() -> html.Main:
     usual = View()
     into = {"run": "run", "step": "checkpoint", "stored": "weights", "layer": "layer", "head": "head"}
     chooser = html.Div([_choice(name, label) for name, label in into.items()], className="controls", id="chooser")
+    facts = [_choice("fact", "fact"), _choice("pair", "pair")]
+    chosen = html.Div(facts, className="controls", id="facts", style={"display": "none"})
     panels = {
         "training": [
             html.Div(
@@ -102,17 +108,51 @@ def _main() -> html.Main:
         ],
         "pair": [
             html.P("Choose a fact: the checkpoint is run on the pair's two queries.", className="note"),
-            html.Div([_choice("fact", "fact"), _choice("pair", "pair")], className="controls"),
             loading(html.Div(id="opened"), "Running the checkpoint ..."),
         ],
+        "ask": _ask(usual),
     }
     shown = [
         html.Div(parts, id=f"panel-{name}", role="tabpanel", hidden=True, **attributes(aria_labelledby=f"tab-{name}"))
         for name, parts in panels.items()
     ]
     return html.Main(
-        [html.Div(tabs, role="tablist", id="tabs", **attributes(aria_label="Views")), chooser, *shown], id="main"
+        [html.Div(tabs, role="tablist", id="tabs", **attributes(aria_label="Views")), chooser, chosen, *shown],
+        id="main",
     )
+
+
+def _ask(usual: View) -> list[Any]:
+    marks = "The hidden name in [brackets], the evidence in {braces}: Fact: [Ann Lee]'s child is {Bob Lee}"
+    sentences = [
+        html.Div(_choice("start", "start from a question that the run was asked"), id="start-box"),
+        _typed("forward", "forward sentence"),
+        _typed("reverse", "reverse sentence (may be left out)"),
+        html.P(marks, className="note"),
+    ]
+    factor = dcc.Input(id="factor", type="number", min=0, step="any", value=usual.factor, debounce=True)
+    boxes = {
+        "match": _choice("match", "set the route to", MATCHES, usual.match),
+        "factor": html.Div([html.Label("times the odds", htmlFor="factor", id="factor-label"), factor]),
+        "at": html.P("Choose a token of a query below.", className="note"),
+        "other": _choice("other", "evidence of"),
+        "instead": _typed("instead", "other evidence"),
+    }
+    edits = [html.Div(box, id=f"{name}-box", style={"display": "none"}) for name, box in boxes.items()]
+    buttons = html.Button("Ask again", id="ask-again", className="act")
+    waiting = [html.Span("Asking the model ... "), html.Button("Cancel", className="act", **attributes(data_cancel=""))]
+    return [
+        html.Div(_radio("about", "Ask about", ABOUT, usual.about), className="controls"),
+        html.Div(sentences, id="sentences", style={"display": "none"}),
+        html.Div([_choice("edit", "edit", EDITS, usual.edit), *edits, buttons], className="controls", id="edits"),
+        dcc.Input(id="at", type="hidden"),
+        loading(html.Div(id="answer"), waiting),
+    ]
+
+
+def _typed(name: str, label: str) -> html.Div:
+    field = dcc.Input(id=name, type="text", debounce=True, maxLength=LONGEST, value="", className="typed")
+    return html.Div([html.Label(label, htmlFor=name, id=f"{name}-label"), field], className="typed-box")
 
 
 def attributes(**named: str) -> dict[str, Any]:
@@ -128,7 +168,7 @@ def _graph(name: str) -> dcc.Loading:
     return loading(dcc.Graph(id=name, figure=_WAITING, config=GRAPH), "Drawing ...")
 
 
-def loading(child: Any, words: str) -> dcc.Loading:
+def loading(child: Any, words: Any) -> dcc.Loading:
     """What is being worked out stays, paler, under a word that says so; a short wait shows nothing."""
     look = {"visibility": "visible", "opacity": 0.45}
     spinner = html.Div(words, className="working", role="status")

@@ -9,10 +9,10 @@ import pandas as pd
 from dash import html
 
 from ...probes.figures.theme import OKABE_ITO
-from .open_pair import SAME, OpenedPair, ReadQuery, disagreement
+from ..asking.read_query import ReadQuery
+from .open_pair import SAME, OpenedPair, disagreement
 from .page import notes, number_table
 
-_BLUE = tuple(int(OKABE_ITO["blue"][start : start + 2], 16) for start in (1, 3, 5))
 _BRIGHT = 0.18  # the luminance from which black is read better than white; both reach 4.5 to 1 there
 
 
@@ -55,10 +55,13 @@ def token_strip(query: ReadQuery, layer: int, head: int, *, hidden: bool) -> htm
     return html.Div(strip, className="strip")
 
 
-def shade(weight: float) -> dict[str, str]:
-    """A cell's colour from white (0) to blue (1), and the ink that is read on it."""
-    part = float(np.clip(np.nan_to_num(weight), 0, 1))
-    red, green, blue = (round(255 + part * (one - 255)) for one in _BLUE)
+def shade(weight: float, colour: str = OKABE_ITO["blue"]) -> dict[str, str]:
+    """A cell's colour from white (0) to a colour (1), and the ink that is read on it."""
+    part, full = (
+        float(np.clip(np.nan_to_num(weight), 0, 1)),
+        (int(colour[start : start + 2], 16) for start in (1, 3, 5)),
+    )
+    red, green, blue = (round(255 + part * (one - 255)) for one in full)
     ink = "#000001" if luminance(red, green, blue) >= _BRIGHT else "#ffffff"
     return {"background": f"rgb({red},{green},{blue})", "color": ink}
 

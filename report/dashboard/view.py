@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from math import isfinite
 from typing import Any
 from urllib.parse import parse_qs, urlencode
 
-TABS = {"training": "Training", "checkpoint": "One checkpoint", "pair": "One pair"}
+from ..asking.edits import EDITS, MATCHES
+from ..asking.sentences import LONGEST
+
+TABS = {"training": "Training", "checkpoint": "One checkpoint", "pair": "One pair", "ask": "Ask the model"}
+ABOUT = {"pair": "a pair of the run", "text": "typed sentences"}
 WEIGHTS = {"ema": "EMA (raw where there is none)", "raw": "raw", "both": "both"}
 BANDS = {"facts": "each run, band: interval over facts", "seeds": "seeds together, band: their range"}
 FIGURES = {
@@ -25,7 +30,9 @@ FILTERS = ("group", "state", "objective", "position_encoding", "length", *_OF_FI
 LAST = -1  # the checkpoint choice that follows a run
 ALL = -1  # layers or heads
 _CHOICES = {"tab": TABS, "weights": WEIGHTS, "bands": BANDS, "figure": FIGURES}
-_WORDS = ("run", "stored", "fact")
+_CHOICES |= {"about": ABOUT, "edit": EDITS, "match": MATCHES}
+_WORDS = ("run", "stored", "fact", "at", "other")
+_TYPED = ("forward", "reverse", "instead")
 _NUMBERS = ("step", "layer", "head", "pair")
 _ONLY = "only."
 _LONGEST = 100_000  # letters of an address; a thousand runs have less
@@ -41,6 +48,9 @@ class View:
         search, only: what the list of runs is narrowed to: a part of the name, and values by axis.
         run, step, stored, layer, head: the checkpoint that is looked into; `stored` is "raw" or "ema".
         figure: what is drawn of it, one of FIGURES.
+        about, forward, reverse: what the model is asked: the pair, or typed sentences.
+        edit, match, factor, at, other, instead: what is changed before it is asked again: one of EDITS, what a
+            transplant matches, a scaling's factor, the token that is masked, the fact or text whose evidence stands in.
     """
 
     tab: str = "training"
@@ -57,6 +67,15 @@ class View:
     head: int = ALL
     fact: str | None = None
     pair: int | None = None
+    about: str = "pair"
+    forward: str = ""
+    reverse: str = ""
+    edit: str = "none"
+    match: str = "log_odds"
+    factor: float = 2.0
+    at: str | None = None
+    other: str | None = None
+    instead: str = ""
 
     @classmethod
     def from_address(cls, search: str) -> View:
@@ -71,6 +90,9 @@ class View:
                 known[name] = said[name][-1]
         known |= {name: said[name][-1] for name in _WORDS if said.get(name, [""])[-1]}
         known |= {name: int(said[name][-1]) for name in _NUMBERS if _is_count(said.get(name, [""])[-1])}
+        known |= {name: typed(said.get(name, [""])[-1]) for name in _TYPED}
+        if (factor := positive(said.get("factor", [""])[-1])) is not None:
+            known["factor"] = factor
         if "chosen" in said:
             known["runs"] = tuple(key for key in said["chosen"] if key)
         only = {axis: tuple(filter(None, said.get(_ONLY + axis, []))) for axis in FILTERS}
@@ -92,6 +114,20 @@ class View:
             else:
                 said.append((name, str(value)))
         return f"?{urlencode(said)}" if said else ""
+
+
+def typed(text: object) -> str:
+    """A typed text, no longer than can be told to be too long."""
+    return str(text or "")[: LONGEST + 1]
+
+
+def positive(number: object) -> float | None:
+    """A finite number above 0; None for anything else."""
+    try:
+        value = float(str(number))
+    except ValueError:
+        return None
+    return value if isfinite(value) and value > 0 else None
 
 
 def _is_count(text: str) -> bool:

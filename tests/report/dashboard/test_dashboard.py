@@ -32,7 +32,7 @@ from revprobe.report.dashboard.listed_runs import BOUND, Listed, ReadingFile, sh
 from revprobe.report.dashboard.open_pair import PairOpener, disagreement
 from revprobe.report.dashboard.pair_strips import opened_pair, shade
 from revprobe.report.dashboard.run_list import runs_list
-from revprobe.report.dashboard.server import make_dashboard_server
+from revprobe.report.dashboard.server import TOKEN, make_dashboard_server
 from revprobe.report.dashboard.view import LAST, View
 from revprobe.report.dashboard.views import (
     checkpoint_figure,
@@ -512,8 +512,7 @@ def test_a_pair_opens_down_to_its_tokens(real: Path) -> None:
             assert weights[evidence] == pytest.approx(row[f"weight_{side}"], abs=1e-6)
             assert evidence - query.parts.index("target") == row[f"offset_{side}"]
             assert query.tokens[evidence].lower() == query.tokens[query.parts.index("target")] == row["fact"].lower()
-    assert opener._held is not None
-    model, tokens = opener._held[1], opened.reverse.tokens
+    model, tokens = opener.held.model(run, 10, "raw"), opened.reverse.tokens
     ids = torch.tensor([[model.tokenizer.convert_tokens_to_ids(token) for token in tokens]])
     place = opened.reverse.parts.index("target")
     target = int(ids[0, place])
@@ -626,7 +625,8 @@ def test_a_request_for_a_run_outside_gets_a_reason_and_no_data(client: Any, tmp_
         ]
         outputs = {"id": "one", "property": "figure"}
         asked = {"output": "one.figure", "outputs": outputs, "inputs": inputs, "changedPropIds": []}
-        answer = client.post("/_dash-update-component", json=asked, headers={"Host": "localhost"})
+        told = {"Host": "localhost", TOKEN: client.application.config[TOKEN]}
+        answer = client.post("/_dash-update-component", json=asked, headers=told)
         assert answer.status_code == 200 and expected in answer.get_data(as_text=True), answer.get_data(as_text=True)
     for path in ("/../secret/config.yaml", "/assets/../../secret/config.yaml", "/a/config.yaml"):
         assert b"alphabet" not in client.get(path, headers={"Host": "localhost"}).data, path

@@ -98,7 +98,8 @@ def test_the_whole_visit(driver: Any, folder: Path) -> None:
     shot.pick(driver, EVIL_NAME)
     drawn(driver, {"0-training": 3, EVIL_NAME: 1})
     shot.await_true(lambda: len(shot.table_rows(driver)) == 2, "both in the table")
-    assert EVIL_NAME in text(driver, "#numbers") and "document.title='planted'</script>" in text(driver, "#runs")
+    shot.await_true(lambda: EVIL_NAME in text(driver, "#numbers"), "its name in the table")
+    shot.await_true(lambda: "document.title='planted'</script>" in text(driver, "#runs"), "its problem in the list")
     # A checkpoint that is corrupted while it is shown: the reason stands there, the other run stays drawn.
     file = folder / "0-training" / "readings" / "step-000005" / "reverse_probability.raw.parquet"
     file.write_bytes(file.read_bytes()[:-100])
@@ -185,15 +186,16 @@ def test_a_view_is_kept_by_reloading_by_sharing_and_by_going_back(driver: Any, f
         shot.await_true(lambda name=name: f"{name}=" in driver.current_url, f"{name} in the address")
     shot.choose(driver, "fact")
     shot.await_true(lambda: "layer 1, head 0" in text(driver, "#opened"), "the pair at its layer and head")
+    shot.await_true(lambda: "pair=" in driver.current_url or "fact=" in driver.current_url, "the fact in the address")
     before, address = state(driver), driver.current_url
     assert before["panels"] == "panel-pair" and before["step"] == "step 1" and before["bands"] == 1, before
     driver.refresh()
     shot.await_true(lambda: "layer 1, head 0" in text(driver, "#opened"), "the pair after reloading")
-    assert state(driver) == before and driver.current_url == address
+    shot.await_true(lambda: state(driver) == before and driver.current_url == address, "all as it was, reloaded")
     driver.get("about:blank")
     driver.get(address)  # as someone would whom it was sent to
     shot.await_true(lambda: "layer 1, head 0" in text(driver, "#opened"), "the pair of a shared address")
-    assert state(driver) == before
+    shot.await_true(lambda: state(driver) == before, "all as it was, shared")
     # Two steps on, and both back.
     shot.choose(driver, "layer", "0")
     shot.await_true(lambda: "layer 0, head 0" in text(driver, "#opened"), "another layer")
@@ -262,7 +264,7 @@ def test_a_sweep_is_chosen_at_once_and_dots_have_the_colours_of_the_lines(driver
         "return Object.fromEntries([...document.querySelectorAll('[data-dot]')].filter((d) => d.style.background)"
         ".map((d) => [d.dataset.dot, hex(d.style.backgroundColor)]))"
     )
-    assert dots == colours and len(dots) >= 3
+    assert dots == colours and len(dots) >= 3, (dots, colours)
     driver.find_element("css selector", ".sweep [data-every=none]").click()
     shot.await_true(lambda: chosen(driver) == [], "none again")
     shot.await_true(lambda: "Choose a run in the list" in text(driver, "#curves"), "a word in place of empty axes")
@@ -273,9 +275,10 @@ def test_tabs_and_the_list_are_worked_by_the_keyboard(driver: Any) -> None:
     shot.await_true(lambda: len(shot.drawable(driver)) > 3, "the list")
     driver.find_element("id", "tab-training").send_keys(Keys.ARROW_RIGHT)
     shot.await_true(lambda: state(driver)["panels"] == "panel-checkpoint", "the next tab")
-    assert driver.switch_to.active_element.get_attribute("id") == "tab-checkpoint"
+    active = "return document.activeElement.id"
+    shot.await_true(lambda: driver.execute_script(active) == "tab-checkpoint", "the focus on the next tab")
     driver.switch_to.active_element.send_keys(Keys.END)
-    shot.await_true(lambda: state(driver)["tab"] == "pair", "the last tab")
+    shot.await_true(lambda: state(driver)["tab"] == "ask", "the last tab")
     driver.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
     shot.await_true(lambda: state(driver)["tab"] == "training", "round to the first")
     before = chosen(driver)
@@ -300,7 +303,8 @@ def test_a_drop_down_list_and_the_theme_are_worked_by_the_keyboard(driver: Any) 
     shot.await_true(lambda: driver.execute_script(focus) == listed[1], "the focus on the next entry")
     driver.switch_to.active_element.send_keys(Keys.ENTER)
     shot.await_true(lambda: "step=" in driver.current_url, "another checkpoint in the address")
-    assert driver.execute_script("return document.activeElement.id") == "step", "the focus is where it was"
+    active = "return document.activeElement.id"
+    shot.await_true(lambda: driver.execute_script(active) == "step", "the focus where it was")
     radio = driver.find_element("css selector", "#theme-choice label:nth-of-type(2) input")
     radio.click()
     shot.await_true(lambda: theme_of(driver) == "light", "light")
