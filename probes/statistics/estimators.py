@@ -95,7 +95,7 @@ class ScoreTables:
     `undefined`: rows without a score, by reason (pairs, where the evidence lies in a later block).
     """
 
-    heads: list[tuple[int, int]]
+    heads: list[tuple[Any, ...]]
     forward: np.ndarray
     reverse: np.ndarray
     facts: np.ndarray
@@ -118,7 +118,8 @@ class ScoreTables:
         undefined = reasons(frame)
         if LATER_BLOCK in undefined:  # the same for every layer and head of a pair
             undefined[LATER_BLOCK] = frame.loc[frame["reason"] == LATER_BLOCK, "pair"].nunique()
-        return cls(list(by_head.groups), *scores, facts, groups, undefined)
+        names = [tuple(key) for key in by_head.size().index]
+        return cls(names, scores[0], scores[1], facts, groups, undefined)
 
     @classmethod
     def joined(cls, parts: Sequence[ScoreTables]) -> ScoreTables:
@@ -134,7 +135,7 @@ class ScoreTables:
             row += len(part.facts)
             undefined.update(part.undefined)
         facts, groups = (np.concatenate([getattr(part, name) for part in parts]) for name in ("facts", "groups"))
-        return cls(heads, *scores, facts, groups, dict(undefined))
+        return cls(heads, scores[0], scores[1], facts, groups, dict(undefined))
 
 
 def attention_correlation(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
