@@ -50,6 +50,7 @@ from .probes.figures.plot import save_figure as save_figure
 from .probes.figures.token_strip import token_strip as token_strip
 from .probes.fused import probe as probe
 from .probes.gradient import probe_gradient_cosine as probe_gradient_cosine
+from .probes.in_parts import probe_in_parts as probe_in_parts
 from .probes.pairs.pairs import ReversalPairs as ReversalPairs
 from .probes.pairs.query import Query as Query
 from .probes.pairs.query import ReversalPair as ReversalPair

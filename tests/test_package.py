@@ -81,6 +81,7 @@ PUBLIC = [
     "probe_attention_correlation",
     "probe_causal_trace",
     "probe_gradient_cosine",
+    "probe_in_parts",
     "probe_logit_lens",
     "probe_reverse_probability",
     "probe_route_edit",

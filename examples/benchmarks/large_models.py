@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import machine, show
+from measuring import forget_peak, machine, peak_resident, show
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 import revprobe as rp
@@ -163,15 +163,14 @@ def _forget_peak(device: str) -> None:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        forget_peak()
 
 
 def _peak(device: str) -> int:
     """Bytes: resident for the kernel, or the CUDA allocator's."""
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    return peak_resident()
 
 
 # ---- all shapes ----

@@ -258,35 +258,12 @@ class ReversalPairs(Sequence[ReversalPair]):
             raise RevprobeError(
                 f"no pairs file at {str(path)!r}; write one with ReversalPairs.save, or use letters:LENGTH"
             )
-        lists: dict[str, _Rows] = {}
-        dropped: dict[str, int] = {}
-        tokens: dict[int, str] = {}
         text = _read_text(path).removesuffix("\n")
         # A line ends at "\n" alone: names hold separators of their own.
-        for number, line in enumerate(text.split("\n") if text else [], start=1):
-            try:
-                row = json.loads(line)
-                if "dropped" in row:
-                    dropped = {str(reason): int(count) for reason, count in row["dropped"].items()}
-                    tokens = {int(token): str(text) for token, text in row.get("tokens", {}).items()}
-                    continue
-                forward, reverse = Query(**row["forward"]), Query(**row["reverse"])
-                differ = bool(row.get("flags", {}).get("different_tokens", False))
-                kind, fact = row.get("kind", "same_target"), str(row.get("fact", number))
-                fact.encode()  # a lone surrogate has no place in a file of readings
-                marks = row.get("flags", {})
-                if uneven := [name for name, one in marks.items() if isinstance(one, list | dict)]:
-                    raise ValueError(f"flag {uneven[0]!r} is {shown(marks[uneven[0]])}, not one value")
-                pair = ReversalPair(forward, reverse, kind, fact, differ)
-                lists.setdefault(row.get("probe", ""), _Rows()).add(pair, marks)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise RevprobeError(
-                    f"{path}, line {number}: {type(error).__name__}: {error}; expected fact, kind, forward and "
-                    "reverse with token_ids, target_positions, evidence_positions, and the same flags on every line"
-                ) from error
+        lists, said = read_lines(path, enumerate(text.split("\n") if text else [], start=1))
         if "" not in lists:
             raise RevprobeError(f"{path} holds no pairs; expected one JSON object per line")
-        made = {name: rows.pairs(tokenizer=tokenizer, dropped=dropped, tokens=tokens) for name, rows in lists.items()}
+        made = {name: rows.pairs(tokenizer=tokenizer, **said) for name, rows in lists.items()}
         return replace(made.pop(""), by_probe=made)
 
     def _repr_html_(self, limit: int = 20) -> str:
@@ -319,7 +296,7 @@ ReversalPairs.__init__ = _from_either  # type: ignore[method-assign]
 
 
 @dataclass
-class _Rows:
+class PairRows:
     """The lines of a file that are one list."""
 
     made: list[ReversalPair] = field(default_factory=list)
@@ -334,6 +311,37 @@ class _Rows:
     def pairs(self, **about: Any) -> ReversalPairs:
         columns = {name: np.array([row[name] for row in self.flags]) for name in self.flags[0]}
         return replace(ReversalPairs.from_pairs(self.made), flags=columns, **about)
+
+
+def read_lines(path: Path, lines: Iterable[tuple[int, str]]) -> tuple[dict[str, PairRows], dict[str, Any]]:
+    """Numbered lines of a file as lists by the probe that alone reads them, "" for all; and what the first line says.
+
+    Raises: RevprobeError, naming file, line and problem.
+    """
+    lists: dict[str, PairRows] = {}
+    said: dict[str, Any] = {}
+    for number, line in lines:
+        try:
+            row = json.loads(line)
+            if "dropped" in row:
+                said["dropped"] = {str(reason): int(count) for reason, count in row["dropped"].items()}
+                said["tokens"] = {int(token): str(text) for token, text in row.get("tokens", {}).items()}
+                continue
+            forward, reverse = Query(**row["forward"]), Query(**row["reverse"])
+            differ = bool(row.get("flags", {}).get("different_tokens", False))
+            kind, fact = row.get("kind", "same_target"), str(row.get("fact", number))
+            fact.encode()  # a lone surrogate has no place in a file of readings
+            marks = row.get("flags", {})
+            if uneven := [name for name, one in marks.items() if isinstance(one, list | dict)]:
+                raise ValueError(f"flag {uneven[0]!r} is {shown(marks[uneven[0]])}, not one value")
+            pair = ReversalPair(forward, reverse, kind, fact, differ)
+            lists.setdefault(row.get("probe", ""), PairRows()).add(pair, marks)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise RevprobeError(
+                f"{path}, line {number}: {type(error).__name__}: {error}; expected fact, kind, forward and "
+                "reverse with token_ids, target_positions, evidence_positions, and the same flags on every line"
+            ) from error
+    return lists, {"dropped": {}, "tokens": {}} | said
 
 
 def _require_own_list(probe: str, pairs: ReversalPairs, kind: str) -> None:

@@ -16,7 +16,8 @@ facts are so few that its intervals were seen to cover too little.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -86,36 +87,82 @@ class Measured:
         return cls(**kept)
 
 
+@dataclass(frozen=True)
+class ScoreTables:
+    """What a correlation of attention scores rests on, without the frame it stands in.
+
+    Shapes: `forward`, `reverse`: `pair head`; `facts`, `groups`: `pair`. `heads`: (layer, head) of each column;
+    `undefined`: rows without a score, by reason (pairs, where the evidence lies in a later block).
+    """
+
+    heads: list[tuple[Any, ...]]
+    forward: np.ndarray
+    reverse: np.ndarray
+    facts: np.ndarray
+    groups: np.ndarray
+    undefined: dict[str, int]
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame) -> ScoreTables:
+        """The tables of an attention reading's frame."""
+        by_head = frame.groupby(["layer", "head"], sort=True, dropna=False)
+        heads = by_head.ngroup().to_numpy()
+        pairs, pair = np.unique(frame["pair"].to_numpy(), return_inverse=True)
+        scores = []
+        for column in ("score_forward", "score_reverse"):
+            table = np.full((len(pairs), heads.max() + 1), np.nan)
+            table[pair, heads] = frame[column].to_numpy(dtype=np.float64)
+            scores.append(table)
+        first = np.unique(pair, return_index=True)[1]
+        facts, groups = frame["fact"].to_numpy()[first].astype(str), frame["group"].to_numpy()[first]
+        undefined = reasons(frame)
+        if LATER_BLOCK in undefined:  # the same for every layer and head of a pair
+            undefined[LATER_BLOCK] = frame.loc[frame["reason"] == LATER_BLOCK, "pair"].nunique()
+        names = [tuple(key) for key in by_head.size().index]
+        return cls(names, scores[0], scores[1], facts, groups, undefined)
+
+    @classmethod
+    def joined(cls, parts: Sequence[ScoreTables]) -> ScoreTables:
+        """The tables of further and further pairs as one; NaN for a head that a part has not."""
+        heads = sorted({head for part in parts for head in part.heads})
+        place = {head: column for column, head in enumerate(heads)}
+        scores = [np.full((sum(len(part.facts) for part in parts), len(heads)), np.nan) for _ in range(2)]
+        row, undefined = 0, Counter[str]()
+        for part in parts:
+            columns = [place[head] for head in part.heads]
+            for table, own in zip(scores, (part.forward, part.reverse), strict=True):
+                table[row : row + len(own), columns] = own
+            row += len(part.facts)
+            undefined.update(part.undefined)
+        facts, groups = (np.concatenate([getattr(part, name) for part in parts]) for name in ("facts", "groups"))
+        return cls(heads, scores[0], scores[1], facts, groups, dict(undefined))
+
+
 def attention_correlation(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
     """Correlation over pairs, per group and head; see `group_correlation`."""
-    heads = frame.groupby(["layer", "head"], sort=True, dropna=False).ngroup().to_numpy()
-    pairs, pair = np.unique(frame["pair"].to_numpy(), return_inverse=True)
-    scores = []
-    for column in ("score_forward", "score_reverse"):
-        table = np.full((len(pairs), heads.max() + 1), np.nan)
-        table[pair, heads] = frame[column].to_numpy(dtype=np.float64)
-        scores.append(table)
-    first = np.unique(pair, return_index=True)[1]
-    facts, groups = frame["fact"].to_numpy().astype(str)[first], frame["group"].to_numpy()[first]
-    found = group_correlation(scores[0], scores[1], facts, groups, control=control, seed=seed)
+    return score_correlation(ScoreTables.of(frame), seed, control)
+
+
+def score_correlation(tables: ScoreTables, seed: int, control: bool = True) -> Measured:
+    """The same of the tables."""
+    facts, groups = tables.facts, tables.groups
+    found = group_correlation(tables.forward, tables.reverse, facts, groups, control=control, seed=seed)
     estimate = Estimate(found.value, found.low, found.high, found.n, found.facts)
     counts = {NO_VARIANCE: found.constant, SMALL_GROUP: found.small, ALONE: found.alone}
     if np.isnan(found.value) and not found.alone and not found.constant and found.n == 2:
         counts[TWO_PAIRS] = 2
     counts[NO_PARTNER] = found.lonely if control else 0
-    undefined = reasons(frame) | {reason: count for reason, count in counts.items() if count}
-    if LATER_BLOCK in undefined:  # the same for every layer and head of a pair
-        undefined[LATER_BLOCK] = frame.loc[frame["reason"] == LATER_BLOCK, "pair"].nunique()
+    undefined = tables.undefined | {reason: count for reason, count in counts.items() if count}
     few = caution("correlation", found.facts)
     if not found.null.size:
-        return _explained(Measured(estimate, None, None, undefined, found.statistic, few), len(pairs))
+        return _explained(Measured(estimate, None, None, undefined, found.statistic, few), len(facts))
     # A round of shuffles averages 0 but for the last bit, which would read as a control.
     null = round(float(found.null.mean()), 12) + 0.0
     low, high = (float(edge) for edge in np.percentile(found.null, [2.5, 97.5]))
     method = f"{found.null.size} shuffles of facts within groups"
     beside = Control(null, (low, high), found.n, method, found.facts)
     excess = Estimate(found.value - null, found.low - null, found.high - null, found.n, found.facts)
-    return _explained(Measured(estimate, beside, excess, undefined, found.statistic, few), len(pairs))
+    return _explained(Measured(estimate, beside, excess, undefined, found.statistic, few), len(facts))
 
 
 def gradient_cosine(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:

@@ -1,0 +1,207 @@
+"""The three probes over more pairs than memory should hold the rows of: part by part, each part's rows a file.
+
+    folder/parts.json                                what was asked; a folder of another question is refused
+    folder/attention_correlation/part-00000.parquet  rows of the first pairs; the folder is one table to pandas
+    folder/measures.csv                              the numbers of all parts together
+
+A part is probed by `probe`, with facts shuffled within the part. What is kept of it are the numbers that the statistics
+rest on: two scores of each pair and head, one row of a pair's gradients, two of its probabilities.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from ..arguments import checked
+from ..atomic_files import write_text
+from ..engines.workers import Workers
+from ..errors import RevprobeError
+from ..models.probed import ProbedModel
+from ..progress import Progress, shows_progress
+from .fused import PROBES, probe, require_probes
+from .pairs.pair_parts import PairParts
+from .pairs.pairs import ReversalPairs
+from .passes.shared_out import shared_out
+from .readings.reading import Reading
+from .readings.readings import Readings
+from .statistics.estimators import ScoreTables, score_correlation
+
+_ASKED, _MEASURES = "parts.json", "measures.csv"
+_PROBABILITY = ["pair", "fact", "direction", "probability", "argmax_match"]
+_PROBABILITY += ["probability_control", "argmax_match_control", "reason", "reason_control"]
+
+
+@checked
+@shows_progress("pairs")
+def probe_in_parts(
+    model: ProbedModel | nn.Module | str | Path,
+    pairs: ReversalPairs | str | Path,
+    folder: str | Path,
+    *,
+    size: int = 5000,
+    only: Sequence[str] | None = None,
+    parameters: Sequence[str] | None = None,
+    mode: str = "chain",
+    batch_size: int | None = None,
+    control: bool = True,
+    progress: Progress | bool | None = None,
+    seed: int = 0,
+    workers: Workers | None = None,
+) -> pd.DataFrame:
+    """`probe` for many pairs: `size` of them at a time, whose rows go to a folder, so that memory does not hold them.
+
+    Each part's files appear whole, and a folder that was begun is gone on with: parts that are there are read, not
+    probed again. `pandas.read_parquet(folder / "attention_correlation")` has the rows of all parts, with pairs and
+    groups numbered through. The numbers are those of `probe`, but that gradients and probabilities have facts shuffled
+    within their part for a control. Memory grows by what the numbers rest on: 16 bytes for each pair and head, a few
+    hundred for each pair; pairs in a file are read as they are needed.
+
+    Args:
+        pairs: a list for all probes, or a JSONL file of `ReversalPairs.save`.
+        folder: new, empty, or begun by the same call.
+        size: pairs of a part; no fact's partner is sought beyond it.
+        progress: called with the pairs that are done and all of them.
+    Returns: what `Reading.measures` says of all pairs together, a row for each number, with the probe's name.
+    Raises: RevprobeError, for a folder that holds anything else, or the parts of another question; a size below 2; and
+        as `probe`.
+    """
+    wanted = list(PROBES) if only is None else require_probes(only)
+    if not wanted or size < 2:
+        raise RevprobeError(f"only={only!r}, size={size}: expected at least one probe, and two pairs in a part")
+    with shared_out(workers, model) as (probed, share):
+        parts = PairParts(pairs if isinstance(pairs, ReversalPairs) else Path(pairs), size, probed.tokenizer)
+        options: dict[str, Any] = {"mode": mode, "batch_size": batch_size, "control": control, "seed": seed}
+        options["parameters"] = None if parameters is None else list(parameters)
+        names = [PROBES[name] for name in PROBES if name in wanted]
+        asked = {"model": probed.name, "step": probed.step, "weights": probed.weights, "probes": names, "size": size}
+        store = _Parts(Path(folder), names)
+        store.require({**asked, **options})
+        kept, done = _Kept(), 0
+        for number, part in enumerate(parts):
+            tell = None if not callable(progress) else _told(progress, done, len(part), parts.count)
+            readings = store.read(number, part) or store.write(
+                number, probe(probed, part, only=wanted, progress=tell or False, share=share, **options), done
+            )
+            kept.add(readings, names)
+            done += len(part)
+            if callable(progress):
+                progress(done, parts.count)
+    table = kept.measures(names)
+    write_text(store.folder / _MEASURES, table.to_csv(index=False))
+    return table
+
+
+def _told(progress: Progress, done: int, size: int, count: int) -> Callable[[int, int], None]:
+    """What a part's probe tells, in pairs of all parts."""
+    return lambda queries, of: progress(done + size * queries // max(of, 1), count)
+
+
+@dataclass
+class _Parts:
+    """The files of the parts, and the numbers of the groups so far, by their offsets."""
+
+    folder: Path
+    names: list[str]
+    groups: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def require(self, asked: dict[str, Any]) -> None:
+        """Say what is asked, in a folder that holds nothing else. Raises: RevprobeError, when it does."""
+        said = self.folder / _ASKED
+        if not said.is_file():
+            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+                raise RevprobeError(f"{str(self.folder)!r} holds no parts of a probe; choose a new or an empty folder")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(said, json.dumps(asked, indent=1) + "\n")
+            return
+        before = json.loads(said.read_text(encoding="utf-8"))
+        if other := [f"{key} {before.get(key)!r}, not {one!r}" for key, one in asked.items() if before.get(key) != one]:
+            raise RevprobeError(f"{str(self.folder)!r} holds parts of another question ({other[0]}); choose another")
+
+    def _path(self, name: str, number: int) -> Path:
+        return self.folder / name / f"part-{number:05d}.parquet"
+
+    def read(self, number: int, pairs: ReversalPairs) -> Readings | None:
+        """The readings of a part that is there. Raises: RevprobeError, when they are of other pairs."""
+        paths = [self._path(name, number) for name in self.names]
+        if not all(path.is_file() for path in paths):
+            return None
+        readings = Readings(Reading.load(path) for path in paths)
+        for path, reading in zip(paths, readings, strict=True):
+            if reading.meta["pairs"] != pairs.digest:
+                raise RevprobeError(f"{path} was taken on other pairs; choose another folder")
+            self._number(reading.frame)
+        return readings
+
+    def write(self, number: int, readings: Readings, first: int) -> Readings:
+        """Keep a part, with its pairs numbered from `first` on, and its groups by all parts so far."""
+        written = []
+        for reading in readings:
+            columns = {"pair": reading.frame["pair"] + first} | self._number(reading.frame)
+            path = self._path(reading.name, number)
+            path.parent.mkdir(exist_ok=True)
+            written.append(reading.with_columns(**columns))
+            written[-1].save(path)
+        return Readings(written)
+
+    def _number(self, frame: pd.DataFrame) -> dict[str, np.ndarray]:
+        if "group" not in frame:
+            return {}
+        offsets = frame[["offset_forward", "offset_reverse"]].to_numpy()
+        own, inverse = np.unique(offsets, axis=0, return_inverse=True)
+        numbers = [self.groups.setdefault((int(a), int(b)), len(self.groups)) for a, b in own]
+        return {"group": np.array(numbers)[inverse.reshape(-1)]}
+
+
+@dataclass
+class _Kept:
+    """What the numbers of all parts rest on."""
+
+    scores: list[ScoreTables] = field(default_factory=list)
+    rows: dict[str, list[pd.DataFrame]] = field(default_factory=dict)
+    meta: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, readings: Readings, names: Sequence[str]) -> None:
+        for name, reading in zip(names, readings, strict=True):
+            self.meta.setdefault(name, dict(reading.meta))
+            if name == "attention_correlation":
+                self.scores.append(ScoreTables.of(reading.frame))
+            else:
+                own = _summed(reading.frame) if name == "gradient_cosine" else _priced(reading.frame)
+                self.rows.setdefault(name, []).append(own)
+
+    def measures(self, names: Sequence[str]) -> pd.DataFrame:
+        return pd.concat([self._of(name) for name in names], ignore_index=True)
+
+    def _of(self, name: str) -> pd.DataFrame:
+        meta = self.meta[name]
+        if name != "attention_correlation":
+            reading = Reading(name, pd.concat(self.rows.pop(name), ignore_index=True), meta)
+        else:
+            tables, self.scores = ScoreTables.joined(self.scores), []
+            reading = Reading(name, pd.DataFrame(), meta)
+            reading.__dict__["measured"] = score_correlation(tables, reading.seed, meta.get("control", True))
+        return reading.measures().assign(probe=name)
+
+
+def _summed(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row of a pair, over all parameters, of which its cosine is that of the rows."""
+    squared = [column for column in map(str, frame) if column.startswith(("norm_", "floor_"))]
+    inner = [column for column in map(str, frame) if column.startswith("inner")]
+    told = [column for column in ("reason", "reason_control") if column in frame]
+    values = frame[["pair", "fact", *told, *inner]].assign(**{c: frame[c].astype(float) ** 2 for c in squared})
+    by_pair = values.groupby("pair", sort=True)
+    sums = by_pair[[*inner, *squared]].sum(min_count=1)
+    sums[squared] = np.sqrt(sums[squared])
+    return by_pair[["fact", *told]].first().join(sums).reset_index()
+
+
+def _priced(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame[[column for column in _PROBABILITY if column in frame]]

@@ -1,0 +1,154 @@
+"""Many pairs, part by part: the numbers of one call, files that appear one by one, and memory that does not grow."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import revprobe as rp
+from revprobe.probes import in_parts
+from revprobe.probes.pairs.pair_parts import PairParts
+from tiny import gpt2, radd
+
+SAME = ["value", "low", "high", "n", "facts"]
+
+
+@pytest.fixture(scope="module")
+def model() -> rp.ProbedModel:
+    return radd()
+
+
+@pytest.fixture(scope="module")
+def pairs(model: rp.ProbedModel) -> rp.ReversalPairs:
+    every = rp.letter_pairs(6, model=model, placements="all", alphabet=12).for_probe("probability")
+    return every.sample(110)
+
+
+@pytest.mark.parametrize("size", [9, 50, 10_000])
+def test_the_numbers_are_those_of_one_call(
+    model: rp.ProbedModel, pairs: rp.ReversalPairs, size: int, tmp_path: Path
+) -> None:
+    """Of every probe value, interval, n and facts, in parts that cut facts and groups; rows too, but for controls."""
+    table = rp.probe_in_parts(model, pairs, tmp_path / "parts", size=size)
+    whole = rp.probe(model, pairs)
+    expected = pd.concat([reading.measures() for reading in whole], ignore_index=True)
+    assert table["measure"].tolist() == expected["measure"].tolist()
+    np.testing.assert_allclose(table[SAME].astype(float), expected[SAME].astype(float), rtol=1e-5, atol=1e-7)
+    for reading in whole:
+        rows = pd.read_parquet(tmp_path / "parts" / reading.name)
+        keys = [key for key in ("pair", "direction", "layer", "head", "parameter") if key in rows]
+        rows, own = (frame.sort_values(keys, ignore_index=True) for frame in (rows, reading.frame))
+        assert len(rows) == len(own) and rows["pair"].nunique() == len(pairs)
+        plain = [c for c in own.select_dtypes("float") if not c.endswith("_control")]
+        np.testing.assert_allclose(rows[plain], own[plain], rtol=1e-4, atol=1e-6)
+        if "group" in own:  # numbered otherwise, but the same groups
+            assert rows.groupby("group")["offset_forward"].nunique().eq(1).all()
+            assert rows["group"].nunique() == own["group"].nunique()
+    # Shuffled scores are those of one call; a derangement within parts is another one, where a part has two facts.
+    same = slice(None) if size > len(pairs) else table["measure"] == "attention_correlation"
+    controls = ["control", "control_low", "control_high", "excess"]
+    np.testing.assert_allclose(table.loc[same, controls].astype(float), expected.loc[same, controls].astype(float))
+    assert table["control"].notna().all()
+
+
+def test_a_causal_model_and_pairs_in_a_file_are_read_as_they_are_needed(tmp_path: Path) -> None:
+    model = gpt2()
+    pairs = rp.letter_pairs(5, model=model, alphabet=8).for_probe("gradient")
+    file = pairs.save(tmp_path / "pairs.jsonl")
+    told: list[tuple[int, int]] = []
+    from_file = rp.probe_in_parts(model, file, tmp_path / "a", size=3, progress=lambda *at: told.append(at))
+    in_memory = rp.probe_in_parts(model, pairs, tmp_path / "b", size=3)
+    pd.testing.assert_frame_equal(from_file, in_memory)
+    assert told[-1] == (len(pairs), len(pairs)) and [done for done, _ in told] == sorted(done for done, _ in told)
+    parts = list(PairParts(file, 3))
+    assert [len(part) for part in parts[:-1]] == [3] * (len(parts) - 1)
+    assert [str(fact) for part in parts for fact in part.facts] == [str(fact) for fact in pairs.facts]
+    assert parts[0].tokens and parts[0].tokens == {t: pairs.tokens[t] for t in parts[0].tokens}
+
+
+def test_a_folder_that_was_begun_is_gone_on_with(
+    model: rp.ProbedModel, pairs: rp.ReversalPairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended in the third part, it leaves two; the next call probes the others alone and ends with the same numbers."""
+    whole = rp.probe_in_parts(model, pairs, tmp_path / "whole", size=20, only=["attention", "probability"])
+    calls: list[int] = []
+
+    def ends_at(last: int):
+        def probe(model, part, **options):
+            calls.append(len(part))
+            if len(calls) == last:
+                raise KeyboardInterrupt
+            return rp.probe(model, part, **options)
+
+        return probe
+
+    begun = {"size": 20, "only": ["attention", "probability"]}
+    monkeypatch.setattr(in_parts, "probe", ends_at(3))
+    with pytest.raises(KeyboardInterrupt):
+        rp.probe_in_parts(model, pairs, tmp_path / "ended", **begun)
+    there = {path: path.stat().st_mtime_ns for path in (tmp_path / "ended").rglob("*.parquet")}
+    assert len(there) == 4 and not (tmp_path / "ended" / "measures.csv").exists()
+    calls.clear()
+    monkeypatch.setattr(in_parts, "probe", ends_at(0))
+    again = rp.probe_in_parts(model, pairs, tmp_path / "ended", **begun)
+    assert len(calls) == -(-len(pairs) // 20) - 2
+    assert {path: path.stat().st_mtime_ns for path in there} == there
+    pd.testing.assert_frame_equal(again, whole)
+    assert (tmp_path / "ended" / "measures.csv").read_text() == (tmp_path / "whole" / "measures.csv").read_text()
+    # What a writer that died in a part has left is a part that is not there.
+    next(iter(there)).unlink()
+    calls.clear()
+    pd.testing.assert_frame_equal(rp.probe_in_parts(model, pairs, tmp_path / "ended", **begun), whole)
+    assert len(calls) == 1
+
+
+def test_another_question_is_refused(model: rp.ProbedModel, pairs: rp.ReversalPairs, tmp_path: Path) -> None:
+    rp.probe_in_parts(model, pairs, tmp_path / "a", size=40, only=["probability"])
+    with pytest.raises(rp.RevprobeError, match=r"of another question \(seed 0, not 1"):
+        rp.probe_in_parts(model, pairs, tmp_path / "a", size=40, only=["probability"], seed=1)
+    with pytest.raises(rp.RevprobeError, match="was taken on other pairs"):
+        rp.probe_in_parts(model, pairs[1:], tmp_path / "a", size=40, only=["probability"])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("years")
+    with pytest.raises(rp.RevprobeError, match="holds no parts of a probe"):
+        rp.probe_in_parts(model, pairs, tmp_path / "other")
+    with pytest.raises(rp.RevprobeError, match="two pairs in a part"):
+        rp.probe_in_parts(model, pairs, tmp_path / "b", size=1)
+    with pytest.raises(rp.RevprobeError, match="no pairs file"):
+        rp.probe_in_parts(model, tmp_path / "none.jsonl", tmp_path / "c")
+    own = rp.letter_pairs(6, model=model, alphabet=12)
+    if own.by_probe:
+        with pytest.raises(rp.RevprobeError, match="pairs of their own"):
+            rp.probe_in_parts(model, own, tmp_path / "d")
+    file = tmp_path / "mixed.jsonl"
+    pairs.save(file)
+    lines = [line for line in file.read_text().splitlines() if "token_ids" in line][:6]
+    file.write_text("\n".join([*lines[:3], *(json.dumps({**json.loads(line), "flags": {}}) for line in lines[3:])]))
+    if json.loads(lines[0]).get("flags"):
+        with pytest.raises(rp.RevprobeError, match="probe them apart"):
+            rp.probe_in_parts(model, file, tmp_path / "e", size=3)
+
+
+def test_no_more_than_a_part_of_a_file_is_held(
+    model: rp.ProbedModel, pairs: rp.ReversalPairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lines parsed before a part is probed are those of that part and of the ones before it."""
+    file, parsed, seen = pairs.save(tmp_path / "pairs.jsonl"), [0], []
+    made = rp.ReversalPair.__post_init__
+
+    def counting(self: rp.ReversalPair) -> None:
+        parsed[0] += 1
+        made(self)
+
+    def probe(model, part, **options):
+        seen.append(parsed[0])
+        found = rp.probe(model, part, **options)
+        parsed[0] = seen[-1]  # a probe makes none that count
+        return found
+
+    monkeypatch.setattr(rp.ReversalPair, "__post_init__", counting)
+    monkeypatch.setattr(in_parts, "probe", probe)
+    rp.probe_in_parts(model, file, tmp_path / "parts", size=10, only=["attention"])
+    assert seen == [min(10 * (n + 1), len(pairs)) for n in range(len(seen))]
