@@ -39,6 +39,7 @@ def report(
     from ..report.html.finetune_sections import finetune_sections
     from ..report.html.report import write_report
     from ..report.run_sweep import shown_records, sweep_sections
+    from ..report.summary.alerts import alert_lines
     from ..report.summary.terminal import make_console, print_final, read_summary
 
     console = make_console()
@@ -50,6 +51,8 @@ def report(
         runs, sections = shown_records(all_of_them, console), sweep_sections(all_of_them)
     written = write_report(runs, path / "report.html", title=path.resolve().name, sections=sections)
     print_final(read_summary(path), console)
+    for line in alert_lines(runs):
+        console.print(line, soft_wrap=True)
     console.print(f"report: {written}", soft_wrap=True)
     problems = [f"{run.name}: {run.problem}" for run in runs if run.problem]
     if problems:

@@ -21,6 +21,7 @@ from ..finetune.config.finetuning import FinetuneConfig, FinetuneSweepConfig
 from ..finetune.config.loading import dump_config, load_config
 from ..finetune.config.mistakes import differences
 from ..finetune.config.one_layer import RunConfig, SweepConfig
+from ..finetune.runs.alerts import Watch
 from ..finetune.runs.open import is_finished
 from ..finetune.runs.progress import ListenerAtFirstNews, PlainLines, bars, loss_note
 from ..finetune.runs.record import RunRecord
@@ -84,7 +85,7 @@ def run_sweep(
         if run not in waiting:
             console.print(f"{run.name}: finished already, skipped")
     works = [work_of(run) for run in waiting]
-    with _display(works, console) as display:
+    with _display(works, console, waiting, sweep.path) as display:
         problems = (
             _train_together([run for run in waiting if isinstance(run, RunConfig)], sweep.path, display)
             if batched
@@ -134,7 +135,16 @@ def _require_same_base(sweep: Sweep, config: AnySweep) -> None:
 
 
 @contextmanager
-def _display(works: Sequence[Work], console: Console) -> Iterator[Display]:
+def _display(
+    works: Sequence[Work], console: Console, runs: Sequence[RunConfig | FinetuneConfig], folder: Path
+) -> Iterator[Display]:
+    """What shows the works, and tells of the alerts of their runs."""
+    with _progress(works, console) as shown:
+        yield _with_alerts(shown, runs, folder)
+
+
+@contextmanager
+def _progress(works: Sequence[Work], console: Console) -> Iterator[Display]:
     """A bar for the sweep and one per running run on a terminal; short plain lines elsewhere."""
     say = lambda text: console.print(text, soft_wrap=True)  # noqa: E731
     if not console.is_terminal or not works:
@@ -158,6 +168,20 @@ def _display(works: Sequence[Work], console: Console) -> Iterator[Display]:
             return update
 
         yield Display(listen, say, lambda work: progress.remove_task(tasks[work.name]))
+
+
+def _with_alerts(display: Display, runs: Sequence[RunConfig | FinetuneConfig], folder: Path) -> Display:
+    """The display, telling besides which alerts the new readings of its runs cross, and which stand at their ends.
+
+    A run's own process leaves it to the sweep.
+    """
+    watches = {run.name: Watch(folder / run.name, run.alerts, display.say) for run in runs}
+
+    def done(work: Work) -> None:
+        display.done(work)
+        watches[work.name].end()
+
+    return Display(lambda work: watches[work.name].listening(display.listen(work)), display.say, done)
 
 
 def _train_together(runs: list[RunConfig], folder: Path, display: Display) -> dict[str, str]:

@@ -143,7 +143,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Callable[
         "probe": (rp.probe, {**asked, "only": ["probability"]}),
         "probe_attention_correlation": (rp.probe_attention_correlation, asked),
         "probe_gradient_cosine": (rp.probe_gradient_cosine, asked),
-        "probe_in_parts": (rp.probe_in_parts, {**asked, "folder": folder / "parts", "only": ["probability"]}),
+        "probe_in_parts": (rp.probe_in_parts, {**asked, "folder": "parts", "only": ["probability"]}),
         "probe_logit_lens": (rp.probe_logit_lens, asked),
         "probe_reverse_probability": (rp.probe_reverse_probability, asked),
         "probe_causal_trace": (rp.probe_causal_trace, {**asked, "layers": [0], "heads": None, "steps": None}),

@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, StrictBool, StrictInt, StrictStr, model_serializer, model_validator
 
 from ...errors import RevprobeError
+from .alerts import ADAPTER, MEASURES, Alert, check_alerts
 from .fields import Count, Fraction, Grown, Name, Number, Section, Seed, Size, Threads
 from .kinds import FINETUNING, FINETUNING_SWEEP
 from .loading import checked_config, find_config, load_config, merged, parse_config, parse_yaml
@@ -216,15 +217,25 @@ class EvaluationOptions(Grown):
     candidates: StrictBool = False
 
 
-class FinetuneBase(Section):
+class FinetuneBase(Grown):
     """Everything about a fine-tuning but its name, model and relation."""
 
+    added: ClassVar = ("alerts",)
     objective: ObjectiveOptions = ObjectiveOptions()
     # null: no adapter, all weights are trained.
     lora: LoraOptions | None = LoraOptions()
     training: FinetuneTraining
     snapshots: FinetuneSnapshots = FinetuneSnapshots(count=5)
     evaluation: EvaluationOptions = EvaluationOptions()
+    # When it should be looked at; training is the same with and without.
+    alerts: tuple[Alert, ...] = ()
+
+    @model_validator(mode="after")
+    def _alerts_can_be_crossed(self) -> FinetuneBase:
+        own = {"all": MEASURES, "both": (*MEASURES, ADAPTER)}
+        adapter = tuple(ADAPTER if name == "gradient_cosine" else name for name in MEASURES)
+        check_alerts(self.alerts, own.get(self.snapshots.parameters, adapter), self.training.steps)
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> FinetuneBase:

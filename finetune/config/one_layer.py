@@ -28,7 +28,8 @@ from pydantic import (
 )
 
 from ...errors import did_you_mean
-from .fields import Count, Fraction, Length, Name, Names, Number, Section, Seed, Size, Threads, as_listed
+from .alerts import MEASURES, Alert, check_alerts
+from .fields import Count, Fraction, Grown, Length, Name, Names, Number, Section, Seed, Size, Threads, as_listed
 from .kinds import RUN, SWEEP
 from .mistakes import explain
 
@@ -209,13 +210,21 @@ class SnapshotsConfig(StepsConfig):
     controls: Annotated[tuple[SnapshotControl, ...] | None, BeforeValidator(as_listed)] = None
 
 
-class BaseConfig(Section):
+class BaseConfig(Grown):
     """Everything about a run but its name."""
 
+    added: ClassVar = ("alerts",)
     relation: RelationConfig = RelationConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig
     snapshots: SnapshotsConfig = SnapshotsConfig(count=12)
+    # When it should be looked at; training is the same with and without.
+    alerts: tuple[Alert, ...] = ()
+
+    @model_validator(mode="after")
+    def _alerts_can_be_crossed(self) -> BaseConfig:
+        check_alerts(self.alerts, MEASURES, self.training.steps)
+        return self
 
     @model_validator(mode="after")
     def _snapshots_within_training(self) -> BaseConfig:

@@ -44,6 +44,7 @@ from ..training.checkpointing import ANSWERED, READINGS, remove_unfinished, resu
 from ..training.distributed import ProcessGroup
 from ..training.probe_callback import GRADIENT, LORA_GRADIENT, take_readings
 from ..training.run_lock import run_lock
+from .alerts import AlertCallback, Watch, warned
 from .finetune_setup import (
     Prepared,
     answer_steps,
@@ -204,9 +205,11 @@ def fine_tune(
         if team.on_rank_zero(lambda: _claimed(run, config)):
             return run
         with noting_problems(folder), pinned_threads(config.training.threads), quiet_transformers():
-            prepared = prepare(config, folder, team)
-            model = None if run.trained else _train(run, prepared, team, listener)
+            prepared, watch = prepare(config, folder, team), warned(folder, config.alerts)
+            model = None if run.trained else _train(run, prepared, team, listener, watch)
             team.on_rank_zero(lambda: _complete(run, prepared, model))
+        if team.rank == 0:
+            watch.end()
     return run
 
 
@@ -215,7 +218,9 @@ def finetuning_runs(runs: Iterable[Run]) -> list[FinetuneRun]:
     return [run for run in runs if isinstance(run, FinetuneRun)]
 
 
-def _train(run: FinetuneRun, prepared: Prepared, team: ProcessGroup, listener: Listener | bool | None) -> ProbedModel:
+def _train(
+    run: FinetuneRun, prepared: Prepared, team: ProcessGroup, listener: Listener | bool | None, watch: Watch
+) -> ProbedModel:
     """Train from the newest checkpoint with its state, or from step 0; returns the model as it ends."""
 
     def start() -> Path | None:
@@ -225,6 +230,8 @@ def _train(run: FinetuneRun, prepared: Prepared, team: ProcessGroup, listener: L
 
     checkpoint = team.on_rank_zero(start)
     trainer = build_finetuning(run.config, run.path, prepared, checkpoint)
+    if watch.alerts and team.rank == 0:
+        trainer.add_callback(AlertCallback(watch))
     if callable(listener) and team.rank == 0:
         trainer.add_callback(ProgressCallback(listener))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

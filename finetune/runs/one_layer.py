@@ -37,6 +37,7 @@ from ..training.probe_callback import ProbeCallback, take_readings
 from ..training.run_lock import run_lock
 from ..training.step_log import STEPS, StepLog, read_table
 from ..training.trainer import ForwardOnlyTrainer, TokenRows
+from .alerts import AlertCallback, warned
 from .forks import take_prefix
 from .progress import Listener, ProgressCallback, step_told
 from .run import CONFIG, Expected, Run, claim_run, noting_problems, pinned_threads
@@ -130,7 +131,8 @@ def train(
         listener: called with (step, steps, loss) about once a second; None shows a bar, False nothing.
     Raises: RevprobeError, when the folder belongs to another config (the difference is shown), is being written by
         another process, or holds a damaged checkpoint; OSError, when it cannot be written.
-    Warns: when it goes on from an earlier checkpoint than the last, takes readings again, or its software changed.
+    Warns: when it goes on from an earlier checkpoint than the last, takes readings again, or its software changed;
+        when a reading crosses one of its alerts or is undefined where one asks, and of those that stand at the end.
     """
     config = config if isinstance(config, RunConfig) else load_config(config, RunConfig)
     run = OneLayerRun(Path("runs") / config.name if folder is None else Path(folder))
@@ -139,6 +141,7 @@ def train(
         claim_run(run, config)
         if run.finished:
             return run
+        watch = warned(run.path, config.alerts)
         with noting_problems(run.path), pinned_threads(config.training.threads), quiet_transformers():
             if not run.trained:
                 remove_unfinished(run.path)
@@ -147,10 +150,13 @@ def train(
                 trainer, *callbacks = build_trainer(run, checkpoint)
                 for callback in callbacks:
                     trainer.add_callback(callback)
+                if config.alerts:
+                    trainer.add_callback(AlertCallback(watch))
                 if callable(listener):
                     trainer.add_callback(ProgressCallback(listener))
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             taken = run.backfill_readings(run.take)
+        watch.end()
         if taken:
             warnings.warn(f"{run.path}: {len(taken)} missing readings were taken from their checkpoints", stacklevel=3)
     return run

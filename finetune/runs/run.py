@@ -33,9 +33,11 @@ from ...models.probed import ProbedModel
 from ...probes.pairs.pairs import ReversalPairs
 from ...probes.readings.reading import Reading
 from ...probes.readings.readings import Readings
+from ..config.alerts import Alert
 from ..config.loading import dump_config
 from ..config.mistakes import differences
 from ..training.checkpointing import READINGS, changed_file
+from .alerts import CROSSED, UNDEFINED, history
 from .record import RunRecord
 
 CONFIG, VERSIONS, PROBLEM = "config.yaml", "versions.json", "problem.txt"
@@ -151,9 +153,17 @@ class Run(ABC):
             state = "finished" if self.finished else f"not finished: {self.problem}"
             there = len(self.expected_readings) - len(self.missing_readings)
             told = [self.path.name, state, step, objective, f"{there:,} of {len(self.expected_readings):,} readings"]
+            told += self._alerts()
         except RevprobeError as error:
             told = [self.path.name, f"cannot be read: {first_line(error, with_type=False)}"]
         return [one for one in told if one]
+
+    def _alerts(self) -> list[str]:
+        """How many of the config's alerts the last checkpoint crosses, or cannot be held against."""
+        alerts: tuple[Alert, ...] = self.config.alerts
+        states = [one.state for one in history(alerts, self._sound_readings()[0])] if alerts else []
+        counts = [f"{states.count(state)} of {len(states)} alerts {state}" for state in (CROSSED, UNDEFINED)]
+        return [words for words in counts if not words.startswith("0 ")] or ["no alert crossed"] * bool(states)
 
     def readings(self) -> Readings:
         """The readings of every snapshot. Raises: RevprobeError, when there are none yet or a file is damaged."""

@@ -21,10 +21,12 @@ from markupsafe import Markup
 
 from ...atomic_files import written_whole
 from ...errors import RevprobeError
+from ...finetune.runs.alerts import CROSSED, UNDEFINED
 from ...finetune.runs.record import AXES, RunRecord, tidy_summary
 from ...probes.figures.controls import LOOKS
 from ...probes.figures.training_curves import VIEWS, measures_with_reasons, signatures_figure
 from ...probes.statistics.estimators import STATISTICS_VERSION
+from ..summary.alerts import alerts_table
 from ..summary.controls import controls_frame, last_controls
 from ..summary.finding import finding
 from ..summary.tables import final_table, format_final_table
@@ -114,6 +116,7 @@ def _document(
         # What came out, the figure of it, and only then the tables.
         measured = pd.concat([part for part in measures.values() if len(part)], ignore_index=True)
         overview = [section("finding", "Finding", *(paragraph(text) for text in finding(final_table(summary))))]
+        overview += _alerts(runs)
         overview += [_signatures_section(measured, held_against), _final_section(runs, summary), *sections]
         overview += [_controls_section(held_against)] if len(held_against) else []
         overview.append(listed)
@@ -171,6 +174,17 @@ def _signatures_section(measures: pd.DataFrame, held_against: pd.DataFrame) -> M
     note = "Colour: position encoding (ARM: autoregressive model). A click on a legend entry hides its run."
     parts = [controls(*selects), figure_place("signatures"), figure_data("signatures", figure)]
     return section("signatures", "The three signatures over training", *parts, paragraph(note, note=True))
+
+
+def _alerts(runs: Sequence[RunRecord]) -> list[Markup]:
+    """What the configs' alerts come to at the last checkpoints; nothing where there are none."""
+    shown = alerts_table(runs)
+    if shown.empty:
+        return []
+    problems = [place for place, state in enumerate(shown["state"]) if state in (CROSSED, UNDEFINED)]
+    said = f"{len(problems)} of {len(shown)} alerts are crossed, or undefined, at the last checkpoints."
+    body = table(list(shown.columns), shown.to_numpy().tolist(), problems=problems)
+    return [section("alerts", "Alerts", paragraph(said), body if len(shown) <= LONG else folded(said, body))]
 
 
 def _controls_section(held_against: pd.DataFrame) -> Markup:

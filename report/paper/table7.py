@@ -20,7 +20,7 @@ from rich.console import Console
 
 from ...errors import RevprobeError, did_you_mean
 from ...finetune.runs.finetuning import FinetuneRun
-from ...probes.figures.theme import FORWARD, TEMPLATE, interval_text, plain, with_theme
+from ...probes.figures.theme import CELL_INK, MAP_BLUE, TEMPLATE, interval_text, plain, with_theme
 from ...probes.statistics.intervals import proportion
 from ..summary.terminal import text_table
 
@@ -125,8 +125,9 @@ def table7_figure(matches: pd.DataFrame, split: str = "train", *, theme: str = "
     columns, rows = list(words.columns[1:]), [plain(name) for name in words.get("trained on", [])]
     values = _means(_of_split(matches, split), list(words.columns[1:]))
     text = [[plain(cell, limit=None) for cell in line] for line in words[columns].to_numpy().tolist()] if rows else []
-    shades = [[0, "#FFFFFF"], [1, FORWARD]]
+    shades = [[0, "#FFFFFF"], [1, MAP_BLUE]]
     cells = go.Heatmap(z=values, x=[plain(name) for name in columns], y=rows, text=text, texttemplate="%{text}")
+    cells.update(textfont={"color": CELL_INK})
     cells.update(zmin=0, zmax=100, colorscale=shades, xgap=2, ygap=2, colorbar={"title": {"text": "exact match (%)"}})
     cells.update(hovertemplate="trained on %{y}<br>%{x}: %{text} %<extra></extra>", hoverongaps=False)
     figure = go.Figure(cells).update_layout(template=TEMPLATE, title={"text": f"Exact match (%), {FACTS[split]}"})

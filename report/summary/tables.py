@@ -52,8 +52,8 @@ def final_table(summary: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for _, part in last.groupby(SERIES, sort=False, dropna=False):
         final: dict[str, Any] = {name: part[name].iloc[0] for name in SERIES}
-        for row in part.to_dict("records"):
-            final[f"{row['measure']}_reason"] = "" if pd.isna(row.get("reason")) else row["reason"]
+        for about in part.to_dict("records"):
+            final[f"{about['measure']}_reason"] = "" if pd.isna(about.get("reason")) else about["reason"]
         for measure, *numbers in part[["measure", *NUMBERS]].itertuples(index=False):
             known = [math.nan if pd.isna(number) else number for number in numbers]
             final |= dict(zip(_columns(measure), known, strict=True))
