@@ -91,9 +91,9 @@ def measure(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     plan = plan_finetuning(chosen, tokens=asked.tokens)
     row = planned_row(plan, shape, asked)
     print(json.dumps(row), flush=True)  # there also when the limit ends what follows
-    limit = int(asked.limit * GIB)
+    loads, limit = put_random_weights(chosen, shape), int(asked.limit * GIB)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    loads, before, start = put_random_weights(chosen, shape), forget_peak(), time.perf_counter()
+    before, start = forget_peak(), time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a floor that four facts do not have
         run = fine_tune(chosen, folder / "run", listener=False)
