@@ -228,7 +228,6 @@ QUIET_HERE |= {
 }
 QUIET_HERE |= {"storage_curves", "train"}
 PROGRESS = [name for name in NAMES if {"progress", "listener"} & set(inspect.signature(getattr(rp, name)).parameters)]
-QUIET_HERE |= {"probe_in_parts"}  # other tests here began its folder with another question
 
 
 @pytest.mark.parametrize("name", PROGRESS)
