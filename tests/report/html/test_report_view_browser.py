@@ -9,6 +9,8 @@ import pytest
 from axe_findings import axe_findings
 from headless import chromium, needs_chromium
 
+from revprobe.report.html.finetune_sections import exact_matches
+from revprobe.report.html.page import section
 from revprobe.report.html.report import write_report
 from tiny import module_at
 
@@ -31,6 +33,14 @@ return [...document.querySelectorAll("[role=tabpanel]:not([hidden]) .js-plotly-p
       return [one.textContent, left, top, right, bottom];
     });
     return [figure.id, [frame.left, frame.top, frame.right, frame.bottom], words];
+  });
+"""
+# The rectangles of the lines in the cells of heat tables.
+CELLS = """
+return [...document.querySelectorAll("[id^=table7] .heatmap-label text")].flatMap((one) =>
+  [...(one.querySelectorAll("tspan.line").length ? one.querySelectorAll("tspan.line") : [one])]).map((one) => {
+    const {left, top, right, bottom} = one.getBoundingClientRect();
+    return [one.textContent, left, top, right, bottom];
   });
 """
 # What the tools of a figure must not lie on, while the pointer is over it: plots, titles, scales, legend.
@@ -238,6 +248,36 @@ def test_no_word_of_a_figure_is_cut_or_lies_on_another(browser: Any, page: str, 
         found += [f"{tab}: the page is {wide} pixels wider than its window"] if wide > 0 else []
     browser.set_window_size(1280, 1200)
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("width", [1440, 1024, 800])
+def test_a_heat_table_of_many_columns_leaves_the_page_as_wide_as_its_window(
+    browser: Any, tmp_path: Path, width: int
+) -> None:
+    """It is scrolled in its own place, which the keyboard reaches, and no cell's words lie on the next's."""
+    parts = [section("table7", "Exact match (Table 7)", *exact_matches(made.matches(4)))]
+    page = write_report(made.made_runs(), tmp_path / "report.html", sections=parts)
+    browser.set_window_size(width, 1200)
+    opened_at(browser, page.as_uri())
+    wide = browser.execute_script("return document.documentElement.scrollWidth - innerWidth")
+    place = "document.getElementById('table7-train')"
+    beyond = browser.execute_script(f"return {place}.parentElement.scrollWidth - {place}.parentElement.clientWidth")
+    cells = browser.execute_script(CELLS)
+    browser.set_window_size(1280, 1200)
+    assert wide <= 0, f"the page is {wide} pixels wider than its window"
+    assert beyond > 0, "it is wider than its place, or nothing is shown"
+    assert len(cells) == 2 * 4 * 6 * 3, "trained and held-out facts, four rows, six columns, three lines"
+    found = [f"{a[0]!r} on {b[0]!r}" for at, a in enumerate(cells) for b in cells[:at] if close(a, b)]
+    assert not found, "\n".join(found)
+    assert not axe_findings(browser)
+
+
+def test_a_table_of_few_rows_is_not_drawn_once_more() -> None:
+    assert "table7-train" not in "".join(exact_matches(made.matches(3)))
+    page = "".join(exact_matches(made.matches(4)))
+    assert "table7-train" in page
+    small = "<small>3 seeds, n = 3,000, 500 facts</small></td>"
+    assert page.count(small) == 2 * 4 * 6, "interval and counts stand under a value, not beside it"
 
 
 @pytest.mark.parametrize("width", [1440, 800])
