@@ -25,6 +25,7 @@ import revprobe as rp
 from revprobe import progress
 from revprobe.arguments import checked, fitted
 from revprobe.errors import LONGEST, shown
+from revprobe.models import registry
 from tiny import gpt2, in_blocks, radd
 
 WRONG: dict[str, Callable[[], Any]] = {
@@ -188,6 +189,12 @@ METHODS = ["Reading.summary", "Reading.save", "Reading.load", "Readings.select",
 METHODS += ["ModelComparison.save", "ModelComparison.load"]
 METHODS += ["BlockSweep.difference", "BlockSweep.save", "BlockSweep.load"]
 METHODS += ["ReversalPairs.from_pairs", "ReversalPairs.save", "ReversalPairs.load", "TextRelation.questions"]
+
+
+@pytest.fixture(autouse=True)
+def no_model_stays_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else `revprobe models` of a later test in this process lists those with wrong names."""
+    monkeypatch.setattr(registry, "_LOADERS", {})
 
 
 @pytest.mark.parametrize("name", [*NAMES, *METHODS])

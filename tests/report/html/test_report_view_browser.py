@@ -1,5 +1,6 @@
 """In a real browser: a view's address, the theme, and figures whose words fit and are not covered."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from tiny import module_at
 pytestmark = needs_chromium
 made = module_at(Path(__file__).with_name("report_runs.py"))
 EVIL = made.EVIL
-change, choose_theme, drawn, open_tab, said = (
-    getattr(made, name) for name in ("change", "choose_theme", "drawn", "open_tab", "said")
+awaited, change, choose_theme, drawn, open_tab, said = (
+    getattr(made, name) for name in ("awaited", "change", "choose_theme", "drawn", "open_tab", "said")
 )
 CHOSEN = ("explore-run", "explore-series", "explore-step", "explore-layer", "explore-head", "choose-against")
 # The rectangles of the words of every figure in sight, with whether they are inside the figure.
@@ -85,6 +86,15 @@ def view(browser: Any) -> dict[str, str]:
     return found | {"tab": browser.execute_script("return opened"), "step": said(browser, "explore-step-shown")}
 
 
+def await_view(browser: Any, wanted: dict[str, str]) -> None:
+    """Wait until these are chosen: a step through the browser's history is told to its page some time later."""
+    deadline = time.monotonic() + 60
+    while (found := view(browser)) | wanted != found:
+        assert time.monotonic() < deadline, f"{found}, not {wanted}"
+        time.sleep(0.05)
+    drawn(browser)
+
+
 def fragment(browser: Any) -> dict[str, str]:
     """What the address says behind its #."""
     text = browser.execute_script("return location.hash").removeprefix("#")
@@ -123,17 +133,16 @@ def test_back_leads_through_the_views_and_forth_again(browser: Any, page: str) -
     for _ in range(2):
         browser.find_element("id", "explore-step").send_keys("\ue012")
         drawn(browser)
-    assert view(browser)["step"] == "0"
+    await_view(browser, {"step": "0"})
     open_tab(browser, "overview")
     change(browser, "choose-against", "sink")
-    for place, wanted in enumerate([None, None, *reversed(views)]):
+    for wanted in [None, None, *reversed(views)]:
         browser.back()
         drawn(browser)
         if wanted is not None:
-            assert view(browser) == wanted, f"{place + 1} steps back"
+            await_view(browser, wanted)
     browser.forward()
-    drawn(browser)
-    assert view(browser) == views[1]
+    await_view(browser, views[1])
 
 
 def test_a_run_stands_in_the_address_by_its_name(browser: Any, page: str) -> None:
@@ -199,23 +208,23 @@ def test_the_theme_is_a_labelled_control_that_is_kept(browser: Any, page: str) -
     assert (group.aria_role, group.accessible_name) == ("radiogroup", "Theme")
     names = [one.accessible_name for one in group.find_elements("css selector", "input")]
     assert names == ["as the system", "light", "dark"]
-    dark = "return [dark, document.documentElement.classList.contains('dark')]"
+    dark = "[dark, document.documentElement.classList.contains('dark')].every((one) => one === %s)"
     for scheme in ("dark", "light"):
         system(scheme)
-        assert browser.execute_script(dark) == [scheme == "dark"] * 2
+        awaited(browser, dark % str(scheme == "dark").lower())
     browser.find_element("css selector", "body").send_keys(Keys.TAB)
-    assert browser.switch_to.active_element.get_attribute("value") == "system", "the first stop of the page"
+    awaited(browser, "document.activeElement.value === 'system'")  # the first stop of the page
     for key, value in ((Keys.ARROW_RIGHT, "light"), (Keys.ARROW_RIGHT, "dark")):
         browser.switch_to.active_element.send_keys(key)
+        awaited(browser, f"document.activeElement.value === '{value}'")
+        awaited(browser, dark % str(value == "dark").lower())
         drawn(browser)
-        assert browser.switch_to.active_element.get_attribute("value") == value
-        assert browser.execute_script(dark) == [value == "dark"] * 2
     browser.refresh()
     drawn(browser)
-    assert browser.execute_script(dark) == [True, True], "kept"
+    awaited(browser, dark % "true")  # kept
     assert not axe_findings(browser)
     choose_theme(browser, "system")
-    assert browser.execute_script(dark) == [False, False]
+    awaited(browser, dark % "false")
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
