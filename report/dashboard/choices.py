@@ -79,7 +79,8 @@ def _into_a_checkpoint(folder: RunsFolder, view: View) -> tuple[View, dict[str, 
     view = replace(view, fact=view.fact if view.fact in facts else None)
     view, offers["pair"] = _pair(frame, view)
     others = [fact for fact in facts if fact != view.fact]
-    view = replace(view, other=view.other if view.other in others else next(iter(others), None))
+    usual = next(iter(others), None) if (view.tab, view.edit) == ("ask", "swap") else None
+    view = replace(view, other=view.other if view.other in others else usual)
     offers["other"] = [{"label": fact, "value": fact} for fact in others]
     return view, nothing | offers | {"fact": [{"label": fact, "value": fact} for fact in facts]}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from tiny import ROOT
 
@@ -45,3 +46,29 @@ def test_gradients_of_long_queries_take_more_than_a_forward_pass(script: Callabl
     for table in (short, long):
         assert table["gradient cosine"]["peak extra MB"] > table["plain forward"]["peak extra MB"] > 0
     assert long["attention, one row"]["peak extra MB"] > 2 * short["attention, one row"]["peak extra MB"]
+
+
+@linux
+def test_a_checkpoint_of_the_published_layout_is_loaded_and_its_memory_seen(
+    script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    """Written in shards under the published names; the weights are those of the shape, and reading them costs less."""
+    loading = script("large_loading")
+    config = loading.config_for("GSAI-ML/LLaDA-8B-Base", None, True)
+    total = loading.write_checkpoint(tmp_path, config, torch.bfloat16, 10_000_000)
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) == 3 and total < sum(path.stat().st_size for path in shards) < 1.01 * total
+    loaded, read = (loading.measure(way, tmp_path, "warm", 16, 1) for way in ("load", "read"))
+    assert loaded["weights"] == total and loaded["seconds"] >= loaded["load"] > 0 < loaded["first forward"]
+    assert loaded["resident beyond"] > total / 2 and read["resident beyond"] < loaded["resident beyond"]
+
+
+def test_without_room_on_disk_nothing_is_written(
+    script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading = script("large_loading")
+    asked = Namespace(shape="GSAI-ML/LLaDA-8B-Base", tiny=False, scratch=tmp_path)
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda _: Namespace(free=39 * loading.GB))
+    with pytest.raises(SystemExit, match=r"39\.0 GB free; expected 40\.1 GB"):
+        loading.checkpoint_rows(None, torch.bfloat16, asked)
+    assert not list(tmp_path.iterdir())

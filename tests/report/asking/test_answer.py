@@ -225,3 +225,18 @@ def test_an_answer_can_be_ended_between_any_two_runs() -> None:
             answer(model, PAIR, Edit("mask", at="forward-1"), check=check)
     again = answer(model, PAIR, Edit("mask", at="forward-1"))
     pd.testing.assert_frame_equal(again.numbers, whole.numbers)
+
+
+def test_a_probe_that_is_running_is_ended_at_its_next_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from revprobe.report.asking import answer as module
+
+    def running(*_: object, progress: Any, **__: object) -> None:
+        progress(1, 2)
+        pytest.fail("it ran on")
+
+    def given_up() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "probe_reverse_probability", running)
+    with pytest.raises(KeyboardInterrupt):
+        answer(masked(), PAIR, check=given_up)

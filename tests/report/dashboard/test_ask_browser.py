@@ -90,6 +90,7 @@ def test_an_edit_that_runs_again_is_the_probes(driver: Any, folder: Path) -> Non
     shot.choose(driver, "edit", "scale the route")
     shot.await_true(lambda: driver.execute_script(CHANGES) == expected(folder, pair, edit="scale"), "the scaling's")
     factor = driver.find_element("id", "factor")
+    shot.await_true(factor.is_displayed, "the factor")
     factor.send_keys(Keys.BACKSPACE * 3, "9", Keys.ENTER)
     want = expected(folder, pair, edit="scale", factor=9.0)
     shot.await_true(lambda: driver.execute_script(CHANGES) == want, "those of another factor")
@@ -118,7 +119,10 @@ def test_tokens_and_edits_are_worked_by_the_keyboard(driver: Any) -> None:
     assert driver.find_elements("css selector", "#answer .changes"), "what masking each alone does"
     driver.find_element("id", "edit").send_keys(Keys.ENTER)
     shot.await_true(lambda: driver.find_elements("css selector", ".dash-dropdown-content"), "the open list")
+    entry = "return document.activeElement.closest('.dash-dropdown-content label')?.textContent"
+    shot.await_true(lambda: driver.execute_script(entry) == "mask another token", "the focus on the chosen entry")
     driver.switch_to.active_element.send_keys(Keys.ARROW_DOWN)
+    shot.await_true(lambda: driver.execute_script(entry) == "swap the evidence", "the focus on the next entry")
     driver.switch_to.active_element.send_keys(Keys.ENTER)
     shot.await_true(lambda: address(driver).get("edit") == "swap", "the next edit")
     shot.await_true(lambda: "swap the evidence: that of" in text(driver, "#answer"), "another fact's evidence")
@@ -127,6 +131,7 @@ def test_tokens_and_edits_are_worked_by_the_keyboard(driver: Any) -> None:
 def test_typed_text_is_asked_by_enter_and_escaped(driver: Any) -> None:
     open_view(driver, about="text")
     shot.await_true(lambda: "Type a sentence" in text(driver, "#answer"), "what to do")
+    shot.await_true(driver.find_element("id", "forward").is_displayed, "the fields")
     driver.find_element("id", "forward").send_keys("0[d]0{D}", Keys.ENTER)
     shot.await_true(lambda: len(driver.find_elements("css selector", "#answer .strip")) == 1, "one sentence")
     driver.find_element("id", "reverse").send_keys("0{D}0[d]", Keys.ENTER)
@@ -144,6 +149,7 @@ def test_typed_text_is_asked_by_enter_and_escaped(driver: Any) -> None:
 def test_a_run_is_asked_what_it_was_asked_before(driver: Any) -> None:
     open_view(driver, run="ft", about="text")
     shot.await_true(lambda: "ft" in text(driver, "#run"), "the run")
+    shot.await_true(driver.find_element("id", "start").is_displayed, "what to start from")
     shot.choose(driver, "start")
     shot.await_true(lambda: len(driver.find_elements("css selector", "#answer .strip")) == 2, "both queries")
     typed = driver.find_element("id", "forward").get_attribute("value")
