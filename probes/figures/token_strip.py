@@ -64,8 +64,8 @@ def token_strip(
     where = "mean over layers" if layer is None else f"layer {layer}"
     where += ", mean over heads" if head is None else f", head {head}"
     step = "" if model.step is None else f", step {model.step:,}"
-    weights = f" ({plain(model.weights)})" if model.weights else ""
-    told = f"<b>{plain(model.name)}</b>{step}{weights}<br>Attention from the readout position ({where})"
+    which = f" ({plain(model.weights)})" if model.weights else ""
+    told = f"<b>{plain(model.name)}</b>{step}{which}<br>Attention from the readout position ({where})"
     title = {"text": f"{told}<br>framed: target, hidden from the model (orange), evidence (blue)"}
     size = {"height": 150 + 46 * start, "width": 110 + 62 * PER_LINE, "margin": {"t": 100, "b": 20}}
     return with_theme(figure.update_layout(template=TEMPLATE, title=title | {"font": {"size": 14}}, **size), theme)
@@ -102,7 +102,7 @@ def _add_strip(figure: go.Figure, query: Query, weights: np.ndarray, texts: Sequ
         row = slice(line * PER_LINE, (line + 1) * PER_LINE)
         shown, weight = texts[row], weights[row].tolist()
         hover = [
-            f"token {row.start + at}: {plain(text)} {HOVER.get(parts.get(row.start + at), '')}<br>attention {paid:.4f}"
+            f"token {row.start + at}: {plain(text)} {HOVER.get(parts.get(row.start + at, ''), '')}<br>attention {paid:.4f}"
             for at, (text, paid) in enumerate(zip(shown, weight, strict=True))
         ]
         white_to_blue = {"colorscale": [[0, "#FFFFFF"], [1, FORWARD]], "zmin": 0, "zmax": 1}
