@@ -102,8 +102,8 @@ def _add_strip(figure: go.Figure, query: Query, weights: np.ndarray, texts: Sequ
         row = slice(line * PER_LINE, (line + 1) * PER_LINE)
         shown, weight = texts[row], weights[row].tolist()
         hover = [
-            f"token {row.start + at}: {plain(text)} {HOVER.get(parts.get(row.start + at, ''), '')}<br>attention {paid:.4f}"
-            for at, (text, paid) in enumerate(zip(shown, weight, strict=True))
+            f"token {at}: {plain(text)} {HOVER.get(parts.get(at, ''), '')}<br>attention {paid:.4f}"
+            for at, (text, paid) in enumerate(zip(shown, weight, strict=True), row.start)
         ]
         white_to_blue = {"colorscale": [[0, "#FFFFFF"], [1, FORWARD]], "zmin": 0, "zmax": 1}
         bar = {"showscale": start + line == 0, "colorbar": {"title": {"text": "weight"}, "thickness": 12}}
