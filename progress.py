@@ -22,7 +22,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
@@ -65,10 +65,22 @@ def shows_progress(
 
 def counted(items: Collection[T], progress: Progress | bool | None) -> Iterator[T]:
     """The items one after the other; `progress` is called when each has been dealt with."""
-    for done, item in enumerate(items, start=1):
-        yield item
-        if callable(progress):
-            progress(done, len(items))
+    yield from counted_together(len(items), progress)(items)
+
+
+def counted_together(total: int, progress: Progress | bool | None) -> Callable[[Iterable[T]], Iterator[T]]:
+    """As `counted`, of several lists that come one after the other: what is returned passes on the items of each."""
+    done = 0
+
+    def watch(items: Iterable[T]) -> Iterator[T]:
+        nonlocal done
+        for item in items:
+            yield item
+            done += 1
+            if callable(progress):
+                progress(done, total)
+
+    return watch
 
 
 @contextmanager

@@ -193,8 +193,9 @@ class _Kept:
 
 def _summed(frame: pd.DataFrame) -> pd.DataFrame:
     """One row of a pair, over all parameters, of which its cosine is that of the rows."""
-    squared = [column for column in map(str, frame) if column.startswith(("norm_", "floor_"))]
-    inner = [column for column in map(str, frame) if column.startswith("inner")]
+    names = [str(column) for column in frame.columns]
+    squared = [column for column in names if column.startswith(("norm_", "floor_"))]
+    inner = [column for column in names if column.startswith("inner")]
     told = [column for column in ("reason", "reason_control") if column in frame]
     values = frame[["pair", "fact", *told, *inner]].assign(**{c: frame[c].astype(float) ** 2 for c in squared})
     by_pair = values.groupby("pair", sort=True)

@@ -25,6 +25,7 @@ import revprobe as rp
 from revprobe import progress
 from revprobe.arguments import checked, fitted
 from revprobe.errors import LONGEST, shown
+from revprobe.models import registry
 from tiny import gpt2, in_blocks, radd
 
 WRONG: dict[str, Callable[[], Any]] = {
@@ -190,6 +191,12 @@ METHODS += ["BlockSweep.difference", "BlockSweep.save", "BlockSweep.load"]
 METHODS += ["ReversalPairs.from_pairs", "ReversalPairs.save", "ReversalPairs.load", "TextRelation.questions"]
 
 
+@pytest.fixture(autouse=True)
+def no_model_stays_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else `revprobe models` of a later test in this process lists those with wrong names."""
+    monkeypatch.setattr(registry, "_LOADERS", {})
+
+
 @pytest.mark.parametrize("name", [*NAMES, *METHODS])
 def test_whatever_is_wrong_is_said_in_one_line(
     name: str, calls: dict[str, tuple[Callable[..., Any], dict[str, Any]]], tmp_path: Path, monkeypatch: Any
@@ -228,7 +235,6 @@ QUIET_HERE |= {
 }
 QUIET_HERE |= {"storage_curves", "train"}
 PROGRESS = [name for name in NAMES if {"progress", "listener"} & set(inspect.signature(getattr(rp, name)).parameters)]
-QUIET_HERE |= {"probe_in_parts"}  # other tests here began its folder with another question
 
 
 @pytest.mark.parametrize("name", PROGRESS)

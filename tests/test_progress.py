@@ -17,7 +17,8 @@ import pytest
 import revprobe as rp
 from revprobe import progress as module
 from revprobe.finetune.runs.progress import bars
-from revprobe.progress import Progress, counted, shows_progress
+from revprobe.progress import Progress, counted, counted_together, shows_progress
+from revprobe.report.html.report import write_report
 from tiny import gpt2
 
 
@@ -199,6 +200,13 @@ read(progress=False)
     assert not [out for out in outputs if out.get("name") == "stderr"], outputs
 
 
+def test_several_lists_are_counted_as_one() -> None:
+    told: list[tuple[int, int]] = []
+    watch = counted_together(5, lambda *counts: told.append(counts))
+    assert [*watch("abc"), *watch("de")] == list("abcde")
+    assert told == [(done, 5) for done in range(1, 6)]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A small run with three checkpoints."""
@@ -237,6 +245,22 @@ def test_training_shows_its_steps_and_the_loss(
     screen.truncate(0)
     rp.train(run.config, tmp_path / "silent", listener=False)
     assert "train:" not in screen.getvalue(), screen.getvalue()
+
+
+def test_a_report_counts_what_it_reads(
+    run: Any, screen: Screen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each reading once for the numbers and once for the tabs: of both, the counts go on to the end."""
+    monkeypatch.setattr(module, "DELAY", -1.0)
+    told: list[tuple[int, int]] = []
+    records, page = [run.record()], tmp_path / "report.html"
+    write_report(records, page, progress=lambda *counts: told.append(counts))
+    total = 2 * len(records[0].readings)
+    assert told == [(done, total) for done in range(1, total + 1)] and total > 0, told
+    write_report(records, page, progress=False)
+    assert screen.getvalue() == "", "nothing where nothing is asked for"
+    write_report(records, page)
+    assert "write_report:" in screen.getvalue() and f"/{total} " in screen.getvalue(), screen.getvalue()
 
 
 def test_a_probe_shows_its_queries(screen: Screen, monkeypatch: pytest.MonkeyPatch) -> None:

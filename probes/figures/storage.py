@@ -34,7 +34,7 @@ KEY = "line: mean over pairs · band: 95 % interval over facts · dashed: contro
 CURVE_PANELS = (
     ("stored", "Storage: S[v, u]", "stored evidence (logits)"),
     ("weight", "Routing: a_ij", "attention on the evidence"),
-    ("contribution", "What arrives", "share of the logit (logits)"),
+    ("contribution", "What arrives", "part of the logit (logits)"),
 )
 STEP_PANELS = (
     ("stored", "Stored evidence", "change of S[v, u] (logits)"),
@@ -72,7 +72,7 @@ def stored_evidence_figure(reading: Drawable, *, kind: str = "parts") -> go.Figu
         marker = {"color": colour, **({"symbol": "circle-open", "size": 12} if side == "forward" else {"size": 6})}
         figure.add_trace(points.update(hoverinfo="y+text+name", marker=marker))
     figure.update_xaxes(
-        title=f"share of the target's logit (mean over {counts_text([reading.frame['pair'].nunique()])})"
+        title=f"part of the target's logit (logits; mean over {counts_text([reading.frame['pair'].nunique()])})"
     )
     figure.update_yaxes(type="category")
     return _titled(figure, reading).update_layout(height=190 + 24 * len(rows), width=640)
@@ -85,8 +85,10 @@ def _matrix_figure(reading: Drawable) -> go.Figure:
     limit = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
     names = [[plain(name, limit=20) for name in axis] for axis in (reading.cross.columns, reading.cross.index)]
     colours = {"colorscale": [list(stop) for stop in DIVERGING], "zmin": -limit, "zmax": limit}
-    cells = go.Heatmap(z=values.tolist(), x=names[0], y=names[1], colorbar={"title": {"text": "S[v, u]"}}, **colours)
-    figure = go.Figure(cells.update(hovertemplate="target of %{y}, evidence of %{x}: %{z:.3f}<extra></extra>"))
+    cells = go.Heatmap(
+        z=values.tolist(), x=names[0], y=names[1], colorbar={"title": {"text": "S[v, u]<br>(logits)"}}, **colours
+    )
+    figure = go.Figure(cells.update(hovertemplate="target of %{y}, evidence of %{x}: %{z:.3f} logits<extra></extra>"))
     figure.update_xaxes(title=f"evidence u, by fact ({len(names[0])})", type="category")
     figure.update_yaxes(title="target v, by fact", type="category", autorange="reversed")
     return _titled(figure, reading).update_layout(width=640, height=600)

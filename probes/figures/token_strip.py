@@ -22,6 +22,7 @@ from ..passes.likelihood import readout
 from .theme import FORWARD, OKABE_ITO, TEMPLATE, plain, with_theme
 
 MARKS = {"target": OKABE_ITO["orange"], "evidence": OKABE_ITO["sky"]}
+HOVER = {"target": "target (hidden from the model)", "evidence": "evidence"}
 PER_LINE = 16  # tokens
 
 
@@ -62,8 +63,11 @@ def token_strip(
     figure.update_yaxes(tickvals=places, ticktext=names, autorange="reversed", showgrid=False, showline=False, ticks="")
     where = "mean over layers" if layer is None else f"layer {layer}"
     where += ", mean over heads" if head is None else f", head {head}"
-    title = {"text": f"Attention from the readout position ({where})<br>framed: target (orange), evidence (blue)"}
-    size = {"height": 130 + 46 * start, "width": 110 + 62 * PER_LINE, "margin": {"t": 80, "b": 20}}
+    step = "" if model.step is None else f", step {model.step:,}"
+    which = f" ({plain(model.weights)})" if model.weights else ""
+    told = f"<b>{plain(model.name)}</b>{step}{which}<br>Attention from the readout position ({where})"
+    title = {"text": f"{told}<br>framed: target, hidden from the model (orange), evidence (blue)"}
+    size = {"height": 150 + 46 * start, "width": 110 + 62 * PER_LINE, "margin": {"t": 100, "b": 20}}
     return with_theme(figure.update_layout(template=TEMPLATE, title=title | {"font": {"size": 14}}, **size), theme)
 
 
@@ -98,8 +102,8 @@ def _add_strip(figure: go.Figure, query: Query, weights: np.ndarray, texts: Sequ
         row = slice(line * PER_LINE, (line + 1) * PER_LINE)
         shown, weight = texts[row], weights[row].tolist()
         hover = [
-            f"token {row.start + at}: {plain(text)} {parts.get(row.start + at, '')}<br>attention {paid:.4f}"
-            for at, (text, paid) in enumerate(zip(shown, weight, strict=True))
+            f"token {at}: {plain(text)} {HOVER.get(parts.get(at, ''), '')}<br>attention {paid:.4f}"
+            for at, (text, paid) in enumerate(zip(shown, weight, strict=True), row.start)
         ]
         white_to_blue = {"colorscale": [[0, "#FFFFFF"], [1, FORWARD]], "zmin": 0, "zmax": 1}
         bar = {"showscale": start + line == 0, "colorbar": {"title": {"text": "weight"}, "thickness": 12}}

@@ -42,6 +42,7 @@ from .listed_runs import (
     last_checkpoint,
     read_bounded,
     reason_of,
+    small_model,
     stamp_of,
     state_of,
     total_steps,
@@ -236,14 +237,18 @@ class RunsFolder:
             self.require_no_way_out(folder)
         except (OSError, RevprobeError) as error:
             return replace(listed, problem=reason_of(error), files=())
+        text = ""
         try:
             if not is_run(folder):
                 return replace(listed, problem="half-written: it has no config.yaml, which a run writes first")
-            run = open_read_run(folder, read_bounded(self.confined(folder / CONFIG)))
+            text = read_bounded(self.confined(folder / CONFIG))
+            run = open_read_run(folder, text)
             listed = replace(listed, axes=run.axes, family=family_of(run), total=total_steps(run))
             state, problem = state_of(run)
             last, written = last_checkpoint(run)
         except Exception as error:  # a damaged folder may raise anything; it is shown beside the sound ones
+            if what := small_model(text):
+                return replace(listed, state="empty", problem=f"{what}, pretrained: no run, so nothing to draw")
             return replace(listed, problem=reason_of(error))
         resume = "" if state == "finished" else self._resume(run)
         return replace(listed, state=state, problem=problem, last=last, written=written, resume=resume)

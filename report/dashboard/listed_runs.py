@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ...errors import RevprobeError, first_line
+from ...finetune.config.kinds import SMALL_MODEL, SMALL_MODELS, told_kind
 from ...finetune.runs.run import CONFIG, PROBLEM, Run
 from ...models.checkpoints import CHECKPOINTS
 
@@ -135,6 +138,16 @@ def read_bounded(file: Path) -> str:
         raise RevprobeError(
             f"{file.name}: not a text file ({error.reason} at byte {error.start}); expected YAML in UTF-8"
         ) from error
+
+
+def small_model(text: str) -> str:
+    """What a config is, where it is of pretrained models and not of a run; else ""."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return ""
+    kind = told_kind(values) if isinstance(values, dict) else None
+    return kind[0].what if kind is not None and kind[0] in (SMALL_MODEL, SMALL_MODELS) else ""
 
 
 def stamp_of(status: os.stat_result) -> Stamp:

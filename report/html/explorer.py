@@ -9,7 +9,7 @@ each head, and `Explored.notes` says so. Values and intervals by head are never 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,12 +67,15 @@ class _Entry:
         return cls(place, reading, head_correlations(frame), cells, scores, pairs)
 
 
-def explore(readings: Iterable[Reading], *, runs: int = 1) -> Explored:
+def explore(
+    readings: Iterable[Reading], *, runs: int = 1, watch: Callable[[Iterable[Any]], Iterator[Any]] = iter
+) -> Explored:
     """Work out a run's data.
 
     Args:
         readings: of one run.
         runs: how many runs share the page's room.
+        watch: passes the readings on one by one, such as a progress bar does.
     """
     found = list(readings)
     steps = sorted({_step(reading) for reading in found})
@@ -89,7 +92,7 @@ def explore(readings: Iterable[Reading], *, runs: int = 1) -> Explored:
                 f"two readings of {name} at one step with the same weights: expected one run's, draw each by itself"
             )
         try:
-            data[name], said = part(placed, len(steps) * len(series), runs)
+            data[name], said = part(watch(placed), len(steps) * len(series), runs)
         except (KeyError, ValueError, TypeError, IndexError) as error:
             said = [
                 f"{name} cannot be drawn: {first_line(error)}; it was written by another version or changed by hand"
@@ -125,7 +128,7 @@ def _numbers(reading: Reading) -> dict[str, Any]:
     return {"value": reading.value, "low": low, "high": high, "control": control, "n": reading.n, "gone": plain(gone)}
 
 
-def _attention(placed: list[tuple[int, Reading]], places: int, runs: int) -> tuple[dict[str, Any], list[str]]:
+def _attention(placed: Iterable[tuple[int, Reading]], places: int, runs: int) -> tuple[dict[str, Any], list[str]]:
     entries = [_Entry.of(place, reading) for place, reading in placed]
     layers = sorted({int(layer) for entry in entries for layer in entry.table["layer"].dropna()})
     heads = sorted({int(head) for entry in entries for head in entry.table["head"].dropna()})
@@ -274,7 +277,7 @@ def _mean_over_heads(scores: np.ndarray) -> np.ndarray:
     return np.where(count > 0, np.where(defined, scores, 0.0).sum(-1) / np.maximum(count, 1), np.nan)
 
 
-def _gradient(placed: list[tuple[int, Reading]], places: int, runs: int) -> tuple[dict[str, Any], list[str]]:
+def _gradient(placed: Iterable[tuple[int, Reading]], places: int, runs: int) -> tuple[dict[str, Any], list[str]]:
     """Cosines of everything, each role, each layer, and each role of each layer."""
     tables: dict[int, pd.DataFrame] = {}
     titles: list[Any] = [None] * places
@@ -295,7 +298,7 @@ def _gradient(placed: list[tuple[int, Reading]], places: int, runs: int) -> tupl
     return data | {"counts": packed(counts), "titles": titles}, []
 
 
-def _probability(placed: list[tuple[int, Reading]], places: int, runs: int) -> tuple[dict[str, Any], list[str]]:
+def _probability(placed: Iterable[tuple[int, Reading]], places: int, runs: int) -> tuple[dict[str, Any], list[str]]:
     """Shares of pairs by the target's probability, forward, reverse and reverse under the control, and their means."""
     shares = np.zeros((places, 3, BINS), dtype=np.int16)
     titles: list[Any] = [None] * places

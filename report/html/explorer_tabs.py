@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -44,10 +44,15 @@ TABS = {
 }
 
 
-def explorer(runs: Sequence[RunRecord]) -> tuple[Markup, dict[str, list[Markup]]]:
+def explorer(
+    runs: Sequence[RunRecord], *, watch: Callable[[Iterable[Any]], Iterator[Any]] = iter
+) -> tuple[Markup, dict[str, list[Markup]]]:
     """The controls that the three tabs share, and the parts of each tab that some run has a reading for.
 
     A run whose readings cannot be worked out is left out with its reason; where that leaves none, so are the controls.
+
+    Args:
+        watch: passes the readings on one by one, such as a progress bar does.
     """
     with_data: list[str] = []
     drawn: set[str] = set()
@@ -58,7 +63,7 @@ def explorer(runs: Sequence[RunRecord]) -> tuple[Markup, dict[str, list[Markup]]
         if not len(readings):
             continue
         try:
-            data = _run_data(readings, len(runs))
+            data = _run_data(readings, len(runs), watch)
         except RevprobeError as error:
             problems.append(f"{run.name} cannot be explored: {first_line(error, with_type=False)}")
             continue
@@ -75,8 +80,8 @@ def explorer(runs: Sequence[RunRecord]) -> tuple[Markup, dict[str, list[Markup]]
     return EXPLORER.controls([(f"run-{place}", name) for place, name in enumerate(with_data)]), tabs
 
 
-def _run_data(readings: Readings, runs: int) -> dict[str, Any]:
-    explored = explore(readings, runs=runs)
+def _run_data(readings: Readings, runs: int, watch: Callable[[Iterable[Any]], Iterator[Any]]) -> dict[str, Any]:
+    explored = explore(readings, runs=runs, watch=watch)
     data = explored.data
     scale = StepScale.over(data["steps"])
     data |= {"positions": [scale.position(step) for step in data["steps"]], "axis": scale.axis()}

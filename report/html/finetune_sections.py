@@ -15,7 +15,9 @@ from ...finetune.training.prediction_callback import PREDICTIONS
 from ...probes.statistics.old_columns import current_columns
 from ..paper.figure4 import figure4, has_figure4
 from ..paper.table7 import FACTS, NOTE, match_frame, not_asked, table7, table7_figure
-from .page import drawn_figure, folded, paragraph, section, table
+from .page import drawn_figure, folded, paragraph, scrolled, section, table
+
+HEATED = 4  # rows from which colours tell more than the table itself
 
 PREDICTED = (
     "The optimizer step after each snapshot, measured twice: by the gradient of the loss at the snapshot times the "
@@ -31,12 +33,7 @@ def finetune_sections(runs: Sequence[Run]) -> list[Markup]:
     tuned = finetuning_runs(runs)
     if not tuned:
         return []
-    matches, parts = match_frame(tuned), []
-    for split, facts in FACTS.items():
-        if (matches["split"] == split).any():
-            shown = table7(matches, split)
-            parts += [paragraph(f"{facts.capitalize()}:"), table(list(shown.columns), shown.to_numpy().tolist())]
-            parts.append(drawn_figure(f"table7-{split}", table7_figure(matches, split)))
+    parts = exact_matches(match_frame(tuned))
     if not parts and any(run.asks for run in tuned):
         parts = [paragraph("No run has been evaluated yet.")]
     notes = [NOTE] if parts else []
@@ -55,6 +52,23 @@ def finetune_sections(runs: Sequence[Run]) -> list[Markup]:
             section("figure4", "Signatures while fine-tuning (Fig. 4)", drawn_figure("fig4", figure4(tuned)), about)
         )
     return sections + _predictions(tuned)
+
+
+def exact_matches(matches: pd.DataFrame) -> list[Markup]:
+    """Table 7 of trained and of held-out facts; one of many rows once more as colours.
+
+    Args:
+        matches: what `match_frame` gives.
+    """
+    parts = []
+    for split, facts in FACTS.items():
+        if (matches["split"] == split).any():
+            shown = table7(matches, split)
+            parts += [paragraph(f"{facts.capitalize()}:"), table(list(shown.columns), shown.to_numpy().tolist())]
+            if len(shown) >= HEATED:
+                heated = drawn_figure(f"table7-{split}", table7_figure(matches, split))
+                parts.append(scrolled(f"figure: exact match, {facts}", heated))
+    return parts
 
 
 def _predictions(runs: Sequence[FinetuneRun]) -> list[Markup]:

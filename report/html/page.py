@@ -70,9 +70,9 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, problems
 
 
 def _lines(text: str) -> list[str]:
-    """A cell's value, and apart from it the interval and the control where the text has them."""
+    """A cell's value, and apart from it the interval and the control or the counts where the text has them."""
     value, bracket, rest = text.partition(" [")
-    if not bracket or not rest.replace(")", "").endswith(tuple("0123456789]")):
+    if not bracket or not rest.replace(")", "").endswith((*"0123456789]", " facts")):
         return [text]
     low_high, _, control = rest.partition("] ")
     return [value, f"[{low_high.rstrip(']')}]", *filter(None, [control.strip("()")])]
@@ -130,3 +130,8 @@ def gallery(name: str, label: str, figures: Sequence[tuple[str, go.Figure]]) -> 
 def drawn_figure(name: str, figure: go.Figure) -> Markup:
     """A figure that is drawn where it stands."""
     return PARTS.drawn(name, figure_data(name, figure))
+
+
+def scrolled(label: str, part: Markup) -> Markup:
+    """A part that may be wider than the page, in a place that is scrolled; `label` is what a screen reader says."""
+    return PARTS.scrolled(label, part)

@@ -26,11 +26,12 @@ from ...finetune.runs.record import AXES, RunRecord, tidy_summary
 from ...probes.figures.controls import LOOKS
 from ...probes.figures.training_curves import VIEWS, measures_with_reasons, signatures_figure
 from ...probes.statistics.estimators import STATISTICS_VERSION
+from ...progress import Progress, counted_together, shows_progress
 from ..summary.alerts import alerts_table
 from ..summary.controls import controls_frame, last_controls
 from ..summary.finding import finding
 from ..summary.tables import final_table, format_final_table
-from .explorer_tabs import explorer
+from .explorer_tabs import EXPLORED, explorer
 from .page import choice, controls, details, figure_data, figure_place, folded, page, paragraph, section, table
 from .reading_tabs import edits_tab, storage_tab
 
@@ -60,8 +61,14 @@ IDENTITY = (
 )
 
 
+@shows_progress("parts")
 def write_report(
-    runs: Sequence[RunRecord], path: str | Path, *, title: str = "revprobe report", sections: Sequence[Markup] = ()
+    runs: Sequence[RunRecord],
+    path: str | Path,
+    *,
+    title: str = "revprobe report",
+    sections: Sequence[Markup] = (),
+    progress: Progress | bool | None = None,
 ) -> Path:
     """Write the report to `path` and `summary.csv` beside it, each whole or not at all.
 
@@ -69,16 +76,21 @@ def write_report(
 
     Args:
         sections: made with `section` and the other parts of `page.py`, shown after the list of runs.
+        progress: a bar on a terminal or in a notebook (None, True), nothing (False), or called with (done, in all).
+            Each reading is dealt with once for the numbers, and most once more for the tabs that the slider drives.
     Raises: RevprobeError, when the folder cannot be written or two runs share a name.
     """
     path = Path(path)
     twice = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
     if twice:
         raise RevprobeError(f"two runs are called {twice[0]!r}: expected different names, rename one of their folders")
-    measures = {run.name: run.label(measures_with_reasons(run.readings)) for run in runs}
+    explored = sum(reading.name in EXPLORED for run in runs for reading in run.readings)
+    watch = counted_together(sum(len(run.readings) for run in runs) + explored, progress)
+    measures = {run.name: run.label(measures_with_reasons(watch(run.readings))) for run in runs}
     summary = tidy_summary(measures.values())
     held_against = controls_frame(runs)
-    document = _document(title, runs, summary, measures, held_against, sections, path.parent)
+    tabs = explorer(runs, watch=watch)
+    document = _document(title, runs, summary, measures, held_against, sections, tabs, path.parent)
     texts = {path.with_name("summary.csv"): summary.to_csv(index=False, lineterminator="\n"), path: document}
     if len(held_against):
         texts[path.with_name(CONTROLS)] = held_against.to_csv(index=False, lineterminator="\n")
@@ -105,6 +117,7 @@ def _document(
     measures: Mapping[str, pd.DataFrame],
     held_against: pd.DataFrame,
     sections: Sequence[Markup],
+    explorer_tabs: tuple[Markup, dict[str, list[Markup]]],
     folder: Path,
 ) -> str:
     """The page: what it is about, and a tab for each side of the runs; one without data says what fills it."""
@@ -120,7 +133,7 @@ def _document(
         overview += [_signatures_section(measured, held_against), _final_section(runs, summary), *sections]
         overview += [_controls_section(held_against)] if len(held_against) else []
         overview.append(listed)
-    chooser, explored = explorer(runs)
+    chooser, explored = explorer_tabs
     tabs = [
         ("overview", "overview", [*overview, _warnings(runs)]),
         *((name, name, parts) for name, parts in explored.items()),

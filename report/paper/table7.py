@@ -9,6 +9,7 @@ Source: paper Sec. 6, App. D.2, Table 7.
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +31,7 @@ COLUMNS = ["run", "objective", "model", "dataset", "direction", "variant", "seed
 # What the seeds of a cell have in common, the model beside it.
 CELL = ["dataset", "direction", "variant"]
 NUMBERS = ["value", "low", "high", "n", "facts", "control"]
+LETTER = 7  # pixels of one in a cell, at most on average
 NOTE = (
     "Exact match in per cent after lower-casing and stripping blanks, decoded greedily; any of a fact's answers "
     "counts. Mean over seeds, ± their sample standard deviation, with its 95 % interval over seeds (three seeds alike "
@@ -131,19 +133,36 @@ def table7_figure(matches: pd.DataFrame, split: str = "train", *, theme: str = "
     if split not in FACTS:
         raise RevprobeError(f"split {split!r}{did_you_mean(split, FACTS)}")
     words = table7(matches, split)
-    columns, rows = list(words.columns[1:]), [plain(name) for name in words.get("trained on", [])]
+    columns, rows = list(words.columns[1:]), [_named(name) for name in words.get("trained on", [])]
     values = _means(_of_split(matches, split), list(words.columns[1:]))
-    text = [[plain(cell, limit=None) for cell in line] for line in words[columns].to_numpy().tolist()] if rows else []
+    text = [[_in_lines(cell) for cell in line] for line in words[columns].to_numpy().tolist()] if rows else []
     shades = [[0, "#FFFFFF"], [1, MAP_BLUE]]
-    cells = go.Heatmap(z=values, x=[plain(name) for name in columns], y=rows, text=text, texttemplate="%{text}")
+    cells = go.Heatmap(z=values, x=[_named(name) for name in columns], y=rows, text=text, texttemplate="%{text}")
     cells.update(textfont={"color": CELL_INK})
     cells.update(zmin=0, zmax=100, colorscale=shades, xgap=2, ygap=2, colorbar={"title": {"text": "exact match (%)"}})
     cells.update(hovertemplate="trained on %{y}<br>%{x}: %{text} %<extra></extra>", hoverongaps=False)
     figure = go.Figure(cells).update_layout(template=TEMPLATE, title={"text": f"Exact match (%), {FACTS[split]}"})
     figure.update_xaxes(type="category", side="top", showgrid=False, showline=False)
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False, showline=False)
-    size = {"width": 330 + 150 * len(columns), "height": 170 + 44 * max(len(rows), 1), "margin": {"t": 110}}
+    shown = [html.unescape(part) for line in [*text, columns] for cell in line for part in cell.split("<br>")]
+    width = max(150, LETTER * max(map(len, shown), default=0) + 20)  # of a column: no words reach into the next
+    beside = 150 + LETTER * max((len(html.unescape(row)) for row in rows), default=0)
+    size = {
+        "width": max(beside, 330) + width * len(columns),
+        "height": 170 + 64 * max(len(rows), 1),
+        "margin": {"t": 110},
+    }
     return with_theme(figure.update_layout(**size), theme)
+
+
+def _named(name: str) -> str:
+    """A row's or column's name, never shortened: two that then were alike would be drawn over each other."""
+    return plain(name, limit=None)
+
+
+def _in_lines(cell: str) -> str:
+    """A cell's value, its interval and its counts on a line each."""
+    return plain(cell, limit=None).replace(" [", "<br>[").replace(" (", "<br>(")
 
 
 def _means(chosen: pd.DataFrame, columns: list[str]) -> list[list[float | None]]:

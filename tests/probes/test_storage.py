@@ -662,7 +662,11 @@ def test_a_reading_is_saved_shown_and_taken_up_again(tmp_path) -> None:
     assert "Reading(stored_evidence=" in repr(reading)
     assert again.measures()["measure"].tolist() == ["stored_evidence"]
     assert len(reading.plot().data) == 2
-    matrix = reading.plot(kind="matrix").data[0]
+    drawn = reading.plot(kind="matrix")
+    matrix = drawn.data[0]
+    assert "logits" in matrix.colorbar.title.text and "logits" in matrix.hovertemplate, "S has a unit"
+    assert "(logits; mean over" in reading.plot().layout.xaxis.title.text, "a part of a logit is no share of it"
+    assert f"<b>{reading.meta['model']}</b>" in drawn.layout.title.text, "which model it is of"
     assert np.allclose(np.array(matrix.z, dtype=float), reading.cross.to_numpy())
     with pytest.raises(rp.RevprobeError, match="storage plot of kind 'matrx'"):
         reading.plot(kind="matrx")

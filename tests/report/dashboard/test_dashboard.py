@@ -96,6 +96,8 @@ def broken_folder(folder: Path) -> None:
     (folder / "bad-config" / "config.yaml").write_text("model: [unclosed")
     made.write_run(folder / "bytes", 0)
     (folder / "bytes" / "config.yaml").write_bytes(b"\xff\xfe\x00name")
+    made.write_run(folder / "small")
+    (folder / "small" / "config.yaml").write_text("layout: llada\ncorpus: {told: once}\n")
     cut = made.write_run(folder / "cut", 0, 5) / "readings" / "step-000005" / "attention_correlation.raw.parquet"
     cut.write_bytes(cut.read_bytes()[:-200])
     flipped = made.write_run(folder / "flipped", 0, 5) / "readings" / "step-000005" / "reverse_probability.raw.parquet"
@@ -119,6 +121,7 @@ def broken_folder(folder: Path) -> None:
         ("no-config", "damaged", "half-written: it has no config.yaml"),
         ("bad-config", "damaged", "config.yaml"),
         ("bytes", "damaged", "config.yaml"),
+        ("small", "empty", "one small model, pretrained: no run, so nothing to draw"),
         ("cut", "interrupted", "interrupted at step 5 of 10, last checkpoint 2 min ago"),
         ("flipped", "interrupted", "at step 5 of 10"),
         ("failed", "failed", "failed: <script>document.title"),

@@ -12,6 +12,7 @@ from revprobe.finetune.runs.record import RunRecord
 from tiny import made_probabilities
 
 EVIL = "</script><script>document.title='planted'</script><img src=x onerror=\"document.title='planted'\"><b>%{x}"
+SIDES = ("forward", "reverse")
 FACTS = [EVIL, *"bcdefghij"]
 NUMBERS = ("value", "low", "high", "difference", "difference_low", "difference_high")
 CONTROLS = [
@@ -63,6 +64,17 @@ def made_runs() -> list[RunRecord]:
         RunRecord("b", {"position_encoding": "rope"}, {}, readings(0, 10, weights=("raw",), controls=CONTROLS), None),
         RunRecord("broken", {}, {}, Readings([]), "step-000010 is truncated: <cut>"),
     ]
+
+
+def matches(datasets: int) -> pd.DataFrame:
+    """Exact matches of three models, three seeds each, as a fine-tuning's `match_frame` has them: a row per dataset."""
+    models = ("llada", "dream", "llama")
+    asked = [(f"{EVIL} {n}", m, s, side) for n in range(datasets) for m in models for s in range(3) for side in SIDES]
+    columns = ["dataset", "model", "seed", "asked"]
+    numbers = {"value": 0.87, "low": 0.8, "high": 0.9, "n": 1000, "facts": 500, "control": 0.0}
+    made = pd.DataFrame(asked, columns=columns).assign(direction="P2C", variant="one span", **numbers)
+    made["value"] = np.random.default_rng(0).uniform(size=len(made))
+    return pd.concat([made.assign(split=split) for split in ("train", "heldout")], ignore_index=True)
 
 
 def drawn(browser: Any) -> None:

@@ -1,5 +1,6 @@
 """In a real browser: a view's address, the theme, and figures whose words fit and are not covered."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,16 @@ import pytest
 from axe_findings import axe_findings
 from headless import chromium, needs_chromium
 
+from revprobe.report.html.finetune_sections import exact_matches
+from revprobe.report.html.page import section
 from revprobe.report.html.report import write_report
 from tiny import module_at
 
 pytestmark = needs_chromium
 made = module_at(Path(__file__).with_name("report_runs.py"))
 EVIL = made.EVIL
-change, choose_theme, drawn, open_tab, said = (
-    getattr(made, name) for name in ("change", "choose_theme", "drawn", "open_tab", "said")
+awaited, change, choose_theme, drawn, open_tab, said = (
+    getattr(made, name) for name in ("awaited", "change", "choose_theme", "drawn", "open_tab", "said")
 )
 CHOSEN = ("explore-run", "explore-series", "explore-step", "explore-layer", "explore-head", "choose-against")
 # The rectangles of the words of every figure in sight, with whether they are inside the figure.
@@ -31,6 +34,14 @@ return [...document.querySelectorAll("[role=tabpanel]:not([hidden]) .js-plotly-p
       return [one.textContent, left, top, right, bottom];
     });
     return [figure.id, [frame.left, frame.top, frame.right, frame.bottom], words];
+  });
+"""
+# The rectangles of the lines in the cells of heat tables.
+CELLS = """
+return [...document.querySelectorAll("[id^=table7] .heatmap-label text")].flatMap((one) =>
+  [...(one.querySelectorAll("tspan.line").length ? one.querySelectorAll("tspan.line") : [one])]).map((one) => {
+    const {left, top, right, bottom} = one.getBoundingClientRect();
+    return [one.textContent, left, top, right, bottom];
   });
 """
 # What the tools of a figure must not lie on, while the pointer is over it: plots, titles, scales, legend.
@@ -75,6 +86,15 @@ def view(browser: Any) -> dict[str, str]:
     return found | {"tab": browser.execute_script("return opened"), "step": said(browser, "explore-step-shown")}
 
 
+def await_view(browser: Any, wanted: dict[str, str]) -> None:
+    """Wait until these are chosen: a step through the browser's history is told to its page some time later."""
+    deadline = time.monotonic() + 60
+    while (found := view(browser)) | wanted != found:
+        assert time.monotonic() < deadline, f"{found}, not {wanted}"
+        time.sleep(0.05)
+    drawn(browser)
+
+
 def fragment(browser: Any) -> dict[str, str]:
     """What the address says behind its #."""
     text = browser.execute_script("return location.hash").removeprefix("#")
@@ -113,17 +133,16 @@ def test_back_leads_through_the_views_and_forth_again(browser: Any, page: str) -
     for _ in range(2):
         browser.find_element("id", "explore-step").send_keys("\ue012")
         drawn(browser)
-    assert view(browser)["step"] == "0"
+    await_view(browser, {"step": "0"})
     open_tab(browser, "overview")
     change(browser, "choose-against", "sink")
-    for place, wanted in enumerate([None, None, *reversed(views)]):
+    for wanted in [None, None, *reversed(views)]:
         browser.back()
         drawn(browser)
         if wanted is not None:
-            assert view(browser) == wanted, f"{place + 1} steps back"
+            await_view(browser, wanted)
     browser.forward()
-    drawn(browser)
-    assert view(browser) == views[1]
+    await_view(browser, views[1])
 
 
 def test_a_run_stands_in_the_address_by_its_name(browser: Any, page: str) -> None:
@@ -189,23 +208,23 @@ def test_the_theme_is_a_labelled_control_that_is_kept(browser: Any, page: str) -
     assert (group.aria_role, group.accessible_name) == ("radiogroup", "Theme")
     names = [one.accessible_name for one in group.find_elements("css selector", "input")]
     assert names == ["as the system", "light", "dark"]
-    dark = "return [dark, document.documentElement.classList.contains('dark')]"
+    dark = "[dark, document.documentElement.classList.contains('dark')].every((one) => one === %s)"
     for scheme in ("dark", "light"):
         system(scheme)
-        assert browser.execute_script(dark) == [scheme == "dark"] * 2
+        awaited(browser, dark % str(scheme == "dark").lower())
     browser.find_element("css selector", "body").send_keys(Keys.TAB)
-    assert browser.switch_to.active_element.get_attribute("value") == "system", "the first stop of the page"
+    awaited(browser, "document.activeElement.value === 'system'")  # the first stop of the page
     for key, value in ((Keys.ARROW_RIGHT, "light"), (Keys.ARROW_RIGHT, "dark")):
         browser.switch_to.active_element.send_keys(key)
+        awaited(browser, f"document.activeElement.value === '{value}'")
+        awaited(browser, dark % str(value == "dark").lower())
         drawn(browser)
-        assert browser.switch_to.active_element.get_attribute("value") == value
-        assert browser.execute_script(dark) == [value == "dark"] * 2
     browser.refresh()
     drawn(browser)
-    assert browser.execute_script(dark) == [True, True], "kept"
+    awaited(browser, dark % "true")  # kept
     assert not axe_findings(browser)
     choose_theme(browser, "system")
-    assert browser.execute_script(dark) == [False, False]
+    awaited(browser, dark % "false")
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
@@ -238,6 +257,36 @@ def test_no_word_of_a_figure_is_cut_or_lies_on_another(browser: Any, page: str, 
         found += [f"{tab}: the page is {wide} pixels wider than its window"] if wide > 0 else []
     browser.set_window_size(1280, 1200)
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("width", [1440, 1024, 800])
+def test_a_heat_table_of_many_columns_leaves_the_page_as_wide_as_its_window(
+    browser: Any, tmp_path: Path, width: int
+) -> None:
+    """It is scrolled in its own place, which the keyboard reaches, and no cell's words lie on the next's."""
+    parts = [section("table7", "Exact match (Table 7)", *exact_matches(made.matches(4)))]
+    page = write_report(made.made_runs(), tmp_path / "report.html", sections=parts)
+    browser.set_window_size(width, 1200)
+    opened_at(browser, page.as_uri())
+    wide = browser.execute_script("return document.documentElement.scrollWidth - innerWidth")
+    place = "document.getElementById('table7-train')"
+    beyond = browser.execute_script(f"return {place}.parentElement.scrollWidth - {place}.parentElement.clientWidth")
+    cells = browser.execute_script(CELLS)
+    browser.set_window_size(1280, 1200)
+    assert wide <= 0, f"the page is {wide} pixels wider than its window"
+    assert beyond > 0, "it is wider than its place, or nothing is shown"
+    assert len(cells) == 2 * 4 * 6 * 3, "trained and held-out facts, four rows, six columns, three lines"
+    found = [f"{a[0]!r} on {b[0]!r}" for at, a in enumerate(cells) for b in cells[:at] if close(a, b)]
+    assert not found, "\n".join(found)
+    assert not axe_findings(browser)
+
+
+def test_a_table_of_few_rows_is_not_drawn_once_more() -> None:
+    assert "table7-train" not in "".join(exact_matches(made.matches(3)))
+    page = "".join(exact_matches(made.matches(4)))
+    assert "table7-train" in page
+    small = "<small>3 seeds, n = 3,000, 500 facts</small></td>"
+    assert page.count(small) == 2 * 4 * 6, "interval and counts stand under a value, not beside it"
 
 
 @pytest.mark.parametrize("width", [1440, 800])

@@ -66,8 +66,8 @@ def ablation_verdict(found: Section6, variant: str, seed: int) -> str:
     in_place = signatures.sort_values("step")["value"].iloc[-1] if len(signatures) else np.nan
     # Each: a number, and the lowest and the highest that it may be, with whether the end itself may be.
     ranges = {
-        "whole-entity": [(reverse - plain, LIMIT, 9)],
-        "one-span": [(reverse - plain, LIMIT, 9)],
+        "whole-entity": [(reverse - plain, LIMIT * 2, 9)],
+        "one-span": [(reverse - plain, LIMIT * 2, 9)],
         "never-first": [(reverse, -9, 0.05), (in_place, -9, 0.05)],
         "never-second": [(forward, -9, 0.05), (reverse - plain, -0.10, 0.10)],
         "response-only": [(reverse, -9, 0.05)],
