@@ -9,10 +9,10 @@ other. Its weights are random, made in memory where the published ones would be 
 rows say how often they were made ("loads") and whether any of them came to lie in the run's folder. The folder is
 temporary, in --scratch, and deleted at the end.
 
-A row is one process with a limit of its own (--limit, in GiB of address space): what does not fit ends it, and not the
-machine's other programs. Before it begins the plan says whether it fits; the row has that word beside what came. Memory
-is the kernel's (VmHWM), less what the process held when libraries were loaded and weights were not. Rows are added to
---out as they are measured.
+A row is one process with a limit of its own (--limit, in GiB of data, mapped files apart): what does not fit ends it,
+and not the machine's other programs. Before it begins the plan says whether it fits; the row has that word beside what
+came. Memory is the kernel's (VmHWM), less what the process held when libraries were loaded and weights were not. Rows
+are added to --out as they are measured.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def measure(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     row = planned_row(plan, shape, asked)
     print(json.dumps(row), flush=True)  # there also when the limit ends what follows
     loads, limit = put_random_weights(chosen, shape), int(asked.limit * GIB)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     before, start = forget_peak(), time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a floor that four facts do not have
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="the published number by default")
     parser.add_argument("--tiny", action="store_true", help="two layers of width 64")
     parser.add_argument("--tokens", type=int, default=64, help="of a row, for the plan; the config's rows have 64")
-    parser.add_argument("--limit", type=float, default=22.0, help="GiB of address space")
+    parser.add_argument("--limit", type=float, default=22.0, help="GiB of data in memory, mapped files apart")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--out", type=Path, default=Path("large_finetune.jsonl"))
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
