@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -60,7 +60,7 @@ class Sweep:
             watch: passes the runs' configs on one by one, such as a bar of the caller's own does.
             progress: called with (runs read, runs in all); None shows a bar, False nothing.
         """
-        asked = self.config.runs()
+        asked: Sequence[AnyRun] = self.config.runs()
         return [self._record(run) for run in (counted(asked, progress) if watch is None else watch(asked))]
 
     def for_report(self) -> list[RunRecord]:
