@@ -1,8 +1,11 @@
-"""Take a picture of the dashboard: serve a folder of runs, open it in a headless Chromium, choose runs and a pair.
+"""Take a picture of the dashboard: serve a folder of runs, open one view of it in a headless Chromium.
 
     python examples/dashboard_screenshot.py runs/one-layer-quick examples/images/dashboard.png
     python examples/dashboard_screenshot.py runs dashboard.png --runs one-layer/rope-l10-s0 one-layer/alibi-l10-s0
+    python examples/dashboard_screenshot.py runs/one-layer-quick examples/images/ask.png --runs rope-l10-s0 \
+        --view 'tab=ask&fact=a&edit=knockout'
 
+A view is what stands behind the question mark of the dashboard's address. The picture is as high as the view.
 Needs the extra `revprobe[dashboard]`, `pip install selenium`, and Chromium with its driver (Debian and Ubuntu:
 `apt-get install chromium chromium-driver`).
 """
@@ -20,33 +23,57 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlencode
 
-from revprobe.errors import RevprobeError
+from revprobe.errors import RevprobeError, did_you_mean
 from revprobe.report.dashboard.app import make_app
 from revprobe.report.dashboard.server import LOOPBACK, make_dashboard_server
+from revprobe.report.dashboard.view import TABS, View
 
-WIDTH, HEIGHT, SCALE = 1400, 2450, 0.75
+WIDTH, HEIGHT, SCALE = 1400, 1000, 0.75
+HIGHEST = 8000  # pixels of the page in one picture
+MOST = 4  # runs over each other, where none is named
+# What stands in a tab once it is drawn.
+DRAWN = {"training": "#curves .main-svg", "checkpoint": "#one .main-svg", "pair": "#opened .token"}
+DRAWN |= {"ask": "#answer .token"}
+# The page's parts scroll by themselves: as high as the highest of them, below what stands above.
+WHOLE = """
+const parts = [document.querySelector("#main"), document.querySelector("#side")];
+const foot = (part) => Math.max(...[...part.querySelectorAll("*")].map((one) => one.getBoundingClientRect().bottom));
+return Math.ceil(Math.max(...parts.map((part) => foot(part) + part.scrollTop))) + 24;
+"""
 PATIENCE = 180  # seconds until a figure must stand; a busy machine reads a run in tens of them
 
 
-def picture(runs_dir: Path, out: Path, *, chosen: list[str] | None = None) -> Path:
-    """Save the dashboard of `runs_dir`, with some runs over each other and one pair opened, as `out`.
+def picture(runs_dir: Path, out: Path, *, chosen: list[str] | None = None, view: str = "") -> Path:
+    """Save one view of the dashboard of `runs_dir` as `out`: by default training, its first runs over each other.
 
-    Raises: RevprobeError, for no such folder; OSError, without a browser; TimeoutError, when nothing is drawn.
+    Args:
+        chosen: paths of runs from `runs_dir`, which are drawn over each other.
+        view: what stands behind the question mark of the view's address, without the runs.
+    Raises: RevprobeError, for no such folder, run or tab; OSError, without a browser; TimeoutError, when nothing is
+        drawn.
     """
+    tab = View.from_address(view).tab
+    if (asked := dict(parse_qsl(view)).get("tab", tab)) != tab:
+        raise RevprobeError(f"no tab {asked!r}{did_you_mean(asked, TABS)}")
     with served(runs_dir) as address, browser() as driver:
         driver.get(address)
-        await_true(lambda: driver.find_elements("css selector", "#curves .main-svg"), "the curves")
         keys = await_true(lambda: drawable(driver), "the list of runs")
-        for key in chosen or keys[:1]:
+        for key in chosen or []:
             if key not in keys:
                 raise RevprobeError(f"no run {key!r} in {runs_dir}: expected some of {', '.join(keys)}")
-            pick(driver, key)
-        await_true(lambda: len(table_rows(driver)) >= len(chosen or keys[:1]), "the numbers")
-        open_tab(driver, "pair")
-        choose(driver, "fact")
-        await_true(lambda: driver.find_elements("css selector", "#opened .token"), "the pair")
+        shown = chosen or keys[:MOST]
+        said = [*parse_qsl(view), *(("chosen", key) for key in shown)]
+        driver.get(f"{address}?{urlencode(said)}")
+        await_true(lambda: driver.find_elements("css selector", DRAWN[tab]), f"the tab {tab!r}")
+        if tab == "training":
+            await_true(lambda: len(table_rows(driver)) >= len(shown), "the numbers")
         time.sleep(2)  # what moves while it is drawn
+        high = min(driver.execute_script(WHOLE), HIGHEST)
+        size = {"width": WIDTH, "height": high, "deviceScaleFactor": SCALE, "mobile": False}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        time.sleep(2)
         out.parent.mkdir(parents=True, exist_ok=True)
         driver.save_screenshot(str(out))
     return out
@@ -148,10 +175,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Save the dashboard of a folder of runs as a picture.")
     parser.add_argument("runs_dir", type=Path, help="a folder of runs or sweeps")
     parser.add_argument("picture", type=Path, help="the PNG to write")
-    parser.add_argument("--runs", nargs="+", metavar="RUN", help="paths from RUNS_DIR; the first run by default")
+    parser.add_argument("--runs", nargs="+", metavar="RUN", help="paths from RUNS_DIR; the first four by default")
+    parser.add_argument(
+        "--view", default="", help="what stands behind the question mark of an address of the dashboard"
+    )
     asked = parser.parse_args()
     try:
-        print(picture(asked.runs_dir, asked.picture, chosen=asked.runs))
+        print(picture(asked.runs_dir, asked.picture, chosen=asked.runs, view=asked.view))
     except (RevprobeError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -120,7 +120,8 @@ def shown_records(sweep: Sweep, console: Console) -> list[RunRecord]:
     """What every run came to, with a bar on a terminal: reading many runs takes a while."""
     hidden = not console.is_terminal
     return sweep.records(
-        lambda asked: track(list(asked), "reading the runs", console=console, transient=True, disable=hidden)
+        lambda asked: track(list(asked), "reading the runs", console=console, transient=True, disable=hidden),
+        progress=False,
     )
 
 

@@ -8,6 +8,7 @@ import io
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 import revprobe as rp
 from revprobe import progress as module
 from revprobe.finetune.runs.progress import bars
+from revprobe.finetune.runs.sweeps import Sweep
 from revprobe.progress import Progress, counted, counted_together, shows_progress
 from revprobe.report.html.report import write_report
 from tiny import gpt2
@@ -253,7 +255,7 @@ def test_a_report_counts_what_it_reads(
     """Each reading once for the numbers and once for the tabs: of both, the counts go on to the end."""
     monkeypatch.setattr(module, "DELAY", -1.0)
     told: list[tuple[int, int]] = []
-    records, page = [run.record()], tmp_path / "report.html"
+    records, page = [run.record(progress=False)], tmp_path / "report.html"
     write_report(records, page, progress=lambda *counts: told.append(counts))
     total = 2 * len(records[0].readings)
     assert told == [(done, total) for done in range(1, total + 1)] and total > 0, told
@@ -261,6 +263,30 @@ def test_a_report_counts_what_it_reads(
     assert screen.getvalue() == "", "nothing where nothing is asked for"
     write_report(records, page)
     assert "write_report:" in screen.getvalue() and f"/{total} " in screen.getvalue(), screen.getvalue()
+
+
+def test_reading_a_run_and_a_sweep_counts_what_is_read(
+    run: Any, screen: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of many checkpoints, or a sweep of many runs, takes seconds before there is anything to draw."""
+    monkeypatch.setattr(module, "DELAY", -1.0)
+    monkeypatch.setattr(Sweep, "config", SimpleNamespace(runs=lambda: [run.config]))
+    readings, sweep = run.readings(progress=False), Sweep(run.path.parent)
+    load = partial(rp.Readings.load, run.path / "readings")
+    each = len(readings)
+    calls = [("readings", run.readings, each), ("record", run.record, each), ("load", load, each)]
+    calls += [("measures", readings.measures, each), ("summary", readings.summary, each)]
+    calls += [("records", sweep.records, 1), ("summary", sweep.summary, 1)]
+    for name, call, total in calls:
+        told: list[tuple[int, int]] = []
+        call(progress=lambda *counts, told=told: told.append(counts))
+        assert told == [(done, total) for done in range(1, total + 1)] and total > 0, (name, told)
+        call(progress=False)
+        assert screen.getvalue() == "", f"{name}: nothing where nothing is asked for"
+        call()
+        assert f"{name}:" in screen.getvalue() and f"/{total} " in screen.getvalue(), screen.getvalue()
+        screen.truncate(0)
+        screen.seek(0)
 
 
 def test_a_probe_shows_its_queries(screen: Screen, monkeypatch: pytest.MonkeyPatch) -> None:

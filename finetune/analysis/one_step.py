@@ -47,6 +47,7 @@ from .storage_curves import chosen_steps, letter_questions
 NO_RATE = "the learning rate is 0 at this step"
 SWAPPED = "pairs of kind 'swapped' do not share an entry of S"
 PAST_END = "past the end of the run"
+KEYS = ("model", "step", "optimizer", "learning_rate", "quantity", "kind")  # of a row of the curves
 QUANTITIES = ("stored", "forward_loss", "reverse_loss")
 FOLLOWED = ("before", "observed", "predicted", "observed_control", "predicted_control")
 AVERAGED = ("before", "observed", "predicted", "error", "observed_control", "excess", "predicted_control")
@@ -75,10 +76,10 @@ def one_step(
             last step, after which there is none. The step is taken on the raw weights.
         learning_rate: instead of the schedule's (which is 0 at step 0 of a warm-up, and ends with the run).
         progress: called with (checkpoints done, checkpoints in all); None shows a bar, False nothing.
-    Returns: one row per checkpoint, quantity and pair: step, optimizer ("saved" or "fresh" state), learning_rate,
-        quantity ("stored": S[v, u] under the reverse query, logits; "forward_loss", "reverse_loss": nats), pair,
-        fact, kind, before, observed (the change), predicted (to first order: the derivative along the update),
-        observed_control and predicted_control (the same target on the evidence of another fact), reason. The run's last
+    Returns: one row per checkpoint, quantity and pair: model, step, optimizer ("saved" or "fresh" state),
+        learning_rate, quantity ("stored": S[v, u] under the reverse query, logits; "forward_loss", "reverse_loss":
+        nats), pair, fact, kind, before, observed (the change), predicted (to first order: the derivative along the
+        update), observed_control and predicted_control (the same target on another fact's evidence), reason. The last
         step, asked for without a learning rate, is NaN with a reason. Measured in float64 whatever
         the model's dtype, since a step's change can be as small as float32 rounding. See `one_step_curves`.
     Raises: RevprobeError, for a run without checkpoints, a step it lacks, an empty list of steps, or a fine-tuning.
@@ -105,12 +106,13 @@ def one_step(
             nothing = _undefined(asked) | {"reason": PAST_END}  # a step that no schedule names
             table = _tidy(asked, "", float("nan"), dict.fromkeys(QUANTITIES, nothing))
         table.insert(0, "step", at)
+        table.insert(0, "model", run.path.name)
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
 
 
 def follow(step: Step, pairs: ReversalPairs, *, batch_size: int | None = None, seed: int = 0) -> pd.DataFrame:
-    """What a step changed, pair by pair: the columns of `one_step` but for `step`."""
+    """What a step changed, pair by pair: the columns of `one_step` but for `model` and `step`."""
     pairs = asked_pairs(step.before, pairs, "one_step")
     found = {"stored": _stored_change(step, pairs, batch_size, seed)}
     found |= {f"{side}_loss": values for side, values in _loss_changes(step, pairs, batch_size, seed)}
@@ -203,7 +205,7 @@ def with_target(query: Query, target: tuple[int, ...]) -> Query:
 def one_step_curves(table: pd.DataFrame) -> pd.DataFrame:
     """What `one_step` gave, averaged over pairs: one row per checkpoint and quantity.
 
-    Columns: step, optimizer, learning_rate, quantity, kind, n, n_control (pairs behind observed and behind its
+    Columns: model, step, optimizer, learning_rate, quantity, kind, n, n_control (pairs behind observed and behind its
     control), facts (behind observed); before, observed, predicted, error (observed less predicted), observed_control,
     excess (observed less its control, over the pairs that have both) and predicted_control, each a mean with _low and
     _high (95 %, over facts); slope (of observed on predicted over pairs, through zero; 1 where curvature does not
@@ -218,7 +220,8 @@ def one_step_curves(table: pd.DataFrame) -> pd.DataFrame:
     table = table.assign(
         error=table["observed"] - table["predicted"], excess=table["observed"] - table["observed_control"]
     )
-    keys = ["step", "optimizer", "learning_rate", "quantity", "kind"]
+    # What older versions wrote does not name its model.
+    keys = [name for name in KEYS if name in table]
     rows = []
     for key, part in table.groupby(keys, sort=False, dropna=False):
         row: dict[str, Any] = dict(zip(keys, key, strict=True))

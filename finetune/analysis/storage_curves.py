@@ -31,7 +31,7 @@ from ..runs.run import Run
 
 # Per pair, summed over layers and heads; attention is averaged over them.
 CURVES = ("stored", "weight", "contribution", "margin", "rank", "logit")
-COLUMNS = ["step", "weights", "kind", "curve", "direction", "value", "n", "facts", "low", "high"]
+COLUMNS = ["model", "step", "weights", "kind", "curve", "direction", "value", "n", "facts", "low", "high"]
 COLUMNS += ["control", "control_n", "control_low", "control_high", "reason", "statistics_version"]
 
 
@@ -55,11 +55,11 @@ def storage_curves(
         steps: which checkpoints, negative ones counted from the last; all that are complete when None.
         weights: "raw" or "ema"; both where the run keeps an average when None.
         progress: called with (checkpoints done, checkpoints in all); None shows a bar, False nothing.
-    Returns: tidy rows: step, weights, kind, curve, direction, value, n (pairs), facts, low, high (95 %, over facts);
-        for the stored evidence under the reverse query control, control_n, control_low, control_high; reason (why there
-        is no interval, as where all facts are alike) and statistics_version. Curves: stored (S[v, u]), weight
-        (attention on the evidence, mean over layers and heads), contribution (what the evidence position adds to the
-        logit, all sources), margin and rank (of S[v, u] among the targets), logit.
+    Returns: tidy rows: model, step, weights, kind, curve, direction, value, n (pairs), facts, low, high (95 %, over
+        facts); for the stored evidence under the reverse query control, control_n, control_low, control_high; reason
+        (why there is no interval, as where all facts are alike) and statistics_version. Curves: stored (S[v, u]),
+        weight (attention on the evidence, mean over layers and heads), contribution (what the evidence position adds to
+        the logit, all sources), margin and rank (of S[v, u] among the targets), logit.
     Raises: RevprobeError, for a run without checkpoints, an empty list of steps, a step it lacks, a fine-tuning
         without pairs, or a causal run, whose pairs swap roles (S couples one target with one evidence token).
     """
@@ -69,7 +69,8 @@ def storage_curves(
     for model in checkpoints(run, steps, weights, progress):
         asked = letter_questions(run, model) if pairs is None else pairs
         reading = probe_stored_evidence(model, asked, batch_size=batch_size, seed=seed)
-        rows += [{"step": model.step, "weights": model.weights, **row} for row in curve_rows(reading)]
+        at = {"model": run.path.name, "step": model.step, "weights": model.weights}
+        rows += [at | row for row in curve_rows(reading)]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

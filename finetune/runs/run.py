@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from pydantic import BaseModel
 
+from ...arguments import checked
 from ...atomic_files import write_text
 from ...errors import RevprobeError, first_line
 from ...models.checkpoints import CHECKPOINTS, checkpoint_steps, step_name
@@ -33,6 +34,7 @@ from ...models.probed import ProbedModel
 from ...probes.pairs.pairs import ReversalPairs
 from ...probes.readings.reading import Reading
 from ...probes.readings.readings import Readings
+from ...progress import Progress, counted, shows_progress
 from ..config.alerts import Alert
 from ..config.loading import dump_config
 from ..config.mistakes import differences
@@ -165,13 +167,26 @@ class Run(ABC):
         counts = [f"{states.count(state)} of {len(states)} alerts {state}" for state in (CROSSED, UNDEFINED)]
         return [words for words in counts if not words.startswith("0 ")] or ["no alert crossed"] * bool(states)
 
-    def readings(self) -> Readings:
-        """The readings of every snapshot. Raises: RevprobeError, when there are none yet or a file is damaged."""
-        return Readings.load(self.path / READINGS)
+    @checked
+    @shows_progress("readings")
+    def readings(self, *, progress: Progress | bool | None = None) -> Readings:
+        """The readings of every snapshot.
 
-    def record(self) -> RunRecord:
-        """What the run came to so far; one without readings, or with damaged ones, says so as its problem."""
-        readings, damaged = self._sound_readings()
+        Args:
+            progress: called with (readings read, readings in all); None shows a bar, False nothing.
+        Raises: RevprobeError, when there are none yet or a file is damaged.
+        """
+        return Readings.load(self.path / READINGS, progress=progress)
+
+    @checked
+    @shows_progress("readings")
+    def record(self, *, progress: Progress | bool | None = None) -> RunRecord:
+        """What the run came to so far; one without readings, or with damaged ones, says so as its problem.
+
+        Args:
+            progress: as in `readings`.
+        """
+        readings, damaged = self._sound_readings(progress)
         problem = "; ".join(filter(None, (damaged, self.problem))) or None
         return RunRecord(self.path.name, self.axes, self.config.model_dump(mode="json"), readings, problem)
 
@@ -219,16 +234,16 @@ class Run(ABC):
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         return f"{len(missing)} of {len(self.expected_readings)} readings are missing ({named}{more})"
 
-    def _sound_readings(self) -> tuple[Readings, str]:
+    def _sound_readings(self, progress: Progress | bool | None = False) -> tuple[Readings, str]:
         """The readings that are whole, and what is wrong with the others."""
         if not (self.path / READINGS).is_dir():
             return Readings([]), ""
         try:
-            return self.readings(), ""
+            return self.readings(progress=progress), ""
         except RevprobeError as error:
             first = first_line(error, with_type=False)
         sound, files = [], [file for file in sorted((self.path / READINGS).rglob("*.parquet")) if file.name[0] != "."]
-        for file in files:
+        for file in counted(files, progress):
             with suppress(RevprobeError):
                 sound.append(Reading.load(file))
         return Readings(sound), f"{len(files) - len(sound)} of {len(files)} files of readings are left out: {first}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from ...arguments import checked
 from ...engines.launcher import Work
 from ...errors import RevprobeError, did_you_mean
 from ...probes.readings.readings import Readings
+from ...progress import Progress, counted, shows_progress
 from ..config.finetuning import FinetuneConfig, FinetuneSweepConfig, is_sweep_text
 from ..config.loading import dump_config, load_config, require_no_config
 from ..config.mistakes import differences
@@ -45,13 +46,22 @@ class Sweep:
         """The runs that have been started, in the order of the config."""
         return [open_run(self.path / run.name) for run in self.config.runs() if is_run(self.path / run.name)]
 
-    def records(self, watch: Callable[[Iterable[AnyRun]], Iterable[AnyRun]] = iter) -> list[RunRecord]:
+    @checked
+    @shows_progress("runs")
+    def records(
+        self,
+        watch: Callable[[Iterable[AnyRun]], Iterable[AnyRun]] | None = None,
+        *,
+        progress: Progress | bool | None = None,
+    ) -> list[RunRecord]:
         """What every run came to; one that is missing or damaged stands there with its problem.
 
         Args:
-            watch: passes the runs' configs on one by one, such as a progress bar does.
+            watch: passes the runs' configs on one by one, such as a bar of the caller's own does.
+            progress: called with (runs read, runs in all); None shows a bar, False nothing.
         """
-        return [self._record(run) for run in watch(self.config.runs())]
+        asked: Sequence[AnyRun] = self.config.runs()
+        return [self._record(run) for run in (counted(asked, progress) if watch is None else watch(asked))]
 
     def for_report(self) -> list[RunRecord]:
         """Renamed: `records`. Raises: RevprobeError, saying so."""
@@ -75,9 +85,11 @@ class Sweep:
         rest = [f"{count} {state}" for state, count in others.items() if count]
         return [self.path.name, f"{done} of {len(asked)} runs finished", *rest]
 
-    def summary(self) -> pd.DataFrame:
-        """All numbers of all runs, tidy, with the columns of summary.csv."""
-        return summary_frame(self.records())
+    @checked
+    @shows_progress("runs")
+    def summary(self, *, progress: Progress | bool | None = None) -> pd.DataFrame:
+        """All numbers of all runs, tidy, with the columns of summary.csv; `progress` as in `records`."""
+        return summary_frame(self.records(progress=progress))
 
     def _record(self, config: AnyRun) -> RunRecord:
         folder = self.path / config.name

@@ -22,6 +22,7 @@ from .theme import (
     TEMPLATE,
     UNDEFINED_GREY,
     counts_text,
+    heading,
     interval_text,
     message_figure,
     plain,
@@ -167,6 +168,6 @@ def _titled(figure: go.Figure, reading: Drawable, where: str = "") -> go.Figure:
     undefined = sum(reading.undefined.values())
     what += f", {undefined:,} heads x directions undefined" if undefined else ""
     words = series_words(meta.get("weights"), meta.get("kind"))
-    text = f"<b>{plain(meta.get('model') or 'model')}</b>{step} ({words}){where}<br>{what}"
-    title = {"text": text, "font": {"size": 14}, "y": 1, "yref": "container", "pad": {"t": 12}}
+    text = f"<b>{plain(meta.get('model') or 'model')}</b>{step} ({words}){where}"
+    title = heading(text, what)
     return figure.update_layout(template=TEMPLATE, title=title, margin={"t": 100, "b": 100})

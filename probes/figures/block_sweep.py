@@ -17,6 +17,7 @@ from .theme import (
     REVERSE,
     TEMPLATE,
     counts_text,
+    heading,
     interval_text,
     message_figure,
     plain,
@@ -66,8 +67,7 @@ def block_sweep_figure(
         title = f"{unit} ({counts_text(rows['n'].astype(float))})"
         lowest = min([floor, *rows[["value", "low", "control", "control_low"]].astype(float).min().dropna()])
         figure.update_yaxes(title=title, range=[lowest - 0.07, 1.04], **at)
-    heading = {"text": _KEY, "font": {"size": 12, "color": "#555"}, "y": 1, "yref": "container", "pad": {"t": 8}}
-    figure.update_layout(template=TEMPLATE, title=heading, showlegend=False, margin={"t": 80, "b": 90})
+    figure.update_layout(template=TEMPLATE, title=heading(_KEY, key=True), showlegend=False, margin={"t": 80, "b": 90})
     return with_theme(figure.update_layout(width=_WIDTH, height=90 + 350 * lines), theme)
 
 

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from ...errors import RevprobeError
 from ..statistics.group_correlation import LEAST_FACTS
 from .drawable import Drawable
-from .theme import OKABE_ITO, SYMBOLS, TEMPLATE, band, counts_text, interval_text, message_figure, plain
+from .theme import OKABE_ITO, SYMBOLS, TEMPLATE, band, counts_text, heading, interval_text, message_figure, plain
 
 # Black is the line of the mean, and yellow is not seen on white.
 COLOURS = [colour for name, colour in OKABE_ITO.items() if name not in ("black", "yellow")]
@@ -136,13 +136,12 @@ def _finding(cells: pd.DataFrame) -> str:
 def _laid_out(figure: go.Figure, reading: Drawable, cells: pd.DataFrame, left_out: list[str]) -> go.Figure:
     step = reading.meta.get("step")
     where = plain(reading.meta.get("model") or "model") + ("" if step is None else f", step {int(step):,}")
-    text = "<br>".join([f"<b>{where}</b>", _finding(cells), *left_out])
+    title = heading(f"<b>{where}</b>", _finding(cells), *left_out)
     figure.update_xaxes(
         title=f"distance from readout row to evidence, equal both ways (tokens; {counts_text(cells['n'])})"
     )
     low = min(-0.05, float(cells[["low", "least", "bound_mean"]].min().min()) - 0.05)
     figure.update_yaxes(title="Pearson r of forward and reverse score", range=[low if math.isfinite(low) else -1, 1.05])
-    title = {"text": text, "font": {"size": 14}, "y": 1, "yref": "container", "pad": {"t": 12}}
     margin = {"t": 80 + 18 * len(left_out)}
     figure.update_layout(template=TEMPLATE, title=title, legend={"tracegroupgap": 0})
     return figure.update_layout(margin=margin, width=None, height=480)

@@ -25,6 +25,7 @@ from .theme import (
     UNDEFINED_GREY,
     band,
     counts_text,
+    heading,
     interval_text,
     message_figure,
     plain,
@@ -197,8 +198,8 @@ def titled(figure: go.Figure, reading: Drawable, what: str) -> go.Figure:
     numbers = f"{what}: {interval_text(reading.value, *reading.interval, control)}, n = {reading.n:,}"
     undefined = sum(reading.undefined.values())
     numbers += f", {undefined:,} undefined" if undefined else ""
-    text = f"<b>{model}</b>{step} ({series_words(meta.get('weights'), meta.get('kind'))})<br>{numbers}"
-    title = {"text": text, "font": {"size": 14}, "y": 1, "yref": "container", "pad": {"t": 12}}
+    text = f"<b>{model}</b>{step} ({series_words(meta.get('weights'), meta.get('kind'))})"
+    title = heading(text, numbers)
     margin = {"t": 110, "b": 110}
     return figure.update_layout(template=TEMPLATE, title=title, legend=BELOW, margin=margin, height=470)
 

@@ -23,6 +23,7 @@ from .theme import (
     REVERSE,
     TEMPLATE,
     UNDEFINED_GREY,
+    heading,
     interval_text,
     message_figure,
     plain,
@@ -141,7 +142,7 @@ def _titled(figure: go.Figure, reading: Drawable, where: str) -> go.Figure:
 
 def _headed(figure: go.Figure, meta: dict[str, Any], words: str) -> go.Figure:
     text = f"<b>{plain(meta.get('model') or 'model')}</b>{words}"
-    title = {"text": text, "font": {"size": 14}, "y": 1, "yref": "container", "pad": {"t": 12}}
+    title = heading(*text.split("<br>"))
     return figure.update_layout(template=TEMPLATE, title=title, margin={"t": 100})
 
 

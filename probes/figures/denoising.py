@@ -20,6 +20,7 @@ from .theme import (
     band,
     counts_text,
     faded,
+    heading,
     interval_text,
     message_figure,
     plain,
@@ -137,6 +138,6 @@ def _titled(figure: go.Figure, reading: Drawable) -> go.Figure:
     text = f"<b>{plain(meta.get('model') or 'model')}</b>{step} ({series_words(meta.get('weights'), meta.get('kind'))})"
     line = f"probability of the reverse target when it was written: {numbers}, n = {reading.n:,}"
     line += f", {undefined:,} undefined" if undefined else ""
-    title = {"text": f"{text}<br>{line}", "font": {"size": 14}, "y": 1, "yref": "container", "pad": {"t": 12}}
+    title = heading(text, line)
     legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}
     return figure.update_layout(template=TEMPLATE, title=title, legend=legend, margin={"t": 110})

@@ -16,6 +16,7 @@ from .theme import (
     TEMPLATE,
     counts_text,
     difference_text,
+    heading,
     interval_text,
     message_figure,
     plain,
@@ -63,10 +64,11 @@ def comparison_figure(frame: pd.DataFrame, *, theme: str = "light") -> go.Figure
     figure.update_xaxes(title=f"value ({counts})", col=1)
     figure.update_xaxes(title=f"difference ({facts} common facts)", col=2)
     legend = {"orientation": "h", "y": -0.14, "yanchor": "top", "x": 0}
-    heading = {"text": _KEY, "font": {"size": 12, "color": "#555"}, "y": 1, "yref": "container", "pad": {"t": 8}}
     rows_drawn = len(measures) * max(len(models), len(between))
     size = {"height": 240 + max(52 * len(measures), 18 * rows_drawn), "width": 780}
-    figure.update_layout(template=TEMPLATE, title=heading, legend=legend, margin={"t": 80, "b": 110}, **size)
+    figure.update_layout(
+        template=TEMPLATE, title=heading(_KEY, key=True), legend=legend, margin={"t": 80, "b": 110}, **size
+    )
     return with_theme(figure, theme)
 
 

@@ -22,6 +22,7 @@ from .theme import (
     StepScale,
     band,
     counts_text,
+    heading,
     interval_text,
     message_figure,
     plain,
@@ -101,8 +102,8 @@ def _titled(figure: go.Figure, reading: Drawable) -> go.Figure:
     numbers += f", dial {plain(meta['dial'])}"
     if not meta["enumerated"]:
         numbers += f", error of the draw {meta['sampling_error']:.2g}"
-    text = f"<b>{plain(meta.get('model') or 'model')}</b>{step}{weights}<br>{numbers}"
-    title = {"text": text, "font": {"size": 14}, "y": 1, "yref": "container", "pad": {"t": 12}}
+    text = f"<b>{plain(meta.get('model') or 'model')}</b>{step}{weights}"
+    title = heading(text, numbers)
     legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}
     return figure.update_layout(template=TEMPLATE, title=title, legend=legend, margin={"t": 110, "b": 80}, width=700)
 
@@ -144,8 +145,7 @@ def pressure_figure(table: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(title="target against<br>placeholder (nats)", row=2, col=1)
     figure.update_xaxes(scale.axis(), row=2, col=1)
     legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
-    title: dict[str, Any] = {"text": "above 0: a step on these terms lowers the reverse loss · band: 95 % over facts"}
-    title |= {"font": {"size": 12, "color": "#555"}, "y": 1, "yref": "container", "pad": {"t": 8}}
+    title = heading("above 0: a step on these terms lowers the reverse loss · band: 95 % over facts", key=True)
     return figure.update_layout(template=TEMPLATE, title=title, legend=legend, height=620, width=760, margin={"t": 110})
 
 

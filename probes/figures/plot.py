@@ -40,6 +40,7 @@ from .theme import (
     REVERSE,
     TEMPLATE,
     faded,
+    heading,
     interval_text,
     message_figure,
     plain,
@@ -252,9 +253,9 @@ def _titled(figure: go.Figure, reading: Drawable, what: str) -> go.Figure:
     numbers = f"{what} {interval_text(reading.value, *reading.interval, control)}, n = {reading.n:,}"
     undefined = sum(reading.undefined.values())
     numbers += f", {undefined:,} undefined" if undefined else ""
-    text = f"<b>{model}</b>{step} ({series_words(meta.get('weights'), meta.get('kind'))})<br>{numbers}"
+    text = f"<b>{model}</b>{step} ({series_words(meta.get('weights'), meta.get('kind'))})"
     legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}
-    title = {"text": text, "font": {"size": 14}, "y": 1, "yref": "container", "pad": {"t": 12}}
+    title = heading(text, numbers)
     return figure.update_layout(template=TEMPLATE, title=title, legend=legend, margin={"t": 110}, **SIZE)
 
 

@@ -17,6 +17,7 @@ from .theme import (
     REVERSE,
     TEMPLATE,
     UNDEFINED_GREY,
+    heading,
     interval_text,
     message_figure,
     plain,
@@ -130,6 +131,6 @@ def _titled(figure: go.Figure, reading: Drawable, widest: pd.Series, direction: 
     what = f"{direction} queries, {EDIT_WORDS[meta['edit']]}: {numbers}, n = {int(widest['n']):,}"
     what += f", {undefined:,} undefined" if undefined else ""
     text = f"<b>{plain(meta.get('model') or 'model')}</b>{step} ({series_words(meta.get('weights'), meta.get('kind'))})"
-    title = {"text": f"{text}<br>{what}", "font": {"size": 14}, "y": 1, "yref": "container", "pad": {"t": 12}}
+    title = heading(text, what)
     legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}
     return figure.update_layout(template=TEMPLATE, title=title, legend=legend, margin={"t": 110}, width=640)

@@ -24,6 +24,7 @@ from .theme import (
     StepScale,
     band,
     counts_text,
+    heading,
     interval_text,
     message_figure,
     plain,
@@ -104,8 +105,8 @@ def _titled(figure: go.Figure, reading: Drawable) -> go.Figure:
     if reading.control is not None and reading.control.n != reading.n:
         numbers += f" (control over {reading.control.n:,})"
     numbers += f", {undefined:,} undefined" if undefined else ""
-    text = f"<b>{plain(meta.get('model') or 'model')}</b>{step}{weights}<br>{numbers}"
-    title = {"text": text, "font": {"size": 14}, "y": 1, "yref": "container", "pad": {"t": 12}}
+    text = f"<b>{plain(meta.get('model') or 'model')}</b>{step}{weights}"
+    title = heading(text, numbers)
     legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}
     return figure.update_layout(template=TEMPLATE, title=title, legend=legend, margin={"t": 110})
 
@@ -123,7 +124,7 @@ def storage_curves_figure(curves: pd.DataFrame, *, weights: str | None = None) -
     if weights not in there:
         raise RevprobeError(f"no {weights!r} weights among the curves{did_you_mean(weights, there)}")
     rows = rows[rows["weights"] == weights]
-    scale, figure = _panels(rows, CURVE_PANELS, "curve", plain(f"{weights} weights"))
+    scale, figure = _panels(rows, CURVE_PANELS, "curve", f" ({plain(weights)} weights)")
     for place, (curve, *_) in enumerate(CURVE_PANELS, start=1):
         for side, colour in (("forward", FORWARD), ("reverse", REVERSE)):
             part = rows[(rows["curve"] == curve) & (rows["direction"] == side)].sort_values("step")
@@ -140,7 +141,7 @@ def one_step_figure(curves: pd.DataFrame) -> go.Figure:
     """
     needed = ("step", "quantity", "observed", "predicted", "observed_control", "n")
     rows = _chosen(current_columns(curves), needed, STEP_PANELS, "quantity")
-    scale, figure = _panels(rows, STEP_PANELS, "quantity", "one optimizer step")
+    scale, figure = _panels(rows, STEP_PANELS, "quantity", ": what one optimizer step changes")
     for place, (quantity, *_) in enumerate(STEP_PANELS, start=1):
         part = rows[rows["quantity"] == quantity].sort_values("step")
         for name, colour in (("observed", OKABE_ITO["blue"]), ("predicted", OKABE_ITO["orange"])):
@@ -170,10 +171,12 @@ def _panels(
         counts = counts_text(rows[rows[key] == name]["n"].astype(float))
         figure.update_yaxes(title=f"{unit}<br>({counts})", row=1, col=place)
         figure.update_xaxes(scale.axis(), row=1, col=place)
-    heading = {"text": f"{what} · {KEY}", "font": {"size": 12, "color": "#555"}, "y": 1, "yref": "container"}
+    # Tables of older versions do not say of which model they are.
+    models = list(dict.fromkeys(rows["model"])) if "model" in rows else []
+    title = heading(f"<b>{plain(', '.join(map(str, models)) or 'model')}</b>{what}", KEY, key=True)
     legend = {"orientation": "h", "y": -0.25, "x": 0}
-    figure.update_layout(template=TEMPLATE, title=heading | {"pad": {"t": 8}}, legend=legend, height=420)
-    return scale, figure.update_layout(margin={"t": 80, "b": 110})
+    figure.update_layout(template=TEMPLATE, title=title, legend=legend, height=430)
+    return scale, figure.update_layout(margin={"t": 90, "b": 110})
 
 
 def _draw(

@@ -54,6 +54,7 @@ BUTTONS = {"bgcolor": "#D3D9DF", "bordercolor": "#A7AFB7", "font": {"color": CEL
 BELOW = {"orientation": "h", "x": 0, "y": 0.01, "yref": "container", "yanchor": "bottom"}
 FONT = "Helvetica, Arial, 'DejaVu Sans', sans-serif"
 LABEL_LIMIT = 60
+HEADING_LINE = 88  # letters of a title on one line: what a figure of 640 pixels holds
 MESSAGE_LINE = 84  # letters of a message on one line: what a page of 800 pixels holds
 PICTURE_WIDTH = 900  # of a figure that takes the width it is given, drawn into a file
 # What ink and paper decide, light to dark; all other colours keep their meaning and stay legible on both.
@@ -203,6 +204,23 @@ def counts_text(counts: Iterable[float]) -> str:
     return f"n = {found[0]:,}" if len(found) == 1 else f"n = {found[0]:,} to {found[-1]:,}"
 
 
+def heading(*lines: str, key: bool = False) -> dict[str, Any]:
+    """A figure's title from its upper left corner down, so that neither wide labels nor the window's edge cut it.
+
+    Args:
+        lines: as plotly should show them; one that is longer than a narrow figure goes on below.
+        key: small and grey: how a figure is to be read, not what it shows.
+    """
+    size = 12 if key else 14
+    wrap = textwrap.TextWrapper(HEADING_LINE * 14 // size, break_long_words=False, break_on_hyphens=False)
+    shown = [part for line in lines for part in wrap.wrap(line)]
+    # Of several lines plotly draws the first with its foot, not its head, at the edge.
+    top = 10 if len(shown) < 2 else 10 + round(0.75 * size)
+    font = {"size": size, "color": "#555"} if key else {"size": size}
+    place = {"x": 0, "xref": "container", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top"}
+    return {"text": "<br>".join(shown), "font": font, **place, "pad": {"t": top, "l": 14}}
+
+
 def faded(colour: str, alpha: float) -> str:
     """A `#RRGGBB` colour with an opacity, as plotly takes it."""
     red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
@@ -281,7 +299,7 @@ class StepScale:
 
     def _spaced(self, first: int, last: int) -> tuple[int, ...]:
         """0 and round numbers, none so close to another that their labels would touch."""
-        room = (self.position(last) - self.position(first)) / 7
+        room = (self.position(last) - self.position(first)) / 5  # in a panel of 230 pixels: "20,000" with a gap
         decades = [10**power for power in range(12) if first < 10**power <= last]
         between = [head * 10**power for power in range(12) for head in (2, 5) if first < head * 10**power <= last]
         kept = [first]

@@ -19,7 +19,7 @@ from ..pairs.display import token_texts
 from ..pairs.query import Query, ReversalPair
 from ..passes.batches import make_batch, prepare_queries
 from ..passes.likelihood import readout
-from .theme import FORWARD, OKABE_ITO, TEMPLATE, plain, with_theme
+from .theme import FORWARD, OKABE_ITO, TEMPLATE, heading, plain, with_theme
 
 MARKS = {"target": OKABE_ITO["orange"], "evidence": OKABE_ITO["sky"]}
 HOVER = {"target": "target (hidden from the model)", "evidence": "evidence"}
@@ -65,10 +65,10 @@ def token_strip(
     where += ", mean over heads" if head is None else f", head {head}"
     step = "" if model.step is None else f", step {model.step:,}"
     which = f" ({plain(model.weights)})" if model.weights else ""
-    told = f"<b>{plain(model.name)}</b>{step}{which}<br>Attention from the readout position ({where})"
-    title = {"text": f"{told}<br>framed: target, hidden from the model (orange), evidence (blue)"}
+    told = (f"<b>{plain(model.name)}</b>{step}{which}", f"Attention from the readout position ({where})")
+    title = heading(*told, "framed: target, hidden from the model (orange), evidence (blue)")
     size = {"height": 150 + 46 * start, "width": 110 + 62 * PER_LINE, "margin": {"t": 100, "b": 20}}
-    return with_theme(figure.update_layout(template=TEMPLATE, title=title | {"font": {"size": 14}}, **size), theme)
+    return with_theme(figure.update_layout(template=TEMPLATE, title=title, **size), theme)
 
 
 def readout_attention(

@@ -32,6 +32,7 @@ from .theme import (
     band,
     counts_text,
     faded,
+    heading,
     interval_text,
     message_figure,
     plain,
@@ -191,13 +192,12 @@ def _empty_panels(rows: pd.DataFrame, scale: StepScale, against: pd.DataFrame) -
         figure.update_xaxes(scale.axis(), **place)
     figure.update_xaxes(title=None, row=1, col=3)
     key = "line: value · band: 95 % interval over facts · dashed: control (shuffled facts) · ×: undefined"
-    heading = {"text": key, "font": {"size": 12, "color": "#555"}, "y": 1, "yref": "container", "pad": {"t": 8}}
     legend = {"orientation": "h", "yref": "container", "y": 0.0, "yanchor": "bottom", "x": 0}
     series = rows.groupby(["run", "weights", "kind"], dropna=False).ngroups + against["control"].nunique()
     below = LEGEND["axis"] + LEGEND["row"] * math.ceil(series / LEGEND["columns"])
     size = {"height": LEGEND["panels"] + below, "margin": {"t": 80, "b": below, "r": 45}}
     meta = {"below": LEGEND, "narrow": _narrow(figure)}
-    return figure.update_layout(template=TEMPLATE, title=heading, legend=legend, meta=meta, **size)
+    return figure.update_layout(template=TEMPLATE, title=heading(key, key=True), legend=legend, meta=meta, **size)
 
 
 def _narrow(figure: go.Figure) -> dict[str, Any]:

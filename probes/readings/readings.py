@@ -13,6 +13,7 @@ from ...arguments import checked
 from ...atomic_files import folder_written_whole
 from ...errors import RevprobeError, did_you_mean
 from ...models.checkpoints import step_of
+from ...progress import Progress, counted, shows_progress
 from ..figures.plot import plot_readings
 from .reading import MEASURE_COLUMNS, Reading
 
@@ -91,15 +92,23 @@ class Readings(Sequence[Reading]):
         )
 
     @checked
-    def summary(self, by: str | list[str] | None = None, *, compact: bool = False) -> pd.DataFrame:
+    @shows_progress("readings")
+    def summary(
+        self,
+        by: str | list[str] | None = None,
+        *,
+        compact: bool = False,
+        progress: Progress | bool | None = None,
+    ) -> pd.DataFrame:
         """`Reading.summary` of each, one below the other: reading, model, step and weights before its columns.
 
         Args:
             compact: numbers with their intervals as text; columns that say the same of every reading are left out.
+            progress: called with (readings done, readings in all); None shows a bar, False nothing.
         Raises: RevprobeError, for a column that one of the frames lacks.
         """
         parts = []
-        for one in self:
+        for one in counted(self, progress):
             part = one.summary(by, compact=compact)
             for place, (name, value) in enumerate(
                 [("reading", one.name), *((key, one.meta.get(key)) for key in ("model", "step", "weights"))]
@@ -112,11 +121,17 @@ class Readings(Sequence[Reading]):
         ]
         return table.drop(columns=same) if compact else table
 
-    def measures(self) -> pd.DataFrame:
-        """All numbers, tidy: step, weights, kind, then the columns of `Reading.measures`."""
+    @checked
+    @shows_progress("readings")
+    def measures(self, *, progress: Progress | bool | None = None) -> pd.DataFrame:
+        """All numbers, tidy: step, weights, kind, then the columns of `Reading.measures`.
+
+        Args:
+            progress: as in `summary`.
+        """
         frames = [
             r.measures().assign(step=r.meta.get("step"), weights=r.meta.get("weights"), kind=r.meta.get("kind"))
-            for r in self
+            for r in counted(self, progress)
         ]
         columns = ["step", "weights", "kind", *MEASURE_COLUMNS]
         return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
@@ -144,9 +159,12 @@ class Readings(Sequence[Reading]):
 
     @classmethod
     @checked
-    def load(cls, folder: str | Path) -> Readings:
+    @shows_progress("readings")
+    def load(cls, folder: str | Path, *, progress: Progress | bool | None = None) -> Readings:
         """All readings under `folder`: its own parquet files, or those of its step folders in order.
 
+        Args:
+            progress: called with (files read, files in all); None shows a bar, False nothing.
         Raises: RevprobeError, when the folder is missing or a file in it is damaged.
         """
         folder = Path(folder)
@@ -155,12 +173,13 @@ class Readings(Sequence[Reading]):
                 f"no readings at {str(folder)!r}; expected a folder written by a run or by Readings.save"
             )
         steps = sorted((p for p in folder.iterdir() if step_of(p) is not None), key=lambda p: step_of(p) or 0)
-        return cls(
-            Reading.load(path)
+        files = [
+            path
             for part in [folder, *steps]
             for path in sorted(part.glob("*.parquet"), key=_raw_first)
             if not path.name.startswith(".")
-        )
+        ]
+        return cls(Reading.load(path) for path in counted(files, progress))
 
     def __repr__(self) -> str:
         return (

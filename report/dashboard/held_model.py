@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from ...errors import RevprobeError
+from ...finetune.runs.finetune_setup import snapshot_pairs, text_relation
 from ...finetune.runs.finetuning import FinetuneRun
 from ...finetune.runs.open import open_run
 from ...models.checkpoints import checkpoint_folder
@@ -26,6 +27,7 @@ from .listed_runs import Listed
 GB = 10**9
 # Beside the weights: what a run of the model takes, and what reading the files does for a moment.
 WORKING, RESERVE = 1.25, 200_000_000
+RELATION = "relation"  # in a run's folder: a copy of its facts, where they lie outside the dashboard's
 
 
 class HeldModel:
@@ -97,15 +99,27 @@ class HeldModel:
 
     def _made_pairs(self, folder: Path, model: ProbedModel) -> ReversalPairs:
         run = open_run(folder)
-        chosen = run.config.relation
-        if isinstance(run, FinetuneRun) and chosen.name != "invented_names":
-            if chosen.path is None or not Path(chosen.path).exists():
-                raise RevprobeError(
-                    f"its relation {chosen.name!r} is no file inside {self.runs.root}, and a dashboard reads nothing "
-                    "outside; its tokens are not known here"
-                )
-            self.runs.confined(Path(chosen.path))
+        if isinstance(run, FinetuneRun) and run.config.relation.name != "invented_names":
+            inside = run.config.relation.model_copy(update={"path": str(self._relation_file(run))})
+            config = run.config.model_copy(update={"relation": inside})
+            return snapshot_pairs(config, text_relation(config), model).for_probe("attention")
         return run.pairs(model).for_probe("attention")
+
+    def _relation_file(self, run: FinetuneRun) -> Path:
+        """The file or folder of a run's facts: that of its config, or a copy of it in the run's folder.
+
+        Raises: RevprobeError, when neither is inside RUNS_DIR.
+        """
+        chosen = run.config.relation
+        named = Path(chosen.path or chosen.name)
+        copied = run.path / RELATION / named.name
+        for file in (copied, named):
+            if file.exists() and file.resolve().is_relative_to(self.runs.root):
+                return file
+        raise RevprobeError(
+            f"its facts, {str(named)!r}, are not inside {self.runs.root}, and a dashboard reads nothing outside; copy "
+            f"them to {str(copied.relative_to(self.runs.root))!r} there, or ask in sentences"
+        )
 
 
 def require_memory(what: str, folders: list[Path]) -> None:

@@ -16,6 +16,7 @@ from dash import dcc, html
 
 from ..asking.edits import EDITS, MATCHES
 from ..asking.sentences import LONGEST
+from ..summary.tables import cell_lines
 from .view import ABOUT, BANDS, FIGURES, FILTERS, TABS, WEIGHTS, View
 
 THEMES = {"system": "as the system", "light": "light", "dark": "dark"}
@@ -189,10 +190,15 @@ def _choice(name: str, label: str, options: Mapping[str, str] | None = None, val
 
 
 def number_table(table: pd.DataFrame) -> html.Table:
-    """A frame of texts as a table."""
+    """A frame of texts as a table; interval and control stand in small type under their value."""
     head = html.Thead(html.Tr([html.Th(str(name), scope="col") for name in table.columns]))
-    rows = [html.Tr([html.Td(str(value)) for value in row]) for row in table.itertuples(index=False)]
+    rows = [html.Tr([_cell(str(value)) for value in row]) for row in table.itertuples(index=False)]
     return html.Table([head, html.Tbody(rows)])
+
+
+def _cell(text: str) -> html.Td:
+    value, *under = cell_lines(text)
+    return html.Td([value, *(html.Small(line) for line in under)] if under else value)
 
 
 def notes(texts: Sequence[str], *, problem: bool = False) -> list[html.P]:

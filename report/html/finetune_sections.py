@@ -47,7 +47,11 @@ def finetune_sections(runs: Sequence[Run]) -> list[Markup]:
     parts += [paragraph(note, note=True) for note in notes]
     sections = [section("table7", "Exact match (Table 7)", *parts)]
     if has_figure4(tuned):
-        about = paragraph("Mean over seeds, the band from the lowest to the highest; dotted: the control.", note=True)
+        about = paragraph(
+            "Mean over seeds, the band from the lowest to the highest (of one seed: the 95 % interval over facts); "
+            "dashed: the control.",
+            note=True,
+        )
         sections.append(
             section("figure4", "Signatures while fine-tuning (Fig. 4)", drawn_figure("fig4", figure4(tuned)), about)
         )

@@ -24,6 +24,7 @@ from ...probes.figures.theme import (
     faded,
     in_the_dark,
 )
+from ..summary.tables import cell_lines
 from .templates import TEMPLATES, compact, file_text, macros
 
 PARTS = macros("parts.html")
@@ -66,16 +67,7 @@ def paragraph(text: str, *, note: bool = False) -> Markup:
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, problems: Iterable[int] = ()) -> Markup:
     """A table of texts; an interval goes under its value in small type, rows in `problems` are marked."""
-    return PARTS.table(headings, [[_lines(str(value)) for value in row] for row in rows], set(problems))
-
-
-def _lines(text: str) -> list[str]:
-    """A cell's value, and apart from it the interval and the control or the counts where the text has them."""
-    value, bracket, rest = text.partition(" [")
-    if not bracket or not rest.replace(")", "").endswith((*"0123456789]", " facts")):
-        return [text]
-    low_high, _, control = rest.partition("] ")
-    return [value, f"[{low_high.rstrip(']')}]", *filter(None, [control.strip("()")])]
+    return PARTS.table(headings, [[cell_lines(str(value)) for value in row] for row in rows], set(problems))
 
 
 def choice(name: str, label: str, options: Sequence[tuple[str, str]], *, chosen: str | None = None) -> Markup:

@@ -1,7 +1,8 @@
 """Fig. 4 of the paper over fine-tuning: attention scores' correlation, gradient cosines, probabilities, seeds pooled.
 
 A line is one model trained on one dataset in one direction: its mean over seeds, with a band from the lowest to the
-highest seed. Masked and causal models are asked different kinds of pairs, which the legend says; they are never pooled.
+highest seed, of a single seed its 95 % interval over facts. Masked and causal models are asked different kinds of
+pairs, which the legend says; they are never pooled.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from plotly.subplots import make_subplots
 from ...finetune.runs.finetuning import FinetuneRun
 from ...probes.figures.theme import SPARE_COLOURS, SYMBOLS, TEMPLATE, band, faded, plain
 
-# Panel -> its measures, with the dash of their lines; controls are dotted in a lighter colour.
+# Panel -> its measures, with the dash of their lines; "dash" is the control's, here as in the other curves of a page.
 PANELS: dict[str, dict[str, str]] = {
     "Attention scores: correlation of forward and reverse": {"attention_correlation": "solid"},
-    "Gradients: cosine (dashed: adapter alone)": {"gradient_cosine": "solid", "lora_gradient_cosine": "dash"},
-    "Target probability (solid: reverse, dashed: forward)": {
+    "Gradients: cosine (dotted: adapter alone)": {"gradient_cosine": "solid", "lora_gradient_cosine": "dot"},
+    "Target probability (solid: reverse, dotted: forward)": {
         "reverse_probability": "solid",
-        "forward_probability": "dash",
+        "forward_probability": "dot",
     },
 }
 # A control of a second line in a panel would hide the first's.
@@ -49,13 +50,17 @@ def has_figure4(runs: Sequence[FinetuneRun]) -> bool:
 def pooled(frame: pd.DataFrame) -> pd.DataFrame:
     """Over seeds: mean, lowest and highest value, mean control, and how many seeds, for each series, measure and step.
 
-    Seeds whose value is undefined are left out of all four.
+    Of one seed, low and high are its 95 % interval over facts, NaN where it has none. Seeds whose value is undefined
+    are left out of all.
     """
     keys = [*_SERIES, "measure", "step"]
     frame = frame if "variant" in frame else frame.assign(variant="")
     defined = frame[frame["value"].notna()]
     grouped = defined.groupby(keys, sort=False, dropna=False)
     table = grouped["value"].agg(mean="mean", low="min", high="max", seeds="count")
+    alone = table["seeds"] == 1
+    for end in ("low", "high"):
+        table[end] = table[end].where(~alone, grouped[end].first())
     return table.assign(control=grouped["control"].mean()).reset_index()
 
 
@@ -88,7 +93,7 @@ def _traces(
     steps, mean = rows["step"].tolist(), rows["mean"].tolist()
     hover = [
         f"<b>{name}</b><br>{str(row['measure']).replace('_', ' ')}<br>step {row['step']:,}: {row['mean']:.3f} "
-        f"[{row['low']:.3f}, {row['high']:.3f}], {row['seeds']} seeds, control {row['control']:.3f}"
+        f"[{row['low']:.3f}, {row['high']:.3f}], {_band_words(row['seeds'])}, control {row['control']:.3f}"
         for row in rows.to_dict("records")
     ]
     line: dict[str, Any] = {"color": colour, "dash": dash, "width": 2}
@@ -98,9 +103,13 @@ def _traces(
             x=steps, y=mean, mode="lines+markers", line=line, marker=mark, name=name, hovertext=hover, hoverinfo="text"
         )
     ]
-    if (rows["seeds"] > 1).any():
+    if rows["low"].notna().any():
         drawn.append(band(steps, rows["low"].tolist(), rows["high"].tolist(), colour))
     if with_control and rows["control"].notna().any():
-        pale = {"color": faded(colour, 0.6), "dash": "dot", "width": 1.5}
+        pale = {"color": faded(colour, 0.6), "dash": "dash", "width": 1.5}
         drawn.append(go.Scatter(x=steps, y=rows["control"].tolist(), mode="lines", line=pale, hoverinfo="skip"))
     return drawn
+
+
+def _band_words(seeds: int) -> str:
+    return "95 % over facts, 1 seed" if seeds == 1 else f"lowest to highest of {seeds} seeds"

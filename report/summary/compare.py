@@ -15,7 +15,7 @@ from ...errors import RevprobeError, did_you_mean
 from ...finetune.runs.open import open_run
 from ...finetune.runs.run import Run
 from ...finetune.runs.sweeps import Sweep, is_sweep, open_sweep
-from ...probes.figures.theme import plain, with_theme
+from ...probes.figures.theme import heading, plain, with_theme
 from ...probes.figures.training_curves import measures_with_reasons, signatures_figure
 from ...probes.readings.readings import Readings
 from ...progress import Progress, counted, shows_progress
@@ -69,8 +69,8 @@ def compare(
         rows = rows.assign(run=rows["run"].map(names))
     figure = signatures_figure(rows, buttons=False).update_traces(visible=True)
     if bands == "seeds":
-        said = "<br>".join([SEEDS_KEY, *(plain(note, limit=None) for note in notes)])
-        figure.update_layout(title={"text": said}, margin={"t": 80 + 18 * len(notes)})
+        title = heading(SEEDS_KEY, *(plain(note, limit=None) for note in notes), key=True)
+        figure.update_layout(title=title, margin={"t": 80 + 18 * title["text"].count("<br>")})
     return with_theme(figure, theme)
 
 

@@ -94,3 +94,16 @@ def format_final_table(table: pd.DataFrame) -> pd.DataFrame:
 
 def _count(number: Any) -> str:
     return "-" if pd.isna(number) else f"{int(number):,}"
+
+
+def cell_lines(text: str) -> list[str]:
+    """A cell's value, and apart from it the interval and the control or the counts where the text has them.
+
+    >>> cell_lines("0.53 [0.30, 0.71] (control 0.00)")
+    ['0.53', '[0.30, 0.71]', 'control 0.00']
+    """
+    value, bracket, rest = text.partition(" [")
+    if not bracket or not rest.replace(")", "").endswith((*"0123456789]", " facts")):
+        return [text]
+    low_high, _, control = rest.partition("] ")
+    return [value, f"[{low_high.rstrip(']')}]", *filter(None, [control.strip("()")])]

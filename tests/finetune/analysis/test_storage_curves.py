@@ -347,6 +347,7 @@ def test_a_run_without_checkpoints_is_named(tmp_path: Path) -> None:
 def test_figures_hold_the_numbers_of_the_curves(run: Run) -> None:
     curves = storage_curves(run, steps=[5, 12])
     figure = storage_curves_figure(curves, weights="raw")
+    assert figure.layout.title.text.startswith(f"<b>{run.path.name}</b> (raw weights)<br>")
     lines = [trace for trace in figure.data if trace.mode == "lines+markers"]
     assert len(lines) == 6, "forward and reverse of storage, route and contribution"
     wanted = curves[(curves["weights"] == "raw") & (curves["curve"] == "weight") & (curves["direction"] == "reverse")]
@@ -355,6 +356,9 @@ def test_figures_hold_the_numbers_of_the_curves(run: Run) -> None:
     assert len(control) == 1, "S has a control, under the reverse query"
     steps = one_step_curves(one_step(run, steps=[5, 11]))
     drawn = one_step_figure(steps)
+    assert drawn.layout.title.text.startswith(f"<b>{run.path.name}</b>: what one optimizer step changes<br>")
+    older = [storage_curves_figure(curves.drop(columns="model")), one_step_figure(steps.drop(columns="model"))]
+    assert all(one.layout.title.text.startswith("<b>model</b>") for one in older), "what older versions wrote is drawn"
     lines = [trace for trace in drawn.data if trace.mode == "lines+markers"]
     assert len(lines) == 6, "observed and predicted of S and of two losses"
     for name in ("observed", "predicted"):

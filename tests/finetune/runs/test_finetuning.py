@@ -32,6 +32,7 @@ from revprobe.finetune.training.probe_callback import logged_values
 from revprobe.models.peft_adapters import is_adapter_parameter
 from revprobe.relations.catalog import invented_names
 from revprobe.report.html.finetune_sections import finetune_sections
+from revprobe.report.paper import figure4 as figure4_module
 from revprobe.report.paper.figure4 import figure4, pooled
 from revprobe.report.paper.table7 import match_frame, table7
 
@@ -508,9 +509,31 @@ def test_figure4_pools_seeds_and_nothing_else() -> None:
         {"model": m, "dataset": "d", "direction": "P2C", "kind": k, "seed": s, "step": 0, "measure": "x", "value": v}
         for m, k, s, v in [("a", "same_target", 0, 0.2), ("a", "same_target", 1, 0.6), ("b", "swapped", 0, 0.9)]
     ]
-    table = pooled(pd.DataFrame(rows).assign(control=0.1)).set_index("model")
+    frame = pd.DataFrame(rows).assign(control=0.1, low=0.15, high=0.95)
+    table = pooled(frame).set_index("model")
     assert table.loc["a", ["mean", "low", "high", "seeds"]].tolist() == pytest.approx([0.4, 0.2, 0.6, 2])
-    assert table.loc["b", ["mean", "low", "high", "seeds"]].tolist() == pytest.approx([0.9, 0.9, 0.9, 1])
+    assert table.loc["b", ["mean", "low", "high", "seeds"]].tolist() == pytest.approx([0.9, 0.15, 0.95, 1]), "facts"
+    bare = pooled(frame.assign(low=math.nan, high=math.nan)).set_index("model")
+    assert bare.loc["b", ["low", "high"]].isna().all() and bare.loc["a", "low"] == 0.2, "no interval, no band"
+
+
+def test_figure4_has_a_band_of_one_seed_too_and_dashes_are_controls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one seed the curves stood bare; dashed was the forward question here and the control above it."""
+    measures = ["attention_correlation", "gradient_cosine", "lora_gradient_cosine"]
+    measures += ["reverse_probability", "forward_probability"]
+    about = {"model": "a", "dataset": "d", "direction": "P2C", "kind": "swapped", "seed": 0}
+    rows = [about | {"step": step, "measure": name, "value": 0.5} for name in measures for step in (0, 10)]
+    monkeypatch.setattr(
+        figure4_module, "signature_frame", lambda _: pd.DataFrame(rows).assign(control=0.1, low=0.4, high=0.7)
+    )
+    drawn = figure4([])
+    bands = [trace for trace in drawn.data if trace.fill == "toself"]
+    assert len(bands) == len(measures) and all({0.4, 0.7} <= set(trace.y) for trace in bands)
+    controls = [trace for trace in drawn.data if trace.mode == "lines" and trace.fill is None]
+    assert len(controls) == 3 and {trace.line.dash for trace in controls} == {"dash"}
+    lines = [trace for trace in drawn.data if trace.mode == "lines+markers"]
+    assert sorted(trace.line.dash for trace in lines) == ["dot", "dot", "solid", "solid", "solid"]
+    assert "95 % over facts, 1 seed" in lines[0].hovertext[0]
 
 
 def test_figure4_draws_every_run_in_three_panels(runs: dict[str, FinetuneRun]) -> None:

@@ -85,7 +85,7 @@ def test_a_bound_that_is_no_one_number_is_drawn_as_a_band_and_not_counted(one_he
     reverse = reverse.where(~(apart & first), forward - 0.6)
     moved = altered(one_head, frame.assign(bound_forward=forward, bound_reverse=reverse))
     figure = moved.plot(kind="bounds")
-    text = figure.layout.title.text
+    text = figure.layout.title.text.replace("<br>", " ")
     assert "interval below the head's bound in 1 of 2 cells" in text
     assert "; 2 not counted, whose queries give bounds that differ by up to 0.60" in text
     traces = {trace.name: trace for trace in figure.data}

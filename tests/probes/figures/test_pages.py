@@ -1,16 +1,21 @@
 """Figures on a page: words and cells stay readable on a light and on a dark one, and nothing is wider than the page."""
 
 import re
+from pathlib import Path
 
+import plotly.graph_objects as go
 import pytest
+from headless import chromium, needs_chromium
 
 import revprobe as rp
 from revprobe.probes.figures.theme import (
     CELL_INK,
     DIVERGING,
+    HEADING_LINE,
     IN_THE_DARK,
     MESSAGE_LINE,
     TEMPLATE,
+    heading,
     message_figure,
     with_theme,
 )
@@ -19,6 +24,10 @@ from tiny import radd as tiny_radd
 
 ACTIVE_BUTTON = "#F4FAFF"  # plotly's own, whatever a figure says
 NARROW = 800
+EDGES = """
+const [title, whole] = [".gtitle", ".svg-container"].map((one) => document.querySelector(one).getBoundingClientRect());
+return [title.left - whole.left, title.top - whole.top, whole.right - title.right];
+"""
 
 
 def luminance(colour: str) -> float:
@@ -79,6 +88,10 @@ def test_no_figure_of_the_deep_instruments_is_wider_than_a_narrow_page() -> None
     for figure in figures:
         title = figure.layout.title.text
         assert title, f"no heading, but {[note.text for note in figure.layout.annotations]}"
+        lines, title_place = title.split("<br>"), figure.layout.title
+        assert (title_place.xref, title_place.yref) == ("container", "container"), f"{title}: wide labels would cut it"
+        assert title_place.pad.t > 15 * (len(lines) > 1) and title_place.pad.l > 0, f"{title} touches the edge"
+        assert max(map(len, lines)) <= HEADING_LINE, f"{title} runs out of a narrow figure"
         assert figure.layout.height and (figure.layout.width or 0) <= NARROW, f"{title}: {figure.layout.width}"
 
 
@@ -102,3 +115,18 @@ def test_an_audit_without_verdicts_says_why() -> None:
 
 def test_a_colour_bar_leaves_room_for_the_tools() -> None:
     assert TEMPLATE.data.heatmap[0].colorbar.xpad == TEMPLATE.layout.coloraxis.colorbar.xpad >= 24
+
+
+@needs_chromium
+def test_no_edge_of_a_figure_cuts_its_title(tmp_path: Path) -> None:
+    """Of one line, of several, and of one too long for a narrow figure; plotly lifts a title of several lines."""
+    said = [["<b>one</b>"], ["<b>small</b>, step 600", "numbers"], ["<b>small</b>", "forward and reverse queries " * 6]]
+    with chromium(tmp_path / "profile", "900,700") as browser:
+        for lines in said:
+            figure = go.Figure(go.Bar(y=["a label as wide as a third of the figure " * 2], x=[1], orientation="h"))
+            figure.update_layout(template=TEMPLATE, title=heading(*lines), width=640, height=300, margin={"t": 110})
+            page = tmp_path / "figure.html"
+            page.write_text(figure.to_html(config={"displayModeBar": False}), encoding="utf-8")
+            browser.get(page.as_uri())
+            inside = browser.execute_script(EDGES)
+            assert min(inside) >= 5, f"{lines}: left, top and right edge are {inside} pixels away"

@@ -182,6 +182,10 @@ def test_log_spaced_steps_get_a_log_axis_and_even_ones_a_linear_one() -> None:
     log = StepScale.over([0, 1, 10, 100, 1000, 10000])
     assert "log" in log.axis()["title"]["text"] and log.axis()["ticktext"][0] == "0", log.axis()
     assert log.position(10000) < 6 * log.position(10), "log-spaced steps must not crowd at the left"
+    quick = StepScale.over([0, 50, 76, 116, 176, 267, 406, 616, 937, 1424, 2164, 3290, 5000])
+    places = [quick.position(tick) for tick in quick.ticks]
+    least = min(after - before for before, after in pairwise(places))
+    assert len(places) > 3 and least > (places[-1] - places[0]) / 6, f"{quick.ticks}: plotly turns labels that touch"
     assert StepScale.over(range(0, 10001, 500)).axis()["title"]["text"] == "training step"
 
 

@@ -10,6 +10,8 @@ import psutil
 import pytest
 
 import revprobe as rp
+from revprobe.finetune.config.finetuning import FinetuneConfig
+from revprobe.finetune.runs.finetuning import fine_tune
 from revprobe.report.asking.asked_sentences import asked_sentences
 from revprobe.report.asking.sentences import LONGEST
 from revprobe.report.dashboard import held_model
@@ -345,3 +347,39 @@ def test_a_post_that_is_too_long_is_not_read(tmp_path: Path) -> None:
 
 def test_the_last_step_is_asked_where_none_is_named(real: Path) -> None:
     assert asked(real, view_of("none"))["step"] == LAST
+
+
+def test_facts_outside_the_folder_are_asked_about_once_a_copy_lies_in_the_run(tmp_path: Path) -> None:
+    """The page names the file and the place; a copy of other facts gives other pairs than those of the readings."""
+    facts = tmp_path / "facts.csv"
+    names = zip("ABCDEFGHIJKL", "MNOPQRSTUVWX", strict=True)
+    rows = [f"{first}nn {first}oss,{second}ed {second}ale" for first, second in names]
+    facts.write_text("\n".join(["parent,child", *rows]))
+    templates = {"P2C": "Fact: {parent} has the child {child}", "C2P": "Fact: {child} has the parent {parent}"}
+    relation = {"name": "table", "path": str(facts), "columns": ["parent", "child"], "templates": templates}
+    tiny = {"layout": "dream", "d_model": 16, "n_heads": 2}
+    tiny["pretraining"] = {"facts": 10, "steps": 2, "batch_size": 4}
+    config = FinetuneConfig(
+        name="ft",
+        model={"tiny": tiny},
+        relation=relation | {"direction": "P2C"},
+        training={"steps": 1, "batch_size": 4, "device": "cpu"},
+        snapshots={"count": 1, "facts": 4},
+        evaluation={"max_new_tokens": 2},
+    )
+    fine_tune(config, tmp_path / "runs" / "ft")
+    runs = RunsFolder(tmp_path / "runs")
+    (run,) = runs.scan()
+    with pytest.raises(
+        rp.RevprobeError, match=r"facts\.csv', are not inside .*; copy them to 'ft/relation/facts\.csv'"
+    ):
+        HeldModel(runs).pairs(run, LAST, "raw")
+    copy = tmp_path / "runs" / "ft" / "relation" / "facts.csv"
+    copy.parent.mkdir()
+    shutil.copy(facts, copy)
+    expected = rp.open_run(tmp_path / "runs" / "ft").pairs().for_probe("attention")
+    assert HeldModel(runs).pairs(run, LAST, "raw").digest == expected.digest
+    copy.unlink()
+    copy.symlink_to(facts)
+    with pytest.raises(rp.RevprobeError, match="leads out of"):
+        HeldModel(runs).pairs(run, LAST, "raw")

@@ -320,6 +320,8 @@ def test_axe_finds_nothing_grave_in_any_view(driver: Any, theme: str) -> None:
     home = driver.current_url.partition("?")[0]
     driver.get(f"{home}?chosen=real&chosen=0-training&chosen=ft&run=real")
     shot.await_true(lambda: len(shot.table_rows(driver)) == 3, "the numbers")
+    under = driver.find_element("css selector", "#numbers td small:last-child").text
+    assert under.startswith("control "), f"value, interval and control have a line each, not {under!r}"
     driver.find_element("css selector", f"#theme-choice label:nth-of-type({2 if theme == 'light' else 3})").click()
     shot.await_true(lambda: theme_of(driver) == theme, theme)
     driver.find_element("id", "filters-summary").click()

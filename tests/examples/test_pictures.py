@@ -1,0 +1,82 @@
+"""The scripts that take pictures of pages: every view that was asked for, as high as it is, and what is wrong told."""
+
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from headless import needs_chromium
+
+import revprobe as rp
+from revprobe.report.html.report import write_report
+from tiny import ROOT, module_at
+
+pytestmark = needs_chromium
+shot = module_at(ROOT / "examples" / "dashboard_screenshot.py")
+shot.PATIENCE = 60
+
+
+@pytest.fixture(scope="module")
+def views() -> Any:
+    """examples/report_views.py, which imports its neighbour as a script does."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        return module_at(ROOT / "examples" / "report_views.py")
+    finally:
+        sys.path.remove(str(ROOT / "examples"))
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = module_at(ROOT / "tests" / "report" / "html" / "report_runs.py")
+    return write_report(made.made_runs(), tmp_path_factory.mktemp("report") / "report.html", title="t")
+
+
+def size(picture: Path) -> tuple[int, int]:
+    """Width and height of a PNG, as its header says."""
+    head = picture.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n", f"{picture} is no PNG"
+    return struct.unpack(">II", head[16:24])
+
+
+def test_each_view_is_saved_light_and_dark_as_high_as_it_is(views: Any, report: Path, tmp_path: Path) -> None:
+    """Of made runs nothing is wrong; a theme or a tab that was not changed would give a picture twice."""
+    wrong = views.views(report, tmp_path, tabs=["overview", "configuration"], widths=[800])
+    assert wrong == []
+    taken = {picture.stem: picture for picture in tmp_path.iterdir()}
+    assert set(taken) == {f"{tab}-{theme}-800" for tab in ("overview", "configuration") for theme in views.THEMES}
+    assert len({picture.read_bytes() for picture in taken.values()}) == 4, "two views are one picture"
+    for name, picture in taken.items():
+        wide, high = size(picture)
+        assert wide == 800
+        assert high > 900 or "overview" not in name, f"{name} is cut at the window's height: {high}"
+
+
+def test_a_page_wider_than_its_window_and_an_error_on_the_console_are_told(
+    views: Any, report: Path, tmp_path: Path
+) -> None:
+    planted = '<div style="width: 3000px">x</div><script>console.error("planted")</script></body>'
+    page = tmp_path / "report.html"
+    page.write_text(report.read_text(encoding="utf-8").replace("</body>", planted), encoding="utf-8")
+    wrong = views.views(page, tmp_path / "out", tabs=["configuration"], widths=[1024])
+    assert [one for one in wrong if "pixels wide in a window of 1024" in one], wrong
+    assert [one for one in wrong if one.startswith("console: ")], wrong
+    with pytest.raises(ValueError, match=r"no tab 'routes' in .*: expected some of overview, routing"):
+        views.views(report, tmp_path / "out", tabs=["routes"])
+
+
+def test_a_view_of_the_dashboard_is_saved_as_high_as_it_is(tmp_path: Path) -> None:
+    """A short tab gives a low picture; one cut at the window, or padded to a fixed height, would be as high."""
+    made = module_at(ROOT / "tests" / "report" / "dashboard" / "dashboard_runs.py")
+    for name in ("a", "b"):
+        made.write_real_run(tmp_path / "runs" / name, made.run_config(name))
+    training = shot.picture(tmp_path / "runs", tmp_path / "training.png")
+    pair = shot.picture(tmp_path / "runs", tmp_path / "pair.png", chosen=["b"], view="tab=pair&fact=a")
+    (wide, high), (_, low) = size(training), size(pair)
+    assert wide == shot.WIDTH * shot.SCALE
+    assert low < high < 2 * shot.HEIGHT * shot.SCALE, f"{low} and {high} pixels"
+    with pytest.raises(rp.RevprobeError, match=r"no run 'c' in .*: expected some of a, b"):
+        shot.picture(tmp_path / "runs", tmp_path / "no.png", chosen=["c"])
+    with pytest.raises(rp.RevprobeError, match="no tab 'pairs'; the closest is 'pair'"):
+        shot.picture(tmp_path / "runs", tmp_path / "no.png", view="tab=pairs")
