@@ -1,11 +1,12 @@
-"""The benchmarks of large models and many pairs, at tiny sizes: each runs through, and its numbers make sense."""
+"""The benchmarks of large models, many pairs and other libraries, at tiny sizes: each runs, and its numbers hold."""
 
 import importlib
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -72,3 +73,63 @@ def test_without_room_on_disk_nothing_is_written(
     with pytest.raises(SystemExit, match=r"39\.0 GB free; expected 40\.1 GB"):
         loading.checkpoint_rows(None, torch.bfloat16, asked)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def inputs(script: Callable[[str], ModuleType], tmp_path: Path) -> Callable[..., Any]:
+    """The shared file of the peers at a tiny size, read back."""
+
+    def made(kind: str, lengths: Sequence[int] = ()) -> Any:
+        told = {"queries": 4, "tokens": 8, "kind": kind, "lengths": list(lengths), "batch": 2}
+        script("peer_inputs").write_inputs(tmp_path / "inputs.safetensors", "tiny", **told)
+        return script("peer_inputs").read_inputs(tmp_path / "inputs.safetensors")
+
+    return made
+
+
+@pytest.mark.parametrize(("kind", "products"), [("pairs", 6), ("gram", 10)])
+def test_every_way_to_gradient_products_has_the_answers_of_float64(
+    script: Callable[[str], ModuleType], inputs: Callable[..., Any], kind: str, products: int
+) -> None:
+    """On all parameters; and once a weight has moved, each way says something else."""
+    given, peers = inputs(kind), script("peers")
+    rows = {row["way"]: row for row in peers.gradient_rows(given, "plain", 1)}
+    assert rows.pop("training step")["of a step"] == 1.0
+    assert len(rows) == (5 if kind == "pairs" else 4)
+    for way, row in rows.items():
+        assert row["largest error"] < 1e-5 and row["parameters"] == 1.0, f"{way}: {row}"
+        assert row["products"] == f"{products} of {products}" and row["peak MB"] > 0, f"{way}: {row}"
+    with torch.no_grad():
+        given.model.model.layers[0].mlp.up_proj.weight[0] += 1.0
+    moved = script("peer_gradients").gradient_ways(given, "plain")
+    assert all(peers.agreement(given, run())["largest error"] > 1e-3 for run in moved.values())
+
+
+def test_every_readout_has_the_weights_of_float64(
+    script: Callable[[str], ModuleType], inputs: Callable[..., Any]
+) -> None:
+    """Of the row and the column that were asked for, whose weights are not those of their neighbours."""
+    given = inputs("pairs", [16])
+    rows = script("peers").readout_rows(given, "plain", 1)
+    assert [row["way"] for row in rows[:2]] == ["plain forward", "revprobe, tap"] and len(rows) == 5
+    assert all(row["largest error"] < 1e-6 for row in rows[1:]), rows
+    answer = given.attention[16][1]
+    assert answer.dtype == torch.float64 and answer.shape == (2, 2, 2)
+    assert answer.max() - answer.min() > 0.01, "uniform attention would agree with anything"
+
+
+def test_answers_in_float64_stay_so_where_a_model_asks_for_float32(script: Callable[[str], ModuleType]) -> None:
+    wide = torch.tensor([1.0, 1e-12], dtype=torch.float64)
+    with script("peer_inputs").Float64():
+        found = [wide.to(torch.float32), wide.float(), wide.softmax(0, dtype=torch.float32)]
+    assert {one.dtype for one in found} == {torch.float64} and wide.float().dtype == torch.float32
+
+
+def test_a_peer_that_cannot_be_installed_is_not_run_and_its_version_is_told(
+    script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere = "nowhere @ file:///no/such/place/nowhere-9.9-py3-none-any.whl"
+    monkeypatch.setitem(script("peer_environments").PEERS, "nowhere", [nowhere])
+    [row] = script("peers").in_its_environment(tmp_path, "nowhere", Namespace(folder=tmp_path))
+    assert row["way"].startswith(f"not run: {nowhere}: ERROR: ") and "nowhere-9.9" in row["way"].split(": ERROR: ")[1]
+    assert not (tmp_path / "nowhere" / "complete").exists()
