@@ -14,7 +14,7 @@ from ...finetune.runs.run import Run
 from ...finetune.training.prediction_callback import PREDICTIONS
 from ...probes.statistics.old_columns import current_columns
 from ..paper.figure4 import figure4, has_figure4
-from ..paper.table7 import FACTS, NOTE, match_frame, table7, table7_figure
+from ..paper.table7 import FACTS, NOTE, match_frame, not_asked, table7, table7_figure
 from .page import drawn_figure, folded, paragraph, scrolled, section, table
 
 HEATED = 4  # rows from which colours tell more than the table itself
@@ -33,15 +33,17 @@ def finetune_sections(runs: Sequence[Run]) -> list[Markup]:
     tuned = finetuning_runs(runs)
     if not tuned:
         return []
-    parts = exact_matches(match_frame(tuned)) or [paragraph("No run has been evaluated yet.")]
-    notes = [NOTE]
+    parts = exact_matches(match_frame(tuned))
+    if not parts and any(run.asks for run in tuned):
+        parts = [paragraph("No run has been evaluated yet.")]
+    notes = [NOTE] if parts else []
+    if told := not_asked(tuned):
+        notes.insert(0, told)
     if only := [run.name for run in tuned if run.config.objective.scope == "response_only"]:
         notes.append(
             f"Trained on the response only: {', '.join(only)}. There the first entity is never masked, so for masked "
             "models the probes' forward query is not what training asked."
         )
-    if silent := [run.name for run in tuned if not run.asks]:
-        notes.append(f"No fact was asked of {', '.join(silent)} (evaluation.facts: 0): no exact match was taken.")
     parts += [paragraph(note, note=True) for note in notes]
     sections = [section("table7", "Exact match (Table 7)", *parts)]
     if has_figure4(tuned):

@@ -105,11 +105,20 @@ def _of_split(matches: pd.DataFrame, split: str) -> pd.DataFrame:
 
 
 def print_table7(runs: Sequence[FinetuneRun], console: Console) -> None:
-    """Both tables in the terminal; nothing where no run has been evaluated."""
+    """Both tables in the terminal, and which runs were asked nothing; nothing where no run has been evaluated yet."""
     matches = match_frame(runs)
     for split, facts in FACTS.items():
         if (matches["split"] == split).any():
             console.print(text_table(table7(matches, split), f"exact match (%), {facts}"))
+    if told := not_asked(runs):
+        console.print(told)
+
+
+def not_asked(runs: Sequence[FinetuneRun]) -> str | None:
+    """The runs whose config leaves decoding out, in one sentence; None where there are none."""
+    silent = [run.name for run in runs if not run.asks]
+    told = f"No fact was asked of {', '.join(silent)} (evaluation.facts: 0): no exact match was taken."
+    return told if silent else None
 
 
 def table7_figure(matches: pd.DataFrame, split: str = "train", *, theme: str = "light") -> go.Figure:

@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import revprobe as rp
+from revprobe.finetune.config.finetuning import read_finetune
+from revprobe.finetune.pretraining.layouts import train_tokenizer
+from revprobe.finetune.runs.finetune_setup import text_relation
 from tiny import ROOT
 
 BENCHMARKS = ROOT / "examples" / "benchmarks"
@@ -133,3 +138,42 @@ def test_a_peer_that_cannot_be_installed_is_not_run_and_its_version_is_told(
     [row] = script("peers").in_its_environment(tmp_path, "nowhere", Namespace(folder=tmp_path))
     assert row["way"].startswith(f"not run: {nowhere}: ERROR: ") and "nowhere-9.9" in row["way"].split(": ERROR: ")[1]
     assert not (tmp_path / "nowhere" / "complete").exists()
+
+
+@linux
+def test_one_step_is_probed_twice_from_one_load_and_held_against_its_plan(
+    script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The structure of the 8B run at two layers; at this size libraries, and not what was planned, are the memory."""
+    large = script("large_finetune")
+    monkeypatch.setattr(large.resource, "setrlimit", lambda *_: None)  # this process has other tests to do
+    asked = Namespace(shape="GSAI-ML/LLaDA-8B-Base", layers=None, tiny=True, tokens=64, limit=22.0)
+    row = large.measure(asked, tmp_path)
+    run = rp.open_run(tmp_path / "run")
+    assert row["loads"] == 1 and run.finished and run.steps == run.snapshots == [0, 1]
+    assert run.resolved["rows"] == run.resolved["pairs"] == 4 and run.config.training.gradient_checkpointing
+    assert row["decoding"] == "skipped (evaluation.facts: 0)" and not (run.path / "evaluation").exists()
+    assert 0 < row["measured GB"] == pytest.approx(row["of the plan"] * row["planned GB"], rel=0.01)
+    tensors = [name for file in run.path.rglob("*.safetensors") for name in load_file(file)]
+    assert tensors and all("lora_" in name for name in tensors), "the base is not copied"
+    assert not (run.path / "base").exists() and row["folder GB"] < 0.002
+
+
+def test_rows_of_the_large_run_are_as_long_as_they_say(script: Callable[[str], ModuleType]) -> None:
+    """With the script's tokenizer every statement, either way round, has the tokens that the plan is asked for."""
+    large = script("large_finetune")
+    relation = text_relation(read_finetune(large.CONFIG))
+    texts = [text for direction in relation.directions for text in relation.training_texts(direction)]
+    tokenizer = train_tokenizer(texts, large.VOCABULARY)
+    assert len(texts) == 8 and {len(tokenizer(text)["input_ids"]) for text in texts} == {64}
+
+
+@linux
+def test_a_run_beyond_its_limit_ends_with_its_plan(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    """The row is there all the same: what was planned, and that it was too much."""
+    large = script("large_finetune")
+    asked = Namespace(shape="GSAI-ML/LLaDA-8B-Base", layers=1, tiny=True, tokens=64, limit=1.0, scratch=tmp_path)
+    row = large.row_of(asked)
+    assert row["the plan says"] == "does not fit" and row["planned GB"] > 2 and row["layers"] == 1
+    assert row["ended"].startswith("with exit code") and "measured GB" not in row
+    assert not list(tmp_path.iterdir()), "nothing is left behind"

@@ -1,10 +1,12 @@
 """Answers over training: asked at every snapshot as at the end, without a trace, and taken again where lost."""
 
 import shutil
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import revprobe as rp
 from revprobe import RevprobeError
@@ -14,7 +16,7 @@ from revprobe.finetune.runs.finetuning import FinetuneRun, fine_tune
 from revprobe.finetune.training import answers_callback, trainer
 from revprobe.relations.evaluation import evaluate_relation
 from revprobe.report.html.finetune_sections import finetune_sections
-from revprobe.report.paper.table7 import match_frame
+from revprobe.report.paper.table7 import match_frame, print_table7
 
 CONFIG = """
 name: tiny
@@ -136,7 +138,12 @@ def test_fewer_facts_and_none(run: FinetuneRun, tmp_path: Path) -> None:
     with pytest.raises(RevprobeError, match=r"asked for no fact \(evaluation.facts: 0\), so it has no exact match"):
         none.evaluation()
     assert set(match_frame([few, none])["run"]) == {"tiny"}
-    assert "No fact was asked of tiny (evaluation.facts: 0)" in "".join(finetune_sections([none]))
+    page, console = "".join(finetune_sections([none])), Console(record=True, width=120, file=StringIO())
+    print_table7([none], console)
+    for said in (page, console.export_text()):
+        assert "No fact was asked of tiny (evaluation.facts: 0): no exact match was taken" in said
+    assert "evaluated yet" not in page, "what is not asked for will not come"
+    assert "evaluation.facts: 0" in "".join(finetune_sections([few, none])) and few.asks
 
 
 def test_keys_at_their_default_are_not_written() -> None:
