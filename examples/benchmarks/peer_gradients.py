@@ -7,10 +7,11 @@ does not cover is missing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 from peer_inputs import Inputs, losses
@@ -28,43 +29,59 @@ def training_step(inputs: Inputs) -> None:
     inputs.model.zero_grad(set_to_none=True)
 
 
-def gradient_ways(inputs: Inputs, peer: str) -> dict[str, Way]:
-    """What is measured in the process of a peer: ours, and what the peer's documentation says is fastest."""
-    ours: dict[str, Way] = {"revprobe, record_gradients": partial(recorded, inputs)}
+def gradient_ways(inputs: Inputs, peer: str) -> dict[str, Way | str]:
+    """What is measured in the process of a peer: ours, and what the peer's documentation says is fastest.
+
+    A way that needs more memory than there is, is the sentence that says so.
+    """
+    ours: dict[str, Way | str] = {"revprobe, record_gradients": partial(recorded, inputs)}
     if inputs.facts["products"] == "pairs":
-        ours = {"revprobe, probe_gradient_cosine": _probed(inputs), **ours}
-    theirs: dict[str, Callable[[Inputs], dict[str, Way]]] = {
+        few = min(8, len(inputs.ids))
+        ours = {
+            "revprobe, probe_gradient_cosine, one batch": _probed(inputs, len(inputs.ids)),
+            f"revprobe, probe_gradient_cosine, {few} queries a batch": _probed(inputs, few),
+        }
+    theirs: dict[str, Callable[[Inputs], dict[str, Way | str]]] = {
         "plain": _plain,
         "opacus": lambda given: {"Opacus, ghost norms": _ghost_norms(given)},
         "bergson": _bergson,
-        "nnsight": lambda given: {},
     }
     return ours | theirs[peer](inputs)
 
 
-def _chunks(inputs: Inputs, size: int) -> Iterator[tuple[slice, Tensor]]:
-    """Queries so many at a time, all where all meet, and which products are of those."""
-    size = len(inputs.ids) if inputs.facts["products"] == "gram" else size
-    for start in range(0, len(inputs.ids), size):
-        yield slice(start, start + size), torch.nonzero(inputs.left // size == start // size)[:, 0]
-
-
 def _by_chunks(inputs: Inputs, size: int, gradients: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Products out of per-example gradients, {parameter: `chunk ...`}, formed for so many queries at a time."""
+    """Products out of per-example gradients, {parameter: `chunk ...`}, formed for so many queries at a time.
+
+    Where all meet all, gradients of all queries are held, each parameter's until its products are there.
+    """
+    held = len(inputs.ids) if inputs.facts["products"] == "gram" else size
     found: dict[str, Tensor] = {}
 
-    def multiply(queries: slice, places: Tensor) -> None:  # returns before the next are formed: none is held twice
-        left, right = inputs.left[places] - queries.start, inputs.right[places] - queries.start
-        for name, formed in gradients(inputs.ids[queries]).items():
-            flat = formed.flatten(1)
+    def multiply(start: int) -> None:  # returns before the next are formed: none is held twice
+        rows, places = inputs.ids[start : start + held], torch.nonzero(inputs.left // held == start // held)[:, 0]
+        left, right = inputs.left[places] - start, inputs.right[places] - start
+        parts = [gradients(part) for part in rows.split(size)]
+        for name in list(parts[0]):
+            formed = [part.pop(name).flatten(1) for part in parts]
+            flat = torch.cat(formed) if len(formed) > 1 else formed[0]
             found.setdefault(name, torch.full((len(inputs.left),), torch.nan))[places] = (flat @ flat.T)[left, right]
 
-    for queries, places in _chunks(inputs, size):
-        multiply(queries, places)
+    for start in range(0, len(inputs.ids), held):
+        multiply(start)
     return found
 
 
-def _plain(inputs: Inputs) -> dict[str, Way]:
+def _if_it_fits(inputs: Inputs, ways: dict[str, Way]) -> dict[str, Way | str]:
+    """Ways that form whole gradients, or why not, where those of all queries are held and memory is too small."""
+    needed = 4 * inputs.facts["parameters"] * (len(inputs.ids) if inputs.facts["products"] == "gram" else 0)
+    memory = psutil.virtual_memory().total
+    if needed < 0.8 * memory:
+        return dict(ways)
+    why = f"not run: {len(inputs.ids)} gradients are {needed / 1e9:.0f} GB, of memory {memory / 1e9:.0f} GB"
+    return dict.fromkeys(ways, why)
+
+
+def _plain(inputs: Inputs) -> dict[str, Way | str]:
     model = inputs.model
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")  # vmap has no rule for sdpa's kernel, and would run it row by row
@@ -83,11 +100,12 @@ def _plain(inputs: Inputs) -> dict[str, Way]:
         ]
         return {name: torch.stack(sides) for name, sides in zip(trained, zip(*of, strict=True), strict=True)}
 
-    return {
+    ways: dict[str, Way] = {
         "loop, autograd.grad": lambda: _by_chunks(inputs, 2, looped),
         "torch.func, vmap(grad), 2 at a time": lambda: _by_chunks(inputs, 2, partial(each, parameters)),
         "torch.func, vmap(grad), 8 at a time": lambda: _by_chunks(inputs, 8, partial(each, parameters)),
     }
+    return _if_it_fits(inputs, ways)
 
 
 def recorded(inputs: Inputs) -> dict[str, Tensor]:
@@ -96,7 +114,7 @@ def recorded(inputs: Inputs) -> dict[str, Tensor]:
         return recorder.backward(losses(inputs.model, inputs.ids), inputs.left, inputs.right).inner
 
 
-def _probed(inputs: Inputs) -> Way:
+def _probed(inputs: Inputs, batch: int) -> Way:
     """Ours, as a user calls it: a table of inner products and norms of pairs."""
     end = inputs.ids.shape[1] - 1
     queries = [rp.Query(row, [end], [0]) for row in inputs.ids.tolist()]
@@ -105,7 +123,7 @@ def _probed(inputs: Inputs) -> Way:
     model = rp.ProbedModel(inputs.model, objective="causal", name="llama")
 
     def run() -> dict[str, Tensor]:
-        frame = rp.probe_gradient_cosine(model, pairs, control=False, batch_size=len(queries), progress=False).frame
+        frame = rp.probe_gradient_cosine(model, pairs, control=False, batch_size=batch, progress=False).frame
         found = {}
         for name, rows in frame.sort_values("pair").groupby("parameter", sort=False):
             forward, reverse, inner = (
@@ -140,7 +158,7 @@ def _ghost_norms(inputs: Inputs) -> Way:
     return run
 
 
-def _bergson(inputs: Inputs) -> dict[str, Way]:
+def _bergson(inputs: Inputs) -> dict[str, Way | str]:
     """Gradients of Linear layers in memory, as they are and projected to 16 x 16 (or 64 x 64) a layer."""
     from bergson import GradientProcessor, InMemoryCollector
     from bergson.config import IndexConfig
@@ -163,9 +181,11 @@ def _bergson(inputs: Inputs) -> dict[str, Way]:
         collector.builder.grad_buffer = None  # the builder refers to itself, and would keep its store until collected
         return {f"{name}.weight": formed for name, formed in gradients.items()}
 
-    return {
+    whole: dict[str, Way] = {
         "Bergson, as they are, 2 at a time": lambda: _by_chunks(inputs, 2, partial(collected, 0)),
         "Bergson, as they are, 8 at a time": lambda: _by_chunks(inputs, 8, partial(collected, 0)),
+    }
+    return _if_it_fits(inputs, whole) | {
         "Bergson, projected to 16 x 16": lambda: _by_chunks(inputs, len(inputs.ids), partial(collected, 16)),
         "Bergson, projected to 64 x 64": lambda: _by_chunks(inputs, len(inputs.ids), partial(collected, 64)),
     }

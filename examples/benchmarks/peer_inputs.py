@@ -25,7 +25,7 @@ SIZES = {
     "30M": (512, 8, 8, 1376, 8192),
     "110M": (768, 12, 12, 2048, 16384),
 }
-HELD = 3 * 10**9  # bytes of float64 gradients at once
+HELD = 4 * 10**9  # bytes of float64 gradients at once
 
 
 @dataclass(frozen=True)
