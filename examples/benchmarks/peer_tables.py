@@ -9,6 +9,7 @@ from typing import Any
 
 Row = dict[str, Any]
 GRADIENTS = ("way", "of a training step", "seconds", "peak MB", "parameters", "products", "largest error")
+OURS = "revprobe"
 BEGIN, END = "<!-- tables of peers.py -->", "<!-- end of the tables of peers.py -->"
 READOUTS = ("way", "of a forward", "seconds", "peak MB", "largest error")
 
@@ -37,12 +38,40 @@ def finished(rows: list[Row]) -> list[Row]:
 def tables(rows: list[Row]) -> str:
     """Markdown: a table for each task, and within it the rows of one process after another."""
     made = []
-    for task, of in groupby(finished(rows), lambda row: str(row["task"])):
+    for task, held in groupby(finished(rows), lambda row: str(row["task"])):
+        of = list(held)
         columns = READOUTS if task.startswith("readout") else GRADIENTS
         lines = [f"| process | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
         lines += [f"| {row['peer']} | {' | '.join(cells(row, columns))} |" for row in of]
-        made.append(f"`{task}`\n\n" + "\n".join(lines))
-    return "\n\n".join(made)
+        made.append(f"`{task}`\n\n" + "\n".join(lines) + "\n\n" + verdict(of))
+    return "\n\n".join(made) or "Not measured yet."
+
+
+def verdict(rows: list[Row]) -> str:
+    """In each process, who is fastest and who takes least memory of what covers everything; behind whom ours is."""
+    said = []
+    for peer, of in groupby(rows, lambda row: str(row["peer"])):
+        whole = [row for row in of if "largest error" in row and covers_all(row)]
+        ours = [row for row in whole if row["way"].startswith(OURS)]
+        if len(ours) == len(whole):
+            said.append(f"beside {peer}, nothing else covers everything")
+            continue
+        parts = []
+        for word, key in (("fastest", "times"), ("least memory", "peak MB")):
+            able = [row for row in whole if key in row]
+            best = min(able, key=lambda row: float(row[key]), default=None)
+            mine = min((float(row[key]) for row in ours if key in row), default=None)
+            if best is not None and mine is not None:
+                behind = "" if best in ours else f" (ours {mine / max(float(best[key]), 1e-9):.3g} times that)"
+                parts.append(f"{word}: {best['way']}{behind}")
+        said.append(f"beside {peer}, {', '.join(parts) or 'nothing yet'}")
+    return f"Of what covers everything: {'; '.join(said)}."
+
+
+def covers_all(row: Row) -> bool:
+    """All parameters and products, or all heads."""
+    given, _, asked = str(row.get("products", "1 of 1")).partition(" of ")
+    return bool(row.get("parameters", 1.0) == row.get("heads", 1.0) == 1.0 and given == asked)
 
 
 def with_tables(readme: str, rows: list[Row]) -> str:

@@ -206,6 +206,22 @@ def test_peers_go_on_where_they_were_ended(
     assert "| plain | other | not run: large | - | - | - | - | - |" in table
 
 
+def test_what_is_said_of_a_table_is_of_ways_that_cover_everything(script: Callable[[str], ModuleType]) -> None:
+    """A partial way that is faster does not win, and where ours is behind, the factor is told."""
+
+    def row(way: str, times: float, peak: float, share: float = 1.0, products: str = "6 of 6") -> dict[str, Any]:
+        more = {"parameters": share, "products": products, "largest error": 0.0}
+        return {"peer": "plain", "way": way, "times": times, "peak MB": peak, **more}
+
+    verdict = script("peer_tables").verdict
+    ours, loop = row("revprobe, probe", 1.0, 50.0), row("loop", 2.0, 25.0)
+    partial = [row("part", 0.5, 1.0, share=0.9), row("norms", 0.5, 1.0, products="4 of 6")]
+    assert verdict([ours, loop, *partial]) == (
+        "Of what covers everything: beside plain, fastest: revprobe, probe, least memory: loop (ours 2 times that)."
+    )
+    assert verdict([ours, *partial]) == "Of what covers everything: beside plain, nothing else covers everything."
+
+
 def test_the_peers_tables_are_those_of_the_rows(script: Callable[[str], ModuleType]) -> None:
     """README's block is what `peers.py --tables` makes of the committed rows."""
     peers, readme = script("peers"), (BENCHMARKS / "README.md").read_text(encoding="utf-8")
