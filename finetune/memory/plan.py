@@ -27,7 +27,7 @@ from ...hooks.untouched import untouched
 from ...models.contract.called import CalledModule
 from ...models.peft_adapters import adapter_parameters
 from ...probes.pairs.query import Query
-from ...probes.passes.batches import GradientBatch, gradient_batch, queries_per_batch
+from ...probes.passes.batches import ONE_PAIR, GradientBatch, gradient_batch, queries_per_batch
 from .live_bytes import AnsweredYes, LiveBytes, fused_attention
 
 GB = 10**9
@@ -111,6 +111,7 @@ def plan_memory(
     probe_tokens = probe_tokens or tokens
     query = Query.unchecked(range(probe_tokens), (0,), (1,))
     room = gradient_batch(CalledModule(module), [query], probe_batch)
+    room = room._replace(queries=max(room.queries, ONE_PAIR))  # however large, a pair and its control run together
     sloping = queries_per_batch(CalledModule(module), [query], probe_batch)
     theirs = set(adapter_parameters(module))
     adapters = sum(_size(p) for name, p in module.named_parameters() if name in theirs)

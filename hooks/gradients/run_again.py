@@ -93,7 +93,7 @@ class _Held:
         try:
             output = self.forward(*args)
         except Exception as error:
-            if self.first is None or isinstance(error, torch.OutOfMemoryError):
+            if self.first is None or _no_memory(error):
                 raise
             raise RunsOtherwise(f"a block fails when it runs again: {error}") from error
         sums = [_sum(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
@@ -102,6 +102,11 @@ class _Held:
         elif len(sums) != len(self.first) or not all(map(_same, self.first, sums)):
             raise RunsOtherwise("a block gives other values when it runs again with the same inputs")
         return output
+
+
+def _no_memory(error: Exception) -> bool:
+    """Whether memory ran out, on a GPU or a CPU: holding more is no way out of that."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 @torch.no_grad()

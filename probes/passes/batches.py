@@ -22,9 +22,9 @@ from ..pairs.query import Query
 # Tokens of one batch for a small model, the parameters beyond which batches shrink, and how far they do. A CPU's time
 # for a large model grows with the tokens whatever the batch, and its memory is what other programs have left.
 _TOKENS, _SMALL, _FEWEST, _FEWEST_ON_CPU = 8192, 50_000_000, 512, 128
-# Distinct queries of one pair with its control, and of two; and how many times the tokens there is room for where
-# blocks run again, so that of a layer its modules' inputs are held and little else.
-_ONE_PAIR, _TWO_PAIRS, _RUN_AGAIN = 3, 5, 2.5
+# Distinct queries of one pair with its control; beyond how many times the room they do not fit, so that blocks run
+# again; and how many times the tokens there is room for then, since of a layer only its modules' inputs are held.
+ONE_PAIR, _OVER, _RUN_AGAIN = 3, 1.5, 2.5
 Item = TypeVar("Item")
 
 
@@ -213,19 +213,15 @@ class GradientBatch(NamedTuple):
 def gradient_batch(model: CalledModule, queries: Sequence[Query], batch_size: int | None = None) -> GradientBatch:
     """`queries_per_batch` where what a model computes is held for a backward pass.
 
-    Where two pairs with their controls do not fit, blocks run again: a forward pass more, for less than half of the
-    memory, and since batches are larger then, queries that two pairs share run less often. A `batch_size` of more than
-    one pair with its control is taken to fit.
+    Where one pair with its control does not fit, blocks run again: a forward pass more, for about half of the memory,
+    or a fifth where attention or an adapter holds much. A larger `batch_size` is taken to fit.
 
     Raises: RevprobeError, as `queries_per_batch`.
     """
-    if batch_size is not None:
-        size = queries_per_batch(model, queries, batch_size)
-        return GradientBatch(size, size <= _ONE_PAIR and queries_per_batch(model, queries) < _TWO_PAIRS)
-    size = queries_per_batch(model, queries)
-    if size >= _TWO_PAIRS:
+    size, longest, room = queries_per_batch(model, queries, batch_size), _longest(model, queries), _room(model)
+    if ONE_PAIR * longest <= _OVER * room or (batch_size is not None and batch_size > ONE_PAIR):
         return GradientBatch(size, again=False)
-    return GradientBatch(max(2, int(_RUN_AGAIN * _room(model)) // _longest(model, queries)), again=True)
+    return GradientBatch(size if batch_size is not None else max(2, int(_RUN_AGAIN * room) // longest), again=True)
 
 
 def queries_per_batch(model: CalledModule, queries: Sequence[Query], batch_size: int | None = None) -> int:
