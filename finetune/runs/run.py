@@ -38,6 +38,7 @@ from ..config.loading import dump_config
 from ..config.mistakes import differences
 from ..training.checkpointing import READINGS, changed_file
 from .alerts import CROSSED, UNDEFINED, history
+from .kept_tables import kept_tables
 from .record import RunRecord
 
 CONFIG, VERSIONS, PROBLEM = "config.yaml", "versions.json", "problem.txt"
@@ -172,8 +173,9 @@ class Run(ABC):
     def record(self) -> RunRecord:
         """What the run came to so far; one without readings, or with damaged ones, says so as its problem."""
         readings, damaged = self._sound_readings()
-        problem = "; ".join(filter(None, (damaged, self.problem))) or None
-        return RunRecord(self.path.name, self.axes, self.config.model_dump(mode="json"), readings, problem)
+        tables, unread = kept_tables(self.path)
+        problem = "; ".join(filter(None, (damaged, *unread, self.problem))) or None
+        return RunRecord(self.path.name, self.axes, self.config.model_dump(mode="json"), readings, problem, tables)
 
     def for_report(self) -> RunRecord:
         """Renamed: `record`. Raises: RevprobeError, saying so."""

@@ -146,7 +146,7 @@ def pressure_figure(table: pd.DataFrame) -> go.Figure:
     legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
     title: dict[str, Any] = {"text": "above 0: a step on these terms lowers the reverse loss · band: 95 % over facts"}
     title |= {"font": {"size": 12, "color": "#555"}, "y": 1, "yref": "container", "pad": {"t": 8}}
-    return figure.update_layout(template=TEMPLATE, title=title, legend=legend, height=620, width=760, margin={"t": 110})
+    return figure.update_layout(template=TEMPLATE, title=title, legend=legend, height=620, width=720, margin={"t": 110})
 
 
 def _curve(
