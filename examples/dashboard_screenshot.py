@@ -151,6 +151,7 @@ def table_rows(driver: Any) -> list[Any]:
 
 def choose(driver: Any, name: str, wanted: str | None = None) -> None:
     """Open a drop-down list and take an entry, the first one unless its text is given."""
+    await_true(lambda: driver.find_element("id", name).is_displayed(), name)  # the server says which choices there are
     driver.find_element("id", name).click()
     script = (
         "const found = [...document.querySelectorAll('.dash-dropdown-content .dash-options-list-option')]"
