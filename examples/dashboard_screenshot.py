@@ -151,7 +151,9 @@ def table_rows(driver: Any) -> list[Any]:
 
 def choose(driver: Any, name: str, wanted: str | None = None) -> None:
     """Open a drop-down list and take an entry, the first one unless its text is given."""
-    driver.find_element("id", name).click()
+    found = driver.find_element("id", name)
+    await_true(found.is_displayed, f"the list {name}")  # a tab shows its choices a moment after it is opened
+    found.click()
     script = (
         "const found = [...document.querySelectorAll('.dash-dropdown-content .dash-options-list-option')]"
         ".find((one) => arguments[0] === null || one.textContent === arguments[0]);"
