@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 
 from ..errors import RevprobeError, first_line
 
-# The first selects 127.0.0.1 for every listener, whatever its name says; the second keeps what is used to itself.
+# It selects 127.0.0.1 for every listener, whatever its name says.
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
+# What is used is kept to itself; and no pages about a node that died, of which the engine has a line of its own.
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}
 _OBJECT_STORE = 80 * 2**20  # bytes; what is sent is small, and by default Ray takes a third of the memory
 _PATIENCE = 180.0  # seconds for a node to answer; its first worker may have to start
 _ANSWER = 10.0  # seconds for the head's port
@@ -98,7 +99,7 @@ def _imported(address: str | None) -> Any:
         )
     alone = address is None or address.rpartition(":")[0] in ("127.0.0.1", "localhost")
     if "ray" not in sys.modules:
-        for name, value in (_QUIET | (LOOPBACK if alone else {})).items():
+        for name, value in (QUIET | (LOOPBACK if alone else {})).items():
             os.environ.setdefault(name, value)
     if address is None and "RAY_AUTH_MODE" not in os.environ:
         # Otherwise Ray would make a token and keep it in the home folder.

@@ -66,7 +66,9 @@ def picture(runs_dir: Path, out: Path, *, chosen: list[str] | None = None, view:
         shown = chosen or keys[:MOST]
         said = [*parse_qsl(view), *(("chosen", key) for key in shown)]
         driver.get(f"{address}?{urlencode(said)}")
-        await_true(lambda: driver.find_elements("css selector", DRAWN[tab]), f"the tab {tab!r}")
+        await_true(
+            lambda: driver.find_elements("css selector", DRAWN.get(tab, f"#panel-{tab} .main-svg")), f"the tab {tab!r}"
+        )
         if tab == "training":
             await_true(lambda: len(table_rows(driver)) >= len(shown), "the numbers")
         time.sleep(2)  # what moves while it is drawn
@@ -151,9 +153,8 @@ def table_rows(driver: Any) -> list[Any]:
 
 def choose(driver: Any, name: str, wanted: str | None = None) -> None:
     """Open a drop-down list and take an entry, the first one unless its text is given."""
-    found = driver.find_element("id", name)
-    await_true(found.is_displayed, f"the list {name}")  # a tab shows its choices a moment after it is opened
-    found.click()
+    await_true(lambda: driver.find_element("id", name).is_displayed(), name)  # the server says which choices there are
+    driver.find_element("id", name).click()
     script = (
         "const found = [...document.querySelectorAll('.dash-dropdown-content .dash-options-list-option')]"
         ".find((one) => arguments[0] === null || one.textContent === arguments[0]);"

@@ -76,6 +76,15 @@ def layer_numbers(module: nn.Module, run: Callable[[], Any]) -> LayerNumbers:
     return LayerNumbers(first, within)
 
 
+def outermost_blocks(module: nn.Module) -> list[nn.Module]:
+    """The numbered modules of all outermost lists, each once: what a layer is, if it is called itself."""
+    found: dict[nn.Module, None] = {}
+    for stack in _stacks(module)[0]:
+        numbered = module.get_submodule(stack)._modules.items()
+        found |= {child: None for name, child in numbered if name.isdigit() and child is not None}
+    return list(found)
+
+
 def _entered(module: nn.Module, stacks: Mapping[str, int], run: Callable[[], Any]) -> list[str]:
     """The list of each numbered module that one forward pass enters, in order."""
     order: list[str] = []

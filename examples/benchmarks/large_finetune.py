@@ -9,16 +9,17 @@ other. Its weights are random, made in memory where the published ones would be 
 rows say how often they were made ("loads") and whether any of them came to lie in the run's folder. The folder is
 temporary, in --scratch, and deleted at the end.
 
-A row is one process with a limit of its own (--limit, in GiB of address space): what does not fit ends it, and not the
-machine's other programs. Before it begins the plan says whether it fits; the row has that word beside what came. Memory
-is the kernel's (VmHWM), less what the process held when libraries were loaded and weights were not. Rows are added to
---out as they are measured.
+A row is one process with a limit of its own (--limit, in GiB of data, mapped files apart): what does not fit ends it,
+and not the machine's other programs. Before it begins the plan says whether it fits; the row has that word beside what
+came. Memory is the kernel's (VmHWM), less what the process held when libraries were loaded and weights were not. Rows
+are added to --out as they are measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -92,7 +93,7 @@ def measure(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     row = planned_row(plan, shape, asked)
     print(json.dumps(row), flush=True)  # there also when the limit ends what follows
     loads, limit = put_random_weights(chosen, shape), int(asked.limit * GIB)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     before, start = forget_peak(), time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a floor that four facts do not have
@@ -136,7 +137,9 @@ def row_of(asked: argparse.Namespace) -> dict[str, Any]:
     own = {**own, "scratch": asked.scratch, **({"layers": asked.layers} if asked.layers else {})}
     options = [str(part) for name, value in own.items() for part in (f"--{name}", value)]
     options += ["--here"] + ["--tiny"] * asked.tiny
-    done = subprocess.run([sys.executable, __file__, *options], stdout=subprocess.PIPE, text=True)
+    # glibc keeps what is freed in pieces below 32 MB; so it goes back, and what is resident is what is held.
+    environment = {"MALLOC_MMAP_THRESHOLD_": "524288", **os.environ}
+    done = subprocess.run([sys.executable, __file__, *options], stdout=subprocess.PIPE, text=True, env=environment)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:
         sys.exit(f"nothing was planned (exit code {done.returncode}); the error stands above")
@@ -150,7 +153,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="the published number by default")
     parser.add_argument("--tiny", action="store_true", help="two layers of width 64")
     parser.add_argument("--tokens", type=int, default=64, help="of a row, for the plan; the config's rows have 64")
-    parser.add_argument("--limit", type=float, default=22.0, help="GiB of address space")
+    parser.add_argument("--limit", type=float, default=22.0, help="GiB of data in memory, mapped files apart")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--out", type=Path, default=Path("large_finetune.jsonl"))
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)

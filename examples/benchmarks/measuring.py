@@ -24,6 +24,11 @@ Candidate = Callable[[], Any]
 
 def medians(candidates: Mapping[str, Candidate], *, rounds: int = 5) -> dict[str, float]:
     """Seconds of each candidate, the median over rounds in which each ran once; one round of warm-up before."""
+    return {name: statistics.median(values) for name, values in seconds(candidates, rounds=rounds).items()}
+
+
+def seconds(candidates: Mapping[str, Candidate], *, rounds: int = 5) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round, in which each runs once; one round of warm-up before."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(rounds + 1):
         for name, run in candidates.items():
@@ -33,7 +38,7 @@ def medians(candidates: Mapping[str, Candidate], *, rounds: int = 5) -> dict[str
             _synchronize()
             if turn:
                 times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def peak_extra_bytes(run: Candidate) -> int:

@@ -21,11 +21,13 @@ from torch.nn.functional import cross_entropy
 from ...arguments import checked
 from ...errors import RevprobeError
 from ...hooks.gradients.products import _CHUNK
+from ...hooks.gradients.run_again import run_again, that_can
+from ...hooks.layer_numbers import outermost_blocks
 from ...hooks.untouched import untouched
 from ...models.contract.called import CalledModule
 from ...models.peft_adapters import adapter_parameters
 from ...probes.pairs.query import Query
-from ...probes.passes.batches import queries_per_batch
+from ...probes.passes.batches import ONE_PAIR, GradientBatch, gradient_batch, queries_per_batch
 from .live_bytes import AnsweredYes, LiveBytes, fused_attention
 
 GB = 10**9
@@ -108,7 +110,9 @@ def plan_memory(
         raise RevprobeError("no parameter trains; add an adapter (peft) or set requires_grad")
     probe_tokens = probe_tokens or tokens
     query = Query.unchecked(range(probe_tokens), (0,), (1,))
-    probe_batch = probe_batch or queries_per_batch(CalledModule(module), [query])
+    room = gradient_batch(CalledModule(module), [query], probe_batch)
+    room = room._replace(queries=max(room.queries, ONE_PAIR))  # however large, a pair and its control run together
+    sloping = queries_per_batch(CalledModule(module), [query], probe_batch)
     theirs = set(adapter_parameters(module))
     adapters = sum(_size(p) for name, p in module.named_parameters() if name in theirs)
     always = {
@@ -120,13 +124,14 @@ def plan_memory(
     phases: dict[str, dict[str, int]] = {}
     with AnsweredYes():
         phases["training"] = always | gradients | _training(module, batch, tokens, checkpointing, objective)
-        phases["probing"] = always | _probing(module, probe_batch, probe_tokens)
+        phases["probing"] = always | _probing(module, room, probe_tokens)
         if prediction:
-            phases["prediction"] = always | gradients | _predicting(module, trained, probe_batch, probe_tokens)
+            phases["prediction"] = always | gradients | _predicting(module, trained, sloping, probe_tokens)
     rows = tuple((phase, what, size) for phase, found in phases.items() for what, size in found.items())
     about = (
         f"training: {batch} rows of {tokens} tokens at once, {'with' if checkpointing else 'without'} checkpointing",
-        f"probing: {probe_batch} queries of {probe_tokens} tokens at once, gradients of all parameters",
+        f"probing: {room.queries} queries of {probe_tokens} tokens at once, gradients of all parameters"
+        + (", layers run again" if room.again else ""),
     )
     return MemoryPlan(rows, sum(p.numel() for p in module.parameters()), sum(p.numel() for p in trained), about)
 
@@ -158,17 +163,20 @@ def _training(module: nn.Module, batch: int, tokens: int, checkpointing: bool, o
     return {_KEPT: kept, _WORKING: count.peak - kept}
 
 
-def _probing(module: nn.Module, batch: int, tokens: int) -> dict[str, int]:
-    """The fused pass with gradients of all parameters: activations of every layer, in eval mode.
+def _probing(module: nn.Module, room: GradientBatch, tokens: int) -> dict[str, int]:
+    """The fused pass with gradients of all parameters: activations of every layer, in eval mode; where layers run
+    again, what goes into their modules.
 
     The backward pass goes to the embeddings alone, as the recorder's does, and factors of gradients are let go one
     module after the other. The most is at work at the unembedding, with its factors in float32, or where a layer's
     factors are paired.
     """
+    batch = room.queries
     ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
     known = [*module.parameters(), *module.buffers(), ids]
     calls = _Calls(module)
-    with untouched(module), fused_attention(), calls:
+    blocks = that_can(module, outermost_blocks(module)) if room.again else []
+    with untouched(module), fused_attention(), calls, run_again(module, blocks):
         for parameter in module.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         with LiveBytes(known) as count:
@@ -215,17 +223,26 @@ class _Calls:
         linear = [p for p in module.modules() if isinstance(p, nn.Linear) and p is not head]
         self.widest = max((max(part.weight.shape) for part in linear), default=1)
         self.widths = max((sum(part.weight.shape) for part in linear), default=2)
+        # A module with parameters has what goes into it held for its gradient, whether its layer runs again or not.
+        self.owners = [part for part in module.modules() if next(part.parameters(recurse=False), None) is not None]
         self._found: list[Tensor] = []
+        self._held: list[Any] = []
         self._handles: list[Any] = []
 
     def __enter__(self) -> _Calls:
         keep = lambda part, args, output: self._found.append(output)  # noqa: E731
         self._handles = [part.register_forward_hook(keep) for part in self.embeddings]
+        self._handles += [part.register_forward_pre_hook(self._hold) for part in self.owners]
         return self
+
+    def _hold(self, part: nn.Module, args: tuple[Any, ...]) -> None:
+        if len(self._held) < len(self.owners):  # not what goes in again
+            self._held.append(args)
 
     def __exit__(self, *_: Any) -> None:
         for handle in self._handles:
             handle.remove()
+        self._held.clear()
 
     def first(self) -> Tensor:
         assert self._found, "a language model looks its tokens up"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -24,6 +24,7 @@ class RunRecord:
     Attributes:
         axes: objective, position_encoding, length, seed; one that is missing stays empty.
         problem: why the run is broken or unfinished; None when it is complete.
+        tables: those over its checkpoints that lie in its folder, by what they hold (`kept_tables.TABLES`).
     """
 
     name: str
@@ -31,6 +32,7 @@ class RunRecord:
     config: Mapping[str, Any]
     readings: Readings
     problem: str | None = None
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
     def label(self, measures: pd.DataFrame) -> pd.DataFrame:
         """A table about the run's readings with columns for its name and axes."""

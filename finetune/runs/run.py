@@ -40,6 +40,7 @@ from ..config.loading import dump_config
 from ..config.mistakes import differences
 from ..training.checkpointing import READINGS, changed_file
 from .alerts import CROSSED, UNDEFINED, history
+from .kept_tables import kept_tables
 from .record import RunRecord
 
 CONFIG, VERSIONS, PROBLEM = "config.yaml", "versions.json", "problem.txt"
@@ -187,8 +188,9 @@ class Run(ABC):
             progress: as in `readings`.
         """
         readings, damaged = self._sound_readings(progress)
-        problem = "; ".join(filter(None, (damaged, self.problem))) or None
-        return RunRecord(self.path.name, self.axes, self.config.model_dump(mode="json"), readings, problem)
+        tables, unread = kept_tables(self.path)
+        problem = "; ".join(filter(None, (damaged, *unread, self.problem))) or None
+        return RunRecord(self.path.name, self.axes, self.config.model_dump(mode="json"), readings, problem, tables)
 
     def for_report(self) -> RunRecord:
         """Renamed: `record`. Raises: RevprobeError, saying so."""

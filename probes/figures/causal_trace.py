@@ -199,7 +199,8 @@ def _training_map(figure: go.Figure, ranking: pd.DataFrame, table: pd.DataFrame)
     heat.update(hovertemplate="layer %{y}, head %{x}: %{z:.3f} nats<extra></extra>")
     figure.add_trace(heat, row=1, col=1)
     ring = {"symbol": "square-open", "size": 11, "color": CELL_INK, "line": {"width": 2}}
-    top = go.Scatter(x=table["head"].astype(str), y=table["layer"].astype(str), mode="markers", marker=ring)
+    x, y = (table[name].astype(str).tolist() for name in ("head", "layer"))
+    top = go.Scatter(x=x, y=y, mode="markers", marker=ring)
     top.update(
         name="top heads", showlegend=False, hovertext=[f"rank {rank}" for rank in table["rank"]], hoverinfo="text"
     )

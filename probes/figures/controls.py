@@ -34,6 +34,7 @@ LOOKS = {
     "neighbour": Look("neighbour", "triangle-up-open", "dashdot"),
     "sink": Look("attention sink", "triangle-down-open", "longdash"),
     "parent": Look("parent", "star-open", "longdashdot"),
+    "evidence": Look("other evidence", "hexagon-open", "dash"),
 }
 AXES = {"attention_correlation": "Pearson r of forward and reverse score", "gradient_cosine": "cosine of the gradients"}
 LINE = 78  # letters of a reason on one line, of two

@@ -77,6 +77,8 @@ def _curves(reading: Drawable) -> go.Figure:
         if "control" in numbers:
             dashed = {"color": faded(colour, 0.75), "width": 1.5, "dash": "dash"}
             control = go.Scatter(x=x, y=null, mode="lines", line=dashed, hoverinfo="skip")
+            if len(x) == 1:  # one step is no line
+                control.update(mode="markers", marker={"color": dashed["color"], "symbol": "diamond-open", "size": 9})
             figure.add_trace(
                 control.update(name=f"{direction}: another fact's target" + " (undefined)" * all(map(math.isnan, null)))
             )

@@ -141,12 +141,41 @@ def one_step_figure(curves: pd.DataFrame) -> go.Figure:
     """
     needed = ("step", "quantity", "observed", "predicted", "observed_control", "n")
     rows = _chosen(current_columns(curves), needed, STEP_PANELS, "quantity")
-    scale, figure = _panels(rows, STEP_PANELS, "quantity", ": what one optimizer step changes")
-    for place, (quantity, *_) in enumerate(STEP_PANELS, start=1):
+    return _steps(rows, ": what one optimizer step changes")
+
+
+def foretold_figure(table: pd.DataFrame) -> go.Figure:
+    """What the step after each snapshot changes, and what the gradients foretold: a fine-tuning's predictions.parquet.
+
+    Raises: RevprobeError, when a column is missing or there are no rows.
+    """
+    needed = ("step", "quantity", "observed", "predicted", "observed_control", "n")
+    rows = current_columns(table)
+    rows = rows.assign(quantity=rows["direction"].astype(str) + "_loss") if "direction" in rows else rows
+    key = "line: mean over pairs · band: 95 % over facts · dashed: control (the target under another fact's query)"
+    return _steps(_chosen(rows, needed, STEP_PANELS, "quantity"), ": the optimizer step after each snapshot", key)
+
+
+def _steps(rows: pd.DataFrame, what: str, key: str = KEY) -> go.Figure:
+    """A panel for each quantity that is defined somewhere; the reason of one that is nowhere stands in its place."""
+    defined = set(rows.loc[rows["observed"].notna(), "quantity"])
+    panels = [panel for panel in STEP_PANELS if panel[0] in defined]
+    missing = rows[~rows["quantity"].isin(defined)]
+    why = missing.get("reason", pd.Series(dtype=str)).dropna().astype(str).drop_duplicates()
+    told = plain("; ".join(filter(None, why)) or "undefined", limit=None)
+    if not panels:
+        return message_figure(f"No defined change: {told}")
+    scale, figure = _panels(rows, panels, "quantity", what, key)
+    if len(missing):
+        left_out = " and ".join(title.lower() for name, title, _ in STEP_PANELS if name in set(missing["quantity"]))
+        figure.update_layout(title={"text": f"{figure.layout.title.text}<br>no {left_out}: {told}"}, margin={"t": 130})
+    for place, (quantity, *_) in enumerate(panels, start=1):
         part = rows[rows["quantity"] == quantity].sort_values("step")
         for name, colour in (("observed", OKABE_ITO["blue"]), ("predicted", OKABE_ITO["orange"])):
             _draw(figure, part, scale, (name, f"{name}_low", f"{name}_high"), name, colour, place)
         _draw_control(figure, part, scale, "observed_control", place)
+    if len(panels) == 1:
+        figure.update_traces(showlegend=True, selector={"mode": "lines+markers"})
     return figure
 
 
@@ -163,20 +192,22 @@ def _chosen(
 
 
 def _panels(
-    rows: pd.DataFrame, panels: Sequence[tuple[str, str, str]], key: str, what: str
+    rows: pd.DataFrame, panels: Sequence[tuple[str, str, str]], key: str, what: str, words: str = KEY
 ) -> tuple[StepScale, go.Figure]:
     scale = StepScale.over(int(step) for step in rows["step"])
-    figure = make_subplots(1, len(panels), subplot_titles=[f"<b>{title}</b>" for _, title, _ in panels])
-    for place, (name, _, unit) in enumerate(panels, start=1):
+    titles = []  # units stand over their panels: beside the axis they would lie on the next panel of a narrow page
+    for name, title, unit in panels:
         counts = counts_text(rows[rows[key] == name]["n"].astype(float))
-        figure.update_yaxes(title=f"{unit}<br>({counts})", row=1, col=place)
+        titles.append(f"<b>{title}</b><br><sup>{unit}<br>{counts}</sup>")
+    figure = make_subplots(1, len(panels), subplot_titles=titles, horizontal_spacing=0.09)
+    for place in range(1, len(panels) + 1):
         figure.update_xaxes(scale.axis(), row=1, col=place)
     # Tables of older versions do not say of which model they are.
     models = list(dict.fromkeys(rows["model"])) if "model" in rows else []
-    title = heading(f"<b>{plain(', '.join(map(str, models)) or 'model')}</b>{what}", KEY, key=True)
+    title = heading(f"<b>{plain(', '.join(map(str, models)) or 'model')}</b>{what}", words, key=True)
     legend = {"orientation": "h", "y": -0.25, "x": 0}
-    figure.update_layout(template=TEMPLATE, title=title, legend=legend, height=430)
-    return scale, figure.update_layout(margin={"t": 90, "b": 110})
+    figure.update_layout(template=TEMPLATE, title=title, legend=legend, height=440)
+    return scale, figure.update_layout(margin={"t": 112, "b": 110})
 
 
 def _draw(

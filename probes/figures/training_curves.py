@@ -99,13 +99,16 @@ def signatures_figure(
     missing = [column for column in NEEDED if column not in measures]
     if missing:
         raise RevprobeError(f"measures lack the columns {missing}: expected those of summary.csv, see `summary_frame`")
-    rows = measures[measures["measure"].isin([panel.measure for panel in PANELS])]
+    drawn = [panel.measure for panel in PANELS]
+    rows = measures[measures["measure"].isin(drawn)]
     if rows.empty:
         return message_figure("No readings: nothing was measured yet.")
     # A model loaded from a hub has no training step: its points stand at the left edge, and the axis says so.
     rows = rows.assign(place=rows["step"].astype(float).fillna(0.0))
     scale = StepScale.over(int(step) for step in rows["place"])
     against = pd.DataFrame(columns=["control"]) if controls is None or controls.empty else controls
+    if "measure" in against:  # other readings may have controls too, such as whether a fact is stored once
+        against = against[against["measure"].isin(drawn)]
     figure = _empty_panels(rows, scale, against)
     if rows["step"].isna().all():
         figure.update_xaxes(title="no training step recorded", showticklabels=False)

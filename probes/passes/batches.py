@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice, zip_longest
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from ..pairs.query import Query
 # Tokens of one batch for a small model, the parameters beyond which batches shrink, and how far they do. A CPU's time
 # for a large model grows with the tokens whatever the batch, and its memory is what other programs have left.
 _TOKENS, _SMALL, _FEWEST, _FEWEST_ON_CPU = 8192, 50_000_000, 512, 128
+# Distinct queries of one pair with its control; beyond how many times the room they do not fit, so that blocks run
+# again; and how many times the tokens there is room for then, since of a layer only its modules' inputs are held.
+ONE_PAIR, _OVER, _RUN_AGAIN = 3, 1.5, 2.5
 Item = TypeVar("Item")
 
 
@@ -200,6 +203,27 @@ def _behind_its_prompt(model: ProbedModel, query: Query, canvas: int) -> Query:
     return query
 
 
+class GradientBatch(NamedTuple):
+    """How many distinct queries share a backward pass, and whether blocks run again in it instead of being held."""
+
+    queries: int
+    again: bool
+
+
+def gradient_batch(model: CalledModule, queries: Sequence[Query], batch_size: int | None = None) -> GradientBatch:
+    """`queries_per_batch` where what a model computes is held for a backward pass.
+
+    Where one pair with its control does not fit, blocks run again: a forward pass more, for about half of the memory,
+    or a fifth where attention or an adapter holds much. A larger `batch_size` is taken to fit.
+
+    Raises: RevprobeError, as `queries_per_batch`.
+    """
+    size, longest, room = queries_per_batch(model, queries, batch_size), _longest(model, queries), _room(model)
+    if ONE_PAIR * longest <= _OVER * room or (batch_size is not None and batch_size > ONE_PAIR):
+        return GradientBatch(size, again=False)
+    return GradientBatch(size if batch_size is not None else max(2, int(_RUN_AGAIN * room) // longest), again=True)
+
+
 def queries_per_batch(model: CalledModule, queries: Sequence[Query], batch_size: int | None = None) -> int:
     """What was asked for; by itself about 8,192 tokens for small models, fewer for large ones, at least two queries.
 
@@ -211,11 +235,19 @@ def queries_per_batch(model: CalledModule, queries: Sequence[Query], batch_size:
         if batch_size < 1:
             raise RevprobeError(f"batch_size {batch_size!r}: expected at least 1 query")
         return batch_size
+    return max(2, _room(model) // _longest(model, queries))
+
+
+def _longest(model: CalledModule, queries: Sequence[Query]) -> int:
+    """Tokens of the longest query, in all its draws."""
+    return max(len(_on_canvas(model, query)) for query in queries) * model.draws
+
+
+def _room(model: CalledModule) -> int:
+    """Tokens of one batch."""
     parameters = sum(p.numel() for p in model.module.parameters())
     fewest = _FEWEST_ON_CPU if model.device.type == "cpu" else _FEWEST
-    tokens = max(fewest, int(_TOKENS * min(1.0, _SMALL / max(parameters, 1))))
-    longest = max(len(_on_canvas(model, query)) for query in queries)
-    return max(2, tokens // (longest * model.draws))
+    return max(fewest, int(_TOKENS * min(1.0, _SMALL / max(parameters, 1))))
 
 
 def require_tokens_alone(model: ProbedModel, what: str) -> None:

@@ -25,7 +25,9 @@ from ...hooks.gradients.backward import Products, Selection, part_labels
 from ...hooks.gradients.graph import adopted_parameters
 from ...hooks.gradients.one_by_one import read_one_by_one
 from ...hooks.gradients.recorder import GradientRecorder, record_gradients
+from ...hooks.gradients.run_again import RunsOtherwise, run_again, that_can
 from ...hooks.gradients.spread_weights import WholeWeights, require_units
+from ...hooks.layer_numbers import outermost_blocks
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
 from ...models.structure import attention_of, fused_parts
@@ -33,7 +35,7 @@ from ..pairs.pairs import ReversalPairs
 from ..statistics.resampling import derangement
 from .alone import PaddingReaches, Size, hold_against_alone, is_due
 from .asked import asked_pairs, out_of_sight, tokens_note
-from .batches import QueryBatch, in_batches, make_batch, prepare_queries, queries_per_batch
+from .batches import QueryBatch, gradient_batch, in_batches, make_batch, prepare_queries, queries_per_batch
 from .draws import every_two, kept_draws, mean_floor, mean_products, mean_rows
 from .likelihood import Likelihoods, mean_nll, readout, run_chains
 from .plan import Part, PassResult, Plan, Work, part_of
@@ -95,8 +97,12 @@ class _Pass:
         self.queries = prepare_queries(model, pairs.queries)
         self.lengths = np.array([len(query.token_ids) for query in self.queries])
         self.batch_size = queries_per_batch(model, self.queries, plan.batch_size)
+        room = gradient_batch(model, self.queries, plan.batch_size)
+        self.again = outermost_blocks(model.module) if plan.gradient and room.again else []
+        self.pair_size = room.queries if self.again else self.batch_size
         if parts > 1:  # at least one batch for each
-            self.batch_size = min(self.batch_size, max(2, -(-len(self.queries) // parts)))
+            share = max(2, -(-len(self.queries) // parts))
+            self.batch_size, self.pair_size = min(self.batch_size, share), min(self.pair_size, share)
         self.apart = bool(model.contract.equal_lengths)
         self.attention = attention_of(model) if plan.attention else None
         partner = derangement(pairs.facts.astype(str), pairs.groups(model.logit_shift), seed=plan.seed)
@@ -148,7 +154,7 @@ class _Pass:
             yield np.array(numbers), np.array([], dtype=int)
 
     def _pair_batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Greedy batches of whole pairs, facts together: at least one pair, at most `batch_size` distinct queries."""
+        """Greedy batches of whole pairs, facts together: at least one pair, at most `pair_size` distinct queries."""
         queries: dict[int, None] = {}
         members: list[int] = []
         along, lengths = self._along_cycle(), self._one_length()
@@ -156,7 +162,7 @@ class _Pass:
             wanted = [int(self.pairs.forward[pair]), int(self.pairs.reverse[pair])]
             wanted += [int(self.pairs.reverse[self.partner[pair]])] if self.partner[pair] >= 0 else []
             fresh = [q for q in wanted if q not in queries]
-            full = len(queries) + len(fresh) > self.batch_size
+            full = len(queries) + len(fresh) > self.pair_size
             if members and (full or lengths[pair] != lengths[members[0]]):
                 yield np.array(list(queries)), np.array(members)
                 queries, members, fresh = {}, [], wanted
@@ -187,7 +193,11 @@ class _Pass:
 
     def _run_batch(self, queries: np.ndarray, pairs: np.ndarray) -> None:
         if not self.apart or np.ptp(self.lengths[queries]) == 0:
-            self._run_together(queries, pairs, gradient=self.plan.gradient)
+            try:
+                self._run_together(queries, pairs, gradient=self.plan.gradient)
+            except RunsOtherwise:
+                self.again = []
+                self._run_together(queries, pairs, gradient=self.plan.gradient)
             return
         for numbers in in_batches(self.model, queries.tolist(), self.batch_size, self.lengths.__getitem__):
             self._run_together(np.array(numbers), np.array([], dtype=int), gradient=False)
@@ -196,6 +206,9 @@ class _Pass:
     def _run_together(self, queries: np.ndarray, pairs: np.ndarray, *, gradient: bool) -> None:
         batch = make_batch(self.model, [self.queries[q] for q in queries], in_draws=True)
         with ExitStack() as stack:
+            if gradient and self.again:
+                blocks = that_can(self.model.module, self.again, self._adopted())
+                stack.enter_context(run_again(self.model.module, blocks))
             recorder = self._recorder(stack, queries) if gradient else None
             tapping = None
             if self.attention is not None:

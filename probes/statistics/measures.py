@@ -46,7 +46,7 @@ ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {
 
 # In what the number is counted where neither its name nor the statistic's last word, "(nats)", says so.
 UNITS = dict.fromkeys(("assumption_audit", "decoded_match", "stored_once"), "share")
-COUNTED = {"decoded_match": ("question", "questions")}
+COUNTED = {"decoded_match": ("question", "questions"), "objective_terms": ("reverse query", "reverse queries")}
 _UNIT = re.compile(r"\((nats|logits)\)$")
 
 

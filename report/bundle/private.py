@@ -90,7 +90,8 @@ class Private:
         axes = {name: self.value(value, name) for name, value in record.axes.items()}
         readings = Readings(self.reading(one) for one in record.readings)
         problem = None if record.problem is None else self.text(record.problem)
-        return RunRecord(self.text(record.name), axes, self.value(dict(record.config)), readings, problem)
+        tables = {name: self.frame(table) for name, table in record.tables.items()}
+        return RunRecord(self.text(record.name), axes, self.value(dict(record.config)), readings, problem, tables)
 
     def reading(self, reading: Reading) -> Reading:
         """A reading with the same numbers; nothing is worked out again."""

@@ -24,11 +24,13 @@ from dash.exceptions import PreventUpdate
 
 from ...errors import RevprobeError, first_line
 from ...probes.figures.theme import message_figure, with_theme
+from ..html.instruments import INSTRUMENTS
 from . import page
 from .ask import Asker, add_ask, shown_parts, what_to_ask
-from .choices import RECENT, Settled, settle
+from .choices import PLACES, RECENT, Settled, settle, unused
 from .folder import RunsFolder
 from .held_model import HeldModel
+from .instrument_tab import add_instruments, what_to_draw
 from .listed_runs import STATES, short_words
 from .open_pair import PairOpener
 from .pair_strips import opened_pair
@@ -71,6 +73,7 @@ def make_app(root: str | Path, *, every: float = 2.0, host: str = LOOPBACK[0]) -
     _curves(app, folder)
     _checkpoint(app, folder)
     _pair(app, folder, held)
+    add_instruments(app, folder)
     add_ask(app, asker)
     return app
 
@@ -81,11 +84,11 @@ def _in_the_browser(app: Dash) -> None:
         ("opened", "url", [Input("root", "id")]),
         ("addressed", "sent", [Input("address", "data")]),
         ("dressed", "theme", [Input("theme-choice", "value")]),
-        ("shown", "dressed", [Input("view", "data")]),
+        ("shown", "dressed", [Input("view", "data"), Input("filled", "data")]),
         ("dotted", "dotted", [Input("curves", "figure"), Input("runs", "children")]),
     ):
         app.clientside_callback(ClientsideFunction("revprobe", name), Output(output, "data"), *inputs)
-    for graph in ("curves", "one"):
+    for graph in ("curves", "one", "instrument"):
         # After the figure, never with it: the old one has no room in a box that shrinks below its margins.
         sized = ClientsideFunction("revprobe", "sized")
         app.clientside_callback(sized, Output(graph, "style"), Input(graph, "figure"))
@@ -118,7 +121,9 @@ def _settle(app: Dash, folder: RunsFolder, asker: Asker) -> None:
     outputs |= {f"{name}-asked": Output(f"{name}-asked", "data") for name in page.ASKED}
     outputs |= {f"{name}.value": Output(name, "value") for name in page.CONTROLS}
     outputs |= {f"{name}.options": Output(name, "options") for name in ("run", "step", "stored", "layer", "head")}
-    outputs |= {f"{name}.options": Output(name, "options") for name in ("fact", "pair", "other", "start")}
+    outputs |= {f"{name}.options": Output(name, "options") for name in ("fact", "pair", "other", "start", "drawing")}
+    outputs |= {f"{name}.hidden": Output(f"{name}-chooser", "hidden") for name in PLACES}
+    outputs |= {"filled": Output("filled", "data"), "drawing.hidden": Output("drawing-box", "hidden")}
     outputs |= {f"{name}.shown": Output(name, "style") for name in shown_parts(View())}
     outputs["start.value"] = Output("start", "value")
     for axis in FILTERS:
@@ -162,6 +167,7 @@ def asked_by_controls(given: Mapping[str, Any]) -> View:
     kept = {name: given[name] for name in ("run", "stored", "fact", "pair", "weights", "bands", "figure", "tab")}
     kept |= {name: given[name] for name in ("about", "edit", "match", "at", "other")}
     kept |= {name: typed(given[name]) for name in ("forward", "reverse", "instead")}
+    kept["drawing"] = given["drawing"] or View.drawing
     kept["factor"] = positive(given["factor"]) or View.factor
     only = {axis: tuple(given[f"only.{axis}"] or ()) for axis in FILTERS}
     only = {axis: values for axis, values in only.items() if values}
@@ -181,8 +187,11 @@ def _control_updates(done: Settled, given: Mapping[str, Any], *, everything: boo
         update(f"{name}.value", getattr(view, name), given[name])
     for name, style in shown_parts(view).items():
         answer[f"{name}.shown"] = style
-    for name in ("run", "step", "stored", "layer", "head", "fact", "pair", "other"):
+    for name in ("run", "step", "stored", "layer", "head", "fact", "pair", "other", "drawing"):
         answer[f"{name}.options"] = done.offers.get(name, no_update)
+    for name in PLACES:
+        answer[f"{name}.hidden"] = name in unused(view)
+    answer |= {"filled": done.filled, "drawing.hidden": len(done.offers.get("drawing", ())) < 2}
     for axis in FILTERS:
         update(f"{axis}.only", list(view.only.get(axis, ())), given[f"only.{axis}"] or [])
         answer[f"{axis}.options"] = done.offers[axis]
@@ -207,6 +216,8 @@ def _what_to_draw(folder: RunsFolder, done: Settled, version: str) -> dict[str, 
         wanted["one"] = at | {"figure": view.figure}
     elif view.tab == "pair":
         wanted["pair"] = at | {"fact": view.fact, "pair": view.pair}
+    elif view.tab in INSTRUMENTS:
+        wanted["instrument"] = at | what_to_draw(view)
     elif view.tab == "ask":
         wanted["ask"] = at | what_to_ask(view)
     return wanted

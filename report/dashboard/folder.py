@@ -15,16 +15,17 @@ import shlex
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
 from ...errors import RevprobeError, did_you_mean
 from ...finetune.runs.finetuning import FinetuneRun
+from ...finetune.runs.kept_tables import TABLES, kept_table
 from ...finetune.runs.open import open_read_run
 from ...finetune.runs.run import CONFIG, PROBLEM, Run, is_run
 from ...finetune.runs.sweeps import CONFIG as SWEEP
@@ -34,6 +35,7 @@ from ...finetune.training.run_lock import being_written
 from ...models.checkpoints import CHECKPOINTS, step_of
 from ...probes.figures.training_curves import measures_with_reasons
 from ...probes.readings.reading import Reading
+from ..html.instruments import SOURCES
 from ..summary.seed_bands import family_of
 from .listed_runs import (
     Listed,
@@ -50,8 +52,9 @@ from .listed_runs import (
 
 DEPTH = 3  # folders below RUNS_DIR that are looked into: RUNS_DIR / any / sweep / run
 WHOLE = 6  # readings kept with all their rows; those of a large model hold half a million
+Whole = TypeVar("Whole", Reading, pd.DataFrame)
 _PARTS = {CONFIG, READINGS, CHECKPOINTS}  # a folder with one of these is a run, whole or not
-_SMALL = (CONFIG, PROBLEM, "resolved.json", CHECKPOINTS, READINGS, "evaluation")
+_SMALL = (CONFIG, PROBLEM, "resolved.json", CHECKPOINTS, READINGS, "evaluation", *TABLES.values())
 
 
 class RunsFolder:
@@ -71,7 +74,7 @@ class RunsFolder:
         self._asked: dict[str, tuple[Stamp, list[tuple[str, dict[str, Any]]] | str]] = {}
         self._sweep_names: dict[str, str] = {}
         self._numbers: dict[Path, tuple[Stamp, pd.DataFrame | str]] = {}
-        self._whole: OrderedDict[tuple[Path, Stamp], Reading] = OrderedDict()
+        self._whole: OrderedDict[tuple[Path, Stamp], Any] = OrderedDict()
 
     def scan(self, *, within: float = 0.0) -> list[Listed]:
         """Every run there is, by folder; a sweep's runs in the order of its config, those not begun among them.
@@ -90,7 +93,10 @@ class RunsFolder:
 
     def version(self, runs: Iterable[Listed]) -> str:
         """A short text that changes when anything a page shows of these runs does."""
-        state = [(one.key, one.state, one.problem, [(str(f.path), f.stamp) for f in one.files]) for one in runs]
+        state = [
+            (one.key, one.state, one.problem, [(str(f.path), f.stamp) for f in one.files], sorted(one.tables.items()))
+            for one in runs
+        ]
         return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
 
     def run(self, key: str, *, within: float = 0.0) -> Listed:
@@ -121,7 +127,7 @@ class RunsFolder:
         problems: dict[str, list[str]] = {}
         axes = dict.fromkeys(axis for run in runs for axis in run.axes)
         for run in runs:
-            for file in run.files:
+            for file in (one for one in run.files if one.name not in SOURCES):
                 numbers = self._numbers_of(file)
                 if isinstance(numbers, str):
                     problems.setdefault(run.key, []).append(numbers)
@@ -136,18 +142,26 @@ class RunsFolder:
         """One reading with its rows. Raises: RevprobeError, when the run has none like it or the file is damaged."""
         for file in run.files:
             if (file.name, file.step, file.weights) == (name, step, weights):
-                return self._load(file)
+                return self._load(file.path, file.stamp, Reading.load)
         raise RevprobeError(f"{run.key} has no {name} at step {step} on {weights} weights; choose another checkpoint")
 
-    def _load(self, file: ReadingFile) -> Reading:
+    def table(self, run: Listed, name: str) -> pd.DataFrame:
+        """A table beside a run's config. Raises: RevprobeError, when the run has none like it or it is damaged."""
+        if name not in run.tables:
+            raise RevprobeError(f"{run.key} has no {TABLES[name]}")
+        file = self.root / run.key / TABLES[name]
+        return self._load(file, run.tables[name], kept_table)
+
+    def _load(self, path: Path, stamp: Stamp, read: Callable[[Path], Whole]) -> Whole:
         with self._lock:
-            place = (file.path, file.stamp)
+            place = (path, stamp)
             if place not in self._whole:
-                self._whole[place] = Reading.load(self.confined(file.path))
+                self._whole[place] = read(self.confined(path))
             self._whole.move_to_end(place)
             while len(self._whole) > WHOLE:
                 self._whole.popitem(last=False)
-            return self._whole[place]
+            whole: Whole = self._whole[place]
+            return whole
 
     def _numbers_of(self, file: ReadingFile) -> pd.DataFrame | str:
         with self._lock:
@@ -226,17 +240,19 @@ class RunsFolder:
             return self._listed(folder, "damaged", reason_of(error))
         known, listed = self._described.get(key, (None, None))
         if listed is None or known != (small, files):
-            listed = self._describe(folder, files)
+            tables = {name: small[file] for name, file in TABLES.items() if file in small}
+            listed = self._describe(folder, files, tables)
             self._described[key] = ((small, files), listed)
         # Who holds a run changes without any of its files.
         return replace(listed, state="training") if listed.state == "interrupted" and being_written(folder) else listed
 
-    def _describe(self, folder: Path, files: tuple[ReadingFile, ...]) -> Listed:
-        listed = self._listed(folder, "damaged", files=files)
+    def _describe(self, folder: Path, files: tuple[ReadingFile, ...], tables: dict[str, Stamp]) -> Listed:
+        opened = str(self._given / self._key(folder))
+        listed = self._listed(folder, "damaged", files=files, tables=tables, opened=opened)
         try:
             self.require_no_way_out(folder)
         except (OSError, RevprobeError) as error:
-            return replace(listed, problem=reason_of(error), files=())
+            return replace(listed, problem=reason_of(error), files=(), tables={})
         text = ""
         try:
             if not is_run(folder):
@@ -244,6 +260,7 @@ class RunsFolder:
             text = read_bounded(self.confined(folder / CONFIG))
             run = open_read_run(folder, text)
             listed = replace(listed, axes=run.axes, family=family_of(run), total=total_steps(run))
+            listed = replace(listed, tuned=isinstance(run, FinetuneRun))
             state, problem = state_of(run)
             last, written = last_checkpoint(run)
         except Exception as error:  # a damaged folder may raise anything; it is shown beside the sound ones

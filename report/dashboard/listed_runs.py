@@ -48,6 +48,9 @@ class Listed:
         last: the last complete checkpoint's step; None before the first.
         written: when that was, in seconds since the epoch.
         resume: the command that takes it up again; "" where there is nothing to take up.
+        tables: those that lie beside its config, by what they hold, as they were at the scan.
+        opened: its path as Python finds it from where the dashboard was started.
+        tuned: whether it is a fine-tuning.
     """
 
     key: str
@@ -62,6 +65,9 @@ class Listed:
     written: float | None = None
     resume: str = ""
     files: tuple[ReadingFile, ...] = ()
+    tables: Mapping[str, Stamp] = field(default_factory=dict)
+    opened: str = ""
+    tuned: bool = False
 
     @property
     def steps(self) -> list[int]:

@@ -6,7 +6,7 @@
 (() => {
   const tell = (store, data) => window.dash_clientside.set_props(store, {data});
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
-  let chosen = [], looks = 0, cancels = 0, focused = null, asked = null;
+  let chosen = [], looks = 0, cancels = 0, focused = null, asked = null, current = null;
 
   // --- The token that shows the server that a POST comes from this page, and not from another one ---
 
@@ -47,9 +47,18 @@
       const open = tab.dataset.tab === name;
       tab.setAttribute("aria-selected", String(open));
       tab.tabIndex = open ? 0 : -1;
-      document.getElementById(tab.getAttribute("aria-controls")).hidden = !open;
     }
+    const opened = document.getElementById(`tab-${name}`).getAttribute("aria-controls");
+    for (const panel of all("[role=tabpanel]")) panel.hidden = panel.id !== opened;
+    document.getElementById(opened).setAttribute("aria-labelledby", `tab-${name}`);
     document.getElementById("chooser").hidden = name === "training";
+    current = name;
+    freshen();
+  }
+  // The instruments share a panel: until its own figure is there, a tab shows no other's.
+  function freshen() {
+    const drawn = document.querySelector("#instrument-said [data-for]");
+    document.getElementById("panel-instrument").classList.toggle("stale", drawn?.dataset.for !== current);
   }
   function step(tab, key) {
     const tabs = all("[data-tab]"), at = tabs.indexOf(tab), last = tabs.length - 1;
@@ -142,11 +151,13 @@
       dress();
       return dark() ? "dark" : "light";
     },
-    shown: (view) => {
+    shown: (view, filled) => {
       if (view) {
         chosen = [...view.runs];
         show(view.tab);
       }
+      for (const tab of all("[aria-controls=panel-instrument]"))
+        tab.classList.toggle("empty", !(filled ?? []).includes(tab.dataset.tab));
       return window.dash_clientside.no_update;
     },
     // This copy of the page, by a name that no other has: a later question of it takes the place of an earlier one.
@@ -158,6 +169,11 @@
           document.querySelector(`[data-at="${asked}"]`)?.focus({preventScroll: true});
         asked = null;
       }, 0);
+      return window.dash_clientside.no_update;
+    },
+    // An instrument's figure was drawn.
+    fresh: () => {
+      setTimeout(freshen, 0);
       return window.dash_clientside.no_update;
     },
     // As high as a figure asks for, and as wide where it says so.

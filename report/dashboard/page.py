@@ -16,6 +16,7 @@ from dash import dcc, html
 
 from ..asking.edits import EDITS, MATCHES
 from ..asking.sentences import LONGEST
+from ..html.instruments import INSTRUMENTS
 from ..summary.tables import cell_lines
 from .view import ABOUT, BANDS, FIGURES, FILTERS, TABS, WEIGHTS, View
 
@@ -31,10 +32,11 @@ _WAITING["layout"]["annotations"] = [{"text": "Reading the folder ...", "showarr
 _WAITING["layout"]["annotations"][0] |= {"xref": "paper", "yref": "paper"}
 # Stores by name: what the page's script and the callbacks tell each other (see app.py).
 _OF_THE_SCRIPT = ("url", "address", "sent", "selected", "tab", "theme", "dressed", "dotted", "page-name", "cancel")
-ASKED = ("list", "curves", "one", "pair", "ask")
-STORES = ("version", "told", "view", "cancelled", "answered", *_OF_THE_SCRIPT, *(f"{name}-asked" for name in ASKED))
+ASKED = ("list", "curves", "one", "pair", "instrument", "ask")
+_OF_THE_SERVER = ("version", "told", "view", "filled", "fresh", "cancelled", "answered")
+STORES = (*_OF_THE_SERVER, *_OF_THE_SCRIPT, *(f"{name}-asked" for name in ASKED))
 _OF_RUNS = ("weights", "bands", "search", "run", "step", "stored", "figure", "layer", "head", "fact", "pair")
-CONTROLS = (*_OF_RUNS, "about", "forward", "reverse", "edit", "match", "factor", "at", "other", "instead")
+CONTROLS = (*_OF_RUNS, "drawing", "about", "forward", "reverse", "edit", "match", "factor", "at", "other", "instead")
 
 
 def index(token: str = "") -> str:
@@ -80,7 +82,7 @@ def _side() -> html.Aside:
 
 def _main() -> html.Main:
     tabs = [
-        html.Button(text, id=f"tab-{name}", role="tab", **attributes(data_tab=name, aria_controls=f"panel-{name}"))
+        html.Button(text, id=f"tab-{name}", role="tab", **attributes(data_tab=name, aria_controls=panel_of(name)))
         for name, text in TABS.items()
     ]
     usual = View()
@@ -111,16 +113,29 @@ def _main() -> html.Main:
             html.P("Choose a fact: the checkpoint is run on the pair's two queries.", className="note"),
             loading(html.Div(id="opened"), "Running the checkpoint ..."),
         ],
+        "instrument": _instrument(),
         "ask": _ask(usual),
     }
-    shown = [
-        html.Div(parts, id=f"panel-{name}", role="tabpanel", hidden=True, **attributes(aria_labelledby=f"tab-{name}"))
-        for name, parts in panels.items()
-    ]
+    shown = [html.Div(parts, id=f"panel-{name}", role="tabpanel", hidden=True) for name, parts in panels.items()]
     return html.Main(
         [html.Div(tabs, role="tablist", id="tabs", **attributes(aria_label="Views")), chooser, chosen, *shown],
         id="main",
     )
+
+
+def _instrument() -> list[Any]:
+    # A figure may be wider than its place, which is then scrolled, also by keys.
+    place: dict[str, Any] = {"className": "wide", "role": "group", "tabIndex": 0, "aria-label": "figure"}
+    return [
+        html.Div(_choice("drawing", "figure"), className="controls", id="drawing-box"),
+        html.Div(_graph("instrument"), id="instrument-figure", **place),
+        html.Div(id="instrument-said"),
+    ]
+
+
+def panel_of(tab: str) -> str:
+    """The panel that a tab opens; the instruments share one."""
+    return "panel-instrument" if tab in INSTRUMENTS else f"panel-{tab}"
 
 
 def _ask(usual: View) -> list[Any]:
@@ -186,7 +201,7 @@ def _radio(name: str, label: str, options: Mapping[str, str], chosen: str) -> ht
 def _choice(name: str, label: str, options: Mapping[str, str] | None = None, value: str | None = None) -> html.Div:
     listed = [{"label": text, "value": one} for one, text in (options or {}).items()]
     dropdown = dcc.Dropdown(id=name, options=listed, value=value, clearable=False, placeholder="choose")
-    return html.Div([html.Label(label, htmlFor=name, id=f"{name}-label"), dropdown])
+    return html.Div([html.Label(label, htmlFor=name, id=f"{name}-label"), dropdown], id=f"{name}-chooser")
 
 
 def number_table(table: pd.DataFrame) -> html.Table:

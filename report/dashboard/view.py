@@ -14,8 +14,10 @@ from urllib.parse import parse_qs, urlencode
 
 from ..asking.edits import EDITS, MATCHES
 from ..asking.sentences import LONGEST
+from ..html.instruments import INSTRUMENTS
 
-TABS = {"training": "Training", "checkpoint": "One checkpoint", "pair": "One pair", "ask": "Ask the model"}
+TABS = {"training": "Training", "checkpoint": "One checkpoint", "pair": "One pair"}
+TABS |= {name: one.words for name, one in INSTRUMENTS.items()} | {"ask": "Ask the model"}
 ABOUT = {"pair": "a pair of the run", "text": "typed sentences"}
 WEIGHTS = {"ema": "EMA (raw where there is none)", "raw": "raw", "both": "both"}
 BANDS = {"facts": "each run, band: interval over facts", "seeds": "seeds together, band: their range"}
@@ -29,7 +31,8 @@ _OF_FINETUNINGS = ("model", "dataset", "variant", "direction")
 FILTERS = ("group", "state", "objective", "position_encoding", "length", *_OF_FINETUNINGS, "seed")
 LAST = -1  # the checkpoint choice that follows a run
 ALL = -1  # layers or heads
-_CHOICES = {"tab": TABS, "weights": WEIGHTS, "bands": BANDS, "figure": FIGURES}
+DRAWINGS = {name: drawing.words for one in INSTRUMENTS.values() for name, drawing in one.drawings.items()}
+_CHOICES = {"tab": TABS, "weights": WEIGHTS, "bands": BANDS, "figure": FIGURES, "drawing": DRAWINGS}
 _CHOICES |= {"about": ABOUT, "edit": EDITS, "match": MATCHES}
 _WORDS = ("run", "stored", "fact", "at", "other")
 _TYPED = ("forward", "reverse", "instead")
@@ -48,6 +51,7 @@ class View:
         search, only: what the list of runs is narrowed to: a part of the name, and values by axis.
         run, step, stored, layer, head: the checkpoint that is looked into; `stored` is "raw" or "ema".
         figure: what is drawn of it, one of FIGURES.
+        drawing: what is drawn on an instrument's tab, one of its drawings; "" is its first that the run has.
         about, forward, reverse: what the model is asked: the pair, or typed sentences.
         edit, match, factor, at, other, instead: what is changed before it is asked again: one of EDITS, what a
             transplant matches, a scaling's factor, the token that is masked, the fact or text whose evidence stands in.
@@ -63,6 +67,7 @@ class View:
     step: int = LAST
     stored: str | None = None
     figure: str = "heatmap"
+    drawing: str = ""
     layer: int = ALL
     head: int = ALL
     fact: str | None = None

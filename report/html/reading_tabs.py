@@ -1,59 +1,76 @@
-"""The tabs of a report that show single readings as figures: what is stored, and what editing a route does."""
+"""The tabs of a report that show single readings and tables as figures: what is stored, what an edit does, and more."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import plotly.graph_objects as go
+import pandas as pd
 from markupsafe import Markup
 
-from ...errors import RevprobeError, first_line
 from ...finetune.runs.record import RunRecord
-from ...probes.figures.route_edits import route_edit_figure
-from ...probes.figures.storage import stored_evidence_figure
-from ...probes.figures.theme import message_figure
 from ...probes.figures.training_curves import series_words
 from ...probes.readings.reading import Reading
+from .instruments import INSTRUMENTS, Drawing, Instrument, command, drawn
 from .page import gallery, paragraph, preformatted, section
 
 MOST = 60  # figures in one gallery; beyond, each run keeps its last checkpoint
-MANY_HEADS = 40  # edits of more single heads than this are a heat map
-STORED, EDITED = "stored_evidence", "route_edit"
-STORAGE = (
-    "What the target's logit is made of, forward and reverse: the stored evidence routed to the readout row, and what "
-    "reaches it otherwise; bars: 95 % intervals over facts."
-)
-EDITS = (
-    "How the target's log-probability changes when attention from the readout rows to the evidence is edited, beside "
-    "the same edit of other positions (control); bars: 95 % intervals over facts."
-)
-
-
-# What fills a tab that is empty, in a Python that was started in the folder that holds the report.
-COMMAND = """import revprobe as rp
-
-run = rp.open_run({run!r})
-reading = rp.probe_{name}(run.load(), run.pairs())
-weights = reading.meta["weights"]
-reading.save(run.path / "readings" / f"step-{{run.steps[-1]:06d}}" / f"{name}.{{weights}}.parquet")
-"""
+ASKED_FOR = ("storage", "edits")  # tabs that say the commands that fill them; others are left out while they are empty
 FILLED = "Runs do not take it by themselves. In Python, from the folder that holds this report:"
 AGAIN = "Then, in a terminal in the same folder:"
 
 
-def storage_tab(runs: Sequence[RunRecord], folder: Path) -> list[Markup]:
-    """Every stored-evidence reading as a figure, or the commands that take one; nothing where no run could be read."""
-    nothing = "No run has a reading of stored evidence."
-    return _tab("storage", "Stored evidence", runs, folder, STORED, STORAGE, nothing)
+def reading_tabs(runs: Sequence[RunRecord], folder: Path) -> list[tuple[str, str, list[Markup]]]:
+    """A tab for each instrument that some run was asked by, as (name, shown text, parts).
+
+    Args:
+        folder: where the report will lie: commands name the runs from there.
+    """
+    tabs = [(one, _tab(one, runs, folder)) for one in INSTRUMENTS.values()]
+    return [(one.name, one.words.lower(), parts) for one, parts in tabs]
 
 
-def edits_tab(runs: Sequence[RunRecord], folder: Path) -> list[Markup]:
-    """Every route-edit reading as a figure, or the commands that take one; nothing where no run could be read."""
-    return _tab("edits", "Edited routes", runs, folder, EDITED, EDITS, "No run has a reading of an edited route.")
+def _tab(instrument: Instrument, runs: Sequence[RunRecord], folder: Path) -> list[Markup]:
+    name, title = instrument.name, instrument.title
+    usual = [one for one in instrument.drawings.values() if one.usual]
+    found = [(run, one, drawing) for drawing in usual for run in runs for one in _found(run, drawing)]
+    if not found:
+        filled = _commands(instrument, runs, folder) if name in ASKED_FOR else []
+        return [section(name, title, paragraph(instrument.nothing), *filled)] if filled else []
+    said = []
+    if len(found) > MOST:
+        kept = [one for one in found if _is_last(*one[:2])]
+        said.append(paragraph(f"{len(kept)} of {len(found)} readings: the last checkpoint of each run.", note=True))
+        found = kept or found[-MOST:]
+    notes = dict.fromkeys(instrument.note_of(drawing.source) for *_, drawing in found)
+    said = [*(paragraph(text, note=True) for text in notes), *said]
+    figures = [(_label(run.name, one, drawing, instrument), drawn(one, drawing)) for run, one, drawing in found]
+    return [section(name, title, gallery(name, "reading", figures), *said)]
 
 
-def _commands(runs: Sequence[RunRecord], folder: Path, what: str) -> list[Markup]:
+def _found(run: RunRecord, drawing: Drawing) -> list[Reading | pd.DataFrame]:
+    """What a run has to be drawn so: its readings of that name, or its table."""
+    readings: list[Reading | pd.DataFrame] = [one for one in run.readings if one.name == drawing.source]
+    return readings + [table for name, table in run.tables.items() if name == drawing.source]
+
+
+def _is_last(run: RunRecord, found: Reading | pd.DataFrame) -> bool:
+    return isinstance(found, pd.DataFrame) or found.meta.get("step") in (None, *run.readings.steps[-1:])
+
+
+def _label(run: str, found: Reading | pd.DataFrame, drawing: Drawing, instrument: Instrument) -> str:
+    """What a figure is called in the choice: run, step and weights, and what it shows where that is not the usual."""
+    first = next(iter(instrument.drawings.values())).source
+    more = "" if drawing.source == first else f", {drawing.words}"
+    if isinstance(found, pd.DataFrame):
+        return f"{run}{more}"
+    step = found.meta.get("step")
+    at = "" if step is None else f", step {int(step):,}"
+    edit = f", {found.meta['edit']}" if "edit" in found.meta else ""
+    return f"{run}{at} ({series_words(found.meta.get('weights'), None)}{edit}){more}"
+
+
+def _commands(instrument: Instrument, runs: Sequence[RunRecord], folder: Path) -> list[Markup]:
     """What takes a reading of the first run that can be asked for it: both probes are for masked models first."""
     read = [run for run in runs if len(run.readings)]
     masked = [run for run in read if run.axes.get("objective") != "causal"]
@@ -63,43 +80,7 @@ def _commands(runs: Sequence[RunRecord], folder: Path, what: str) -> list[Markup
     where = name if (folder / name).is_dir() else "."  # a sweep's report lies over its runs, a run's own in its folder
     return [
         paragraph(FILLED),
-        preformatted(COMMAND.format(run=where, name=what)),
+        preformatted(command(instrument.sources[0], where)),
         paragraph(AGAIN),
         preformatted("revprobe report ."),
     ]
-
-
-def _tab(
-    name: str, title: str, runs: Sequence[RunRecord], folder: Path, what: str, note: str, nothing: str
-) -> list[Markup]:
-    found = [(run.name, reading) for run in runs for reading in run.readings if reading.name == what]
-    if not found:
-        filled = _commands(runs, folder, what)
-        return [section(name, title, paragraph(nothing), *filled)] if filled else []
-    said = []
-    if len(found) > MOST:
-        last = {run.name: run.readings.steps[-1:] for run in runs}
-        kept = [(run, reading) for run, reading in found if reading.meta.get("step") in (None, *last[run])]
-        said.append(paragraph(f"{len(kept)} of {len(found)} readings: the last checkpoint of each run.", note=True))
-        found = kept or found[-MOST:]
-    figures = []
-    for run, reading in found:
-        step = reading.meta.get("step")
-        at = "" if step is None else f", step {int(step):,}"
-        edit = f", {reading.meta['edit']}" if "edit" in reading.meta else ""
-        label = f"{run}{at} ({series_words(reading.meta.get('weights'), None)}{edit})"
-        figures.append((label, _figure(reading)))
-    return [section(name, title, gallery(name, "reading", figures), paragraph(note, note=True), *said)]
-
-
-def _figure(reading: Reading) -> go.Figure:
-    """One reading drawn; what cannot be drawn says why."""
-    try:
-        if reading.name == STORED:
-            return stored_evidence_figure(reading)
-        single = reading.frame.loc[reading.frame["scope"] == "head", ["layer", "head"]].drop_duplicates()
-        return route_edit_figure(reading, kind="heatmap" if len(single) > MANY_HEADS else "intervals")
-    except RevprobeError as error:
-        return message_figure(first_line(error, with_type=False))
-    except (KeyError, ValueError, TypeError, IndexError) as error:
-        return message_figure(f"This reading cannot be drawn: {first_line(error)}")

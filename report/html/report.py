@@ -1,10 +1,10 @@
 """One HTML file about a run or a sweep, the tidy `summary.csv` beside it, and `controls.csv` where there are some.
 
-A tab each for the overview, routing, gradients, probability, storage, edits and configuration; one checkpoint slider
-and the choice of layer and head drive three of them, and one that no run has a reading for is left out. What is chosen
-stands in the page's address. The page opens without a network and shows what there is: a broken
-or unfinished run is listed with its reason. All files are written to temporary names and renamed, so an interrupted
-report leaves the old one whole.
+A tab each for the overview, routing, gradients, probability, the instruments (storage, edits and what else a run's
+folder holds) and configuration; one checkpoint slider and the choice of layer and head drive three of them. A tab that
+no run has a reading for is left out. What is chosen stands in the page's address. The page opens without a network and
+shows what there is: a broken or unfinished run is listed with its reason. All files are written to temporary names and
+renamed, so an interrupted report leaves the old one whole.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ...errors import RevprobeError
 from ...finetune.runs.alerts import CROSSED, UNDEFINED
 from ...finetune.runs.record import AXES, RunRecord, tidy_summary
 from ...probes.figures.controls import LOOKS
-from ...probes.figures.training_curves import VIEWS, measures_with_reasons, signatures_figure
+from ...probes.figures.training_curves import PANELS, VIEWS, measures_with_reasons, signatures_figure
 from ...probes.statistics.estimators import STATISTICS_VERSION
 from ...progress import Progress, counted_together, shows_progress
 from ..summary.alerts import alerts_table
@@ -33,7 +33,7 @@ from ..summary.finding import finding
 from ..summary.tables import final_table, format_final_table
 from .explorer_tabs import EXPLORED, explorer
 from .page import choice, controls, details, figure_data, figure_place, folded, page, paragraph, section, table
-from .reading_tabs import edits_tab, storage_tab
+from .reading_tabs import reading_tabs
 
 CONTROLS = "controls.csv"
 LONG = 32  # more rows than this are folded away
@@ -137,8 +137,7 @@ def _document(
     tabs = [
         ("overview", "overview", [*overview, _warnings(runs)]),
         *((name, name, parts) for name, parts in explored.items()),
-        ("storage", "storage", storage_tab(runs, folder)),
-        ("edits", "edits", edits_tab(runs, folder)),
+        *reading_tabs(runs, folder),
         ("configuration", "configuration", [_configs(runs), _versions(runs)]),
     ]
     return page(title, WHAT, tabs, chooser=chooser)
@@ -171,6 +170,7 @@ def _final_section(runs: Sequence[RunRecord], summary: pd.DataFrame) -> Markup:
 
 def _signatures_section(measures: pd.DataFrame, held_against: pd.DataFrame) -> Markup:
     figure = signatures_figure(measures, buttons=False, controls=held_against)
+    drawn = {panel.measure for panel in PANELS}
     selects = []
     if {"raw", "ema"} <= set(measures["weights"].dropna()):
         selects.append(choice("choose-weights", "weights", list(VIEWS.items())))
@@ -180,7 +180,7 @@ def _signatures_section(measures: pd.DataFrame, held_against: pd.DataFrame) -> M
             # Lengths are different tasks: a sweep opens on the first, not on all of them over each other.
             first = values[0] if axis == "length" else "all"
             selects.append(choice(f"choose-{axis}", axis, [("all", "all"), *((v, v) for v in values)], chosen=first))
-    against = list(dict.fromkeys(held_against["control"]))
+    against = list(dict.fromkeys(held_against.loc[held_against["measure"].isin(drawn), "control"]))
     if against:
         options = [("all", "all"), *((name, LOOKS[name].words) for name in against), ("none", "shuffled facts alone")]
         selects.append(choice("choose-against", "controls", options))

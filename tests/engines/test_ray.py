@@ -9,8 +9,10 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from revprobe.finetune.training.run_lock import run_lock
 from tiny import gpt2
 
 # As `connected` sets them for a cluster of its own; Ray reads them when it is imported.
-SETTINGS = ray_cluster.LOOPBACK | {"RAY_USAGE_STATS_ENABLED": "0"}
+SETTINGS = ray_cluster.LOOPBACK | ray_cluster.QUIET
 os.environ.update(SETTINGS | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
 ray = pytest.importorskip("ray", reason="Ray cannot be imported here; `pip install '.[ray]'` brings it")
 
@@ -77,58 +79,55 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files if path.name != ".lock"}
 
 
-def test_a_sweep_on_a_cluster_has_the_bytes_of_one_here(
+@contextmanager
+def a_node_dies(cluster: Any, when: Callable[[], bool]) -> Iterator[list[bool]]:
+    """Kill one of its nodes as soon as that is so, and start another at the end; the list says whether it was."""
+    killed: list[bool] = []
+    over = threading.Event()
+
+    def wait() -> None:
+        while not over.wait(0.02):
+            if when():
+                cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
+                killed.append(True)
+                return
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        thread.join()
+        if killed:
+            cluster.add_node(**NODE)
+
+
+def test_a_sweep_whose_node_dies_has_the_bytes_of_one_here(
     cluster: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """All files of all runs; and the console has the runs' lines, without one of Ray's."""
-    here = rp.run_sweep(sweep_config(), out=tmp_path / "local", jobs=2)
+    """All files of all runs, one taken up on another node; and the console has the runs' lines, without one of Ray's.
+
+    The node dies when its run has a checkpoint; the process of the run is then alone, and ends by itself.
+    """
+    config = sweep_config(SWEEP.replace("steps: 12", "steps: 600").replace("every: 6", "every: 200"))
+    names = [run.name for run in config.runs()]
+    here = rp.run_sweep(config, out=tmp_path / "local", jobs=2)
     capfd.readouterr()
-    there = rp.run_sweep(sweep_config(), out=tmp_path / "ray", on="ray", address=cluster.address)
+    have = lambda: all((tmp_path / "ray" / "grid" / name / "checkpoints/step-000200").is_dir() for name in names)  # noqa: E731
+    with a_node_dies(cluster, have) as killed:
+        there = rp.run_sweep(config, out=tmp_path / "ray", on="ray", address=cluster.address)
     out, err = capfd.readouterr()
-    for name in ("alibi-l4-s0", "arm-l4-s0"):
+    assert killed and out.count("its node or worker was lost; it is taken up from its last checkpoint") == 1, out
+    for name in names:
         one, other = contents(here.path / name), contents(there.path / name)
         assert set(one) == set(other)
         changed = [path for path, held in one.items() if other[path] != held]
         assert not changed, f"{name}: {changed} depend on who ran it"
-        assert f"{name}: started on " in out and f"{name}: finished in " in out and f"{name}: step 12/12" in out
+        assert f"{name}: started on " in out and f"{name}: finished in " in out and f"{name}: step 600/600" in out
     assert err == "" and "ray::" not in out and "raylet" not in out, err
     assert (here.path / "summary.csv").read_bytes() == (there.path / "summary.csv").read_bytes()
     assert not ray.is_initialized(), "it stayed connected"
-
-
-def test_a_run_whose_node_died_is_taken_up_on_another(cluster: Any, tmp_path: Path) -> None:
-    """The node dies when its run has a checkpoint; the process of the run is then alone, and ends by itself."""
-    text = SWEEP.replace("steps: 12", "steps: 600").replace("every: 6", "every: 200")
-    works = [work_of(run) for run in sweep_config(text).runs()]
-    here = launcher("local", jobs=2).run_all(works, made_folder(tmp_path / "local"), silent())
-    killed: list[str] = []
-    said: list[str] = []
-
-    def listen(work: Work) -> Any:
-        def tell(step: int, steps: int, loss: float | None) -> None:
-            if not killed and all(list((there / one.name).glob("checkpoints/step-000200")) for one in works):
-                killed.append(work.name)
-                cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
-
-        return tell
-
-    there = made_folder(tmp_path / "ray")
-    try:
-        problems = launcher("ray", address=cluster.address).run_all(works, there, Display(listen, said.append))
-    finally:
-        cluster.add_node(**NODE)
-    assert not here and not problems
-    again = [line for line in said if "its node or worker was lost; it is taken up from its last checkpoint" in line]
-    assert killed and len(again) == 1, said
-    for work in works:
-        one, other = contents(tmp_path / "local" / work.name), contents(there / work.name)
-        assert set(one) == set(other)
-        assert not [path for path, held in one.items() if other[path] != held], f"{work.name} depends on who ran it"
-
-
-def made_folder(path: Path) -> Path:
-    path.mkdir()
-    return path
 
 
 def test_what_interrupts_a_sweep_ends_its_tasks_first(

@@ -22,6 +22,7 @@ from revprobe import Reading, RevprobeError
 from revprobe.cli.main import app as command_line
 from revprobe.finetune.config.loading import dump_config
 from revprobe.finetune.config.one_layer import SweepConfig
+from revprobe.finetune.runs.kept_tables import TABLES
 from revprobe.finetune.training.run_lock import run_lock
 from revprobe.probes.figures.theme import COLOURS
 from revprobe.report.dashboard import folder as dashboard_data
@@ -255,7 +256,11 @@ def test_nothing_outside_the_folder_is_read(
 
 def test_many_runs_are_listed_with_one_bounded_read_each(tmp_path: Path, opened_paths: list[str]) -> None:
     """A hundred runs: the list opens each config once, no readings file, and nothing again while nothing changes."""
-    made.write_run(tmp_path / "run-000", 0, 5, 10)
+    run = made.write_run(tmp_path / "run-000", 0, 5, 10)
+    for name in ("stored_evidence", "route_edit", "causal_trace", "objective_terms"):
+        (run / "readings" / "step-000010" / f"{name}.raw.parquet").write_text("not to be opened for a list")
+    for name in TABLES.values():
+        (run / name).write_text("not to be opened for a list")
     for place in range(1, 100):
         shutil.copytree(tmp_path / "run-000", tmp_path / f"run-{place:03d}")
     folder = RunsFolder(tmp_path)
