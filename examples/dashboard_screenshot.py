@@ -66,7 +66,9 @@ def picture(runs_dir: Path, out: Path, *, chosen: list[str] | None = None, view:
         shown = chosen or keys[:MOST]
         said = [*parse_qsl(view), *(("chosen", key) for key in shown)]
         driver.get(f"{address}?{urlencode(said)}")
-        await_true(lambda: driver.find_elements("css selector", DRAWN[tab]), f"the tab {tab!r}")
+        await_true(
+            lambda: driver.find_elements("css selector", DRAWN.get(tab, f"#panel-{tab} .main-svg")), f"the tab {tab!r}"
+        )
         if tab == "training":
             await_true(lambda: len(table_rows(driver)) >= len(shown), "the numbers")
         time.sleep(2)  # what moves while it is drawn
