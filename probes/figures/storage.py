@@ -204,9 +204,9 @@ def _panels(
         figure.update_xaxes(scale.axis(), row=1, col=place)
     # Tables of older versions do not say of which model they are.
     models = list(dict.fromkeys(rows["model"])) if "model" in rows else []
-    title = heading(f"<b>{plain(', '.join(map(str, models)) or 'model')}</b>{what}", words, key=True)
+    said = heading(f"<b>{plain(', '.join(map(str, models)) or 'model')}</b>{what}", words, key=True)
     legend = {"orientation": "h", "y": -0.25, "x": 0}
-    figure.update_layout(template=TEMPLATE, title=title, legend=legend, height=440)
+    figure.update_layout(template=TEMPLATE, title=said, legend=legend, height=440)
     return scale, figure.update_layout(margin={"t": 112, "b": 110})
 
 
