@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ...atomic_files import write_text
 from ...engines.launcher import JSON_PROGRESS, Listener
 from ...errors import RevprobeError
 from ...models.checkpoints import step_of
@@ -27,6 +28,7 @@ from ..config.alerts import Alert
 from ..training.checkpointing import READINGS
 
 CROSSED, UNDEFINED = "crossed", "undefined"
+ALERTS = "alerts.txt"  # what stands at a run's last checkpoint, a line each; empty where every rule holds
 
 
 class AlertWarning(UserWarning):
@@ -83,7 +85,11 @@ def judge(alerts: Sequence[Alert], readings: Iterable[Reading], before: Sequence
     Args:
         before: what the checkpoint before came to, for `Judged.since`.
     """
-    measures = _measures(readings)
+    return _judge(alerts, _measures(readings), before)
+
+
+def _judge(alerts: Sequence[Alert], table: pd.DataFrame, before: Sequence[Judged]) -> list[Judged]:
+    measures = _that_speak(table)
     known = {one.key: one for one in before}
     found = []
     for alert in alerts:
@@ -107,20 +113,39 @@ def history(alerts: Sequence[Alert], readings: Readings) -> list[Judged]:
     return last
 
 
+def history_of(alerts: Sequence[Alert], measures: pd.DataFrame) -> list[Judged]:
+    """As `history`, of a run's numbers: rows with the columns of `Readings.measures()`."""
+    last: list[Judged] = []
+    for _, part in measures.groupby("step", sort=True) if alerts and len(measures) else ():
+        last = _judge(alerts, part, last)
+    return last
+
+
+def standing(judged: Iterable[Judged]) -> list[str]:
+    """A line for each rule that is crossed, or undefined, with the step since which it is."""
+    return [f"{one.text} (since step {one.since:,})" for one in judged if one.state]
+
+
 def alerts_of(config: Mapping[str, Any]) -> tuple[Alert, ...]:
     """The rules of a run's config as plain values."""
     return tuple(Alert.model_validate(one) for one in config.get("alerts") or ())
 
 
 def _measures(readings: Iterable[Reading]) -> pd.DataFrame:
-    """`Readings.measures()` of one checkpoint with the weights that speak."""
+    """`Readings.measures()` of one checkpoint."""
     parts = [
         reading.measures().assign(**{key: reading.meta.get(key) for key in ("step", "weights", "kind")})
         for reading in readings
     ]
     if not parts:
         return pd.DataFrame(columns=["measure"])
-    table = pd.concat(parts, ignore_index=True)
+    return pd.concat(parts, ignore_index=True)
+
+
+def _that_speak(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the averaged weights where a measure has some, else all."""
+    if table.empty:
+        return table
     averaged = set(table.loc[table["weights"] == "ema", "measure"])
     return table[(table["weights"] == "ema") | ~table["measure"].isin(averaged)]
 
@@ -143,10 +168,10 @@ class Watch:
     def end(self) -> None:
         """Tell which rules the last checkpoint crosses; nothing where no checkpoint is new."""
         self.look()
-        standing = [one for one in self.last if one.state]
-        if self.new and standing:
-            texts = "; ".join(f"{one.text} (since step {one.since:,})" for one in standing)
-            self.say(f"{self.folder.resolve().name}: ended with {len(standing)} of {len(self.last)} alerts: {texts}")
+        texts = standing(self.last)
+        if self.new and texts:
+            told = "; ".join(texts)
+            self.say(f"{self.folder.resolve().name}: ended with {len(texts)} of {len(self.last)} alerts: {told}")
 
     def listening(self, listener: Listener) -> Listener:
         """The listener of a run, looking each time it is told something."""
@@ -160,6 +185,7 @@ class Watch:
     def _go_on(self, tell: Callable[[Judged], None]) -> None:
         if not self.alerts or not (self.folder / READINGS).is_dir():
             return
+        before_looking = len(self.seen)
         there = {step: entry for entry in (self.folder / READINGS).iterdir() if (step := step_of(entry)) is not None}
         for step in sorted(there.keys() - self.seen):
             try:
@@ -172,6 +198,8 @@ class Watch:
             for one in self.last:
                 if one.state and states.get(one.key) != one.state:
                     tell(one)
+        if len(self.seen) > before_looking:  # for who lists many runs and opens none of their readings
+            write_text(self.folder / ALERTS, "".join(f"{line}\n" for line in standing(self.last)))
 
 
 def warned(folder: Path, alerts: Sequence[Alert]) -> Watch:

@@ -37,7 +37,17 @@ from .pair_strips import opened_pair
 from .run_list import chosen_states, runs_list
 from .server import LOOPBACK, TOKEN, guard
 from .view import ALL, FILTERS, View, positive, typed
-from .views import ATTENTION, READING_OF, checkpoint_figure, curves, filtered, or_reason, pair_row, reading_at
+from .views import (
+    ATTENTION,
+    READING_OF,
+    alerts_judged,
+    checkpoint_figure,
+    curves,
+    filtered,
+    or_reason,
+    pair_row,
+    reading_at,
+)
 
 
 def make_app(root: str | Path, *, every: float = 2.0, host: str = LOOPBACK[0]) -> Dash:
@@ -249,6 +259,7 @@ def _curves(app: Dash, folder: RunsFolder) -> None:
         Output("curves", "figure"),
         Output("numbers", "children"),
         Output("notes", "children"),
+        Output("alerts", "children"),
         Input("curves-asked", "data"),
         Input("theme", "data"),
     )
@@ -261,7 +272,8 @@ def _curves(app: Dash, folder: RunsFolder) -> None:
         figure, table, said, problems = curves(folder, runs, **how)
         numbers = page.number_table(table) if len(table) else page.notes(["No number yet."] if runs else ["-"])
         told = [*page.notes(said), *page.notes(problems, problem=True)]
-        return with_theme(figure, theme or "light"), numbers, told
+        alerts = page.alerts_shown(alerts_judged(folder, runs))
+        return with_theme(figure, theme or "light"), numbers, told, alerts
 
 
 def _checkpoint(app: Dash, folder: RunsFolder) -> None:

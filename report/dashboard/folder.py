@@ -15,7 +15,7 @@ import shlex
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from ...errors import RevprobeError, did_you_mean
+from ...finetune.runs.alerts import ALERTS
 from ...finetune.runs.finetuning import FinetuneRun
 from ...finetune.runs.kept_tables import TABLES, kept_table
 from ...finetune.runs.open import open_read_run
@@ -54,7 +55,7 @@ DEPTH = 3  # folders below RUNS_DIR that are looked into: RUNS_DIR / any / sweep
 WHOLE = 6  # readings kept with all their rows; those of a large model hold half a million
 Whole = TypeVar("Whole", Reading, pd.DataFrame)
 _PARTS = {CONFIG, READINGS, CHECKPOINTS}  # a folder with one of these is a run, whole or not
-_SMALL = (CONFIG, PROBLEM, "resolved.json", CHECKPOINTS, READINGS, "evaluation", *TABLES.values())
+_SMALL = (CONFIG, PROBLEM, "resolved.json", CHECKPOINTS, READINGS, "evaluation", ALERTS, *TABLES.values())
 
 
 class RunsFolder:
@@ -91,13 +92,11 @@ class RunsFolder:
             self._described = {one.key: self._described[one.key] for one in found if one.key in self._described}
             return found
 
-    def version(self, runs: Iterable[Listed]) -> str:
+    def version(self, runs: Sequence[Listed]) -> str:
         """A short text that changes when anything a page shows of these runs does."""
-        state = [
-            (one.key, one.state, one.problem, [(str(f.path), f.stamp) for f in one.files], sorted(one.tables.items()))
-            for one in runs
-        ]
-        return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+        files = [[(str(file.path), file.stamp) for file in one.files] + sorted(one.tables.items()) for one in runs]
+        state = [(one.key, one.state, one.problem, one.alerted) for one in runs]
+        return hashlib.sha256(repr((state, files)).encode()).hexdigest()[:16]
 
     def run(self, key: str, *, within: float = 0.0) -> Listed:
         """The run of this key. Raises: RevprobeError, for any key that a scan does not give, `../other` among them."""
@@ -242,6 +241,8 @@ class RunsFolder:
         if listed is None or known != (small, files):
             tables = {name: small[file] for name, file in TABLES.items() if file in small}
             listed = self._describe(folder, files, tables)
+            if listed.alerts and ALERTS in small:  # by its size: the list opens nothing but configs
+                listed = replace(listed, alerted=small[ALERTS][1] > 0)
             self._described[key] = ((small, files), listed)
         # Who holds a run changes without any of its files.
         return replace(listed, state="training") if listed.state == "interrupted" and being_written(folder) else listed
@@ -260,7 +261,7 @@ class RunsFolder:
             text = read_bounded(self.confined(folder / CONFIG))
             run = open_read_run(folder, text)
             listed = replace(listed, axes=run.axes, family=family_of(run), total=total_steps(run))
-            listed = replace(listed, tuned=isinstance(run, FinetuneRun))
+            listed = replace(listed, tuned=isinstance(run, FinetuneRun), alerts=run.config.alerts)
             state, problem = state_of(run)
             last, written = last_checkpoint(run)
         except Exception as error:  # a damaged folder may raise anything; it is shown beside the sound ones

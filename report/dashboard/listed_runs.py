@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ...errors import RevprobeError, first_line
+from ...finetune.config.alerts import Alert
 from ...finetune.config.kinds import SMALL_MODEL, SMALL_MODELS, told_kind
 from ...finetune.runs.run import CONFIG, PROBLEM, Run
 from ...models.checkpoints import CHECKPOINTS
@@ -51,6 +52,8 @@ class Listed:
         tables: those that lie beside its config, by what they hold, as they were at the scan.
         opened: its path as Python finds it from where the dashboard was started.
         tuned: whether it is a fine-tuning.
+        alerts: the rules of its config.
+        alerted: whether one of them is crossed, or undefined, at its last checkpoint; None where the run has not said.
     """
 
     key: str
@@ -68,6 +71,8 @@ class Listed:
     tables: Mapping[str, Stamp] = field(default_factory=dict)
     opened: str = ""
     tuned: bool = False
+    alerts: tuple[Alert, ...] = ()
+    alerted: bool | None = None
 
     @property
     def steps(self) -> list[int]:
@@ -104,7 +109,8 @@ def short_words(run: Listed, now: float) -> str:
     if run.problem:
         return f"{run.state}: {run.problem}"
     since = ago(now - run.written) if run.state == "training" and run.written is not None else ""
-    return ", ".join(filter(None, (run.state, since, "" if run.state == "finished" else _where(run))))
+    alert = "alert" if run.alerted else ""
+    return ", ".join(filter(None, (run.state, alert, since, "" if run.state == "finished" else _where(run))))
 
 
 def state_words(run: Listed, now: float) -> str:
@@ -118,6 +124,16 @@ def state_words(run: Listed, now: float) -> str:
         return f"interrupted {at.replace('step', 'at step', 1)}{since}{_go_on(run)}"
     checkpoints = f", {len(run.steps)} checkpoints, {_where(run)}" if run.state == "finished" else ""
     return short_words(run, now) + checkpoints + _go_on(run)
+
+
+def alert_words(run: Listed) -> str:
+    """What a run says of its alerts; "" where its config has none."""
+    if not run.alerts:
+        return ""
+    several = f"{len(run.alerts)} alert{'s' * (len(run.alerts) > 1)}"
+    if run.alerted is None:
+        return f"{several}, not judged by the run yet"
+    return f"of {several} one or more crossed, or undefined" if run.alerted else f"{several}, none crossed"
 
 
 def ago(seconds: float) -> str:

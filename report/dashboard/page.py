@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 from dash import dcc, html
 
+from ...finetune.runs.alerts import CROSSED, UNDEFINED
 from ..asking.edits import EDITS, MATCHES
 from ..asking.sentences import LONGEST
 from ..html.instruments import INSTRUMENTS
@@ -104,6 +105,7 @@ def _main() -> html.Main:
             html.Div(id="notes"),
             html.H2("Last checkpoint"),
             html.Div(id="numbers", className="wide"),
+            html.Div(id="alerts"),
         ],
         "checkpoint": [
             html.Div(_choice("figure", "figure", FIGURES, usual.figure), className="controls"),
@@ -214,6 +216,15 @@ def number_table(table: pd.DataFrame) -> html.Table:
 def _cell(text: str) -> html.Td:
     value, *under = cell_lines(text)
     return html.Td([value, *(html.Small(line) for line in under)] if under else value)
+
+
+def alerts_shown(table: pd.DataFrame) -> list[Any]:
+    """Under a heading, every rule of the chosen runs; nothing where there is none."""
+    if table.empty:
+        return []
+    crossed = [state in (CROSSED, UNDEFINED) for state in table["state"]]
+    said = f"{sum(crossed)} of {len(table)} alerts are crossed, or undefined, at the last checkpoints."
+    return [html.H2("Alerts"), *notes([said], problem=any(crossed)), html.Div(number_table(table), className="wide")]
 
 
 def notes(texts: Sequence[str], *, problem: bool = False) -> list[html.P]:

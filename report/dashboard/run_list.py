@@ -11,7 +11,7 @@ from typing import Any
 
 from dash import html
 
-from .listed_runs import Listed, short_words, state_words
+from .listed_runs import Listed, alert_words, short_words, state_words
 from .page import attributes
 
 
@@ -67,9 +67,10 @@ def _line(run: Listed, chosen: bool, now: float) -> html.Button:
         html.Span(run.name, className="name"),
         html.Span(short_words(run, now), className=f"state {_look(run)}"),
     ]
+    said = "; ".join(filter(None, [state_words(run, now), alert_words(run)]))
     told: dict[str, Any] = {"role": "checkbox", "aria-checked": str(chosen).lower(), "data-run": run.key}
-    return html.Button(parts, className="run", title=f"{run.key}: {state_words(run, now)}", **told)
+    return html.Button(parts, className="run", title=f"{run.key}: {said}", **told)
 
 
 def _look(run: Listed) -> str:
-    return "problem" if run.state in ("failed", "damaged") else run.state.replace(" ", "-")
+    return "problem" if run.state in ("failed", "damaged") or run.alerted else run.state.replace(" ", "-")

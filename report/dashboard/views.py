@@ -13,10 +13,12 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ...errors import RevprobeError, first_line
+from ...finetune.runs.alerts import history_of
 from ...finetune.runs.record import tidy_summary
 from ...probes.figures.theme import message_figure
 from ...probes.figures.training_curves import signatures_figure
 from ...probes.readings.reading import Reading
+from ..summary.alerts import judged_table
 from ..summary.seed_bands import SEEDS_KEY, family_label, pool_seeds
 from ..summary.tables import final_table, format_final_table
 from .folder import RunsFolder
@@ -93,6 +95,19 @@ def curves(
     # Zoom and hidden series stay while checkpoints come in, and start anew with other runs.
     figure.update_layout(uirevision="|".join([weights, bands, *names]))
     return figure, table, said, problems
+
+
+def alerts_judged(folder: RunsFolder, runs: Sequence[Listed]) -> pd.DataFrame:
+    """The alerts of some runs at their last checkpoints, as the report's table has them; empty without rules."""
+    ruled = [run for run in runs if run.alerts]
+    if not ruled:
+        return pd.DataFrame()
+    measures, names = folder.measures(ruled)[0], run_names(runs)
+    judged = []
+    for run in ruled:
+        own = measures[measures["run"] == run.key] if len(measures) else measures
+        judged.append((names[run.key], run.alerts, history_of(run.alerts, own)))
+    return judged_table(judged)
 
 
 def run_colours(figure: go.Figure, drawn: pd.DataFrame, names: Mapping[str, str], bands: str) -> dict[str, str]:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from ...finetune.runs.alerts import alerts_of, history
+from ...finetune.config.alerts import Alert
+from ...finetune.runs.alerts import Judged, alerts_of, history, standing
 from ...finetune.runs.record import RunRecord
 
 COLUMNS = ["run", "alert", "state", "value [95 %]", "step", "weights", "since step"]
@@ -15,18 +16,22 @@ WAITING = "not asked yet"
 
 def alerts_table(runs: Sequence[RunRecord]) -> pd.DataFrame:
     """A row for each rule of each run, as text; those that are crossed or undefined first. Empty without rules."""
+    asked = [(run.name, alerts_of(run.config), run.readings) for run in runs]
+    return judged_table([(name, rules, history(rules, readings)) for name, rules, readings in asked])
+
+
+def judged_table(runs: Sequence[tuple[str, Sequence[Alert], Sequence[Judged]]]) -> pd.DataFrame:
+    """`alerts_table` of runs that have been judged: their names, their rules, and what came out."""
     rows = []
-    for run in runs:
-        rules = alerts_of(run.config)
-        judged = history(rules, run.readings)
+    for name, rules, judged in runs:
         for one in judged:
             step, weights = int(one.row["step"]), str(one.row["weights"] or "-")
             where = {"step": f"{step:,}", "weights": weights, "since step": f"{one.since:,}"}
-            shown = {"run": run.name, "alert": one.alert.words, "state": one.state or "holds"}
+            shown = {"run": name, "alert": one.alert.words, "state": one.state or "holds"}
             rows.append(shown | {"value [95 %]": one.value} | where)
         asked = {one.alert for one in judged}
         rows += [
-            {"run": run.name, "alert": rule.words, "state": WAITING} | dict.fromkeys(COLUMNS[3:], "-")
+            {"run": name, "alert": rule.words, "state": WAITING} | dict.fromkeys(COLUMNS[3:], "-")
             for rule in rules
             if rule not in asked
         ]
@@ -37,8 +42,5 @@ def alerts_table(runs: Sequence[RunRecord]) -> pd.DataFrame:
 def alert_lines(runs: Sequence[RunRecord]) -> list[str]:
     """A line for each rule that a run's last checkpoint crosses or that is undefined there."""
     return [
-        f"alert: {run.name}: {one.text} (since step {one.since:,})"
-        for run in runs
-        for one in history(alerts_of(run.config), run.readings)
-        if one.state
+        f"alert: {run.name}: {line}" for run in runs for line in standing(history(alerts_of(run.config), run.readings))
     ]

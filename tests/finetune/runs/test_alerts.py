@@ -15,7 +15,7 @@ from revprobe.finetune.config.alerts import ADAPTER, MEASURES, Alert
 from revprobe.finetune.config.finetuning import FinetuneConfig
 from revprobe.finetune.config.loading import dump_config, parse_config
 from revprobe.finetune.config.one_layer import RunConfig, SweepConfig
-from revprobe.finetune.runs.alerts import CROSSED, UNDEFINED, AlertWarning, Watch, history, judge
+from revprobe.finetune.runs.alerts import ALERTS, CROSSED, UNDEFINED, AlertWarning, Watch, history, judge
 from revprobe.finetune.runs.record import RunRecord
 from revprobe.report.html.report import write_report
 from revprobe.report.summary.alerts import alert_lines, alerts_table
@@ -145,6 +145,10 @@ def test_each_crossing_is_told_once_also_by_a_resumed_run(tmp_path: Path) -> Non
         watch.look()
         watch.look()
         steps += [step] * (len(said) - before)
+        lines = (tmp_path / "r" / ALERTS).read_text().splitlines()
+        held = [one.text for one in watch.last if one.state]
+        assert [line.partition(" (since step ")[0] for line in lines] == held, "what stands at the last checkpoint"
+        assert bool(lines) == (step in (10, 20, 40, 50)), "empty where every rule holds"
     assert steps == [10, 40, 50], said
     watch.end()
     assert said[-1].startswith("r: ended with 1 of 1 alerts: reverse probability undefined") and len(said) == 4

@@ -18,10 +18,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import revprobe as rp
 from revprobe import Reading, RevprobeError
 from revprobe.cli.main import app as command_line
 from revprobe.finetune.config.loading import dump_config
-from revprobe.finetune.config.one_layer import SweepConfig
+from revprobe.finetune.config.one_layer import RunConfig, SweepConfig
+from revprobe.finetune.runs.alerts import ALERTS
 from revprobe.finetune.runs.kept_tables import TABLES
 from revprobe.finetune.training.run_lock import run_lock
 from revprobe.probes.figures.theme import COLOURS
@@ -31,11 +33,13 @@ from revprobe.report.dashboard.choices import settle
 from revprobe.report.dashboard.folder import RunsFolder
 from revprobe.report.dashboard.listed_runs import BOUND, Listed, ReadingFile, short_words, state_words
 from revprobe.report.dashboard.open_pair import PairOpener, disagreement
+from revprobe.report.dashboard.page import alerts_shown
 from revprobe.report.dashboard.pair_strips import opened_pair, shade
 from revprobe.report.dashboard.run_list import runs_list
 from revprobe.report.dashboard.server import TOKEN, make_dashboard_server
 from revprobe.report.dashboard.view import LAST, View
 from revprobe.report.dashboard.views import (
+    alerts_judged,
     checkpoint_figure,
     chosen_weights,
     curves,
@@ -44,6 +48,7 @@ from revprobe.report.dashboard.views import (
     pair_row,
     reading_at,
 )
+from revprobe.report.summary.alerts import alerts_table
 from revprobe.report.summary.seed_bands import SEEDS_KEY, family_label, pool_seeds
 from tiny import module_at
 
@@ -273,6 +278,43 @@ def test_many_runs_are_listed_with_one_bounded_read_each(tmp_path: Path, opened_
     opened_paths.clear()
     folder.scan()
     assert not [path for path in opened_paths if Path(path).is_file()], "an unchanged run was read again"
+
+
+def test_alerts_are_listed_without_opening_anything_and_shown_as_in_the_report(
+    tmp_path: Path, opened_paths: list[str]
+) -> None:
+    """What the run has written of its alerts is told by its size; the page's table is judged from the numbers drawn."""
+    rules = [{"measure": "attention_correlation", "below": 2.0}, {"measure": "reverse_accuracy", "above": 2.0}]
+    config = made.run_config("x").model_dump() | {"alerts": rules}
+    ruled = RunConfig.model_validate(config)
+    for name, text in {"crossed": "attention correlation ...\n", "holds": "", "silent": None}.items():
+        run = made.write_run(tmp_path / name, 0, 5, config=ruled)
+        if text is not None:
+            (run / ALERTS).write_text(text)
+    made.write_run(tmp_path / "without", 0, 5)
+    opened_paths.clear()
+    folder = RunsFolder(tmp_path)
+    runs = {run.key: run for run in folder.scan()}
+    opened = {Path(path).name for path in opened_paths if Path(path).is_file()}
+    assert opened == {"config.yaml"}, "the list opened more"
+    assert {key: run.alerted for key, run in runs.items()} == {
+        **{"crossed": True, "holds": False, "silent": None, "without": None}
+    }
+    words = {key: str(runs_list([run], [], now=0.0)[0]) for key, run in runs.items()}
+    assert "interrupted, alert, step 5" in words["crossed"] and "state problem" in words["crossed"]
+    assert "of 2 alerts one or more crossed" in words["crossed"] and "2 alerts, none crossed" in words["holds"]
+    assert "2 alerts, not judged by the run yet" in words["silent"] and "alert" not in words["without"]
+    assert "state problem" not in words["holds"] + words["silent"] + words["without"]
+    before = folder.version(folder.scan())
+    (tmp_path / "holds" / ALERTS).write_text("now crossed\n")
+    assert folder.version(folder.scan()) != before, "the page is not told"
+    table = alerts_judged(folder, list(runs.values()))
+    reported = alerts_table([rp.open_run(tmp_path / key).record() for key in ("crossed", "holds", "silent")])
+    pd.testing.assert_frame_equal(table, reported)
+    assert table["state"].tolist() == ["crossed"] * 3 + ["holds"] * 3 and table["since step"].tolist() == ["0"] * 6
+    shown = str(alerts_shown(table))
+    assert "3 of 6 alerts are crossed" in shown and "of 9 facts" in shown
+    assert alerts_shown(alerts_judged(folder, [runs["without"]])) == []
 
 
 def test_no_more_is_read_of_a_config_than_a_config_has(tmp_path: Path) -> None:
