@@ -306,3 +306,15 @@ def test_a_run_beyond_its_limit_ends_with_its_plan(script: Callable[[str], Modul
     assert row["the plan says"] == "does not fit" and row["planned GB"] > 2 and row["layers"] == 1
     assert row["ended"].startswith("with exit code") and "measured GB" not in row
     assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+@pytest.mark.long
+def test_what_somebody_new_types_works_as_it_stands(tmp_path: Path) -> None:
+    """From a clone: report, its picture, README's snippet and command, an own GPT-2; the demo's run is of two steps."""
+    command = [sys.executable, str(BENCHMARKS / "first_time.py"), "--quick"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    steps = [row["step"] for row in told["rows"]]
+    assert len(steps) == 9 and steps[-1] == "in all"
+    assert all(row["seconds"] > 0 for row in told["rows"])
