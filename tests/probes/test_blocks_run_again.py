@@ -107,6 +107,24 @@ def test_a_block_that_does_something_else_the_second_time_is_told(change: Callab
         out.sum().backward()
 
 
+class Swaps(nn.Module):
+    """A block that hands its rows on in another order the second time: the sum of what it gives is the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.runs = nn.Linear(8, 8), [0]
+
+    def forward(self, states: Tensor) -> Tensor:
+        self.runs[0] += 1
+        return self.linear(states).tanh().roll(self.runs[0] - 1, 0)
+
+
+def test_rows_that_come_in_another_order_the_second_time_are_told() -> None:
+    module = stack_of(Swaps())
+    with pytest.raises(RunsOtherwise, match="other values"), run_again(module, outermost_blocks(module)):
+        outermost_blocks(module)[0](torch.randn(2, 3, 8)).sum().backward()
+
+
 def no_memory(run: int) -> float:
     if run > 1:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 15728640 bytes")

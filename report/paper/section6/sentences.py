@@ -12,7 +12,7 @@ from .cells import mean
 from .frames import FINISHED, Section6
 from .main_claims import main_claims
 from .other_claims import ONE_LAYER, PAPER, SAID_BY, other_claims
-from .plan import CAUSAL, DATASETS, DROP_ORDER, MASKED, PLAIN, PLANNED, SEEDS, TABLE_MODELS, main_cell
+from .plan import CAUSAL, DATASETS, DROP_ORDER, FLOOR, MASKED, PLAIN, PLANNED, SEEDS, TABLE_MODELS, main_cell
 from .verdicts import CANNOT, FAILS, HOLDS, NOT_RUN, Claim, passes
 
 NOTHING = "no run has been collected"
@@ -174,9 +174,14 @@ class Told:
             return f"No ablation has been run; plain mini-llada, P2C, {beside}."
         left = [variant for variant in PREDICTIONS if not any(word.startswith(f"{variant} ") for word in told)]
         missing = f"; not run: {', '.join(left)}" if left else ""
+        # A floor decides two kinds of predictions by itself, whatever the recipe does.
+        floor = (
+            f" Plain itself is at the floor (at most {_per_cent(FLOOR)}): hardly anything can be below it, and a "
+            "prediction of the floor holds whatever decides it."
+        ) * (plain <= FLOOR)
         return (
             f"Plain mini-llada, P2C, {beside}; changed alone (per cent answered backwards, mean over seeds): "
-            f"{', '.join(told)}{missing}."
+            f"{', '.join(told)}{missing}.{floor}"
         )
 
     def short(self) -> list[str]:

@@ -1,7 +1,5 @@
 """The memory plan: shapes alone against counted bytes of real steps, and the published sizes."""
 
-import gc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +7,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForMaskedLM, TrainerControl, TrainerState, TrainingArguments
 from typer.testing import CliRunner
 
@@ -27,6 +24,7 @@ from revprobe.models.families.llada import LLaDAForMaskedDiffusion
 from revprobe.models.probed import ProbedModel
 from revprobe.models.published import published_config
 from tiny import FIXTURES
+from wide import peak_extra
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCH, TOKENS = 8, 48
@@ -47,19 +45,6 @@ def build(kind: str, device: str, *, lora: bool = True) -> nn.Module:
         if lora:
             module = get_peft_model(module, LoraConfig(r=8, target_modules=TARGETS))
     return module
-
-
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """The most bytes alive at once during `run` beyond those before, from the allocator's own events."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def held(*tensors: Any) -> int:
@@ -84,7 +69,7 @@ def counted_training(module: nn.Module, checkpointing: bool) -> int:
     optimizer.step()
     state = [t for s in optimizer.state.values() for t in s.values()]
     gradients = [p.grad for p in trained]
-    extra = peak_bytes(lambda: (micro_batch(), optimizer.step()))
+    extra = peak_extra(lambda: (micro_batch(), optimizer.step()))
     return held(*module.parameters(), *module.buffers(), *state, *gradients) + extra
 
 
@@ -126,7 +111,7 @@ def test_probing_needs_what_was_planned(kind: str, queries: int) -> None:
     module = build(kind, "cpu").eval()
     model = ProbedModel(module, objective="masked", check=False)
     pairs = pairs_of(TOKENS, queries // 2)
-    counted = peak_bytes(lambda: rp.probe(model, pairs, batch_size=queries))
+    counted = peak_extra(lambda: rp.probe(model, pairs, batch_size=queries))
     weights, trained = held(*module.parameters(), *module.buffers()), plan.trained
     planned = plan.peak("probing") - 2 * 4 * trained  # no optimizer here
     assert planned == pytest.approx(weights + counted, rel=0.2)
@@ -153,7 +138,7 @@ def test_the_prediction_needs_what_was_planned(tmp_path: Any) -> None:
         optimizer.step()
         callback.on_optimizer_step(args, TrainerState(), control, **at)
 
-    counted = peak_bytes(step)
+    counted = peak_extra(step)
     rows = [size for phase, what, size in plan.rows if phase == "prediction" and what.startswith(("copies", "a run"))]
     assert len(rows) == 2 and len(callback.table) == 2
     assert sum(rows) == pytest.approx(counted, rel=0.2)

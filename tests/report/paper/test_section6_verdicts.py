@@ -3,6 +3,7 @@
 Nothing here asks the package how to judge. Made tables now; whatever runs are committed, both must say the same.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from revprobe.report.paper.section6.frames import Section6
 from revprobe.report.paper.section6.main_claims import main_claims
 from revprobe.report.paper.section6.other_claims import other_claims
 from revprobe.report.paper.section6.plan import DATASETS, DROP_ORDER, EXEMPT_MODELS, PLANNED, SEEDS, TABLE_MODELS
+from revprobe.report.paper.section6.sentences import Told
 
 PLAIN = {"sweep": "section6", "model": "mini-llada", "dataset": "parent-child", "direction": "P2C", "variant": ""}
 LIMIT = 1e-6
@@ -265,3 +267,14 @@ def test_the_plan_is_that_of_the_yaml(root: Path) -> None:
     planned = {name: len(load_config(name, FinetuneSweepConfig).runs()) for name in PLANNED}
     assert planned == PLANNED and list(PLANNED) == list(DROP_ORDER)
     assert predicted == list(PREDICTIONS), "each prediction of the YAML is judged, and no other"
+
+
+@pytest.mark.parametrize(("value", "said"), [(0.0, True), (0.04, True), (0.5, False)])
+def test_a_floor_that_decides_predictions_by_itself_is_told(value: float, said: bool) -> None:
+    """At 0 % nothing is below plain, and what was foretold to be at the floor is: neither says what the recipe does."""
+    found = made()
+    answers = found.answers.copy()
+    plain = (answers[list(PLAIN)] == pd.Series(PLAIN)).all(axis=1) & (answers["asked"] == "reverse")
+    assert plain.any(), "plain's reverse answers are in the made tables"
+    answers.loc[plain, "value"] = value
+    assert ("Plain itself is at the floor" in Told(replace(found, answers=answers)).recipe()) is said
