@@ -11,7 +11,7 @@ import typer
 
 from ..errors import RevprobeError
 from .loading import Load, load_named, load_options, no_config
-from .running import Address, On
+from .running import Address, On, quick_imports
 
 if TYPE_CHECKING:
     from ..models.probed import ProbedModel
@@ -58,12 +58,13 @@ def probe(
     threads: Annotated[int, typer.Option(help="On a cluster: threads, and CPUs, of each process.")] = 1,
 ) -> None:
     """Take readings of one model and show them beside their controls."""
-    from ..engines.known import workers as workers_of
-    from ..finetune.runs.progress import shown_probes
-    from ..finetune.training.probe_callback import take_readings
-    from ..probes.fused import require_probes
-    from ..probes.passes.shared_out import shared_out
-    from ..report.summary.terminal import controls_table, make_console, print_readings, read_as
+    with quick_imports():
+        from ..engines.known import workers as workers_of
+        from ..finetune.runs.progress import shown_probes
+        from ..finetune.training.probe_callback import take_readings
+        from ..probes.fused import require_probes
+        from ..probes.passes.shared_out import shared_out
+        from ..report.summary.terminal import controls_table, make_console, print_readings, read_as
 
     if not (names := require_probes(listed(probes))):
         raise RevprobeError("--probes names no probe; expected some of attention, gradient, probability")
