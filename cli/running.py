@@ -28,12 +28,12 @@ Address = Annotated[
 
 
 @contextmanager
-def interruptible(console: Console) -> Iterator[None]:
+def interruptible(console: Console, last: str = "snapshot") -> Iterator[None]:
     """Say what Ctrl-C leaves behind."""
     try:
         yield
     except KeyboardInterrupt:
-        console.print("stopped; everything up to the last snapshot is kept, run the same command again to go on")
+        console.print(f"stopped; everything up to the last {last} is kept, run the same command again to go on")
         raise typer.Exit(130) from None
 
 
