@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import revprobe as rp
 from revprobe.cli.running import quick_imports
 
 
@@ -40,6 +41,24 @@ def test_what_is_imported_already_is_left_as_it_is(monkeypatch: pytest.MonkeyPat
         assert not gc.isenabled()
         raise ImportError("none")
     assert gc.isenabled() and gc.get_freeze_count() == before
+
+
+def test_a_public_name_is_imported_without_looking_for_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a script or a notebook has it; afterwards Python collects as before, also where the import fails."""
+    seen: list[bool] = []
+
+    def imported(name: str) -> object:
+        seen.append(gc.isenabled())
+        raise ImportError(name)
+
+    monkeypatch.setattr(rp, "_import_public", imported)
+    for collecting in (True, False):
+        with pytest.raises(ImportError, match="load_model"):
+            (gc.enable if collecting else gc.disable)()
+            rp.__getattr__("load_model")
+        assert gc.isenabled() is collecting
+    gc.enable()
+    assert seen == [False, False]
 
 
 def test_the_suite_does_not_search_what_it_imported() -> None:
