@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from scipy import sparse
@@ -130,12 +130,10 @@ def null_correlations(
     lonely = layout.fact_counts[layout.group] < 2
     if lonely.all():
         return np.array([])
-    partners = lambda: each_shuffle(layout.fact, layout.group, seed=seed)  # noqa: E731
+    partners = partial(each_shuffle, layout.fact, layout.group, seed=seed)  # again and again: held, many are much
     whole = np.isfinite(forward).all() and np.isfinite(reverse).all() and not lonely.any()
     own = np.arange(len(forward))
-    if whole and all(
-        (np.sort(partner) == own).all() for partner in partners()
-    ):  # one by one: 200 of many pairs are much
+    if whole and all((np.sort(partner) == own).all() for partner in partners()):
         return layout.moments(forward, reverse).permuted(partners(), large, pooled)
     # Each forward score meets the reverse score of its partner; a fact alone in its group has none.
     others = (np.where(lonely[:, None], np.nan, reverse[partner]) for partner in partners())
