@@ -198,10 +198,24 @@ def undefined_text(undefined: Mapping[str, int]) -> str:
 
 def counts_text(counts: Iterable[float]) -> str:
     """Sample sizes for an axis title: `n = 702` or `n = 702 to 2,106`."""
-    found = sorted({int(count) for count in counts if not math.isnan(count)})
-    if not found:
-        return "n = 0"
-    return f"n = {found[0]:,}" if len(found) == 1 else f"n = {found[0]:,} to {found[-1]:,}"
+    return f"n = {_from_to(counts)[0]}"
+
+
+def samples_text(pairs: Iterable[float], facts: Iterable[float], *, unit: str = "pairs") -> str:
+    """The same of pairs and of their facts, since intervals rest on these; `unit=""` where there is little room.
+
+    >>> samples_text([702, 2106], [26, 26])
+    'n = 702 to 2,106 pairs of 26 facts'
+    """
+    (n, many), (of, several) = _from_to(pairs), _from_to(facts)
+    counted = f"{n} {unit if many else unit.removesuffix('s')}".rstrip()
+    return f"n = {counted} of {of} {'facts' if several else 'fact'}"
+
+
+def _from_to(counts: Iterable[float]) -> tuple[str, bool]:
+    """The least and the greatest of some counts as text, and whether that is read as a plural."""
+    found = sorted({int(count) for count in counts if not math.isnan(count)}) or [0]
+    return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}", found != [1]
 
 
 def heading(*lines: str, key: bool = False) -> dict[str, Any]:

@@ -30,13 +30,13 @@ from .theme import (
     TEMPLATE,
     StepScale,
     band,
-    counts_text,
     faded,
     heading,
     interval_text,
     message_figure,
     plain,
     reach,
+    samples_text,
 )
 
 NEEDED = ("run", "step", "weights", "kind", "measure", "value", "n", "low", "high", "control")
@@ -188,9 +188,8 @@ def _empty_panels(rows: pd.DataFrame, scale: StepScale, against: pd.DataFrame) -
         drawn = part[["value", "low", "high", "control"]].to_numpy(dtype=float).ravel()
         if len(against):
             drawn = np.append(drawn, against.loc[against["measure"] == panel.measure, "value"].to_numpy(dtype=float))
-        title = f"{panel.unit} ({counts_text(part['n'].astype(float))})"
-        if panel.column == 3:  # half as high as the others: the long title needs two lines
-            title = title.replace(" (", "<br>(")
+        size = samples_text(part["n"], part["facts"], unit="pairs" if panel.column < 3 else "")  # 3 is half as high
+        title = f"{panel.unit}<br>({size})"
         figure.update_yaxes(title={"text": title}, range=reach(drawn), **place)
         figure.update_xaxes(scale.axis(), **place)
     figure.update_xaxes(title=None, row=1, col=3)
@@ -298,7 +297,7 @@ def _fit_legend(figure: go.Figure) -> None:
 def _hover(label: str, row: dict[Hashable, Any]) -> str:
     numbers = interval_text(float(row["value"]), float(row["low"]), float(row["high"]), float(row["control"]))
     step = "" if pd.isna(row["step"]) else f"step {int(row['step']):,}: "
-    lines = [f"<b>{label}</b>", step + numbers, counts_text([float(row["n"])])]
+    lines = [f"<b>{label}</b>", step + numbers, samples_text([float(row["n"])], [float(row["facts"])])]
     if row.get("reason"):
         lines.append(f"undefined: {plain(row['reason'], limit=200)}")
     return "<br>".join(lines)

@@ -14,10 +14,12 @@ import pandas as pd
 
 from ...arguments import checked, checked_fields
 from ...errors import RevprobeError, did_you_mean
+from ...progress import Progress, counted_together, shows_progress
 from ..statistics.by_role import in_network_order
+from ..statistics.coverage import counted
 from ..statistics.estimators import STATISTICS_VERSION, Control, Measured, direction_mean, mean_reciprocal_rank
 from ..statistics.intervals import Estimate
-from ..statistics.measures import counted, measure, unit_of
+from ..statistics.measures import measure, unit_of
 from .parquet import read_reading, write_reading
 
 if TYPE_CHECKING:
@@ -166,7 +168,14 @@ class Reading:
         return self.statistics_version != STATISTICS_VERSION
 
     @checked
-    def summary(self, by: str | list[str] | None = None, *, compact: bool = False) -> pd.DataFrame:
+    @shows_progress("parts")
+    def summary(
+        self,
+        by: str | list[str] | None = None,
+        *,
+        compact: bool = False,
+        progress: Progress | bool | None = None,
+    ) -> pd.DataFrame:
         """The number for each value of the column(s) `by`, or for all rows.
 
         Columns: by..., value, n (pairs), facts, low, high, control, control_low, control_high, excess, excess_low,
@@ -175,6 +184,7 @@ class Reading:
         Args:
             compact: for reading, within 80 columns: by..., value and control as text with their intervals, n/facts
                 (pairs and facts), and undef. (how many are undefined; why stands in the whole summary).
+            progress: called with (values of `by` done, values in all); None shows a bar, False nothing.
         Raises: RevprobeError, for a column the frame lacks.
         """
         keys = [by] if isinstance(by, str) else list(by or [])
@@ -187,7 +197,8 @@ class Reading:
             whole = [summary_row(self.measured)]
             return compact_table(whole, []) if compact else pd.DataFrame(whole)
         rows: list[dict[str, Any]] = []
-        for value, part in self.frame.groupby(keys, sort=True, dropna=False):
+        parts = self.frame.groupby(keys, sort=True, dropna=False)
+        for value, part in counted_together(parts.ngroups, progress)(parts):
             # A probability is that of the reverse queries, except where the directions are told apart.
             by_direction = self.name == "reverse_probability" and "direction" in keys
             forward = by_direction and set(part["direction"]) == {"forward"}

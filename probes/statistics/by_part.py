@@ -49,8 +49,8 @@ def logit_contributions(reading: StoredReading) -> pd.DataFrame:
     Of a reading taken with `layers=`, the part "rest" is all that was not measured (other layers, MLPs, embedding,
     norms and biases): the logit less the measured parts. So the rows before "logit" always add up to it.
 
-    Columns: part, source, layer, and for each direction the mean contribution over pairs, in logits, with low and
-    high (95 %, over facts).
+    Columns: part, source, layer; for each direction the mean contribution over pairs, in logits, with low and high (95
+    %, over facts); n (pairs) and facts.
     Raises: RevprobeError, for a reading of another probe, which has no parts.
     """
     if "part" not in reading.frame.columns:
@@ -74,5 +74,6 @@ def logit_contributions(reading: StoredReading) -> pd.DataFrame:
         for side in ("forward", "reverse"):
             found = mean_over_facts(part[f"contribution_{side}"].to_numpy(float), facts)
             row |= {side: found.value, f"{side}_low": found.low, f"{side}_high": found.high}
+        row |= {"n": len(part), "facts": len(set(facts))}
         rows.append(row)
     return pd.DataFrame(rows).astype({"layer": "Int64"})

@@ -46,7 +46,6 @@ ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {
 
 # In what the number is counted where neither its name nor the statistic's last word, "(nats)", says so.
 UNITS = dict.fromkeys(("assumption_audit", "decoded_match", "stored_once"), "share")
-COUNTED = {"decoded_match": ("question", "questions"), "objective_terms": ("reverse query", "reverse queries")}
 _UNIT = re.compile(r"\((nats|logits)\)$")
 
 
@@ -54,16 +53,6 @@ def unit_of(name: str, statistic: str) -> str:
     """The unit of a probe's number: "nats", "logits", "share", or "" for a correlation, a cosine, a probability."""
     found = _UNIT.search(statistic)
     return found[1] if found else UNITS.get(name, "")
-
-
-def counted(n: int, facts: int, name: str = "") -> str:
-    """The size of a sample as people are told it.
-
-    >>> counted(2106, 26), counted(1, 1), counted(40, 20, "decoded_match")
-    ('n = 2,106 pairs of 26 facts', 'n = 1 pair of 1 fact', 'n = 40 questions of 20 facts')
-    """
-    one, many = COUNTED.get(name, ("pair", "pairs"))
-    return f"n = {n:,} {one if n == 1 else many} of {facts:,} {'fact' if facts == 1 else 'facts'}"
 
 
 def measure(name: str, frame: pd.DataFrame, *, seed: int = 0, control: bool = True) -> Measured:
