@@ -75,7 +75,8 @@ def causal_trace_figure(
     tables = [_table(shown, by, direction, _column(measure, control)) for direction, control in sides]
     if all(table.empty for table in tables):
         why = shown["reason" if measure == "effect" else "reason_share"].astype(str)
-        return message_figure(f"No defined {measure}: {undefined_text(why[why != ''].value_counts())}")
+        counts = why[why != ""].value_counts().to_dict()
+        return message_figure(f"No defined {measure}: {undefined_text({str(one): n for one, n in counts.items()})}")
     layers = sorted(set(frame["layer"].dropna().astype(int)))
     columns = [one for one in parts if one in set(shown["part"])] if by == "part" else sorted(set(shown[by].dropna()))
     figure = _maps(tables, sides, layers, columns, by, MEASURES[measure])
@@ -156,8 +157,9 @@ def head_ranking_figure(reading: Drawable) -> go.Figure:
     if not meta["ranking"]:
         return message_figure(f"No defined effect: {undefined_text(reading.undefined)}")
     names = [
-        f"layer {row.layer}, head {row.head}<br><sup>{counted(row.n, row.facts)}</sup>" for row in table.itertuples()
-    ][::-1]
+        f"layer {row['layer']}, head {row['head']}<br><sup>{counted(row['n'], row['facts'])}</sup>"
+        for row in table.iloc[::-1].to_dict("records")
+    ]
     edit = {"knockout": "lost when its route is cut", "transplant": "gained with the other direction's route"}
     titles = [f"<b>{len(meta['training_facts']):,} training facts</b> (squares: top heads)", "<b>held-out facts</b>"]
     figure = make_subplots(1, 2, subplot_titles=titles, column_widths=[0.55, 0.45], horizontal_spacing=0.2)

@@ -275,6 +275,7 @@ RENDERERS: dict[str, Callable[..., go.Figure]] = {
     "reverse_probability": probability_figure,
     "route_edit": route_edit_figure,
     "stored_evidence": stored_evidence_figure,
+    "stored_evidence_first_order": stored_evidence_figure,
     "stored_once": stored_once_figure,
 }
 

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ...errors import RevprobeError, did_you_mean
-from ..statistics.by_part import REST, logit_contributions
+from ..statistics.by_part import REST, logit_contributions, remainder_text
 from ..statistics.coverage import counted
 from ..statistics.old_columns import current_columns
 from .drawable import Drawable, sample_of
@@ -102,13 +102,14 @@ def _titled(figure: go.Figure, reading: Drawable) -> go.Figure:
     step = "" if meta.get("step") is None else f", step {int(meta['step']):,}"
     weights = f" ({plain(meta['weights'])})" if meta.get("weights") else ""
     control = reading.control.value if reading.control else math.nan
-    numbers = f"stored evidence {interval_text(reading.value, *reading.interval, control)}, {sample_of(reading)}"
+    what = "stored evidence" + ", first order" * reading.name.endswith("_first_order")
+    numbers = f"{what} {interval_text(reading.value, *reading.interval, control)}, {sample_of(reading)}"
     undefined = sum(reading.undefined.values())
     if reading.control is not None and reading.control.n != reading.n:
         numbers += f" (control over {reading.control.n:,} of {reading.control.facts:,})"
     numbers += f", {undefined:,} undefined" if undefined else ""
     text = f"<b>{plain(meta.get('model') or 'model')}</b>{step}{weights}"
-    title = heading(text, numbers)
+    title = heading(text, numbers, *filter(None, [remainder_text(meta)]))
     legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}
     return figure.update_layout(template=TEMPLATE, title=title, legend=legend, margin={"t": 110})
 

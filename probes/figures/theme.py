@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -218,6 +219,12 @@ def _from_to(counts: Iterable[float]) -> tuple[str, bool]:
     return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}", found != [1]
 
 
+_WHOLE, _TIE = (
+    re.compile(r"n = [\d,]+(?: to [\d,]+)? [a-z ]+ of [\d,]+ facts?|\[[^]]*\]|\([a-z ]*control[^)]*\)"),
+    chr(0),
+)
+
+
 def heading(*lines: str, key: bool = False) -> dict[str, Any]:
     """A figure's title from its upper left corner down, so that neither wide labels nor the window's edge cut it.
 
@@ -227,7 +234,9 @@ def heading(*lines: str, key: bool = False) -> dict[str, Any]:
     """
     size = 12 if key else 14
     wrap = textwrap.TextWrapper(HEADING_LINE * 14 // size, break_long_words=False, break_on_hyphens=False)
-    shown = [part for line in lines for part in wrap.wrap(line)]
+    # An interval or a sample that is broken is read wrongly.
+    tied = [_WHOLE.sub(lambda found: found[0].replace(" ", _TIE), line) for line in lines]
+    shown = [part.replace(_TIE, " ") for line in tied for part in wrap.wrap(line)]
     # Of several lines plotly draws the first with its foot, not its head, at the edge.
     top = 10 if len(shown) < 2 else 10 + round(0.75 * size)
     font = {"size": size, "color": "#555"} if key else {"size": size}

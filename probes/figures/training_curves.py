@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from .theme import (
     TEMPLATE,
     StepScale,
     band,
+    counts_text,
     faded,
     heading,
     interval_text,
@@ -188,8 +189,7 @@ def _empty_panels(rows: pd.DataFrame, scale: StepScale, against: pd.DataFrame) -
         drawn = part[["value", "low", "high", "control"]].to_numpy(dtype=float).ravel()
         if len(against):
             drawn = np.append(drawn, against.loc[against["measure"] == panel.measure, "value"].to_numpy(dtype=float))
-        size = samples_text(part["n"], part["facts"], unit="pairs" if panel.column < 3 else "")  # 3 is half as high
-        title = f"{panel.unit}<br>({size})"
+        title = f"{panel.unit}<br>({_sizes(part, unit='pairs' if panel.column < 3 else '')})"  # 3 is half as high
         figure.update_yaxes(title={"text": title}, range=reach(drawn), **place)
         figure.update_xaxes(scale.axis(), **place)
     figure.update_xaxes(title=None, row=1, col=3)
@@ -294,10 +294,16 @@ def _fit_legend(figure: go.Figure) -> None:
     )
 
 
+def _sizes(rows: Mapping[str, Iterable[float]] | pd.DataFrame, unit: str = "pairs") -> str:
+    """Pairs and facts; n alone in a table without facts, as that of several seeds together."""
+    pairs, facts = ([float(one) for one in rows[name]] if name in rows else [math.nan] for name in ("n", "facts"))
+    return counts_text(pairs) if any(map(math.isnan, facts)) else samples_text(pairs, facts, unit=unit)
+
+
 def _hover(label: str, row: dict[Hashable, Any]) -> str:
     numbers = interval_text(float(row["value"]), float(row["low"]), float(row["high"]), float(row["control"]))
     step = "" if pd.isna(row["step"]) else f"step {int(row['step']):,}: "
-    lines = [f"<b>{label}</b>", step + numbers, samples_text([float(row["n"])], [float(row["facts"])])]
+    lines = [f"<b>{label}</b>", step + numbers, _sizes({"n": [row["n"]], "facts": [row.get("facts", math.nan)]})]
     if row.get("reason"):
         lines.append(f"undefined: {plain(row['reason'], limit=200)}")
     return "<br>".join(lines)

@@ -15,6 +15,7 @@ import pandas as pd
 from ...arguments import checked, checked_fields
 from ...errors import RevprobeError, did_you_mean
 from ...progress import Progress, counted_together, shows_progress
+from ..statistics.by_part import remainder_text
 from ..statistics.by_role import in_network_order
 from ..statistics.coverage import counted
 from ..statistics.estimators import STATISTICS_VERSION, Control, Measured, direction_mean, mean_reciprocal_rank
@@ -257,7 +258,7 @@ class Reading:
 
     def part(self, frame: pd.DataFrame) -> Reading:
         """The reading of some of its rows, every number worked out from them, without those of the whole alone."""
-        meta = {key: one for key, one in self.meta.items() if key not in ("controls", "draw_errors")}
+        meta = {key: one for key, one in self.meta.items() if key not in ("controls", "draw_errors", "remainder")}
         return Reading(self.name, frame, meta, statistics_version=self.statistics_version)
 
     def with_columns(self, **columns: Any) -> Reading:
@@ -316,6 +317,7 @@ class Reading:
             where += f", {coverage['share']:.1%} of the parameters"
         if self.draw_error is not None:
             where += f", draw_error={self.draw_error:.2g} over {self.meta['draws']} draws"
+        where += "".join(f", {told}" for told in [remainder_text(self.meta)] if told)
         unit = f" {self.unit}" if self.unit else ""
         numbers = f"{self.value:.4g} [{low:.4g}, {high:.4g}]{unit}, {counted(self.n, self.facts, self.name)}"
         return f"Reading({self.name}={numbers}{control}{left_out}{where})"
@@ -338,6 +340,7 @@ class Reading:
             str(one) for one in (meta.get("model"), step, meta.get("weights"), meta.get("kind")) if one
         )
         told["undefined"] = "; ".join(f"{count:,} {why}" for why, count in self.undefined.items())
+        told["first order"] = remainder_text(meta)
         told["caution"] = self.caution
         return {name: text for name, text in told.items() if text}
 

@@ -211,7 +211,9 @@ class Readings(Sequence[Reading]):
         same = {key: rows[key].iloc[0] for key in keys if len(rows) and rows[key].nunique(dropna=False) == 1}
         about = [f"{key} {html.escape(str(value))}" for key, value in same.items() if not pd.isna(value)]
         shown = [*(key for key in keys if key not in same), "measure"]
-        table = compact_table(rows.to_dict("records"), shown).to_html(index=False, escape=True)
+        table = compact_table(({str(k): v for k, v in row.items()} for row in rows.to_dict("records")), shown).to_html(
+            index=False, escape=True
+        )
         return f"<p>{', '.join([f'{len(self)} readings', *about])}</p>{table}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import pandas as pd
@@ -20,6 +21,18 @@ class StoredReading(Protocol):
     def frame(self) -> pd.DataFrame: ...
     @property
     def meta(self) -> dict[str, Any]: ...
+
+
+def remainder_text(meta: Mapping[str, Any]) -> str:
+    """How much slopes miss of what removing the evidence's tokens shows; "" of a reading that is exact.
+
+    >>> remainder_text({"remainder": {"mean": 0.021, "largest": 0.1, "removed": 0.52, "n": 3, "facts": 3}})
+    'remainder 0.021 (largest 0.1) of 0.52 logits removed'
+    """
+    if "remainder" not in meta:
+        return ""
+    one = meta["remainder"]
+    return f"remainder {one['mean']:.2g} (largest {one['largest']:.2g}) of {one['removed']:.2g} logits removed"
 
 
 def evidence_by_pair(reading: StoredReading) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pandas as pd
 
@@ -25,6 +26,13 @@ from .estimators import (
 from .lens import logit_lens
 from .stored_once import stored_once
 
+
+def first_order_evidence(frame: pd.DataFrame, seed: int, control: bool) -> Measured:
+    """Stored evidence of slopes, where the logit is no sum."""
+    found = stored_evidence(frame, seed, control)
+    return replace(found, statistic=found.statistic.replace("mean stored", "mean first-order stored"))
+
+
 ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {
     "assumption_audit": assumption_audit,
     "attention_correlation": attention_correlation,
@@ -40,6 +48,7 @@ ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {
     "reverse_probability": reverse_probability,
     "route_edit": route_edit,
     "stored_evidence": stored_evidence,
+    "stored_evidence_first_order": first_order_evidence,
     "stored_once": stored_once,
 }
 
