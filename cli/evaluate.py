@@ -11,6 +11,7 @@ import typer
 
 from ..errors import RevprobeError
 from .loading import Load, load_options, named_values
+from .running import quick_imports
 
 if TYPE_CHECKING:
     from ..finetune.config.finetuning import EvaluationOptions, FinetuneConfig
@@ -44,11 +45,12 @@ def evaluate(
     load: Load = None,
 ) -> None:
     """Score forward and reverse exact match by decoding: on trained facts, and on held-out ones as the floor."""
-    from ..finetune.config.loading import require_no_config
-    from ..finetune.runs.progress import shown_probes
-    from ..models.registry import load_model
-    from ..relations.evaluation import SPLITS, evaluate_relation, match_table, save_evaluation
-    from ..report.summary.terminal import OF_EVALUATION, make_console, text_table
+    with quick_imports():
+        from ..finetune.config.loading import require_no_config
+        from ..finetune.runs.progress import shown_probes
+        from ..models.registry import load_model
+        from ..relations.evaluation import SPLITS, evaluate_relation, match_table, save_evaluation
+        from ..report.summary.terminal import OF_EVALUATION, make_console, text_table
 
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)  # a wrong --out is told before anything is decoded

@@ -45,10 +45,10 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(markup=False, highlight=False, width=_LOG_WIDTH)
 
 
-def readings_table(readings: Readings, title: str) -> Table:
-    """One row per number of some readings, with intervals and controls."""
+def readings_table(readings: Readings | pd.DataFrame, title: str) -> Table:
+    """One row per number of some readings, or of their measures, with intervals and controls."""
     rows = []
-    for row in readings.measures().to_dict("records"):
+    for row in _measures(readings).to_dict("records"):
         value = interval_text(row["value"], row["low"], row["high"])
         control = "-" if pd.isna(row["control"]) else f"{row['control']:.3f}"
         shown = {"measure": row["measure"].replace("_", " "), "value [95 %]": value, "control": control}
@@ -62,13 +62,17 @@ def readings_table(readings: Readings, title: str) -> Table:
     return text_table(pd.DataFrame(rows), title)
 
 
-def print_readings(readings: Readings, title: str, console: Console) -> None:
+def _measures(readings: Readings | pd.DataFrame) -> pd.DataFrame:
+    return readings.measures() if isinstance(readings, Readings) else readings
+
+
+def print_readings(readings: Readings | pd.DataFrame, title: str, console: Console) -> None:
     """`readings_table`; where the terminal is narrow, intervals below their values and the notes below the table."""
     if console.width >= _WIDE:
         console.print(readings_table(readings, title))
         return
     rows, notes = [], []
-    for row in readings.measures().to_dict("records"):
+    for row in _measures(readings).to_dict("records"):
         numbers = [interval_text(*(row[f"{name}{end}"] for end in ends)) for name, ends in _STACKED.items()]
         shown = [stacked(text) if not text.startswith("undefined") else "-" for text in numbers]
         shown[0] = "undefined" if pd.isna(row["value"]) else shown[0]
