@@ -176,6 +176,9 @@ class _Holding:
             if not _varying(leaf):
                 return leaf
             constant = leaf.detach() - push_forward(leaf, inputs, [x.detach() for x in inputs])
+            # Where a token is ruled out (-inf) its function has no slope, and 0 x inf is no number.
+            constant = torch.where(constant.isfinite(), constant, leaf.detach())
+            constant = constant.masked_fill(~constant.isfinite(), 0.0)
             part = self._part("tangent", constant, name)
             return self._seen(leaf + (part - constant))
 

@@ -50,10 +50,9 @@ def probe_stored_evidence(
     """The stored evidence S[v, u] of target v on evidence token u, and the target's logit taken apart.
 
     S = W_U W_O W_V E by head, with the scales of all norms held at their measured values, along the residual stream
-    alone (no detour through later layers). What a norm subtracts or adds, position vectors and biases are terms of
-    their own, so the contributions of a query add up to its logit; that sum is held against the model's own logit in
-    every batch. A target of several tokens has the mean logit, all hidden at once; evidence of several tokens has the
-    mean stored evidence and summed contributions.
+    alone. What a norm subtracts or adds, position vectors and biases are terms of their own; the sum is held against
+    the model's own logit in every batch. A target of several tokens has the mean logit, all hidden at once; evidence of
+    several tokens has the mean stored evidence and summed contributions.
 
     The value is the mean over pairs of S[v, u] under the reverse query, in logits, summed over layers and heads (or
     those of `layers`). The control is that of the same target on the evidence of another fact of the group. With
@@ -72,17 +71,11 @@ def probe_stored_evidence(
     partner's evidence is hidden, the control's n is below the value's, `undefined` counts those pairs, and the excess
     is over the pairs that have both.
     It answers for masked models whose logits are a linear readout of the residual stream behind norms: RADD, LLaDA,
-    Dream, MDLM, SDAR and the like. A nonlinear prediction head (BERT, RoBERTa, ModernBERT, soft caps) has no such sum.
-    With `first_order=True` what is nonlinear behind the last layer is replaced by its tangent at the model's own state
-    (norms' scales held, as everywhere). The reading is then called "stored_evidence_first_order": S is the slope of
-    the logit by the attention that the evidence's token gets, contributions are slopes times what was written, and a
-    part "tangent" is what the head's functions give beyond their slopes. The sum is the model's own logit still; what a
-    slope misses is measured: removed_forward and _reverse are by how much the logit falls when what all heads wrote of
-    the evidence's tokens is taken out of the last layer's state and the model's own norm and head run on;
-    remainder_forward and _reverse are the contributions of the same less that. `meta["remainder"]` has the mean of its
-    size and the largest under reverse queries, beside the mean size of what was removed (logits), and n and facts.
-    Where nothing behind the last layer is nonlinear, `meta["tangents"]` is empty and all but the remainder (a norm's
-    scale) is as without.
+    Dream, MDLM, SDAR and the like. A nonlinear prediction head (BERT, RoBERTa, soft caps) has no such sum: with
+    `first_order=True` its functions are replaced by their tangents at the model's own state. The reading is then called
+    "stored_evidence_first_order": S and contributions are slopes, a part "tangent" holds the rest of the head, and
+    removed_forward and _reverse are by how much the logit falls when the evidence's tokens are taken out of the last
+    layer's state for real, remainder_forward and _reverse what slopes miss of that (`meta["remainder"]`: its size).
     Raises: RevprobeError, for pairs of kind "swapped", the only kind that causal models have (S couples one target
         with one evidence token), for a layer without attention, and for a model whose logit is no such sum: a nonlinear
         prediction head or soft-capped logits without `first_order`, or a custom kernel.
@@ -97,9 +90,7 @@ def probe_stored_evidence(
     about = describe(model, PassResult(pairs, found.partner, []), plan)
     name = "stored_evidence_first_order" if first_order else "stored_evidence"
     reading = Reading(name, found.frame(), about, found.cross() if cross else None)
-    if first_order:
-        reading.meta.update({"tangents": found.tangents, "remainder": found.remainder_in_all()})
-    reading.meta.update({"statistic": reading.measured.statistic, "worst_gap": found.gap})
+    reading.meta.update({"statistic": reading.measured.statistic, "worst_gap": found.gap} | found.of_slopes())
     if found.layers is not None:
         reading.meta["layers"] = sorted(map(int, found.layers))
     return reading
@@ -210,11 +201,14 @@ class _Storage:
         found = [part for part in held.held.parts if part.kind == "tangent"]
         self.tangents = list(dict.fromkeys(f"{part.function}, in {part.site or self.model.name!r}" for part in found))
 
-    def remainder_in_all(self) -> dict[str, float]:
-        """The remainder's size under reverse queries, beside what was removed: means over pairs (logits)."""
+    def of_slopes(self) -> dict[str, Any]:
+        """What was taken to first order, and the remainder's size under reverse queries: means over pairs (logits)."""
+        if self.tail is None:
+            return {}
         missed, whole = (np.abs(values[self.pairs.reverse]) for values in (self.remainder, self.removed))
         sizes = {"mean": float(missed.mean()), "largest": float(missed.max()), "removed": float(whole.mean())}
-        return sizes | {"n": len(missed), "facts": len(set(self.pairs.facts))}
+        sizes |= {"n": len(missed), "facts": len(set(self.pairs.facts))}
+        return {"tangents": self.tangents, "remainder": sizes}
 
     def _keep_scores(self, stored: Tensor, numbers: list[int]) -> None:
         """S of every candidate target, the mean over its tokens. Shapes: `stored`: `batch token vocab`."""

@@ -224,6 +224,32 @@ def test_behind_a_linear_head_it_is_the_exact_reading() -> None:
     assert slopes.meta["remainder"]["mean"] > 0, "the final norm's scale is not held when the evidence is taken out"
 
 
+class Capped(nn.Module):
+    """Logits in soft caps, and one token ruled out, as RADD rules out its mask."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return 2.0 * torch.tanh(self.inner(input_ids=input_ids, attention_mask=attention_mask).logits / 2.0)
+
+
+def test_soft_caps_scale_every_slope_by_their_own() -> None:
+    """d 2 tanh(z/2) / dz = 1 - tanh(z/2)^2 at the logit itself, so nothing else changes."""
+    inner = drawn(radd().module, scale=0.2).double()
+    models = [
+        rp.ProbedModel(module, rp.letter_tokenizer(), objective="masked", mask_token_id=53, logit_shift=0)
+        for module in (inner, Capped(inner))
+    ]
+    plain, capped = (rp.probe_stored_evidence(model, PAIRS, first_order=True).frame for model in models)
+    capped = capped[capped["part"] != "tangent"].reset_index(drop=True)
+    scale = 1 - np.tanh(plain["logit_reverse"] / 2) ** 2
+    assert scale.min() < 0.97
+    for column in ("contribution_reverse", "stored_reverse"):
+        np.testing.assert_allclose(capped[column], plain[column] * scale, atol=1e-6)
+
+
 def test_a_wrong_tangent_is_caught_by_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = masked("bert")
     monkeypatch.setattr(linearize, "push_forward", lambda output, *_: torch.zeros_like(output))
