@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ from .theme import (
     message_figure,
     plain,
     reach,
+    samples_text,
 )
 
 NEEDED = ("run", "step", "weights", "kind", "measure", "value", "n", "low", "high", "control")
@@ -188,9 +189,7 @@ def _empty_panels(rows: pd.DataFrame, scale: StepScale, against: pd.DataFrame) -
         drawn = part[["value", "low", "high", "control"]].to_numpy(dtype=float).ravel()
         if len(against):
             drawn = np.append(drawn, against.loc[against["measure"] == panel.measure, "value"].to_numpy(dtype=float))
-        title = f"{panel.unit} ({counts_text(part['n'].astype(float))})"
-        if panel.column == 3:  # half as high as the others: the long title needs two lines
-            title = title.replace(" (", "<br>(")
+        title = f"{panel.unit}<br>({_sizes(part, unit='pairs' if panel.column < 3 else '')})"  # 3 is half as high
         figure.update_yaxes(title={"text": title}, range=reach(drawn), **place)
         figure.update_xaxes(scale.axis(), **place)
     figure.update_xaxes(title=None, row=1, col=3)
@@ -295,10 +294,16 @@ def _fit_legend(figure: go.Figure) -> None:
     )
 
 
+def _sizes(rows: Mapping[str, Iterable[float]] | pd.DataFrame, unit: str = "pairs") -> str:
+    """Pairs and facts; n alone in a table without facts, as that of several seeds together."""
+    pairs, facts = ([float(one) for one in rows[name]] if name in rows else [math.nan] for name in ("n", "facts"))
+    return counts_text(pairs) if any(map(math.isnan, facts)) else samples_text(pairs, facts, unit=unit)
+
+
 def _hover(label: str, row: dict[Hashable, Any]) -> str:
     numbers = interval_text(float(row["value"]), float(row["low"]), float(row["high"]), float(row["control"]))
     step = "" if pd.isna(row["step"]) else f"step {int(row['step']):,}: "
-    lines = [f"<b>{label}</b>", step + numbers, counts_text([float(row["n"])])]
+    lines = [f"<b>{label}</b>", step + numbers, _sizes({"n": [row["n"]], "facts": [row.get("facts", math.nan)]})]
     if row.get("reason"):
         lines.append(f"undefined: {plain(row['reason'], limit=200)}")
     return "<br>".join(lines)
