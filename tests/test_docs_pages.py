@@ -72,10 +72,12 @@ def test_every_figure_stands_in_the_gallery_with_its_picture(root: Path, gallery
         "causal_trace": "probe_causal_trace",
         "denoising_trace": "trace_denoising",
         "head_ranking": "rank_heads",
+        "lora_gradient_cosine": "probe_gradient_cosine",  # the same figure, of an adapter's gradient
         "objective_terms": "objective_terms",
     }
     for name in plot.RENDERERS:
         assert f"rp.{made.get(name, f'probe_{name}')}(" in code, f"the gallery draws no {name}"
+    assert plot.RENDERERS["lora_gradient_cosine"] is plot.RENDERERS["gradient_cosine"]
     for kind in (rp.BlockSweep, rp.ModelComparison):
         maker = {"BlockSweep": "block_sweep", "ModelComparison": "compare_models"}[kind.__name__]
         assert f"rp.{maker}(" in code and "plot" in vars(kind)

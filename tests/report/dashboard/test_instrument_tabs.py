@@ -192,7 +192,7 @@ def test_edits_are_drawn_at_a_layer_and_a_head(filled: RunsFolder) -> None:
     whole, _ = instrument_shown(filled, asked(MASKED, "edits", "reverse"))
     one, _ = instrument_shown(filled, asked(MASKED, "edits", "reverse", layer=1))
     assert whole is not None and one is not None
-    assert [label.partition(" (")[0] for label in one.data[-1].y] == [
+    assert [label.partition("<br>")[0] for label in one.data[-1].y] == [
         *("layer 1, head 1", "layer 1, head 0", "layer 1", "all at once")
     ]
     assert set(one.data[-1].x) < set(whole.data[-1].x), "numbers of their own"
