@@ -8,6 +8,8 @@ Every public name is imported when it is first used (PEP 562; `__init__.pyi` say
 transformers loads before something needs it. RADD, LLaDA and Dream are in transformers' Auto classes all the same.
 """
 
+import gc
+
 import lazy_loader
 
 from .models.auto_classes import register_when_imported
@@ -26,7 +28,13 @@ def __getattr__(name: str) -> object:
         from .errors import did_you_mean
 
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{did_you_mean(name, __all__)}")
-    return _import_public(name)
+    collecting = gc.isenabled()
+    gc.disable()  # torch and transformers stay; looking for garbage among them takes a quarter of the time
+    try:
+        return _import_public(name)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def __dir__() -> list[str]:

@@ -9,6 +9,7 @@ import typer
 
 from ..errors import RevprobeError
 from .loading import Load, load_named, load_options
+from .running import quick_imports
 
 
 def block_sweep(
@@ -27,14 +28,15 @@ def block_sweep(
 ) -> None:
     """Read one set of pairs from token by token to the whole text at once, and draw the curve over block sizes."""
     asked = _sizes(sizes)
-    from ..finetune.runs.progress import shown_probes
-    from ..probes.block_sweep import block_sweep as sweep
-    from ..probes.figures.plot import save_figure
-    from ..probes.fused import require_probes
-    from ..probes.readings.block_sweep import of_a_sweep
-    from ..report.summary.fitted import Narrow
-    from ..report.summary.terminal import make_console, text_table
-    from .probe import pairs_of, require_place
+    with quick_imports():
+        from ..finetune.runs.progress import shown_probes
+        from ..probes.block_sweep import block_sweep as sweep
+        from ..probes.figures.plot import save_figure
+        from ..probes.fused import require_probes
+        from ..probes.readings.block_sweep import of_a_sweep
+        from ..report.summary.fitted import Narrow
+        from ..report.summary.terminal import make_console, text_table
+        from .probe import pairs_of, require_place
 
     only = require_probes(name.strip() for name in probes.split(",") if name.strip())
     if out is not None:

@@ -12,6 +12,7 @@ import typer
 from ..errors import RevprobeError, did_you_mean
 from .loading import options_by_model
 from .probe import pairs_of, require_place
+from .running import quick_imports
 
 
 def compare_models(
@@ -40,13 +41,14 @@ def compare_models(
     """Take the same readings of two or more models, and show by how much they differ on the facts that they share."""
     named = _named(models)
     sources, loading = _pairs_by_model(pairs, named), options_by_model(load, named, device=device)
-    from ..finetune.runs.progress import shown_probes
-    from ..probes.compare_models import compare_models as compare
-    from ..probes.figures.plot import save_figure
-    from ..probes.fused import require_probes
-    from ..probes.readings.model_comparison import of_a_comparison
-    from ..report.summary.fitted import Narrow
-    from ..report.summary.terminal import make_console, read_as, text_table
+    with quick_imports():
+        from ..finetune.runs.progress import shown_probes
+        from ..probes.compare_models import compare_models as compare
+        from ..probes.figures.plot import save_figure
+        from ..probes.fused import require_probes
+        from ..probes.readings.model_comparison import of_a_comparison
+        from ..report.summary.fitted import Narrow
+        from ..report.summary.terminal import make_console, read_as, text_table
 
     only = require_probes(name.strip() for name in probes.split(",") if name.strip())
     if out is not None:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .loading import Load, load_named, load_options
+from .running import quick_imports
 
 
 def diagnose(
@@ -17,8 +18,9 @@ def diagnose(
     load: Load = None,
 ) -> None:
     """Try what the probes take for granted on a model; exit status 0 only if all three can be trusted on it."""
-    from ..probes.diagnose import diagnose as examine
-    from ..report.summary.terminal import make_console, text_table
+    with quick_imports():
+        from ..probes.diagnose import diagnose as examine
+        from ..report.summary.terminal import make_console, text_table
 
     found = examine(load_named(model, **load_options(load, step=step, device=device, dtype=dtype)))
     console = make_console()

@@ -11,18 +11,11 @@ import typer
 
 from ..errors import RevprobeError
 from .loading import Load, load_options, named_values
+from .running import quick_imports
 
 if TYPE_CHECKING:
     from ..finetune.config.finetuning import EvaluationOptions, FinetuneConfig
     from ..relations.catalog import LettersRelation, TextRelation
-
-# Where the terminal is narrow: which columns stand in cells of others, and which below the table.
-_BELOW = {
-    "facts": ("asked", "{}"),
-    "wordings": ("asked", "{} wordings"),
-    "control": ("exact match (%) [95 %]", "ctrl {}"),
-}
-_NOTES = ("wrong answers", "undefined")
 
 
 def evaluate(
@@ -52,12 +45,12 @@ def evaluate(
     load: Load = None,
 ) -> None:
     """Score forward and reverse exact match by decoding: on trained facts, and on held-out ones as the floor."""
-    from ..finetune.config.loading import require_no_config
-    from ..finetune.runs.progress import shown_probes
-    from ..models.registry import load_model
-    from ..relations.evaluation import SPLITS, evaluate_relation, match_table, save_evaluation
-    from ..report.summary.fitted import Narrow
-    from ..report.summary.terminal import make_console, text_table
+    with quick_imports():
+        from ..finetune.config.loading import require_no_config
+        from ..finetune.runs.progress import shown_probes
+        from ..models.registry import load_model
+        from ..relations.evaluation import SPLITS, evaluate_relation, match_table, save_evaluation
+        from ..report.summary.terminal import OF_EVALUATION, make_console, text_table
 
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)  # a wrong --out is told before anything is decoded
@@ -78,7 +71,7 @@ def evaluate(
             progress=None if listener is None else lambda done, total: listener(bar, done, total),
         )
     title = f"{bar}, trained in direction {asking.direction}"
-    console.print(text_table(match_table(readings), title, Narrow(_BELOW, notes=_NOTES, named=("asked", "facts"))))
+    console.print(text_table(match_table(readings), title, OF_EVALUATION))
     if out is not None:
         save_evaluation(readings, out)
         console.print(f"{len(readings)} readings: {out}", soft_wrap=True)

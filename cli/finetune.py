@@ -11,7 +11,7 @@ import typer
 
 from ..errors import RevprobeError
 from .plan import show_plan
-from .running import Address, Jobs, On, Out, interruptible
+from .running import Address, Jobs, On, Out, interruptible, quick_imports
 
 if TYPE_CHECKING:
     from ..finetune.config.finetuning import FinetuneConfig, FinetuneSweepConfig
@@ -41,15 +41,16 @@ def finetune(
 
 def _finetune_one(config: FinetuneConfig, folder: Path) -> None:
     """One run, with its numbers and its report; only its progress where a sweep listens."""
-    from ..engines.launcher import JSON_PROGRESS
-    from ..finetune.runs.finetuning import fine_tune
-    from ..finetune.runs.open import is_finished
-    from ..finetune.runs.progress import json_lines, shown_progress
-    from ..finetune.runs.record import summary_frame
-    from ..report.html.finetune_sections import finetune_sections
-    from ..report.html.report import write_report
-    from ..report.paper.table7 import print_table7
-    from ..report.summary.terminal import make_console, print_final
+    with quick_imports():
+        from ..engines.launcher import JSON_PROGRESS
+        from ..finetune.runs.finetuning import fine_tune
+        from ..finetune.runs.open import is_finished
+        from ..finetune.runs.progress import json_lines, shown_progress
+        from ..finetune.runs.record import summary_frame
+        from ..report.html.finetune_sections import finetune_sections
+        from ..report.html.report import write_report
+        from ..report.paper.table7 import print_table7
+        from ..report.summary.terminal import make_console, print_final
 
     console = make_console()
     if os.environ.get(JSON_PROGRESS):
@@ -74,10 +75,11 @@ def _finetune_one(config: FinetuneConfig, folder: Path) -> None:
 
 
 def _finetune_all(config: FinetuneSweepConfig, out: Path, **where: Any) -> None:
-    from ..finetune.runs.finetuning import finetuning_runs
-    from ..report.paper.table7 import print_table7
-    from ..report.run_sweep import run_sweep
-    from ..report.summary.terminal import make_console, print_final, read_summary
+    with quick_imports():
+        from ..finetune.runs.finetuning import finetuning_runs
+        from ..report.paper.table7 import print_table7
+        from ..report.run_sweep import run_sweep
+        from ..report.summary.terminal import make_console, print_final, read_summary
 
     console = make_console()
     with interruptible(console):

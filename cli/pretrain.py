@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .running import Out, interruptible
+from .running import Out, interruptible, quick_imports
 
 
 def pretrain(
@@ -22,10 +22,11 @@ def pretrain(
     Goes on where it was stopped. Each model's folder has its weights, the losses and hashes, and what it answers of the
     corpus in the direction a fact was told in and in the other one.
     """
-    from ..finetune.config.pretraining import read_pretraining
-    from ..finetune.runs.pretraining import chosen_models, pretrain, pretrained_table
-    from ..finetune.runs.progress import shown_progress
-    from ..report.summary.terminal import make_console, text_table
+    with quick_imports():
+        from ..finetune.config.pretraining import read_pretraining
+        from ..finetune.runs.pretraining import chosen_models, pretrain, pretrained_table
+        from ..finetune.runs.progress import shown_progress
+        from ..report.summary.terminal import make_console, text_table
 
     console = make_console()
     sweep = read_pretraining(config)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import RevprobeError
+from .running import quick_imports
 
 
 def write_bundle(path: Path, folder: Path) -> None:
@@ -33,14 +34,15 @@ def report(
     if bundle is not None:
         write_bundle(path, bundle)
         return
-    from ..finetune.runs.open import open_run
-    from ..finetune.runs.run import is_run
-    from ..finetune.runs.sweeps import open_sweep
-    from ..report.html.finetune_sections import finetune_sections
-    from ..report.html.report import write_report
-    from ..report.run_sweep import shown_records, sweep_sections
-    from ..report.summary.alerts import alert_lines
-    from ..report.summary.terminal import make_console, print_final, read_summary
+    with quick_imports():
+        from ..finetune.runs.open import open_run
+        from ..finetune.runs.run import is_run
+        from ..finetune.runs.sweeps import open_sweep
+        from ..report.html.finetune_sections import finetune_sections
+        from ..report.html.report import write_report
+        from ..report.run_sweep import shown_records, sweep_sections
+        from ..report.summary.alerts import alert_lines
+        from ..report.summary.terminal import make_console, print_final, read_summary
 
     console = make_console()
     if is_run(path):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import RevprobeError, did_you_mean, first_line
-from .running import Address, Jobs, On, interruptible
+from .running import Address, Jobs, On, interruptible, quick_imports
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,9 +82,10 @@ def one_layer(
     ] = True,
 ) -> None:
     """Tables 1 and 2 and Figure 3 from trained models; hours on two cores, and the same command goes on."""
-    from ..report.paper.reproduce import one_layer_sweep
-    from ..report.run_sweep import RunsFailed, run_sweep
-    from ..report.summary.terminal import make_console
+    with quick_imports():
+        from ..report.paper.reproduce import one_layer_sweep
+        from ..report.run_sweep import RunsFailed, run_sweep
+        from ..report.summary.terminal import make_console
 
     asked = one_layer_sweep(seeds=seeds, lengths=_lengths(lengths), device=device)
     console, failed = make_console(), None
@@ -191,9 +192,10 @@ def _make_section6(asked: Miniature, console: Console, **where: Any) -> list[str
 
     Raises: RevprobeError, for missing data and for a sweep's folder of something else, before its runs are begun.
     """
-    from ..finetune.runs.pretraining import pretrain
-    from ..finetune.runs.progress import shown_progress
-    from ..report.run_sweep import RunsFailed, run_sweep
+    with quick_imports():
+        from ..finetune.runs.pretraining import pretrain
+        from ..finetune.runs.progress import shown_progress
+        from ..report.run_sweep import RunsFailed, run_sweep
 
     asked.require_data()
     failed: dict[str, str] = {}

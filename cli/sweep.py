@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .running import Address, Jobs, On, Out, interruptible
+from .running import Address, Jobs, On, Out, interruptible, quick_imports
 
 
 def sweep(
@@ -24,8 +24,9 @@ def sweep(
     address: Address = None,
 ) -> None:
     """Train a grid of runs, skipping finished ones, and write one report over all of them."""
-    from ..report.run_sweep import run_sweep
-    from ..report.summary.terminal import make_console, print_final, read_summary
+    with quick_imports():
+        from ..report.run_sweep import run_sweep
+        from ..report.summary.terminal import make_console, print_final, read_summary
 
     console = make_console()
     with interruptible(console):

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .running import Out, interruptible
+from .running import Out, interruptible, quick_imports
 
 
 def train(
@@ -17,14 +17,15 @@ def train(
     out: Out = Path("runs"),
 ) -> None:
     """Train one run forward-only and probe it at every snapshot; the same command resumes a run that was stopped."""
-    from ..engines.launcher import JSON_PROGRESS
-    from ..finetune.config.loading import load_config, parse_config
-    from ..finetune.config.one_layer import RunConfig
-    from ..finetune.runs.one_layer import train as train_run
-    from ..finetune.runs.open import is_finished
-    from ..finetune.runs.progress import json_lines, shown_progress
-    from ..finetune.runs.record import summary_frame
-    from ..report.summary.terminal import make_console, print_final
+    with quick_imports():
+        from ..engines.launcher import JSON_PROGRESS
+        from ..finetune.config.loading import load_config, parse_config
+        from ..finetune.config.one_layer import RunConfig
+        from ..finetune.runs.one_layer import train as train_run
+        from ..finetune.runs.open import is_finished
+        from ..finetune.runs.progress import json_lines, shown_progress
+        from ..finetune.runs.record import summary_frame
+        from ..report.summary.terminal import make_console, print_final
 
     run_config = parse_config(sys.stdin.read(), RunConfig, "stdin") if config == "-" else load_config(config, RunConfig)
     folder, console = out / run_config.name, make_console()

@@ -17,8 +17,8 @@ from ..errors import RevprobeError
 class Part:
     """A constant of the linearized pass.
 
-    `kind`: embed, position, bias, norm or mlp; `site`: the path of the module that ran, `function`: what it called;
-    `values`: a leaf of autograd's graph whose first axis is (or begins with) the batch.
+    `kind`: embed, position, bias, norm, mlp or tangent; `site`: the path of the module that ran, `function`: what it
+    called; `values`: a leaf of autograd's graph whose first axis is (or begins with) the batch.
     """
 
     kind: str
@@ -66,9 +66,27 @@ class LinearizedAttention:
 class LinearizedPass:
     """The parts and attention calls of one held forward pass, in the order they were made.
 
-    `eps`: rounding unit of the coarsest dtype that the residual stream passed through.
+    `eps`: rounding unit of the coarsest dtype that the residual stream passed through. `last`: the last layer's state,
+    with its graph, where what follows it is taken to first order.
     """
 
     parts: list[Part] = field(default_factory=list)
     attention: list[LinearizedAttention] = field(default_factory=list)
     eps: float = 0.0
+    last: Tensor | None = None
+
+    def note_last(self, state: Tensor) -> None:
+        """Keep the last layer's state."""
+        self.last = state
+
+
+def push_forward(output: Tensor, inputs: list[Tensor], directions: list[Tensor]) -> Tensor:
+    """How a tensor that is affine in `inputs` moves along `directions`: the transpose of the transpose.
+
+    Backward is linear in what it is given, so differentiating it by that gives the forward map; forward-mode autograd
+    would have to be on while the model ran. Shapes: `-> output`.
+    """
+    given = torch.zeros_like(output, requires_grad=True)
+    gradients = torch.autograd.grad(output, inputs, given, create_graph=True)
+    total = torch.stack([(g * d).sum() for g, d in zip(gradients, directions, strict=True)]).sum()
+    return torch.autograd.grad(total, given)[0].detach()

@@ -267,7 +267,7 @@ class ProbedModel(CalledModule):
         names = (("num_hidden_layers", "n_layers"), ("num_attention_heads", "n_heads"))
         layers, heads = (next((getattr(config, n) for n in some if hasattr(config, n)), None) for some in names)
         known = isinstance(layers, int) and isinstance(heads, int)
-        return f"{layers} layers x {heads} heads, " if known else ""
+        return f"{layers} layer{'s' * (layers != 1)} x {heads} head{'s' * (heads != 1)}, " if known else ""
 
     def _repr_html_(self) -> str:
         name, _, rest = repr(self).removeprefix("ProbedModel(").removesuffix(")").partition(", ")

@@ -69,7 +69,8 @@ def probe_in_parts(
         folder: new, empty, or begun by the same call.
         size: pairs of a part; no fact's partner is sought beyond it.
         progress: called with the pairs that are done and all of them.
-    Returns: what `Reading.measures` says of all pairs together, a row for each number, with the probe's name.
+    Returns: what `Reading.measures` says of all pairs together, a row for each number, with the probe's name and what
+        it was taken of: weights, and kind of pairs.
     Raises: RevprobeError, for a folder that holds anything else, or the parts of another question; a size below 2; and
         as `probe`.
     """
@@ -188,7 +189,7 @@ class _Kept:
             tables, self.scores = ScoreTables.joined(self.scores), []
             reading = Reading(name, pd.DataFrame(), meta)
             reading.__dict__["measured"] = score_correlation(tables, reading.seed, meta.get("control", True))
-        return reading.measures().assign(probe=name)
+        return reading.measures().assign(probe=name, weights=meta.get("weights"), kind=meta.get("kind"))
 
 
 def _summed(frame: pd.DataFrame) -> pd.DataFrame:

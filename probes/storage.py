@@ -22,6 +22,7 @@ from .passes.decomposition import Decomposition, LinearizedBatch, Piece
 from .passes.plan import PassResult, Plan
 from .passes.run import describe
 from .passes.selection import chosen_of, listed
+from .passes.states import Tail
 from .readings.reading import Reading
 from .statistics.estimators import LATER_BLOCK, LATER_BLOCK_CONTROL, NO_LIKE_TARGET, NO_PARTNER
 from .statistics.resampling import derangement, kin
@@ -42,16 +43,16 @@ def probe_stored_evidence(
     layers: Iterable[int] | None = None,
     control: bool = True,
     cross: bool = False,
+    first_order: bool = False,
     progress: Progress | bool | None = None,
     seed: int = 0,
 ) -> Reading:
     """The stored evidence S[v, u] of target v on evidence token u, and the target's logit taken apart.
 
     S = W_U W_O W_V E by head, with the scales of all norms held at their measured values, along the residual stream
-    alone (no detour through later layers). What a norm subtracts or adds, position vectors and biases are terms of
-    their own, so the contributions of a query add up to its logit; that sum is held against the model's own logit in
-    every batch. A target of several tokens has the mean logit, all hidden at once; evidence of several tokens has the
-    mean stored evidence and summed contributions.
+    alone. What a norm subtracts or adds, position vectors and biases are terms of their own; the sum is held against
+    the model's own logit in every batch. A target of several tokens has the mean logit, all hidden at once; evidence of
+    several tokens has the mean stored evidence and summed contributions.
 
     The value is the mean over pairs of S[v, u] under the reverse query, in logits, summed over layers and heads (or
     those of `layers`). The control is that of the same target on the evidence of another fact of the group. With
@@ -70,20 +71,26 @@ def probe_stored_evidence(
     partner's evidence is hidden, the control's n is below the value's, `undefined` counts those pairs, and the excess
     is over the pairs that have both.
     It answers for masked models whose logits are a linear readout of the residual stream behind norms: RADD, LLaDA,
-    Dream, MDLM, SDAR and the like.
+    Dream, MDLM, SDAR and the like. A nonlinear prediction head (BERT, RoBERTa, soft caps) has no such sum: with
+    `first_order=True` its functions are replaced by their tangents at the model's own state. The reading is then called
+    "stored_evidence_first_order": S and contributions are slopes, a part "tangent" holds the rest of the head, and
+    removed_forward and _reverse are by how much the logit falls when the evidence's tokens are taken out of the last
+    layer's state for real, remainder_forward and _reverse what slopes miss of that (`meta["remainder"]`: its size).
     Raises: RevprobeError, for pairs of kind "swapped", the only kind that causal models have (S couples one target
         with one evidence token), for a layer without attention, and for a model whose logit is no such sum: a nonlinear
-        prediction head (BERT, RoBERTa, ModernBERT), soft-capped logits, or a custom kernel.
+        prediction head or soft-capped logits without `first_order`, or a custom kernel.
     Source: paper Sec. 4.1 (Prop. 4.1), with W_O and norms as they are on a real model.
     """
     model = as_probed(model)
     pairs = asked_pairs(model, pairs, "stored_evidence")
     require_one_entry(pairs)
     plan = Plan(control=control, batch_size=batch_size, seed=seed, progress=progress)
-    found = _Storage(model, pairs, plan, None if layers is None else set(listed("layer", layers))).run()
+    tail = Tail.of(model) if first_order else None
+    found = _Storage(model, pairs, plan, None if layers is None else set(listed("layer", layers)), tail).run()
     about = describe(model, PassResult(pairs, found.partner, []), plan)
-    reading = Reading("stored_evidence", found.frame(), about, found.cross() if cross else None)
-    reading.meta.update({"statistic": reading.measured.statistic, "worst_gap": found.gap})
+    name = "stored_evidence_first_order" if first_order else "stored_evidence"
+    reading = Reading(name, found.frame(), about, found.cross() if cross else None)
+    reading.meta.update({"statistic": reading.measured.statistic, "worst_gap": found.gap} | found.of_slopes())
     if found.layers is not None:
         reading.meta["layers"] = sorted(map(int, found.layers))
     return reading
@@ -109,8 +116,11 @@ class _Storage:
     another length.
     """
 
-    def __init__(self, model: ProbedModel, pairs: ReversalPairs, plan: Plan, layers: set[int] | None) -> None:
-        self.model, self.pairs, self.plan, self.layers = model, pairs, plan, layers
+    def __init__(
+        self, model: ProbedModel, pairs: ReversalPairs, plan: Plan, layers: set[int] | None, tail: Tail | None
+    ) -> None:
+        self.model, self.pairs, self.plan, self.layers, self.tail = model, pairs, plan, layers, tail
+        self.tangents: list[str] = []
         self.queries = prepare_queries(model, pairs.queries)
         self.unseen = out_of_sight(model, self.queries)
         self.size = queries_per_batch(model, self.queries, plan.batch_size)
@@ -120,7 +130,7 @@ class _Storage:
         self.asks = self._asks()
         self.pieces: list[Piece] = []
         self.gap = 0.0
-        self.logit = np.full(len(self.queries), np.nan)
+        self.logit, self.removed, self.remainder = (np.full(len(self.queries), np.nan) for _ in range(3))
         self.scores = np.full((len(self.queries), len(self.candidates)), np.nan)
 
     def _asks(self) -> list[dict[Target, list[int]]]:
@@ -143,8 +153,10 @@ class _Storage:
 
     def _run_batch(self, numbers: list[int]) -> None:
         batch = make_batch(self.model, [self.queries[q] for q in numbers])
-        held = LinearizedBatch.run(self.model, batch)
+        held = LinearizedBatch.run(self.model, batch, None if self.tail is None else self.tail.last)
         self._keep_own(held, held.decompose(batch.targets), numbers)
+        if self.tail is not None:
+            self._keep_remainder(held, self.tail, numbers)
         self._keep_scores(held.stored_logits(), numbers)
         for turn in range(max(len(self.asks[q]) for q in numbers)):
             asked = [list(self.asks[q])[min(turn, len(self.asks[q]) - 1)] for q in numbers]
@@ -170,6 +182,33 @@ class _Storage:
         for table, values in (*kept, (self.weight, weight), (self.hidden, hidden), (self.logit, found.logit)):
             table[numbers] = values.cpu().numpy()
         self.gap = max(self.gap, float(found.gap.max()))
+
+    @torch.no_grad()
+    def _keep_remainder(self, held: LinearizedBatch, tail: Tail, numbers: list[int]) -> None:
+        """By how much the target's logit falls without the evidence's tokens, and what the slopes make of it."""
+        batch, fallen = held.batch, np.zeros(held.batch.targets.shape)
+        for read in tail.log_probabilities(batch, held.own, held.without_evidence()):
+            without = read.layer == 0  # the other is the state as it is
+            query, token = read.query[without], read.token[without]
+            asked = batch.targets[query.to(batch.targets.device), token.to(batch.targets.device)]
+            left = read.logits[without].gather(-1, asked.to(read.logits.device)[:, None])[:, 0]
+            own = held.own[query.to(held.own.device), token.to(held.own.device)].gather(-1, asked[:, None])[:, 0]
+            fallen[query, token] = own.double().cpu().numpy() - left.double().cpu().numpy()
+        there = batch.is_target.cpu().numpy()
+        self.removed[numbers] = np.where(there, fallen, 0.0).sum(1) / there.sum(1)
+        tokens = [piece.part == "evidence" and piece.source == "token" for piece in self.pieces]
+        self.remainder[numbers] = self.contribution[numbers][:, tokens].sum(1) - self.removed[numbers]
+        found = [part for part in held.held.parts if part.kind == "tangent"]
+        self.tangents = list(dict.fromkeys(f"{part.function}, in {part.site or self.model.name!r}" for part in found))
+
+    def of_slopes(self) -> dict[str, Any]:
+        """What was taken to first order, and the remainder's size under reverse queries: means over pairs (logits)."""
+        if self.tail is None:
+            return {}
+        missed, whole = (np.abs(values[self.pairs.reverse]) for values in (self.remainder, self.removed))
+        sizes = {"mean": float(missed.mean()), "largest": float(missed.max()), "removed": float(whole.mean())}
+        sizes |= {"n": len(missed), "facts": len(set(self.pairs.facts))}
+        return {"tangents": self.tangents, "remainder": sizes}
 
     def _keep_scores(self, stored: Tensor, numbers: list[int]) -> None:
         """S of every candidate target, the mean over its tokens. Shapes: `stored`: `batch token vocab`."""
@@ -222,6 +261,9 @@ class _Storage:
         by_pair: dict[str, Any] = {"pair": np.arange(len(pairs)), "fact": pairs.facts.astype(str), "kind": pairs.kind}
         by_pair |= {"group": pairs.groups(self.model.logit_shift), **pairs.flags}
         by_pair |= {f"logit_{side}": self.logit[index] for side, index in sides.items()}
+        if self.tail is not None:
+            measured = {"removed": self.removed, "remainder": self.remainder}
+            by_pair |= {f"{name}_{side}": values[i] for name, values in measured.items() for side, i in sides.items()}
         for name, values in (("margin", margin), ("rank", rank)):
             by_pair |= {f"{name}_{side}": np.where(reason == "", values[i], np.nan) for side, i in sides.items()}
         return pd.DataFrame(by_pair | {"reason_margin": reason})

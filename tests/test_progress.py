@@ -276,6 +276,10 @@ def test_reading_a_run_and_a_sweep_counts_what_is_read(
     each = len(readings)
     calls = [("readings", run.readings, each), ("record", run.record, each), ("load", load, each)]
     calls += [("measures", readings.measures, each), ("summary", readings.summary, each)]
+    calls += [("to_frame", readings.to_frame, each), ("plot", readings.plot, each)]
+    roles = readings.select(name="gradient_cosine")[0]
+    calls += [("summary", partial(roles.summary, by="role"), roles.frame["role"].nunique())]
+    calls += [("theory_tables", partial(rp.theory_tables, samples=2), 3)]
     calls += [("records", sweep.records, 1), ("summary", sweep.summary, 1)]
     for name, call, total in calls:
         told: list[tuple[int, int]] = []

@@ -3,6 +3,7 @@ ways afterwards.
 
 RUN/config.yaml, versions.json, problem.txt    as in any run
 RUN/resolved.json      what the config came to on this model and relation: steps, snapshots, rows, LoRA targets
+RUN/relation/          a copy of the file or folder of its facts, up to 16 MB
 RUN/base/              the model it built for itself, where it did
 RUN/checkpoints/step-000500/                   the adapter, as peft saves it, or the model, and what a resume needs
 RUN/readings/step-000500/<probe>.raw.parquet
@@ -55,6 +56,7 @@ from .finetune_setup import (
     text_relation,
 )
 from .progress import Listener, ProgressCallback, step_told
+from .relation_copy import keep_relation
 from .run import CONFIG, Expected, Run, claim_run, noting_problems, pinned_threads
 from .snapshot_answers import answer_table, backfill_answers
 
@@ -225,6 +227,7 @@ def _train(
 
     def start() -> Path | None:
         write_text(run.path / RESOLVED, json.dumps(prepared.resolved, indent=2) + "\n")
+        keep_relation(run.path, run.config.relation.path)
         remove_unfinished(run.path)
         return resume_from(run.path)
 

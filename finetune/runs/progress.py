@@ -62,10 +62,10 @@ def bars(console: Console | None = None) -> Iterator[Progress]:
 
 
 @contextmanager
-def shown_progress(name: str, console: Console) -> Iterator[Listener]:
+def shown_progress(name: str, console: Console, unit: str = "step") -> Iterator[Listener]:
     """A listener that suits the terminal: a bar, or a short line now and then where output goes to a file."""
     if not console.is_terminal:
-        yield PlainLines(name, console)
+        yield PlainLines(name, console, unit)
         return
     with bars(console) as progress:
         task = progress.add_task(name, total=None, note="")
@@ -90,8 +90,8 @@ def shown_probes(names: list[str], console: Console) -> Iterator[Callable[[str, 
 class PlainLines:
     """A line about every fifteen seconds and at the end, for logs: "rope: step 500/5000, loss 0.41, 0:01:10 left"."""
 
-    def __init__(self, name: str, console: Console) -> None:
-        self.name, self.console = name, console
+    def __init__(self, name: str, console: Console, unit: str = "step") -> None:
+        self.name, self.console, self.unit = name, console, unit
         self._start: tuple[float, int] | None = None
         self._last = 0.0
 
@@ -105,7 +105,7 @@ class PlainLines:
         seconds = (now - began) * (steps - step) / max(step - first, 1)
         left = f", {timedelta(seconds=round(seconds))} left" if first < step < steps else ""
         note = f", {loss_note(loss)}" if loss is not None else ""
-        self.console.print(f"{self.name}: step {step}/{steps}{note}{left}", soft_wrap=True)
+        self.console.print(f"{self.name}: {self.unit} {step}/{steps}{note}{left}", soft_wrap=True)
 
 
 class ListenerAtFirstNews:

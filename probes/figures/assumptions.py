@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ...errors import RevprobeError, did_you_mean
-from .drawable import Drawable
+from .drawable import Drawable, sample_of
 from .theme import (
     BELOW,
     CONTROL_GREY,
@@ -164,7 +164,7 @@ def _titled(figure: go.Figure, reading: Drawable, where: str = "") -> go.Figure:
     meta, null = reading.meta, reading.control
     step = "" if meta.get("step") is None else f", step {int(meta['step']):,}"
     numbers = interval_text(reading.value, *reading.interval, null.value if null else math.nan)
-    what = f"mean cross-plane share, all heads: {numbers}, {reading.n:,} pairs"
+    what = f"mean cross-plane share, all heads: {numbers}, {sample_of(reading)}"
     undefined = sum(reading.undefined.values())
     what += f", {undefined:,} heads x directions undefined" if undefined else ""
     words = series_words(meta.get("weights"), meta.get("kind"))

@@ -21,8 +21,8 @@ from ...errors import RevprobeError
 from ..statistics.by_distance import DISTANCES, distance_correlations
 from ..statistics.by_head import head_correlations
 from ..statistics.by_role import cell_cosines
-from .drawable import Drawable
-from .theme import CELL_INK, DIVERGING, TEMPLATE, UNDEFINED_GREY, counts_text, interval_text, message_figure
+from .drawable import Drawable, sample_of
+from .theme import CELL_INK, DIVERGING, TEMPLATE, UNDEFINED_GREY, interval_text, message_figure, samples_text
 from .training_curves import series_words
 
 Entry = tuple[Drawable, pd.DataFrame]
@@ -144,7 +144,7 @@ def _title(place: int, panels: Sequence[str], entry: Entry | None) -> dict[str, 
     else:
         reading = entry[0]
         control = reading.control.value if reading.control else math.nan
-        numbers = "r = " + interval_text(reading.value, *reading.interval, control) + f", n = {reading.n:,}"
+        numbers = "r = " + interval_text(reading.value, *reading.interval, control) + f", {sample_of(reading)}"
     text = f"<b>{panels[place]}</b><br>{numbers}"
     anchor = {"xref": f"x{place + 1 if place else ''} domain", "yref": f"y{place + 1 if place else ''} domain"}
     return {"text": text, "x": 0.5, "y": 1.02, "yanchor": "bottom", "showarrow": False, "font": {"size": 13}, **anchor}
@@ -172,9 +172,9 @@ def head_map(reading: Drawable, frame: pd.DataFrame) -> go.Figure:
         frame: the reading's rows to draw.
     """
     table = head_correlations(frame).dropna(subset=["head"])
-    counted = counts_text(frame.dropna(subset=["score_forward", "score_reverse"]).groupby(["layer", "head"]).size())
+    heads = frame.dropna(subset=["score_forward", "score_reverse"]).groupby(["layer", "head"])
     figure = _map(table, "head", "layer %{y}, head %{x}: r = %{text}<extra></extra>", "r")
-    figure.update_xaxes(title=f"head ({counted} pairs each)")
+    figure.update_xaxes(title=f"head ({samples_text(heads.size(), heads['fact'].nunique())} each)")
     return figure.update_yaxes(title="layer")
 
 
@@ -182,7 +182,7 @@ def role_map(reading: Drawable) -> go.Figure:
     """Mean per-pair cosine of the forward and reverse gradient by layer x role; the hover has each 95 % interval."""
     table = cell_cosines(reading.frame, ["layer", "role"])
     figure = _map(table, "role", "layer %{y}, %{x}: cosine %{text}<extra></extra>", "cosine")
-    figure.update_xaxes(title=f"role of the parameter ({counts_text(table['n'].astype(float))} pairs)")
+    figure.update_xaxes(title=f"role of the parameter ({samples_text(table['n'], table['facts'])})")
     return figure.update_yaxes(title="layer (none: in no layer)")
 
 

@@ -16,11 +16,11 @@ from .theme import (
     OKABE_ITO,
     REVERSE,
     TEMPLATE,
-    counts_text,
     heading,
     interval_text,
     message_figure,
     plain,
+    samples_text,
     with_theme,
 )
 
@@ -64,7 +64,7 @@ def block_sweep_figure(
         ticks = _ticks(sizes, rows["visible"].tolist(), _PANEL if len(measures) > 1 else _WIDTH - 115)
         title = f"block size<br>(below: pairs in sight, of {asked[measure]:,})"
         figure.update_xaxes(title=title, range=[-0.4, len(sizes) - 0.6], tickangle=0, **ticks, **at)
-        title = f"{unit} ({counts_text(rows['n'].astype(float))})"
+        title = f"{unit}<br>({samples_text(rows['n'], rows['facts'])})"
         lowest = min([floor, *rows[["value", "low", "control", "control_low"]].astype(float).min().dropna()])
         figure.update_yaxes(title=title, range=[lowest - 0.07, 1.04], **at)
     figure.update_layout(template=TEMPLATE, title=heading(_KEY, key=True), showlegend=False, margin={"t": 80, "b": 90})

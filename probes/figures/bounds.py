@@ -8,9 +8,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ...errors import RevprobeError
+from ..statistics.coverage import counted
 from ..statistics.group_correlation import LEAST_FACTS
 from .drawable import Drawable
-from .theme import OKABE_ITO, SYMBOLS, TEMPLATE, band, counts_text, heading, interval_text, message_figure, plain
+from .theme import OKABE_ITO, SYMBOLS, TEMPLATE, band, heading, interval_text, message_figure, plain, samples_text
 
 # Black is the line of the mean, and yellow is not seen on white.
 COLOURS = [colour for name, colour in OKABE_ITO.items() if name not in ("black", "yellow")]
@@ -41,8 +42,8 @@ def bounds_figure(reading: Drawable, frame: pd.DataFrame) -> go.Figure:
     bounded = frame[frame["bound_mean"].notna()]
     bounded = bounded[bounded.groupby(GROUP)["fact"].transform("nunique") >= LEAST_FACTS]
     if bounded.empty:
-        counted = frame.loc[frame["bound_reason"] != "", "bound_reason"].value_counts()
-        why = plain("; ".join(f"{count:,} scores: {reason}" for reason, count in counted.items()), limit=None)
+        reasons = frame.loc[frame["bound_reason"] != "", "bound_reason"].value_counts()
+        why = plain("; ".join(f"{count:,} scores: {reason}" for reason, count in reasons.items()), limit=None)
         return message_figure(f"No bound to draw. {why or f'No group at equal distances has {LEAST_FACTS} facts.'}")
     bounded, left_out = _what_fits(bounded)
     cells = _cells(reading, bounded)
@@ -89,7 +90,7 @@ def _head_traces(rows: pd.DataFrame, name: str, place: int) -> list[go.Scatter]:
         numbers = interval_text(row["value"], row["low"], row["high"], row["control"])
         apart = f"forward queries {row['bound_forward']:.3f}, reverse queries {row['bound_reverse']:.3f}"
         apart += f"; {row['least']:.3f} to {row['most']:.3f}"
-        measured_text.append(f"distance {row['distance']}: {numbers}, n = {row['n']:,}")
+        measured_text.append(f"distance {row['distance']}: {numbers}, {counted(row['n'], row['facts'])}")
         bound_text.append(f"distance {row['distance']}: {row['bound']:.3f} ({apart})")
     bars = {"type": "data", "symmetric": False, "color": colour, "thickness": 1, "width": 3}
     bars |= {"array": (rows["high"] - rows["value"]).tolist(), "arrayminus": (rows["value"] - rows["low"]).tolist()}
@@ -122,9 +123,9 @@ def _mean_traces(cells: pd.DataFrame) -> list[go.Scatter]:
 def _finding(cells: pd.DataFrame) -> str:
     """How many cells lie below their bound, among those of which that can be asked; the others by reason."""
     one = cells["spread"] <= ONE_NUMBER
-    counted = cells[one & cells["value"].notna()]
-    below = int((counted["high"] < counted["bound"]).sum())
-    text = f"interval below the head's bound in {below} of {len(counted)} cells"
+    told = cells[one & cells["value"].notna()]
+    below = int((told["high"] < told["bound"]).sum())
+    text = f"interval below the head's bound in {below} of {len(told)} cells"
     if several := int((~one).sum()):
         widest = float(cells["spread"].max())
         text += f"; {several} not counted, whose queries give bounds that differ by up to {widest:.2f}"
@@ -137,9 +138,8 @@ def _laid_out(figure: go.Figure, reading: Drawable, cells: pd.DataFrame, left_ou
     step = reading.meta.get("step")
     where = plain(reading.meta.get("model") or "model") + ("" if step is None else f", step {int(step):,}")
     title = heading(f"<b>{where}</b>", _finding(cells), *left_out)
-    figure.update_xaxes(
-        title=f"distance from readout row to evidence, equal both ways (tokens; {counts_text(cells['n'])})"
-    )
+    sizes = samples_text(cells["n"], cells["facts"])
+    figure.update_xaxes(title=f"distance from readout row to evidence, equal both ways (tokens; {sizes})")
     low = min(-0.05, float(cells[["low", "least", "bound_mean"]].min().min()) - 0.05)
     figure.update_yaxes(title="Pearson r of forward and reverse score", range=[low if math.isfinite(low) else -1, 1.05])
     margin = {"t": 80 + 18 * len(left_out)}

@@ -12,8 +12,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ...errors import RevprobeError, did_you_mean
+from ..statistics.coverage import counted
 from ..statistics.intervals import FRACTION, Estimate, mean_over_facts, proportion_over_facts
-from .drawable import Drawable
+from .drawable import Drawable, sample_of
 from .theme import (
     BELOW,
     CONTROL_GREY,
@@ -24,11 +25,11 @@ from .theme import (
     TEMPLATE,
     UNDEFINED_GREY,
     band,
-    counts_text,
     heading,
     interval_text,
     message_figure,
     plain,
+    samples_text,
     undefined_text,
 )
 from .training_curves import series_words
@@ -156,7 +157,7 @@ def layer_panels(panels: Sequence[Panel]) -> go.Figure:
         for line in panel.curves:
             value, low, high = ([getattr(one, end) for one in line.found] for end in ("value", "low", "high"))
             hover = [
-                f"{layer_name(layer)}: {interval_text(one.value, one.low, one.high)}, n = {one.n:,}"
+                f"{layer_name(layer)}: {interval_text(one.value, one.low, one.high)}, {counted(one.n, one.facts)}"
                 for layer, one in zip(line.layers, line.found, strict=True)
             ]
             shown = {"legendgroup": line.name, "name": line.name + " (undefined)" * (line.name not in drawn)}
@@ -174,7 +175,8 @@ def layer_panels(panels: Sequence[Panel]) -> go.Figure:
             points.update(hoverinfo="text+name", marker={"size": 5}, showlegend=line.name not in known, **shown)
             figure.add_trace(points, row=1, col=place)
             known.add(line.name)
-        counts = counts_text([one.n for line in panel.curves for one in line.found if one.n])
+        found = [one for line in panel.curves for one in line.found if one.n]
+        counts = samples_text([one.n for one in found], [one.facts for one in found])
         figure.update_yaxes(title=f"{panel.unit}<br>({counts})", row=1, col=place)
         layers = sorted({layer for line in panel.curves for layer in line.layers})
         every = max(1, math.ceil(len(layers) / 12))
@@ -195,7 +197,7 @@ def titled(figure: go.Figure, reading: Drawable, what: str) -> go.Figure:
     step = "" if meta.get("step") is None else f", step {int(meta['step']):,}"
     model = plain(meta.get("model") or "model")
     control = reading.control.value if reading.control else math.nan
-    numbers = f"{what}: {interval_text(reading.value, *reading.interval, control)}, n = {reading.n:,}"
+    numbers = f"{what}: {interval_text(reading.value, *reading.interval, control)}, {sample_of(reading)}"
     undefined = sum(reading.undefined.values())
     numbers += f", {undefined:,} undefined" if undefined else ""
     text = f"<b>{model}</b>{step} ({series_words(meta.get('weights'), meta.get('kind'))})"
@@ -234,6 +236,8 @@ def _heads(reading: Drawable, direction: str) -> go.Figure:
     figure.update_yaxes(title="layer", dtick=max(1, len(layers) // 16), **every)
     part = reading.part(rows)
     what = f"added to the {direction} target's logit, all heads and MLPs"
-    titled(figure, part, what).update_yaxes(title=f"layer (cells: mean over {counts_text([rows['pair'].nunique()])})")
+    titled(figure, part, what).update_yaxes(
+        title=f"layer (cells: mean over {counted(rows['pair'].nunique(), rows['fact'].nunique())})"
+    )
     figure.update_layout(margin={"t": 110, "b": 60, "r": 150})
     return figure.update_layout(height=max(420, min(760, 260 + 18 * len(layers))))

@@ -13,7 +13,8 @@ from plotly.subplots import make_subplots
 
 from ...errors import RevprobeError, did_you_mean
 from ..statistics.causal_trace import place_means
-from .drawable import Drawable
+from ..statistics.coverage import counted
+from .drawable import Drawable, sample_of
 from .theme import (
     BELOW,
     CELL_INK,
@@ -73,7 +74,9 @@ def causal_trace_figure(
     sides = [side for side in SIDES if _column(measure, side[1]) in frame]
     tables = [_table(shown, by, direction, _column(measure, control)) for direction, control in sides]
     if all(table.empty for table in tables):
-        return message_figure(f"No defined {measure}: {undefined_text(reading.undefined)}")
+        why = shown["reason" if measure == "effect" else "reason_share"].astype(str)
+        counts = why[why != ""].value_counts().to_dict()
+        return message_figure(f"No defined {measure}: {undefined_text({str(one): n for one, n in counts.items()})}")
     layers = sorted(set(frame["layer"].dropna().astype(int)))
     columns = [one for one in parts if one in set(shown["part"])] if by == "part" else sorted(set(shown[by].dropna()))
     figure = _maps(tables, sides, layers, columns, by, MEASURES[measure])
@@ -110,7 +113,9 @@ def _maps(
         words = z.copy()
         for row in table.to_dict("records"):
             z.loc[row["layer"], row[by]] = None if math.isnan(row["value"]) else row["value"]
-            words.loc[row["layer"], row[by]] = f"{interval_text(row['value'], row['low'], row['high'])}, n = {row['n']}"
+            words.loc[row["layer"], row[by]] = (
+                f"{interval_text(row['value'], row['low'], row['high'])}, {counted(row['n'], row['facts'])}"
+            )
         heat = go.Heatmap(z=z.to_numpy().tolist(), x=[str(one) for one in columns], y=names, coloraxis="coloraxis")
         heat.update(text=words.to_numpy().tolist(), xgap=1, ygap=1, hoverongaps=False)
         heat.update(hovertemplate=f"layer %{{y}}, {by} %{{x}}: %{{text}}<extra></extra>")
@@ -135,7 +140,7 @@ def _titled(figure: go.Figure, reading: Drawable, where: str) -> go.Figure:
     what = f"clean state put back into the corrupted query: {SITES.get(meta.get('site', ''), 'state')}{where}, {pairs}"
     what += f", {undefined:,} undefined" if undefined else ""
     null = reading.control.value if reading.control else math.nan
-    numbers = f"mean over places: {interval_text(reading.value, *reading.interval, null)} nats, n = {reading.n:,} pairs"
+    numbers = f"mean over places: {interval_text(reading.value, *reading.interval, null)} nats, {sample_of(reading)}"
     words = f"{step} ({series_words(meta.get('weights'), meta.get('kind'))})<br>{what}<br>{numbers}"
     return _headed(figure, meta, words).update_layout(margin={"t": 120})
 
@@ -151,7 +156,10 @@ def head_ranking_figure(reading: Drawable) -> go.Figure:
     meta, table = reading.meta, reading.summary(by=["rank", "layer", "head"])
     if not meta["ranking"]:
         return message_figure(f"No defined effect: {undefined_text(reading.undefined)}")
-    names = [f"layer {row.layer}, head {row.head}<br><sup>n = {row.n:,}</sup>" for row in table.itertuples()][::-1]
+    names = [
+        f"layer {row['layer']}, head {row['head']}<br><sup>{counted(row['n'], row['facts'])}</sup>"
+        for row in table.iloc[::-1].to_dict("records")
+    ]
     edit = {"knockout": "lost when its route is cut", "transplant": "gained with the other direction's route"}
     titles = [f"<b>{len(meta['training_facts']):,} training facts</b> (squares: top heads)", "<b>held-out facts</b>"]
     figure = make_subplots(1, 2, subplot_titles=titles, column_widths=[0.55, 0.45], horizontal_spacing=0.2)
@@ -180,7 +188,7 @@ def head_ranking_figure(reading: Drawable) -> go.Figure:
     figure.update_xaxes(title=f"log-probability {edit[meta['edit']]} (nats)", title_font={"size": 12}, row=1, col=2)
     figure.update_yaxes(type="category", row=1, col=2)
     control = reading.control.value if reading.control else math.nan
-    what = f"top heads, one at a time: {interval_text(reading.value, *reading.interval, control)}, n = {reading.n:,}"
+    what = f"top heads, one at a time: {interval_text(reading.value, *reading.interval, control)}, {sample_of(reading)}"
     height = 250 + max(260, 14 * len({one["layer"] for one in meta["ranking"]}), 26 * len(names))
     return _headed(figure, meta, f" ({meta['direction']} queries, {meta['edit']})<br>{what}").update_layout(
         legend=BELOW | {"x": 1, "xanchor": "right"}, height=height, margin={"b": 110}

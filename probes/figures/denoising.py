@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 
 from ...errors import RevprobeError, did_you_mean
 from ..statistics.denoising import attention_table, steps_table
-from .drawable import Drawable
+from .drawable import Drawable, sample_of
 from .theme import (
     FORWARD,
     OKABE_ITO,
@@ -18,12 +18,12 @@ from .theme import (
     TEMPLATE,
     UNDEFINED_GREY,
     band,
-    counts_text,
     faded,
     heading,
     interval_text,
     message_figure,
     plain,
+    samples_text,
     undefined_text,
 )
 from .training_curves import series_words
@@ -87,10 +87,8 @@ def _curves(reading: Drawable) -> go.Figure:
         line = {"color": colour, "width": 2}
         points = go.Scatter(x=x, y=numbers["value"], mode="lines+markers", line=line, hovertext=hover, hoverinfo="text")
         figure.add_trace(points.update(name=str(direction), marker=mark))
-    counted = counts_text(table["n"].astype(float))
-    figure.update_xaxes(
-        title=f"denoising step ({counted} pairs a direction)", dtick=max(1, len(set(table["step"])) // 12)
-    )
+    size = samples_text(table["n"], table["facts"])
+    figure.update_xaxes(title=f"denoising step ({size} a direction)", dtick=max(1, len(set(table["step"])) // 12))
     figure.update_yaxes(title="probability of the target<br>(mean over its positions)", rangemode="tozero")
     return figure.update_layout(width=720, height=460)
 
@@ -98,8 +96,8 @@ def _curves(reading: Drawable) -> go.Figure:
 def _maps(table: pd.DataFrame, across: str, step: int) -> go.Figure:
     """Two maps on one scale, forward left and reverse right; undefined cells are grey."""
     directions = [name for name in ("forward", "reverse") if (table["direction"] == name).any()]
-    counts = {name: counts_text(table.loc[table["direction"] == name, "n"].astype(float)) for name in directions}
-    titles = [f"<b>{name}</b> ({counts[name]} pairs a cell)" for name in directions]
+    sides = {name: table[table["direction"] == name] for name in directions}
+    titles = [f"<b>{name}</b> ({samples_text(side['n'], side['facts'])} a cell)" for name, side in sides.items()]
     figure = make_subplots(1, len(directions), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.04)
     at = f" at step {step}" if across == "head" else ""
     for column, direction in enumerate(directions, start=1):
@@ -138,7 +136,7 @@ def _titled(figure: go.Figure, reading: Drawable) -> go.Figure:
     numbers = interval_text(reading.value, *reading.interval, control)
     undefined = sum(reading.undefined.values())
     text = f"<b>{plain(meta.get('model') or 'model')}</b>{step} ({series_words(meta.get('weights'), meta.get('kind'))})"
-    line = f"probability of the reverse target when it was written: {numbers}, n = {reading.n:,}"
+    line = f"probability of the reverse target when it was written: {numbers}, {sample_of(reading)}"
     line += f", {undefined:,} undefined" if undefined else ""
     title = heading(text, line)
     legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}

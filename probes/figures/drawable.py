@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self
 
 import pandas as pd
 
+from ..statistics.coverage import counted
 from ..statistics.estimators import Control
 from ..statistics.intervals import Estimate
 
@@ -45,3 +46,8 @@ class Drawable(Protocol):
     def part(self, frame: pd.DataFrame) -> Self: ...
     def summary(self, by: str | list[str] | None = None) -> pd.DataFrame: ...
     def measures(self) -> pd.DataFrame: ...
+
+
+def sample_of(reading: Drawable) -> str:
+    """`n = 2,106 pairs of 26 facts`: what stands behind its value."""
+    return counted(reading.n, reading.facts, reading.name)

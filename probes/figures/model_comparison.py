@@ -20,6 +20,7 @@ from .theme import (
     interval_text,
     message_figure,
     plain,
+    samples_text,
     with_theme,
 )
 
@@ -59,9 +60,9 @@ def comparison_figure(frame: pd.DataFrame, *, theme: str = "light") -> go.Figure
     figure.add_vline(x=0, line={"color": CONTROL_GREY, "dash": "dot", "width": 1}, col=2)
     ticks = {"tickvals": list(places.values()), "ticktext": [measure.replace("_", " ") for measure in measures]}
     figure.update_yaxes(range=[0.6 - len(measures), 0.6], **ticks)
-    counts = counts_text(frame.loc[frame["part"] == "all", "n"].astype(float))
+    whole = frame[frame["part"] == "all"]
     facts = counts_text(differences["facts"].astype(float)).removeprefix("n = ")
-    figure.update_xaxes(title=f"value ({counts})", col=1)
+    figure.update_xaxes(title=f"value ({samples_text(whole['n'], whole['facts'])})", col=1)
     figure.update_xaxes(title=f"difference ({facts} common facts)", col=2)
     legend = {"orientation": "h", "y": -0.14, "yanchor": "top", "x": 0}
     rows_drawn = len(measures) * max(len(models), len(between))

@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 
 from ...errors import RevprobeError, did_you_mean
 from ..statistics.by_class import objective_classes
-from .drawable import Drawable
+from .drawable import Drawable, sample_of
 from .theme import (
     CONTROL_GREY,
     FORWARD,
@@ -98,7 +98,7 @@ def _titled(figure: go.Figure, reading: Drawable) -> go.Figure:
     step = "" if meta.get("step") is None else f", step {int(meta['step']):,}"
     weights = f" ({plain(meta['weights'])})" if meta.get("weights") else ""
     control = reading.control.value if reading.control else math.nan
-    numbers = f"pressure of all {interval_text(reading.value, *reading.interval, control)}, n = {reading.n:,}"
+    numbers = f"pressure of all {interval_text(reading.value, *reading.interval, control)}, {sample_of(reading)}"
     numbers += f", dial {plain(meta['dial'])}"
     if not meta["enumerated"]:
         numbers += f", error of the draw {meta['sampling_error']:.2g}"

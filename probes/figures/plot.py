@@ -21,6 +21,7 @@ from ...arguments import checked
 from ...atomic_files import written_whole
 from ...errors import RevprobeError, did_you_mean, first_line
 from ..pairs.pairs import ReversalPairs
+from ..statistics.coverage import counted
 from .assumptions import assumption_figure
 from .attention_maps import correlation_heatmap, head_map, role_map
 from .bounds import bounds_figure
@@ -28,7 +29,7 @@ from .by_layer import logit_lens_figure, stored_once_figure
 from .causal_trace import causal_trace_figure, head_ranking_figure
 from .controls import controls_figure, controls_over_steps
 from .denoising import denoising_figure
-from .drawable import Drawable
+from .drawable import Drawable, sample_of
 from .objective_terms import objective_terms_figure
 from .route_edits import route_edit_figure
 from .storage import stored_evidence_figure
@@ -173,15 +174,17 @@ def gradient_figure(reading: Drawable, *, by: str = "role", kind: str = "interva
     """Cosine of forward and reverse gradient by role of the parameter, beside its control; the last row is all."""
     if kind not in GRADIENT_KINDS:
         raise RevprobeError(f"gradient plot of kind {kind!r}{did_you_mean(kind, GRADIENT_KINDS)}")
+    what = "gradient cosine" + " of the adapter" * (reading.name == "lora_gradient_cosine")
     if kind == "controls":
-        return _controls(reading, "gradient cosine")
+        return _controls(reading, what)
     if kind == "layers":
-        return _titled(role_map(reading), reading, "gradient cosine, all parameters:")
+        return _titled(role_map(reading), reading, f"{what}, all parameters:")
     parts = reading.summary(by=by)
     everything = reading.summary().assign(**{by: "all"})
     rows = pd.concat([parts, everything], ignore_index=True).iloc[::-1]
     names = ["none" if pd.isna(name) else plain(name) for name in rows[by]]
-    labels = [f"{name} (n = {int(n):,})" for name, n in zip(names, rows["n"], strict=True)]
+    sizes = zip(names, rows["n"], rows["facts"], strict=True)
+    labels = [f"{name}<br><sup>{counted(int(n), int(facts))}</sup>" for name, n, facts in sizes]
     figure = go.Figure()
     for column, low, high, colour, name, symbol in (
         ("control", "control_low", "control_high", CONTROL_GREY, "control (shuffled facts)", "diamond-open"),
@@ -198,7 +201,7 @@ def gradient_figure(reading: Drawable, *, by: str = "role", kind: str = "interva
     lowest = float(np.nanmin(rows[["low", "control_low", "control", "value"]].to_numpy(dtype=float), initial=0.0))
     figure.update_xaxes(title="cosine (mean over pairs)", range=[lowest - 0.05, 1.05])
     figure.update_yaxes(type="category")
-    return _titled(figure, reading, "gradient cosine").update_layout(height=170 + 32 * len(rows))
+    return _titled(figure, reading, what).update_layout(height=170 + 32 * len(rows))
 
 
 def probability_figure(reading: Drawable, *, bins: int = 20) -> go.Figure:
@@ -223,7 +226,7 @@ def probability_figure(reading: Drawable, *, bins: int = 20) -> go.Figure:
         trace = _histogram(values.dropna().to_numpy(dtype=float), edges, colour, dash)
         figure.add_trace(trace.update(name=label))
     figure.update_xaxes(title="probability of the target", range=[-0.01, 1.01])
-    figure.update_yaxes(title=f"share of pairs (n = {reading.n:,})", rangemode="tozero")
+    figure.update_yaxes(title=f"share of pairs ({sample_of(reading)})", rangemode="tozero")
     return _titled(figure, reading, "reverse probability")
 
 
@@ -250,7 +253,7 @@ def _titled(figure: go.Figure, reading: Drawable, what: str) -> go.Figure:
     step = "" if meta.get("step") is None else f", step {int(meta['step']):,}"
     model = plain(meta.get("model") or "model")
     control = reading.control.value if reading.control else math.nan
-    numbers = f"{what} {interval_text(reading.value, *reading.interval, control)}, n = {reading.n:,}"
+    numbers = f"{what} {interval_text(reading.value, *reading.interval, control)}, {sample_of(reading)}"
     undefined = sum(reading.undefined.values())
     numbers += f", {undefined:,} undefined" if undefined else ""
     text = f"<b>{model}</b>{step} ({series_words(meta.get('weights'), meta.get('kind'))})"
@@ -267,10 +270,12 @@ RENDERERS: dict[str, Callable[..., go.Figure]] = {
     "gradient_cosine": gradient_figure,
     "head_ranking": head_ranking_figure,
     "logit_lens": logit_lens_figure,
+    "lora_gradient_cosine": gradient_figure,
     "objective_terms": objective_terms_figure,
     "reverse_probability": probability_figure,
     "route_edit": route_edit_figure,
     "stored_evidence": stored_evidence_figure,
+    "stored_evidence_first_order": stored_evidence_figure,
     "stored_once": stored_once_figure,
 }
 

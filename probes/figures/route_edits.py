@@ -9,6 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ...errors import RevprobeError, did_you_mean
+from ..statistics.coverage import counted
 from .drawable import Drawable
 from .theme import (
     CONTROL_GREY,
@@ -76,7 +77,7 @@ def _intervals(table: pd.DataFrame, direction: str) -> go.Figure:
     for row in rows.to_dict("records"):
         head = f", head {row['head']}" if row["scope"] == "head" else ""
         place = "all at once" if row["scope"] == "all" else f"layer {row['layer']}{head}"
-        labels.append(f"{place} (n = {int(row['n']):,})")
+        labels.append(f"{place}<br><sup>{counted(int(row['n']), int(row['facts']))}</sup>")
     figure = go.Figure()
     for column, low, high, colour, name, symbol in (
         ("control", "control_low", "control_high", CONTROL_GREY, "control (other positions)", "diamond-open"),
@@ -95,7 +96,7 @@ def _intervals(table: pd.DataFrame, direction: str) -> go.Figure:
     figure.add_vline(x=0, line={"color": CONTROL_GREY, "dash": "dot", "width": 1})
     figure.update_xaxes(title=CHANGE)
     figure.update_yaxes(type="category")
-    return figure.update_layout(height=190 + 24 * len(rows))
+    return figure.update_layout(height=190 + 28 * len(rows))
 
 
 def _heatmap(table: pd.DataFrame) -> go.Figure:
@@ -128,7 +129,9 @@ def _titled(figure: go.Figure, reading: Drawable, widest: pd.Series, direction: 
     step = "" if meta.get("step") is None else f", step {int(meta['step']):,}"
     numbers = interval_text(*(float(widest[name]) for name in ("value", "low", "high", "control")))
     undefined = sum(reading.undefined.values())
-    what = f"{direction} queries, {EDIT_WORDS[meta['edit']]}: {numbers}, n = {int(widest['n']):,}"
+    what = (
+        f"{direction} queries, {EDIT_WORDS[meta['edit']]}: {numbers}, {counted(int(widest['n']), int(widest['facts']))}"
+    )
     what += f", {undefined:,} undefined" if undefined else ""
     text = f"<b>{plain(meta.get('model') or 'model')}</b>{step} ({series_words(meta.get('weights'), meta.get('kind'))})"
     title = heading(text, what)

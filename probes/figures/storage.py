@@ -11,9 +11,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ...errors import RevprobeError, did_you_mean
-from ..statistics.by_part import REST, logit_contributions
+from ..statistics.by_part import REST, logit_contributions, remainder_text
+from ..statistics.coverage import counted
 from ..statistics.old_columns import current_columns
-from .drawable import Drawable
+from .drawable import Drawable, sample_of
 from .theme import (
     CONTROL_GREY,
     DIVERGING,
@@ -28,6 +29,7 @@ from .theme import (
     interval_text,
     message_figure,
     plain,
+    samples_text,
 )
 
 KEY = "line: mean over pairs · band: 95 % interval over facts · dashed: control (evidence of other facts)"
@@ -73,7 +75,7 @@ def stored_evidence_figure(reading: Drawable, *, kind: str = "parts") -> go.Figu
         marker = {"color": colour, **({"symbol": "circle-open", "size": 12} if side == "forward" else {"size": 6})}
         figure.add_trace(points.update(hoverinfo="y+text+name", marker=marker))
     figure.update_xaxes(
-        title=f"part of the target's logit (logits; mean over {counts_text([reading.frame['pair'].nunique()])})"
+        title=f"part of the target's logit (logits; mean over {counted(rows['n'].max(), rows['facts'].max())})"
     )
     figure.update_yaxes(type="category")
     return _titled(figure, reading).update_layout(height=190 + 24 * len(rows), width=640)
@@ -100,13 +102,14 @@ def _titled(figure: go.Figure, reading: Drawable) -> go.Figure:
     step = "" if meta.get("step") is None else f", step {int(meta['step']):,}"
     weights = f" ({plain(meta['weights'])})" if meta.get("weights") else ""
     control = reading.control.value if reading.control else math.nan
-    numbers = f"stored evidence {interval_text(reading.value, *reading.interval, control)}, n = {reading.n:,}"
+    what = "stored evidence" + ", first order" * reading.name.endswith("_first_order")
+    numbers = f"{what} {interval_text(reading.value, *reading.interval, control)}, {sample_of(reading)}"
     undefined = sum(reading.undefined.values())
     if reading.control is not None and reading.control.n != reading.n:
-        numbers += f" (control over {reading.control.n:,})"
+        numbers += f" (control over {reading.control.n:,} of {reading.control.facts:,})"
     numbers += f", {undefined:,} undefined" if undefined else ""
     text = f"<b>{plain(meta.get('model') or 'model')}</b>{step}{weights}"
-    title = heading(text, numbers)
+    title = heading(text, numbers, *filter(None, [remainder_text(meta)]))
     legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}
     return figure.update_layout(template=TEMPLATE, title=title, legend=legend, margin={"t": 110})
 
@@ -197,7 +200,9 @@ def _panels(
     scale = StepScale.over(int(step) for step in rows["step"])
     titles = []  # units stand over their panels: beside the axis they would lie on the next panel of a narrow page
     for name, title, unit in panels:
-        counts = counts_text(rows[rows[key] == name]["n"].astype(float))
+        part = rows[rows[key] == name]
+        # Tables of older versions count pairs alone.
+        counts = samples_text(part["n"], part["facts"], unit="") if "facts" in part else counts_text(part["n"])
         titles.append(f"<b>{title}</b><br><sup>{unit}<br>{counts}</sup>")
     figure = make_subplots(1, len(panels), subplot_titles=titles, horizontal_spacing=0.09)
     for place in range(1, len(panels) + 1):

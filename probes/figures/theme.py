@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -198,10 +199,30 @@ def undefined_text(undefined: Mapping[str, int]) -> str:
 
 def counts_text(counts: Iterable[float]) -> str:
     """Sample sizes for an axis title: `n = 702` or `n = 702 to 2,106`."""
-    found = sorted({int(count) for count in counts if not math.isnan(count)})
-    if not found:
-        return "n = 0"
-    return f"n = {found[0]:,}" if len(found) == 1 else f"n = {found[0]:,} to {found[-1]:,}"
+    return f"n = {_from_to(counts)[0]}"
+
+
+def samples_text(pairs: Iterable[float], facts: Iterable[float], *, unit: str = "pairs") -> str:
+    """The same of pairs and of their facts, since intervals rest on these; `unit=""` where there is little room.
+
+    >>> samples_text([702, 2106], [26, 26])
+    'n = 702 to 2,106 pairs of 26 facts'
+    """
+    (n, many), (of, several) = _from_to(pairs), _from_to(facts)
+    counted = f"{n} {unit if many else unit.removesuffix('s')}".rstrip()
+    return f"n = {counted} of {of} {'facts' if several else 'fact'}"
+
+
+def _from_to(counts: Iterable[float]) -> tuple[str, bool]:
+    """The least and the greatest of some counts as text, and whether that is read as a plural."""
+    found = sorted({int(count) for count in counts if not math.isnan(count)}) or [0]
+    return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}", found != [1]
+
+
+_WHOLE, _TIE = (
+    re.compile(r"n = [\d,]+(?: to [\d,]+)? [a-z ]+ of [\d,]+ facts?|\[[^]]*\]|\([a-z ]*control[^)]*\)"),
+    chr(0),
+)
 
 
 def heading(*lines: str, key: bool = False) -> dict[str, Any]:
@@ -213,7 +234,9 @@ def heading(*lines: str, key: bool = False) -> dict[str, Any]:
     """
     size = 12 if key else 14
     wrap = textwrap.TextWrapper(HEADING_LINE * 14 // size, break_long_words=False, break_on_hyphens=False)
-    shown = [part for line in lines for part in wrap.wrap(line)]
+    # An interval or a sample that is broken is read wrongly.
+    tied = [_WHOLE.sub(lambda found: found[0].replace(" ", _TIE), line) for line in lines]
+    shown = [part.replace(_TIE, " ") for line in tied for part in wrap.wrap(line)]
     # Of several lines plotly draws the first with its foot, not its head, at the edge.
     top = 10 if len(shown) < 2 else 10 + round(0.75 * size)
     font = {"size": size, "color": "#555"} if key else {"size": size}

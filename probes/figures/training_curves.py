@@ -37,6 +37,7 @@ from .theme import (
     message_figure,
     plain,
     reach,
+    samples_text,
 )
 
 NEEDED = ("run", "step", "weights", "kind", "measure", "value", "n", "low", "high", "control")
@@ -184,11 +185,9 @@ def colour_key(row: pd.Series) -> str:
 
 
 def count_words(rows: pd.DataFrame) -> str:
-    """Pairs and facts behind some rows: `n = 702 pairs of 26 facts`; pairs alone where the rows know no facts."""
-    pairs = f"{counts_text(rows['n'].astype(float))} pairs"
-    if "facts" not in rows or rows["facts"].isna().all():
-        return pairs
-    return f"{pairs} of {counts_text(rows['facts'].astype(float)).removeprefix('n = ')} facts"
+    """Pairs and facts behind some rows; n alone in a table without facts, as that of several seeds together."""
+    pairs, facts = ([float(one) for one in rows[name]] if name in rows else [math.nan] for name in ("n", "facts"))
+    return counts_text(pairs) if any(map(math.isnan, facts)) else samples_text(pairs, facts)
 
 
 def titled(panel: Panel, rows: pd.DataFrame) -> str:

@@ -22,14 +22,23 @@ from torch import Tensor
 
 from ...errors import RevprobeError
 from ...hooks.layer_numbers import LayerNumbers
-from ...hooks.linearize import LinearizedAttention, LinearizedPass, hold_nonlinear
+from ...hooks.linearize import hold_nonlinear
+from ...hooks.linearized_pass import LinearizedAttention, LinearizedPass, push_forward
+from ...hooks.states import StateSite
 from ...models.probed import ProbedModel
 from ...models.structure import attention_of, layer_numbers_of
 from .batches import QueryBatch, require_tokens_alone
 
 # What a value is made from; "earlier" is what attention and MLPs of earlier layers wrote.
 SOURCES = ("token", "position", "norm", "bias", "earlier")
-_SOURCE_OF = {"embed": "token", "position": "position", "norm": "norm", "bias": "bias", "mlp": "earlier"}
+_SOURCE_OF = {
+    "embed": "token",
+    "position": "position",
+    "norm": "norm",
+    "bias": "bias",
+    "mlp": "earlier",
+    "tangent": "earlier",
+}
 # The sum of the parts may miss the logit by this many rounding units of the parts' total size, and by no more than
 # this share of it (64 units of bfloat16 would be a half).
 _SLACK, _MOST = 64.0, 0.02
@@ -79,8 +88,11 @@ class LinearizedBatch:
     layer_of: LayerNumbers
 
     @classmethod
-    def run(cls, model: ProbedModel, batch: QueryBatch) -> LinearizedBatch:
-        """Raises: RevprobeError, when attention is not seen or cannot be held, for NaN logits, or virtual tokens."""
+    def run(cls, model: ProbedModel, batch: QueryBatch, last: StateSite | None = None) -> LinearizedBatch:
+        """Args:
+            last: the last layer's state, behind which what is nonlinear is taken to first order; None holds it.
+
+        Raises: RevprobeError, when attention is not seen or cannot be held, for NaN logits, or virtual tokens."""
         require_tokens_alone(model, "what is stored for the tokens")
         at = torch.arange(len(batch.rows), device=batch.rows.device)[:, None], batch.rows
         with torch.no_grad():
@@ -88,7 +100,7 @@ class LinearizedBatch:
         if own.isnan().any():
             raise RevprobeError(model.explain_non_finite())
         attention = attention_of(model)
-        with hold_nonlinear(model.module, batch.rows, attention) as held:
+        with hold_nonlinear(model.module, batch.rows, attention, last) as held:
             logits = model.logits(batch.input_ids, batch.attention_mask)[at]
         unheld = Counter(site.path for site in attention.sites) - Counter(call.site for call in held.attention)
         if unheld:
@@ -226,9 +238,11 @@ class LinearizedBatch:
     def _direct(self, site: str, gradient: Tensor | None) -> Tensor:
         """The derivative by what heads write. Raises: RevprobeError, when there is none along the stream alone."""
         if gradient is None:
+            masked = self.model.objective == "masked" and self.held.last is None
+            slope = "`probe_stored_evidence(..., first_order=True)`, its head's slope, or with " * masked
             raise RevprobeError(
                 f"{self.model.name}: the heads of {site!r} reach the logit only through something nonlinear "
-                f"({self._last_cut()}), so they have no direct share in it; ask it with `probe_route_edit`, "
+                f"({self._last_cut()}), so they have no direct share in it; ask it with {slope}`probe_route_edit`, "
                 "`probe_logit_lens` or `probe_causal_trace`, which need none"
             )
         return gradient
@@ -270,18 +284,41 @@ class LinearizedBatch:
 
         The mean over evidence tokens. Shapes: `-> batch token vocab`.
         """
-        evidence = self._is_evidence
-        batch = torch.arange(len(evidence), device=evidence.device)[:, None]
-        outputs, pushed = [call.output for call in self.held.attention], []
+        evidence, pushed = self._is_evidence, []
         for call, values in zip(self.held.attention, self.values, strict=True):
             mean = (values["token"] * evidence[:, None, :, None]).sum(2) / evidence.sum(1)[:, None, None]
             at_rows = mean[:, None].expand(-1, self.batch.rows.shape[1], -1, -1).clone()  # batch token heads dim
-            at_rows[~self.batch.is_target] = 0.0
-            written = torch.zeros_like(call.output).transpose(1, 2)
-            written.index_put_((batch, self.batch.rows), at_rows.to(written.dtype), accumulate=True)
-            pushed.append(written.transpose(1, 2))
+            pushed.append(self._written(call, at_rows))
         with torch.enable_grad():
-            return _push_forward(self.logits, outputs, pushed)
+            return push_forward(self.logits, [call.output for call in self.held.attention], pushed)
+
+    def without_evidence(self) -> tuple[Tensor, Tensor]:
+        """The last layer's state at the readout rows, without what all heads wrote there of the evidence's tokens.
+
+        That is what they wrote along the residual stream, norms' scales held; taken out of all layers at once.
+        Returns: the state so, and as it is. Shapes: `-> batch token width, batch token width`.
+        """
+        assert self.held.last is not None, "a run that was given the last layer's state"
+        evidence, pushed = self._is_evidence, []
+        for call, values in zip(self.held.attention, self.values, strict=True):
+            weight = call.weight.masked_fill(~evidence[:, None, None], 0.0).to(values["token"].dtype)
+            pushed.append(self._written(call, (weight @ values["token"]).transpose(1, 2)))
+        with torch.enable_grad():
+            moved = push_forward(self.held.last, [call.output for call in self.held.attention], pushed)
+        at = torch.arange(len(evidence), device=evidence.device)[:, None], self.batch.rows
+        state = self.held.last.detach()[at]
+        return state - moved[at], state
+
+    def _written(self, call: LinearizedAttention, at_rows: Tensor) -> Tensor:
+        """What heads write at the readout rows of targets, and nothing elsewhere.
+
+        Shapes: `at_rows`: `batch token heads dim`; `-> batch heads seq dim`.
+        """
+        batch = torch.arange(len(at_rows), device=at_rows.device)[:, None]
+        written = torch.zeros_like(call.output).transpose(1, 2)
+        kept = at_rows.masked_fill(~self.batch.is_target[..., None, None], 0.0)
+        written.index_put_((batch, self.batch.rows), kept.to(written.dtype), accumulate=True)
+        return written.transpose(1, 2)
 
 
 def _value_shares(call: LinearizedAttention, held: LinearizedPass) -> dict[str, Tensor]:
@@ -294,20 +331,8 @@ def _value_shares(call: LinearizedAttention, held: LinearizedPass) -> dict[str, 
     for source in SOURCES:
         chosen = [leaf for name, leaf in used if name == source]
         if chosen:
-            shares[source] = _push_forward(call.value, chosen, [leaf.detach() for leaf in chosen])
+            shares[source] = push_forward(call.value, chosen, [leaf.detach() for leaf in chosen])
     return {source: call.by_head(share.detach()) for source, share in shares.items()}
-
-
-def _push_forward(output: Tensor, inputs: list[Tensor], directions: list[Tensor]) -> Tensor:
-    """How a tensor that is affine in `inputs` moves along `directions`: the transpose of the transpose.
-
-    Backward is linear in what it is given, so differentiating it by that gives the forward map; forward-mode autograd
-    would have to be on while the model ran. Shapes: `-> output`.
-    """
-    given = torch.zeros_like(output, requires_grad=True)
-    gradients = torch.autograd.grad(output, inputs, given, create_graph=True)
-    total = torch.stack([(g * d).sum() for g, d in zip(gradients, directions, strict=True)]).sum()
-    return torch.autograd.grad(total, given)[0].detach()
 
 
 def _chosen(logits: Tensor, targets: Tensor) -> Tensor:

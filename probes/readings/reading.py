@@ -14,10 +14,13 @@ import pandas as pd
 
 from ...arguments import checked, checked_fields
 from ...errors import RevprobeError, did_you_mean
+from ...progress import Progress, counted_together, shows_progress
+from ..statistics.by_part import remainder_text
 from ..statistics.by_role import in_network_order
+from ..statistics.coverage import counted
 from ..statistics.estimators import STATISTICS_VERSION, Control, Measured, direction_mean, mean_reciprocal_rank
 from ..statistics.intervals import Estimate
-from ..statistics.measures import counted, measure, unit_of
+from ..statistics.measures import measure, unit_of
 from .parquet import read_reading, write_reading
 
 if TYPE_CHECKING:
@@ -166,7 +169,14 @@ class Reading:
         return self.statistics_version != STATISTICS_VERSION
 
     @checked
-    def summary(self, by: str | list[str] | None = None, *, compact: bool = False) -> pd.DataFrame:
+    @shows_progress("parts")
+    def summary(
+        self,
+        by: str | list[str] | None = None,
+        *,
+        compact: bool = False,
+        progress: Progress | bool | None = None,
+    ) -> pd.DataFrame:
         """The number for each value of the column(s) `by`, or for all rows.
 
         Columns: by..., value, n (pairs), facts, low, high, control, control_low, control_high, excess, excess_low,
@@ -175,6 +185,7 @@ class Reading:
         Args:
             compact: for reading, within 80 columns: by..., value and control as text with their intervals, n/facts
                 (pairs and facts), and undef. (how many are undefined; why stands in the whole summary).
+            progress: called with (values of `by` done, values in all); None shows a bar, False nothing.
         Raises: RevprobeError, for a column the frame lacks.
         """
         keys = [by] if isinstance(by, str) else list(by or [])
@@ -187,7 +198,8 @@ class Reading:
             whole = [summary_row(self.measured)]
             return compact_table(whole, []) if compact else pd.DataFrame(whole)
         rows: list[dict[str, Any]] = []
-        for value, part in self.frame.groupby(keys, sort=True, dropna=False):
+        parts = self.frame.groupby(keys, sort=True, dropna=False)
+        for value, part in counted_together(parts.ngroups, progress)(parts):
             # A probability is that of the reverse queries, except where the directions are told apart.
             by_direction = self.name == "reverse_probability" and "direction" in keys
             forward = by_direction and set(part["direction"]) == {"forward"}
@@ -246,7 +258,7 @@ class Reading:
 
     def part(self, frame: pd.DataFrame) -> Reading:
         """The reading of some of its rows, every number worked out from them, without those of the whole alone."""
-        meta = {key: one for key, one in self.meta.items() if key not in ("controls", "draw_errors")}
+        meta = {key: one for key, one in self.meta.items() if key not in ("controls", "draw_errors", "remainder")}
         return Reading(self.name, frame, meta, statistics_version=self.statistics_version)
 
     def with_columns(self, **columns: Any) -> Reading:
@@ -305,6 +317,7 @@ class Reading:
             where += f", {coverage['share']:.1%} of the parameters"
         if self.draw_error is not None:
             where += f", draw_error={self.draw_error:.2g} over {self.meta['draws']} draws"
+        where += "".join(f", {told}" for told in [remainder_text(self.meta)] if told)
         unit = f" {self.unit}" if self.unit else ""
         numbers = f"{self.value:.4g} [{low:.4g}, {high:.4g}]{unit}, {counted(self.n, self.facts, self.name)}"
         return f"Reading({self.name}={numbers}{control}{left_out}{where})"
@@ -327,6 +340,7 @@ class Reading:
             str(one) for one in (meta.get("model"), step, meta.get("weights"), meta.get("kind")) if one
         )
         told["undefined"] = "; ".join(f"{count:,} {why}" for why, count in self.undefined.items())
+        told["first order"] = remainder_text(meta)
         told["caution"] = self.caution
         return {name: text for name, text in told.items() if text}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -15,7 +16,7 @@ from ...errors import RevprobeError, did_you_mean
 from ...models.checkpoints import step_of
 from ...progress import Progress, counted, shows_progress
 from ..figures.plot import plot_readings
-from .reading import MEASURE_COLUMNS, Reading
+from .reading import MEASURE_COLUMNS, Reading, compact_table
 
 
 class Readings(Sequence[Reading]):
@@ -75,12 +76,20 @@ class Readings(Sequence[Reading]):
 
     @property
     def frame(self) -> pd.DataFrame:
+        """`to_frame()`."""
+        return self.to_frame()
+
+    @checked
+    @shows_progress("readings")
+    def to_frame(self, *, progress: Progress | bool | None = None) -> pd.DataFrame:
         """The rows of all readings: reading (the probe's name), model, step, weights, then the frames' own columns.
 
         Probes have different columns; what one does not have is missing in its rows.
+        Args:
+            progress: called with (readings done, readings in all); None shows a bar, False nothing.
         """
         parts = []
-        for one in self:
+        for one in counted(self, progress):
             about = {"reading": one.name} | {key: one.meta.get(key) for key in ("model", "step", "weights")}
             own = one.frame.drop(columns=[name for name in about if name in one.frame])
             lead = pd.DataFrame({name: [value] * len(own) for name, value in about.items()}, index=own.index)
@@ -136,8 +145,15 @@ class Readings(Sequence[Reading]):
         columns = ["step", "weights", "kind", *MEASURE_COLUMNS]
         return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
 
-    def plot(self, **options: Any) -> go.Figure:
-        """The readings over training steps; see `probes.figures.plot.plot_readings`."""
+    @shows_progress("readings")
+    def plot(self, *, progress: Progress | bool | None = None, **options: Any) -> go.Figure:
+        """The readings over training steps; see `probes.figures.plot.plot_readings`.
+
+        Args:
+            progress: as in `summary`; counted are the readings whose numbers are worked out.
+        """
+        for one in counted(self, progress):
+            one.measures()  # what takes the time, kept by the reading
         return plot_readings(self, **options)
 
     @checked
@@ -189,7 +205,16 @@ class Readings(Sequence[Reading]):
         )
 
     def _repr_html_(self) -> str:
-        return str(self.measures().to_html(index=False, escape=True))
+        """A line a number, with interval, control, pairs and facts; above it what is the same of all."""
+        rows = self.measures()
+        keys = ["step", "weights", "kind"]
+        same = {key: rows[key].iloc[0] for key in keys if len(rows) and rows[key].nunique(dropna=False) == 1}
+        about = [f"{key} {html.escape(str(value))}" for key, value in same.items() if not pd.isna(value)]
+        shown = [*(key for key in keys if key not in same), "measure"]
+        table = compact_table(({str(k): v for k, v in row.items()} for row in rows.to_dict("records")), shown).to_html(
+            index=False, escape=True
+        )
+        return f"<p>{', '.join([f'{len(self)} readings', *about])}</p>{table}"
 
 
 def _raw_first(path: Path) -> tuple[str, bool]:

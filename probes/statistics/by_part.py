@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import pandas as pd
@@ -20,6 +21,18 @@ class StoredReading(Protocol):
     def frame(self) -> pd.DataFrame: ...
     @property
     def meta(self) -> dict[str, Any]: ...
+
+
+def remainder_text(meta: Mapping[str, Any]) -> str:
+    """How much slopes miss of what removing the evidence's tokens shows; "" of a reading that is exact.
+
+    >>> remainder_text({"remainder": {"mean": 0.021, "largest": 0.1, "removed": 0.52, "n": 3, "facts": 3}})
+    'remainder 0.021 (largest 0.1) of 0.52 logits removed'
+    """
+    if "remainder" not in meta:
+        return ""
+    one = meta["remainder"]
+    return f"remainder {one['mean']:.2g} (largest {one['largest']:.2g}) of {one['removed']:.2g} logits removed"
 
 
 def evidence_by_pair(reading: StoredReading) -> pd.DataFrame:
@@ -49,8 +62,8 @@ def logit_contributions(reading: StoredReading) -> pd.DataFrame:
     Of a reading taken with `layers=`, the part "rest" is all that was not measured (other layers, MLPs, embedding,
     norms and biases): the logit less the measured parts. So the rows before "logit" always add up to it.
 
-    Columns: part, source, layer, and for each direction the mean contribution over pairs, in logits, with low and
-    high (95 %, over facts).
+    Columns: part, source, layer; for each direction the mean contribution over pairs, in logits, with low and high (95
+    %, over facts); n (pairs) and facts.
     Raises: RevprobeError, for a reading of another probe, which has no parts.
     """
     if "part" not in reading.frame.columns:
@@ -74,5 +87,6 @@ def logit_contributions(reading: StoredReading) -> pd.DataFrame:
         for side in ("forward", "reverse"):
             found = mean_over_facts(part[f"contribution_{side}"].to_numpy(float), facts)
             row |= {side: found.value, f"{side}_low": found.low, f"{side}_high": found.high}
+        row |= {"n": len(part), "facts": len(set(facts))}
         rows.append(row)
     return pd.DataFrame(rows).astype({"layer": "Int64"})

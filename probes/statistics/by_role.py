@@ -30,8 +30,8 @@ def in_network_order(values: pd.Series) -> pd.Series:
 def cell_cosines(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Mean per-pair cosine of the forward and reverse gradient for each value of the columns `by`.
 
-    Returns: `[*by, low, high, n, value, control]`, the control being that of shuffled facts (NaN where the reading has
-        none); low and high are the 95 % interval over facts. Roles stand in the network's order.
+    Returns: `[*by, low, high, n, facts, value, control]`, the control being that of shuffled facts (NaN where the
+        reading has none); low and high are the 95 % interval over facts. Roles stand in the network's order.
     """
     keys = list(by)
     labelled = frame.assign(**{key: frame[key].astype(object).where(frame[key].notna(), NOTHING) for key in keys})
@@ -54,7 +54,7 @@ def cell_cosines(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
         warnings.simplefilter("ignore", RuntimeWarning)  # a column of NaN has no control
         numbers = {"value": value, "control": np.nanmean(null, axis=0)}
     table = cells if keys else pd.DataFrame(index=range(1))
-    table = table.assign(low=low, high=high, n=defined.sum(0), **numbers)
+    table = table.assign(low=low, high=high, n=defined.sum(0), facts=(counts > 0).sum(0), **numbers)
     if "role" not in keys:
         return table
     return table.sort_values("role", key=in_network_order, kind="stable", ignore_index=True)

@@ -52,11 +52,11 @@ def place_means(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFr
     """The mean of a column over facts for each combination of `by`, with its 95 % interval, all in one pass.
 
     A pair counts by its mean over the rows of a combination; undefined rows are left out.
-    Returns: by..., value, low, high, n (pairs).
+    Returns: by..., value, low, high, n (pairs), facts.
     """
     rows = frame.dropna(subset=[value])
     if rows.empty:
-        return pd.DataFrame(columns=[*by, "value", "low", "high", "n"])
+        return pd.DataFrame(columns=[*by, "value", "low", "high", "n", "facts"])
     keys = rows.groupby([*by], sort=True, dropna=False, observed=True)
     cell, places = keys.ngroup().to_numpy(), keys.size().index.to_frame(index=False)
     pair, fact = pd.factorize(rows["pair"])[0], pd.factorize(rows["fact"])[0]
@@ -72,4 +72,5 @@ def place_means(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFr
     np.add.at(by_fact[1], fact_of, there)
     with np.errstate(invalid="ignore", divide="ignore"):
         found, low, high = mean_intervals(*by_fact)
-    return places.assign(value=found, low=low, high=high, n=there.sum(0).astype(int))
+    sizes = {"n": there.sum(0).astype(int), "facts": (by_fact[1] > 0).sum(0)}
+    return places.assign(value=found, low=low, high=high, **sizes)

@@ -52,7 +52,7 @@ def steps_table(frame: pd.DataFrame) -> pd.DataFrame:
 
     A position that has been written keeps the probability it was written with, so that every pair counts at every step
     and the last step is the reading's number; one whose block is not begun does not count yet.
-    Columns: direction, step, n (pairs), value, low, high, and with a control control, control_low, control_high.
+    Columns: direction, step, n (pairs), facts, value, low, high, and with a control control, control_low, control_high.
     """
     answers = frame[frame["part"] == "answer"]
     parts = []
@@ -68,7 +68,7 @@ def steps_table(frame: pd.DataFrame) -> pd.DataFrame:
                 value, low, high = _means(pairs)
                 names = (name, "low", "high") if name == "value" else (name, "control_low", "control_high")
                 part = part.assign(**dict(zip(names, (value, low, high), strict=True)))
-                part = part.assign(n=pairs.notna().sum().to_numpy()) if name == "value" else part
+                part = part.assign(**_sizes(pairs)) if name == "value" else part
         parts.append(part)
     return pd.concat(parts, ignore_index=True)
 
@@ -76,7 +76,7 @@ def steps_table(frame: pd.DataFrame) -> pd.DataFrame:
 def attention_table(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Mean attention weight of the evidence in each cell of the columns `by`, with its interval over facts.
 
-    Columns: by..., n (pairs), value, low, high. A pair's own mean over the cell's rows is taken first.
+    Columns: by..., n (pairs), facts, value, low, high. A pair's own mean over the cell's rows is taken first.
     """
     rows = frame[frame["part"] == "attention"]
     keys = [rows["pair"].to_numpy(), _facts(rows), *(rows[column].to_numpy() for column in by)]
@@ -84,7 +84,7 @@ def attention_table(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     table = pairs.rename_axis(["pair", "fact", *by]).unstack(list(range(2, 2 + len(by))))
     value, low, high = _means(table)
     found = table.columns.to_frame(index=False)
-    return found.assign(n=table.notna().sum().to_numpy(), value=value, low=low, high=high)
+    return found.assign(**_sizes(table), value=value, low=low, high=high)
 
 
 def _carried(rows: pd.DataFrame, column: str, steps: np.ndarray) -> pd.DataFrame:
@@ -102,6 +102,12 @@ def _means(pairs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean of each column over pairs, with its interval over facts. Shapes: `(pair, fact) cell -> cell, cell, cell`."""
     by_fact = pairs.groupby(level=1, sort=True)
     return mean_intervals(by_fact.sum().to_numpy(), by_fact.count().to_numpy().astype(float), bounds=FRACTION)
+
+
+def _sizes(pairs: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Pairs and facts behind each column. Shapes: as `_means`."""
+    there = pairs.notna()
+    return {"n": there.sum().to_numpy(), "facts": there.groupby(level=1).any().sum().to_numpy()}
 
 
 def _by_pair(rows: pd.DataFrame, columns: list[str]) -> tuple[pd.DataFrame, dict[str, int]]:

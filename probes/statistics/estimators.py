@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .coverage import caution
+from .coverage import caution, counted
 from .group_correlation import LEAST_FACTS, group_correlation
 from .intervals import COSINE, FRACTION, Bounds, Estimate, difference_over_facts, mean_over_facts, proportion_over_facts
 
@@ -60,9 +60,9 @@ class Control:
     facts: int = 0
 
     def __repr__(self) -> str:
-        return (
-            f"Control({self.value:.4g} [{self.interval[0]:.4g}, {self.interval[1]:.4g}], n = {self.n:,}, {self.method})"
-        )
+        # Readings of older versions count the facts of a control as 0.
+        size = counted(self.n, self.facts) if self.facts or not self.n else f"n = {self.n:,} pairs"
+        return f"Control({self.value:.4g} [{self.interval[0]:.4g}, {self.interval[1]:.4g}], {size}, {self.method})"
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ head and by distance (`by_head`, `by_distance`) are views of it. The slow, obvio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from scipy import sparse
 
 from .intervals import ALIKE, perfect, student
-from .resampling import shuffles
+from .resampling import each_shuffle
 
 # A within-group correlation over fewer facts than this is mostly noise; smaller groups are pooled.
 LEAST_FACTS = 8
@@ -79,6 +79,7 @@ def group_correlation(
     low, high = jackknife_intervals(
         np.array([value]), _row_means(np.concatenate(left_out, axis=1))[:, None], present[:, None]
     )
+    del blocks, left_out
     lonely = layout.fact_counts[layout.group] < 2
     null = null_correlations(layout, forward, reverse, large, pooled, seed) if control else np.array([])
     averaged = "pooled within-group r" if pooled else f"mean within-group r over groups of at least {LEAST_FACTS} facts"
@@ -129,13 +130,13 @@ def null_correlations(
     lonely = layout.fact_counts[layout.group] < 2
     if lonely.all():
         return np.array([])
-    partners = shuffles(layout.fact, layout.group, seed=seed)
+    partners = partial(each_shuffle, layout.fact, layout.group, seed=seed)  # again and again: held, many are much
     whole = np.isfinite(forward).all() and np.isfinite(reverse).all() and not lonely.any()
     own = np.arange(len(forward))
-    if whole and all((np.sort(partner) == own).all() for partner in partners):  # one by one: 200 of many pairs are much
-        return layout.moments(forward, reverse).permuted(partners, large, pooled)
+    if whole and all((np.sort(partner) == own).all() for partner in partners()):
+        return layout.moments(forward, reverse).permuted(partners(), large, pooled)
     # Each forward score meets the reverse score of its partner; a fact alone in its group has none.
-    others = (np.where(lonely[:, None], np.nan, reverse[partner]) for partner in partners)
+    others = (np.where(lonely[:, None], np.nan, reverse[partner]) for partner in partners())
     return np.array([_mean(layout.moments(forward, other).correlations(large, pooled)) for other in others])
 
 
@@ -260,7 +261,7 @@ class Moments:
             total, number = np.nansum(found, axis=1), np.isfinite(found).sum(1)
         return total, number
 
-    def permuted(self, partners: np.ndarray, large: np.ndarray, pooled: bool) -> np.ndarray:
+    def permuted(self, partners: Iterable[np.ndarray], large: np.ndarray, pooled: bool) -> np.ndarray:
         """The value under many shuffles at once, where each permutes whole groups and every score is defined.
 
         Then only the products change: the sums and squares of a group are those of its true pairing.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pandas as pd
 
@@ -25,6 +26,13 @@ from .estimators import (
 from .lens import logit_lens
 from .stored_once import stored_once
 
+
+def first_order_evidence(frame: pd.DataFrame, seed: int, control: bool) -> Measured:
+    """Stored evidence of slopes, where the logit is no sum."""
+    found = stored_evidence(frame, seed, control)
+    return replace(found, statistic=found.statistic.replace("mean stored", "mean first-order stored"))
+
+
 ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {
     "assumption_audit": assumption_audit,
     "attention_correlation": attention_correlation,
@@ -40,13 +48,13 @@ ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {
     "reverse_probability": reverse_probability,
     "route_edit": route_edit,
     "stored_evidence": stored_evidence,
+    "stored_evidence_first_order": first_order_evidence,
     "stored_once": stored_once,
 }
 
 
 # In what the number is counted where neither its name nor the statistic's last word, "(nats)", says so.
 UNITS = dict.fromkeys(("assumption_audit", "decoded_match", "stored_once"), "share")
-COUNTED = {"decoded_match": ("question", "questions"), "objective_terms": ("reverse query", "reverse queries")}
 _UNIT = re.compile(r"\((nats|logits)\)$")
 
 
@@ -54,16 +62,6 @@ def unit_of(name: str, statistic: str) -> str:
     """The unit of a probe's number: "nats", "logits", "share", or "" for a correlation, a cosine, a probability."""
     found = _UNIT.search(statistic)
     return found[1] if found else UNITS.get(name, "")
-
-
-def counted(n: int, facts: int, name: str = "") -> str:
-    """The size of a sample as people are told it.
-
-    >>> counted(2106, 26), counted(1, 1), counted(40, 20, "decoded_match")
-    ('n = 2,106 pairs of 26 facts', 'n = 1 pair of 1 fact', 'n = 40 questions of 20 facts')
-    """
-    one, many = COUNTED.get(name, ("pair", "pairs"))
-    return f"n = {n:,} {one if n == 1 else many} of {facts:,} {'fact' if facts == 1 else 'facts'}"
 
 
 def measure(name: str, frame: pd.DataFrame, *, seed: int = 0, control: bool = True) -> Measured:

@@ -5,7 +5,7 @@ Every routine works on whole arrays; the slow, obvious versions stand in the tes
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,6 +14,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 SHUFFLES = 200
+# Pairs up to which the shuffles are held, in 800 bytes a pair, for the next checkpoint's reading.
+_KEPT = 20_000
 
 
 def derangement(facts: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> np.ndarray:
@@ -72,21 +74,33 @@ def shuffles(facts: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> np.ndar
     return _shuffles(fact.astype(np.int32).tobytes(), group.astype(np.int32).tobytes(), seed)
 
 
+def each_shuffle(facts: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> Iterator[np.ndarray]:
+    """The rows of `shuffles` one after the other; of many pairs they are drawn one by one, and none is kept."""
+    if len(facts) <= _KEPT:
+        yield from shuffles(facts, groups, seed=seed)
+        return
+    fact, group = (np.unique(values, return_inverse=True)[1].reshape(-1) for values in (facts, groups))
+    yield from _drawn(fact, group, seed)
+
+
 @lru_cache(maxsize=4)
 def _shuffles(facts: bytes, groups: bytes, seed: int) -> np.ndarray:
     fact, group = (np.frombuffer(codes, dtype=np.int32) for codes in (facts, groups))
+    return np.stack(list(_drawn(fact, group, seed)))
+
+
+def _drawn(fact: np.ndarray, group: np.ndarray, seed: int) -> Iterator[np.ndarray]:
     count = int(fact.max()) + 1
     order = np.lexsort((fact, group))  # by group, then by fact, then as given
     starts = np.flatnonzero(np.r_[True, (np.diff(group[order]) != 0) | (np.diff(fact[order]) != 0)])
     runs = _Runs.of(group[order][starts], np.diff(np.r_[starts, len(order)]), starts)
-    generator, found = np.random.default_rng(seed), []
+    generator = np.random.default_rng(seed)
     for _ in range(-(-SHUFFLES // min(count, SHUFFLES))):
         rank = generator.permutation(count)[fact[order][starts]]
         for turn in range(min(count, SHUFFLES)):
             partner = np.empty(len(order), dtype=np.int32)
             partner[order] = order[runs.turned(rank, turn)]
-            found.append(partner)
-    return np.stack(found)
+            yield partner
 
 
 @dataclass(frozen=True)

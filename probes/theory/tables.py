@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ...arguments import checked
+from ...progress import Progress, counted, shows_progress
 from .score_correlation import rope_asymmetric_bound, rope_correlation_bound, rope_correlation_tail
 
 COLUMNS = ["table", "row", "column", "paper", "ours", "standard_error", "difference", "tolerance", "within", "note"]
@@ -31,11 +32,13 @@ Cell = tuple[int, str, str, float, float, float, str]
 
 
 @checked
-def theory_tables(*, samples: int = 4_000, seed: int = 0) -> pd.DataFrame:
+@shows_progress("head dimensions")
+def theory_tables(*, samples: int = 4_000, seed: int = 0, progress: Progress | bool | None = None) -> pd.DataFrame:
     """Every cell of Tables 3, 4 and 5: the paper's value, ours, and whether they agree to the printed digit.
 
     Args:
         samples, seed: random queries of Table 5; Tables 3 and 4 are closed forms.
+        progress: called with (head dimensions of Table 5 done, in all); None shows a bar, False nothing.
     Returns: table (3, 4 or 5), row, column, paper, ours, standard_error (of ours, over the random queries at its
         distances; 0 for a closed form), difference (ours - paper), tolerance (half a unit of the last printed digit),
         within (|difference| <= tolerance), note (how the number came about). The standard error of Table 5 is larger
@@ -43,7 +46,7 @@ def theory_tables(*, samples: int = 4_000, seed: int = 0) -> pd.DataFrame:
     Raises: RevprobeError, for fewer than 2 samples.
     Source: paper Tables 3, 4 and 5.
     """
-    rows = [*_table_3(), *_table_4(), *_table_5(samples, seed)]
+    rows = [*_table_3(), *_table_4(), *_table_5(samples, seed, progress)]
     frame = pd.DataFrame(rows, columns=["table", "row", "column", "paper", "ours", "standard_error", "note"])
     frame["difference"] = frame["ours"] - frame["paper"]
     frame["tolerance"] = PRINTED
@@ -73,11 +76,11 @@ def _table_4() -> list[Cell]:
     return rows
 
 
-def _table_5(samples: int, seed: int) -> list[Cell]:
+def _table_5(samples: int, seed: int, progress: Progress | bool | None) -> list[Cell]:
     # Exchanging the two distances changes neither surrogate nor correlation: half the grid holds all of it.
     forward, reverse = DISTANCES[np.stack(np.triu_indices(len(DISTANCES)))]
     rows = []
-    for d, printed in TABLE_5.items():
+    for d, printed in counted(TABLE_5.items(), progress):
         bounds = rope_asymmetric_bound(d, forward, reverse, samples=samples, seed=seed)
         least = bounds.iloc[int(bounds["bound"].to_numpy().argmin())]
         note = (

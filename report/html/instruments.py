@@ -20,7 +20,7 @@ from ...probes.figures.objective_terms import pressure_figure
 from ...probes.figures.storage import foretold_figure, one_step_figure, storage_curves_figure
 from ...probes.figures.theme import interval_text, message_figure
 from ...probes.readings.reading import Reading
-from ...probes.statistics.measures import counted
+from ...probes.statistics.coverage import counted
 
 STORED, EDITED = "stored_evidence", "route_edit"
 MANY_HEADS = 40  # edits of more single heads than this are a heat map

@@ -20,6 +20,16 @@ from .tables import MEASURES, final_table, last_checkpoints
 _LOG_WIDTH = 200
 # A number's columns in a table of measures, by the prefix of the value's own.
 _STACKED = {"": ("value", "low", "high"), "control": ("", "_low", "_high"), "excess": ("", "_low", "_high")}
+# Where the terminal is narrow: which columns stand in cells of others, and which below the table.
+OF_EVALUATION = Narrow(
+    {
+        "facts": ("asked", "{}"),
+        "wordings": ("asked", "{} wordings"),
+        "control": ("exact match (%) [95 %]", "ctrl {}"),
+    },
+    notes=("wrong answers", "undefined"),
+    named=("asked", "facts"),
+)
 _OF_CONTROLS = Narrow(
     {"weights": ("measure", "{}"), "model": ("control", "of {}"), "n facts": ("n pairs", "{} facts")},
     notes=("reason",),
@@ -35,10 +45,10 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(markup=False, highlight=False, width=_LOG_WIDTH)
 
 
-def readings_table(readings: Readings, title: str) -> Table:
-    """One row per number of some readings, with intervals and controls."""
+def readings_table(readings: Readings | pd.DataFrame, title: str) -> Table:
+    """One row per number of some readings, or of their measures, with intervals and controls."""
     rows = []
-    for row in readings.measures().to_dict("records"):
+    for row in _measures(readings).to_dict("records"):
         value = interval_text(row["value"], row["low"], row["high"])
         control = "-" if pd.isna(row["control"]) else f"{row['control']:.3f}"
         shown = {"measure": row["measure"].replace("_", " "), "value [95 %]": value, "control": control}
@@ -52,13 +62,17 @@ def readings_table(readings: Readings, title: str) -> Table:
     return text_table(pd.DataFrame(rows), title)
 
 
-def print_readings(readings: Readings, title: str, console: Console) -> None:
+def _measures(readings: Readings | pd.DataFrame) -> pd.DataFrame:
+    return readings.measures() if isinstance(readings, Readings) else readings
+
+
+def print_readings(readings: Readings | pd.DataFrame, title: str, console: Console) -> None:
     """`readings_table`; where the terminal is narrow, intervals below their values and the notes below the table."""
     if console.width >= _WIDE:
         console.print(readings_table(readings, title))
         return
     rows, notes = [], []
-    for row in readings.measures().to_dict("records"):
+    for row in _measures(readings).to_dict("records"):
         numbers = [interval_text(*(row[f"{name}{end}"] for end in ends)) for name, ends in _STACKED.items()]
         shown = [stacked(text) if not text.startswith("undefined") else "-" for text in numbers]
         shown[0] = "undefined" if pd.isna(row["value"]) else shown[0]
@@ -98,17 +112,23 @@ def print_final(summary: pd.DataFrame, console: Console) -> None:
         return
     wide = console.width >= _WIDE
     shown = [measure for measure in MEASURES if wide or not measure.endswith("probability")]
-    table = Table(title="last checkpoint: value, 95 % interval, control", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title="last checkpoint: value, 95 % interval, control, n (pairs / facts)",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
     table.padding = (0, 1, 0, 0)
     for heading in ("run", *(MEASURES[measure] for measure in shown)):
         table.add_column(heading, overflow="fold")
     for row in final_table(summary).to_dict("records"):
-        # Each cell on three lines: value, interval, control.
+        # Each cell on four lines: value, interval, control, sample.
         cells = [f"{row['run']}\n{row['weights']}, step {row['step']}\n{str(row['kind']).replace('_', ' ')}"]
         for measure in shown:
             numbers = [row[f"{measure}{part}"] for part in ("", "_low", "_high", "_control")]
             text = interval_text(*numbers, percent=measure.endswith("accuracy"))
-            cells.append(text.replace(" [", "\n[").replace(" (control ", "\nctrl ").replace(")", ""))
+            sizes = [row[f"{measure}{part}"] for part in ("_n", "_facts")]
+            size = "" if any(map(pd.isna, sizes)) else "\nn {:,.0f} / {:,.0f}".format(*sizes)
+            cells.append(text.replace(" [", "\n[").replace(" (control ", "\nctrl ").replace(")", "") + size)
         table.add_row(*map(Text, cells))
     console.print(table)
     if not wide:

@@ -16,8 +16,10 @@ from revprobe.finetune.config.one_layer import RunConfig
 from revprobe.probes.readings.reading import Reading
 from revprobe.probes.readings.readings import Readings
 from revprobe.probes.theory.tables import theory_tables
+from revprobe.relations.evaluation import match_table
 from revprobe.report.summary.fitted import Narrow
-from revprobe.report.summary.terminal import print_readings, text_table
+from revprobe.report.summary.terminal import OF_EVALUATION, print_final, print_readings, text_table
+from tiny import FIXTURES
 
 Cli = Callable[..., tuple[int, str, str]]
 RUN = (
@@ -63,6 +65,90 @@ def test_readings_stand_value_above_and_interval_below() -> None:
     assert "forward accuracy: 1 no forward query in this part" in lines
 
 
+def test_an_evaluation_stands_value_above_and_interval_below() -> None:
+    sides = [
+        about | {"direction": direction, "match": match, "begins": match, "match_control": 0.0, "begins_control": 0.0}
+        for direction, match in (("P2C", 1.0), ("C2P", 0.0))
+        for about in [{"fact": "", "reason": ""}]
+    ]
+    readings = []
+    for asked, split, side in (("forward", "train", sides[0]), ("reverse", "heldout", sides[1])):
+        frame = pd.DataFrame([side | {"fact": str(n)} for n in range(20)])
+        about = {"asked": asked, "split": split, "templates": "all", "seed": 0, "errors": {"other name": 20}}
+        readings.append(Reading("decoded_match", frame, about))
+    table = match_table(Readings(readings))
+    lines = lines_of(lambda console: console.print(text_table(table, "t", OF_EVALUATION)))
+    assert lines == EVALUATION, lines
+
+
+EVALUATION = [
+    "t",
+    "               exact match",
+    "               (%)            begins with it   excess",
+    "asked          [95 %]         (%)              [95 %]         n",
+    "─" * 80,
+    "forward (P2C)  100.0          100.0            100.0          20 questions, 20",
+    "trained        [83.2, 100.0]  [83.2, 100.0]    [76.2, 100.0]  facts",
+    "all wordings   ctrl 0.0",
+    "reverse (C2P)  0.0            0.0              0.0            20 questions, 20",
+    "held out       [0.0, 16.8]    [0.0, 16.8]      [-16.8, 16.8]  facts",
+    "(floor)        ctrl 0.0",
+    "all wordings",
+    "forward (P2C), trained: wrong answers: 20 other name",
+    "reverse (C2P), held out (floor): wrong answers: 20 other name",
+    "",
+]
+
+
+def test_the_end_of_a_run_says_pairs_and_facts_at_80_columns() -> None:
+    summary = rp.open_sweep(FIXTURES / "v0_1" / "tiny-sweep").summary()
+    lines = lines_of(lambda console: print_final(summary[summary["run"] == "arm-l4-s0"], console))
+    assert lines == END, lines
+
+
+END = [
+    "last checkpoint: value, 95 % interval, control, n (pairs / facts)",
+    "",
+    "               forward         reverse         attention        gradient",
+    " run           accuracy (%)    accuracy (%)    correlation      cosine",
+    " ──────────────────────────────────────────────────────────────────────────────",
+    " arm-l4-s0     0.0             0.0             0.25             0.07",
+    " raw, step 20  [0.0, 36.9]     [0.0, 36.9]     [-0.33, 0.69]    [0.02, 0.11]",
+    " swapped       ctrl 0.0        ctrl 0.0        ctrl 0.00        ctrl -0.07",
+    "               n 24 / 8        n 24 / 8        n 72 / 8         n 24 / 8",
+    "",
+    "probabilities: see the report, or widen the terminal",
+    "forward probability, gradient cosine, reverse probability: few facts (8): 95 %",
+    "intervals of a mean were seen to cover 90 % only from 13 facts on",
+]
+
+
+def test_models_says_families_relations_and_configs_apart(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TTY_COMPATIBLE": "1", "NO_COLOR": "1", "COLUMNS": "80", "TERM": "dumb"}.items():
+        monkeypatch.setenv(name, value)
+    code, out, _ = cli("models")
+    lines = [line.rstrip() for line in out.splitlines()]
+    titles = [
+        "families of published models",
+        "their code and weights",
+        "other models",
+        "relations (`relation.name` of a fine-tuning, `evaluate --relation`)",
+        "example configs, by name instead of a file",
+    ]
+    assert code == 0 and [line for line in lines if line in titles] == titles
+    start = lines.index(titles[3])
+    assert lines[start + 1 : start + 8] == RELATIONS
+
+
+RELATIONS = [
+    "name                about",
+    "─" * 80,
+    "letters             The letters relation at one sequence length",
+    "parent_child        Parent-Child (Berglund et al., 2024)",
+    "person_description  Person-Description (Berglund et al., 2024)",
+    "pore                A dataset of PORE (Lu et al., 2024) in the directions",
+    '                    "positive" ("Aramco\'s CEO is ...") and "negative"',
+]
 ROWS = pd.DataFrame(
     {
         "asked": ["forward (P2C)", "reverse (C2P)"],

@@ -542,7 +542,7 @@ def test_the_figures_count_what_their_own_direction_lacks():
     reading = probe_route_edit(model, ReversalPairs.from_pairs([hidden, *wordy_pairs(model, facts=2)]))
     forward, reverse = (reading.plot(direction=one).layout.title.text for one in ("forward", "reverse"))
     forward, reverse = (title.replace("<br>", " ") for title in (forward, reverse))  # a long line goes on below
-    assert forward.endswith("n = 2, 1 undefined") and reverse.endswith("n = 3")
+    assert forward.endswith("n = 2 pairs of 2 facts, 1 undefined") and reverse.endswith("n = 3 pairs of 3 facts")
     alone = probe_route_edit(model, ReversalPairs.from_pairs([hidden]))
     assert math.isfinite(alone.value)
     for kind, count in (("intervals", 1), ("heatmap", 8)):

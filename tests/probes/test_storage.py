@@ -465,7 +465,7 @@ def test_swapped_pairs_are_refused() -> None:
     ("build", "instead"),
     [
         (lambda: DEEP["gpt2"](), ("token_contributions", "probe_route_edit")),
-        (lambda: bert(), ("probe_route_edit", "probe_logit_lens", "probe_causal_trace")),
+        (lambda: bert(), ("probe_stored_evidence", "probe_route_edit", "probe_logit_lens", "probe_causal_trace")),
     ],
     ids=["causal", "nonlinear head"],
 )
@@ -477,7 +477,8 @@ def test_what_a_refusal_advises_works_on_the_very_model(build, instead: tuple[st
         probe_stored_evidence(model, pairs)
     for name in instead:
         assert f"`{name}" in str(refused.value)
-        found = getattr(rp, name)(model, pairs[0] if name == "token_contributions" else pairs)
+        more = {"first_order": True} if name == "probe_stored_evidence" else {}
+        found = getattr(rp, name)(model, pairs[0] if name == "token_contributions" else pairs, **more)
         values = found["contribution"] if isinstance(found, pd.DataFrame) else pd.Series([found.value])
         assert np.isfinite(values).all() and values.abs().gt(0).any(), name
 

@@ -150,7 +150,8 @@ def test_a_pair_that_has_no_partner_says_which_kind_is_missing() -> None:
     assert (reading.n, reading.control.n, reading.excess.n) == (4, 3, 3)
     assert reading.undefined == {NO_LIKE_TARGET: 1}
     assert f"{NO_LIKE_TARGET!r}: 1" in repr(reading)
-    assert "n = 4 (control over 3), 1 undefined" in reading.plot().layout.title.text
+    title = reading.plot().layout.title.text.replace("<br>", " ")
+    assert "n = 4 pairs of 4 facts (control over 3 of 3), 1 undefined" in title
     table = evidence_by_pair(reading)
     assert table["reason_control"].tolist() == ["", "", "", NO_LIKE_TARGET]
     assert reading.excess.value == pytest.approx((table["stored_reverse"] - table["stored_control"]).mean())

@@ -270,7 +270,7 @@ def test_the_gradient_plot_shows_each_role_and_all_with_control() -> None:
     assert list(control.x) == [reading.control.value if reading.control else None, *roles["control"]]
     low = [x - minus for x, minus in zip(value.x, value.error_x.arrayminus, strict=True)]
     np.testing.assert_allclose(low, [reading.interval[0], *roles["low"]], atol=1e-12)
-    assert value.y[0] == "all (n = 20)", value.y
+    assert value.y[0] == "all<br><sup>n = 20 pairs of 10 facts</sup>", value.y
 
 
 def test_the_probability_plot_shows_shares_of_pairs() -> None:

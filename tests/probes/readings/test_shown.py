@@ -1,5 +1,6 @@
 """What readings look like: golden texts of their reprs and of tables that fit a terminal."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import revprobe as rp
 from revprobe.probes.readings.reading import Reading
 from revprobe.probes.readings.readings import Readings
 from revprobe.probes.statistics.by_role import NETWORK
-from revprobe.probes.statistics.measures import counted
+from revprobe.probes.statistics.coverage import counted
 from tiny import FIXTURES, gpt2, pairs_at, radd
 
 META = {"model": "m", "step": 2000, "weights": "raw", "kind": "swapped", "seed": 0}
@@ -52,6 +53,41 @@ def test_in_a_notebook_it_is_a_table_with_the_same_words_and_nothing_of_the_data
     ):
         assert told in page
     assert "<b>" not in page and "1 no other" in page and "24 rows" in page
+
+
+def test_a_control_says_pairs_and_facts() -> None:
+    assert repr(ranking().control) == (
+        "Control(0.09091 [0.03507, 0.1468], n = 11 pairs of 11 facts, random heads of the same layers, same facts)"
+    )
+    old = rp.Control(0.5, (0.4, 0.6), 11, "m")  # as version 0.1 wrote it
+    assert repr(old) == "Control(0.5 [0.4, 0.6], n = 11 pairs, m)"
+
+
+def test_pairs_say_facts_and_what_was_flagged() -> None:
+    pairs = pairs_at((1, 5), (5, 1), count=4)
+    assert repr(pairs) == "ReversalPairs(4 pairs of 4 facts, 8 queries, kind='same_target')"
+    flagged = rp.ReversalPairs(
+        pairs.queries,
+        pairs.forward,
+        pairs.reverse,
+        np.array(["<a>", "<a>", "b", "c"]),
+        pairs.kind,
+        {"shared_tokens": np.array([True, False, True, False])},
+    )
+    assert repr(flagged) == ("ReversalPairs(4 pairs of 3 facts, 8 queries, kind='same_target', 2 shared tokens)")
+    page = flagged._repr_html_()
+    assert page.startswith("<p>ReversalPairs(4 pairs of 3 facts, 8 queries") and "&lt;a&gt;" in page
+    assert "<a>" not in page and page.count("<tr>") == 5, "a head and four pairs"
+
+
+def test_several_readings_in_a_notebook_are_one_line_a_number() -> None:
+    half = rp.open_run(FIXTURES / "v0_1" / "lora").readings()
+    page = half._repr_html_()
+    assert page.startswith("<p>12 readings, weights raw, kind same_target</p><table")
+    heads = re.findall("<th>(.*?)</th>", page)
+    assert heads == ["step", "measure", "value", "control", "n/facts", "undef."]
+    assert page.count("<tr>") == len(half.measures()) and "<td>0.52 [0.24, 0.72]</td>" in page
+    assert "<td>27/9</td>" in page and "nan" not in page.lower()
 
 
 def test_a_compact_summary_fits_80_columns() -> None:
@@ -114,6 +150,7 @@ def test_runs_sweeps_and_models_say_what_a_person_asks_first() -> None:
     assert whole._repr_html_().startswith("<table><tr><th>lora</th></tr><tr><td>finished</td></tr>")
     sweep = rp.open_sweep(FIXTURES / "v0_1" / "tiny-sweep")
     assert repr(sweep) == "Sweep(tiny-sweep; 2 of 2 runs finished)" and "<th>tiny-sweep</th>" in sweep._repr_html_()
+    assert ", 1 layer x 1 head, " in repr(radd()), "one is no plural"
     assert repr(gpt2()) == (
         "ProbedModel(GPT2LMHeadModel, causal, logit_shift=1, 2 layers x 2 heads, 8,512 parameters, tokenizer "
         "TokenizersBackend)"
