@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,8 +116,8 @@ def signatures_figure(
     for series in _all_series(rows):
         _draw_series(figure, series, scale)
         _draw_controls(figure, series, against, scale)
-    _draw_key(figure, against)
-    _fit_legend(figure)
+    draw_key(figure, against)
+    fit_legend(figure)
     if buttons and {"raw", "ema"} <= set(rows["weights"].dropna()):
         choices = []
         for view, label in VIEWS.items():
@@ -142,12 +142,7 @@ class Series:
 
 
 def _all_series(rows: pd.DataFrame) -> list[Series]:
-    # A run without a colour of its own takes a spare one that none of the others has.
-    keys = dict.fromkeys(colour_key(row) for _, row in rows.drop_duplicates("run").iterrows())
-    taken = {COLOURS[key] for key in keys if key in COLOURS}
-    spare = [colour for colour in SPARE_COLOURS if colour not in taken] or list(SPARE_COLOURS)
-    others = [key for key in keys if key not in COLOURS]
-    colours = COLOURS | {key: spare[place % len(spare)] for place, key in enumerate(others)}
+    colours = run_colours(rows)
     with_ema = set(rows.loc[rows["weights"] == "ema", "run"])
     # Runs without a length beside runs with one: NaN equals nothing, not even itself.
     rows = rows.astype({"length": object}).where(rows.notna(), None) if "length" in rows else rows
@@ -160,8 +155,18 @@ def _all_series(rows: pd.DataFrame) -> list[Series]:
         tags = {"run": str(run), "length": str(length), "views": views}
         label = plain(run, limit=NAME_LIMIT) + f" ({series_words(weights, kind)})"
         open_marker = "-open" if weights == "raw" and run in with_ema else ""
-        series.append(Series(part, label, colours[colour_key(part.iloc[0])], symbol + open_marker, tags))
+        series.append(Series(part, label, colours[run], symbol + open_marker, tags))
     return series
+
+
+def run_colours(measures: pd.DataFrame) -> dict[Any, str]:
+    """The colour of each run's line, by its name: that of its encoding, else a spare one that no other run has."""
+    keys = {row["run"]: colour_key(row) for _, row in measures.drop_duplicates("run").iterrows()}
+    taken = {COLOURS[key] for key in keys.values() if key in COLOURS}
+    spare = [colour for colour in SPARE_COLOURS if colour not in taken] or list(SPARE_COLOURS)
+    others = dict.fromkeys(key for key in keys.values() if key not in COLOURS)
+    colours = COLOURS | {key: spare[place % len(spare)] for place, key in enumerate(others)}
+    return {run: colours[key] for run, key in keys.items()}
 
 
 def series_words(weights: object, kind: object) -> str:
@@ -179,9 +184,20 @@ def colour_key(row: pd.Series) -> str:
     return encoding if isinstance(encoding, str) and encoding else str(row["run"])
 
 
+def count_words(rows: pd.DataFrame) -> str:
+    """Pairs and facts behind some rows; n alone in a table without facts, as that of several seeds together."""
+    pairs, facts = ([float(one) for one in rows[name]] if name in rows else [math.nan] for name in ("n", "facts"))
+    return counts_text(pairs) if any(map(math.isnan, facts)) else samples_text(pairs, facts)
+
+
+def titled(panel: Panel, rows: pd.DataFrame) -> str:
+    """A panel's title, and under it what it rests on."""
+    return f'<b>{panel.title}</b><br><span style="font-size: 11px">{count_words(rows)}</span>'
+
+
 def _empty_panels(rows: pd.DataFrame, scale: StepScale, against: pd.DataFrame) -> go.Figure:
     specs = [[{"rowspan": 2}, {"rowspan": 2}, {}], [None, None, {}]]
-    titles = [f"<b>{panel.title}</b>" for panel in PANELS]
+    titles = [titled(panel, rows[rows["measure"] == panel.measure]) for panel in PANELS]
     figure = make_subplots(2, 3, specs=specs, subplot_titles=titles, horizontal_spacing=0.11, vertical_spacing=0.2)
     for panel in PANELS:
         part = rows[rows["measure"] == panel.measure]
@@ -189,15 +205,14 @@ def _empty_panels(rows: pd.DataFrame, scale: StepScale, against: pd.DataFrame) -
         drawn = part[["value", "low", "high", "control"]].to_numpy(dtype=float).ravel()
         if len(against):
             drawn = np.append(drawn, against.loc[against["measure"] == panel.measure, "value"].to_numpy(dtype=float))
-        title = f"{panel.unit}<br>({_sizes(part, unit='pairs' if panel.column < 3 else '')})"  # 3 is half as high
-        figure.update_yaxes(title={"text": title}, range=reach(drawn), **place)
+        figure.update_yaxes(title={"text": panel.unit}, range=reach(drawn), **place)
         figure.update_xaxes(scale.axis(), **place)
     figure.update_xaxes(title=None, row=1, col=3)
     key = "line: value · band: 95 % interval over facts · dashed: control (shuffled facts) · ×: undefined"
     legend = {"orientation": "h", "yref": "container", "y": 0.0, "yanchor": "bottom", "x": 0}
     series = rows.groupby(["run", "weights", "kind"], dropna=False).ngroups + against["control"].nunique()
     below = LEGEND["axis"] + LEGEND["row"] * math.ceil(series / LEGEND["columns"])
-    size = {"height": LEGEND["panels"] + below, "margin": {"t": 80, "b": below, "r": 45}}
+    size = {"height": LEGEND["panels"] + below, "margin": {"t": 96, "b": below, "r": 45}}
     meta = {"below": LEGEND, "narrow": _narrow(figure)}
     return figure.update_layout(template=TEMPLATE, title=heading(key, key=True), legend=legend, meta=meta, **size)
 
@@ -272,7 +287,7 @@ def _draw_controls(figure: go.Figure, series: Series, against: pd.DataFrame, sca
             figure.add_trace(trace, row=panel.row, col=panel.column)
 
 
-def _draw_key(figure: go.Figure, against: pd.DataFrame) -> None:
+def draw_key(figure: go.Figure, against: pd.DataFrame) -> None:
     """One entry of the legend for each control, grey: the dash and the marker that it has in every colour."""
     for name, part in against.groupby("control", sort=False):
         look, gone = LOOKS[str(name)], part["value"].isna().all()
@@ -284,7 +299,7 @@ def _draw_key(figure: go.Figure, against: pd.DataFrame) -> None:
         figure.add_trace(trace, row=1, col=1)
 
 
-def _fit_legend(figure: go.Figure) -> None:
+def fit_legend(figure: go.Figure) -> None:
     """Entries as wide as the longest of them: a page counts its columns by it, and none runs into the next."""
     words = [html.unescape(trace.name) for trace in figure.data if trace.showlegend]
     width = round(LETTER * max(map(len, words), default=20))
@@ -294,16 +309,10 @@ def _fit_legend(figure: go.Figure) -> None:
     )
 
 
-def _sizes(rows: Mapping[str, Iterable[float]] | pd.DataFrame, unit: str = "pairs") -> str:
-    """Pairs and facts; n alone in a table without facts, as that of several seeds together."""
-    pairs, facts = ([float(one) for one in rows[name]] if name in rows else [math.nan] for name in ("n", "facts"))
-    return counts_text(pairs) if any(map(math.isnan, facts)) else samples_text(pairs, facts, unit=unit)
-
-
 def _hover(label: str, row: dict[Hashable, Any]) -> str:
     numbers = interval_text(float(row["value"]), float(row["low"]), float(row["high"]), float(row["control"]))
     step = "" if pd.isna(row["step"]) else f"step {int(row['step']):,}: "
-    lines = [f"<b>{label}</b>", step + numbers, _sizes({"n": [row["n"]], "facts": [row.get("facts", math.nan)]})]
+    lines = [f"<b>{label}</b>", step + numbers, count_words(pd.DataFrame([row]))]
     if row.get("reason"):
         lines.append(f"undefined: {plain(row['reason'], limit=200)}")
     return "<br>".join(lines)

@@ -27,7 +27,7 @@ ROUNDED = (
 ROUTING = (
     "Values are means over the chosen heads of the within-group Pearson r between forward and reverse scores (a group "
     "is one pair of signed offsets); bands and brackets: 95 % intervals over facts. Points are scores less "
-    "their group's mean, averaged over the chosen heads. White: no such pair, or undefined in a layer x head map. "
+    "their group's mean, averaged over the chosen heads. Empty: no such pair, or undefined in a layer x head map. "
     "Grey: undefined, the hover says why."
 )
 GRADIENTS = (

@@ -1,4 +1,4 @@
-"""What a report of fine-tunings shows besides a report's own sections: Table 7, Fig. 4, and one-step predictions."""
+"""What a report of fine-tunings shows in its own way: the signatures, Table 7, and one-step predictions."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import pandas as pd
 from markupsafe import Markup
 
 from ...finetune.runs.finetuning import FinetuneRun, finetuning_runs
+from ...finetune.runs.record import RunRecord
 from ...finetune.runs.run import Run
 from ...finetune.training.prediction_callback import PREDICTIONS
 from ...probes.statistics.old_columns import current_columns
-from ..paper.figure4 import figure4, has_figure4
-from ..paper.table7 import FACTS, NOTE, match_frame, not_asked, table7, table7_figure
-from .page import drawn_figure, folded, paragraph, scrolled, section, table
+from ..paper.figure4 import figure4, run_colours, with_axes
+from ..paper.table7 import FACTS, NOTE, SIDES, match_frame, not_asked, table7, table7_figure
+from .page import choice, controls, drawn_figure, figure_data, figure_place, folded, paragraph, scrolled, section, table
 
+CHOOSABLE = {"model": "model", "task": "trained on", "variant": "variant"}
 HEATED = 4  # rows from which colours tell more than the table itself
 
 PREDICTED = (
@@ -27,9 +29,7 @@ PREDICTED = (
 
 
 def finetune_sections(runs: Sequence[Run]) -> list[Markup]:
-    """Table 7 and its floor, Fig. 4, and the steps that the gradients foretold, each a section; none without a
-    fine-tuning.
-    """
+    """Table 7 and its floor, and the steps that the gradients foretold, each a section; none without a fine-tuning."""
     tuned = finetuning_runs(runs)
     if not tuned:
         return []
@@ -46,16 +46,40 @@ def finetune_sections(runs: Sequence[Run]) -> list[Markup]:
         )
     parts += [paragraph(note, note=True) for note in notes]
     sections = [section("table7", "Exact match (Table 7)", *parts)]
-    if has_figure4(tuned):
-        about = paragraph(
-            "Mean over seeds, the band from the lowest to the highest (of one seed: the 95 % interval over facts); "
-            "dashed: the control.",
-            note=True,
-        )
-        sections.append(
-            section("figure4", "Signatures while fine-tuning (Fig. 4)", drawn_figure("fig4", figure4(tuned)), about)
-        )
     return sections + _predictions(tuned)
+
+
+def tuned_signatures(
+    runs: Sequence[RunRecord], measures: pd.DataFrame, held_against: pd.DataFrame
+) -> tuple[Markup, dict[str, str]]:
+    """The signatures of fine-tunings over their steps, seeds pooled, with the choices of what is shown; and the colours
+    of its lines, by "model NAME" and "run NAME".
+
+    Args:
+        measures, held_against: the report's, a row of which names its run.
+    """
+    axes = {run.name: run.axes for run in runs}
+    drawn = with_axes(measures, axes)
+    against = with_axes(held_against, axes)
+    selects = []
+    for axis, words in CHOOSABLE.items():
+        values = list(drawn[axis].unique())
+        if len(values) > 1:
+            # Datasets are different tasks: a sweep opens on the first, not on all of them over each other.
+            first = values[0] if axis == "task" else "all"
+            options = [("all", "all"), *((value, value or "none") for value in values)]
+            selects.append(choice(f"choose-{axis}", words, options, chosen=first))
+    parts = [controls(*selects), figure_place("signatures"), figure_data("signatures", figure4(drawn, against))]
+    of = run_colours(drawn)
+    colours = {f"run {name}": colour for name, colour in of.items()}
+    models = {model: {of[run] for run in part["run"]} for model, part in drawn.groupby("model", sort=False)}
+    colours |= {f"model {model!s}": next(iter(found)) for model, found in models.items() if len(found) == 1}
+    one = "model" if drawn["model"].nunique() > 1 else "variant or dataset"
+    note = (
+        f"Colour: {one}, as in the tables; markers tell apart what shares it. A click on a legend entry hides its line."
+    )
+    shown = section("signatures", "The signatures while fine-tuning (Fig. 4)", *parts, paragraph(note, note=True))
+    return shown, colours
 
 
 def exact_matches(matches: pd.DataFrame) -> list[Markup]:
@@ -68,7 +92,9 @@ def exact_matches(matches: pd.DataFrame) -> list[Markup]:
     for split, facts in FACTS.items():
         if (matches["split"] == split).any():
             shown = table7(matches, split)
-            parts += [paragraph(f"{facts.capitalize()}:"), table(list(shown.columns), shown.to_numpy().tolist())]
+            of = {f"{model} {side}": model for model in matches["model"].unique() for side in SIDES.values()}
+            cells = table(list(shown.columns), shown.to_numpy().tolist(), models=of)
+            parts += [paragraph(f"{facts.capitalize()}:"), cells]
             if len(shown) >= HEATED:
                 heated = drawn_figure(f"table7-{split}", table7_figure(matches, split))
                 parts.append(scrolled(f"figure: exact match, {facts}", heated))

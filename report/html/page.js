@@ -60,16 +60,29 @@ function interval(value, low, high, control) {
 
 // --- Overview: the signatures over training, and which of them are shown ---
 
+const AXES = ["length", "run", "model", "task", "variant"];  // what a choice shows the lines of; a page has some
 function showSeries() {
-  const [view, length, run, against] = ["choose-weights", "choose-length", "choose-run", "choose-against"].map(chosen);
+  const [view, against] = ["choose-weights", "choose-against"].map(chosen);
+  const wanted = AXES.map((axis) => [axis, chosen("choose-" + axis)]);
   const held = (tags) => against === "all" || !tags.against || tags.against === against;
   const agrees = (tags) => held(tags) && (tags.part === "key" || (view === "all" || tags.views.includes(view))
-    && (length === "all" || tags.length === length) && (run === "all" || tags.run === run));
+    && wanted.every(([axis, value]) => value === "all" || tags[axis] === value));
   const traces = byId("signatures").data, below = byId("signatures").layout.meta.below;
   const rows = Math.ceil(traces.filter((trace) => trace.showlegend && agrees(trace.meta)).length / below.columns);
-  const bottom = below.axis + below.row * rows;
-  return Plotly.update("signatures", {visible: traces.map((trace) => agrees(trace.meta))},
-    {"margin.b": bottom, height: below.panels + bottom});
+  const bottom = below.axis + below.row * rows, ends = limits(agrees);
+  // Crosses stand at the foot of their panel, wherever that is.
+  const foot = ([low, high]) => low + 0.03 * (high - low);
+  const y = keep("signatures").data.map(({y, yaxis, meta}) =>
+    meta.part === "undefined" && ends[yaxis] ? y.map(() => foot(ends[yaxis])) : y);
+  const ranges = Object.entries(ends).map(([axis, end]) => [axis.replace("y", "yaxis") + ".range", end]);
+  return Plotly.update("signatures", {visible: traces.map((trace) => agrees(trace.meta)), y},
+    {"margin.b": bottom, height: below.panels + bottom, ...Object.fromEntries(ranges)});
+}
+function limits(agrees) {  // of each panel's axis: what is shown fills it, whatever else the figure could show
+  const numbers = {};
+  for (const {y, yaxis, meta} of keep("signatures").data)
+    if (agrees(meta) && !["undefined", "key"].includes(meta.part)) (numbers[yaxis] ??= []).push(...y);
+  return Object.fromEntries(Object.entries(numbers).map(([axis, of]) => [axis, reach(of)]));
 }
 async function drawSignatures() {
   await drawFigure("signatures", keep("signatures"));
@@ -179,11 +192,12 @@ function listen(id, change, names, event = "change") {
 // --- The address: what is chosen stands behind its #, so that a view can be linked, reloaded and gone back to ---
 
 // By the names in the address, each after those that decide what it can be.
+const GALLERIES = [...document.querySelectorAll("div.gallery")].map((one) => one.id.slice("gallery-".length));
 const CHOICES = {weights: "choose-weights", length: "choose-length", shown: "choose-run", controls: "choose-against",
-  storage: "choose-storage", edits: "choose-edits", run: "explore-run", series: "explore-series",
-  layer: "explore-layer", head: "explore-head"};
+  model: "choose-model", task: "choose-task", variant: "choose-variant", run: "explore-run", series: "explore-series",
+  layer: "explore-layer", head: "explore-head", ...Object.fromEntries(GALLERIES.map((name) => [name, "choose-" + name]))};
 // These stand in the address by their words: their values are places in a list, and the next report's may be longer.
-const BY_WORDS = ["run", "storage", "edits"];
+const BY_WORDS = ["run", ...GALLERIES];
 const LONGEST = 10000;  // letters of an address that are read
 let usual = {};
 
@@ -248,6 +262,11 @@ function dress() {
   const wish = themes.find((one) => one.checked).value;
   dark = wish === "dark" || (wish === "system" && system.matches);
   document.documentElement.classList.toggle("dark", dark);
+  for (const dot of document.querySelectorAll("[data-dot]")) {
+    const colour = keep("colours")[dot.dataset.dot];
+    dot.hidden = !colour;
+    dot.style.background = dressed(colour ?? "");
+  }
 }
 function chooseTheme() {
   const wish = themes.find((one) => one.checked).value;
@@ -267,8 +286,8 @@ function start() {
     button.addEventListener("click", () => go(button.dataset.tab));
     button.addEventListener("keydown", stepTab);
   }
-  for (const id of ["choose-weights", "choose-length", "choose-run", "choose-against"])
-    if (byId(id)) byId(id).addEventListener("change", () => { showSeries(); settle(); });
+  for (const name of ["weights", "against", ...AXES])
+    byId("choose-" + name)?.addEventListener("change", () => { showSeries(); settle(); });
   for (const one of document.querySelectorAll("div.gallery"))
     listen(one.dataset.choice, () => {}, [one.closest("[role=tabpanel]").id.slice(4)]);
   if (byId("explore")) {

@@ -6,7 +6,7 @@ the page's own policy forbids requests. Each part is `Markup`; a plain string in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -31,13 +31,21 @@ PARTS = macros("parts.html")
 THEMES = (("system", "as the system"), ("light", "light"), ("dark", "dark"))
 
 
-def page(title: str, about: str, tabs: Sequence[tuple[str, str, Sequence[Markup]]], *, chooser: Markup) -> str:
+def page(
+    title: str,
+    about: str,
+    tabs: Sequence[tuple[str, str, Sequence[Markup]]],
+    *,
+    chooser: Markup,
+    colours: Mapping[str, str] | None = None,
+) -> str:
     """The whole document.
 
     Args:
         about: what it shows, said over the tabs.
         tabs: (name, shown text, its parts); the first is open, one without parts is left out.
         chooser: the controls that several tabs share.
+        colours: of the dots beside names in tables, by "run NAME" and "model NAME".
     """
     tabs = [tab for tab in tabs if tab[2]]
     own = {
@@ -51,6 +59,7 @@ def page(title: str, about: str, tabs: Sequence[tuple[str, str, Sequence[Markup]
     look |= {"forward": FORWARD, "reverse": REVERSE, "grey": CONTROL_GREY, "gone": UNDEFINED_GREY}
     look |= {"ink": "#1A1A1A", "cell": CELL_INK}
     shown = {"title": title, "about": about, "tabs": tabs, "chooser": chooser, "look": data_block("look", look)}
+    shown["colours"] = data_block("colours", dict(colours or {}))
     shown["themes"] = THEMES
     return TEMPLATES.get_template("page.html").render(own | shown)
 
@@ -65,9 +74,20 @@ def paragraph(text: str, *, note: bool = False) -> Markup:
     return PARTS.paragraph(text, note)
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, problems: Iterable[int] = ()) -> Markup:
-    """A table of texts; an interval goes under its value in small type, rows in `problems` are marked."""
-    return PARTS.table(headings, [[cell_lines(str(value)) for value in row] for row in rows], set(problems))
+def table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    problems: Iterable[int] = (),
+    models: Mapping[str, str] | None = None,
+) -> Markup:
+    """A table of texts; an interval goes under its value in small type, rows in `problems` are marked.
+
+    Args:
+        models: of which model a column is, by its heading: it has the dot of that model's colour.
+    """
+    lines = [[cell_lines(str(value)) for value in row] for row in rows]
+    return PARTS.table(headings, lines, set(problems), dict(models or {}))
 
 
 def choice(name: str, label: str, options: Sequence[tuple[str, str]], *, chosen: str | None = None) -> Markup:

@@ -24,7 +24,7 @@ from ...errors import RevprobeError
 from ...finetune.runs.alerts import CROSSED, UNDEFINED
 from ...finetune.runs.record import AXES, RunRecord, tidy_summary
 from ...probes.figures.controls import LOOKS
-from ...probes.figures.training_curves import PANELS, VIEWS, measures_with_reasons, signatures_figure
+from ...probes.figures.training_curves import PANELS, VIEWS, measures_with_reasons, run_colours, signatures_figure
 from ...probes.statistics.estimators import STATISTICS_VERSION
 from ...progress import Progress, counted_together, shows_progress
 from ..summary.alerts import alerts_table
@@ -32,10 +32,12 @@ from ..summary.controls import controls_frame, last_controls
 from ..summary.finding import finding
 from ..summary.tables import final_table, format_final_table
 from .explorer_tabs import EXPLORED, explorer
+from .finetune_sections import tuned_signatures
 from .page import choice, controls, details, figure_data, figure_place, folded, page, paragraph, section, table
 from .reading_tabs import reading_tabs
 
 CONTROLS = "controls.csv"
+TUNED = ("model", "dataset", "direction", "variant")  # what a sweep of fine-tunings varies beside AXES
 LONG = 32  # more rows than this are folded away
 MANY = 8  # more configurations than this are folded into one line
 WHAT = (
@@ -122,6 +124,7 @@ def _document(
 ) -> str:
     """The page: what it is about, and a tab for each side of the runs; one without data says what fills it."""
     listed = section("runs", "Runs", _runs_table(runs))
+    colours: dict[str, str] = {}
     if summary.empty:
         why = "There are no runs here yet." if not runs else "No run has a reading yet."
         overview = [paragraph(f"Nothing to show: {why}"), listed, *sections]
@@ -130,7 +133,8 @@ def _document(
         measured = pd.concat([part for part in measures.values() if len(part)], ignore_index=True)
         overview = [section("finding", "Finding", *(paragraph(text) for text in finding(final_table(summary))))]
         overview += _alerts(runs)
-        overview += [_signatures_section(measured, held_against), _final_section(runs, summary), *sections]
+        signatures, colours = _signatures_section(runs, measured, held_against)
+        overview += [signatures, _final_section(runs, summary), *sections]
         overview += [_controls_section(held_against)] if len(held_against) else []
         overview.append(listed)
     chooser, explored = explorer_tabs
@@ -140,19 +144,21 @@ def _document(
         *reading_tabs(runs, folder),
         ("configuration", "configuration", [_configs(runs), _versions(runs)]),
     ]
-    return page(title, WHAT, tabs, chooser=chooser)
+    return page(title, WHAT, tabs, chooser=chooser, colours=colours)
 
 
 def _runs_table(runs: Sequence[RunRecord]) -> Markup:
     rows, problems = [], []
+    # What no run has is no column: a fine-tuning has no length and no encoding, but a model and a dataset.
+    of = [axis for axis in (*TUNED, *AXES) if any(run.axes.get(axis) not in (None, "") for run in runs)]
     for place, run in enumerate(runs):
         steps = run.readings.steps
         if run.problem:
             problems.append(place)
         shown = f"{len(steps)} ({steps[0]:,} to {steps[-1]:,})" if steps else str(min(len(run.readings), 1))
-        axes = ["-" if run.axes.get(axis) is None else run.axes[axis] for axis in AXES]
+        axes = ["-" if run.axes.get(axis) is None else run.axes[axis] for axis in of]
         rows.append([run.name, *axes, shown, run.problem or "complete"])
-    names = [axis.replace("_", " ") for axis in AXES]
+    names = [axis.replace("_", " ") for axis in of]
     headings = ["run", *names, "checkpoints (steps)", "state"]
     return table(headings, rows, problems=problems) if rows else paragraph("There are none.")
 
@@ -168,7 +174,13 @@ def _final_section(runs: Sequence[RunRecord], summary: pd.DataFrame) -> Markup:
     return section("final", "Last checkpoint", body, *(paragraph(note, note=True) for note in notes))
 
 
-def _signatures_section(measures: pd.DataFrame, held_against: pd.DataFrame) -> Markup:
+def _signatures_section(
+    runs: Sequence[RunRecord], measures: pd.DataFrame, held_against: pd.DataFrame
+) -> tuple[Markup, dict[str, str]]:
+    """The figure of the signatures with the choices of what it shows, and the colours of its lines."""
+    drawn_runs = set(measures["run"])
+    if all("dataset" in run.axes for run in runs if run.name in drawn_runs):
+        return tuned_signatures(runs, measures, held_against)
     figure = signatures_figure(measures, buttons=False, controls=held_against)
     drawn = {panel.measure for panel in PANELS}
     selects = []
@@ -186,7 +198,8 @@ def _signatures_section(measures: pd.DataFrame, held_against: pd.DataFrame) -> M
         selects.append(choice("choose-against", "controls", options))
     note = "Colour: position encoding (ARM: autoregressive model). A click on a legend entry hides its run."
     parts = [controls(*selects), figure_place("signatures"), figure_data("signatures", figure)]
-    return section("signatures", "The three signatures over training", *parts, paragraph(note, note=True))
+    colours = {f"run {name}": colour for name, colour in run_colours(measures).items()}
+    return section("signatures", "The three signatures over training", *parts, paragraph(note, note=True)), colours
 
 
 def _alerts(runs: Sequence[RunRecord]) -> list[Markup]:
@@ -218,6 +231,7 @@ def _warnings(runs: Sequence[RunRecord]) -> Markup:
         rows += [[run.name, *place, f"{sum(found):,}", len(found)] for place, found in counts.items() if sum(found)]
     headings = ["run", "probe", "weights", "reason", "undefined points", "checkpoints"]
     undefined = table(headings, rows) if rows else paragraph("No point is undefined.")
+    undefined = undefined if len(rows) <= LONG else folded(f"{len(rows)} kinds of undefined points", undefined)
     said = [f"{run.name}: {warning}" for run in runs for warning in _run_warnings(run)]
     return section("undefined", "Undefined points and warnings", undefined, *(paragraph(text) for text in said))
 

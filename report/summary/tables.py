@@ -101,9 +101,11 @@ def cell_lines(text: str) -> list[str]:
 
     >>> cell_lines("0.53 [0.30, 0.71] (control 0.00)")
     ['0.53', '[0.30, 0.71]', 'control 0.00']
+    >>> cell_lines("masked (rates [0.15, 0.15])")
+    ['masked (rates [0.15, 0.15])']
     """
     value, bracket, rest = text.partition(" [")
-    if not bracket or not rest.replace(")", "").endswith((*"0123456789]", " facts")):
+    if not bracket or "(" in value or not rest.replace(")", "").endswith((*"0123456789]", " facts")):
         return [text]
     low_high, _, control = rest.partition("] ")
     return [value, f"[{low_high.rstrip(']')}]", *filter(None, [control.strip("()")])]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,8 +33,8 @@ from revprobe.finetune.training.probe_callback import logged_values
 from revprobe.models.peft_adapters import is_adapter_parameter
 from revprobe.relations.catalog import invented_names
 from revprobe.report.html.finetune_sections import finetune_sections
-from revprobe.report.paper import figure4 as figure4_module
-from revprobe.report.paper.figure4 import figure4, pooled
+from revprobe.report.html.report import write_report
+from revprobe.report.paper.figure4 import figure4, pooled, run_colours
 from revprobe.report.paper.table7 import match_frame, table7
 
 CONFIG = """
@@ -506,44 +507,92 @@ def test_table7_shows_mean_and_spread_over_seeds() -> None:
 
 def test_figure4_pools_seeds_and_nothing_else() -> None:
     rows = [
-        {"model": m, "dataset": "d", "direction": "P2C", "kind": k, "seed": s, "step": 0, "measure": "x", "value": v}
+        {"model": m, "kind": k, "seed": s, "step": 0, "measure": "x", "value": v}
         for m, k, s, v in [("a", "same_target", 0, 0.2), ("a", "same_target", 1, 0.6), ("b", "swapped", 0, 0.9)]
     ]
-    frame = pd.DataFrame(rows).assign(control=0.1, low=0.15, high=0.95)
+    frame = pd.DataFrame(rows).assign(task="d (P2C)", variant="", control=0.1, low=0.15, high=0.95, n=9, facts=3)
+    frame["reason"] = ""
     table = pooled(frame).set_index("model")
     assert table.loc["a", ["mean", "low", "high", "seeds"]].tolist() == pytest.approx([0.4, 0.2, 0.6, 2])
     assert table.loc["b", ["mean", "low", "high", "seeds"]].tolist() == pytest.approx([0.9, 0.15, 0.95, 1]), "facts"
     bare = pooled(frame.assign(low=math.nan, high=math.nan)).set_index("model")
     assert bare.loc["b", ["low", "high"]].isna().all() and bare.loc["a", "low"] == 0.2, "no interval, no band"
+    gone = pooled(frame.assign(value=math.nan, reason=["", "few facts", "one fact"])).set_index("model")
+    assert gone.loc["a", "seeds"] == 0 and gone.loc["a", "reason"] == "few facts", "undefined is told, not dropped"
 
 
-def test_figure4_has_a_band_of_one_seed_too_and_dashes_are_controls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one seed the curves stood bare; dashed was the forward question here and the control above it."""
+def made_signatures(*runs: tuple[str, str, str, int]) -> pd.DataFrame:
+    """Every measure of some runs (model, dataset, variant, seed) at two steps, as a report has them."""
     measures = ["attention_correlation", "gradient_cosine", "lora_gradient_cosine"]
     measures += ["reverse_probability", "forward_probability"]
-    about = {"model": "a", "dataset": "d", "direction": "P2C", "kind": "swapped", "seed": 0}
-    rows = [about | {"step": step, "measure": name, "value": 0.5} for name in measures for step in (0, 10)]
-    monkeypatch.setattr(
-        figure4_module, "signature_frame", lambda _: pd.DataFrame(rows).assign(control=0.1, low=0.4, high=0.7)
-    )
-    drawn = figure4([])
+    rows = [
+        {"run": f"{m}-{d}-{v}-s{seed}", "model": m, "task": d, "variant": v, "step": step, "measure": name}
+        for m, d, v, seed in runs
+        for name in measures
+        for step in (0, 10)
+    ]
+    about = {"weights": "raw", "kind": "swapped", "value": 0.5, "control": 0.1, "low": 0.4, "high": 0.7, "reason": ""}
+    return pd.DataFrame(rows).assign(**about, n=9, facts=3)
+
+
+def values_of(figure: Any) -> list[Any]:
+    return [trace for trace in figure.data if (trace.meta or {}).get("part") == "value"]
+
+
+def test_figure4_has_a_band_of_one_seed_too_and_a_dash_has_one_meaning() -> None:
+    """With one seed the curves stood bare; a dotted line was the adapter in one panel and the forward question in
+    another.
+    """
+    drawn = figure4(made_signatures(("a", "d", "", 0)))
     bands = [trace for trace in drawn.data if trace.fill == "toself"]
-    assert len(bands) == len(measures) and all({0.4, 0.7} <= set(trace.y) for trace in bands)
-    controls = [trace for trace in drawn.data if trace.mode == "lines" and trace.fill is None]
-    assert len(controls) == 3 and {trace.line.dash for trace in controls} == {"dash"}
-    lines = [trace for trace in drawn.data if trace.mode == "lines+markers"]
-    assert sorted(trace.line.dash for trace in lines) == ["dot", "dot", "solid", "solid", "solid"]
-    assert "95 % over facts, 1 seed" in lines[0].hovertext[0]
+    assert len(bands) == 5 and all({0.4, 0.7} <= set(trace.y) for trace in bands)
+    controls = [trace for trace in drawn.data if trace.meta["part"] == "control"]
+    assert len(controls) == 5 and {trace.line.dash for trace in controls} == {"dash"}, "each panel has its control"
+    lines = values_of(drawn)
+    assert {trace.line.dash for trace in lines} == {None} and len({trace.yaxis for trace in lines}) == 5
+    assert "95 % over facts, 1 seed" in lines[0].hovertext[0] and "9 pairs of 3 facts" in lines[0].hovertext[0]
+    assert all("9 pairs<br>of 3 facts" in drawn.layout[f"yaxis{n}"].title.text for n in (2, 3, 4, 5))
 
 
-def test_figure4_draws_every_run_in_three_panels(runs: dict[str, FinetuneRun]) -> None:
-    drawn = figure4(list(runs.values()))
-    lines = [trace for trace in drawn.data if trace.mode == "lines+markers"]
-    assert len(lines) == len(runs) * 5  # a correlation, two cosines, two probabilities
-    assert {trace.xaxis for trace in lines} == {"x", "x2", "x3"}
-    assert sum(bool(trace.showlegend) for trace in drawn.data) == len(runs)
+def test_a_model_has_one_colour_and_what_shares_it_has_its_own_marker() -> None:
+    """One colour a series ran out of colours, and a model's dataset took that of another model."""
+    measures = made_signatures(("a", "d", "", 0), ("a", "d", "", 1), ("a", "e", "", 0), ("b", "d", "", 0))
+    colours = run_colours(measures)
+    assert colours["a-d--s0"] == colours["a-d--s1"] == colours["a-e--s0"] != colours["b-d--s0"]
+    lines = values_of(figure4(measures))
+    looks = {trace.name: (trace.line.color, trace.marker.symbol) for trace in lines}
+    assert len(lines) == 3 * 5 and len(set(looks.values())) == len(looks) == 3
+    assert [looks[name][0] for name in looks] == [colours["a-d--s0"]] * 2 + [colours["b-d--s0"]]
+    variants = run_colours(made_signatures(("a", "d", "plain", 0), ("a", "d", "mirror", 0), ("a", "e", "plain", 0)))
+    assert variants["a-d-plain-s0"] == variants["a-e-plain-s0"] != variants["a-d-mirror-s0"], "of one model, by variant"
+
+
+def test_an_undefined_step_is_a_cross_that_says_why() -> None:
+    measures = made_signatures(("a", "d", "", 0))
+    gone = measures["step"].eq(10) & measures["measure"].eq("gradient_cosine")
+    measures.loc[gone, ["value", "low", "high"]] = math.nan
+    measures.loc[gone, "reason"] = "9 × below the floor"
+    crosses = [trace for trace in figure4(measures).data if (trace.meta or {}).get("part") == "undefined"]
+    assert [list(trace.x) for trace in crosses] == [[10]] and "below the floor" in crosses[0].hovertext[0]
+
+
+def test_the_report_of_fine_tunings_has_one_figure_of_every_run(runs: dict[str, FinetuneRun], tmp_path: Path) -> None:
+    """Two figures said the same in other colours; the tables' dots are the figure's colours."""
+    records = [run.record() for run in runs.values()]
+    page = write_report(records, tmp_path / "report.html", sections=finetune_sections(list(runs.values()))).read_text()
+    assert "fig4" not in page and page.count('id="signatures"') == 1
+    blocks = dict(re.findall(r'<script type="application/json" id="([\w-]+)-data">(.*?)</script>', page, re.S))
+    drawn, colours = json.loads(blocks["signatures"])["data"], json.loads(blocks["colours"])
+    lines = [trace for trace in drawn if trace["meta"]["part"] == "value"]
+    assert len(lines) == len(records) * 5  # a correlation, two cosines, two probabilities
+    assert sum(bool(trace["showlegend"]) for trace in lines) == len(records)
     cosine = runs["llada"].readings().select(name="gradient_cosine", step=6)[0].value
-    assert any(trace.y[-1] == pytest.approx(cosine) for trace in lines if trace.xaxis == "x2")
+    assert any(trace["y"][-1] == pytest.approx(cosine, abs=1e-4) for trace in lines if trace["xaxis"] == "x2")
+    for run in records:
+        own = [trace["line"]["color"] for trace in lines if trace["meta"]["model"] == run.axes["model"]]
+        assert set(own) == {colours[f"run {run.name}"]} == {colours[f"model {run.axes['model']}"]}
+        assert f'data-dot="run {run.name}"' in page and f'data-dot="model {run.axes["model"]}"' in page
+    assert "Colour: position encoding" not in page and '<th scope="col">length</th>' not in page
 
 
 SWEEP = """
@@ -571,7 +620,7 @@ def test_the_command_runs_a_sweep_and_reports_it(
     out = capsys.readouterr().out
     assert "exact match (%), trained facts" in out and "held-out facts (the floor)" in out
     page = Path("runs/small/report.html").read_text()
-    for words in ("Exact match (Table 7)", "llama Fwd.", "names (C2P)", "2 seeds", 'id="fig4"', "div.drawn"):
+    for words in ("Exact match (Table 7)", "llama Fwd.", "names (C2P)", "2 seeds", 'id="signatures"', "(Fig. 4)"):
         assert words in page
     summary = open_sweep("runs/small").summary()
     assert set(summary["run"]) == {"llama-names-C2P-s0", "llama-names-C2P-s1"}

@@ -171,8 +171,10 @@ def test_a_measure_that_stands_twice_is_refused(runs: list[RunRecord]) -> None:
 def test_the_page_holds_the_numbers_of_the_readings(runs: list[RunRecord], written: Path) -> None:
     """What the page draws is what was measured, to five digits: signatures, and every step of every heat map."""
     figures = embedded(written.read_text())
-    assert sorted(figures) == ["look", "panels", "run-0", "run-1", "signatures"]
+    assert sorted(figures) == ["colours", "look", "panels", "run-0", "run-1", "signatures"]
     traces = [t for t in figures["signatures"]["data"] if t["meta"]["part"] == "value" and t["yaxis"] == "y4"]
+    dots = {f"run {t['meta']['run']}": t["line"]["color"] for t in traces}
+    assert dots == figures["colours"] and len(dots) == 2, "a run's dot in the tables has the colour of its line"
     drawn = {(t["meta"]["run"], t["name"]): t["y"] for t in traces}
     for (name, label), y in drawn.items():
         one = next(one for one in runs if one.name == name)
