@@ -551,7 +551,8 @@ def test_figure4_has_a_band_of_one_seed_too_and_a_dash_has_one_meaning() -> None
     lines = values_of(drawn)
     assert {trace.line.dash for trace in lines} == {None} and len({trace.yaxis for trace in lines}) == 5
     assert "95 % over facts, 1 seed" in lines[0].hovertext[0] and "9 pairs of 3 facts" in lines[0].hovertext[0]
-    assert all("9 pairs<br>of 3 facts" in drawn.layout[f"yaxis{n}"].title.text for n in (2, 3, 4, 5))
+    titles = [note.text for note in drawn.layout.annotations]
+    assert len(titles) == 5 and all("n = 9 pairs of 3 facts" in title for title in titles)
 
 
 def test_a_model_has_one_colour_and_what_shares_it_has_its_own_marker() -> None:
