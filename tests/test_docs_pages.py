@@ -74,10 +74,12 @@ def test_every_figure_stands_in_the_gallery_with_its_picture(root: Path, gallery
         "head_ranking": "rank_heads",
         "lora_gradient_cosine": "probe_gradient_cosine",  # the same figure, of an adapter's gradient
         "objective_terms": "objective_terms",
+        "stored_evidence_first_order": "probe_stored_evidence",  # the same figure, its title says to which order
     }
     for name in plot.RENDERERS:
         assert f"rp.{made.get(name, f'probe_{name}')}(" in code, f"the gallery draws no {name}"
-    assert plot.RENDERERS["lora_gradient_cosine"] is plot.RENDERERS["gradient_cosine"]
+    for name, alike in (("lora_gradient_cosine", "gradient_cosine"), ("stored_evidence_first_order", "stored_evidence")):
+        assert plot.RENDERERS[name] is plot.RENDERERS[alike]
     for kind in (rp.BlockSweep, rp.ModelComparison):
         maker = {"BlockSweep": "block_sweep", "ModelComparison": "compare_models"}[kind.__name__]
         assert f"rp.{maker}(" in code and "plot" in vars(kind)
