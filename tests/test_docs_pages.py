@@ -78,7 +78,10 @@ def test_every_figure_stands_in_the_gallery_with_its_picture(root: Path, gallery
     }
     for name in plot.RENDERERS:
         assert f"rp.{made.get(name, f'probe_{name}')}(" in code, f"the gallery draws no {name}"
-    for name, alike in (("lora_gradient_cosine", "gradient_cosine"), ("stored_evidence_first_order", "stored_evidence")):
+    for name, alike in (
+        ("lora_gradient_cosine", "gradient_cosine"),
+        ("stored_evidence_first_order", "stored_evidence"),
+    ):
         assert plot.RENDERERS[name] is plot.RENDERERS[alike]
     for kind in (rp.BlockSweep, rp.ModelComparison):
         maker = {"BlockSweep": "block_sweep", "ModelComparison": "compare_models"}[kind.__name__]
