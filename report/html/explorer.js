@@ -54,7 +54,7 @@ function correlation(about, at, which) {
 const absent = "No reading at this checkpoint with these weights.";
 const thousands = (number) => number.toLocaleString("en");
 const whole = (what, title) => !title ? absent : what
-  + ` ${interval(title.value, title.low, title.high, title.control)}, n = ${thousands(title.n)}`
+  + ` ${interval(title.value, title.low, title.high, title.control)}, ${title.sample}`
   + (title.gone ? `; undefined: ${title.gone}` : "");
 
 function drawHeads(about) {
@@ -239,6 +239,6 @@ async function drawProbability() {
       hoverinfo: "name+text"};
   });
   const layout = heading(panel("shares"), `Probability of the target, step ${thousands(now.step)}`);
-  layout.yaxis.title.text = `share of pairs (n = ${title ? thousands(title.n) : 0})`;
+  layout.yaxis.title.text = `share of pairs (${title ? title.sample : "n = 0"})`;
   await draw("shares", title ? traces : [], layout);
 }
