@@ -140,6 +140,7 @@ def test_gradients_and_probabilities_follow_the_same_choices(opened: Any, runs: 
     control, value = traces(opened, "roles")
     shown = {name.partition(" ")[0]: place for place, name in enumerate(value["y"])}
     assert list(shown) == ["v", "q", "embed", "all"]
+    assert all(name.endswith(" pairs)") for name in value["y"]), value["y"]
     for role, row in roles.iterrows():
         at = shown[role]
         assert value["x"][at] == pytest.approx(row["value"], abs=1e-4)
@@ -158,6 +159,9 @@ def test_gradients_and_probabilities_follow_the_same_choices(opened: Any, runs: 
     said_n = opened.execute_script("return document.getElementById('shares').layout.yaxis.title.text")
     shown = runs[0].readings.select(name="reverse_probability", step=10, weights="raw")[0]
     assert said_n == f"share of pairs ({sample_of(shown)})"
+    assert shown.control is not None
+    control = f"control (reverse, shuffled facts): mean {interval_text(shown.control.value, math.nan, math.nan)}"
+    assert traces(opened, "shares")[2]["name"] == control
 
 
 def test_another_run_keeps_the_checkpoint_and_a_tab_without_data_says_why(opened: Any) -> None:
