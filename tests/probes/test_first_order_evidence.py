@@ -209,6 +209,7 @@ def test_it_has_a_name_of_its_own_and_says_how_much_slopes_miss(tmp_path: Path) 
     told = f"remainder {about['mean']:.2g} (largest {about['largest']:.2g}) of {about['removed']:.2g} logits removed"
     title = reading.plot().layout.title.text.replace("<br>", " ")
     assert told in repr(reading) and told in reading._repr_html_() and told in title
+    assert "(same target)" in title, "weights and kind in the words of the other figures"
     assert "stored evidence, first order" in title and "tangent" in reading.plot().data[0].y
     again = rp.Reading.load(reading.save(tmp_path / "r.parquet"))
     assert repr(again) == repr(reading) and "remainder" not in again.part(again.frame).meta

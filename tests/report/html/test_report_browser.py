@@ -111,6 +111,16 @@ def test_the_page_writes_numbers_as_the_package_does(opened: Any) -> None:
         assert opened.execute_script("return interval(...arguments)", *given) == interval_text(*numbers)
 
 
+def test_a_long_setting_goes_on_below(opened: Any) -> None:
+    """On one line its end lay outside a narrow window."""
+    planted = (
+        "const section = document.getElementById('section-versions');"
+        "section.insertAdjacentHTML('beforeend', '<table><tr><td>name</td><td>value</td></tr></table>');"
+        "return [...section.querySelectorAll('table:last-child td')].map((one) => getComputedStyle(one).whiteSpace)"
+    )
+    assert opened.execute_script(planted) == ["nowrap", "normal"]
+
+
 def test_an_undefined_checkpoint_is_a_gap_of_line_and_band(opened: Any) -> None:
     """The band is drawn stretch by stretch, so that it never bridges what was not measured."""
     stretches = "return JSON.stringify(stretches([[0, 1], [1, NaN], [2, 3], [3, 4]], ([, low]) => !Number.isNaN(low)))"
