@@ -295,14 +295,23 @@ class LinearizedBatch:
         """The stored evidence of every token of the vocabulary, summed over layers and heads: sum of S[:, u].
 
         The mean over evidence tokens. Shapes: `-> batch token vocab`.
+        Raises: RevprobeError, when the model's own tail is not held and cannot be differentiated twice.
         """
         evidence, pushed = self._is_evidence, []
         for call, values in zip(self.held.attention, self.values, strict=True):
             mean = (values["token"] * evidence[:, None, :, None]).sum(2) / evidence.sum(1)[:, None, None]
             at_rows = mean[:, None].expand(-1, self.batch.rows.shape[1], -1, -1).clone()  # batch token heads dim
             pushed.append(self._written(call, at_rows))
-        with torch.enable_grad():
-            return push_forward(self.logits, [call.output for call in self.held.attention], pushed)
+        try:
+            with torch.enable_grad():
+                return push_forward(self.logits, [call.output for call in self.held.attention], pushed)
+        except RuntimeError as error:
+            if self.held.last is None or type(error) is not RuntimeError:  # out of memory is one of its own
+                raise
+            raise RevprobeError(
+                f"{self.model.name}: what follows its last layer cannot be differentiated twice (a custom kernel: "
+                f"{error}), so it has no slopes; `probe_route_edit` and `probe_logit_lens` run it as it is"
+            ) from error
 
     def without_evidence(self, layers: Collection[int] | None = None) -> tuple[Tensor, Tensor]:
         """The last layer's state at the readout rows, without what heads wrote there of the evidence's tokens.

@@ -294,10 +294,10 @@ def test_the_remainder_shrinks_with_the_square_of_what_is_removed(name: str) -> 
 
 @pytest.mark.parametrize("size", [1, 5, 33])
 def test_batches_of_any_size_hold_the_same_numbers(size: int) -> None:
-    """Of 33 queries the tail reads 66 states, 64 at once, so that one query's come alone."""
+    """Of 33 queries the tail reads 66 states, 64 at once, so that one query's come alone; five leave one of 36."""
     model, _ = masked("bert")
-    pairs = pairs_at((1, 5), (5, 1), count=17)
-    whole, some = (rp.probe_stored_evidence(model, pairs, first_order=True, batch_size=b) for b in (34, size))
+    pairs = pairs_at((1, 5), (5, 1), count=18)
+    whole, some = (rp.probe_stored_evidence(model, pairs, first_order=True, batch_size=b) for b in (36, size))
     assert whole.frame["removed_reverse"].abs().min() > 0
     pd.testing.assert_frame_equal(some.frame, whole.frame, rtol=1e-7, atol=1e-10)
     assert some.meta["first_order_behind"] == whole.meta["first_order_behind"] == "bert.encoder.layer.1"
@@ -400,6 +400,27 @@ def test_what_is_not_held_before_the_tail_is_caught_by_the_sum(monkeypatch: pyte
     model, _ = masked("bert")
     monkeypatch.setattr(linearize, "_LINEAR", linearize._LINEAR | {"gelu"})
     with pytest.raises(rp.RevprobeError, match="the parts add up to"):
+        rp.probe_stored_evidence(model, PAIRS, first_order=True)
+
+
+class Kernel(torch.autograd.Function):
+    """A function as custom kernels are: its backward carries no graph."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor) -> Tensor:
+        ctx.save_for_backward(states)
+        return states.relu()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * (ctx.saved_tensors[0] > 0)
+
+
+def test_a_kernel_in_the_tail_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = masked("bert")
+    monkeypatch.setattr(model.module.cls.predictions.transform.transform_act_fn, "forward", Kernel.apply)
+    with pytest.raises(rp.RevprobeError, match="what follows its last layer cannot be differentiated twice"):
         rp.probe_stored_evidence(model, PAIRS, first_order=True)
 
 
