@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +30,11 @@ def weights_digest(module: nn.Module) -> str:
         for tensor in _plain(value) if isinstance(value, Tensor) else ():
             found.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
             for some in () if tensor.is_meta else _bytes(tensor):
-                found.update(some.cpu().numpy())
+                found.update(some.cpu().numpy().tobytes())
     return found.hexdigest()[:16]
 
 
-def _plain(tensor: Tensor) -> Iterator[Tensor]:
+def _plain(tensor: Any) -> Iterator[Tensor]:
     """The tensors with the numbers of this one, which may be a piece of one, or made of several, as quantized ones."""
     if is_piece(tensor):
         yield tensor.full_tensor()

@@ -31,7 +31,7 @@ def keep_relation(folder: Path, source: str | None) -> Path | None:
     copy = folder / RELATION / given.name
     try:
         _remove_left(copy)
-        if copy.exists() or not _fits(given) or _holds(given, folder) or _holds(given, copy):
+        if copy.exists() or not _fits(given) or _holds(given, copy):
             return None
         _copy(given, copy)
     except OSError as error:  # a full disk, a name that is too long, a folder that cannot be written

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,7 +121,8 @@ def test_a_folder_that_cannot_be_read_is_not_copied(secret: str, tmp_path: Path)
         folder.mkdir(parents=True)
     (data / "part" / "p2c.jsonl").write_text("{}\n")
     (data / secret).chmod(0)
-    with as_nobody(tmp_path):
+    with as_nobody(tmp_path), warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing has failed
         assert keep_relation(run, str(data)) is None
     assert list(run.iterdir()) == []
     (data / secret).chmod(0o700)
