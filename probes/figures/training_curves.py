@@ -287,7 +287,7 @@ def _draw_controls(figure: go.Figure, series: Series, against: pd.DataFrame, sca
             figure.add_trace(trace, row=panel.row, col=panel.column)
 
 
-def draw_key(figure: go.Figure, against: pd.DataFrame) -> None:
+def draw_key(figure: go.Figure, against: pd.DataFrame, at: Panel = PANELS[0]) -> None:
     """One entry of the legend for each control, grey: the dash and the marker that it has in every colour."""
     for name, part in against.groupby("control", sort=False):
         look, gone = LOOKS[str(name)], part["value"].isna().all()
@@ -296,7 +296,7 @@ def draw_key(figure: go.Figure, against: pd.DataFrame) -> None:
         trace = go.Scatter(x=[None], y=[None], mode="lines+markers", name=words, line=line, hoverinfo="skip")
         trace.update(marker={"symbol": look.symbol, "size": 8, "color": CONTROL_GREY}, legendgroup=words)
         trace.update(meta={"part": "key", "against": name, "views": list(VIEWS)}, showlegend=True)
-        figure.add_trace(trace, row=1, col=1)
+        figure.add_trace(trace, row=at.row, col=at.column)
 
 
 def fit_legend(figure: go.Figure) -> None:

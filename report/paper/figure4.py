@@ -9,12 +9,14 @@ a line is a value, dashes are its control.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
 from ...probes.figures.controls import LOOKS
@@ -54,7 +56,13 @@ PANELS = (
 )
 # Where they stand two in a row, as (column, row): what is alike stands in one column.
 _TWO_IN_A_ROW = ((0, 0), (1, 0), (0, 1), (1, 1), (0, 2))
-COLOURS = (*SPARE_COLOURS, OKABE_ITO["orange"], OKABE_ITO["black"])
+# Seven that everybody tells apart, then seven of another palette, for the page that has so many models.
+COLOURS = (
+    *SPARE_COLOURS,
+    OKABE_ITO["orange"],
+    OKABE_ITO["black"],
+    *(qualitative.Dark24[at] for at in (16, 14, 12, 19, 13, 7, 15)),
+)
 KEY = "line: mean over seeds · band: lowest to highest seed; of one seed, 95 % interval over facts · "
 KEY += "dashed: control (shuffled facts) · ×: undefined"
 # What a line is of; "task" is the dataset and the direction that was trained.
@@ -64,13 +72,26 @@ LINE = ["model", "task", "variant", "kind"]
 def with_axes(measures: pd.DataFrame, axes: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """A table about fine-tunings with columns for what a line is of: model, task and variant ("" without).
 
+    Runs of one seed that differ in nothing of this are no seeds of one line: each is a variant by its own name.
+
     Args:
         axes: of each run, by the names in the column `run`.
     """
-    of = {name: {"variant": ""} | dict(about) for name, about in axes.items()}
-    added = {name: [str(of[run][name]) for run in measures["run"]] for name in ("model", "variant")}
+    of = {
+        name: {key: "" if value is None else str(value) for key, value in about.items()} for name, about in axes.items()
+    }
+    twins = Counter(_place(about) for about in of.values())
+    for name, about in of.items():
+        if twins[_place(about)] > 1:  # of one seed, with other dials: no second seed
+            about["variant"] = ", ".join(filter(None, [about.get("variant", ""), name]))
+    added = {name: [of[run].get(name, "") for run in measures["run"]] for name in ("model", "variant")}
     tasks = [f"{of[run]['dataset']} ({of[run]['direction']})" for run in measures["run"]]
     return measures.assign(**added, task=tasks)
+
+
+def _place(about: Mapping[str, str]) -> tuple[str, ...]:
+    """The line of a run and its seed."""
+    return tuple(about.get(name, "") for name in ("model", "dataset", "direction", "variant", "seed"))
 
 
 def run_colours(measures: pd.DataFrame) -> dict[str, str]:
@@ -85,16 +106,23 @@ def pooled(measures: pd.DataFrame) -> pd.DataFrame:
     """Over seeds: mean, lowest and highest value, mean control, and how many seeds, for each line, measure and step.
 
     Of one seed, low and high are its 95 % interval over facts, NaN where it has none. Seeds whose value is undefined
-    are left out of all; where that leaves none, the mean is NaN and `reason` says why.
+    are left out of all, also of the control and the counts (`n` to `n_most`, `facts` to `facts_most`); `undefined` is
+    their number and `reason` why. Where no seed is left, the mean is NaN, control and counts are of all seeds.
     """
-    grouped = measures.groupby([*LINE, "measure", "step"], sort=False, dropna=False)
+    keys = [*LINE, "measure", "step"]
+    grouped = measures.groupby(keys, sort=False, dropna=False)
     table = grouped["value"].agg(mean="mean", low="min", high="max", seeds="count")
-    alone = table["seeds"] == 1
+    alone, defined = table["seeds"] == 1, measures["value"].notna()
+    kept = measures[defined].groupby(keys, sort=False, dropna=False)
     for end in ("low", "high"):
-        table[end] = table[end].where(~alone, grouped[end].first())
-    reasons = grouped["reason"].agg(lambda found: next((one for one in found if isinstance(one, str) and one), ""))
-    counts = {name: grouped[name].min() for name in ("n", "facts")}
-    return table.assign(control=grouped["control"].mean(), reason=reasons, **counts).reset_index()
+        table[end] = table[end].where(~alone, kept[end].first().reindex(table.index))
+    unsaid = measures.assign(reason=measures["reason"].where(~defined, "")).groupby(keys, sort=False, dropna=False)
+    reasons = unsaid["reason"].agg(lambda found: next((one for one in found if isinstance(one, str) and one), ""))
+    found = {"control": ("control", "mean")} | {name: (name, "min") for name in ("n", "facts")}
+    found |= {f"{name}_most": (name, "max") for name in ("n", "facts")}
+    over = {name: getattr(kept[of], how)().reindex(table.index) for name, (of, how) in found.items()}
+    over = {name: part.fillna(getattr(grouped[found[name][0]], found[name][1])()) for name, part in over.items()}
+    return table.assign(reason=reasons, undefined=grouped.size() - table["seeds"], **over).reset_index()
 
 
 @dataclass(frozen=True)
@@ -135,7 +163,7 @@ def figure4(measures: pd.DataFrame, controls: pd.DataFrame | None = None) -> go.
                 trace.update(showlegend=shown and trace.meta["part"] == "value")
                 figure.add_trace(trace, row=panel.row, col=panel.column)
             shown = shown and rows.empty
-    draw_key(figure, against)
+    draw_key(figure, against, panels[0])
     fit_legend(figure)
     return figure
 
@@ -162,7 +190,7 @@ def _empty_panels(panels: list[Panel], table: pd.DataFrame, against: pd.DataFram
     alone = {panel.column for panel in panels if panel.row == 1 and (2, panel.column) not in below}
     for panel in panels:
         cell[panel.row - 1][panel.column - 1] = {"rowspan": 2} if panel.column in alone else {}
-    titles = [titled(panel, table[table["measure"] == panel.measure]) for panel in panels]
+    titles = [titled(panel, _sizes(table[table["measure"] == panel.measure])) for panel in panels]
     figure = make_subplots(2, 3, specs=cell, subplot_titles=titles, horizontal_spacing=0.11, vertical_spacing=0.2)
     for panel in panels:
         rows = table[table["measure"] == panel.measure]
@@ -247,11 +275,18 @@ def _beside(panel: Panel, line: _Line, against: pd.DataFrame, scale: StepScale) 
     return traces
 
 
+def _sizes(rows: pd.DataFrame) -> pd.DataFrame:
+    """The counts of pooled rows, least and most below one another."""
+    most = rows[["n_most", "facts_most"]].rename(columns={"n_most": "n", "facts_most": "facts"})
+    return pd.concat([rows[["n", "facts"]], most], ignore_index=True)
+
+
 def _hover(name: str, row: dict[Hashable, Any]) -> str:
     numbers = interval_text(*(float(row[key]) for key in ("mean", "low", "high", "control")))
     spread = "95 % over facts, 1 seed" if row["seeds"] == 1 else f"lowest to highest of {row['seeds']} seeds"
     lines = [f"<b>{name}</b>", f"step {int(row['step']):,}: {numbers}", spread if row["seeds"] else ""]
-    lines.append(count_words(pd.DataFrame([row])))
-    if row["reason"]:
-        lines.append(f"undefined: {plain(row['reason'], limit=200)}")
+    lines.append(count_words(_sizes(pd.DataFrame([row]))))
+    if row["undefined"]:
+        of = f"{row['undefined']} of {row['undefined'] + row['seeds']} seeds " if row["seeds"] else ""
+        lines.append(f"{of}undefined{': ' if row['reason'] else ''}{plain(row['reason'], limit=200)}")
     return "<br>".join(filter(None, lines))

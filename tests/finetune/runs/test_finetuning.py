@@ -34,7 +34,7 @@ from revprobe.models.peft_adapters import is_adapter_parameter
 from revprobe.relations.catalog import invented_names
 from revprobe.report.html.finetune_sections import finetune_sections
 from revprobe.report.html.report import write_report
-from revprobe.report.paper.figure4 import figure4, pooled, run_colours
+from revprobe.report.paper.figure4 import figure4, pooled, run_colours, with_axes
 from revprobe.report.paper.table7 import match_frame, table7
 
 CONFIG = """
@@ -519,6 +519,42 @@ def test_figure4_pools_seeds_and_nothing_else() -> None:
     assert bare.loc["b", ["low", "high"]].isna().all() and bare.loc["a", "low"] == 0.2, "no interval, no band"
     gone = pooled(frame.assign(value=math.nan, reason=["", "few facts", "one fact"])).set_index("model")
     assert gone.loc["a", "seeds"] == 0 and gone.loc["a", "reason"] == "few facts", "undefined is told, not dropped"
+
+
+def test_a_seed_without_a_value_lends_the_others_neither_control_nor_count() -> None:
+    rows = [{"seed": 0, "value": 0.5, "control": 0.1, "low": 0.4, "high": 0.7, "n": 90, "facts": 30, "reason": ""}]
+    rows += [{"seed": 1, "value": math.nan, "control": 0.9, "n": 0, "facts": 0, "reason": "few facts"}]
+    frame = pd.DataFrame(rows).assign(model="a", task="d", variant="", kind="k", measure="gradient_cosine", step=0)
+    row = pooled(frame).iloc[0]
+    assert row[["mean", "low", "high", "control"]].tolist() == pytest.approx([0.5, 0.4, 0.7, 0.1])
+    assert row[["n", "n_most", "facts", "facts_most"]].tolist() == [90, 90, 30, 30]
+    assert row[["seeds", "undefined", "reason"]].tolist() == [1, 1, "few facts"]
+    last = pooled(frame.iloc[::-1]).iloc[0]  # the interval is that of the seed that has one, whichever comes first
+    assert last[["low", "high"]].tolist() == pytest.approx([0.4, 0.7])
+    both = pooled(frame.assign(value=0.5, n=[9, 90], facts=[3, 30])).iloc[0]
+    assert both[["n", "n_most", "facts", "facts_most", "undefined"]].tolist() == [9, 90, 3, 30, 0]
+    drawn = figure4(frame.assign(run=["s0", "s1"]))
+    said = next(trace.hovertext[0] for trace in drawn.data if trace.meta["part"] == "value")
+    assert "n = 90 pairs of 30 facts" in said and "1 of 2 seeds undefined: few facts" in said and "control 0.10" in said
+
+
+def test_runs_of_one_seed_are_no_seeds_of_one_line() -> None:
+    """Two learning rates without a label of their own were drawn as a mean "of 2 seeds"."""
+    about = {"model": "a", "dataset": "d", "direction": "P2C", "variant": None}
+    axes = {"slow": about | {"seed": 0}, "fast": about | {"seed": 0}, "other": about | {"seed": 1}}
+    made = with_axes(pd.DataFrame({"run": list(axes)}), axes)
+    assert made["variant"].tolist() == ["slow", "fast", ""] and set(made["task"]) == {"d (P2C)"}
+    apart = with_axes(pd.DataFrame({"run": ["slow", "other"]}), {name: axes[name] for name in ("slow", "other")})
+    assert apart["variant"].tolist() == ["", ""], "two seeds of one line"
+
+
+def test_fourteen_models_have_fourteen_colours_and_controls_need_no_attention() -> None:
+    measures = made_signatures(*((name, "d", "", 0) for name in "abcdefghijklmn"))
+    assert len(set(run_colours(measures).values())) == 14
+    row = {"run": "a-d--s0", "control": "untrained", "measure": "gradient_cosine", "value": 0.2, "step": 0}
+    beside = pd.DataFrame([row]).assign(model="a", task="d", variant="", kind="swapped")
+    drawn = figure4(measures[measures["measure"].eq("gradient_cosine")], beside)
+    assert [trace.name for trace in drawn.data if trace.meta["part"] == "key"], "no axes at the first place: a crash"
 
 
 def made_signatures(*runs: tuple[str, str, str, int]) -> pd.DataFrame:

@@ -59,7 +59,7 @@ def test_a_figure_counts_pairs_and_facts(name: str, options: dict[str, Any]) -> 
 
 def test_readings_over_steps_count_them_too() -> None:
     figure = Readings([taken("attention"), taken("gradient"), taken("probability")]).plot()
-    titles = [axis.title.text for axis in figure.select_yaxes()]
+    titles = [one.text for one in figure.layout.annotations if one.yref == "paper" and "<b>" in one.text]
     assert len(titles) == 4 and all(COUNTED.search(title) for title in titles), titles
 
 
