@@ -42,7 +42,9 @@ def quick_imports() -> Iterator[None]:
     """A command's imports, without Python looking for garbage among what will stay: two to three seconds less.
 
     Torch and transformers make a million objects. They are also left out of every later search, of which training
-    asks for some (0.3 s each). Where they are there already, as in a test, nothing is done.
+    asks for some (0.3 s each). So is all else that is alive then: in a program that runs a command in its own process,
+    the caller's objects too, which are then not freed where they refer to each other in a circle. Where torch is there
+    already, as in a test, nothing is done.
     """
     if "torch" in sys.modules or not gc.isenabled():
         yield

@@ -1,6 +1,6 @@
 """The three probes over more pairs than memory should hold the rows of: part by part, each part's rows a file.
 
-    folder/parts.json                                what was asked; a folder of another question is refused
+    folder/parts.json                                what was asked, of which weights; another question is refused
     folder/attention_correlation/part-00000.parquet  rows of the first pairs; the folder is one table to pandas
     folder/measures.csv                              the numbers of all parts together
 
@@ -23,12 +23,14 @@ from torch import nn
 from ..arguments import checked
 from ..atomic_files import write_text
 from ..engines.workers import Workers
-from ..errors import RevprobeError
+from ..errors import RevprobeError, first_line
 from ..models.probed import ProbedModel
+from ..models.weights_digest import weights_digest
 from ..progress import Progress, shows_progress
 from .fused import PROBES, probe, require_probes
 from .pairs.pair_parts import PairParts
 from .pairs.pairs import ReversalPairs
+from .passes.run import place_of
 from .passes.shared_out import shared_out
 from .readings.reading import Reading
 from .readings.readings import Readings
@@ -66,13 +68,14 @@ def probe_in_parts(
 
     Args:
         pairs: a list for all probes, or a JSONL file of `ReversalPairs.save`.
-        folder: new, empty, or begun by the same call.
+        folder: new, empty, or begun by the same call. It states a digest of the weights: another model is refused, also
+            of the same name.
         size: pairs of a part; no fact's partner is sought beyond it.
         progress: called with the pairs that are done and all of them.
     Returns: what `Reading.measures` says of all pairs together, a row for each number, with the probe's name and what
         it was taken of: weights, and kind of pairs.
-    Raises: RevprobeError, for a folder that holds anything else, or the parts of another question; a size below 2; and
-        as `probe`.
+    Raises: RevprobeError, for a folder that holds anything else, the parts of another question, of other or more pairs,
+        or a damaged part; for no pairs; a size below 2; and as `probe`.
     """
     wanted = list(PROBES) if only is None else require_probes(only)
     if not wanted or size < 2:
@@ -82,9 +85,9 @@ def probe_in_parts(
         options: dict[str, Any] = {"mode": mode, "batch_size": batch_size, "control": control, "seed": seed}
         options["parameters"] = None if parameters is None else list(parameters)
         names = [PROBES[name] for name in PROBES if name in wanted]
-        asked = {"model": probed.name, "step": probed.step, "weights": probed.weights, "probes": names, "size": size}
         store = _Parts(Path(folder), names)
-        store.require({**asked, **options})
+        store.require({**_told_of(probed), "probes": names, "size": size, **options})
+        store.require_no_more(-(-parts.count // size))
         kept, done = _Kept(), 0
         for number, part in enumerate(parts):
             tell = None if not callable(progress) else _told(progress, done, len(part), parts.count)
@@ -98,6 +101,16 @@ def probe_in_parts(
     table = kept.measures(names)
     write_text(store.folder / _MEASURES, table.to_csv(index=False))
     return table
+
+
+def _told_of(model: ProbedModel) -> dict[str, Any]:
+    """What tells a model from others, the most telling first: a name may stand for several."""
+    place = place_of(model)
+    told = {"model": model.name, "step": model.step, "weights": model.weights}
+    told |= {"dtype": place["dtype"], "weight_dtype": place.get("weight_dtype", place["dtype"])}
+    told |= {"objective": model.objective, "reads": model.reads, "logit_shift": model.logit_shift}
+    told |= {"mask_token_id": model.mask_token_id, "begin_token_id": model.begin_token_id}
+    return told | {"weights_digest": weights_digest(model.module)}
 
 
 def _told(progress: Progress, done: int, size: int, count: int) -> Callable[[int, int], None]:
@@ -124,7 +137,18 @@ class _Parts:
             return
         before = json.loads(said.read_text(encoding="utf-8"))
         if other := [f"{key} {before.get(key)!r}, not {one!r}" for key, one in asked.items() if before.get(key) != one]:
-            raise RevprobeError(f"{str(self.folder)!r} holds parts of another question ({other[0]}); choose another")
+            raise RevprobeError(
+                f"{str(self.folder)!r} holds parts of another question ({other[0]}); choose another one"
+            )
+
+    def require_no_more(self, count: int) -> None:
+        """Raises: RevprobeError, when there are rows of parts beyond so many: the pairs were more when it was begun."""
+        ours = {self._path(name, number) for name in self.names for number in range(count)}
+        there = {path for name in self.names for path in (self.folder / name).glob("part-*")}
+        if beyond := there - ours:
+            raise RevprobeError(
+                f"{min(beyond)} is not of these pairs, which make {count} parts; choose another folder, or delete it"
+            )
 
     def _path(self, name: str, number: int) -> Path:
         return self.folder / name / f"part-{number:05d}.parquet"
@@ -134,7 +158,7 @@ class _Parts:
         paths = [self._path(name, number) for name in self.names]
         if not all(path.is_file() for path in paths):
             return None
-        readings = Readings(Reading.load(path) for path in paths)
+        readings = Readings(_loaded(path) for path in paths)
         for path, reading in zip(paths, readings, strict=True):
             if reading.meta["pairs"] != pairs.digest:
                 raise RevprobeError(f"{path} was taken on other pairs; choose another folder")
@@ -159,6 +183,15 @@ class _Parts:
         own, inverse = np.unique(offsets, axis=0, return_inverse=True)
         numbers = [self.groups.setdefault((int(a), int(b)), len(self.groups)) for a, b in own]
         return {"group": np.array(numbers)[inverse.reshape(-1)]}
+
+
+def _loaded(path: Path) -> Reading:
+    """Raises: RevprobeError, when a part cannot be read; it lies in our folder, so it may be deleted."""
+    try:
+        return Reading.load(path)
+    except RevprobeError as error:
+        reason = first_line(error.__cause__) if error.__cause__ else "no reading of revprobe"
+        raise RevprobeError(f"{path} is damaged ({reason}); delete it and run the same command again") from error
 
 
 @dataclass

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from ...atomic_files import folder_written_whole, written_whole
+from ...errors import first_line
 
 RELATION = "relation"  # in a run's folder
 MOST = 16 * 2**20  # bytes; the published files have a tenth of that
+_LEFT = re.compile(r"\..+\.\d+\.\d+\.part")  # what `written_whole` leaves when it is killed
 
 
 def keep_relation(folder: Path, source: str | None) -> Path | None:
     """Copy the file or folder of a run's facts to RUN/relation/NAME, whole or not at all; a copy that is there stays.
 
     None where there is nothing to copy: no file is named, or a data set of the Hub, it is larger than MOST, or a folder
-    of it holds links. The run does not read its copy: a relation is what its config names.
+    of it holds the run, links, or what cannot be read. The run does not read its copy: a relation is what its config
+    names.
+    Warns: when it cannot be copied; the run goes on without.
     """
-    if source is None or not Path(source).name:
+    if source is None or Path(source).name in ("", ".."):
         return None
     given = Path(source)
     copy = folder / RELATION / given.name
-    if copy.exists() or not _fits(given):
+    try:
+        _remove_left(copy)
+        if copy.exists() or not _fits(given) or _holds(given, copy):
+            return None
+        _copy(given, copy)
+    except OSError as error:  # a full disk, a name that is too long, a folder that cannot be written
+        told = f"{folder}: the facts at {source!r} were not copied into it ({first_line(error)}); the run goes on"
+        warnings.warn(told, stacklevel=2)
         return None
+    return copy
+
+
+def _copy(given: Path, copy: Path) -> None:
     copy.parent.mkdir(exist_ok=True)
     if given.is_dir():
         with folder_written_whole(copy, lambda _: False) as part:
@@ -31,25 +49,47 @@ def keep_relation(folder: Path, source: str | None) -> Path | None:
     else:
         with written_whole(copy) as part:
             shutil.copyfile(given, part)
-    return copy
+
+
+def _remove_left(copy: Path) -> None:
+    """Delete what a killed copy left beside this one."""
+    for left in copy.parent.glob(".*.part"):
+        if left != copy and _LEFT.fullmatch(left.name) and left.is_file():
+            left.unlink()
+
+
+def _holds(given: Path, place: Path) -> bool:
+    """Whether a place lies in what is to be copied, which would then be copied into itself without end."""
+    return place.resolve().is_relative_to(given.resolve())
 
 
 def _fits(given: Path) -> bool:
-    """Whether it is there, of plain files alone, and small enough."""
+    """Whether it is there, of plain files that can be read alone, and small enough."""
     if not (given.is_file() or given.is_dir()):
         return False
     left = MOST
-    for file in _entries(given):
-        if file.is_symlink() and file != given:
-            return False
-        if file.is_file():
-            left -= file.stat().st_size
-        if left < 0:
-            return False
+    try:
+        for file in _entries(given):
+            if not file.is_file() or (file.is_symlink() and file != given):
+                return False
+            with file.open("rb"):
+                left -= file.stat().st_size
+            if left < 0:
+                return False
+    except PermissionError:
+        return False
     return True
 
 
 def _entries(given: Path) -> Iterator[Path]:
-    yield given
-    if given.is_dir():
-        yield from given.rglob("*")
+    """The file, or what is in the folder and in those below, but folders themselves. Raises: OSError."""
+    if not given.is_dir():
+        yield given
+        return
+    with os.scandir(given) as inside:
+        entries = sorted(inside, key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _entries(Path(entry.path))
+        else:
+            yield Path(entry.path)

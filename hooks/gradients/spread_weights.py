@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed
-from torch import nn
+from torch import Tensor, nn
 
 from ...errors import RevprobeError
 
@@ -31,7 +31,7 @@ def spread_units(module: nn.Module) -> list[Any]:
     return [m for m in module.modules() if isinstance(m, FSDPModule)]
 
 
-def is_piece(parameter: nn.Parameter) -> bool:
+def is_piece(parameter: Tensor) -> bool:
     """Whether a parameter is one process's piece of a weight."""
     if not in_a_group():
         return False

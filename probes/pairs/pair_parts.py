@@ -19,6 +19,7 @@ class PairParts:
 
     Args:
         source: a list, or a JSONL file of `ReversalPairs.save`, whose lines are read as they are needed.
+    Raises: RevprobeError, when there is no such file, when it holds no pairs, or probes have lists of their own.
     """
 
     source: ReversalPairs | Path
@@ -31,6 +32,8 @@ class PairParts:
                 raise RevprobeError(f"{self.source!r}: {_ONE_LIST}")
         elif not self.source.is_file():
             raise RevprobeError(f"no pairs file at {str(self.source)!r}; write one with ReversalPairs.save")
+        if not self.count:
+            raise RevprobeError(f"{self.source} holds no pairs; expected one JSON object per line")
 
     @cached_property
     def count(self) -> int:
@@ -39,7 +42,7 @@ class PairParts:
             return len(self.source)
         with self.source.open("rb") as file:
             head = file.readline()
-            return int(bool(head)) - self._begins_with_a_note(head) + sum(1 for _ in file)
+            return int(bool(head.strip())) - self._begins_with_a_note(head) + sum(1 for _ in file)
 
     def __iter__(self) -> Iterator[ReversalPairs]:
         """The parts. Raises: RevprobeError, for a line that is no pair, or a part that is not like the one before."""

@@ -15,6 +15,7 @@ from ...errors import RevprobeError
 from ...finetune.runs.finetune_setup import snapshot_pairs, text_relation
 from ...finetune.runs.finetuning import FinetuneRun
 from ...finetune.runs.open import open_run
+from ...finetune.runs.relation_copy import RELATION
 from ...models.checkpoints import checkpoint_folder
 from ...models.hub import quiet_transformers
 from ...models.peft_adapters import ADAPTER_CONFIG, base_of, is_adapter
@@ -27,7 +28,6 @@ from .listed_runs import Listed
 GB = 10**9
 # Beside the weights: what a run of the model takes, and what reading the files does for a moment.
 WORKING, RESERVE = 1.25, 200_000_000
-RELATION = "relation"  # in a run's folder: a copy of its facts, where they lie outside the dashboard's
 
 
 class HeldModel:

@@ -1,6 +1,7 @@
 """Many pairs, part by part: the numbers of one call, files that appear one by one, and memory that does not grow."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,76 @@ def test_another_question_is_refused(model: rp.ProbedModel, pairs: rp.ReversalPa
     if json.loads(lines[0]).get("flags"):
         with pytest.raises(rp.RevprobeError, match="probe them apart"):
             rp.probe_in_parts(model, file, tmp_path / "e", size=3)
+
+
+def test_another_model_of_the_same_name_is_refused(tmp_path: Path) -> None:
+    """Folders that end alike, modules of one class, another type or step: the first difference is named."""
+    pairs = rp.letter_pairs(5, model=gpt2(), alphabet=8).for_probe("gradient")
+    for home, scale in (("a", 0.2), ("b", 0.3)):
+        gpt2(scale=scale).module.save_pretrained(tmp_path / home / "model")
+    asked = {"size": 5, "only": ["probability"]}
+
+    def begin(model: rp.ProbedModel | Path) -> pd.DataFrame:
+        return rp.probe_in_parts(model, pairs, tmp_path / "rows", **asked)
+
+    def ended() -> None:
+        for path in sorted((tmp_path / "rows").rglob("part-*"))[1:]:
+            path.unlink()
+
+    first = begin(tmp_path / "a" / "model")
+    ended()
+    with pytest.raises(rp.RevprobeError, match=r"question \(weights_digest '\w{16}', not '\w{16}'\); choose another"):
+        begin(tmp_path / "b" / "model")
+    half = rp.load_model(tmp_path / "a" / "model", dtype="bfloat16")
+    with pytest.raises(rp.RevprobeError, match=r"question \(dtype 'float32', not 'bfloat16'\)"):
+        begin(half)
+    same = rp.load_model(tmp_path / "a" / "model")
+    with pytest.raises(rp.RevprobeError, match=r"question \(step None, not 7\)"):
+        begin(same.with_module(same.module, step=7))
+    pd.testing.assert_frame_equal(begin(same), first)
+
+    shutil.rmtree(tmp_path / "rows")
+    begin(gpt2())
+    ended()
+    with pytest.raises(rp.RevprobeError, match="weights_digest"):
+        begin(gpt2(scale=0.3))
+    begin(gpt2())
+
+
+def test_rows_beyond_the_last_pair_are_refused(model: rp.ProbedModel, pairs: rp.ReversalPairs, tmp_path: Path) -> None:
+    """Or the folder would hold more rows than its numbers are of; more pairs are gone on with."""
+    asked = {"size": 10, "only": ["probability"]}
+    rp.probe_in_parts(model, pairs[:30], tmp_path / "rows", **asked)
+    with pytest.raises(rp.RevprobeError, match=r"part-00002.parquet is not of these pairs, which make 2 parts; .* del"):
+        rp.probe_in_parts(model, pairs[:20], tmp_path / "rows", **asked)
+    table = rp.probe_in_parts(model, pairs[:50], tmp_path / "rows", **asked)
+    assert pd.read_parquet(tmp_path / "rows" / "reverse_probability")["pair"].nunique() == 50
+    assert table["n"].max() == 50
+
+
+@pytest.mark.parametrize("text", ["", "\n", '{"dropped": {}, "tokens": {}}\n'])
+def test_a_file_of_no_pairs_is_told_as_by_load(model: rp.ProbedModel, text: str, tmp_path: Path) -> None:
+    file = tmp_path / "none.jsonl"
+    file.write_text(text)
+    with pytest.raises(rp.RevprobeError, match="holds no pairs; expected one JSON object per line") as plain:
+        rp.ReversalPairs.load(file)
+    with pytest.raises(rp.RevprobeError) as told:
+        rp.probe_in_parts(model, file, tmp_path / "rows")
+    assert str(told.value) == str(plain.value) and not (tmp_path / "rows").exists()
+
+
+@pytest.mark.parametrize("kept", [0, 3, 100, -100])
+def test_a_part_that_was_cut_off_is_said_to_be_deleted(
+    model: rp.ProbedModel, pairs: rp.ReversalPairs, kept: int, tmp_path: Path
+) -> None:
+    asked = {"size": 10, "only": ["probability"]}
+    whole = rp.probe_in_parts(model, pairs[:20], tmp_path / "rows", **asked)
+    path = tmp_path / "rows" / "reverse_probability" / "part-00001.parquet"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(rp.RevprobeError, match=r"part-00001.parquet is damaged \(.*\); delete it and run the same"):
+        rp.probe_in_parts(model, pairs[:20], tmp_path / "rows", **asked)
+    path.unlink()
+    pd.testing.assert_frame_equal(rp.probe_in_parts(model, pairs[:20], tmp_path / "rows", **asked), whole)
 
 
 def test_no_more_than_a_part_of_a_file_is_held(

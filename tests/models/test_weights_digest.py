@@ -1,0 +1,82 @@
+"""The digest of a model's weights changes with any of them, and with nothing else."""
+
+import copy
+from collections.abc import Callable
+
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
+
+from revprobe.models import weights_digest as file
+from revprobe.models.weights_digest import weights_digest
+from tiny import gpt2
+
+BLOCK = "transformer.h.1.attn.c_attn.weight"
+
+
+def swapped(module: nn.Module) -> None:
+    weight = module.get_parameter(BLOCK)
+    weight.data[[0, 1]] = weight.data[[1, 0]]
+
+
+def nudged(module: nn.Module) -> None:
+    module.get_parameter(BLOCK).data[5, 7] += 1e-3
+
+
+def narrowed(module: nn.Module) -> None:
+    module.get_submodule("transformer.ln_f").to(torch.bfloat16)
+
+
+def renamed(module: nn.Module) -> None:
+    layer = module.get_submodule("transformer")
+    layer.ln_g = layer.ln_f
+    del layer.ln_f
+
+
+def reshaped(module: nn.Module) -> None:
+    weight = module.get_parameter(BLOCK)
+    weight.data = weight.data.view(weight.shape[1], weight.shape[0])
+
+
+def buffered(module: nn.Module) -> None:
+    module.register_buffer("scale", torch.ones(()))
+
+
+@pytest.mark.parametrize("change", [swapped, nudged, narrowed, renamed, reshaped, buffered])
+def test_every_change_of_a_weight_is_seen(change: Callable[[nn.Module], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One entry among all, two rows in each other's place, a type, a name, a shape."""
+    monkeypatch.setattr(file, "_AT_A_TIME", 1000)
+    module = gpt2().module
+    before = weights_digest(module)
+    monkeypatch.setattr(file, "_AT_A_TIME", 2**20)
+    assert weights_digest(copy.deepcopy(module)) == weights_digest(gpt2().module) == before
+    change(module)
+    assert weights_digest(module) != before
+
+
+def test_an_adapter_is_seen_and_whether_it_is_on() -> None:
+    plain = weights_digest(gpt2().module)
+    tuned = peft.get_peft_model(gpt2().module, peft.LoraConfig(r=2, target_modules=["c_attn"]))
+    begun = weights_digest(tuned)
+    tuned.add_adapter("other", peft.LoraConfig(r=2, target_modules=["c_attn"]))
+    added = weights_digest(tuned)
+    tuned.set_adapter("other")
+    other = weights_digest(tuned)
+    with tuned.disable_adapter():
+        assert len({plain, begun, added, other, weights_digest(tuned)}) == 5
+    assert weights_digest(tuned) == other
+    next(p for name, p in tuned.named_parameters() if "lora_B.other" in name).data += 1
+    assert weights_digest(tuned) != other
+
+
+def test_a_weight_on_disk_and_one_of_two_tensors_are_read_as_far_as_they_go() -> None:
+    assert weights_digest(nn.Linear(3, 2, device="meta")) != weights_digest(nn.Linear(2, 3, device="meta"))
+
+    def pair(second: float) -> nn.Module:
+        module = nn.Module()
+        module.weight = nn.Parameter(TwoTensor(torch.ones(2, 3), torch.full((2, 3), second)))
+        return module
+
+    assert weights_digest(pair(1.0)) == weights_digest(pair(1.0)) != weights_digest(pair(2.0))
