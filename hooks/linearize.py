@@ -9,8 +9,8 @@ output becomes one part); one that should not be on it breaks the sum, which cal
 
 A part is one of: an embedding's rows (`embed` for tokens, `position` for the others), a constant that is added
 (`bias`), the mean that a norm subtracts (`norm`), an attention call's output by head, and whatever else is nonlinear
-(`mlp`: activations, and products of two computed tensors). Where a prediction head is taken to first order, what its
-functions give beyond their derivatives is a part too (`tangent`).
+(`mlp`: activations, and products of two computed tensors). Where the last layer's state is named, nothing behind it is
+held: what follows runs as it is, norms too, so that autograd's derivative by that state is the model's own.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .attention_calls import (
 )
 from .attention_sites import Attention, AttentionSite
 from .gradients.spread_weights import require_whole
-from .linearized_pass import LinearizedAttention, LinearizedPass, Part, push_forward
+from .linearized_pass import LinearizedAttention, LinearizedPass, Part
 from .states import StateSite, change_states
 
 # Linear in the one tensor that varies; shapes, casts, sums and selections. "__get__" is an attribute (.mT, .shape).
@@ -73,7 +73,7 @@ def hold_nonlinear(
     """Hold everything nonlinear of a forward pass while open; patterns are kept at `rows` (`batch rows`).
 
     `attention` is what a look at the module found: those calls alone are taken for attention. Where `last` is given,
-    the last layer's state, what is nonlinear behind it (but a norm's scale) is replaced by its tangent there.
+    the last layer's state, what follows it is not held: logits are then affine in the parts up to that state alone.
 
     Parameters do not ask for gradient inside (their flags are restored); logits computed here carry the graph from
     the parts. Adds hooks to the module tree and removes exactly those.
@@ -113,6 +113,8 @@ class _Holding:
         self.patterns: list[tuple[AttentionSite, Tensor, Tensor]] = []  # softmaxes whose values have not come yet
 
     def make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.held.last is not None:  # behind the last layer nothing is held
+            return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         site = self._next_site() if is_attention_call(func) else None
         if name == "embedding":
@@ -161,28 +163,8 @@ class _Holding:
         """Not known to be linear: every output that varies becomes a part."""
         name = getattr(func, "__name__", "a function")
         kind = "norm" if name == "mean" else "mlp"
-        # In place, the state that the tangent is taken at would be gone.
-        if self.held.last is not None and kind == "mlp" and not name.endswith("_"):
-            return self._tangent(func, name, args, kwargs)
         part = lambda leaf: self._part(kind, leaf, name) if _varying(leaf) else leaf  # noqa: E731
         return tree_map(part, func(*args, **kwargs))
-
-    def _tangent(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """f(x) with f's own derivative, and f(x) - f'(x) x as a part: affine in x, and the same where it was taken."""
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if _varying(leaf)]
-        result = func(*args, **kwargs)
-
-        def affine(leaf: Any) -> Any:
-            if not _varying(leaf):
-                return leaf
-            constant = leaf.detach() - push_forward(leaf, inputs, [x.detach() for x in inputs])
-            # Where a token is ruled out (-inf) its function has no slope, and 0 x inf is no number.
-            constant = torch.where(constant.isfinite(), constant, leaf.detach())
-            constant = constant.masked_fill(~constant.isfinite(), 0.0)
-            part = self._part("tangent", constant, name)
-            return self._seen(leaf + (part - constant))
-
-        return tree_map(affine, result)
 
     def _embedding(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         given = dict(zip(("input", "weight"), args, strict=False)) | dict(kwargs)

@@ -17,7 +17,7 @@ from ..errors import RevprobeError
 class Part:
     """A constant of the linearized pass.
 
-    `kind`: embed, position, bias, norm, mlp or tangent; `site`: the path of the module that ran, `function`: what it
+    `kind`: embed, position, bias, norm or mlp; `site`: the path of the module that ran, `function`: what it
     called; `values`: a leaf of autograd's graph whose first axis is (or begins with) the batch.
     """
 
@@ -67,7 +67,7 @@ class LinearizedPass:
     """The parts and attention calls of one held forward pass, in the order they were made.
 
     `eps`: rounding unit of the coarsest dtype that the residual stream passed through. `last`: the last layer's state,
-    with its graph, where what follows it is taken to first order.
+    with its graph, where what follows it is not held.
     """
 
     parts: list[Part] = field(default_factory=list)

@@ -29,6 +29,8 @@ from .statistics.resampling import derangement, kin
 
 DIFFERENT_TOKENS = "different tokens in the two directions"
 NO_OTHER_TARGET = "no other target of as many tokens, for margin and rank"
+# Rounding moves what is removed by about 2.5 units of the logit on average, in bfloat16 and float16 alike.
+_UNITS = 4.0
 
 Target = tuple[int, ...]
 
@@ -72,10 +74,11 @@ def probe_stored_evidence(
     is over the pairs that have both.
     It answers for masked models whose logits are a linear readout of the residual stream behind norms: RADD, LLaDA,
     Dream, MDLM, SDAR and the like. A nonlinear prediction head (BERT, RoBERTa, soft caps) has no such sum: with
-    `first_order=True` its functions are replaced by their tangents at the model's own state. The reading is then called
-    "stored_evidence_first_order": S and contributions are slopes, a part "tangent" holds the rest of the head, and
-    removed_forward and _reverse are by how much the logit falls when the evidence's tokens are taken out of the last
-    layer's state for real, remainder_forward and _reverse what slopes miss of that (`meta["remainder"]`: its size).
+    `first_order=True` all that follows the last layer, norms too, is replaced by its tangent at the model's own state
+    (so behind a linear head this is not the exact reading; take that one there). It is called
+    "stored_evidence_first_order": S and contributions are slopes, a part "tangent" holds the rest, removed_forward and
+    _reverse are by how much the logit falls when what heads (of `layers`) wrote of the evidence's tokens is taken out
+    of the last layer's state, remainder_forward and _reverse what slopes miss of that; NaN where S is undefined.
     Raises: RevprobeError, for pairs of kind "swapped", the only kind that causal models have (S couples one target
         with one evidence token), for a layer without attention, and for a model whose logit is no such sum: a nonlinear
         prediction head or soft-capped logits without `first_order`, or a custom kernel.
@@ -120,7 +123,6 @@ class _Storage:
         self, model: ProbedModel, pairs: ReversalPairs, plan: Plan, layers: set[int] | None, tail: Tail | None
     ) -> None:
         self.model, self.pairs, self.plan, self.layers, self.tail = model, pairs, plan, layers, tail
-        self.tangents: list[str] = []
         self.queries = prepare_queries(model, pairs.queries)
         self.unseen = out_of_sight(model, self.queries)
         self.size = queries_per_batch(model, self.queries, plan.batch_size)
@@ -130,7 +132,8 @@ class _Storage:
         self.asks = self._asks()
         self.pieces: list[Piece] = []
         self.gap = 0.0
-        self.logit, self.removed, self.remainder = (np.full(len(self.queries), np.nan) for _ in range(3))
+        width = len(self.queries)
+        self.logit, self.removed, self.remainder, self.rounding = (np.full(width, np.nan) for _ in range(4))
         self.scores = np.full((len(self.queries), len(self.candidates)), np.nan)
 
     def _asks(self) -> list[dict[Target, list[int]]]:
@@ -187,28 +190,46 @@ class _Storage:
     def _keep_remainder(self, held: LinearizedBatch, tail: Tail, numbers: list[int]) -> None:
         """By how much the target's logit falls without the evidence's tokens, and what the slopes make of it."""
         batch, fallen = held.batch, np.zeros(held.batch.targets.shape)
-        for read in tail.log_probabilities(batch, held.own, held.without_evidence()):
+        for read in tail.log_probabilities(batch, held.own, held.without_evidence(self.layers)):
             without = read.layer == 0  # the other is the state as it is
             query, token = read.query[without], read.token[without]
             asked = batch.targets[query.to(batch.targets.device), token.to(batch.targets.device)]
             left = read.logits[without].gather(-1, asked.to(read.logits.device)[:, None])[:, 0]
             own = held.own[query.to(held.own.device), token.to(held.own.device)].gather(-1, asked[:, None])[:, 0]
-            fallen[query, token] = own.double().cpu().numpy() - left.double().cpu().numpy()
+            fallen[query.numpy(), token.numpy()] = own.double().cpu().numpy() - left.double().cpu().numpy()
         there = batch.is_target.cpu().numpy()
         self.removed[numbers] = np.where(there, fallen, 0.0).sum(1) / there.sum(1)
-        tokens = [piece.part == "evidence" and piece.source == "token" for piece in self.pieces]
+        tokens = self._measured() & [piece.source == "token" for piece in self.pieces]
         self.remainder[numbers] = self.contribution[numbers][:, tokens].sum(1) - self.removed[numbers]
-        found = [part for part in held.held.parts if part.kind == "tangent"]
-        self.tangents = list(dict.fromkeys(f"{part.function}, in {part.site or self.model.name!r}" for part in found))
+        eps, logit = max(held.held.eps, torch.finfo(held.own.dtype).eps), self.logit[numbers]
+        self.rounding[numbers] = _UNITS * eps * np.abs(logit) + np.abs(self.contribution[numbers].sum(1) - logit)
+
+    def _measured(self) -> np.ndarray:
+        """Which pieces are what the layers asked for read of the evidence. Shapes: `-> piece` (bool)."""
+        of_layers = [self.layers is None or piece.layer in self.layers for piece in self.pieces]
+        return np.array([piece.part == "evidence" for piece in self.pieces]) & of_layers
 
     def of_slopes(self) -> dict[str, Any]:
-        """What was taken to first order, and the remainder's size under reverse queries: means over pairs (logits)."""
+        """Where first order begins, and the remainder's size under reverse queries: means over defined pairs (logits).
+
+        Without a defined pair n is 0 and the sizes are None.
+        """
         if self.tail is None:
             return {}
-        missed, whole = (np.abs(values[self.pairs.reverse]) for values in (self.remainder, self.removed))
-        sizes = {"mean": float(missed.mean()), "largest": float(missed.max()), "removed": float(whole.mean())}
-        sizes |= {"n": len(missed), "facts": len(set(self.pairs.facts))}
-        return {"tangents": self.tangents, "remainder": sizes}
+        defined = self._undefined_slopes() == ""
+        reverse, n = self.pairs.reverse[defined], int(defined.sum())
+        missed, whole, rounding = np.abs(self.remainder[reverse]), np.abs(self.removed[reverse]), self.rounding[reverse]
+        sizes: dict[str, Any] = dict.fromkeys(("mean", "largest", "removed", "rounding"))
+        if n:
+            sizes = {"mean": float(missed.mean()), "largest": float(missed.max()), "removed": float(whole.mean())}
+            sizes["rounding"] = float(rounding.mean())
+        sizes |= {"n": n, "facts": len(set(self.pairs.facts[defined]))}
+        return {"first_order_behind": self.tail.last.path, "remainder": sizes}
+
+    def _undefined_slopes(self) -> np.ndarray:
+        """Why S summed over the layers asked for is undefined, so nothing is removed; "" else. Shapes: `-> pair`."""
+        reasons = self._reasons()[:, self._measured()]
+        return reasons[np.arange(len(reasons)), (reasons != "").argmax(1)]
 
     def _keep_scores(self, stored: Tensor, numbers: list[int]) -> None:
         """S of every candidate target, the mean over its tokens. Shapes: `stored`: `batch token vocab`."""
@@ -263,7 +284,9 @@ class _Storage:
         by_pair |= {f"logit_{side}": self.logit[index] for side, index in sides.items()}
         if self.tail is not None:
             measured = {"removed": self.removed, "remainder": self.remainder}
-            by_pair |= {f"{name}_{side}": values[i] for name, values in measured.items() for side, i in sides.items()}
+            told = self._undefined_slopes() == ""
+            for name, values in measured.items():
+                by_pair |= {f"{name}_{side}": np.where(told, values[i], np.nan) for side, i in sides.items()}
         for name, values in (("margin", margin), ("rank", rank)):
             by_pair |= {f"{name}_{side}": np.where(reason == "", values[i], np.nan) for side, i in sides.items()}
         return pd.DataFrame(by_pair | {"reason_margin": reason})

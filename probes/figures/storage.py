@@ -31,6 +31,7 @@ from .theme import (
     plain,
     samples_text,
 )
+from .training_curves import series_words
 
 KEY = "line: mean over pairs · band: 95 % interval over facts · dashed: control (evidence of other facts)"
 # Panels of `storage_curves_figure`: curve, title, unit.
@@ -100,7 +101,7 @@ def _matrix_figure(reading: Drawable) -> go.Figure:
 def _titled(figure: go.Figure, reading: Drawable) -> go.Figure:
     meta = reading.meta
     step = "" if meta.get("step") is None else f", step {int(meta['step']):,}"
-    weights = f" ({plain(meta['weights'])})" if meta.get("weights") else ""
+    weights = f" ({series_words(meta.get('weights'), meta.get('kind'))})"
     control = reading.control.value if reading.control else math.nan
     what = "stored evidence" + ", first order" * reading.name.endswith("_first_order")
     numbers = f"{what} {interval_text(reading.value, *reading.interval, control)}, {sample_of(reading)}"

@@ -77,6 +77,8 @@ IN_THE_DARK = {
     "rgba(0,114,178,0.25)": "rgba(76,159,212,0.4)",
 }
 THEMES = ("light", "dark")
+_SMALL = 0.001  # numbers below it are written with powers of ten
+_NOISE = 1e-16  # what lies below it is a rounding error
 
 
 def _axis() -> dict[str, Any]:
@@ -155,12 +157,17 @@ def interval_text(
 ) -> str:
     """A value as people read it: `0.53 [0.41, 0.62] (control 0.02)`; an undefined one is called so.
 
+    Where value and interval are below a thousandth, they are written with powers of ten: `3.1e-8 [1.0e-8, 8.2e-8]`.
+
     Args:
         percent: the numbers are fractions and are shown as percentages (without the sign).
         digits: behind the point, at least; 2, of percentages 1, when None.
     """
     if math.isnan(value):
         return "undefined"
+    unit = 100 if percent else 1
+    if _NOISE < unit * max(abs(one) for one in (value, low, high) if not math.isnan(one)) < _SMALL:
+        return _small_text(unit * value, unit * low, unit * high, unit * control)
     # Ends that round to one number would read as an interval of no width: they get the digits that tell them apart.
     least = digits or (1 if percent else 2)
     told_apart = (n for n in range(least, 17) if rounded(low, n, percent) != rounded(high, n, percent))
@@ -172,6 +179,26 @@ def interval_text(
     places = places or finest
     beside = "" if math.isnan(control) else f" (control {rounded(control, places, percent)})"
     return f"{rounded(value, places, percent)}{ends}{beside}"
+
+
+def _small_text(value: float, low: float, high: float, control: float) -> str:
+    """The same of numbers that would be rows of zeros behind the point."""
+    # As above: ends that differ do not print alike.
+    told_apart = (n for n in range(1, 16) if _power_text(low, n) != _power_text(high, n))
+    digits = next(told_apart, None) if low < high else None
+    ends = "" if digits is None else f" [{_power_text(low, digits)}, {_power_text(high, digits)}]"
+    beside = "" if math.isnan(control) else f" (control {_power_text(control, digits or 1)})"
+    return f"{_power_text(value, digits or 1)}{ends}{beside}"
+
+
+def _power_text(number: float, digits: int) -> str:
+    """A number as `2.1e-9`; zero, and what is so only but for a rounding error, as `0`; a large one as elsewhere."""
+    if abs(number) <= _NOISE:
+        return "0"
+    if abs(number) >= _SMALL:
+        return rounded(number, 3 if abs(number) < 0.01 else 2)
+    mantissa, _, power = f"{number:.{digits}e}".partition("e")
+    return f"{mantissa}e{int(power)}"
 
 
 def difference_text(value: float, low: float, high: float, control: float = math.nan) -> str:

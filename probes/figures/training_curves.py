@@ -123,10 +123,10 @@ def signatures_figure(
         for view, label in VIEWS.items():
             visible = [view in trace.meta["views"] for trace in figure.data]
             choices.append({"label": label, "method": "restyle", "args": [{"visible": visible}]})
-        place = {"x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "pad": {"b": 36}, "direction": "right"}
+        place = {"x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "pad": {"b": 46}, "direction": "right"}
         figure.update_layout(updatemenus=[{"type": "buttons", "buttons": choices, "showactive": True, **place}])
         # Above them the key, which they would cover where the figure is narrow.
-        figure.update_layout(height=figure.layout.height + 24, margin={"t": figure.layout.margin.t + 24})
+        figure.update_layout(height=figure.layout.height + 34, margin={"t": figure.layout.margin.t + 34})
     return figure
 
 

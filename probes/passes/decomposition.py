@@ -6,13 +6,16 @@ MLPs, embedding, biases and norms, with g the derivative of the logit by the hea
 alone. A head's value is in turn the sum of what it was made from (its sources), of which the token embedding's share,
 g . W_V E[x_j] under held scales, is the stored-evidence entry S[v, x_j] of that head.
 
+To first order nothing behind the last layer's state s is held: there g is the derivative of the model's own tail f, and
+what f gives beyond it, f(s) - f'(s) s, is a summand of its own ("tangent").
+
 Shapes below: batch (queries), token (target tokens), heads, seq, vocab.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -37,7 +40,6 @@ _SOURCE_OF = {
     "norm": "norm",
     "bias": "bias",
     "mlp": "earlier",
-    "tangent": "earlier",
 }
 # The sum of the parts may miss the logit by this many rounding units of the parts' total size, and by no more than
 # this share of it (64 units of bfloat16 would be a half).
@@ -46,8 +48,8 @@ _SLACK, _MOST = 64.0, 0.02
 
 class Piece(NamedTuple):
     """A summand of the logit. `part`: "evidence" or "others" (what a head reads there), "head" (all it reads), embed,
-    position, mlp, norm or bias (what reaches the logit directly); `source`: of what a head reads; None where it does
-    not apply.
+    position, mlp, norm or bias (what reaches the logit directly), tangent (what the tail gives beyond its derivative);
+    `source`: of what a head reads; None where it does not apply.
     """
 
     part: str
@@ -90,7 +92,7 @@ class LinearizedBatch:
     @classmethod
     def run(cls, model: ProbedModel, batch: QueryBatch, last: StateSite | None = None) -> LinearizedBatch:
         """Args:
-            last: the last layer's state, behind which what is nonlinear is taken to first order; None holds it.
+            last: the last layer's state, behind which all is taken to first order, norms too; None holds it.
 
         Raises: RevprobeError, when attention is not seen or cannot be held, for NaN logits, or virtual tokens."""
         require_tokens_alone(model, "what is stored for the tokens")
@@ -206,8 +208,18 @@ class LinearizedBatch:
                 share = part.shares(gradient, len(targets)).double()
                 before = found[piece][0] if piece in found else 0.0
                 found[piece] = share + before, torch.full_like(share, torch.nan)
+        if self.held.last is not None:
+            beyond = self._beyond_tail_slope(self.held.last, targets)
+            found[Piece("tangent", None, None, None)] = beyond, torch.full_like(beyond, torch.nan)
         contribution, stored = (torch.stack(columns, dim=1) for columns in zip(*found.values(), strict=True))
         return self._checked(list(found), contribution, stored, self._mean(self.own, targets).double())
+
+    def _beyond_tail_slope(self, last: Tensor, targets: Tensor) -> Tensor:
+        """What the tail f makes of the last layer's state s beyond its slope: f(s) - f'(s) s. Shapes: `-> batch`."""
+        with torch.enable_grad():
+            logit = self._mean(self.logits, targets)
+            (slope,) = torch.autograd.grad(logit.sum(), last, retain_graph=True)
+        return logit.detach().double() - (slope.double() * last.detach().double()).flatten(1).sum(1)
 
     def _head_pieces(self, place: int, gradient: Tensor | None) -> dict[Piece, tuple[Tensor, Tensor]]:
         """Contribution and stored evidence of every head, position and source of one layer."""
@@ -283,25 +295,36 @@ class LinearizedBatch:
         """The stored evidence of every token of the vocabulary, summed over layers and heads: sum of S[:, u].
 
         The mean over evidence tokens. Shapes: `-> batch token vocab`.
+        Raises: RevprobeError, when the model's own tail is not held and cannot be differentiated twice.
         """
         evidence, pushed = self._is_evidence, []
         for call, values in zip(self.held.attention, self.values, strict=True):
             mean = (values["token"] * evidence[:, None, :, None]).sum(2) / evidence.sum(1)[:, None, None]
             at_rows = mean[:, None].expand(-1, self.batch.rows.shape[1], -1, -1).clone()  # batch token heads dim
             pushed.append(self._written(call, at_rows))
-        with torch.enable_grad():
-            return push_forward(self.logits, [call.output for call in self.held.attention], pushed)
+        try:
+            with torch.enable_grad():
+                return push_forward(self.logits, [call.output for call in self.held.attention], pushed)
+        except RuntimeError as error:
+            if self.held.last is None or type(error) is not RuntimeError:  # out of memory is one of its own
+                raise
+            raise RevprobeError(
+                f"{self.model.name}: what follows its last layer cannot be differentiated twice (a custom kernel: "
+                f"{error}), so it has no slopes; `probe_route_edit` and `probe_logit_lens` run it as it is"
+            ) from error
 
-    def without_evidence(self) -> tuple[Tensor, Tensor]:
-        """The last layer's state at the readout rows, without what all heads wrote there of the evidence's tokens.
+    def without_evidence(self, layers: Collection[int] | None = None) -> tuple[Tensor, Tensor]:
+        """The last layer's state at the readout rows, without what heads wrote there of the evidence's tokens.
 
-        That is what they wrote along the residual stream, norms' scales held; taken out of all layers at once.
+        That is what those of `layers` (None: all) wrote along the residual stream, norms' scales held up to that state;
+        taken out of all these layers at once.
         Returns: the state so, and as it is. Shapes: `-> batch token width, batch token width`.
         """
         assert self.held.last is not None, "a run that was given the last layer's state"
         evidence, pushed = self._is_evidence, []
         for call, values in zip(self.held.attention, self.values, strict=True):
-            weight = call.weight.masked_fill(~evidence[:, None, None], 0.0).to(values["token"].dtype)
+            kept = evidence & (layers is None or call.layer in layers)
+            weight = call.weight.masked_fill(~kept[:, None, None], 0.0).to(values["token"].dtype)
             pushed.append(self._written(call, (weight @ values["token"]).transpose(1, 2)))
         with torch.enable_grad():
             moved = push_forward(self.held.last, [call.output for call in self.held.attention], pushed)

@@ -26,13 +26,20 @@ class StoredReading(Protocol):
 def remainder_text(meta: Mapping[str, Any]) -> str:
     """How much slopes miss of what removing the evidence's tokens shows; "" of a reading that is exact.
 
-    >>> remainder_text({"remainder": {"mean": 0.021, "largest": 0.1, "removed": 0.52, "n": 3, "facts": 3}})
-    'remainder 0.021 (largest 0.1) of 0.52 logits removed'
+    >>> one = {"mean": 0.021, "largest": 0.1, "removed": 0.52, "rounding": 1e-7, "n": 3, "facts": 3}
+    >>> remainder_text({"remainder": one})
+    'remainder 0.021 (largest 0.1) of 0.52 logits removed (3 pairs, 3 facts)'
+    >>> remainder_text({"remainder": one | {"rounding": 0.03}})
+    'remainder 0.021 (largest 0.1) of 0.52 logits removed (3 pairs, 3 facts), within the rounding of 0.03'
     """
     if "remainder" not in meta:
         return ""
     one = meta["remainder"]
-    return f"remainder {one['mean']:.2g} (largest {one['largest']:.2g}) of {one['removed']:.2g} logits removed"
+    if not one["n"]:
+        return "remainder undefined, as S is for every pair"
+    told = f"remainder {one['mean']:.2g} (largest {one['largest']:.2g}) of {one['removed']:.2g} logits removed"
+    told += f" ({one['n']} pairs, {one['facts']} facts)"
+    return told + f", within the rounding of {one['rounding']:.2g}" * (one["mean"] <= one["rounding"])
 
 
 def evidence_by_pair(reading: StoredReading) -> pd.DataFrame:

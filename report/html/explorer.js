@@ -54,7 +54,7 @@ function correlation(about, at, which) {
 const absent = "No reading at this checkpoint with these weights.";
 const thousands = (number) => number.toLocaleString("en");
 const whole = (what, title) => !title ? absent : what
-  + ` ${interval(title.value, title.low, title.high, title.control)}, n = ${thousands(title.n)}`
+  + ` ${interval(title.value, title.low, title.high, title.control)}, ${title.sample}`
   + (title.gone ? `; undefined: ${title.gone}` : "");
 
 function drawHeads(about) {
@@ -177,7 +177,7 @@ function drawRoles(about, layer) {
   const rows = about.role.map((role, at) => [role, at]).filter(([role, at]) => about.layer[at] === layer).reverse();
   const counts = arrays(about, "counts", Int32Array);
   const numbers = rows.map(([role, at]) => cosine(about, at)), known = (one) => Number.isNaN(one) ? null : one;
-  const y = rows.map(([role, at]) => `${role} (n = ${thousands(counts[place() * about.role.length + at])})`);
+  const y = rows.map(([role, at]) => `${role} (${thousands(counts[place() * about.role.length + at])} pairs)`);
   const control = {x: numbers.map((one) => known(one[3])), y, mode: "markers", name: "control (shuffled facts)",
     marker: {color: look.grey, symbol: "diamond-open", size: 9}, hoverinfo: "x+y+name"};
   const value = {x: numbers.map((one) => known(one[0])), y, mode: "markers", name: "forward and reverse gradient",
@@ -232,13 +232,15 @@ async function drawProbability() {
   const traces = curves.map(([name, color, dash], row) => {
     const y = x.map((_, index) => fine(shares[(place() * 3 + row) * bins + Math.min(index, bins - 1)]));
     const [mean, hits] = ["probability", "accuracy"].map((what) => title?.measures[`${name}_${what}`]);
-    const said = mean ? `: mean ${interval(mean[0], mean[1], mean[2])}, accuracy ${percent(hits)}` : "";
+    const control = title?.measures.reverse_probability?.[3];
+    const said = mean ? `: mean ${interval(mean[0], mean[1], mean[2])}, accuracy ${percent(hits)}`
+      : row === 2 && Number.isFinite(control) ? `: mean ${interval(control)}` : "";
     const hover = y.map((part, index) => `${(Math.min(index, bins - 1) / bins).toFixed(2)} to `
       + `${((Math.min(index, bins - 1) + 1) / bins).toFixed(2)}: ${(100 * part).toFixed(1)} %`);
     return {x, y, mode: "lines", name: name + said, line: {color, dash, width: 2, shape: "hv"}, hovertext: hover,
       hoverinfo: "name+text"};
   });
   const layout = heading(panel("shares"), `Probability of the target, step ${thousands(now.step)}`);
-  layout.yaxis.title.text = `share of pairs (n = ${title ? thousands(title.n) : 0})`;
+  layout.yaxis.title.text = `share of pairs (${title ? title.sample : "n = 0"})`;
   await draw("shares", title ? traces : [], layout);
 }

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ...errors import RevprobeError, first_line
+from ...probes.figures.drawable import sample_of
 from ...probes.figures.theme import plain, undefined_text
 from ...probes.figures.training_curves import series_words
 from ...probes.readings.reading import Reading
@@ -125,7 +126,14 @@ def _numbers(reading: Reading) -> dict[str, Any]:
     low, high = reading.interval
     control = reading.control.value if reading.control else float("nan")
     gone = undefined_text(reading.undefined)
-    return {"value": reading.value, "low": low, "high": high, "control": control, "n": reading.n, "gone": plain(gone)}
+    return {
+        "value": reading.value,
+        "low": low,
+        "high": high,
+        "control": control,
+        "sample": sample_of(reading),
+        "gone": plain(gone),
+    }
 
 
 def _attention(placed: Iterable[tuple[int, Reading]], places: int, runs: int) -> tuple[dict[str, Any], list[str]]:

@@ -47,15 +47,27 @@ function unpacked(text, Kind) {
 }
 const arrays = (about, name, Kind) => about["_" + name] ??= unpacked(about[name], Kind);
 
-function rounded(number) {
-  const text = number.toFixed(2);
-  return text === "-0.00" ? "0.00" : text;
+// As `interval_text` in probes/figures/theme.py writes them.
+const SMALL = 1e-3, NOISE = 1e-16;
+function rounded(number, digits = 2) {
+  const text = number.toFixed(digits);
+  return Number(text) === 0 ? text.replace("-", "") : text;
+}
+function power(number, digits) {
+  if (Math.abs(number) <= NOISE) return "0";
+  return Math.abs(number) < SMALL ? number.toExponential(digits) : rounded(number, Math.abs(number) < 0.01 ? 3 : 2);
 }
 function interval(value, low, high, control) {
-  if (value === null || Number.isNaN(value)) return "undefined";
   const known = (number) => number !== null && number !== undefined && !Number.isNaN(number);
-  return rounded(value) + (known(low) && known(high) ? ` [${rounded(low)}, ${rounded(high)}]` : "")
-    + (known(control) ? ` (control ${rounded(control)})` : "");
+  if (!known(value)) return "undefined";
+  const reach = Math.max(...[value, low, high].filter(known).map(Math.abs)), small = NOISE < reach && reach < SMALL;
+  const text = small ? power : rounded, least = small ? 1 : 2, most = 16;
+  // The digits that tell the ends apart; a number by itself shows one that is not zero.
+  const first = (fits) => { for (let n = least; n < most; n++) if (fits(n)) return n; };
+  const apart = known(low) && low < high ? first((n) => text(low, n) !== text(high, n)) : undefined;
+  const digits = apart ?? (first((n) => small || value === 0 || Number(text(value, n))) ?? least);
+  const ends = apart ? ` [${text(low, digits)}, ${text(high, digits)}]` : "";
+  return text(value, digits) + ends + (known(control) ? ` (control ${text(control, digits)})` : "");
 }
 
 // --- Overview: the signatures over training, and which of them are shown ---

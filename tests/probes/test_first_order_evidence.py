@@ -1,8 +1,8 @@
 """Stored evidence through a nonlinear prediction head, to first order: against finite differences, in float64.
 
-The reference knows nothing of the engine: it runs the model with every norm's mean and scale, every MLP and every
-attention pattern kept from a first run, so that what a head writes reaches the logit along the residual stream alone
-and through the model's own head, and moves it by a hundred-thousandth each way.
+The reference knows nothing of the engine: up to the last layer it runs the model with every norm's mean and scale,
+every MLP and every attention pattern kept from a first run, so that what a head writes reaches the last layer's state
+along the residual stream alone. What follows is the model's own, norms too. Steps are a hundred-thousandth each way.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 import revprobe as rp
 from revprobe.hooks import linearize
+from revprobe.probes.passes.batches import make_batch, prepare_queries
+from revprobe.probes.passes.decomposition import LinearizedBatch
+from revprobe.probes.passes.states import Tail
 from tiny import SIZES, drawn, pairs_at, radd
 
 STEP = 1e-5
@@ -29,14 +32,15 @@ Bump = tuple[int, Tensor]  # a layer, and what is added to what its heads read: 
 
 
 class Kept:
-    """A model whose norms, MLPs and patterns are those of one run; `run` tells the logits after a change.
+    """A model whose norms (of its layers), MLPs and patterns are those of one run; `run` tells logits after a change.
 
-    `outs`, `mlps`: the paths of output projections and MLPs by layer.
+    `blocks`, `outs`, `mlps`: the paths of layers, output projections and MLPs by layer.
     """
 
-    def __init__(self, module: nn.Module, outs: str, mlps: str, ids: Tensor) -> None:
+    def __init__(self, module: nn.Module, blocks: str, outs: str, mlps: str, ids: Tensor) -> None:
         self.module, self.ids = module, ids
         layers = module.config.num_hidden_layers
+        self.last = module.get_submodule(blocks.format(layers - 1))
         self.outs = [module.get_submodule(outs.format(layer)) for layer in range(layers)]
         self.mlps = [module.get_submodule(mlps.format(layer)) for layer in range(layers)]
         self.norms: list[tuple[Tensor, Tensor]] = []
@@ -48,7 +52,11 @@ class Kept:
                 stack.callback(out.register_forward_pre_hook(lambda _, args: self.read.append(args[0])).remove)
             for mlp in self.mlps:
                 stack.callback(mlp.register_forward_hook(lambda _, __, found: self.wrote.append(found)).remove)
+            stack.callback(self.last.register_forward_hook(self._note_norms).remove)
             self.logits = module(ids).logits[0]
+
+    def _note_norms(self, *_: Any) -> None:
+        self.inside = len(self.norms)  # those behind the last layer are the model's own tail
 
     def _norm_of_now(self, states: Tensor, _: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
         mean, variance = states.mean(-1, keepdim=True), states.var(-1, keepdim=True, correction=0)
@@ -63,8 +71,12 @@ class Kept:
 
     @contextmanager
     def changed(self, bumps: list[Bump]) -> Iterator[None]:
-        norms = iter(self.norms)
-        held = lambda x, _, weight=None, bias=None, eps=0.0: self._normed(x, weight, bias, next(norms))  # noqa: E731
+        norms, own = iter(self.norms[: self.inside]), F.layer_norm
+
+        def held(x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+            norm = next(norms, None)
+            return own(x, shape, weight, bias, eps) if norm is None else self._normed(x, weight, bias, norm)
+
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(F, "layer_norm", held))
             for layer, (out, mlp) in enumerate(zip(self.outs, self.mlps, strict=True)):
@@ -89,6 +101,14 @@ DISTIL = {"vocab_size": 56, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim"
 BERT_LIKE = ("{}.attention.output.dense", "{}.intermediate")
 HEADS: dict[str, tuple[Callable[[], Any], str, tuple[str, str]]] = {
     "bert": (lambda: transformers.BertConfig(**SIZES), "bert.encoder.layer.", BERT_LIKE),
+    **{
+        f"bert, {one}": (partial(transformers.BertConfig, **SIZES, **more), "bert.encoder.layer.", BERT_LIKE)
+        for one, more in {
+            "quick_gelu": {"hidden_act": "quick_gelu"},
+            "gelu_fast": {"hidden_act": "gelu_fast"},
+            "own norm": {},
+        }.items()
+    },
     "roberta": (
         lambda: transformers.RobertaConfig(**{**SIZES, "pad_token_id": 1}),
         "roberta.encoder.layer.",
@@ -112,11 +132,34 @@ HEADS: dict[str, tuple[Callable[[], Any], str, tuple[str, str]]] = {
 }
 
 
-def masked(name: str) -> tuple[rp.ProbedModel, partial[Kept]]:
+class HandWrittenNorm(nn.Module):
+    """An RMSNorm as many families write it, and a square of one tensor by itself."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, states: Tensor) -> Tensor:
+        normed = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * normed + 0.1 * states * states
+
+
+def with_hand_written_norm(config: Any) -> nn.Module:
+    module: Any = MLM(config)
+    module.cls.predictions.transform.LayerNorm = HandWrittenNorm(config.hidden_size)
+    return module
+
+
+def probed(module: nn.Module) -> rp.ProbedModel:
+    return rp.ProbedModel(module, rp.letter_tokenizer(), objective="masked", mask_token_id=53, logit_shift=0)
+
+
+def masked(name: str, dtype: torch.dtype = torch.float64) -> tuple[rp.ProbedModel, partial[Kept]]:
     config, prefix, (out, mlp) = HEADS[name]
-    module = drawn(partial(MLM, config()), scale=0.2, dtype=torch.float64)
-    model = rp.ProbedModel(module, rp.letter_tokenizer(), objective="masked", mask_token_id=53, logit_shift=0)
-    return model, partial(Kept, module, prefix + out, prefix + mlp)
+    made = with_hand_written_norm if name == "bert, own norm" else MLM
+    module = drawn(partial(made, config()), scale=0.2, dtype=dtype)
+    model = probed(module)
+    return model, partial(Kept, module, prefix + "{}", prefix + out, prefix + mlp)
 
 
 def shown(query: rp.Query) -> Tensor:
@@ -151,8 +194,8 @@ def test_what_each_head_adds_is_the_slope_through_the_models_own_prediction_head
         parts = frame.groupby("pair")[f"contribution_{side}"].sum()
         assert np.allclose(parts, frame.groupby("pair")[f"logit_{side}"].first(), atol=1e-9), "the logit is their sum"
     tangents = frame[frame["part"] == "tangent"]["contribution_reverse"]
-    assert tangents.abs().max() > 1e-3, "and the head is not linear there"
-    assert len(reading.meta["tangents"]) == 1 and "gelu" in reading.meta["tangents"][0]
+    assert len(tangents) == 3 and tangents.abs().max() > 1e-3, "and the tail is not linear there"
+    assert model.module.get_submodule(reading.meta["first_order_behind"]) is kept.last
 
 
 @torch.no_grad()
@@ -193,7 +236,7 @@ def test_s_is_the_slope_by_attention_and_the_remainder_is_what_removing_shows() 
         first = rows.iloc[0]
         assert first[f"removed_{side}"] == pytest.approx(removed, abs=1e-9)
         assert first[f"remainder_{side}"] == pytest.approx(slopes - removed, abs=1e-7)
-        assert abs(slopes - removed) > 1e-4, "a head that is not linear leaves one"
+        assert abs(slopes - removed) > 1e-5, "a head that is not linear leaves one"
 
 
 def test_it_has_a_name_of_its_own_and_says_how_much_slopes_miss(tmp_path: Path) -> None:
@@ -207,8 +250,10 @@ def test_it_has_a_name_of_its_own_and_says_how_much_slopes_miss(tmp_path: Path) 
     assert about["largest"] == pytest.approx(by_pair["remainder_reverse"].abs().max())
     assert about["removed"] == pytest.approx(by_pair["removed_reverse"].abs().mean())
     told = f"remainder {about['mean']:.2g} (largest {about['largest']:.2g}) of {about['removed']:.2g} logits removed"
+    told += " (3 pairs, 3 facts)"
     title = reading.plot().layout.title.text.replace("<br>", " ")
     assert told in repr(reading) and told in reading._repr_html_() and told in title
+    assert "(same target)" in title, "weights and kind in the words of the other figures"
     assert "stored evidence, first order" in title and "tangent" in reading.plot().data[0].y
     again = rp.Reading.load(reading.save(tmp_path / "r.parquet"))
     assert repr(again) == repr(reading) and "remainder" not in again.part(again.frame).meta
@@ -216,12 +261,116 @@ def test_it_has_a_name_of_its_own_and_says_how_much_slopes_miss(tmp_path: Path) 
     assert table.loc[["tangent"], "n"].tolist() == [3]
 
 
-def test_behind_a_linear_head_it_is_the_exact_reading() -> None:
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bert", "bert, own norm", "roberta", "modernbert"])
+def test_the_remainder_shrinks_with_the_square_of_what_is_removed(name: str) -> None:
+    """A slope that held the head's norms would leave a remainder that shrinks with what is removed itself."""
+    model, keep = masked(name)
+    batch = make_batch(model, prepare_queries(model, [PAIRS[0].reverse]))
+    held = LinearizedBatch.run(model, batch, Tail.of(model).last)
+    found = held.decompose(batch.targets)
+    chosen = [piece.part == "evidence" and piece.source == "token" for piece in found.pieces]
+    slope = float(found.contribution[0, chosen].sum())
+    without, state = held.without_evidence()
+    query = PAIRS[0].reverse
+    (row,), (target,) = query.target_positions, query.target
+    last = keep(shown(query)).last
+
+    def left(share: float) -> float:
+        """The remainder when this share of the evidence's writes is taken out."""
+
+        def less(_: Any, __: Any, out: Any) -> Any:
+            moved = first_of(out).clone()
+            moved[0, row] -= share * (state - without)[0, 0]
+            return moved if isinstance(out, Tensor) else (moved, *out[1:])
+
+        noted = last.register_forward_hook(less)
+        logit = model.module(shown(query)).logits[0, row, target]
+        noted.remove()
+        return share * slope - float(held.own[0, 0, target] - logit)
+
+    halves = [left(0.02) / left(0.01), left(0.01) / left(0.005)]
+    assert abs(left(1.0)) > 1e-6 and halves == pytest.approx([4, 4], rel=0.05), "half of it leaves a quarter"
+
+
+@pytest.mark.parametrize("size", [1, 5, 33])
+def test_batches_of_any_size_hold_the_same_numbers(size: int) -> None:
+    """Of 33 queries the tail reads 66 states, 64 at once, so that one query's come alone; five leave one of 36."""
+    model, _ = masked("bert")
+    pairs = pairs_at((1, 5), (5, 1), count=18)
+    whole, some = (rp.probe_stored_evidence(model, pairs, first_order=True, batch_size=b) for b in (36, size))
+    assert whole.frame["removed_reverse"].abs().min() > 0
+    pd.testing.assert_frame_equal(some.frame, whole.frame, rtol=1e-7, atol=1e-10)
+    assert some.meta["first_order_behind"] == whole.meta["first_order_behind"] == "bert.encoder.layer.1"
+
+
+def test_behind_a_linear_head_it_is_another_reading_than_the_exact_one() -> None:
+    """The exact one holds the final norm's scale; a norm's own slope along the state itself is nothing."""
     exact, slopes = (rp.probe_stored_evidence(radd(), PAIRS, first_order=first) for first in (False, True))
-    assert slopes.meta["tangents"] == [] and slopes.value == exact.value
-    shared = list(exact.frame.columns)
-    pd.testing.assert_frame_equal(slopes.frame[shared], exact.frame)
-    assert slopes.meta["remainder"]["mean"] > 0, "the final norm's scale is not held when the evidence is taken out"
+    assert abs(slopes.value - exact.value) > 1e-3
+    by_part = slopes.frame.groupby(["pair", "part"])["contribution_reverse"].sum().unstack()
+    logit = slopes.frame.groupby("pair")["logit_reverse"].first()
+    np.testing.assert_allclose(by_part["tangent"], logit, rtol=1e-3)
+    assert logit.abs().min() > 0.01
+
+
+def test_what_layers_are_asked_for_is_what_is_removed() -> None:
+    model, _ = masked("bert")
+    found = {}
+    for layers in ([0], [1], [0, 1], None):
+        reading = rp.probe_stored_evidence(model, PAIRS, first_order=True, layers=layers)
+        frame = reading.frame
+        tokens = frame[(frame["part"] == "evidence") & (frame["source"] == "token")]
+        slopes = tokens.groupby("pair")["contribution_reverse"].sum()
+        once = frame.groupby("pair").first()
+        np.testing.assert_allclose(slopes - once["removed_reverse"], once["remainder_reverse"], atol=1e-12)
+        found[str(layers)] = once["removed_reverse"].to_numpy()
+        assert reading.meta["remainder"]["mean"] < 0.1 * reading.meta["remainder"]["removed"]
+    np.testing.assert_allclose(found["[0, 1]"], found["None"], atol=1e-12)
+    assert not np.allclose(found["[0]"], found["None"], atol=1e-4)
+    # Writes add up in the state, so that removals of layers add up to first order.
+    np.testing.assert_allclose(found["[0]"] + found["[1]"], found["None"], atol=2e-3)
+
+
+def window(count: int, **positions: int) -> list[rp.ReversalPair]:
+    at = positions["evidence"]
+    pairs = pairs_at((1, at), (at, 1), count=count, length=16)
+    return [rp.ReversalPair(one.forward, one.reverse, fact=f"{at} {one.fact}") for one in pairs]
+
+
+def test_pairs_without_s_have_no_remainder(tmp_path: Path) -> None:
+    """Evidence outside of the window writes nothing: a remainder of 0 there would be no measurement."""
+    config = transformers.ModernBertConfig(
+        **{**SIZES, "num_hidden_layers": 1}, local_attention=6, cls_token_id=54, sep_token_id=54
+    )
+    config.layer_types = ["sliding_attention"]
+    model = probed(drawn(partial(MLM, config), scale=0.2, dtype=torch.float64))
+    near, far = window(4, evidence=3), window(4, evidence=12)
+    alone, mixed, none = (
+        rp.probe_stored_evidence(model, rp.ReversalPairs.from_pairs(some), first_order=True)
+        for some in (near, near + far, far)
+    )
+    assert alone.meta["remainder"]["n"] == 4
+    assert mixed.meta["remainder"] == pytest.approx(alone.meta["remainder"]), "means and n over defined pairs"
+    by_pair = mixed.frame.groupby("pair")[["removed_reverse", "remainder_forward"]].first()
+    assert by_pair.notna().all(axis=1).tolist() == [True] * 4 + [False] * 4
+    assert none.meta["remainder"] == {
+        "mean": None, "largest": None, "removed": None, "rounding": None, "n": 0, "facts": 0
+    }  # fmt: skip
+    again = rp.Reading.load(none.save(tmp_path / "none.parquet"))
+    assert "remainder undefined, as S is for every pair" in repr(again)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_remainder_of_rounding_is_told_as_such(dtype: torch.dtype) -> None:
+    model, _ = masked("bert", dtype)
+    pairs = pairs_at((1, 5), (5, 1), count=12)
+    coarse = rp.probe_stored_evidence(model, pairs, first_order=True)
+    fine = rp.probe_stored_evidence(probed(model.module.double()), pairs, first_order=True)
+    removed = [reading.frame.groupby("pair")["removed_reverse"].first() for reading in (coarse, fine)]
+    assert (removed[0] - removed[1]).abs().mean() < coarse.meta["remainder"]["rounding"]
+    assert ", within the rounding of " in repr(coarse) and "within the rounding" not in repr(fine)
+    assert fine.meta["remainder"]["rounding"] < 1e-12
 
 
 class Capped(nn.Module):
@@ -238,22 +387,41 @@ class Capped(nn.Module):
 def test_soft_caps_scale_every_slope_by_their_own() -> None:
     """d 2 tanh(z/2) / dz = 1 - tanh(z/2)^2 at the logit itself, so nothing else changes."""
     inner = drawn(radd().module, scale=0.2).double()
-    models = [
-        rp.ProbedModel(module, rp.letter_tokenizer(), objective="masked", mask_token_id=53, logit_shift=0)
-        for module in (inner, Capped(inner))
-    ]
+    models = [probed(module) for module in (inner, Capped(inner))]
     plain, capped = (rp.probe_stored_evidence(model, PAIRS, first_order=True).frame for model in models)
-    capped = capped[capped["part"] != "tangent"].reset_index(drop=True)
+    plain, capped = (one[one["part"] != "tangent"].reset_index(drop=True) for one in (plain, capped))
     scale = 1 - np.tanh(plain["logit_reverse"] / 2) ** 2
     assert scale.min() < 0.97
     for column in ("contribution_reverse", "stored_reverse"):
         np.testing.assert_allclose(capped[column], plain[column] * scale, atol=1e-6)
 
 
-def test_a_wrong_tangent_is_caught_by_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_held_before_the_tail_is_caught_by_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest is worked out from the tail alone, so it does not hide what goes wrong in the layers."""
     model, _ = masked("bert")
-    monkeypatch.setattr(linearize, "push_forward", lambda output, *_: torch.zeros_like(output))
+    monkeypatch.setattr(linearize, "_LINEAR", linearize._LINEAR | {"gelu"})
     with pytest.raises(rp.RevprobeError, match="the parts add up to"):
+        rp.probe_stored_evidence(model, PAIRS, first_order=True)
+
+
+class Kernel(torch.autograd.Function):
+    """A function as custom kernels are: its backward carries no graph."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor) -> Tensor:
+        ctx.save_for_backward(states)
+        return states.relu()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * (ctx.saved_tensors[0] > 0)
+
+
+def test_a_kernel_in_the_tail_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = masked("bert")
+    monkeypatch.setattr(model.module.cls.predictions.transform.transform_act_fn, "forward", Kernel.apply)
+    with pytest.raises(rp.RevprobeError, match="what follows its last layer cannot be differentiated twice"):
         rp.probe_stored_evidence(model, PAIRS, first_order=True)
 
 

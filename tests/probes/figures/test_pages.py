@@ -1,8 +1,10 @@
 """Figures on a page: words and cells stay readable on a light and on a dark one, and nothing is wider than the page."""
 
 import re
+from itertools import product
 from pathlib import Path
 
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
 from headless import chromium, needs_chromium
@@ -19,6 +21,7 @@ from revprobe.probes.figures.theme import (
     message_figure,
     with_theme,
 )
+from revprobe.probes.figures.training_curves import signatures_figure
 from tiny import FIXTURES, pairs_at
 from tiny import radd as tiny_radd
 
@@ -28,6 +31,15 @@ EDGES = """
 const [title, whole] = [".gtitle", ".svg-container"].map((one) => document.querySelector(one).getBoundingClientRect());
 return [title.left - whole.left, title.top - whole.top, whole.right - title.right];
 """
+
+# Top and bottom of all buttons, and of the key and each panel's title.
+AROUND = """
+const at = (one) => { const {top, bottom} = one.getBoundingClientRect(); return [top, bottom]; };
+const buttons = [...document.querySelectorAll(".updatemenu-button")].map(at);
+const words = [...document.querySelectorAll(".gtitle, .annotation text")].map(at);
+return [[Math.min(...buttons.map(([top]) => top)), Math.max(...buttons.map(([, bottom]) => bottom))], words];
+"""
+MEASURED = ("attention_correlation", "gradient_cosine", "forward_probability", "reverse_probability")
 
 
 def luminance(colour: str) -> float:
@@ -130,3 +142,24 @@ def test_no_edge_of_a_figure_cuts_its_title(tmp_path: Path) -> None:
             browser.get(page.as_uri())
             inside = browser.execute_script(EDGES)
             assert min(inside) >= 5, f"{lines}: left, top and right edge are {inside} pixels away"
+
+
+@needs_chromium
+def test_the_buttons_of_weights_cover_neither_key_nor_panel_titles(tmp_path: Path) -> None:
+    """Titles of two lines reached under the buttons."""
+    rows = [
+        {"run": "a", "objective": "masked", "position_encoding": "rope", "kind": "same_target", "step": step, **numbers}
+        | {"weights": weights, "measure": measure}
+        for step, weights, measure in product((0, 10), ("raw", "ema"), MEASURED)
+        for numbers in [{"value": 0.5, "low": 0.4, "high": 0.6, "control": 0.0, "n": 2106, "facts": 26}]
+    ]
+    figure = signatures_figure(pd.DataFrame(rows).assign(undefined=0, reason="", caution=""))
+    with chromium(tmp_path / "profile", "1000,900") as browser:
+        for width in (900, 720):
+            page = tmp_path / "figure.html"
+            page.write_text(figure.update_layout(width=width).to_html(), encoding="utf-8")
+            browser.get(page.as_uri())
+            buttons, words = browser.execute_script(AROUND)
+            assert len(words) == 5 and min(bottom - top for top, bottom in [buttons, *words]) > 5
+            covered = [(top, bottom) for top, bottom in words if top < buttons[1] and buttons[0] < bottom]
+            assert not covered, f"{covered} of {words} under {buttons}, {width} wide"

@@ -1,24 +1,20 @@
 """Asking the model in a real browser: an edit runs again and says what the probe says; by keyboard; with typed text."""
 
-import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 import pytest
 from axe_findings import axe_findings
+from headless import needs_chromium
 from selenium.webdriver.common.keys import Keys
 
 import revprobe as rp
 from revprobe.report.dashboard import ask
 from tiny import ROOT, module_at
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("chromium") or shutil.which("google-chrome")) or not shutil.which("chromedriver"),
-    reason="no Chromium with its driver on this machine; .ci/run installs them",
-)
+pytestmark = needs_chromium
 
 made = module_at(Path(__file__).with_name("dashboard_runs.py"))
 shot = module_at(ROOT / "examples" / "dashboard_screenshot.py")
@@ -41,14 +37,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made.write_real_run(folder / "real", made.run_config("real"))
     made.write_real_finetuning(folder / "ft")
     return folder
-
-
-@pytest.fixture(scope="module")
-def driver(folder: Path) -> Iterator[Any]:
-    with shot.served(folder, every=0.5) as address, shot.browser() as driver:
-        driver.get(address)
-        shot.await_true(lambda: len(shot.drawable(driver)) == 2, "the list")
-        yield driver
 
 
 def open_view(driver: Any, run: str = "real", **view: str) -> None:

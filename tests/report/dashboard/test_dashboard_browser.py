@@ -1,22 +1,18 @@
 """The dashboard in a real browser: it follows a run, overlays two, opens a pair, and outlives a corrupted run."""
 
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 from axe_findings import axe_findings
+from headless import needs_chromium
 from selenium.webdriver.common.keys import Keys
 
 from tiny import ROOT, module_at
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("chromium") or shutil.which("google-chrome")) or not shutil.which("chromedriver"),
-    reason="no Chromium with its driver on this machine; .ci/run installs them",
-)
+pytestmark = needs_chromium
 
 
 made = module_at(Path(__file__).with_name("dashboard_runs.py"))
@@ -52,13 +48,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def driver(folder: Path) -> Iterator[Any]:
-    """A browser at the dashboard, its first run drawn; what it asks for is kept in the performance log."""
-    with shot.served(folder, every=0.5) as address, shot.browser() as driver:
-        driver.get(address)
-        drawn(driver, {"0-training": 2})
-        driver.execute_script("window.sameCopyOfThePage = true")
-        yield driver
+def driver(driver: Any) -> Any:
+    """The browser with its first run drawn; what it asks for is kept in the performance log."""
+    drawn(driver, {"0-training": 2})
+    driver.execute_script("window.sameCopyOfThePage = true")
+    return driver
 
 
 def drawn(driver: Any, expected: dict[str, int]) -> None:

@@ -1,23 +1,19 @@
 """The instruments' tabs in a real browser: figures, addresses that survive a reload, empty tabs, contrast."""
 
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 import pytest
 from axe_findings import axe_findings
+from headless import needs_chromium
 
 import revprobe as rp
 from revprobe.report.html.instruments import INSTRUMENTS, SOURCES, command
 from tiny import ROOT, module_at
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("chromium") or shutil.which("google-chrome")) or not shutil.which("chromedriver"),
-    reason="no Chromium with its driver on this machine; .ci/run installs them",
-)
+pytestmark = needs_chromium
 
 made = module_at(Path(__file__).with_name("dashboard_runs.py"))
 shot = module_at(ROOT / "examples" / "dashboard_screenshot.py")
@@ -46,14 +42,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     earlier = full / "readings" / "step-000000"
     rp.probe_route_edit(rp.open_run(full).load(0), rp.open_run(full).pairs()).save(earlier / "route_edit.raw.parquet")
     return folder
-
-
-@pytest.fixture(scope="module")
-def driver(folder: Path) -> Iterator[Any]:
-    with shot.served(folder, every=0.5) as address, shot.browser() as driver:
-        driver.get(address)
-        shot.await_true(lambda: len(shot.drawable(driver)) == 2, "the list")
-        yield driver
 
 
 def open_view(driver: Any, tab: str, run: str = "full", **view: str) -> None:

@@ -1,6 +1,7 @@
 """In a real browser: tabs, slider and selectors change what is drawn, nothing is fetched, nothing complains."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from headless import chromium, needs_chromium
 
 from revprobe import Reading
 from revprobe.finetune.runs.record import RunRecord
+from revprobe.probes.figures.drawable import sample_of
+from revprobe.probes.figures.theme import interval_text
 from revprobe.report.html.report import write_report
 from tiny import module_at
 
@@ -83,6 +86,39 @@ def test_the_slider_and_the_selectors_draw_the_readings_numbers(opened: Any, run
         np.testing.assert_allclose(points["x"], centred.groupby(frame["pair"]).mean(), atol=1e-3)
         assert "step" in points["hovertext"][0] and "&lt;/script&gt;" in points["hovertext"][0]
     assert f"r = {reading.value:.2f} [" in said(opened, "routing-said")
+    assert sample_of(reading) in said(opened, "routing-said") and " facts" in sample_of(reading)
+
+
+def test_the_page_writes_numbers_as_the_package_does(opened: Any) -> None:
+    """Small ones, ends that are nearly alike, zero and no interval; a rule kept on one side alone turns this red."""
+    nan = math.nan
+    for numbers in (
+        (0.534, 0.41, 0.619, 0.0199),
+        (0.5, nan, nan, nan),
+        (0.0038, nan, nan, nan),
+        (0.003, 0.0021, 0.0048, -0.0041),
+        (0.99996, 0.99995, 0.99998, 0.22),
+        (2.2e-9, 2.18e-9, 2.22e-9, 0.021),
+        (3e-8, 0.0, 9e-8, 0.0042),
+        (-4e-4, -6e-4, 2e-4, nan),
+        (3e-8, 1e-8, 0.002, nan),
+        (0.0, 0.0, 0.132, -0.0004),
+        (0.0, nan, nan, nan),
+        (1e-17, -1e-18, 1e-17, nan),
+        (nan, 0.1, 0.2, 0.0),
+    ):
+        given = [None if math.isnan(one) else one for one in numbers]
+        assert opened.execute_script("return interval(...arguments)", *given) == interval_text(*numbers)
+
+
+def test_a_long_setting_goes_on_below(opened: Any) -> None:
+    """On one line its end lay outside a narrow window."""
+    planted = (
+        "const section = document.getElementById('section-versions');"
+        "section.insertAdjacentHTML('beforeend', '<table><tr><td>name</td><td>value</td></tr></table>');"
+        "return [...section.querySelectorAll('table:last-child td')].map((one) => getComputedStyle(one).whiteSpace)"
+    )
+    assert opened.execute_script(planted) == ["nowrap", "normal"]
 
 
 def test_an_undefined_checkpoint_is_a_gap_of_line_and_band(opened: Any) -> None:
@@ -114,6 +150,7 @@ def test_gradients_and_probabilities_follow_the_same_choices(opened: Any, runs: 
     control, value = traces(opened, "roles")
     shown = {name.partition(" ")[0]: place for place, name in enumerate(value["y"])}
     assert list(shown) == ["v", "q", "embed", "all"]
+    assert all(name.endswith(" pairs)") for name in value["y"]), value["y"]
     for role, row in roles.iterrows():
         at = shown[role]
         assert value["x"][at] == pytest.approx(row["value"], abs=1e-4)
@@ -129,6 +166,12 @@ def test_gradients_and_probabilities_follow_the_same_choices(opened: Any, runs: 
     reverse = frame.loc[frame["direction"] == "reverse", "probability"]
     expected = np.histogram(reverse, bins=np.linspace(0, 1, 21))[0] / 10
     np.testing.assert_allclose(traces(opened, "shares")[1]["y"][:20], expected, atol=1e-4)
+    said_n = opened.execute_script("return document.getElementById('shares').layout.yaxis.title.text")
+    shown = runs[0].readings.select(name="reverse_probability", step=10, weights="raw")[0]
+    assert said_n == f"share of pairs ({sample_of(shown)})"
+    assert shown.control is not None
+    control = f"control (reverse, shuffled facts): mean {interval_text(shown.control.value, math.nan, math.nan)}"
+    assert traces(opened, "shares")[2]["name"] == control
 
 
 def test_another_run_keeps_the_checkpoint_and_a_tab_without_data_says_why(opened: Any) -> None:
