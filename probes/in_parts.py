@@ -138,7 +138,7 @@ class _Parts:
         before = json.loads(said.read_text(encoding="utf-8"))
         if other := [f"{key} {before.get(key)!r}, not {one!r}" for key, one in asked.items() if before.get(key) != one]:
             raise RevprobeError(
-                f"{str(self.folder)!r} holds parts of another question ({other[0]}); choose another one"
+                f"{str(self.folder)!r} holds parts of another question ({other[0]}); choose another folder"
             )
 
     def require_no_more(self, count: int) -> None:

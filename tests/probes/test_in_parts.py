@@ -148,7 +148,9 @@ def test_another_model_of_the_same_name_is_refused(tmp_path: Path) -> None:
 
     first = begin(tmp_path / "a" / "model")
     ended()
-    with pytest.raises(rp.RevprobeError, match=r"question \(weights_digest '\w{16}', not '\w{16}'\); choose another"):
+    with pytest.raises(
+        rp.RevprobeError, match=r"question \(weights_digest '\w{16}', not '\w{16}'\); choose another fol"
+    ):
         begin(tmp_path / "b" / "model")
     half = rp.load_model(tmp_path / "a" / "model", dtype="bfloat16")
     with pytest.raises(rp.RevprobeError, match=r"question \(dtype 'float32', not 'bfloat16'\)"):
