@@ -30,7 +30,7 @@ from ...progress import Progress, counted_together, shows_progress
 from ..summary.alerts import alerts_table
 from ..summary.controls import controls_frame, last_controls
 from ..summary.finding import finding
-from ..summary.tables import final_table, format_final_table
+from ..summary.tables import final_table, format_final_table, raw_with_ema
 from .explorer_tabs import EXPLORED, explorer
 from .finetune_sections import tuned_signatures
 from .page import choice, controls, details, figure_data, figure_place, folded, page, paragraph, section, table
@@ -164,7 +164,7 @@ def _runs_table(runs: Sequence[RunRecord]) -> Markup:
 
 
 def _final_section(runs: Sequence[RunRecord], summary: pd.DataFrame) -> Markup:
-    shown = format_final_table(final_table(summary))
+    shown = raw_with_ema(format_final_table(final_table(summary)))
     broken = {run.name for run in runs if run.problem}
     problems = [place for place, name in enumerate(shown["run"]) if name in broken]
     notes = [KINDS, COUNTS + " Marked rows are of unfinished runs, at their last checkpoint." * bool(problems)]

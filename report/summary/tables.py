@@ -1,6 +1,6 @@
 """The last checkpoint of each run, as a table of numbers and as text.
 
-Raw and EMA weights, and the two kinds of pairs, keep rows of their own in both.
+Raw and EMA weights, and the two kinds of pairs, keep rows of their own in both; a page puts the two weights in one row.
 """
 
 from __future__ import annotations
@@ -92,6 +92,25 @@ def format_final_table(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["run", "step", "weights", "kind", *MEASURES.values(), FACTS, PAIRS])
 
 
+def raw_with_ema(shown: pd.DataFrame) -> pd.DataFrame:
+    """The text of `format_final_table` with a run's two kinds of weights in one row, raw ones on lines of their own.
+
+    A row without a fellow of the same run, step and kind of pairs stays as it is.
+    """
+    rows = []
+    for _, part in shown.groupby(["run", "step", "kind"], sort=False):
+        by_weights = {row["weights"]: row for row in part.to_dict("records")}
+        if set(by_weights) != {"ema", "raw"}:
+            rows += part.to_dict("records")
+            continue
+        ema, raw = by_weights["ema"], by_weights["raw"]
+        both = {title: f"{ema[title]}\nraw {raw[title]}" for title in MEASURES.values()}
+        both |= {title: "-" for title in MEASURES.values() if ema[title] == raw[title] == "-"}
+        both |= {title: f"{ema[title]}\nraw {raw[title]}" for title in (FACTS, PAIRS) if ema[title] != raw[title]}
+        rows.append(ema | both | {"weights": "ema, raw"})
+    return pd.DataFrame(rows, columns=shown.columns)
+
+
 def _count(number: Any) -> str:
     return "-" if pd.isna(number) else f"{int(number):,}"
 
@@ -103,7 +122,12 @@ def cell_lines(text: str) -> list[str]:
     ['0.53', '[0.30, 0.71]', 'control 0.00']
     >>> cell_lines("masked (rates [0.15, 0.15])")
     ['masked (rates [0.15, 0.15])']
+    >>> cell_lines("0.24 [0.21, 0.28]\\nraw 0.25 [0.21, 0.29]")
+    ['0.24', '[0.21, 0.28]', 'raw 0.25', '[0.21, 0.29]']
     """
+    first, newline, more = text.partition("\n")
+    if newline:
+        return [*cell_lines(first), *cell_lines(more)]
     value, bracket, rest = text.partition(" [")
     if not bracket or "(" in value or not rest.replace(")", "").endswith((*"0123456789]", " facts")):
         return [text]

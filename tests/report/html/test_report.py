@@ -24,7 +24,7 @@ from revprobe.report.html import report as report_module
 from revprobe.report.html.explorer_tabs import EXPLORER
 from revprobe.report.html.report import write_report
 from revprobe.report.html.templates import compact
-from revprobe.report.summary.tables import final_table, format_final_table
+from revprobe.report.summary.tables import MEASURES, cell_lines, final_table, format_final_table, raw_with_ema
 from tiny import made_probabilities
 
 COLUMNS = ["run", "objective", "position_encoding", "length", "seed", "step", "weights", "kind"]
@@ -160,6 +160,26 @@ def test_the_final_table_is_the_last_step_of_each_run_and_weights(runs: list[Run
     ).replace("-0.00", "0.00")
     accuracy = summary.query("run == 'arm-l10-s0' and step == 10 and measure == 'reverse_accuracy'")["value"].item()
     assert text["reverse accuracy (%)"][2].startswith(f"{100 * accuracy:.1f} ["), text["reverse accuracy (%)"][2]
+
+
+def test_both_weights_of_a_run_stand_in_one_row_of_the_page(runs: list[RunRecord], written: Path) -> None:
+    apart = format_final_table(final_table(summary_frame(runs)))
+    shown = raw_with_ema(apart)
+    assert shown[["run", "weights"]].to_numpy().tolist() == [["rope-l10-s0", "ema, raw"], ["arm-l10-s0", "raw"]]
+    raw, ema = apart.iloc[0], apart.iloc[1]
+    measured = [title for title in MEASURES.values() if raw[title] != "-"]
+    assert 0 < len(measured) < len(MEASURES)
+    for title in MEASURES.values():  # each with its interval and its control
+        assert shown[title][0] == (f"{ema[title]}\nraw {raw[title]}" if title in measured else "-")
+    assert shown.iloc[1].tolist() == apart.iloc[2].tolist(), "what has one kind of weights stays"
+    assert shown["n pairs"][0] == raw["n pairs"], "told once where it is one"
+    cell = shown["attention correlation"][0]
+    assert cell_lines(cell) == [
+        *cell_lines(ema["attention correlation"]),
+        *cell_lines(f"raw {raw['attention correlation']}"),
+    ]
+    final = written.read_text().partition("Last checkpoint</h2>")[2].partition("</table>")[0]
+    assert final.count("<tr") == 1 + 2 and final.count("<small>raw ") == len(measured)
 
 
 def test_a_measure_that_stands_twice_is_refused(runs: list[RunRecord]) -> None:
