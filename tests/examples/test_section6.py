@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,3 +148,24 @@ def test_a_partial_collection_says_what_is_not_finished(
     monkeypatch.setattr(sys, "argv", ["collect_section6.py", str(tmp_path / "nowhere"), "--out", str(out)])
     with pytest.raises(SystemExit, match="give the folder of the sweeps"):
         script.main()
+
+
+def test_the_page_tells_ranks_beside_those_of_facts_never_trained(root: Path) -> None:
+    """From the committed rows by pandas alone: a right answer that ranks first says nothing without its floor."""
+    ranks = pd.read_parquet(root / "examples/results/section6_ranks.parquet")
+    asked = ranks[(ranks["sweep"] == "section6") & (ranks["asked"] == "reverse") & (ranks["variant"] == "")]
+    last = asked[asked["step"] == asked.groupby("run")["step"].transform("max")]
+    cells = last.groupby(["split", "model", "dataset", "direction"])["value"].mean() * 100
+    page = (root / "examples/results/section6.md").read_text(encoding="utf-8").replace("\n", " ")
+    for models, words in (
+        ({"mini-llada", "mini-dream", "mini-mlm"}, "masked"),
+        ({"mini-llama", "mini-qwen2"}, "causal"),
+    ):
+        for split, before in (
+            ("train", r"(?: among all candidates in| and)"),
+            ("heldout", rf"\({words}[^;]*; never trained"),
+        ):
+            found = cells[split][cells[split].index.get_level_values("model").isin(models)]
+            low, high = f"{found.min():.0f}", f"{found.max():.0f}"
+            span = low if low == high else f"{low} to {high}"
+            assert re.search(rf"{before} {span} %", page), (words, split, span)

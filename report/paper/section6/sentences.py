@@ -125,19 +125,23 @@ class Told:
         if self.empty:
             return f"No signature has been read: {NOTHING}."
         held = _counted(_counts([claim for claim in self.main if claim.name == "T4"]))
-        ranked = []
-        for models in (MASKED, CAUSAL):
-            values = [
-                mean([self.found.last(main_cell(model, trained), seed, "reverse", table="ranks") for seed in SEEDS])
-                for model in models
-                for trained in DATASETS
-            ]
-            ranked.append(_span(values))
+        told = []
+        for models, words in ((MASKED, "masked, by cell"), (CAUSAL, "causal")):
+            trained, floor = self._ranked(models, "train"), self._ranked(models, "heldout")
+            told.append(f"{_span(trained)} ({words}; never trained {_span(floor)})")
         return (
             "Attention correlation and gradient cosine above their controls in the masked models, from 90 % forward on "
-            f"(model x dataset x seed): {held}; asked backwards, the right answer ranks first among all candidates in "
-            f"{ranked[0]} (masked models, lowest to highest cell) and {ranked[1]} (causal ones){self._twins()}."
+            f"(model x dataset x seed): {held}; backwards, the right answer ranks first among all candidates in "
+            f"{' and '.join(told)}{self._twins()}."
         )
+
+    def _ranked(self, models: Iterable[str], split: str) -> list[float]:
+        """How often the right answer ranks first backwards in each cell of the main table, the mean over seeds."""
+        return [
+            mean([self.found.last(main_cell(model, one), seed, "reverse", split, table="ranks") for seed in SEEDS])
+            for model in models
+            for one in DATASETS
+        ]
 
     def _twins(self) -> str:
         """In how many runs of masked models an untrained twin's signature stands above that of the trained model."""
@@ -152,10 +156,10 @@ class Told:
                         continue
                     read += 1
                     above += bool(twin["low"] > curve[-1]["high"])  # False where either is undefined
-            told.append(f"{above} of {read} runs ({measure.replace('_', ' ')})")
+            told.append(f"{above} of {read} ({measure.replace('_', ' ')})")
             if not read:
                 return ""
-        return f"; an untrained twin of a masked model reads higher, intervals apart, in {' and '.join(told)}"
+        return f"; an untrained twin of a masked model reads higher, intervals apart, in {' and '.join(told)} runs"
 
     # ---- the fourth ----
 
