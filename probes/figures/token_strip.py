@@ -20,6 +20,7 @@ from ..pairs.query import Query, ReversalPair
 from ..passes.batches import make_batch, prepare_queries
 from ..passes.likelihood import readout
 from .theme import FORWARD, OKABE_ITO, TEMPLATE, heading, plain, with_theme
+from .training_curves import series_words
 
 MARKS = {"target": OKABE_ITO["orange"], "evidence": OKABE_ITO["sky"]}
 HOVER = {"target": "target (hidden from the model)", "evidence": "evidence"}
@@ -64,7 +65,7 @@ def token_strip(
     where = "mean over layers" if layer is None else f"layer {layer}"
     where += ", mean over heads" if head is None else f", head {head}"
     step = "" if model.step is None else f", step {model.step:,}"
-    which = f" ({plain(model.weights)})" if model.weights else ""
+    which = f" ({series_words(model.weights, None)})" if model.weights else ""
     told = (f"<b>{plain(model.name)}</b>{step}{which}", f"Attention from the readout position ({where})")
     title = heading(*told, "framed: target, hidden from the model (orange), evidence (blue)")
     size = {"height": 150 + 46 * start, "width": 110 + 62 * PER_LINE, "margin": {"t": 100, "b": 20}}

@@ -94,7 +94,7 @@ class LinearizedBatch:
         """Args:
             last: the last layer's state, behind which all is taken to first order, norms too; None holds it.
 
-        Raises: RevprobeError, when attention is not seen or cannot be held, for NaN logits, or virtual tokens."""
+        Raises: RevprobeError, when tokens or attention are not seen or held, for NaN logits, or virtual tokens."""
         require_tokens_alone(model, "what is stored for the tokens")
         at = torch.arange(len(batch.rows), device=batch.rows.device)[:, None], batch.rows
         with torch.no_grad():
@@ -102,8 +102,14 @@ class LinearizedBatch:
         if own.isnan().any():
             raise RevprobeError(model.explain_non_finite())
         attention = attention_of(model)
-        with hold_nonlinear(model.module, batch.rows, attention, last) as held:
+        with hold_nonlinear(model.module, batch.input_ids, batch.rows, attention, last) as held:
             logits = model.logits(batch.input_ids, batch.attention_mask)[at]
+        if not any(part.kind == "embed" for part in held.parts):
+            raise RevprobeError(
+                f"{model.name} looks its tokens up in no table that could be seen, so what is stored for them cannot "
+                "be told from the rest; expected `F.embedding` or nn.Embedding on the token ids it is given, or a "
+                "`get_input_embeddings` that names the table"
+            )
         unheld = Counter(site.path for site in attention.sites) - Counter(call.site for call in held.attention)
         if unheld:
             raise RevprobeError(

@@ -47,6 +47,7 @@ from .views import (
     or_reason,
     pair_row,
     reading_at,
+    run_names,
 )
 
 
@@ -95,7 +96,7 @@ def _in_the_browser(app: Dash) -> None:
         ("addressed", "sent", [Input("address", "data")]),
         ("dressed", "theme", [Input("theme-choice", "value")]),
         ("shown", "dressed", [Input("view", "data"), Input("filled", "data")]),
-        ("dotted", "dotted", [Input("curves", "figure"), Input("runs", "children")]),
+        ("dotted", "dotted", [Input("curves", "figure"), Input("runs", "children"), Input("numbers", "children")]),
     ):
         app.clientside_callback(ClientsideFunction("revprobe", name), Output(output, "data"), *inputs)
     for graph in ("curves", "one", "instrument"):
@@ -270,7 +271,8 @@ def _curves(app: Dash, folder: RunsFolder) -> None:
         runs = [run for run in folder.scan(within=RECENT) if run.key in wanted]
         how = {name: asked[name] for name in ("weights", "bands", "hidden")}
         figure, table, said, problems = curves(folder, runs, **how)
-        numbers = page.number_table(table) if len(table) else page.notes(["No number yet."] if runs else ["-"])
+        dots = {name: key for key, name in run_names(runs).items()}
+        numbers = page.number_table(table, dots) if len(table) else page.notes(["No number yet."] if runs else ["-"])
         told = [*page.notes(said), *page.notes(problems, problem=True)]
         alerts = page.alerts_shown(alerts_judged(folder, runs))
         return with_theme(figure, theme or "light"), numbers, told, alerts

@@ -112,7 +112,7 @@ def _main() -> html.Main:
             _graph("one"),
         ],
         "pair": [
-            html.P("Choose a fact: the checkpoint is run on the pair's two queries.", className="note"),
+            html.P("The checkpoint is run on both queries of the fact that is chosen here.", className="note"),
             loading(html.Div(id="opened"), "Running the checkpoint ..."),
         ],
         "instrument": _instrument(),
@@ -206,10 +206,18 @@ def _choice(name: str, label: str, options: Mapping[str, str] | None = None, val
     return html.Div([html.Label(label, htmlFor=name, id=f"{name}-label"), dropdown], id=f"{name}-chooser")
 
 
-def number_table(table: pd.DataFrame) -> html.Table:
-    """A frame of texts as a table; interval and control stand in small type under their value."""
+def number_table(table: pd.DataFrame, dots: Mapping[str, str] | None = None) -> html.Table:
+    """A frame of texts as a table; interval and control stand in small type under their value.
+
+    Args:
+        dots: a run's key by what the first column calls it: its line begins with a dot in its curve's colour.
+    """
     head = html.Thead(html.Tr([html.Th(str(name), scope="col") for name in table.columns]))
-    rows = [html.Tr([_cell(str(value)) for value in row]) for row in table.itertuples(index=False)]
+    rows = []
+    for first, *others in table.astype(str).itertuples(index=False):
+        key = (dots or {}).get(first, "")
+        dotted = html.Td([html.Span(className="dot", **attributes(data_dot=key)), first])
+        rows.append(html.Tr([dotted if key else _cell(first), *map(_cell, others)]))
     return html.Table([head, html.Tbody(rows)])
 
 

@@ -32,6 +32,14 @@ TEMPLATES = Environment(
 TEMPLATES.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
 
 
+def unbroken(text: str) -> str:
+    """Text whose percent signs stay on the line of their number."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
+
+
+TEMPLATES.filters["unbroken"] = unbroken
+
+
 def macros(name: str) -> Any:
     """The macros of a template, to be called from Python: each returns `Markup`."""
     return TEMPLATES.get_template(name).module

@@ -17,14 +17,18 @@ shot = module_at(ROOT / "examples" / "dashboard_screenshot.py")
 shot.PATIENCE = 60
 
 
-@pytest.fixture(scope="module")
-def views() -> Any:
-    """examples/report_views.py, which imports its neighbour as a script does."""
+def with_neighbours(name: str) -> Any:
+    """A script of examples/, which imports its neighbour as it does when it is run."""
     sys.path.insert(0, str(ROOT / "examples"))
     try:
-        return module_at(ROOT / "examples" / "report_views.py")
+        return module_at(ROOT / "examples" / name)
     finally:
         sys.path.remove(str(ROOT / "examples"))
+
+
+@pytest.fixture(scope="module")
+def views() -> Any:
+    return with_neighbours("report_views.py")
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +84,23 @@ def test_a_view_of_the_dashboard_is_saved_as_high_as_it_is(tmp_path: Path) -> No
         shot.picture(tmp_path / "runs", tmp_path / "no.png", chosen=["c"])
     with pytest.raises(rp.RevprobeError, match="no tab 'pairs'; the closest is 'pair'"):
         shot.picture(tmp_path / "runs", tmp_path / "no.png", view="tab=pairs")
+
+
+def test_each_view_of_the_dashboard_is_saved_in_both_themes(tmp_path: Path) -> None:
+    """Every drawing of every tab has a name and an address; one view that fits no window is told."""
+    made = module_at(ROOT / "tests" / "report" / "dashboard" / "dashboard_runs.py")
+    for name in ("a", "b"):
+        made.write_real_run(tmp_path / "runs" / name, made.run_config(name))
+    pictures = with_neighbours("dashboard_views.py")
+    named = pictures.all_views()
+    assert {said["tab"] for said in named.values()} == set(pictures.TABS)
+    assert named["storage-curves"] == {"tab": "storage", "drawing": "curves"}
+    out = tmp_path / "out"
+    assert pictures.views(tmp_path / "runs", out, runs=["b"], tabs=["pair", "storage"], widths=[1024]) == []
+    taken = {picture.stem: picture for picture in out.iterdir()}
+    views = [f"storage-{one}" for one in pictures.INSTRUMENTS["storage"].drawings] + ["pair"]
+    assert set(taken) == {f"{view}-{theme}-1024" for view in views for theme in ("light", "dark")}
+    assert taken["pair-light-1024"].read_bytes() != taken["pair-dark-1024"].read_bytes()
+    assert {size(picture)[0] for picture in taken.values()} == {1024}
+    with pytest.raises(rp.RevprobeError, match="no tab 'pairs'; the closest is 'pair'"):
+        pictures.views(tmp_path / "runs", out, tabs=["pairs"])

@@ -119,6 +119,11 @@ HEADS: dict[str, tuple[Callable[[], Any], str, tuple[str, str]]] = {
         "electra.encoder.layer.",
         BERT_LIKE,
     ),
+    "roformer": (  # queries and keys turned by rows of a table
+        lambda: transformers.RoFormerConfig(**SIZES, embedding_size=32),
+        "roformer.encoder.layer.",
+        BERT_LIKE,
+    ),
     "distilbert": (
         lambda: transformers.DistilBertConfig(**DISTIL),
         "distilbert.transformer.layer.",

@@ -548,6 +548,69 @@ class HalfBySum(nn.Module):
         return self.second(states, states, states)
 
 
+class Placed(Unseen):
+    """Positions of one row for the whole batch: added, beside the tokens (`cat`), multiplied into them (`scale`).
+
+    There are more of them than tokens, and nothing names the tokens' table. `one hot` looks tokens up in none.
+    """
+
+    def __init__(self, how: str) -> None:
+        super().__init__(partial(BySum, by_hand=False))
+        self.how, self.places = how, nn.Embedding(64, 8 if how == "cat" else 16)
+        self.narrow = nn.Linear(24, 16)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        hot = nn.functional.one_hot(input_ids, 56).float()
+        states = hot @ self.embed.weight if self.how == "one hot" else self.embed(input_ids)
+        places = self.places(torch.arange(input_ids.shape[1]))
+        if self.how == "scale":
+            states = states * (1 + places[None])
+        elif self.how == "cat":
+            states = self.narrow(torch.cat([states, places.expand(len(states), -1, -1)], dim=-1))
+        else:
+            states = states + places
+        return self.unembed(states + self.mix(states, states, states)[0])
+
+
+@pytest.mark.parametrize("how", ["add", "cat", "scale"])
+def test_tokens_and_positions_are_told_apart_however_they_meet(how: str) -> None:
+    """The longest table is that of positions: taken for the tokens', nothing would be stored for any token."""
+    model = placed(how)
+    pairs = pairs_for(model, length=5)
+    whole, single = (probe_stored_evidence(model, pairs, control=False, batch_size=size) for size in (None, 1))
+    assert sum_error(whole) < 1e-5
+    columns = [f"contribution_{side}" for side in ("forward", "reverse")]
+    assert np.allclose(whole.frame[columns], single.frame[columns], atol=1e-5)
+    of_tokens = whole.frame[whole.frame["source"].eq("token") & whole.frame["part"].eq("evidence")]
+    assert of_tokens["stored_forward"].nunique() > 5, "one for each fact and head"
+    # By hand: what the evidence's embedding alone sends through each head's value and output to the target's logit.
+    module, query = model.module, pairs[0].forward
+    sent = module.embed.weight[list(query.evidence)].detach()
+    if how == "cat":
+        sent = sent @ module.narrow.weight[:, :16].T
+    elif how == "scale":
+        sent = sent * (1 + module.places.weight[list(query.evidence_positions)])
+    (target,) = query.target
+    along = module.unembed.weight[target] @ module.mix.out.weight
+    by_head = (sent * along).unflatten(-1, (2, 8)).sum(-1).mean(0)
+    found = of_tokens[of_tokens["pair"] == 0].set_index("head")["stored_forward"]
+    assert np.allclose(found.to_numpy(float), by_head.detach().numpy(), atol=1e-5)
+
+
+def test_tokens_that_no_table_shows_are_refused_where_what_they_store_is_asked() -> None:
+    """One-hot vectors times a matrix: the three probes read such a model as it is."""
+    model = placed("one hot")
+    pairs = pairs_for(model, length=5)
+    assert np.isfinite(rp.probe_gradient_cosine(model, pairs).value)
+    with pytest.raises(rp.RevprobeError, match="Placed looks its tokens up in no table"):
+        probe_stored_evidence(model, pairs)
+
+
+def placed(how: str) -> rp.ProbedModel:
+    module = drawn(lambda: Placed(how), scale=0.2)
+    return rp.ProbedModel(module, objective="masked", mask_token_id=53, logit_shift=0)
+
+
 def radd_with(kind: type[nn.Module]) -> rp.ProbedModel:
     return rp.ProbedModel(drawn(lambda: Unseen(kind), scale=0.2), objective="masked", mask_token_id=53, logit_shift=0)
 

@@ -476,7 +476,7 @@ def test_the_token_strip_shows_where_the_readout_position_looks() -> None:
     assert frames == {OKABE_ITO["orange"]: 5, OKABE_ITO["sky"]: 1}
     named = ProbedModel(module, objective="causal", name="a <b>", step=1500, weights="ema")
     title = token_strip(named, query).layout.title.text
-    assert title.startswith("<b>a &lt;b&gt;</b>, step 1,500 (ema)<br>") and "target, hidden from the model" in title
+    assert title.startswith("<b>a &lt;b&gt;</b>, step 1,500 (EMA)<br>") and "target, hidden from the model" in title
     told = strip.data[0].hovertext[0]
     assert ["hidden" in one for one in told] == [False] * 5 + [True], told
     with pytest.raises(RevprobeError, match=r"layer 7 has no attention.*\[0, 1\]"):
