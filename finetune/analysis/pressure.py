@@ -72,13 +72,14 @@ def pressure(
             weights, which are what the optimizer moves.
         dial, draws: as in `objective_terms`.
         progress: called with (checkpoints done, checkpoints in all); None shows a bar, False nothing.
-    Returns: a row for each checkpoint and sum of terms: step, dial, terms ("target": the target's, evidence visible;
-        "negative": placeholders right of the visible evidence, target hidden; "left": those left of it; "asked": these
-        three; "net": target and negative; "all"), pressure (as trained, the dial's factor included; nats per unit of
-        learning rate, positive where a step lowers the reverse loss), letters, margin and control, each a mean over
-        facts with _low and _high (95 %), dropped (the pressure of the terms that the dial leaves out), sampling_error,
-        change_adamw (by the coming step, nats; NaN without the optimizer's state), n (facts), log_odds (of the target
-        against the placeholder, reverse queries, nats) with _low and _high, reverse_loss, reason, statistics_version.
+    Returns: a row for each checkpoint and sum of terms: model, step, dial, terms ("target": the target's, evidence
+        visible; "negative": placeholders right of the visible evidence, target hidden; "left": those left of it;
+        "asked": these three; "net": target and negative; "all"), pressure (as trained, the dial's factor included; nats
+        per unit of learning rate, positive where a step lowers the reverse loss), letters, margin and control, each a
+        mean over facts with _low and _high (95 %), dropped (the pressure of the terms that the dial leaves out),
+        sampling_error, change_adamw (by the coming step, nats; NaN without the optimizer's state), n (facts), log_odds
+        (of the target against the placeholder, reverse queries, nats) with _low and _high, reverse_loss, reason,
+        statistics_version.
     Raises: RevprobeError, for a fine-tuning or a causal run, and as `objective_terms`.
     """
     run = run if isinstance(run, Run) else open_run(run)
@@ -107,7 +108,7 @@ def pressure_rows(reading: Reading) -> pd.DataFrame:
 
 
 def _row(name: str, part: pd.DataFrame, meta: dict[str, Any]) -> dict[str, Any]:
-    row: dict[str, Any] = {"step": meta["step"], "dial": meta["dial"], "terms": name}
+    row: dict[str, Any] = {"model": meta.get("model"), "step": meta["step"], "dial": meta["dial"], "terms": name}
     columns = {"pressure": "inner", "letters": "inner_letters", "margin": "inner_margin", "control": "inner_control"}
     columns |= {"change_adamw": "adamw"}
     facts, found = np.unique(part["fact"].to_numpy().astype(str)), {}

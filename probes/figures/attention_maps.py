@@ -22,7 +22,17 @@ from ..statistics.by_distance import DISTANCES, distance_correlations
 from ..statistics.by_head import head_correlations
 from ..statistics.by_role import cell_cosines
 from .drawable import Drawable, sample_of
-from .theme import CELL_INK, DIVERGING, TEMPLATE, UNDEFINED_GREY, interval_text, message_figure, samples_text
+from .theme import (
+    CELL_INK,
+    DIVERGING,
+    TEMPLATE,
+    UNDEFINED_GREY,
+    heading,
+    interval_text,
+    message_figure,
+    plain,
+    samples_text,
+)
 from .training_curves import series_words
 
 Entry = tuple[Drawable, pd.DataFrame]
@@ -64,6 +74,9 @@ def correlation_heatmap(readings: Iterable[Drawable]) -> go.Figure:
         for trace in _map_traces(all_cells, grid):
             figure.add_trace(trace, row=1, col=column)
     checkpoints = [_checkpoint([entries.get((step, panel)) for panel in panels], panels, grid) for step in steps]
+    models = list(dict.fromkeys(plain(reading.meta.get("model") or "model") for reading in found))
+    step = f", step {steps[0]:,}" if len(steps) == 1 and found[0].meta.get("step") is not None else ""
+    figure.update_layout(title=heading(f"<b>{', '.join(models)}</b>{step}"))
     return _add_slider(figure, steps, checkpoints)
 
 
@@ -102,7 +115,7 @@ def _empty_maps(panels: Sequence[str], grid: Grid, *, heads: int) -> go.Figure:
     over = f"<br>mean over {heads} heads" if heads > 1 else ""
     bar = {"title": {"text": f"Pearson r<br>within groups{over}"}, "thickness": 14}
     scale = {"cmin": -1, "cmax": 1, "colorscale": DIVERGING, "colorbar": bar}
-    size = {"width": 230 + 460 * len(panels), "height": 590, "margin": {"t": 60, "b": 140, "l": 70, "r": 170}}
+    size = {"width": 230 + 460 * len(panels), "height": 620, "margin": {"t": 90, "b": 140, "l": 70, "r": 170}}
     return figure.update_layout(template=TEMPLATE, coloraxis=scale, **size)
 
 

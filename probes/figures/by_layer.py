@@ -25,6 +25,7 @@ from .theme import (
     TEMPLATE,
     UNDEFINED_GREY,
     band,
+    dashed,
     heading,
     interval_text,
     message_figure,
@@ -163,16 +164,13 @@ def layer_panels(panels: Sequence[Panel]) -> go.Figure:
             shown = {"legendgroup": line.name, "name": line.name + " (undefined)" * (line.name not in drawn)}
             if not line.control:
                 figure.add_trace(band(line.layers, low, high, line.colour, showlegend=False, **shown), row=1, col=place)
-            dash, width = ("dash", 1.5) if line.control else ("solid", 2.0)
-            style = {"color": line.colour, "width": width, "dash": dash}
-            points = go.Scatter(
-                x=list(line.layers),
-                y=value,
-                mode="lines" if line.control else "lines+markers",
-                line=style,
-                hovertext=hover,
+            x, solid = list(line.layers), {"color": line.colour, "width": 2.0}
+            points = (
+                dashed(x, value, line.colour)
+                if line.control
+                else go.Scatter(x=x, y=value, mode="lines+markers", line=solid, marker={"size": 5})
             )
-            points.update(hoverinfo="text+name", marker={"size": 5}, showlegend=line.name not in known, **shown)
+            points.update(hovertext=hover, hoverinfo="text+name", showlegend=line.name not in known, **shown)
             figure.add_trace(points, row=1, col=place)
             known.add(line.name)
         found = [one for line in panel.curves for one in line.found if one.n]

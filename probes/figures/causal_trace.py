@@ -134,20 +134,19 @@ def _maps(
 
 def _titled(figure: go.Figure, reading: Drawable, where: str) -> go.Figure:
     meta = reading.meta
-    step = "" if meta.get("step") is None else f", step {int(meta['step']):,}"
     pairs = f"{reading.frame['pair'].nunique():,} pairs of {reading.frame['fact'].nunique():,} facts"
     undefined = sum(reading.undefined.values())
     what = f"clean state put back into the corrupted query: {SITES.get(meta.get('site', ''), 'state')}{where}, {pairs}"
     what += f", {undefined:,} undefined" if undefined else ""
     null = reading.control.value if reading.control else math.nan
     numbers = f"mean over places: {interval_text(reading.value, *reading.interval, null)} nats, {sample_of(reading)}"
-    words = f"{step} ({series_words(meta.get('weights'), meta.get('kind'))})<br>{what}<br>{numbers}"
-    return _headed(figure, meta, words).update_layout(margin={"t": 120})
+    return _headed(figure, meta, what, numbers).update_layout(margin={"t": 120})
 
 
-def _headed(figure: go.Figure, meta: dict[str, Any], words: str) -> go.Figure:
-    text = f"<b>{plain(meta.get('model') or 'model')}</b>{words}"
-    title = heading(*text.split("<br>"))
+def _headed(figure: go.Figure, meta: dict[str, Any], *lines: str) -> go.Figure:
+    step = "" if meta.get("step") is None else f", step {int(meta['step']):,}"
+    model = f"<b>{plain(meta.get('model') or 'model')}</b>{step}"
+    title = heading(f"{model} ({series_words(meta.get('weights'), meta.get('kind'))})", *lines)
     return figure.update_layout(template=TEMPLATE, title=title, margin={"t": 100})
 
 
@@ -188,9 +187,10 @@ def head_ranking_figure(reading: Drawable) -> go.Figure:
     figure.update_xaxes(title=f"log-probability {edit[meta['edit']]} (nats)", title_font={"size": 12}, row=1, col=2)
     figure.update_yaxes(type="category", row=1, col=2)
     control = reading.control.value if reading.control else math.nan
-    what = f"top heads, one at a time: {interval_text(reading.value, *reading.interval, control)}, {sample_of(reading)}"
+    which = f"{meta['direction']} queries, {meta['edit']} of the top heads, one at a time"
+    what = f"{which}: {interval_text(reading.value, *reading.interval, control)}, {sample_of(reading)}"
     height = 250 + max(260, 14 * len({one["layer"] for one in meta["ranking"]}), 26 * len(names))
-    return _headed(figure, meta, f" ({meta['direction']} queries, {meta['edit']})<br>{what}").update_layout(
+    return _headed(figure, meta, what).update_layout(
         legend=BELOW | {"x": 1, "xanchor": "right"}, height=height, margin={"b": 110}
     )
 

@@ -18,6 +18,7 @@ from .theme import (
     TEMPLATE,
     UNDEFINED_GREY,
     band,
+    dashed,
     faded,
     heading,
     interval_text,
@@ -75,13 +76,8 @@ def _curves(reading: Drawable) -> go.Figure:
         figure.add_trace(band(x, numbers["low"], numbers["high"], colour, showlegend=False))
         null = numbers.get("control", [math.nan] * len(x))
         if "control" in numbers:
-            dashed = {"color": faded(colour, 0.75), "width": 1.5, "dash": "dash"}
-            control = go.Scatter(x=x, y=null, mode="lines", line=dashed, hoverinfo="skip")
-            if len(x) == 1:  # one step is no line
-                control.update(mode="markers", marker={"color": dashed["color"], "symbol": "diamond-open", "size": 9})
-            figure.add_trace(
-                control.update(name=f"{direction}: another fact's target" + " (undefined)" * all(map(math.isnan, null)))
-            )
+            name = f"{direction}: another fact's target" + " (undefined)" * all(map(math.isnan, null))
+            figure.add_trace(dashed(x, null, faded(colour, 0.75), hoverinfo="skip", name=name))
         words = zip(x, numbers["value"], numbers["low"], numbers["high"], null, rows["n"], strict=True)
         hover = [f"{direction}, step {at}: {interval_text(*found)}, n = {n:,}" for at, *found, n in words]
         line = {"color": colour, "width": 2}
@@ -97,7 +93,8 @@ def _maps(table: pd.DataFrame, across: str, step: int) -> go.Figure:
     """Two maps on one scale, forward left and reverse right; undefined cells are grey."""
     directions = [name for name in ("forward", "reverse") if (table["direction"] == name).any()]
     sides = {name: table[table["direction"] == name] for name in directions}
-    titles = [f"<b>{name}</b> ({samples_text(side['n'], side['facts'])} a cell)" for name, side in sides.items()]
+    counts = {name: samples_text(side["n"], side["facts"]) for name, side in sides.items()}
+    titles = [f"<b>{name}</b><br><sup>{count} a cell</sup>" for name, count in counts.items()]
     figure = make_subplots(1, len(directions), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.04)
     at = f" at step {step}" if across == "head" else ""
     for column, direction in enumerate(directions, start=1):
@@ -140,4 +137,4 @@ def _titled(figure: go.Figure, reading: Drawable) -> go.Figure:
     line += f", {undefined:,} undefined" if undefined else ""
     title = heading(text, line)
     legend = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}
-    return figure.update_layout(template=TEMPLATE, title=title, legend=legend, margin={"t": 110})
+    return figure.update_layout(template=TEMPLATE, title=title, legend=legend, margin={"t": 120})

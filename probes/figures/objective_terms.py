@@ -22,6 +22,7 @@ from .theme import (
     StepScale,
     band,
     counts_text,
+    dashed,
     heading,
     interval_text,
     message_figure,
@@ -135,8 +136,7 @@ def pressure_figure(table: pd.DataFrame) -> go.Figure:
         _curve(figure, part, scale, "pressure", label, colour, row=1)
     everything = table[table["terms"] == "all"].sort_values("step")
     x, y = [scale.position(step) for step in everything["step"]], everything["control"].astype(float).tolist()
-    dashed = {"color": CONTROL_GREY, "dash": "dash", "width": 1.5}
-    figure.add_trace(go.Scatter(x=x, y=y, mode="lines", line=dashed, name="all terms, control (other facts)"), 1, 1)
+    figure.add_trace(dashed(x, y, CONTROL_GREY, name="all terms, control (other facts)"), 1, 1)
     _curve(figure, everything, scale, "log_odds", "reverse log-odds", REVERSE, row=2)
     for row in (1, 2):
         figure.add_hline(y=0, line={"color": CONTROL_GREY, "dash": "dot", "width": 1}, row=row, col=1)
@@ -145,7 +145,10 @@ def pressure_figure(table: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(title="target against<br>placeholder (nats)", row=2, col=1)
     figure.update_xaxes(scale.axis(), row=2, col=1)
     legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
-    title = heading("above 0: a step on these terms lowers the reverse loss · band: 95 % over facts", key=True)
+    # Tables of older versions do not say of which model they are.
+    models = ", ".join(dict.fromkeys(table["model"].astype(str))) if "model" in table else "model"
+    words = "above 0: a step on these terms lowers the reverse loss · band: 95 % over facts"
+    title = heading(f"<b>{plain(models)}</b>: pressure over training", words, key=True)
     return figure.update_layout(template=TEMPLATE, title=title, legend=legend, height=620, width=760, margin={"t": 110})
 
 

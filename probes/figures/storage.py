@@ -25,6 +25,7 @@ from .theme import (
     StepScale,
     band,
     counts_text,
+    dashed,
     heading,
     interval_text,
     message_figure,
@@ -128,7 +129,7 @@ def storage_curves_figure(curves: pd.DataFrame, *, weights: str | None = None) -
     if weights not in there:
         raise RevprobeError(f"no {weights!r} weights among the curves{did_you_mean(weights, there)}")
     rows = rows[rows["weights"] == weights]
-    scale, figure = _panels(rows, CURVE_PANELS, "curve", f" ({plain(weights)} weights)")
+    scale, figure = _panels(rows, CURVE_PANELS, "curve", f" ({series_words(weights, None)} weights)")
     for place, (curve, *_) in enumerate(CURVE_PANELS, start=1):
         for side, colour in (("forward", FORWARD), ("reverse", REVERSE)):
             part = rows[(rows["curve"] == curve) & (rows["direction"] == side)].sort_values("step")
@@ -179,7 +180,8 @@ def _steps(rows: pd.DataFrame, what: str, key: str = KEY) -> go.Figure:
             _draw(figure, part, scale, (name, f"{name}_low", f"{name}_high"), name, colour, place)
         _draw_control(figure, part, scale, "observed_control", place)
     if len(panels) == 1:
-        figure.update_traces(showlegend=True, selector={"mode": "lines+markers"})
+        for name in ("observed", "predicted"):
+            figure.update_traces(showlegend=True, selector={"mode": "lines+markers", "name": name})
     return figure
 
 
@@ -203,7 +205,7 @@ def _panels(
     for name, title, unit in panels:
         part = rows[rows[key] == name]
         # Tables of older versions count pairs alone.
-        counts = samples_text(part["n"], part["facts"], unit="") if "facts" in part else counts_text(part["n"])
+        counts = samples_text(part["n"], part["facts"]) if "facts" in part else counts_text(part["n"])
         titles.append(f"<b>{title}</b><br><sup>{unit}<br>{counts}</sup>")
     figure = make_subplots(1, len(panels), subplot_titles=titles, horizontal_spacing=0.09)
     for place in range(1, len(panels) + 1):
@@ -243,6 +245,5 @@ def _draw(
 
 def _draw_control(figure: go.Figure, part: pd.DataFrame, scale: StepScale, name: str, col: int) -> None:
     x, y = [scale.position(step) for step in part["step"]], part[name].astype(float).tolist()
-    line = {"color": CONTROL_GREY, "dash": "dash", "width": 1.5}
-    trace = go.Scatter(x=x, y=y, mode="lines", line=line, name="control", legendgroup="control", hoverinfo="name+y")
-    figure.add_trace(trace.update(showlegend=col == 1), row=1, col=col)
+    shown = {"name": "control", "legendgroup": "control", "hoverinfo": "name+y", "showlegend": col == 1}
+    figure.add_trace(dashed(x, y, CONTROL_GREY, **shown), row=1, col=col)

@@ -311,6 +311,18 @@ def band(x: Sequence[float], low: Sequence[float], high: Sequence[float], colour
     return go.Scatter(x=outline_x, y=outline_y, mode="lines", line=line, hoverinfo="skip", **fill, **options)
 
 
+def dashed(x: Sequence[float], y: Sequence[float], colour: str, **options: Any) -> go.Scatter:
+    """The dashed line of a control. A point between gaps, or the only one, is no line: it has a marker."""
+    known = [False, *(math.isfinite(value) for value in y), False]
+    alone = [here and not (before or after) for before, here, after in zip(known, known[1:], known[2:], strict=False)]
+    line = {"color": colour, "width": 1.5, "dash": "dash"}
+    trace = go.Scatter(x=x, y=y, mode="lines", line=line, **options)
+    if any(alone):
+        marker = {"color": colour, "symbol": "diamond-open", "size": 9, "opacity": [float(one) for one in alone]}
+        trace.update(mode="lines+markers" if sum(known) > 1 else "markers", marker=marker)
+    return trace
+
+
 NO_TOOLS = ["zoom", "pan", "zoomin", "zoomout", "autoscale", "resetscale", "toimage", "select", "lasso"]
 
 

@@ -31,6 +31,7 @@ from .theme import (
     StepScale,
     band,
     counts_text,
+    dashed,
     faded,
     heading,
     interval_text,
@@ -247,11 +248,10 @@ def _draw_series(figure: go.Figure, series: Series, scale: StepScale) -> None:
         foot = {"x": [x[place] for place in gaps], "y": [floor for _ in gaps], "mode": "markers", "marker": cross}
         parts = {
             "band": band(x, low, high, series.colour),
-            "control": go.Scatter(x=x, y=control, mode="lines", hoverinfo="skip"),
+            "control": dashed(x, control, faded(series.colour, 0.75), hoverinfo="skip"),
             "value": go.Scatter(x=x, y=value, mode="lines+markers", hovertext=hover, hoverinfo="text"),
             "undefined": go.Scatter(**foot, hovertext=[hover[place] for place in gaps], hoverinfo="text"),
         }
-        parts["control"].line = {"color": faded(series.colour, 0.75), "width": 1.5, "dash": "dash"}
         parts["value"].line = {"color": series.colour, "width": 2}
         parts["value"].marker = {"symbol": series.symbol, "size": 6}
         for part, trace in parts.items():

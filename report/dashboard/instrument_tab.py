@@ -43,13 +43,14 @@ def instrument_shown(folder: RunsFolder, asked: Mapping[str, Any]) -> tuple[go.F
         if asked["drawing"] not in drawings_of(run, instrument.name):
             return None, _nothing(instrument, run)
         found, more = _found(folder, run, asked)
-        figure = drawn(found, instrument.drawings[asked["drawing"]], **more)
-        said = numbers_said(found)
+        drawing = instrument.drawings[asked["drawing"]]
+        figure = drawn(found, drawing, **more)
+        said = numbers_said(found, drawing)
     except RevprobeError as error:
         return message_figure(first_line(error, with_type=False)), []
     except Exception as error:  # a reading of another version may lack a column; the page stays
         return message_figure(f"cannot be drawn: {first_line(error)}"), []
-    note = instrument.note_of(instrument.drawings[asked["drawing"]].source)
+    note = instrument.note_of(drawing.source)
     return figure, [*notes([*said, note]), *_further(instrument, run)]
 
 

@@ -28,6 +28,7 @@ from ...probes.figures.theme import (
     TEMPLATE,
     StepScale,
     band,
+    dashed,
     faded,
     heading,
     interval_text,
@@ -238,7 +239,7 @@ def _traces(figure: go.Figure, panel: Panel, rows: pd.DataFrame, line: _Line, sc
     cross = {"symbol": "x-thin", "size": 8, "line": {"width": 2, "color": CONTROL_GREY}}
     parts = {
         "band": band(x, rows["low"].tolist(), rows["high"].tolist(), line.colour),
-        "control": go.Scatter(x=x, y=rows["control"].tolist(), mode="lines", hoverinfo="skip"),
+        "control": dashed(x, rows["control"].tolist(), faded(line.colour, 0.75), hoverinfo="skip"),
         "value": go.Scatter(x=x, y=rows["mean"].tolist(), mode="lines+markers", hovertext=hover, hoverinfo="text"),
         "undefined": go.Scatter(
             x=[x[place] for place in gaps],
@@ -249,7 +250,6 @@ def _traces(figure: go.Figure, panel: Panel, rows: pd.DataFrame, line: _Line, sc
             hoverinfo="text",
         ),
     }
-    parts["control"].line = {"color": faded(line.colour, 0.75), "width": 1.5, "dash": "dash"}
     parts["value"].line = {"color": line.colour, "width": 2}
     parts["value"].marker = {"symbol": line.symbol, "size": 7}
     return [trace.update(meta={"part": part, **line.tags}) for part, trace in parts.items() if trace.x]

@@ -111,7 +111,8 @@ def test_the_commands_in_an_empty_tab_fill_it(run: str, filled: RunsFolder, show
             assert re.search(r"n = [\d,]+ (to [\d,]+ )?(pairs|reverse queries|facts)", texts(said)), texts(said)
         source = INSTRUMENTS[tab].drawings[name].source
         if source not in TABLES and source != "head_ranking":  # one head a layer has none beside it
-            assert "(control " in texts(said), (tab, name, texts(said))
+            told = texts(said) + str(figure.layout.title.text)
+            assert "(control " in told, (tab, name, told)
 
 
 def test_what_a_causal_run_cannot_be_asked_has_a_reason_and_no_command(shown_before: Any) -> None:
@@ -250,11 +251,26 @@ def test_one_denoising_step_shows_its_control(filled: RunsFolder) -> None:
     assert len(controls) == 2 and {trace.mode for trace in controls} == {"markers"}
 
 
+def test_what_is_said_under_a_figure_is_of_its_direction_and_counts_what_is_undefined(filled: RunsFolder) -> None:
+    """A reading's own numbers are of the reverse queries: under a figure of forward ones they would be misread."""
+    edits = INSTRUMENTS["edits"].drawings
+    reading = filled.reading(filled.run(MASKED), "route_edit", 4, "raw")
+    assert numbers_said(reading, edits["forward"]) == [f"n = {reading.n} pairs of {reading.facts} facts"]
+    (said,) = numbers_said(reading, edits["reverse"])
+    assert said.startswith("route edit ") and " pairs of " in said
+    gone = reading.frame.assign(reason="none of 3 heads; 2 are cut")
+    for column in gone.columns[gone.columns.str.startswith(("effect", "change"))]:
+        gone[column] = float("nan")
+    (said,) = numbers_said(reading.part(gone), edits["reverse"])
+    assert re.search(r"undefined: \d+ × none of 3 heads; 2", said), said
+
+
 def test_a_table_says_pairs_and_facts() -> None:
+    curves = INSTRUMENTS["storage"].drawings["curves"]
     both = pd.DataFrame({"n": [54.0, 27.0, float("nan")], "facts": [9.0, 9.0, float("nan")]})
-    assert numbers_said(both) == ["n = 27 to 54 pairs of 9 facts"]
-    assert numbers_said(both[["n"]].head(1)) == ["n = 54 facts"], "where n counts facts"
-    assert numbers_said(pd.DataFrame({"step": [1]})) == ["n is not in the table"]
+    assert numbers_said(both, curves) == ["n = 27 to 54 pairs of 9 facts"]
+    assert numbers_said(both[["n"]].head(1), curves) == ["n = 54 facts"], "where n counts facts"
+    assert numbers_said(pd.DataFrame({"step": [1]}), curves) == ["n is not in the table"]
 
 
 def test_every_source_can_be_drawn_and_says_what_takes_it() -> None:
