@@ -14,6 +14,7 @@ from ...probes.statistics.estimators import STATISTICS_VERSION
 AXES = ["objective", "position_encoding", "length", "seed"]
 SERIES = ["run", *AXES, "step", "weights", "kind"]
 NUMBERS = ["value", "n", "facts", "low", "high", "control"]
+NOT_STARTED = "not started yet"  # what is wrong with a sweep's run that has no folder
 SUMMARY_COLUMNS = [*SERIES, "measure", *NUMBERS, "undefined", "reason", "caution", "statistics_version"]
 
 

@@ -21,7 +21,7 @@ from ..config.loading import dump_config, load_config, require_no_config
 from ..config.mistakes import differences
 from ..config.one_layer import RunConfig, SweepConfig
 from .open import open_run
-from .record import RunRecord, summary_frame
+from .record import NOT_STARTED, RunRecord, summary_frame
 from .run import Run, is_run
 
 CONFIG = "sweep.yaml"
@@ -102,7 +102,7 @@ class Sweep:
             another = f"it is another run than the sweep's: {', '.join(changed)} (sweep -> run)"
             return replace(record, problem="; ".join(filter(None, (another, record.problem))))
         except RevprobeError as error:
-            problem = "not started yet" if not is_run(folder) else str(error)
+            problem = NOT_STARTED if not is_run(folder) else str(error)
             return RunRecord(config.name, config.axes, config.model_dump(mode="json"), Readings([]), problem)
 
 

@@ -22,7 +22,7 @@ from markupsafe import Markup
 from ...atomic_files import written_whole
 from ...errors import RevprobeError
 from ...finetune.runs.alerts import CROSSED, UNDEFINED
-from ...finetune.runs.record import AXES, RunRecord, tidy_summary
+from ...finetune.runs.record import AXES, NOT_STARTED, RunRecord, tidy_summary
 from ...probes.figures.controls import LOOKS
 from ...probes.figures.training_curves import PANELS, VIEWS, measures_with_reasons, run_colours, signatures_figure
 from ...probes.statistics.estimators import STATISTICS_VERSION
@@ -39,7 +39,7 @@ from .reading_tabs import reading_tabs
 CONTROLS = "controls.csv"
 TUNED = ("model", "dataset", "direction", "variant")  # what a sweep of fine-tunings varies beside AXES
 LONG = 32  # more rows than this are folded away
-MANY = 8  # more configurations than this are folded into one line
+MANY = 8  # more configurations, or runs that wait, than this are folded into one line
 WHAT = (
     "For each checkpoint of each run this page shows whether a language model that saw a relation in one direction "
     "answers the reversed question, and two signatures of why: whether attention routes to the evidence alike in both "
@@ -123,7 +123,7 @@ def _document(
     folder: Path,
 ) -> str:
     """The page: what it is about, and a tab for each side of the runs; one without data says what fills it."""
-    listed = section("runs", "Runs", _runs_table(runs))
+    listed = section("runs", "Runs", *_runs_listed(runs))
     colours: dict[str, str] = {}
     if summary.empty:
         why = "There are no runs here yet." if not runs else "No run has a reading yet."
@@ -145,6 +145,16 @@ def _document(
         ("configuration", "configuration", [_configs(runs), _versions(runs)]),
     ]
     return page(title, WHAT, tabs, chooser=chooser, colours=colours)
+
+
+def _runs_listed(runs: Sequence[RunRecord]) -> list[Markup]:
+    """Every run in a table; of a sweep that has begun, those that wait are folded into one line."""
+    waiting = [run for run in runs if run.problem == NOT_STARTED]
+    if len(waiting) <= MANY:
+        return [_runs_table(runs)]
+    names = paragraph(", ".join(run.name for run in waiting))
+    begun = [run for run in runs if run.problem != NOT_STARTED]
+    return [_runs_table(begun), folded(f"{len(waiting)} of {len(runs)} runs are not started yet", names)]
 
 
 def _runs_table(runs: Sequence[RunRecord]) -> Markup:
@@ -238,7 +248,8 @@ def _warnings(runs: Sequence[RunRecord]) -> Markup:
 
 def _run_warnings(run: RunRecord) -> list[str]:
     """What makes a run's numbers incomparable or incomplete, found in its readings' meta."""
-    found = [run.problem] if run.problem else []
+    # Of a run without a reading the table of runs says all there is to say.
+    found = [run.problem] if run.problem and len(run.readings) else []
     other = [reading.statistics_version for reading in run.readings if reading.recomputed]
     if other:
         versions = ", ".join(str(number) for number in sorted(set(other)))

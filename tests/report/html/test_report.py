@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 
 from revprobe import Reading, Readings, RevprobeError
-from revprobe.finetune.runs.record import RunRecord, summary_frame
+from revprobe.finetune.runs.record import NOT_STARTED, RunRecord, summary_frame
 from revprobe.report.html import page as parts
 from revprobe.report.html import report as report_module
 from revprobe.report.html.explorer_tabs import EXPLORER
@@ -237,6 +237,16 @@ def test_a_tab_without_a_reading_is_left_out(runs: list[RunRecord], written: Pat
     assert tabs == ["overview", "routing", "probability", "storage", "edits", "configuration"]
     page = write_report([runs[2]], tmp_path / "report.html").read_text()
     assert [a["data-tab"] for _, a in Elements(page).tags if a.get("role") == "tab"] == ["overview", "configuration"]
+
+
+@pytest.mark.parametrize(("waiting", "lines"), [(8, 8), (9, 0)])
+def test_runs_that_wait_are_said_once(tmp_path: Path, waiting: int, lines: int) -> None:
+    """A sweep of a hundred runs whose first has begun: a page of lines that all say the same helps nobody."""
+    late = [run(f"late-{place}", problem=NOT_STARTED) for place in range(waiting)]
+    page = write_report([run("first", 0, 10), *late], tmp_path / "report.html").read_text()
+    assert page.count(NOT_STARTED) == lines + (not lines), "in their lines, or in one that holds them"
+    assert (f"{waiting} of {waiting + 1} runs are not started yet" in page) == (not lines)
+    assert all(page.count(f"late-{place}") for place in range(waiting)), "each is named"
 
 
 def test_the_page_loads_nothing_from_anywhere(written: Path) -> None:
