@@ -37,6 +37,16 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(made.made_runs(), tmp_path_factory.mktemp("report") / "report.html", title="t")
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two trained runs, as a dashboard lists them."""
+    made = module_at(ROOT / "tests" / "report" / "dashboard" / "dashboard_runs.py")
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("a", "b"):
+        made.write_real_run(folder / name, made.run_config(name))
+    return folder
+
+
 def size(picture: Path) -> tuple[int, int]:
     """Width and height of a PNG, as its header says."""
     head = picture.read_bytes()[:24]
@@ -70,37 +80,31 @@ def test_a_page_wider_than_its_window_and_an_error_on_the_console_are_told(
         views.views(report, tmp_path / "out", tabs=["routes"])
 
 
-def test_a_view_of_the_dashboard_is_saved_as_high_as_it_is(tmp_path: Path) -> None:
+def test_a_view_of_the_dashboard_is_saved_as_high_as_it_is(runs: Path, tmp_path: Path) -> None:
     """A short tab gives a low picture; one cut at the window, or padded to a fixed height, would be as high."""
-    made = module_at(ROOT / "tests" / "report" / "dashboard" / "dashboard_runs.py")
-    for name in ("a", "b"):
-        made.write_real_run(tmp_path / "runs" / name, made.run_config(name))
-    training = shot.picture(tmp_path / "runs", tmp_path / "training.png")
-    pair = shot.picture(tmp_path / "runs", tmp_path / "pair.png", chosen=["b"], view="tab=pair&fact=a")
+    training = shot.picture(runs, tmp_path / "training.png")
+    pair = shot.picture(runs, tmp_path / "pair.png", chosen=["b"], view="tab=pair&fact=a")
     (wide, high), (_, low) = size(training), size(pair)
     assert wide == shot.WIDTH * shot.SCALE
     assert low < high < 2 * shot.HEIGHT * shot.SCALE, f"{low} and {high} pixels"
     with pytest.raises(rp.RevprobeError, match=r"no run 'c' in .*: expected some of a, b"):
-        shot.picture(tmp_path / "runs", tmp_path / "no.png", chosen=["c"])
+        shot.picture(runs, tmp_path / "no.png", chosen=["c"])
     with pytest.raises(rp.RevprobeError, match="no tab 'pairs'; the closest is 'pair'"):
-        shot.picture(tmp_path / "runs", tmp_path / "no.png", view="tab=pairs")
+        shot.picture(runs, tmp_path / "no.png", view="tab=pairs")
 
 
-def test_each_view_of_the_dashboard_is_saved_in_both_themes(tmp_path: Path) -> None:
+def test_each_view_of_the_dashboard_is_saved_in_both_themes(runs: Path, tmp_path: Path) -> None:
     """Every drawing of every tab has a name and an address; one view that fits no window is told."""
-    made = module_at(ROOT / "tests" / "report" / "dashboard" / "dashboard_runs.py")
-    for name in ("a", "b"):
-        made.write_real_run(tmp_path / "runs" / name, made.run_config(name))
     pictures = with_neighbours("dashboard_views.py")
     named = pictures.all_views()
     assert {said["tab"] for said in named.values()} == set(pictures.TABS)
     assert named["storage-curves"] == {"tab": "storage", "drawing": "curves"}
     out = tmp_path / "out"
-    assert pictures.views(tmp_path / "runs", out, runs=["b"], tabs=["pair", "storage"], widths=[1024]) == []
+    assert pictures.views(runs, out, runs=["b"], tabs=["pair", "tracing"], widths=[1024]) == []
     taken = {picture.stem: picture for picture in out.iterdir()}
-    views = [f"storage-{one}" for one in pictures.INSTRUMENTS["storage"].drawings] + ["pair"]
+    views = [f"tracing-{one}" for one in pictures.INSTRUMENTS["tracing"].drawings] + ["pair"]
     assert set(taken) == {f"{view}-{theme}-1024" for view in views for theme in ("light", "dark")}
     assert taken["pair-light-1024"].read_bytes() != taken["pair-dark-1024"].read_bytes()
     assert {size(picture)[0] for picture in taken.values()} == {1024}
     with pytest.raises(rp.RevprobeError, match="no tab 'pairs'; the closest is 'pair'"):
-        pictures.views(tmp_path / "runs", out, tabs=["pairs"])
+        pictures.views(runs, out, tabs=["pairs"])

@@ -644,3 +644,46 @@ class Particular(Words):
 def test_a_module_that_runs_without_gradient_only_is_judged_by_its_other_runs():
     model = wrapped(Particular())
     assert model.contract.reaches_back and not model.contract.equal_lengths
+
+
+class LongPositions(Words):
+    """More positions than tokens, as a model of characters has; states are unembedded by the tokens' own table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.wide = nn.Embedding(96, 16), nn.Linear(16, 96)
+        self.kinds = nn.Embedding(2, 16)
+        del self.head
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        words = self.embed(input_ids) + self.places(torch.arange(input_ids.shape[1])) + self.kinds(0 * input_ids)
+        mixed = words + torch.tanh(self.mix(self.gather(words, mask))) + self.wide(words)[..., :16]
+        return F.linear(F.dropout(mixed, 0.1, self.training), self.embed.weight)
+
+
+def test_the_vocabulary_is_that_of_the_table_which_is_looked_up_with_tokens():
+    """Positions and an MLP are wider than it, and no head says how wide it is. Asking leaves no trace."""
+    module = LongPositions().train()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    called = CalledModule(module)
+    assert called.vocab_size == 56
+    assert torch.equal(torch.get_rng_state(), before) and module.training
+    assert not any(part._forward_hooks for part in module.modules())
+    module.embed = nn.Embedding(60, 16)  # as a user resizes it
+    assert called.vocab_size == 60
+    model = ProbedModel(LongPositions().eval(), objective="masked", mask_token_id=55, logit_shift=0)
+    assert model.vocab_size == 56 and model.contract.reaches_back
+
+
+def test_a_module_that_will_not_run_so_has_the_vocabulary_of_its_head():
+    class Unrunnable(Words):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Embedding(96, 16)
+
+        def forward(self, input_ids: Tensor, images: Tensor) -> Tensor:
+            raise NotImplementedError
+
+    assert CalledModule(Unrunnable()).vocab_size == 56
