@@ -338,8 +338,11 @@ def _varying(values: Any) -> bool:
 
 
 def _same_ids(ids: Tensor, given: Tensor) -> bool:
-    """Whether a table is looked up with the tokens that the model was given, flat or not."""
-    return ids.numel() == given.numel() and torch.equal(ids.flatten().to(given), given.flatten())
+    """Whether a table is looked up with the tokens that the model was given, flat or not; tokens 0, 1, 2, ... may as
+    well be positions."""
+    counted = torch.arange(given.shape[-1], device=given.device).expand_as(given)
+    same = ids.numel() == given.numel() and torch.equal(ids.flatten().to(given), given.flatten())
+    return same and not torch.equal(given, counted)
 
 
 def _same_storage(one: Tensor, other: Tensor) -> bool:

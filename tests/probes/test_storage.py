@@ -597,6 +597,19 @@ def test_tokens_and_positions_are_told_apart_however_they_meet(how: str) -> None
     assert np.allclose(found.to_numpy(float), by_head.detach().numpy(), atol=1e-5)
 
 
+def test_tokens_that_count_up_are_not_taken_for_positions() -> None:
+    """Alone in its batch, 0, 1, 2, ... is what a table of positions is looked up with too."""
+    model = causal(transformers.GPT2Config(vocab_size=56, n_embd=16, n_layer=1, n_head=2, bos_token_id=54))
+    forward, reverse = rp.Query([*range(8)], [7], [3]), rp.Query([9, 8, 3, 6, 5, 4, 2, 7], [7], [2])
+    pair = rp.ReversalPair(forward, reverse, fact="a")
+    whole, single = (
+        probe_stored_evidence(model, rp.ReversalPairs.from_pairs([pair]), control=False, batch_size=size).frame
+        for size in (2, 1)
+    )
+    assert list(whole["part"]) == list(single["part"]) and "position" in set(single["part"])
+    assert np.allclose(whole["contribution_forward"], single["contribution_forward"], atol=1e-5)
+
+
 def test_tokens_that_no_table_shows_are_refused_where_what_they_store_is_asked() -> None:
     """One-hot vectors times a matrix: the three probes read such a model as it is."""
     model = placed("one hot")
