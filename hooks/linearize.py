@@ -1,6 +1,6 @@
 """A forward pass in which everything nonlinear is held, so that the logits are a sum over what was written into them.
 
-Inside `hold_nonlinear(module, ids, rows)` every operation that is not known to be linear hands on its value as a
+Inside `hold_nonlinear(module, tables, rows)` every operation that is not known to be linear hands on its value as a
 constant of its own, a part; sums keep their summands apart, norms hold their scale, attention holds its pattern. The
 logits do not change, and are affine in the parts: a logit is the sum over parts of (d logit / d part) . part, since
 what stands between a part and the logit is linear. Autograd knows those derivatives, so no module is named anywhere:
@@ -43,14 +43,16 @@ from .attention_sites import Attention, AttentionSite
 from .gradients.spread_weights import require_whole
 from .linearized_pass import LinearizedAttention, LinearizedPass, Part
 from .states import StateSite, change_states
+from .token_tables import embedding_call
 
 # Linear in the one tensor that varies; shapes, casts, sums and selections. "__get__" is an attribute (.mT, .shape).
 # fmt: off
 _LINEAR = frozenset([
     "__get__", "__getitem__", "__setitem__", "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten",
     "transpose", "permute", "t", "contiguous", "squeeze", "unsqueeze", "expand", "expand_as", "narrow", "select",
-    "chunk", "split", "tensor_split", "unbind", "movedim", "swapaxes", "repeat",
-    "repeat_interleave", "roll", "to", "float", "double", "half", "bfloat16", "type", "type_as", "clone", "detach",
+    "chunk", "split", "tensor_split", "unbind", "movedim", "swapaxes", "cat", "stack", "concat", "repeat",
+    "concatenate", "repeat_interleave", "roll", "to", "float", "double", "half", "bfloat16", "type", "type_as",
+    "clone", "detach",
     "sum", "neg", "masked_fill", "where", "gather", "index_select", "index_add", "index_add_", "dropout",
     "requires_grad_", "size", "dim", "numel", "stride", "is_contiguous",
 ])
@@ -68,12 +70,20 @@ _PATTERN_SLACK = 1e-2
 
 @contextmanager
 def hold_nonlinear(
-    module: nn.Module, ids: Tensor, rows: Tensor, attention: Attention, last: StateSite | None = None
+    module: nn.Module,
+    tables: Sequence[Tensor],
+    rows: Tensor,
+    attention: Attention,
+    last: StateSite | None = None,
+    *,
+    apart: bool = True,
 ) -> Iterator[LinearizedPass]:
-    """Hold everything nonlinear of a forward pass on `ids` while open; patterns are kept at `rows` (`batch rows`).
+    """Hold everything nonlinear of a forward pass while open; patterns are kept at `rows` (`batch rows`).
 
-    `attention` is what a look at the module found: those calls alone are taken for attention. Where `last` is given,
-    the last layer's state, what follows it is not held: logits are then affine in the parts up to that state alone.
+    `tables` are those that tokens are looked up in. Rows that are looked up once for the whole batch, as positions are,
+    become a part for each example, or, not `apart`, do so only where they are added. `attention` is what a look at the
+    module found: those calls alone are taken for attention. Where `last` is given, the last layer's state, what follows
+    it is not held: logits are then affine in the parts up to that state alone.
 
     Parameters do not ask for gradient inside (their flags are restored); logits computed here carry the graph from
     the parts. Adds hooks to the module tree and removes exactly those.
@@ -82,8 +92,6 @@ def hold_nonlinear(
     """
     require_whole(module, "an attribution of logits")
     held = LinearizedPass()
-    named = getattr(module, "get_input_embeddings", lambda: None)()
-    table = getattr(named, "weight", None)
     flags = [(p, p.requires_grad) for p in module.parameters()]
     try:
         for p, _ in flags:
@@ -92,7 +100,7 @@ def hold_nonlinear(
             torch.enable_grad(),
             running_modules(module, its_path) as running,
             change_states(module, {} if last is None else {last: held.note_last}),
-            FunctionMode(_Holding(held, ids, rows, running, table, attention).make),
+            FunctionMode(_Holding(held, rows, running, tables, attention, apart).make),
         ):
             yield held
     finally:
@@ -106,17 +114,16 @@ class _Holding:
     def __init__(
         self,
         held: LinearizedPass,
-        ids: Tensor,
         rows: Tensor,
         running: list[str],
-        table: Tensor | None,
+        tables: Sequence[Tensor],
         attention: Attention,
+        apart: bool,
     ) -> None:
-        self.held, self.ids, self.rows, self.running = held, ids, rows, running
-        self.table, self.attention = table, attention
+        self.held, self.rows, self.running, self.tables, self.attention = held, rows, running, tables, attention
+        self.apart, self.shared = apart, list[Tensor]()  # looked up once for the whole batch
         self.calls: Counter[str] = Counter()  # of each module: SDPA calls and softmaxes
         self.patterns: list[tuple[AttentionSite, Tensor, Tensor]] = []  # softmaxes whose values have not come yet
-        self.shared: list[Tensor] = []  # looked up once for the whole batch
 
     def make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.held.last is not None:  # behind the last layer nothing is held
@@ -173,18 +180,16 @@ class _Holding:
         return tree_map(part, func(*args, **kwargs))
 
     def _embedding(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        given = dict(zip(("input", "weight"), args, strict=False)) | dict(kwargs)
-        ids, weight = given.pop("input"), given.pop("weight")
-        found = func(ids, weight, *args[2:], **given)
-        # Not by size: a table of positions may be longer than one of characters.
-        if weight is self.table or _same_ids(ids, self.ids):
-            return self._part("embed", found)
+        ids, weight, given = embedding_call(args, kwargs)
+        if any(weight is table for table in self.tables):
+            return self._part("embed", func(ids, weight, **given))
         if ids.dim() == 1 or (ids.dim() == 2 and ids.shape[0] == 1):
-            # Positions come as one row for the whole batch. A part must tell its examples apart, so they become one
-            # where they are added; a rotation by them is linear in what it turns.
-            self.shared.append(found)
-            return found
-        return self._part("position", found)
+            # Positions come as one row for the whole batch; a part must tell its examples apart.
+            if not self.apart:
+                self.shared.append(func(ids, weight, **given))
+                return self.shared[-1]
+            ids = ids.expand(len(self.rows), -1)
+        return self._part("position", func(ids, weight, **given))
 
     # ---- functions with a rule of their own ----
 
@@ -200,14 +205,8 @@ class _Holding:
     def _constant(self, constant: Any, shape: Sequence[int], like: Tensor) -> Tensor:
         values = constant if isinstance(constant, Tensor) else torch.tensor(constant, dtype=like.dtype)
         kind = "position" if any(_same_storage(values, rows) for rows in self.shared) else "bias"
-        return self._part(kind, values.to(like.device).expand(shape).clone())
-
-    def _joined(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Parts beside each other: one that does not vary is a part of its own."""
-        pieces = args[0] if args else kwargs["tensors"]
-        like = next(piece for piece in pieces if _varying(piece))
-        found = [piece if _varying(piece) else self._constant(piece, piece.shape, like) for piece in pieces]
-        return self._seen(func(found, *args[1:], **{k: v for k, v in kwargs.items() if k != "tensors"}))
+        values = values.to(like.device) if values.is_floating_point() else values.to(like)
+        return self._part(kind, values.expand(shape).clone())
 
     def _product(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """a * b, a / b: linear if one varies; one number per position is a scale, and is held; else a part."""
@@ -324,7 +323,6 @@ _RULES: dict[str, Any] = {
     **dict.fromkeys(_SUMS, _Holding._sum),
     **dict.fromkeys(_PRODUCTS, _Holding._product),
     **dict.fromkeys(_MATRIX_PRODUCTS, _Holding._matrix_product),
-    **dict.fromkeys(("cat", "concat", "stack"), _Holding._joined),
     "linear": _Holding._linear,
     "addmm": _Holding._addmm,
     "layer_norm": _Holding._layer_norm,
@@ -335,14 +333,6 @@ _RULES: dict[str, Any] = {
 def _varying(values: Any) -> bool:
     """Whether a tensor that depends on a part is among the (nested) arguments."""
     return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(values))
-
-
-def _same_ids(ids: Tensor, given: Tensor) -> bool:
-    """Whether a table is looked up with the tokens that the model was given, flat or not; tokens 0, 1, 2, ... may as
-    well be positions."""
-    counted = torch.arange(given.shape[-1], device=given.device).expand_as(given)
-    same = ids.numel() == given.numel() and torch.equal(ids.flatten().to(given), given.flatten())
-    return same and not torch.equal(given, counted)
 
 
 def _same_storage(one: Tensor, other: Tensor) -> bool:

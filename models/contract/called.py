@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import RevprobeError
-from ...hooks.untouched import untouched
+from ...hooks.token_tables import token_tables
 from . import introspect
 from .block_masks import added_to_scores, block_mask, finished_causal_mask
 
@@ -28,7 +27,7 @@ class CalledModule:
 
     def __init__(self, module: nn.Module, name: str | None = None, block_size: int | None = None) -> None:
         self.module, self.name, self.block_size = module, name or type(module).__name__, block_size
-        self._looked_up: dict[tuple[int, ...], int] = {}  # by the sizes of all tables, which may be resized
+        self._rows: dict[tuple[int, ...], int] = {}  # of the tokens' table, by the sizes of all: they may be resized
         parameters = inspect.signature(module.forward).parameters.values()
         self._accepts = {parameter.name for parameter in parameters}
         self._accepts_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
@@ -62,36 +61,20 @@ class CalledModule:
     def _rows_looked_up(self) -> int | None:
         """Rows of the table that tokens are looked up in; None without a table.
 
-        A table of positions may be the longer one, and an MLP as wide as it: the module is run, once, to see.
+        A table of positions may be the longer one, and an MLP as wide as it: the module is run to see.
         """
-        tables = [m for m in self.module.modules() if isinstance(m, nn.Embedding)]
-        sizes = tuple(m.num_embeddings for m in tables)
+        sizes = tuple(m.num_embeddings for m in self.module.modules() if isinstance(m, nn.Embedding))
         if len(set(sizes)) < 2:
             return next(iter(sizes), None)
-        if sizes not in self._looked_up:
-            heads = {m.out_features for m in self.module.modules() if isinstance(m, nn.Linear)}
-            fitting = self._tables_of(torch.zeros(1, 3, dtype=torch.long)) or [s for s in sizes if s in heads]
-            self._looked_up[sizes] = max(fitting or sizes)
-        return self._looked_up[sizes]
-
-    def _tables_of(self, ids: Tensor) -> list[int]:
-        """Rows of the tables that are looked up with `ids` when they are run; none where the module will not run so."""
-        found: list[int] = []
-
-        def look(table: nn.Embedding, args: tuple[Any, ...], _: Tensor) -> None:
-            if args and args[0].numel() == ids.numel() and torch.equal(args[0].flatten().cpu(), ids.flatten()):
-                found.append(table.num_embeddings)
-
-        with ExitStack() as stack:
-            for part in self.module.modules():
-                if isinstance(part, nn.Embedding):
-                    stack.callback(part.register_forward_hook(look).remove)
-            try:
-                with untouched(self.module), torch.no_grad():
-                    self.module(ids.to(self.device))
-            except Exception:  # weights on disk, another call: what is known without a run must do
-                return []
-        return found
+        if sizes in self._rows:
+            return self._rows[sizes]
+        seen = [len(table) for table in token_tables(self.module, self.device) or []]
+        heads = {m.out_features for m in self.module.modules() if isinstance(m, nn.Linear)}
+        known = seen or sizes
+        rows = max([size for size in known if size in heads] or known)
+        if seen:  # weights that wait on disk may come later
+            self._rows[sizes] = rows
+        return rows
 
     @property
     def max_length(self) -> int | None:

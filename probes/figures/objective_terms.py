@@ -146,9 +146,9 @@ def pressure_figure(table: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(scale.axis(), row=2, col=1)
     legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
     # Tables of older versions do not say of which model they are.
-    models = ", ".join(dict.fromkeys(table["model"].astype(str))) if "model" in table else "model"
+    models = ", ".join(str(one) for one in table["model"].dropna().unique()) if "model" in table else ""
     words = "above 0: a step on these terms lowers the reverse loss · band: 95 % over facts"
-    title = heading(f"<b>{plain(models)}</b>: pressure over training", words, key=True)
+    title = heading(f"<b>{plain(models or 'model')}</b>: pressure over training", words, key=True)
     return figure.update_layout(template=TEMPLATE, title=title, legend=legend, height=620, width=760, margin={"t": 110})
 
 

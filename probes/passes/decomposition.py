@@ -21,13 +21,15 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import RevprobeError
 from ...hooks.layer_numbers import LayerNumbers
 from ...hooks.linearize import hold_nonlinear
 from ...hooks.linearized_pass import LinearizedAttention, LinearizedPass, push_forward
 from ...hooks.states import StateSite
+from ...hooks.token_tables import token_tables
+from ...models.contract.introspect import input_embedding
 from ...models.probed import ProbedModel
 from ...models.structure import attention_of, layer_numbers_of
 from .batches import QueryBatch, require_tokens_alone
@@ -78,6 +80,25 @@ class Decomposition:
     gap: Tensor
 
 
+def _token_tables(model: ProbedModel) -> list[Tensor]:
+    """The tables that tokens are looked up in: named by the model, else seen, else its longest.
+
+    Raises: RevprobeError, for none.
+    """
+    embed = input_embedding(model.module)
+    found = token_tables(model.module, model.device) if embed is None else [embed.weight]
+    if found is None:
+        every = [part.weight for part in model.module.modules() if isinstance(part, nn.Embedding)]
+        found = sorted(every, key=len)[-1:]
+    if not found:
+        raise RevprobeError(
+            f"{model.name} looks its tokens up in no table that could be seen, so what is stored for them cannot be "
+            "told from the rest; expected `F.embedding` or nn.Embedding on token ids, or a `get_input_embeddings` that "
+            "names the table"
+        )
+    return found
+
+
 @dataclass
 class LinearizedBatch:
     """A batch run twice, as it is and with everything nonlinear held; targets are then decomposed one after another."""
@@ -102,14 +123,18 @@ class LinearizedBatch:
         if own.isnan().any():
             raise RevprobeError(model.explain_non_finite())
         attention = attention_of(model)
-        with hold_nonlinear(model.module, batch.input_ids, batch.rows, attention, last) as held:
-            logits = model.logits(batch.input_ids, batch.attention_mask)[at]
-        if not any(part.kind == "embed" for part in held.parts):
-            raise RevprobeError(
-                f"{model.name} looks its tokens up in no table that could be seen, so what is stored for them cannot "
-                "be told from the rest; expected `F.embedding` or nn.Embedding on the token ids it is given, or a "
-                "`get_input_embeddings` that names the table"
-            )
+        tables = _token_tables(model)
+
+        def hold(*, apart: bool) -> tuple[LinearizedPass, Tensor]:
+            with hold_nonlinear(model.module, tables, batch.rows, attention, last, apart=apart) as held:
+                return held, model.logits(batch.input_ids, batch.attention_mask)[at]
+
+        try:
+            held, logits = hold(apart=True)
+        except (RevprobeError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # RoFormer turns queries and keys by rows that must be one for the whole batch
+            held, logits = hold(apart=False)
         unheld = Counter(site.path for site in attention.sites) - Counter(call.site for call in held.attention)
         if unheld:
             raise RevprobeError(

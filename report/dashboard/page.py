@@ -214,7 +214,7 @@ def number_table(table: pd.DataFrame, dots: Mapping[str, str] | None = None) -> 
     """
     head = html.Thead(html.Tr([html.Th(str(name), scope="col") for name in table.columns]))
     rows = []
-    for first, *others in table.astype(str).itertuples(index=False):
+    for first, *others in ([str(one) for one in row] for row in table.itertuples(index=False)):
         key = (dots or {}).get(first, "")
         dotted = html.Td([html.Span(className="dot", **attributes(data_dot=key)), first])
         rows.append(html.Tr([dotted if key else _cell(first), *map(_cell, others)]))

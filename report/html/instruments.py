@@ -7,7 +7,6 @@ dashboard's both draw by this one list.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,12 +18,11 @@ from ...errors import RevprobeError, first_line
 from ...finetune.runs.kept_tables import TABLES
 from ...probes.figures.objective_terms import pressure_figure
 from ...probes.figures.storage import foretold_figure, one_step_figure, storage_curves_figure
-from ...probes.figures.theme import interval_text, message_figure
+from ...probes.figures.theme import interval_text, message_figure, undefined_text
 from ...probes.readings.reading import Reading
 from ...probes.statistics.coverage import counted
 
 STORED, EDITED = "stored_evidence", "route_edit"
-_COUNTED = re.compile(r"(^|; )(\d+) ")  # of reasons as a summary has them: "26 constant scores; 3 masked out"
 MANY_HEADS = 40  # edits of more single heads than this are a heat map
 
 # What fills a tab that is empty, in a Python that was started in the folder that the run's path begins in.
@@ -263,19 +261,21 @@ def at_place(reading: Reading, layer: int | None, head: int | None) -> Reading:
 def numbers_said(found: Reading | pd.DataFrame, drawing: Drawing) -> list[str]:
     """What a figure rests on: value, interval, control, pairs and facts, and what is undefined, a line each.
 
-    Under a figure of forward queries the pairs alone: a reading's own numbers are of the reverse ones, and the figure's
-    heading has what is asked.
+    Under a figure of forward queries the pairs that were asked alone: a reading's own numbers are of the reverse ones,
+    and the figure's heading has those of the forward ones.
     """
     if isinstance(found, pd.DataFrame):
         return [_sizes(found)]
     if drawing.options.get("direction") == "forward":
-        return [counted(found.frame["pair"].nunique(), found.frame["fact"].nunique(), found.name)]
+        return [f"asked: {counted(found.frame['pair'].nunique(), found.frame['fact'].nunique(), found.name)}"]
     said = []
-    for row in found.measures().to_dict("records"):
+    measures = found.measures().to_dict("records")
+    for row in measures:
+        why = undefined_text(found.undefined) if len(measures) == 1 else row["reason"]
         numbers = interval_text(*(float(row[name]) for name in ("value", "low", "high", "control")))
         numbers += f" {found.unit}" if found.unit and not math.isnan(float(row["value"])) else ""
         words = [f"{row['measure'].replace('_', ' ')} {numbers}", counted(int(row["n"]), int(row["facts"]), found.name)]
-        words += ["undefined: " + _COUNTED.sub(r"\1\2 × ", row["reason"])] if row["reason"] else []
+        words += [f"undefined: {why}"] if row["reason"] else []
         said.append("; ".join([", ".join(words[:2]), *words[2:], *filter(None, [row["caution"]])]))
     return said
 

@@ -154,7 +154,8 @@ def _runs_listed(runs: Sequence[RunRecord]) -> list[Markup]:
         return [_runs_table(runs)]
     names = paragraph(", ".join(run.name for run in waiting))
     begun = [run for run in runs if run.problem != NOT_STARTED]
-    return [_runs_table(begun), folded(f"{len(waiting)} of {len(runs)} runs are not started yet", names)]
+    table_of_begun = [_runs_table(begun)] if begun else []
+    return [*table_of_begun, folded(f"{len(waiting)} of {len(runs)} runs are not started yet", names)]
 
 
 def _runs_table(runs: Sequence[RunRecord]) -> Markup:

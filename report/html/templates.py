@@ -32,9 +32,9 @@ TEMPLATES = Environment(
 TEMPLATES.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
 
 
-def unbroken(text: str) -> str:
+def unbroken(text: object) -> str:
     """Text whose percent signs stay on the line of their number."""
-    return text.replace(" %", "\N{NO-BREAK SPACE}%")
+    return str(text).replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 TEMPLATES.filters["unbroken"] = unbroken

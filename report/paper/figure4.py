@@ -239,7 +239,7 @@ def _traces(figure: go.Figure, panel: Panel, rows: pd.DataFrame, line: _Line, sc
     cross = {"symbol": "x-thin", "size": 8, "line": {"width": 2, "color": CONTROL_GREY}}
     parts = {
         "band": band(x, rows["low"].tolist(), rows["high"].tolist(), line.colour),
-        "control": dashed(x, rows["control"].tolist(), faded(line.colour, 0.75), hoverinfo="skip"),
+        "control": dashed(x, rows["control"].astype(float).tolist(), faded(line.colour, 0.75), hoverinfo="skip"),
         "value": go.Scatter(x=x, y=rows["mean"].tolist(), mode="lines+markers", hovertext=hover, hoverinfo="text"),
         "undefined": go.Scatter(
             x=[x[place] for place in gaps],

@@ -549,7 +549,7 @@ class HalfBySum(nn.Module):
 
 
 class Placed(Unseen):
-    """Positions of one row for the whole batch: added, beside the tokens (`cat`), multiplied into them (`scale`).
+    """Positions of one row for the whole batch, added to the tokens or beside them (`cat`); `turn` wants them one row.
 
     There are more of them than tokens, and nothing names the tokens' table. `one hot` looks tokens up in none.
     """
@@ -563,8 +563,9 @@ class Placed(Unseen):
         hot = nn.functional.one_hot(input_ids, 56).float()
         states = hot @ self.embed.weight if self.how == "one hot" else self.embed(input_ids)
         places = self.places(torch.arange(input_ids.shape[1]))
-        if self.how == "scale":
-            states = states * (1 + places[None])
+        if self.how == "turn":
+            assert places.dim() == 2, "one row for the whole batch"
+            states = states * (1 + places)
         elif self.how == "cat":
             states = self.narrow(torch.cat([states, places.expand(len(states), -1, -1)], dim=-1))
         else:
@@ -572,7 +573,7 @@ class Placed(Unseen):
         return self.unembed(states + self.mix(states, states, states)[0])
 
 
-@pytest.mark.parametrize("how", ["add", "cat", "scale"])
+@pytest.mark.parametrize("how", ["add", "cat", "turn"])
 def test_tokens_and_positions_are_told_apart_however_they_meet(how: str) -> None:
     """The longest table is that of positions: taken for the tokens', nothing would be stored for any token."""
     model = placed(how)
@@ -588,7 +589,7 @@ def test_tokens_and_positions_are_told_apart_however_they_meet(how: str) -> None
     sent = module.embed.weight[list(query.evidence)].detach()
     if how == "cat":
         sent = sent @ module.narrow.weight[:, :16].T
-    elif how == "scale":
+    elif how == "turn":
         sent = sent * (1 + module.places.weight[list(query.evidence_positions)])
     (target,) = query.target
     along = module.unembed.weight[target] @ module.mix.out.weight
@@ -597,17 +598,39 @@ def test_tokens_and_positions_are_told_apart_however_they_meet(how: str) -> None
     assert np.allclose(found.to_numpy(float), by_head.detach().numpy(), atol=1e-5)
 
 
-def test_tokens_that_count_up_are_not_taken_for_positions() -> None:
-    """Alone in its batch, 0, 1, 2, ... is what a table of positions is looked up with too."""
-    model = causal(transformers.GPT2Config(vocab_size=56, n_embd=16, n_layer=1, n_head=2, bos_token_id=54))
-    forward, reverse = rp.Query([*range(8)], [7], [3]), rp.Query([9, 8, 3, 6, 5, 4, 2, 7], [7], [2])
-    pair = rp.ReversalPair(forward, reverse, fact="a")
-    whole, single = (
+@pytest.mark.parametrize("offset", [0, 2])
+def test_a_batch_of_one_is_read_as_the_same_query_in_a_batch(offset: int) -> None:
+    """Tokens that count up are what positions are looked up with too: OPT's begin at 2."""
+    kind = transformers.OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32) if offset else None
+    gpt2 = transformers.GPT2Config(vocab_size=56, n_embd=16, n_layer=1, n_head=2, bos_token_id=54)
+    model = causal(kind or gpt2)
+    forward = rp.Query([*range(offset, offset + 8)], [7], [3])
+    backward = [token + offset for token in (9, 8, 3, 6, 5, 4, 2, 7)]
+    pair = rp.ReversalPair(forward, rp.Query(backward, [7], [2]), fact="a")
+    found = [
         probe_stored_evidence(model, rp.ReversalPairs.from_pairs([pair]), control=False, batch_size=size).frame
         for size in (2, 1)
-    )
-    assert list(whole["part"]) == list(single["part"]) and "position" in set(single["part"])
-    assert np.allclose(whole["contribution_forward"], single["contribution_forward"], atol=1e-5)
+    ]
+    assert list(found[0]["part"]) == list(found[1]["part"]) and "position" in set(found[0]["part"])
+    assert np.allclose(found[0]["contribution_forward"], found[1]["contribution_forward"], atol=1e-5)
+
+
+def test_a_wrapper_that_leaves_the_cache_on_is_read_as_the_model_itself() -> None:
+    """A cache begins by joining an empty tensor with the keys; peft's models take what they pass on as **kwargs."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **more: object) -> object:
+            return self.inner(input_ids, attention_mask=attention_mask, **more)
+
+    model = causal(transformers.LlamaConfig(**GROUPED))
+    wrapped_once = rp.ProbedModel(Wrapper(model.module).eval(), objective="causal", logit_shift=1)
+    pairs = text_like_pairs()
+    plain, cached = (probe_stored_evidence(one, pairs, control=False).frame for one in (model, wrapped_once))
+    assert np.allclose(plain["contribution_forward"], cached["contribution_forward"], atol=1e-5)
 
 
 def test_tokens_that_no_table_shows_are_refused_where_what_they_store_is_asked() -> None:

@@ -70,6 +70,8 @@ def test_tables_over_training_name_their_model_and_say_pairs_of_facts() -> None:
     assert shows(figure, "control")
     row = {"model": "m", "step": 3, "terms": "all", "pressure": 1.0, "pressure_low": 0.5, "pressure_high": 1.5}
     row |= {"control": 0.2, "log_odds": -1.0, "log_odds_low": -2.0, "log_odds_high": 0.0, "n": 9}
+    unnamed = pd.DataFrame([row | {"model": None}])
+    assert pressure_figure(unnamed).layout.title.text.startswith("<b>model</b>: pressure")
     figure = pressure_figure(pd.DataFrame([row]))
     assert figure.layout.title.text.startswith("<b>m</b>: pressure over training")
     assert shows(figure, "all terms, control")

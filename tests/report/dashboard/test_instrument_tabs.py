@@ -255,14 +255,14 @@ def test_what_is_said_under_a_figure_is_of_its_direction_and_counts_what_is_unde
     """A reading's own numbers are of the reverse queries: under a figure of forward ones they would be misread."""
     edits = INSTRUMENTS["edits"].drawings
     reading = filled.reading(filled.run(MASKED), "route_edit", 4, "raw")
-    assert numbers_said(reading, edits["forward"]) == [f"n = {reading.n} pairs of {reading.facts} facts"]
+    assert numbers_said(reading, edits["forward"]) == [f"asked: n = {reading.n} pairs of {reading.facts} facts"]
     (said,) = numbers_said(reading, edits["reverse"])
     assert said.startswith("route edit ") and " pairs of " in said
     gone = reading.frame.assign(reason="none of 3 heads; 2 are cut")
     for column in gone.columns[gone.columns.str.startswith(("effect", "change"))]:
         gone[column] = float("nan")
     (said,) = numbers_said(reading.part(gone), edits["reverse"])
-    assert re.search(r"undefined: \d+ × none of 3 heads; 2", said), said
+    assert re.search(r"undefined: \d+ × none of 3 heads; 2 are cut", said), said
 
 
 def test_a_table_says_pairs_and_facts() -> None:

@@ -247,6 +247,8 @@ def test_runs_that_wait_are_said_once(tmp_path: Path, waiting: int, lines: int) 
     assert page.count(NOT_STARTED) == lines + (not lines), "in their lines, or in one that holds them"
     assert (f"{waiting} of {waiting + 1} runs are not started yet" in page) == (not lines)
     assert all(page.count(f"late-{place}") for place in range(waiting)), "each is named"
+    page = write_report(late, tmp_path / "report.html").read_text()
+    assert "There are none." not in page, "no run has begun, and each is said to wait"
 
 
 def test_the_page_loads_nothing_from_anywhere(written: Path) -> None:
