@@ -17,7 +17,8 @@ from revprobe.finetune.config.finetuning import FinetuneSweepConfig
 from revprobe.finetune.config.loading import dump_config, load_config
 from revprobe.finetune.config.pretraining import PretrainSweepConfig
 from revprobe.report.html.section6 import html
-from revprobe.report.paper.section6.figures import figures
+from revprobe.report.paper.line_panels import HEIGHT
+from revprobe.report.paper.section6.figures import AGAINST, figures
 from revprobe.report.paper.section6.frames import FINISHED, TABLES, Section6
 from revprobe.report.paper.section6.page import PAGE, markdown, write_markdown
 
@@ -169,3 +170,11 @@ def test_the_page_tells_ranks_beside_those_of_facts_never_trained(root: Path) ->
             low, high = f"{found.min():.0f}", f"{found.max():.0f}"
             span = low if low == high else f"{low} to {high}"
             assert re.search(rf"{before} {span} %", page), (words, split, span)
+
+
+def test_the_path_of_reverse_answers_uses_the_height_of_its_panels(root: Path) -> None:
+    """Of the committed runs none answers a tenth backwards: on an axis to 1 every line would lie on the ground."""
+    drawing = figures(Section6.read(root / "examples" / "results"))[AGAINST][1]
+    lines = re.findall(r'<path d="([^"]+)" fill="none" stroke="[^"]+" stroke-width="1.7"', drawing)
+    heights = [[float(y) for y in re.findall(r"[-\d.]+[ ,]([-\d.]+)", line)] for line in lines]
+    assert max(max(ys) - min(ys) for ys in heights) > 0.8 * HEIGHT, "the highest path of all reaches high"

@@ -24,6 +24,7 @@ PANELS = {
     "gradient cosine": (("gradient_cosine", BLUE, True),),
     "probability": (("reverse_probability", RED, True), ("forward_probability", BLUE, False)),
 }
+LEAST_HEIGHT = 0.02  # of the axis of reverse exact match: nothing answered backwards is a line on the ground
 FIGURE_4, FIGURE_6, AGAINST = "section6_figure4.svg", "section6_figure6.svg", "section6_reverse_forward.svg"
 
 
@@ -63,13 +64,16 @@ def signatures_figure(found: Section6, model: str) -> str:
 
 
 def against_figure(found: Section6) -> str:
-    """Each model's path from before fine-tuning to the last step, one panel for each dataset; empty without a line."""
-    panels = []
-    for trained in DATASETS:
-        lines = [line for model in TABLE_MODELS for line in _path(found, main_cell(model, trained))]
-        panels.append(Panel(trained.words, lines, y=(0.0, 1.0)))
-    if not any(panel.lines for panel in panels):
+    """Each model's path from before fine-tuning to the last step, one panel for each dataset; empty without a line.
+
+    All panels have one upward axis, as high as the highest answer backwards: on one to 1 all would lie on the ground.
+    """
+    paths = [[line for model in TABLE_MODELS for line in _path(found, main_cell(model, one))] for one in DATASETS]
+    heights = [float(line.y.max()) for lines in paths for line in lines]
+    if not heights:
         return ""
+    top = min(1.0, max(LEAST_HEIGHT, 1.1 * max(heights)))
+    panels = [Panel(trained.words, lines, y=(0.0, top)) for trained, lines in zip(DATASETS, paths, strict=True)]
     nothing = np.array([])
     legend = [Line(model, nothing, nothing, colour) for model, colour in COLOURS.items()]
     rows = [panels[:3], panels[3:]]
