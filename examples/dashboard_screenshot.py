@@ -59,11 +59,7 @@ def picture(runs_dir: Path, out: Path, *, chosen: list[str] | None = None, view:
         raise RevprobeError(f"no tab {asked!r}{did_you_mean(asked, TABS)}")
     with served(runs_dir) as address, browser() as driver:
         driver.get(address)
-        keys = await_true(lambda: drawable(driver), "the list of runs")
-        for key in chosen or []:
-            if key not in keys:
-                raise RevprobeError(f"no run {key!r} in {runs_dir}: expected some of {', '.join(keys)}")
-        shown = chosen or keys[:MOST]
+        shown = runs_to_show(driver, runs_dir, chosen)
         said = [*parse_qsl(view), *(("chosen", key) for key in shown)]
         driver.get(f"{address}?{urlencode(said)}")
         await_true(
@@ -79,6 +75,15 @@ def picture(runs_dir: Path, out: Path, *, chosen: list[str] | None = None, view:
         out.parent.mkdir(parents=True, exist_ok=True)
         driver.save_screenshot(str(out))
     return out
+
+
+def runs_to_show(driver: Any, runs_dir: Path, chosen: list[str] | None) -> list[str]:
+    """The runs that were asked for, else the first of the list. Raises: RevprobeError, for one that is not listed."""
+    keys = await_true(lambda: drawable(driver), "the list of runs")
+    for key in chosen or []:
+        if key not in keys:
+            raise RevprobeError(f"no run {key!r} in {runs_dir}: expected some of {', '.join(keys)}")
+    return list(chosen or keys[:MOST])
 
 
 @contextmanager

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
-from dashboard_screenshot import DRAWN, HIGHEST, MOST, WHOLE, await_true, browser, choose, drawable, served
+from dashboard_screenshot import DRAWN, HIGHEST, WHOLE, await_true, browser, choose, runs_to_show, served
+from report_views import THEMES, WIDTHS, add_widths, end_with, set_size
 
 from revprobe.errors import RevprobeError, did_you_mean
 from revprobe.report.dashboard.view import FIGURES, TABS
 from revprobe.report.html.instruments import INSTRUMENTS
 
-WIDTHS, THEMES, HEIGHT = (1440, 1024, 800), ("light", "dark"), 1000
+HEIGHT = 1000
 STILL = 5  # looks a fifth of a second apart at which a page is as high as at the last
 # What an instrument's tab shows once its run was looked into: a figure, or the command that takes one.
 INSTRUMENT = "#panel-instrument:not(.stale) #instrument-said *"
@@ -29,7 +30,7 @@ INSTRUMENT = "#panel-instrument:not(.stale) #instrument-said *"
 BEYOND = """
 const wide = document.documentElement.clientWidth;
 const scrolled = (part) => {
-  for (let up = part; up && up !== document.body; up = up.parentElement)
+  for (let up = part.parentElement; up && up !== document.body; up = up.parentElement)
     if (["auto", "scroll", "hidden"].includes(getComputedStyle(up).overflowX) && up.id !== "main") return true;
   return false;
 };
@@ -76,11 +77,7 @@ def views(
     out.mkdir(parents=True, exist_ok=True)
     with served(runs_dir) as address, browser() as driver:
         driver.get(address)
-        there = await_true(lambda: drawable(driver), "the list of runs")
-        for key in runs or []:
-            if key not in there:
-                raise RevprobeError(f"no run {key!r} in {runs_dir}: expected some of {', '.join(there)}")
-        shown = runs or there[:MOST]
+        shown = runs_to_show(driver, runs_dir, runs)
         fixed = [("run", shown[0]), *(("chosen", key) for key in shown)]
         fixed.append(("fact", first_fact(driver, f"{address}?{urlencode([('tab', 'pair'), *fixed])}")))
         for width in widths or WIDTHS:
@@ -132,12 +129,6 @@ def await_still(driver: Any) -> None:
     await_true(still, "a page that stands still")
 
 
-def set_size(driver: Any, width: int, height: int) -> None:
-    """The page's own size, one pixel of the picture for each of the page."""
-    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-
-
 def main() -> None:
     """Read the command line, take the pictures, or say in one line why not."""
     parser = argparse.ArgumentParser(description="Save every view of the dashboard of a folder of runs as a picture.")
@@ -145,17 +136,13 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="the folder for the pictures")
     parser.add_argument("--runs", nargs="+", metavar="RUN", help="paths from RUNS_DIR; the first four by default")
     parser.add_argument("--tabs", nargs="+", metavar="NAME", help=f"of {', '.join(TABS)} (default: all)")
-    parser.add_argument(
-        "--widths", nargs="+", type=int, metavar="PIXELS", help="of the window (default: 1440 1024 800)"
-    )
+    add_widths(parser)
     asked = parser.parse_args()
     try:
         wrong = views(asked.runs_dir, asked.out, runs=asked.runs, tabs=asked.tabs, widths=asked.widths)
     except (RevprobeError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(*wrong, f"pictures: {asked.out}", sep="\n")
-    if wrong:
-        sys.exit(1)
+    end_with(wrong, asked.out)
 
 
 if __name__ == "__main__":

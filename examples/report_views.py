@@ -76,24 +76,34 @@ def await_drawn(driver: Any) -> None:
         time.sleep(0.1)
 
 
+def add_widths(parser: argparse.ArgumentParser) -> None:
+    """The option that says how wide windows are."""
+    parser.add_argument(
+        "--widths", nargs="+", type=int, metavar="PIXELS", help="of the window (default: 1440 1024 800)"
+    )
+
+
+def end_with(wrong: list[str], out: Path) -> None:
+    """Say what is wrong with the pictures, and end with status 1 where something is."""
+    print(*wrong, f"pictures: {out}", sep="\n")
+    if wrong:
+        sys.exit(1)
+
+
 def main() -> None:
     """Read the command line, take the pictures, or say in one line why not."""
     parser = argparse.ArgumentParser(description="Save every view of a report of revprobe as a picture.")
     parser.add_argument("report", type=Path, help="a report.html, or the folder of a run or sweep that has one")
     parser.add_argument("out", type=Path, help="the folder for the pictures")
     parser.add_argument("--tabs", nargs="+", metavar="NAME", help="overview, routing, ... (default: all)")
-    parser.add_argument(
-        "--widths", nargs="+", type=int, metavar="PIXELS", help="of the window (default: 1440 1024 800)"
-    )
+    add_widths(parser)
     asked = parser.parse_args()
     report = asked.report / "report.html" if asked.report.is_dir() else asked.report
     try:
         wrong = views(report, asked.out, tabs=asked.tabs, widths=asked.widths)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(*wrong, f"pictures: {asked.out}", sep="\n")
-    if wrong:
-        sys.exit(1)
+    end_with(wrong, asked.out)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def test_a_view_of_the_dashboard_is_saved_as_high_as_it_is(runs: Path, tmp_path:
 
 
 def test_each_view_of_the_dashboard_is_saved_in_both_themes(runs: Path, tmp_path: Path) -> None:
-    """Every drawing of every tab has a name and an address; one view that fits no window is told."""
+    """Every drawing of every tab has a name and an address."""
     pictures = with_neighbours("dashboard_views.py")
     named = pictures.all_views()
     assert {said["tab"] for said in named.values()} == set(pictures.TABS)
@@ -108,3 +108,18 @@ def test_each_view_of_the_dashboard_is_saved_in_both_themes(runs: Path, tmp_path
     assert {size(picture)[0] for picture in taken.values()} == {1024}
     with pytest.raises(rp.RevprobeError, match="no tab 'pairs'; the closest is 'pair'"):
         pictures.views(runs, out, tabs=["pairs"])
+
+
+def test_a_part_of_the_dashboard_beyond_the_window_is_told(runs: Path) -> None:
+    """The page's main part scrolls by itself, so the document is never wider than its window."""
+    pictures = with_neighbours("dashboard_views.py")
+    plant = "document.querySelector(arguments[0]).insertAdjacentHTML('beforeend', arguments[1])"
+    wide = '<div id="planted" style="width: 3000px">x</div>'
+    with shot.served(runs) as address, shot.browser() as driver:
+        driver.get(address)
+        shot.await_true(lambda: shot.table_rows(driver), "the numbers")
+        assert driver.execute_script(pictures.BEYOND) == []
+        driver.execute_script(plant, "#numbers", wide)
+        assert driver.execute_script(pictures.BEYOND) == [], "a box that scrolls may hold what is wider"
+        driver.execute_script(plant, "#main", wide)
+        assert "div#planted" in driver.execute_script(pictures.BEYOND)
