@@ -229,15 +229,14 @@ def counts_text(counts: Iterable[float]) -> str:
     return f"n = {_from_to(counts)[0]}"
 
 
-def samples_text(pairs: Iterable[float], facts: Iterable[float], *, unit: str = "pairs") -> str:
-    """The same of pairs and of their facts, since intervals rest on these; `unit=""` where there is little room.
+def samples_text(pairs: Iterable[float], facts: Iterable[float]) -> str:
+    """The same of pairs and of their facts, since intervals rest on these.
 
     >>> samples_text([702, 2106], [26, 26])
     'n = 702 to 2,106 pairs of 26 facts'
     """
     (n, many), (of, several) = _from_to(pairs), _from_to(facts)
-    counted = f"{n} {unit if many else unit.removesuffix('s')}".rstrip()
-    return f"n = {counted} of {of} {'facts' if several else 'fact'}"
+    return f"n = {n} {'pairs' if many else 'pair'} of {of} {'facts' if several else 'fact'}"
 
 
 def _from_to(counts: Iterable[float]) -> tuple[str, bool]:
