@@ -20,9 +20,10 @@ from torch.autograd.graph import get_gradient_edge
 from ...errors import RevprobeError
 from .graph import Call, CannotSplit, adds_up
 from .order import Mixed, Order, Rows
-from .products import Use, merged, multiply
+from .products import multiply
 from .rules import all_finite, drop_silent_tokens, linear_use, lookup, replay
 from .spread_weights import WholeWeights
+from .uses import Use, merged
 from .walk import Key, Spread, walk_back
 
 _WIDER = "use a wider dtype, or check the weights for NaN"

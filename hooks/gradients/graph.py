@@ -17,8 +17,8 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from ...errors import RevprobeError
-from .products import FormedUse
 from .spread_weights import WholeWeights
+from .uses import FormedUse
 
 Edge = tuple[Any, int]  # a node of the graph and the number of its input
 

@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ...errors import RevprobeError, first_line
 from .backward import Products, Selection, part_labels
-from .products import FormedUse, multiply
+from .products import multiply
+from .uses import FormedUse
 
 LossOf = Callable[[int], Tensor]  # the loss of one example, run by itself
 # Most elements of gradients held at once, of all examples; parameters beyond it are read in another round.

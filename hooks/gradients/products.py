@@ -1,9 +1,8 @@
 """Inner products of per-example gradients that are held as factors.
 
-A `Use` is what one use of a parameter adds to its gradient: an outer product summed over tokens (Linear, Conv1D),
-rows looked up by token id (Embedding), or a small gradient held whole (biases, norms). The inner product of two
-examples' gradients is the sum over all pairs of uses; token sums go through Gram matrices, chunked so that no
-intermediate grows large.
+The inner product of two examples' gradients is the sum over all pairs of their uses (`uses.py`). Token sums go through
+Gram matrices, or through the gradients themselves, some rows of the weight at a time; pair by pair, or all with all in
+one matrix product, of which the pairs are taken. What is cheapest is counted, not tried: products are the same.
 
 Shapes below: batch, pair, seq, out (rows of a weight), in (columns of a weight).
 """
@@ -12,80 +11,66 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isqrt
 
 import torch
 from torch import Tensor, nn
+
+from .uses import FormedUse, LookupUse, OuterUse, Use, merged
 
 # Rounding level of a sum, in units of eps times the root of its terms' squared norms (roundings add up like a random
 # walk). A gradient whose norm is below it is rounding: key biases, for one, have zero gradient in theory.
 NOISE_FLOOR = 32.0
 # Largest intermediate tensor of the product routines, in elements.
 _CHUNK = 2**24
+# What writing and reading an element costs, in multiplications of a matrix product. Measured on a CPU: 30 to 60.
+_MOVED = 32
 
 
 @dataclass(frozen=True)
-class OuterUse:
-    """A gradient sum_t rows_t (x) columns_t. Shapes: `rows`: `batch seq out`, `columns`: `batch seq in`."""
+class Pairs:
+    """The examples whose gradients are multiplied: left[n] with right[n], which are lefts[i[n]] with rights[j[n]].
 
-    rows: Tensor
-    columns: Tensor
-
-    @property
-    def device(self) -> torch.device:
-        return self.rows.device
-
-
-@dataclass(frozen=True)
-class LookupUse:
-    """An embedding's gradient: row ids_t gets grads_t.
-
-    Shapes: `ids`: `batch seq` (-1 where none), `grads`: `batch seq dim`; `rows`: tokens in the table.
+    Shapes: `left`, `right`, `i`, `j`: `pair`; `lefts`, `rights`: the different ones of a side, in order.
     """
 
-    ids: Tensor
-    grads: Tensor
-    rows: int
+    left: Tensor
+    right: Tensor
+    lefts: Tensor
+    rights: Tensor
+    i: Tensor
+    j: Tensor
+
+    @classmethod
+    def of(cls, left: Tensor, right: Tensor) -> Pairs:
+        (lefts, i), (rights, j) = (torch.unique(side, return_inverse=True) for side in (left, right))
+        return cls(left, right, lefts, rights, i, j)
+
+    def __len__(self) -> int:
+        return len(self.left)
 
     @property
-    def device(self) -> torch.device:
-        return self.grads.device
+    def met(self) -> int:
+        """How many products there are where all meet all."""
+        return len(self.lefts) * len(self.rights)
 
+    def one_by_one(self, product: Callable[[Tensor, Tensor], Tensor], elements: int) -> Tensor:
+        """`product` of slices of the pairs, so that no intermediate exceeds _CHUNK; `elements`: the largest a pair.
 
-@dataclass(frozen=True)
-class FormedUse:
-    """A gradient held whole, for small parameters.
+        Shapes: `pair, pair -> pair`; `-> pair`.
+        """
+        step = max(1, _CHUNK // max(elements, 1))
+        slices = [slice(n, n + step) for n in range(0, max(len(self), 1), step)]
+        return torch.cat([product(self.left[part], self.right[part]) for part in slices])
 
-    Shapes: `grads`: `batch numel`; `terms`: `batch`, the sum of its terms' squared norms.
-    """
+    def all_with_all(self, product: Callable[[Tensor, Tensor], Tensor], elements: int, each: int) -> Tensor:
+        """`product` of blocks of both sides, of which the pairs are taken; `elements` a product, `each` an example.
 
-    grads: Tensor
-    terms: Tensor
-
-    @property
-    def device(self) -> torch.device:
-        return self.grads.device
-
-
-Use = OuterUse | LookupUse | FormedUse
-
-
-def merged(uses: list[Use]) -> list[Use]:
-    """Uses of one kind joined along their tokens, so that their cross terms come by themselves."""
-    outer = [use for use in uses if isinstance(use, OuterUse)]
-    lookups = [use for use in uses if isinstance(use, LookupUse)]
-    formed = [use for use in uses if isinstance(use, FormedUse)]
-    merged: list[Use] = []
-    if outer:
-        merged.append(OuterUse(torch.cat([u.rows for u in outer], 1), torch.cat([u.columns for u in outer], 1)))
-    if lookups:
-        merged.append(
-            LookupUse(torch.cat([u.ids for u in lookups], 1), torch.cat([u.grads for u in lookups], 1), lookups[0].rows)
-        )
-    if formed:
-        merged.append(
-            FormedUse(torch.stack([u.grads for u in formed]).sum(0), torch.stack([u.terms for u in formed]).sum(0))
-        )
-    return merged
+        Shapes: `left, right -> left right`; `-> pair`.
+        """
+        side = max(1, min(isqrt(_CHUNK // max(elements, 1)), _CHUNK // max(each, 1)))
+        rows = [torch.cat([product(a, b) for b in self.rights.split(side)], 1) for a in self.lefts.split(side)]
+        return torch.cat(rows)[self.i, self.j]
 
 
 def multiply(uses: list[Use], parameter: nn.Parameter, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,29 +82,30 @@ def multiply(uses: list[Use], parameter: nn.Parameter, left: Tensor, right: Tens
     uses = merged(uses)
     left, right = left.to(uses[0].device), right.to(uses[0].device)
     same = left == right
-    others = (left[~same], right[~same])
-    own, terms, crosses = zip(*(_products(use, *others, pairs=len(left)) for use in uses), strict=True)
+    others = Pairs.of(left[~same], right[~same])
+    own, terms, crosses = zip(*(_products(use, others) for use in uses), strict=True)
     every = torch.arange(len(own[0]), device=left.device)
+    itself = Pairs.of(every, every)
     different = [(a, b) for a in uses for b in uses if a is not b]
-    squares = torch.stack([*own, *(_cross(a, b, every, every) for a, b in different)]).sum(0)
+    squares = torch.stack([*own, *(_cross(a, b, itself) for a, b in different)]).sum(0)
     inner = squares[left]
-    if len(others[0]):
-        inner[~same] = torch.stack([*crosses, *(_cross(a, b, *others) for a, b in different)]).sum(0)
+    if len(others):
+        inner[~same] = torch.stack([*crosses, *(_cross(a, b, others) for a, b in different)]).sum(0)
     floor = NOISE_FLOOR * torch.finfo(parameter.dtype).eps * torch.stack(terms).sum(0).sqrt()
     return inner, floor
 
 
-def _products(use: Use, left: Tensor, right: Tensor, pairs: int) -> tuple[Tensor, Tensor, Tensor]:
+def _products(use: Use, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
     """A use with itself: squared norms, squared norms of its terms, inner products. Shapes: `-> batch, batch, pair`."""
     if isinstance(use, FormedUse):
-        return use.grads.pow(2).sum(1), use.terms, _cross(use, use, left, right)
+        return use.grads.pow(2).sum(1), use.terms, _cross(use, use, pairs)
     if isinstance(use, LookupUse):
         every = torch.arange(len(use.ids), device=use.device)
         terms = torch.linalg.vector_norm(use.grads, dim=-1).pow(2) * (use.ids >= 0)
-        return _cross(use, use, every, every), terms.sum(1), _cross(use, use, left, right)
+        return _cross(use, use, Pairs.of(every, every)), terms.sum(1), _cross(use, use, pairs)
     if _forming_is_cheaper(use, pairs):
         tokens = [torch.linalg.vector_norm(factor, dim=-1).pow(2) for factor in (use.rows, use.columns)]
-        squares, crosses = _by_forming(use, left, right)
+        squares, crosses = _by_forming(use, pairs)
         return squares, (tokens[0] * tokens[1]).sum(1), crosses
     # Slices instead of an index: nothing is copied.
     step = max(1, _CHUNK // use.rows.shape[1] ** 2)
@@ -127,57 +113,105 @@ def _products(use: Use, left: Tensor, right: Tensor, pairs: int) -> tuple[Tensor
     grams = ((use.rows[part] @ use.rows[part].mT, use.columns[part] @ use.columns[part].mT) for part in slices)
     found = [((r * c).sum((1, 2)), (r.diagonal(0, 1, 2) * c.diagonal(0, 1, 2)).sum(1)) for r, c in grams]
     squares, terms = (torch.cat(each) for each in zip(*found, strict=True))
-    return squares, terms, _cross(use, use, left, right)
+    return squares, terms, _cross(use, use, pairs)
 
 
-def _by_forming(use: OuterUse, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def _by_forming(use: OuterUse, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Squared norms and inner products through the gradients themselves, some rows of the weight at a time."""
-    most = max(len(use.rows), len(left)) * use.columns.shape[-1]
-    step = max(1, _CHUNK // most)
-    squares = use.rows.new_zeros(len(use.rows))
-    crosses = use.rows.new_zeros(len(left))
+    step = max(1, _CHUNK // (len(use.rows) * use.columns.shape[-1]))
+    squares, crosses = use.rows.new_zeros(len(use.rows)), use.rows.new_zeros(len(pairs))
     for n in range(0, use.rows.shape[-1], step):
         formed = (use.rows[..., n : n + step].mT @ use.columns).flatten(1)
         squares += torch.linalg.vector_norm(formed, dim=1).pow(2)
-        crosses += (formed[left] * formed[right]).sum(-1)
+        crosses += _whole(formed, formed, pairs)
     return squares, crosses
 
 
-def _cross(a: Use, b: Use, left: Tensor, right: Tensor) -> Tensor:
+def _cross(a: Use, b: Use, pairs: Pairs) -> Tensor:
     """<a[left], b[right]>. Shapes: `-> pair`."""
-    if isinstance(a, FormedUse) and isinstance(b, FormedUse):
-        return (a.grads[left] * b.grads[right]).sum(-1)
     if isinstance(a, OuterUse) and isinstance(b, OuterUse):
-        # Through token Gram matrices.
-        gram = lambda i, j: ((a.rows[i] @ b.rows[j].mT) * (a.columns[i] @ b.columns[j].mT)).sum((1, 2))  # noqa: E731
-        wide = max(a.rows.shape[-1], a.columns.shape[-1], b.rows.shape[1])
-        return _chunked(gram, left, right, a.rows.shape[1] * wide)
+        return _by_tokens(_outer_outer, a, b, pairs, a.rows.shape[-1] + a.columns.shape[-1])
     if isinstance(a, LookupUse) and isinstance(b, LookupUse):
-        return _chunked(lambda i, j: _lookup_lookup(a, b, i, j), left, right, a.ids.shape[1] * b.ids.shape[1])
+        return _by_tokens(_lookup_lookup, a, b, pairs, a.grads.shape[-1])
     if isinstance(a, LookupUse) and isinstance(b, OuterUse):
-        return _chunked(lambda i, j: _lookup_outer(a, b, i, j), left, right, a.ids.shape[1] * b.rows.shape[1])
+        return _by_tokens(_lookup_outer, a, b, pairs, a.grads.shape[-1])
     if isinstance(a, OuterUse) and isinstance(b, LookupUse):
-        return _cross(b, a, right, left)
-    return (_formed(a)[left] * _formed(b)[right]).sum(-1)
+        return _cross(b, a, Pairs(pairs.right, pairs.left, pairs.rights, pairs.lefts, pairs.j, pairs.i))
+    return _whole(_formed(a), _formed(b), pairs)
 
 
-def _forming_is_cheaper(use: OuterUse, pairs: int) -> bool:
-    """Count multiplications: T^2 (out + in) a pair by Gram matrices; else T out in an example, out in a pair."""
+def _forming_is_cheaper(use: OuterUse, pairs: Pairs) -> bool:
+    """Count multiplications: T^2 (out + in) a product by Gram matrices; else T out in an example, out in a product."""
     batch, seq, out = use.rows.shape
+    width = out + use.columns.shape[-1]
     size = out * use.columns.shape[-1]
-    return batch * seq * size + pairs * size < pairs * seq**2 * (out + use.columns.shape[-1])
+    grams = batch * seq**2 * width + min(_token_costs(seq, seq, width, pairs))
+    return size * (batch * (seq + 2 * _MOVED) + min(_whole_costs(pairs))) < grams
 
 
-def _lookup_lookup(a: LookupUse, b: LookupUse, i: Tensor, j: Tensor) -> Tensor:
-    same = (a.ids[i][:, :, None] == b.ids[j][:, None, :]) & (a.ids[i] >= 0)[:, :, None]
-    return (same * (a.grads[i] @ b.grads[j].mT)).sum((1, 2))
+def _token_costs(left: int, right: int, width: int, pairs: Pairs) -> tuple[int, int]:
+    """Of products through tokens, so many a side, pair by pair and all with all; the former copies factors."""
+    tokens = left * right
+    return len(pairs) * width * (tokens + _MOVED * (left + right)), pairs.met * tokens * (width + _MOVED)
 
 
-def _lookup_outer(a: LookupUse, b: OuterUse, i: Tensor, j: Tensor) -> Tensor:
-    """<row ids_t gets g_t, sum_s r_s (x) c_s> = sum_{t,s} r_s[ids_t] (g_t . c_s)."""
-    ids = a.ids[i]
-    at_ids = b.rows[j].mT.gather(1, ids.clamp(min=0)[:, :, None].expand(-1, -1, b.rows.shape[1]))
-    return (at_ids * (ids >= 0)[:, :, None] * (a.grads[i] @ b.columns[j].mT)).sum((1, 2))
+def _whole_costs(pairs: Pairs) -> tuple[int, int]:
+    """Of an element of whole gradients, pair by pair (two copies, their product, its sum) and all with all."""
+    return 4 * _MOVED * len(pairs), pairs.met
+
+
+def _by_tokens(product: Callable[..., Tensor], a: Use, b: Use, pairs: Pairs, width: int) -> Tensor:
+    """Sums of `product` over the tokens of both sides. Shapes: `-> pair`."""
+    (left, widest), (right, wide) = _held(a), _held(b)
+    alone, together = _token_costs(left, right, width, pairs)
+    example = max(left, right) * max(widest, wide)
+    if together < alone:
+        all_with_all = lambda i, j: product(a, b, i, j, together=True).sum((1, 3))  # noqa: E731
+        return pairs.all_with_all(all_with_all, left * right, example)
+    return pairs.one_by_one(lambda i, j: product(a, b, i, j, together=False).sum((1, 2)), max(left * right, example))
+
+
+def _held(use: Use) -> tuple[int, int]:
+    """Tokens of an example, and features of its widest factor."""
+    factors = (use.rows, use.columns) if isinstance(use, OuterUse) else (use.grads,)
+    return factors[0].shape[1], max(factor.shape[-1] for factor in factors)
+
+
+def _outer_outer(a: OuterUse, b: OuterUse, i: Tensor, j: Tensor, *, together: bool) -> Tensor:
+    return _dot(a.rows[i], b.rows[j], together) * _dot(a.columns[i], b.columns[j], together)
+
+
+def _lookup_lookup(a: LookupUse, b: LookupUse, i: Tensor, j: Tensor, *, together: bool) -> Tensor:
+    one, other = _facing(a.ids[i], b.ids[j], together)
+    return ((one == other) & (one >= 0)) * _dot(a.grads[i], b.grads[j], together)
+
+
+def _lookup_outer(a: LookupUse, b: OuterUse, i: Tensor, j: Tensor, *, together: bool) -> Tensor:
+    """<row ids_t gets g_t, sum_s r_s (x) c_s> = sum_{t,s} r_s[ids_t] (g_t . c_s); no token's row is copied whole."""
+    tokens = torch.arange(b.rows.shape[1], device=b.device)
+    ids, examples = _facing(a.ids[i], j[:, None].expand(-1, len(tokens)), together)
+    at_ids = b.rows[examples, tokens, ids.clamp(min=0)]
+    return at_ids * (ids >= 0) * _dot(a.grads[i], b.columns[j], together)
+
+
+def _dot(x: Tensor, y: Tensor, together: bool) -> Tensor:
+    """Inner products of tokens. Shapes: `pair t d, pair s d -> pair t s`; together `l t d, r s d -> l t r s`."""
+    return torch.tensordot(x, y, dims=([2], [2])) if together else x @ y.mT
+
+
+def _facing(x: Tensor, y: Tensor, together: bool) -> tuple[Tensor, Tensor]:
+    """Views that meet as `_dot`'s tokens do. Shapes: `pair t, pair s`; together `l t, r s`."""
+    return (x[:, :, None, None], y[None, None]) if together else (x[:, :, None], y[:, None])
+
+
+def _whole(a: Tensor, b: Tensor, pairs: Pairs) -> Tensor:
+    """Inner products of gradients held whole. Shapes: `batch numel, batch numel -> pair`."""
+    alone, together = _whole_costs(pairs)
+    if alone <= together:
+        return pairs.one_by_one(lambda i, j: (a[i] * b[j]).sum(-1), a.shape[1])
+    step = max(1, _CHUNK // max(len(a), 1))
+    slices = [slice(n, n + step) for n in range(0, a.shape[1], step)]
+    return torch.stack([a[pairs.lefts, part] @ b[pairs.rights, part].mT for part in slices]).sum(0)[pairs.i, pairs.j]
 
 
 def _formed(use: Use) -> Tensor:
@@ -189,9 +223,3 @@ def _formed(use: Use) -> Tensor:
     table = use.grads.new_zeros(use.ids.shape[0], use.rows, use.grads.shape[-1])
     keep = (use.ids >= 0)[..., None]
     return table.scatter_add_(1, use.ids.clamp(min=0)[..., None].expand_as(use.grads), use.grads * keep).flatten(1)
-
-
-def _chunked(product: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor, elements: int) -> Tensor:
-    """`product` over slices of the pairs, so that no intermediate exceeds _CHUNK elements."""
-    step = max(1, _CHUNK // max(elements, 1))
-    return torch.cat([product(left[n : n + step], right[n : n + step]) for n in range(0, max(len(left), 1), step)])

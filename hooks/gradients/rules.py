@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from ...errors import first_line
 from .graph import Call, CannotSplit
 from .order import Rows
-from .products import FormedUse, LookupUse, OuterUse, Use
+from .uses import FormedUse, LookupUse, OuterUse, Use
 
 
 def carries_gradient(leaf: Any) -> bool:

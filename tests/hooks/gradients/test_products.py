@@ -129,22 +129,6 @@ def test_both_ways_of_multiplying_agree(monkeypatch):
         torch.testing.assert_close(results[0][name], results[1][name], atol=1e-14, rtol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("batch", "tokens", "out", "inside", "pairs", "forming"),
-    [
-        (2, 4, 64, 64, 2, False),
-        (2, 400, 64, 64, 2, True),
-        (64, 16, 512, 1376, 96, False),
-        (64, 512, 512, 1376, 96, True),
-        (2, 4096, 4096, 4096, 3, True),
-    ],
-)
-def test_the_cost_model_forms_gradients_for_long_sequences_only(batch, tokens, out, inside, pairs, forming):
-    """The switch is near T = out in / (out + in): 32 for 64 x 64, 2,048 for 4,096 x 4,096; no size is too large."""
-    rows, columns = (torch.empty(batch, tokens, size, device="meta") for size in (out, inside))
-    assert gradient_products._forming_is_cheaper(gradient_products.OuterUse(rows, columns), pairs) is forming
-
-
 @pytest.mark.parametrize("forming", [False, True])
 def test_slices_of_any_size_give_the_same_products(forming, monkeypatch):
     model = MODELS["rope"]().double().eval()
