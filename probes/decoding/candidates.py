@@ -21,19 +21,17 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ...arguments import checked
 from ...errors import RevprobeError
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
 from ...progress import Progress, shows_progress
-from ..pairs.query import Query
 from ..pairs.spans import require_fast_tokenizer
-from ..passes.batches import in_batches, queries_per_batch
 from ..readings.reading import Reading
 from ..statistics.resampling import derangement
-from .causal import end_tokens, generator_of
+from .causal import end_tokens
+from .continuations import Tokens, continuation_scores
 from .decode import after_begin, batches_of, encode_prompts, require_fit
 from .exact_match import (
     TOO_LONG,
@@ -48,7 +46,6 @@ from .exact_match import (
 )
 from .masked import Prompt, hidden_log_probabilities
 
-Tokens = tuple[int, ...]
 MASKED = "one run with the whole canvas hidden: sum of log-probabilities over it (mean-field)"
 CAUSAL = "log-probability of the answer and its end, left to right"
 
@@ -213,9 +210,9 @@ class _Ranking:
     def _causal(
         self, prompts: list[Prompt], rows: list[list[Tokens]], batch_size: int | None
     ) -> Iterator[tuple[int, Tensor]]:
-        for place, (prompt, own) in enumerate(zip(prompts, rows, strict=True)):
-            ended = own if self.end is None else [(*row, self.end) for row in own]
-            yield place, continuation_scores(self.model, prompt.before, ended, batch_size)
+        before = [prompt.before for prompt in prompts]
+        ended = rows if self.end is None else [[(*row, self.end) for row in own] for own in rows]
+        yield from continuation_scores(self.model, before, ended, batch_size)
 
     def row(self, i: int, scores: Mapping[str, float], partner: int | None) -> dict[str, Any]:
         """The frame's row of a question."""
@@ -241,50 +238,6 @@ class _Ranking:
         group = np.unique([f"{q.direction}\n{q.template}" for q in self.questions], return_inverse=True)[1]
         facts = np.array([str(question.fact) for question in self.questions])
         return derangement(families(facts, self.right), group, seed=seed)
-
-
-def continuation_scores(
-    model: ProbedModel, prompt: Sequence[int], rows: Sequence[Tokens], batch_size: int | None = None
-) -> Tensor:
-    """Log-probability of each continuation of a prompt by a causal model, the prompt itself run once where it can be.
-
-    Shapes: `-> candidate`, float64 on the CPU.
-    Raises: RevprobeError, when the logits are NaN.
-    """
-    longest = len(prompt) + max(map(len, rows), default=0)
-    size = queries_per_batch(model, [Query.unchecked(range(longest), (), ())], batch_size)
-    found = torch.full((len(rows),), torch.nan, dtype=torch.float64)
-    for some in in_batches(model, range(len(rows)), size, lambda place: len(rows[place])):
-        width = max(len(rows[place]) for place in some)
-        ids = torch.tensor([[*rows[place], *[0] * (width - len(rows[place]))] for place in some], device=model.device)
-        lengths = torch.tensor([len(rows[place]) for place in some], device=model.device)[:, None]
-        logits = _cached(model, prompt, ids)
-        if logits is None:  # padding stands to the right, where a causal model does not see it
-            before = torch.tensor([list(prompt)], device=model.device).expand(len(some), -1)
-            logits = model.logits(torch.cat([before, ids], dim=1))[:, len(prompt) - 1 : -1]
-        own = logits.double().log_softmax(-1).gather(2, ids[..., None])[..., 0]
-        if own.isnan().any():
-            raise RevprobeError(model.explain_non_finite())
-        is_token = torch.arange(width, device=model.device) < lengths
-        found[some] = own.masked_fill(~is_token, 0.0).sum(1).cpu()
-    return found
-
-
-def _cached(model: ProbedModel, prompt: Sequence[int], ids: Tensor) -> Tensor | None:
-    """Logits that predict each token behind the prompt, whose keys and values are made once; None where no plain cache
-    is kept. Shapes: `candidate token -> candidate token vocab`."""
-    generator: Any = generator_of(model.module)
-    if generator is None:
-        return None
-    before = generator(input_ids=torch.tensor([list(prompt)], device=model.device), use_cache=True)
-    cache = getattr(before, "past_key_values", None)
-    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return None
-    first = before.logits[:, -1:].expand(len(ids), -1, -1)
-    if ids.shape[1] == 1:
-        return first
-    cache.batch_repeat_interleave(len(ids))
-    return torch.cat([first, generator(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits], dim=1)
 
 
 def _context(question: Asked) -> tuple[str, str]:

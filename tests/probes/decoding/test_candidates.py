@@ -14,7 +14,7 @@ import revprobe as rp
 from revprobe import ProbedModel, Reading, RevprobeError, rank_candidates
 from revprobe.finetune.config.finetuning import TinyModel
 from revprobe.finetune.pretraining.layouts import train_tokenizer, untrained
-from revprobe.probes.decoding import candidates as candidates_file
+from revprobe.probes.decoding import continuations
 from revprobe.probes.decoding.exact_match import TOO_LONG, AnswerBook
 from revprobe.relations.evaluation import rank_relation
 from tiny import drawn, in_blocks
@@ -128,7 +128,7 @@ def test_ties_count_against_the_right_answer(tokenizer: PreTrainedTokenizerFast)
 def test_the_kept_cache_changes_no_score(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     probed = model("llama", tokenizer)
     cached = rank_candidates(probed, ASKED).frame
-    monkeypatch.setattr(candidates_file, "_cached", lambda *_: None)
+    monkeypatch.setattr(continuations, "generator_of", lambda _: None)
     plain = rank_candidates(probed, ASKED, batch_size=3).frame
     assert np.allclose(cached["log_probability"], plain["log_probability"], atol=1e-4)
     assert cached["rank"].tolist() == plain["rank"].tolist()
