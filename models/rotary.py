@@ -253,10 +253,19 @@ def _candidates(module: nn.Module, length: int) -> Iterator[tuple[int | None, Ro
                 yield owner, _rotary_of(child, name, match["kind"], f"{path}.{name}", length)
 
 
+def grows_with_length(module: nn.Module) -> bool:
+    """Whether a rotation's angles depend on the length of the sequence, so that kept keys are turned otherwise."""
+    return any(_is_growing(str(getattr(child, "rope_type", ""))) for child in module.modules())
+
+
+def _is_growing(scaling: str) -> bool:
+    return any(word in scaling for word in _GROWING)
+
+
 def _rotary_of(module: nn.Module, name: str, kind: str | None, source: str, length: int) -> Rotary:
     scaling = getattr(module, "rope_type", "default")
     scaling = str(scaling.get(kind, "default") if isinstance(scaling, dict) else scaling)
-    if any(word in scaling for word in _GROWING):
+    if _is_growing(scaling):
         # On a copy: the embedding's own code decides, and keeps what it decided.
         module = copy.deepcopy(module)
         positions = torch.arange(length, device=getattr(module, name).device)[None]

@@ -303,7 +303,7 @@ class _Examination:
         expected = inner / (norms[0] * norms[1]) ** 0.5 if min(norms) > 0 else float("nan")
         frame = reading.frame[reading.frame["pair"] == 0]
         norms_by = frame.groupby("parameter")["norm_forward"].apply(lambda each: float((each**2).sum() ** 0.5))
-        plain = {name: float(g.norm()) for (name, _), g in zip(self._named(), one, strict=True)}
+        plain = {name: float(g.double().norm()) for (name, _), g in zip(self._named(), one, strict=True)}
         worst = max(abs(norm - plain[str(name)]) for name, norm in norms_by.items()) / norms[0] ** 0.5
         mine = frame["inner"].sum() / (frame["norm_forward"].pow(2).sum() * frame["norm_reverse"].pow(2).sum()) ** 0.5
         note = "cosine of a pair and norms of every parameter, and by plain autograd"

@@ -2,7 +2,7 @@
 
 The inner product of two examples' gradients is the sum over all pairs of their uses (`uses.py`). Token sums go through
 Gram matrices, or through the gradients themselves, some rows of the weight at a time; pair by pair, or all with all in
-one matrix product, of which the pairs are taken. What is cheapest is counted, not tried: products are the same.
+one matrix product, of which the pairs are taken. What is cheapest is counted, not tried; routes differ by rounding.
 
 Shapes below: batch, pair, seq, out (rows of a weight), in (columns of a weight).
 """
@@ -25,6 +25,9 @@ NOISE_FLOOR = 32.0
 _CHUNK = 2**24
 # What writing and reading an element costs, in multiplications of a matrix product. Measured on a CPU: 30 to 60.
 _MOVED = 32
+# Longest sum left to one matrix product: of few rows it adds up one term after the other, and a million of them lose
+# three digits in float32.
+_TERMS = 2**14
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,9 @@ class Pairs:
         return len(self.lefts) * len(self.rights)
 
     def one_by_one(self, product: Callable[[Tensor, Tensor], Tensor], elements: int) -> Tensor:
-        """`product` of slices of the pairs, so that no intermediate exceeds _CHUNK; `elements`: the largest a pair.
+        """`product` of slices of the pairs, so that no intermediate exceeds _CHUNK if one pair's does not.
+
+        `elements`: of a pair's largest intermediate.
 
         Shapes: `pair, pair -> pair`; `-> pair`.
         """
@@ -76,11 +81,17 @@ class Pairs:
 def multiply(uses: list[Use], parameter: nn.Parameter, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Inner products of examples left[n] and right[n], and the norm below which an example's gradient is rounding.
 
-    The floor is NOISE_FLOOR * eps * root of the squared norms of the gradient's terms.
+    The floor is NOISE_FLOOR * eps * root of the squared norms of the gradient's terms. Factors are multiplied in their
+    own type, also within the caller's autocast.
     Shapes: `pair, pair -> pair, batch`.
     """
     uses = merged(uses)
     left, right = left.to(uses[0].device), right.to(uses[0].device)
+    with torch.autocast(uses[0].device.type, enabled=False):
+        return _multiplied(uses, parameter, left, right)
+
+
+def _multiplied(uses: list[Use], parameter: nn.Parameter, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     same = left == right
     others = Pairs.of(left[~same], right[~same])
     own, terms, crosses = zip(*(_products(use, others) for use in uses), strict=True)
@@ -108,7 +119,7 @@ def _products(use: Use, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         squares, crosses = _by_forming(use, pairs)
         return squares, (tokens[0] * tokens[1]).sum(1), crosses
     # Slices instead of an index: nothing is copied.
-    step = max(1, _CHUNK // use.rows.shape[1] ** 2)
+    step = max(1, _CHUNK // max(1, use.rows.shape[1] ** 2))
     slices = [slice(n, n + step) for n in range(0, len(use.rows), step)]
     grams = ((use.rows[part] @ use.rows[part].mT, use.columns[part] @ use.columns[part].mT) for part in slices)
     found = [((r * c).sum((1, 2)), (r.diagonal(0, 1, 2) * c.diagonal(0, 1, 2)).sum(1)) for r, c in grams]
@@ -118,11 +129,11 @@ def _products(use: Use, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
 
 def _by_forming(use: OuterUse, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Squared norms and inner products through the gradients themselves, some rows of the weight at a time."""
-    step = max(1, _CHUNK // (len(use.rows) * use.columns.shape[-1]))
+    step = max(1, _CHUNK // max(1, len(use.rows) * use.columns.shape[-1]))
     squares, crosses = use.rows.new_zeros(len(use.rows)), use.rows.new_zeros(len(pairs))
     for n in range(0, use.rows.shape[-1], step):
         formed = (use.rows[..., n : n + step].mT @ use.columns).flatten(1)
-        squares += torch.linalg.vector_norm(formed, dim=1).pow(2)
+        squares += formed.pow(2).sum(1)  # not torch's norm, which of a million terms in float32 loses three digits
         crosses += _whole(formed, formed, pairs)
     return squares, crosses
 
@@ -209,9 +220,12 @@ def _whole(a: Tensor, b: Tensor, pairs: Pairs) -> Tensor:
     alone, together = _whole_costs(pairs)
     if alone <= together:
         return pairs.one_by_one(lambda i, j: (a[i] * b[j]).sum(-1), a.shape[1])
-    step = max(1, _CHUNK // max(len(a), 1))
-    slices = [slice(n, n + step) for n in range(0, a.shape[1], step)]
-    return torch.stack([a[pairs.lefts, part] @ b[pairs.rights, part].mT for part in slices]).sum(0)[pairs.i, pairs.j]
+    step = max(1, min(_TERMS, _CHUNK // max(len(a), 1)))
+    wide = a.dtype if a.device.type == "mps" else torch.float64
+    found = torch.zeros(len(pairs.lefts), len(pairs.rights), dtype=wide, device=a.device)
+    for n in range(0, a.shape[1], step):
+        found += a[pairs.lefts, n : n + step] @ b[pairs.rights, n : n + step].mT
+    return found[pairs.i, pairs.j].to(a.dtype)
 
 
 def _formed(use: Use) -> Tensor:

@@ -1,9 +1,9 @@
-"""The log-probability of many continuations of prompts by a causal model; what begins alike is run once.
+"""The log-probability of many continuations of prompts by a causal model; what begins alike is run once a batch.
 
-Answers that part late (a description and its inflected forms) share most of their tokens. So all continuations are read
+Answers that part late (a description and its inflected forms) share most of their tokens. So continuations are read
 token by token: each different beginning is one row, whose keys and values are those of its parent and one more, as in
-beam search. Nothing is padded, and prompts of one length go together. A model that keeps no plain cache reads a prompt
-and a continuation as a whole.
+beam search. Prompts of one length go together, so that nothing is padded. A model that keeps no plain cache, or whose
+angles depend on the length of the sequence, reads a prompt and a continuation as a whole.
 
 Shapes below: candidate (continuations of a prompt), row (different beginnings), vocab.
 """
@@ -21,14 +21,16 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ...errors import RevprobeError
 from ...models.probed import ProbedModel
+from ...models.rotary import grows_with_length
 from ..pairs.query import Query
 from ..passes.batches import in_batches, queries_per_batch
 from .causal import generator_of
 
 Tokens = tuple[int, ...]
 Continuations = Sequence[Sequence[Tokens]]  # of each prompt
-# Tokens of a batch that make room for one row: it is a single token, and holds keys and values of those before it.
-_ROOM = 8
+# Tokens of a batch that make room for one row, which holds keys and values: those of so many tokens take what one takes
+# that is run (logits in float64, activations). And no less than a few.
+_HELD, _FEWEST = 4, 8
 
 
 def continuation_scores(
@@ -45,7 +47,7 @@ def continuation_scores(
     found = [torch.full((len(own),), torch.nan, dtype=torch.float64) for own in rows]
     left = [len(own) for own in rows]
     yield from ((place, found[place]) for place, own in enumerate(rows) if not own)
-    generator = generator_of(model.module)
+    generator = None if grows_with_length(model.module) else generator_of(model.module)
     for together in _batches(model, prompts, rows, batch_size):
         scores = None if generator is None else _by_token(model, generator, prompts, rows, together)
         if scores is None:  # nor does it for the others
@@ -71,13 +73,17 @@ class _Piece:
 def _batches(
     model: ProbedModel, prompts: Sequence[Sequence[int]], rows: Continuations, batch_size: int | None
 ) -> Iterator[list[_Piece]]:
-    """Prompts of one length as long as their rows have room; one that needs more in pieces."""
-    room = queries_per_batch(model, [Query.unchecked(range(_ROOM), (), ())], batch_size)
-    places = [place for place, own in enumerate(rows) if own]
-    for _, same in groupby(sorted(places, key=lambda place: len(prompts[place])), lambda place: len(prompts[place])):
+    """Prompts of one length as long as they and their rows have room; one that needs more in pieces."""
+    length = lambda place: len(prompts[place])  # noqa: E731
+    for tokens, same in groupby(sorted((place for place, own in enumerate(rows) if own), key=length), length):
+        places = list(same)
+        most = queries_per_batch(model, [Query.unchecked(range(tokens), (), ())], batch_size)
+        longest = tokens + max(len(row) for place in places for row in rows[place])
+        of_a_row = max(_FEWEST, longest // _HELD)
+        room = queries_per_batch(model, [Query.unchecked(range(of_a_row), (), ())], batch_size)
         batch: list[_Piece] = []
-        for piece in (piece for place in same for piece in _pieces(place, rows[place], room)):
-            if batch and sum(one.width for one in batch) + piece.width > room:
+        for piece in (piece for place in places for piece in _pieces(place, rows[place], room)):
+            if batch and (len(batch) == most or sum(one.width for one in batch) + piece.width > room):
                 yield batch
                 batch = []
             batch.append(piece)
@@ -85,12 +91,13 @@ def _batches(
 
 
 def _pieces(place: int, rows: Sequence[Tokens], room: int) -> Iterator[_Piece]:
+    """All continuations, or so many at a time as have room whatever they share, what begins alike together."""
     width = _width(rows)
     ordered = sorted(range(len(rows)), key=rows.__getitem__)
     size = len(rows) if width <= room else room
     for start in range(0, len(rows), size):
         candidates = ordered[start : start + size]
-        yield _Piece(place, candidates, min(width, len(candidates)))
+        yield _Piece(place, candidates, width if size == len(rows) else _width([rows[n] for n in candidates]))
 
 
 def _width(rows: Sequence[Tokens]) -> int:
@@ -135,10 +142,13 @@ def _by_token(
     together: Sequence[_Piece],
 ) -> list[Tensor] | None:
     """Scores of each piece, a token of all of them at a time; None where no plain cache is kept."""
-    indices = lambda values: torch.tensor(values, device=model.device)  # noqa: E731
+
+    def indices(values: Sequence[Any]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=model.device)
+
     ran = generator(input_ids=indices([list(prompts[piece.place]) for piece in together]), use_cache=True)
-    cache = getattr(ran, "past_key_values", None)
-    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+    cache: Any = getattr(ran, "past_key_values", None)
+    if not _is_plain(cache, len(prompts[together[0].place])):
         return None
     continuations = [rows[piece.place][n] for piece in together for n in piece.candidates]
     roots = [root for root, piece in enumerate(together) for _ in piece.candidates]
@@ -148,9 +158,16 @@ def _by_token(
         scores[indices(step.candidates)] += log_probabilities[indices(step.parents), indices(step.tokens)]
         if step.children:
             parents, tokens = zip(*step.children, strict=True)
-            cache.batch_select_indices(indices(parents))
+            cache.reorder_cache(indices(parents))  # each layer's on its own device
             ran = generator(input_ids=indices(tokens)[:, None], past_key_values=cache, use_cache=True)
     return list(scores.cpu().split([len(piece.candidates) for piece in together]))
+
+
+def _is_plain(cache: Any, length: int) -> bool:
+    """Whether it holds keys and values of so many tokens in every layer, and nothing else."""
+    if type(cache) is not DynamicCache or not cache.layers:
+        return False
+    return all(type(layer) is DynamicLayer and layer.get_seq_length() == length for layer in cache.layers)
 
 
 def _as_wholes(model: ProbedModel, prompt: Sequence[int], rows: Sequence[Tokens], batch_size: int | None) -> Tensor:
@@ -160,7 +177,8 @@ def _as_wholes(model: ProbedModel, prompt: Sequence[int], rows: Sequence[Tokens]
     found = torch.full((len(rows),), torch.nan, dtype=torch.float64)
     for some in in_batches(model, range(len(rows)), size, lambda place: len(rows[place])):
         width = max(len(rows[place]) for place in some)
-        ids = torch.tensor([[*rows[place], *[0] * (width - len(rows[place]))] for place in some], device=model.device)
+        padded = [[*rows[place], *[0] * (width - len(rows[place]))] for place in some]
+        ids = torch.tensor(padded, dtype=torch.long, device=model.device)
         lengths = torch.tensor([len(rows[place]) for place in some], device=model.device)[:, None]
         # Padding stands to the right, where a causal model does not see it.
         before = torch.tensor([list(prompt)], device=model.device).expand(len(some), -1)

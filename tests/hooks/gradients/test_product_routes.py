@@ -1,5 +1,7 @@
 """Products of gradients held as factors: every route gives them, none holds much, and the cheapest is taken."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,8 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import revprobe as rp
 from revprobe.hooks.gradients import products as gradient_products
 from revprobe.hooks.gradients.uses import FormedUse, LookupUse, OuterUse
+from tiny import pairs_at, radd
 
 
 @pytest.mark.parametrize(
@@ -65,17 +69,17 @@ def take(monkeypatch, forming: bool, together: bool) -> None:
         monkeypatch.setattr(gradient_products, costs, lambda *_: (1, 0) if together else (0, 1))
 
 
-def some_uses(kinds: str, batch: int, generator: torch.Generator) -> list:
-    """Uses of one 6 x 4 weight: outer products, rows looked up (some of none), and whole gradients."""
+def some_uses(kinds: str, batch: int, generator: torch.Generator, columns: int = 4) -> list:
+    """Uses of one weight of 6 rows: outer products, rows looked up (some of none), and whole gradients."""
     drawn = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     uses = []
     for kind in kinds:
         if kind == "o":
-            uses.append(OuterUse(drawn(batch, 3, 6), drawn(batch, 3, 4)))
+            uses.append(OuterUse(drawn(batch, 3, 6), drawn(batch, 3, columns)))
         elif kind == "l":
-            uses.append(LookupUse(torch.randint(-1, 6, (batch, 5), generator=generator), drawn(batch, 5, 4), 6))
+            uses.append(LookupUse(torch.randint(-1, 6, (batch, 5), generator=generator), drawn(batch, 5, columns), 6))
         else:
-            uses.append(FormedUse(drawn(batch, 24), drawn(batch).abs()))
+            uses.append(FormedUse(drawn(batch, 6 * columns), drawn(batch).abs()))
     return uses
 
 
@@ -116,18 +120,71 @@ def test_every_route_gives_the_products_of_any_pairs_of_any_uses(forming, togeth
     assert floor.shape == (batch,)
 
 
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("kinds", ["formed", "o", "l", "f", "ol"])
+def test_no_route_holds_more_than_a_slice_at_once(kinds, together, monkeypatch):
+    """The largest tensor that is made, as torch makes it: of 12 gradients of 6 x 400, whose products are 144."""
+    take(monkeypatch, kinds == "formed", together)
+    uses = some_uses(kinds if kinds != "formed" else "o", 12, torch.Generator().manual_seed(0), columns=400)
+    pairs = gradient_products.Pairs.of(*torch.cartesian_prod(torch.arange(12), torch.arange(12)).T)
+
+    def largest(chunk: int) -> Largest:
+        monkeypatch.setattr(gradient_products, "_CHUNK", chunk)
+        with Largest() as made:
+            if kinds == "formed":
+                gradient_products._by_forming(uses[0], pairs)
+            else:
+                gradient_products._cross(uses[0], uses[-1], pairs)
+        return made
+
+    made = largest(6000)
+    assert made.numel <= 6000, made.name
+    assert largest(2**24).numel > 6000, "without slices it is more"
+
+
 @pytest.mark.parametrize(("forming", "together"), ROUTES)
-@pytest.mark.parametrize("kinds", ["o", "l", "f", "ol"])
-def test_no_route_holds_more_than_a_slice_at_once(kinds, forming, together, monkeypatch):
-    """The largest tensor that is made, as torch makes it, where one product's own needs less than a slice."""
-    batch = 40
-    uses = some_uses(kinds, batch, torch.Generator().manual_seed(0))
-    left, right = torch.cartesian_prod(torch.arange(batch), torch.arange(batch)).T
+@pytest.mark.parametrize("kind", [OuterUse, FormedUse])
+def test_products_of_large_gradients_keep_their_digits(kind, forming, together, monkeypatch):
+    """A million terms in float32, of few examples: a matrix product of few rows and torch's norm add up one by one."""
     take(monkeypatch, forming, together)
-    monkeypatch.setattr(gradient_products, "_CHUNK", 8000)
-    with Largest() as made:
-        gradient_products.multiply(uses, torch.nn.Parameter(torch.zeros(6, 4)), left, right)
-    assert made.numel <= 8000, made.name
+    rows, columns = torch.rand(1, 1, 1024).expand(4, -1, -1), torch.rand(1, 1, 1024).expand(4, -1, -1)
+    whole = (rows.mT @ columns).flatten(1)
+    use = OuterUse(rows, columns) if kind is OuterUse else FormedUse(whole, whole.pow(2).sum(1))
+    left, right = torch.cartesian_prod(torch.arange(4), torch.arange(4)).T
+    inner, _ = gradient_products.multiply([use], torch.nn.Parameter(torch.zeros(1024, 1024)), left, right)
+    true = whole[0].double().pow(2).sum().expand(16)
+    torch.testing.assert_close(inner.double(), true, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("forming", "together"), ROUTES)
+@pytest.mark.parametrize("kinds", ["o", "l", "f", "olf"])
+def test_the_callers_autocast_does_not_narrow_products(kinds, forming, together, monkeypatch):
+    take(monkeypatch, forming, together)
+    uses = [
+        replace(use, **{name: factor.float() for name, factor in vars(use).items() if _is_floating(factor)})
+        for use in some_uses(kinds, 5, torch.Generator().manual_seed(0))
+    ]
+    pairs = torch.triu_indices(5, 5)
+    alone = gradient_products.multiply(uses, torch.nn.Parameter(torch.zeros(6, 4)), *pairs)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = gradient_products.multiply(uses, torch.nn.Parameter(torch.zeros(6, 4)), *pairs)
+    for one, other in zip(alone, inside, strict=True):
+        assert one.dtype == other.dtype == torch.float32 and torch.equal(one, other)
+
+
+def test_a_probe_in_the_callers_autocast_reads_its_cosines():
+    """Norms and biases are products of whole gradients, of which some are an example's own and some are not."""
+    model, pairs = radd(), pairs_at((1, 3), (3, 1), length=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = rp.probe_gradient_cosine(model, pairs).frame
+    alone = rp.probe_gradient_cosine(model, pairs).frame
+    assert inside["inner"].notna().all() and len(inside) == len(alone)
+    whole = [frame.groupby("pair")[["inner", "norm_forward"]].sum() for frame in (inside, alone)]
+    assert abs(whole[0] / whole[1] - 1).to_numpy().max() < 0.1, "its forward pass is rounded, and no more"
+
+
+def _is_floating(factor) -> bool:
+    return isinstance(factor, Tensor) and factor.is_floating_point()
 
 
 class Largest(TorchDispatchMode):

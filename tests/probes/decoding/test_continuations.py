@@ -7,11 +7,14 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from revprobe import ProbedModel, RevprobeError
 from revprobe.hooks.untouched import untouched
 from revprobe.probes.decoding.continuations import continuation_scores
+from revprobe.probes.pairs.query import Query
+from revprobe.probes.passes.batches import queries_per_batch
 from tiny import drawn, gpt2, language_model, llama
 
 Rows = list[list[tuple[int, ...]]]
@@ -29,6 +32,20 @@ def slow(model: ProbedModel, prompt: list[int], row: tuple[int, ...]) -> float:
     with torch.no_grad():
         logits = model.logits(torch.tensor([[*prompt, *row]]))[0].double()
     return sum(float(logits[len(prompt) + n - 1].log_softmax(-1)[token]) for n, token in enumerate(row))
+
+
+def adapted() -> ProbedModel:
+    """Llama with LoRA weights that count."""
+    module = get_peft_model(llama().module, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    return ProbedModel(drawn(module), objective="causal", name="adapted")
+
+
+def growing() -> ProbedModel:
+    """Llama whose angles depend on the length of the sequence, from 4 tokens on: kept keys are turned otherwise."""
+    config = llama().module.config
+    config.max_position_embeddings = 4
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 10000.0}
+    return ProbedModel(drawn(lambda: language_model(config)), objective="causal", name="growing")
 
 
 def gemma() -> ProbedModel:
@@ -61,6 +78,7 @@ MODELS: dict[str, Any] = {
     "llama": llama,
     "gpt2": gpt2,
     "gemma": gemma,
+    "adapted": adapted,
     "bare": lambda: ProbedModel(Bare(), objective="causal", name="bare"),
 }
 
@@ -71,7 +89,7 @@ def model(request: pytest.FixtureRequest) -> ProbedModel:
 
 
 TOKEN = st.integers(0, 3)  # few, so that many begin alike
-ROWS = st.lists(st.lists(TOKEN, min_size=1, max_size=5).map(tuple), max_size=8)
+ROWS = st.lists(st.lists(TOKEN, max_size=5).map(tuple), max_size=8)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=15)
@@ -80,7 +98,7 @@ ROWS = st.lists(st.lists(TOKEN, min_size=1, max_size=5).map(tuple), max_size=8)
     size=st.sampled_from([None, 1, 2, 3, 7]),
 )
 def test_scores_are_those_of_one_run_each(model: ProbedModel, asked: Any, size: int | None) -> None:
-    """Prompts of several lengths, with no, one and many continuations, some of them equal or begun by others."""
+    """Prompts of several lengths, with no, one and many continuations, some of them empty, equal or begun by others."""
     prompts, rows = [list(prompt) for prompt, _ in asked], [own for _, own in asked]
     for prompt, own, scores in zip(prompts, rows, scored(model, prompts, rows, size), strict=True):
         assert scores.shape == (len(own),) and scores.dtype == torch.float64
@@ -117,6 +135,30 @@ def test_no_run_has_more_rows_than_were_asked_for(size: int) -> None:
         assert scores.tolist() == pytest.approx([slow(model, prompt, row) for row in own], abs=1e-4)
 
 
+@pytest.mark.parametrize(("length", "prompts", "candidates"), [(100, 300, 2), (400, 1, 300)])
+def test_long_prompts_leave_less_room(length: int, prompts: int, candidates: int) -> None:
+    """Tokens of a run, and four times fewer of those whose keys and values are held, are those of any batch."""
+    model, room = llama(), queries_per_batch(llama(), [Query.unchecked(range(1), (), ())])
+    rows = [[(n % 50, n // 50, 1) for n in range(candidates)]] * prompts
+    asked = [[3] * length for _ in range(prompts)]
+    seen, handle = runs_of(model)
+    with untouched(model.module), torch.no_grad():
+        for place, scores in continuation_scores(model, asked, rows):
+            assert place or scores[1].item() == pytest.approx(slow(model, asked[0], rows[0][1]), abs=1e-4)
+    handle.remove()
+    assert max(count * tokens for count, tokens in seen) <= room
+    assert max(count for count, tokens in seen if tokens == 1) * (length + 3) <= 4 * room + length
+    assert len(seen) < 3 * prompts * candidates, "a batch is more than one continuation"
+
+
+def test_angles_that_grow_with_the_length_are_those_of_the_whole() -> None:
+    model, rows = growing(), [(5, 6, 7, 8), (5, 6, 7, 9)]
+    found = scored(model, [[1, 2, 3]], [rows])[0]
+    assert found.tolist() == pytest.approx([slow(model, [1, 2, 3], row) for row in rows], abs=1e-4)
+    cut = [slow(model, [1, 2, 3], row[:1]) for row in rows]
+    assert abs(found[0] - cut[0]) > 0.1, "more than one token counts"
+
+
 def test_a_model_without_a_plain_cache_is_asked_for_one_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = gemma()
     asked: list[Any] = []
@@ -126,8 +168,10 @@ def test_a_model_without_a_plain_cache_is_asked_for_one_once(monkeypatch: pytest
     assert asked.count(True) == 1
 
 
-def test_logits_that_are_not_numbers_are_told() -> None:
-    model = gpt2()
+@pytest.mark.parametrize("made", [gpt2, gemma])
+def test_logits_that_are_not_numbers_are_told(made: Any) -> None:
+    """By a token and as a whole."""
+    model = made()
     with torch.no_grad():
         model.module.get_output_embeddings().weight.fill_(torch.nan)
     with pytest.raises(RevprobeError, match="NaN"):
