@@ -70,7 +70,8 @@ def test_readings_are_those_with_everything_held(name: str, request: pytest.Fixt
     again = frames(model, pairs)
     assert seen and all(seen), "blocks ran again"
     for probe, frame in held.items():
-        pd.testing.assert_frame_equal(again[probe], frame, rtol=2e-5, atol=1e-6)
+        # Batches are of other sizes, whose products round otherwise: by their factors, which may cancel each other.
+        pd.testing.assert_frame_equal(again[probe], frame, rtol=2e-5, atol=5e-6)
 
 
 class Counts(nn.Module):
