@@ -121,11 +121,16 @@ def test_every_route_gives_the_products_of_any_pairs_of_any_uses(forming, togeth
 
 
 @pytest.mark.parametrize("together", [False, True])
-@pytest.mark.parametrize("kinds", ["formed", "o", "l", "f", "ol"])
+@pytest.mark.parametrize("kinds", ["formed", "long", "o", "l", "f", "ol"])
 def test_no_route_holds_more_than_a_slice_at_once(kinds, together, monkeypatch):
-    """The largest tensor that is made, as torch makes it: of 12 gradients of 6 x 400, whose products are 144."""
+    """The largest tensor that is made, as torch makes it: of 12 gradients of 6 x 400, whose products are 144.
+
+    Of a long sequence, tokens by tokens are more than tokens by features.
+    """
     take(monkeypatch, kinds == "formed", together)
-    uses = some_uses(kinds if kinds != "formed" else "o", 12, torch.Generator().manual_seed(0), columns=400)
+    uses = some_uses({"formed": "o", "long": "o"}.get(kinds, kinds), 12, torch.Generator().manual_seed(0), columns=400)
+    if kinds == "long":
+        uses = [OuterUse(torch.ones(12, 30, 6), torch.ones(12, 30, 2))]
     pairs = gradient_products.Pairs.of(*torch.cartesian_prod(torch.arange(12), torch.arange(12)).T)
 
     def largest(chunk: int) -> Largest:
