@@ -25,6 +25,9 @@ NOISE_FLOOR = 32.0
 _CHUNK = 2**24
 # What writing and reading an element costs, in multiplications of a matrix product. Measured on a CPU: 30 to 60.
 _MOVED = 32
+# Multiplications below which there is nothing to gain: pairs are taken one by one there, and few products round alike
+# in batches of other sizes.
+_FEW = 2**26
 # Longest sum left to one matrix product: of few rows it adds up one term after the other, and a million of them lose
 # three digits in float32.
 _TERMS = 2**14
@@ -171,12 +174,15 @@ def _whole_costs(pairs: Pairs) -> tuple[int, int]:
     return 4 * _MOVED * len(pairs), pairs.met
 
 
+def _is_table_cheaper(alone: int, together: int) -> bool:
+    return together < alone and alone > _FEW
+
+
 def _by_tokens(product: Callable[..., Tensor], a: Use, b: Use, pairs: Pairs, width: int) -> Tensor:
     """Sums of `product` over the tokens of both sides. Shapes: `-> pair`."""
     (left, widest), (right, wide) = _held(a), _held(b)
-    alone, together = _token_costs(left, right, width, pairs)
     example = max(left, right) * max(widest, wide)
-    if together < alone:
+    if _is_table_cheaper(*_token_costs(left, right, width, pairs)):
         all_with_all = lambda i, j: product(a, b, i, j, together=True).sum((1, 3))  # noqa: E731
         return pairs.all_with_all(all_with_all, left * right, example)
     return pairs.one_by_one(lambda i, j: product(a, b, i, j, together=False).sum((1, 2)), max(left * right, example))
@@ -217,8 +223,7 @@ def _facing(x: Tensor, y: Tensor, together: bool) -> tuple[Tensor, Tensor]:
 
 def _whole(a: Tensor, b: Tensor, pairs: Pairs) -> Tensor:
     """Inner products of gradients held whole. Shapes: `batch numel, batch numel -> pair`."""
-    alone, together = _whole_costs(pairs)
-    if alone <= together:
+    if not _is_table_cheaper(*(cost * a.shape[1] for cost in _whole_costs(pairs))):
         return pairs.one_by_one(lambda i, j: (a[i] * b[j]).sum(-1), a.shape[1])
     step = max(1, min(_TERMS, _CHUNK // max(len(a), 1)))
     wide = a.dtype if a.device.type == "mps" else torch.float64

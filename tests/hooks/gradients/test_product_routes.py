@@ -59,11 +59,18 @@ def test_pairs_are_taken_from_the_table_of_all_where_they_nearly_fill_it(left, r
         assert (costs[1] < costs[0]) is together
 
 
+def test_where_nothing_is_gained_pairs_are_taken_one_by_one():
+    assert not gradient_products._is_table_cheaper(1000, 10)
+    assert gradient_products._is_table_cheaper(10**9, 10**7)
+    assert not gradient_products._is_table_cheaper(10**9, 10**10)
+
+
 ROUTES = [(forming, together) for forming in (False, True) for together in (False, True)]
 
 
 def take(monkeypatch, forming: bool, together: bool) -> None:
     """Let the products go one route, whatever it costs."""
+    monkeypatch.setattr(gradient_products, "_FEW", 0)
     monkeypatch.setattr(gradient_products, "_forming_is_cheaper", lambda *_: forming)
     for costs in ("_token_costs", "_whole_costs"):
         monkeypatch.setattr(gradient_products, costs, lambda *_: (1, 0) if together else (0, 1))
