@@ -34,12 +34,13 @@ _HELD, _FEWEST = 4, 8
 
 
 def continuation_scores(
-    model: ProbedModel,
-    prompts: Sequence[Sequence[int]],
-    rows: Sequence[Sequence[Tokens]],
-    batch_size: int | None = None,
+    model: ProbedModel, prompts: Sequence[Sequence[int]], rows: Continuations, batch_size: int | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """The place of each prompt, in any order, with the log-probabilities of its continuations `rows`.
+    """The place of each prompt, in any order, with the log-probabilities of its continuations, in nats.
+
+    Args:
+        rows: the continuations of each prompt.
+        batch_size: most beginnings that are run at once; by the size of the model when None.
 
     Shapes: `-> candidate`, float64 on the CPU.
     Raises: RevprobeError, when the logits are NaN.
@@ -128,9 +129,9 @@ def _steps(rows: Sequence[Tokens], roots: Sequence[int]) -> Iterator[_Step]:
         candidates = [n for n, row in enumerate(rows) if len(row) > depth]
         parents, tokens = [at[n] for n in candidates], [rows[n][depth] for n in candidates]
         children: dict[tuple[int, int], int] = {}
-        for n, *key in zip(candidates, parents, tokens, strict=True):
+        for n, child in zip(candidates, zip(parents, tokens, strict=True), strict=True):
             if len(rows[n]) > depth + 1:
-                at[n] = children.setdefault((key[0], key[1]), len(children))
+                at[n] = children.setdefault(child, len(children))
         yield _Step(candidates, parents, tokens, list(children))
 
 
