@@ -16,7 +16,7 @@ from transformers import TrainingArguments, set_seed
 from ...errors import RevprobeError
 from ...models.checkpoints import step_of
 from ...models.contract.block_masks import WHOLE
-from ...models.peft_adapters import BASE, without_wrapper
+from ...models.peft_adapters import BASE, merged_copy, without_wrapper
 from ...models.probed import ProbedModel
 from ...models.registry import load_model
 from ...probes.decoding.candidates import require_whole_text
@@ -106,13 +106,15 @@ class Prepared:
         return [[about["asked"], about["split"]] for about, _ in sides]
 
     def ask(self, model: ProbedModel) -> Readings:
-        """The exact match of every side that the config's evaluation asks of a model."""
+        """The exact match of every side that the config's evaluation asks of a model, its LoRA merged in a copy."""
+        model = model.with_module(merged_copy(model.module))
         return evaluate_relation(
             model, self.relation, self.config.relation.direction, answers=self.answers, **self._how
         )
 
     def ask_at_snapshot(self, model: ProbedModel) -> Readings:
         """What a snapshot's answers hold: exact match where they are asked over training, ranks where asked for."""
+        model = model.with_module(merged_copy(model.module))  # once for both
         asked = self.ask(model) if self.config.evaluation.at == "snapshots" else Readings([])
         if not self.config.evaluation.candidates:
             return asked

@@ -298,10 +298,10 @@ def claim_run(run: Claimed, config: BaseModel) -> None:
 
 
 def software() -> dict[str, str]:
-    """Versions that can move bits."""
+    """Versions that can move bits, and the vector instructions that torch's kernels use here, which move them too."""
     names = ("torch", "transformers", "accelerate", "numpy")
     own = {"revprobe": version("revprobe"), "python": platform.python_version()}
-    return own | {name: version(name) for name in names}
+    return own | {name: version(name) for name in names} | {"cpu": torch.backends.cpu.get_cpu_capability()}
 
 
 @contextmanager
