@@ -5,7 +5,8 @@
 RUNS has the folders section6, section6-ablations, section6-methods and mini-models, as `revprobe reproduce section6`
 leaves them. A run that is not finished, one that is being trained too, stands in the tables as such, so the command can
 be given again while the sweeps go on; it reads and never writes a run. Runs that were collected before and whose
-folders are gone stay, as long as config and weights are the planned ones. Page and lines come from the tables alone:
+folders are gone stay, as long as their config is the planned one and the file that the small models are made by is the
+same. Page and lines come from the tables alone:
 
     python examples/collect_section6.py --page-only
 
@@ -46,15 +47,17 @@ def collected(folders: dict[str, Path], data: Path, commit: str | None) -> Secti
     Args:
         folders: of each sweep and of the small models, by name.
         data: the folder that the plans call data.
-        commit: what the runs were trained with, where it is known.
+        commit: what the runs and models that are finished there were trained with, where it is known.
     """
     sweeps = {name: (load_config(name, FinetuneSweepConfig), folders[name]) for name in DROP_ORDER}
     models = (load_config(MODELS, PretrainSweepConfig), folders[MODELS])
     found = collect(sweeps, models, data, lambda text: print(text, flush=True))
     about: dict[str, Any] = {"collected": datetime.now(UTC).date().isoformat(), "collected_at_commit": commit_of()}
     about |= found.about
-    for name in (*DROP_ORDER, MODELS):
-        about[name] |= {"trained_at_commit": commit} | predictions_since(find_config(name))
+    here = {name: bool(about[name]["finished"]) for name in DROP_ORDER}
+    here[MODELS] = any(record["status"] == FINISHED for record in found.models.values())
+    for name, any_here in here.items():
+        about[name] |= {"trained_at_commit": commit if any_here else None} | predictions_since(find_config(name))
     return replace(found, about=about)
 
 
@@ -73,7 +76,9 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, default=DATA, help="folder of the files that were trained on; data by default"
     )
-    parser.add_argument("--commit", help="the commit the runs were trained with; this checkout's is noted besides")
+    parser.add_argument(
+        "--commit", help="what the runs in RUNS were trained with; of runs that are kept it stays noted"
+    )
     parser.add_argument("--page-only", action="store_true", help="draw page and lines of what has been collected")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()

@@ -128,6 +128,16 @@ class Section6:
         yield from dict.fromkeys(_cell(row) for row in own.to_dict("records"))
 
     @cached_property
+    def from_made_again(self) -> dict[tuple[str, str], list[str]]:
+        """The finished runs that start from a small model made again to other bytes, by its name and their sha256."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for row in self.runs[self.runs["status"] == FINISHED].to_dict("records"):
+            others = self.models.get(row["weights_of"], {}).get("made_again", ())
+            if any(row["weights"] == one["sha256"]["model.safetensors"] for one in others):
+                found.setdefault((row["weights_of"], row["weights"]), []).append(row["run"])
+        return found
+
+    @cached_property
     def _curves(self) -> dict[tuple[str, Cell, int, str, str], dict[int, dict[str, Any]]]:
         """By table, cell, seed, and what was asked or measured: each step's row."""
         found: dict[tuple[str, Cell, int, str, str], dict[int, dict[str, Any]]] = {}

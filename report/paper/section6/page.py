@@ -66,6 +66,10 @@ ABOUT_MODELS = (
     "What the small models learned before, on other people. Told facts, asked in both directions; untold facts are the "
     "floor. Weights are not committed: the command makes them, and these are their hashes."
 )
+ABOUT_MADE_AGAIN = (
+    "On another processor the same command rounds sums otherwise and ends at other bytes, with a loss and answers that "
+    "differ a little, as with another seed. These runs start from such a model, and so do seeds of one cell from two:"
+)
 ABOUT_TRAINING = "Forward / reverse exact match on trained facts, per cent, means over seeds, by optimizer step."
 
 
@@ -90,7 +94,7 @@ def sections(found: Section6) -> list[Section]:
         ),
         Section("LoRA, all weights, and recipes of others", [Text(ABOUT_METHODS), Table(tables.methods(found))]),
         Section("Inside one trained model", traces.blocks(found)),
-        Section("The small models", [Text(ABOUT_MODELS), Table(tables.models(found))]),
+        Section("The small models", _small_models(found)),
         Section("Not run", _left(found)),
         Section("Where the numbers come from", origin(found.about)),
     ]
@@ -123,6 +127,15 @@ def _answers(found: Section6, told: Told) -> list[Section]:
         Section("Beside the paper", [Text(ABOUT_PAPER), Table(tables.beside_the_paper(found, told.others))]),
         Section("Rank among the candidates", [Text(ABOUT_RANKS), Table(tables.ranks(found))]),
         Section("Reverse against forward over training", [Text(ABOUT_TRAINING), Table(tables.over_training(found))]),
+    ]
+
+
+def _small_models(found: Section6) -> list[Block]:
+    again = tables.made_again(found)
+    return [
+        Text(ABOUT_MODELS),
+        Table(tables.models(found)),
+        *([Text(ABOUT_MADE_AGAIN), Items(again)] if again else []),
     ]
 
 

@@ -207,7 +207,13 @@ class Told:
             total = int((runs["sweep"] == sweep).sum())
             each.append(f"{sweep} {int((finished['sweep'] == sweep).sum())} of {total}" if total else f"{sweep} none")
         rest = "" if len(finished) == planned else "; the rest is not run or not finished"
-        return f"{share} ({', '.join(each)}){made}{rest}."
+        again = sum(map(len, self.found.from_made_again.values()))
+        other = (
+            f" {again} of them start from small models made again on another processor, of other bytes."
+            if again
+            else ""
+        )
+        return f"{share} ({', '.join(each)}){made}{rest}.{other}"
 
     def _made(self) -> str:
         """How many small models there are to start from, once any has been looked for."""

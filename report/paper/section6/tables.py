@@ -254,7 +254,8 @@ def _steps(found: Section6, cell: Cell) -> str:
 def models(found: Section6) -> Rows:
     """The small models: what they cost, and what they answer of their corpus, told facts and untold ones."""
     rows = []
-    for name, record in found.models.items():
+    again = [(f"{name}, made again", one) for name, told in found.models.items() for one in told.get("made_again", ())]
+    for name, record in (*found.models.items(), *again):
         row: dict[str, Any] = {"model": name, "told": "-", "parameters": "-", "core minutes": "-", "last loss": "-"}
         row |= {"told facts, told direction / other": "-", "untold facts": "-", "weights (sha256)": record["status"]}
         if record["status"] == FINISHED:
@@ -266,6 +267,11 @@ def models(found: Section6) -> Rows:
             row["weights (sha256)"] = record["sha256"].get("model.safetensors", "-")[:16]
         rows.append(row)
     return rows
+
+
+def made_again(found: Section6) -> list[str]:
+    """The finished runs that start from a small model made again to other bytes, by model and bytes."""
+    return [f"{name} of {digest[:16]}: {', '.join(own)}" for (name, digest), own in found.from_made_again.items()]
 
 
 def _answered(answers: dict[str, Any], known: str) -> str:

@@ -12,7 +12,7 @@ from made_section6 import made
 from revprobe.report.paper.section6.frames import FINISHED, NOT_RUN, Section6
 from revprobe.report.paper.section6.kept import with_kept
 from revprobe.report.paper.section6.page import markdown
-from revprobe.report.paper.section6.plan import DROP_ORDER
+from revprobe.report.paper.section6.plan import DROP_ORDER, MODELS
 
 WEIGHTS = "5" * 64
 LOST = ["section6", "section6-ablations"]
@@ -85,7 +85,8 @@ def test_what_is_finished_here_is_what_counts() -> None:
 
 @pytest.mark.parametrize("what", ["config", "weights", "statistics", "unfinished"])
 def test_what_is_another_run_does_not_stay(what: str) -> None:
-    """Another config, a model of other bytes, numbers of another definition, or a run that had not ended."""
+    """Another config, a model of other bytes that nobody says is made the same way, numbers of another definition, or a
+    run that had not ended."""
     now, before = without(collection(), LOST), collection()
     if what == "config":
         before = replace(before, runs=before.runs.assign(config="another"))
@@ -98,6 +99,52 @@ def test_what_is_another_run_does_not_stay(what: str) -> None:
     again = with_kept(now, before)
     assert set(again.answers["sweep"]) == set(DROP_ORDER) - set(LOST)
     assert (again.runs.loc[again.runs["sweep"].isin(LOST), "status"] == NOT_RUN).all()
+
+
+OTHER = "6" * 64
+
+
+def by_one_file(found: Section6) -> Section6:
+    """With the hash of the file that its small models are made by."""
+    return replace(found, about=found.about | {MODELS: {"file_sha256": "f" * 64, "trained_at_commit": "c" * 40}})
+
+
+def test_runs_from_the_same_command_on_another_machine_stay_beside_those_made_here() -> None:
+    """Both say which bytes they started from, and the page which runs start from the second."""
+    full = {"answers": {}, "corpus": {"told": "once"}, "parameters": 1, "core_minutes": 1.0, "losses": [[1, 2.0]]}
+
+    def of(weights: str) -> Section6:
+        found = by_one_file(collection(weights=weights))
+        return replace(found, models={name: record | full for name, record in found.models.items()})
+
+    before, now = of(WEIGHTS), without(of(OTHER), LOST)
+    again = with_kept(now, before)
+    lost = again.runs["sweep"].isin(LOST) & (again.runs["status"] == FINISHED)
+    done = again.runs["status"] == FINISHED
+    assert lost.any() and set(again.runs.loc[lost, "weights"]) == {WEIGHTS}
+    assert set(again.runs.loc[done & ~lost, "weights"]) == {OTHER}
+    for name, record in again.models.items():
+        assert record["sha256"]["model.safetensors"] == WEIGHTS, name
+        assert [one["sha256"]["model.safetensors"] for one in record["made_again"]] == [OTHER], name
+    told = [run for runs in again.from_made_again.values() for run in runs]
+    assert sorted(told) == sorted(again.runs.loc[done & ~lost, "run"])
+    page = markdown(again)
+    assert f"{len(told)} of them start from small models made again on another processor" in page
+    assert "mini-llada, made again" in page and f"mini-llada of {OTHER[:16]}: " in page
+    third = with_kept(without(of("7" * 64), list(DROP_ORDER)), again)
+    assert (third.runs["status"] == FINISHED).sum() == done.sum(), "nothing is lost on a third machine"
+    assert len(third.models["mini-llada"]["made_again"]) == 2
+    assert with_kept(without(of(OTHER), list(DROP_ORDER)), again).models == again.models, "known bytes, once each"
+    assert not before.from_made_again and "another processor" not in markdown(before)
+
+
+def test_the_commits_of_kept_and_new_runs_stand_beside_each_other() -> None:
+    before, now = by_one_file(collection()), without(by_one_file(collection(commit="b" * 40)), LOST)
+    for name in LOST:
+        now.about[name]["trained_at_commit"] = None
+    about = with_kept(now, before).about
+    assert [about[name]["trained_at_commit"] for name in LOST] == ["a" * 40] * len(LOST)
+    assert about[MODELS]["trained_at_commit"] == "c" * 40
 
 
 def test_models_that_are_not_made_here_are_told_as_they_were() -> None:
