@@ -7,7 +7,6 @@ inside the model's layers; learned prompts (prompt, prefix and p-tuning) stand b
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import warnings
@@ -15,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..atomic_files import write_text
@@ -36,8 +34,6 @@ _TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "word_embeddin
 _LANGUAGE_TASKS = (None, "CAUSAL_LM", "FEATURE_EXTRACTION")
 # Kinds whose wrapper does part of the work in its own forward pass.
 _IN_THE_WRAPPER = ("POLY", "XLORA")
-# Adapted weights of more elements are not copied to be merged: beside matrices of that width LoRA's cost little anyway.
-_SMALL = 1 << 26
 
 
 def is_adapter_parameter(name: str) -> bool:
@@ -72,40 +68,6 @@ def without_wrapper(module: nn.Module) -> nn.Module:
         return module
     inside: Any = module
     return inside.get_base_model()
-
-
-def merged_copy(module: nn.Module) -> nn.Module:
-    """A copy whose LoRA is in the weights it adapts, all else shared: as fast as the base, where a LoRA of rank r on
-    matrices of d columns takes up to 2 r / d of it more. The module itself where that would cost much or change much.
-
-    That is in half precision, where W + BA rounds otherwise than Wx + BAx, in 4 or 8 bits, with layers of another kind
-    of adapter or one that is switched off, adapted weights that stand elsewhere too, more of them than are worth a
-    copy, and what cannot be copied. Sums of float32 come out in another order.
-    """
-    if not adapter_parameters(module):
-        return module
-    from peft.tuners.lora.layer import Linear  # seconds to import, and only adapters need it
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    adapted = {name: part for name, part in module.named_modules() if isinstance(part, BaseTunerLayer)}
-    plain = [part for part in adapted.values() if type(part) is Linear and not (part.merged or part.disable_adapters)]
-    own = {id(tensor): tensor for part in plain for tensor in part.get_base_layer().parameters()}
-    places = [id(tensor) for _, tensor in module.named_parameters(remove_duplicate=False) if id(tensor) in own]
-    precise = all(tensor.dtype in (torch.float32, torch.float64) for tensor in own.values())
-    many = sum(tensor.numel() for tensor in own.values()) > _SMALL
-    if not plain or len(plain) < len(adapted) or len(places) > len(own) or not precise or many:
-        return module
-    shared = [tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in own]
-    try:
-        other = copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
-    except (RuntimeError, TypeError):  # it holds results of a graph, or a lock
-        return module
-    for name in adapted:
-        layer: Any = other.get_submodule(name)
-        layer.merge()
-        home, _, last = name.rpartition(".")
-        setattr(other.get_submodule(home), last, layer.get_base_layer())
-    return other
 
 
 def is_adapter(folder: str | Path) -> bool:

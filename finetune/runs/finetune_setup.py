@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import TrainingArguments, set_seed
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ...errors import RevprobeError
 from ...models.checkpoints import step_of
 from ...models.contract.block_masks import WHOLE
-from ...models.peft_adapters import BASE, merged_copy, without_wrapper
+from ...models.peft_adapters import BASE, without_wrapper
 from ...models.probed import ProbedModel
 from ...models.registry import load_model
 from ...probes.decoding.candidates import require_whole_text
@@ -29,10 +30,11 @@ from ..config.finetuning import FinetuneConfig
 from ..pretraining.tiny_models import build_tiny
 from ..training.answers_callback import SnapshotAnswers
 from ..training.arguments import training_arguments, uses_cpu
-from ..training.checkpointing import ANSWERED, READINGS
+from ..training.checkpointing import ANSWERED, READINGS, checksum
 from ..training.dataset import PadRows, RowOptions, StatementRows, padding_id
 from ..training.distributed import ProcessGroup
 from ..training.lora import add_lora, quantization, target_modules
+from ..training.merged_lora import merged_lora
 from ..training.negatives import Negatives
 from ..training.prediction_callback import PREDICTIONS, FirstOrderPrediction
 from ..training.probe_callback import ProbeCallback
@@ -93,6 +95,7 @@ class Prepared:
             "kind": self.pairs.kind,
             "relation": repr(self.relation),
             "asked": self._asked(),
+            **base_digest(self.config),
         }
 
     def _asked(self) -> list[list[str]]:
@@ -107,14 +110,14 @@ class Prepared:
 
     def ask(self, model: ProbedModel) -> Readings:
         """The exact match of every side that the config's evaluation asks of a model, its LoRA merged in a copy."""
-        model = model.with_module(merged_copy(model.module))
+        model = merged_lora(model)
         return evaluate_relation(
             model, self.relation, self.config.relation.direction, answers=self.answers, **self._how
         )
 
     def ask_at_snapshot(self, model: ProbedModel) -> Readings:
         """What a snapshot's answers hold: exact match where they are asked over training, ranks where asked for."""
-        model = model.with_module(merged_copy(model.module))  # once for both
+        model = merged_lora(model)  # once for both
         asked = self.ask(model) if self.config.evaluation.at == "snapshots" else Readings([])
         if not self.config.evaluation.candidates:
             return asked
@@ -140,6 +143,12 @@ class Prepared:
         known |= {"begin_token_id": base.begin_token_id, "tokenizer": base.tokenizer}
         known |= {"block_size": (base.block_size or WHOLE) if base.objective == "masked" else None}
         return {"objective": base.objective, "check": False} | known
+
+
+def base_digest(config: FinetuneConfig) -> dict[str, str]:
+    """The sha256 of the weights that training starts from, where they lie in one file of a folder."""
+    file = Path(str(config.model.name)) / SAFE_WEIGHTS_NAME
+    return {"base_sha256": checksum(file)} if file.is_file() else {}
 
 
 def answer_steps(config: FinetuneConfig, snapshots: list[int]) -> list[int]:

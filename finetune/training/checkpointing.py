@@ -49,7 +49,7 @@ def complete_checkpoint(run: Path, step: int, *, working: Path, add: Callable[[P
     for pattern in _UNUSED:
         _remove(working.glob(pattern))
     files = sorted(path for path in working.rglob("*") if path.is_file() and path.name not in (COMPLETE, CHECKSUMS))
-    lines = (f"{_checksum(path)}  {path.relative_to(working).as_posix()}\n" for path in files)
+    lines = (f"{checksum(path)}  {path.relative_to(working).as_posix()}\n" for path in files)
     write_text(working / CHECKSUMS, "".join(lines))
     (working / COMPLETE).touch()
     final = run / CHECKPOINTS / step_name(step)
@@ -91,7 +91,7 @@ def changed_file(checkpoint: Path) -> str | None:
         path = checkpoint / found[2]
         if not path.is_file() and found[2] in slimmed:
             continue
-        if not path.is_file() or _checksum(path) != found[1]:
+        if not path.is_file() or checksum(path) != found[1]:
             return found[2]
     return None
 
@@ -100,7 +100,8 @@ def _named_like(pattern: str, listed: list[re.Match[str] | None]) -> list[str]:
     return fnmatch.filter([found[2] for found in listed if found], pattern)
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """The sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -55,6 +55,13 @@ def test_readme_says_what_the_committed_tables_say(root: Path, script: ModuleTyp
     assert "collect_section6.py runs" in own and section in own and "171 planned runs are in" in section
 
 
+def test_a_commit_is_that_of_what_was_found_alone(script: ModuleType, tmp_path: Path) -> None:
+    """Nothing lies in the folders, so that no run and no model was trained with it."""
+    folders = {name: tmp_path / name for name in (*script.DROP_ORDER, script.MODELS)}
+    about = script.collected(folders, tmp_path, "a" * 40).about
+    assert [about[name]["trained_at_commit"] for name in folders] == [None] * len(folders)
+
+
 def test_readmes_lines_are_right_with_none_few_and_all_runs(script: ModuleType) -> None:
     """How many of the planned runs are in comes first; without any there is no other line."""
     whole = made(9, gaps=False)

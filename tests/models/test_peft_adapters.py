@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,7 @@ from torch import nn
 
 import revprobe as rp
 from revprobe import Query, ReversalPair, ReversalPairs, RevprobeError
-from revprobe.models import peft_adapters
-from revprobe.models.peft_adapters import is_adapter_parameter, merged_copy, without_wrapper
+from revprobe.models.peft_adapters import is_adapter_parameter, without_wrapper
 from tiny import GROUPED, drawn, language_model
 
 PROJECTIONS = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -214,71 +212,3 @@ def test_an_adapters_parameters_are_told_from_the_models(kind):
     assert own or kind == "LN tuning"
     assert own == trained - whole or kind == "LN tuning"
     assert not any(is_adapter_parameter(name) for name in names)
-
-
-def opt() -> nn.Module:
-    """Its linear layers have biases."""
-    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
-    return drawn(transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, word_embed_proj_dim=32)))
-
-
-def moved(module: nn.Module) -> nn.Module:
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if is_adapter_parameter(name):
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return module.eval()
-
-
-@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "LoRA and whole modules", "with biases", "two at once", "unwrapped"])
-def test_a_merged_copy_answers_as_the_model_and_leaves_it_alone(kind):
-    """Every weight of the model is the same tensor with the same bits after, and no weight of the copy is adapted."""
-    if kind == "with biases":
-        chosen = peft.LoraConfig(r=4, target_modules=["fc1"], lora_bias=True, task_type="CAUSAL_LM")
-        module = moved(peft.get_peft_model(opt(), chosen))
-    else:
-        module = moved(peft.get_peft_model(llama(), KINDS.get(kind, KINDS["LoRA"])()))
-    if kind == "two at once":
-        module.add_adapter("second", peft.LoraConfig(r=2, **PROJECTIONS))
-        moved(module).base_model.set_adapter(["default", "second"])
-    module = without_wrapper(module) if kind == "unwrapped" else module
-    ids = torch.randint(5, 50, (3, 7), generator=torch.Generator().manual_seed(0))
-    before = {name: (tensor, tensor.detach().clone()) for name, tensor in module.named_parameters()}
-    with torch.no_grad():
-        plain = module(ids).logits
-        copy = merged_copy(module)
-        torch.testing.assert_close(copy(ids).logits, plain, atol=2e-5, rtol=1e-5)
-        assert torch.equal(module(ids).logits, plain)
-    assert copy is not module
-    assert not any("lora_" in name for name, _ in copy.named_parameters())
-    after = dict(module.named_parameters())
-    assert list(after) == list(before)
-    for name, (tensor, values) in before.items():
-        assert after[name] is tensor and torch.equal(tensor, values), name
-    ours, theirs = ({id(p) for p in m.parameters()} for m in (module, copy))
-    base_layers = [part for part in module.modules() if hasattr(part, "base_layer")]
-    assert base_layers and len(theirs - ours) == sum(len(list(one.base_layer.parameters())) for one in base_layers)
-
-
-@pytest.mark.parametrize("kind", ["none", "IA3", "OFT", "prompt", "half", "tied", "off", "merged", "many", "a lock"])
-def test_what_is_better_not_merged_is_given_back_as_it_is(kind, monkeypatch: pytest.MonkeyPatch):
-    base = llama()
-    if kind == "tied":
-        base.config.tie_word_embeddings = True
-        base.tie_weights()
-        chosen = peft.LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
-        module = moved(peft.get_peft_model(base, chosen))
-    else:
-        module = base if kind == "none" else adapted(kind if kind in KINDS else "LoRA", base)
-    if kind == "half":
-        module = module.to(torch.bfloat16)
-    if kind == "off":
-        module.base_model.disable_adapter_layers()
-    if kind == "merged":
-        module.merge_adapter()
-    if kind == "many":
-        monkeypatch.setattr(peft_adapters, "_SMALL", 100)
-    if kind == "a lock":
-        module.held = threading.Lock()
-    assert merged_copy(module) is module

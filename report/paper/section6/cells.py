@@ -14,7 +14,7 @@ from .frames import FINISHED, Section6
 from .plan import LEARNED, SEEDS, Cell
 from .verdicts import passes
 
-MARK = "†"
+MARK, MADE_AGAIN = "†", "‡"
 _SHOWN = ["value", "low", "high", "n", "facts"]
 At = Callable[[Section6, Cell, int], int | None]
 
@@ -63,10 +63,11 @@ def lacking(found: Section6, cell: Cell, at: At) -> str:
 
 
 def mark(found: Section6, cell: Cell) -> str:
-    """How many seeds are below 90 % forward at the last step; empty where none is."""
+    """How many seeds are below 90 % forward at the last step, and how many start from a small model made again."""
     forward = [found.last(cell, seed, "forward") for seed in SEEDS]
     low = sum(value is not None and passes(value, ">=", LEARNED) is not True for value in forward)
-    return f" {MARK}{low}" if low else ""
+    counts = ((MARK, low), (MADE_AGAIN, found.starts_again(cell)))
+    return "".join(f" {sign}{count}" for sign, count in counts if count)
 
 
 def by_seed(values: Sequence[float | None], *, percent: bool = True, digits: int = 1) -> str:

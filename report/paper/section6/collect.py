@@ -55,6 +55,7 @@ def collect(sweeps: Sweeps, models: Models, data: Path = DATA, tell: Tell = lamb
             axes = {"variant": ""} | config.axes | {"sweep": name, "run": config.name}
             resolved = run.resolved if status == FINISHED else {}
             of_plan = {"status": status} | _planned(config, told)
+            of_plan["weights"] = resolved.get("base_sha256", of_plan["weights"])  # older runs do not say
             rows["runs"].append(axes | {key: resolved.get(key) for key in ("objective", "steps")} | of_plan)
             if status != FINISHED:
                 left_out[config.name] = status

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +35,7 @@ _WHOLE = {"seed", "steps", "step", "weights_step", "layer", "n", "facts", "undef
 _TEXT = {"sweep", "model", "dataset", "direction", "variant", "run", "objective", "status", "asked", "split"}
 _TEXT |= {"templates", "reason", "caution", "kind", "measure", "config", "weights_of", "weights"}
 _TEXT |= {"instrument", "site", "part"}
+WEIGHTS = "model.safetensors"  # among a small model's files
 DIGITS = 7  # significant ones: the ends of an interval stay apart, the rest is noise and triples a file
 
 
@@ -132,10 +134,19 @@ class Section6:
         """The finished runs that start from a small model made again to other bytes, by its name and their sha256."""
         found: dict[tuple[str, str], list[str]] = {}
         for row in self.runs[self.runs["status"] == FINISHED].to_dict("records"):
-            others = self.models.get(row["weights_of"], {}).get("made_again", ())
-            if any(row["weights"] == one["sha256"]["model.safetensors"] for one in others):
+            _, *others = times_made(self.models.get(row["weights_of"], {}))
+            if row["weights"] in map(weights_of, others):
                 found.setdefault((row["weights_of"], row["weights"]), []).append(row["run"])
         return found
+
+    def starts_again(self, cell: Cell) -> int:
+        """How many of a cell's finished runs start from a small model made again."""
+        return self._cells_from_made_again[cell]
+
+    @cached_property
+    def _cells_from_made_again(self) -> Counter[Cell]:
+        names = {run for runs in self.from_made_again.values() for run in runs}
+        return Counter(_cell(row) for row in self.runs.to_dict("records") if row["run"] in names)
 
     @cached_property
     def _curves(self) -> dict[tuple[str, Cell, int, str, str], dict[int, dict[str, Any]]]:
@@ -176,6 +187,16 @@ class Section6:
         """The first step at which at least 90 % are answered forwards; None where there is none."""
         forward = self.curve(cell, seed, "forward")
         return next((step for step, row in forward.items() if row["value"] >= LEARNED - 1e-9), None)
+
+
+def times_made(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of a small model, each of other bytes, the first one first."""
+    return [record, *record.get("made_again", ())]
+
+
+def weights_of(record: dict[str, Any]) -> str:
+    """The sha256 of a small model's weights; "" where there are none."""
+    return str(record.get("sha256", {}).get(WEIGHTS, ""))
 
 
 def _cell(row: dict[Any, Any]) -> Cell:

@@ -67,9 +67,12 @@ ABOUT_MODELS = (
     "floor. Weights are not committed: the command makes them, and these are their hashes."
 )
 ABOUT_MADE_AGAIN = (
-    "On another processor the same command rounds sums otherwise and ends at other bytes, with a loss and answers that "
-    "differ a little, as with another seed. These runs start from such a model, and so do seeds of one cell from two:"
+    "‡k: in k seeds it starts from a small model that was made again, by the same command and of the same corpus, to "
+    "other bytes, as sums are rounded otherwise on another processor or with other software. Such a model is one of "
+    "another seed: what it answers before is in the table of small models, and seeds of a cell with some of both, or "
+    "rows beside each other, differ by more than what their names say."
 )
+ABOUT_STARTS = "These runs start from a small model made again:"
 ABOUT_TRAINING = "Forward / reverse exact match on trained facts, per cent, means over seeds, by optimizer step."
 
 
@@ -78,7 +81,7 @@ def sections(found: Section6) -> list[Section]:
     told = Told(found)
     return [
         Section("", _findings(told)),
-        Section("Words", [Text(WORDS)]),
+        Section("Words", [Text(WORDS + f" {ABOUT_MADE_AGAIN}" * bool(found.from_made_again))]),
         *_answers(found, told),
         Section("Signatures", [Text(ABOUT_SIGNATURES), Table(tables.signatures(found))]),
         Section("Which predictions hold?", [Text(ABOUT_VERDICTS), Table(tables.verdicts(told.main))]),
@@ -131,12 +134,10 @@ def _answers(found: Section6, told: Told) -> list[Section]:
 
 
 def _small_models(found: Section6) -> list[Block]:
-    again = tables.made_again(found)
-    return [
-        Text(ABOUT_MODELS),
-        Table(tables.models(found)),
-        *([Text(ABOUT_MADE_AGAIN), Items(again)] if again else []),
-    ]
+    blocks: list[Block] = [Text(ABOUT_MODELS), Table(tables.models(found))]
+    if again := tables.made_again(found):
+        blocks += [Text(ABOUT_STARTS), Items(again)]
+    return blocks
 
 
 def _left(found: Section6) -> list[Block]:

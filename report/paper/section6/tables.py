@@ -9,7 +9,7 @@ from typing import Any
 from ....probes.figures.theme import interval_text, rounded
 from .ablations import IN_PLACE, NOT_PREDICTED, PREDICTIONS, R, number
 from .cells import at_last, at_reached, by_seed, cell_words, lacking, mean, seed_rows
-from .frames import FINISHED, KINDS, Section6
+from .frames import FINISHED, KINDS, Section6, times_made, weights_of
 from .other_claims import SIDE, counterpart
 from .plan import (
     DATASETS,
@@ -254,7 +254,7 @@ def _steps(found: Section6, cell: Cell) -> str:
 def models(found: Section6) -> Rows:
     """The small models: what they cost, and what they answer of their corpus, told facts and untold ones."""
     rows = []
-    again = [(f"{name}, made again", one) for name, told in found.models.items() for one in told.get("made_again", ())]
+    again = [(f"{name}, made again", one) for name, told in found.models.items() for one in times_made(told)[1:]]
     for name, record in (*found.models.items(), *again):
         row: dict[str, Any] = {"model": name, "told": "-", "parameters": "-", "core minutes": "-", "last loss": "-"}
         row |= {"told facts, told direction / other": "-", "untold facts": "-", "weights (sha256)": record["status"]}
@@ -264,7 +264,7 @@ def models(found: Section6) -> Rows:
             row |= {"core minutes": record["core_minutes"], "last loss": f"{record['losses'][-1][1]:.3f}"}
             row |= {"told facts, told direction / other": _answered(answers, "told")}
             row |= {"untold facts": _answered(answers, "untold")}
-            row["weights (sha256)"] = record["sha256"].get("model.safetensors", "-")[:16]
+            row["weights (sha256)"] = weights_of(record)[:16] or "-"
         rows.append(row)
     return rows
 

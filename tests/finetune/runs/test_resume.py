@@ -236,6 +236,16 @@ def test_a_truncated_state_is_named_and_the_fix_works(stopped: Path, name: str, 
     assert train(config(), stopped).finished
 
 
+def test_another_processors_instructions_are_told_as_another_version_is(
+    stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They move bits: the run goes on, and says that it may not end at those it would have."""
+    assert json.loads((stopped / "versions.json").read_text())["cpu"] == torch.backends.cpu.get_cpu_capability()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+    with pytest.warns(UserWarning, match="cpu .* -> another.*its bits may differ"):
+        assert train(config(), stopped).finished
+
+
 @pytest.mark.parametrize("text", ["", '{"torch": "2', "[1]"])
 def test_a_damaged_versions_file_is_named(stopped: Path, text: str) -> None:
     (stopped / "versions.json").write_text(text)

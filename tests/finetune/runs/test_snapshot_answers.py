@@ -12,8 +12,11 @@ import revprobe as rp
 from revprobe import RevprobeError
 from revprobe.finetune.config.finetuning import FinetuneConfig
 from revprobe.finetune.config.loading import dump_config, parse_config
+from revprobe.finetune.runs import finetune_setup
 from revprobe.finetune.runs.finetuning import FinetuneRun, fine_tune
 from revprobe.finetune.training import answers_callback, trainer
+from revprobe.models.peft_adapters import is_adapter_parameter
+from revprobe.models.probed import ProbedModel
 from revprobe.relations.evaluation import evaluate_relation
 from revprobe.report.html.finetune_sections import finetune_sections
 from revprobe.report.paper.table7 import match_frame, print_table7
@@ -37,6 +40,22 @@ def config(evaluation: str = "at: snapshots", layout: str = "llada") -> Finetune
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> FinetuneRun:
     return fine_tune(config(), tmp_path_factory.mktemp("runs") / "tiny")
+
+
+def test_snapshots_and_the_end_are_asked_of_a_copy_with_the_adapter_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    ask = finetune_setup.evaluate_relation
+
+    def watched(model: ProbedModel, *args: Any, **options: Any) -> Any:
+        asked.append([name for name, _ in model.module.named_parameters() if is_adapter_parameter(name)])
+        return ask(model, *args, **options)
+
+    monkeypatch.setattr(finetune_setup, "evaluate_relation", watched)
+    done = fine_tune(config(), tmp_path / "at snapshots")
+    fine_tune(config("at: last"), tmp_path / "at the end")
+    assert asked == [[]] * (len(done.snapshots) + 1)
 
 
 def files(run: FinetuneRun) -> dict[str, bytes]:

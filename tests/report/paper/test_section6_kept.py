@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 import pytest
-from made_section6 import made
+from made_section6 import made as tables
 
-from revprobe.report.paper.section6.frames import FINISHED, NOT_RUN, Section6
+from revprobe.report.paper.section6.frames import FINISHED, NOT_RUN, Section6, times_made, weights_of
 from revprobe.report.paper.section6.kept import with_kept
 from revprobe.report.paper.section6.page import markdown
 from revprobe.report.paper.section6.plan import DROP_ORDER, MODELS
 
-WEIGHTS = "5" * 64
+WEIGHTS, OTHER = "5" * 64, "6" * 64
+SHA = {"tokenizer.json": "t" * 64}
 LOST = ["section6", "section6-ablations"]
 
 
 def collection(draw: int = 0, weights: str = WEIGHTS, commit: str = "a" * 40) -> Section6:
     """Made tables with what a collection says of configs, weights and origin."""
-    found = made(draw)
+    found = tables(draw)
     runs = found.runs.assign(config=found.runs["run"] + " as planned", weights_of=found.runs["model"], weights=weights)
-    models = {name: {"status": FINISHED, "sha256": {"model.safetensors": weights}} for name in set(runs["model"])}
+    made = {
+        "status": FINISHED,
+        "sha256": SHA | {"model.safetensors": weights},
+        "corpus": {"told": "once", "sha256": "c"},
+    }
+    models = {name: dict(made) for name in set(runs["model"])}
     about: dict[str, Any] = {"statistics_version": 3}
     for name in DROP_ORDER:
         own = runs[runs["sweep"] == name]
@@ -35,6 +42,11 @@ def collection(draw: int = 0, weights: str = WEIGHTS, commit: str = "a" * 40) ->
             "trained_at_commit": commit,
         }
     return replace(found, runs=runs, models=models, about=about)
+
+
+def by_one_file(found: Section6, file: str = "f" * 64) -> Section6:
+    """With the hash of the file that its small models are made by."""
+    return replace(found, about=found.about | {MODELS: {"file_sha256": file, "trained_at_commit": "c" * 40}})
 
 
 def without(found: Section6, sweeps: list[str]) -> Section6:
@@ -83,7 +95,10 @@ def test_what_is_finished_here_is_what_counts() -> None:
     pd.testing.assert_frame_equal(ours, now.answers)
 
 
-@pytest.mark.parametrize("what", ["config", "weights", "statistics", "unfinished"])
+@pytest.mark.parametrize(
+    "what",
+    ["config", "weights", "corpus", "tokenizer", "data", "no model, another file", "statistics", "unfinished"],
+)
 def test_what_is_another_run_does_not_stay(what: str) -> None:
     """Another config, a model of other bytes that nobody says is made the same way, numbers of another definition, or a
     run that had not ended."""
@@ -91,7 +106,21 @@ def test_what_is_another_run_does_not_stay(what: str) -> None:
     if what == "config":
         before = replace(before, runs=before.runs.assign(config="another"))
     if what == "weights":
-        now = without(collection(weights="6" * 64), LOST)
+        now = by_one_file(without(collection(weights=OTHER), LOST), "e" * 64)
+        before = by_one_file(before)
+    if what in ("corpus", "tokenizer"):
+        change = (
+            {"corpus": {"sha256": "another"}} if what == "corpus" else {"sha256": SHA | {"tokenizer.json": "another"}}
+        )
+        models = {name: record | change for name, record in now.models.items()}
+        now, before = replace(by_one_file(now), models=models), by_one_file(collection(weights=OTHER))
+    if what == "data":
+        told = {"data/x.csv": {"sha256": "1", "look_alike": False}}
+        before = replace(before, about=before.about | {"data": told})
+        now = replace(now, about=now.about | {"data": {"data/x.csv": {"sha256": "2", "look_alike": False}}})
+    if what == "no model, another file":
+        models = {name: {"status": NOT_RUN} for name in now.models}
+        now, before = replace(by_one_file(now, "e" * 64), models=models), by_one_file(before)
     if what == "statistics":
         before = replace(before, about=before.about | {"statistics_version": 2})
     if what == "unfinished":
@@ -101,17 +130,9 @@ def test_what_is_another_run_does_not_stay(what: str) -> None:
     assert (again.runs.loc[again.runs["sweep"].isin(LOST), "status"] == NOT_RUN).all()
 
 
-OTHER = "6" * 64
-
-
-def by_one_file(found: Section6) -> Section6:
-    """With the hash of the file that its small models are made by."""
-    return replace(found, about=found.about | {MODELS: {"file_sha256": "f" * 64, "trained_at_commit": "c" * 40}})
-
-
 def test_runs_from_the_same_command_on_another_machine_stay_beside_those_made_here() -> None:
     """Both say which bytes they started from, and the page which runs start from the second."""
-    full = {"answers": {}, "corpus": {"told": "once"}, "parameters": 1, "core_minutes": 1.0, "losses": [[1, 2.0]]}
+    full = {"answers": {}, "parameters": 1, "core_minutes": 1.0, "losses": [[1, 2.0]]}
 
     def of(weights: str) -> Section6:
         found = by_one_file(collection(weights=weights))
@@ -123,19 +144,31 @@ def test_runs_from_the_same_command_on_another_machine_stay_beside_those_made_he
     done = again.runs["status"] == FINISHED
     assert lost.any() and set(again.runs.loc[lost, "weights"]) == {WEIGHTS}
     assert set(again.runs.loc[done & ~lost, "weights"]) == {OTHER}
+    used = again.runs[done].groupby("weights_of")["weights"].agg(set)
     for name, record in again.models.items():
-        assert record["sha256"]["model.safetensors"] == WEIGHTS, name
-        assert [one["sha256"]["model.safetensors"] for one in record["made_again"]] == [OTHER], name
+        assert [one["sha256"]["model.safetensors"] for one in times_made(record)] == sorted(used[name]), name
     told = [run for runs in again.from_made_again.values() for run in runs]
-    assert sorted(told) == sorted(again.runs.loc[done & ~lost, "run"])
+    both = {name for name, weights in used.items() if len(weights) == 2}
+    assert sorted(told) == sorted(again.runs.loc[done & ~lost & again.runs["weights_of"].isin(both), "run"]) != []
     page = markdown(again)
-    assert f"{len(told)} of them start from small models made again on another processor" in page
+    assert f"{len(told)} of them start from small models made again, to other bytes" in page
     assert "mini-llada, made again" in page and f"mini-llada of {OTHER[:16]}: " in page
+    marked = sum(map(int, re.findall(r"‡(\d)", page)))
+    assert marked == 3 * len(told), "each of the three numbers of a method's cell is marked"
     third = with_kept(without(of("7" * 64), list(DROP_ORDER)), again)
     assert (third.runs["status"] == FINISHED).sum() == done.sum(), "nothing is lost on a third machine"
-    assert len(third.models["mini-llada"]["made_again"]) == 2
-    assert with_kept(without(of(OTHER), list(DROP_ORDER)), again).models == again.models, "known bytes, once each"
-    assert not before.from_made_again and "another processor" not in markdown(before)
+    assert third.models == again.models, "no run starts from what was made there"
+    assert not before.from_made_again and "made again" not in markdown(before) and "‡" not in markdown(before)
+
+
+def test_a_model_that_no_run_starts_from_any_more_is_not_told() -> None:
+    """All runs were trained again here: so was the model, and its commit is the one of these runs."""
+    before = by_one_file(collection())
+    now = by_one_file(collection(weights=OTHER, commit="b" * 40))
+    now = replace(now, about=now.about | {MODELS: now.about[MODELS] | {"trained_at_commit": "b" * 40}})
+    again = with_kept(now, before)
+    assert {weights_of(record) for record in again.models.values()} == {OTHER}
+    assert not again.from_made_again and again.about[MODELS]["trained_at_commit"] == "b" * 40
 
 
 def test_the_commits_of_kept_and_new_runs_stand_beside_each_other() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from revprobe.finetune.config.pretraining import PretrainSweepConfig
 from revprobe.finetune.runs.pretraining import PretrainedModel
 from revprobe.report.html.section6 import html
 from revprobe.report.paper.section6 import miniature
-from revprobe.report.paper.section6.collect import without_folders
+from revprobe.report.paper.section6.collect import collect, without_folders
 from revprobe.report.paper.section6.frames import Section6
 from revprobe.report.paper.section6.miniature import Miniature
 from revprobe.report.paper.section6.page import markdown
@@ -86,6 +88,26 @@ def test_the_smallest_cell_goes_from_look_alike_data_to_a_page(made: tuple[Path,
     data = found.about["data"]
     assert list(data) == ["data/parent_child_pairs.csv"], "the plan's paths, not this machine's"
     assert data["data/parent_child_pairs.csv"]["look_alike"] is True
+
+
+def test_a_run_says_which_weights_it_started_from_whatever_lies_in_the_models_folder_later(
+    made: tuple[Path, str], tmp_path: Path
+) -> None:
+    asked = Miniature.of(made[0], only=["main"], quick=True)
+    weights = asked.models_folder / "mini-llama" / "model" / "model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    (name,) = [run.name for run in asked.sweeps[0].runs()]
+    resolved = json.loads((made[0] / "section6" / name / "resolved.json").read_text(encoding="utf-8"))
+    assert resolved["base_sha256"] == digest
+    assert Section6.read(made[0]).runs["weights"].tolist() == [digest]
+    moved = tmp_path / "models"
+    shutil.copytree(asked.models_folder, moved)
+    record = moved / "mini-llama" / "pretraining.json"
+    record.write_text(record.read_text(encoding="utf-8").replace(digest, "9" * 64), encoding="utf-8")
+    folders = {sweep.name: (sweep, made[0] / sweep.name) for sweep in asked.sweeps}
+    found = collect(folders, (asked.models, moved), asked.data)
+    assert found.models["mini-llama"]["sha256"]["model.safetensors"] == "9" * 64
+    assert found.runs["weights"].tolist() == [digest]
 
 
 def test_a_second_call_trains_nothing_and_draws_the_same(made: tuple[Path, str]) -> None:
