@@ -16,6 +16,7 @@ section6.html beside it is the same page in one file, to open; it is not committ
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,13 +42,26 @@ from revprobe.report.paper.section6.sentences import Told
 BEGIN = "<!-- drawn by examples/collect_section6.py -->"
 
 
-def collected(folders: dict[str, Path], data: Path, commit: str | None) -> Section6:
+def commits_of(given: Sequence[str]) -> dict[str, str]:
+    """What each sweep, and the small models, were trained with: "COMMIT" for all, "NAME=COMMIT" for one of them."""
+    found: dict[str, str] = {}
+    for one in given:
+        name, equals, commit = one.rpartition("=")
+        if equals and name not in (*DROP_ORDER, MODELS):
+            raise SystemExit(
+                f"--commit {one}: expected a commit, or one of {', '.join((*DROP_ORDER, MODELS))} before ="
+            )
+        found |= {name: commit} if equals else dict.fromkeys((*DROP_ORDER, MODELS), commit)
+    return found
+
+
+def collected(folders: dict[str, Path], data: Path, commits: Mapping[str, str]) -> Section6:
     """Every planned run and model, with the commits and the files that say where the numbers come from.
 
     Args:
         folders: of each sweep and of the small models, by name.
         data: the folder that the plans call data.
-        commit: what the runs and models that are finished there were trained with, where it is known.
+        commits: what runs and models that are finished there were trained with, where it is known (`commits_of`).
     """
     sweeps = {name: (load_config(name, FinetuneSweepConfig), folders[name]) for name in DROP_ORDER}
     models = (load_config(MODELS, PretrainSweepConfig), folders[MODELS])
@@ -57,7 +71,8 @@ def collected(folders: dict[str, Path], data: Path, commit: str | None) -> Secti
     here = {name: bool(about[name]["finished"]) for name in DROP_ORDER}
     here[MODELS] = any(record["status"] == FINISHED for record in found.models.values())
     for name, any_here in here.items():
-        about[name] |= {"trained_at_commit": commit if any_here else None} | predictions_since(find_config(name))
+        known = commits.get(name) if any_here else None
+        about[name] |= {"trained_at_commit": known} | predictions_since(find_config(name))
     return replace(found, about=about)
 
 
@@ -77,7 +92,10 @@ def main() -> None:
         "--data", type=Path, default=DATA, help="folder of the files that were trained on; data by default"
     )
     parser.add_argument(
-        "--commit", help="what the runs in RUNS were trained with; of runs that are kept it stays noted"
+        "--commit",
+        action="append",
+        default=[],
+        help="what all in RUNS was trained with, or NAME=COMMIT for a sweep or mini-models; of what is kept it stays",
     )
     parser.add_argument("--page-only", action="store_true", help="draw page and lines of what has been collected")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -86,7 +104,7 @@ def main() -> None:
         folders = {name: asked.runs / name for name in DROP_ORDER} | {MODELS: asked.models or asked.runs / MODELS}
         if not any(folder.is_dir() for folder in folders.values()):
             raise SystemExit(f"none of {', '.join(map(str, folders.values()))} is there; give the folder of the sweeps")
-        found = with_kept(collected(folders, asked.data, asked.commit), Section6.read(asked.out))
+        found = with_kept(collected(folders, asked.data, commits_of(asked.commit)), Section6.read(asked.out))
         found.write(asked.out)
         statuses = found.runs["status"]
         print(f"{(statuses == FINISHED).sum()} runs finished, {(statuses != FINISHED).sum()} not")

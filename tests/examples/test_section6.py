@@ -58,8 +58,12 @@ def test_readme_says_what_the_committed_tables_say(root: Path, script: ModuleTyp
 def test_a_commit_is_that_of_what_was_found_alone(script: ModuleType, tmp_path: Path) -> None:
     """Nothing lies in the folders, so that no run and no model was trained with it."""
     folders = {name: tmp_path / name for name in (*script.DROP_ORDER, script.MODELS)}
-    about = script.collected(folders, tmp_path, "a" * 40).about
+    about = script.collected(folders, tmp_path, script.commits_of(["a" * 40])).about
     assert [about[name]["trained_at_commit"] for name in folders] == [None] * len(folders)
+    told = script.commits_of(["a" * 40, f"mini-models={'b' * 40}"])
+    assert told == dict.fromkeys(script.DROP_ORDER, "a" * 40) | {"mini-models": "b" * 40}
+    with pytest.raises(SystemExit, match="--commit section7=c: expected a commit, or one of section6, "):
+        script.commits_of(["section7=c"])
 
 
 def test_readmes_lines_are_right_with_none_few_and_all_runs(script: ModuleType) -> None:
