@@ -208,7 +208,7 @@ class Told:
             each.append(f"{sweep} {int((finished['sweep'] == sweep).sum())} of {total}" if total else f"{sweep} none")
         rest = "" if len(finished) == planned else "; the rest is not run or not finished"
         again = sum(map(len, self.found.from_made_again.values()))
-        other = f" {again} of them start from small models made again, to other bytes." if again else ""
+        other = f" {again} runs start from small models made again, to other bytes." if again else ""
         return f"{share} ({', '.join(each)}){made}{rest}.{other}"
 
     def _made(self) -> str:

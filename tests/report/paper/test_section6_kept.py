@@ -151,7 +151,7 @@ def test_runs_from_the_same_command_on_another_machine_stay_beside_those_made_he
     both = {name for name, weights in used.items() if len(weights) == 2}
     assert sorted(told) == sorted(again.runs.loc[done & ~lost & again.runs["weights_of"].isin(both), "run"]) != []
     page = markdown(again)
-    assert f"{len(told)} of them start from small models made again, to other bytes" in page
+    assert f"{len(told)} runs start from small models made again, to other bytes" in page
     assert "mini-llada, made again" in page and f"mini-llada of {OTHER[:16]}: " in page
     marked = sum(map(int, re.findall(r"‡(\d)", page)))
     assert marked == 3 * len(told), "each of the three numbers of a method's cell is marked"
