@@ -206,7 +206,8 @@ def test_the_theme_is_a_labelled_control_that_is_kept(browser: Any, page: str) -
     opened_at(browser, page)
     group = browser.find_element("css selector", "[role=radiogroup]")
     assert (group.aria_role, group.accessible_name) == ("radiogroup", "Theme")
-    names = [one.accessible_name.strip() for one in group.find_elements("css selector", "input")]  # Chromium 150 keeps blanks
+    # Chromium 150 keeps the blank before a label's words.
+    names = [one.accessible_name.strip() for one in group.find_elements("css selector", "input")]
     assert names == ["as the system", "light", "dark"]
     dark = "[dark, document.documentElement.classList.contains('dark')].every((one) => one === %s)"
     for scheme in ("dark", "light"):
