@@ -32,9 +32,9 @@ def merged_lora(model: ProbedModel) -> ProbedModel:
         return model
     try:
         other = model.with_module(_merged(model.module, list(layers), own))
-    except Exception:  # whatever a foreign attribute raises when it is copied, or a kind of LoRA that has no merge
+        return other if _agree(model, other) else model
+    except Exception:  # whatever a foreign attribute raises when it is copied, a LoRA without a merge, too long a row
         return model
-    return other if _agree(model, other) else model
 
 
 def _plain_layers(module: nn.Module) -> dict[str, Any]:

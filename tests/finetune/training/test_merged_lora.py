@@ -192,6 +192,12 @@ def test_large_adapted_weights_are_not_copied(monkeypatch: pytest.MonkeyPatch) -
     assert merged_lora(model) is model
 
 
+def test_a_model_that_takes_no_such_row_is_asked_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = as_probed(with_lora(gpt2(), target_modules=["c_attn"], fan_in_fan_out=True))
+    monkeypatch.setattr(module_under_test, "_TOKENS", 41)  # of 40 positions
+    assert merged_lora(model) is model
+
+
 def test_the_plain_model_of_ones_own_is_merged() -> None:
     """What `LEFT` refuses of it is refused for the way its weight is used."""
     model = as_probed(without_wrapper(own("plain")))
