@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,3 +43,22 @@ def chromium(profile: Path, size: str) -> Iterator[Any]:
         yield driver
     finally:
         driver.quit()
+
+
+def requests_sent(driver: Any) -> list[str]:
+    """Addresses that pages asked for since this was last called: what lies in the page itself (`data:`, `blob:`) and
+    what the browser asks itself for (its first tab: `chrome:`, `chrome-untrusted:`; `about:`) is no request."""
+    told = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    asked = [one["params"]["request"]["url"] for one in told if one["method"] == "Network.requestWillBeSent"]
+    asked += [one["params"]["url"] for one in told if one["method"] == "Network.webSocketCreated"]
+    return [url for url in asked if not re.match("(data|blob|about|chrome(-[a-z]+)?):", url)]
+
+
+def open_figure(browser: Any, figure: Any, page: Path, **told: Any) -> None:
+    """A plotly figure as a page of its own; it draws after the page has loaded, so this waits until it has."""
+    page.write_text(figure.to_html(post_script="document.body.dataset.drawn = 'yes'", **told), encoding="utf-8")
+    browser.get(page.as_uri())
+    end = time.monotonic() + 60
+    while browser.execute_script("return document.body?.dataset.drawn") != "yes":
+        assert time.monotonic() < end, browser.get_log("browser")
+        time.sleep(0.05)

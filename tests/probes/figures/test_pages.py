@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from headless import chromium, needs_chromium
+from headless import chromium, needs_chromium, open_figure
 
 import revprobe as rp
 from revprobe.probes.figures.theme import (
@@ -137,9 +137,7 @@ def test_no_edge_of_a_figure_cuts_its_title(tmp_path: Path) -> None:
         for lines in said:
             figure = go.Figure(go.Bar(y=["a label as wide as a third of the figure " * 2], x=[1], orientation="h"))
             figure.update_layout(template=TEMPLATE, title=heading(*lines), width=640, height=300, margin={"t": 110})
-            page = tmp_path / "figure.html"
-            page.write_text(figure.to_html(config={"displayModeBar": False}), encoding="utf-8")
-            browser.get(page.as_uri())
+            open_figure(browser, figure, tmp_path / "figure.html", config={"displayModeBar": False})
             inside = browser.execute_script(EDGES)
             assert min(inside) >= 5, f"{lines}: left, top and right edge are {inside} pixels away"
 
@@ -156,9 +154,7 @@ def test_the_buttons_of_weights_cover_neither_key_nor_panel_titles(tmp_path: Pat
     figure = signatures_figure(pd.DataFrame(rows).assign(undefined=0, reason="", caution=""))
     with chromium(tmp_path / "profile", "1000,900") as browser:
         for width in (900, 720):
-            page = tmp_path / "figure.html"
-            page.write_text(figure.update_layout(width=width).to_html(), encoding="utf-8")
-            browser.get(page.as_uri())
+            open_figure(browser, figure.update_layout(width=width), tmp_path / "figure.html")
             buttons, words = browser.execute_script(AROUND)
             assert len(words) == 5 and min(bottom - top for top, bottom in [buttons, *words]) > 5
             covered = [(top, bottom) for top, bottom in words if top < buttons[1] and buttons[0] < bottom]

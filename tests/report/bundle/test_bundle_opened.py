@@ -1,6 +1,5 @@
 """A bundle as a co-author opens it: from disk, in a browser, moved elsewhere, with no request leaving."""
 
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from typing import Any
 
 import pytest
 from axe_findings import axe_findings
-from headless import chromium, needs_chromium
+from headless import chromium, needs_chromium, requests_sent
 
 import revprobe as rp
 from revprobe.finetune.config.one_layer import RunConfig
@@ -42,7 +41,7 @@ def test_a_bundle_opens_from_disk_with_no_request_leaving(browser: Any, runs: Pa
     write_bundle(runs, tmp_path / "moved" / "elsewhere", say=lambda text: None)
     folder = (tmp_path / "moved").rename(tmp_path / "away") / "elsewhere"
     browser.get("about:blank")
-    browser.get_log("performance")
+    requests_sent(browser)  # those of other tests
     browser.get((folder / "index.html").as_uri())
     assert EVIL in browser.find_element("id", "runs").text
     assert browser.title == "runs", "planted script ran"
@@ -61,8 +60,14 @@ def test_a_bundle_opens_from_disk_with_no_request_leaving(browser: Any, runs: Pa
         browser.execute_script("arguments[0].click()", tab)
         assert tab.get_attribute("aria-selected") == "true"
     assert browser.execute_script("return document.getElementById('signatures').data.length") > 0, "nothing is drawn"
-    told = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [one["params"]["request"]["url"] for one in told if one["method"] == "Network.requestWillBeSent"]
-    files = [url.partition("#")[0] for url in asked if not url.startswith(("data:", "blob:"))]
-    assert files == [(folder / name).as_uri() for name in ("index.html", "report.html")], asked
+    files = [url.partition("#")[0] for url in requests_sent(browser)]
+    assert files == [(folder / name).as_uri() for name in ("index.html", "report.html")]
     assert not browser.get_log("browser"), "the console complains"
+
+
+def test_a_request_that_leaves_would_be_seen(browser: Any) -> None:
+    browser.get("about:blank")
+    requests_sent(browser)
+    browser.execute_script("for (const url of ['http://127.0.0.1:9/', 'data:image/png,']) new Image().src = url")
+    browser.execute_async_script("setTimeout(arguments[0], 200)")
+    assert requests_sent(browser) == ["http://127.0.0.1:9/"]

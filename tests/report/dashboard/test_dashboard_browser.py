@@ -1,13 +1,12 @@
 """The dashboard in a real browser: it follows a run, overlays two, opens a pair, and outlives a corrupted run."""
 
-import json
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 from axe_findings import axe_findings
-from headless import needs_chromium
+from headless import needs_chromium, requests_sent
 from selenium.webdriver.common.keys import Keys
 
 from tiny import ROOT, module_at
@@ -342,12 +341,8 @@ def test_nothing_planted_ran_nothing_failed_and_nothing_left_the_page(driver: An
     assert not driver.find_elements("css selector", "img[src=x]"), "planted text became an element"
     severe = [entry for entry in driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
     assert not severe, severe
-    sent = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-    urls = {one["params"]["request"]["url"] for one in sent if one["method"] == "Network.requestWillBeSent"} | {
-        one["params"]["url"] for one in sent if one["method"] == "Network.webSocketCreated"
-    }
     ours = urlsplit(driver.current_url).netloc
-    asked = {url for url in urls if urlsplit(url).scheme not in ("data", "blob", "chrome")}  # chrome: its own first tab
+    asked = set(requests_sent(driver))
     assert any("_dash-update-component" in url for url in asked), "the log kept nothing: this test could not fail"
     assert {urlsplit(url).netloc for url in asked} == {ours}, asked
     buttons = {one.get_attribute("data-title") for one in driver.find_elements("css selector", ".modebar-btn")}

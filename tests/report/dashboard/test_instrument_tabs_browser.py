@@ -1,13 +1,12 @@
 """The instruments' tabs in a real browser: figures, addresses that survive a reload, empty tabs, contrast."""
 
-import json
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 import pytest
 from axe_findings import axe_findings
-from headless import needs_chromium
+from headless import needs_chromium, requests_sent
 
 import revprobe as rp
 from revprobe.report.html.instruments import INSTRUMENTS, SOURCES, command
@@ -147,8 +146,6 @@ def test_axe_finds_nothing_grave_in_the_instruments(driver: Any, theme: str) -> 
 def test_nothing_failed_and_nothing_left_the_page(driver: Any) -> None:
     severe = [entry for entry in driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
     assert not severe, severe
-    sent = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-    urls = {one["params"]["request"]["url"] for one in sent if one["method"] == "Network.requestWillBeSent"}
-    asked = {url for url in urls if urlsplit(url).scheme not in ("data", "blob", "chrome", "about")}
+    asked = set(requests_sent(driver))
     assert any("_dash-update-component" in url for url in asked), "the log kept nothing: this test could not fail"
     assert {urlsplit(url).netloc for url in asked} == {urlsplit(driver.current_url).netloc}, asked
