@@ -30,14 +30,10 @@ def planned() -> list[Cell]:
     """Every cell of the three sweeps."""
     cells = [main_cell(model, trained) for trained in DATASETS for model in TABLE_MODELS]
     cells += [ablation_cell(variant) for variant in (*PREDICTIONS, *NOT_PREDICTED)]
-    varied = ("full", "smdm", "differ", "answer-only")
-    two = [
-        ("mini-llada", DATASETS[0]),
-        ("mini-llama", DATASETS[0]),
-        ("mini-llada", DATASETS[3]),
-        ("mini-llama", DATASETS[3]),
-    ]
-    return cells + [Cell(METHODS, model, *trained, name) for model, trained in two for name in varied]
+    varied = {"mini-llada": ("full", "smdm", "differ", "answer-only"), "mini-llama": ("full", "answer-only")}
+    for trained in (DATASETS[0], DATASETS[3]):
+        cells += [Cell(METHODS, model, *trained, name) for model, names in varied.items() for name in names]
+    return cells
 
 
 def made(draw: int = 0, *, change: Change | None = None, gaps: bool = True) -> Section6:

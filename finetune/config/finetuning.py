@@ -6,11 +6,12 @@
     training: {epochs: 10, batch_size: 8, learning_rate: 1e-4}
 
 A sweep has a `base` (what all runs share), `models` and `datasets` by label, the directions of each dataset, and
-`seeds`; `learning_rates` gives a model, or one of its datasets, a rate of its own.
+`seeds`; `learning_rates` gives a model, or one of its datasets, a rate of its own; `exclude` leaves some of it out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -310,6 +311,8 @@ class FinetuneSweepConfig(Section):
     variants: dict[Name, dict[str, Any]] = {}
     # model or dataset -> the keys that its runs have of their own, whatever the variant.
     overrides: dict[Name, dict[str, Any]] = {}
+    # What of the product is not run: {model: a, variant: b} leaves out all runs of that variant of that model.
+    exclude: list[dict[Literal["model", "dataset", "direction", "variant"], Text]] = []
 
     @model_validator(mode="after")
     def _known_labels(self) -> FinetuneSweepConfig:
@@ -325,21 +328,29 @@ class FinetuneSweepConfig(Section):
                 raise ValueError(f"overrides names {label!r}; expected some of {', '.join(known_labels)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds} holds one twice; each run needs a seed of its own")
+        for entry in self.exclude:
+            if not any(entry.items() <= cell.items() for cell in self._product()):
+                raise ValueError(f"exclude names {entry}, which none of this sweep's runs is; take it from its labels")
+        if all(map(self._excluded, self._product())):
+            raise ValueError("exclude leaves no run; take out the entry that names too much")
         if self.variants or self.overrides:
             self.runs()  # what is wrong in one of them is told now
         return self
 
     def runs(self) -> list[FinetuneConfig]:
         """The runs, named like llada-parent-child-P2C-s0 or llada-parent-child-P2C-one-span-s0."""
-        return [
-            self._run(model, dataset, direction, variant, seed)
-            for dataset, chosen in self.datasets.items()
-            for direction, model, variant, seed in product(
-                chosen.directions, self.models, self.variants or [None], self.seeds
-            )
-        ]
+        cells = [cell for cell in self._product() if not self._excluded(cell)]
+        return [self._run(**cell, seed=seed) for cell in cells for seed in self.seeds]
 
-    def _run(self, model: str, dataset: str, direction: str, variant: str | None, seed: int) -> FinetuneConfig:
+    def _product(self) -> Iterator[dict[str, Any]]:
+        for dataset, chosen in self.datasets.items():
+            for direction, model, variant in product(chosen.directions, self.models, self.variants or [None]):
+                yield {"model": model, "dataset": dataset, "direction": direction, "variant": variant}
+
+    def _excluded(self, cell: dict[str, Any]) -> bool:
+        return any(entry.items() <= cell.items() for entry in self.exclude)
+
+    def _run(self, *, model: str, dataset: str, direction: str, variant: str | None, seed: int) -> FinetuneConfig:
         values = self.base.model_dump()
         relation = self.datasets[dataset].model_dump() | {"direction": direction}
         relation.pop("directions")

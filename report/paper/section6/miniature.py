@@ -165,7 +165,8 @@ def quick_sweep(full: FinetuneSweepConfig) -> FinetuneSweepConfig:
     trained, chosen = DATASETS[0], _QUICK_VARIANTS.get(full.name, ())
     dataset = values["datasets"][trained.dataset] | {"rows": _QUICK_ROWS, "directions": [trained.direction]}
     values |= {"base": merged(values["base"], _QUICK_BASE), "datasets": {trained.dataset: dataset}, "seeds": [0]}
-    values |= {"variants": {name: own for name, own in full.variants.items() if name in chosen}, "learning_rates": {}}
+    values |= {"variants": {name: own for name, own in full.variants.items() if name in chosen}}
+    values |= {"learning_rates": {}, "exclude": []}
     if full.name == METHODS:
         values["models"] = {_QUICK_METHOD_MODEL: values["models"][_QUICK_METHOD_MODEL]}
     labels = [*values["models"], *values["datasets"]]

@@ -61,7 +61,10 @@ ABOUT_ABLATIONS = (
     "table's cell; its seeds are paired with the ablations'. First entity in place: the probes' forward query, \"[M]'s "
     'child is B". A null of end-unpriced says nothing about the one-layer claim.'
 )
-ABOUT_METHODS = "Two models, P2C and D2P. LoRA is the main table's cell; the steps of a recipe in epochs are its own."
+ABOUT_METHODS = (
+    "Two models, P2C and D2P; smdm and differ are recipes of masked models, so mini-llama has none of them. "
+    "LoRA is the main table's cell; the steps of a recipe in epochs are its own."
+)
 ABOUT_MODELS = (
     "What the small models learned before, on other people. Told facts, asked in both directions; untold facts are the "
     "floor. Weights are not committed: the command makes them, and these are their hashes."

@@ -48,12 +48,31 @@ def test_a_sweep_without_either_names_its_runs_as_before() -> None:
     assert "variant" not in sweep().runs()[0].axes
 
 
+def test_what_is_excluded_leaves_the_rest_of_the_product_in_its_order() -> None:
+    datasets = {name: {"name": "invented_names", "directions": ["P2C", "C2P"]} for name in ("first", "second")}
+    whole = sweep(variants={"x": {}, "y": {}}, datasets=datasets)
+    left_out = [{"model": "b", "variant": "y"}, {"dataset": "second", "direction": "C2P"}]
+    some = sweep(variants={"x": {}, "y": {}}, datasets=datasets, exclude=left_out)
+    names = [run.name for run in whole.runs()]
+    assert [run.name for run in some.runs()] == [
+        name for name in names if not (name[0] == "b" and "-y-" in name) and "second-C2P" not in name
+    ]
+    assert len(names) == 32 and len(some.runs()) == 18
+    again = checked_config(some.model_dump(), FinetuneSweepConfig, "the test")
+    assert again.runs() == some.runs()
+
+
 @pytest.mark.parametrize(
     ("own", "said"),
     [
         ({"variants": {"x": {"objective": {"whole_entiti": True}}}}, "whole_entiti"),
         ({"overrides": {"c": {}}}, "overrides names 'c'; expected some of a, b, names"),
         ({"overrides": {"a": {"training": {"steps": "many"}}}}, "steps"),
+        ({"exclude": [{"model": "c"}]}, "exclude names {'model': 'c'}, which none of this sweep's runs is"),
+        ({"exclude": [{"model": "a", "variant": "x"}]}, "which none of this sweep's runs is"),
+        ({"exclude": [{"seed": 0}]}, "exclude"),
+        ({"exclude": [{}]}, "exclude leaves no run"),
+        ({"exclude": [{"model": "a"}, {"dataset": "names"}]}, "exclude leaves no run"),
     ],
 )
 def test_what_is_wrong_is_told_when_the_sweep_is_read(own: dict[str, Any], said: str) -> None:
