@@ -52,7 +52,7 @@ def signatures_figure(found: Section6, model: str) -> str:
                 lines += _over_seeds(_signature(found, cell, measure, "value"), colour)
                 if with_control:
                     lines += _over_seeds(_signature(found, cell, measure, "control"), CONTROL_GREY, "dotted")
-            row.append(Panel(f"{trained.direction}: {title}, n = {_seeds(found, cell)}", lines))
+            row.append(Panel(f"{trained.direction}: {title}, {_seeds(found, cell)}", lines))
         rows.append(row)
     if not any(panel.lines for row in rows for panel in row):
         return ""
@@ -119,5 +119,6 @@ def _over_seeds(values: dict[int, list[float]], colour: str, dash: str = "solid"
     return [Line("", np.array(steps, float), np.array([own.mean() for own in known]), colour, dash, *band)]
 
 
-def _seeds(found: Section6, cell: Cell) -> int:
-    return sum(found.steps(cell, seed) is not None for seed in SEEDS)
+def _seeds(found: Section6, cell: Cell) -> str:
+    count = sum(found.steps(cell, seed) is not None for seed in SEEDS)
+    return f"{count} seed{'' if count == 1 else 's'}"
