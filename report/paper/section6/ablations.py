@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from .frames import Section6
-from .plan import EXEMPT_ABLATIONS, FLOOR, LEARNED, PLAIN, SEEDS, ablation_cell
-from .verdicts import CANNOT, NOT_RUN, Claim, Judged, of_parts, passes, per_cent
+from .plan import DATASETS, EXEMPT_ABLATIONS, FLOOR, LEARNED, PLAIN, SEEDS, Cell, ablation_cell, main_cell
+from .verdicts import CANNOT, FAILS, HOLDS, NOT_RUN, Claim, Judged, of_parts, passes, per_cent
 
 # What is asked of a cell at its last step: reverse and forward exact match, recovery of the first entity in place.
 R, F, IN_PLACE = "reverse", "forward", "first entity in place"
@@ -53,8 +53,8 @@ PREDICTIONS: dict[str, tuple[str, tuple[Condition, ...]]] = {
     "read-both": ("reverse at least 20 points above plain's", (Condition(R, ">=", 0.20, PLAIN),)),
     "read-forward": ("reverse at the floor", (_floor(R),)),
 }
-# Run beside them, to compare with; nothing was predicted.
-NOT_PREDICTED = ("llama-read-both", "llama-read-forward")
+# Run beside them, to compare with; nothing was predicted. They are of another model, and held against its plain cell.
+NOT_PREDICTED = dict.fromkeys(("llama-read-both", "llama-read-forward"), "mini-llama")
 
 
 def ablation_claims(found: Section6) -> list[Claim]:
@@ -71,6 +71,11 @@ def ablation_claims(found: Section6) -> list[Claim]:
     ]
 
 
+def plain_cell(variant: str) -> Cell:
+    """The cell of the main table that a variant is held against."""
+    return main_cell(NOT_PREDICTED.get(variant, ablation_cell(PLAIN).model), DATASETS[0])
+
+
 def number(found: Section6, variant: str, what: str, seed: int) -> float | None:
     """A cell's number at its last step; None where it is not run, NaN where it is undefined or was not read."""
     cell = ablation_cell(variant)
@@ -83,7 +88,7 @@ def _judged(found: Section6, variant: str, conditions: tuple[Condition, ...], se
     if found.steps(ablation_cell(variant), seed) is None:
         return Judged(seed, NOT_RUN, found.status(ablation_cell(variant), seed))
     forward = number(found, variant, F, seed)
-    told, parts = [f"forward {per_cent(forward)}"], list[bool | None]()
+    told, parts, settled = [f"forward {per_cent(forward)}"], list[bool | None](), list[bool]()
     for one in conditions:
         own = number(found, variant, one.what, seed)
         beside = None if one.less is None else number(found, one.less, one.what, seed)
@@ -92,11 +97,13 @@ def _judged(found: Section6, variant: str, conditions: tuple[Condition, ...], se
         if one.less is not None:
             told.append(f"{one.less} {per_cent(beside)}{_unlearned(found, one.less, seed)}")
         parts.append(_holds(one, own, beside))
+        settled.append(_is_settled(one, beside))
     verdict = of_parts(parts)
     needs = variant not in EXEMPT_ABLATIONS
     if needs and not (forward is not None and passes(forward, ">=", LEARNED)):
         verdict = CANNOT
-    return Judged(seed, verdict, ", ".join(told))
+    decided = any(part is False and sure for part, sure in zip(parts, settled, strict=True))
+    return Judged(seed, verdict, ", ".join(told), {FAILS: decided, HOLDS: all(settled)}.get(verdict, False))
 
 
 def _holds(condition: Condition, own: float | None, beside: float | None) -> bool | None:
@@ -105,6 +112,14 @@ def _holds(condition: Condition, own: float | None, beside: float | None) -> boo
     if condition.less is not None:
         value -= math.nan if beside is None else beside
     return passes(abs(value) if condition.apart else value, condition.sign, condition.limit)
+
+
+def _is_settled(condition: Condition, beside: float | None) -> bool:
+    """Whether it comes out alike at 0 and at 100 %, beside the number that it is compared with."""
+    if condition.less is None or condition.apart:
+        return False
+    ends = [_holds(condition, own, beside) for own in (0.0, 1.0)]
+    return ends[0] is not None and ends[0] == ends[1]
 
 
 def _unlearned(found: Section6, variant: str, seed: int) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from .frames import Section6
 from .plan import CAUSAL, DATASETS, DIFFUSION, EXEMPT_MODELS, FLOOR, LEARNED, MASKED, SEEDS, Cell, Trained, main_cell
@@ -15,6 +16,7 @@ T3 = "mini-mlm's reverse is at least half of mini-llada's"
 T4 = "attention correlation and gradient cosine above their control once 90 % forward is reached"
 T5 = "reverse falls nowhere by more than 20 points once 90 % forward is reached"
 ROUTES = {"attention_correlation": "correlation", "gradient_cosine": "cosine"}
+Rule = Callable[[Section6, Cell, int], Sequence[Any]]  # verdict, numbers, and whether it was settled
 HALF, FALL = 0.5, 0.20
 
 
@@ -75,13 +77,15 @@ def _t3(found: Section6, trained: Trained) -> Claim:
 
 def _of(found: Section6, name: str, plain: str, cell: Cell) -> Claim:
     """A claim about one cell."""
-    rule = {"T2": _at_floor, "T4": _above_control, "T5": _falls_nowhere}[name]
+    rule: Rule = {"T2": _at_floor, "T4": _above_control, "T5": _falls_nowhere}[name]
 
     def judged(seed: int) -> Judged:
         if left := missing(found, [cell], seed):
             return Judged(seed, NOT_RUN, left.removeprefix(f"{cell.model} "))
-        verdict, numbers = rule(found, cell, seed)
-        return Judged(seed, verdict if learned(found, [cell], seed) else CANNOT, numbers)
+        verdict, numbers, *settled = rule(found, cell, seed)
+        if not learned(found, [cell], seed):
+            return Judged(seed, CANNOT, numbers)
+        return Judged(seed, verdict, numbers, any(settled) and verdict != CANNOT)
 
     return Claim(name, "prediction", plain, cell.words, [judged(seed) for seed in SEEDS])
 
@@ -110,8 +114,11 @@ def _above_control(found: Section6, cell: Cell, seed: int) -> tuple[str, str]:
     return next(word for word in (FAILS, CANNOT, HOLDS) if word in words), ", ".join(told)
 
 
-def _falls_nowhere(found: Section6, cell: Cell, seed: int) -> tuple[str, str]:
-    """The deepest fall below what reverse was before, from the checkpoint where forward is reached on."""
+def _falls_nowhere(found: Section6, cell: Cell, seed: int) -> tuple[str, str] | tuple[str, str, bool]:
+    """The deepest fall below what reverse was before, from the checkpoint where forward is reached on.
+
+    Settled where it never stood high enough to fall so far.
+    """
     reached = found.reached(cell, seed)
     if reached is None:
         return CANNOT, "90 % forward never reached"
@@ -124,7 +131,8 @@ def _falls_nowhere(found: Section6, cell: Cell, seed: int) -> tuple[str, str]:
     held = passes(deepest, "<=", FALL)
     # What is undefined may have been a fall.
     verdict = of_parts([held if len(defined) == len(falls) or held is False else None])
-    return verdict, f"deepest fall {per_cent(max(deepest, 0.0) if defined else math.nan)} points"
+    low = all(passes(value, "<=", FALL) for value in values[:-1])
+    return verdict, f"deepest fall {per_cent(max(deepest, 0.0) if defined else math.nan)} points", low
 
 
 def _value(found: Section6, cell: Cell, seed: int) -> float:

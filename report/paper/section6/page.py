@@ -25,10 +25,12 @@ WORDS = (
     "direction answers; **reverse**: on those of the other direction, about the same facts, whose reverse statements "
     "were never trained. **Floor**: the same about held-out facts, never trained in any direction. A cell is mean ± "
     "standard deviation over seeds, its 95 % interval over seeds (of one seed over facts), the seeds that are in it, "
-    "n questions over them and the facts of each seed. "
-    "†k: in k seeds forward is below 90 % or undefined at the last step; such a cell stands with its "
-    "forward value, never tuned or dropped (mini-mlm and the never-mask ablations are exempt by design). "
-    "**Ranked first**: the right answer is the likeliest among all entities that answer such a question."
+    "n questions over them and the facts of each seed. Where all seeds are at 0 or all at 100 %, nothing tells how "
+    "far apart another one would be, and the interval is that of seeds which answer all or nothing: 0 to 70.8 % for "
+    "three. Seeds vary the fine-tuning; a model is pretrained once. †k: in k seeds forward is below 90 % or undefined "
+    "at the last step; such a cell stands with its forward value, never tuned or dropped (mini-mlm and the never-mask "
+    "ablations are exempt by design). **Ranked first**: the right answer is the likeliest among all entities that "
+    "answer such a question."
 )
 READINGS = (
     "Two readings of every cell: at the last step, the same for all, here; and at the first checkpoint of at least "
@@ -37,29 +39,38 @@ READINGS = (
 ABOUT_PAPER = (
     "The paper's values are of 8B models and a pattern to compare, never a target: which side is higher. Its Table 7 "
     "is printed in full in the text at hand; its ranks, rates and steps are not. Per cent, means over seeds; a seed "
-    "*holds* where the side that the paper has higher is higher here, and *cannot be told* below 90 % forward. "
-    "mini-mlm has no counterpart."
+    "*holds* where the side that the paper has higher is higher here, and *cannot be told* below 90 % forward. Where "
+    "nothing is answered backwards, forward is higher by itself. mini-mlm has no counterpart."
 )
 ABOUT_RANKS = (
     "Reverse questions about trained facts at the last step. Control: the rank of another fact's answer; chance: "
-    "accepted answers over candidates, per cent. Held-out facts ranked first is the floor of the rank."
+    "accepted answers over candidates, per cent. Held-out facts ranked first is the floor of the rank; they have the "
+    "trained facts' answers and their own as candidates, so that a model which prefers what it was trained on ranks "
+    "none of them first."
 )
 ABOUT_SIGNATURES = (
     "Masked models are asked for the same target from the same evidence in either order (same target), causal models "
     "another question (swapped roles): the two kinds are not compared with each other. Value and 95 % interval over "
-    "facts at the last step, seed by seed; before: step 0; control: facts shuffled, mean over seeds; above control: in "
-    "how many seeds the interval of the excess lies above 0. Untrained twin: the same configuration with initial "
-    "weights on the same pairs; it may stand high on its own, and a signature needs to be held against it. The "
-    "autoregressive twins are mini-llama and mini-qwen2."
+    "facts at the last step, seed by seed; before: step 0; control: facts shuffled, mean over seeds; above control: "
+    "in how many seeds the interval of the excess lies above 0. Untrained twin: the same configuration with initial "
+    "weights on the same pairs; it may stand high on its own, and a signature needs to be held against it (mini-mlm's "
+    "is mini-llada's: one configuration). The control says that a signature is of these facts, not that fine-tuning "
+    "made it: before stands beside it. The autoregressive twins are mini-llama and mini-qwen2."
 )
 ABOUT_VERDICTS = (
-    "Each prediction, written in the YAML before the runs, seed by seed: *holds*, *fails*, *cannot be told* (a cell "
-    "that is compared is below 90 % forward, or a number is undefined) or *not run*. Numbers in per cent."
+    "Each prediction, written in the YAML before the runs, seed by seed: *holds*, *fails*, *cannot be told* or *not "
+    "run*. T1 to T5 cannot be told where a cell that is compared is below 90 % forward at its last step (mini-mlm "
+    "need not be above), has never reached it, or has it at one checkpoint alone (T5); T3 where mini-llada's reverse "
+    "is at the floor. An ablation cannot be told where its own cell is below 90 % forward and the prediction needs "
+    "it; plain may be, and its forward answers then stand beside it. Nothing is told by a number that is undefined. "
+    "Numbers in per cent."
 )
 ABOUT_ABLATIONS = (
-    "mini-llada, P2C; what is changed is the variant's name (`examples/section6_ablations.yaml`). Plain is the main "
-    "table's cell; its seeds are paired with the ablations'. First entity in place: the probes' forward query, \"[M]'s "
-    'child is B". A null of end-unpriced says nothing about the one-layer claim.'
+    "mini-llada, P2C; what is changed is the variant's name (`examples/section6_ablations.yaml`), and what has to "
+    "change with it: bare-* have no template and price padding on both sides, one-span has no antithetic masks, "
+    "absolute and read-* start from another pretrained model, llama-read-* are mini-llama, held against its own cell. "
+    "Plain is the main table's cell; its seeds are paired with the ablations'. First entity in place: the probes' "
+    'forward query, "[M]\'s child is B". A null of end-unpriced says nothing about the one-layer claim.'
 )
 ABOUT_METHODS = (
     "Two models, P2C and D2P; smdm and differ are recipes of masked models, so mini-llama has none of them. "
@@ -116,8 +127,10 @@ def _findings(told: Told) -> list[Block]:
     sentences += [
         Text(told.table_7(), "Table 7"),
         Text(told.routes(), "Routes and ranks"),
-        Text(told.recipe(), "Recipe"),
     ]
+    if ranked := told.ranked_first():
+        sentences.append(Items(ranked))
+    sentences.append(Text(told.recipe(), "Recipe"))
     sentences.append(Text(f"{told.coverage()} No configuration was chosen by what is on this page."))
     drawings = figures(told.found)
     if not drawings:

@@ -6,14 +6,28 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-from .ablations import NOT_PREDICTED, PREDICTIONS, R, ablation_claims, number
-from .cells import mean
+from .ablations import NOT_PREDICTED, PREDICTIONS, F, R, ablation_claims, number
+from .cells import cell_words, mean, seed_rows
 from .frames import FINISHED, Section6
-from .main_claims import main_claims
+from .main_claims import ROUTES, main_claims
 from .other_claims import ONE_LAYER, PAPER, SAID_BY, other_claims
-from .plan import CAUSAL, DATASETS, DROP_ORDER, FLOOR, MASKED, PLAIN, PLANNED, SEEDS, TABLE_MODELS, main_cell
-from .verdicts import CANNOT, FAILS, HOLDS, NOT_RUN, Claim, passes
+from .plan import (
+    CAUSAL,
+    DATASETS,
+    DROP_ORDER,
+    FLOOR,
+    LEARNED,
+    MASKED,
+    PLAIN,
+    PLANNED,
+    SEEDS,
+    TABLE_MODELS,
+    Cell,
+    main_cell,
+)
+from .verdicts import CANNOT, FAILS, HOLDS, NOT_RUN, Claim, Judged, passes, per_cent
 
 NOTHING = "no run has been collected"
 _COUNT_WORDS = {FAILS: "fail", HOLDS: "hold", CANNOT: "cannot be told", NOT_RUN: "not run"}
@@ -52,11 +66,14 @@ class Told:
         told = _counted(counts)
         failed = list(dict.fromkeys(claim.name for claim in predicted if FAILS in claim.verdicts))
         named = f"; some seed fails {', '.join(failed)}" if failed else ""
+        settled = _counts(predicted, settled=True)
+        if settled:
+            told += f"; settled whatever the cell answered: {_counted(settled)}"
         against = [f"against {what}: {self._against(source)}" for source, what in _SOURCES.items()]
         return f"Of {sum(counts.values())} verdicts (prediction x cell x seed), {told}{named}; {'; '.join(against)}."
 
     def _against(self, source: str) -> str:
-        names = list(dict.fromkeys(claim.name for claim in self.said_by(source) if FAILS in claim.verdicts))
+        names = list(dict.fromkeys(claim.name for claim in self.said_by(source) if _contradicting(claim)))
         return ", ".join(names) if names else "none"
 
     def said_by(self, source: str) -> list[Claim]:
@@ -65,13 +82,15 @@ class Told:
         return [*own, *(claim for claim in self.others if claim.source == source)]
 
     def failures(self) -> list[str]:
-        """Each claim of the paper or the one-layer results that some seed contradicts, cell by cell."""
+        """Each claim of the paper or the one-layer results that some seed contradicts, cell by cell.
+
+        A verdict that could not have been another contradicts nobody.
+        """
         lines = []
         for source, what in _SOURCES.items():
             by_claim: dict[tuple[str, str], list[str]] = {}
             for claim in self.said_by(source):
-                bad = [one for one in claim.seeds if one.verdict == FAILS]
-                if bad:
+                if bad := _contradicting(claim):
                     each = "; ".join(f"s{one.seed} {one.numbers}" for one in bad)
                     by_claim.setdefault((claim.name, _without_side(claim.plain)), []).append(f"{claim.cell}: {each}")
             lines += [
@@ -91,15 +110,14 @@ class Told:
             told.append(f"{model} {_span(means)}")
         floors = [
             value
-            for trained in DATASETS
-            for model in TABLE_MODELS
+            for cell in _MAIN_CELLS
             for seed in SEEDS
-            if (value := self.found.last(main_cell(model, trained), seed, "reverse", "heldout")) is not None
+            if (value := self.found.last(cell, seed, "reverse", "heldout")) is not None
         ]
         floor = max((value for value in floors if not math.isnan(value)), default=math.nan)
         low = self._below()
         told_low = ", ".join(low) if named else f"{len(low)} of {len(DATASETS) * len(TABLE_MODELS)} cells"
-        marked = f"; below 90 % forward in a seed: {told_low}" if low else ""
+        marked = f"; below 90 % forward in a seed (its lowest): {told_low}" if low else ""
         return (
             f"Reverse exact match on trained facts at the last step, lowest to highest dataset: {', '.join(told)}; "
             f"facts never trained at most {_per_cent(floor)}{marked}."
@@ -109,13 +127,13 @@ class Told:
         return mean([self.found.last(main_cell(model, DATASETS[place]), seed, "reverse") for seed in SEEDS])
 
     def _below(self) -> list[str]:
-        """The cells of the main table in which a seed is below 90 % forward at the last step."""
+        """The cells of the main table in which a seed is below 90 % forward at the last step, with the lowest seed."""
         low = []
-        for trained in DATASETS:
-            for model in TABLE_MODELS:
-                values = [self.found.last(main_cell(model, trained), seed, "forward") for seed in SEEDS]
-                if any(value is not None and passes(value, ">=", 0.9) is not True for value in values):
-                    low.append(f"{model} {trained.direction} ({_per_cent(mean(values))})")
+        for cell in _MAIN_CELLS:
+            values = [one for seed in SEEDS if (one := self.found.last(cell, seed, "forward")) is not None]
+            if any(passes(value, ">=", LEARNED) is not True for value in values):
+                lowest = min((value for value in values if not math.isnan(value)), default=math.nan)
+                low.append(f"{cell.model} {cell.direction} ({_per_cent(lowest)})")
         return low
 
     # ---- the third ----
@@ -124,38 +142,81 @@ class Told:
         """Whether the signatures stand above their controls, and how often the right answer ranks first."""
         if self.empty:
             return f"No signature has been read: {NOTHING}."
-        held = _counted(_counts([claim for claim in self.main if claim.name == "T4"]))
+        held = [claim for claim in self.main if claim.name == "T4"]
         told = []
-        for models, words in ((MASKED, "masked, by cell"), (CAUSAL, "causal")):
-            trained, floor = self._ranked(models, "train"), self._ranked(models, "heldout")
-            told.append(f"{_span(trained)} ({words}; never trained {_span(floor)})")
+        for models, words in ((MASKED, "masked"), (CAUSAL, "causal")):
+            cells = [cell for cell in self._learned() if cell.model in models]
+            of = "no cell" if not cells else f"{_span([self._first(cell) for cell in cells])} ({len(cells)} cells)"
+            told.append(f"{words} {of}")
+        chances = [self._first(cell, of="chance") for cell in self._learned()]
+        floors = [self._first(cell, "heldout") for cell in self._learned()]
+        beside = f"; chance {_span(chances)}, facts never trained {_span(floors)}" if chances else ""
         return (
             "Attention correlation and gradient cosine above their controls in the masked models, from 90 % forward on "
-            f"(model x dataset x seed): {held}; backwards, the right answer ranks first among all candidates in "
-            f"{' and '.join(told)}{self._twins()}."
+            f"(model x dataset x seed): {_counted(_counts(held))}{self._already(held)}{self._moved()}; backwards, the "
+            "right answer ranks first among all candidates, in cells of at least 90 % forward: "
+            f"{', '.join(told)}{beside}{self._twins()}."
         )
 
-    def _ranked(self, models: Iterable[str], split: str) -> list[float]:
-        """How often the right answer ranks first backwards in each cell of the main table, the mean over seeds."""
-        return [
-            mean([self.found.last(main_cell(model, one), seed, "reverse", split, table="ranks") for seed in SEEDS])
-            for model in models
-            for one in DATASETS
-        ]
+    def ranked_first(self) -> list[str]:
+        """How often the right answer ranks first backwards, in each cell that has learned the forward direction."""
+        lines = []
+        for trained in DATASETS:
+            cells = [cell for cell in self._learned() if cell[1:4] == (cell.model, *trained)]
+            own = [f"{cell.model} {cell_words(self.found, cell, 'reverse', table='ranks')}" for cell in cells]
+            if own:
+                chance = _span([self._first(cell, of="chance") for cell in cells])
+                lines.append(f"Ranked first backwards, {trained.words}: {'; '.join(own)}; chance {chance}.")
+        return lines
+
+    def _learned(self) -> list[Cell]:
+        """The cells of the main table that answer at least 90 % forward at the last step, the mean over seeds."""
+        means = {cell: mean([self.found.last(cell, seed, "forward") for seed in SEEDS]) for cell in _MAIN_CELLS}
+        return [cell for cell, value in means.items() if passes(value, ">=", LEARNED)]
+
+    def _first(self, cell: Cell, split: str = "train", of: str = "value") -> float:
+        """How often the right answer ranks first backwards, or would by chance: the mean over seeds."""
+        rows = seed_rows(self.found, cell, "reverse", split, table="ranks")
+        return mean([float(row[of]) for row in rows])
+
+    def _already(self, claims: Iterable[Claim]) -> str:
+        """In how many of those that hold both signatures stood above their controls before fine-tuning too."""
+        held = [(claim.cell, one.seed) for claim in claims for one in claim.seeds if one.verdict == HOLDS]
+        cells = {cell.words: cell for cell in _MAIN_CELLS}
+        before = 0
+        for words, seed in held:
+            firsts = [self._course(cells[words], seed, measure)[:1] for measure in ROUTES]
+            before += all(rows and passes(float(rows[0]["excess_low"]), ">", 0.0) for rows in firsts)
+        return f"; {before} of those that hold stood above before fine-tuning too" if held else ""
+
+    def _moved(self) -> str:
+        """In how many runs of masked models each signature ends above where it was before fine-tuning."""
+        told = []
+        for measure in ROUTES:
+            courses = [
+                self._course(cell, seed, measure) for cell in _MAIN_CELLS for seed in SEEDS if cell.model in MASKED
+            ]
+            ends = [(float(rows[0]["value"]), float(rows[-1]["value"])) for rows in courses if len(rows) > 1]
+            known = [last > first for first, last in ends if not math.isnan(first + last)]
+            told.append(f"the {measure.replace('_', ' ')} rose in {sum(known)} of {len(known)}")
+        return f"; over fine-tuning {' and '.join(told)} masked runs"
+
+    def _course(self, cell: Cell, seed: int, measure: str) -> list[dict[str, Any]]:
+        """A signature's rows, from before fine-tuning to the last step."""
+        return list(self.found.curve(cell, seed, measure, table="signatures").values())
 
     def _twins(self) -> str:
         """In how many runs of masked models an untrained twin's signature stands above that of the trained model."""
         told = []
-        for measure in ("attention_correlation", "gradient_cosine"):
+        for measure in ROUTES:
             read = above = 0
-            for cell in (main_cell(model, trained) for model in MASKED for trained in DATASETS):
-                for seed in SEEDS:
-                    twin = self.found.twin(cell, seed, measure)
-                    curve = list(self.found.curve(cell, seed, measure, table="signatures").values())
-                    if twin is None or not curve:
+            for cell in _MAIN_CELLS:
+                for seed in SEEDS if cell.model in MASKED else ():
+                    twin, course = self.found.twin(cell, seed, measure), self._course(cell, seed, measure)
+                    if twin is None or not course:
                         continue
                     read += 1
-                    above += bool(twin["low"] > curve[-1]["high"])  # False where either is undefined
+                    above += bool(twin["low"] > course[-1]["high"])  # False where either is undefined
             told.append(f"{above} of {read} ({measure.replace('_', ' ')})")
             if not read:
                 return ""
@@ -163,36 +224,58 @@ class Told:
 
     # ---- the fourth ----
 
-    def recipe(self) -> str:
-        """What each ablation does to the reverse answer."""
+    def recipe(self, *, named: bool = True) -> str:
+        """What each variant of the recipe does to the reverse answer; all `named`, or the highest alone."""
         if self.empty:
             return f"No ablation has been run: {NOTHING}."
         plain = mean([number(self.found, PLAIN, R, seed) for seed in SEEDS])
         beside = "is not run" if math.isnan(plain) else f"answers backwards in {_per_cent(plain)}"
-        told = []
-        for variant in (*PREDICTIONS, *NOT_PREDICTED):
-            value = mean([number(self.found, variant, R, seed) for seed in SEEDS])
-            if not math.isnan(value):
-                told.append(f"{variant} {100 * value:.0f}")
-        if not told:
+        run = {name: both for name in (*PREDICTIONS, *NOT_PREDICTED) if not math.isnan((both := self._both(name))[0])}
+        if not run:
             return f"No ablation has been run; plain mini-llada, P2C, {beside}."
-        left = [variant for variant in PREDICTIONS if not any(word.startswith(f"{variant} ") for word in told)]
+        told = f"of its {len(run)} variants {self._highest(run)}" if not named else self._variants(run)
+        left = [variant for variant in PREDICTIONS if variant not in run]
         missing = f"; not run: {', '.join(left)}" if left else ""
         # A floor decides two kinds of predictions by itself, whatever the recipe does.
         floor = (
             f" Plain itself is at the floor (at most {_per_cent(FLOOR)}): hardly anything can be below it, and a "
             "prediction of the floor holds whatever decides it."
         ) * (plain <= FLOOR)
-        return (
-            f"Plain mini-llada, P2C, {beside}; changed alone (per cent answered backwards, mean over seeds): "
-            f"{', '.join(told)}{missing}.{floor}"
-        )
+        return f"Plain mini-llada, P2C, {beside}; {told}{missing}.{floor}"
+
+    def _both(self, variant: str) -> tuple[float, float]:
+        """Reverse and forward, means over seeds."""
+        reverse, forward = (mean([number(self.found, variant, what, seed) for seed in SEEDS]) for what in (R, F))
+        return reverse, forward
+
+    def _variants(self, run: dict[str, tuple[float, float]]) -> str:
+        """Each one's reverse and forward; those of another model beside that model's own plain cell."""
+        each = {name: f"{name} {per_cent(reverse)} / {per_cent(forward)}" for name, (reverse, forward) in run.items()}
+        told = ", ".join(words for name, words in each.items() if name not in NOT_PREDICTED)
+        parts = [f"its variants (per cent answered backwards / forwards, means over seeds): {told}"] if told else []
+        for model in dict.fromkeys(NOT_PREDICTED[name] for name in each if name in NOT_PREDICTED):
+            cell = main_cell(model, DATASETS[0])
+            own = " / ".join(per_cent(mean([self.found.last(cell, seed, what) for seed in SEEDS])) for what in (R, F))
+            others = ", ".join(words for name, words in each.items() if NOT_PREDICTED.get(name) == model)
+            parts.append(f"plain {model} {own}, {others}")
+        return "; ".join(parts)
+
+    def _highest(self, run: dict[str, tuple[float, float]]) -> str:
+        most = max(run, key=lambda name: run[name][0])
+        low = sum(not passes(forward, ">=", LEARNED) for _, forward in run.values())
+        return f"none answers more than {_per_cent(run[most][0])} ({most}); {low} are below 90 % forward"
 
     def short(self) -> list[str]:
         """README's few lines: how much has been run and, where anything has, the four sentences."""
         if self.empty:
             return [self.coverage()]
-        return [self.coverage(), self.contradictions(), self.table_7(named=False), self.routes(), self.recipe()]
+        return [
+            self.coverage(),
+            self.contradictions(),
+            self.table_7(named=False),
+            self.routes(),
+            self.recipe(named=False),
+        ]
 
     def coverage(self) -> str:
         """How much of what was planned has been run."""
@@ -218,13 +301,19 @@ class Told:
         return f", and {made} of {len(records)} small models" if records else ""
 
 
+_MAIN_CELLS = [main_cell(model, trained) for trained in DATASETS for model in TABLE_MODELS]
 _SOURCES = {PAPER: "the paper", ONE_LAYER: "the one-layer results"}
 
 
-def _counts(claims: Iterable[Claim]) -> dict[str, int]:
-    """How many seeds have each verdict, those that fail first."""
-    words = [word for claim in claims for word in claim.verdicts]
+def _counts(claims: Iterable[Claim], *, settled: bool = False) -> dict[str, int]:
+    """How many seeds have each verdict, those that fail first; of those that were `settled`, where asked."""
+    words = [one.verdict for claim in claims for one in claim.seeds if one.settled or not settled]
     return {word: words.count(word) for word in (FAILS, CANNOT, HOLDS, NOT_RUN) if word in words}
+
+
+def _contradicting(claim: Claim) -> list[Judged]:
+    """The seeds that fail, though they might have held."""
+    return [one for one in claim.seeds if one.verdict == FAILS and not one.settled]
 
 
 def _counted(counts: dict[str, int]) -> str:
@@ -241,10 +330,10 @@ def _span(values: Sequence[float]) -> str:
     defined = [value for value in values if not math.isnan(value)]
     if not defined:
         return NOT_RUN
-    low, high = (f"{100 * value:.0f}" for value in (min(defined), max(defined)))
+    low, high = (f"{100 * value:.1f}" for value in (min(defined), max(defined)))
     missing = f" ({len(defined)} of {len(values)} cells)" if len(defined) < len(values) else ""
     return f"{low} %{missing}" if low == high else f"{low} to {high} %{missing}"
 
 
 def _per_cent(value: float) -> str:
-    return NOT_RUN if math.isnan(value) else f"{100 * value:.0f} %"
+    return NOT_RUN if math.isnan(value) else f"{100 * value:.1f} %"

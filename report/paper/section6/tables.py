@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ....probes.figures.theme import interval_text, rounded
-from .ablations import IN_PLACE, NOT_PREDICTED, PREDICTIONS, R, number
+from .ablations import IN_PLACE, NOT_PREDICTED, PREDICTIONS, R, number, plain_cell
 from .cells import at_last, at_reached, by_seed, cell_words, lacking, mean, seed_rows
 from .frames import FINISHED, KINDS, Section6, times_made, weights_of
 from .other_claims import SIDE, counterpart
@@ -96,12 +96,18 @@ def ranks(found: Section6) -> Rows:
             row["ranked first"] = cell_words(found, cell, "reverse", table="ranks")
             row["reciprocal rank"] = by_seed([one["reciprocal_rank"] for one in own], percent=False, digits=2) or "-"
             row["control"] = per_cent(mean([one["control"] for one in own])) if own else "-"
-            row["chance"] = per_cent(mean([one["chance"] for one in own])) if own else "-"
-            row["candidates"] = "-" if not own else str(max(int(one["candidates"]) for one in own))
-            rows.append(
-                row | {"held-out facts ranked first": cell_words(found, cell, "reverse", "heldout", table="ranks")}
-            )
+            row |= _among(own, "")
+            row["held-out facts ranked first"] = cell_words(found, cell, "reverse", "heldout", table="ranks")
+            rows.append(row | _among(seed_rows(found, cell, "reverse", "heldout", table="ranks"), "held-out "))
     return rows
+
+
+def _among(ranked: Sequence[dict[str, Any]], side: str) -> dict[str, str]:
+    """Among how many candidates, and how often chance would rank a right one first."""
+    if not ranked:
+        return {f"{side}chance": "-", f"{side}candidates": "-"}
+    chance = per_cent(mean([one["chance"] for one in ranked]))
+    return {f"{side}chance": chance, f"{side}candidates": str(max(int(one["candidates"]) for one in ranked))}
 
 
 def over_training(found: Section6) -> Rows:
@@ -189,7 +195,7 @@ def verdicts(claims: Iterable[Claim], *, of: bool = True) -> Rows:
     for claim in claims:
         row = {"": claim.name} if of else {}
         row |= {"claim": claim.plain, "cell": claim.cell}
-        rows.append(row | {f"s{one.seed}": f"**{one.verdict}** ({one.numbers})" for one in claim.seeds})
+        rows.append(row | {f"s{one.seed}": f"**{one.verdict}** ({one.told})" for one in claim.seeds})
     return rows
 
 
@@ -208,7 +214,8 @@ def _varied(found: Section6, cell: Cell, variant: str, claim: Claim | None) -> d
         {f"s{one.seed}": f"**{one.verdict}**" for one in claim.seeds} if claim else {f"s{seed}": "-" for seed in SEEDS}
     )
     row |= {"forward": cell_words(found, cell, "forward"), "reverse": cell_words(found, cell, "reverse")}
-    apart = [_less(number(found, variant, R, seed), number(found, PLAIN, R, seed)) for seed in SEEDS]
+    plain = [found.last(plain_cell(variant), seed, R) for seed in SEEDS]
+    apart = [_less(number(found, variant, R, seed), other) for seed, other in zip(SEEDS, plain, strict=True)]
     row["reverse less plain's, points by seed"] = by_seed(apart)
     row["ranked first"] = cell_words(found, cell, "reverse", table="ranks")
     row["floor, reverse"] = cell_words(found, cell, "reverse", "heldout")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 HOLDS, FAILS, CANNOT, NOT_RUN = "holds", "fails", "cannot be told", "not run"
+SETTLED = "no other verdict was possible"
 WORDS = (FAILS, CANNOT, NOT_RUN, HOLDS)  # what contradicts first
 # Shares of questions: the last digits of a float subtraction, and of a file's, must not decide.
 DUST = 1e-6
@@ -16,11 +17,20 @@ _SIGNS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.
 
 
 class Judged(NamedTuple):
-    """One seed of one cell under one claim."""
+    """One seed of one cell under one claim.
+
+    `settled`: what is compared with left no other verdict, whatever this cell had answered (nothing is below 0 %).
+    """
 
     seed: int
     verdict: str
     numbers: str
+    settled: bool = False
+
+    @property
+    def told(self) -> str:
+        """The numbers, and that they decided nothing where they did not."""
+        return f"{self.numbers}; {SETTLED}" if self.settled else self.numbers
 
 
 @dataclass(frozen=True)

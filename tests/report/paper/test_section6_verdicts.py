@@ -20,9 +20,13 @@ from revprobe.report.paper.section6.main_claims import main_claims
 from revprobe.report.paper.section6.other_claims import other_claims
 from revprobe.report.paper.section6.plan import DATASETS, DROP_ORDER, EXEMPT_MODELS, PLANNED, SEEDS, TABLE_MODELS
 from revprobe.report.paper.section6.sentences import Told
+from revprobe.report.paper.section6.tables import ablations
 
 PLAIN = {"sweep": "section6", "model": "mini-llada", "dataset": "parent-child", "direction": "P2C", "variant": ""}
 LIMIT = 1e-6
+TOLD = ("holds", "fails")
+# Ablations whose reverse answers are held against another cell's, from one side.
+COMPARED = ("absolute", "low-rates", "high-rates", "whole-entity", "one-span", "read-both", "bare-drop-right")
 
 
 def only(table: pd.DataFrame, **chosen: object) -> pd.DataFrame:
@@ -234,6 +238,141 @@ def test_a_cell_that_never_learned_forward_contradicts_nobody(found: Section6) -
             low = {seed for seed in SEEDS if not_learned(found, models, label, direction, seed)}
         said = {one.verdict for one in claim.seeds if one.seed in low}
         assert said <= {"cannot be told", "not run"}, (claim.name, claim.cell, low)
+
+
+def with_reverse(found: Section6, value: float, seed: int, **cell: object) -> Section6:
+    """The same tables with another reverse answer in one cell and seed, at every step."""
+    answers = found.answers.copy()
+    own = (answers[list(cell)] == pd.Series(cell)).all(axis=1) & (answers["seed"] == seed)
+    answers.loc[own & (answers["asked"] == "reverse") & (answers["split"] == "train"), "value"] = value
+    return replace(found, answers=answers)
+
+
+def test_a_settled_verdict_is_the_same_whatever_its_cell_answers(found: Section6) -> None:
+    """And one that is not is another at 0, at 100 % or between."""
+    own = (found.answers["model"] == PLAIN["model"]) & (found.answers["direction"] == PLAIN["direction"])
+    few = replace(found, answers=found.answers[own])  # what an ablation is judged by
+    settled = {
+        (claim.name, one.seed): one for claim in ablation_claims(found) for one in claim.seeds if one.verdict in TOLD
+    }
+    for (variant, seed), one in settled.items():
+        if variant not in COMPARED:
+            assert not one.settled, variant
+            continue
+        cell = PLAIN | {"sweep": "section6-ablations", "variant": variant}
+        others = (with_reverse(few, value, seed, **cell) for value in (0.0, 0.5, 1.0))
+        said = {ablation_verdict(other, variant, seed) for other in others}
+        assert one.settled == (len(said) == 1), (variant, seed, said)
+
+
+def test_a_fall_that_could_not_be_deep_enough_is_settled(found: Section6) -> None:
+    for claim in main_claims(found):
+        if claim.name != "T5":
+            assert not any(one.settled for one in claim.seeds)
+            continue
+        model, place = claim.cell.split(", ")
+        dataset, direction = place.rstrip(")").split(" (")
+        for one in claim.seeds:
+            if one.verdict not in TOLD:
+                assert not one.settled
+                continue
+            start = reached(found, model, dataset, direction, one.seed)
+            chosen = {"sweep": "section6", "model": model, "dataset": dataset, "direction": direction}
+            rows = only(found.answers, seed=one.seed, asked="reverse", split="train", variant="", **chosen)
+            before = rows.loc[rows["step"] >= start].sort_values("step")["value"].iloc[:-1]
+            assert one.settled == bool((before <= 0.20 + LIMIT).all()), claim.cell
+
+
+def test_what_was_settled_contradicts_nobody_and_is_counted() -> None:
+    """Plain at 0 % backwards: nothing is below it, so `absolute` fails without saying a thing about the paper."""
+    base = made(9, gaps=False)
+    found = base
+    for seed in SEEDS:
+        found = with_reverse(found, 0.0, seed, **PLAIN)
+    told = Told(found)
+    fails = [one for claim in told.ablations if claim.name == "absolute" for one in claim.seeds]
+    assert any(one.verdict == "fails" and one.settled and one.told.endswith("was possible") for one in fails)
+    assert "absolute" not in told.contradictions().split("against the paper: ")[1].split(";")[0]
+    assert not any("absolute" in line for line in told.failures())
+    count = sum(one.settled for claim in (*told.main, *told.ablations) for one in claim.seeds)
+    said = told.contradictions().split("settled whatever the cell answered: ")[1].split(";")[0]
+    assert sum(int(part.split()[0]) for part in said.split(", ")) == count > 0
+
+
+def test_reverse_probability_rises_by_seed(found: Section6) -> None:
+    """Not higher fails; higher holds with intervals apart, and cannot be told where they overlap."""
+    said = {claim.cell: claim.seeds for claim in other_claims(found) if claim.name == "rises"}
+    for dataset, direction in DATASETS:
+        for model in ("mini-llada", "mini-dream"):
+            chosen = {"sweep": "section6", "model": model, "dataset": dataset, "direction": direction}
+            for one in said[f"{model}, {dataset} ({direction})"]:
+                if main(found, model, dataset, direction, one.seed) is None:
+                    assert one.verdict == "not run"
+                    continue
+                rows = only(found.signatures, measure="reverse_probability", seed=one.seed, variant="", **chosen)
+                first, last = rows.sort_values("step").iloc[0], rows.sort_values("step").iloc[-1]
+                expected = "holds" if last["low"] > first["high"] else "cannot be told"
+                expected = "fails" if last["value"] <= first["value"] else expected
+                low = not_learned(found, [model], dataset, direction, one.seed)
+                assert one.verdict == ("cannot be told" if low else expected)
+
+
+def test_a_rise_that_is_small_is_printed_as_one() -> None:
+    """ "1.3e-5 to 0.000" was the wording of a rise by six times."""
+
+    def small(cell: object, seed: int, row: dict[str, object]) -> dict[str, object]:
+        if row.get("measure") != "reverse_probability":
+            return row
+        value = 2e-5 * (1 + int(str(row["step"])))
+        return row | {"value": value, "low": value / 10, "high": 3e-3}
+
+    found = made(9, change=small, gaps=False)
+    (claim,) = (c for c in other_claims(found) if c.name == "rises" and c.cell == "mini-llada, parent-child (P2C)")
+    assert all(one.numbers.startswith("2.0e-05 [2.0e-06, 3.0e-03] to 6.0e-02 [") for one in claim.seeds)
+
+
+def mean_of(values: list[float | None]) -> float:
+    known = [value for value in values if value is not None and not np.isnan(value)]
+    return sum(known) / len(known) if known else np.nan
+
+
+def test_ranks_are_told_of_cells_that_have_learned(found: Section6) -> None:
+    """By dataset, every such cell and no other; the sentence has their lowest and highest."""
+    told, text = Told(found), Told(found).ranked_first()
+    shares: dict[str, list[float]] = {"masked": [], "causal": []}
+    named = []
+    for dataset, direction in DATASETS:
+        for model in TABLE_MODELS:
+            forward = [main(found, model, dataset, direction, seed, "forward") for seed in SEEDS]
+            if not mean_of(forward) >= 0.9 - LIMIT:
+                continue
+            rows = only(
+                found.ranks, asked="reverse", split="train", sweep="section6", model=model, dataset=dataset,
+                direction=direction, variant="",
+            )  # fmt: skip
+            ends = rows.sort_values("step").groupby("seed").tail(1)
+            named.append((f"{dataset} ({direction})", model))
+            shares["causal" if model in ("mini-llama", "mini-qwen2") else "masked"].append(
+                float(ends["value"].astype(float).mean())
+            )
+    found_names = [
+        (line.split("backwards, ")[1].split(":")[0], part.split()[0])
+        for line in text
+        for part in line.split(": ", 1)[1].split("; ")[:-1]
+    ]
+    assert found_names == named
+    for family, values in shares.items():
+        ends_of = f"{100 * min(values):.1f} to {100 * max(values):.1f} %" if values else "no cell"
+        assert f"{family} {ends_of}" in told.routes() or min(values) == max(values)
+
+
+def test_variants_of_another_model_are_held_against_that_models_plain_cell() -> None:
+    found = made(9, gaps=False)
+    ends = [main(found, "mini-llama", "parent-child", "P2C", seed) for seed in SEEDS]
+    own = [of_ablation(found, "llama-read-both", "reverse", seed) for seed in SEEDS]
+    row = next(row for row in ablations(found, []) if row["variant"] == "llama-read-both")
+    apart = [100 * (float(a) - float(b)) for a, b in zip(own, ends, strict=True) if a is not None and b is not None]
+    assert row["reverse less plain's, points by seed"] == ", ".join(f"{value:.1f}" for value in apart)
 
 
 def test_made_tables_meet_every_verdict() -> None:
