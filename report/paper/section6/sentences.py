@@ -154,7 +154,7 @@ class Told:
         return (
             "Attention correlation and gradient cosine above their controls in the masked models, from 90 % forward on "
             f"(model x dataset x seed): {_counted(_counts(held))}{self._already(held)}{self._moved()}; backwards, the "
-            "right answer ranks first among all candidates, in cells of at least 90 % forward: "
+            "right answer ranks first among all candidates, where 90 % forward is learned: "
             f"{', '.join(told)}{beside}{self._twins()}."
         )
 
@@ -187,19 +187,19 @@ class Told:
         for words, seed in held:
             firsts = [self._course(cells[words], seed, measure)[:1] for measure in ROUTES]
             before += all(rows and passes(float(rows[0]["excess_low"]), ">", 0.0) for rows in firsts)
-        return f"; {before} of those that hold stood above before fine-tuning too" if held else ""
+        return f"; {before} of those that hold stood there before fine-tuning" if held else ""
 
     def _moved(self) -> str:
         """In how many runs of masked models each signature ends above where it was before fine-tuning."""
         told = []
-        for measure in ROUTES:
+        for measure, name in ROUTES.items():
             courses = [
                 self._course(cell, seed, measure) for cell in _MAIN_CELLS for seed in SEEDS if cell.model in MASKED
             ]
             ends = [(float(rows[0]["value"]), float(rows[-1]["value"])) for rows in courses if len(rows) > 1]
             known = [last > first for first, last in ends if not math.isnan(first + last)]
-            told.append(f"the {measure.replace('_', ' ')} rose in {sum(known)} of {len(known)}")
-        return f"; over fine-tuning {' and '.join(told)} masked runs"
+            told.append(f"the {name} rose in {sum(known)} of {len(known)}")
+        return f"; over fine-tuning {', '.join(told)} runs"
 
     def _course(self, cell: Cell, seed: int, measure: str) -> list[dict[str, Any]]:
         """A signature's rows, from before fine-tuning to the last step."""
@@ -208,7 +208,7 @@ class Told:
     def _twins(self) -> str:
         """In how many runs of masked models an untrained twin's signature stands above that of the trained model."""
         told = []
-        for measure in ROUTES:
+        for measure, name in ROUTES.items():
             read = above = 0
             for cell in _MAIN_CELLS:
                 for seed in SEEDS if cell.model in MASKED else ():
@@ -217,10 +217,10 @@ class Told:
                         continue
                     read += 1
                     above += bool(twin["low"] > course[-1]["high"])  # False where either is undefined
-            told.append(f"{above} of {read} ({measure.replace('_', ' ')})")
+            told.append(f"{above} of {read} ({name})")
             if not read:
                 return ""
-        return f"; an untrained twin of a masked model reads higher, intervals apart, in {' and '.join(told)} runs"
+        return f"; untrained twins read higher, intervals apart, in {' and '.join(told)} runs"
 
     # ---- the fourth ----
 
