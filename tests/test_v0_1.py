@@ -79,6 +79,7 @@ SINCE: dict[str, Any] = {
     "snapshots": {},
     "variants": {},
     "overrides": {},
+    "exclude": [],
 }
 
 

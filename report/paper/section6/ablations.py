@@ -9,6 +9,7 @@ from .frames import Section6
 from .plan import DATASETS, EXEMPT_ABLATIONS, FLOOR, LEARNED, PLAIN, SEEDS, Cell, ablation_cell, main_cell
 from .verdicts import CANNOT, FAILS, HOLDS, NOT_RUN, Claim, Judged, of_parts, passes, per_cent
 
+COMPARED = "beside it no other verdict was possible"
 # What is asked of a cell at its last step: reverse and forward exact match, recovery of the first entity in place.
 R, F, IN_PLACE = "reverse", "forward", "first entity in place"
 
@@ -103,7 +104,8 @@ def _judged(found: Section6, variant: str, conditions: tuple[Condition, ...], se
     if needs and not (forward is not None and passes(forward, ">=", LEARNED)):
         verdict = CANNOT
     decided = any(part is False and sure for part, sure in zip(parts, settled, strict=True))
-    return Judged(seed, verdict, ", ".join(told), {FAILS: decided, HOLDS: all(settled)}.get(verdict, False))
+    sure = {FAILS: decided, HOLDS: all(settled)}.get(verdict, False)
+    return Judged(seed, verdict, ", ".join(told), COMPARED if sure else "")
 
 
 def _holds(condition: Condition, own: float | None, beside: float | None) -> bool | None:

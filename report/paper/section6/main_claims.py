@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 from .frames import Section6
 from .plan import CAUSAL, DATASETS, DIFFUSION, EXEMPT_MODELS, FLOOR, LEARNED, MASKED, SEEDS, Cell, Trained, main_cell
@@ -16,8 +15,8 @@ T3 = "mini-mlm's reverse is at least half of mini-llada's"
 T4 = "attention correlation and gradient cosine above their control once 90 % forward is reached"
 T5 = "reverse falls nowhere by more than 20 points once 90 % forward is reached"
 ROUTES = {"attention_correlation": "correlation", "gradient_cosine": "cosine"}
-Rule = Callable[[Section6, Cell, int], Sequence[Any]]  # verdict, numbers, and whether it was settled
 HALF, FALL = 0.5, 0.20
+TOO_LOW = f"never above {100 * FALL:.0f} %, from where no fall is so deep"
 
 
 def main_claims(found: Section6) -> list[Claim]:
@@ -77,29 +76,27 @@ def _t3(found: Section6, trained: Trained) -> Claim:
 
 def _of(found: Section6, name: str, plain: str, cell: Cell) -> Claim:
     """A claim about one cell."""
-    rule: Rule = {"T2": _at_floor, "T4": _above_control, "T5": _falls_nowhere}[name]
+    rule = {"T2": _at_floor, "T4": _above_control, "T5": _falls_nowhere}[name]
 
     def judged(seed: int) -> Judged:
         if left := missing(found, [cell], seed):
             return Judged(seed, NOT_RUN, left.removeprefix(f"{cell.model} "))
-        verdict, numbers, *settled = rule(found, cell, seed)
-        if not learned(found, [cell], seed):
-            return Judged(seed, CANNOT, numbers)
-        return Judged(seed, verdict, numbers, any(settled) and verdict != CANNOT)
+        judged = rule(found, cell, seed)
+        return judged if learned(found, [cell], seed) else Judged(seed, CANNOT, judged.numbers)
 
     return Claim(name, "prediction", plain, cell.words, [judged(seed) for seed in SEEDS])
 
 
-def _at_floor(found: Section6, cell: Cell, seed: int) -> tuple[str, str]:
+def _at_floor(found: Section6, cell: Cell, seed: int) -> Judged:
     value = _value(found, cell, seed)
-    return of_parts([passes(value, "<=", FLOOR)]), f"reverse {per_cent(value)}"
+    return Judged(seed, of_parts([passes(value, "<=", FLOOR)]), f"reverse {per_cent(value)}")
 
 
-def _above_control(found: Section6, cell: Cell, seed: int) -> tuple[str, str]:
+def _above_control(found: Section6, cell: Cell, seed: int) -> Judged:
     """At every checkpoint from the one where forward is reached on: the excess's interval above 0, or its value not."""
     reached = found.reached(cell, seed)
     if reached is None:
-        return CANNOT, "90 % forward never reached"
+        return Judged(seed, CANNOT, "90 % forward never reached")
     words, told = [], []
     for measure, name in ROUTES.items():
         rows = [row for step, row in found.curve(cell, seed, measure, table="signatures").items() if step >= reached]
@@ -111,28 +108,29 @@ def _above_control(found: Section6, cell: Cell, seed: int) -> tuple[str, str]:
             words.append(HOLDS if clear and all(clear) else CANNOT)
         lowest = min((excess for excess in excesses if not math.isnan(excess)), default=math.nan)
         told.append(f"{name} less control at least {lowest:.2f} ({len(rows)} checkpoints)")
-    return next(word for word in (FAILS, CANNOT, HOLDS) if word in words), ", ".join(told)
+    return Judged(seed, next(word for word in (FAILS, CANNOT, HOLDS) if word in words), ", ".join(told))
 
 
-def _falls_nowhere(found: Section6, cell: Cell, seed: int) -> tuple[str, str] | tuple[str, str, bool]:
+def _falls_nowhere(found: Section6, cell: Cell, seed: int) -> Judged:
     """The deepest fall below what reverse was before, from the checkpoint where forward is reached on.
 
     Settled where it never stood high enough to fall so far.
     """
     reached = found.reached(cell, seed)
     if reached is None:
-        return CANNOT, "90 % forward never reached"
+        return Judged(seed, CANNOT, "90 % forward never reached")
     values = [float(row["value"]) for step, row in found.curve(cell, seed, "reverse").items() if step >= reached]
     if len(values) < 2:
-        return CANNOT, "one checkpoint alone"
+        return Judged(seed, CANNOT, "one checkpoint alone")
     falls = [before - after for at, after in enumerate(values) for before in values[:at]]
     defined = [fall for fall in falls if not math.isnan(fall)]
     deepest = max(defined, default=math.nan)
     held = passes(deepest, "<=", FALL)
     # What is undefined may have been a fall.
     verdict = of_parts([held if len(defined) == len(falls) or held is False else None])
-    low = all(passes(value, "<=", FALL) for value in values[:-1])
-    return verdict, f"deepest fall {per_cent(max(deepest, 0.0) if defined else math.nan)} points", low
+    low = verdict == HOLDS and all(passes(value, "<=", FALL) for value in values[:-1])
+    told = f"deepest fall {per_cent(max(deepest, 0.0) if defined else math.nan)} points"
+    return Judged(seed, verdict, told, TOO_LOW if low else "")
 
 
 def _value(found: Section6, cell: Cell, seed: int) -> float:

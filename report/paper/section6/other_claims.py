@@ -24,7 +24,7 @@ from .plan import (
     ablation_cell,
     main_cell,
 )
-from .verdicts import CANNOT, FAILS, HOLDS, NOT_RUN, Claim, Judged, of_parts, passes, per_cent
+from .verdicts import CANNOT, FAILS, HOLDS, NOT_RUN, Claim, Judged, of_parts, passes, per_cent, probability
 
 PAPER, ONE_LAYER = "paper", "one layer"
 # Predictions that say what another source says.
@@ -32,7 +32,9 @@ SAID_BY = {"T1": PAPER, "T2": PAPER, "T4": PAPER, "absolute": PAPER}
 SAID_BY |= dict.fromkeys(("bare-keep", "bare-drop-right", "bare-mirror"), ONE_LAYER)
 SIDE = "the side that the paper's Table 7 has higher is higher"
 ORDER = "both diffusion models answer backwards more often than both causal ones (Table 7)"
-RISES = "reverse probability is higher at the end than before fine-tuning (Fig. 4); it holds where intervals are apart"
+RISES = (
+    "reverse probability is higher at the end than before fine-tuning (Fig. 4): told where the two intervals are apart"
+)
 BELOW = "reverse probability stays below forward probability (Fig. 4)"
 OUTVOTED = (
     "outvoted, not forgotten: bare-keep's right answer ranks first in 95 %, and 95 % of its errors are an empty answer"
@@ -113,16 +115,19 @@ def _rises(found: Section6, cell: Cell, seed: int) -> tuple[str, str]:
         return of_parts([]), "one reading alone"
     first, last = rows[0], rows[-1]
     value, low, high = (tuple(float(row[key]) for row in (first, last)) for key in ("value", "low", "high"))
-    told = " to ".join(f"{one:.1e} [{a:.1e}, {b:.1e}]" for one, a, b in zip(value, low, high, strict=True))
+    ends = zip(*(map(probability, both) for both in (value, low, high)), strict=True)
+    told = " to ".join(f"{one} [{a}, {b}]" for one, a, b in ends)
     # Probabilities of millionths are compared as they are: what `passes` takes for dust is a rise here.
-    return FAILS if value[1] <= value[0] else HOLDS if low[1] > high[0] else CANNOT, told
+    return FAILS if high[1] < low[0] else HOLDS if low[1] > high[0] else CANNOT, told
 
 
 def _below(found: Section6, cell: Cell, seed: int) -> tuple[str, str]:
     forward, reverse = (
         _last(found, cell, seed, f"{side}_probability", table="signatures") for side in ("forward", "reverse")
     )
-    return of_parts([passes(reverse - forward, "<", 0.0)]), f"reverse {reverse:.3f}, forward {forward:.3f}"
+    return of_parts(
+        [passes(reverse - forward, "<", 0.0)]
+    ), f"reverse {probability(reverse)}, forward {probability(forward)}"
 
 
 def _outvoted(found: Section6, cell: Cell, seed: int) -> tuple[str, str]:

@@ -25,12 +25,12 @@ WORDS = (
     "direction answers; **reverse**: on those of the other direction, about the same facts, whose reverse statements "
     "were never trained. **Floor**: the same about held-out facts, never trained in any direction. A cell is mean ± "
     "standard deviation over seeds, its 95 % interval over seeds (of one seed over facts), the seeds that are in it, "
-    "n questions over them and the facts of each seed. Where all seeds are at 0 or all at 100 %, nothing tells how "
-    "far apart another one would be, and the interval is that of seeds which answer all or nothing: 0 to 70.8 % for "
-    "three. Seeds vary the fine-tuning; a model is pretrained once. †k: in k seeds forward is below 90 % or undefined "
-    "at the last step; such a cell stands with its forward value, never tuned or dropped (mini-mlm and the never-mask "
-    "ablations are exempt by design). **Ranked first**: the right answer is the likeliest among all entities that "
-    "answer such a question."
+    "n questions over them and the facts of each seed. Three seeds that are all at 0 % do not tell what a fourth "
+    "would be, and their interval allows for seeds that answer all or nothing: 0 to 70.8 %, and 29.2 to 100 % where "
+    "all are at 100 %. Seeds vary the fine-tuning: those of a cell start from one pretrained model, but for those "
+    "marked ‡. †k: in k seeds forward is below 90 % or undefined at the last step; such a cell stands with its "
+    "forward value, never tuned or dropped (mini-mlm and the never-mask ablations are exempt by design). **Ranked "
+    "first**: the right answer is the likeliest among all entities that answer such a question."
 )
 READINGS = (
     "Two readings of every cell: at the last step, the same for all, here; and at the first checkpoint of at least "
@@ -60,10 +60,11 @@ ABOUT_SIGNATURES = (
 ABOUT_VERDICTS = (
     "Each prediction, written in the YAML before the runs, seed by seed: *holds*, *fails*, *cannot be told* or *not "
     "run*. T1 to T5 cannot be told where a cell that is compared is below 90 % forward at its last step (mini-mlm "
-    "need not be above), has never reached it, or has it at one checkpoint alone (T5); T3 where mini-llada's reverse "
-    "is at the floor. An ablation cannot be told where its own cell is below 90 % forward and the prediction needs "
-    "it; plain may be, and its forward answers then stand beside it. Nothing is told by a number that is undefined. "
-    "Numbers in per cent."
+    "need not be above); T4 and T5 also where it has never reached 90 %, T4 where an interval of the excess is not "
+    "clear of 0, T5 where there is one such checkpoint alone, T3 where mini-llada's reverse is at the floor. An "
+    "ablation cannot be told where its own cell is below 90 % forward and the prediction needs it; plain may be "
+    "below, and its forward answers then stand beside it. Nothing is told by a number that is undefined. Where no "
+    "other verdict was possible the reason stands beside it. Numbers in per cent."
 )
 ABOUT_ABLATIONS = (
     "mini-llada, P2C; what is changed is the variant's name (`examples/section6_ablations.yaml`), and what has to "

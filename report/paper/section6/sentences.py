@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from .ablations import NOT_PREDICTED, PREDICTIONS, F, R, ablation_claims, number
+from .ablations import COMPARED, NOT_PREDICTED, PREDICTIONS, F, R, ablation_claims, number
 from .cells import cell_words, mean, seed_rows
 from .frames import FINISHED, Section6
-from .main_claims import ROUTES, main_claims
+from .main_claims import ROUTES, TOO_LOW, main_claims
 from .other_claims import ONE_LAYER, PAPER, SAID_BY, other_claims
 from .plan import (
     CAUSAL,
     DATASETS,
     DROP_ORDER,
+    EXEMPT_ABLATIONS,
     FLOOR,
     LEARNED,
     MASKED,
@@ -66,9 +67,10 @@ class Told:
         told = _counted(counts)
         failed = list(dict.fromkeys(claim.name for claim in predicted if FAILS in claim.verdicts))
         named = f"; some seed fails {', '.join(failed)}" if failed else ""
-        settled = _counts(predicted, settled=True)
-        if settled:
-            told += f"; settled whatever the cell answered: {_counted(settled)}"
+        if settled := _counts(predicted, COMPARED):
+            told += f"; of these {_counted(settled)} whatever the cell answers, by what it is compared with"
+        if low := _counts(predicted, TOO_LOW):
+            told += f"; {_counted(low)} as reverse was never high enough to fall so far"
         against = [f"against {what}: {self._against(source)}" for source, what in _SOURCES.items()]
         return f"Of {sum(counts.values())} verdicts (prediction x cell x seed), {told}{named}; {'; '.join(against)}."
 
@@ -146,8 +148,8 @@ class Told:
         told = []
         for models, words in ((MASKED, "masked"), (CAUSAL, "causal")):
             cells = [cell for cell in self._learned() if cell.model in models]
-            of = "no cell" if not cells else f"{_span([self._first(cell) for cell in cells])} ({len(cells)} cells)"
-            told.append(f"{words} {of}")
+            of = f" ({len(cells)} cell{'s' if len(cells) > 1 else ''})" if cells else ""
+            told.append(f"{words} {_span([self._first(cell) for cell in cells]) if cells else 'no cell'}{of}")
         chances = [self._first(cell, of="chance") for cell in self._learned()]
         floors = [self._first(cell, "heldout") for cell in self._learned()]
         beside = f"; chance {_span(chances)}, facts never trained {_span(floors)}" if chances else ""
@@ -162,7 +164,7 @@ class Told:
         """How often the right answer ranks first backwards, in each cell that has learned the forward direction."""
         lines = []
         for trained in DATASETS:
-            cells = [cell for cell in self._learned() if cell[1:4] == (cell.model, *trained)]
+            cells = [cell for cell in self._learned() if cell[2:4] == trained]
             own = [f"{cell.model} {cell_words(self.found, cell, 'reverse', table='ranks')}" for cell in cells]
             if own:
                 chance = _span([self._first(cell, of="chance") for cell in cells])
@@ -187,19 +189,20 @@ class Told:
         for words, seed in held:
             firsts = [self._course(cells[words], seed, measure)[:1] for measure in ROUTES]
             before += all(rows and passes(float(rows[0]["excess_low"]), ">", 0.0) for rows in firsts)
-        return f"; {before} of those that hold stood there before fine-tuning" if held else ""
+        return f"; of the {len(held)} that hold {before} stood there before fine-tuning" if held else ""
 
     def _moved(self) -> str:
-        """In how many runs of masked models each signature ends above where it was before fine-tuning."""
+        """In how many runs of masked models each signature ends above or below what it was before, intervals apart."""
         told = []
         for measure, name in ROUTES.items():
             courses = [
                 self._course(cell, seed, measure) for cell in _MAIN_CELLS for seed in SEEDS if cell.model in MASKED
             ]
-            ends = [(float(rows[0]["value"]), float(rows[-1]["value"])) for rows in courses if len(rows) > 1]
-            known = [last > first for first, last in ends if not math.isnan(first + last)]
-            told.append(f"the {name} rose in {sum(known)} of {len(known)}")
-        return f"; over fine-tuning {', '.join(told)} runs"
+            ends = [(rows[0], rows[-1]) for rows in courses if len(rows) > 1]
+            rose = sum(bool(last["low"] > first["high"]) for first, last in ends)  # False where either is undefined
+            fell = sum(bool(last["high"] < first["low"]) for first, last in ends)
+            told.append(f"the {name} rose in {rose} and fell in {fell} of {len(ends)}")
+        return f"; over fine-tuning, intervals apart, {', '.join(told)} masked runs, learned or not"
 
     def _course(self, cell: Cell, seed: int, measure: str) -> list[dict[str, Any]]:
         """A signature's rows, from before fine-tuning to the last step."""
@@ -220,7 +223,7 @@ class Told:
             told.append(f"{above} of {read} ({name})")
             if not read:
                 return ""
-        return f"; untrained twins read higher, intervals apart, in {' and '.join(told)} runs"
+        return f"; untrained twins read higher, intervals apart, in {' and '.join(told)} masked runs"
 
     # ---- the fourth ----
 
@@ -233,7 +236,8 @@ class Told:
         run = {name: both for name in (*PREDICTIONS, *NOT_PREDICTED) if not math.isnan((both := self._both(name))[0])}
         if not run:
             return f"No ablation has been run; plain mini-llada, P2C, {beside}."
-        told = f"of its {len(run)} variants {self._highest(run)}" if not named else self._variants(run)
+        own = {name: both for name, both in run.items() if name not in NOT_PREDICTED}
+        told = self._variants(run) if named or not own else f"of its {len(own)} variants {self._highest(own)}"
         left = [variant for variant in PREDICTIONS if variant not in run]
         missing = f"; not run: {', '.join(left)}" if left else ""
         # A floor decides two kinds of predictions by itself, whatever the recipe does.
@@ -261,9 +265,14 @@ class Told:
         return "; ".join(parts)
 
     def _highest(self, run: dict[str, tuple[float, float]]) -> str:
-        most = max(run, key=lambda name: run[name][0])
-        low = sum(not passes(forward, ">=", LEARNED) for _, forward in run.values())
-        return f"none answers more than {_per_cent(run[most][0])} ({most}); {low} are below 90 % forward"
+        """The highest reverse, whose it is, and how many of those that must have not learned forward."""
+        most = max(reverse for reverse, _ in run.values())
+        whose = ", ".join(name for name, (reverse, _) in run.items() if reverse == most > 0)
+        low = [name for name, (_, forward) in run.items() if not passes(forward, ">=", LEARNED)]
+        lacking = sum(name not in EXEMPT_ABLATIONS for name in low)
+        return (
+            f"none answers more than {_per_cent(most)}{f' ({whose})' if whose else ''}; below 90 % forward: {lacking}"
+        )
 
     def short(self) -> list[str]:
         """README's few lines: how much has been run and, where anything has, the four sentences."""
@@ -305,9 +314,9 @@ _MAIN_CELLS = [main_cell(model, trained) for trained in DATASETS for model in TA
 _SOURCES = {PAPER: "the paper", ONE_LAYER: "the one-layer results"}
 
 
-def _counts(claims: Iterable[Claim], *, settled: bool = False) -> dict[str, int]:
-    """How many seeds have each verdict, those that fail first; of those that were `settled`, where asked."""
-    words = [one.verdict for claim in claims for one in claim.seeds if one.settled or not settled]
+def _counts(claims: Iterable[Claim], settled: str = "") -> dict[str, int]:
+    """How many seeds have each verdict, those that fail first; of those that were `settled` by this alone, if given."""
+    words = [one.verdict for claim in claims for one in claim.seeds if settled in ("", one.settled)]
     return {word: words.count(word) for word in (FAILS, CANNOT, HOLDS, NOT_RUN) if word in words}
 
 

@@ -23,7 +23,7 @@ from .plan import (
     ablation_cell,
     main_cell,
 )
-from .verdicts import Claim, per_cent
+from .verdicts import Claim, per_cent, probability
 
 Rows = list[dict[str, Any]]
 SIDES = {"forward": "Fwd.", "reverse": "Rev."}
@@ -159,14 +159,14 @@ def _signature(found: Section6, cell: Cell, measure: str, words: str) -> dict[st
             | {"control": "-", "above control": "-", "n": "-"}
         )
     first = [curve[0] if curve else None for curve in curves]
-    row["last step, by seed"] = "; ".join(_interval(curve[-1]) if curve else "-" for curve in curves)
+    told = _probability if measure.endswith("_probability") else _interval
+    row["last step, by seed"] = "; ".join(told(curve[-1]) if curve else "-" for curve in curves)
     row["pairs"] = ", ".join(dict.fromkeys(str(one["kind"]).replace("_", " ") for one in last))
-    row["before, by seed"] = by_seed(
-        [None if one is None else float(one["value"]) for one in first], percent=False, digits=2
-    )
-    row["control before"] = _number(mean([float(one["control"]) for one in first if one is not None]))
+    number = probability if measure.endswith("_probability") else _number
+    row["before, by seed"] = ", ".join("-" if one is None else number(float(one["value"])) for one in first)
+    row["control before"] = number(mean([float(one["control"]) for one in first if one is not None]))
     row["untrained twin"] = _twins(found, cell, measure)
-    row["control"] = _number(mean([float(one["control"]) for one in last]))
+    row["control"] = number(mean([float(one["control"]) for one in last]))
     known = [float(one["excess_low"]) for one in last if not math.isnan(float(one["excess_low"]))]
     row["above control"] = f"{sum(low > 0 for low in known)} of {len(last)}" if known else "not compared"
     return row | {"n": ", ".join(dict.fromkeys(f"{int(one['n'])} ({int(one['facts'])} facts)" for one in last))}
@@ -177,12 +177,18 @@ def _twins(found: Section6, cell: Cell, measure: str) -> str:
     if measure.startswith("lora"):
         return "has no adapter"
     rows = [found.twin(cell, seed, measure) for seed in SEEDS]
-    return "; ".join("-" if row is None else _interval(row) for row in rows) if any(rows) else "not read"
+    told = _probability if measure.endswith("_probability") else _interval
+    return "; ".join("-" if row is None else told(row) for row in rows) if any(rows) else "not read"
 
 
 def _interval(row: dict[str, Any]) -> str:
     told = interval_text(float(row["value"]), float(row["low"]), float(row["high"]))
     return f"{told} ({row['reason']})" if told == "undefined" and row["reason"] else told
+
+
+def _probability(row: dict[str, Any]) -> str:
+    value, low, high = (probability(float(row[key])) for key in ("value", "low", "high"))
+    return _interval(row) if value == "undefined" else f"{value} [{low}, {high}]"
 
 
 def _number(value: float) -> str:

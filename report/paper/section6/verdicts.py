@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 HOLDS, FAILS, CANNOT, NOT_RUN = "holds", "fails", "cannot be told", "not run"
-SETTLED = "no other verdict was possible"
 WORDS = (FAILS, CANNOT, NOT_RUN, HOLDS)  # what contradicts first
 # Shares of questions: the last digits of a float subtraction, and of a file's, must not decide.
 DUST = 1e-6
@@ -19,18 +18,18 @@ _SIGNS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.
 class Judged(NamedTuple):
     """One seed of one cell under one claim.
 
-    `settled`: what is compared with left no other verdict, whatever this cell had answered (nothing is below 0 %).
+    `settled`: why no other verdict was possible, as with what is compared with 0 %, which nothing is below; or "".
     """
 
     seed: int
     verdict: str
     numbers: str
-    settled: bool = False
+    settled: str = ""
 
     @property
     def told(self) -> str:
-        """The numbers, and that they decided nothing where they did not."""
-        return f"{self.numbers}; {SETTLED}" if self.settled else self.numbers
+        """The numbers, and why they decided nothing where they did not."""
+        return f"{self.numbers}; {self.settled}" if self.settled else self.numbers
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,15 @@ def of_parts(parts: Sequence[bool | None]) -> str:
     if any(part is False for part in parts):
         return FAILS
     return CANNOT if any(part is None for part in parts) or not parts else HOLDS
+
+
+def probability(value: float) -> str:
+    """With digits that tell a small one from none.
+
+    >>> probability(0.3456), probability(0.00019)
+    ('0.346', '1.9e-04')
+    """
+    return "undefined" if math.isnan(value) else f"{value:.1e}" if 0 < value < 0.01 else f"{value:.3f}"
 
 
 def per_cent(value: float | None) -> str:

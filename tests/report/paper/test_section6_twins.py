@@ -87,7 +87,7 @@ def test_the_sentence_counts_twins_whose_interval_lies_above(low: float, above: 
     ]
     twins = tidy("twins", [row | {"value": 0.6, "low": low, "high": 0.8} for row in rows])
     told = Told(collected(signatures=tidy("signatures", rows), twins=twins)).routes()
-    assert f"in {above} of 1 (attention correlation) and {above} of 1 (gradient cosine) runs" in told
+    assert f"in {above} of 1 (correlation) and {above} of 1 (cosine) masked runs" in told
     assert "twin" not in Told(collected(signatures=tidy("signatures", rows))).routes()
 
 
