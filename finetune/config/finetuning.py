@@ -330,8 +330,8 @@ class FinetuneSweepConfig(Section):
             raise ValueError(f"seeds {self.seeds} holds one twice; each run needs a seed of its own")
         for entry in self.exclude:
             if not any(entry.items() <= cell.items() for cell in self._product()):
-                known = {key: list(dict.fromkeys(str(cell[key]) for cell in self._product())) for key in entry}
-                raise ValueError(f"exclude names {entry}, none of this sweep's runs; expected of {known}")
+                labels = {key: list(dict.fromkeys(str(cell[key]) for cell in self._product())) for key in entry}
+                raise ValueError(f"exclude names {entry}, none of this sweep's runs; expected of {labels}")
         if all(map(self._excluded, self._product())):
             raise ValueError("exclude leaves no run; take out the entry that names too much")
         if self.variants or self.overrides:
