@@ -27,10 +27,10 @@ WORDS = (
     "standard deviation over seeds, its 95 % interval over seeds (of one seed over facts), the seeds that are in it, "
     "n questions over them and the facts of each seed. Three seeds that are all at 0 % do not tell what a fourth "
     "would be, and their interval allows for seeds that answer all or nothing: 0 to 70.8 %, and 29.2 to 100 % where "
-    "all are at 100 %. Seeds vary the fine-tuning: those of a cell start from one pretrained model, but for those "
-    "marked ‡. †k: in k seeds forward is below 90 % or undefined at the last step; such a cell stands with its "
-    "forward value, never tuned or dropped (mini-mlm and the never-mask ablations are exempt by design). **Ranked "
-    "first**: the right answer is the likeliest among all entities that answer such a question."
+    "all are at 100 %. Seeds vary the fine-tuning: those of a cell start from one pretrained model. †k: in k seeds "
+    "forward is below 90 % or undefined at the last step; such a cell stands with its forward value, never tuned or "
+    "dropped (mini-mlm and the never-mask ablations are exempt by design). **Ranked first**: the right answer is the "
+    "likeliest among all entities that answer such a question."
 )
 READINGS = (
     "Two readings of every cell: at the last step, the same for all, here; and at the first checkpoint of at least "
