@@ -167,20 +167,30 @@ def test_the_page_tells_ranks_beside_those_of_facts_never_trained(root: Path) ->
     ranks = pd.read_parquet(root / "examples/results/section6_ranks.parquet")
     asked = ranks[(ranks["sweep"] == "section6") & (ranks["asked"] == "reverse") & (ranks["variant"] == "")]
     last = asked[asked["step"] == asked.groupby("run")["step"].transform("max")]
+    answers = pd.read_parquet(root / "examples/results/section6_answers.parquet")
+    answers = answers[
+        (answers["sweep"] == "section6") & (answers["asked"] == "forward") & (answers["split"] == "train")
+    ]
+    ends = answers[answers["step"] == answers.groupby("run")["step"].transform("max")]
+    forward = ends.groupby(["model", "dataset", "direction"])["value"].mean()
+    learned = forward[forward >= 0.9].index
     cells = last.groupby(["split", "model", "dataset", "direction"])["value"].mean() * 100
     page = (root / "examples/results/section6.md").read_text(encoding="utf-8").replace("\n", " ")
     for models, words in (
         ({"mini-llada", "mini-dream", "mini-mlm"}, "masked"),
         ({"mini-llama", "mini-qwen2"}, "causal"),
     ):
-        for split, before in (
-            ("train", r"(?: among all candidates in| and)"),
-            ("heldout", rf"\({words}[^;]*; never trained"),
-        ):
-            found = cells[split][cells[split].index.get_level_values("model").isin(models)]
-            low, high = f"{found.min():.0f}", f"{found.max():.0f}"
-            span = low if low == high else f"{low} to {high}"
-            assert re.search(rf"{before} {span} %", page), (words, split, span)
+        found = cells["train"].loc[learned]
+        found = found[found.index.get_level_values("model").isin(models)]
+        assert f"{words} {span(found)} % ({len(found)} cell" in page
+    assert f"facts never trained {span(cells['heldout'].loc[learned])} %" in page
+    chances = last[last["split"] == "train"].groupby(["model", "dataset", "direction"])["chance"].mean() * 100
+    assert f"; chance {span(chances.loc[learned])} %" in page
+
+
+def span(values: pd.Series) -> str:
+    low, high = f"{values.min():.1f}", f"{values.max():.1f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def test_the_path_of_reverse_answers_uses_the_height_of_its_panels(root: Path) -> None:

@@ -140,8 +140,11 @@ class Told:
 
     # ---- the third ----
 
-    def routes(self) -> str:
-        """Whether the signatures stand above their controls, and how often the right answer ranks first."""
+    def routes(self, *, whole: bool = True) -> str:
+        """Whether the signatures stand above their controls, and how often the right answer ranks first.
+
+        The `whole` has what became of the signatures, and untrained twins.
+        """
         if self.empty:
             return f"No signature has been read: {NOTHING}."
         held = [claim for claim in self.main if claim.name == "T4"]
@@ -152,12 +155,13 @@ class Told:
             told.append(f"{words} {_span([self._first(cell) for cell in cells]) if cells else 'no cell'}{of}")
         chances = [self._first(cell, of="chance") for cell in self._learned()]
         floors = [self._first(cell, "heldout") for cell in self._learned()]
+        moved, twins = (self._moved(), self._twins()) if whole else ("", "")
         beside = f"; chance {_span(chances)}, facts never trained {_span(floors)}" if chances else ""
         return (
             "Attention correlation and gradient cosine above their controls in the masked models, from 90 % forward on "
-            f"(model x dataset x seed): {_counted(_counts(held))}{self._already(held)}{self._moved()}; backwards, the "
+            f"(model x dataset x seed): {_counted(_counts(held))}{self._already(held)}{moved}; backwards, the "
             "right answer ranks first among all candidates, where 90 % forward is learned: "
-            f"{', '.join(told)}{beside}{self._twins()}."
+            f"{', '.join(told)}{beside}{twins}."
         )
 
     def ranked_first(self) -> list[str]:
@@ -282,7 +286,7 @@ class Told:
             self.coverage(),
             self.contradictions(),
             self.table_7(named=False),
-            self.routes(),
+            self.routes(whole=False),
             self.recipe(named=False),
         ]
 
