@@ -231,7 +231,7 @@ def one_step_curves(table: pd.DataFrame) -> pd.DataFrame:
             row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
         own = means["observed"]
         row |= {"n": own.n, "facts": own.facts, "n_control": means["observed_control"].n} | _agreement(part, facts)
-        given = part["reason"].fillna("")  # a table read from CSV has NaN there
+        given = part["reason"].astype(object).fillna("")  # read from CSV, a column of empty ones is all NaN: float64
         reasons = [next(iter(given[given != ""]), ""), missing_intervals(means)]
         row["reason"] = NO_RATE if row["learning_rate"] == 0 else "; ".join(filter(None, reasons))
         row["statistics_version"] = STATISTICS_VERSION

@@ -58,7 +58,8 @@ def tidy_summary(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
     filled = [part.reindex(columns=SUMMARY_COLUMNS) for part in parts if len(part)]
     table = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=SUMMARY_COLUMNS)
     table["statistics_version"] = STATISTICS_VERSION
-    table[["reason", "caution"]] = table[["reason", "caution"]].fillna("")
+    # A column that no part has is all NaN: float64, which takes no text.
+    table[["reason", "caution"]] = table[["reason", "caution"]].astype(object).fillna("")
     for column in ("length", "seed", "step", "n", "facts", "undefined"):
         table[column] = pd.to_numeric(table[column]).astype("Int64")
     for column in ("value", "low", "high", "control"):

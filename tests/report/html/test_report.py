@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 
 from revprobe import Reading, Readings, RevprobeError
-from revprobe.finetune.runs.record import NOT_STARTED, RunRecord, summary_frame
+from revprobe.finetune.runs.record import NOT_STARTED, RunRecord, summary_frame, tidy_summary
 from revprobe.report.html import page as parts
 from revprobe.report.html import report as report_module
 from revprobe.report.html.explorer_tabs import EXPLORER
@@ -139,6 +139,14 @@ def test_undefined_is_empty_and_never_zero(tmp_path: Path) -> None:
     shown = format_final_table(final_table(summary_frame([broken])))
     assert shown["attention correlation"].tolist() == ["undefined"]
     assert shown["gradient cosine"].tolist() == ["-"], "not measured is not undefined"
+
+
+@pytest.mark.filterwarnings("error")
+def test_measures_that_know_no_reasons_have_empty_ones() -> None:
+    """A column that no run has would be numbers, all NaN, and no text may stand in it."""
+    table = tidy_summary([pd.DataFrame({"run": ["a"], "value": [0.5]}), pd.DataFrame({"run": ["b"], "value": [0.25]})])
+    assert table[["reason", "caution"]].to_numpy().tolist() == [["", ""], ["", ""]]
+    assert table["value"].tolist() == [0.5, 0.25] and table["n"].isna().all()
 
 
 def test_the_final_table_is_the_last_step_of_each_run_and_weights(runs: list[RunRecord]) -> None:
