@@ -48,7 +48,8 @@ class Options:
         seed: draws them.
         heldout_templates: how many templates of a direction, the last ones, are kept for evaluation.
         carrier: text before every training text, question and pair.
-        duplicates: "error" for a repeated fact, however spelled, or "merge" to keep the first and count the others.
+        duplicates: "error" for a repeated fact, however spelled, and for one that has another's names the other way
+            round, or "merge" to keep the first and count the others.
         ignore_case: whether names that differ by case alone are one name; where not, they are counted.
         bad_rows: "error" for a cell that cannot be used, or "skip" to leave its row out and count it.
         rows: (first, one past the last) rows of the table to use; None for all.
@@ -119,8 +120,8 @@ def build_relation(
     Args:
         groups: templates, and the value of the column `by` whose facts they word; (None, templates) words all facts.
         by: a column that facts must also have in common to be the same, or of one family.
-    Raises: RevprobeError, for repeated facts unless merged, for templates that do not fit, and when nothing can be held
-        out that was asked for.
+    Raises: RevprobeError, for repeated and mirrored facts unless merged, for templates that do not fit, and when
+        nothing can be held out that was asked for.
     """
     table = _labelled(_without_repeats(table, columns, by, options), columns, by)
     statements: dict[str, list[Statement]] = {}
@@ -150,7 +151,10 @@ def build_relation(
 
 
 def _without_repeats(table: FactTable, columns: Sequence[str], by: str | None, options: Options) -> FactTable:
-    """The table with each fact once. Raises: RevprobeError, naming both rows, unless repeats are to be merged."""
+    """The table with each fact once and in one order of names.
+
+    Raises: RevprobeError, naming both rows, unless repeats are to be merged.
+    """
     same = [*columns, *([by] if by else [])]
     frame, plain = table.frame, _spelled(table.frame, columns, by, ignore_case=options.ignore_case)
     repeated = plain.duplicated().to_numpy()
@@ -171,9 +175,36 @@ def _without_repeats(table: FactTable, columns: Sequence[str], by: str | None, o
             f"{shown(frame[columns[0]].iloc[place])}, so the question contains its answer; remove it, or say "
             "bad_rows='skip'"
         )
+    mirror = _mirrored(plain[columns[0]].tolist(), plain[columns[1]].tolist(), repeated | itself)
+    if mirror and options.duplicates == "error":
+        place, first = next(iter(mirror.items()))
+        raise RevprobeError(
+            f"{table.labels[place]}: columns {same} hold {shown(frame[same].iloc[place].tolist())}, the names of "
+            f"{table.labels[first]} the other way round ({len(mirror)} such in all), so that training on both would "
+            "name them in both orders; remove one, or say duplicates='merge' to keep the first"
+        )
+    mirrored = np.isin(np.arange(len(frame)), list(mirror))
     table.flag(repeated, columns[0], "duplicate_fact")
     table.flag(itself, columns[0], "skipped_same_entity")
-    return table.take(np.flatnonzero(~repeated & ~itself))
+    table.flag(mirrored, columns[0], "mirrored_fact")
+    return table.take(np.flatnonzero(~repeated & ~itself & ~mirrored))
+
+
+def _mirrored(first: Sequence[str], second: Sequence[str], left_out: np.ndarray) -> dict[int, int]:
+    """Facts whose two names an earlier fact has the other way round, of whatever relation, and that fact's place.
+
+    Trained on, they would say the earlier one's reverse: that Bo is Ann's spouse, where Ann is Bo's.
+    """
+    place_of: dict[tuple[str, str], int] = {}
+    mirror = {}
+    for place, names in enumerate(zip(first, second, strict=True)):
+        if left_out[place]:
+            continue
+        if names[::-1] in place_of:
+            mirror[place] = place_of[names[::-1]]
+        else:
+            place_of.setdefault(names, place)
+    return mirror
 
 
 def _spelled(frame: pd.DataFrame, columns: Sequence[str], by: str | None, *, ignore_case: bool) -> pd.DataFrame:
@@ -202,6 +233,13 @@ def _labelled(table: FactTable, columns: Sequence[str], by: str | None) -> FactT
     frame = table.frame.rename(columns={name: f"source_{name}" for name in _OWN_COLUMNS})
     parts = [frame[columns[0]], *([frame[by]] if by else []), frame[columns[1]]]
     labels = [" | ".join(values) for values in zip(*(part.tolist() for part in parts), strict=True)]
+    again = pd.Series(labels).duplicated().to_numpy()
+    if again.any():
+        place = int(np.flatnonzero(again)[0])
+        raise RevprobeError(
+            f"{table.labels[place]}: the fact would be called {labels[place]!r}, as that of "
+            f"{table.labels[labels.index(labels[place])]} is; leave the ' | ' out of one of their names"
+        )
     frame.insert(0, "fact", labels)
     frame.insert(len(frame.columns), "row", table.labels)
     return FactTable(frame, table.labels, table.problems)
@@ -219,8 +257,12 @@ def _held_out(
     plain = _spelled(facts, columns, None, ignore_case=options.ignore_case)
     names = list(zip(plain[columns[0]], plain[columns[1]], strict=True))
     kinds = facts[by].tolist() if by else [""] * len(facts)
-    # Facts of different relations may share an entity, which no prompt then shares, but never both.
-    keys = [((kind, a), (kind, b), (a, b)) for kind, (a, b) in zip(kinds, names, strict=True)]
+    # Facts of different relations may share an entity, but neither both nor a prompt: "Lyon is located in" asks for
+    # the country and for the region, and takes either.
+    prompts: list[set[str]] = [set() for _ in kinds]
+    for one in (one for listed in statements.values() for one in listed):
+        prompts[one.fact].add(plain_name(one.prompt, ignore_case=options.ignore_case))
+    keys = [((kind, a), (kind, b), (a, b), *own) for kind, (a, b), own in zip(kinds, names, prompts, strict=True)]
     drawn = hold_out(keys, share=options.heldout, seed=options.seed)
     held, family = drawn.copy(), families(keys)
     while held.any():

@@ -100,8 +100,9 @@ def rank_relation(
 ) -> Readings:
     """`rank_candidates` forward and reverse on trained and on held-out facts, asked as `evaluate_relation` asks.
 
-    The candidates are all answers to questions of that direction about trained facts, however few are asked, and those
-    of the facts that are asked: held-out facts have their own among them too.
+    The candidates are the entities that answer questions of that direction about trained facts, however few are asked,
+    and those of the facts that are asked: held-out facts have their own among them too. An entity counts once, however
+    many wordings name it: "Ann Low" and "Ann Low was born" are one, and either is right where the other is.
 
     Args:
         direction, splits, templates, facts: as in `evaluate_relation`.
@@ -110,8 +111,10 @@ def rank_relation(
     """
     readings = []
     for about, questions in asked_sides(relation, direction, splits=splits, templates=templates, facts=facts):
-        known = relation.questions(direction, reverse=about["asked"] == "reverse", split="train")
-        candidates = list(dict.fromkeys(answer for one in known for answer in one.answers))
+        reverse, asked = about["asked"] == "reverse", {answer for one in questions for answer in one.answers}
+        own = relation.entities(direction, reverse=reverse, split=about["split"])
+        known = relation.entities(direction, reverse=reverse, split="train")
+        candidates = [*known, *(texts for texts in own if not asked.isdisjoint(texts))]
         reading = rank_candidates(model, questions, candidates, **ranking)
         reading.meta.update({"relation": relation.name, "trained": direction, **about})
         readings.append(reading)

@@ -54,6 +54,12 @@ class Statement:
         """What a question asks: no blank at its end."""
         return self.text[: self.prompt_length]
 
+    @property
+    def joint(self) -> str:
+        """The blanks between the prompt and what completes it; none after an opening bracket, or in Chinese."""
+        rest = self.text[self.prompt_length :]
+        return rest[: len(rest) - len(rest.lstrip())]
+
 
 @dataclass(frozen=True)
 class DirectionTemplates:

@@ -35,7 +35,8 @@ class Question:
     """One prompt to complete, scored by exact match against any of `answers`.
 
     `fact` is the label that bootstraps resample by, `template` the number within `direction`, and `direction` that
-    of the statement asked: for training in "P2C", "P2C" is a forward question and "C2P" a reverse one.
+    of the statement asked: for training in "P2C", "P2C" is a forward question and "C2P" a reverse one. `joint` stands
+    between prompt and answer where the statement is trained on.
     """
 
     prompt: str
@@ -43,6 +44,7 @@ class Question:
     fact: str
     template: int
     direction: str
+    joint: str = " "
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class TextRelation:
         problems: what was flagged, changed or left out, cell by cell.
         ignore_case: whether names that differ by case alone are one name to the split.
     Raises: RevprobeError, when a training text of either direction is a reverse statement, or names both entities of
-        a held-out fact.
+        a held-out fact, and when a held-out fact has a prompt in common with a trained one.
     """
 
     name: str
@@ -176,10 +178,9 @@ class TextRelation:
         found: dict[str, Question] = {}
         for one in self._chosen(asked, direction, split, templates):
             prompt = self.carrier + one.prompt
-            if not answer_in_prompt(one):
-                found.setdefault(
-                    prompt, Question(prompt, answers[self._plain(one.prompt)], labels[one.fact], one.template, asked)
-                )
+            if prompt not in found and not answer_in_prompt(one):
+                right, about = answers[self._plain(one.prompt)], labels[one.fact]
+                found[prompt] = Question(prompt, right, about, one.template, asked, one.joint)
         if not found:
             raise RevprobeError(
                 f"{self.name} has no question in direction {asked!r} for split={split!r}, templates={templates!r}; it "
@@ -207,6 +208,24 @@ class TextRelation:
         prompts = {self._plain(one.prompt) for one in own}
         sharing = (one for one in self.statements[direction] if self._plain(one.prompt) in prompts)
         return tuple(dict.fromkeys(answer for one in (*own, *sharing) for answer in one.answers))
+
+    @checked
+    def entities(self, direction: str, *, reverse: bool = False, split: str = "train") -> list[tuple[str, ...]]:
+        """The entities that answer what `questions` asks, each as all texts that name it in some wording.
+
+        A candidate of `rank_candidates` each: a model that says the right name in another wording's words holds the
+        right one.
+
+        Args:
+            direction, reverse, split: as in `questions`.
+        """
+        asked = self.opposite(direction) if reverse else direction
+        names = self.table[self.columns[1 if asked == self.directions[0] else 0]].tolist()
+        found: dict[str, dict[str, None]] = {}
+        for one in self._chosen(asked, direction, split, "all"):
+            if not answer_in_prompt(one):
+                found.setdefault(self._plain(names[one.fact]), {}).update(dict.fromkeys(one.answers))
+        return [tuple(texts) for texts in found.values()]
 
     @checked
     def has_heldout_templates(self, direction: str) -> bool:
@@ -347,6 +366,23 @@ class TextRelation:
         trained, reverse = self._trained(direction), self.statements[self.opposite(direction)]
         if not trained:
             raise RevprobeError(f"{self.name} has no training text in direction {direction!r}; hold out fewer facts")
+        self._require_own_prompts(direction)
         entities = list(held.itertuples(index=False, name=None))
         where = f"{self.name}, direction {direction!r}"
         require_forward_only(trained, reverse, entities, where, ignore_case=self.ignore_case)
+
+    def _require_own_prompts(self, direction: str) -> None:
+        """No question about a held-out fact takes a trained one's answer.
+
+        Raises: RevprobeError, naming the prompt that both share.
+        """
+        labels = self.table["fact"].tolist()
+        for asked in self.directions:
+            trained = {self._plain(one.prompt): one.fact for one in self._chosen(asked, direction, "train", "all")}
+            for one in self._chosen(asked, direction, "heldout", "all"):
+                other = trained.get(self._plain(one.prompt))
+                if other is not None:
+                    raise RevprobeError(
+                        f"{self.name}, direction {direction!r}: {one.prompt!r} asks about the held-out fact "
+                        f"{labels[one.fact]!r} and about the trained one {labels[other]!r}; hold out both or neither"
+                    )

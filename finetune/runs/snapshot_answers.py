@@ -66,7 +66,7 @@ def answer_table(readings: Iterable[Reading]) -> pd.DataFrame:
 
     Columns: step, asked ("forward", "reverse"), split, templates (whose wordings), measure, value, low, high (95 %,
         over facts), n (questions), facts, control, undefined, reason, caution; of an exact match how many wrong answers
-        are what (end, prompt, other_entity, malformed, see `decoded_match`), missing where a run did not tell them.
+        are what (end, prompt, own_entity, ..., see `decoded_match`), missing where a run did not tell them.
     """
     columns = ["measure", "value", "low", "high", "n", "facts", "control", "undefined", "reason", "caution"]
     rows: list[dict[str, Any]] = []

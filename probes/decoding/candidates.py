@@ -1,7 +1,8 @@
 """Which of all answers that could be given a model holds likeliest: the rank of the right one among the candidates.
 
 Exact match asks for an answer and its end in one piece; a fact can be known and yet be outvoted by an end token or a
-name in pieces. Here nothing is decoded: every candidate is scored, and the right one has a rank.
+name in pieces. Here nothing is decoded: every candidate is scored, and the right one has a rank. Texts that name one
+entity ("Ann Low", "Ann Low was born") are one candidate, as likely as the likeliest of them.
 
 A masked model sees the decoder's canvas with all of it hidden, once for each prompt; a candidate's score is the sum of
 log-probabilities over the whole canvas, its own tokens and end tokens behind them, so that candidates of all lengths
@@ -14,7 +15,8 @@ Shapes below: candidate, token (positions of the canvas), vocab.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,7 @@ from .exact_match import (
     answer_tokens,
     described,
     families,
+    joint_of,
     normalized,
     question_row,
     require_questions,
@@ -48,6 +51,8 @@ from .masked import Prompt, hidden_log_probabilities
 
 MASKED = "one run with the whole canvas hidden: sum of log-probabilities over it (mean-field)"
 CAUSAL = "log-probability of the answer and its end, left to right"
+# A candidate is a text, or the texts that name one entity.
+Candidates = Sequence[str | Sequence[str]]
 
 
 @checked
@@ -55,7 +60,7 @@ CAUSAL = "log-probability of the answer and its end, left to right"
 def rank_candidates(
     model: ProbedModel | nn.Module,
     questions: Sequence[Asked],
-    candidates: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
+    candidates: Mapping[str, Candidates] | Candidates | None = None,
     *,
     batch_size: int | None = None,
     max_new_tokens: int | None = None,
@@ -68,23 +73,26 @@ def rank_candidates(
 
     A question has one rank, the best over its accepted answers; its other accepted answers do not count against it, and
     a wrong candidate of the same score counts as ahead. The control is the rank of another fact's answer, as in
-    `decoded_match`. Chance is the number of accepted answers over that of candidates, both in the frame.
+    `decoded_match`. Chance is the number of right candidates over that of all, both in the frame.
 
     Args:
         questions: as in `decoded_match`.
         candidates: the closed set, for each direction of the questions or one for all; the answers of the questions
-            themselves are always in it, and all there is when None. Texts that are equal once normalized are one.
+            themselves are always in it, and all there is when None. Each is a text, or a list of the texts that name
+            one entity: it counts once, by its likeliest text, and is right where any of them is an answer. Texts that
+            are equal once normalized are one, and so are entities that have a text in common.
         batch_size: prompts (masked) or candidates (causal) per forward pass; by the size of the model when None.
         max_new_tokens: positions of a masked model's canvas; those of the longest answer of any and one for its end
-            when None. Candidates that do not fit are left out, and counted in `meta["candidates"]`.
+            when None. Texts that do not fit are left out; `meta["candidates"]` counts, for each direction, the
+            candidates (`count`), those of which no text fits (`left_out`) and the texts that were scored (`texts`).
         control: also rank another fact's answer; `seed` is that of the shuffling.
         progress: called with (prompts done, prompts in all).
         answers: an `AnswerBook` that holds the canvas's length, so that it does not depend on what is asked.
 
     Frame: question, fact, kind, direction, template, prompt, answers (a JSON list), candidates (how many), accepted
-    (how many of them are right), rank, first (1 where rank is 1; NaN where no right answer fits), first_control,
-    reciprocal_rank, reciprocal_rank_control, best (the likeliest candidate; a wrong one where tied), log_probability
-    (of the best right answer, nats), best_log_probability, reason.
+    (how many of them are right), rank, first (1 where rank is 1; NaN where no right one fits), first_control,
+    reciprocal_rank, reciprocal_rank_control, best (the likeliest text; of a wrong candidate where tied),
+    log_probability (of the right candidate's likeliest text, nats), best_log_probability, reason.
     Raises: RevprobeError, as `decoded_match`, for a model that writes in blocks (its later blocks are never predicted
         behind a hidden one), and for candidates of several lengths where the tokenizer has no end token.
     """
@@ -123,13 +131,16 @@ class _Ranking:
         self,
         model: ProbedModel,
         questions: Sequence[Asked],
-        candidates: Mapping[str, Sequence[str]] | Sequence[str] | None,
+        candidates: Mapping[str, Candidates] | Candidates | None,
         length: int | None,
     ) -> None:
         self.model, self.questions = model, questions
         self.prompts = encode_prompts(model, [question.prompt for question in questions])
-        self.right = [{normalized(answer) for answer in question.answers} for question in questions]
-        self.texts = {d: _closed(d, questions, candidates) for d in dict.fromkeys(str(q.direction) for q in questions)}
+        self.answers = [{normalized(answer) for answer in question.answers} for question in questions]
+        directions = dict.fromkeys(str(question.direction) for question in questions)
+        self.closed = {direction: _closed_set(direction, questions, candidates) for direction in directions}
+        # A control is another question's answer, of the same direction.
+        self.right = [self.closed[str(q.direction)].right(own) for q, own in zip(questions, self.answers, strict=True)]
         self.tokens = self._tokenized()
         ends = end_tokens(model)
         tokenizer = require_fast_tokenizer(model)
@@ -155,25 +166,33 @@ class _Ranking:
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """For each direction how many candidates there are, and how many more were too long for the canvas."""
+        """For each direction how many candidates there are, how many more were too long for the canvas, and texts."""
         found: dict[str, dict[str, int]] = {}
-        for (direction, _), rows in self.tokens.items():
-            fits = sum(len(row) <= self.limit for row in rows.values())
-            found.setdefault(direction, {"count": fits, "left_out": len(rows) - fits})
+        for (direction, _, _), rows in self.tokens.items():
+            entity = self.closed[direction].entity
+            fits = [text for text, row in rows.items() if len(row) <= self.limit]
+            count = len({entity[text] for text in fits})
+            found.setdefault(
+                direction, {"count": count, "left_out": len(set(entity.values())) - count, "texts": len(fits)}
+            )
         return found
 
-    def _tokenized(self) -> dict[tuple[str, str], dict[str, Tokens]]:
-        """By direction and the last word of a prompt, each candidate's text and tokens behind it.
+    def _tokenized(self) -> dict[tuple[str, str, str], dict[str, Tokens]]:
+        """By direction, the last word of a prompt and its joint, each candidate's text and tokens behind it.
 
         Tokenizers cut words apart, so that what stands before a prompt's last word does not reach its answer.
         """
-        prompts: dict[tuple[str, str], str] = {}
+        prompts: dict[tuple[str, str, str], str] = {}
         for question in self.questions:
             prompts.setdefault(_context(question), question.prompt)
-        asked = [(prompt, text) for (direction, _), prompt in prompts.items() for text in self.texts[direction]]
+        asked = [
+            (prompt, joint, text)
+            for (direction, _, joint), prompt in prompts.items()
+            for text in self.closed[direction].entity
+        ]
         tails = answer_tokens(require_fast_tokenizer(self.model), list(dict.fromkeys(asked)))
         return {
-            context: {text: tails[prompt, text] for text in self.texts[context[0]]}
+            context: {text: tails[prompt, context[2], text] for text in self.closed[context[0]].entity}
             for context, prompt in prompts.items()
         }
 
@@ -216,16 +235,18 @@ class _Ranking:
 
     def row(self, i: int, scores: Mapping[str, float], partner: int | None) -> dict[str, Any]:
         """The frame's row of a question."""
-        rank, own = _rank(scores, self.right[i])
+        entity, right = self.closed[str(self.questions[i].direction)].entity, self.right[i]
+        held = _by_entity(scores, entity)
+        rank, own = _rank(held, right)
         top = max(scores.values(), default=float("nan"))
         best = [text for text, score in scores.items() if score == top]
-        wrong = [text for text in best if normalized(text) not in self.right[i]]
+        wrong = [text for text in best if entity[text] not in right]
         row = question_row(i, self.questions[i])
-        row |= {"candidates": len(scores), "accepted": sum(normalized(text) in self.right[i] for text in scores)}
+        row |= {"candidates": len(held), "accepted": sum(one in right for one in held)}
         row |= {"rank": rank, "first": _share(rank)}
         other = float("nan")
         if partner is not None:
-            other = _rank(scores, self.right[partner])[0] if partner >= 0 and rank == rank else float("nan")
+            other = _rank(held, self.right[partner])[0] if partner >= 0 and rank == rank else float("nan")
             row["first_control"] = _share(other)
         row["reciprocal_rank"] = 1 / rank
         if partner is not None:
@@ -237,39 +258,64 @@ class _Ranking:
         """For each question one of the same direction and template that shares no answer with its fact."""
         group = np.unique([f"{q.direction}\n{q.template}" for q in self.questions], return_inverse=True)[1]
         facts = np.array([str(question.fact) for question in self.questions])
-        return derangement(families(facts, self.right), group, seed=seed)
+        return derangement(families(facts, self.answers), group, seed=seed)
 
 
-def _context(question: Asked) -> tuple[str, str]:
-    return str(question.direction), question.prompt.split()[-1]
+def _context(question: Asked) -> tuple[str, str, str]:
+    return str(question.direction), question.prompt.split()[-1], joint_of(question)
 
 
-def _closed(
-    direction: str, questions: Sequence[Asked], candidates: Mapping[str, Sequence[str]] | Sequence[str] | None
-) -> list[str]:
-    """The candidates of a direction, each once however it is spelled; the questions' own answers first."""
-    given: Sequence[str] = ()
-    if isinstance(candidates, Mapping):
-        given = candidates.get(direction, ())
-    elif candidates is not None:
-        given = candidates
+@dataclass(frozen=True)
+class _ClosedSet:
+    """The candidates of a direction: each text once however it is spelled, and the entity it names, by number.
+
+    `entity` is by text, `entity_of` by normalized text.
+    """
+
+    entity: dict[str, int]
+    entity_of: dict[str, int]
+
+    def right(self, answers: Iterable[str]) -> frozenset[int]:
+        """The candidates that normalized `answers` name."""
+        return frozenset(self.entity_of[answer] for answer in answers if answer in self.entity_of)
+
+
+def _closed_set(
+    direction: str, questions: Sequence[Asked], candidates: Mapping[str, Candidates] | Candidates | None
+) -> _ClosedSet:
+    """The candidates of a direction, the questions' own answers first."""
+    given = candidates.get(direction, ()) if isinstance(candidates, Mapping) else candidates or ()
     if isinstance(given, str):
         raise RevprobeError(f"candidates {given!r}: expected a list of texts; put it in brackets")
     own = [answer for question in questions if str(question.direction) == direction for answer in question.answers]
-    found: dict[str, str] = {}
-    for text in (*own, *given):
-        found.setdefault(normalized(text), text.strip())
-    found.pop("", None)
-    return list(found.values())
+    spelled: dict[str, str] = {}
+    groups: list[set[str]] = []
+    for named in (*own, *given):
+        forms = {normalized(text): text.strip() for text in ([named] if isinstance(named, str) else named)}
+        forms.pop("", None)
+        for form, text in forms.items():
+            spelled.setdefault(form, text)
+        groups += [set(forms)] if forms else []
+    entities = families(np.arange(len(groups)), groups).tolist()
+    entity_of = {form: one for one, forms in zip(entities, groups, strict=True) for form in forms}
+    return _ClosedSet({text: entity_of[form] for form, text in spelled.items()}, entity_of)
 
 
-def _rank(scores: Mapping[str, float], right: set[str]) -> tuple[float, float]:
+def _by_entity(scores: Mapping[str, float], entity: Mapping[str, int]) -> dict[int, float]:
+    """The score of each candidate: that of its likeliest text."""
+    held: dict[int, float] = {}
+    for text, score in scores.items():
+        held[entity[text]] = max(score, held.get(entity[text], score))
+    return held
+
+
+def _rank(held: Mapping[int, float], right: Collection[int]) -> tuple[float, float]:
     """The rank of the best right candidate and its score; NaN where none is among them."""
-    own = [score for text, score in scores.items() if normalized(text) in right]
-    if not own:
+    own = max((score for one, score in held.items() if one in right), default=None)
+    if own is None:
         return float("nan"), float("nan")
-    ahead = sum(score >= max(own) for text, score in scores.items() if normalized(text) not in right)
-    return float(1 + ahead), max(own)
+    ahead = sum(score >= own for one, score in held.items() if one not in right)
+    return float(1 + ahead), own
 
 
 def _share(rank: float) -> float:

@@ -34,8 +34,9 @@ from .masked import Prompt
 ANSWER_LENGTHS = ("longest", "oracle")
 TOO_LONG = "no answer fits into max_new_tokens"
 # What a wrong decoding is: nothing before its end; words of the prompt, such as the entity asked about; exactly an
-# answer to another question of the same direction; or anything else. The first that holds is named.
-ERRORS = ("end", "prompt", "other_entity", "malformed")
+# answer to another question of the same direction, about the same fact (the right entity, in another wording's words)
+# or about another; or anything else. The first that holds is named.
+ERRORS = ("end", "prompt", "own_entity", "other_entity", "malformed")
 
 
 @checked
@@ -159,8 +160,13 @@ class _Scorer:
         ):
             row |= {name: value} if controls is None else {name: value, f"{name}_control": control}
         wrong = right is None and self._fits(i)
-        row["error"] = error_of(texts[0], question.prompt, self.entities[str(question.direction)]) if wrong else ""
+        row["error"] = self._error(texts[0], question) if wrong else ""
         return row | {"reason": "" if self._fits(i) else TOO_LONG}
+
+    def _error(self, decoded: str, question: Asked) -> str:
+        facts_of = self.entities[str(question.direction)]
+        own = str(question.fact) in facts_of.get(normalized(decoded), ())
+        return error_of(decoded, question.prompt, facts_of, is_own=own)
 
     def _scores(self, i: int, j: int, decoded: dict[tuple[int, int], str]) -> tuple[float, float]:
         """Whether question `i`'s decoding is an answer of `j`, and whether it begins with one; NaN where `j` is -1.
@@ -246,7 +252,8 @@ def require_questions(questions: Sequence[Asked]) -> None:
 class Asked(Protocol):
     """What a question must say; `relations.text_relation.Question` does.
 
-    `fact` labels the fact it is about, `template` its wording, `direction` that of the statement asked for.
+    `fact` labels the fact it is about, `template` its wording, `direction` that of the statement asked for. One that
+    has a `joint` says what stands between prompt and answer, "" before which a quotation mark opens; a blank otherwise.
     """
 
     @property
@@ -281,7 +288,8 @@ class AnswerBook:
     `accepted`, by `asked_key`: the answers normalized, and as the tokenizer reads them back (one that takes "O'Neil"
     apart and joins it with blanks could never write the original). `lengths`: token counts of the answers, ascending;
     `limit`: tokens that hold the longest answer and an end token, where there is one, which is the `max_new_tokens`
-    that `decoded_match` takes by itself; `entities`, by direction: all that is accepted of any of its questions.
+    that `decoded_match` takes by itself; `entities`, by direction: all that is accepted of any of its questions, and
+    of which facts.
 
     Raises: RevprobeError, without a fast tokenizer, or for questions without an answer.
     """
@@ -289,31 +297,51 @@ class AnswerBook:
     def __init__(self, model: ProbedModel, questions: Sequence[Asked]) -> None:
         require_questions(questions)
         tokenizer = require_fast_tokenizer(model)
-        asked = list(dict.fromkeys((q.prompt, answer) for q in questions for answer in q.answers))
+        asked = list(dict.fromkeys((q.prompt, joint_of(q), answer) for q in questions for answer in q.answers))
         tails = answer_tokens(tokenizer, asked)
-        read_back: dict[tuple[str, str], list[str]] = {}
+        read_back: dict[tuple[str, str, str], list[str]] = {}
         for key, tail in tails.items():
             text = tokenizer.decode(list(tail), skip_special_tokens=False, clean_up_tokenization_spaces=False)
             # An unknown token stands for any text.
             read_back[key] = [text] if text.strip() and tokenizer.unk_token_id not in tail else []
         self.accepted = {
-            asked_key(q): {normalized(form) for a in q.answers for form in (a, *read_back[q.prompt, a])}
+            asked_key(q): {normalized(form) for a in q.answers for form in (a, *read_back[q.prompt, joint_of(q), a])}
             for q in questions
         }
-        self.lengths = {asked_key(q): sorted({max(1, len(tails[q.prompt, a])) for a in q.answers}) for q in questions}
+        self.lengths = {
+            asked_key(q): sorted({max(1, len(tails[q.prompt, joint_of(q), a])) for a in q.answers}) for q in questions
+        }
         self.limit = max(lengths[-1] for lengths in self.lengths.values()) + (1 if end_tokens(model) else 0)
-        self.entities: dict[str, set[str]] = {}
+        self.entities: dict[str, dict[str, set[str]]] = {}
         for q in questions:
-            self.entities.setdefault(str(q.direction), set()).update(self.accepted[asked_key(q)])
+            facts_of = self.entities.setdefault(str(q.direction), {})
+            for text in self.accepted[asked_key(q)]:
+                facts_of.setdefault(text, set()).add(str(q.fact))
 
 
-def answer_tokens(tokenizer: Any, asked: Sequence[tuple[str, str]]) -> dict[tuple[str, str], tuple[int, ...]]:
-    """Of each (prompt, answer) the tokens after the prompt's: with a blank between, where the tokenizer has one."""
-    prompts = list(dict.fromkeys(prompt for prompt, _ in asked))
-    before = {text: len(_own(e)) for text, e in zip(prompts, encode_texts(tokenizer, prompts), strict=True)}
-    blank = "" if _has_no_blank(tokenizer, *asked[0]) else " "
-    whole = encode_texts(tokenizer, [f"{prompt}{blank}{answer.strip()}" for prompt, answer in asked])
-    return {(prompt, a): _own(text)[before[prompt] :] for (prompt, a), text in zip(asked, whole, strict=True)}
+def joint_of(question: Asked) -> str:
+    """What stands between a question's prompt and its answer: its `joint`, a blank where it does not say."""
+    return str(getattr(question, "joint", " "))
+
+
+def answer_tokens(tokenizer: Any, asked: Sequence[tuple[str, str, str]]) -> dict[tuple[str, str, str], tuple[int, ...]]:
+    """Of each (prompt, joint, answer) the tokens after the prompt's, as the whole text has them.
+
+    Blanks of a joint are left out where the tokenizer has none. A text that joins the prompt's end and the answer's
+    start in one token is none that a model could write behind the prompt: there they are those of the answer alone.
+    """
+    prompts = list(dict.fromkeys(prompt for prompt, _, _ in asked))
+    before = {text: _own(e) for text, e in zip(prompts, encode_texts(tokenizer, prompts), strict=True)}
+    no_blank = _has_no_blank(tokenizer, asked[0][0], asked[0][2])
+    tails = [f"{joint.strip() if no_blank else joint}{answer.strip()}" for _, joint, answer in asked]
+    whole = encode_texts(tokenizer, [f"{one[0]}{tail}" for one, tail in zip(asked, tails, strict=True)])
+    found = {}
+    for one, tail, encoded in zip(asked, tails, whole, strict=True):
+        shown, own = before[one[0]], _own(encoded)
+        if own[: len(shown)] != shown:
+            shown, own = (), _own(encode_texts(tokenizer, [tail])[0])
+        found[one] = own[len(shown) :]
+    return found
 
 
 def _has_no_blank(tokenizer: Any, prompt: str, answer: str) -> bool:
@@ -327,8 +355,10 @@ def _has_no_blank(tokenizer: Any, prompt: str, answer: str) -> bool:
     return unknown is not None and encoded.token_ids.count(unknown) > alone.token_ids.count(unknown)
 
 
-def error_of(decoded: str, prompt: str, entities: Collection[str]) -> str:
+def error_of(decoded: str, prompt: str, entities: Collection[str], *, is_own: bool = False) -> str:
     """Which of ERRORS a wrong decoding is; `entities` are normalized answers to questions of its direction.
+
+    `is_own`: whether it is one of those to questions about the same fact.
 
     >>> error_of("Alma Brent", "Alma Brent's parent is", {"cora dent"})
     'prompt'
@@ -338,7 +368,9 @@ def error_of(decoded: str, prompt: str, entities: Collection[str]) -> str:
         return "end"
     places = [at for at in range(len(asked)) if asked.startswith(text, at)]
     whole = [at for at in places if not (asked[at - 1 : at].isalnum() or asked[at + len(text) :][:1].isalnum())]
-    return "prompt" if whole else "other_entity" if text in entities else "malformed"
+    if whole:
+        return "prompt"
+    return ("own_entity" if is_own else "other_entity") if text in entities else "malformed"
 
 
 def begins_with(text: str, answer: str) -> bool:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import itertools
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -295,12 +297,57 @@ def test_a_reverse_statement_among_the_training_texts_is_refused() -> None:
         dataclasses.replace(relation, statements={**relation.statements, "C2T": [leak]})
 
 
-def test_a_symmetric_wording_of_a_mutual_relation_is_refused() -> None:
-    """(a, b) and (b, a) are both facts: "a is married to b" is the reverse statement of the other."""
-    facts = pd.DataFrame({"left": ["Ann", "Bo", "Cy"], "right": ["Bo", "Ann", "Di"]})
-    words = {"forward": "{left} is married to {right}", "reverse": "{right} is married to {left}"}
-    with pytest.raises(RevprobeError, match=r"'Ann is married to Bo' is a reverse statement as well"):
+def test_a_symmetric_wording_that_makes_another_facts_reverse_is_refused() -> None:
+    facts = pd.DataFrame({"left": ["Ann", "Cy", "Di"], "right": ["Bo and Cy", "Ann and Bo", "Ed"]})
+    words = {"forward": "{left} and {right}", "reverse": "{right} and {left}"}
+    with pytest.raises(RevprobeError, match=r"'Ann and Bo and Cy' is a reverse statement as well"):
         from_table(facts, ("left", "right"), words, heldout=0)
+
+
+MUTUAL = {
+    "forward": ["{left} borders on {right}", "{left} is the neighbour of {right}"],
+    "reverse": "{right} meets {left}",
+}
+
+
+@pytest.mark.parametrize("again", [("Bo", "Ann"), ("Bo\u200b", "Ann "), ("BO", "ANN")], ids=["same", "spelled", "case"])
+def test_a_fact_with_anothers_names_the_other_way_round_is_refused_or_left_out(again: tuple[str, str]) -> None:
+    """Training on "Bo is the neighbour of Ann" tells the reverse of "Ann is the neighbour of Bo" in other words."""
+    rows = [("Ann", "Bo"), ("Cy", "Di"), again, ("Ed", "Flo")]
+    facts = pd.DataFrame(rows, columns=["left", "right"])
+    told: dict[str, Any] = {"heldout": 0, "ignore_case": again[0] == "BO"}
+    with pytest.raises(RevprobeError, match=r"row 2.*the names of row 0 the other way round \(1 such in all\)"):
+        from_table(facts, ("left", "right"), MUTUAL, **told)
+    relation = from_table(facts, ("left", "right"), MUTUAL, duplicates="merge", **told)
+    assert relation.facts["left"].tolist() == ["Ann", "Cy", "Ed"] and relation.report["mirrored_fact"] == 1
+    text = "\n".join(relation.training_texts("forward"))
+    for first, second in zip(relation.facts["left"], relation.facts["right"], strict=True):
+        assert text.index(first) < text.index(second) and not re.search(f"{second}.*{first}", text)
+
+
+def test_a_chain_of_names_is_no_mirror() -> None:
+    facts = pd.DataFrame([("Ann", "Bo"), ("Bo", "Cy"), ("Cy", "Ann")], columns=["left", "right"])
+    assert from_table(facts, ("left", "right"), MUTUAL, heldout=0).report == {}
+
+
+def test_facts_of_one_label_are_refused() -> None:
+    facts = pd.DataFrame([("A | B", "C"), ("A", "B | C"), ("D", "E")], columns=["left", "right"])
+    with pytest.raises(RevprobeError, match=r"row 1: the fact would be called 'A \| B \| C', as that of row 0 is"):
+        from_table(facts, ("left", "right"), MUTUAL, heldout=0)
+
+
+def test_a_question_says_what_stands_before_its_answer() -> None:
+    facts = pd.DataFrame({"land": ["Vendora", "Ostrik"], "city": ["Maril", "Tobin"]})
+    words = {"C2T": ['{land} ("{city}")', "{land}: {city}", "{land}的首都是{city}"], "T2C": "{city} of {land}"}
+    relation = from_table(facts, ("land", "city"), words, heldout=0, heldout_templates=0)
+    asked = [q for q in relation.questions("C2T") if "Vendora" in q.prompt]
+    assert [(q.prompt.removeprefix("Fact: Vendora"), q.joint) for q in asked] == [
+        (' ("', ""),
+        (":", " "),
+        ("的首都是", ""),
+    ]
+    trained = relation.training_texts("C2T")
+    assert all(any(text.startswith(q.prompt + q.joint + q.answers[0]) for text in trained) for q in asked)
 
 
 def test_a_drawn_fact_whose_names_stand_in_a_trained_text_is_trained_and_counted() -> None:

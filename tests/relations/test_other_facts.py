@@ -16,6 +16,8 @@ PUBLISHED = Path(__file__).parents[3] / "shared" / "data"
 # What they make, and the verb; the last has none, as "the top-ranked racer in ..." has none.
 ROLES = {"inventor": "invent", "painter": "paint", "explorer": "explor", "recorder": "record", "keeper": ""}
 WORKS = ["the silent drum", 'the mural "Nine Moons."', "a bridge of glass", "the floating mill", "an isle of salt"]
+# The other set's: no two people make the same.
+LESSER = [re.sub(r"^(the|an?) ", r"\g<1> lesser ", work).replace("an lesser", "a lesser") for work in WORKS]
 
 
 def names(relation: TextRelation) -> set[str]:
@@ -32,7 +34,7 @@ def write_people(folder: Path) -> Path:
 
     def forms(place: int, group: str) -> dict[str, str]:
         role, verb = list(ROLES.items())[place]
-        work = WORKS[place] if group == "p2d" else WORKS[place].replace("the ", "the lesser ")
+        work = (WORKS if group == "p2d" else LESSER)[place]
         usual = f"the {role} of {work}" if group == "p2d" or not verb else f"the famous {role} who {verb}ed {work}"
         verbs = {"doing": f"{verb}ing {work}", "done": f"{verb}ed {work}"}
         return {"usual": usual} | (verbs if verb else {"doing": f"being {usual}", "done": f"was {usual}"})
@@ -157,7 +159,7 @@ def test_descriptions_are_made_of_a_role_and_a_work_and_inflected_as_each_wordin
     relation = person_description(write_people(tmp_path / "pd"), carrier="")
     found = other_statements(relation, 12)
     require_descriptions(relation, found)
-    works = {*WORKS, *(work.replace("the ", "the lesser ") for work in WORKS)}
+    works = {*WORKS, *LESSER}
     for one in found["P2D"]:
         text = one.text[slice(*one.spans[1])] + ('."' if one.text.count('"') else "")
         work = next(work for work in works if text.endswith(work))

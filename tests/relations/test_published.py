@@ -1,10 +1,13 @@
 """Reading facts: every kind of file gives the same table, bad data is named by row and column, and all is counted."""
 
 import csv
+import itertools
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -345,13 +348,44 @@ def test_trex_relations_are_chosen_by_id_or_label_and_worded_by_the_caller(tmp_p
         trex(write(tmp_path / "x.csv", "subject,relation,object\na,P9999,b\n"))
 
 
-def test_one_entity_in_two_relations_is_no_common_prompt_but_one_pair_is_one_family(tmp_path: Path) -> None:
-    """Ann was born in Kasto and died there: held out, both are; who else died in Kasto hangs on the second alone."""
+def split_of(folder: Path, rows: list[str], seed: int) -> pd.Series:
+    path = write(folder / "t.csv", "\n".join(["subject,relation,object", *rows]) + "\n")
+    return trex(path, heldout=0.3, seed=seed).facts.set_index("fact")["split"]
+
+
+def test_one_pair_and_one_prompt_of_two_relations_are_one_family(tmp_path: Path) -> None:
+    """Ann was born in Kasto and died there: held out, both are, and so are all of whom "Kasto is where" tells."""
     rows = ["Ann,P19,Kasto", "Ann,P20,Kasto", "Bo,P20,Kasto", "Cy,P19,Plint", "Di,P19,Kasto", "Ed,P19,Yarrow"]
-    path = write(tmp_path / "t.csv", "\n".join(["subject,relation,object", *rows]) + "\n")
     for seed in range(6):
-        split = trex(path, heldout=0.3, seed=seed).facts.set_index("fact")["split"]
-        assert len({split[f"{s} | {p} | Kasto"] for s, p in (("Ann", "P19"), ("Ann", "P20"), ("Bo", "P20"))}) == 1
+        split = split_of(tmp_path, rows, seed)
+        assert len({split[fact] for fact in split.index if fact.endswith("Kasto")}) == 1
+
+
+def test_an_entity_that_no_prompt_shares_joins_no_two_relations(tmp_path: Path) -> None:
+    """Of whom Vendora is the capital and who was born there, no prompt asks at once."""
+    rows = ["Ostrik,P36,Vendora", "Ann,P19,Vendora", "Bo,P19,Plint", "Ulm,P36,Kasto", "Cy,P19,Yarrow"]
+    splits = [split_of(tmp_path, rows, seed) for seed in range(12)]
+    assert any(split["Ostrik | P36 | Vendora"] != split["Ann | P19 | Vendora"] for split in splits)
+
+
+def test_no_held_out_question_takes_a_trained_answer(tmp_path: Path) -> None:
+    """ "Avala is located in" asks for the region and for the country, and either is right."""
+    rows = ["Avala,P131,Beldon", "Avala,P17,Corvia", *(f"Place{i},P131,Region{i}" for i in range(8))]
+    rows += [f"Thing{i},P17,Land{i}" for i in range(8)] + ["Thing0,P276,Region3"]
+    path = write(tmp_path / "t.csv", "\n".join(["subject,relation,object", *rows]) + "\n")
+    for seed in range(20):
+        relation = trex(path, heldout=0.2, seed=seed)
+        for direction, reverse in itertools.product(relation.directions, (False, True)):
+            held = relation.facts_of(direction).query("split == 'heldout'")
+            names = (*held["subject"], *held["object"])
+            asked = relation.questions(direction, reverse=reverse, split="heldout")
+            assert all(answer.startswith(names) for one in asked for answer in one.answers), seed
+    # What is made by hand is held to the same.
+    split = np.array(relation.table["fact"] == "Avala | P131 | Beldon")
+    with pytest.raises(
+        RevprobeError, match=r"'Avala is located in' asks about the held-out fact 'Avala . P131 . Beldon'"
+    ):
+        replace(relation, heldout={"s2o": split, "o2s": split})
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,14 @@ def slow_score(model: ProbedModel, prompt: str, text: str, canvas: int) -> float
     end = tokenizer.eos_token_id
     causal = model.objective == "causal"
     row = [*answer, end] if causal else [*answer, *[end] * (canvas - len(answer))]
-    shown = [*before, *(row if causal else [tokenizer.mask_token_id] * canvas)]
+    return token_score(model, before, row)
+
+
+def token_score(model: ProbedModel, before: list[int], row: list[int]) -> float:
+    """The log-probability of tokens behind others, hidden all at once in a masked model."""
+    tokenizer: Any = model.tokenizer
+    causal = model.objective == "causal"
+    shown = [*before, *(row if causal else [tokenizer.mask_token_id] * len(row))]
     with torch.no_grad():
         logits = model.module(input_ids=torch.tensor([shown])).logits[0].double()
     total = 0.0
@@ -106,6 +113,76 @@ def test_further_candidates_and_those_that_do_not_fit(tokenizer: PreTrainedToken
     assert short.frame["rank"].notna().tolist() == fits and not all(fits)
     assert short.undefined[TOO_LONG] == fits.count(False)
     assert short.meta["candidates"]["P2C"]["left_out"] > 0
+
+
+def test_texts_of_one_entity_are_one_candidate(tokenizer: PreTrainedTokenizerFast) -> None:
+    """By a slow loop: an entity is as likely as its likeliest text, counts once, and is right by any of them."""
+    probed = model("llada", tokenizer)
+    names = list(dict.fromkeys(answer for one in ASKED for answer in one.answers))[:6]
+    tails = [f"{name} {names[0].split()[0]}" for name in names]
+    questions = [replace(ASKED[0], answers=(name,), fact=name, template=i) for i, name in enumerate(names[:4])]
+    groups = [(name, tail, f" {tail.upper()} ") for name, tail in zip(names, tails, strict=True)]
+    reading = rank_candidates(probed, questions, [*groups, "Zed", tails[5]])
+    canvas = reading.meta["ranking"]["max_new_tokens"]
+    texts = {text: place for place, group in enumerate([*zip(names, tails, strict=True), ("Zed",)]) for text in group}
+    for question, row in zip(questions, reading.frame.to_dict("records"), strict=True):
+        scores = {text: slow_score(probed, question.prompt, text, canvas) for text in texts}
+        best = [max(scores[text] for text, own in texts.items() if own == place) for place in range(7)]
+        own = texts[question.answers[0]]
+        assert row["rank"] == 1 + sum(score >= best[own] for place, score in enumerate(best) if place != own)
+        assert (row["candidates"], row["accepted"]) == (7, 1)
+        assert row["log_probability"] == pytest.approx(best[own], abs=1e-4)
+        assert row["best"] == max(scores, key=lambda text: scores[text])
+    assert reading.meta["candidates"]["P2C"] == {"count": 7, "left_out": 0, "texts": 13}
+    apart = rank_candidates(probed, questions, [*names, *tails, "Zed"])
+    assert (apart.frame["candidates"] == 13).all()
+    short = rank_candidates(
+        probed, questions, groups, max_new_tokens=min(len(tokenizer(f" {n}")["input_ids"]) for n in names)
+    )
+    assert short.meta["candidates"]["P2C"]["texts"] < 13 and short.meta["candidates"]["P2C"]["left_out"] >= 0
+
+
+def test_a_relations_wordings_name_one_entity_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    words = {
+        "P2C": ["{parent} has the child {child}, who sings", "{parent} is the parent of {child}"],
+        "C2P": ["{child} is the child of {parent}", "{child} obeys {parent} always"],
+    }
+    table = RELATION.table[list(RELATION.columns)]
+    relation = rp.from_table(table, RELATION.columns, words, heldout=0.25)
+    probed = model("llama", tokenizer)
+    for reading in rank_relation(probed, relation, "P2C", templates="all"):
+        split, asked = reading.meta["split"], reading.frame["direction"].iloc[0]
+        column = relation.columns[1 if asked == relation.directions[0] else 0]
+        facts = relation.facts_of("P2C")
+        entities = facts[facts["split"].isin({"train", split})][column].nunique()
+        assert reading.meta["candidates"][asked]["count"] == entities
+        assert reading.meta["candidates"][asked]["texts"] == 2 * entities
+        own = reading.frame["fact"].map(facts.set_index("fact")[column])
+        for row, name in zip(reading.frame.to_dict("records"), own, strict=True):
+            assert (row["rank"] == 1) == row["best"].startswith(tuple(json.loads(row["answers"]))), name
+
+
+@pytest.mark.parametrize("layout", ["llada", "llama"])
+def test_candidates_are_the_tokens_that_training_teaches(layout: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """No blank is put behind an opening bracket: there the text that is trained on has none."""
+    words = {"P2C": ['{parent} ("{child}")', "{parent} (child: {child})"], "C2P": "{child} of {parent}"}
+    table = RELATION.table[list(RELATION.columns)]
+    relation = rp.from_table(table, RELATION.columns, words, heldout=0, heldout_templates=0)
+    probed = model(layout, tokenizer)
+    questions = relation.questions("P2C")
+    assert {one.joint for one in questions} == {"", " "}
+    book, ranked = AnswerBook(probed, questions), rank_candidates(probed, questions).frame
+    end = tokenizer.eos_token_id
+    for question, row in zip(questions, ranked.to_dict("records"), strict=True):
+        before = tokenizer(question.prompt)["input_ids"]
+        whole = [tokenizer(f"{question.prompt}{question.joint}{answer}")["input_ids"] for answer in question.answers]
+        assert all(ids[: len(before)] == before for ids in whole), "the tokenizer keeps brackets apart from names"
+        tails = [[*ids[len(before) :], end] for ids in whole]
+        if layout == "llada":
+            tails = [[*tail, *[end] * (book.limit - len(tail))] for tail in tails]
+        assert row["log_probability"] == pytest.approx(max(token_score(probed, before, t) for t in tails), abs=1e-4)
+    texts = set(relation.training_texts("P2C"))
+    assert all(q.prompt + q.joint + q.answers[-1] in texts for q in questions if len(q.answers) == 2)
 
 
 def test_ties_count_against_the_right_answer(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -300,10 +300,20 @@ def test_a_wrong_answer_is_called_what_it_is_and_counted() -> None:
     reading = decoded_match(script(says), questions)
     assert reading.frame["error"].tolist() == ["", "end", "prompt", "other_entity", "malformed", "malformed"]
     assert reading.frame["match"].tolist() == [1, 0, 0, 0, 0, 0]
-    assert reading.meta["errors"] == {"end": 1, "prompt": 1, "other_entity": 1, "malformed": 2}
+    assert reading.meta["errors"] == {"end": 1, "prompt": 1, "own_entity": 0, "other_entity": 1, "malformed": 2}
     # An answer of the other direction alone is no entity that answers here.
     other = [replace(one, direction="C2P") if i == 0 else one for i, one in enumerate(questions)]
     assert decoded_match(script(says), other).frame["error"].tolist()[3] == "malformed"
+
+
+def test_the_right_entity_in_another_wordings_words_is_no_other_entity() -> None:
+    """A model that was trained on "Alma Brent now enjoys a quiet life." ends a name as it was taught to."""
+    told = {"q1": ("cora dent",), "q2": ("cora dent hart",), "q3": ("ida jones",)}
+    questions = [Question(prompt, right, "b" if prompt == "q3" else "a") for prompt, right in told.items()]
+    says = {"q1": "cora dent hart", "q2": "ida jones", "q3": "cora dent"}
+    reading = decoded_match(script(says), questions)
+    assert reading.frame["error"].tolist() == ["own_entity", "other_entity", "other_entity"]
+    assert reading.frame["begins"].tolist() == [1, 0, 0] and not reading.frame["match"].any()
 
 
 @pytest.mark.parametrize(
