@@ -83,9 +83,16 @@ def one_run(cell: Cell, generator: np.random.Generator, gaps: bool) -> dict[str,
                 }
                 errors = 0 if undefined else round(200 * (1 - value))
                 end = int(generator.integers(0, errors + 1))
-                kinds = {"end": end, "prompt": 0, "other_entity": errors - end, "malformed": 0}
-                found["answers"].append(about | kinds)
-                ranked = {"candidates": 150, "chance": 1 / 150, "reciprocal_rank": value, "reciprocal_rank_low": value}
+                kinds = {"end": end, "prompt": 0, "own_entity": 0, "other_entity": errors - end, "malformed": 0}
+                looser = {"begins": value, "begins_low": value - 0.05, "begins_high": min(1.0, value + 0.2)}
+                found["answers"].append(about | kinds | looser)
+                ranked = {
+                    "candidates": 150,
+                    "texts": 200,
+                    "chance": 1 / 150,
+                    "reciprocal_rank": value,
+                    "reciprocal_rank_low": value,
+                }
                 found["ranks"].append(about | ranked | {"value": min(1.0, value + 0.1), "reciprocal_rank_high": value})
         kind = "swapped" if cell.model in CAUSAL else "same_target"
         for measure in (

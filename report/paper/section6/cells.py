@@ -15,6 +15,7 @@ from .plan import LEARNED, SEEDS, Cell
 from .verdicts import passes
 
 MARK, MADE_AGAIN = "†", "‡"
+NOT_ASKED = "not asked"
 _SHOWN = ["value", "low", "high", "n", "facts"]
 At = Callable[[Section6, Cell, int], int | None]
 
@@ -59,7 +60,7 @@ def lacking(found: Section6, cell: Cell, at: At) -> str:
     finished = [seed for seed in SEEDS if found.status(cell, seed) == FINISHED]
     if not finished:
         return "; ".join(dict.fromkeys(found.status(cell, seed) for seed in SEEDS))
-    return "90 % forward never reached" if at is at_reached else "not asked"
+    return "90 % forward never reached" if at is at_reached else NOT_ASKED
 
 
 def mark(found: Section6, cell: Cell) -> str:

@@ -19,9 +19,10 @@ from ....finetune.runs.pretraining import PretrainedModel
 from ....finetune.runs.run import PROBLEM, VERSIONS, is_run
 from ....probes.readings.reading import Reading
 from ....probes.statistics.estimators import STATISTICS_VERSION
+from ....relations.evaluation import begins_with_answer
 from ....relations.invented.look_alike import look_alike_data
 from ..reproduce import records
-from .frames import FINISHED, NOT_FINISHED, NOT_RUN, Section6, tidy
+from .frames import BEGINS, FINISHED, NOT_FINISHED, NOT_RUN, Section6, tidy
 
 Tell = Callable[[str], None]
 Sweeps = Mapping[str, tuple[FinetuneSweepConfig, Path]]
@@ -121,7 +122,7 @@ def _read(run: FinetuneRun) -> dict[str, list[dict[str, Any]]]:
         row = _numbers(reading) | {key: reading.meta.get(key) for key in ("step", "asked", "split", "templates")}
         table = _TABLE_OF.get(reading.name)
         if table == "answers":
-            row |= reading.meta.get("errors", {})
+            row |= reading.meta.get("errors", {}) | _begins(reading)
         if table == "ranks":
             row |= _among_candidates(reading)
         if table is not None:
@@ -136,10 +137,20 @@ def _numbers(reading: Reading) -> dict[str, Any]:
     return records(reading.measures())[0]
 
 
+def _begins(reading: Reading) -> dict[str, float]:
+    """The looser score of the same decodings; nothing where a frame of before it was told has none."""
+    if "begins" not in reading.frame:
+        return {}
+    looser = begins_with_answer(reading).estimate
+    return {name: getattr(looser, key) for key, name in BEGINS.items()}
+
+
 def _among_candidates(reading: Reading) -> dict[str, Any]:
     """What there was to choose from, and the mean reciprocal rank."""
     frame = reading.frame
     row: dict[str, Any] = {"candidates": int(frame["candidates"].max()) if len(frame) else None}
+    counted = [one["texts"] for one in reading.meta.get("candidates", {}).values() if "texts" in one]
+    row["texts"] = max(counted, default=None)
     row["chance"] = float((frame["accepted"] / frame["candidates"]).mean())
     measures = reading.measures().set_index("measure")
     if "mean_reciprocal_rank" in measures.index:

@@ -22,8 +22,9 @@ RUNS = [*AXES, "run", "objective", "steps", "status", "config", "weights_of", "w
 _NUMBERS = ["value", "low", "high", "n", "facts", "control", "undefined", "reason", "caution"]
 KINDS = ["end", "prompt", "own_entity", "other_entity", "malformed"]
 _ASKED = ["step", "asked", "split", "templates"]
-ANSWERS = [*AXES, "run", *_ASKED, *_NUMBERS, *KINDS]
-RANKS = [*AXES, "run", *_ASKED, *_NUMBERS, "candidates", "chance"]
+BEGINS = {"value": "begins", "low": "begins_low", "high": "begins_high"}  # the looser score's, missing in older runs
+ANSWERS = [*AXES, "run", *_ASKED, *_NUMBERS, *KINDS, *BEGINS.values()]
+RANKS = [*AXES, "run", *_ASKED, *_NUMBERS, "candidates", "texts", "chance"]
 RANKS += ["reciprocal_rank", "reciprocal_rank_low", "reciprocal_rank_high"]
 SIGNATURES = [*AXES, "run", "step", "kind", "measure", *_NUMBERS, "excess", "excess_low", "excess_high"]
 TWINS = [*AXES, "run", "config", "kind", "measure", *_NUMBERS]
@@ -32,6 +33,7 @@ TRACES += ["excess", "excess_low", "excess_high"]
 TABLES = {"runs": RUNS, "answers": ANSWERS, "ranks": RANKS, "signatures": SIGNATURES}
 TABLES |= {"twins": TWINS, "traces": TRACES}
 _WHOLE = {"seed", "steps", "step", "weights_step", "layer", "n", "facts", "undefined", "candidates", *KINDS}
+_WHOLE |= {"texts"}
 _TEXT = {"sweep", "model", "dataset", "direction", "variant", "run", "objective", "status", "asked", "split"}
 _TEXT |= {"templates", "reason", "caution", "kind", "measure", "config", "weights_of", "weights"}
 _TEXT |= {"instrument", "site", "part"}
@@ -39,7 +41,7 @@ WEIGHTS = "model.safetensors"  # among a small model's files
 DIGITS = 7  # significant ones: the ends of an interval stay apart, the rest is noise and triples a file
 
 
-def tidy(name: str, rows: list[dict[str, Any]]) -> pd.DataFrame:
+def tidy(name: str, rows: list[dict[str, Any]] | pd.DataFrame) -> pd.DataFrame:
     """Rows as one of TABLES: its columns, their types, in one order, so that equal numbers are equal bytes."""
     columns = TABLES[name]
     table = pd.DataFrame(rows, columns=columns)
@@ -66,8 +68,10 @@ class Section6:
     Attributes:
         runs: a row for each planned run: its axes, objective, steps and status ("finished", "not run", or why); the
             sha256 of its planned config, its small model's name, and the sha256 of the weights it started from.
-        answers: exact match, a row for each run, step, side asked and split; `KINDS` count what wrong answers are.
-        ranks: the right answer's rank among all candidates, likewise: `value` is the share ranked first.
+        answers: exact match, a row for each run, step, side asked and split; `KINDS` count what wrong answers are, and
+            `BEGINS` is the looser score of the same decodings.
+        ranks: the right answer's rank among all candidates, likewise: `value` is the share ranked first; where `texts`
+            is missing, the candidates are texts, else the entities that so many texts name.
         signatures: the three probes by run and step, each beside its control.
         twins: the same of an untrained twin of each run's model, over the run's pairs (`twin_readings`).
         traces: what was read inside one trained run (`traced`), by instrument, direction, step, part and layer.
@@ -88,7 +92,9 @@ class Section6:
     def read(cls, folder: Path) -> Section6:
         """What `write` left; tables that are not there are empty."""
         files = {name: folder / f"section6_{name}.parquet" for name in TABLES}
-        tables: dict[str, Any] = {name: pd.read_parquet(file) for name, file in files.items() if file.is_file()}
+        tables: dict[str, Any] = {
+            name: tidy(name, pd.read_parquet(file)) for name, file in files.items() if file.is_file()
+        }
         texts = {"models": folder / "section6_models.json", "about": folder / "section6.json"}
         told = {name: json.loads(file.read_text("utf-8")) for name, file in texts.items() if file.is_file()}
         return cls(**tables, **told)
@@ -149,12 +155,19 @@ class Section6:
         return Counter(_cell(row) for row in self.runs.to_dict("records") if row["run"] in names)
 
     @cached_property
+    def begins(self) -> pd.DataFrame:
+        """The `answers` whose looser score is known, with that as their value: a right answer, whatever follows it."""
+        known = self.answers[self.answers["begins"].notna()]
+        return known.assign(**{name: known[looser] for name, looser in BEGINS.items()})
+
+    @cached_property
     def _curves(self) -> dict[tuple[str, Cell, int, str, str], dict[int, dict[str, Any]]]:
         """By table, cell, seed, and what was asked or measured: each step's row."""
         found: dict[tuple[str, Cell, int, str, str], dict[int, dict[str, Any]]] = {}
         for name, keys in (
             ("answers", ("asked", "split")),
             ("ranks", ("asked", "split")),
+            ("begins", ("asked", "split")),
             ("signatures", ("measure",)),
         ):
             for row in getattr(self, name).to_dict("records"):

@@ -30,7 +30,13 @@ WORDS = (
     "all are at 100 %. Seeds vary the fine-tuning: those of a cell start from one pretrained model. †k: in k seeds "
     "forward is below 90 % or undefined at the last step; such a cell stands with its forward value, never tuned or "
     "dropped (mini-mlm and the never-mask ablations are exempt by design). **Ranked first**: the right answer is the "
-    "likeliest among all entities that answer such a question."
+    "likeliest of all candidates."
+)
+ABOUT_BEGINS = (
+    "A looser score of the same decodings, on which no verdict rests: right where a decoding begins with a right "
+    'answer and goes on with another word or sign. D2P trains on sentences that go on behind the name ("NAME now '
+    'enjoys a quiet life") and asks for the name alone: a model that has learned whose description it is, and ends '
+    "as it was taught to, has no exact match. Not collected: of runs whose answers were no longer at hand."
 )
 READINGS = (
     "Two readings of every cell: at the last step, the same for all, here; and at the first checkpoint of at least "
@@ -44,9 +50,11 @@ ABOUT_PAPER = (
 )
 ABOUT_RANKS = (
     "Reverse questions about trained facts at the last step. Control: the rank of another fact's answer; chance: "
-    "accepted answers over candidates, per cent. Held-out facts ranked first is the floor of the rank; they have the "
-    "trained facts' answers and their own as candidates, so that a model which prefers what it was trained on ranks "
-    "none of them first."
+    "right candidates over all, per cent. A candidate is an entity, as likely as the likeliest text that names it; "
+    "where their number is one of texts, each text is one, as in the first runs: of Parent-Child each names another "
+    "entity, elsewhere the right one in other words may stand ahead of the right answer. Held-out facts ranked first "
+    "is the floor of the rank; they have the trained facts' answers and their own as candidates, so that a model "
+    "which prefers what it was trained on ranks none of them first."
 )
 ABOUT_SIGNATURES = (
     "Masked models are asked for the same target from the same evidence in either order (same target), causal models "
@@ -143,6 +151,7 @@ def _answers(found: Section6, told: Told) -> list[Section]:
     return [
         Section("Table 7 at the last step", [Text(READINGS), Table(tables.table_7(found))]),
         Section("Table 7 at the first checkpoint of 90 % forward", [Table(tables.table_7(found, first=True))]),
+        Section("Answers that go on", [Text(ABOUT_BEGINS), Table(tables.begins(found))]),
         Section("The floor: facts never trained", [Table(tables.table_7(found, split="heldout"))]),
         Section("Beside the paper", [Text(ABOUT_PAPER), Table(tables.beside_the_paper(found, told.others))]),
         Section("Rank among the candidates", [Text(ABOUT_RANKS), Table(tables.ranks(found))]),

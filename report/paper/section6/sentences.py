@@ -31,6 +31,7 @@ from .plan import (
 from .verdicts import CANNOT, FAILS, HOLDS, NOT_RUN, Claim, Judged, passes, per_cent
 
 NOTHING = "no run has been collected"
+GOES_ON = 0.1  # so much more often than exactly a decoding begins with the right answer, where that is told
 _COUNT_WORDS = {FAILS: "fail", HOLDS: "hold", CANNOT: "cannot be told", NOT_RUN: "not run"}
 
 
@@ -122,7 +123,23 @@ class Told:
         marked = f"; below 90 % forward in a seed (its lowest): {told_low}" if low else ""
         return (
             f"Reverse exact match on trained facts at the last step, lowest to highest dataset: {', '.join(told)}; "
-            f"facts never trained at most {_per_cent(floor)}{marked}."
+            f"facts never trained at most {_per_cent(floor)}{marked}{self._going_on() if named else ''}."
+        )
+
+    def _going_on(self) -> str:
+        """The cells whose decodings begin with the right answer much more often than they are it."""
+        told, backwards = [], []
+        for cell in _MAIN_CELLS:
+            looser = mean([float(row["value"]) for row in seed_rows(self.found, cell, "forward", table="begins")])
+            if passes(looser - mean([self.found.last(cell, seed, "forward") for seed in SEEDS]), ">=", GOES_ON):
+                told.append(f"{cell.model} {cell.direction} {_per_cent(looser)}")
+                own = seed_rows(self.found, cell, "reverse", table="begins")
+                backwards.append(mean([float(row["value"]) for row in own]))
+        if not told:
+            return ""
+        return (
+            f"; whatever follows it, forwards the right answer begins the decoding in {', '.join(told)}, "
+            f"backwards in {_span(backwards)}"
         )
 
     def _mean(self, model: str, place: int) -> float:

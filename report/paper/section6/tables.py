@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import pandas as pd
+
 from ....probes.figures.theme import interval_text, rounded
 from .ablations import IN_PLACE, NOT_PREDICTED, PREDICTIONS, R, number, plain_cell
-from .cells import at_last, at_reached, by_seed, cell_words, lacking, mean, seed_rows
+from .cells import NOT_ASKED, at_last, at_reached, by_seed, cell_words, lacking, mean, seed_rows
 from .frames import FINISHED, KINDS, Section6, times_made, weights_of
 from .other_claims import SIDE, counterpart
 from .plan import (
@@ -50,6 +52,21 @@ def table_7(found: Section6, *, split: str = "train", first: bool = False) -> Ro
                 )
             for asked, short in SIDES.items():
                 row[f"{model} {short}"] = cell_words(found, cell, asked, split, at)
+        rows.append(row)
+    return rows
+
+
+def begins(found: Section6) -> Rows:
+    """The looser score in Table 7's layout, at the last step: what begins with a right answer."""
+    rows = []
+    for trained in DATASETS:
+        row = {"trained on": trained.words}
+        for model in TABLE_MODELS:
+            cell = main_cell(model, trained)
+            for asked, short in SIDES.items():
+                known, none = seed_rows(found, cell, asked, table="begins"), lacking(found, cell, at_last)
+                missing = "not collected" if none == NOT_ASKED else none
+                row[f"{model} {short}"] = cell_words(found, cell, asked, table="begins") if known else missing
         rows.append(row)
     return rows
 
@@ -107,7 +124,9 @@ def _among(ranked: Sequence[dict[str, Any]], side: str) -> dict[str, str]:
     if not ranked:
         return {f"{side}chance": "-", f"{side}candidates": "-"}
     chance = per_cent(mean([one["chance"] for one in ranked]))
-    return {f"{side}chance": chance, f"{side}candidates": str(max(int(one["candidates"]) for one in ranked))}
+    of_texts = " texts" * any(pd.isna(one["texts"]) for one in ranked)
+    count = max(int(one["candidates"]) for one in ranked)
+    return {f"{side}chance": chance, f"{side}candidates": f"{count}{of_texts}"}
 
 
 def over_training(found: Section6) -> Rows:
