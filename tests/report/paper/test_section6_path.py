@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from revprobe import RevprobeError
+from revprobe import Reading, RevprobeError
 from revprobe.cli.main import app
 from revprobe.finetune.config.finetuning import FinetuneSweepConfig
 from revprobe.finetune.config.loading import dump_config, merged
@@ -80,6 +80,12 @@ def test_the_smallest_cell_goes_from_look_alike_data_to_a_page(made: tuple[Path,
     assert found.runs["status"].tolist() == ["finished"] and found.runs["steps"].tolist() == [2]
     assert set(found.answers["asked"]) == {"forward", "reverse"} and set(found.answers["step"]) == {0, 1, 2}
     assert set(found.ranks["split"]) == {"train", "heldout"}
+    assert (found.ranks["texts"] >= found.ranks["candidates"]).all() and (found.ranks["candidates"] > 0).all()
+    for row in found.answers.to_dict("records"):
+        (folder,) = out.glob(f"**/{row['run']}/answers/step-{row['step']:06d}")
+        frame = Reading.load(folder / f"decoded_match.{row['asked']}.{row['split']}.parquet").frame
+        assert row["begins"] == pytest.approx(frame["begins"].mean(), abs=1e-6)
+        assert row["begins_low"] <= row["begins"] <= row["begins_high"]
     assert {"attention_correlation", "gradient_cosine", "reverse_probability"} <= set(found.signatures["measure"])
     assert page == markdown(found), "the page is drawn from the tables alone"
     assert (out / "section6.html").read_text(encoding="utf-8") == html(found)

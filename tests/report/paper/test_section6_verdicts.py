@@ -21,7 +21,7 @@ from revprobe.report.paper.section6.main_claims import main_claims
 from revprobe.report.paper.section6.other_claims import other_claims
 from revprobe.report.paper.section6.plan import DATASETS, DROP_ORDER, EXEMPT_MODELS, PLANNED, SEEDS, TABLE_MODELS, Cell
 from revprobe.report.paper.section6.sentences import Told
-from revprobe.report.paper.section6.tables import ablations, signatures
+from revprobe.report.paper.section6.tables import ablations, begins, ranks, signatures
 
 PLAIN = {"sweep": "section6", "model": "mini-llada", "dataset": "parent-child", "direction": "P2C", "variant": ""}
 LIMIT = 1e-6
@@ -427,6 +427,55 @@ def test_ranks_are_told_of_cells_that_have_learned(found: Section6) -> None:
         ends_of = f"{100 * min(values):.1f} to {100 * max(values):.1f} %" if values else "no cell"
         ends_of = f"{100 * values[0]:.1f} %" if len({f"{100 * value:.1f}" for value in values}) == 1 else ends_of
         assert f"{family} {ends_of}" in told.routes()
+
+
+def test_decodings_that_go_on_are_told_of_the_cells_where_many_do(found: Section6) -> None:
+    """By hand: last step, mean over the seeds whose looser score is known, at least 10 points above exact match."""
+    forwards, backwards = [], []
+    for dataset, direction in DATASETS:
+        for model in TABLE_MODELS:
+            cell = {"sweep": "section6", "model": model, "dataset": dataset, "direction": direction, "variant": ""}
+            of_cell = only(found.answers, split="train", **cell).sort_values("step").groupby(["seed", "asked"]).tail(1)
+            ends = of_cell.set_index("asked")
+            if "forward" not in ends.index or ends["begins"].isna().all():
+                continue
+            looser = mean_of(ends.loc[["forward"], "begins"].tolist())
+            if looser - mean_of(ends.loc[["forward"], "value"].tolist()) >= 0.1 - LIMIT:
+                forwards.append(f"{model} {direction} {100 * looser:.1f} %")
+                backwards.append(mean_of(ends.loc[["reverse"], "begins"].tolist()))
+    text = Told(found).table_7()
+    if not forwards:
+        assert "begins the decoding" not in text
+        return
+    lowest, highest = (f"{100 * end:.1f}" for end in (min(backwards), max(backwards)))
+    ends_of = f"{lowest} to {highest} %" if lowest != highest else f"{lowest} %"
+    assert text.endswith(f"begins the decoding in {', '.join(forwards)}, backwards in {ends_of}.")
+
+
+def test_where_the_looser_score_was_not_collected_the_table_says_so() -> None:
+    def older(cell: Cell, seed: int, row: dict[str, Any]) -> dict[str, Any]:
+        lacking = cell.direction == "C2P" or (cell.direction == "P2D" and seed)
+        looser = {"begins": np.nan} if lacking else {"begins": 0.5, "begins_low": 0.4, "begins_high": 0.6}
+        return row | looser if "malformed" in row else row
+
+    found = made(change=older, gaps=False)
+    rows = {row["trained on"]: row for row in begins(found)}
+    assert rows["parent-child (C2P)"]["mini-llada Rev."] == "not collected"
+    assert rows["person-description (P2D)"]["mini-dream Fwd."].startswith("50.0 [40.0, 60.0] (n = 200")
+    assert "2 missing" in rows["person-description (P2D)"]["mini-dream Fwd."]
+    assert "50.0 ± 0.0" in rows["parent-child (P2C)"]["mini-mlm Rev."]
+    assert Section6().begins.empty and all(
+        "not" in cell for row in begins(Section6()) for cell in list(row.values())[1:]
+    )
+
+
+def test_candidates_that_are_texts_are_called_so() -> None:
+    def older(cell: Cell, seed: int, row: dict[str, Any]) -> dict[str, Any]:
+        return row | {"texts": None} if cell.direction == "D2P" and seed == 1 and "texts" in row else row
+
+    rows = {(row["trained on"], row["model"]): row for row in ranks(made(change=older, gaps=False))}
+    assert rows["person-description (D2P)", "mini-llada"]["candidates"] == "150 texts"
+    assert rows["parent-child (P2C)", "mini-llada"]["candidates"] == "150"
 
 
 def test_variants_of_another_model_are_held_against_that_models_plain_cell() -> None:
