@@ -6,20 +6,25 @@
 Shapes: correlations 0, 0.5 and 0.9, of normal and of heavy-tailed (t with 4 degrees) scores, in one group or six that
 share half of each fact; means of probabilities that are even, beta(4, 4), skewed, beta(0.3, 3), or near 0 for most
 facts and near 1 for a few, beta(0.1, 1), and means of the logarithms of the first two; shares of 3, 20, 50 and 90 %
-over ten questions of each fact, with intra-fact correlation 0, 0.5 and 1. The control of the correlation is held to
+with intra-fact correlation 0, 0.5 and 1, and facts (or seeds) of which three in four are right 4 % of the time and one
+in four 60 %, over 10, 30, 100, 200 and 1,000 questions of each fact. The control of the correlation is held to
 what it claims, that it holds the value of scores that have nothing to do with each other. Every cell is the lowest
 coverage of any shape.
 
 Differences between two models on the same facts, which share 0 or 70 % of what varies: correlations 0 and 0, 0.5 and
 0.5, 0.9 and 0.9, 0.9 and 0.5, 0.9 and 0, of normal scores in one group and of heavy-tailed ones in six; means of the
-three kinds of probabilities, of one kind and of two; shares of 3 and 3, 3 and 20, 20 and 50, 90 and 90, 5 and 90 %,
-with one and with ten questions of each fact.
+three kinds of probabilities, of one kind and of two; shares of 0 and 3, 3 and 3, 3 and 20, 20 and 50, 90 and 90, 5 and
+90 %; models that answer alike, but that one of them loses whole facts and gains none, 2 or 10 % of all where the other
+has 50, 5 where it has 90, 2 where it has 97, or gains and loses as many questions at random, 5 % of all each where it
+has 50, 2 where it has 97; with 1, 10, 30, 100, 200 and 1,000 questions of each fact.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 from scipy import special, stats
@@ -30,11 +35,19 @@ from revprobe.probes.statistics.intervals import (
     FRACTION,
     difference_over_facts,
     mean_over_facts,
-    proportion_over_facts,
+    proportion_intervals,
+    reach_of_shares,
 )
 from revprobe.probes.statistics.paired import Answers, Correlations, measured_difference
 
 FACTS = (3, 5, 8, 13, 26, 60)
+QUESTIONS, QUESTIONS_APART = (10, 30, 100, 200, 1000), (1, 10, 30, 100, 200, 1000)
+# The share that `wandering` comes to.
+WANDERING = 0.25 * 0.6 + 0.75 * 0.04
+# A model's share, and what the one that it is compared with loses of it.
+LOSSES = ((0.5, 0.02), (0.5, 0.1), (0.9, 0.05), (0.97, 0.02))
+# The same, and what the other gains and loses of all.
+EXCHANGES = ((0.5, 0.05), (0.97, 0.02))
 
 
 def correlations(generator: np.random.Generator, facts: int, runs: int) -> Iterator[dict[str, float]]:
@@ -74,30 +87,40 @@ def means(generator: np.random.Generator, facts: int, runs: int) -> Iterator[dic
         yield {name: count / runs for name, count in held.items()}
 
 
-def proportions(generator: np.random.Generator, facts: int, runs: int) -> Iterator[dict[str, float]]:
-    """The same of shares, whose control is right by chance one time in twenty."""
-    names = np.repeat(np.arange(facts), 10).astype(str)
-    for share, together in [(p, t) for p in (0.03, 0.2, 0.5, 0.9) for t in (0.0, 0.5, 1.0)]:
-        held = {"value": 0, "control": 0, "excess": 0}
-        for _ in range(runs):
-            own, null = (answers(generator, p, together, facts) for p in (share, 0.05))
-            value, control = proportion_over_facts(own, names), proportion_over_facts(null, names)
-            excess = difference_over_facts(own, null, names, bounds=FRACTION, binary=True)
-            held["value"] += value.low <= share <= value.high
-            held["control"] += control.low <= 0.05 <= control.high
-            held["excess"] += excess.low <= share - 0.05 <= excess.high
-        yield {name: count / runs for name, count in held.items()}
+def proportions(generator: np.random.Generator, facts: int, runs: int, questions: int) -> Iterator[dict[str, float]]:
+    """The same of shares, whose control is right by chance one time in twenty; all readings of a shape at once."""
+    shapes = [(p, t) for p in (0.03, 0.2, 0.5, 0.9) for t in (0.0, 0.5, 1.0)]
+    size = facts, runs
+    many = np.full(size, float(questions))
+    for share, together in [*shapes, (WANDERING, None)]:
+        right = wandering(generator, size) if together is None else rates(generator, share, together, size)
+        by_chance = rates(generator, 0.05, together or 0.0, size)
+        own, null = (generator.binomial(questions, one) / questions for one in (right, by_chance))
+        over, reaches = (own - null).mean(0), reach_of_shares(own - null, many)
+        yield {
+            "value": _held(*proportion_intervals(own, many)[1:], share),
+            "control": _held(*proportion_intervals(null, many)[1:], 0.05),
+            "excess": _held(over - reaches[0], over + reaches[1], share - 0.05),
+        }
 
 
-def answers(generator: np.random.Generator, share: float, together: float, facts: int) -> np.ndarray:
-    """1 and 0, ten for each fact, of an intra-fact correlation."""
+def rates(generator: np.random.Generator, share: float, together: float, size: tuple[int, int]) -> np.ndarray:
+    """How often each fact is answered rightly, of an intra-fact correlation. Shapes: `-> fact reading`."""
     if together == 1:
-        rates = (generator.random(facts) < share).astype(float)
-    elif together == 0:
-        rates = np.full(facts, share)
-    else:
-        rates = generator.beta(share * (1 - together) / together, (1 - share) * (1 - together) / together, facts)
-    return (generator.random((facts, 10)) < rates[:, None]).astype(float).reshape(-1)
+        return (generator.random(size) < share).astype(float)
+    if together == 0:
+        return np.full(size, share)
+    return generator.beta(share * (1 - together) / together, (1 - share) * (1 - together) / together, size)
+
+
+def wandering(generator: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+    """Rates as seeds of one recipe can have them: most of them fail, and one in four is right more often than not."""
+    return np.where(generator.random(size) < 0.25, 0.6, 0.04)
+
+
+def _held(low: np.ndarray, high: np.ndarray, truth: float) -> float:
+    """The share of intervals with the truth in them, or at an end but for rounding."""
+    return float(((low - 1e-12 <= truth) & (truth <= high + 1e-12)).mean())
 
 
 def correlations_apart(generator: np.random.Generator, facts: int, runs: int) -> Iterator[dict[str, float]]:
@@ -138,22 +161,57 @@ def means_apart(generator: np.random.Generator, facts: int, runs: int) -> Iterat
         yield {name: count / runs for name, count in held.items()}
 
 
-def proportions_apart(generator: np.random.Generator, facts: int, runs: int) -> Iterator[dict[str, float]]:
-    """The same of two accuracies, whose controls are right by chance one time in twenty."""
-    shares = ((0.03, 0.03), (0.03, 0.2), (0.2, 0.5), (0.9, 0.9), (0.05, 0.9))
-    for (own, other), questions, share in [(pair, q, s) for pair in shares for q in (1, 10) for s in (0.0, 0.7)]:
-        held, names = {"difference": 0, "excess": 0}, np.repeat(np.arange(facts), questions).astype(str)
-        for _ in range(runs):
-            hard = np.repeat(generator.standard_normal((2, facts)), questions, axis=1)
-            both = hard[0], share**0.5 * hard[0] + (1 - share) ** 0.5 * hard[1]
-            sides = []
-            for one, right in zip(both, (own, other), strict=True):
-                score = 0.8 * one + 0.6 * generator.standard_normal(len(names))
-                null = (generator.random(len(names)) < 0.05).astype(float)
-                answers = (stats.norm.cdf(score) < right).astype(float)
-                sides.append(Answers(answers, null, names, FRACTION, binary=True))
-            _count(held, measured_difference(*sides), own - other, own - other)
-        yield {name: count / runs for name, count in held.items()}
+def proportions_apart(
+    generator: np.random.Generator, facts: int, runs: int, questions: int
+) -> Iterator[dict[str, float]]:
+    """The same of two accuracies, whose controls are right by chance one time in twenty; models that answer alike share
+    theirs."""
+    shares = ((0.0, 0.03), (0.03, 0.03), (0.03, 0.2), (0.2, 0.5), (0.9, 0.9), (0.05, 0.9))
+    drawn: list[tuple[tuple[float, float], Any, bool]] = []
+    drawn += [(pair, partial(_models, *pair, share), False) for pair in shares for share in (0.0, 0.7)]
+    drawn += [((p, p - lost), partial(_losing, p, lost), True) for p, lost in LOSSES]
+    drawn += [((p, p), partial(_exchanging, p, moved), True) for p, moved in EXCHANGES]
+    many = np.full((facts, runs), float(questions))
+    for (own, other), draw, alike in drawn:
+        right = draw(generator, (facts, runs), questions)
+        nulls = generator.binomial(questions, 0.05, (2, facts, runs))[[0, 0 if alike else 1]]
+        apart, floor = ((one[0] - one[1]) / questions for one in (right, nulls))
+        held = {}
+        for name, differences, most in (("difference", apart, 1.0), ("excess", apart - floor, 2.0)):
+            value, (down, up) = differences.mean(0), reach_of_shares(differences, many, most=most)
+            held[name] = _held(value - down, value + up, own - other)
+        yield held
+
+
+def _right(generator: np.random.Generator, hard: np.ndarray, share: float, questions: int) -> np.ndarray:
+    """How many of its questions a model answers rightly, of facts so hard. Shapes: `fact reading -> fact reading`."""
+    return generator.binomial(questions, stats.norm.cdf((stats.norm.ppf(share) - 0.8 * hard) / 0.6))
+
+
+def _models(
+    own: float, other: float, share: float, generator: np.random.Generator, size: tuple[int, int], questions: int
+) -> list[np.ndarray]:
+    """Two models of these accuracies, which share part of what makes a fact hard, and no chance."""
+    hard, mine = generator.standard_normal((2, *size))
+    both = hard, share**0.5 * hard + (1 - share) ** 0.5 * mine
+    return [_right(generator, one, right, questions) for one, right in zip(both, (own, other), strict=True)]
+
+
+def _losing(
+    share: float, lost: float, generator: np.random.Generator, size: tuple[int, int], questions: int
+) -> list[np.ndarray]:
+    """A model and one that has its answers, but that it lost some facts whole and gained none."""
+    own = _right(generator, generator.standard_normal(size), share, questions)
+    return [own, np.where(generator.random(size) < lost / share, 0, own)]
+
+
+def _exchanging(
+    share: float, moved: float, generator: np.random.Generator, size: tuple[int, int], questions: int
+) -> list[np.ndarray]:
+    """A model and one that has its answers, but that it gains as many as it loses, one by one."""
+    own = _right(generator, generator.standard_normal(size), share, questions)
+    lost = generator.binomial(own, moved / share)
+    return [own, own - lost + generator.binomial(questions - own, moved / (1 - share))]
 
 
 def _count(held: dict[str, int], found: Measured, truth: float, over: float) -> None:
@@ -167,27 +225,34 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--correlations", type=int, default=400, help="simulated readings of each shape")
-    parser.add_argument("--means", type=int, default=1500, help="the same of means and of proportions")
+    parser.add_argument("--means", type=int, default=1500, help="the same of means")
+    parser.add_argument("--proportions", type=int, default=10000, help="the same of proportions")
     parser.add_argument("--paired", action="store_true", help="differences between models")
     parser.add_argument("--facts", type=int, nargs="+", default=FACTS, help="numbers of facts, a column for each")
     names = ("correlation", "mean", "proportion")
     parser.add_argument("--statistics", nargs="+", default=names, choices=names, help="a row or more for each")
     asked = parser.parse_args()
-    single = ("correlation", correlations), ("mean", means), ("proportion", proportions)
-    paired = ("correlation", correlations_apart), ("mean", means_apart), ("proportion", proportions_apart)
+    single = [("correlation", correlations), ("mean", means), *by_questions(proportions, QUESTIONS)]
+    paired = [("correlation", correlations_apart), ("mean", means_apart)]
+    paired += by_questions(proportions_apart, QUESTIONS_APART)
     columns = " | ".join(f"{facts} facts" for facts in asked.facts)
     print(f"| statistic | interval | shapes x readings | {columns} |")
     print("|---|---|---|" + "---|" * len(asked.facts))
     for name, simulate in paired if asked.paired else single:
-        if name not in asked.statistics:
+        if name.partition(",")[0] not in asked.statistics:
             continue
-        runs = asked.correlations if name == "correlation" else asked.means
+        runs = {"correlation": asked.correlations, "mean": asked.means}.get(name, asked.proportions)
         generator = np.random.default_rng(0)
         found = [list(simulate(generator, facts, runs)) for facts in asked.facts]
         for interval in ("difference", "excess") if asked.paired else ("value", "control", "excess"):
             of = [[shape[interval] for shape in shapes if interval in shape] for shapes in found]
             cells = " | ".join(f"{min(shapes):.3f}" for shapes in of)
             print(f"| {name} | {interval} | {len(of[0])} x {runs} | {cells} |", flush=True)
+
+
+def by_questions(simulate: Callable[..., Iterator[dict[str, float]]], numbers: Sequence[int]) -> list[tuple[str, Any]]:
+    """A row, or more, for each number of questions that a fact has."""
+    return [(f"proportion, {n:,} question{'s' * (n > 1)}", partial(simulate, questions=n)) for n in numbers]
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from ..passes.selection import chosen_of
 from ..passes.states import states_of_queries
 from ..passes.untrained import untrained_twin
 from ..readings.reading import Reading
+from ..statistics.coverage import first_caution
 from ..statistics.estimators import LATER_BLOCK
 from ..statistics.intervals import FRACTION, difference_over_facts, proportion_over_facts
 from ..statistics.resampling import derangement, kin
@@ -309,5 +310,6 @@ def _controls(reading: Reading, why: str) -> list[dict[str, Any]]:
         apart = difference_over_facts(own, other, facts, bounds=FRACTION, binary=True)
         row |= {"value": found.value, "low": found.low, "high": found.high, "n": found.n, "facts": found.facts}
         row |= {"difference": apart.value, "difference_low": apart.low, "difference_high": apart.high}
-        made.append(row | {"reason": ""})
+        few = first_caution("proportion", found, apart)
+        made.append(row | {"reason": few})
     return made

@@ -1,32 +1,64 @@
 """How many facts an interval needs, and how a sample is told.
 
-Below that many facts 95 % intervals were seen to cover less than 90 % of the time.
+Below that many facts 95 % intervals were seen to cover less than 90 % of the time. A proportion needs the more facts
+the more questions each has: of few, chance in the answers is most of what varies, and its size is known; of many, each
+fact's own rate is known, their proportion is a mean of rates, and what varies is as unknown as it is for means.
 
 Measured by `examples/benchmarks/coverage.py`, over the shapes of data it lists; its table stands in docs/statistics.md.
 """
 
 from __future__ import annotations
 
-# The fewest facts from which on every interval (value, control, excess) of every shape covers at least 90 %; 3 are the
-# fewest that were simulated.
-FEWEST = {"correlation": 3, "mean": 13, "proportion": 3}
+from math import inf
+from typing import Protocol
+
+# For up to so many questions of each fact, the fewest facts from which on every interval (value, control, excess) of
+# every shape covers at least 90 %; 3 are the fewest that were simulated.
+FEWEST = {"correlation": {inf: 3}, "mean": {inf: 13}, "proportion": {10: 3, 30: 13, inf: 26}}
 # The same of the difference between two models on the same facts, and of how it exceeds that of the controls.
-FEWEST_APART = {"correlation": 3, "mean": 13, "proportion": 5}
+FEWEST_APART = {"correlation": {inf: 3}, "mean": {inf: 13}, "proportion": {30: 3, inf: 26}}
 # What a sample holds where it is no pairs.
 COUNTED = {"decoded_match": ("question", "questions"), "objective_terms": ("reverse query", "reverse queries")}
 
 
-def caution(statistic: str, facts: int, *, apart: bool = False) -> str:
+class Counted(Protocol):
+    """What says how many pairs or questions it rests on, and how many facts."""
+
+    @property
+    def n(self) -> int: ...
+    @property
+    def facts(self) -> int: ...
+
+
+def caution(statistic: str, facts: int, n: int = 0, *, apart: bool = False, of: str = "facts") -> str:
     """What a number over so few facts must be read with, or a difference of two; empty where there is nothing to say.
 
     >>> caution("mean", 5)
     'few facts (5): 95 % intervals of a mean were seen to cover 90 % only from 13 facts on'
+    >>> caution("proportion", 5, 40)
+    ''
+    >>> caution("proportion", 3, 60, of="seeds")
+    'few seeds (3) of 20 questions each: 95 % intervals of a proportion were seen to cover 90 % only from 13 seeds on'
+
+    Args:
+        n: how many questions they have in all; one each when 0.
+        of: what the questions stand together by, in the plural.
     """
-    fewest, what = (FEWEST_APART, f"difference of {statistic}s") if apart else (FEWEST, statistic)
-    if facts >= fewest[statistic] or not facts:
+    if not facts:
         return ""
-    few = f"few facts ({facts}): 95 % intervals of a {what}"
-    return f"{few} were seen to cover 90 % only from {fewest[statistic]} facts on"
+    limits, what = (FEWEST_APART, f"difference of {statistic}s") if apart else (FEWEST, statistic)
+    each = max(n, facts) / facts
+    fewest = next(least for most, least in limits[statistic].items() if each <= most)
+    if facts >= fewest:
+        return ""
+    many = f" of {each:,.0f} questions each" if fewest > min(limits[statistic].values()) else ""
+    few = f"few {of} ({facts}){many}: 95 % intervals of a {what}"
+    return f"{few} were seen to cover 90 % only from {fewest} {of} on"
+
+
+def first_caution(statistic: str, *found: Counted, apart: bool = False) -> str:
+    """The same of several numbers that are told together: of the first that has anything to say."""
+    return next(filter(None, (caution(statistic, one.facts, one.n, apart=apart) for one in found)), "")
 
 
 def counted(n: int, facts: int, name: str = "") -> str:

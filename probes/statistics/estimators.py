@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .coverage import caution, counted
+from .coverage import caution, counted, first_caution
 from .group_correlation import LEAST_FACTS, group_correlation
 from .intervals import COSINE, FRACTION, Bounds, Estimate, difference_over_facts, mean_over_facts, proportion_over_facts
 
 # Raised whenever the same frame comes to another number or interval; readings of another are worked out anew.
-STATISTICS_VERSION = 3
+STATISTICS_VERSION = 4
 
 ALONE = "alone in its group, so without a correlation"
 BELOW_FLOOR = "gradient below the rounding floor"
@@ -334,7 +334,7 @@ def with_control(
     mean = proportion_over_facts if binary else lambda part, of: mean_over_facts(part, of, bounds=bounds)
     estimate = mean(values, facts)
     kind = "proportion" if binary else "mean"
-    few = caution(kind, estimate.facts)
+    few = first_caution(kind, estimate)
     lost = int((~np.isfinite(values)).sum()) - sum(undefined.values())
     undefined = undefined | ({NOT_FINITE: lost} if lost > 0 else {})
     if null is None:
@@ -347,7 +347,7 @@ def with_control(
     control = Control(floor.value, (floor.low, floor.high), floor.n, method, floor.facts)
     excess = difference_over_facts(values, null, facts, bounds=FRACTION if binary else bounds, binary=binary)
     # Facts without a partner have a value and no control: the excess may rest on fewer.
-    few = few or caution(kind, min(floor.facts, excess.facts))
+    few = first_caution(kind, estimate, floor, excess)
     return _explained(Measured(estimate, control, excess, undefined, statistic, few), len(values))
 
 

@@ -7,6 +7,7 @@ every interval rests on the variance between facts, linearised (Cochran 1977, ch
     a bounded mean      Clopper-Pearson at its effective sample size: that at which a coin of this mean would vary as
                         much (Korn & Graubard 1998, Survey Methodology 24); it leans away from the bounds
     a proportion        the same, of no more than all questions; at 0 and 100 %, where the size is 0/0, of n facts
+    two proportions     their difference is what facts gain less what facts lose: two such proportions, combined
     all facts alike     what is still possible if the share of facts that n of them can miss were otherwise
 
 How often they hold the truth is measured in `coverage.py`; the slow, obvious versions stand in the tests.
@@ -20,6 +21,8 @@ import numpy as np
 from scipy import stats
 
 Bounds = tuple[float, float]
+# Values with the low and high ends of their intervals.
+Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 FRACTION: Bounds = (0.0, 1.0)
 COSINE: Bounds = (-1.0, 1.0)
@@ -86,15 +89,20 @@ def proportion(rates: np.ndarray, questions: np.ndarray | None = None) -> Estima
     counts = np.ones(len(rates)) if questions is None else np.asarray(questions, dtype=np.float64)
     if not len(rates):
         return Estimate.undefined()
-    total, clusters = float(counts.sum()), len(rates)
-    value = np.clip((rates * counts).sum() / total, 0, 1)
-    size = float(clusters)
-    if clusters > 1 and 0 < value < 1:
-        residual = rates * counts - value * counts
-        found = _effective_size(value, *_spread(residual[:, None], counts[:, None]), counts[:, None], of=total)
-        size = float(np.fmin(found[0], total))  # clusters of equal rates have no variance: all questions count
-    low, high = _clopper_pearson(np.asarray(value), np.asarray(size))
-    return Estimate(float(value), float(low), float(high), int(total), clusters)
+    value, low, high = (float(edge[0]) for edge in proportion_intervals(rates[:, None], counts[:, None]))
+    return Estimate(value, low, high, int(counts.sum()), len(rates))
+
+
+def proportion_intervals(rates: np.ndarray, questions: np.ndarray) -> Edges:
+    """The same of many cells at once. Shapes: `cluster cell, cluster cell -> cell, cell, cell`."""
+    total, clusters = questions.sum(0), len(rates)
+    value = np.clip((rates * questions).sum(0) / total, 0, 1)
+    size = np.full(value.shape, float(clusters))
+    if clusters > 1:
+        spread = _spread((rates - value) * questions, questions)
+        # Clusters of equal rates have no variance: all questions count.
+        size = np.fmin(_effective_size(value, *spread, questions, of=total), total)
+    return value, *_clopper_pearson(value, size)
 
 
 def difference_over_facts(
@@ -103,7 +111,7 @@ def difference_over_facts(
     """Mean of `values` less `null` over the rows that have both, as a rule a measure less its control.
 
     Between bounds it combines the intervals of the two as far as their facts go apart or together (Zou & Donner 2008,
-    Statistics in Medicine 27), so that it leans as they lean; `binary` values are proportions.
+    Statistics in Medicine 27), so that it leans as they lean; of `binary` values, those of what facts gain and lose.
     Shapes: `row, row, row ->`.
     """
     both = np.isfinite(values) & np.isfinite(null)
@@ -111,30 +119,54 @@ def difference_over_facts(
     apart = mean_over_facts(values - null, facts)
     if bounds is None or not apart.n or (apart.facts < 2 and not binary):
         return apart
-    interval = proportion_over_facts if binary else lambda part, of: mean_over_facts(part, of, bounds=bounds)
-    own, other = interval(values, facts), interval(null, facts)
     (sums, counts), (others, _) = _by_fact(values, facts), _by_fact(null, facts)
+    if binary:
+        reaches = reach_of_shares(((sums - others) / counts)[:, None], counts[:, None])
+        down, up = (float(one_way[0]) for one_way in reaches)
+        return Estimate(apart.value, apart.value - down, apart.value + up, apart.n, apart.facts)
     size = float(max(np.abs(sums / counts).max(), np.abs(others / counts).max()))
-    if not binary and np.ptp((sums - others) / counts) <= ALIKE * size:
+    if np.ptp((sums - others) / counts) <= ALIKE * size:
         reach = bounds[1] - bounds[0]
         low, high = all_alike(np.asarray(apart.value), np.asarray(apart.facts), (-reach, reach))
         return Estimate(apart.value, float(low), float(high), apart.n, apart.facts)
-    down, up = reach_apart(own, other, sums - own.value * counts, others - other.value * counts)
+    own, other = (mean_intervals(part[:, None], counts[:, None], bounds=bounds) for part in (sums, others))
+    residuals = ((part - edges[0] * counts)[:, None] for part, edges in ((sums, own), (others, other)))
+    down, up = (float(one_way[0]) for one_way in reach_apart(own, other, *residuals))
     return Estimate(apart.value, apart.value - down, apart.value + up, apart.n, apart.facts)
 
 
+def reach_of_shares(apart: np.ndarray, weights: np.ndarray, *, most: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """How far below and above its value the difference of two shares reaches, both over the same facts.
+
+    It is the share that facts gain less the share that they lose. Intervals of the two shares themselves say nothing
+    where all facts agree: two models of the same answers would differ by nothing for certain.
+    Args:
+        apart: by how much each fact's shares differ.
+        weights: how many questions each fact has.
+        most: the most that a fact's can differ by.
+    Shapes: `fact cell, fact cell -> cell, cell`.
+    """
+    # What differs by rounding alone is a fact that agrees, and would count as one whose questions all do.
+    apart = np.where(np.abs(apart) <= ALIKE * most, 0.0, apart / most)
+    # A question whose answers can differ by 2 is as two of them.
+    gained, lost, weights = np.maximum(apart, 0), np.maximum(-apart, 0), weights * most
+    own, other = proportion_intervals(gained, weights), proportion_intervals(lost, weights)
+    down, up = reach_apart(own, other, (gained - own[0]) * weights, (lost - other[0]) * weights)
+    return most * down, most * up
+
+
 def reach_apart(
-    own: Estimate, other: Estimate, residual: np.ndarray, other_residual: np.ndarray
-) -> tuple[float, float]:
+    own: Edges, other: Edges, residual: np.ndarray, other_residual: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """How far below and above its value one estimate less another reaches, as far as their facts go together.
 
     Args:
-        residual, other_residual: by how much each fact's sum differs from what the estimate says. Shapes: `fact`.
+        residual, other_residual: by how much each fact's sum differs from what the estimate says. Shapes: `fact cell`.
     Source: Zou & Donner 2008.
     """
+    (value, low, high), (against, least, most) = own, other
     together = _together(residual, other_residual)
-    down = _combined(own.value - own.low, other.high - other.value, together)
-    return down, _combined(own.high - own.value, other.value - other.low, together)
+    return _combined(value - low, most - against, together), _combined(high - value, against - least, together)
 
 
 def ratio_over_facts(parts: np.ndarray, wholes: np.ndarray, facts: np.ndarray) -> Estimate:
@@ -147,9 +179,7 @@ def ratio_over_facts(parts: np.ndarray, wholes: np.ndarray, facts: np.ndarray) -
     return Estimate(value, low, high, int(both.sum()), len(sums))
 
 
-def mean_intervals(
-    sums: np.ndarray, counts: np.ndarray, *, bounds: Bounds | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def mean_intervals(sums: np.ndarray, counts: np.ndarray, *, bounds: Bounds | None = None) -> Edges:
     """Means of many cells at once with their intervals, from each fact's sum and count in each cell.
 
     Shapes: `fact cell, fact cell -> cell, cell, cell`; a count of 0 is a fact that the cell lacks.
@@ -202,7 +232,7 @@ def _spread(residual: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _effective_size(
-    share: np.ndarray, error: np.ndarray, freedom: np.ndarray, counts: np.ndarray, *, of: float = np.inf
+    share: np.ndarray, error: np.ndarray, freedom: np.ndarray, counts: np.ndarray, *, of: np.ndarray | float = np.inf
 ) -> np.ndarray:
     """Questions of a simple sample that would vary as much, as well known; at 0 and 100 % the number of facts.
 
@@ -224,15 +254,15 @@ def _clopper_pearson(share: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, n
     return low, high
 
 
-def _combined(own: float, other: float, together: float) -> float:
+def _combined(own: np.ndarray, other: np.ndarray, together: np.ndarray) -> np.ndarray:
     """How far a difference reaches, from how far its two parts do."""
-    return float(np.sqrt(max(own**2 + other**2 - 2 * together * own * other, 0.0)))
+    return np.sqrt(np.maximum(own**2 + other**2 - 2 * together * own * other, 0.0))
 
 
-def _together(own: np.ndarray, other: np.ndarray) -> float:
-    """Correlation over facts of two residuals; 0 where one has no variance."""
-    scale = float(np.sqrt((own**2).sum() * (other**2).sum()))
-    return float((own * other).sum() / scale) if scale > 0 else 0.0
+def _together(own: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Correlation over facts of two residuals; 0 where one has no variance. Shapes: `fact cell, fact cell -> cell`."""
+    scale = np.sqrt((own**2).sum(0) * (other**2).sum(0))
+    return (own * other).sum(0) / np.where(scale > 0, scale, 1.0)
 
 
 def _by_fact(values: np.ndarray, facts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

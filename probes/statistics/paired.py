@@ -6,8 +6,8 @@ side by side suggest. What is drawn at random is the fact, and a drawn fact brin
     means, correlations   facts drawn with replacement, both models' numbers worked out anew from each draw; the ends
                           are percentiles, further out than 2.5 % where facts are few (Hesterberg 2015, The American
                           Statistician 69: the expanded percentile interval)
-    shares of 0 and 1     the two intervals combined as far as their facts go together (Zou & Donner 2008): of answers
-                          that are nearly all alike, draws tell too little
+    shares of 0 and 1     the intervals of what facts gain and of what they lose, combined (Zou & Donner 2008): of
+                          answers that are nearly all alike, draws tell too little, and of models that are, shares do
     all facts alike       what is still possible if the share of facts that n of them can miss were otherwise
 
 How often they hold the truth is measured by `examples/benchmarks/coverage.py --paired`.
@@ -25,7 +25,7 @@ import pandas as pd
 from scipy import stats
 
 from .by_head import score_table
-from .coverage import caution
+from .coverage import caution, first_caution
 from .estimators import Control, Measured, missing_interval, pair_cosines
 from .group_correlation import LEAST_FACTS, Layout, Moments, null_correlations
 from .intervals import (
@@ -35,9 +35,7 @@ from .intervals import (
     Bounds,
     Estimate,
     all_alike,
-    difference_over_facts,
-    proportion_over_facts,
-    reach_apart,
+    reach_of_shares,
     student,
 )
 
@@ -348,7 +346,7 @@ def _of_answers(own: Answers, other: Answers, seed: int, control: bool) -> Measu
     kind = "proportion" if own.binary else "mean"
     estimate = _apart(own, other, seed)
     uneven = _uneven(*(Means.of(side.values, side.facts) for side in (own, other)))
-    cautions = [caution(kind, estimate.facts, apart=True), uneven]
+    cautions = [first_caution(kind, estimate, apart=True), uneven]
     measured = Measured(estimate, statistic=f"difference of {kind}s", caution="; ".join(filter(None, cautions)))
     if not control or own.null is None or other.null is None:
         return measured
@@ -357,7 +355,7 @@ def _of_answers(own: Answers, other: Answers, seed: int, control: bool) -> Measu
         return measured
     excess = _apart(own, other, seed, excess=True)
     beside = Control(floor.value, (floor.low, floor.high), floor.n, "a derangement of facts in each model", floor.facts)
-    cautions[0] = caution(kind, min(estimate.facts, floor.facts, excess.facts), apart=True)
+    cautions[0] = first_caution(kind, estimate, floor, excess, apart=True)
     return replace(measured, control=beside, excess=excess, caution="; ".join(filter(None, cautions)))
 
 
@@ -369,14 +367,21 @@ def _apart(own: Answers, other: Answers, seed: int, *, excess: bool = False) -> 
     if not own.binary or not len(shared):
         least, most = (own.bounds[0] - own.bounds[1], own.bounds[1] - own.bounds[0]) if excess else own.bounds
         return paired_difference(one, two, (least, most), seed=seed)
-    first, second = (_share(side.among(shared), excess) for side in (own, other))
-    left = one.sums - first.value * one.pairs, two.sums - second.value * two.pairs
-    value, (down, up) = first.value - second.value, reach_apart(first, second, *left)
-    return Estimate(value, value - down, value + up, min(first.n, second.n), len(shared))
+    rates = one.sums / one.pairs, two.sums / two.pairs
+    weights = one.pairs / one.pairs.sum(), two.pairs / two.pairs.sum()
+    n = int(min(one.pairs.sum(), two.pairs.sum()))
+    value = float((weights[0] * rates[0]).sum() - (weights[1] * rates[1]).sum())
+    apart, weight = rates[0] - rates[1], n * (weights[0] + weights[1]) / 2
+    reach = reach_of_shares(apart[:, None], weight[:, None], most=2.0 if excess else 1.0)
+    mixture = _reach_of_mixture(weights[0] - weights[1], (rates[0] + rates[1]) / 2) if _uneven(one, two) else 0.0
+    down, up = (float(np.hypot(one_way[0], mixture)) for one_way in reach)
+    return Estimate(value, value - down, value + up, n, len(shared))
 
 
-def _share(side: Answers, excess: bool) -> Estimate:
-    if not excess:
-        return proportion_over_facts(side.values, side.facts)
-    assert side.null is not None, "an excess is over a control"
-    return difference_over_facts(side.values, side.null, side.facts, bounds=FRACTION, binary=True)
+def _reach_of_mixture(further: np.ndarray, rates: np.ndarray) -> float:
+    """How far what facts weigh further in one number than in the other moves their difference. Shapes: `fact, fact ->`.
+
+    The difference is that of each fact's two rates, at what it weighs on average, and this.
+    """
+    facts, parts = len(rates), further * (rates - rates.mean())
+    return student(facts - 1) * float(np.sqrt(facts / (facts - 1) * (parts**2).sum()))

@@ -1,5 +1,7 @@
 """Intervals of means and proportions over facts: closed forms, scipy's, and how often they hold the truth."""
 
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -13,6 +15,7 @@ from revprobe.probes.statistics.intervals import (
     proportion,
     proportion_over_facts,
     ratio_over_facts,
+    reach_of_shares,
 )
 
 
@@ -155,6 +158,66 @@ def test_a_difference_within_facts_is_the_paired_one_and_covers() -> None:
     assert np.median(widths) < 1.4 * 2 * stats.t.ppf(0.975, 12) * 0.4 / 12**0.5 / 13**0.5
 
 
+def by_the_formulas(gained: list[float], lost: list[float], each: int) -> tuple[float, float]:
+    """What facts gain less what they lose, slowly: Korn and Graubard's size of both, and Zou and Donner's limits."""
+
+    def share(rates: list[float]) -> tuple[float, float, float]:
+        value, facts = float(np.mean(rates)), len(rates)
+        apart = [rate - value for rate in rates]
+        squares = sum(one**2 for one in apart)
+        if not squares:
+            return value, *exact(value * facts, facts)
+        freedom = min(max(1.5 * squares**2 / sum(one**4 for one in apart), 1), facts - 1)
+        size = value * (1 - value) / (squares / (facts - 1) / facts)
+        size *= (stats.t.ppf(0.975, facts * each - 1) / stats.t.ppf(0.975, freedom)) ** 2
+        size = min(max(size, facts), facts * each)
+        return value, *exact(value * size, size)
+
+    (won, won_low, won_high), (left, left_low, left_high) = share(gained), share(lost)
+    together = 0.0 if np.ptp(gained) == 0 or np.ptp(lost) == 0 else float(np.corrcoef(gained, lost)[0, 1])
+
+    def reach(one: float, other: float) -> float:
+        return (one**2 + other**2 - 2 * together * one * other) ** 0.5
+
+    value = won - left
+    return value - reach(won - won_low, left_high - left), value + reach(won_high - won, left - left_low)
+
+
+@pytest.mark.parametrize("each", [1, 10])
+def test_a_difference_of_shares_is_what_facts_gain_less_what_they_lose(each: int) -> None:
+    """Fact by fact, whatever the two shares are where they agree."""
+    generator = np.random.default_rng(4)
+    for _ in range(20):
+        own = (generator.random((12, each)) < 0.6).astype(float)
+        null = np.where(generator.random((12, each)) < 0.7, own, generator.random((12, each)) < 0.4)
+        apart = (own.mean(1) - null.mean(1)).tolist()
+        expected = by_the_formulas([max(one, 0) for one in apart], [max(-one, 0) for one in apart], each)
+        found = difference_over_facts(own.ravel(), null.ravel(), names(12, each), bounds=FRACTION, binary=True)
+        assert found.value == pytest.approx(np.mean(apart))
+        assert (found.low, found.high) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("each", [1, 45])
+@pytest.mark.parametrize("right", [0, 10, 20])
+def test_the_same_answers_differ_by_what_their_facts_can_miss(right: int, each: int) -> None:
+    """Half of 20 right and a control that is right in the same: [0, 0], when the two shares were combined."""
+    answers = np.repeat(np.arange(20) < right, each).astype(float)
+    found = difference_over_facts(answers, answers, names(20, each), bounds=FRACTION, binary=True)
+    missed = 1 - 0.025 ** (1 / 20)
+    assert found.value == 0 and (found.low, found.high) == (pytest.approx(-missed), pytest.approx(missed))
+    rounded = difference_over_facts(answers * 0.3, answers * (0.1 + 0.2), names(20, each), bounds=FRACTION, binary=True)
+    assert rounded.high == pytest.approx(missed), "what differs by its last bit is alike"
+
+
+def test_the_reach_of_many_readings_is_that_of_each() -> None:
+    generator = np.random.default_rng(6)
+    apart, weights = generator.integers(-3, 4, (9, 5)) / 3, generator.integers(1, 6, (9, 5)).astype(float)
+    down, up = reach_of_shares(apart, weights, most=2.0)
+    for cell in range(5):
+        one = reach_of_shares(apart[:, [cell]], weights[:, [cell]], most=2.0)
+        assert (one[0][0], one[1][0]) == pytest.approx((down[cell], up[cell]), abs=1e-12)
+
+
 def test_ratios_are_least_squares_through_zero() -> None:
     generator = np.random.default_rng(3)
     x = generator.normal(size=60)
@@ -173,6 +236,13 @@ def test_undefined_means_say_so() -> None:
     assert np.isnan(proportion_over_facts(np.array([np.nan]), np.array(["a"])).value)
 
 
-def test_few_facts_carry_a_caution() -> None:
-    for statistic, fewest in FEWEST.items():
-        assert caution(statistic, fewest) == "" and f"({fewest - 1})" in caution(statistic, fewest - 1)
+def test_few_facts_carry_a_caution_and_need_be_the_more_the_more_questions_each_has() -> None:
+    for statistic, limits in FEWEST.items():
+        for most, fewest in limits.items():
+            each = 10**6 if math.isinf(most) else int(most)
+            assert caution(statistic, fewest, fewest * each) == ""
+            assert f"({fewest - 1})" in caution(statistic, fewest - 1, (fewest - 1) * each)
+    assert caution("proportion", 3) == caution("proportion", 3, 3) == caution("proportion", 3, 30) == ""
+    seeds = caution("proportion", 3, 600, of="seeds")
+    assert seeds.startswith("few seeds (3) of 200 questions each: 95 % intervals of a proportion")
+    assert "facts" not in seeds and caution("mean", 13, 10**6) == ""
