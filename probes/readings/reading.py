@@ -100,7 +100,7 @@ class Reading:
 
     @property
     def n(self) -> int:
-        """Pairs behind the value."""
+        """Pairs behind the value (questions of answers, reverse queries of objective terms)."""
         return self.measured.estimate.n
 
     @property
@@ -149,7 +149,11 @@ class Reading:
 
     @property
     def caution(self) -> str:
-        """What the interval must be read with: facts so few that it was seen to cover too little; else empty."""
+        """What the numbers must be read with; else empty.
+
+        Facts so few that intervals were seen to cover too little; pairs whose mean, or whose control and excess, leaves
+        out some of their layers, heads, places or positions.
+        """
         return self.measured.caution
 
     @property

@@ -1,14 +1,37 @@
-"""From the rows of a causal trace, or of a ranking of heads, to numbers: the reading's own, and one for each place."""
+"""From rows of edits (route edits, causal traces, rankings of heads) to numbers: the whole reading's, and each place's.
+
+A pair counts by its mean over its cells (layers, heads, places), beside its control over the same cells. Where some
+cells have a value and no control, the mean of the values less the mean of the controls would be a difference of cells.
+So a pair's excess is the mean of value less control over the cells that have both, and so is the control beside it;
+where that is not all that the value rests on, the caution says so.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
-from .estimators import Measured, with_control
-from .intervals import mean_intervals
+from .estimators import NO_PARTNER, NOT_FINITE, Measured, with_control
+from .intervals import Bounds, mean_intervals
+
+EDITED = {"all": "all chosen layers and heads at once", "layer": "single layers", "head": "single heads"}
+CELLS = {"all": "edits", "layer": "layers", "head": "heads"}
+
+
+def route_edit(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
+    """Mean change of log-probability (nats) under the widest edit in the frame, over pairs.
+
+    Reverse queries, unless the frame holds forward ones alone; with several layers or heads, their mean per pair.
+    """
+    rows = frame[frame["direction"] == "reverse"] if (frame["direction"] == "reverse").any() else frame
+    widest = next(scope for scope in EDITED if (rows["scope"] == scope).any())
+    statistic = f"mean change of {rows['direction'].iloc[0]} log-probability, {EDITED[widest]} (nats)"
+    method = "the same change of other positions' scores, drawn at random"
+    return over_cells(rows[rows["scope"] == widest], "change", statistic, method=method, cells=CELLS[widest])
 
 
 def causal_trace(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
@@ -19,33 +42,74 @@ def causal_trace(frame: pd.DataFrame, seed: int, control: bool = True) -> Measur
     rows = frame[frame["direction"] == "reverse"] if (frame["direction"] == "reverse").any() else frame
     statistic = f"mean effect of a clean state on the corrupted {rows['direction'].iloc[0]} query (nats)"
     method = "the state of a third fact at the same place"
-    return _over_pairs(rows, "effect", "effect_control", statistic, method)
+    return over_cells(rows, "effect", statistic, method=method, cells="places")
 
 
 def head_ranking(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
     """Mean effect (nats) over held-out pairs of editing single top heads, each pair's mean over those in the frame."""
     statistic = "mean effect of single top heads on facts that they were not ranked by (nats)"
-    return _over_pairs(frame, "effect", "effect_control", statistic, "random heads of the same layers, same facts")
+    return over_cells(frame, "effect", statistic, method="random heads of the same layers, same facts", cells="heads")
 
 
-def _over_pairs(rows: pd.DataFrame, value: str, null: str, statistic: str, method: str) -> Measured:
-    """Each pair's mean of a column beside that of its control, and over facts; what is undefined, in pairs."""
-    columns = [column for column in (value, null) if column in rows]
-    table = rows.groupby("pair", sort=True)[columns].mean().join(rows.drop_duplicates("pair").set_index("pair")["fact"])
+def over_cells(
+    rows: pd.DataFrame, value: str, statistic: str, *, method: str, cells: str, bounds: Bounds | None = None
+) -> Measured:
+    """Mean over pairs of a column, each pair's own mean over its rows; its control is the column `<value>_control`.
+
+    A pair counts as undefined only where none of its rows has a value; then once, with all its reasons. The same holds
+    for the controls of pairs that have a value. Pairs that lack some of their rows alone are told in the caution.
+    Args:
+        cells: what a row of a pair is, as people call several of them: "heads".
+    """
+    null = f"{value}_control"
+    table = rows.groupby("pair", sort=True).agg({"fact": "first", value: "mean"})
     own, facts = table[value].to_numpy(dtype=np.float64), table["fact"].to_numpy().astype(str)
-    undefined = _pairs_by_reason(rows, "reason")
+    undefined = _whole_pairs(rows, rows[value].notna(), "reason", NOT_FINITE)
+    told = [_some_cells(rows, rows[value].notna(), "reason", "the value", cells)]
     if null not in rows:
-        return with_control(own, None, facts, undefined, statistic)
-    undefined |= _pairs_by_reason(rows[rows["reason"] == ""], "reason_control")
-    counted = np.zeros(len(table), dtype=bool)  # just now, by reason
-    beside = table[null].to_numpy(dtype=np.float64)
-    return with_control(own, beside, facts, undefined, statistic, alone=counted, method=method)
+        found = with_control(own, None, facts, undefined, statistic, bounds=bounds)
+    else:
+        valued = rows[rows[value].notna()]
+        there = valued[null].notna()
+        both = valued[there].groupby("pair", sort=True)[[value, null]].mean().reindex(table.index)
+        undefined = dict(Counter(undefined) + Counter(_whole_pairs(valued, there, "reason_control", NO_PARTNER)))
+        told.append(_some_cells(valued, there, "reason_control", "control and excess", cells))
+        counted = np.zeros(len(table), dtype=bool)  # just now, by reason
+        compared, beside = (both[column].to_numpy(dtype=np.float64) for column in (value, null))
+        of_pairs = own, beside, facts, undefined, statistic
+        found = with_control(*of_pairs, bounds=bounds, alone=counted, compared=compared, method=method)
+    return replace(found, caution="; ".join(filter(None, [found.caution, *told])))
 
 
-def _pairs_by_reason(rows: pd.DataFrame, column: str) -> dict[str, int]:
-    """Pairs that have a row with each reason."""
-    some = rows.loc[rows[column] != "", ["pair", column]].drop_duplicates()
-    return {str(reason): int(count) for reason, count in some[column].astype(str).value_counts().items()}
+def _whole_pairs(rows: pd.DataFrame, there: pd.Series, column: str, unnamed: str) -> dict[str, int]:
+    """Pairs of which no row is there, each once, by the reasons of its rows."""
+    lacking = rows[~there.groupby(rows["pair"]).transform("any")]
+    if lacking.empty:
+        return {}
+    why = _reasons(lacking, column).groupby(lacking["pair"]).agg(lambda some: " / ".join(sorted({*some} - {""})))
+    return {str(reason) or unnamed: int(count) for reason, count in why.value_counts().items()}
+
+
+def _some_cells(rows: pd.DataFrame, there: pd.Series, column: str, what: str, cells: str) -> str:
+    """Which pairs have some of their rows alone, how many of them, and why; empty where none has."""
+    if there.all():
+        return ""
+    by_pair = there.groupby(rows["pair"])
+    partial = by_pair.transform("any") & ~by_pair.transform("all")
+    if not partial.any():
+        return ""
+    lost, pairs = rows[partial & ~there], rows.loc[partial, "pair"].nunique()
+    counts = _reasons(lost, column).value_counts()
+    why = ", ".join(str(reason) for reason in counts.index if reason)
+    left = f"{what} of {pairs:,} {'pair leaves' if pairs == 1 else 'pairs leave'} out"
+    return f"{left} {len(lost):,} of {int(partial.sum()):,} {cells}" + (f" ({why})" if why else "")
+
+
+def _reasons(rows: pd.DataFrame, column: str) -> pd.Series:
+    """As plain texts: of categories, those that do not occur would be counted too."""
+    if column not in rows:
+        return pd.Series("", index=rows.index, dtype=object)
+    return rows[column].astype(object).fillna("").astype(str)
 
 
 def place_means(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from .estimators import Measured, control_reasons, pair_reasons, with_control
+from .causal_trace import over_cells
+from .estimators import Measured, with_control
 from .intervals import FRACTION, mean_intervals
 
 CONTROL = "another fact's target at the same positions and steps"
@@ -26,25 +27,15 @@ def denoising_trace(frame: pd.DataFrame, seed: int, control: bool = True) -> Mea
     rows = frame[frame["direction"] == "reverse"] if (frame["direction"] == "reverse").any() else frame
     direction, answers = rows["direction"].iloc[0], rows[rows["part"] == "answer"]
     if answers.empty:
-        table, undefined = _by_pair(rows, ["weight"])
         statistic = f"mean attention weight of the evidence, {direction} queries, from what is still masked"
-        return with_control(table["weight"].to_numpy(), None, _facts(table), undefined, statistic, bounds=FRACTION)
+        return over_cells(rows, "weight", statistic, method="", cells="rows of attention", bounds=FRACTION)
     statistic = f"mean probability of the target when it was written, {direction} queries"
     written = answers[answers["token"].notna()]
     if written.empty:
         table = answers.drop_duplicates("pair")
         nothing = np.full(len(table), np.nan)
         return with_control(nothing, None, _facts(table), {NOT_WRITTEN: len(table)}, statistic, bounds=FRACTION)
-    columns = [column for column in ("probability", "probability_control") if column in written]
-    table, undefined = _by_pair(written, columns)
-    values = table["probability"].to_numpy()
-    if len(columns) == 1:
-        return with_control(values, None, _facts(table), undefined, statistic, bounds=FRACTION)
-    undefined |= control_reasons(_plain(written))
-    counted = np.zeros(len(table), dtype=bool)  # just now, by reason
-    null = table["probability_control"].to_numpy()
-    facts = _facts(table)
-    return with_control(values, null, facts, undefined, statistic, bounds=FRACTION, alone=counted, method=CONTROL)
+    return over_cells(written, "probability", statistic, method=CONTROL, cells="positions", bounds=FRACTION)
 
 
 def steps_table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -108,19 +99,6 @@ def _sizes(pairs: pd.DataFrame) -> dict[str, np.ndarray]:
     """Pairs and facts behind each column. Shapes: as `_means`."""
     there = pairs.notna()
     return {"n": there.sum().to_numpy(), "facts": there.groupby(level=1).any().sum().to_numpy()}
-
-
-def _by_pair(rows: pd.DataFrame, columns: list[str]) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Each pair's means and fact, and the pairs that have none, by reason."""
-    table = rows.groupby("pair", sort=True).agg({"fact": "first"} | dict.fromkeys(columns, "mean"))
-    lacking = table.index[table[columns[0]].isna()]
-    undefined = pair_reasons(_plain(rows[rows["pair"].isin(lacking)]), "reason")
-    return table.astype(dict.fromkeys(columns, np.float64)), undefined
-
-
-def _plain(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with their reasons as texts: categories that do not occur would be counted."""
-    return rows.assign(**{name: rows[name].astype(str) for name in rows.columns if name.startswith("reason")})
 
 
 def _facts(rows: pd.DataFrame) -> np.ndarray:

@@ -6,12 +6,11 @@
     gradient_cosine         mean per-pair cosine of the forward and reverse loss gradients (or of an adapter's alone)
     objective_terms         inner product of the objective's gradient with that of the reverse loss
     reverse_probability     mean probability of the target under the reverse query
-    route_edit              mean change of log-probability under an edit of attention scores
     stored_evidence         mean stored evidence under the reverse query, summed over layers and heads
 
-Each comes with a control (forward queries against reverse queries of another fact of the same group; for route edits,
-the same change at random positions), with counts of what is undefined, by reason, and with a word of caution where its
-facts are so few that its intervals were seen to cover too little.
+Each comes with a control (forward queries against reverse queries of another fact of the same group), with counts of
+what is undefined, by reason, and with a word of caution where its facts are so few that its intervals were seen to
+cover too little. Other probes' stand in files of their own; `measures.py` lists all.
 """
 
 from __future__ import annotations
@@ -59,6 +58,11 @@ class Control:
     method: str
     facts: int = 0
 
+    @property
+    def estimate(self) -> Estimate:
+        """The control as a number with its interval."""
+        return Estimate(self.value, *self.interval, self.n, self.facts)
+
     def __repr__(self) -> str:
         # Readings of older versions count the facts of a control as 0.
         size = counted(self.n, self.facts) if self.facts or not self.n else f"n = {self.n:,} pairs"
@@ -67,7 +71,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Measured:
-    """An estimate, its control, the excess over it, what was left out, and what its facts are too few for."""
+    """An estimate, its control, the excess over it, what was left out, and what they must be read with."""
 
     estimate: Estimate
     control: Control | None = None
@@ -155,14 +159,14 @@ def score_correlation(tables: ScoreTables, seed: int, control: bool = True) -> M
     undefined = tables.undefined | {reason: count for reason, count in counts.items() if count}
     few = caution("correlation", found.facts)
     if not found.null.size:
-        return _explained(Measured(estimate, None, None, undefined, found.statistic, few), len(facts))
+        return explained(Measured(estimate, None, None, undefined, found.statistic, few), len(facts))
     # A round of shuffles averages 0 but for the last bit, which would read as a control.
     null = round(float(found.null.mean()), 12) + 0.0
     low, high = (float(edge) for edge in np.percentile(found.null, [2.5, 97.5]))
     method = f"{found.null.size} shuffles of facts within groups"
     beside = Control(null, (low, high), found.n, method, found.facts)
     excess = Estimate(found.value - null, found.low - null, found.high - null, found.n, found.facts)
-    return _explained(Measured(estimate, beside, excess, undefined, found.statistic, few), len(facts))
+    return explained(Measured(estimate, beside, excess, undefined, found.statistic, few), len(facts))
 
 
 def gradient_cosine(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
@@ -255,30 +259,6 @@ def mean_reciprocal_rank(frame: pd.DataFrame) -> Measured:
     return with_control(values, null, facts, reasons(frame), "mean reciprocal rank", bounds=FRACTION)
 
 
-def route_edit(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
-    """Mean change of log-probability (nats) under the widest edit in the frame, over pairs.
-
-    Reverse queries, unless the frame holds forward ones alone; with several layers or heads, their mean per pair.
-    """
-    rows = frame[frame["direction"] == "reverse"] if (frame["direction"] == "reverse").any() else frame
-    widest = next(scope for scope in ("all", "layer", "head") if (rows["scope"] == scope).any())
-    rows = rows[rows["scope"] == widest]
-    what = {"all": "all chosen layers and heads at once", "layer": "single layers", "head": "single heads"}[widest]
-    statistic = f"mean change of {rows['direction'].iloc[0]} log-probability, {what} (nats)"
-    columns = [column for column in ("change", "change_control") if column in rows]
-    table = rows.groupby("pair", sort=True).agg({"fact": "first"} | dict.fromkeys(columns, "mean"))
-    change, facts = table["change"].to_numpy(dtype=np.float64), table["fact"].to_numpy().astype(str)
-    undefined = reasons(rows)
-    if "change_control" not in rows:
-        return with_control(change, None, facts, undefined, statistic)
-    null = table["change_control"].to_numpy(dtype=np.float64)
-    alone = rows.loc[rows["reason"] == "", "reason_control"].replace("", np.nan).value_counts()
-    undefined |= {str(reason): int(count) for reason, count in alone.items()}
-    method = "the same change of other positions' scores, drawn at random"
-    counted = np.zeros(len(table), dtype=bool)  # just now, by reason
-    return with_control(change, null, facts, undefined, statistic, alone=counted, method=method)
-
-
 def stored_evidence(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
     """Mean over pairs of S[v, u] under the reverse query, summed over the frame's layers and heads."""
     rows = frame[(frame["part"] == "evidence") & (frame["source"] == "token")]
@@ -325,11 +305,13 @@ def with_control(
     bounds: Bounds | None = None,
     binary: bool = False,
     alone: np.ndarray | None = None,
+    compared: np.ndarray | None = None,
     method: str = "one derangement of facts within groups",
 ) -> Measured:
     """The mean of `values` beside that of `null`, between bounds or a proportion where they are 0 or 1 (`binary`).
 
-    `alone` marks pairs without a partner (all NaN of `null` if None).
+    `alone` marks pairs without a partner (all NaN of `null` if None); `compared` is what each pair's control is held
+    against, where that is not all of its value.
     """
     mean = proportion_over_facts if binary else lambda part, of: mean_over_facts(part, of, bounds=bounds)
     estimate = mean(values, facts)
@@ -338,27 +320,31 @@ def with_control(
     lost = int((~np.isfinite(values)).sum()) - sum(undefined.values())
     undefined = undefined | ({NOT_FINITE: lost} if lost > 0 else {})
     if null is None:
-        return _explained(Measured(estimate, None, None, undefined, statistic, few), len(values))
+        return explained(Measured(estimate, None, None, undefined, statistic, few), len(values))
     floor = mean(null, facts)
     without_partner = int((np.isnan(null) & np.isfinite(values) if alone is None else alone).sum())
     undefined = undefined | ({NO_PARTNER: without_partner} if without_partner else {})
     if not floor.n:
-        return _explained(Measured(estimate, None, None, undefined, statistic, few), len(values))
+        return explained(Measured(estimate, None, None, undefined, statistic, few), len(values))
     control = Control(floor.value, (floor.low, floor.high), floor.n, method, floor.facts)
-    excess = difference_over_facts(values, null, facts, bounds=FRACTION if binary else bounds, binary=binary)
+    own = values if compared is None else compared
+    excess = difference_over_facts(own, null, facts, bounds=FRACTION if binary else bounds, binary=binary)
     # Facts without a partner have a value and no control: the excess may rest on fewer.
     few = first_caution(kind, estimate, floor, excess)
-    return _explained(Measured(estimate, control, excess, undefined, statistic, few), len(values))
+    return explained(Measured(estimate, control, excess, undefined, statistic, few), len(values))
 
 
-def _explained(measured: Measured, rows: int) -> Measured:
+def explained(measured: Measured, rows: int) -> Measured:
     """No NaN goes without a reason and a count: what lacks a value, or an interval, says why."""
     undefined = dict(measured.undefined)
     if np.isnan(measured.estimate.value) and not undefined:
         undefined[NOT_FINITE] = rows
-    for found in (measured.estimate, measured.excess):
-        if found is not None and (reason := missing_interval(found)):
-            undefined[reason] = found.n
+    own, control = missing_interval(measured.estimate), measured.control
+    beside = None if control is None else control.estimate
+    for found, whose in ((measured.estimate, ""), (beside, " (control)"), (measured.excess, "")):
+        reason = "" if found is None else missing_interval(found)
+        if found is not None and reason and not (whose and reason == own):  # which then is said of both
+            undefined[reason + whose] = found.n
     return replace(measured, undefined=undefined)
 
 

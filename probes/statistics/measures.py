@@ -10,7 +10,7 @@ import pandas as pd
 
 from ...errors import RevprobeError, did_you_mean
 from .assumptions import assumption_audit
-from .causal_trace import causal_trace, head_ranking
+from .causal_trace import causal_trace, head_ranking, route_edit
 from .denoising import denoising_trace
 from .estimators import (
     Measured,
@@ -20,7 +20,6 @@ from .estimators import (
     gradient_cosine,
     objective_terms,
     reverse_probability,
-    route_edit,
     stored_evidence,
 )
 from .lens import logit_lens
