@@ -74,9 +74,10 @@ def class_slopes(
 
 def reverse_direction(
     model: ProbedModel, pairs: ReversalPairs, part: str, *, batch_size: int | None = None, seed: int = 0
-) -> tuple[dict[str, Tensor], float]:
-    """The gradient of the mean reverse loss over facts, and that loss; the caller keeps the module untouched.
+) -> tuple[dict[str, Tensor], float, tuple[int, int]]:
+    """The gradient of the mean reverse loss over facts, that loss, and how many queries and facts it is of.
 
+    The caller keeps the module untouched.
     Args:
         part: "loss", its "letters", or "control" (the same targets under other facts' reverse queries).
     Returns: an empty direction and NaN where no fact has a control.
@@ -94,7 +95,9 @@ def reverse_direction(
     facts = pairs.facts.astype(str)[list(asked)]
     names, fact, counts = np.unique(facts, return_inverse=True, return_counts=True)
     weighted = [(query, 1 / counts[one] / len(names)) for query, one in zip(asked.values(), fact, strict=True)]
-    return _gradient(model, weighted, candidates, batch_size) if weighted else ({}, float("nan"))
+    if not weighted:
+        return {}, float("nan"), (0, 0)
+    return *_gradient(model, weighted, candidates, batch_size), (len(weighted), len(names))
 
 
 def _gradient(

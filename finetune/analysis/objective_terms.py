@@ -31,6 +31,7 @@ from ...probes.passes.asked import asked_pairs
 from ...probes.passes.plan import PassResult, Plan
 from ...probes.passes.run import describe
 from ...probes.readings.reading import Reading
+from ...probes.statistics.by_class import SIZES
 from ...progress import Progress, shows_progress
 from ...relations.letters import LettersRelation
 from ...relations.text_relation import TextRelation
@@ -82,11 +83,10 @@ def objective_terms(
     one) are hidden, and whether the dial leaves the term out. The value is the whole objective's pressure, the inner
     product of its gradient with that of the reverse loss: a step of plain gradient descent changes the reverse loss by
     -lr times it, to first order. The control holds the same gradients against the same targets under the reverse
-    queries of other facts. `objective_classes` gives the classes with their shares, cosines and changes.
+    queries of other facts. n counts reverse queries. `objective_classes` gives the classes with shares and cosines.
 
-    Rows of at most 5 tokens that can be hidden are enumerated: all sets of masks, with their exact weights. Of longer
-    rows sets are drawn, stratified by class; `sampling_error` says what that leaves open. Measured without dropout, on
-    the weights as they are.
+    Rows of at most 5 tokens that can be hidden are enumerated: all sets of masks, with exact weights. Of longer rows
+    sets are drawn, by class; `sampling_error` says what is left open. Without dropout, on the weights as they are.
 
     Args:
         model: a masked model, or a run (its folder), whose config then gives rows, masks, dial and optimizer.
@@ -108,7 +108,8 @@ def objective_terms(
     parts, -log p(target | candidates) and -log p(candidates)), inner_control, all before the factor; adamw,
     adamw_letters, adamw_margin (first-order change by the run's coming AdamW step in nats, factor, rate and clip
     included; NaN with reason_adamw where no state is kept); norm, norm_reverse (of the gradients of the class and of
-    the mean reverse loss). The classes "momentum" and "decay" hold what that step does whatever the gradient is.
+    the mean reverse loss); queries, facts (behind the row's reverse loss), queries_control, facts_control (those that
+    have another fact's query). The classes "momentum" and "decay" hold what that step does whatever the gradient is.
     Raises: RevprobeError, for a causal model, a dial on text, a model without a relation, and as the probes.
     """
     options: dict[str, Any] = {"dial": dial, "rates": rates, "answer_tokens": answer_tokens}
@@ -199,7 +200,7 @@ class Terms:
         frame["masks"] = frame["masks"].astype("Int64")
         order = ["class_number", "role", "fact"]
         frame = frame.sort_values(order, kind="stable", ignore_index=True)
-        return frame if control else frame.drop(columns="inner_control")
+        return frame if control else frame.drop(columns=["inner_control", *SIZES[2:]])
 
     def _products(self, gradient: Tensor, scale: Tensor | None) -> list[tuple[str, dict[str, np.ndarray]]]:
         """Products with each part of each fact's reverse loss, by role. Shapes: `-> class fact` each."""
@@ -231,8 +232,14 @@ class Terms:
         norm = np.sqrt(np.maximum(squares, 0.0))[each]
         reverse = float(self.reverse.mean[self.flat.spans[role]].double().norm())
         about: dict[str, Any] = {"class_number": each, "factor": factor, "role": role}
-        about |= {"loss": np.array(self.classes.losses)[each]}
+        about |= {"loss": np.array(self.classes.losses)[each]} | self._sizes(len(classes))
         return table.assign(**about, **numbers, norm=norm, norm_reverse=reverse)
+
+    def _sizes(self, times: int) -> dict[str, np.ndarray]:
+        """How many reverse queries and facts are behind each row and its control. Shapes: `-> (times fact)` each."""
+        queries, with_control = self.reverse.queries
+        found = (queries, queries > 0, with_control, with_control > 0)
+        return {name: np.tile(one.astype(np.int64), times) for name, one in zip(SIZES, found, strict=True)}
 
     def _of_the_step(self, name: str, vector: Tensor) -> pd.DataFrame:
         """What the coming step does whatever the gradient is."""
@@ -240,7 +247,7 @@ class Terms:
         for role, columns in self._products(vector[None].double(), torch.ones_like(vector)):
             moved = {key: part[0] for key, part in columns.items() if key.startswith("adamw")}
             about: dict[str, Any] = {"fact": self.reverse.facts, "priced": name, "role": role, "factor": 1.0}
-            about |= {"dropped": False, "class_number": len(self.classes.classes) + (name == DECAY)}
+            about |= {"dropped": False, "class_number": len(self.classes.classes) + (name == DECAY)} | self._sizes(1)
             tables.append(pd.DataFrame(about | moved))
         return pd.concat(tables, ignore_index=True)
 
@@ -249,10 +256,10 @@ def along_the_mean(asked: Asked, draws: int, plan: Plan) -> Reading:
     """The reading of an objective whose gradients are never held: each class's product with the mean reverse loss's."""
     pairs = asked_pairs(asked.model, asked.pairs, "objective_terms")
     tables, parts = rows_by_shape(asked.rows), ["loss", "letters", *(["control"] if plan.control else [])]
-    found, losses, norms = {}, {}, {}
+    found, losses, norms, sizes = {}, {}, {}, {}
     with untouched(asked.model.module):
         for part in parts:
-            along, losses[part] = reverse_direction(
+            along, losses[part], sizes[part] = reverse_direction(
                 asked.model, pairs, part, batch_size=plan.batch_size, seed=plan.seed
             )
             norms[part] = (
@@ -270,6 +277,8 @@ def along_the_mean(asked: Asked, draws: int, plan: Plan) -> Reading:
     frame["inner_margin"] = frame["inner"] - frame["inner_letters"]
     if plan.control:
         frame["inner_control"] = list(found["control"].slopes.values()) if norms["control"] else nan
+    behind = [*sizes["loss"], *sizes.get("control", ())]
+    frame = frame.assign(**dict(zip(SIZES, behind, strict=False)))  # two of them without a control
     frame = frame.assign(adamw=nan, adamw_letters=nan, adamw_margin=nan, norm=nan, norm_reverse=norms["loss"])
     frame = frame.assign(reason_adamw=ONE_GRADIENT, masks=frame["masks"].astype("Int64"))
     deviation = np.stack(list(own.deviations.values()))

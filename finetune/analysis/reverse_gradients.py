@@ -69,12 +69,14 @@ class FlatParameters:
 @dataclass(frozen=True)
 class ReverseGradients:
     """Shapes: `facts`: fact; `loss` (mean over its pairs, nats): `part fact`; `gradient`: `part fact parameter`, the
-    parts being the loss, its letters and the control; NaN where a fact has no control.
+    parts being the loss, its letters and the control; NaN where a fact has no control; `queries` (how many each fact
+    has, and how many of them have a control): `2 fact`.
     """
 
     facts: np.ndarray
     loss: np.ndarray
     gradient: Tensor
+    queries: np.ndarray
 
     @property
     def mean(self) -> Tensor:
@@ -112,7 +114,8 @@ def reverse_gradients(
             ]
             found, gradient[CONTROL, place] = (part[0] for part in _of_fact(model, elsewhere, flat, size))
             loss[CONTROL, place] = found
-    return ReverseGradients(facts, loss, gradient)
+    asked_about = [np.bincount(fact[there], minlength=len(facts)) for there in (partner >= -1, partner >= 0)]
+    return ReverseGradients(facts, loss, gradient, np.stack(asked_about))
 
 
 def _of_fact(

@@ -1,8 +1,13 @@
-"""What a reading of objective terms holds, summed up: one row per class of terms, or per any coarser grouping."""
+"""What a reading of objective terms holds, summed up: its number, and one row per class of terms or coarser grouping.
+
+A row's product is with the gradient of a mean reverse loss: that of one fact over its queries, or that of all facts at
+once, which has no facts to draw from and so no interval.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,7 +16,18 @@ import pandas as pd
 from ...arguments import checked
 from ...errors import RevprobeError, did_you_mean
 from .by_role import in_network_order
-from .estimators import NO_GRADIENT, STATISTICS_VERSION, missing_intervals
+from .estimators import (
+    NO_GRADIENT,
+    NO_PARTNER,
+    NOT_FINITE,
+    ONE_FACT,
+    STATISTICS_VERSION,
+    Control,
+    Measured,
+    explained,
+    missing_intervals,
+    with_control,
+)
 from .intervals import Estimate, difference_over_facts, mean_over_facts
 
 CLASS = ("priced", "target", "evidence", "masks", "dropped")
@@ -21,6 +37,10 @@ SEVERAL_CLASSES = "cosines by role are those of single classes"
 NO_OBJECTIVE = "of the step alone, whatever the gradient is"
 NOT_HELD = "the gradients of classes were not held"
 NO_RATE = "no learning rate is known"
+OF_THE_MEAN = "one gradient, that of the mean over facts, so without an interval"
+SIZES = ("queries", "facts", "queries_control", "facts_control")
+# What frames of one gradient called their only fact before they had a column for how many it is of.
+_SEVERAL = r"^mean of (\d+) facts$"
 
 
 class TermsReading(Protocol):
@@ -32,6 +52,21 @@ class TermsReading(Protocol):
     def meta(self) -> dict[str, Any]: ...
     @property
     def cross(self) -> pd.DataFrame | None: ...
+
+
+def objective_terms(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
+    """Per fact, sum over the frame's classes and roles, as the dial weights them; mean and interval over facts.
+
+    In the result n counts reverse queries, whose mean each fact's number is.
+    """
+    rows = frame[frame["loss"].notna()]  # not what an optimizer's step does whatever the gradient is
+    columns = [column for column in ("inner", "inner_control") if column in rows]
+    summed = rows[columns].mul(rows["factor"], axis=0).groupby(rows["fact"], sort=True).sum(min_count=1)
+    values, facts = summed["inner"].to_numpy(dtype=np.float64), summed.index.to_numpy().astype(str)
+    statistic = "pressure on the reverse answer: <gradient of the objective, gradient of the reverse loss>, over facts"
+    null = summed["inner_control"].to_numpy(dtype=np.float64) if "inner_control" in summed else None
+    sizes = sizes_of_facts(rows)
+    return _of_queries(with_control(values, null, facts, {}, statistic), sizes, values, null)
 
 
 @checked
@@ -98,10 +133,14 @@ def _group(reading: TermsReading, part: pd.DataFrame, one_role: bool) -> dict[st
     row |= {"sampling_error": nan if of_step else _sampling_error(meta, first["class_number"].to_numpy())}
     if one_role:
         row["sampling_error"] = nan  # it is told along all parameters
-    reasons = [NO_OBJECTIVE if of_step else "", why and f"cosine: {why}", missing_intervals(found)]
+    sizes, lacking = sizes_of_facts(part), missing_intervals(found)
+    if of_one_gradient(sizes):
+        lacking = lacking.replace(ONE_FACT, OF_THE_MEAN)
+    reasons = [NO_OBJECTIVE if of_step else "", why and f"cosine: {why}", lacking]
     reasons.append(f"change_sgd: {NO_RATE}" if np.isnan(meta["learning_rate"]) and not of_step else "")
     reasons.append(f"change_adamw: {meta['reason_adamw']}" if meta["reason_adamw"] else "")
-    return row | {"n": found["change_adamw" if of_step else "pressure"].n, "reason": "; ".join(filter(None, reasons))}
+    counting = np.isfinite(values["change_adamw" if of_step else "pressure"])
+    return row | {"n": int(sizes["facts"][counting].sum()), "reason": "; ".join(filter(None, reasons))}
 
 
 def _edges(name: str, found: Estimate) -> dict[str, float]:
@@ -131,3 +170,48 @@ def _sampling_error(meta: dict[str, Any], chosen: np.ndarray) -> float:
     """The standard error over replicates of the classes' summed products."""
     along = np.array(meta["deviations"])[chosen.astype(int)].sum(0)
     return float(np.sqrt((along**2).sum() / (len(along) * (len(along) - 1))))
+
+
+def sizes_of_facts(rows: pd.DataFrame) -> pd.DataFrame:
+    """How many reverse queries and facts stand behind each fact's rows and behind its control: SIZES, by fact, sorted.
+
+    Frames of older versions do not say: their facts count as one query each.
+    """
+    first = rows.drop_duplicates("fact").set_index("fact").sort_index()
+    if "queries" in first:
+        return first.reindex(columns=list(SIZES)).fillna(0).astype(np.int64)
+    several = first.index.to_series().astype(str).str.extract(_SEVERAL, expand=False)
+    facts = pd.to_numeric(several).fillna(1).astype(np.int64)
+    there = facts * (rows["inner_control"].notna().groupby(rows["fact"]).any() if "inner_control" in rows else 0)
+    return pd.DataFrame({"queries": facts, "facts": facts, "queries_control": there, "facts_control": there})
+
+
+def of_one_gradient(sizes: pd.DataFrame) -> bool:
+    """Whether the facts have no gradients of their own, but that of their mean alone."""
+    return bool((sizes["facts"] > 1).any())
+
+
+def counted_in_queries(found: Estimate, sizes: pd.DataFrame, *, of: str = "") -> Estimate:
+    """An estimate over the facts of `sizes` with its n in queries; `of` is "_control" for that of the control."""
+    return replace(found, n=int(sizes[f"queries{of}"].sum()), facts=int(sizes[f"facts{of}"].sum()))
+
+
+def _of_queries(found: Measured, sizes: pd.DataFrame, values: np.ndarray, null: np.ndarray | None) -> Measured:
+    """The numbers with their samples, and what is undefined, in queries."""
+    valued, queries = np.isfinite(values), sizes["queries"].to_numpy()
+    lost = {NOT_FINITE: int(queries[~valued].sum())}
+    estimate, control, excess = counted_in_queries(found.estimate, sizes[valued]), found.control, found.excess
+    if null is not None:
+        both = valued & np.isfinite(null)
+        beside = np.where(both, sizes["queries_control"], 0)
+        lost[NO_PARTNER] = int((queries - beside)[valued].sum())
+        if control is not None and excess is not None:
+            own = counted_in_queries(control.estimate, sizes[np.isfinite(null)], of="_control")
+            control = Control(own.value, (own.low, own.high), own.n, control.method, own.facts)
+            excess = counted_in_queries(excess, sizes[both])
+    undefined = {reason: count for reason, count in lost.items() if count}
+    measured = replace(found, estimate=estimate, control=control, excess=excess, undefined=undefined)
+    if not of_one_gradient(sizes):
+        return explained(measured, len(values))
+    whole = {} if np.isnan(estimate.value) else {OF_THE_MEAN: estimate.n}
+    return replace(measured, undefined=undefined | whole, caution="")  # which is of intervals

@@ -4,7 +4,6 @@
     candidate_rank          share of questions whose right answer is the likeliest candidate
     decoded_match           share of questions whose decoded answer is right
     gradient_cosine         mean per-pair cosine of the forward and reverse loss gradients (or of an adapter's alone)
-    objective_terms         inner product of the objective's gradient with that of the reverse loss
     reverse_probability     mean probability of the target under the reverse query
     stored_evidence         mean stored evidence under the reverse query, summed over layers and heads
 
@@ -218,17 +217,6 @@ def _cosine(sums: pd.DataFrame, inner: str, other: str) -> np.ndarray:
     )
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(above_floor, sums[inner].to_numpy() / (forward * reverse), np.nan)
-
-
-def objective_terms(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
-    """Per fact, sum over the frame's classes and roles, as the dial weights them; mean and interval over facts."""
-    rows = frame[frame["loss"].notna()]  # not what an optimizer's step does whatever the gradient is
-    columns = [column for column in ("inner", "inner_control") if column in rows]
-    summed = rows[columns].mul(rows["factor"], axis=0).groupby(rows["fact"], sort=True).sum(min_count=1)
-    facts = summed.index.to_numpy().astype(str)
-    statistic = "pressure on the reverse answer: <gradient of the objective, gradient of the reverse loss>, over facts"
-    null = summed["inner_control"].to_numpy(dtype=np.float64) if "inner_control" in summed else None
-    return with_control(summed["inner"].to_numpy(dtype=np.float64), null, facts, {}, statistic)
 
 
 def reverse_probability(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:

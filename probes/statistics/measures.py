@@ -10,6 +10,7 @@ import pandas as pd
 
 from ...errors import RevprobeError, did_you_mean
 from .assumptions import assumption_audit
+from .by_class import objective_terms
 from .causal_trace import causal_trace, head_ranking, route_edit
 from .denoising import denoising_trace
 from .estimators import (
@@ -18,7 +19,6 @@ from .estimators import (
     candidate_rank,
     decoded_match,
     gradient_cosine,
-    objective_terms,
     reverse_probability,
     stored_evidence,
 )
