@@ -7,6 +7,8 @@ alone, so everything here is one pass of grouped sums.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 
 import numpy as np
 import pandas as pd
@@ -22,9 +24,10 @@ SUMS = ["forward", "reverse", "both"]
 def unit_correlations(frame: pd.DataFrame) -> pd.DataFrame:
     """Pearson r of forward and reverse score per group, layer and head of an attention reading's frame.
 
-    Returns: one row per unit, `[*DISTANCES, group, layer, head, *OFFSETS, forward, reverse, both, n, facts, value,
-        reason]`: the sums of squares and products about the group's mean, how many scores and facts they rest on, and
-        r, which is NaN with a reason where fewer than 3 scores are defined or all are equal.
+    Returns: one row per unit, `[*DISTANCES, group, layer, head, *OFFSETS, forward, reverse, both, n, pairs, facts,
+        value, reason]`: the sums of squares and products about the group's mean, how many scores and facts they rest
+        on, which pairs of the group these are (a number whose n-th bit is the n-th pair), and r, which is NaN with a
+        reason where fewer than 3 scores are defined or all are equal.
     """
     places, (forward, reverse), facts, groups = score_table(frame)
     layout = Layout.of(facts, groups)
@@ -37,7 +40,9 @@ def unit_correlations(frame: pd.DataFrame) -> pd.DataFrame:
     units = units.astype(frame.dtypes[["layer", "head"]].to_dict())
     units[OFFSETS] = pair.loc[np.repeat(first, len(places)), OFFSETS].to_numpy()
     units["forward"], units["reverse"], units["both"] = deviations(sums)
-    units["n"], units["facts"] = sums[0].astype(int), layout.defined_facts(forward, reverse).reshape(-1)
+    members = _members(np.isfinite(forward) & np.isfinite(reverse), layout.group)
+    units["n"], units["pairs"] = sums[0].astype(int), pd.Series(members, dtype=object)
+    units["facts"] = layout.defined_facts(forward, reverse).reshape(-1)
     few, flat = units["n"] < 2, ~((units["forward"] > 0) & (units["reverse"] > 0))
     two = units["n"] == 2
     units["value"] = _ratio(units).mask(few | flat | two)
@@ -48,6 +53,15 @@ def unit_correlations(frame: pd.DataFrame) -> pd.DataFrame:
     ]
     units["reason"] = np.select([few, flat, two], reasons, default="")
     return units
+
+
+def _members(defined: np.ndarray, group: np.ndarray) -> list[int]:
+    """The pairs of each group that are defined in each head, as bits. Shapes: `pair head, pair -> (group head)`."""
+    found = []
+    for one in range(int(group.max()) + 1):
+        bits = np.packbits(defined[group == one], axis=0, bitorder="little")
+        found += [int.from_bytes(column.tobytes(), "little") for column in bits.T]
+    return found
 
 
 def _ratio(sums: pd.DataFrame) -> pd.Series:
@@ -81,13 +95,23 @@ def cell_correlations(units: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFra
     by_head = _ratio(sums).replace([np.inf, -np.inf], np.nan).mask(sums["free"] < 2)
     averaged = used[used["facts"] >= LEAST_FACTS].groupby(keys)["value"].mean()
     values = pd.concat([averaged, by_head.groupby(keys).mean()])
-    # Every head sees the same pairs: counting each would multiply n by the number of heads. Those of a group without
-    # variance have no part in the value.
-    varies = (used["forward"] > 0) | (used["reverse"] > 0)
+    # Those of a group without variance have no part in the value, nor have those of a head without one.
+    valued = by_head.reindex(pd.MultiIndex.from_frame(used[[*keys, *heads]])).notna().to_numpy()
+    varies = ((used["forward"] > 0) | (used["reverse"] > 0)) & valued
     counting = used[np.where(pooled[used.index], varies, used["value"].notna())]
-    asked, pairs = (part.groupby([*keys, "group"])["n"].max().groupby(keys).sum() for part in (used, counting))
+    asked, pairs = (_pairs_of_any_head(part, keys) for part in (used, counting))
     pairs = pairs.reindex(asked.index).where(values.reindex(asked.index).notna(), asked)
     return _described(used, keys).assign(value=values, n=pairs).astype({"n": int}).reset_index()
+
+
+def _pairs_of_any_head(units: pd.DataFrame, keys: list[str]) -> pd.Series:
+    """How many pairs each cell's units rest on: once each, however many heads they are defined in."""
+    of_group = [*keys, "group"]
+    distinct = units.drop_duplicates([*of_group, "pairs"])  # as a rule every head sees the same pairs
+    several = distinct.duplicated(of_group, keep=False)
+    joined = distinct[several].groupby(of_group)["pairs"].agg(lambda some: reduce(or_, some).bit_count())
+    counts = pd.concat([distinct[~several].set_index(of_group)["n"], joined])
+    return counts.astype(np.int64).groupby(level=keys).sum()
 
 
 def _described(units: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
