@@ -50,7 +50,7 @@ KINDS = (
     "Kinds of pairs: same_target asks for the same target from the same evidence in opposite order (masked models); "
     "swapped exchanges the roles (autoregressive models). The two answer different questions."
 )
-COUNTS = "n pairs: one number where the probes share their pairs, else those of answer / attention / gradient."
+COUNTS = "n pairs, n facts: one number where the probes share them, else those of answer / attention / gradient."
 AGAINST = (
     "Untrained twin: the same configuration with initial weights. Neighbour: the token beside the evidence "
     "(attention), or beside the reverse target (gradient). Sink: the position that each head attends to most, evidence "

@@ -71,7 +71,7 @@ def format_final_table(table: pd.DataFrame) -> pd.DataFrame:
     """`final_table` as text for people: `0.53 [0.41, 0.62] (control 0.02)`, accuracies in per cent.
 
     "undefined" is a value that could not be computed, "-" one that was not measured. n pairs is one number where the
-    probes share their pairs, else those of answer / attention / gradient.
+    probes share their pairs, else those of answer / attention / gradient; so is n facts.
     """
     rows = []
     for row in table.to_dict("records"):
@@ -84,11 +84,7 @@ def format_final_table(table: pd.DataFrame) -> pd.DataFrame:
                     float(row[f"{measure}{part}"]) for part in ("", "_low", "_high", "_control")
                 )
                 shown[title] = interval_text(value, low, high, control, percent=measure.endswith("accuracy"))
-        counts = [_count(row[f"{measure}_n"]) for measure in COUNTED]
-        shown[FACTS] = _count(
-            max((row[f"{m}_facts"] for m in MEASURES if not pd.isna(row[f"{m}_facts"])), default=None)
-        )
-        rows.append(shown | {PAIRS: counts[0] if len(set(counts)) == 1 else " / ".join(counts)})
+        rows.append(shown | {title: _by_probe(row, number) for title, number in ((FACTS, "facts"), (PAIRS, "n"))})
     return pd.DataFrame(rows, columns=["run", "step", "weights", "kind", *MEASURES.values(), FACTS, PAIRS])
 
 
@@ -109,6 +105,12 @@ def raw_with_ema(shown: pd.DataFrame) -> pd.DataFrame:
         both |= {title: f"{ema[title]}\nraw {raw[title]}" for title in (FACTS, PAIRS) if ema[title] != raw[title]}
         rows.append(ema | both | {"weights": "ema, raw"})
     return pd.DataFrame(rows, columns=shown.columns)
+
+
+def _by_probe(row: dict[Any, Any], number: str) -> str:
+    """How many pairs ("n") or facts are behind each probe's number: one number where they share them."""
+    counts = [_count(row[f"{measure}_{number}"]) for measure in COUNTED]
+    return counts[0] if len(set(counts)) == 1 else " / ".join(counts)
 
 
 def _count(number: Any) -> str:
