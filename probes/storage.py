@@ -16,6 +16,7 @@ from ..models.probed import ProbedModel, as_probed
 from ..progress import Progress, shows_progress
 from .attention import EVIDENCE_HIDDEN
 from .pairs.pairs import ReversalPairs
+from .passes.alone import in_equal_lengths_if_need_be
 from .passes.asked import asked_pairs, out_of_sight, require_one_entry
 from .passes.batches import in_batches, make_batch, prepare_queries, queries_per_batch
 from .passes.decomposition import Decomposition, LinearizedBatch, Piece
@@ -89,7 +90,8 @@ def probe_stored_evidence(
     require_one_entry(pairs)
     plan = Plan(control=control, batch_size=batch_size, seed=seed, progress=progress)
     tail = Tail.of(model) if first_order else None
-    found = _Storage(model, pairs, plan, None if layers is None else set(listed("layer", layers)), tail).run()
+    chosen = None if layers is None else set(listed("layer", layers))
+    found = in_equal_lengths_if_need_be(model, lambda: _Storage(model, pairs, plan, chosen, tail).run())
     about = describe(model, PassResult(pairs, found.partner, []), plan)
     name = "stored_evidence_first_order" if first_order else "stored_evidence"
     reading = Reading(name, found.frame(), about, found.cross() if cross else None)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...models.probed import ProbedModel
 from ...probes.pairs.pairs import ReversalPairs
 from ...probes.pairs.query import Query
+from ...probes.passes.alone import in_equal_lengths_if_need_be
 from ...probes.passes.batches import in_batches, make_batch, prepare_queries, queries_per_batch
 from ...probes.passes.likelihood import mean_nll, readout
 from ...probes.passes.slopes import Direction, carrying, slope_of
@@ -97,7 +98,8 @@ def reverse_direction(
     weighted = [(query, 1 / counts[one] / len(names)) for query, one in zip(asked.values(), fact, strict=True)]
     if not weighted:
         return {}, float("nan"), (0, 0)
-    return *_gradient(model, weighted, candidates, batch_size), (len(weighted), len(names))
+    found = in_equal_lengths_if_need_be(model, lambda: _gradient(model, weighted, candidates, batch_size))
+    return *found, (len(weighted), len(names))
 
 
 def _gradient(

@@ -23,7 +23,8 @@ from ...errors import RevprobeError
 from ...models.one_layer import PLACEHOLDER
 from ...models.probed import ProbedModel
 from ...probes.pairs.pairs import ReversalPairs
-from ...probes.passes.batches import make_batch, prepare_queries, queries_per_batch
+from ...probes.passes.alone import in_equal_lengths_if_need_be
+from ...probes.passes.batches import in_batches, make_batch, prepare_queries, queries_per_batch
 from ...probes.passes.likelihood import readout
 from ...probes.passes.plan import Plan
 from ...probes.readings.reading import Reading
@@ -140,14 +141,19 @@ def _answer(model: ProbedModel, pairs: ReversalPairs, batch_size: int | None) ->
     queries = prepare_queries(model, pairs.queries)
     asked = [queries[one] for one in pairs.reverse]
     size, placeholder = queries_per_batch(model, asked, batch_size), model.tokenizer.get_vocab()[PLACEHOLDER]
-    own, other = [], []
-    with torch.no_grad():
-        for start in range(0, len(asked), size):
-            batch = make_batch(model, asked[start : start + size])
-            found = readout(model, batch)[:, 0]
-            own.append(found.gather(1, batch.targets)[:, 0])
-            other.append(found[:, placeholder])
-    loss, lead = -torch.cat(own).cpu().numpy(), (torch.cat(own) - torch.cat(other)).cpu().numpy()
+
+    @torch.no_grad()
+    def run() -> np.ndarray:
+        found = np.zeros((2, len(asked)))
+        for numbers in in_batches(model, range(len(asked)), size, lambda q: len(asked[q].token_ids)):
+            batch = make_batch(model, [asked[q] for q in numbers])
+            first = readout(model, batch)[:, 0]
+            values = torch.stack([first.gather(1, batch.targets)[:, 0], first[:, placeholder]])
+            found[:, numbers] = values.cpu().numpy()
+        return found
+
+    own, other = in_equal_lengths_if_need_be(model, run)
+    loss, lead = -own, own - other
     odds = mean_over_facts(lead, pairs.facts.astype(str))
     return {
         "log_odds": odds.value,

@@ -22,6 +22,7 @@ from ...models.probed import ProbedModel
 from ...models.structure import parameter_roles
 from ...probes.pairs.pairs import ReversalPairs
 from ...probes.pairs.query import Query
+from ...probes.passes.alone import in_equal_lengths_if_need_be
 from ...probes.passes.batches import QueryBatch, in_batches, make_batch, prepare_queries, queries_per_batch
 from ...probes.passes.likelihood import mean_nll, readout
 from ...probes.storage import control_partners
@@ -126,6 +127,12 @@ def _of_fact(
     candidates: Candidates | None = None,
 ) -> tuple[np.ndarray, Tensor]:
     """Mean loss over these queries, and its letters where candidates are given. Shapes: `-> part, part parameter`."""
+    return in_equal_lengths_if_need_be(model, lambda: _in_batches(model, asked, flat, size, candidates))
+
+
+def _in_batches(
+    model: ProbedModel, asked: list[Query], flat: FlatParameters, size: int, candidates: Candidates | None
+) -> tuple[np.ndarray, Tensor]:
     parts = 1 if candidates is None else 2
     loss = np.zeros(parts)
     gradient = torch.zeros(parts, flat.size, device=model.device, dtype=flat.parameters[0].dtype)

@@ -14,6 +14,7 @@ import torch
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
 from ..pairs.query import Query
+from ..passes.alone import in_equal_lengths_if_need_be
 from ..passes.batches import in_batches, make_batch
 from ..passes.likelihood import readout
 from .masked import ALGORITHMS, Unmasking, schedule_of
@@ -24,9 +25,21 @@ def forced_steps(
 ) -> tuple[list[list[Query]], int]:
     """For each query one query per step, whose targets are what that step reveals; and how many sequences were run.
 
-    Raises: RevprobeError, for fewer steps than blocks.
+    Raises: RevprobeError, for fewer steps than blocks, and as `passes.alone` where a query alone has other numbers.
     """
     schedules = [schedule_of(model, how, query.target_positions) for query in queries]
+    steps = in_equal_lengths_if_need_be(model, lambda: _forced(model, queries, how, schedules, batch_size))
+    return steps, sum(len(schedule) for schedule in schedules)
+
+
+def _forced(
+    model: ProbedModel,
+    queries: Sequence[Query],
+    how: Unmasking,
+    schedules: Sequence[Sequence[tuple[int, int, int]]],
+    batch_size: int,
+) -> list[list[Query]]:
+    """The queries of every step, in the order that the model itself takes."""
     steps: list[list[Query]] = [[] for _ in queries]
     hidden = [list(query.target_positions) for query in queries]
     with untouched(model.module), torch.no_grad():
@@ -39,7 +52,7 @@ def forced_steps(
                 for q, revealed in zip(some, _surest(model, canvases, allowed, counts, how), strict=True):
                     hidden[q] = [position for position in hidden[q] if position not in revealed]
                     steps[q].append(_as_shown(model, queries[q], revealed, hidden[q]))
-    return steps, sum(len(schedule) for schedule in schedules)
+    return steps
 
 
 def _surest(

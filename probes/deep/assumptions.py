@@ -20,7 +20,7 @@ from ...models.rotary import STILL, TURNS, LayerPositions, Rotary, seen_position
 from ...models.structure import attention_of
 from ...progress import Progress, shows_progress
 from ..pairs.pairs import ReversalPairs
-from ..passes.alone import hold_batch, in_equal_lengths_if_need_be
+from ..passes.alone import in_equal_lengths_if_need_be
 from ..passes.asked import asked_pairs, out_of_sight
 from ..passes.batches import in_batches, make_batch, prepare_queries, queries_per_batch, require_tokens_alone
 from ..passes.likelihood import readout
@@ -158,12 +158,10 @@ class _Audit:
         attention = attention_of(model)
         with untouched(model.module), torch.no_grad():
             for numbers in in_batches(model, asked.tolist(), size, length):
-                some = [queries[q] for q in numbers]
-                batch = make_batch(model, some)
+                batch = make_batch(model, [queries[q] for q in numbers])
                 rows, columns = batch.attention_rows, batch.attention_columns
                 with tap_queries(model.module, rows, attention, columns) as calls:
-                    log_probabilities = readout(model, batch)
-                hold_batch(model, some, log_probabilities)
+                    readout(model, batch)
                 places = [_numbers(one) for one in (batch.rows, batch.columns)]
                 weights = [_mean_weights(one) for one in (batch.is_target, batch.is_evidence)]
                 for layer in {*self.layers} & {*calls}:

@@ -26,8 +26,8 @@ from ...models.probed import ProbedModel
 from ...progress import Progress
 from ..decoding.masked import Blanks, Step, Unmasking, schedule_of, unmask
 from ..pairs.query import Query
-from ..passes.alone import hold_batch, in_equal_lengths_if_need_be
-from ..passes.batches import in_batches, queries_per_batch
+from ..passes.alone import in_equal_lengths_if_need_be
+from ..passes.batches import in_batches, make_batch, queries_per_batch
 
 # What a target position is at a step: written before it, may be written in it, waits for its turn, or stands in a block
 # that the model has not begun.
@@ -126,6 +126,7 @@ class _Look:
     ) -> None:
         self.model, self.trace, self.numbers, self.queries = model, trace, np.array(numbers), queries
         self.attention, self.step, self.tap = attention, 0, AttentionTap(attention)
+        self.alone = make_batch(model, queries, attention=attention).alone
         widest, most = max(len(query.target) for query in queries), max(map(len, asked))
         tokens = np.zeros((len(queries), most, widest), dtype=np.int64)
         for row, targets in enumerate(asked):
@@ -202,10 +203,11 @@ class _Look:
         self.trace.weight[at] = (weight / rows).cpu().numpy()  # 0 / 0 where all is written
 
     def _hold(self, step: Step, logits: Tensor) -> None:
-        """The first, all-masked step beside the shortest query alone, where that is due (`passes.alone`)."""
-        every = torch.arange(len(self.queries), device=logits.device)[:, None]
-        values = lambda: logits[every, step.columns - self.model.logit_shift].double().log_softmax(-1)  # noqa: E731
-        hold_batch(self.model, self.queries, values, self.tap, self.attention)
+        """The first, all-masked step beside queries alone, where that is due (`passes.alone`)."""
+        if self.alone is not None:
+            every = torch.arange(len(self.queries), device=logits.device)[:, None]
+            self.alone.hold(logits[every, step.columns - self.model.logit_shift])
+            self.alone.hold_weights(self.tap)
 
 
 def read_layers(attention: Attention, layers: Sequence[int]) -> Attention:

@@ -1,29 +1,26 @@
-"""One query of a batch beside the same query run by itself: what the short trial of a model cannot show.
+"""Queries of a batch beside the same queries run by themselves: what the short trial of a model cannot show.
 
 Some models change with length (rotary factors for long contexts, attention in blocks, chunks) or with the size of a
-batch (experts of a limited capacity). So the first batch of a pass that is larger or longer than any before is held
-against its shortest query alone: log-probabilities, and the weights of its attention.
+batch (experts of a limited capacity). So of the first batch that is larger or longer than any before, the shortest
+query and the last one are run alone (`make_batch` does it, before the batch, when no hook is in place yet), and what
+the batch gives is held against that: log-probabilities wherever it is run, and the weights of attention that is tapped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from ...errors import RevprobeError
-from ...hooks.attention import AttentionTap, tap_attention
-from ...hooks.attention_sites import Attention
+from ...hooks.attention import AttentionTap
 from ...models.contract.trial import LENGTH
 from ...models.probed import ProbedModel
 from ..pairs.query import Query
-from .batches import make_batch
-from .likelihood import readout
 
 # In float32 a sound model's log-probabilities and weights move by 1e-5 with the batch; nats, and share of a weight.
 _APART, _LIKELY = 1e-3, -15.0
@@ -37,12 +34,18 @@ class Size(NamedTuple):
     tokens: int
     attention: bool
 
+    @classmethod
+    def of(cls, queries: Sequence[Query], *, attention: bool = False) -> Size:
+        """Of a batch of these queries."""
+        lengths = {len(query.token_ids) for query in queries}
+        return cls(len(lengths) > 1, len(queries), max(lengths), attention)
+
     def covers(self, other: Size) -> bool:
         return all(own >= theirs for own, theirs in zip(self, other, strict=True))
 
 
-class PaddingReaches(Exception):
-    """Raised for a padded batch whose shortest query gives other numbers alone."""
+class PaddingReaches(RevprobeError):
+    """Raised for a padded batch of which a query gives other numbers alone."""
 
 
 Done = TypeVar("Done")
@@ -50,7 +53,7 @@ _held: WeakKeyDictionary[nn.Module, set[Size]] = WeakKeyDictionary()
 
 
 def is_due(model: ProbedModel, size: Size) -> bool:
-    """Whether a batch is larger than the trial's and than all that were held against a query alone."""
+    """Whether a batch is larger than the trial's and than all that were held against queries alone."""
     coarse = (model.contract.narrowed or model.dtype).itemsize < 4  # rounding alone moves its numbers visibly
     beyond = size.rows > 3 or size.tokens > LENGTH
     known = _held.get(model.module, set())
@@ -70,81 +73,68 @@ def in_equal_lengths_if_need_be(model: ProbedModel, run: Callable[[], Done]) -> 
         return run()
 
 
-def shortest_of(queries: Sequence[Query], *, attention: bool = False) -> tuple[int, Size]:
-    """The row to run alone of a batch of queries, the last of the shortest, and the batch's size."""
+def places_to_hold(queries: Sequence[Query]) -> list[int]:
+    """Which queries of a batch are run alone: the last of the shortest, which has the most padding, and the last one.
+
+    Experts of a limited capacity seat a batch's tokens in order, so it is the last that find no seat.
+    """
     lengths = np.array([len(query.token_ids) for query in queries])
-    size = Size(bool(np.ptp(lengths)), len(lengths), int(lengths.max()), attention)
-    return len(lengths) - 1 - int(lengths[::-1].argmin()), size
+    return sorted({len(lengths) - 1 - int(lengths[::-1].argmin()), len(lengths) - 1})
 
 
-def hold_batch(
-    model: ProbedModel,
-    queries: Sequence[Query],
-    log_probabilities: Tensor | Callable[[], Tensor],
-    tap: AttentionTap | None = None,
-    attention: Attention | None = None,
-) -> None:
-    """Hold one query of a batch that has been run against its own run, where that is due.
+@dataclass(frozen=True)
+class Alone:
+    """What some queries of a batch gave by themselves, and whether the batch gives the same.
 
-    Args:
-        log_probabilities: those of the batch, or what gives them. Shapes: `query token vocab`.
-    Raises: as `hold_against_alone`.
+    Of a model of random tokens, the first draw of them. Shapes: `log_probabilities`: row of the batch -> `token vocab`;
+    `taps`: row -> its attention, where that is watched.
     """
-    row, size = shortest_of(queries, attention=tap is not None)
-    if is_due(model, size):
-        found = log_probabilities if isinstance(log_probabilities, Tensor) else log_probabilities()
-        hold_against_alone(model, queries[row], row, size, found, tap, attention)
 
+    model: ProbedModel
+    size: Size
+    log_probabilities: dict[int, Tensor] = field(default_factory=dict)
+    taps: dict[int, AttentionTap] = field(default_factory=dict)
 
-@torch.no_grad()
-def hold_against_alone(
-    model: ProbedModel,
-    query: Query,
-    row: int,
-    size: Size,
-    log_probabilities: Tensor,
-    tap: AttentionTap | None,
-    attention: Attention | None,
-) -> None:
-    """Run the query by itself and compare.
+    def hold(self, logits: Tensor) -> None:
+        """Hold the batch's logits against it, or its log-probabilities, at the readout rows.
 
-    Of a model of random tokens, the first draw of them. Shapes: `log_probabilities`: `query token vocab`, of the batch
-    in which the query stands at `row`.
-    Raises: PaddingReaches, for a padded batch with other numbers; RevprobeError, for one without padding.
-    """
-    batch = make_batch(model, [query], in_draws=True)
-    if tap is None or attention is None:
-        alone, own = readout(model, batch)[0], None
-    else:
-        at = batch.attention_rows, batch.attention_columns
-        with tap_attention(model.module, *at, attention, batch.size) as own:
-            alone = readout(model, batch)[0]
-    there = log_probabilities.detach()[row, : len(alone)]
-    likely = (alone > _LIKELY) | (there > _LIKELY)
-    moved = float((alone - there)[likely].abs().max())
-    require_as_alone(model, size, moved, 0.0 if own is None or tap is None else _turned(own, tap, row, model.name))
+        Shapes: `logits`: `row token vocab`.
+        Raises: PaddingReaches, for a padded batch with other numbers; RevprobeError, for one without padding, or NaN.
+        """
+        for row, alone in self.log_probabilities.items():
+            there = logits.detach()[row, : len(alone)].double().log_softmax(-1)
+            if alone.isnan().any() or there.isnan().any():
+                raise RevprobeError(self.model.explain_non_finite())
+            likely = (alone > _LIKELY) | (there > _LIKELY)
+            self._require("log-probabilities by {:.2g} nats", float((alone - there)[likely].abs().max()))
+        if not self.taps:
+            self._note()
 
+    def hold_weights(self, tap: AttentionTap) -> None:
+        """Hold the attention weights of a batch whose logits have been held. Raises: as `hold`."""
+        for row, own in self.taps.items():
+            self._require("attention weights by {:.2g}", _turned(own, tap, row, self.model.name))
+        self._note()
 
-def require_as_alone(model: ProbedModel, size: Size, moved: float, turned: float = 0.0) -> None:
-    """Note that a batch of this size is sound, or raise.
+    def _note(self) -> None:
+        """Batches of this size, and smaller ones, are sound."""
+        _held.setdefault(self.model.module, set()).add(self.size)
 
-    Args:
-        moved, turned: by how much a query's log-probabilities (nats) and weights differ from those of its own run.
-    Raises: PaddingReaches, for a padded batch with other numbers; RevprobeError, for one without padding.
-    """
-    if max(moved, turned) <= _APART:
-        _held.setdefault(model.module, set()).add(size)
-        return
-    what = f"log-probabilities by {moved:.2g} nats" if moved > _APART else f"attention weights by {turned:.2g}"
-    found = f"among {size.rows} queries of up to {size.tokens} tokens one differs from itself alone in {what}"
-    if size.padded:
-        raise PaddingReaches(found)
-    raise RevprobeError(
-        f"{model.name}: {found}, so its numbers would depend on the batch; use batch_size=1, without the gradient probe"
-    )
+    def _require(self, how: str, moved: float) -> None:
+        if moved <= _APART:
+            return
+        size, what = self.size, how.format(moved)
+        found = f"among {size.rows} queries of up to {size.tokens} tokens one differs from itself alone in {what}"
+        if size.padded:
+            raise PaddingReaches(found)
+        raise RevprobeError(
+            f"{self.model.name}: {found}, so its numbers would depend on the batch; use batch_size=1, without the "
+            "gradient probe"
+        )
 
 
 def _turned(own: AttentionTap, tap: AttentionTap, row: int, name: str) -> float:
+    """By how much weights of a row of the batch differ from those of its own run."""
     layers, worst = tap.layers(name), 0.0
     for layer, call in own.layers(name).items():
         if layer in layers:

@@ -1,4 +1,7 @@
-"""Queries as tensors: what the model is shown, which rows are read, which tokens are priced.
+"""Queries as tensors: what the model is shown, which rows are read, which tokens are priced; and how many at a time.
+
+Everything that runs queries together makes its batch here and reads it by `logits_at_rows` (or `likelihood.readout`),
+and so is held against queries alone (`alone`), whatever is done with the numbers; that keeps this file a long one.
 
 Shapes below: query, seq (longest of the batch, right-padded), token (most target tokens of the batch), column
 (most evidence tokens).
@@ -7,6 +10,7 @@ Shapes below: query, seq (longest of the batch, right-padded), token (most targe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby, islice, zip_longest
 from typing import Any, NamedTuple, TypeVar
@@ -15,9 +19,12 @@ import torch
 from torch import Tensor
 
 from ...errors import RevprobeError
+from ...hooks.attention import AttentionTap, tap_attention
+from ...hooks.attention_sites import Attention
 from ...models.contract.called import CalledModule
 from ...models.probed import ProbedModel
 from ..pairs.query import Query
+from .alone import Alone, Size, is_due, places_to_hold
 
 # Tokens of one batch for a small model, the parameters beyond which batches shrink, and how far they do. A CPU's time
 # for a large model grows with the tokens whatever the batch, and its memory is what other programs have left.
@@ -36,6 +43,7 @@ class QueryBatch:
     `targets` (token ids), `is_target`: `query token`; `columns` (evidence positions), `is_evidence`: `query column`.
     `ahead`: query rows and key columns of an attention call that stand before the query's own (an adapter's prompts).
     `draws`: so many rows are one query, each with other random tokens; the axis `query` is `(query draw)` then.
+    `alone`: what some of its queries gave by themselves, where that is to be held against the batch.
     """
 
     input_ids: Tensor
@@ -47,12 +55,13 @@ class QueryBatch:
     is_evidence: Tensor
     ahead: tuple[int, int] = (0, 0)
     draws: int = 1
+    alone: Alone | None = None
 
     def row(self, number: int) -> QueryBatch:
         """One of its rows."""
         rows = slice(number, number + 1)
         one: dict[str, Any] = {key: held[rows] for key, held in vars(self).items() if isinstance(held, Tensor)}
-        return replace(self, **one, draws=1)
+        return replace(self, **one, draws=1, alone=None)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -70,16 +79,86 @@ class QueryBatch:
         return self.columns + self.ahead[1]
 
 
-def make_batch(model: ProbedModel, queries: Sequence[Query], *, in_draws: bool = False) -> QueryBatch:
-    """Pad the queries and hide their targets the model's way.
+def make_batch(
+    model: ProbedModel,
+    queries: Sequence[Query],
+    *,
+    in_draws: bool = False,
+    attention: Attention | None = None,
+    changed: bool = False,
+) -> QueryBatch:
+    """Pad the queries and hide their targets the model's way; of a batch larger than any before, run some alone.
+
+    What the batch gives is held against that where it is read. Inside `untouched`, and before any hook of the pass is
+    in place: of a hook's own work the runs alone are no part.
 
     Args:
         in_draws: the caller takes as many rows for a query as the model has draws of random tokens.
+        attention: what `tapped` will read of it, whose weights are then held as well.
+        changed: the model will be changed while it runs, and by rights gives other numbers; so the batch is run once as
+            it is, and that is held.
     Raises: RevprobeError, when a readout row would be before the sequence, and for a model of random tokens where one
-        sight of a query would be taken for all.
+        sight of a query would be taken for all; with `changed` also as `logits_at_rows`.
     """
     if not in_draws:
         model.require_mask_token("this analysis")
+    batch, size = _batch_of(model, queries), Size.of(queries, attention=attention is not None)
+    if not is_due(model, size):
+        return batch
+    held = replace(batch, alone=_run_alone(model, queries, size, attention))
+    if not changed:
+        return held
+    with torch.no_grad():
+        logits_at_rows(model, held)
+    return batch
+
+
+@torch.no_grad()
+def _run_alone(model: ProbedModel, queries: Sequence[Query], size: Size, attention: Attention | None) -> Alone:
+    """What the queries of a batch that are held against it give by themselves."""
+    found = Alone(model, size)
+    for place in places_to_hold(queries):
+        own = _batch_of(model, [queries[place]])
+        with nullcontext() if attention is None else tapped(model, own, attention) as tap:
+            logits = logits_at_rows(model, own)[0]
+        found.log_probabilities[place * own.draws] = logits.double().log_softmax(-1)
+        if tap is not None:
+            found.taps[place * own.draws] = tap
+    return found
+
+
+def logits_at_rows(model: ProbedModel, batch: QueryBatch) -> Tensor:
+    """Run the batch: its logits at the readout rows. Shapes: `-> (query draw) token vocab`.
+
+    Raises: RevprobeError, for NaN logits, and as `Alone.hold` where a query by itself has other numbers.
+    """
+    logits = model.logits(batch.input_ids, batch.attention_mask)
+    logits = logits[torch.arange(len(batch.rows), device=logits.device)[:, None], batch.rows]
+    if logits.isnan().any():
+        raise RevprobeError(model.explain_non_finite())
+    if batch.alone is not None:
+        batch.alone.hold(logits)
+    return logits
+
+
+@contextmanager
+def tapped(model: ProbedModel, batch: QueryBatch, attention: Attention) -> Iterator[AttentionTap]:
+    """The attention of the readout rows on the evidence while the batch runs inside; its weights are held at the end.
+
+    Raises: as `Alone.hold`.
+    """
+    at = batch.attention_rows, batch.attention_columns
+    with tap_attention(model.module, *at, attention, batch.size) as tap:
+        yield tap
+    if batch.alone is not None:
+        batch.alone.hold_weights(tap)
+
+
+def _batch_of(model: ProbedModel, queries: Sequence[Query]) -> QueryBatch:
+    """The queries as tensors.
+
+    Raises: RevprobeError, when a readout row would be before the sequence.
+    """
     device = model.device
     tokens, lengths = _padded([_on_canvas(model, q) for q in queries], 0)
     positions, counts = _padded([q.target_positions for q in queries], -1)

@@ -21,6 +21,7 @@ from ...models.structure import attention_of
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
 from ..statistics.paired import OF_PAIR
+from .alone import in_equal_lengths_if_need_be
 from .asked import asked_pairs, in_sight, out_of_sight
 from .batches import QueryBatch, in_batches, make_batch, prepare_queries, queries_per_batch
 from .likelihood import readout
@@ -56,6 +57,10 @@ def beside_evidence(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> dic
     Returns: for each of the two the pairs that have it, and what was read; None where none has.
     Raises: RevprobeError, as `run_pass`.
     """
+    return in_equal_lengths_if_need_be(model, lambda: _read_beside(model, pairs, plan))
+
+
+def _read_beside(model: ProbedModel, pairs: ReversalPairs, plan: Plan) -> dict[str, PassResult | None]:
     pairs = asked_pairs(model, pairs, plan.reader)
     queries = prepare_queries(model, pairs.queries)
     seen = [in_sight(model, query) for query in queries]

@@ -32,7 +32,7 @@ from ...hooks.token_tables import token_tables
 from ...models.contract.introspect import input_embedding
 from ...models.probed import ProbedModel
 from ...models.structure import attention_of, layer_numbers_of
-from .batches import QueryBatch, require_tokens_alone
+from .batches import QueryBatch, logits_at_rows, require_tokens_alone
 
 # What a value is made from; "earlier" is what attention and MLPs of earlier layers wrote.
 SOURCES = ("token", "position", "norm", "bias", "earlier")
@@ -115,13 +115,12 @@ class LinearizedBatch:
         """Args:
             last: the last layer's state, behind which all is taken to first order, norms too; None holds it.
 
-        Raises: RevprobeError, when tokens or attention are not seen or held, for NaN logits, or virtual tokens."""
+        Raises: RevprobeError, when tokens or attention are not seen or held, for NaN logits, or virtual tokens, and as
+            `passes.alone` does where a query alone has other numbers."""
         require_tokens_alone(model, "what is stored for the tokens")
         at = torch.arange(len(batch.rows), device=batch.rows.device)[:, None], batch.rows
         with torch.no_grad():
-            own = model.logits(batch.input_ids, batch.attention_mask)[at]
-        if own.isnan().any():
-            raise RevprobeError(model.explain_non_finite())
+            own = logits_at_rows(model, batch)
         attention = attention_of(model)
         tables = _token_tables(model)
 

@@ -23,7 +23,7 @@ from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
 from ..statistics.estimators import NO_LIKE_TARGET, NO_PARTNER
 from ..statistics.resampling import derangement, kin
-from .batches import QueryBatch, in_batches, make_batch
+from .batches import QueryBatch, in_batches, logits_at_rows, make_batch
 from .draws import mean_likelihood
 
 MODES = ("chain", "parallel")
@@ -186,11 +186,9 @@ def readout(model: ProbedModel, batch: QueryBatch) -> Tensor:
     """Log-probabilities at the readout rows. Shapes: `-> (query draw) token vocab`, float64.
 
     In float32 the gradient p - 1 of a confident answer is a difference of rounding errors.
-    Raises: RevprobeError, for NaN logits.
+    Raises: RevprobeError, for NaN logits, and as `Alone.hold` where a query by itself has other numbers.
     """
-    logits = model.logits(batch.input_ids, batch.attention_mask)
-    at_rows = logits[torch.arange(len(batch.rows), device=logits.device)[:, None], batch.rows]
-    log_probabilities = at_rows.double().log_softmax(-1)
+    log_probabilities = logits_at_rows(model, batch).double().log_softmax(-1)
     if log_probabilities.isnan().any():
         raise RevprobeError(model.explain_non_finite())
     return log_probabilities

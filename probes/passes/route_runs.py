@@ -24,6 +24,7 @@ from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
 from ...progress import Progress
 from ..pairs.query import Query
+from .alone import in_equal_lengths_if_need_be
 from .batches import QueryBatch, in_batches, make_batch
 from .likelihood import price, readout
 from .route_changes import RouteChange, StrengthRecorder, VisibilityRecorder, other_positions
@@ -105,7 +106,14 @@ class RouteRuns:
         return heads
 
     def run(self) -> RouteResult:
-        """Every query as it is, then every unit, cell and side; the model comes out as it went in."""
+        """Every query as it is, then every unit, cell and side; the model comes out as it went in.
+
+        Raises: RevprobeError, for NaN logits, and as `passes.alone` does where a query alone has other numbers.
+        """
+        return in_equal_lengths_if_need_be(self.model, self._run)
+
+    def _run(self) -> RouteResult:
+        self.strength, self.free = {}, {}  # those of a first run may be of queries that others reached
         shape = (len(self.units), len(self.cells), 2)
         zeros = [np.zeros(shape, dtype=kind) for kind in (np.float64, bool, np.int64, np.int64)]
         result = RouteResult(np.zeros(len(self.steps)), *zeros)
@@ -175,7 +183,8 @@ class RouteRuns:
         np.add.at(result.before, [q for q, _ in part], values.cpu().numpy())
 
     def _run_edited(self, jobs: Sequence[Job], result: RouteResult) -> None:
-        batch = make_batch(self.model, [self.steps[self.units[job.unit][0]][job.step] for job in jobs])
+        steps = [self.steps[self.units[job.unit][0]][job.step] for job in jobs]
+        batch = make_batch(self.model, steps, changed=True)
         change = self._change(jobs, batch)
         with edit_scores(self.model.module, self.attention, batch.rows, change, layers=list(change.active)) as log:
             log_probabilities = readout(self.model, batch)

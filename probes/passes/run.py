@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import RevprobeError, did_you_mean
-from ...hooks.attention import AttentionTap, tap_attention
+from ...hooks.attention import AttentionTap
 from ...hooks.gradients.backward import Products, Selection, part_labels
 from ...hooks.gradients.graph import adopted_parameters
 from ...hooks.gradients.one_by_one import read_one_by_one
@@ -33,9 +33,9 @@ from ...models.probed import ProbedModel
 from ...models.structure import attention_of, fused_parts
 from ..pairs.pairs import ReversalPairs
 from ..statistics.resampling import derangement
-from .alone import PaddingReaches, Size, hold_against_alone, is_due
+from .alone import PaddingReaches
 from .asked import asked_pairs, out_of_sight, tokens_note
-from .batches import QueryBatch, gradient_batch, in_batches, make_batch, prepare_queries, queries_per_batch
+from .batches import QueryBatch, gradient_batch, in_batches, make_batch, prepare_queries, queries_per_batch, tapped
 from .draws import every_two, kept_draws, mean_floor, mean_products, mean_rows
 from .likelihood import Likelihoods, mean_nll, readout, run_chains
 from .plan import Part, PassResult, Plan, Work, part_of
@@ -204,16 +204,13 @@ class _Pass:
         self._keep_products(self._alone(queries), queries, pairs)
 
     def _run_together(self, queries: np.ndarray, pairs: np.ndarray, *, gradient: bool) -> None:
-        batch = make_batch(self.model, [self.queries[q] for q in queries], in_draws=True)
+        batch = make_batch(self.model, [self.queries[q] for q in queries], in_draws=True, attention=self.attention)
         with ExitStack() as stack:
             if gradient and self.again:
                 blocks = that_can(self.model.module, self.again, self._adopted())
                 stack.enter_context(run_again(self.model.module, blocks))
             recorder = self._recorder(stack, queries) if gradient else None
-            tapping = None
-            if self.attention is not None:
-                at = batch.attention_rows, batch.attention_columns
-                tapping = tap_attention(self.model.module, *at, self.attention, batch.size)
+            tapping = None if self.attention is None else tapped(self.model, batch, self.attention)
             with tapping or nullcontext() as tap:
                 logits = readout(self.model, batch)
             if recorder is not None:
@@ -221,12 +218,6 @@ class _Pass:
                 self.result.reached.update(recorder.reached)
         if tap is not None:
             self._keep_scores(tap, batch, queries)
-        lengths = self.lengths[queries]
-        size = Size(bool(np.ptp(lengths)), len(queries), int(lengths.max()), tap is not None)
-        if is_due(self.model, size):
-            row = len(queries) - 1 - int(lengths[::-1].argmin())
-            query, row = self.queries[queries[row]], row * batch.draws
-            hold_against_alone(self.model, query, row, size, logits, tap, self.attention)
         for result, _ in self.by_draws:
             if result.likelihoods is not None:
                 result.likelihoods.from_run(logits.detach(), queries)

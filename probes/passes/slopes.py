@@ -23,7 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
 from ..pairs.query import Query
-from .batches import QueryBatch, make_batch, queries_per_batch
+from .alone import in_equal_lengths_if_need_be
+from .batches import QueryBatch, in_batches, make_batch, queries_per_batch
 from .likelihood import mean_nll, readout
 
 Direction = Mapping[str, Tensor]
@@ -52,19 +53,26 @@ def loss_slopes(
         queries: as `prepare_queries` returns them.
         directions: each a tensor of the parameter's shape for some of the model's parameters, by name; the others
             stay where they are.
-    Raises: RevprobeError, for NaN logits. KeyError, for a name that is no parameter.
+    Raises: RevprobeError, for NaN logits, and as `passes.alone` does where a query alone has other numbers. KeyError,
+        for a name that is no parameter.
     """
     if not queries:
         return Slopes(np.zeros(0), np.zeros((len(directions), 0)))
     size = queries_per_batch(model, queries, batch_size)
-    batches = [make_batch(model, queries[start : start + size]) for start in range(0, len(queries), size)]
-    with untouched(model.module):
-        # A run of its own: forward mode takes another attention kernel, whose last bits would count as a change.
-        with torch.no_grad():
-            losses = torch.cat([mean_nll(readout(model, batch), batch) for batch in batches])
-        slopes = [torch.cat([_slopes(model, batch, along) for batch in batches]) for along in directions]
-    slope = torch.stack(slopes) if slopes else torch.zeros(0, len(queries))
-    return Slopes(losses.double().cpu().numpy(), slope.double().cpu().numpy())
+
+    def run() -> Slopes:
+        found = Slopes(np.zeros(len(queries)), np.zeros((len(directions), len(queries))))
+        with untouched(model.module):
+            for numbers in in_batches(model, range(len(queries)), size, lambda q: len(queries[q].token_ids)):
+                batch = make_batch(model, [queries[q] for q in numbers])
+                # A run of its own: forward mode takes another attention kernel, whose last bits count as a change.
+                with torch.no_grad():
+                    found.loss[numbers] = mean_nll(readout(model, batch), batch).double().cpu().numpy()
+                for place, along in enumerate(directions):
+                    found.slope[place, numbers] = _slopes(model, batch, along).double().cpu().numpy()
+        return found
+
+    return in_equal_lengths_if_need_be(model, run)
 
 
 def _slopes(model: ProbedModel, batch: QueryBatch, along: Direction) -> Tensor:

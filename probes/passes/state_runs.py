@@ -24,7 +24,7 @@ from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
 from ...progress import Progress
 from ..pairs.query import Query
-from .alone import hold_batch, in_equal_lengths_if_need_be, is_due, require_as_alone, shortest_of
+from .alone import in_equal_lengths_if_need_be
 from .batches import in_batches, make_batch
 from .likelihood import price, readout
 
@@ -157,26 +157,19 @@ class _Group:
         batch = make_batch(self.model, queries)
         with record_states(self.model.module, [] if donor is None else list(self.sites.values())) as found:
             log_probabilities = readout(self.model, batch)
-        hold_batch(self.model, queries, log_probabilities)
         if donor is not None:
             self.states[donor], self.row_of[donor] = found, {member: row for row, member in enumerate(members)}
         return price(log_probabilities, batch.targets, batch.is_target)[0].cpu().numpy()
 
     def _patched(self, jobs: Sequence[_Job]) -> np.ndarray:
         """Log-probabilities of the targets of corrupted queries, each with the state of its own job put in."""
-        queries = [self.trials[job.member].corrupted for job in jobs]
-        batch = make_batch(self.model, queries)
+        batch = make_batch(self.model, [self.trials[job.member].corrupted for job in jobs], changed=True)
         rows: dict[int, list[tuple[int, _Job]]] = {}
         for row, job in enumerate(jobs):
             rows.setdefault(self.places[job.place].layer, []).append((row, job))
         with change_states(self.model.module, {self.sites[layer]: self._change(layer, rows[layer]) for layer in rows}):
             log_probabilities = readout(self.model, batch)
-        values: np.ndarray = price(log_probabilities, batch.targets, batch.is_target)[0].cpu().numpy()
-        row, size = shortest_of(queries)
-        if is_due(self.model, size):  # places may be many where the queries that were held are few
-            apart = np.abs(values[row] - self._patched([jobs[row]])[0])
-            require_as_alone(self.model, size, float(np.nan_to_num(apart)))  # both -inf: the same
-        return values
+        return price(log_probabilities, batch.targets, batch.is_target)[0].cpu().numpy()
 
     def _change(self, layer: int, rows: Sequence[tuple[int, _Job]]) -> Callable[[Tensor], Tensor]:
         """What puts the donors' states in at one layer. Shapes: `batch seq width` or `batch seq heads dim`."""

@@ -25,8 +25,7 @@ from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel
 from ...models.structure import states_of
 from ..pairs.query import Query
-from .alone import hold_batch
-from .batches import QueryBatch, in_batches, make_batch
+from .batches import QueryBatch, in_batches, logits_at_rows, make_batch
 
 # The last layer's own states may miss the model's logits by this share of the largest, or by some rounding units.
 _SLACK, _UNITS = 1e-5, 4.0
@@ -45,10 +44,7 @@ def rows_of_states(
     at = torch.arange(len(batch.rows), device=batch.rows.device)[:, None], batch.rows
     keep = lambda state: state[tuple(index.to(state.device) for index in at)].clone()  # noqa: E731
     with record_states(model.module, sites, keep) as found:
-        logits = model.logits(batch.input_ids, batch.attention_mask)[at]
-    if logits.isnan().any():
-        raise RevprobeError(model.explain_non_finite())
-    hold_batch(model, queries, lambda: logits.double().log_softmax(-1))
+        logits = logits_at_rows(model, batch)
     return batch, logits, [found[site] for site in sites]
 
 

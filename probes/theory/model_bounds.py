@@ -22,7 +22,8 @@ from ...models.structure import attention_of
 from ...progress import Progress, shows_progress
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
-from ..passes.batches import in_batches, make_batch, prepare_queries, queries_per_batch
+from ..passes.alone import in_equal_lengths_if_need_be
+from ..passes.batches import in_batches, logits_at_rows, make_batch, prepare_queries, queries_per_batch
 from ..readings.reading import Reading
 from .checks import distance_pairs, number
 from .score_correlation import alibi_correlation, mean_bound, rope_asymmetric_bound, rope_query_bound, tail_bound
@@ -233,7 +234,8 @@ def _bounds_by_pair(
     distance = np.abs(pairs.offsets(model.logit_shift)[0])
     by_query = np.zeros(len(pairs.queries))
     by_query[pairs.forward], by_query[pairs.reverse] = distance, distance
-    bounds = _bounds_by_query(model, pairs.queries, by_query, turning, size, progress)
+    run = lambda: _bounds_by_query(model, pairs.queries, by_query, turning, size, progress)  # noqa: E731
+    bounds = in_equal_lengths_if_need_be(model, run)
     parts = []
     for layer, values in bounds.items():
         heads = values.shape[1]
@@ -261,7 +263,7 @@ def _bounds_by_query(
         for numbers in in_batches(model, range(len(prepared)), size, lambda q: len(prepared[q].token_ids)):
             batch = make_batch(model, [prepared[q] for q in numbers])
             with tap_queries(model.module, batch.attention_rows, attention_of(model)) as calls:
-                model.logits(batch.input_ids, batch.attention_mask)
+                logits_at_rows(model, batch)
             apart = distance[numbers, None]
             for layer, rotary in turning.items():
                 energy = rotary.plane_energy(calls[layer].query[:, :, 0].double().cpu().numpy())

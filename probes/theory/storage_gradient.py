@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from ...arguments import checked
 from ...errors import RevprobeError
-from ...hooks.attention import tap_attention
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
 from ...models.structure import attention_of
 from ...progress import Progress, counted, shows_progress
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
+from ..passes.alone import in_equal_lengths_if_need_be
 from ..passes.asked import asked_pairs, out_of_sight, require_one_entry
-from ..passes.batches import in_batches, make_batch, prepare_queries, queries_per_batch
+from ..passes.batches import in_batches, logits_at_rows, make_batch, prepare_queries, queries_per_batch, tapped
 from ..statistics.estimators import LATER_BLOCK
 
 
@@ -55,9 +55,13 @@ def storage_gradient_cosines(
     whole = [Query.unchecked(q.token_ids, q.target_positions, range(len(q.token_ids))) for q in pairs.queries]
     queries = prepare_queries(model, whole)
     size = queries_per_batch(model, queries, batch_size)
-    with untouched(model.module), torch.no_grad():
-        batches = list(in_batches(model, range(len(queries)), size, lambda q: len(queries[q].token_ids)))
-        parts = [_factors(model, [queries[q] for q in batch]) for batch in counted(batches, progress)]
+
+    def run() -> tuple[list[list[int]], list[tuple[Tensor, Tensor]]]:
+        with untouched(model.module), torch.no_grad():
+            batches = list(in_batches(model, range(len(queries)), size, lambda q: len(queries[q].token_ids)))
+            return batches, [_factors(model, [queries[q] for q in batch]) for batch in counted(batches, progress)]
+
+    batches, parts = in_equal_lengths_if_need_be(model, run)
     place = torch.tensor([q for batch in batches for q in batch]).argsort()
     forward, reverse = place[torch.as_tensor(pairs.forward)], place[torch.as_tensor(pairs.reverse)]
     of_error, of_mass = (
@@ -76,14 +80,14 @@ def storage_gradient_cosines(
 
 def _factors(model: ProbedModel, queries: list[Query]) -> tuple[Tensor, Tensor]:
     """p - 1_v and the attention mass per token of each query. Shapes: `query vocab, query (head vocab)`, float64."""
-    batch = make_batch(model, queries)
-    at = batch.attention_rows, batch.attention_columns
-    with tap_attention(model.module, *at, attention_of(model), batch.size) as tap:
-        logits = model.logits(batch.input_ids, batch.attention_mask)
+    attention = attention_of(model)
+    batch = make_batch(model, queries, attention=attention)
+    with tapped(model, batch, attention) as tap:
+        logits = logits_at_rows(model, batch)
     layers = tap.layers(model.name)
     if len(layers) != 1:
         raise RevprobeError(f"{model.name} has {len(layers)} attention layers; S is defined for one")
-    probability = logits[torch.arange(len(queries)), batch.rows[:, 0]].double().softmax(-1)
+    probability = logits[:, 0].double().softmax(-1)
     error = probability - torch.nn.functional.one_hot(batch.targets[:, 0], probability.shape[-1])
     (call,) = layers.values()
     weight = call.weight[:, :, 0].double().masked_fill(~batch.is_evidence[:, None], 0.0)  # query head seq

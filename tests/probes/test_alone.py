@@ -149,4 +149,5 @@ def test_a_sound_model_is_held_once_for_a_size():
     first = list(sizes)
     sizes.clear()
     rp.probe_reverse_probability(model, pairs, control=False)
-    assert first[-2:] == [8, 1] and sizes == [8]
+    # The last of the shortest and the last of all, before the batch.
+    assert first[-3:] == [1, 1, 8] and sizes == [8]

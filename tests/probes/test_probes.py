@@ -420,7 +420,7 @@ def plant_shifted_rows(patch) -> None:
         return batch
 
     patch.setattr(passes, "make_batch", shifted)
-    patch.setattr(passes, "is_due", lambda *_: False)  # else the first batch is found out already
+    patch.setattr(batches, "is_due", lambda *_: False)  # else the first batch is found out already
 
 
 def plant_wrong_head(patch) -> None:
