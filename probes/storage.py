@@ -89,11 +89,10 @@ def probe_stored_evidence(
     pairs = asked_pairs(model, pairs, "stored_evidence")
     require_one_entry(pairs)
     plan = Plan(control=control, batch_size=batch_size, seed=seed, progress=progress)
-    tail = Tail.of(model) if first_order else None
-    chosen = None if layers is None else set(listed("layer", layers))
+    tail, chosen = Tail.of(model) if first_order else None, None if layers is None else set(listed("layer", layers))
     found = in_equal_lengths_if_need_be(model, lambda: _Storage(model, pairs, plan, chosen, tail).run())
     about = describe(model, PassResult(pairs, found.partner, []), plan)
-    name = "stored_evidence_first_order" if first_order else "stored_evidence"
+    name = "stored_evidence" + "_first_order" * first_order
     reading = Reading(name, found.frame(), about, found.cross() if cross else None)
     reading.meta.update({"statistic": reading.measured.statistic, "worst_gap": found.gap} | found.of_slopes())
     if found.layers is not None:

@@ -23,7 +23,8 @@ from ...models.probed import ProbedModel, as_probed
 from ...progress import Progress, shows_progress
 from ..pairs.query import Query
 from ..pairs.spans import encode_texts, require_fast_tokenizer
-from ..passes.batches import queries_per_batch
+from ..passes.alone import in_equal_lengths_if_need_be
+from ..passes.batches import make_batch, queries_per_batch
 from .causal import continue_greedily, end_tokens, generator_of
 from .masked import Prompt, Unmasking, schedule_of, unmask, unmasking
 
@@ -140,11 +141,23 @@ def decode_tokens(
         how = how or unmasking(model)
         for before, length in sorted({(len(p.before), n) for p, n in zip(prompts, lengths, strict=True)}):
             schedule_of(model, how, range(before, before + length))  # refused before the model runs
+    return in_equal_lengths_if_need_be(model, lambda: _written(model, prompts, lengths, how, batch_size, progress))
+
+
+def _written(
+    model: ProbedModel,
+    prompts: Sequence[Prompt],
+    lengths: Sequence[int],
+    how: Unmasking | None,
+    batch_size: int | None,
+    progress: Progress | bool | None,
+) -> list[list[int]]:
     answers: list[list[int]] = [[] for _ in prompts]
     done = 0
     with untouched(model.module), torch.no_grad():
         for batch in batches_of(model, prompts, lengths, batch_size):
             asked, wanted = [prompts[i] for i in batch], [lengths[i] for i in batch]
+            _hold(model, asked, wanted)
             if how is not None:
                 assert model.mask_token_id is not None, "a masked model names its mask token when wrapped"
                 texts = [p.blanks(n, model.mask_token_id) for p, n in zip(asked, wanted, strict=True)]
@@ -157,6 +170,23 @@ def decode_tokens(
             if callable(progress):
                 progress(done, len(prompts))
     return answers
+
+
+def _hold(model: ProbedModel, prompts: Sequence[Prompt], lengths: Sequence[int]) -> None:
+    """Hold a batch of the prompts, with something in the place of their answers, against some of them alone.
+
+    A masked model is asked for every token of an answer, as in its first step; a causal one, which writes them one by
+    one, for the last.
+    """
+    if model.objective == "causal":
+        lengths = [max(lengths)] * len(lengths)  # `generate` writes as much for all
+    queries = []
+    for prompt, length in zip(prompts, lengths, strict=True):
+        filled = [*prompt.before, *[*prompt.before, 0][:1] * length, *prompt.after]
+        first, last = len(prompt.before), len(prompt.before) + length - 1
+        places = range(first, last + 1) if model.objective == "masked" else (last,)
+        queries.append(Query.unchecked(filled, places, (last,)))
+    make_batch(model, queries, changed=True)
 
 
 def answer_text(model: ProbedModel, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:

@@ -31,6 +31,9 @@ from torch import Tensor
 
 from ...errors import RevprobeError, did_you_mean
 from ...models.probed import ProbedModel
+from ..pairs.query import Query
+from ..passes.alone import in_equal_lengths_if_need_be
+from ..passes.batches import in_batches, make_batch
 
 
 @dataclass(frozen=True)
@@ -232,10 +235,21 @@ def hidden_log_probabilities(model: ProbedModel, texts: Sequence[Blanks]) -> Ten
 
     Raises: RevprobeError, when the logits are NaN.
     """
-    canvas = _Canvas(model, texts)
-    row, at = canvas.hidden.nonzero(as_tuple=True)
-    found = canvas._read(canvas.run(), row, at)
-    return found.view(len(texts), -1, found.shape[-1])
+    return in_equal_lengths_if_need_be(model, lambda: _first_step(model, texts))
+
+
+def _first_step(model: ProbedModel, texts: Sequence[Blanks]) -> Tensor:
+    found: list[Tensor] = [torch.empty(0)] * len(texts)
+    for numbers in in_batches(model, range(len(texts)), len(texts), lambda n: len(texts[n].token_ids)):
+        some = [texts[n] for n in numbers]
+        queries = [Query.unchecked(text.token_ids, text.places, text.places[:1]) for text in some]
+        make_batch(model, queries, changed=True)
+        canvas = _Canvas(model, some)
+        row, at = canvas.hidden.nonzero(as_tuple=True)
+        read = canvas._read(canvas.run(), row, at)
+        for n, values in zip(numbers, read.view(len(some), -1, read.shape[-1]), strict=True):
+            found[n] = values
+    return torch.stack(found)
 
 
 class _Canvas:
