@@ -3,14 +3,14 @@
 Runs of three short sequences. In the first two, every call is answered as if each token attended to itself alone, so
 that nothing passes from token to token through attention. The second run makes three changes, one for each sequence:
 
-    0   one token reads another in the first call: what the first call writes is changed there
-    1   one token is another one
-    2   the embedding of one token is changed, of another token each time that the sequence is embedded
+    0   some tokens read the one before them in the first call: what the first call writes is changed there
+    1   some tokens are other ones
+    2   the embeddings of some tokens are changed, of other tokens each time that the sequence is embedded
 
 Then only the rows (queries) and columns (keys) of changed tokens can differ between the runs, to the bit, in every
-layer at once. A call is self-attention over the query's own tokens exactly if the same rows and columns differ, and in
-sequence 1 those of the token that was changed. A shifted input, pooling and blocks differ elsewhere, and cross
-attention differs in rows without columns. Whether the weights are those that the model uses is seen as well: an
+layer at once. A call is self-attention over the query's own tokens exactly if the same rows and columns differ, those
+of the tokens that were changed. A shifted input, pooling, blocks and tokens in another order differ elsewhere, and
+cross attention differs in rows without columns. Whether the weights are those that the model uses is seen as well: an
 SDPA call's own output is compared with the weights' on its values, and the answer to a softmax (ones where a token
 meets itself) must come back unchanged where the values are mixed. What keeps ones and zeros as they are changes other
 weights (the largest two kept, squares, a decay): the third run leaves every softmax its own, and they must come back.
@@ -19,7 +19,7 @@ weights (the largest two kept, squares, a decay): the third run leaves every sof
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,11 +47,23 @@ from .attention_calls import (
 from .untouched import untouched
 
 SEQUENCES = 3
+# What is changed at each place: nothing (a), the token in sequence 1 (b), the embedding in 2 (c), both (d). No stretch
+# of this word reads the same backwards, none stands twice in a row: a call whose tokens are reversed, rolled along or
+# exchanged with the next ones, all of them or any stretch, has changes where there were none. So has one that takes
+# every other token first, or two halves in turn.
+_PLACES = "abcdacbdabc"
 _MIXING = frozenset(["matmul", "__matmul__", "__rmatmul__", "bmm", "einsum", "baddbmm", "mm", "tensordot"])
 UNUSED = "a softmax whose weights multiply no values"
 CHANGED = "its softmax weights are changed before they meet the values (mixed across heads, gated, renormalised)"
 UNSEEN = "the weights that multiply its values come from no softmax that is seen"
 OUTPUT = "the weights worked out from its query, key and mask do not give its own output"
+
+
+def places_of(length: int) -> tuple[list[int], list[int]]:
+    """Where sequences of so many tokens are changed: the tokens of sequences 0 and 1, the embeddings of sequence 2."""
+    word = _PLACES[:length]
+    tokens, embeddings = ([place for place, change in enumerate(word) if change in some] for some in ("bd", "cd"))
+    return tokens or [0], embeddings
 
 
 @dataclass
@@ -83,21 +95,22 @@ class SeenCall:
 class Look:
     """What one run of the survey sees, and what it answers.
 
-    `size`: query rows and key columns of a call over these sequences; `changed`: the token that this run changes;
+    `rows`, `keys`: of a call over these sequences; `changed`: the rows of the tokens that this run changes in sequences
+    0 and 1; `embedded`: the places that were changed in sequence 2 each time it was embedded, and of how many;
     `natural`: every call is left its own answer, and only what meets the values is watched.
     """
 
     rows: int
     keys: int
     layer_of: Callable[[str], int | None]
-    changed: int | None = None
+    changed: Sequence[int] | None = None
     natural: bool = False
     calls: list[SeenCall] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     unseen: set[str] = field(default_factory=set)
     running: list[tuple[str, int, Any]] = field(default_factory=list)
     entered: Counter[str] = field(default_factory=Counter)
-    embedded: int = 0
+    embedded: list[tuple[list[int], int]] = field(default_factory=list)
     uncentred: Uncentred = field(default_factory=Uncentred)
     waiting: list[tuple[SeenCall, Tensor]] = field(default_factory=list)
 
@@ -138,12 +151,13 @@ class Look:
         return self.uncentred.note(func, args, result)
 
     def _embedding(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> Tensor:
-        """Change one token of sequence 2, another one each time that the sequences are embedded."""
+        """Change some tokens of sequence 2, other ones each time that the sequences are embedded."""
         ids = args[0] if args else kwargs["input"]
         if ids.dim() != 2 or len(ids) != SEQUENCES or (ids == ids[:1]).all() or not result.is_floating_point():
             return result
-        at = (self.changed + 1 + self.embedded) % ids.shape[1] if self.changed is not None else 0
-        self.embedded += 1
+        length = ids.shape[1]
+        at = [(place + len(self.embedded)) % length for place in places_of(length)[1]]
+        self.embedded.append((at, length))
         result = result.clone()
         result[2, at] = result[2, at] * -0.5 + 1.0
         return result
@@ -185,7 +199,8 @@ class Look:
         """The key that each row reads: its own token's. Shapes: `rows -> sequence rows`."""
         own = (rows + max(self.keys - self.rows, 0)).clamp(max=keys - 1).expand(SEQUENCES, -1).clone()
         if self.changed is not None and len(self.calls) == 1:
-            own[0, self.changed] = own[0, 0]  # in sequence 0 the first call is answered otherwise
+            before = [row - 1 for row in self.changed]
+            own[0, self.changed] = own[0, before]  # in sequence 0 the first call is answered otherwise
         return own
 
     def size_of(self, seen: SeenCall) -> str:
@@ -280,18 +295,20 @@ def look_thrice(
     module: nn.Module,
     run: Callable[[Tensor], Any],
     shown: tuple[Tensor, Tensor],
-    token: int,
+    changed: Sequence[int],
     size: tuple[int, int],
     layer_of: Callable[[str], int | None],
 ) -> tuple[Look, Look, Look]:
     """Both runs, and one in which every call is left its own answer. The module comes out as it went in.
 
-    Shapes: `shown`: `3 seq` twice, rows that differ; the second differs from the first at row 1, `token`, alone.
+    Shapes: `shown`: `3 seq` twice, rows that differ; the second differs from the first in row 1 alone.
+    Args:
+        changed: the rows of a call, of the tokens that differ there.
     """
     looks = []
     with untouched(module), torch.no_grad():
-        for ids, changed, natural in ((shown[0], None, False), (shown[1], token, False), (shown[0], None, True)):
-            look = Look(size[0], size[1], layer_of, changed, natural)
+        for ids, rows, natural in ((shown[0], None, False), (shown[1], changed, False), (shown[0], None, True)):
+            look = Look(size[0], size[1], layer_of, rows, natural)
             with look.watching(module):
                 run(ids)
             looks.append(look)

@@ -19,6 +19,7 @@ from .attention_sites import Attention, AttentionSite
 CENTRED = "its scores are given relative to each row's largest, so the scores themselves are not seen"
 CROSS = "cross attention or shifted keys: its keys are not made from the tokens that its queries are made from"
 SHIFTED = "its rows and columns are not the query's own tokens, but shifted, pooled or cut into blocks"
+REORDERED = "its rows and columns are the query's tokens in another order (reversed, sorted, interleaved)"
 MEMORY = "its keys or its queries are not made from the query's tokens"
 UNEVEN = "its calls differ from one run to the next"
 OTHER_STREAM = (
@@ -32,7 +33,6 @@ def survey_attention(
     module: nn.Module,
     run: Callable[[Tensor], Any],
     shown: tuple[Tensor, Tensor],
-    token: int,
     *,
     layer_of: Callable[[str], int | None],
     virtual: tuple[int, int] = (0, 0),
@@ -41,13 +41,17 @@ def survey_attention(
 
     Args:
         run: makes one forward pass of token ids.
-        shown: the sequences of both runs, `3 seq` each, different ones; the second has another id at row 1, `token`.
+        shown: the sequences of both runs, `3 seq` each, different ones; the second has other ids in row 1, at
+            `attention_look.places_of`.
         layer_of: the layer of a module's path.
         virtual: rows and key columns that stand before the query's own in every call (prompt and prefix adapters).
     """
     length = shown[0].shape[1]
     size = length + virtual[0], length + virtual[1]
-    first, second, natural = look_thrice(module, run, shown, token, size, layer_of)
+    tokens = (shown[0] != shown[1])[1].nonzero()[:, 0].tolist()
+    changed = [token + virtual[0] for token in tokens]
+    first, second, natural = look_thrice(module, run, shown, changed, size, layer_of)
+    places = Places(frozenset(), frozenset(changed), _embedded(second, length, virtual[0]))
     others = {(call.path, call.turn): call for call in second.calls}
     used = {(call.path, call.turn): call.reason for call in natural.calls}
     kept: list[tuple[SeenCall, Layout, tuple[int, int]]] = []
@@ -58,7 +62,9 @@ def survey_attention(
         if other is None or other.shape != call.shape:
             failed.append((call, UNEVEN))
             continue
-        layout, shift, reason, moves = judge(call, other, first, token + virtual[0])
+        layout, shift, reason, moves = judge(call, other, first, places)
+        if call is first.calls[0] and layout is not None:
+            places = places._replace(first=_read_elsewhere(changed, shift[0], virtual[0], shown[0][0]))
         told, passed_on = told and moves is not None, passed_on or bool(moves)
         if layout is not None and not call.is_sdpa and used.get((call.path, call.turn)):
             layout, reason = None, used[call.path, call.turn]
@@ -151,6 +157,36 @@ def _equal(one: object, other: object) -> bool:
 # --- judging ---------------------------------------------------------------------------------------------------------
 
 
+class Places(NamedTuple):
+    """The query's rows that were changed, virtual ones counted.
+
+    `first`: where the first call read another token in sequence 0, known once that call has been judged; `tokens`: in
+    sequence 1; `embedded`: in sequence 2, what each embedding may have changed, by what may stand before the tokens.
+    """
+
+    first: frozenset[int]
+    tokens: frozenset[int]
+    embedded: tuple[frozenset[int], ...]
+
+    def of(self, sequence: int) -> Sequence[frozenset[int]]:
+        return self.embedded if sequence == 2 else (self.tokens if sequence else self.first,)
+
+
+def _embedded(look: Look, length: int, virtual: int) -> tuple[frozenset[int], ...]:
+    """Of an embedding of more than the query's tokens it is not known whether the others stand before or behind."""
+    return tuple(
+        frozenset(place - before + virtual for place in places if 0 <= place - before < length)
+        for places, width in look.embedded
+        for before in range(max(width - length, 0) + 1)
+    )
+
+
+def _read_elsewhere(changed: Sequence[int], shift: int, virtual: int, ids: Tensor) -> frozenset[int]:
+    """The query's rows that read the token before in the first call, where that is another token."""
+    rows = [row - shift for row in changed if row - shift - virtual > 0]
+    return frozenset(row for row in rows if int(ids[row - virtual]) != int(ids[row - virtual - 1]))
+
+
 class Judged(NamedTuple):
     """The layout in which a call is the query's own self-attention and its shift, else the reason.
 
@@ -164,7 +200,7 @@ class Judged(NamedTuple):
     moves: bool | None = False
 
 
-def judge(before: SeenCall, after: SeenCall, look: Look, token: int) -> Judged:
+def judge(before: SeenCall, after: SeenCall, look: Look, places: Places) -> Judged:
     """Hold one call of the first run against the same of the second."""
     if before.reason:
         return Judged(None, (0, 0), before.reason)
@@ -177,7 +213,7 @@ def judge(before: SeenCall, after: SeenCall, look: Look, token: int) -> Judged:
         extra_rows, extra_keys = moved[0].shape[1] - look.rows, moved[1].shape[1] - look.keys
         if extra_keys < 0:
             continue
-        shift, why = _judge_moved(moved, (extra_rows, extra_keys), look, token)
+        shift, why = _judge_moved(moved, (extra_rows, extra_keys), look, places)
         if not why:
             rows, keys, *told = moved
             constant = not (rows.any() or keys.any()) or not all(side.any() for side in told)
@@ -191,7 +227,7 @@ def judge(before: SeenCall, after: SeenCall, look: Look, token: int) -> Judged:
 
 
 def _judge_moved(
-    moved: tuple[Tensor, Tensor, Tensor, Tensor], extra: tuple[int, int], look: Look, token: int
+    moved: tuple[Tensor, Tensor, Tensor, Tensor], extra: tuple[int, int], look: Look, places: Places
 ) -> tuple[tuple[int, int], str]:
     """Hold the rows and columns that differ against what self-attention over the query's own tokens would show.
 
@@ -199,7 +235,7 @@ def _judge_moved(
     """
     rows, keys, rows_told, keys_told = moved
     ahead = (0, look.keys - look.rows)  # virtual keys before the query's own
-    shift = []
+    shift, token = [], min(places.tokens, default=0)
     for side, more, before in ((rows, extra[0], 0), (keys, extra[1], ahead[1])):
         first = int(side[1].nonzero()[0]) if side[1].any() else token + before
         shift.append(min(max(first - token - before, 0), more))
@@ -217,9 +253,29 @@ def _judge_moved(
     for sequence in (0, 2):
         if ((own[0] != own[1]) & both)[sequence].any():
             return (0, 0), CROSS
-    if ((own[0] != own[1]) & both)[1].any() or not (own[0] | own[1])[1, token]:
+    if ((own[0] != own[1]) & both)[1].any():
         return (0, 0), SHIFTED
+    for sequence in (1, 0, 2):
+        here = (own[0] | own[1])[sequence]
+        # The first call may write nothing yet, and a stream need not begin at an embedding.
+        if (sequence == 1 or here.any()) and (why := _misplaced(here, both[sequence], places.of(sequence))):
+            return (0, 0), why
     return (shift[0], shift[1]), ""
+
+
+def _misplaced(moved: Tensor, told: Tensor, changed: Sequence[frozenset[int]]) -> str:
+    """Why the rows that differ are none of the sets of rows that may have been changed; empty where they are.
+
+    More may differ: convolutions and linear attention hand changes on.
+    """
+    found, known = set(moved.nonzero()[:, 0].tolist()), set(told.nonzero()[:, 0].tolist())
+    if not changed or any(rows & known <= found for rows in changed):
+        return ""
+    for rows in changed:
+        along = ({row + by for row in rows} for by in range(-len(moved), len(moved)))
+        if len(rows) == len(found) and not any(found == {*there} & {*range(len(moved))} for there in along):
+            return REORDERED
+    return SHIFTED
 
 
 def _moved(before: SeenCall, after: SeenCall, layout: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:

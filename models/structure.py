@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..arguments import checked
 from ..errors import RevprobeError, did_you_mean, shown
+from ..hooks.attention_look import places_of
 from ..hooks.attention_sites import Attention
 from ..hooks.attention_survey import survey_attention
 from ..hooks.gradients.rules import has_rule
@@ -141,7 +142,7 @@ def states_of(model: Runs) -> States:
     state = _structure(model.module)
     known = _STATES.get(model.module)
     if known is None or known[0] != state:
-        first, second, _ = _short_sequences(model)
+        first, second = _short_sequences(model)
         names = [name for name, _ in model.module.named_parameters(remove_duplicate=False)]  # shared blocks have theirs
         roles = {_WRAPPERS.sub("", name): parameter_role(name).role for name in names}
         shown = first[:1], second[1:2]
@@ -170,20 +171,20 @@ def _structure(module: nn.Module) -> int:
     return hash((*parts, *map(str, chosen)))
 
 
-def _short_sequences(model: Runs) -> tuple[Tensor, Tensor, int]:
-    """Three sequences of ordinary ids, the same with one id of the second changed, and where."""
+def _short_sequences(model: Runs) -> tuple[Tensor, Tensor]:
+    """Three sequences of ordinary ids, and the same with some ids of the second changed."""
     length = min(LOOK_TOKENS, model.max_length or LOOK_TOKENS)
     usual = [i for i in ordinary_ids(model, 3 * length) if i != getattr(model, "mask_token_id", None)] or [0]
     ids = torch.tensor([usual[(7 * n + n * n) % len(usual)] for n in range(3 * length)]).reshape(3, length)
-    token, other = length // 2, ids.clone()
-    other[1, token] = next((one for one in reversed(usual) if one != int(ids[1, token])), int(ids[1, token]))
-    return ids.to(model.device), other.to(model.device), token
+    other = ids.clone()
+    for place in places_of(length)[0]:
+        other[1, place] = next((one for one in reversed(usual) if one != int(ids[1, place])), int(ids[1, place]))
+    return ids.to(model.device), other.to(model.device)
 
 
 def _surveyed(model: Runs, virtual: tuple[int, int]) -> Attention:
-    first, second, token = _short_sequences(model)
     numbers = layer_numbers_of(model)
-    found = survey_attention(model.module, model.logits, (first, second), token, layer_of=numbers, virtual=virtual)
+    found = survey_attention(model.module, model.logits, _short_sequences(model), layer_of=numbers, virtual=virtual)
     stated = dict(getattr(model.module, "not_read", {}))
     return replace(found, without=_silent(model.module, found, numbers), left_out=stated | dict(found.left_out))
 
