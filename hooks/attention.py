@@ -15,9 +15,10 @@ position that the mask forbids has score -inf and weight 0. A sink takes its par
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention_calls import Uncentred, at_rows, call_rows, canonical, matrix_rows, sdpa_call, softmaxed, weights_of
+from .attention_look import CHANGED, OUTPUT
+from .attention_met import Awaited, Meetings, gives_output
 from .attention_sites import Attention, AttentionSite, watched_calls
 
 
@@ -47,7 +50,7 @@ class AttentionTap:
     """What a tap saw, in the order of the calls.
 
     `left_out`: path -> why what a look found readable was not read in this run (a model that attends in blocks only
-    when its input is long).
+    when its input is long, or changes its weights there).
     """
 
     attention: Attention
@@ -69,6 +72,11 @@ class AttentionTap:
         if not layers:
             Attention((), {}, self.left_out).require(name)
         return layers
+
+    def drop(self, site: AttentionSite, reason: str) -> None:
+        """Take back what earlier runs inside the tap saw of a site."""
+        self.calls = [(other, rows) for other, rows in self.calls if other != site]
+        self.left_out[site.path] = reason
 
     def missing(self) -> dict[int, str]:
         """Layer -> why it was not read in this run, of those that a look found readable."""
@@ -107,20 +115,48 @@ def tap_attention(
         size: query rows and key columns of a call over this batch; a call of another size is left out.
     Adds hooks to the attending modules and removes exactly those, also when the forward pass raises.
     """
-    tap = AttentionTap(attention)
+    tap, meetings = AttentionTap(attention), Meetings()
 
     @torch.no_grad()
-    def see(site: AttentionSite, func: Any, args: Any, kwargs: Any, uncentred: Uncentred) -> None:
+    def see(
+        site: AttentionSite, func: Any, args: Any, kwargs: Any, uncentred: Uncentred
+    ) -> Callable[[Tensor], None] | None:
         if site.repeats:
-            return
+            return None
         found = _score_rows(site, func, args, kwargs, uncentred, rows, size)
         if isinstance(found, str):
-            tap.left_out[site.path] = found
-        else:
-            tap.calls.append((site, AttentionRows(site.path, *_weigh(found, columns, site.shift[1], size[1]))))
+            tap.drop(site, found)
+            return None
+        seen = AttentionRows(site.path, *_weigh(found, columns, site.shift[1], size[1]))
+        keep, at = partial(tap.calls.append, (site, seen)), rows.to(found.device) + site.shift[0]
+        if func is not F.scaled_dot_product_attention:
+            return lambda result: meetings.waiting.append(Awaited.of(site, func, result, at, size, keep))
+        keep()
+        # Torch's own function does the same to other numbers of one form; the form may change with the length.
+        known, call = attention.reproduced, (site.path, site.turn)
+        return None if size[1] <= known.get(call, 0) else partial(_hold, tap, site, (args, kwargs), found, at, size[1])
 
-    with watched_calls(module, attention, see):
+    with watched_calls(module, attention, see, meetings.mixed):
         yield tap
+    for one in meetings.waiting:
+        tap.drop(one.site, CHANGED)
+
+
+@torch.no_grad()
+def _hold(
+    tap: AttentionTap,
+    site: AttentionSite,
+    call: tuple[Any, dict[str, Any]],
+    scores: Tensor,
+    at: Tensor,
+    keys: int,
+    output: Tensor,
+) -> None:
+    """Hold an SDPA call's output against the weights that were read of it."""
+    if gives_output(site, call, scores, output, at):
+        tap.attention.reproduced[site.path, site.turn] = keys
+    else:
+        tap.drop(site, OUTPUT)
 
 
 def _score_rows(

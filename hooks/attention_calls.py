@@ -21,6 +21,7 @@ Noted = TypeVar("Noted")
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
 LOG_SOFTMAX = (F.log_softmax, torch.log_softmax, Tensor.log_softmax, torch.special.log_softmax)
+_MIXING = frozenset(["matmul", "__matmul__", "__rmatmul__", "bmm", "einsum", "baddbmm", "mm", "tensordot"])
 _DIFFERENCE = (torch.sub, torch.subtract, Tensor.sub, Tensor.__sub__)
 # Masks written by hand hide with -1e4, -1e9 or a dtype's lowest number; a score this far below its row's best has no
 # weight in any dtype.
@@ -81,6 +82,11 @@ def its_path(path: str, _: Any) -> str:
 def is_attention_call(func: Any) -> bool:
     """Whether a torch call may be attention's: an SDPA call, or any softmax."""
     return func is F.scaled_dot_product_attention or func in _SOFTMAX or func in LOG_SOFTMAX
+
+
+def is_product(func: Any) -> bool:
+    """Whether a torch call may be the one in which weights meet values."""
+    return getattr(func, "__name__", "") in _MIXING
 
 
 def sdpa_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,6 +246,17 @@ def hidden_as_infinite(scores: Tensor) -> Tensor:
 def weights_of(scores: Tensor) -> Tensor:
     """Softmax over keys; a fully masked row has no weights."""
     return scores.softmax(-1).nan_to_num(0.0)
+
+
+def reproduces(scores: Tensor, values: Tensor, output: Tensor) -> bool:
+    """Whether rows of scores give an SDPA call's output on its values, up to rounding; a row of NaN is not asked.
+
+    Shapes: `batch heads rows keys, batch heads|shared keys dim, batch heads rows dim`.
+    """
+    weights = weights_of(scores)
+    values = values.repeat_interleave(weights.shape[1] // values.shape[1], dim=1).to(weights.dtype)
+    slack = 64 * max(torch.finfo(output.dtype).eps, torch.finfo(torch.float32).eps) * float(values.abs().max())
+    return not bool(((weights @ values - output).abs() > slack).any())
 
 
 def _mask_rows(call: Mapping[str, Any], rows: Tensor, scores: Tensor) -> Tensor:

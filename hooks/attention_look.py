@@ -38,11 +38,12 @@ from .attention_calls import (
     call_rows,
     canonical,
     is_attention_call,
+    is_product,
     layouts,
+    reproduces,
     running_modules,
     sdpa_call,
     softmaxed,
-    weights_of,
 )
 from .untouched import untouched
 
@@ -52,7 +53,6 @@ SEQUENCES = 3
 # exchanged with the next ones, all of them or any stretch, has changes where there were none. So has one that takes
 # every other token first, or two halves in turn.
 _PLACES = "abcdacbdabc"
-_MIXING = frozenset(["matmul", "__matmul__", "__rmatmul__", "bmm", "einsum", "baddbmm", "mm", "tensordot"])
 UNUSED = "a softmax whose weights multiply no values"
 CHANGED = "its softmax weights are changed before they meet the values (mixed across heads, gated, renormalised)"
 UNSEEN = "the weights that multiply its values come from no softmax that is seen"
@@ -143,7 +143,7 @@ class Look:
                 return self._sdpa(seen, func, sdpa_call(args, kwargs))
             return self._softmax(seen, func, args, kwargs)
         name = getattr(func, "__name__", "")
-        if name in _MIXING:
+        if is_product(func):
             self._mixing(args)
         result = func(*args, **kwargs)
         if name == "embedding" and self.changed is not None:
@@ -188,12 +188,7 @@ class Look:
 
     def _reproduces(self, call: dict[str, Any], output: Tensor | None) -> bool:
         rows = torch.arange(call["query"].shape[2], device=call["query"].device).expand(SEQUENCES, -1)
-        weights = weights_of(call_rows(call, rows))
-        values = call["value"].repeat_interleave(weights.shape[1] // call["value"].shape[1], dim=1).to(weights.dtype)
-        if output is None:
-            return False
-        slack = 64 * max(torch.finfo(output.dtype).eps, torch.finfo(torch.float32).eps) * float(values.abs().max())
-        return not bool(((weights @ values - output).abs() > slack).any())
+        return output is not None and reproduces(call_rows(call, rows), call["value"], output)
 
     def _reads(self, rows: Tensor, keys: int) -> Tensor:
         """The key that each row reads: its own token's. Shapes: `rows -> sequence rows`."""
@@ -225,7 +220,8 @@ class Look:
             return result
         self.calls.append(seen)
         if self.natural:
-            self.waiting.append((seen, result.detach().exp() if func in LOG_SOFTMAX else result.detach()))
+            # Copies, here and below: what is written into the weights themselves is a change as well.
+            self.waiting.append((seen, result.detach().exp() if func in LOG_SOFTMAX else result.detach().clone()))
             seen.reason = UNUSED
             return result
         layout = seen.found[0]
@@ -234,7 +230,7 @@ class Look:
         reads = self._reads(torch.arange(flat.shape[2], device=flat.device), flat.shape[3])
         answer = F.one_hot(reads, flat.shape[3])[:, None].expand(flat.shape)
         answer = layout.back(answer.to(result.dtype)).contiguous()
-        self.waiting.append((seen, answer))
+        self.waiting.append((seen, answer.clone()))
         if self.changed is None:
             seen.reason = UNUSED  # until it is seen to be used
         return answer.log() if func in LOG_SOFTMAX else answer

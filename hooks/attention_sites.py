@@ -17,6 +17,7 @@ from .attention_calls import (
     Layout,
     Uncentred,
     is_attention_call,
+    is_product,
     its_path,
     running_modules,
     softmaxed,
@@ -55,6 +56,7 @@ class Attention:
     `sites`: in the order of their calls; `calls`: path -> SDPA calls and softmaxes of any kind in one forward pass;
     `left_out`: path -> why what is computed there is not read; `without`: layer -> why it has no site; `told`: whether
     the look could tell: scores that are constants still (zero-initialised queries) are taken for what they seem.
+    `reproduced`: site -> the most keys at which a tap saw an SDPA call give what its weights give on its values.
     """
 
     sites: tuple[AttentionSite, ...]
@@ -62,6 +64,7 @@ class Attention:
     left_out: Mapping[str, str]
     without: Mapping[int, str] = field(default_factory=dict)
     told: bool = True
+    reproduced: dict[tuple[str, int], int] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def heads(self) -> dict[int, int]:
@@ -101,10 +104,14 @@ class Attention:
 
 @contextmanager
 def watched_calls(
-    module: nn.Module, attention: Attention, see: Callable[[AttentionSite, Any, Any, Any, Uncentred], None]
+    module: nn.Module,
+    attention: Attention,
+    see: Callable[[AttentionSite, Any, Any, Any, Uncentred], Callable[[Any], None] | None],
+    mixed: Callable[[tuple[Any, ...]], None] | None = None,
 ) -> Iterator[None]:
     """Show every call of a site to `see(site, func, args, kwargs, uncentred)`; the call is made as it is.
 
+    What `see` returns is called with the call's result; `mixed` is shown the arguments of every product of tensors.
     Adds hooks to the modules that make such calls and removes exactly those, also on exceptions.
     Raises: RevprobeError, when a module makes another number of calls than when it was looked at.
     """
@@ -112,13 +119,18 @@ def watched_calls(
     uncentred = Uncentred()
 
     def make(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        answered = None
         if running and is_attention_call(func):
             path = running[-1]
             site = attention.at(path, made[path])
             made[path] += 1
             if site is not None:
-                see(site, func, args, kwargs, uncentred)
+                answered = see(site, func, args, kwargs, uncentred)
+        elif mixed is not None and is_product(func):
+            mixed(args)
         result = func(*args, **kwargs)
+        if answered is not None:
+            answered(result)
         return uncentred.note(func, args, result) if running else result
 
     with running_modules(module, its_path, attention.calls) as running, FunctionMode(make):
