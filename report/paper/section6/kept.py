@@ -13,6 +13,9 @@ from .frames import FINISHED, WEIGHTS, Section6, tidy, times_made, weights_of
 from .plan import DROP_ORDER, MODELS
 
 _KEY = ("sweep", "run", "config")
+# Versions of the statistics, before and after, between which nothing that the tables hold differs but the intervals of
+# how far proportions exceed their controls.
+_BUT_EXCESS_OF_PROPORTIONS = (3, 4)
 Run = tuple[str, str]  # sweep and name
 
 
@@ -22,14 +25,17 @@ def with_kept(found: Section6, kept: Section6) -> Section6:
     A run is kept where its config is the planned one to the letter, the data are the same, and its small model has the
     bytes of the model that is here or is made by the same file of the same corpus and tokenizer: the same command ends
     at other bytes on another processor or with other software, and the tables say which run is of which. Others stand
-    as they are found. What was traced stays, and what untrained twins read of runs that are still planned.
+    as they are found. What was traced stays, and what untrained twins read of runs that are still planned. Where an
+    older version of the statistics gave other intervals, they are missing.
     """
     # Traces are taken of one run on its own; twins are of runs that are still the planned ones.
     planned = {(row["run"], row["config"]) for row in records(found.runs)}
     twins = [row for row in records(kept.twins) if (row["run"], row["config"]) in planned]
     found = replace(found, traces=kept.traces, twins=tidy("twins", twins))
-    if found.about.get("statistics_version") != kept.about.get("statistics_version") or not _same_data(found, kept):
+    before, now = _versions(found, kept)
+    if (before != now and (before, now) != _BUT_EXCESS_OF_PROPORTIONS) or not _same_data(found, kept):
         return found
+    kept = kept if before == now else _as_today(kept)
     same_file = _file(found) == _file(kept)
     models = {name: _joined_model(one, kept.models.get(name, {}), same_file) for name, one in found.models.items()}
     rows, again = _rows(found, kept, models)
@@ -64,6 +70,17 @@ def _rows(found: Section6, kept: Section6, models: Mapping[str, Any]) -> tuple[l
 def _file(found: Section6) -> str | None:
     """The hash of the file that says how the small models are made."""
     return found.about.get(MODELS, {}).get("file_sha256")
+
+
+def _versions(found: Section6, kept: Section6) -> tuple[Any, Any]:
+    return kept.about.get("statistics_version"), found.about.get("statistics_version")
+
+
+def _as_today(kept: Section6) -> Section6:
+    """Without the intervals that today's statistics would not give."""
+    table = kept.signatures.copy()
+    table.loc[table["measure"].str.endswith("_accuracy"), ["excess_low", "excess_high"]] = float("nan")
+    return replace(kept, signatures=table)
 
 
 def _same_data(found: Section6, kept: Section6) -> bool:

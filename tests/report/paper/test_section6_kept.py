@@ -130,6 +130,26 @@ def test_what_is_another_run_does_not_stay(what: str) -> None:
     assert (again.runs.loc[again.runs["sweep"].isin(LOST), "status"] == NOT_RUN).all()
 
 
+def test_what_newer_statistics_give_other_intervals_is_missing_in_runs_of_before() -> None:
+    """Version 4 changed how far proportions exceed their controls, and nothing else that stands in the tables."""
+    before = collection()
+    now = without(before, LOST)
+    newer = replace(now, about=now.about | {"statistics_version": 4})
+    kept, same = with_kept(newer, before), with_kept(now, before)
+    pd.testing.assert_frame_equal(kept.answers, same.answers)
+    pd.testing.assert_frame_equal(kept.ranks, same.ranks)
+    old = kept.signatures["sweep"].isin(LOST)
+    shares = kept.signatures["measure"].str.endswith("_accuracy")
+    assert (old & shares).any() and kept.signatures.loc[
+        old & shares, ["excess_low", "excess_high"]
+    ].isna().to_numpy().all()
+    rest = kept.signatures[~(old & shares)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(rest, same.signatures[~(old & shares)].reset_index(drop=True))
+    assert kept.about["statistics_version"] == 4
+    newest = with_kept(replace(now, about=now.about | {"statistics_version": 5}), before)
+    assert not set(newest.answers["sweep"]) & set(LOST)
+
+
 def test_runs_from_the_same_command_on_another_machine_stay_beside_those_made_here() -> None:
     """Both say which bytes they started from, and the page which runs start from the second."""
     full = {"answers": {}, "parameters": 1, "core_minutes": 1.0, "losses": [[1, 2.0]]}
