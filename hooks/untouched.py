@@ -3,91 +3,72 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .gradients.spread_weights import let_go
-
-# What torch keeps on every module; the mode is restored apart, and parameters are never replaced by a forward pass.
-_OF_TORCH = frozenset(vars(nn.Module()))
-_TABLES = [key for key, value in vars(nn.Module()).items() if isinstance(value, dict) and key != "_parameters"]
-# Buffers of more elements are not copied each time; a model that writes into one is refused when it is wrapped.
-SMALL_BUFFER = 1 << 20
+from .kept_state import KeptState
 
 
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[nn.Module]:
     """Run `module` in eval mode and restore its modes, requires_grad flags, .grad tensors and all RNG states.
 
-    So are attributes, buffers, submodules, hooks and settings that a forward pass changes (BigBird gives up its block
-    attention for good after one short sequence; transformers writes into its config). Weights that are spread over
-    processes are in pieces again.
+    So are attributes and what stands in them, buffers, submodules, hooks and settings that a forward pass changes
+    (`kept_state`; BigBird gives up its block attention for good after one short sequence; transformers writes into its
+    config), and weights that it gives other tensors. Weights that are spread over processes are in pieces again.
+
+    The mode is set as a flag on every module: `eval()` and `train()` may be the model's own, and change weights
+    (loralib merges its adapters). Hooks on parameters are off: a gradient is the loss's own, not what a mask makes of
+    it.
     """
-    modes = [(m, m.training) for m in module.modules()]
-    parameters = [(p, p.requires_grad, p.grad) for p in module.parameters()]
-    configs = {id(held): held for m, _ in modes for held in [vars(m).get("config")] if hasattr(held, "__dict__")}
-    put_back = [*(_state_of(m) for m, _ in modes), *(_settings_of(config) for config in configs.values())]
+    modules = modules_of(module)
+    modes = [(m, m.training) for m in modules]
+    own = (p for m in modules for p in m._parameters.values() if p is not None)
+    parameters = [(p, p.requires_grad, p.grad, p._backward_hooks) for p in own]
+    state = KeptState(modules)
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = [d.index for d in {p.device for p, *_ in parameters} if d.type == "cuda"]
     with torch.random.fork_rng(devices=devices):
         try:
-            module.eval()
+            set_eval_mode(module)
+            for p, _, _, hooks in parameters:
+                if hooks:
+                    p._backward_hooks = None
             yield module
         finally:
-            for restore in put_back:
-                restore()
+            state.restore()
             for m, mode in modes:
                 m.training = mode
             let_go(module)
-            for p, requires_grad, grad in parameters:
+            for p, requires_grad, grad, hooks in parameters:
                 p.grad = grad
                 p.requires_grad_(requires_grad)
+                if hooks:
+                    p._backward_hooks = hooks
             random.setstate(python_state)
             np.random.set_state(numpy_state)
 
 
-def _settings_of(config: object) -> Callable[[], None]:
-    kept = dict(vars(config))
-
-    def restore() -> None:
-        if _identities(vars(config)) != _identities(kept):
-            vars(config).clear()
-            vars(config).update(kept)
-
-    return restore
+def set_eval_mode(module: nn.Module) -> nn.Module:
+    """The module with the flag of every part at eval, without a call of its own `eval()` and `train()`."""
+    for m in modules_of(module):
+        if m.training:
+            m.training = False
+    return module
 
 
-def _state_of(module: nn.Module) -> Callable[[], None]:
-    """Note a module's own attributes, submodules, hooks and buffers; what is returned puts them back."""
-    attributes = {key: value for key, value in vars(module).items() if key not in _OF_TORCH}
-    tables = [(table, dict(table)) for key in _TABLES if isinstance(table := vars(module).get(key), dict)]
-    buffers = module._buffers
-    copies = {key: (b, b._version, b.clone()) for key, b in buffers.items() if b is not None and _is_small(b)}
-
-    def restore() -> None:
-        state = vars(module)
-        for key in [key for key in state if key not in _OF_TORCH and key not in attributes]:
-            del state[key]
-        state.update(attributes)
-        for table, kept in tables:
-            if _identities(table) != _identities(kept):
-                table.clear()
-                table.update(kept)
-        with torch.no_grad():
-            for buffer, version, values in copies.values():
-                if buffer._version != version:
-                    buffer.copy_(values)
-
-    return restore
-
-
-def _identities(held: Mapping[str, object]) -> list[tuple[str, int]]:
-    return [(key, id(value)) for key, value in held.items()]
-
-
-def _is_small(buffer: Tensor) -> bool:
-    return buffer.numel() <= SMALL_BUFFER and not buffer.is_meta and not buffer.is_inference()
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """Its modules, and those that one of them keeps as an attribute beside its children (a bridge its original)."""
+    found: dict[int, nn.Module] = {}
+    waiting = [module]
+    while waiting:
+        for m in waiting.pop().modules():
+            if id(m) not in found:
+                found[id(m)] = m
+                waiting += [held for held in vars(m).values() if isinstance(held, nn.Module)]
+    return list(found.values())

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..arguments import checked
 from ..errors import RevprobeError, first_line
-from ..hooks.untouched import untouched
+from ..hooks.untouched import set_eval_mode, untouched
 from ..models.contract.introspect import config_value
 from ..models.contract.skeleton import skeleton
 from ..models.contract.trial import ordinary_ids
@@ -322,7 +322,7 @@ class _Examination:
             return
         batch = self._batch(self.pairs[0].forward)
         try:
-            other = self.model.with_module(copy.deepcopy(self.model.module).to(kind).eval())
+            other = self.model.with_module(set_eval_mode(copy.deepcopy(self.model.module).to(kind)))
             with torch.no_grad():
                 one, two = (m.logits(batch.input_ids).double() for m in (self.model, other))
         except Exception as error:  # a copy or a kernel that there is not

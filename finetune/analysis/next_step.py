@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import RevprobeError
-from ...hooks.untouched import untouched
+from ...hooks.untouched import set_eval_mode, untouched
 from ...models.checkpoints import checkpoint_folder, step_of
 from ...models.probed import ProbedModel
 from ..runs.one_layer import OneLayerRun, build_trainer
@@ -53,7 +53,7 @@ def next_step(run: OneLayerRun, step: int = -1, *, learning_rate: float | None =
         if saved:  # last: dropout then draws what the run drew
             trainer._load_rng_state(str(checkpoint))
         _take_step(trainer, step)
-    start, end = (before.with_module(copy.deepcopy(one).double().eval()) for one in (before.module, module))
+    start, end = (before.with_module(set_eval_mode(copy.deepcopy(one).double())) for one in (before.module, module))
     moved = dict(end.module.named_parameters())
     update = {name: (moved[name] - p).detach() for name, p in start.module.named_parameters()}
     return Step(start, end, update, rate, "saved" if saved else "fresh")

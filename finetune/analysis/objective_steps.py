@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ...arguments import checked
 from ...errors import RevprobeError, did_you_mean
-from ...hooks.untouched import untouched
+from ...hooks.untouched import set_eval_mode, untouched
 from ...models.checkpoints import checkpoint_folder
 from ...models.probed import ProbedModel
 from ...probes.pairs.pairs import ReversalPairs
@@ -103,7 +103,7 @@ class _Steps:
     def __init__(self, terms: Terms, learning_rate: float | None, batch_size: int | None) -> None:
         self.terms, self.batch_size = terms, batch_size
         pairs, model, run = terms.asked.pairs, terms.asked.model, terms.asked.run
-        self.model = model.with_module(copy.deepcopy(model.module).double().eval())
+        self.model = model.with_module(set_eval_mode(copy.deepcopy(model.module).double()))
         queries = prepare_queries(model, pairs.queries)
         distinct, self.reverse = np.unique(pairs.reverse, return_inverse=True)
         self.queries, self.facts = [queries[one] for one in distinct], pairs.facts.astype(str)

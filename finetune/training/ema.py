@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ...errors import RevprobeError, first_line
+from ...hooks.untouched import set_eval_mode
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
@@ -47,7 +48,7 @@ class MovingAverage(AveragedModel):
             raise RevprobeError(f"ema decay {decay!r}: expected a number between 0 and 1, such as 0.999")
         super().__init__(model, multi_avg_fn=self._blend)
         self.decay = decay
-        self.module.eval()
+        set_eval_mode(self.module)
 
     @torch.no_grad()
     def _blend(self, averaged: Tensors, current: Tensors, n_averaged: Tensor | int) -> None:

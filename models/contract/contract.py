@@ -238,7 +238,7 @@ def _require_repeatable(trial: Trial) -> None:
         part: Any = called.module.get_submodule(different[0])
         raise RevprobeError(
             f"{called.name} is random in eval mode: {different[0] or 'the model'!r} ({type(part).__name__}) answers "
-            "the same input differently each time; make it heed .eval()"
+            "the same input differently each time; make it heed the flag `training` (its own eval() is not called)"
         )
 
 

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from ...errors import RevprobeError
-from ...hooks.untouched import SMALL_BUFFER, untouched
+from ...hooks.kept_state import SMALL_STATE
+from ...hooks.untouched import untouched
 
 # Buffers are copied; a module that keeps its weights in them (some quantised ones) is run itself.
 _MOST_COPIED = 1 << 28  # bytes
@@ -54,7 +55,7 @@ def _copy(module: nn.Module) -> nn.Module | None:
 
 def _not_put_back(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Tensors that would stay changed; `untouched` restores small buffers only."""
-    buffers = (pair for pair in module.named_buffers() if pair[1].numel() > SMALL_BUFFER)
+    buffers = (pair for pair in module.named_buffers() if pair[1].numel() > SMALL_STATE)
     for name, tensor in (*module.named_parameters(), *buffers):
         if not tensor.is_meta and not tensor.is_inference():
             yield name, tensor
