@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .attention_calls import FunctionMode
 from .untouched import untouched
+from .weight_writes import refused_writes
 
 # Tokens come again at other places, behind others, in runs of other lengths. The second is for a vocabulary of two.
 SHOWN = ((0, 1, 2, 3, 1, 0, 3, 3, 2, 0), (0, 1, 0, 0, 1, 1, 0))
@@ -31,9 +32,10 @@ def token_tables(module: nn.Module, device: torch.device) -> list[Tensor] | None
             return func(*args, **kwargs)
 
         try:
-            with untouched(module), torch.no_grad(), FunctionMode(watch):
+            guard = refused_writes(module.named_parameters(), type(module).__name__)
+            with untouched(module), torch.no_grad(), guard, FunctionMode(watch):
                 module(torch.tensor([tokens], device=device))
-        except Exception:  # a smaller vocabulary, weights on disk, another call
+        except Exception:  # a smaller vocabulary, weights on disk, another call, writes into weights (wrapping says so)
             continue
         return [weight for ids, weight in lookups if _by_token(ids.tolist(), tokens)]
     return None
