@@ -162,7 +162,8 @@ def _empty_again(tables: list[dict[Any, Any]]) -> None:
 
 
 def _items_of(items: list[Any] | deque[Any]) -> Restore:
-    kept, kind = list(items), list if isinstance(items, list) else deque
+    kept = list(items)
+    kind: Any = list if isinstance(items, list) else deque
 
     def restore() -> None:
         if not _all_same(items, kept):

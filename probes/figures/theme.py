@@ -160,7 +160,8 @@ def interval_text(
     Where value and interval are below a thousandth, they are written with powers of ten: `3.1e-8 [1.0e-8, 8.2e-8]`.
 
     Args:
-        percent: the numbers are fractions and are shown as percentages (without the sign).
+        percent: the numbers are fractions and are shown as percentages (without the sign). An end reads as 0 or 100
+            only where it is that: `0.04 [0.01, 0.2]`.
         digits: behind the point, at least; 2, of percentages 1, when None.
     """
     if math.isnan(value):
@@ -172,13 +173,32 @@ def interval_text(
     least = digits or (1 if percent else 2)
     told_apart = (n for n in range(least, 17) if rounded(low, n, percent) != rounded(high, n, percent))
     # None without an interval, or with one of no width, which would claim certainty.
-    places = next(told_apart, None) if low < high else None
-    ends = "" if places is None else f" [{rounded(low, places, percent)}, {rounded(high, places, percent)}]"
+    apart = next(told_apart, None) if low < high else None
     # A number by itself shows one digit that is not zero.
     finest = next((n for n in range(least, 17) if value == 0 or float(rounded(value, n, percent))), least)
-    places = places or finest
-    beside = "" if math.isnan(control) else f" (control {rounded(control, places, percent)})"
-    return f"{rounded(value, places, percent)}{ends}{beside}"
+    told = [rounded(one, apart or finest, percent) for one in (value, low, high, control)]
+    if apart and percent:
+        told[:3] = _told_from_whole([100 * one for one in (value, low, high)], told[:3])
+    ends = f" [{told[1]}, {told[2]}]" if apart else ""
+    return f"{told[0]}{ends}" + ("" if math.isnan(control) else f" (control {told[3]})")
+
+
+def _told_from_whole(numbers: Sequence[float], texts: Sequence[str]) -> list[str]:
+    """Value, low and high in per cent; an end that would read as 0 or 100 and is not has the digits that say so."""
+    exact = [_not_whole(number, text) for number, text in zip(numbers, texts, strict=True)]
+    # The value keeps its digits but where it would read as lying outside of such an end.
+    return [exact[0] if exact[1:] != list(texts[1:]) else texts[0], *exact[1:]]
+
+
+def _not_whole(number: float, text: str) -> str:
+    reads, places = abs(float(text)), range(1, 15)
+    if reads == 0 and _NOISE < abs(number) < _SMALL:
+        return _power_text(number, 1)
+    if reads == 0 and abs(number) >= _SMALL:
+        return next(told for n in places if float(told := rounded(number, n)))
+    if reads == 100 and abs(number) < 100:
+        return next((told for n in places if abs(float(told := rounded(number, n))) < 100), text)
+    return text
 
 
 def _small_text(value: float, low: float, high: float, control: float) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .comparisons import DUST
 from .evidence_runs import FINISHED
 from .prediction_parts import Cell
 from .predictions import CHANGE, NARROWED, RECIPES, SUFFICES, counted, judged, overall
@@ -273,10 +274,17 @@ def _range(values: Any) -> str:
 
 
 def _digits(value: float) -> str:
-    """Whole per cent; a digit more next to 0 and 100, which alone are told whole."""
+    """Whole per cent; next to 0 and 100, which alone are told as such, the digits that tell it from them.
+
+    >>> _digits(42.4), _digits(0.04), _digits(99.96)
+    ('42', '0.04', '99.96')
+    """
     if 1 <= value <= 99 or value in (0.0, 100.0):
         return f"{value:.0f}"
-    return f"{value:.1g}" if value < 1 else f"{value:.1f}"
+    if value < 1:
+        return f"{value:.1g}"
+    told = (f"{value:.{places}f}" for places in range(1, 15))
+    return next((text for text in told if float(text) < 100), "100")
 
 
 def _lowest(runs: pd.DataFrame, weights: str) -> tuple[float, float]:
@@ -288,7 +296,7 @@ def _lowest(runs: pd.DataFrame, weights: str) -> tuple[float, float]:
 
 def _at_least(share: float) -> str:
     """Rounded down, since no value lies below."""
-    return NOT_RUN if np.isnan(share) else f"{np.floor(100 * share + 1e-6):.0f} %"
+    return NOT_RUN if np.isnan(share) else f"{np.floor(100 * (share + DUST)):.0f} %"
 
 
 def _n(counts: tuple[int, int]) -> str:

@@ -31,8 +31,9 @@ HOW_TO_READ = (
 )
 ABOUT_CLAIMS = (
     "A claim holds when it holds in every seed asked for, so far while some of them have not been run, and does not "
-    "hold when one seed is against it. In brackets the 95 % interval of the share of seeds (Clopper-Pearson): of three "
-    "seeds, three say little about the next."
+    "hold when one seed is against it; a seed whose numbers are undefined is neither for nor against it, and is left "
+    "out of the count. In brackets the 95 % interval of the share of seeds (Clopper-Pearson): of three seeds, three "
+    "say little about the next."
 )
 ABOUT_SEEDS = "Value and 95 % interval over facts, at the last checkpoint of each run. Accuracies in per cent."
 ABOUT_SIGNATURES = (
@@ -190,7 +191,7 @@ def _claims(claims: pd.DataFrame) -> str:
             "L": row["length"],
             "weights": row["weights"],
             "verdict": row["verdict"],
-            "seeds": "-" if row["verdict"] == NOT_RUN else of_seeds(row["holds_in"], row["seeds"]),
+            "seeds": of_seeds(row["holds_in"], row["seeds"]) if row["seeds"] else "-",
             "numbers": row["detail"],
         }
         for row in records(claims)
@@ -208,7 +209,7 @@ def _signatures(signatures: pd.DataFrame) -> str:
             "control": f"{row['control']:.3f}",
             "excess (lowest bound of any seed)": f"{row['excess']:.3f} ({row['excess_low']:.3f})",
             "untrained": f"{row['excess_untrained']:.3f}",
-            "seeds above control": of_seeds(row["above_control"], row["seeds"]),
+            "seeds above control": of_seeds(row["above_control"], row["decided"]) if row["decided"] else "-",
         }
         for row in records(signatures)
     ]
@@ -238,7 +239,8 @@ def _curves(curves: pd.DataFrame, measure: str) -> str:
         row |= {f"{step}": "-" for step in steps}
         for one in records(part):
             spread = "" if math.isnan(one["spread"]) else f" ± {100 * one['spread']:.0f}"
-            row[f"{one['step']}"] = f"{100 * one['value']:.0f}{spread}"
+            undefined = math.isnan(one["value"])
+            row[f"{one['step']}"] = UNDEFINED if undefined else f"{100 * one['value']:.0f}{spread}"
         rows.append(row)
     return markdown_table(rows)
 

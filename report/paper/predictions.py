@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from .comparisons import passes
 from .evidence_runs import FINISHED
 from .prediction_parts import Cell, Part, cell_name, listed, mark, numbers_of, spans_of, time_text
 from .rules import (
@@ -130,7 +131,7 @@ def fading_time(steps: np.ndarray, accuracy: np.ndarray) -> float:
     """The first reading from which on the reverse accuracy is below 0.5 for good; 0 where it never was above, infinite
     where it still is at the end. Shapes: `reading, reading ->`.
     """
-    above = np.flatnonzero(~(accuracy < LOW.limit))
+    above = np.flatnonzero([not LOW.passes(float(value)) for value in accuracy])
     if not len(above):
         return 0.0
     return float("inf") if above[-1] == len(steps) - 1 else float(steps[above[-1] + 1])
@@ -193,7 +194,7 @@ class _Judge:
         """A number of each planned seed; one counts where forward accuracy meets the gate."""
         named = rows.reindex(columns=["seed", "status", column, "forward"]).itertuples(index=False, name=None)
         return [
-            Seed(int(seed), float(value), bool(forward >= FORWARD))
+            Seed(int(seed), float(value), passes(float(forward), ">=", FORWARD) is True)
             if status == FINISHED
             else Seed(int(seed), np.nan, False)
             for seed, status, value, forward in named

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .comparisons import DUST, all_pass, passes
 from .evidence_runs import FINISHED, second_half
 from .printed_values import TABLE_1, TABLE_2
 from .reproduce import records
@@ -20,8 +21,8 @@ SECOND, TRAINED = "second half", "all with forward at least 0.97"
 SCOPES = (SECOND, TRAINED)
 WIDEST = 40.0  # points
 INSIDE, OUTSIDE, BLIND = "inside", "outside", "not informative"
-# A printed value has two decimals of a per cent at most.
-_ROUNDING = 0.005
+# Points: a printed value has two decimals of a per cent at most, and the files have digits of their own.
+_ROUNDING = 0.005 + 100 * DUST
 # Its sets of runs at the recipe's own rate and width; the others are variants of it.
 PLAIN = {"d_model": 64, "learning_rate": 3e-4}
 
@@ -29,9 +30,9 @@ PLAIN = {"d_model": 64, "learning_rate": 3e-4}
 def places(runs: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
     """Where each printed reverse accuracy lies among ours, in per cent.
 
-    Returns: objective, position_encoding, length, paper, weights, scope (which checkpoints), seeds, n (checkpoints x
-        seeds), lowest, highest, width, percentile (share of ours below it, half of what equals it), reads ("inside",
-        "outside", "not informative" where wider than 40 points, "not run").
+    Returns: objective, position_encoding, length, paper, weights, scope (which checkpoints), seeds (those with such a
+        checkpoint), planned, n (checkpoints of them all), lowest, highest, width, percentile (share of ours below it,
+        half of what equals it), reads ("inside", "outside", "not informative" where wider than 40 points, "not run").
     """
     rows = []
     printed = {**TABLE_2, **{model: {**TABLE_2.get(model, {}), **cells} for model, cells in TABLE_1.items()}}
@@ -65,9 +66,10 @@ def _place(rows: pd.DataFrame, answers: pd.DataFrame, paper: float, scope: str) 
     alike = np.abs(values - paper) <= _ROUNDING
     percentile = 100 * float(((values < paper) & ~alike).mean() + alike.mean() / 2)
     inside = low - _ROUNDING <= paper <= high + _ROUNDING
-    reads = BLIND if high - low > WIDEST else INSIDE if inside else OUTSIDE
-    own = {"seeds": len(finished), "planned": len(rows), "n": len(values), "lowest": low, "highest": high}
-    return own | {"width": high - low, "percentile": percentile, "reads": reads}
+    reads = BLIND if passes((high - low) / 100, ">", WIDEST / 100) else INSIDE if inside else OUTSIDE
+    # A seed without a checkpoint in the scope has no part in the numbers.
+    own = {"seeds": sum(len(one) > 0 for one in found), "planned": len(rows), "n": len(values)}
+    return own | {"lowest": low, "highest": high, "width": high - low, "percentile": percentile, "reads": reads}
 
 
 def _accuracies(answers: pd.DataFrame, row: dict[str, Any], scope: str) -> np.ndarray:
@@ -75,7 +77,7 @@ def _accuracies(answers: pd.DataFrame, row: dict[str, Any], scope: str) -> np.nd
     own = answers[(answers["run"] == row["run"]) & (answers["weights"] == row["weights"]) & (answers["extra"] == 0)]
     table = own[own["step"] > 0].pivot_table(index="step", columns="question", values="accuracy")
     if scope == TRAINED:
-        table = table[table["forward"] >= FORWARD]
+        table = table[[passes(value, ">=", FORWARD) is True for value in table["forward"]]]
     else:
         table = second_half(table.reset_index(), int(row["steps"]))
     return table["reverse"].to_numpy(float)
@@ -91,7 +93,7 @@ def joint_test(runs: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for weights in ("ema", "raw"):
         pairs = paired_by_seed(runs[runs["weights"] == weights])
-        above = [row["rope"] > row["absolute"] for row in records(pairs)]
+        above = [passes(row["rope"] - row["absolute"], ">", 0.0) for row in records(pairs)]
         told = ", ".join(
             f"L = {r['length']} s{r['seed']} {r['rope']:.3f} / {r['absolute']:.3f}" for r in records(pairs)
         )
@@ -100,14 +102,14 @@ def joint_test(runs: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
             reads = list(found[four]["reads"])
             if all(word == NOT_RUN for word in reads) and not above:
                 verdict = NOT_RUN
-            elif OUTSIDE in reads or not all(above):
+            elif OUTSIDE in reads or False in above:
                 verdict = FAILS
             else:
                 complete = len(above) == pairs.attrs["planned"]
-                verdict = HOLDS if reads == [INSIDE] * 4 and above and complete else CANNOT
+                verdict = HOLDS if reads == [INSIDE] * 4 and all_pass(above) and complete else CANNOT
             row = {"weights": weights, "scope": scope, "verdict": verdict, "inside": reads.count(INSIDE)}
             row |= {"not_informative": reads.count(BLIND), "not_run": reads.count(NOT_RUN)}
-            rows.append(row | {"above": sum(above), "pairs": len(above), "numbers": f"RoPE / absolute: {told}"})
+            rows.append(row | {"above": above.count(True), "pairs": len(above), "numbers": f"RoPE / absolute: {told}"})
     return pd.DataFrame(rows)
 
 

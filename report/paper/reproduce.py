@@ -23,6 +23,7 @@ from ...finetune.runs.open import is_finished, open_run
 from ...probes.readings.reading import MEASURE_COLUMNS
 from ...probes.statistics.estimators import STATISTICS_VERSION
 from ...probes.statistics.intervals import FRACTION, Estimate, mean_over_facts, proportion
+from .comparisons import all_pass, passes
 from .printed_values import ARM_REVERSE_TOLERANCE, one_layer_cells
 
 AXES = ["objective", "position_encoding", "length", "seed"]
@@ -129,15 +130,13 @@ def compare(measures: pd.DataFrame, *, seeds: int = 3) -> Reproduction:
         for weights in (("raw", "ema") if cell["objective"] == "masked" else ("raw",))
     ]
     keys = [*MODEL, "kind", "weights", "measure", "step"]
-    over_seeds = measures.groupby(keys, sort=False)["value"]
-    curves = over_seeds.agg(value="mean", spread="std", lowest="min", highest="max", seeds="size").reset_index()
     untrained = measures[measures["step"] == 0]
     return Reproduction(
         cells=pd.DataFrame(cells),
         seeds=last.sort_values([*MODEL, "seed", "weights", "measure"], ignore_index=True),
         signatures=_signatures(last, untrained),
         claims=_Claims(last, untrained, seeds).table(),
-        curves=curves.sort_values(keys, ignore_index=True),
+        curves=_curves(measures, keys).sort_values(keys, ignore_index=True),
     )
 
 
@@ -163,8 +162,7 @@ def _cell(last: pd.DataFrame, cell: dict[str, Any], quantity: str, weights: str)
     mean = float(values.mean()) if len(values) else math.nan
     difference = mean - cell["paper"]
     interval = over_seeds(own, binary=quantity == "accuracy")
-    # The last digit of a float subtraction must not decide.
-    within = abs(difference) <= cell["tolerance"] + 1e-12
+    within = passes(abs(difference), "<=", cell["tolerance"])
     return {
         "ours": mean,
         "seeds": len(values),
@@ -180,6 +178,16 @@ def _cell(last: pd.DataFrame, cell: dict[str, Any], quantity: str, weights: str)
         "difference": difference,
         "status": NOT_RUN if not len(values) else UNDEFINED if math.isnan(mean) else WITHIN if within else OUTSIDE,
     }
+
+
+def _curves(measures: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Mean, spread, lowest and highest over the seeds of each model and checkpoint, and how many seeds these are."""
+    grouped = measures.groupby(keys, sort=False)["value"]
+    told = {"value": "mean", "spread": "std", "lowest": "min", "highest": "max"}
+    curves = grouped.agg(**told, seeds="size", defined="count").reset_index()
+    # As in a cell, undefined in one seed is undefined: a mean over the others would jump where none of them does.
+    curves.loc[curves["defined"] < curves["seeds"], list(told)] = math.nan
+    return curves.drop(columns="defined")
 
 
 def over_seeds(rows: pd.DataFrame, *, binary: bool) -> Estimate:
@@ -210,7 +218,8 @@ def _at(frame: pd.DataFrame, model: dict[str, Any], weights: str, measure: str) 
 
 
 def _signatures(last: pd.DataFrame, untrained: pd.DataFrame) -> pd.DataFrame:
-    """One row per model, length, weights and signature: means over seeds, and how many stand above their control.
+    """One row per model, length, weights and signature: means over seeds, and how many stand above their control, of
+    those that have an interval (`decided`).
 
     `excess_untrained` is the excess of the same models at step 0: what no training made.
     """
@@ -222,10 +231,12 @@ def _signatures(last: pd.DataFrame, untrained: pd.DataFrame) -> pd.DataFrame:
         row |= {"spread": part["value"].std(ddof=1), "excess_low": part["excess_low"].min(skipna=False)}
         before = _at(untrained, row, str(row["weights"]), str(row["measure"]))
         row["excess_untrained"] = before[before["seed"].isin(part["seed"])]["excess"].mean(skipna=False)
-        rows.append(row | {"seeds": len(part), "above_control": int((part["excess_low"] > 0).sum())})
+        above = [passes(low, ">", 0.0) for low in part["excess_low"]]
+        row |= {"seeds": len(part), "above_control": above.count(True), "decided": len(above) - above.count(None)}
+        rows.append(row)
     columns = [*MODEL, "kind", "weights", "measure", "value", "spread", "control", "excess", "excess_low"]
     columns.append("excess_untrained")
-    return pd.DataFrame(rows, columns=[*columns, "seeds", "above_control"])
+    return pd.DataFrame(rows, columns=[*columns, "seeds", "above_control", "decided"])
 
 
 # ---- claims ----
@@ -265,22 +276,36 @@ class _Claims:
             rows, columns=["claim", "length", "weights", "holds_in", "seeds", "low", "high", "verdict", "detail"]
         )
 
-    def verdict(self, claim: str, length: object, weights: str, held: Sequence[bool], detail: str) -> dict[str, Any]:
-        """A claim holds when it does in every seed asked for, and does not when one seed is against it."""
-        verdict = NOT_RUN if not held else FAILS if not all(held) else HOLDS if len(held) >= self.seeds else SO_FAR
-        row: dict[str, Any] = {"claim": claim, "length": length, "weights": weights, "holds_in": sum(held)}
-        share = proportion(np.array(held, dtype=float))
+    def verdict(
+        self, claim: str, length: object, weights: str, held: Sequence[bool | None], detail: str
+    ) -> dict[str, Any]:
+        """A claim holds when it does in every seed asked for, and does not when one seed is against it.
+
+        Args:
+            held: of each seed; None where its numbers are undefined, which is neither for nor against: without a seed
+                against it, the claim is undefined, and `seeds` counts the others.
+        """
+        decided = [one for one in held if one is not None]
+        verdict = UNDEFINED if (whole := all_pass(held)) is None else FAILS if not whole else SO_FAR
+        if not held:
+            verdict = NOT_RUN
+        elif whole and len(held) >= self.seeds:
+            verdict = HOLDS
+        row: dict[str, Any] = {"claim": claim, "length": length, "weights": weights, "holds_in": sum(decided)}
+        share = proportion(np.array(decided, dtype=float))
         row |= {"low": share.low, "high": share.high}
+        if len(decided) < len(held):
+            detail = f"{detail}; undefined in {len(held) - len(decided)} of {len(held)} seeds"
         if 0 < len(held) < self.seeds:
             detail = f"{detail}; {len(held)} of {self.seeds} seeds"
-        return row | {"seeds": len(held), "verdict": verdict, "detail": detail if held else ""}
+        return row | {"seeds": len(decided), "verdict": verdict, "detail": detail if held else ""}
 
     def above_control(self, model: dict[str, Any], weights: str, measure: str) -> dict[str, Any]:
         """Figure 3 (left, middle), with the excess of the untrained models: what that explains no training made."""
         own, before = (_at(frame, model, weights, measure) for frame in (self.last, self.untrained))
         excesses = [f"{row.excess:.3f} [{row.excess_low:.3f}, {row.excess_high:.3f}]" for row in own.itertuples()]
         claim = f"{model_name(model)}: {measure.replace('_', ' ')} above its control, interval excludes zero"
-        held = [bool(low > 0) for low in own["excess_low"]]
+        held = [passes(low, ">", 0.0) for low in own["excess_low"]]
         start = ", ".join(f"{row.excess:.3f}" for row in before.itertuples() if row.seed in set(own["seed"]))
         detail = f"excess by seed: {', '.join(excesses)}; untrained: {start or 'not read'}"
         return self.verdict(claim, model["length"], weights, held, detail)
@@ -294,7 +319,10 @@ class _Claims:
         before = {row["seed"]: row for row in records(_at(self.untrained, model, weights, "reverse_probability"))}
         blind = [row["seed"] for row in own if row["seed"] not in before]
         pairs = [(row, before[row["seed"]]) for row in own if row["seed"] in before]
-        held = [row["low"] > start["high"] and row["excess_low"] > 0 for row, start in pairs]
+        held = [
+            all_pass([passes(row["low"] - start["high"], ">", 0.0), passes(row["excess_low"], ">", 0.0)])
+            for row, start in pairs
+        ]
         moved = [f"{start['value']:.3f} -> {row['value']:.3f} (excess {row['excess']:.3f})" for row, start in pairs]
         claim = f"{model_name(model)}: reverse probability above that of step 0 and above its control, intervals apart"
         detail = f"by seed: {', '.join(moved)}" + (f"; without a reading at step 0: seeds {blind}" if blind else "")
@@ -308,16 +336,16 @@ class _Claims:
         ]
         found = [_at(self.last, model, weights, f"reverse_{quantity}").set_index("seed")["value"] for model in models]
         table = pd.concat(found, axis=1, join="inner")
-        held = [bool((np.diff(values) > 0).all()) for values in table.to_numpy(float)]
+        held = [all_pass([passes(step, ">", 0.0) for step in np.diff(values)]) for values in table.to_numpy(float)]
         shown = [" / ".join(f"{value:.3f}" for value in values) for values in table.to_numpy(float)]
-        means = " / ".join(f"{value:.3f}" for value in table.mean().to_numpy(float))
+        means = " / ".join(f"{value:.3f}" for value in table.mean(skipna=False).to_numpy(float))
         detail = f"absolute / rope / alibi: means {means}; by seed: {', '.join(shown)}"
         return self.verdict(f"reverse {quantity}: absolute < RoPE < ALiBi", length, weights, held, detail)
 
     def arm_stays_low(self, model: dict[str, Any], quantity: str) -> dict[str, Any]:
         """The autoregressive model's reverse cells, all printed as 0.00."""
         values = _at(self.last, model, "raw", f"reverse_{quantity}")["value"].to_numpy(float)
-        held = [bool(value <= ARM_REVERSE_TOLERANCE) for value in values]
+        held = [passes(value, "<=", ARM_REVERSE_TOLERANCE) for value in values]
         detail = f"by seed: {', '.join(f'{value:.4f}' for value in values)}"
         claim = f"ARM: reverse {quantity} at most {ARM_REVERSE_TOLERANCE:.0%}"
         return self.verdict(claim, model["length"], "raw", held, detail)

@@ -1,5 +1,8 @@
 """The rules by which a prediction about runs is judged, and nothing else: numbers in, a word out.
 
+Every value is held against its limit with the slack of `comparisons`, so that a verdict is the same before a table is
+written and after it is read back.
+
 The unit is the run. A claim with a threshold holds if every seed passes, fails if any misses by more than 0.1, and is
 "cannot tell" otherwise; a claim of no change holds if the 90 % t-interval of the differences, paired by seed, lies
 within ±0.15. A seed that has not been run, or that does not count (its forward accuracy is below 0.97), cannot pass.
@@ -7,7 +10,6 @@ within ±0.15. A seed that has not been run, or that does not count (its forward
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,13 +17,12 @@ from itertools import pairwise
 import numpy as np
 from scipy import stats
 
+from .comparisons import all_pass, passes
+
 HOLDS, FAILS, CANNOT, NOT_RUN, GATE = "holds", "fails", "cannot tell", "not run", "gate not met"
 VERDICTS = (FAILS, CANNOT, GATE, NOT_RUN, HOLDS)  # what contradicts first
 MARGIN, EQUAL, CONFIDENCE = 0.1, 0.15, 0.90
 FORWARD = 0.97
-_SIGNS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
-# The last digit of a float subtraction must not decide.
-_DUST = 1e-9
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,16 @@ class Bound:
     limit: float
 
     def passes(self, value: float) -> bool:
-        return bool(_SIGNS[self.sign](value, self.limit))
+        """A value on the bound is on its closed side; NaN on neither."""
+        return passes(value, self.sign, self.limit) is True
 
     def misses_by(self, value: float) -> float:
         """How far a value lies on the wrong side; negative on the right one."""
         return self.limit - value if self.sign[0] == ">" else value - self.limit
+
+    def missed(self, value: float) -> bool:
+        """Whether a value lies on the wrong side by more than `MARGIN`."""
+        return passes(self.misses_by(value), ">", MARGIN) is True
 
     def __str__(self) -> str:
         words = {">": "above", ">=": "at least", "<": "below", "<=": "at most"}
@@ -59,7 +65,7 @@ class Seed:
 def by_threshold(seeds: Sequence[Seed], bound: Bound) -> str:
     """The verdict on a claim that every seed's value keeps to a bound."""
     counted = [one for one in seeds if one.ran and one.counts]
-    if any(bound.misses_by(one.value) > MARGIN + _DUST for one in counted):
+    if any(bound.missed(one.value) for one in counted):
         return FAILS
     return _unless_all(seeds, [bound.passes(one.value) for one in counted])
 
@@ -71,9 +77,9 @@ def by_equality(seeds: Sequence[Seed]) -> str:
     """
     counted = [one for one in seeds if one.ran and one.counts]
     low, high = interval([one.value for one in counted])
-    if low > EQUAL or high < -EQUAL:
+    if passes(low, ">", EQUAL) or passes(high, "<", -EQUAL):
         return FAILS
-    within = bool(low >= -EQUAL and high <= EQUAL)  # False of NaN
+    within = all_pass([passes(low, ">=", -EQUAL), passes(high, "<=", EQUAL)]) is True
     return _unless_all(seeds, [within] * len(counted))
 
 

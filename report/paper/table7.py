@@ -22,6 +22,7 @@ from rich.console import Console
 from ...errors import RevprobeError, did_you_mean
 from ...finetune.runs.finetuning import FinetuneRun
 from ...probes.figures.theme import CELL_INK, MAP_BLUE, TEMPLATE, interval_text, plain, with_theme
+from ...probes.statistics.coverage import FEWEST
 from ...probes.statistics.intervals import proportion
 from ..summary.terminal import text_table
 
@@ -35,7 +36,9 @@ LETTER = 7  # pixels of one in a cell, at most on average
 NOTE = (
     "Exact match in per cent after lower-casing and stripping blanks, decoded greedily; any of a fact's answers "
     "counts. Mean over seeds, ± their sample standard deviation, with its 95 % interval over seeds (three seeds alike "
-    "at 100 % are three, not certain); with one seed the 95 % interval over facts. n counts questions. "
+    "at 100 % are three, not certain); with one seed the 95 % interval over facts. Where seeds have more than thirty "
+    "questions each, intervals over them were seen to hold the truth 90 % of the time only from "
+    f"{FEWEST['proportion'][math.inf]} seeds on. n counts questions. "
     "Reverse is asked about trained facts, of which training read the forward statements alone; held-out facts were "
     "never read, in any direction."
 )
@@ -92,10 +95,11 @@ def cell_text(part: pd.DataFrame) -> str:
     lost = f", {len(part) - len(values)} undefined" if len(values) < len(part) else ""
     spread = f" ± {100 * values.std(ddof=1):.1f}" if len(values) > 1 else ""
     counts = part.loc[values.index, "n"].to_numpy(dtype=float)
+    asked = round(counts.sum())  # the sum itself: their mean, which the interval takes, need not be whole
     found = proportion(values.to_numpy(dtype=float), np.full(len(values), counts.mean()))
     interval = f"[{100 * found.low:.1f}, {100 * found.high:.1f}]"
     facts = int(part.loc[values.index, "facts"].max())
-    return f"{100 * values.mean():.1f}{spread} {interval} ({len(values)} seeds{lost}, n = {found.n:,}, {facts:,} facts)"
+    return f"{100 * values.mean():.1f}{spread} {interval} ({len(values)} seeds{lost}, n = {asked:,}, {facts:,} facts)"
 
 
 def _of_split(matches: pd.DataFrame, split: str) -> pd.DataFrame:

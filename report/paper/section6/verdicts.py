@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..comparisons import all_pass
+from ..comparisons import passes as passes  # the rules of this folder take it from here, beside its words
+
 HOLDS, FAILS, CANNOT, NOT_RUN = "holds", "fails", "cannot be told", "not run"
 WORDS = (FAILS, CANNOT, NOT_RUN, HOLDS)  # what contradicts first
-# Shares of questions: the last digits of a float subtraction, and of a file's, must not decide.
-DUST = 1e-6
-_SIGNS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+_SAID = {True: HOLDS, False: FAILS, None: CANNOT}
 
 
 class Judged(NamedTuple):
@@ -55,23 +55,9 @@ class Claim:
         return [one.verdict for one in self.seeds]
 
 
-def passes(value: float, sign: str, limit: float) -> bool | None:
-    """Whether a value keeps to a bound; None where it is undefined. A value on a bound is on its closed side.
-
-    >>> passes(0.35 - 0.15, ">=", 0.2), passes(0.2, ">", 0.2)
-    (True, False)
-    """
-    if math.isnan(value):
-        return None
-    slack = DUST if sign in (">=", "<=") else -DUST
-    return bool(_SIGNS[sign](value, limit - slack if sign[0] == ">" else limit + slack))
-
-
 def of_parts(parts: Sequence[bool | None]) -> str:
     """One word for conditions that must all hold: one that does not decides, then one that cannot be told."""
-    if any(part is False for part in parts):
-        return FAILS
-    return CANNOT if any(part is None for part in parts) or not parts else HOLDS
+    return _SAID[all_pass(parts)]
 
 
 def probability(value: float) -> str:

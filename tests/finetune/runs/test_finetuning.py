@@ -35,7 +35,7 @@ from revprobe.relations.catalog import invented_names
 from revprobe.report.html.finetune_sections import finetune_sections
 from revprobe.report.html.report import write_report
 from revprobe.report.paper.figure4 import figure4, pooled, run_colours, with_axes
-from revprobe.report.paper.table7 import match_frame, table7
+from revprobe.report.paper.table7 import cell_text, match_frame, table7
 
 CONFIG = """
 name: NAME
@@ -503,6 +503,13 @@ def test_table7_shows_mean_and_spread_over_seeds() -> None:
     assert row["a Rev."] == "50.0 [40.0, 60.0] (n = 9, 3 facts)"
     assert row["b Fwd."] == "50.0 ± 35.4 [1.3, 98.7] (2 seeds, 1 undefined, n = 18, 3 facts)"
     assert row["b Rev."] == "not run"
+
+
+def test_questions_of_a_cell_are_counted_where_seeds_were_asked_unlike_numbers() -> None:
+    """Their mean times the seeds is 8 but for its last digit, which was cut to 7."""
+    counts = [1, 1, 1, 1, 2, 2]
+    part = some_matches({"a forward": [0.5] * 6}).assign(n=counts)
+    assert "n = 8, 3 facts)" in cell_text(part)
 
 
 def test_figure4_pools_seeds_and_nothing_else() -> None:

@@ -9,7 +9,7 @@ from made_published import made as published
 from made_sweeps import made
 
 from revprobe.report.paper.evidence_markdown import cells_table, evidence_sections, spread_text, verdict_table
-from revprobe.report.paper.evidence_sentences import Told
+from revprobe.report.paper.evidence_sentences import Told, _range
 from revprobe.report.paper.predictions import judged, overall
 from revprobe.report.paper.rules import NOT_RUN
 
@@ -174,3 +174,9 @@ def test_a_price_is_the_difference_to_keep_of_the_same_seed(predicted: tuple[pd.
     assert "| +0.02000 [+0.02000, +0.02000] |" in line
     keep = next(line for line in text.splitlines() if line.startswith("| W | rope-l10 |"))
     assert "| - |" in keep
+
+
+def test_hardly_all_is_not_told_as_all() -> None:
+    """99.96 % read as 100.0 %."""
+    assert _range([0.9996]) == "99.96 %" and _range([0.9991, 0.99996]) == "99.9 to 99.996 %"
+    assert _range([1.0]) == "100 %" and _range([0.0, 0.42]) == "0 to 42 %" and _range([0.0004]) == "0.04 %"

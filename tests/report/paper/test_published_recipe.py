@@ -45,6 +45,17 @@ def test_checkpoints_before_the_model_answers_forwards_are_left_out() -> None:
     assert row["n"] == 3 * sum(step >= 1000 for step in config.answer_steps)
 
 
+def test_seeds_without_a_checkpoint_in_the_scope_are_not_counted() -> None:
+    """All numbers were of one seed and said to be of three."""
+    runs, answers = made()
+    low = answers["run"].isin(["rope-l10-s1", "rope-l10-s2"]) & (answers["question"] == "forward")
+    found = places(runs, answers.assign(accuracy=answers["accuracy"].mask(low, 0.9)))
+    config = next(run for run in load_config("one-layer-published", SweepConfig).runs() if run.name == "rope-l10-s0")
+    row = place(found, "rope", 10, scope=TRAINED)
+    assert (row["seeds"], row["planned"], row["n"]) == (1, 3, sum(step >= 1000 for step in config.answer_steps))
+    assert place(found, "rope", 10)["seeds"] == 3, "after half of the training there are all three"
+
+
 def test_a_value_that_equals_ours_counts_half() -> None:
     row = place(places(*made({("absolute", 10): 11.5}, reach=0.0)), "absolute", 10)
     assert (row["percentile"], row["reads"], row["width"]) == (50, INSIDE, 0)
