@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,7 @@ def _copy(module: nn.Module) -> nn.Module | None:
     if moved or size > _MOST_COPIED or any(p.is_meta for p in module.parameters()):
         return None
     try:
-        memo: dict[object, object] = {id(p): p for p in module.parameters()}
+        memo: dict[Any, Any] = {id(p): p for p in module.parameters()}
         # As torch notes storages: a view of a weight, kept as an attribute, is one of the same weight in the copy.
         plain = (p for p in module.parameters() if where_it_lies(p) is not None)
         memo["torch"] = {storage._cdata: storage for storage in (p.untyped_storage() for p in plain)}

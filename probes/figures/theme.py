@@ -79,6 +79,7 @@ IN_THE_DARK = {
 THEMES = ("light", "dark")
 _SMALL = 0.001  # numbers below it are written with powers of ten
 _NOISE = 1e-16  # what lies below it is a rounding error
+_ONE_IN_A_MILLION = 1e-4  # in per cent: nearer to 0 or 100 no share of questions is
 
 
 def _axis() -> dict[str, Any]:
@@ -161,7 +162,7 @@ def interval_text(
 
     Args:
         percent: the numbers are fractions and are shown as percentages (without the sign). An end reads as 0 or 100
-            only where it is that: `0.04 [0.01, 0.2]`.
+            only where it is that, to one in a million: `0.04 [0.01, 0.2]`.
         digits: behind the point, at least; 2, of percentages 1, when None.
     """
     if math.isnan(value):
@@ -192,9 +193,9 @@ def _told_from_whole(numbers: Sequence[float], texts: Sequence[str]) -> list[str
 
 def _not_whole(number: float, text: str) -> str:
     reads, places = abs(float(text)), range(1, 15)
-    if reads == 0 and _NOISE < abs(number) < _SMALL:
-        return _power_text(number, 1)
-    if reads == 0 and abs(number) >= _SMALL:
+    if min(abs(number), abs(100 - abs(number))) < _ONE_IN_A_MILLION:
+        return text
+    if reads == 0:
         return next(told for n in places if float(told := rounded(number, n)))
     if reads == 100 and abs(number) < 100:
         return next((told for n in places if abs(float(told := rounded(number, n))) < 100), text)

@@ -183,10 +183,12 @@ def _cell(last: pd.DataFrame, cell: dict[str, Any], quantity: str, weights: str)
 def _curves(measures: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """Mean, spread, lowest and highest over the seeds of each model and checkpoint, and how many seeds these are."""
     grouped = measures.groupby(keys, sort=False)["value"]
-    told = {"value": "mean", "spread": "std", "lowest": "min", "highest": "max"}
-    curves = grouped.agg(**told, seeds="size", defined="count").reset_index()
+    curves = grouped.agg(
+        value="mean", spread="std", lowest="min", highest="max", seeds="size", defined="count"
+    ).reset_index()
     # As in a cell, undefined in one seed is undefined: a mean over the others would jump where none of them does.
-    curves.loc[curves["defined"] < curves["seeds"], list(told)] = math.nan
+    told = ["value", "spread", "lowest", "highest"]
+    curves.loc[curves["defined"] < curves["seeds"], told] = math.nan
     return curves.drop(columns="defined")
 
 

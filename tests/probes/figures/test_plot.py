@@ -350,7 +350,7 @@ def test_numbers_as_people_read_them() -> None:
     assert interval_text(0.0004, 0.0001, 0.002, percent=True) == "0.04 [0.01, 0.2]", "above nothing, below all"
     assert interval_text(0.9996, 0.998, 0.9999, percent=True) == "99.96 [99.8, 99.99]"
     assert interval_text(0.012, 2e-4, 0.07, percent=True) == "1.2 [0.02, 7.0]", "what is told keeps its digits"
-    assert interval_text(0.004, 2e-14, 0.1, percent=True) == "0.4 [2.0e-12, 10.0]"
+    assert interval_text(0.004, 2e-14, 0.1, percent=True) == "0.4 [0.0, 10.0]", "a rounding of nothing"
     assert interval_text(0.01, -0.0004, 0.02, percent=True) == "1.0 [-0.04, 2.0]", "a difference that may be none"
     assert interval_text(0.0, 0.0, 0.1, percent=True) == "0.0 [0.0, 10.0]"
     assert interval_text(0.2, 0.1, 0.3, -0.0004) == "0.20 [0.10, 0.30] (control 0.00)"
