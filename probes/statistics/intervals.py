@@ -90,7 +90,7 @@ def proportion(rates: np.ndarray, questions: np.ndarray | None = None) -> Estima
     if not len(rates):
         return Estimate.undefined()
     value, low, high = (float(edge[0]) for edge in proportion_intervals(rates[:, None], counts[:, None]))
-    return Estimate(value, low, high, int(counts.sum()), len(rates))
+    return Estimate(value, low, high, round(float(counts.sum())), len(rates))
 
 
 def proportion_intervals(rates: np.ndarray, questions: np.ndarray) -> Edges:

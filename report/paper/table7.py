@@ -97,9 +97,9 @@ def cell_text(part: pd.DataFrame) -> str:
     counts = part.loc[values.index, "n"].to_numpy(dtype=float)
     asked = round(counts.sum())  # the sum itself: their mean, which the interval takes, need not be whole
     found = proportion(values.to_numpy(dtype=float), np.full(len(values), counts.mean()))
-    interval = f"[{100 * found.low:.1f}, {100 * found.high:.1f}]"
+    mean, _, interval = interval_text(values.mean(), found.low, found.high, percent=True).partition(" ")
     facts = int(part.loc[values.index, "facts"].max())
-    return f"{100 * values.mean():.1f}{spread} {interval} ({len(values)} seeds{lost}, n = {asked:,}, {facts:,} facts)"
+    return f"{mean}{spread} {interval} ({len(values)} seeds{lost}, n = {asked:,}, {facts:,} facts)"
 
 
 def _of_split(matches: pd.DataFrame, split: str) -> pd.DataFrame:

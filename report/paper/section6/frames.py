@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from ....atomic_files import write_text, written_whole
+from ..comparisons import passes
 from .plan import LEARNED, Cell
 
 FINISHED, NOT_FINISHED, NOT_RUN = "finished", "not finished", "not run"
@@ -199,7 +200,7 @@ class Section6:
     def reached(self, cell: Cell, seed: int) -> int | None:
         """The first step at which at least 90 % are answered forwards; None where there is none."""
         forward = self.curve(cell, seed, "forward")
-        return next((step for step, row in forward.items() if row["value"] >= LEARNED - 1e-9), None)
+        return next((step for step, row in forward.items() if passes(row["value"], ">=", LEARNED)), None)
 
 
 def times_made(record: dict[str, Any]) -> list[dict[str, Any]]:

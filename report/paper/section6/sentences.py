@@ -265,7 +265,7 @@ class Told:
         floor = (
             f" Plain itself is at the floor (at most {_per_cent(FLOOR)}): hardly anything can be below it, and a "
             "prediction of the floor holds whatever decides it."
-        ) * (plain <= FLOOR)
+        ) * (passes(plain, "<=", FLOOR) is True)
         return f"Plain mini-llada, P2C, {beside}; {told}{missing}.{floor}"
 
     def _both(self, variant: str) -> tuple[float, float]:

@@ -246,3 +246,8 @@ def test_few_facts_carry_a_caution_and_need_be_the_more_the_more_questions_each_
     seeds = caution("proportion", 3, 600, of="seeds")
     assert seeds.startswith("few seeds (3) of 200 questions each: 95 % intervals of a proportion")
     assert "facts" not in seeds and caution("mean", 13, 10**6) == ""
+
+
+def test_the_questions_of_a_proportion_are_all_counted() -> None:
+    """Six clusters of 4/3 questions are eight: their sum is 7.99999 in floating point."""
+    assert proportion(np.full(6, 0.5), np.full(6, 8 / 6)).n == 8
