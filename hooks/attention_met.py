@@ -19,7 +19,7 @@ from .attention_calls import LOG_SOFTMAX, Layout, at_rows, canonical, layouts, r
 from .attention_sites import AttentionSite
 
 
-@dataclass
+@dataclass(eq=False)  # one of a site and run, whatever its weights
 class Awaited:
     """One softmax's weights, from when they are computed until they are seen to meet values.
 

@@ -51,10 +51,19 @@ class KeptState:
                 self._note(*self._to_note.pop())
 
     def restore(self) -> None:
-        """Put everything back; tensors and containers that were not changed are left alone."""
+        """Put everything back; tensors and containers that were not changed are left alone.
+
+        What cannot be put back raises as it does, once all else has been.
+        """
+        failed: list[Exception] = []
         with torch.no_grad():
             for restore in self._restore:
-                restore()
+                try:
+                    restore()
+                except Exception as error:  # whatever a foreign container raises
+                    failed.append(error)
+        if failed:
+            raise failed[0]
 
     def _note_module(self, module: nn.Module) -> None:
         attributes = {key: value for key, value in vars(module).items() if key not in _OF_TORCH}
@@ -107,10 +116,12 @@ class KeptState:
             self._restore.append(_items_of(value))
         elif isinstance(value, set):
             self._restore.append(_members_of(value))
-        self._left -= len(value)
-        if len(value) <= _WALKED and self._left > 0 and not isinstance(value, set):
+        if len(value) <= _WALKED and not isinstance(value, set):
             inside = [*value.values()] if isinstance(value, dict) else [*value]
-            self._to_note += [(held, module, key) for held in inside if type(held) not in _PLAIN]
+            inside = [held for held in inside if type(held) not in _PLAIN]
+            if len(inside) <= self._left:  # what is plain costs nothing, and one that is too large takes from no other
+                self._left -= len(inside)
+                self._to_note += [(held, module, key) for held in inside]
 
     def _note_tensor(self, tensor: Tensor, *, values: bool = True) -> None:
         """Note where a tensor lies, and the values of a small one."""

@@ -41,17 +41,19 @@ def untouched(module: nn.Module) -> Iterator[nn.Module]:
                     p._backward_hooks = None
             yield module
         finally:
-            state.restore()
-            for m, mode in modes:
-                m.training = mode
-            let_go(module)
-            for p, requires_grad, grad, hooks in parameters:
-                p.grad = grad
-                p.requires_grad_(requires_grad)
-                if hooks:
-                    p._backward_hooks = hooks
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+            try:
+                state.restore()
+            finally:  # what cannot be put back leaves nothing else behind
+                for m, mode in modes:
+                    m.training = mode
+                let_go(module)
+                for p, requires_grad, grad, hooks in parameters:
+                    p.grad = grad
+                    p.requires_grad_(requires_grad)
+                    if hooks:
+                        p._backward_hooks = hooks
+                random.setstate(python_state)
+                np.random.set_state(numpy_state)
 
 
 def set_eval_mode(module: nn.Module) -> nn.Module:

@@ -26,6 +26,9 @@ from .tensor_places import where_it_lies
 class refused_writes(TorchDispatchMode):  # a verb, as torch's own context managers are
     """Raise RevprobeError, naming the tensor, at an operation that writes into one of `tensors`; `found` keeps it."""
 
+    # Operators on functions (cond, flex_attention) come by as one, and may go on.
+    supports_higher_order_operators = True
+
     def __init__(self, tensors: Iterable[tuple[str, Tensor]], name: str) -> None:
         super().__init__()
         self.name, self.found = name, ""
@@ -50,7 +53,8 @@ class refused_writes(TorchDispatchMode):  # a verb, as torch's own context manag
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func not in self._written_by:
-            arguments = enumerate(func._schema.arguments)
+            # An operator on functions has none: what its functions do comes by one by one.
+            arguments = enumerate(getattr(getattr(func, "_schema", None), "arguments", ()))
             written = [(n, a.name) for n, a in arguments if a.alias_info is not None and a.alias_info.is_write]
             self._written_by[func] = written
         for place, name in self._written_by[func]:
@@ -72,7 +76,8 @@ def writes_into(name: str, path: str) -> RevprobeError:
     """The error for a model that changes one of its own weights."""
     return RevprobeError(
         f"{name} writes into its own {path!r} when it is run in eval mode, so no two runs read the same model; keep "
-        "state out of its forward pass, or, where it does so once, run it once in eval mode before it is wrapped"
+        "state out of its forward pass (an embedding's max_norm: shorten its rows once, and set it to None), or, where "
+        "it does so once, run it once in eval mode before it is wrapped"
     )
 
 

@@ -112,9 +112,10 @@ def rank_relation(
     readings = []
     for about, questions in asked_sides(relation, direction, splits=splits, templates=templates, facts=facts):
         reverse, asked = about["asked"] == "reverse", {answer for one in questions for answer in one.answers}
-        own = relation.entities(direction, reverse=reverse, split=about["split"])
-        known = relation.entities(direction, reverse=reverse, split="train")
-        candidates = [*known, *(texts for texts in own if not asked.isdisjoint(texts))]
+        candidates = relation.entities(direction, reverse=reverse, split="train")
+        if about["split"] != "train":
+            own = relation.entities(direction, reverse=reverse, split=about["split"])
+            candidates += [texts for texts in own if not asked.isdisjoint(texts)]
         reading = rank_candidates(model, questions, candidates, **ranking)
         reading.meta.update({"relation": relation.name, "trained": direction, **about})
         readings.append(reading)

@@ -108,7 +108,7 @@ def _gradient(
     named = {name: p for name, p in model.module.named_parameters() if p.is_floating_point()}
     for parameter in named.values():
         parameter.requires_grad_(True)
-        parameter.grad = None
+    along: dict[str, Tensor] = {}
     whole, size = 0.0, queries_per_batch(model, [query for query, _ in weighted], batch_size)
     for some in in_batches(model, weighted, size, lambda one: len(one[0].token_ids)):
         batch = make_batch(model, [query for query, _ in some])
@@ -117,9 +117,10 @@ def _gradient(
             found = found if candidates is None else candidates.only(found, batch)
             weights = torch.tensor([weight for _, weight in some]).to(found)
             loss = (mean_nll(found, batch) * weights).sum()
-            loss.backward()
+            # Not backward(): optimizers that step in it are the caller's.
+            parts = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        for name, part in zip(named, parts, strict=True):
+            if part is not None:
+                along[name] = along[name] + part if name in along else part
         whole += loss.item()
-    along = {name: p.grad.detach() for name, p in named.items() if p.grad is not None}
-    for parameter in named.values():
-        parameter.grad = None
     return along, whole

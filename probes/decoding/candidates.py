@@ -15,8 +15,7 @@ Shapes below: candidate, token (positions of the canvas), vocab.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from ..pairs.spans import require_fast_tokenizer
 from ..readings.reading import Reading
 from ..statistics.resampling import derangement
 from .causal import end_tokens
+from .closed_set import Candidates, Fitting, closed_set, rank_of
 from .continuations import Tokens, continuation_scores
 from .decode import after_begin, batches_of, encode_prompts, require_fit
 from .exact_match import (
@@ -50,9 +50,9 @@ from .exact_match import (
 from .masked import Prompt, hidden_log_probabilities
 
 MASKED = "one run with the whole canvas hidden: sum of log-probabilities over it (mean-field)"
+# The direction of a question, the last word of its prompt, and its joint: where its candidates are of the same tokens.
+Context = tuple[str, str, str]
 CAUSAL = "log-probability of the answer and its end, left to right"
-# A candidate is a text, or the texts that name one entity.
-Candidates = Sequence[str | Sequence[str]]
 
 
 @checked
@@ -138,7 +138,7 @@ class _Ranking:
         self.prompts = encode_prompts(model, [question.prompt for question in questions])
         self.answers = [{normalized(answer) for answer in question.answers} for question in questions]
         directions = dict.fromkeys(str(question.direction) for question in questions)
-        self.closed = {direction: _closed_set(direction, questions, candidates) for direction in directions}
+        self.closed = {direction: closed_set(direction, questions, candidates) for direction in directions}
         # A control is another question's answer, of the same direction.
         self.right = [self.closed[str(q.direction)].right(own) for q, own in zip(questions, self.answers, strict=True)]
         self.tokens = self._tokenized()
@@ -155,6 +155,9 @@ class _Ranking:
         longest = max(lengths) + (self.end is not None)
         self.length = length or longest
         self.limit = self.length if model.objective == "masked" else longest
+        self.fitting = {
+            context: Fitting.of(self.closed[context[0]], rows, self.limit) for context, rows in self.tokens.items()
+        }
         # Questions of one prompt and direction are scored once.
         self.groups: dict[tuple[Prompt, str], list[int]] = {}
         for i, question in enumerate(questions):
@@ -168,154 +171,105 @@ class _Ranking:
     def counts(self) -> dict[str, dict[str, int]]:
         """For each direction how many candidates there are, how many more were too long for the canvas, and texts."""
         found: dict[str, dict[str, int]] = {}
-        for (direction, _, _), rows in self.tokens.items():
-            entity = self.closed[direction].entity
-            fits = [text for text, row in rows.items() if len(row) <= self.limit]
-            count = len({entity[text] for text in fits})
-            found.setdefault(
-                direction, {"count": count, "left_out": len(set(entity.values())) - count, "texts": len(fits)}
-            )
+        for (direction, _, _), fitting in self.fitting.items():
+            count = len(fitting.entities)
+            left_out = len(set(self.closed[direction].entity.tolist())) - count
+            found.setdefault(direction, {"count": count, "left_out": left_out, "texts": len(fitting.texts)})
         return found
 
-    def _tokenized(self) -> dict[tuple[str, str, str], dict[str, Tokens]]:
+    def _tokenized(self) -> dict[Context, dict[str, Tokens]]:
         """By direction, the last word of a prompt and its joint, each candidate's text and tokens behind it.
 
         Tokenizers cut words apart, so that what stands before a prompt's last word does not reach its answer.
         """
-        prompts: dict[tuple[str, str, str], str] = {}
+        prompts: dict[Context, str] = {}
         for question in self.questions:
             prompts.setdefault(_context(question), question.prompt)
         asked = [
             (prompt, joint, text)
             for (direction, _, joint), prompt in prompts.items()
-            for text in self.closed[direction].entity
+            for text in self.closed[direction].texts
         ]
         tails = answer_tokens(require_fast_tokenizer(self.model), list(dict.fromkeys(asked)))
         return {
-            context: {text: tails[prompt, context[2], text] for text in self.closed[context[0]].entity}
+            context: {text: tails[prompt, context[2], text] for text in self.closed[context[0]].texts}
             for context, prompt in prompts.items()
         }
 
-    def scores(self, batch_size: int | None) -> Iterator[tuple[list[int], dict[str, float]]]:
-        """For each prompt and direction the questions that ask so, and the score of every candidate that fits."""
+    def scores(self, batch_size: int | None) -> Iterator[tuple[list[int], np.ndarray]]:
+        """For each prompt and direction the questions that ask so, and the score of every text that fits.
+
+        Shapes: `text`, those of the `fitting` of the questions' context.
+        """
         groups = list(self.groups.items())
-        firsts = [self.questions[same[0]] for _, same in groups]
-        listed = [
-            {text: row for text, row in self.tokens[_context(one)].items() if len(row) <= self.limit} for one in firsts
-        ]
+        contexts = [_context(self.questions[same[0]]) for _, same in groups]
         prompts = [after_begin(self.model, prompt) for (prompt, _), _ in groups]
         require_fit(self.model, prompts, [self.limit] * len(prompts))
         scored = self._masked if self.model.objective == "masked" else self._causal
         with untouched(self.model.module), torch.no_grad():
-            for place, found in scored(prompts, [list(rows.values()) for rows in listed], batch_size):
-                yield groups[place][1], dict(zip(listed[place], found.tolist(), strict=True))
+            for place, found in scored(prompts, contexts, batch_size):
+                yield groups[place][1], found.double().numpy()
 
     def _masked(
-        self, prompts: list[Prompt], rows: list[list[Tokens]], batch_size: int | None
+        self, prompts: list[Prompt], contexts: list[Context], batch_size: int | None
     ) -> Iterator[tuple[int, Tensor]]:
         mask = self.model.mask_token_id
         assert mask is not None, "a masked model names its mask token when wrapped"
         fill = 0 if self.end is None else self.end
+        tables = {
+            context: torch.tensor([[*row, *[fill] * (self.limit - len(row))] for row in fitting.tokens])
+            for context, fitting in self.fitting.items()
+        }
         for batch in batches_of(self.model, prompts, [self.limit] * len(prompts), batch_size):
             found = hidden_log_probabilities(self.model, [prompts[i].blanks(self.limit, mask) for i in batch])
             for place, log_probabilities in zip(batch, found, strict=True):
-                if not rows[place]:
+                table = tables[contexts[place]]
+                if not len(table):
                     yield place, torch.zeros(0)
                     continue
-                table = torch.tensor([[*row, *[fill] * (self.limit - len(row))] for row in rows[place]])
-                table = table.to(log_probabilities.device)
-                yield place, log_probabilities.gather(1, table.T).sum(0).cpu()
+                yield place, log_probabilities.gather(1, table.T.to(log_probabilities.device)).sum(0).cpu()
 
     def _causal(
-        self, prompts: list[Prompt], rows: list[list[Tokens]], batch_size: int | None
+        self, prompts: list[Prompt], contexts: list[Context], batch_size: int | None
     ) -> Iterator[tuple[int, Tensor]]:
         before = [prompt.before for prompt in prompts]
-        ended = rows if self.end is None else [[(*row, self.end) for row in own] for own in rows]
-        yield from continuation_scores(self.model, before, ended, batch_size)
+        end = () if self.end is None else (self.end,)
+        ended = {context: [(*row, *end) for row in fitting.tokens] for context, fitting in self.fitting.items()}
+        yield from continuation_scores(self.model, before, [ended[context] for context in contexts], batch_size)
 
-    def row(self, i: int, scores: Mapping[str, float], partner: int | None) -> dict[str, Any]:
-        """The frame's row of a question."""
-        entity, right = self.closed[str(self.questions[i].direction)].entity, self.right[i]
-        held = _by_entity(scores, entity)
-        rank, own = _rank(held, right)
-        top = max(scores.values(), default=float("nan"))
-        best = [text for text, score in scores.items() if score == top]
-        wrong = [text for text in best if entity[text] not in right]
+    def row(self, i: int, scores: np.ndarray, partner: int | None) -> dict[str, Any]:
+        """The frame's row of a question. Shapes: `scores`: `text`."""
+        fitting = self.fitting[_context(self.questions[i])]
+        held, right = fitting.held(scores), fitting.is_right(self.right[i])
+        rank, own = rank_of(held, right)
+        top = float(scores.max()) if len(scores) else float("nan")
+        best = np.flatnonzero(scores == top)
+        wrong = best[~right[fitting.entity[best]]]
+        likeliest = next((fitting.texts[place] for place in (*wrong, *best)), "")
         row = question_row(i, self.questions[i])
-        row |= {"candidates": len(held), "accepted": sum(one in right for one in held)}
+        row |= {"candidates": len(held), "accepted": int(right.sum())}
         row |= {"rank": rank, "first": _share(rank)}
         other = float("nan")
         if partner is not None:
-            other = _rank(held, self.right[partner])[0] if partner >= 0 and rank == rank else float("nan")
+            if partner >= 0 and rank == rank:
+                other = rank_of(held, fitting.is_right(self.right[partner]))[0]
             row["first_control"] = _share(other)
         row["reciprocal_rank"] = 1 / rank
         if partner is not None:
             row["reciprocal_rank_control"] = 1 / other
-        row |= {"best": next(iter(wrong or best), ""), "log_probability": own, "best_log_probability": top}
+        row |= {"best": likeliest, "log_probability": own, "best_log_probability": top}
         return row | {"reason": "" if rank == rank else TOO_LONG}
 
     def partners(self, seed: int) -> np.ndarray:
         """For each question one of the same direction and template that shares no answer with its fact."""
         group = np.unique([f"{q.direction}\n{q.template}" for q in self.questions], return_inverse=True)[1]
         facts = np.array([str(question.fact) for question in self.questions])
-        return derangement(families(facts, self.answers), group, seed=seed)
+        named = [{f"{q.direction} {one}" for one in own} for q, own in zip(self.questions, self.right, strict=True)]
+        return derangement(families(facts, named), group, seed=seed)
 
 
-def _context(question: Asked) -> tuple[str, str, str]:
+def _context(question: Asked) -> Context:
     return str(question.direction), question.prompt.split()[-1], joint_of(question)
-
-
-@dataclass(frozen=True)
-class _ClosedSet:
-    """The candidates of a direction: each text once however it is spelled, and the entity it names, by number.
-
-    `entity` is by text, `entity_of` by normalized text.
-    """
-
-    entity: dict[str, int]
-    entity_of: dict[str, int]
-
-    def right(self, answers: Iterable[str]) -> frozenset[int]:
-        """The candidates that normalized `answers` name."""
-        return frozenset(self.entity_of[answer] for answer in answers if answer in self.entity_of)
-
-
-def _closed_set(
-    direction: str, questions: Sequence[Asked], candidates: Mapping[str, Candidates] | Candidates | None
-) -> _ClosedSet:
-    """The candidates of a direction, the questions' own answers first."""
-    given = candidates.get(direction, ()) if isinstance(candidates, Mapping) else candidates or ()
-    if isinstance(given, str):
-        raise RevprobeError(f"candidates {given!r}: expected a list of texts; put it in brackets")
-    own = [answer for question in questions if str(question.direction) == direction for answer in question.answers]
-    spelled: dict[str, str] = {}
-    groups: list[set[str]] = []
-    for named in (*own, *given):
-        forms = {normalized(text): text.strip() for text in ([named] if isinstance(named, str) else named)}
-        forms.pop("", None)
-        for form, text in forms.items():
-            spelled.setdefault(form, text)
-        groups += [set(forms)] if forms else []
-    entities = families(np.arange(len(groups)), groups).tolist()
-    entity_of = {form: one for one, forms in zip(entities, groups, strict=True) for form in forms}
-    return _ClosedSet({text: entity_of[form] for form, text in spelled.items()}, entity_of)
-
-
-def _by_entity(scores: Mapping[str, float], entity: Mapping[str, int]) -> dict[int, float]:
-    """The score of each candidate: that of its likeliest text."""
-    held: dict[int, float] = {}
-    for text, score in scores.items():
-        held[entity[text]] = max(score, held.get(entity[text], score))
-    return held
-
-
-def _rank(held: Mapping[int, float], right: Collection[int]) -> tuple[float, float]:
-    """The rank of the best right candidate and its score; NaN where none is among them."""
-    own = max((score for one, score in held.items() if one in right), default=None)
-    if own is None:
-        return float("nan"), float("nan")
-    ahead = sum(score >= own for one, score in held.items() if one not in right)
-    return float(1 + ahead), own
 
 
 def _share(rank: float) -> float:

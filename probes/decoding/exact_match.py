@@ -34,8 +34,8 @@ from .masked import Prompt
 ANSWER_LENGTHS = ("longest", "oracle")
 TOO_LONG = "no answer fits into max_new_tokens"
 # What a wrong decoding is: nothing before its end; words of the prompt, such as the entity asked about; exactly an
-# answer to another question of the same direction, about the same fact (the right entity, in another wording's words)
-# or about another; or anything else. The first that holds is named.
+# answer to another question of the same direction, about the same fact and beginning as one of its own does (the right
+# entity, in another wording's words) or about another; or anything else. The first that holds is named.
 ERRORS = ("end", "prompt", "own_entity", "other_entity", "malformed")
 
 
@@ -160,12 +160,14 @@ class _Scorer:
         ):
             row |= {name: value} if controls is None else {name: value, f"{name}_control": control}
         wrong = right is None and self._fits(i)
-        row["error"] = self._error(texts[0], question) if wrong else ""
+        row["error"] = self._error(texts[0], question, self.accepted[i]) if wrong else ""
         return row | {"reason": "" if self._fits(i) else TOO_LONG}
 
-    def _error(self, decoded: str, question: Asked) -> str:
-        facts_of = self.entities[str(question.direction)]
-        own = str(question.fact) in facts_of.get(normalized(decoded), ())
+    def _error(self, decoded: str, question: Asked, right: Collection[str]) -> str:
+        text, facts_of = normalized(decoded), self.entities[str(question.direction)]
+        # A wording that several facts share has answers of them all: which is this one's, its own answers tell.
+        named = any(begins_with(text, answer) or begins_with(answer, text) for answer in right)
+        own = named and str(question.fact) in facts_of.get(text, ())
         return error_of(decoded, question.prompt, facts_of, is_own=own)
 
     def _scores(self, i: int, j: int, decoded: dict[tuple[int, int], str]) -> tuple[float, float]:
@@ -382,7 +384,7 @@ def _own(encoded: Encoded) -> tuple[int, ...]:
     return tuple(token for token, added in zip(encoded.token_ids, encoded.is_added, strict=True) if not added)
 
 
-def families(facts: np.ndarray, accepted: list[set[str]]) -> np.ndarray:
+def families(facts: np.ndarray, accepted: Sequence[Collection[str]]) -> np.ndarray:
     """Labels of facts, equal where they share an answer, directly or through others. Shapes: `question -> question`."""
     fact = np.unique(facts, return_inverse=True)[1]
     row = np.repeat(fact, [len(answers) for answers in accepted])

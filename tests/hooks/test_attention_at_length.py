@@ -175,14 +175,17 @@ def test_an_sdpa_call_of_another_form_is_held_against_its_own_output():
     assert attention_of(model).reproduced == {("blocks.0", 0): SHORT, ("blocks.1", 0): LONG}
 
 
-def test_of_several_runs_inside_a_tap_none_answers_for_one_that_is_not_read():
+SOUND_AND_CHANGED = (partial(changed, same, True), partial(changed, window, False))
+
+
+@pytest.mark.parametrize("runs", [SOUND_AND_CHANGED, SOUND_AND_CHANGED[::-1]], ids=["changed last", "changed first"])
+def test_of_several_runs_inside_a_tap_none_answers_for_one_that_is_not_read(runs):
     model = made(partial(changed, window, False))
     at = torch.zeros(2, 1, dtype=torch.long)
     with torch.no_grad(), tapped(model, at, at, LONG) as tap:
-        model.module.blocks[0].attend = partial(changed, same, True)
-        model.logits(EVERY)
-        model.module.blocks[0].attend = partial(changed, window, False)
-        model.logits(EVERY)
+        for attend in runs:
+            model.module.blocks[0].attend = attend
+            model.logits(EVERY)
     with pytest.raises(RevprobeError, match="changed before they meet the values"):
         tap.layers()
 

@@ -188,6 +188,36 @@ def test_state_written_in_place_is_put_back(monkeypatch, copied):
         buffer += 1  # still the module's own memory, of its own shape
 
 
+def test_a_large_vocabulary_takes_the_place_of_no_other_state():
+    """Plain entries cost nothing to note; what is walked is bounded by what there is to walk into."""
+    module = Summing()
+    module.vocabulary = {f"word {n}": n for n in range(150_000)}
+    module.tables = [{n: n for n in range(4_000)} for _ in range(30)]
+    module.log, module.last = [[]], {"deep": [0]}
+    with untouched(module):
+        module.log[0].append(1)
+        module.last["deep"][0] = 1
+        module.tables[29][0] = 7
+        del module.vocabulary["word 3"]
+    assert (module.log, module.last, module.tables[29][0]) == ([[]], {"deep": [0]}, 0)
+    assert list(module.vocabulary)[3] == "word 3"
+
+
+def test_what_cannot_be_put_back_leaves_nothing_else_behind():
+    module, words = Summing(), torch.nn.Parameter(torch.ones(2))
+    module.words, module.array, module.log = words, np.zeros(3), []
+    words.register_hook(lambda grad: grad * 0)
+    module.train()
+    with pytest.raises(ValueError, match="read-only"), untouched(module):
+        module.array += 1
+        module.array.flags.writeable = False
+        module.log.append(1)
+        words.requires_grad_(False)
+        torch.manual_seed(7)
+        random.seed(7)
+    assert module.training and words.requires_grad and words._backward_hooks and module.log == []
+
+
 def test_what_was_not_changed_is_not_written_into():
     """Else autograd refuses to go back through a graph that the caller holds."""
     module = Summing()

@@ -157,9 +157,12 @@ class Section6:
 
     @cached_property
     def begins(self) -> pd.DataFrame:
-        """The `answers` whose looser score is known, with that as their value: a right answer, whatever follows it."""
+        """The `answers` whose looser score is known, with that as their value: a right answer, whatever follows it.
+
+        `exact` is what their value was.
+        """
         known = self.answers[self.answers["begins"].notna()]
-        return known.assign(**{name: known[looser] for name, looser in BEGINS.items()})
+        return known.assign(exact=known["value"], **{name: known[looser] for name, looser in BEGINS.items()})
 
     @cached_property
     def _curves(self) -> dict[tuple[str, Cell, int, str, str], dict[int, dict[str, Any]]]:

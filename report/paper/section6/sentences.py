@@ -130,8 +130,9 @@ class Told:
         """The cells whose decodings begin with the right answer much more often than they are it."""
         told, backwards = [], []
         for cell in _MAIN_CELLS:
-            looser = mean([float(row["value"]) for row in seed_rows(self.found, cell, "forward", table="begins")])
-            if passes(looser - mean([self.found.last(cell, seed, "forward") for seed in SEEDS]), ">=", GOES_ON):
+            rows = seed_rows(self.found, cell, "forward", table="begins")
+            looser, exact = (mean([float(row[name]) for row in rows]) for name in ("value", "exact"))
+            if passes(looser - exact, ">=", GOES_ON):
                 told.append(f"{cell.model} {cell.direction} {_per_cent(looser)}")
                 own = seed_rows(self.found, cell, "reverse", table="begins")
                 backwards.append(mean([float(row["value"]) for row in own]))

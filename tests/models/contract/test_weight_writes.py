@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 import revprobe as rp
 from revprobe import RevprobeError
@@ -190,7 +191,20 @@ class Fills(Words):
         self.mix.weight.detach().clone().mul_(2.0)
 
 
-@pytest.mark.parametrize("kind", [Words, Same, Fills])
+class Chooses(Words):
+    """Calls an operator on functions, which has no schema."""
+
+    def write(self) -> None:
+        torch.cond(self.mix.weight.sum() > 0, torch.sin, torch.cos, (self.mix.weight.detach(),))
+
+
+class Flexes(Words):
+    def write(self) -> None:
+        heads = torch.randn(1, 1, 16, 8, generator=torch.Generator().manual_seed(0))
+        flex_attention(heads, heads, heads)
+
+
+@pytest.mark.parametrize("kind", [Words, Same, Fills, Chooses, Flexes])
 def test_what_writes_into_no_weight_is_accepted(kind):
     module = kind()
     before = bits(module)

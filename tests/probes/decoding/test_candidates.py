@@ -98,6 +98,23 @@ def test_the_control_is_another_facts_answer(tokenizer: PreTrainedTokenizerFast)
     assert without.control is None and "first_control" not in without.frame
 
 
+def test_no_control_names_the_right_entity_in_other_words(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Two facts about one entity, asked in other wordings, share no answer: the candidates say that they do."""
+    probed = model("llada", tokenizer)
+    names = list(dict.fromkeys(answer for one in ASKED for answer in one.answers))[:3]
+    said = [(name, f"{name} {names[0].split()[0]}") for name in names]
+    questions = [replace(ASKED[0], answers=(text,), fact=text, template=0) for forms in said for text in forms]
+    partners = set()
+    for seed in range(12):
+        frame = rank_candidates(probed, questions, said, seed=seed).frame
+        first = frame[frame["first"] == 1]
+        assert len(first) == 2 and not first["first_control"].any(), (
+            "the other wording of the likeliest ranks first too"
+        )
+        partners |= set(frame["reciprocal_rank_control"].dropna())
+    assert partners
+
+
 def test_further_candidates_and_those_that_do_not_fit(tokenizer: PreTrainedTokenizerFast) -> None:
     probed = model("llada", tokenizer)
     questions = [*ASKED[:3], replace(ASKED[3], answers=("Xyzzyx Qwertzuiopas",))]

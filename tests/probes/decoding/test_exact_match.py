@@ -316,6 +316,13 @@ def test_the_right_entity_in_another_wordings_words_is_no_other_entity() -> None
     assert reading.frame["begins"].tolist() == [1, 0, 0] and not reading.frame["match"].any()
 
 
+def test_another_facts_answer_to_a_shared_wording_is_no_own_entity() -> None:
+    """ "Lyon is located in" takes the region and the country; where the country is asked for, the region is wrong."""
+    questions = [Question("q1", ("alma brent", "cora dent"), "a"), Question("q2", ("alma brent",), "a")]
+    reading = decoded_match(script({"q1": "cora dent", "q2": "cora dent"}), questions)
+    assert reading.frame["error"].tolist() == ["", "other_entity"]
+
+
 @pytest.mark.parametrize(
     ("decoded", "expected"),
     [

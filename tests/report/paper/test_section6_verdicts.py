@@ -440,7 +440,8 @@ def test_decodings_that_go_on_are_told_of_the_cells_where_many_do(found: Section
             if "forward" not in ends.index or ends["begins"].isna().all():
                 continue
             looser = mean_of(ends.loc[["forward"], "begins"].tolist())
-            if looser - mean_of(ends.loc[["forward"], "value"].tolist()) >= 0.1 - LIMIT:
+            known = ends.loc[["forward"]].dropna(subset="begins")
+            if looser - mean_of(known["value"].tolist()) >= 0.1 - LIMIT:
                 forwards.append(f"{model} {direction} {100 * looser:.1f} %")
                 backwards.append(mean_of(ends.loc[["reverse"], "begins"].tolist()))
     text = Told(found).table_7()
