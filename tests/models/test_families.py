@@ -27,7 +27,7 @@ from revprobe import (
 )
 from revprobe.models.probed import as_probed
 from revprobe.models.structure import parameter_roles
-from revprobe.probes.passes import run
+from revprobe.probes.passes import batches
 from tiny import GROUPED, SIZES, drawn, language_model, text_like_pairs
 
 SEPARATE = {"q": 1, "k": 1, "v": 1, "o": 1}
@@ -266,7 +266,7 @@ def test_a_padded_query_that_attends_to_padding_is_seen(monkeypatch):
     reading = probe_reverse_probability(model, PAIRS, control=False)
     assert worst_probability_error("bert", model, reading) < 1e-4
     assert "one differs from itself alone in log-probabilities" in reading.meta["batches"]
-    monkeypatch.setattr(run, "is_due", lambda *_: False)
+    monkeypatch.setattr(batches, "is_due", lambda *_: False)
     reading = probe_reverse_probability(load_model(saved("bert")), PAIRS, control=False)
     assert worst_probability_error("bert", model, reading) > 1e-2
 

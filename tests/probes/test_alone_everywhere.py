@@ -121,7 +121,7 @@ def gradients(model: rp.ProbedModel, pairs: rp.ReversalPairs, **options: Any) ->
 
 def direction(model: rp.ProbedModel, pairs: rp.ReversalPairs, **options: Any) -> pd.DataFrame:
     with untouched(model.module):
-        along, loss = reverse_direction(model, pairs, "loss", **options)
+        along, loss, _ = reverse_direction(model, pairs, "loss", **options)
     return pd.DataFrame({"loss": [loss], "norm": [float(sum(g.square().sum() for g in along.values()))]})
 
 

@@ -7,6 +7,7 @@ given what is visible. Against it stand slow decoders written from the descripti
 import itertools
 import math
 import random
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -34,14 +35,16 @@ PROMPTS = ["w1 w2 w3", "w5", "w7 w8", "w5 w5 w9 w2 w2 w4 w6"]
 class Known(nn.Module):
     """A masked model with a known joint: log p(x) is `energy(x)` up to a constant, the same at any length."""
 
+    run_lengths: ClassVar[list[int]] = []
+
     def __init__(self, energy, shift: int = 0) -> None:
         super().__init__()
         self.energy, self.shift = energy, shift
         self.embed = nn.Embedding(WORDS + 1, 1)  # says where the model is, and how large its vocabulary
-        self.run_lengths: list[int] = []  # not a number: probing puts attributes back
+        Known.run_lengths = []  # of the class: probing puts a module's own attributes back, and what stands in them
 
     def forward(self, input_ids, attention_mask=None):
-        self.run_lengths.append(input_ids.shape[1])
+        Known.run_lengths.append(input_ids.shape[1])
         sizes = [input_ids.shape[1]] * len(input_ids) if attention_mask is None else attention_mask.sum(1).tolist()
         logits = torch.zeros(*input_ids.shape, WORDS + 1)
         for row, size in enumerate(sizes):
@@ -302,9 +305,11 @@ def test_a_padded_prompt_is_read_as_it_is_alone(build, words):
 class NoMask(nn.Module):
     """A masked model that takes no attention mask, as research code often does."""
 
+    shapes: ClassVar[list[tuple[int, ...]]] = []
+
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.inner, self.shapes = inner, []
+        self.inner = inner
 
     def get_input_embeddings(self):
         return self.inner.get_input_embeddings()
