@@ -87,7 +87,8 @@ def _plain(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
         return
     for key in tensor.__tensor_flatten__()[0]:
-        yield from _plain(getattr(tensor, key))
+        if isinstance(part := getattr(tensor, key), Tensor):  # not the mesh that it is spread over
+            yield from _plain(part)
 
 
 def _span(tensor: Tensor) -> tuple[int, int] | None:
