@@ -23,8 +23,7 @@ from ...errors import RevprobeError
 from ...models.probed import ProbedModel
 from ...models.rotary import grows_with_length
 from ..pairs.query import Query
-from ..passes.alone import in_equal_lengths_if_need_be
-from ..passes.batches import in_batches, make_batch, queries_per_batch
+from ..passes.batches import in_batches, queries_per_batch
 from .causal import generator_of
 
 Tokens = tuple[int, ...]
@@ -51,7 +50,6 @@ def continuation_scores(
     yield from ((place, found[place]) for place, own in enumerate(rows) if not own)
     generator = None if grows_with_length(model.module) else generator_of(model.module)
     for together in _batches(model, prompts, rows, batch_size):
-        _hold(model, prompts, rows, together)
         scores = None if generator is None else _by_token(model, generator, prompts, rows, together)
         if scores is None:  # nor does it for the others
             generator = None
@@ -62,21 +60,6 @@ def continuation_scores(
             left[piece.place] -= len(piece.candidates)
             if not left[piece.place]:
                 yield piece.place, found[piece.place]
-
-
-def _hold(
-    model: ProbedModel, prompts: Sequence[Sequence[int]], rows: Continuations, together: Sequence[_Piece]
-) -> None:
-    """Hold as many rows as one run has, all as long as the longest becomes, against some of them alone."""
-    longest = max(len(rows[piece.place][n]) for piece in together for n in piece.candidates)
-    queries = []
-    for piece in together:
-        prompt = [*prompts[piece.place]]
-        for n in piece.candidates[: piece.width]:
-            own = [*prompt, *rows[piece.place][n]]
-            filled = [*own, *own[-1:] * (len(prompt) + longest - len(own))]
-            queries.append(Query.unchecked(filled, (len(filled) - 1,), (0,)))
-    make_batch(model, queries, changed=True)
 
 
 @dataclass(frozen=True)
@@ -192,14 +175,9 @@ def _as_wholes(model: ProbedModel, prompt: Sequence[int], rows: Sequence[Tokens]
     """Scores of the continuations, each run with its prompt. Shapes: `-> candidate`, float64 on the CPU."""
     longest = len(prompt) + max(map(len, rows))
     size = queries_per_batch(model, [Query.unchecked(range(longest), (), ())], batch_size)
-    return in_equal_lengths_if_need_be(model, lambda: _padded(model, prompt, rows, size))
-
-
-def _padded(model: ProbedModel, prompt: Sequence[int], rows: Sequence[Tokens], size: int) -> Tensor:
     found = torch.full((len(rows),), torch.nan, dtype=torch.float64)
     for some in in_batches(model, range(len(rows)), size, lambda place: len(rows[place])):
-        width, texts = max(len(rows[place]) for place in some), [[*prompt, *rows[place]] for place in some]
-        make_batch(model, [Query.unchecked(text, (len(text) - 1,), (0,)) for text in texts], changed=True)
+        width = max(len(rows[place]) for place in some)
         padded = [[*rows[place], *[0] * (width - len(rows[place]))] for place in some]
         ids = torch.tensor(padded, dtype=torch.long, device=model.device)
         lengths = torch.tensor([len(rows[place]) for place in some], device=model.device)[:, None]
