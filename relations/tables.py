@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from ..errors import RevprobeError, did_you_mean, first_line
+from ..probes.pairs.fact_rows import row_labels
 from .cells import FactTable, clean
 from .text_files import read_delimited, read_json_lines
 
@@ -74,8 +75,7 @@ def open_table(
     """A table as it stands, no cell checked. Raises: RevprobeError, for a source that cannot be opened."""
     if isinstance(source, pd.DataFrame):
         frame = source.reset_index(drop=True).rename(columns=str)
-        indexes = enumerate(source.index)
-        return FactTable(frame, [f"row {i}" + ("" if index == i else f" (index {index!r})") for i, index in indexes])
+        return FactTable(frame, row_labels(source))
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
     if path.is_file() and suffix not in SUFFIXES:

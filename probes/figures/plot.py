@@ -138,7 +138,7 @@ def _pair_words(reading: Drawable, pairs: ReversalPairs | None) -> dict[int, str
     if pairs is None:
         return {}
     pairs = pairs.for_probe("attention")
-    if reading.meta.get("pairs") not in (None, pairs.digest):
+    if reading.meta.get("pairs") is not None and not pairs.has_digest(reading.meta["pairs"]):
         raise RevprobeError(
             f"pairs= has the digest {pairs.digest!r}: expected those of the reading, {reading.meta['pairs']!r}"
         )

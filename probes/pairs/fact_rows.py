@@ -41,7 +41,7 @@ def read_rows(frame: pd.DataFrame, columns: Mapping[str, str], fact: str | None 
             raise RevprobeError(f"the frame has {count} columns {column!r}; rename all but one")
     if columns["target"] == columns["evidence"]:
         raise RevprobeError(f"column {columns['target']!r} is both target and evidence; name two columns")
-    labels = [f"row {i}" + ("" if index == i else f" (index {index!r})") for i, index in enumerate(frame.index)]
+    labels = row_labels(frame)
     cells = {
         slot: [_text_cell(value, column, where) for value, where in zip(frame[column], labels, strict=True)]
         for slot, column in columns.items()
@@ -55,6 +55,13 @@ def read_rows(frame: pd.DataFrame, columns: Mapping[str, str], fact: str | None 
         facts = [str(value) for value in frame[fact]]
     rows = (dict(zip(cells, values, strict=True)) for values in zip(*cells.values(), strict=True))
     return [TextRow(*row) for row in zip(rows, facts, labels, strict=True)]
+
+
+def row_labels(frame: pd.DataFrame) -> list[str]:
+    """How an error names each row: by its place, and by its index where that is another (which may be missing)."""
+    rows = enumerate(frame.index)
+    same = ((i, index, pd.api.types.is_scalar(index) and not pd.isna(index) and bool(index == i)) for i, index in rows)
+    return [f"row {i}" + ("" if plain else f" (index {index!r})") for i, index, plain in same]
 
 
 def _text_cell(value: Any, column: str, where: str) -> str:

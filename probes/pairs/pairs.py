@@ -15,7 +15,6 @@ A little long, since a list, its table and its file are read together.
 from __future__ import annotations
 
 import functools
-import hashlib
 import html
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,12 +29,34 @@ import pandas as pd
 from ...arguments import checked, checked_fields, fitted
 from ...atomic_files import written_whole
 from ...errors import RevprobeError, did_you_mean, shown
+from .digest import canonical, digest_of
 from .display import STYLES, shown_query, tokens_html
 from .query import Query, ReversalPair, require_kind
 from .token_strings import UNSAID, joined_strings, token_strings
 
 # The probes that may read a list of their own, by their short names.
 READERS = ("attention", "gradient", "probability")
+
+
+Places = np.ndarray | Sequence[int] | Sequence[bool]
+
+
+def places_among(count: int, given: Any) -> np.ndarray:
+    """The places that indices, or a true or false for each of `count`, name. Raises: RevprobeError, if they do not."""
+    chosen = np.asarray(given)
+    if not chosen.size:
+        chosen = chosen.astype(np.int64)
+    expected = f"expected places from {-count} to {count - 1}, or {count} of true and false"
+    if chosen.ndim != 1 or chosen.dtype.kind not in "biu":
+        raise RevprobeError(f"pairs by {shown(given)}: {expected}")
+    if chosen.dtype.kind == "b":
+        if len(chosen) != count:
+            raise RevprobeError(f"pairs by {len(chosen)} of true and false: {expected}")
+        return np.flatnonzero(chosen)
+    outside = chosen[(chosen < -count) | (chosen >= count)]
+    if len(outside):
+        raise RevprobeError(f"pair {outside[0]} of {count}: {expected}")
+    return chosen % count
 
 
 @checked_fields
@@ -95,7 +116,10 @@ class ReversalPairs(Sequence[ReversalPair]):
 
     @classmethod
     def from_pairs(cls, pairs: Iterable[ReversalPair], *, tokenizer: Any = None) -> ReversalPairs:
-        """Collect pairs, storing equal queries once. Raises: RevprobeError, when empty or of mixed kinds."""
+        """Collect pairs, storing equal queries once, with the flags that all of them have.
+
+        How many were dropped (`dropped`) is known of a list alone. Raises: RevprobeError, when empty or of mixed kinds.
+        """
         pairs = list(fitted("pairs", pairs, Iterable[ReversalPair]))
         kinds = {pair.kind for pair in pairs}
         if len(kinds) > 1:
@@ -108,7 +132,9 @@ class ReversalPairs(Sequence[ReversalPair]):
         reverse = np.array([index.setdefault(pair.reverse, len(index)) for pair in pairs], dtype=np.int64)
         facts = np.array([pair.fact or str(i) for i, pair in enumerate(pairs)], dtype=object)
         differ = np.array([pair.different_tokens for pair in pairs], dtype=bool)
-        flags = {"different_tokens": differ} if differ.any() else {}
+        shared = [name for name in (pairs[0].flags if pairs else ()) if all(name in pair.flags for pair in pairs)]
+        flags = {name: np.array([pair.flags[name] for pair in pairs]) for name in shared}
+        flags |= {"different_tokens": differ} if differ.any() or "different_tokens" in flags else {}
         made = cls(tuple(index), forward, reverse, facts, kinds.pop() if kinds else "same_target", flags, tokenizer)
         return replace(made, tokens={**made.tokens, **joined_strings(pair.tokens for pair in pairs)})
 
@@ -123,15 +149,18 @@ class ReversalPairs(Sequence[ReversalPair]):
     @overload
     def __getitem__(self, index: int) -> ReversalPair: ...
     @overload
-    def __getitem__(self, index: slice) -> ReversalPairs: ...
-    def __getitem__(self, index: int | slice) -> ReversalPair | ReversalPairs:
+    def __getitem__(self, index: slice | Places) -> ReversalPairs: ...
+    def __getitem__(self, index: int | slice | Places) -> ReversalPair | ReversalPairs:
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
+        if not isinstance(index, int | np.integer) or isinstance(index, bool):
+            return self.take(index)  # type: ignore[arg-type]  # which refuses a single true or false
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         forward, reverse = self.queries[self.forward[index]], self.queries[self.reverse[index]]
-        differ = "different_tokens" in self.flags and bool(self.flags["different_tokens"][index])
-        return ReversalPair(forward, reverse, self.kind, str(self.facts[index]), differ, self.tokens)
+        flags = {name: np.asarray(values)[index] for name, values in self.flags.items()}
+        differ = bool(flags.get("different_tokens", False))
+        return ReversalPair(forward, reverse, self.kind, str(self.facts[index]), differ, self.tokens, flags)
 
     def __iter__(self) -> Iterator[ReversalPair]:
         return (self[i] for i in range(len(self)))
@@ -154,8 +183,12 @@ class ReversalPairs(Sequence[ReversalPair]):
         """The distinct token ids of all queries, ascending."""
         return sorted({token for query in self.queries for token in query.token_ids})
 
-    def take(self, pairs: np.ndarray) -> ReversalPairs:
-        """Some of the pairs, by index, with only the queries they use."""
+    def take(self, pairs: Places) -> ReversalPairs:
+        """Some of the pairs, by index (from the end if negative) or by a true or false for each, with their queries.
+
+        Raises: RevprobeError, for anything else, and for none.
+        """
+        pairs = places_among(len(self), pairs)
         used, inverse = np.unique(np.concatenate([self.forward[pairs], self.reverse[pairs]]), return_inverse=True)
         queries = tuple(self.queries[i] for i in used)
         flags = {name: values[pairs] for name, values in self.flags.items()}
@@ -205,12 +238,13 @@ class ReversalPairs(Sequence[ReversalPair]):
 
         A reading's `meta["pairs"]` is that of the list it was taken on, `for_probe(...)`.
         """
-        state = hashlib.sha256(self.kind.encode())
-        for query in self.queries:
-            state.update(repr(tuple(query.as_row().values())).encode())
-        state.update(np.stack([self.forward, self.reverse]).astype("<i8").tobytes())
-        state.update(json.dumps([str(fact) for fact in self.facts]).encode())
-        return state.hexdigest()[:16]
+        return digest_of(self.kind, canonical(self.queries, self.forward, self.reverse), [*map(str, self.facts)])
+
+    def has_digest(self, digest: object) -> bool:
+        """Whether a digest is of this list: also one of older versions, which changed with the order that queries are
+        stored in."""
+        as_stored = (self.queries, self.forward, self.reverse)
+        return digest == self.digest or digest == digest_of(self.kind, as_stored, [*map(str, self.facts)])
 
     def to_frame(self) -> pd.DataFrame:
         """One row per pair and direction: what is asked, token by token, with target in [brackets] and evidence in

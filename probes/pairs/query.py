@@ -120,7 +120,8 @@ class ReversalPair:
 
     `different_tokens` is the opt-out from the check below: the two queries name the same words by different tokens.
     Probabilities remain comparable as those of words; the theory's bounds and the shared column of S do not apply.
-    `tokens` are the strings of the token ids, where they are known (see `ReversalPairs`); equal pairs may differ in it.
+    `tokens` are the strings of the token ids, where they are known, and `flags` what a list said of the pair (see
+    `ReversalPairs`); equal pairs may differ in them.
 
     Raises: RevprobeError, for the kind "same_target", when the two queries differ in target or evidence tokens;
         for "swapped", when one's target is not the other's evidence.
@@ -132,6 +133,7 @@ class ReversalPair:
     fact: str = ""
     different_tokens: bool = False
     tokens: Mapping[int, str] = field(default_factory=dict, compare=False, repr=False)
+    flags: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def from_text(cls, *_: object, **__: object) -> ReversalPair:

@@ -80,7 +80,7 @@ def pairs_from_frame(
             every token sees every other there is nothing to do.
         tokenizer: where the model has none, or instead of its own; a folder or hub name to read it from will do.
     Returns: the pairs, with the flags `shares_tokens` (target and evidence have a token in common), `too_long` (for
-        the model's context), `duplicate_fact` (the row repeats an earlier one's target and evidence),
+        the model's context), `duplicate_fact` (target and evidence are an earlier row's, as text or as tokens),
         `different_tokens`, and the column `template` (its place in the lists).
     Raises: RevprobeError, for a template, column or cell that cannot be used, and for entities whose tokens cannot be
         told or differ between the directions; it names the first row and counts the others.
@@ -215,12 +215,14 @@ class _Builder:
     ) -> ReversalPairs:
         pairs = ReversalPairs.from_pairs([pair for _, pair in kept], tokenizer=self.tokenizer)
         facts = [(task.row.values["target"], task.row.values["evidence"], task.template) for task, _ in kept]
+        # An uncased tokenizer reads "Ann" and "ANN" alike: one fact in two spellings.
+        read = [(task.template, *((q.target, q.evidence) for q in (p.forward, p.reverse))) for task, p in kept]
         shares = np.array([bool(set(q.target) & set(q.evidence)) for q in pairs.queries])
         long = self._too_long(pairs.queries)
         flags = {
             "shares_tokens": shares[pairs.forward] | shares[pairs.reverse],
             "too_long": long[pairs.forward] | long[pairs.reverse],
-            "duplicate_fact": pd.Series(facts).duplicated().to_numpy(dtype=bool),
+            "duplicate_fact": np.logical_or(*(pd.Series(some).duplicated().to_numpy(bool) for some in (facts, read))),
             "different_tokens": np.array([pair.different_tokens for _, pair in kept]),
             "template": np.array([task.template for task, _ in kept]),
         }

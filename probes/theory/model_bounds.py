@@ -198,7 +198,14 @@ def with_bounds(
 def _require_reading_of(reading: Reading, model: ProbedModel, pairs: ReversalPairs) -> None:
     if reading.name != "attention_correlation":
         raise RevprobeError(f"bounds for a reading of {reading.name!r}: expected one of probe_attention_correlation")
-    found = {"pairs": pairs.digest, "model": model.name, "step": model.step, "weights": model.weights}
+    # A digest of an older version is of these pairs, too.
+    own = reading.meta.get("pairs")
+    found = {
+        "pairs": own if pairs.has_digest(own) else pairs.digest,
+        "model": model.name,
+        "step": model.step,
+        "weights": model.weights,
+    }
     for name, value in found.items():
         if reading.meta.get(name) != value:
             raise RevprobeError(

@@ -56,7 +56,7 @@ class PairOpener:
 
 def require_pair(pairs: ReversalPairs, reading: Reading, pair: int, called: str) -> None:
     """Raises: RevprobeError, when these are not the reading's pairs, or there is no such pair among them."""
-    if pairs.digest != reading.meta.get("pairs"):
+    if not pairs.has_digest(reading.meta.get("pairs")):
         raise RevprobeError(f"the pairs of {called}'s config are not those of this reading; its tokens are not known")
     if not 0 <= pair < len(pairs):
         raise RevprobeError(f"no pair {pair} in {called}: expected 0 to {len(pairs) - 1}")

@@ -21,6 +21,7 @@ from revprobe import (
     ReversalPair,
     ReversalPairs,
     RevprobeError,
+    from_table,
     letter_tokenizer,
     one_layer_gpt2,
     pair_from_text,
@@ -443,6 +444,34 @@ def test_a_cell_that_is_no_text_is_named_by_row_and_column(cell, match: str) -> 
     facts.at[1, "parent"] = cell
     with pytest.raises(RevprobeError, match=match):
         pairs_from_frame(facts, **WORDING, model=BPE)
+
+
+def test_spellings_that_are_read_alike_are_one_fact_twice() -> None:
+    """An uncased tokenizer reads "ANN LEE" as "ann lee": the strings differ, what is asked does not."""
+    upper = FACTS[1:2].assign(parent="ANN LEE", child="bo hart")
+    facts = pd.concat([FACTS, upper, FACTS[2:].assign(child="Max Dun")], ignore_index=True)
+    for kind, expected in (("WordPiece", [False] * 3 + [True, False]), ("byte-level", [False] * 5)):
+        pairs = pairs_from_frame(facts, **WORDING, model=MASKED[kind], carrier="Fact: ")
+        assert list(pairs.flags["duplicate_fact"]) == expected, kind
+        assert [pairs[3].forward == pairs[1].forward, pairs[3].reverse == pairs[1].reverse] == [expected[3]] * 2
+    dropped = pairs_from_frame(facts, **WORDING, model=MASKED["WordPiece"], carrier="Fact: ", drop="duplicate_fact")
+    assert len(dropped) == 4 and dropped.report["dropped_duplicate_fact"] == 1
+
+
+def test_an_index_that_lacks_values_names_rows_too() -> None:
+    """ "boolean value of NA is ambiguous", of pd.NA == 1."""
+    for index in (
+        pd.Index([0, pd.NA, 2], dtype="Int64"),
+        pd.Index([0, np.nan, 2]),
+        pd.Index([0, None, 2], dtype=object),
+    ):
+        assert len(pairs_from_frame(FACTS.set_axis(index), **WORDING, model=BPE, carrier="Fact: ")) == 3
+        facts = FACTS.set_axis(index).astype(object)
+        facts.iloc[1, 1] = 7
+        with pytest.raises(RevprobeError, match=r"^row 1 \(index (<NA>|nan|None)\): column 'child' holds 7"):
+            pairs_from_frame(facts, **WORDING, model=BPE)
+        with pytest.raises(RevprobeError, match=r"row 1 \(index (<NA>|nan|None)\)"):
+            from_table(facts, ("parent", "child"), {"P": "{parent} has {child}", "C": "{child} of {parent}"})
 
 
 def test_the_row_is_named_by_its_place_and_its_index() -> None:
