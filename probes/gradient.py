@@ -27,6 +27,8 @@ from .passes.selection import listed
 from .passes.untrained import twin_parameters, untrained_twin
 from .readings.draw_error import with_draw_error
 from .readings.reading import Reading
+from .statistics.estimators import NO_UNLIKE
+from .statistics.resampling import derangement
 
 # Of `cross=True`: queries run about (facts / batch) times each; beyond this many cells that is hours.
 MOST_CELLS = 250_000
@@ -52,15 +54,17 @@ def probe_gradient_cosine(
 
     The loss of a query is the mean negative log-likelihood over its target tokens, all hidden at once. Gradients
     are exact and per example, and none is ever formed (`hooks.gradients.recorder`). The value is the mean over pairs;
-    the control is the cosine with the reverse query of another fact of the same group, and `excess` their
-    difference, since prompts alone already share most of a gradient. `cross=True` adds `reading.cross`, the cosine of
+    the control is the cosine with the reverse query of another fact of the same group (of another target, other
+    evidence and another prompt), and `excess` their difference, since prompts alone already share most of a gradient.
+    `cross=True` adds `reading.cross`, the cosine of
     every fact's forward gradient with every fact's reverse gradient (see `cross_cosines`).
 
     Frame: one row per pair and parameter (three for a fused query-key-value projection of declared layout, with roles
     q, k and v; see `models.structure`): pair, fact, kind, parameter, role, layer, inner, norm_forward, norm_reverse,
     floor_forward, floor_reverse (rounding level of the norms), and inner_control, norm_control, floor_control.
-    A cosine whose norm does not exceed its rounding level is NaN. A model that is read in blocks has two columns more,
-    reason and reason_control: why a pair, or its control, has no numbers (evidence in a later block). Of a model that
+    A cosine whose norm does not exceed its rounding level is NaN. Where a pair has no numbers, since its evidence lies
+    in a later block, or no control, since all other facts of the group share its target, evidence or prompt, two
+    columns more, reason and reason_control, say so. Of a model that
     hides tokens behind random ones, the gradients are those of the mean loss over draws (`reading.draw_error`).
     `meta["coverage"]`: the share of the model's parameters that the reading speaks of, and the others by reason;
     `meta["one_by_one"]`: the parameters whose gradient a batch does not tell apart by query (tables without a batch,
@@ -129,6 +133,8 @@ def gradient_reading(model: ProbedModel, result: PassResult, plan: Plan) -> Read
             columns[f"{name}_control"] = np.where(alone, np.nan, values[other]).reshape(-1)
     if model.block_size is not None:
         columns = _without_unseen(columns, result, width)
+    if plan.control:
+        columns = _without_unlike(columns, result, pairs.groups(model.logit_shift), width)
     frame = pd.DataFrame(columns)
     layers = pd.Series([r.layer for r in roles] * count, dtype="Int64")  # nullable: embeddings have no layer
     frame.insert(5, "layer", layers)
@@ -184,6 +190,19 @@ def _without_unseen(columns: dict[str, np.ndarray], result: PassResult, width: i
             values = np.where(gone, np.nan, values)
         kept[name] = values
     return kept | {"reason": own} | ({"reason_control": other} if controlled else {})
+
+
+def _without_unlike(
+    columns: dict[str, np.ndarray], result: PassResult, groups: np.ndarray, width: int
+) -> dict[str, np.ndarray]:
+    """The columns with the reason of pairs that are not alone in their group, and have none in it for a control."""
+    alone = derangement(result.pairs.facts.astype(str), groups) < 0
+    why = np.repeat(np.where((result.partner < 0) & ~alone, NO_UNLIKE, ""), width)
+    if not (why != "").any():
+        return columns
+    none = np.full(len(why), "", dtype=object)
+    own, control = columns.get("reason", none), columns.get("reason_control", none)
+    return columns | {"reason": own, "reason_control": np.where((own == "") & (control == ""), why, control)}
 
 
 def coverage(model: ProbedModel, result: PassResult, plan: Plan) -> dict[str, object]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,14 @@ from ..progress import Progress, shows_progress
 from .fused import PROBES, probe, require_probes
 from .pairs.pair_parts import PairParts
 from .pairs.pairs import ReversalPairs
+from .passes.asked import asked_pairs
+from .passes.prompts import shown_queries
 from .passes.run import place_of
 from .passes.shared_out import shared_out
 from .readings.reading import Reading
 from .readings.readings import Readings
 from .statistics.estimators import ScoreTables, score_correlation
+from .statistics.resampling import SHOWN, Facts, kin
 
 _ASKED, _MEASURES = "parts.json", "measures.csv"
 _PROBABILITY = ["pair", "fact", "direction", "probability", "argmax_match"]
@@ -95,6 +99,7 @@ def probe_in_parts(
                 number, probe(probed, part, only=wanted, progress=tell or False, share=share, **options), done
             )
             kept.add(readings, names)
+            kept.see(probed, part)
             done += len(part)
             if callable(progress):
                 progress(done, parts.count)
@@ -160,7 +165,7 @@ class _Parts:
             return None
         readings = Readings(_loaded(path) for path in paths)
         for path, reading in zip(paths, readings, strict=True):
-            if reading.meta["pairs"] != pairs.digest:
+            if not pairs.has_digest(reading.meta["pairs"]):
                 raise RevprobeError(f"{path} was taken on other pairs; choose another folder")
             self._number(reading.frame)
         return readings
@@ -199,6 +204,8 @@ class _Kept:
     """What the numbers of all parts rest on."""
 
     scores: list[ScoreTables] = field(default_factory=list)
+    facts: list[np.ndarray] = field(default_factory=list)
+    shown: tuple[list[bytes], list[bytes]] = field(default_factory=lambda: ([], []))
     rows: dict[str, list[pd.DataFrame]] = field(default_factory=dict)
     meta: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -211,15 +218,31 @@ class _Kept:
                 own = _summed(reading.frame) if name == "gradient_cosine" else _priced(reading.frame)
                 self.rows.setdefault(name, []).append(own)
 
+    def see(self, model: ProbedModel, part: ReversalPairs) -> None:
+        """Hold what the model is shown of a part: facts of two parts may be shown as one prompt."""
+        asked = asked_pairs(model, part, "")
+        self.facts.append(asked.facts.astype(str))
+        for kept, found in zip(self.shown, shown_queries(model, asked), strict=True):
+            kept += [sha256(repr(one).encode()).digest() for one in found]
+
+    def drawn(self) -> Facts:
+        """The facts of all parts, and what is drawn of them."""
+        labels = np.concatenate(self.facts)
+        return Facts.of(labels, kin(labels, *self.shown))
+
     def measures(self, names: Sequence[str]) -> pd.DataFrame:
         return pd.concat([self._of(name) for name in names], ignore_index=True)
 
     def _of(self, name: str) -> pd.DataFrame:
-        meta = self.meta[name]
+        meta, facts = self.meta[name], self.drawn()
         if name != "attention_correlation":
-            reading = Reading(name, pd.concat(self.rows.pop(name), ignore_index=True), meta)
+            rows = pd.concat(self.rows.pop(name), ignore_index=True)
+            why = [column for column in ("reason", "reason_control") if column in rows]
+            rows[why] = rows[why].fillna("")  # parts without a reason have no such columns
+            rows = rows.assign(**{SHOWN: facts.unit[rows["pair"].to_numpy()]}) if facts.sizes["prompts"] else rows
+            reading = Reading(name, rows, meta)
         else:
-            tables, self.scores = ScoreTables.joined(self.scores), []
+            tables, self.scores = ScoreTables.joined(self.scores, facts), []
             reading = Reading(name, pd.DataFrame(), meta)
             reading.__dict__["measured"] = score_correlation(tables, reading.seed, meta.get("control", True))
         return reading.measures().assign(probe=name, weights=meta.get("weights"), kind=meta.get("kind"))

@@ -35,8 +35,8 @@ def probe_reverse_probability(
     """Probability of the target under the forward and the reverse query; the value is the reverse mean.
 
     `mode="chain"` reveals the target left to right and multiplies the conditionals; "parallel" multiplies the
-    probabilities with the whole target hidden (masked models only). The control is the probability that the
-    query of another fact of the same group, whose own target is another of as many tokens, gives to this target; NaN
+    probabilities with the whole target hidden (masked models only). The control is the probability that the query of
+    another fact of the same group, with another target of as many tokens and other evidence, gives to this target; NaN
     where there is no such fact. `layers` is accepted as everywhere and unused:
     a probability has no layer.
 

@@ -21,12 +21,13 @@ from .passes.asked import asked_pairs, out_of_sight, require_one_entry
 from .passes.batches import in_batches, make_batch, prepare_queries, queries_per_batch
 from .passes.decomposition import Decomposition, LinearizedBatch, Piece
 from .passes.plan import PassResult, Plan
+from .passes.prompts import unlike
 from .passes.run import describe
 from .passes.selection import chosen_of, listed
 from .passes.states import Tail
 from .readings.reading import Reading
 from .statistics.estimators import LATER_BLOCK, LATER_BLOCK_CONTROL, NO_LIKE_TARGET, NO_PARTNER
-from .statistics.resampling import derangement, kin
+from .statistics.resampling import derangement
 
 DIFFERENT_TOKENS = "different tokens in the two directions"
 NO_OTHER_TARGET = "no other target of as many tokens, for margin and rank"
@@ -58,7 +59,7 @@ def probe_stored_evidence(
     several tokens has the mean stored evidence and summed contributions.
 
     The value is the mean over pairs of S[v, u] under the reverse query, in logits, summed over layers and heads (or
-    those of `layers`). The control is that of the same target on the evidence of another fact of the group. With
+    those of `layers`). The control is that of the same target on other evidence, of another fact of the group. With
     `cross=True`, `reading.cross` holds S of every fact's target (rows) on every fact's evidence (columns) under
     reverse queries; NaN where the two targets differ in length, or a fact's own S is undefined.
 
@@ -103,13 +104,13 @@ def probe_stored_evidence(
 def control_partners(pairs: ReversalPairs, logit_shift: int, *, seed: int = 0) -> np.ndarray:
     """For each pair one of another fact in its group with other targets of as many tokens; -1 where there is none.
 
-    A target can be asked for only where as many tokens are hidden. Shapes: `-> pair` (indices).
+    Its evidence is another, too. A target can be asked for only where as many tokens are hidden. Shapes: `-> pair`
+    (indices).
     """
     width = np.array([len(query.target_positions) for query in pairs.queries])
     traits = np.stack([pairs.groups(logit_shift), width[pairs.forward], width[pairs.reverse]], axis=1)
     alike = np.unique(traits, axis=0, return_inverse=True)[1].reshape(-1)
-    targets = [[pairs.queries[q].target for q in index] for index in (pairs.forward, pairs.reverse)]
-    return derangement(kin(pairs.facts, *targets), alike, seed=seed)
+    return derangement(unlike(pairs), alike, seed=seed)
 
 
 class _Storage:

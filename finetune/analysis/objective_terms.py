@@ -29,9 +29,11 @@ from ...models.probed import ProbedModel
 from ...probes.pairs.pairs import ReversalPairs
 from ...probes.passes.asked import asked_pairs
 from ...probes.passes.plan import PassResult, Plan
+from ...probes.passes.prompts import facts_of
 from ...probes.passes.run import describe
 from ...probes.readings.reading import Reading
 from ...probes.statistics.by_class import SIZES
+from ...probes.statistics.resampling import SHOWN
 from ...progress import Progress, shows_progress
 from ...relations.letters import LettersRelation
 from ...relations.text_relation import TextRelation
@@ -200,6 +202,9 @@ class Terms:
         frame["masks"] = frame["masks"].astype("Int64")
         order = ["class_number", "role", "fact"]
         frame = frame.sort_values(order, kind="stable", ignore_index=True)
+        facts = facts_of(self.asked.pairs)
+        if facts.sizes["prompts"]:
+            frame[SHOWN] = frame["fact"].map(dict(zip(facts.label, facts.unit, strict=True)))
         return frame if control else frame.drop(columns=["inner_control", *SIZES[2:]])
 
     def _products(self, gradient: Tensor, scale: Tensor | None) -> list[tuple[str, dict[str, np.ndarray]]]:

@@ -35,6 +35,7 @@ from ...probes.statistics.by_part import evidence_by_pair
 from ...probes.statistics.estimators import STATISTICS_VERSION, missing_intervals
 from ...probes.statistics.intervals import mean_over_facts, ratio_over_facts
 from ...probes.statistics.old_columns import current_columns
+from ...probes.statistics.resampling import SHOWN, Facts
 from ...probes.storage import control_partners, probe_stored_evidence
 from ...progress import Progress, counted, shows_progress
 from ..runs.one_layer import OneLayerRun
@@ -126,6 +127,7 @@ def _undefined(pairs: ReversalPairs) -> dict[str, Any]:
 def _tidy(pairs: ReversalPairs, optimizer: str, rate: float, found: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """One row per quantity and pair."""
     facts = {"pair": np.arange(len(pairs)), "fact": pairs.facts.astype(str), "kind": pairs.kind}
+    facts |= {SHOWN: pairs.flags[SHOWN]} if SHOWN in pairs.flags else {}
     shared = {"optimizer": optimizer, "learning_rate": rate}
     tables = [pd.DataFrame(shared | {"quantity": name} | facts | columns) for name, columns in found.items()]
     return pd.concat(tables)
@@ -225,7 +227,7 @@ def one_step_curves(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for key, part in table.groupby(keys, sort=False, dropna=False):
         row: dict[str, Any] = dict(zip(keys, key, strict=True))
-        facts = part["fact"].to_numpy().astype(str)
+        facts = Facts.of_rows(part)
         means = {name: mean_over_facts(part[name].to_numpy(dtype=np.float64), facts) for name in AVERAGED}
         for name, found in means.items():
             row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
@@ -239,7 +241,7 @@ def one_step_curves(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _agreement(part: pd.DataFrame, facts: np.ndarray) -> dict[str, float]:
+def _agreement(part: pd.DataFrame, facts: Facts) -> dict[str, float]:
     """Least-squares slope through zero, with its interval, and Pearson r over pairs; NaN without a prediction."""
     observed, predicted = (part[name].to_numpy(dtype=np.float64) for name in ("observed", "predicted"))
     found = dict.fromkeys(("slope", "slope_low", "slope_high", "correlation"), float("nan"))

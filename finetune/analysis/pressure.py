@@ -28,6 +28,7 @@ from ...probes.passes.batches import in_batches, make_batch, prepare_queries, qu
 from ...probes.passes.likelihood import readout
 from ...probes.passes.plan import Plan
 from ...probes.readings.reading import Reading
+from ...probes.statistics.by_class import facts_by_label
 from ...probes.statistics.estimators import STATISTICS_VERSION, missing_intervals
 from ...probes.statistics.intervals import mean_over_facts
 from ...progress import Progress, counted, shows_progress
@@ -112,7 +113,7 @@ def _row(name: str, part: pd.DataFrame, meta: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {"model": meta.get("model"), "step": meta["step"], "dial": meta["dial"], "terms": name}
     columns = {"pressure": "inner", "letters": "inner_letters", "margin": "inner_margin", "control": "inner_control"}
     columns |= {"change_adamw": "adamw"}
-    facts, found = np.unique(part["fact"].to_numpy().astype(str)), {}
+    facts, found = facts_by_label(part), {}
     if part.empty:  # as where one token is hidden at a time: a sum of nothing
         nothing = dict.fromkeys(columns, 0.0) | {
             f"{name}{end}": np.nan for name in columns for end in ("_low", "_high")

@@ -22,6 +22,7 @@ from ...probes.readings.reading import Reading
 from ...probes.statistics.by_part import evidence_by_pair
 from ...probes.statistics.estimators import STATISTICS_VERSION, missing_interval
 from ...probes.statistics.intervals import mean_over_facts
+from ...probes.statistics.resampling import Facts
 from ...probes.storage import probe_stored_evidence
 from ...progress import Progress, counted, shows_progress
 from ...relations.catalog import letters
@@ -126,7 +127,7 @@ def require_masked(run: Run, pairs: ReversalPairs | None) -> None:
 def curve_rows(reading: Reading) -> list[dict[str, Any]]:
     """The curves of one reading, as `storage_curves` tells of them."""
     table = evidence_by_pair(reading)
-    facts = table["fact"].to_numpy().astype(str)
+    facts = Facts.of_rows(table)
     rows: list[dict[str, Any]] = []
     for curve in CURVES:
         for direction in ("forward", "reverse"):

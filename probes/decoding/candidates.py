@@ -30,7 +30,7 @@ from ...models.probed import ProbedModel, as_probed
 from ...progress import Progress, shows_progress
 from ..pairs.spans import require_fast_tokenizer
 from ..readings.reading import Reading
-from ..statistics.resampling import derangement
+from ..statistics.resampling import derangement, with_shown
 from .causal import end_tokens
 from .closed_set import Candidates, Fitting, closed_set, rank_of
 from .continuations import Tokens, continuation_scores
@@ -107,7 +107,10 @@ def rank_candidates(
             rows[i] = ranking.row(i, scores, None if partner is None else int(partner[i]))
         if callable(progress):
             progress(done, ranking.prompt_count)
-    frame, meta = pd.DataFrame(rows), described(model, questions, control=control, seed=seed)
+    frame, meta = (
+        with_shown(pd.DataFrame(rows), ranking.prompts),
+        described(model, questions, control=control, seed=seed),
+    )
     meta["ranking"] = {"score": CAUSAL if model.objective == "causal" else MASKED, "max_new_tokens": ranking.length}
     meta["candidates"] = ranking.counts
     meta["statistic"] = Reading("candidate_rank", frame, meta).measured.statistic
@@ -261,10 +264,11 @@ class _Ranking:
         return row | {"reason": "" if rank == rank else TOO_LONG}
 
     def partners(self, seed: int) -> np.ndarray:
-        """For each question one of the same direction and template that shares no answer with its fact."""
+        """For each question one of the same direction and template that shares no answer or prompt with its fact."""
         group = np.unique([f"{q.direction}\n{q.template}" for q in self.questions], return_inverse=True)[1]
         facts = np.array([str(question.fact) for question in self.questions])
-        named = [{f"{q.direction} {one}" for one in own} for q, own in zip(self.questions, self.right, strict=True)]
+        asked = zip(self.questions, self.right, self.prompts, strict=True)
+        named = [{f"\n{prompt}", *(f"{q.direction} {one}" for one in own)} for q, own, prompt in asked]
         return derangement(families(facts, named), group, seed=seed)
 
 

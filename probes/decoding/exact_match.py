@@ -26,7 +26,7 @@ from ...models.probed import ProbedModel, as_probed
 from ...progress import Progress, shows_progress
 from ..pairs.spans import Encoded, encode_texts, require_fast_tokenizer
 from ..readings.reading import Reading
-from ..statistics.resampling import derangement
+from ..statistics.resampling import derangement, with_shown
 from .causal import end_tokens
 from .decode import answer_text, decode_tokens, decoding_settings, encode_prompts, require_stops
 from .masked import Prompt
@@ -147,7 +147,8 @@ class _Scorer:
 
     def frame(self, decoded: dict[tuple[int, int], str]) -> pd.DataFrame:
         """One row a question."""
-        return pd.DataFrame([self._row(i, question, decoded) for i, question in enumerate(self.questions)])
+        rows = [self._row(i, question, decoded) for i, question in enumerate(self.questions)]
+        return with_shown(pd.DataFrame(rows), self.prompts)
 
     def _row(self, i: int, question: Asked, decoded: dict[tuple[int, int], str]) -> dict[str, Any]:
         texts = [decoded[self.first[i], length] for length in self._own_lengths(i)]
@@ -194,14 +195,16 @@ class _Scorer:
     def _partners(self, seed: int) -> np.ndarray:
         """For each question one of the same direction and template, about a fact that shares no answer with its own.
 
-        Siblings have the same parent: as each other's control they would be right, not wrong by chance.
+        Siblings have the same parent: as each other's control they would be right, not wrong by chance. One prompt has
+        one decoding, whichever fact it is asked for.
         """
         group = np.unique([f"{q.direction}\n{q.template}" for q in self.questions], return_inverse=True)[1]
         for i in range(len(group)):
             if not self._fits(i):
                 group[i] = -1 - i  # alone: neither has a control nor is one
         facts = np.array([str(question.fact) for question in self.questions])
-        return derangement(families(facts, self.accepted), group, seed=seed)
+        named = [{*own, f"\n{prompt}"} for own, prompt in zip(self.accepted, self.prompts, strict=True)]
+        return derangement(families(facts, named), group, seed=seed)
 
 
 def question_row(i: int, question: Asked) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ..pairs.pairs import ReversalPairs
+from ..passes.prompts import facts_of
 from ..statistics.by_head import head_correlations
 from ..statistics.group_correlation import CONSTANT
 from ..theory.key_covariance import (
@@ -58,7 +59,7 @@ class Audited:
     @classmethod
     def of(cls, pairs: ReversalPairs, kept: np.ndarray, shift: int, strata: Mapping[str, int], reason: str) -> Audited:
         """Args: `kept`, the numbers of the pairs; `strata`, of each fact by its name."""
-        names, fact = np.unique(pairs.facts.astype(str)[kept], return_inverse=True)
+        names, fact = np.unique(facts_of(pairs).unit[kept], return_inverse=True)
         stratum = np.array([strata[name] for name in names], dtype=np.int64)
         distance = np.abs(pairs.offsets(shift)[0][kept])
         indices = pairs.forward[kept], pairs.reverse[kept], pairs.groups(shift)[kept]

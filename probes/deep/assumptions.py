@@ -25,6 +25,7 @@ from ..passes.asked import asked_pairs, out_of_sight
 from ..passes.batches import in_batches, make_batch, prepare_queries, queries_per_batch, require_tokens_alone
 from ..passes.likelihood import readout
 from ..passes.plan import PassResult, Plan
+from ..passes.prompts import facts_of, shown_queries
 from ..passes.run import describe
 from ..passes.selection import chosen_of
 from ..readings.reading import Reading
@@ -38,6 +39,7 @@ NO_PLANES = "queries do not turn with position (ALiBi, other biases or none), so
 LENGTHS = "its angles depend on the length, and the queries differ in length"
 ONE_SIDE = "a causal model sees evidence on one side only, and the bound is about two"
 ALONE = "no other fact is asked at the same places"
+SHOWN_BEFORE = "the model is shown another fact's pair with the same prompts"
 LEAST_PERMUTATIONS = 40  # fewer have no 95 % range
 
 
@@ -242,7 +244,11 @@ def _audited(model: ProbedModel, pairs: ReversalPairs, unseen: np.ndarray) -> tu
     reason = "" if bounded.any() else _commonest(without[~later], LATER_BLOCK)
     out = np.where(later, LATER_BLOCK, without if bounded.any() else "").astype(object)
     kept = np.flatnonzero(out == "")
-    groups, facts = pairs.groups(model.logit_shift), pairs.facts.astype(str)
+    groups, facts = pairs.groups(model.logit_shift), facts_of(pairs).unit
+    if facts_of(pairs).sizes["prompts"]:  # the same keys and queries, to the bit
+        again = pd.Series([*zip(*shown_queries(model, pairs), strict=True)])[kept].duplicated().to_numpy()
+        out[kept[again]] = SHOWN_BEFORE
+        kept = kept[~again]
     strata = _strata(facts[kept], groups[kept])
     alone = np.array([Counter(strata.values())[strata[fact]] < 2 for fact in facts[kept]], dtype=bool)
     out[kept[alone]] = ALONE

@@ -18,11 +18,12 @@ from ...progress import Progress, shows_progress
 from ..pairs.pairs import ReversalPairs
 from ..passes.asked import asked_pairs
 from ..passes.plan import PassResult, Plan
+from ..passes.prompts import facts_of
 from ..passes.run import describe
 from ..readings.reading import Reading
 from ..route_edit import probe_route_edit
 from ..statistics.causal_trace import place_means
-from ..statistics.resampling import kin
+from ..statistics.resampling import SHOWN, kin
 
 BY, DIRECTIONS = ("effect", "excess"), ("reverse", "forward")
 EDITS = {"knockout": -1.0, "transplant": 1.0}  # the sign under which a larger effect is a head that carries more
@@ -131,10 +132,11 @@ class _Ranking:
     def _halves(self) -> tuple[np.ndarray, np.ndarray]:
         """The pairs to rank by and those to show the best on, by fact; the training half takes the odd one.
 
-        Facts that ask the very same query are one: it would be ranked by and shown on.
+        Facts that ask the very same query, or are shown as one prompt, are one: it would be ranked by and shown on.
         """
         asked = getattr(self.pairs, self.direction).tolist()
-        names, fact = np.unique(kin(self.pairs.facts, asked), return_inverse=True)
+        drawn = kin(facts_of(self.pairs).unit, asked)
+        names, fact = np.unique(drawn, return_inverse=True)
         if len(names) < 2:
             raise RevprobeError("pairs of one fact: expected at least two, one to rank by and one to show the best on")
         chosen = np.random.default_rng(self.plan.seed).permutation(len(names))[: (len(names) + 1) // 2]
@@ -192,6 +194,8 @@ class _Ranking:
         columns = ["pair", "fact", "kind", "direction", "rank", "layer", "head", "effect"]
         columns += ["effect_control", "reason", "reason_control"] if self.plan.control else ["reason"]
         frame = frame[columns].astype({"rank": "Int64", "layer": "Int64", "head": "Int64"})
+        if SHOWN in self.pairs.flags:
+            frame[SHOWN] = self.pairs.flags[SHOWN][frame["pair"].to_numpy()]
         return frame.sort_values(["pair", "rank"], kind="stable", ignore_index=True)
 
     def _unranked(self, test: np.ndarray) -> pd.DataFrame:

@@ -25,6 +25,7 @@ from ..passes.alone import in_equal_lengths_if_need_be
 from ..passes.asked import asked_pairs, out_of_sight
 from ..passes.batches import prepare_queries, queries_per_batch, require_tokens_alone
 from ..passes.plan import PassResult, Plan
+from ..passes.prompts import unlike
 from ..passes.run import describe
 from ..passes.selection import chosen_of
 from ..passes.states import states_of_queries
@@ -33,7 +34,7 @@ from ..readings.reading import Reading
 from ..statistics.coverage import first_caution
 from ..statistics.estimators import LATER_BLOCK
 from ..statistics.intervals import FRACTION, difference_over_facts, proportion_over_facts
-from ..statistics.resampling import derangement, kin
+from ..statistics.resampling import Facts, derangement
 from ..statistics.stored_once import (
     CLASSIFIER,
     MAP,
@@ -151,8 +152,7 @@ class _Tests:
         fact = np.full(len(queries), -1)
         fact[pairs.reverse] = fact[pairs.forward] = np.unique(pairs.facts.astype(str), return_inverse=True)[1]
         width = np.array([len(queries[q].evidence_positions) for q in pairs.reverse])
-        unlike = kin(pairs.facts, [queries[q].target for q in pairs.reverse])
-        partner = derangement(unlike, width, seed=plan.seed)
+        partner = derangement(unlike(pairs, ["reverse"]), width, seed=plan.seed)
         forward = np.unique(pairs.forward[~unseen[pairs.forward]])
         reverse = np.unique(pairs.reverse[~unseen[pairs.reverse]])
         reverse = reverse[~np.isin(reverse, forward) & np.isin(fact[reverse], fact[forward])]
@@ -298,7 +298,7 @@ def _controls(reading: Reading, why: str) -> list[dict[str, Any]]:
     """The value beside what the twin and other evidence give, with paired differences; rows of `Reading.controls`."""
     rows = reading.frame[(reading.frame["test"] == MAP) & (reading.frame["direction"] == "reverse")]
     rows = rows[rows["layer"] == rows["layer"].max()]
-    own, facts = rows["correct"].to_numpy(dtype=np.float64), rows["fact"].to_numpy().astype(str)
+    own, facts = rows["correct"].to_numpy(dtype=np.float64), Facts.of_rows(rows)
     made = []
     for name in ("untrained", "evidence"):
         other = rows[f"correct_{name}"].to_numpy(dtype=np.float64)

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from ...errors import RevprobeError
 from ..statistics.coverage import counted
 from ..statistics.group_correlation import LEAST_FACTS
+from ..statistics.resampling import Facts
 from .drawable import Drawable
 from .theme import OKABE_ITO, SYMBOLS, TEMPLATE, band, heading, interval_text, message_figure, plain, samples_text
 
@@ -40,7 +41,8 @@ def bounds_figure(reading: Drawable, frame: pd.DataFrame) -> go.Figure:
             "this reading carries no bounds; add them with with_bounds(reading, model, pairs) and plot that"
         )
     bounded = frame[frame["bound_mean"].notna()]
-    bounded = bounded[bounded.groupby(GROUP)["fact"].transform("nunique") >= LEAST_FACTS]
+    drawn = pd.Series(Facts.of_rows(bounded).unit, bounded.index)
+    bounded = bounded[drawn.groupby([bounded[name] for name in GROUP]).transform("nunique") >= LEAST_FACTS]
     if bounded.empty:
         reasons = frame.loc[frame["bound_reason"] != "", "bound_reason"].value_counts()
         why = plain("; ".join(f"{count:,} scores: {reason}" for reason, count in reasons.items()), limit=None)

@@ -14,6 +14,7 @@ from plotly.subplots import make_subplots
 from ...errors import RevprobeError, did_you_mean
 from ..statistics.coverage import counted
 from ..statistics.intervals import FRACTION, Estimate, mean_over_facts, proportion_over_facts
+from ..statistics.resampling import Facts
 from .drawable import Drawable, sample_of
 from .theme import (
     BELOW,
@@ -125,7 +126,7 @@ def stored_once_figure(reading: Drawable, *, number: str = "correct") -> go.Figu
     return titled(figure, reading, "held-out targets put first by the reverse state of the last layer")
 
 
-def _share(values: np.ndarray, facts: np.ndarray) -> Estimate:
+def _share(values: np.ndarray, facts: Facts) -> Estimate:
     return mean_over_facts(values, facts, bounds=FRACTION)
 
 
@@ -134,7 +135,7 @@ def curve(
     column: str,
     name: str,
     colour: str,
-    estimate: Callable[[np.ndarray, np.ndarray], Estimate],
+    estimate: Callable[[np.ndarray, Facts], Estimate],
     *,
     control: bool = False,
 ) -> Curve:
@@ -142,7 +143,7 @@ def curve(
     layers, found = [], []
     for layer in sorted(int(layer) for layer in rows["layer"].unique()):
         part = rows[rows["layer"] == layer]
-        values, facts = part[column].to_numpy(dtype=np.float64), part["fact"].to_numpy().astype(str)
+        values, facts = part[column].to_numpy(dtype=np.float64), Facts.of_rows(part)
         layers.append(layer)
         found.append(estimate(values, facts) if np.isfinite(values).any() else Estimate.undefined())
     return Curve(name, colour, layers, found, control)

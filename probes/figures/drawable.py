@@ -36,6 +36,8 @@ class Drawable(Protocol):
     @property
     def facts(self) -> int: ...
     @property
+    def prompts(self) -> int: ...
+    @property
     def controls(self) -> pd.DataFrame: ...
     @property
     def control(self) -> Control | None: ...
@@ -50,4 +52,4 @@ class Drawable(Protocol):
 
 def sample_of(reading: Drawable) -> str:
     """`n = 2,106 pairs of 26 facts`: what stands behind its value."""
-    return counted(reading.n, reading.facts, reading.name)
+    return counted(reading.n, reading.facts, reading.name, reading.prompts)

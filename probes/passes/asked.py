@@ -21,6 +21,7 @@ from ...models.probed import ProbedModel
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query, ReversalPair
 from ..pairs.token_strings import first_difference
+from .prompts import in_sight, with_prompts
 
 CHECKED, UNCHECKED = "checked", "not checked: "
 NEEDS_ONE_ENTRY = (
@@ -30,7 +31,7 @@ NEEDS_ONE_ENTRY = (
 
 
 def asked_pairs(model: ProbedModel, pairs: ReversalPairs | Iterable[ReversalPair], probe: str) -> ReversalPairs:
-    """The list of pairs that a probe reads, fit for the model.
+    """The list of pairs that a probe reads, fit for the model, with the flag `shown` where facts share a prompt.
 
     Args:
         probe: its short name ("attention"), for pairs that give probes lists of their own.
@@ -41,7 +42,7 @@ def asked_pairs(model: ProbedModel, pairs: ReversalPairs | Iterable[ReversalPair
     own = pairs.for_probe(probe)
     require_same_tokens(model, own)
     _require_evidence_in_sight(model, own)
-    return own
+    return with_prompts(model, own)
 
 
 def require_same_tokens(model: ProbedModel, pairs: ReversalPairs) -> None:
@@ -89,14 +90,6 @@ def out_of_sight(model: ProbedModel, queries: Sequence[Query]) -> np.ndarray:
         queries: as they are run, since blocks are counted from the first token: those of `prepare_queries`.
     """
     return np.array([query.evidence_positions[-1] not in in_sight(model, query) for query in queries], dtype=bool)
-
-
-def in_sight(model: ProbedModel, query: Query) -> range:
-    """The positions that all readout rows of a query (as it is run) may see: all, or those up to the end of a block."""
-    # A causal model reads in blocks of one.
-    size = 1 if model.objective == "causal" else model.block_size
-    length, row = len(query.token_ids), query.target_positions[0] - model.logit_shift
-    return range(length if size is None else min(length, (row // size + 1) * size))
 
 
 def _require_evidence_in_sight(model: ProbedModel, pairs: ReversalPairs) -> None:

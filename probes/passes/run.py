@@ -39,6 +39,7 @@ from .batches import QueryBatch, gradient_batch, in_batches, make_batch, prepare
 from .draws import every_two, kept_draws, mean_floor, mean_products, mean_rows
 from .likelihood import Likelihoods, mean_nll, readout, run_chains
 from .plan import Part, PassResult, Plan, Work, part_of
+from .prompts import unlike
 
 DIFFERENT_LENGTHS = "queries of different lengths, which cannot share a batch of this model"
 
@@ -105,7 +106,7 @@ class _Pass:
             self.batch_size, self.pair_size = min(self.batch_size, share), min(self.pair_size, share)
         self.apart = bool(model.contract.equal_lengths)
         self.attention = attention_of(model) if plan.attention else None
-        partner = derangement(pairs.facts.astype(str), pairs.groups(model.logit_shift), seed=plan.seed)
+        partner = derangement(unlike(pairs), pairs.groups(model.logit_shift), seed=plan.seed)
         self.partner = partner if plan.control else np.full(len(pairs), -1)
         self.weights = WholeWeights(model.module) if plan.gradient else None
         self.selected = select_parameters(model.module, plan.parameters, self.weights) if self.weights else {}

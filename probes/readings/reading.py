@@ -45,13 +45,10 @@ class Reading:
         name: "attention_correlation", "gradient_cosine", "reverse_probability", "decoded_match" for decoded answers,
             "candidate_rank" for ranked ones, or that of another instrument.
         frame: the rows behind the number; its columns are described at the probe.
-        meta: model, objective, kind, step, weights ("raw" or "ema"), pairs (digest), statistic, versions, dtype,
-            threads.
+        meta: model, objective, kind, step, weights ("raw", "ema"), pairs (digest), statistic, versions, dtype, threads.
         cross: the fact x fact matrix of a gradient probe with `cross=True`, else None.
-        statistics_version: that under which its file was written; its numbers are always those of this version's
-            statistics, see `recomputed`.
-        value, interval, n, facts, control, excess, undefined, caution: see the properties; all are worked out from
-            `frame`.
+        statistics_version: that of its file; its numbers are always of this version's statistics, see `recomputed`.
+        value, interval, n, facts, prompts, control, excess, undefined, caution: the properties, all of `frame`.
     """
 
     name: str
@@ -90,7 +87,7 @@ class Reading:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval, over facts."""
+        """95 % interval, over facts; over prompts where these are fewer."""
         return self.measured.estimate.low, self.measured.estimate.high
 
     @property
@@ -105,8 +102,13 @@ class Reading:
 
     @property
     def facts(self) -> int:
-        """Facts behind the value: what its interval rests on."""
+        """Facts behind the value."""
         return self.measured.estimate.facts
+
+    @property
+    def prompts(self) -> int:
+        """As how many prompts the facts are shown (the frame's `shown`), if fewer: its interval's draws; else 0."""
+        return self.measured.estimate.prompts
 
     @property
     def control(self) -> Control | None:
@@ -302,7 +304,7 @@ class Reading:
 
     def _beside(self, number: Control | Estimate, low: float, high: float, unit: str = "") -> str:
         """A number with its interval, and its own n where that is not the reading's."""
-        own = f" ({counted(number.n, number.facts, self.name)})" if number.n != self.n else ""
+        own = f" ({counted(number.n, number.facts, self.name, number.prompts)})" if number.n != self.n else ""
         return f"{number.value:.4g} [{low:.4g}, {high:.4g}]{unit}{own}"
 
     def __repr__(self) -> str:
@@ -323,7 +325,8 @@ class Reading:
             where += f", draw_error={self.draw_error:.2g} over {self.meta['draws']} draws"
         where += "".join(f", {told}" for told in [remainder_text(self.meta)] if told)
         unit = f" {self.unit}" if self.unit else ""
-        numbers = f"{self.value:.4g} [{low:.4g}, {high:.4g}]{unit}, {counted(self.n, self.facts, self.name)}"
+        sample = counted(self.n, self.facts, self.name, self.prompts)
+        numbers = f"{self.value:.4g} [{low:.4g}, {high:.4g}]{unit}, {sample}"
         return f"Reading({self.name}={numbers}{control}{left_out}{where})"
 
     def _repr_html_(self) -> str:
@@ -339,7 +342,7 @@ class Reading:
         told: dict[str, Any] = {self.name: self._beside(self.measured.estimate, *self.interval, unit)}
         told["control"] = f"{self._beside(null, *null.interval, unit)}, {null.method}" if null else "none"
         told["excess"] = over and self._beside(over, over.low, over.high, unit)
-        told["sample"] = counted(self.n, self.facts, self.name)
+        told["sample"] = counted(self.n, self.facts, self.name, self.prompts)
         told["model"] = ", ".join(
             str(one) for one in (meta.get("model"), step, meta.get("weights"), meta.get("kind")) if one
         )

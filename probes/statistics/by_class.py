@@ -29,6 +29,7 @@ from .estimators import (
     with_control,
 )
 from .intervals import Estimate, difference_over_facts, mean_over_facts
+from .resampling import SHOWN, Facts
 
 CLASS = ("priced", "target", "evidence", "masks", "dropped")
 GROUPINGS = (*CLASS, "role")
@@ -62,7 +63,7 @@ def objective_terms(frame: pd.DataFrame, seed: int, control: bool = True) -> Mea
     rows = frame[frame["loss"].notna()]  # not what an optimizer's step does whatever the gradient is
     columns = [column for column in ("inner", "inner_control") if column in rows]
     summed = rows[columns].mul(rows["factor"], axis=0).groupby(rows["fact"], sort=True).sum(min_count=1)
-    values, facts = summed["inner"].to_numpy(dtype=np.float64), summed.index.to_numpy().astype(str)
+    values, facts = summed["inner"].to_numpy(dtype=np.float64), facts_by_label(rows)
     statistic = "pressure on the reverse answer: <gradient of the objective, gradient of the reverse loss>, over facts"
     null = summed["inner_control"].to_numpy(dtype=np.float64) if "inner_control" in summed else None
     sizes = sizes_of_facts(rows)
@@ -110,7 +111,7 @@ def objective_classes(reading: TermsReading, by: str | Iterable[str] = CLASS) ->
 def _group(reading: TermsReading, part: pd.DataFrame, one_role: bool) -> dict[str, Any]:
     """The numbers of one group."""
     by_fact, meta, nan = part.groupby("fact", sort=True), reading.meta, float("nan")
-    facts = np.array(list(by_fact.groups), dtype=str)
+    facts = facts_by_label(part)
 
     def over_facts(column: str) -> np.ndarray:
         return (
@@ -141,6 +142,12 @@ def _group(reading: TermsReading, part: pd.DataFrame, one_role: bool) -> dict[st
     reasons.append(f"change_adamw: {meta['reason_adamw']}" if meta["reason_adamw"] else "")
     counting = np.isfinite(values["change_adamw" if of_step else "pressure"])
     return row | {"n": int(sizes["facts"][counting].sum()), "reason": "; ".join(filter(None, reasons))}
+
+
+def facts_by_label(rows: pd.DataFrame) -> Facts:
+    """The facts of some rows, each once, sorted by label, with what is drawn."""
+    first = rows.drop_duplicates("fact").sort_values("fact")
+    return Facts.of(first["fact"].to_numpy().astype(str), first[SHOWN].to_numpy() if SHOWN in first else None)
 
 
 def _edges(name: str, found: Estimate) -> dict[str, float]:
@@ -207,7 +214,7 @@ def _of_queries(found: Measured, sizes: pd.DataFrame, values: np.ndarray, null: 
         lost[NO_PARTNER] = int((queries - beside)[valued].sum())
         if control is not None and excess is not None:
             own = counted_in_queries(control.estimate, sizes[np.isfinite(null)], of="_control")
-            control = Control(own.value, (own.low, own.high), own.n, control.method, own.facts)
+            control = Control.of(own, control.method)
             excess = counted_in_queries(excess, sizes[both])
     undefined = {reason: count for reason, count in lost.items() if count}
     measured = replace(found, estimate=estimate, control=control, excess=excess, undefined=undefined)

@@ -30,7 +30,7 @@ def unit_correlations(frame: pd.DataFrame) -> pd.DataFrame:
         reason where fewer than 3 scores are defined or all are equal.
     """
     places, (forward, reverse), facts, groups = score_table(frame)
-    layout = Layout.of(facts, groups)
+    layout = Layout.of(facts.unit, groups)
     sums = layout.moments(forward, reverse).groups.reshape(6, -1)
     codes, first = np.unique(groups, return_index=True)
     pair = frame.drop_duplicates("pair").sort_values("pair", ignore_index=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .group_correlation import LEAST_FACTS, Layout, Moments, jackknife_intervals
+from .resampling import Facts
 
 NO_HEAD = -1
 
@@ -26,7 +27,7 @@ def head_correlations(frame: pd.DataFrame) -> pd.DataFrame:
         then heads; low and high are the 95 % interval over facts, NaN where it or the value is undefined.
     """
     places, scores, facts, groups = score_table(frame.dropna(subset=["head"]))  # layers without softmax attention
-    layout = Layout.of(facts, groups)
+    layout = Layout.of(facts.unit, groups)
     forward, reverse = scores
     large = layout.defined_facts(forward, reverse) >= LEAST_FACTS
     heads = [_of_heads(moments, part) for moments, part in layout.blocks(forward, reverse, large)]
@@ -50,7 +51,7 @@ def head_correlations(frame: pd.DataFrame) -> pd.DataFrame:
     return table.assign(value=values, low=lows, high=highs)
 
 
-def score_table(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def score_table(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, Facts, np.ndarray]:
     """Layer and head of a frame's heads, its scores as one array, and each pair's fact and group.
 
     Shapes: `-> head 2, 2 pair head, pair, pair`; pairs and heads in ascending order. A layer without softmax attention
@@ -65,7 +66,7 @@ def score_table(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray
         scores[place, pair, head] = frame[column].to_numpy(dtype=np.float64)
     scores[~np.isfinite(scores)] = np.nan
     first = np.unique(pair, return_index=True)[1]
-    return places, scores, frame["fact"].to_numpy()[first].astype(str), frame["group"].to_numpy()[first]
+    return places, scores, Facts.of_pairs(frame), frame["group"].to_numpy()[first]
 
 
 def _of_heads(moments: Moments, large: np.ndarray) -> list[np.ndarray]:

@@ -10,6 +10,7 @@ import pandas as pd
 from ...arguments import checked
 from ...errors import RevprobeError
 from .intervals import mean_over_facts
+from .resampling import SHOWN, Facts
 
 REST = "rest"
 
@@ -45,16 +46,17 @@ def remainder_text(meta: Mapping[str, Any]) -> str:
 def evidence_by_pair(reading: StoredReading) -> pd.DataFrame:
     """What the evidence holds and what of it arrives: one row per pair, summed over the reading's layers and heads.
 
-    Columns: pair, fact, stored_control, reason, reason_margin, reason_control, and for each direction stored (S[v,
-    u]), weight (the mean over heads), contribution (the evidence position's whole value, routed), logit, margin and
-    rank.
+    Columns: pair, fact (and shown, where the reading has it), stored_control, reason, reason_margin, reason_control,
+    and for each direction stored (S[v, u]), weight (the mean over heads), contribution (the evidence position's whole
+    value, routed), logit, margin and rank.
     """
     frame = reading.frame[reading.frame["part"] == "evidence"]
     tokens = frame[frame["source"] == "token"].groupby("pair", sort=True)
     sides = ("forward", "reverse")
     stored = [c for c in ("stored_forward", "stored_reverse", "stored_control") if c in frame]
     undefined = tokens[stored].count().lt(tokens.size(), axis=0)  # a head that is undefined leaves the sum undefined
-    table = tokens[["fact", *(f"{n}_{s}" for n in ("logit", "margin", "rank") for s in sides)]].first()
+    of = [name for name in ("fact", SHOWN) if name in frame]
+    table = tokens[[*of, *(f"{n}_{s}" for n in ("logit", "margin", "rank") for s in sides)]].first()
     for reason in (c for c in ("reason", "reason_margin", "reason_control") if c in frame):
         table[reason] = tokens[reason].agg(lambda reasons: next(filter(None, reasons), ""))  # of any head
     table = table.join(tokens[stored].sum().mask(undefined)).join(tokens[[f"weight_{s}" for s in sides]].mean())
@@ -79,7 +81,8 @@ def logit_contributions(reading: StoredReading) -> pd.DataFrame:
         )
     keys = ["part", "source", "layer"]
     sides = [f"contribution_{side}" for side in ("forward", "reverse")]
-    summed = reading.frame.groupby([*keys, "pair", "fact"], dropna=False, sort=False)[sides].sum().reset_index()
+    of = [name for name in ("pair", "fact", SHOWN) if name in reading.frame]
+    summed = reading.frame.groupby([*keys, *of], dropna=False, sort=False)[sides].sum().reset_index()
     whole = reading.frame.groupby("pair").first().reset_index()
     logits = {side: whole[side.replace("contribution", "logit")] for side in sides}
     whole = whole.assign(part="logit", source=None, layer=pd.array([pd.NA] * len(whole), dtype="Int64"), **logits)
@@ -90,10 +93,10 @@ def logit_contributions(reading: StoredReading) -> pd.DataFrame:
     rows = []
     for key, part in pd.concat(parts).groupby(keys, dropna=False, sort=False):
         row: dict[str, Any] = dict(zip(keys, key, strict=True))
-        facts = part["fact"].to_numpy().astype(str)
+        facts = Facts.of_rows(part)
         for side in ("forward", "reverse"):
             found = mean_over_facts(part[f"contribution_{side}"].to_numpy(float), facts)
             row |= {side: found.value, f"{side}_low": found.low, f"{side}_high": found.high}
-        row |= {"n": len(part), "facts": len(set(facts))}
+        row |= {"n": len(part), "facts": facts.sizes["facts"]}
         rows.append(row)
     return pd.DataFrame(rows).astype({"layer": "Int64"})

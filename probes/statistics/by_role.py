@@ -13,6 +13,7 @@ import pandas as pd
 
 from .estimators import pair_cosines
 from .intervals import COSINE, mean_intervals
+from .resampling import Facts
 
 # As a token passes through a model: the order of every table and figure by role.
 NETWORK = ("embed", "position", "q", "k", "v", "qkv", "o", "mlp", "norm", "unembed", "other")
@@ -38,14 +39,17 @@ def cell_cosines(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     cells = labelled[keys].drop_duplicates(ignore_index=True)
     cell = labelled.groupby(keys, sort=False).ngroup().to_numpy() if keys else np.zeros(len(frame), dtype=np.int64)
     pair, pairs = pd.factorize(frame["pair"], sort=True)
-    facts = frame["fact"].to_numpy()[np.unique(pair, return_index=True)[1]].astype(str)
+    facts = Facts.of_pairs(frame)
     # Every pair of every cell stands as a pair of its own, so that one pass serves all cells.
     found = pair_cosines(labelled.assign(pair=cell * len(pairs) + pair))
     values, null = np.full((2, len(pairs), len(cells) if keys else 1), np.nan)
     at = found.index.to_numpy() % len(pairs), found.index.to_numpy() // len(pairs)
     values[at] = found["cosine"]
     null[at] = found.get("cosine_control", np.nan)
-    defined, index = np.isfinite(values), np.unique(facts, return_inverse=True)[1]
+    defined, index = np.isfinite(values), np.unique(facts.unit, return_inverse=True)[1]
+    there, label = np.unique(facts.label, return_inverse=True)
+    of_fact = np.zeros((len(there), values.shape[1]), dtype=np.int64)
+    np.add.at(of_fact, label, defined)
     sums, counts = np.zeros((2, index.max() + 1, values.shape[1]))
     np.add.at(sums, index, np.where(defined, values, 0.0))
     np.add.at(counts, index, defined)
@@ -54,7 +58,7 @@ def cell_cosines(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
         warnings.simplefilter("ignore", RuntimeWarning)  # a column of NaN has no control
         numbers = {"value": value, "control": np.nanmean(null, axis=0)}
     table = cells if keys else pd.DataFrame(index=range(1))
-    table = table.assign(low=low, high=high, n=defined.sum(0), facts=(counts > 0).sum(0), **numbers)
+    table = table.assign(low=low, high=high, n=defined.sum(0), facts=(of_fact > 0).sum(0), **numbers)
     if "role" not in keys:
         return table
     return table.sort_values("role", key=in_network_order, kind="stable", ignore_index=True)

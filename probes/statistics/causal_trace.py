@@ -17,6 +17,7 @@ import pandas as pd
 
 from .estimators import NO_PARTNER, NOT_FINITE, Measured, with_control
 from .intervals import Bounds, mean_intervals
+from .resampling import Facts
 
 EDITED = {"all": "all chosen layers and heads at once", "layer": "single layers", "head": "single heads"}
 CELLS = {"all": "edits", "layer": "layers", "head": "heads"}
@@ -62,8 +63,8 @@ def over_cells(
         cells: what a row of a pair is, as people call several of them: "heads".
     """
     null = f"{value}_control"
-    table = rows.groupby("pair", sort=True).agg({"fact": "first", value: "mean"})
-    own, facts = table[value].to_numpy(dtype=np.float64), table["fact"].to_numpy().astype(str)
+    table = rows.groupby("pair", sort=True).agg({value: "mean"})
+    own, facts = table[value].to_numpy(dtype=np.float64), Facts.of_pairs(rows)
     undefined = _whole_pairs(rows, rows[value].notna(), "reason", NOT_FINITE)
     told = [_some_cells(rows, rows[value].notna(), "reason", "the value", cells)]
     if null not in rows:
@@ -123,18 +124,18 @@ def place_means(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFr
         return pd.DataFrame(columns=[*by, "value", "low", "high", "n", "facts"])
     keys = rows.groupby([*by], sort=True, dropna=False, observed=True)
     cell, places = keys.ngroup().to_numpy(), keys.size().index.to_frame(index=False)
-    pair, fact = pd.factorize(rows["pair"])[0], pd.factorize(rows["fact"])[0]
+    pair, facts = pd.factorize(rows["pair"], sort=True)[0], Facts.of_pairs(rows)
     shape = pair.max() + 1, len(places)
     sums, counts = np.zeros(shape), np.zeros(shape)
     np.add.at(sums, (pair, cell), rows[value].to_numpy(dtype=np.float64))
     np.add.at(counts, (pair, cell), 1.0)
     means, there = np.divide(sums, counts, out=np.zeros(shape), where=counts > 0), (counts > 0).astype(float)
-    fact_of = np.zeros(shape[0], dtype=int)
-    fact_of[pair] = fact
-    by_fact = np.zeros((2, fact.max() + 1, len(places)))
-    np.add.at(by_fact[0], fact_of, means)
-    np.add.at(by_fact[1], fact_of, there)
+    unit, label = (np.unique(part, return_inverse=True)[1] for part in (facts.unit, facts.label))
+    drawn, counted = np.zeros((2, unit.max() + 1, len(places))), np.zeros((label.max() + 1, len(places)))
+    np.add.at(drawn[0], unit, means)
+    np.add.at(drawn[1], unit, there)
+    np.add.at(counted, label, there)
     with np.errstate(invalid="ignore", divide="ignore"):
-        found, low, high = mean_intervals(*by_fact)
-    sizes = {"n": there.sum(0).astype(int), "facts": (by_fact[1] > 0).sum(0)}
+        found, low, high = mean_intervals(*drawn)
+    sizes = {"n": there.sum(0).astype(int), "facts": (counted > 0).sum(0)}
     return places.assign(value=found, low=low, high=high, **sizes)

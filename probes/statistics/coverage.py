@@ -22,12 +22,14 @@ COUNTED = {"decoded_match": ("question", "questions"), "objective_terms": ("reve
 
 
 class Counted(Protocol):
-    """What says how many pairs or questions it rests on, and how many facts."""
+    """What says how many pairs or questions it rests on, and how many facts, or prompts that show them."""
 
     @property
     def n(self) -> int: ...
     @property
     def facts(self) -> int: ...
+    @property
+    def prompts(self) -> int: ...
 
 
 def caution(statistic: str, facts: int, n: int = 0, *, apart: bool = False, of: str = "facts") -> str:
@@ -58,14 +60,26 @@ def caution(statistic: str, facts: int, n: int = 0, *, apart: bool = False, of: 
 
 def first_caution(statistic: str, *found: Counted, apart: bool = False) -> str:
     """The same of several numbers that are told together: of the first that has anything to say."""
-    return next(filter(None, (caution(statistic, one.facts, one.n, apart=apart) for one in found)), "")
+    return next(filter(None, (caution_of(statistic, one, apart=apart) for one in found)), "")
 
 
-def counted(n: int, facts: int, name: str = "") -> str:
+def caution_of(statistic: str, found: Counted, *, apart: bool = False) -> str:
+    """`caution` for a number: of what its interval draws, which are prompts where facts share some."""
+    of = "prompts" if found.prompts else "facts"
+    return caution(statistic, found.prompts or found.facts, found.n, apart=apart, of=of)
+
+
+def counted(n: int, facts: int, name: str = "", prompts: int = 0) -> str:
     """The size of a sample as people are told it.
 
     >>> counted(2106, 26), counted(1, 1), counted(40, 20, "decoded_match")
     ('n = 2,106 pairs of 26 facts', 'n = 1 pair of 1 fact', 'n = 40 questions of 20 facts')
+    >>> counted(60, 60, prompts=3)
+    'n = 60 pairs of 60 facts, shown as 3 prompts'
+
+    Args:
+        prompts: as how many prompts the facts are shown, where these are fewer.
     """
     one, many = COUNTED.get(name, ("pair", "pairs"))
-    return f"n = {n:,} {one if n == 1 else many} of {facts:,} {'fact' if facts == 1 else 'facts'}"
+    told = f"n = {n:,} {one if n == 1 else many} of {facts:,} {'fact' if facts == 1 else 'facts'}"
+    return told + (f", shown as {prompts:,} {'prompt' if prompts == 1 else 'prompts'}" if prompts else "")

@@ -14,6 +14,7 @@ import pandas as pd
 from .causal_trace import over_cells
 from .estimators import Measured, with_control
 from .intervals import FRACTION, mean_intervals
+from .resampling import Facts
 
 CONTROL = "another fact's target at the same positions and steps"
 NOT_WRITTEN = "nothing was written in these steps"
@@ -34,7 +35,7 @@ def denoising_trace(frame: pd.DataFrame, seed: int, control: bool = True) -> Mea
     if written.empty:
         table = answers.drop_duplicates("pair")
         nothing = np.full(len(table), np.nan)
-        return with_control(nothing, None, _facts(table), {NOT_WRITTEN: len(table)}, statistic, bounds=FRACTION)
+        return with_control(nothing, None, Facts.of_rows(table), {NOT_WRITTEN: len(table)}, statistic, bounds=FRACTION)
     return over_cells(written, "probability", statistic, method=CONTROL, cells="positions", bounds=FRACTION)
 
 
@@ -70,28 +71,25 @@ def attention_table(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     Columns: by..., n (pairs), facts, value, low, high. A pair's own mean over the cell's rows is taken first.
     """
     rows = frame[frame["part"] == "attention"]
-    keys = [rows["pair"].to_numpy(), _facts(rows), *(rows[column].to_numpy() for column in by)]
+    keys = [*_of_pair(rows), *(rows[column].to_numpy() for column in by)]
     pairs = rows["weight"].groupby(keys, sort=True).mean()
-    table = pairs.rename_axis(["pair", "fact", *by]).unstack(list(range(2, 2 + len(by))))
+    table = pairs.rename_axis(["pair", "fact", "unit", *by]).unstack(list(range(3, 3 + len(by))))
     value, low, high = _means(table)
     found = table.columns.to_frame(index=False)
     return found.assign(**_sizes(table), value=value, low=low, high=high)
 
 
 def _carried(rows: pd.DataFrame, column: str, steps: np.ndarray) -> pd.DataFrame:
-    """Pairs by step: each position's number, kept once the position is written. Shapes: `(pair, fact) step`."""
-    place = pd.MultiIndex.from_arrays([rows["pair"].to_numpy(), _facts(rows), rows["position"].to_numpy()])
-    values = pd.Series(
-        rows[column].to_numpy(dtype=float),
-        pd.MultiIndex.from_arrays([*(place.get_level_values(level) for level in range(3)), rows["step"].to_numpy()]),
-    )
-    table = values.unstack(level=3).reindex(columns=steps)
-    return table.ffill(axis=1).groupby(level=[0, 1], sort=True).mean()
+    """Pairs by step: each position's number, kept once it is written. Shapes: `(pair, fact, unit) step`."""
+    place = [*_of_pair(rows), rows["position"].to_numpy(), rows["step"].to_numpy()]
+    values = pd.Series(rows[column].to_numpy(dtype=float), pd.MultiIndex.from_arrays(place))
+    table = values.unstack(level=4).reindex(columns=steps)
+    return table.ffill(axis=1).groupby(level=[0, 1, 2], sort=True).mean()
 
 
 def _means(pairs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean of each column over pairs, with its interval over facts. Shapes: `(pair, fact) cell -> cell, cell, cell`."""
-    by_fact = pairs.groupby(level=1, sort=True)
+    """Mean of each column over pairs, with its interval. Shapes: `(pair, fact, unit) cell -> cell, cell, cell`."""
+    by_fact = pairs.groupby(level=2, sort=True)
     return mean_intervals(by_fact.sum().to_numpy(), by_fact.count().to_numpy().astype(float), bounds=FRACTION)
 
 
@@ -101,5 +99,7 @@ def _sizes(pairs: pd.DataFrame) -> dict[str, np.ndarray]:
     return {"n": there.sum().to_numpy(), "facts": there.groupby(level=1).any().sum().to_numpy()}
 
 
-def _facts(rows: pd.DataFrame) -> np.ndarray:
-    return rows["fact"].to_numpy().astype(str)
+def _of_pair(rows: pd.DataFrame) -> list[np.ndarray]:
+    """Of each row its pair, fact, and what is drawn with it."""
+    facts = Facts.of_rows(rows)
+    return [rows["pair"].to_numpy(), facts.label, facts.unit]

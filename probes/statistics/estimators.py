@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .coverage import caution, counted, first_caution
+from .coverage import caution_of, counted, first_caution
 from .group_correlation import LEAST_FACTS, group_correlation
 from .intervals import COSINE, FRACTION, Bounds, Estimate, difference_over_facts, mean_over_facts, proportion_over_facts
+from .resampling import SHOWN, Facts
 
 # Raised whenever the same frame comes to another number or interval; readings of another are worked out anew.
 STATISTICS_VERSION = 4
@@ -35,10 +36,12 @@ LATER_BLOCK = "evidence in a later block"
 LATER_BLOCK_CONTROL = f"{LATER_BLOCK} (control)"
 NO_GRADIENT = "gradient exactly zero in all of these parameters"
 NO_PARTNER = "no other fact in the group for the control"
-NO_LIKE_TARGET = "no other fact in the group has another target of as many tokens, for the control"
+NO_LIKE_TARGET = "no other fact in the group has another target of as many tokens and other evidence, for the control"
+NO_UNLIKE = "every other fact in the group shares its target, evidence or prompt, so there is none for the control"
 NO_VARIANCE = "no variance within the group"
 NOT_FINITE = "not finite"
 ONE_FACT = "of one fact, so without an interval"
+ONE_PROMPT = "of facts that are all shown as one prompt, so without an interval"
 SAME_FOR_ALL = "the same for every fact, so without an interval"
 TWO_PAIRS = "two pairs, whose correlation is 1 or -1 whatever they are"
 SMALL_GROUP = f"group of fewer than {LEAST_FACTS} facts"
@@ -56,15 +59,24 @@ class Control:
     n: int
     method: str
     facts: int = 0
+    prompts: int = 0
 
     @property
     def estimate(self) -> Estimate:
         """The control as a number with its interval."""
-        return Estimate(self.value, *self.interval, self.n, self.facts)
+        return Estimate(self.value, *self.interval, self.n, self.facts, self.prompts)
+
+    @classmethod
+    def of(cls, estimate: Estimate, method: str) -> Control:
+        """A number with its interval as a control."""
+        found = estimate
+        return cls(found.value, (found.low, found.high), found.n, method, found.facts, found.prompts)
 
     def __repr__(self) -> str:
         # Readings of older versions count the facts of a control as 0.
-        size = counted(self.n, self.facts) if self.facts or not self.n else f"n = {self.n:,} pairs"
+        size = (
+            counted(self.n, self.facts, prompts=self.prompts) if self.facts or not self.n else f"n = {self.n:,} pairs"
+        )
         return f"Control({self.value:.4g} [{self.interval[0]:.4g}, {self.interval[1]:.4g}], {size}, {self.method})"
 
 
@@ -101,7 +113,7 @@ class ScoreTables:
     heads: list[tuple[Any, ...]]
     forward: np.ndarray
     reverse: np.ndarray
-    facts: np.ndarray
+    facts: Facts
     groups: np.ndarray
     undefined: dict[str, int]
 
@@ -117,7 +129,7 @@ class ScoreTables:
             table[pair, heads] = frame[column].to_numpy(dtype=np.float64)
             scores.append(table)
         first = np.unique(pair, return_index=True)[1]
-        facts, groups = frame["fact"].to_numpy()[first].astype(str), frame["group"].to_numpy()[first]
+        facts, groups = Facts.of_pairs(frame), frame["group"].to_numpy()[first]
         undefined = reasons(frame)
         if LATER_BLOCK in undefined:  # the same for every layer and head of a pair
             undefined[LATER_BLOCK] = frame.loc[frame["reason"] == LATER_BLOCK, "pair"].nunique()
@@ -125,8 +137,8 @@ class ScoreTables:
         return cls(names, scores[0], scores[1], facts, groups, undefined)
 
     @classmethod
-    def joined(cls, parts: Sequence[ScoreTables]) -> ScoreTables:
-        """The tables of further and further pairs as one; NaN for a head that a part has not."""
+    def joined(cls, parts: Sequence[ScoreTables], facts: Facts) -> ScoreTables:
+        """The tables of further and further pairs, of these facts, as one; NaN for a head that a part has not."""
         heads = sorted({head for part in parts for head in part.heads})
         place = {head: column for column, head in enumerate(heads)}
         scores = [np.full((sum(len(part.facts) for part in parts), len(heads)), np.nan) for _ in range(2)]
@@ -137,7 +149,7 @@ class ScoreTables:
                 table[row : row + len(own), columns] = own
             row += len(part.facts)
             undefined.update(part.undefined)
-        facts, groups = (np.concatenate([getattr(part, name) for part in parts]) for name in ("facts", "groups"))
+        groups = np.concatenate([part.groups for part in parts])
         return cls(heads, scores[0], scores[1], facts, groups, dict(undefined))
 
 
@@ -150,28 +162,28 @@ def score_correlation(tables: ScoreTables, seed: int, control: bool = True) -> M
     """The same of the tables."""
     facts, groups = tables.facts, tables.groups
     found = group_correlation(tables.forward, tables.reverse, facts, groups, control=control, seed=seed)
-    estimate = Estimate(found.value, found.low, found.high, found.n, found.facts)
+    estimate = Estimate(found.value, found.low, found.high, found.n, found.facts, found.prompts)
     counts = {NO_VARIANCE: found.constant, SMALL_GROUP: found.small, ALONE: found.alone}
     if np.isnan(found.value) and not found.alone and not found.constant and found.n == 2:
         counts[TWO_PAIRS] = 2
     counts[NO_PARTNER] = found.lonely if control else 0
     undefined = tables.undefined | {reason: count for reason, count in counts.items() if count}
-    few = caution("correlation", found.facts)
+    few = caution_of("correlation", estimate)
     if not found.null.size:
         return explained(Measured(estimate, None, None, undefined, found.statistic, few), len(facts))
     # A round of shuffles averages 0 but for the last bit, which would read as a control.
     null = round(float(found.null.mean()), 12) + 0.0
     low, high = (float(edge) for edge in np.percentile(found.null, [2.5, 97.5]))
     method = f"{found.null.size} shuffles of facts within groups"
-    beside = Control(null, (low, high), found.n, method, found.facts)
-    excess = Estimate(found.value - null, found.low - null, found.high - null, found.n, found.facts)
+    beside = Control(null, (low, high), found.n, method, found.facts, found.prompts)
+    excess = replace(estimate, value=found.value - null, low=found.low - null, high=found.high - null)
     return explained(Measured(estimate, beside, excess, undefined, found.statistic, few), len(facts))
 
 
 def gradient_cosine(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
     """Per pair, sum over the frame's parameters, then the cosine; mean and interval over pairs."""
     table = pair_cosines(frame)
-    cosine, facts = table["cosine"].to_numpy(), table["fact"].to_numpy().astype(str)
+    cosine, facts = table["cosine"].to_numpy(), Facts.of_rows(table)
     without_gradient = table["without_gradient"].to_numpy()
     reasons = pair_reasons(frame, "reason") if "reason" in frame else {}
     below = int((np.isnan(cosine) & ~without_gradient).sum()) - sum(reasons.values())
@@ -189,7 +201,7 @@ def gradient_cosine(frame: pd.DataFrame, seed: int, control: bool = True) -> Mea
 
 
 def pair_cosines(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per pair: its fact, the cosine over the frame's parameters, and the shuffled pair's cosine.
+    """One row per pair: its fact (and `shown`), the cosine over the frame's parameters, and the shuffled pair's cosine.
 
     NaN where a norm does not exceed its rounding floor, or the frame gives a reason; `without_gradient` where one is
     zero (modules that never ran).
@@ -197,13 +209,14 @@ def pair_cosines(frame: pd.DataFrame) -> pd.DataFrame:
     columns = [c for c in frame.columns if c.startswith(("norm_", "floor_"))]
     squared = frame.assign(**{c: frame[c].astype(float) ** 2 for c in columns})
     inner = [c for c in frame.columns if c.startswith("inner")]
-    sums = squared.groupby("pair", sort=True).agg({"fact": "first"} | dict.fromkeys([*columns, *inner], "sum"))
+    of = [name for name in ("fact", SHOWN) if name in frame]
+    told = dict.fromkeys(of, "first") | dict.fromkeys([*columns, *inner], "sum")
+    sums = squared.groupby("pair", sort=True).agg(told)
     without_gradient = (sums["norm_forward"] == 0) | (sums["norm_reverse"] == 0)
     if "reason" in frame:  # sums of NaN are 0
         without_gradient &= frame["reason"].eq("").groupby(frame["pair"], sort=True).all()
-    table = pd.DataFrame(
-        {"fact": sums["fact"], "cosine": _cosine(sums, "inner", "reverse"), "without_gradient": without_gradient}
-    )
+    cosine = _cosine(sums, "inner", "reverse")
+    table = sums[of].assign(cosine=cosine, without_gradient=without_gradient)
     if "inner_control" in frame:
         # A pair without a partner has NaN in every row; pandas sums that to 0, which the floor test turns back to NaN.
         table["cosine_control"] = _cosine(sums, "inner_control", "control")
@@ -226,7 +239,7 @@ def reverse_probability(frame: pd.DataFrame, seed: int, control: bool = True) ->
 
 def decoded_match(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
     """Share of questions whose decoded answer is right; its control matches the answers of another fact."""
-    match, facts = frame["match"].to_numpy(dtype=np.float64), frame["fact"].to_numpy().astype(str)
+    match, facts = frame["match"].to_numpy(dtype=np.float64), Facts.of_rows(frame)
     statistic = "exact match, mean over questions"
     null = frame["match_control"].to_numpy(dtype=np.float64) if "match_control" in frame else None
     return with_control(match, null, facts, reasons(frame), statistic, binary=True)
@@ -234,14 +247,14 @@ def decoded_match(frame: pd.DataFrame, seed: int, control: bool = True) -> Measu
 
 def candidate_rank(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
     """Share of questions whose right answer ranks first among the candidates; the control ranks another fact's."""
-    first, facts = frame["first"].to_numpy(dtype=np.float64), frame["fact"].to_numpy().astype(str)
+    first, facts = frame["first"].to_numpy(dtype=np.float64), Facts.of_rows(frame)
     null = frame["first_control"].to_numpy(dtype=np.float64) if "first_control" in frame else None
     return with_control(first, null, facts, reasons(frame), "right answer ranked first, over questions", binary=True)
 
 
 def mean_reciprocal_rank(frame: pd.DataFrame) -> Measured:
     """Mean over questions of 1 / rank among the candidates, beside that of another fact's answer."""
-    name, facts = "reciprocal_rank", frame["fact"].to_numpy().astype(str)
+    name, facts = "reciprocal_rank", Facts.of_rows(frame)
     values = frame[name].to_numpy(dtype=np.float64)
     null = frame[f"{name}_control"].to_numpy(dtype=np.float64) if f"{name}_control" in frame else None
     return with_control(values, null, facts, reasons(frame), "mean reciprocal rank", bounds=FRACTION)
@@ -254,8 +267,8 @@ def stored_evidence(frame: pd.DataFrame, seed: int, control: bool = True) -> Mea
     by_pair = rows.groupby("pair", sort=True)
     # A head that is undefined leaves the sum undefined.
     undefined = rows[columns].isna().groupby(rows["pair"], sort=True).any()
-    table = by_pair[columns].sum().mask(undefined).assign(fact=by_pair["fact"].first())
-    values, facts = table["stored_reverse"].to_numpy(dtype=np.float64), table["fact"].to_numpy().astype(str)
+    table = by_pair[columns].sum().mask(undefined)
+    values, facts = table["stored_reverse"].to_numpy(dtype=np.float64), Facts.of_pairs(rows)
     statistic = "mean stored evidence under the reverse query, summed over layers and heads (logits)"
     counts = pair_reasons(rows, "reason")
     if "stored_control" not in table:
@@ -273,7 +286,7 @@ def direction_mean(frame: pd.DataFrame, direction: str, column: str) -> Measured
     rows = frame[frame["direction"] == direction]
     if rows.empty:
         return Measured(Estimate.undefined(), undefined={f"no {direction} query in this part": 1})
-    values, facts = rows[column].to_numpy(dtype=np.float64), rows["fact"].to_numpy().astype(str)
+    values, facts = rows[column].to_numpy(dtype=np.float64), Facts.of_rows(rows)
     null = rows[f"{column}_control"].to_numpy(dtype=np.float64) if f"{column}_control" in rows else None
     statistic, binary = f"mean {direction} {column}", column == "argmax_match"
     undefined, alone = reasons(rows), None
@@ -286,7 +299,7 @@ def direction_mean(frame: pd.DataFrame, direction: str, column: str) -> Measured
 def with_control(
     values: np.ndarray,
     null: np.ndarray | None,
-    facts: np.ndarray,
+    facts: np.ndarray | Facts,
     undefined: dict[str, int],
     statistic: str,
     *,
@@ -314,7 +327,7 @@ def with_control(
     undefined = undefined | ({NO_PARTNER: without_partner} if without_partner else {})
     if not floor.n:
         return explained(Measured(estimate, None, None, undefined, statistic, few), len(values))
-    control = Control(floor.value, (floor.low, floor.high), floor.n, method, floor.facts)
+    control = Control.of(floor, method)
     own = values if compared is None else compared
     excess = difference_over_facts(own, null, facts, bounds=FRACTION if binary else bounds, binary=binary)
     # Facts without a partner have a value and no control: the excess may rest on fewer.
@@ -340,7 +353,9 @@ def missing_interval(found: Estimate) -> str:
     """Why a number has no interval; empty where it has one, or is itself undefined."""
     if np.isnan(found.value) or not np.isnan(found.low):
         return ""
-    return ONE_FACT if found.facts < 2 else SAME_FOR_ALL
+    if found.drawn < 2:
+        return ONE_PROMPT if found.facts > 1 else ONE_FACT
+    return SAME_FOR_ALL
 
 
 def missing_intervals(found: Mapping[str, Estimate]) -> str:

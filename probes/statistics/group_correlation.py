@@ -1,7 +1,8 @@
 """Correlation of forward and reverse scores within groups, its interval over facts and its null.
 
 Everything rests on one table of sufficient statistics, `Moments`: sums of each fact in each group for each head. By
-head and by distance (`by_head`, `by_distance`) are views of it. The slow, obvious versions stand in the tests.
+head and by distance (`by_head`, `by_distance`) are views of it. The slow, obvious versions stand in the tests. Facts
+that a model is shown as one prompt (`resampling.Facts`) are one fact to all of it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from scipy import sparse
 
 from .intervals import ALIKE, perfect, student
-from .resampling import each_shuffle
+from .resampling import Facts, each_shuffle
 
 # A within-group correlation over fewer facts than this is mostly noise; smaller groups are pooled.
 LEAST_FACTS = 8
@@ -31,6 +32,7 @@ class GroupCorrelation:
     `value`, `low`, `high`: the mean over cells (a cell is a group in one head); `null`: its value under each
     shuffle of facts; `cells`: `group head` correlations; `statistic`: how small groups were treated; `n`, `facts`:
     pairs and facts behind the value, those of a cell that has a part in it (without a value, those asked about);
+    `prompts`: as how many prompts the facts are shown, where these are fewer, else 0;
     `small`: pairs left out because their group is small; `constant`: cells without variance; `alone`: pairs that are
     the only one of their group; `lonely`: pairs of groups of one fact.
     """
@@ -47,12 +49,13 @@ class GroupCorrelation:
     constant: int = 0
     alone: int = 0
     lonely: int = 0
+    prompts: int = 0
 
 
 def group_correlation(
     forward: np.ndarray,
     reverse: np.ndarray,
-    facts: np.ndarray,
+    facts: np.ndarray | Facts,
     groups: np.ndarray,
     *,
     control: bool = True,
@@ -64,7 +67,8 @@ def group_correlation(
     LEAST_FACTS facts give one correlation each; if there is none, deviations from group means are pooled.
     Shapes: `forward`, `reverse`: `pair head`; `facts`, `groups`: `pair`. NaN scores are left out.
     """
-    layout = Layout.of(facts, groups)
+    facts = Facts.of(facts)
+    layout = Layout.of(facts.unit, groups)
     large = layout.defined_facts(forward, reverse) >= LEAST_FACTS
     pooled = not large.any()
     blocks = list(layout.blocks(forward, reverse, large))
@@ -88,7 +92,7 @@ def group_correlation(
         low=float(low[0]),
         high=float(high[0]),
         n=int(used.sum()),
-        facts=int(present.sum()),
+        **facts[used].sizes,
         null=null[np.isfinite(null)],
         cells=cells,
         statistic=averaged,

@@ -1,7 +1,8 @@
 """95 % intervals over facts: of means, of proportions, of differences; none of them is of no width.
 
 Pairs about one fact are not independent (they share letters, names, weights): what is drawn at random is the fact. So
-every interval rests on the variance between facts, linearised (Cochran 1977, ch. 6), and on Student's t.
+every interval rests on the variance between facts, linearised (Cochran 1977, ch. 6), and on Student's t. Facts that a
+model is shown as one prompt are drawn as one (`resampling.Facts`).
 
     an unbounded mean   value ± t x standard error
     a bounded mean      Clopper-Pearson at its effective sample size: that at which a coin of this mean would vary as
@@ -15,10 +16,12 @@ How often they hold the truth is measured in `coverage.py`; the slow, obvious ve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
+
+from .resampling import Facts
 
 Bounds = tuple[float, float]
 # Values with the low and high ends of their intervals.
@@ -36,13 +39,22 @@ _FREEDOM = 1.5
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean or correlation with its 95 % interval, the pairs (or questions) and facts behind it; NaN if undefined."""
+    """A mean or correlation with its 95 % interval, the pairs (or questions) and facts behind it; NaN if undefined.
+
+    `prompts`: as how many prompts the facts are shown to the model, where that is fewer than there are facts; else 0.
+    """
 
     value: float
     low: float
     high: float
     n: int
     facts: int = 0
+    prompts: int = 0
+
+    @property
+    def drawn(self) -> int:
+        """How many independent draws the interval rests on."""
+        return self.prompts or self.facts
 
     @classmethod
     def undefined(cls, n: int = 0, facts: int = 0) -> Estimate:
@@ -50,7 +62,7 @@ class Estimate:
         return cls(float("nan"), float("nan"), float("nan"), n, facts)
 
 
-def mean_over_facts(values: np.ndarray, facts: np.ndarray, *, bounds: Bounds | None = None) -> Estimate:
+def mean_over_facts(values: np.ndarray, facts: np.ndarray | Facts, *, bounds: Bounds | None = None) -> Estimate:
     """Mean over defined values; the interval keeps to `bounds`, where the values have some. Shapes: `row, row ->`.
 
     One fact alone has no interval (NaN), nor have facts that all say the same, without bounds.
@@ -58,17 +70,19 @@ def mean_over_facts(values: np.ndarray, facts: np.ndarray, *, bounds: Bounds | N
     defined = np.isfinite(values)
     if not defined.any():
         return Estimate.undefined()
-    sums, counts = _by_fact(values[defined], facts[defined])
+    own = Facts.of(facts)[defined]
+    sums, counts = _by_fact(values[defined], own)
     edges = mean_intervals(sums[:, None], counts[:, None], bounds=bounds)
     value, low, high = (float(edge[0]) for edge in edges)
-    return Estimate(value, low, high, int(defined.sum()), len(sums))
+    return Estimate(value, low, high, int(defined.sum()), **own.sizes)
 
 
-def proportion_over_facts(values: np.ndarray, facts: np.ndarray) -> Estimate:
+def proportion_over_facts(values: np.ndarray, facts: np.ndarray | Facts) -> Estimate:
     """Share of the defined values (1 or 0, or rates between) that is 1. Shapes: `row, row ->`."""
     defined = np.isfinite(values)
-    sums, counts = _by_fact(values[defined], facts[defined])
-    return proportion(sums / counts, counts)
+    own = Facts.of(facts)[defined]
+    sums, counts = _by_fact(values[defined], own)
+    return replace(proportion(sums / counts, counts), **own.sizes)
 
 
 def proportion(rates: np.ndarray, questions: np.ndarray | None = None) -> Estimate:
@@ -106,7 +120,12 @@ def proportion_intervals(rates: np.ndarray, questions: np.ndarray) -> Edges:
 
 
 def difference_over_facts(
-    values: np.ndarray, null: np.ndarray, facts: np.ndarray, *, bounds: Bounds | None = None, binary: bool = False
+    values: np.ndarray,
+    null: np.ndarray,
+    facts: np.ndarray | Facts,
+    *,
+    bounds: Bounds | None = None,
+    binary: bool = False,
 ) -> Estimate:
     """Mean of `values` less `null` over the rows that have both, as a rule a measure less its control.
 
@@ -115,24 +134,24 @@ def difference_over_facts(
     Shapes: `row, row, row ->`.
     """
     both = np.isfinite(values) & np.isfinite(null)
-    values, null, facts = values[both], null[both], facts[both]
+    values, null, facts = values[both], null[both], Facts.of(facts)[both]
     apart = mean_over_facts(values - null, facts)
-    if bounds is None or not apart.n or (apart.facts < 2 and not binary):
+    if bounds is None or not apart.n or (apart.drawn < 2 and not binary):
         return apart
     (sums, counts), (others, _) = _by_fact(values, facts), _by_fact(null, facts)
     if binary:
         reaches = reach_of_shares(((sums - others) / counts)[:, None], counts[:, None])
         down, up = (float(one_way[0]) for one_way in reaches)
-        return Estimate(apart.value, apart.value - down, apart.value + up, apart.n, apart.facts)
+        return replace(apart, low=apart.value - down, high=apart.value + up)
     size = float(max(np.abs(sums / counts).max(), np.abs(others / counts).max()))
     if np.ptp((sums - others) / counts) <= ALIKE * size:
         reach = bounds[1] - bounds[0]
-        low, high = all_alike(np.asarray(apart.value), np.asarray(apart.facts), (-reach, reach))
-        return Estimate(apart.value, float(low), float(high), apart.n, apart.facts)
+        low, high = all_alike(np.asarray(apart.value), np.asarray(apart.drawn), (-reach, reach))
+        return replace(apart, low=float(low), high=float(high))
     own, other = (mean_intervals(part[:, None], counts[:, None], bounds=bounds) for part in (sums, others))
     residuals = ((part - edges[0] * counts)[:, None] for part, edges in ((sums, own), (others, other)))
     down, up = (float(one_way[0]) for one_way in reach_apart(own, other, *residuals))
-    return Estimate(apart.value, apart.value - down, apart.value + up, apart.n, apart.facts)
+    return replace(apart, low=apart.value - down, high=apart.value + up)
 
 
 def reach_of_shares(apart: np.ndarray, weights: np.ndarray, *, most: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -155,6 +174,15 @@ def reach_of_shares(apart: np.ndarray, weights: np.ndarray, *, most: float = 1.0
     return most * down, most * up
 
 
+def reach_of_mixture(further: np.ndarray, rates: np.ndarray) -> float:
+    """How far what facts weigh further in one number than in the other moves their difference. Shapes: `fact, fact ->`.
+
+    The difference is that of each fact's two rates, at what it weighs on average, and this.
+    """
+    facts, parts = len(rates), further * (rates - rates.mean())
+    return student(facts - 1) * float(np.sqrt(facts / (facts - 1) * (parts**2).sum()))
+
+
 def reach_apart(
     own: Edges, other: Edges, residual: np.ndarray, other_residual: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -169,14 +197,15 @@ def reach_apart(
     return _combined(value - low, most - against, together), _combined(high - value, against - least, together)
 
 
-def ratio_over_facts(parts: np.ndarray, wholes: np.ndarray, facts: np.ndarray) -> Estimate:
+def ratio_over_facts(parts: np.ndarray, wholes: np.ndarray, facts: np.ndarray | Facts) -> Estimate:
     """Sum of `parts` over sum of `wholes`, over the rows that have both. Shapes: `row, row, row ->`."""
     both = np.isfinite(parts) & np.isfinite(wholes)
-    (sums, _), (bases, _) = (_by_fact(each[both], facts[both]) for each in (parts, wholes))
+    own = Facts.of(facts)[both]
+    (sums, _), (bases, _) = (_by_fact(each[both], own) for each in (parts, wholes))
     if not bases.sum():
-        return Estimate.undefined(int(both.sum()), len(bases))
+        return Estimate.undefined(int(both.sum()), own.sizes["facts"])
     value, low, high = (float(edge[0]) for edge in mean_intervals(sums[:, None], bases[:, None]))
-    return Estimate(value, low, high, int(both.sum()), len(sums))
+    return Estimate(value, low, high, int(both.sum()), **own.sizes)
 
 
 def mean_intervals(sums: np.ndarray, counts: np.ndarray, *, bounds: Bounds | None = None) -> Edges:
@@ -265,6 +294,6 @@ def _together(own: np.ndarray, other: np.ndarray) -> np.ndarray:
     return (own * other).sum(0) / np.where(scale > 0, scale, 1.0)
 
 
-def _by_fact(values: np.ndarray, facts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    index = np.unique(facts, return_inverse=True)[1]
+def _by_fact(values: np.ndarray, facts: Facts) -> tuple[np.ndarray, np.ndarray]:
+    index = np.unique(facts.unit, return_inverse=True)[1]
     return np.bincount(index, values), np.bincount(index).astype(np.float64)

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from .estimators import Measured, reasons, with_control
+from .resampling import Facts
 
 METHOD = "the target of another fact of the group, read from the same states"
 
@@ -31,7 +32,7 @@ def logit_lens(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured
     columns = [column for column in columns if column in rows]
     undefined = rows[columns].isna().groupby(rows["pair"], sort=True).any()
     table = rows.groupby("pair", sort=True)[columns].sum().mask(undefined)
-    facts = rows.groupby("pair", sort=True)["fact"].first().to_numpy().astype(str)
+    facts = Facts.of_pairs(rows)
     values = table[columns[0]].to_numpy(dtype=np.float64)
     counts = reasons(rows[rows["reason"] != ""].drop_duplicates("pair"))
     if len(columns) == 1:

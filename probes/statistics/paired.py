@@ -1,7 +1,8 @@
 """Two models on the facts that both were asked about: how much one's number differs from the other's.
 
 A fact that is hard for one model is as a rule hard for the other, so the difference is known better than two intervals
-side by side suggest. What is drawn at random is the fact, and a drawn fact brings all its pairs of both models:
+side by side suggest. What is drawn at random is the fact (or those that one of the models was shown as one prompt), and
+a drawn fact brings all its pairs of both models:
 
     means, correlations   facts drawn with replacement, both models' numbers worked out anew from each draw; the ends
                           are percentiles, further out than 2.5 % where facts are few (Hesterberg 2015, The American
@@ -15,7 +16,6 @@ How often they hold the truth is measured by `examples/benchmarks/coverage.py --
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, TypeVar
@@ -25,21 +25,12 @@ import pandas as pd
 from scipy import stats
 
 from .by_head import score_table
-from .coverage import caution, first_caution
+from .coverage import caution_of, first_caution
 from .estimators import Control, Measured, missing_interval, pair_cosines
 from .group_correlation import LEAST_FACTS, Layout, Moments, null_correlations
-from .intervals import (
-    ALIKE,
-    COSINE,
-    FRACTION,
-    Bounds,
-    Estimate,
-    all_alike,
-    reach_of_shares,
-    student,
-)
+from .intervals import ALIKE, COSINE, FRACTION, Bounds, Estimate, all_alike, reach_of_mixture, reach_of_shares, student
+from .resampling import Facts, drawn_alike, draws_of
 
-DRAWS, _CHUNK = 2000, 1000
 # The column of a list cut from another that says which pair of that each of its own is.
 OF_PAIR = "of_pair"
 POOLED = "small groups are pooled in one model and not in the other"
@@ -81,6 +72,11 @@ class Means:
         kept = np.isin(self.facts, facts)
         return Means(self.facts[kept], self.sums[kept], self.pairs[kept])
 
+    def drawn(self, units: np.ndarray) -> Means:
+        """With what is drawn in the place of facts. Shapes: `fact ->`."""
+        labels, unit = np.unique(units, return_inverse=True)
+        return Means(labels, np.bincount(unit, self.sums), np.bincount(unit, self.pairs))
+
     def under(self, weights: np.ndarray) -> np.ndarray:
         return np.asarray((weights @ self.sums) / (weights @ self.pairs))
 
@@ -90,8 +86,8 @@ class Correlations:
     """The within-group correlation of `group_correlation`, of some facts.
 
     Which groups are large enough for a correlation of their own is told from the facts, not anew from each draw.
-    Shapes: `forward`, `reverse`: `pair head`; `fact_of`, `groups`, `pair` (its number where it was asked): `pair`;
-    `heads` (layer and head): `head 2`.
+    Shapes: `forward`, `reverse`: `pair head`; `fact_of`, `groups`, `pair` (its number where it was asked), `unit` (what
+    is drawn, itself where None): `pair`; `heads` (layer and head): `head 2`.
     """
 
     forward: np.ndarray
@@ -100,13 +96,15 @@ class Correlations:
     groups: np.ndarray
     pair: np.ndarray | None = None
     heads: np.ndarray | None = None
+    unit: np.ndarray | None = None
 
     @classmethod
     def of(cls, frame: pd.DataFrame) -> Correlations:
         """The scores of an attention reading's frame; pairs without one are left out."""
         heads, (forward, reverse), facts, groups = score_table(frame)
         pair = numbers_of_pairs(frame.drop_duplicates("pair").sort_values("pair"))
-        return cls(forward, reverse, facts, groups, pair, heads).where(np.isfinite(forward) & np.isfinite(reverse))
+        made = cls(forward, reverse, facts.label, groups, pair, heads, facts.unit)
+        return made.where(np.isfinite(forward) & np.isfinite(reverse))
 
     def where(self, kept: np.ndarray) -> Correlations:
         """With these scores alone, and the pairs that have some. Shapes: `pair head ->`."""
@@ -115,9 +113,14 @@ class Correlations:
 
     def take(self, rows: np.ndarray) -> Correlations:
         """Some of the pairs, by their places here."""
-        pair = None if self.pair is None else self.pair[rows]
+        pair, unit = (None if column is None else column[rows] for column in (self.pair, self.unit))
         scores = self.forward[rows], self.reverse[rows]
-        return Correlations(*scores, self.fact_of[rows], self.groups[rows], pair, self.heads)
+        return Correlations(*scores, self.fact_of[rows], self.groups[rows], pair, self.heads, unit)
+
+    @property
+    def drawn(self) -> np.ndarray:
+        """What is drawn, of each pair. Shapes: `-> pair`."""
+        return self.fact_of if self.unit is None else self.unit
 
     def among(self, facts: np.ndarray) -> Correlations:
         """Of these facts alone."""
@@ -134,11 +137,11 @@ class Correlations:
 
     @cached_property
     def facts(self) -> np.ndarray:
-        return np.unique(self.fact_of)
+        return np.unique(self.drawn)
 
     @cached_property
     def layout(self) -> Layout:
-        return Layout.of(self.fact_of, self.groups)
+        return Layout.of(self.drawn, self.groups)
 
     @property
     def pairs(self) -> np.ndarray:
@@ -182,7 +185,7 @@ def paired_difference(own: Sample, other: Sample, bounds: Bounds, *, seed: int =
     value, reach = values[0] - values[1], bounds[1] - bounds[0]
     if np.isnan(value) or facts < 2:
         return Estimate(value, float("nan"), float("nan"), n, facts)
-    drawn = np.concatenate([own.under(weights) - other.under(weights) for weights in _draws(facts, seed)])
+    drawn = np.concatenate([own.under(weights) - other.under(weights) for weights in draws_of(facts, seed)])
     level = float(stats.norm.cdf(-np.sqrt(facts / (facts - 1)) * student(facts - 1)))
     low = float(np.quantile(np.where(np.isnan(drawn), -reach, drawn), level))
     high = float(np.quantile(np.where(np.isnan(drawn), reach, drawn), 1 - level))
@@ -191,18 +194,12 @@ def paired_difference(own: Sample, other: Sample, bounds: Bounds, *, seed: int =
     return Estimate(value, low, high, n, facts)
 
 
-def _draws(facts: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each fact is drawn, some draws at a time. Shapes: `-> draw fact`."""
-    generator, even = np.random.default_rng(seed), np.full(facts, 1 / facts)
-    for _ in range(DRAWS // _CHUNK):
-        yield generator.multinomial(facts, even, size=_CHUNK).astype(np.float64)
-
-
 @dataclass(frozen=True)
 class Answers:
     """One model's values of a measure with their controls (None without).
 
-    Shapes: `values`, `null`, `facts`, `pair` (its number where it was asked): `pair`.
+    Shapes: `values`, `null`, `facts`, `pair` (its number where it was asked), `unit` (what is drawn, the fact itself
+    where None): `pair`.
     """
 
     values: np.ndarray
@@ -211,11 +208,13 @@ class Answers:
     bounds: Bounds
     binary: bool = False
     pair: np.ndarray | None = None
+    unit: np.ndarray | None = None
 
     def take(self, rows: np.ndarray) -> Answers:
         """Some of the pairs, by their places here."""
-        null, pair = (None if column is None else column[rows] for column in (self.null, self.pair))
-        return replace(self, values=self.values[rows], null=null, facts=self.facts[rows], pair=pair)
+        columns = (self.null, self.pair, self.unit)
+        null, pair, unit = (None if column is None else column[rows] for column in columns)
+        return replace(self, values=self.values[rows], null=null, facts=self.facts[rows], pair=pair, unit=unit)
 
     def among(self, facts: np.ndarray) -> Answers:
         """Of these facts alone."""
@@ -232,15 +231,15 @@ def side_of(measure: str, frame: pd.DataFrame) -> Correlations | Answers:
     if measure.endswith("gradient_cosine"):  # of an adapter's parameters alone, too
         table = pair_cosines(frame)
         null = table["cosine_control"].to_numpy() if "cosine_control" in table else None
-        pair = numbers_of_pairs(frame.drop_duplicates("pair").sort_values("pair"))
-        return Answers(table["cosine"].to_numpy(), null, table["fact"].to_numpy().astype(str), COSINE, pair=pair)
+        pair, facts = numbers_of_pairs(frame.drop_duplicates("pair").sort_values("pair")), Facts.of_rows(table)
+        return Answers(table["cosine"].to_numpy(), null, facts.label, COSINE, pair=pair, unit=facts.unit)
     direction, _, kind = measure.partition("_")
     column = {"probability": "probability", "accuracy": "argmax_match"}[kind]
     rows = frame[frame["direction"] == direction]
     values, null = (rows[name].to_numpy(np.float64) if name in rows else None for name in (column, f"{column}_control"))
     assert values is not None, "a reading of probabilities has both columns"
-    pair = numbers_of_pairs(rows)
-    return Answers(values, null, rows["fact"].to_numpy().astype(str), FRACTION, kind == "accuracy", pair)
+    facts = Facts.of_rows(rows)
+    return Answers(values, null, facts.label, FRACTION, kind == "accuracy", numbers_of_pairs(rows), facts.unit)
 
 
 def numbers_of_pairs(rows: pd.DataFrame) -> np.ndarray:
@@ -294,10 +293,12 @@ def measured_difference(
     """
     if isinstance(own, Correlations):
         assert isinstance(other, Correlations), "both are of one measure"
+        own, other = _drawn_alike(own, other)
         sides = _on_facts_of_both(*(on_the_same(own, other) if same_pairs else (own, other)))
         found = _of_correlations(*sides, seed, control) if len(sides[0].fact_of) else None
     else:
         assert isinstance(other, Answers), "both are of one measure"
+        own, other = _drawn_alike(own, other)
         answers = _on_facts_of_both(*(on_the_same(own, other) if same_pairs else (own, other)))
         found = _of_answers(*answers, seed, control) if len(answers[0].facts) else None
     if found is None:
@@ -316,9 +317,22 @@ def _on_facts_of_both(own: Side, other: Side) -> tuple[Side, Side]:
             return own, other
 
 
+def _drawn_alike(own: Side, other: Side) -> tuple[Side, Side]:
+    """Both with one way of drawing their facts: those that either model was shown as one prompt are drawn as one."""
+    labels = (side.facts if isinstance(side, Answers) else side.fact_of for side in (own, other))
+    sides = zip(labels, (own.unit, other.unit), strict=True)
+    first, second = drawn_alike(*(Facts(label, label if unit is None else unit) for label, unit in sides))
+    return replace(own, unit=first.unit), replace(other, unit=second.unit)
+
+
+def _sized(found: Estimate, facts: np.ndarray, units: np.ndarray) -> Estimate:
+    """An estimate over what was drawn with its facts told. Shapes: `pair, pair`."""
+    return replace(found, **Facts(facts, units).sizes)
+
+
 def _of_correlations(own: Correlations, other: Correlations, seed: int, control: bool) -> Measured:
-    estimate = paired_difference(own, other, COSINE, seed=seed)
-    cautions = [caution("correlation", estimate.facts, apart=True), POOLED if own.pooled != other.pooled else ""]
+    estimate = _sized(paired_difference(own, other, COSINE, seed=seed), own.fact_of, own.drawn)
+    cautions = [caution_of("correlation", estimate, apart=True), POOLED if own.pooled != other.pooled else ""]
     cautions += [_uneven(own, other), NO_PART if _lacks_groups(own) != _lacks_groups(other) else ""]
     measured = Measured(estimate, statistic="difference of correlations", caution="; ".join(filter(None, cautions)))
     nulls = [side.null(seed) for side in (own, other)] if control else [np.array([])] * 2
@@ -328,7 +342,8 @@ def _of_correlations(own: Correlations, other: Correlations, seed: int, control:
         return measured
     middle = round(float(null.mean()), 12) + 0.0  # as of each model's own: a round of shuffles averages 0
     low, high = (float(edge) for edge in np.percentile(null, [2.5, 97.5]))
-    beside = Control(middle, (low, high), estimate.n, f"{len(null)} shuffles, {SHUFFLED}", estimate.facts)
+    method = f"{len(null)} shuffles, {SHUFFLED}"
+    beside = Control(middle, (low, high), estimate.n, method, estimate.facts, estimate.prompts)
     excess = replace(estimate, value=estimate.value - middle, low=estimate.low - middle, high=estimate.high - middle)
     return replace(measured, control=beside, excess=excess)
 
@@ -354,7 +369,7 @@ def _of_answers(own: Answers, other: Answers, seed: int, control: bool) -> Measu
     if not floor.n:
         return measured
     excess = _apart(own, other, seed, excess=True)
-    beside = Control(floor.value, (floor.low, floor.high), floor.n, "a derangement of facts in each model", floor.facts)
+    beside = Control.of(floor, "a derangement of facts in each model")
     cautions[0] = first_caution(kind, estimate, floor, excess, apart=True)
     return replace(measured, control=beside, excess=excess, caution="; ".join(filter(None, cautions)))
 
@@ -363,25 +378,18 @@ def _apart(own: Answers, other: Answers, seed: int, *, excess: bool = False) -> 
     """The one mean less the other, of the values or of their excess over the controls, over facts that have both."""
     sides = [Means.of(side.values - side.null if excess else side.values, side.facts) for side in (own, other)]
     shared = np.intersect1d(sides[0].facts, sides[1].facts)
-    one, two = (side.among(shared) for side in sides)
+    unit = shared if own.unit is None else own.unit[np.unique(own.facts, return_index=True)[1]]
+    unit = unit[np.isin(np.unique(own.facts), shared)]
+    one, two = (side.among(shared).drawn(unit) for side in sides)
     if not own.binary or not len(shared):
         least, most = (own.bounds[0] - own.bounds[1], own.bounds[1] - own.bounds[0]) if excess else own.bounds
-        return paired_difference(one, two, (least, most), seed=seed)
+        return _sized(paired_difference(one, two, (least, most), seed=seed), shared, unit)
     rates = one.sums / one.pairs, two.sums / two.pairs
     weights = one.pairs / one.pairs.sum(), two.pairs / two.pairs.sum()
     n = int(min(one.pairs.sum(), two.pairs.sum()))
     value = float((weights[0] * rates[0]).sum() - (weights[1] * rates[1]).sum())
     apart, weight = rates[0] - rates[1], n * (weights[0] + weights[1]) / 2
     reach = reach_of_shares(apart[:, None], weight[:, None], most=2.0 if excess else 1.0)
-    mixture = _reach_of_mixture(weights[0] - weights[1], (rates[0] + rates[1]) / 2) if _uneven(one, two) else 0.0
+    mixture = reach_of_mixture(weights[0] - weights[1], (rates[0] + rates[1]) / 2) if _uneven(one, two) else 0.0
     down, up = (float(np.hypot(one_way[0], mixture)) for one_way in reach)
-    return Estimate(value, value - down, value + up, n, len(shared))
-
-
-def _reach_of_mixture(further: np.ndarray, rates: np.ndarray) -> float:
-    """How far what facts weigh further in one number than in the other moves their difference. Shapes: `fact, fact ->`.
-
-    The difference is that of each fact's two rates, at what it weighs on average, and this.
-    """
-    facts, parts = len(rates), further * (rates - rates.mean())
-    return student(facts - 1) * float(np.sqrt(facts / (facts - 1) * (parts**2).sum()))
+    return Estimate(value, value - down, value + up, n, **Facts(shared, unit).sizes)

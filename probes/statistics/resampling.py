@@ -1,4 +1,7 @@
-"""Shuffling facts: derangements and permutations, the null of everything that pairs facts.
+"""What is drawn at random: facts, and their derangements and permutations, the null of everything that pairs facts.
+
+A hidden target leaves nothing of itself in its query: "c1 | k3" and "c2 | k3" are shown to a masked model as one input,
+and its scores there are the same to the bit. So facts that a model is shown as one prompt are drawn as one (`Facts`).
 
 Every routine works on whole arrays; the slow, obvious versions stand in the tests.
 """
@@ -10,12 +13,76 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-SHUFFLES = 200
+SHUFFLES, DRAWS, _CHUNK = 200, 2000, 1000
+# The column of a frame, and the flag of pairs, that names what is drawn; there only where some facts share a prompt.
+SHOWN = "shown"
 # Pairs up to which the shuffles are held, in 800 bytes a pair, for the next checkpoint's reading.
 _KEPT = 20_000
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """The fact of each row by its label, and what is drawn at random: the facts that a model is shown as one prompt.
+
+    Shapes: `label`, `unit`: `row`; rows of one fact are of one unit.
+    """
+
+    label: np.ndarray
+    unit: np.ndarray
+
+    @classmethod
+    def of(cls, facts: np.ndarray | Facts, units: np.ndarray | None = None) -> Facts:
+        """Of labels, each fact is drawn by itself, unless `units` says which are one (row by row; empty is itself)."""
+        if isinstance(facts, Facts):
+            return facts
+        if units is None:
+            return cls(facts, facts)
+        label, own = facts.astype(str), np.asarray(units, dtype=object)
+        unit = np.where(pd.isna(own), label, own).astype(str)
+        fact = np.unique(label, return_inverse=True)[1]
+        together = np.unique(unit, return_inverse=True)[1] * (fact.max(initial=0) + 1) + fact
+        # Rows of two readings may give a fact two units, which then are one.
+        several = len(np.unique(together)) > len(np.unique(fact))
+        return cls(label, kin(label, unit.tolist()) if several else unit)
+
+    @classmethod
+    def of_rows(cls, rows: pd.DataFrame) -> Facts:
+        """Of a frame's rows. Frames without the column `shown` have facts that are each drawn by itself."""
+        return cls.of(rows["fact"].to_numpy().astype(str), rows[SHOWN].to_numpy() if SHOWN in rows else None)
+
+    @classmethod
+    def of_pairs(cls, frame: pd.DataFrame) -> Facts:
+        """Of a frame's pairs, one row each, in ascending order."""
+        return cls.of_rows(frame.drop_duplicates("pair").sort_values("pair"))
+
+    def __getitem__(self, rows: np.ndarray) -> Facts:
+        label = self.label[rows]
+        return Facts(label, label if self.unit is self.label else self.unit[rows])
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many facts, and as how many prompts they are shown: 0 where each has its own."""
+        facts, prompts = len(np.unique(self.label)), len(np.unique(self.unit))
+        return {"facts": facts, "prompts": prompts if prompts < facts else 0}
+
+
+def drawn_alike(own: Facts, other: Facts) -> tuple[Facts, Facts]:
+    """The rows of two models with one way of drawing their facts: those that either was shown as one are one."""
+    if own.unit is own.label and other.unit is other.label:
+        return own, other
+    labels, count = np.concatenate([own.label, other.label]), len(own)
+    # A unit of one model says nothing of the other's rows, which stand apart there.
+    apart = [("row", place) for place in range(len(labels))]
+    traits = [[*own.unit.tolist(), *apart[count:]], [*apart[:count], *other.unit.tolist()]]
+    drawn = kin(labels, *traits)
+    return Facts(own.label, drawn[:count]), Facts(other.label, drawn[count:])
 
 
 def derangement(facts: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> np.ndarray:
@@ -59,6 +126,13 @@ def kin(facts: np.ndarray, *traits: Sequence[Hashable]) -> np.ndarray:
         first, of = np.unique(joined[found], return_index=True, return_inverse=True)[1:]
         found = first[of]
     return names[found[fact]]
+
+
+def with_shown(frame: pd.DataFrame, *traits: Sequence[Hashable]) -> pd.DataFrame:
+    """The frame with the column `shown`, where facts of its rows share one of the traits (a prompt). Shapes: `row`."""
+    labels = frame["fact"].to_numpy().astype(str)
+    units = kin(labels, *traits)
+    return frame if np.array_equal(units, labels) else frame.assign(**{SHOWN: units.astype(object)})
 
 
 def shuffles(facts: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> np.ndarray:
@@ -126,3 +200,10 @@ class _Runs:
         run = np.repeat(np.arange(len(self.group)), self.sizes)
         within = np.arange(len(run)) - self.starts[run]
         return np.asarray(self.starts[target[run]] + within % self.sizes[target[run]])
+
+
+def draws_of(facts: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each fact is drawn with replacement, some of DRAWS draws at a time. Shapes: `-> draw fact`."""
+    generator, even = np.random.default_rng(seed), np.full(facts, 1 / facts)
+    for _ in range(DRAWS // _CHUNK):
+        yield generator.multinomial(facts, even, size=_CHUNK).astype(np.float64)

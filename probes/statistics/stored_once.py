@@ -21,6 +21,7 @@ import pandas as pd
 from scipy import linalg
 
 from .estimators import Measured, reasons, with_control
+from .resampling import Facts
 
 MAP, CLASSIFIER = "map", "classifier"
 NUMBERS = ("rank", "place", "correct")
@@ -190,7 +191,7 @@ def stored_once(frame: pd.DataFrame, seed: int, control: bool = True) -> Measure
     rows = rows[rows["layer"] == deepest]
     what = "facts named by the classifier" if test == CLASSIFIER else "held-out targets that the map puts first"
     statistic = f"share of {what}, {rows['direction'].iloc[0]} states of layer {deepest}"
-    values, facts = rows["correct"].to_numpy(dtype=np.float64), rows["fact"].to_numpy().astype(str)
+    values, facts = rows["correct"].to_numpy(dtype=np.float64), Facts.of_rows(rows)
     null = rows["correct_control"].to_numpy(dtype=np.float64) if "correct_control" in rows else None
     counted = np.zeros(len(rows), dtype=bool)  # undefined with the value itself
     return with_control(values, null, facts, reasons(rows), statistic, binary=True, alone=counted, method=METHOD)
