@@ -20,7 +20,7 @@ from ..statistics.by_role import in_network_order
 from ..statistics.coverage import counted
 from ..statistics.estimators import STATISTICS_VERSION, Control, Measured, direction_mean, mean_reciprocal_rank
 from ..statistics.intervals import Estimate
-from ..statistics.measures import measure, unit_of
+from ..statistics.measures import measure, require_rows_once, unit_of
 from .parquet import read_reading, write_reading
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Reading:
         cross: the fact x fact matrix of a gradient probe with `cross=True`, else None.
         statistics_version: that of its file; its numbers are always of this version's statistics, see `recomputed`.
         value, interval, n, facts, prompts, control, excess, undefined, caution: the properties, all of `frame`.
+    Raises: RevprobeError, for a frame in which a pair, or a layer, head, ... of it, stands twice.
     """
 
     name: str
@@ -56,6 +57,9 @@ class Reading:
     meta: dict[str, Any]
     cross: pd.DataFrame | None = None
     statistics_version: int = STATISTICS_VERSION
+
+    def __post_init__(self) -> None:
+        require_rows_once(self.name, self.frame)
 
     @cached_property
     def measured(self) -> Measured:

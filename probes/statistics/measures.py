@@ -1,4 +1,4 @@
-"""Which estimator makes the number of which probe."""
+"""Which estimator makes the number of which probe, and what a row of its frame is told by."""
 
 from __future__ import annotations
 
@@ -51,6 +51,54 @@ ESTIMATORS: dict[str, Callable[[pd.DataFrame, int, bool], Measured]] = {
     "stored_once": stored_once,
 }
 
+
+# What tells the rows of a frame apart. An estimator that met two rows of one pair would take the last, or their sum.
+_GRADIENT = ("pair", "parameter", "role")
+_QUESTION = ("question",)
+_STORED = ("pair", "part", "source", "layer", "head")
+KEYS: dict[str, tuple[str, ...]] = {
+    "assumption_audit": ("layer", "head", "direction", "plane"),
+    "attention_correlation": ("pair", "layer", "head"),
+    "candidate_rank": _QUESTION,
+    "causal_trace": ("pair", "direction", "step", "layer", "head", "part"),
+    "decoded_match": _QUESTION,
+    "denoising_trace": ("pair", "direction", "step", "part", "position", "layer", "head"),
+    "gradient_cosine": _GRADIENT,
+    "head_ranking": ("pair", "layer", "head"),
+    "logit_lens": ("pair", "direction", "site", "layer", "head"),
+    "lora_gradient_cosine": _GRADIENT,
+    "objective_terms": ("fact", "class_number", "role"),
+    "reverse_probability": ("pair", "direction"),
+    "route_edit": ("pair", "direction", "scope", "layer", "head"),
+    "stored_evidence": _STORED,
+    "stored_evidence_first_order": _STORED,
+    "stored_once": ("pair", "test", "direction", "layer"),
+}
+
+
+def require_rows_once(name: str, frame: pd.DataFrame) -> None:
+    """Raises: RevprobeError, for a frame of probe `name` in which two rows are of one pair (and layer, head, ...), or
+    one group is of two offsets, as in a frame that was put together from several readings."""
+    keys = [key for key in KEYS.get(name, ()) if key in frame]
+    if not keys or keys[0] != KEYS[name][0]:
+        return
+    again = frame.duplicated(keys)
+    if again.any():
+        first = frame.loc[again.to_numpy(), keys].iloc[0]
+        told = ", ".join(f"{key} {value}" for key, value in first.items() if not pd.isna(value))
+        raise RevprobeError(f"{told} stands twice in this frame of {name} ({int(again.sum()):,} such rows){_JOIN}")
+    of_group = ["group", "offset_forward", "offset_reverse"]
+    if name == "attention_correlation" and set(of_group) <= {*frame.columns}:
+        groups = frame[of_group].drop_duplicates()
+        several = groups.loc[groups["group"].duplicated().to_numpy(), "group"]
+        if len(several):
+            raise RevprobeError(f"group {several.iloc[0]} of this frame of {name} is of several offsets{_JOIN}")
+
+
+_JOIN = (
+    ": every reading numbers its pairs and groups from 0, so frames of several are not one; probe all pairs in one "
+    "call, keep readings of several models in rp.Readings, or number `pair` (and `group`) through before joining them"
+)
 
 # In what the number is counted where neither its name nor the statistic's last word, "(nats)", says so.
 UNITS = dict.fromkeys(("assumption_audit", "decoded_match", "stored_once"), "share")
