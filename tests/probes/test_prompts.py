@@ -10,8 +10,12 @@ import pytest
 import torch
 
 import revprobe as rp
+from revprobe.probes.deep.stored_once import _Tests
 from revprobe.probes.passes.asked import asked_pairs
+from revprobe.probes.passes.likelihood import target_partners
+from revprobe.probes.passes.plan import Plan
 from revprobe.probes.passes.prompts import facts_of, unlike
+from revprobe.probes.passes.run import run_pass
 from revprobe.probes.statistics.by_head import head_correlations
 from revprobe.probes.statistics.by_part import evidence_by_pair, logit_contributions
 from revprobe.probes.statistics.by_role import cell_cosines
@@ -19,6 +23,7 @@ from revprobe.probes.statistics.causal_trace import place_means
 from revprobe.probes.statistics.denoising import attention_table, steps_table
 from revprobe.probes.statistics.estimators import NO_LIKE_TARGET, NO_UNLIKE, ONE_PROMPT
 from revprobe.probes.statistics.resampling import Facts
+from revprobe.probes.storage import control_partners
 from tiny import MASK, gpt2, in_blocks, radd
 
 CITIES, COUNTRIES = 12, 4
@@ -210,16 +215,12 @@ def test_rows_of_two_readings_may_give_a_fact_two_prompts() -> None:
 
 def controls_of(pairs: rp.ReversalPairs, model: rp.ProbedModel) -> dict[str, np.ndarray]:
     """Whose query, or evidence, each control takes: of each probe, the partners of the pairs."""
-    from revprobe.probes.passes.likelihood import target_partners
-    from revprobe.probes.passes.plan import Plan
-    from revprobe.probes.passes.run import run_pass
-    from revprobe.probes.storage import control_partners
-
     asked = asked_pairs(model, pairs, "")
     priced = target_partners(asked, model.logit_shift)
     return {
         "gradient": run_pass(model, pairs, Plan(attention=True, progress=False)).partner,
         "storage": control_partners(asked, model.logit_shift),
+        "stored once": _Tests.of(model, asked, Plan(progress=False), 0.1, None).partner,
         **priced,
     }
 
@@ -253,3 +254,31 @@ def test_a_control_at_the_same_evidence_was_the_value_itself() -> None:
         assert reading.undefined[why] == CITIES, name
     labels = unlike(asked_pairs(model, cities(), ""))
     assert len(set(labels)) == COUNTRIES and all(a != b for a, b in pairwise(labels))
+
+
+def test_a_ranking_of_heads_shows_no_prompt_that_it_ranked_by() -> None:
+    """The halves were told apart by query, whose hidden target made two of one."""
+    found = rp.rank_heads(model_of("same_target"), cities(), top=1, progress=False)
+    halves = found.meta["training_facts"], found.frame["fact"]
+    countries = [{int(fact[1:]) % COUNTRIES for fact in half} for half in halves]
+    assert not countries[0] & countries[1] and len(countries[0] | countries[1]) == COUNTRIES
+    assert found.prompts == len(countries[1]) < found.facts
+
+
+def test_an_audit_has_each_prompt_once() -> None:
+    """The same keys again and again are no further facts of a covariance."""
+    model = model_of("same_target")
+    found, expected = (
+        rp.audit_assumptions(model, at_equal_distance(by), permutations=40) for by in ("city", "country")
+    )
+    pd.testing.assert_frame_equal(found.frame, expected.frame)
+    assert found.meta["pairs_audited"] == COUNTRIES and sum(found.meta["pairs_left_out"].values()) == 8
+
+
+def at_equal_distance(by: str) -> rp.ReversalPairs:
+    """`cities`, asked as the theorem speaks of them; of a country the first city alone, where that is the fact."""
+    pairs = []
+    for city in range(CITIES if by == "city" else COUNTRIES):
+        c, k = 10 + city, 30 + city % COUNTRIES
+        pairs.append(rp.ReversalPair(rp.Query([c, 2, k], [0], [2]), rp.Query([k, 5, c], [2], [0]), fact=f"c{city:02}"))
+    return rp.ReversalPairs.from_pairs(pairs)

@@ -11,7 +11,7 @@ from tokenizers import normalizers, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from revprobe import ProbedModel, Reading, RevprobeError, decode, decoded_match
+from revprobe import ProbedModel, Reading, RevprobeError, decode, decoded_match, rank_candidates
 from revprobe.probes.decoding.exact_match import TOO_LONG, AnswerBook, begins_with, error_of, normalized
 from revprobe.probes.statistics.estimators import NO_PARTNER
 from tiny import word_tokenizer
@@ -347,3 +347,21 @@ def test_a_frame_from_before_errors_were_told_still_loads(tmp_path) -> None:
     )
     loaded = Reading.load(old.save(tmp_path / "old.parquet"))
     assert (loaded.value, loaded.interval) == (reading.value, reading.interval)
+
+
+@pytest.mark.parametrize("ranked", [False, True])
+def test_questions_of_one_prompt_are_one_draw_and_no_control_of_one_another(ranked: bool) -> None:
+    """Equal prompts have one decoding: two of them are no six draws, and the sibling's right answer is no null."""
+    questions = [Question(f"q{i // 3}", (NAMES[i],), f"f{i}") for i in range(6)]
+    model = script({f"q{i}": NAMES[3 * i] for i in range(2)})
+    for seed in range(4):
+        reading = (
+            rank_candidates(model, questions, NAMES[:6], seed=seed)
+            if ranked
+            else decoded_match(model, questions, seed=seed)
+        )
+        assert (reading.n, reading.facts, reading.prompts) == (6, 6, 2) and reading.value == pytest.approx(1 / 3)
+        by_prompt = reading.frame.assign(fact=reading.frame["shown"]).drop(columns="shown")
+        assert reading.interval == Reading(reading.name, by_prompt, reading.meta).interval
+        control = reading.frame["first_control" if ranked else "match_control"]
+        assert control.notna().all() and not control.any(), "another prompt's answer is never right here"
