@@ -22,7 +22,7 @@ from revprobe.probes.statistics.by_role import cell_cosines
 from revprobe.probes.statistics.causal_trace import place_means
 from revprobe.probes.statistics.denoising import attention_table, steps_table
 from revprobe.probes.statistics.estimators import NO_LIKE_TARGET, NO_UNLIKE, ONE_PROMPT
-from revprobe.probes.statistics.resampling import Facts
+from revprobe.probes.statistics.resampling import Facts, drawn_alike
 from revprobe.probes.storage import control_partners
 from tiny import MASK, gpt2, in_blocks, radd
 
@@ -197,7 +197,7 @@ def test_parts_share_prompts_with_one_another(tmp_path: Path) -> None:
 
 
 def test_two_models_are_compared_over_prompts() -> None:
-    """Also where one of the two alone was shown a prompt twice: a causal model sees less of a query."""
+    """Differences, controls and excesses, over the prompts of both."""
     masked, other = (radd(n_layers=2, n_heads=2, scale=0.4, seed=seed) for seed in (0, 1))
     found, expected = (
         rp.compare_models({"a": masked, "b": other}, cities(by=by), progress=False).frame for by in ("city", "country")
@@ -206,6 +206,33 @@ def test_two_models_are_compared_over_prompts() -> None:
     columns = ["value", "low", "high", "n", "control", "excess", "excess_low", "excess_high"]
     pd.testing.assert_frame_equal(found[columns], expected[columns])
     assert set(found["facts"]) == {CITIES}
+
+
+def test_facts_that_either_of_two_models_is_shown_as_one_are_one_to_both() -> None:
+    """A causal model sees less of a query than a masked one. By a slow search over all rows of both, of random prompts;
+    also where a model lacks some of the other's facts.
+    """
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        sides = []
+        for _ in range(2):
+            facts = rng.permutation(12)[: rng.integers(4, 12)]
+            size = 1 + int(rng.integers(3))
+            prompt = {fact: min(one for one in facts if one // size == fact // size) for fact in facts}
+            rows = rng.choice(facts, 30)
+            label, unit = (np.array([f"f{one:02}" for one in of]) for of in (rows, [prompt[row] for row in rows]))
+            sides.append((label, unit))
+        group = {fact: fact for label, _ in sides for fact in label}
+        for _ in range(24):
+            for label, unit in sides:
+                for i, one in enumerate(label):
+                    for j, other in enumerate(label):
+                        if unit[i] == unit[j]:
+                            group[one] = group[other] = min(group[one], group[other])
+        found = drawn_alike(*(Facts(*side) for side in sides))
+        for side, (label, _) in zip(found, sides, strict=True):
+            assert side.label.tolist() == label.tolist()
+            assert side.unit.tolist() == [group[one] for one in label]
 
 
 def test_rows_of_two_readings_may_give_a_fact_two_prompts() -> None:
