@@ -1,6 +1,6 @@
 """A forward pass in which everything nonlinear is held, so that the logits are a sum over what was written into them.
 
-Inside `hold_nonlinear(module, tables, rows)` every operation that is not known to be linear hands on its value as a
+Inside `hold_nonlinear(module, tokens, rows)` every operation that is not known to be linear hands on its value as a
 constant of its own, a part; sums keep their summands apart, norms hold their scale, attention holds its pattern. The
 logits do not change, and are affine in the parts: a logit is the sum over parts of (d logit / d part) . part, since
 what stands between a part and the logit is linear. Autograd knows those derivatives, so no module is named anywhere:
@@ -43,7 +43,7 @@ from .attention_sites import Attention, AttentionSite
 from .gradients.spread_weights import require_whole
 from .linearized_pass import LinearizedAttention, LinearizedPass, Part
 from .states import StateSite, change_states
-from .token_tables import embedding_call
+from .token_tables import TokenLookups, embedding_call, lookup
 
 # Linear in the one tensor that varies; shapes, casts, sums and selections. "__get__" is an attribute (.mT, .shape).
 # fmt: off
@@ -71,7 +71,7 @@ _PATTERN_SLACK = 1e-2
 @contextmanager
 def hold_nonlinear(
     module: nn.Module,
-    tables: Sequence[Tensor],
+    tokens: TokenLookups,
     rows: Tensor,
     attention: Attention,
     last: StateSite | None = None,
@@ -80,10 +80,10 @@ def hold_nonlinear(
 ) -> Iterator[LinearizedPass]:
     """Hold everything nonlinear of a forward pass while open; patterns are kept at `rows` (`batch rows`).
 
-    `tables` are those that tokens are looked up in. Rows that are looked up once for the whole batch, as positions are,
-    become a part for each example, or, not `apart`, do so only where they are added. `attention` is what a look at the
-    module found: those calls alone are taken for attention. Where `last` is given, the last layer's state, what follows
-    it is not held: logits are then affine in the parts up to that state alone.
+    `tokens` says which lookups of the run are by token. Rows that are looked up once for the whole batch, as positions
+    are, become a part for each example, or, not `apart`, do so only where they are added. `attention` is what a look at
+    the module found: those calls alone are taken for attention. Where `last` is given, the last layer's state, what
+    follows it is not held: logits are then affine in the parts up to that state alone.
 
     Parameters do not ask for gradient inside (their flags are restored); logits computed here carry the graph from
     the parts. Adds hooks to the module tree and removes exactly those.
@@ -100,7 +100,7 @@ def hold_nonlinear(
             torch.enable_grad(),
             running_modules(module, its_path) as running,
             change_states(module, {} if last is None else {last: held.note_last}),
-            FunctionMode(_Holding(held, rows, running, tables, attention, apart).make),
+            FunctionMode(_Holding(held, rows, running, tokens.again(), attention, apart).make),
         ):
             yield held
     finally:
@@ -116,11 +116,11 @@ class _Holding:
         held: LinearizedPass,
         rows: Tensor,
         running: list[str],
-        tables: Sequence[Tensor],
+        tokens: TokenLookups,
         attention: Attention,
         apart: bool,
     ) -> None:
-        self.held, self.rows, self.running, self.tables, self.attention = held, rows, running, tables, attention
+        self.held, self.rows, self.running, self.tokens, self.attention = held, rows, running, tokens, attention
         self.apart, self.shared = apart, list[Tensor]()  # looked up once for the whole batch
         self.calls: Counter[str] = Counter()  # of each module: SDPA calls and softmaxes
         self.patterns: list[tuple[AttentionSite, Tensor, Tensor]] = []  # softmaxes whose values have not come yet
@@ -130,6 +130,10 @@ class _Holding:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         site = self._next_site() if is_attention_call(func) else None
+        if (looked := lookup(func, args, kwargs)) is not None:
+            by_token = self.tokens.by_token(func, looked[0], self.running)
+            if by_token and (name == "embedding" or not _varying((args, kwargs))):
+                return self._part("embed", func(*args, **kwargs))
         if name == "embedding":
             return self._embedding(func, args, kwargs)
         if not _varying((args, kwargs)):
@@ -181,8 +185,6 @@ class _Holding:
 
     def _embedding(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         ids, weight, given = embedding_call(args, kwargs)
-        if any(weight is table for table in self.tables):
-            return self._part("embed", func(ids, weight, **given))
         if ids.dim() == 1 or (ids.dim() == 2 and ids.shape[0] == 1):
             # Positions come as one row for the whole batch; a part must tell its examples apart.
             if not self.apart:

@@ -17,18 +17,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import RevprobeError
 from ...hooks.layer_numbers import LayerNumbers
 from ...hooks.linearize import hold_nonlinear
 from ...hooks.linearized_pass import LinearizedAttention, LinearizedPass, push_forward
 from ...hooks.states import StateSite
-from ...hooks.token_tables import token_tables
+from ...hooks.token_tables import TokenLookups
 from ...models.contract.introspect import input_embedding
 from ...models.probed import ProbedModel
 from ...models.structure import attention_of, layer_numbers_of
@@ -80,25 +80,6 @@ class Decomposition:
     gap: Tensor
 
 
-def _token_tables(model: ProbedModel) -> list[Tensor]:
-    """The tables that tokens are looked up in: named by the model, else seen, else its longest.
-
-    Raises: RevprobeError, for none.
-    """
-    embed = input_embedding(model.module)
-    found = token_tables(model.module, model.device) if embed is None else [embed.weight]
-    if found is None:
-        every = [part.weight for part in model.module.modules() if isinstance(part, nn.Embedding)]
-        found = sorted(every, key=len)[-1:]
-    if not found:
-        raise RevprobeError(
-            f"{model.name} looks its tokens up in no table that could be seen, so what is stored for them cannot be "
-            "told from the rest; expected `F.embedding` or nn.Embedding on token ids, or a `get_input_embeddings` that "
-            "names the table"
-        )
-    return found
-
-
 @dataclass
 class LinearizedBatch:
     """A batch run twice, as it is and with everything nonlinear held; targets are then decomposed one after another."""
@@ -122,10 +103,11 @@ class LinearizedBatch:
         with torch.no_grad():
             own = logits_at_rows(model, batch)
         attention = attention_of(model)
-        tables = _token_tables(model)
+        shown = partial(model.logits, attention_mask=batch.attention_mask)
+        tokens = TokenLookups.seen(model.module, shown, batch.input_ids, input_embedding(model.module))
 
         def hold(*, apart: bool) -> tuple[LinearizedPass, Tensor]:
-            with hold_nonlinear(model.module, tables, batch.rows, attention, last, apart=apart) as held:
+            with hold_nonlinear(model.module, tokens, batch.rows, attention, last, apart=apart) as held:
                 return held, model.logits(batch.input_ids, batch.attention_mask)[at]
 
         try:
@@ -134,6 +116,11 @@ class LinearizedBatch:
             raise
         except Exception:  # RoFormer turns queries and keys by rows that must be one for the whole batch
             held, logits = hold(apart=False)
+        if not any(part.kind == "embed" for part in held.parts):
+            raise RevprobeError(
+                f"{model.name} looks its tokens up in no table that could be seen, so what is stored for them cannot be"
+                " told from the rest; expected rows of a table by token id (nn.Embedding, `F.embedding`, `table[ids]`)"
+            )
         unheld = Counter(site.path for site in attention.sites) - Counter(call.site for call in held.attention)
         if unheld:
             raise RevprobeError(
@@ -313,9 +300,15 @@ class LinearizedBatch:
         gap = (total - logit).abs() / size.clamp(min=torch.finfo(torch.float64).tiny)
         worst = int(gap.argmax())
         if not gap[worst] <= min(_SLACK * self.held.eps, _MOST):
+            apart = f"{self.model.name}: the parts add up to {float(total[worst]):.6g}, the logit is "
+            apart += f"{float(logit[worst]):.6g}; "
+            if gap[worst] <= _SLACK * self.held.eps:
+                raise RevprobeError(
+                    f"{apart}numbers rounded to {self.held.eps:.1g} alone can be so far apart, and too far to be read; "
+                    "ask the model in float32 (dtype=torch.float32)"
+                )
             raise RevprobeError(
-                f"{self.model.name}: the parts add up to {float(total[worst]):.6g}, the logit is "
-                f"{float(logit[worst]):.6g}; something between them is neither linear nor held, so this architecture "
+                f"{apart}something between them is neither linear nor held, so this architecture "
                 "cannot be decomposed (a custom autograd function does that; so do experts that sort the tokens of a "
                 "whole batch: try batch_size=1)"
             )

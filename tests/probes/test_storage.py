@@ -17,6 +17,7 @@ from revprobe.models.bases.configs import POSITION_ENCODINGS, DreamConfig, LLaDA
 from revprobe.models.families.dream import DreamForMaskedDiffusion
 from revprobe.models.families.llada import LLaDAForMaskedDiffusion
 from revprobe.probes.attention import EVIDENCE_HIDDEN
+from revprobe.probes.passes import decomposition
 from revprobe.probes.passes.batches import make_batch, prepare_queries
 from revprobe.probes.passes.decomposition import LinearizedBatch
 from revprobe.probes.statistics.by_part import evidence_by_pair, logit_contributions
@@ -348,6 +349,17 @@ def test_half_precision_is_held_to_its_own_rounding_and_says_by_how_much_it_miss
     reading = probe_stored_evidence(model, text_like_pairs(), control=False)
     assert reading.meta["dtype"] == "bfloat16"
     assert 1e-5 < reading.meta["worst_gap"] < 0.02
+
+
+def test_rounding_that_is_too_coarse_is_called_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The architecture is no other than in float32, where it is read."""
+    coarse, fine = DEEP["llama"](), DEEP["llama"]()
+    coarse.module.bfloat16()
+    monkeypatch.setattr(decomposition, "_MOST", 1e-5)
+    with pytest.raises(rp.RevprobeError, match=r"the parts add up to .*rounded to 0\.008 alone .*in float32") as told:
+        probe_stored_evidence(coarse, text_like_pairs(), control=False)
+    assert "architecture" not in str(told.value)
+    assert np.isfinite(probe_stored_evidence(fine, text_like_pairs(), control=False).value)
 
 
 @torch.no_grad()
