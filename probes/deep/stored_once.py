@@ -51,6 +51,7 @@ _AT_ONCE = 64  # tokens whose rows are taken from an adapted head together
 FORWARD_EVIDENCE = "asked of reverse states alone"
 ASKED_FORWARD = "its reverse query is asked forward as well, so the fit has seen it"
 NOT_ASKED = "not asked for"
+NO_CENTRE = "no state of another fold to count from"
 NO_EVIDENCE = "no other fact with another target has evidence of as many tokens"
 NO_UNEMBEDDING = "the model names no unembedding, so there are no rows to map to"
 ONE_FORWARD = "one forward query of the fact, so none is left to ask about"
@@ -76,7 +77,8 @@ def probe_stored_once(
 ) -> Reading:
     """Test, layer by layer, whether a fact is the same state at the readout row in both directions.
 
-    Two closed-form ridge regressions on the forward states (their mean over target rows), asked about reverse ones:
+    Two closed-form ridge regressions on the forward states (their mean over target rows; of a causal model the first
+    row's, as later ones have read the target's own tokens), asked about reverse ones:
         map         leads to the target's unembedding row. Fitted on other facts and asked about held-out ones (ten
             folds of facts): the right target among all facts' targets. A state that merely carries the evidence's
             token cannot pass it, for no fit has seen what that token goes with.
@@ -100,7 +102,8 @@ def probe_stored_once(
     (share of the other candidates below it: 0.5 by chance), correct (1 where it is alone at the top), and the same
     with _control, _untrained, _evidence (reverse alone); reason, reason_untrained, reason_evidence. Undefined: fewer
     than 8 facts, states that are the same for all, forward classification of a fact with one forward query (it takes
-    the other half of them), the map of a model that names no unembedding, evidence in a later block.
+    the other half of them), the map of a model that names no unembedding, evidence in a later block, no state of
+    another fold to centre on. `meta["target_rows"]`: whether states are the "mean" of target rows or the "first".
     Cost: one forward for each query, and for each reverse query with other evidence; as many of the twin.
     Raises: RevprobeError, for a layer the model lacks, a ridge that is not positive, or virtual tokens.
     """
@@ -110,14 +113,10 @@ def probe_stored_once(
     plan = Plan(control=control, batch_size=batch_size, seed=seed, progress=progress)
     tests = _Tests.of(model, pairs, plan, ridge, layers)
     own = tests.run(model, 2 if untrained else 1)
-    twin: Found | str = NOT_ASKED
-    if untrained:
-        try:
-            twin = tests.run(untrained_twin(model, seed), 2, before=1)
-        except RevprobeError as error:  # the model's own tests stand
-            twin = first_line(error, with_type=False)
+    twin = tests.of_twin(model) if untrained else NOT_ASKED
     frame = tests.frame(own, twin, states_of(model).missing("residual"))
     about = describe(model, PassResult(pairs, tests.partner, []), plan) | {"ridge": ridge}
+    about["target_rows"] = "first" if model.objective == "causal" else "mean"
     reading = Reading("stored_once", frame, about | {"layers": tests.layers})
     beside = _controls(reading, twin if isinstance(twin, str) else "")
     reading.meta.update({"statistic": reading.measured.statistic, "controls": beside})
@@ -198,6 +197,13 @@ class _Tests:
                 found[MAP, layer] = {} if alike else by_map(table, rows, self.asked, **options)
         return found
 
+    def of_twin(self, model: ProbedModel) -> Found | str:
+        """The same of the untrained twin, or why there is none: the model's own tests stand."""
+        try:
+            return self.run(untrained_twin(model, self.plan.seed), 2, before=1)
+        except RevprobeError as error:
+            return first_line(error, with_type=False)
+
     # ---- what came out ----
 
     def frame(self, own: Found, twin: Found | str, missing: Mapping[int, str]) -> pd.DataFrame:
@@ -224,7 +230,10 @@ class _Tests:
         tables = {"": spread(own, "own"), "_control": spread(own, "control")}
         tables |= {"_untrained": spread(twin, "own"), "_evidence": spread(own, "evidence")}
         reason = self._reasons(test, direction, layer, own, missing, there)
+        reason[np.isnan(tables[""][0]) & (reason == "")] = NO_CENTRE
         beside = twin if isinstance(twin, str) else self._reasons(test, direction, layer, twin, missing, there)
+        if not isinstance(beside, str):
+            beside[np.isnan(tables["_untrained"][0]) & (beside == "")] = NO_CENTRE
         other = np.isnan(tables["_evidence"][0]) & (reason == "")
         evidence = np.where(other, NO_EVIDENCE if direction == "reverse" else FORWARD_EVIDENCE, reason)
         columns: dict[str, Any] = {"pair": np.arange(len(index)), "fact": self.pairs.facts.astype(str)}
@@ -268,12 +277,12 @@ def _unembedding(model: ProbedModel, targets: Sequence[tuple[int, ...]]) -> np.n
     """The row of each target, the mean over its tokens; None where the model names no unembedding of token rows."""
     head = getattr(model.module, "get_output_embeddings", lambda: None)()
     weight = getattr(head, "weight", None)
-    if head is None or not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.is_meta:
+    if head is None or not isinstance(weight, torch.Tensor) or weight.dim() != 2:
         return None
     tokens = [token for target in targets for token in target]
     if max(tokens) >= weight.shape[0]:
         return None
-    plain = type(head) is nn.Linear and "weight" in head._parameters
+    plain = type(head) is nn.Linear and "weight" in head._parameters and not weight.is_meta
     rows = weight.detach()[tokens].double() if plain else _rows_of(model, head, tokens, weight.shape[1])
     starts = np.cumsum([0, *(len(target) for target in targets)])[:-1]
     sums = np.add.reduceat(rows.double().cpu().numpy(), starts)
@@ -282,14 +291,15 @@ def _unembedding(model: ProbedModel, targets: Sequence[tuple[int, ...]]) -> np.n
 
 def _rows_of(model: ProbedModel, head: nn.Module, tokens: Sequence[int], width: int) -> torch.Tensor:
     """What a state is multiplied by for each token's logit, by its derivative: the weight is not all of an adapted or a
-    quantised head. Shapes: `-> token width`.
+    quantised head, and is not there before it runs where it waits elsewhere. Shapes: `-> token width`.
     """
     rows: list[torch.Tensor] = []
     with untouched(model.module), torch.enable_grad():
         for start in range(0, len(tokens), _AT_ONCE):
             some = torch.tensor(tokens[start : start + _AT_ONCE], device=model.device)
             state = torch.zeros(1, len(some), width, device=model.device, dtype=model.dtype, requires_grad=True)
-            chosen = head(state)[0].gather(1, some[:, None])
+            logits = head(state)[0]
+            chosen = logits.gather(1, some.to(logits.device)[:, None])
             rows += torch.autograd.grad(chosen.sum(), state)[0][0]
     return torch.stack(rows)
 

@@ -151,6 +151,8 @@ def states_of_queries(
 ) -> np.ndarray:
     """The states of many queries at their readout rows, the mean over target tokens.
 
+    Of a causal model it is the state of the first readout row: each later one has read tokens of the target.
+
     Args:
         size: queries of a batch; `report` is told how many have been run.
     Shapes: `-> site query width`, float32. Raises: RevprobeError, for NaN logits.
@@ -162,6 +164,8 @@ def states_of_queries(
             batch, _, states = rows_of_states(model, [queries[q] for q in numbers], sites)
             for place, state in enumerate(states):
                 asked = batch.is_target.to(state.device)[..., None]
+                if model.objective == "causal":
+                    asked = asked & (batch.rows == batch.rows[:, :1]).to(state.device)[..., None]
                 mean = state.float().masked_fill(~asked, 0.0).sum(1) / asked.sum(1)
                 if not found.shape[2]:
                     found = np.full((len(sites), len(queries), mean.shape[1]), np.nan, dtype=np.float32)

@@ -6,7 +6,8 @@
 
 Both are ridge regressions, W = argmin |X W - Y|^2 + lambda |W|^2 of states X to rows of the unembedding or to ones and
 zeros for the facts. Each direction is centred on its own mean, since an offset that all facts of a direction share says
-nothing of one. Lambda is a fixed share of the states' mean variance, so nothing is chosen by how well it does.
+nothing of one; a reverse state with another fact's evidence on that of the reverse states as they are. Lambda is a
+fixed share of the states' mean variance, so nothing is chosen by how well it does.
 
 Shapes below: state, width, out, test (states asked about), candidate, number (rank, place, correct).
 """
@@ -86,12 +87,13 @@ def places(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Where the right candidate stands among all: `test candidate, test -> number test`.
 
     Rank (1-based, ties against it), place (share of the others below it, ties half: 0.5 by chance, 1 at the top),
-    correct (1 where it is alone at the top).
+    correct (1 where it is alone at the top); NaN for a test of which some score is not finite.
     """
     own = scores[np.arange(len(scores)), right][:, None]
     above, ties = (scores > own).sum(1), (scores == own).sum(1) - 1
     rank = 1.0 + above + ties
-    return np.stack([rank, 1.0 - (above + 0.5 * ties) / max(scores.shape[1] - 1, 1), (rank == 1).astype(np.float64)])
+    found = np.stack([rank, 1.0 - (above + 0.5 * ties) / max(scores.shape[1] - 1, 1), (rank == 1).astype(np.float64)])
+    return np.where(np.isfinite(scores).all(1), found, np.nan)
 
 
 def by_map(states: np.ndarray, rows: np.ndarray, asked: Questions, *, ridge: float, seed: int, null: bool) -> Places:
@@ -121,11 +123,11 @@ def by_map(states: np.ndarray, rows: np.ndarray, asked: Questions, *, ridge: flo
                 mine = fold[fact[some]] == number
                 if (turn and kind == "evidence") or not mine.any():
                     continue
-                others = fitted if direction == "forward" else some[~mine]
+                others = fitted if direction == "forward" else asked.reverse[fold[fact[asked.reverse]] != number]
                 candidates = np.unique(asked.target[asked.forward if direction == "forward" else asked.reverse])
                 ends = rows[candidates] - middle
                 ends = ends / np.maximum(np.linalg.norm(ends, axis=1, keepdims=True), 1e-30)
-                scores = (states[some[mine]] - states[others].mean(0)) @ weights @ ends.T
+                scores = (states[some[mine]] - _middle(states[others])) @ weights @ ends.T
                 right = np.searchsorted(candidates, asked.target[some[mine]])
                 key = (direction, "control" if turn else kind)
                 found[key][:, at[mine]] += places(scores, right) / (len(orders) - 1 if turn else 1)
@@ -160,7 +162,7 @@ def by_classifier(states: np.ndarray, asked: Questions, *, ridge: float, seed: i
                 if (turn and kind == "evidence") or (direction == "forward") != (part is not None):
                     continue
                 mine = half == part if part is not None else np.ones(len(some), dtype=bool)
-                middle = states[fitted if direction == "forward" else some].mean(0)
+                middle = _middle(states[fitted if direction == "forward" else asked.reverse])
                 scores = (states[some[mine]] - middle) @ weights + values.mean(0)
                 right = np.searchsorted(names, asked.fact[some[mine]])
                 key = (direction, "control" if turn else kind)
@@ -168,6 +170,11 @@ def by_classifier(states: np.ndarray, asked: Questions, *, ridge: float, seed: i
     for kind in ("own", *(["control"] if null else [])):
         found["forward", kind][:, lone] = np.nan
     return found
+
+
+def _middle(states: np.ndarray) -> np.ndarray:
+    """The mean state, NaN of none. Shapes: `state width -> width`."""
+    return np.asarray(states.mean(0)) if len(states) else np.full(states.shape[1], np.nan)
 
 
 def _empty(asked: Questions, null: bool) -> Places:

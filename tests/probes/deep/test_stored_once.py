@@ -5,19 +5,24 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import accelerate
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import revprobe as rp
 import tiny
 from revprobe.errors import RevprobeError
+from revprobe.hooks.states import record_states
+from revprobe.models.structure import states_of
 from revprobe.probes.deep import stored_once
 from revprobe.probes.deep.stored_once import (
     ASKED_FORWARD,
+    NO_CENTRE,
     NO_EVIDENCE,
     NO_UNEMBEDDING,
     ONE_FORWARD,
@@ -25,9 +30,10 @@ from revprobe.probes.deep.stored_once import (
     TOO_FEW,
 )
 from revprobe.probes.passes.batches import make_batch, prepare_queries
+from revprobe.probes.passes.states import states_of_queries
 from revprobe.probes.passes.untrained import untrained_twin
 from revprobe.probes.statistics.estimators import LATER_BLOCK
-from revprobe.probes.statistics.stored_once import all_alike, places, ridge_fit
+from revprobe.probes.statistics.stored_once import Questions, all_alike, by_classifier, by_map, places, ridge_fit
 from tiny import FIXTURES, in_blocks, pairs_at
 
 radd = partial(tiny.radd, n_layers=2, n_heads=2, scale=0.3)
@@ -120,6 +126,52 @@ def test_ties_count_against_the_rank_and_half_in_the_place() -> None:
     assert rank.tolist() == [3, 5, 1] and correct.tolist() == [0, 0, 1]
     assert place.tolist() == [1 - 1.5 / 4, 0.5, 1.0]
     assert all_alike(np.ones((4, 3)) * 7.1) and not all_alike(np.eye(3))
+    scores[1, 3] = np.nan
+    assert np.isnan(places(scores, np.array([0, 2, 1]))).tolist() == [[False, True, False]] * 3
+
+
+@pytest.mark.parametrize("swapped", [(3,), (3, 4), (0, 3, 7), tuple(range(24))])
+def test_other_evidence_is_centred_on_reverse_states_as_they_are_however_few_have_it(swapped: tuple[int, ...]) -> None:
+    """Centred on themselves, two in one fold had no centre and one had none but itself."""
+    draw, facts = np.random.default_rng(7), 24
+    states, rows = draw.normal(size=(3 * facts, 9)), draw.normal(size=(facts, 5))
+    fact = np.tile(np.arange(facts), 3)
+    other = np.full(facts, -1)
+    other[list(swapped)] = 2 * facts + np.array(swapped)
+    asked = Questions(np.arange(facts), np.arange(facts, 2 * facts), other, fact, fact)
+    forward, reverse = states[:facts], states[facts : 2 * facts]
+    fold = np.random.default_rng(0).permutation(np.arange(facts) % 10)
+    mapped = by_map(states, rows, asked, ridge=0.1, seed=0, null=False)["reverse", "evidence"]
+    named = by_classifier(states, asked, ridge=0.1, seed=0, null=False)["reverse", "evidence"]
+    of_facts = weights_by_hand(forward, np.eye(facts), 0.1)
+    for one in range(facts):
+        if one not in swapped:
+            assert np.isnan([mapped[:, one], named[:, one]]).all()
+            continue
+        kept = fold != fold[one]
+        ends = rows - rows[kept].mean(0)
+        found = (states[2 * facts + one] - reverse[kept].mean(0)) @ weights_by_hand(forward[kept], rows[kept], 0.1)
+        scores = (found @ ends.T) / np.linalg.norm(ends, axis=1), (states[2 * facts + one] - reverse.mean(0)) @ of_facts
+        for table, score in zip((mapped, named), scores, strict=True):
+            rank = 1 + (score > score[one]).sum()
+            np.testing.assert_allclose(table[:, one], [rank, 1 - (rank - 1) / (facts - 1), rank == 1])
+
+
+def test_reverse_states_of_one_fold_alone_have_no_number_and_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The facts of the other fold are asked the same way twice, so that they have no reverse states to count from."""
+    monkeypatch.setattr("revprobe.probes.statistics.stored_once.FOLDS", 2)
+    fold = np.random.default_rng(0).permutation(np.arange(FACTS) % 2)
+    names = sorted(str(u) for u in range(FACTS))  # facts are counted by their names
+    made = []
+    for u in range(FACTS):
+        forward = rp.Query([u, 40, 20 + u, 54], [2], [0])
+        reverse = forward if fold[names.index(str(u))] else rp.Query([55, 20 + u, 40, u], [1], [3])
+        made.append(rp.ReversalPair(forward, reverse, fact=str(u)))
+    model = rp.ProbedModel(Holds("once").eval(), objective="masked", mask_token_id=53, logit_shift=0)
+    frame = rp.probe_stored_once(model, rp.ReversalPairs.from_pairs(made), untrained=False).frame
+    rows = frame[(frame["test"] == "map") & (frame["direction"] == "reverse") & (frame["layer"] == 0)]
+    assert set(rows["reason"]) == set(rows["reason_evidence"]) == {NO_CENTRE, ASKED_FORWARD}
+    assert rows[["rank", "place", "correct", "rank_evidence", "place_evidence"]].isna().all(axis=None)
 
 
 # --- planted --------------------------------------------------------------------------------------------------------
@@ -260,10 +312,35 @@ def test_targets_of_several_tokens_and_swapped_pairs_are_read() -> None:
         queries = (rp.Query(ids, [5, 6], [1]), rp.Query([*ids[2:4], *ids[:2], *ids[4:]], [5, 6], [3]))
         made.append(rp.ReversalPair(*queries, fact=str(fact)))
     reading = rp.probe_stored_once(radd(), rp.ReversalPairs.from_pairs(made))
-    assert reading.n == 10 and np.isfinite(reading.value)
+    assert reading.n == 10 and np.isfinite(reading.value) and reading.meta["target_rows"] == "mean"
     model = gpt2()
     swapped = rp.letter_pairs(5, model=model, alphabet=9)
     assert swapped.kind == "swapped" and np.isfinite(rp.probe_stored_once(model, swapped).value)
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_a_causal_state_has_read_no_token_of_its_target(width: int) -> None:
+    """Rows behind the first read the target, by which a model that was never trained tells it."""
+    draw, count, made = np.random.default_rng(0), 40, []
+    config = transformers.GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=0)
+    torch.manual_seed(0)
+    model = rp.ProbedModel(transformers.GPT2LMHeadModel(config).eval(), objective="causal")
+    drawn = draw.permutation(np.arange(10, 400))[: count * 2 * width].reshape(count, 2, -1)
+    for fact, (one, other) in enumerate(drawn.tolist()):
+        places = [*range(width + 3, 2 * width + 3)], [*range(1, width + 1)]
+        sides = rp.Query([1, *one, 2, 3, *other], *places), rp.Query([4, *other, 5, 6, *one], *places)
+        made.append(rp.ReversalPair(*sides, kind="swapped", fact=str(fact)))
+    pairs = rp.ReversalPairs.from_pairs(made)
+    reading = rp.probe_stored_once(model, pairs, untrained=False)
+    assert reading.meta["target_rows"] == "first" and reading.value <= 0.1, "chance is 0.025"
+    site = states_of(model).of("residual")[1]
+    queries = prepare_queries(model, pairs.queries)
+    found = states_of_queries(model, queries, [site], 16, lambda _: None)[0]
+    for query, state in zip(queries, found, strict=True):
+        before = torch.tensor([query.token_ids[: query.target_positions[0]]])
+        with torch.no_grad(), record_states(model.module, [site]) as alone:
+            model.module(before)
+        np.testing.assert_allclose(state, alone[site][0, -1].numpy(), atol=1e-5)
 
 
 def test_what_has_no_number_says_why() -> None:
@@ -351,3 +428,13 @@ def test_the_rows_of_an_adapted_unembedding_are_those_of_the_merged_one() -> Non
     assert np.abs(own - rows[1][0]).max() > 0.1, "the adapter counts"
     found, wanted = (rp.probe_stored_once(model, pairs, untrained=False).frame for model in models)
     pd.testing.assert_frame_equal(found[["rank", "place"]], wanted[["rank", "place"]])
+
+
+def test_weights_that_wait_elsewhere_give_the_same_numbers() -> None:
+    """The unembedding's weight is without numbers until it runs."""
+    pairs, model = tiny.pairs_at((1, 4), (2, 4), count=12, length=8), llama()
+    waiting = accelerate.cpu_offload(copy.deepcopy(model.module), execution_device=torch.device("cpu"))
+    assert waiting.get_output_embeddings().weight.is_meta
+    offloaded = rp.ProbedModel(waiting, rp.letter_tokenizer(), objective="causal")
+    found, wanted = (rp.probe_stored_once(one, pairs, untrained=False).frame for one in (offloaded, model))
+    pd.testing.assert_frame_equal(found, wanted)
