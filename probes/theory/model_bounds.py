@@ -17,7 +17,16 @@ from ...errors import RevprobeError
 from ...hooks.attention import tap_queries
 from ...hooks.untouched import untouched
 from ...models.probed import ProbedModel, as_probed
-from ...models.rotary import OTHER, STILL, TURNS, LayerPositions, Rotary, layer_positions, seen_positions
+from ...models.rotary import (
+    OTHER,
+    STILL,
+    TURNS,
+    LayerPositions,
+    Rotary,
+    grows_with_length,
+    layer_positions,
+    seen_positions,
+)
 from ...models.structure import attention_of
 from ...progress import Progress, shows_progress
 from ..pairs.pairs import ReversalPairs
@@ -37,7 +46,10 @@ TOKENS_DIFFER = "the two queries name evidence or target by different tokens"
 SEVERAL_TOKENS = "a score averaged over several tokens has no one distance"
 UNEQUAL = "the bound needs equal distances on opposite sides"
 NOT_TURNED = "queries do not turn with position (ALiBi, other biases or none): no bound by RoPE"
+ANGLES_DIFFER = "the two queries turn by different angles, as their lengths differ"
 NOT_SEEN = "queries of this layer are not seen (no scaled_dot_product_attention call)"
+
+Turning = dict[int, dict[int, Rotary]]  # layer -> tokens of a query -> how it is turned there
 
 
 @checked
@@ -157,7 +169,8 @@ def with_bounds(
     """An attention reading with RoPE's lower bound beside each score: then `.plot(kind="bounds")` draws both.
 
     The theorem has one query for both directions. In a one-layer model the mask's query is that; deeper, the two
-    prompts give two queries, and the bound of each stands in its own column.
+    prompts give two queries, and the bound of each stands in its own column. Where angles depend on the length of the
+    sequence (dynamic, longrope), those of each query's own length are taken, begin tokens counted.
 
     Args:
         reading: of `probe_attention_correlation` on this model and these pairs; the bounds are those of its layers.
@@ -165,7 +178,8 @@ def with_bounds(
         progress: called with (queries done, queries in all); None shows a bar, False nothing.
     Returns: the reading, its frame with the columns bound_forward, bound_reverse (sum_k w_k cos(2 D theta_k), w from
         the forward or the reverse query at its readout row), bound_mean (its mean over random queries), bound_reason
-        (why they are NaN: pairs of another kind, unequal distances, several tokens, a layer that RoPE does not turn).
+        (why they are NaN: pairs of another kind, unequal distances, several tokens, a layer that RoPE does not turn,
+        two queries that it turns by different angles).
     Raises: RevprobeError, when the reading is not an attention reading of these pairs and this checkpoint.
     Source: paper App. A.3 and Thm. 4.3.
     """
@@ -174,25 +188,33 @@ def with_bounds(
     _require_reading_of(reading, model, pairs)
     pair_reasons = reasons_without_bound(pairs, model.logit_shift)
     eligible = np.flatnonzero(pair_reasons == "")
-    positions = layer_positions(model, length=max(len(query.token_ids) for query in pairs.queries))
+    positions = _positions_by_length(model, {len(query.token_ids) for query in prepare_queries(model, pairs.queries)})
+    whole = positions[max(positions)]
     keys = reading.frame[["pair", "layer", "head"]]
     asked = set(keys["layer"])
-    turning = {
-        layer: found.rotary
-        for layer, found in positions.items()
-        if layer in asked and found.kind == TURNS and found.rotary
+    turning: Turning = {
+        layer: {length: of[layer].rotary for length, of in positions.items()}
+        for layer, found in whole.items()
+        if layer in asked and found.kind == TURNS
     }
+    bounds = pd.DataFrame(np.nan, index=range(len(keys)), columns=BOUNDS[:3]).assign(bound_reason="")
     if len(eligible) and turning:
-        parts = _bounds_by_pair(model, pairs.take(eligible), eligible, turning, batch_size, progress)
-        bounds = keys.merge(parts, on=["pair", "layer", "head"], how="left")[BOUNDS[:3]]
-    else:
-        bounds = pd.DataFrame(np.nan, index=range(len(keys)), columns=BOUNDS[:3])
+        parts = _bounds_by_pair(model, pairs, eligible, turning, batch_size, progress)
+        bounds = keys.merge(parts, on=["pair", "layer", "head"], how="left")[BOUNDS]
     by_kind = {TURNS: "", STILL: NOT_TURNED}
-    reason_of = {layer: by_kind.get(found.kind, found.reason) for layer, found in positions.items()}
-    layer_reasons = keys["layer"].map(lambda layer: reason_of.get(layer, NOT_SEEN))
-    reasons = np.where(pair_reasons[keys["pair"]] != "", pair_reasons[keys["pair"]], layer_reasons)
+    reason_of = {layer: by_kind.get(found.kind, found.reason) for layer, found in whole.items()}
+    reasons = keys["layer"].map(lambda layer: reason_of.get(layer, NOT_SEEN)).to_numpy(dtype=object)
+    reasons = np.where(reasons == "", bounds["bound_reason"].fillna(""), reasons)
+    reasons = np.where(pair_reasons[keys["pair"]] != "", pair_reasons[keys["pair"]], reasons)
     columns = {name: bounds[name].to_numpy() for name in BOUNDS[:3]} | {"bound_reason": reasons}
     return reading.with_columns(**columns)  # the scores are the same: no second bootstrap
+
+
+def _positions_by_length(model: ProbedModel, lengths: set[int]) -> dict[int, dict[int, LayerPositions]]:
+    """How position reaches each layer's queries in sequences of each length: layers of each."""
+    if grows_with_length(model.module):
+        return {length: layer_positions(model, length=length) for length in sorted(lengths)}
+    return dict.fromkeys(lengths, layer_positions(model, length=max(lengths)))
 
 
 def _require_reading_of(reading: Reading, model: ProbedModel, pairs: ReversalPairs) -> None:
@@ -232,51 +254,63 @@ def reasons_without_bound(pairs: ReversalPairs, logit_shift: int) -> np.ndarray:
 def _bounds_by_pair(
     model: ProbedModel,
     pairs: ReversalPairs,
-    numbers: np.ndarray,
-    turning: dict[int, Rotary],
+    eligible: np.ndarray,
+    turning: Turning,
     size: int | None,
     progress: Progress | bool | None,
 ) -> pd.DataFrame:
     """Bounds of pairs of one target and one evidence token at opposite offsets, one row per pair, layer and head."""
-    distance = np.abs(pairs.offsets(model.logit_shift)[0])
-    by_query = np.zeros(len(pairs.queries))
-    by_query[pairs.forward], by_query[pairs.reverse] = distance, distance
-    run = lambda: _bounds_by_query(model, pairs.queries, by_query, turning, size, progress)  # noqa: E731
-    bounds = in_equal_lengths_if_need_be(model, run)
+    distance = np.abs(pairs.offsets(model.logit_shift)[0])[eligible]
+    forward, reverse = pairs.forward[eligible], pairs.reverse[eligible]
+    queries = prepare_queries(model, pairs.queries)  # all of them, as they were read: one may ask for a begin token
+    by_query = np.full(len(queries), np.nan)
+    by_query[forward], by_query[reverse] = distance, distance
+    run = lambda: _bounds_by_query(model, queries, by_query, turning, size, progress)  # noqa: E731
+    length = np.array([len(query.token_ids) for query in queries])
     parts = []
-    for layer, values in bounds.items():
+    for layer, values in in_equal_lengths_if_need_be(model, run).items():
+        angles = {number: turning[layer][number].frequencies for number in np.unique(length)}
+        mean, alike = np.empty(len(eligible)), np.empty(len(eligible), dtype=bool)
+        for place, (one, other) in enumerate(zip(length[forward], length[reverse], strict=True)):
+            mean[place] = mean_bound(angles[one], distance[place])
+            alike[place] = one == other or np.array_equal(angles[one], angles[other])
         heads = values.shape[1]
-        columns = {"pair": np.repeat(numbers, heads), "layer": layer, "head": np.tile(np.arange(heads), len(pairs))}
-        columns |= {"bound_forward": values[pairs.forward].ravel(), "bound_reverse": values[pairs.reverse].ravel()}
-        columns["bound_mean"] = np.repeat(mean_bound(turning[layer].frequencies, distance), heads)
+        columns = {"pair": np.repeat(eligible, heads), "layer": layer, "head": np.tile(np.arange(heads), len(eligible))}
+        bounds = {"bound_forward": values[forward], "bound_reverse": values[reverse]}
+        bounds["bound_mean"] = np.repeat(mean[:, None], heads, axis=1)
+        columns |= {name: np.where(alike[:, None], bound, np.nan).ravel() for name, bound in bounds.items()}
+        columns["bound_reason"] = np.repeat(np.where(alike, "", ANGLES_DIFFER), heads)
         parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
 
 
 def _bounds_by_query(
     model: ProbedModel,
-    queries: tuple[Query, ...],
+    queries: list[Query],
     distance: np.ndarray,
-    turning: dict[int, Rotary],
+    turning: Turning,
     size: int | None,
     progress: Progress | bool | None,
 ) -> dict[int, np.ndarray]:
-    """The q-specific bound of each query at its distance. Shapes: layer -> `query head`."""
-    prepared = prepare_queries(model, queries)
-    size = queries_per_batch(model, prepared, size)
+    """The q-specific bound of each prepared query at its distance, NaN without one. Shapes: layer -> `query head`."""
+    chosen = np.flatnonzero(~np.isnan(distance))
+    size = queries_per_batch(model, [queries[q] for q in chosen], size)
     found: dict[int, np.ndarray] = {}
     done = 0
     with untouched(model.module), torch.no_grad():
-        for numbers in in_batches(model, range(len(prepared)), size, lambda q: len(prepared[q].token_ids)):
-            batch = make_batch(model, [prepared[q] for q in numbers])
+        for numbers in in_batches(model, chosen.tolist(), size, lambda q: len(queries[q].token_ids)):
+            batch = make_batch(model, [queries[q] for q in numbers])
             with tap_queries(model.module, batch.attention_rows, attention_of(model)) as calls:
                 logits_at_rows(model, batch)
-            apart = distance[numbers, None]
-            for layer, rotary in turning.items():
-                energy = rotary.plane_energy(calls[layer].query[:, :, 0].double().cpu().numpy())
-                bound = rope_query_bound(energy, apart, frequencies=rotary.frequencies)
-                found.setdefault(layer, np.full((len(prepared), bound.shape[1]), np.nan))[numbers] = bound
+            length = np.array([len(queries[q].token_ids) for q in numbers])
+            for layer, rotary_of in turning.items():
+                query = calls[layer].query[:, :, 0].double().cpu().numpy()
+                table = found.setdefault(layer, np.full((len(queries), query.shape[1]), np.nan))
+                for own in np.unique(length):
+                    here, rotary = length == own, rotary_of[int(own)]
+                    energy, rows = rotary.plane_energy(query[here]), np.array(numbers)[here]
+                    table[rows] = rope_query_bound(energy, distance[rows, None], frequencies=rotary.frequencies)
             done += len(numbers)
             if callable(progress):
-                progress(done, len(prepared))
+                progress(done, len(chosen))
     return found

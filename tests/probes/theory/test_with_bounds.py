@@ -4,6 +4,7 @@ import math
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers as tf
@@ -16,11 +17,13 @@ from revprobe import (
     ReversalPairs,
     RevprobeError,
     letter_pairs,
+    letter_tokenizer,
     probe_attention_correlation,
     probe_gradient_cosine,
     rope_correlation_bound,
     with_bounds,
 )
+from revprobe.models.families.sdar import SDARConfig, SDARForMaskedDiffusion
 from revprobe.probes.passes import asked
 from revprobe.probes.theory import model_bounds as model_theory_file
 from tiny import drawn
@@ -182,6 +185,78 @@ def test_the_bound_is_of_each_sides_query_by_its_layers_angles_and_planes(
         assert row["bound_mean"] == pytest.approx(mean, abs=1e-6)
     deeper = frame[frame["layer"] == 1]
     assert (deeper["bound_forward"] - deeper["bound_reverse"]).abs().max() > 0.05, "one query would hide an exchange"
+
+
+# --- angles that depend on the length ---------------------------------------------------------------------------------
+
+SHORT, LONG, LIMIT = [1.0] * 4, [6.0, 9.0, 20.0, 30.0], 16  # longrope's divisors of up to so many tokens, and of more
+
+
+def stretched(shift: int = 0) -> ProbedModel:
+    """One layer of two heads, whose angles are others beyond 16 tokens."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": LIMIT, "factor": 4.0}
+    rope |= {"short_factor": SHORT, "long_factor": LONG}
+    sizes = {"vocab_size": 56, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+    config = SDARConfig(**sizes, bos_token_id=54, eos_token_id=54, pad_token_id=55, rope_parameters=rope)
+    module = drawn(lambda: SDARForMaskedDiffusion(config), scale=0.3)
+    wrapping = {"mask_token_id": 53, "block_size": "whole", "begin_token_id": 54, "logit_shift": shift}
+    return ProbedModel(module, letter_tokenizer(), objective="masked", **wrapping)
+
+
+def mirrored_at(place: int, forward: int, reverse: int, fact: int) -> ReversalPair:
+    """A target at `place` and evidence three tokens behind it, and the other way round, in queries of two lengths."""
+    draw, sides = np.random.default_rng(fact), []
+    for length, target, evidence in ((forward, place, place + 3), (reverse, place + 3, place)):
+        tokens = draw.integers(1, 20, length).tolist()
+        tokens[target], tokens[evidence] = 27 + fact, 20 + fact
+        sides.append(Query(tokens, [target], [evidence]))
+    return ReversalPair(*sides, fact=str(fact))
+
+
+@pytest.mark.parametrize("size", [None, 1])
+def test_each_query_has_the_angles_of_its_own_length(size: int | None) -> None:
+    """Asked of the longest for all, the short queries' bound was 0.88 and is 0.95."""
+    lengths = [(8, 8), (LIMIT, LIMIT), (LIMIT + 1, LIMIT + 1), (24, 24), (9, 12), (20, 24), (LIMIT, LIMIT + 1), (24, 8)]
+    made = [mirrored_at(2, *two, fact=fact) for fact, two in enumerate(lengths)]
+    model = stretched()
+    found = bounded(model, made, size)
+    plain = 1e4 ** (-np.arange(4) / 4)
+    for fact, (two, pair) in enumerate(zip(lengths, made, strict=True)):
+        rows = found[found["pair"] == fact]
+        if (two[0] > LIMIT) != (two[1] > LIMIT):
+            assert rows["bound_reason"].eq(model_theory_file.ANGLES_DIFFER).all()
+            assert rows[["bound_forward", "bound_reverse", "bound_mean"]].isna().all(axis=None)
+            continue
+        assert rows["bound_reason"].eq("").all()
+        theta = plain / (LONG if two[0] > LIMIT else SHORT)
+        # Their distances are 3 on opposite sides, behind a readout row at the target.
+        np.testing.assert_allclose(rows["bound_mean"], np.cos(6 * theta).mean(), atol=1e-6)
+        alone = bounded(model, [pair], 1)
+        for column in ("bound_forward", "bound_reverse", "bound_mean"):
+            np.testing.assert_allclose(rows[column], alone[column], atol=1e-5)
+
+
+def test_a_begin_token_counts_for_all_queries_where_one_asks_for_it() -> None:
+    """The target of the first stands at position 0, so that the second is read behind a begin token as well."""
+    # A row before the target, evidence is 4 tokens away in one direction and 4 in the other.
+    first, second = Query([40, 1, 2, 3, 30], [0], [4]), Query([1, 2, 3, 30, 4, 40], [5], [3])
+    made = [ReversalPair(first, second, fact="0")]
+    for fact, length in enumerate((LIMIT - 1, LIMIT), 1):
+        tokens = [int(token) for token in np.random.default_rng(fact).integers(1, 20, length)]
+        forward, reverse = [*tokens], [*tokens]
+        forward[3], forward[6], reverse[9], reverse[4] = 27 + fact, 20 + fact, 27 + fact, 20 + fact
+        made.append(ReversalPair(Query(forward, [3], [6]), Query(reverse, [9], [4]), fact=str(fact)))
+    found = bounded(stretched(shift=1), made, None)
+    plain = 1e4 ** (-np.arange(4) / 4)
+    for fact, divisors in ((1, SHORT), (2, LONG)):  # with the begin token they are of 16 and of 17 tokens
+        rows = found[found["pair"] == fact]
+        np.testing.assert_allclose(rows["bound_mean"], np.cos(8 * plain / divisors).mean(), atol=1e-6)
+
+
+def bounded(model: ProbedModel, made: list[ReversalPair], size: int | None) -> pd.DataFrame:
+    pairs = ReversalPairs.from_pairs(made)
+    return with_bounds(probe_attention_correlation(model, pairs, control=False), model, pairs, batch_size=size).frame
 
 
 # --- which layers and how many at a time -----------------------------------------------------------------------------
