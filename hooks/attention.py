@@ -94,13 +94,15 @@ def _joined(parts: list[AttentionRows]) -> AttentionRows:
 class QueryRows:
     """The queries of one layer, and the keys if asked, as the scores see them: after RoPE, before the scale.
 
-    Shapes: `query`: `batch heads rows dim`, `key`: `batch heads columns dim`, float32 or wider. A key that several
-    query heads share stands under each of them.
+    Shapes: `query`: `batch heads rows dim`, `key`: `batch heads columns dim`, float32 or wider; `hidden`: `batch heads
+    rows columns`, what the mask keeps from the rows, with keys alone. A key that several query heads share stands under
+    each of them.
     """
 
     site: str
     query: Tensor
     key: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 @contextmanager
@@ -190,25 +192,28 @@ def tap_queries(
 ) -> Iterator[dict[int, QueryRows]]:
     """Record the queries at `rows`, and the keys at `columns`, of every SDPA layer of `module` while open, by layer.
 
-    Shapes: `rows`: `batch rows`, `columns`: `batch columns` (long); no keys when None. Adds hooks to the module tree
-    and removes exactly those, also when the forward pass raises.
+    Shapes: `rows`: `batch rows`, `columns`: `batch columns` (long); no keys, and not what is hidden, when None. Adds
+    hooks to the module tree and removes exactly those, also when the forward pass raises.
     """
     layers: dict[int, QueryRows] = {}
-    parts: dict[int, dict[int, tuple[Tensor, Tensor | None]]] = {}
+    parts: dict[int, dict[int, tuple[Tensor, Tensor | None, Tensor | None]]] = {}
 
+    @torch.no_grad()
     def see(site: AttentionSite, func: Any, args: Any, kwargs: Any, _: Uncentred) -> None:
         if site.repeats or func is not F.scaled_dot_product_attention:
             return
         call = canonical(sdpa_call(args, kwargs), site.layout, len(rows))
         if call is None:
             return
-        query, key = call["query"].detach(), None
+        query, key, hidden = call["query"].detach(), None, None
         if columns is not None:
             shared = query.shape[1] // call["key"].shape[1]
             key = _wide_at(call["key"].detach(), columns, site.shift[1]).repeat_interleave(shared, dim=1)
-        parts.setdefault(site.layer, {})[site.first_head] = _wide_at(query, rows, site.shift[0]), key
-        queries, keys = zip(*(part for _, part in sorted(parts[site.layer].items())), strict=True)
-        layers[site.layer] = QueryRows(site.path, torch.cat(queries, 1), None if key is None else torch.cat(keys, 1))
+            scores = call_rows(call, rows.to(query.device) + site.shift[0])
+            hidden = _at_columns(scores, columns, site.shift[1]).isneginf()
+        parts.setdefault(site.layer, {})[site.first_head] = _wide_at(query, rows, site.shift[0]), key, hidden
+        found = zip(*(part for _, part in sorted(parts[site.layer].items())), strict=True)
+        layers[site.layer] = QueryRows(site.path, *(None if one[0] is None else torch.cat(one, 1) for one in found))
 
     with watched_calls(module, attention, see):
         yield layers
@@ -223,5 +228,10 @@ def _wide_at(vectors: Tensor, positions: Tensor, first: int) -> Tensor:
 def _weigh(scores: Tensor, columns: Tensor, first: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
     """Scores and weights at the columns, and the mass on the query's own keys, which start at `first`."""
     weights = weights_of(scores)
-    at = (columns.to(scores.device) + first)[:, None, None, :].expand(*scores.shape[:3], -1)
-    return scores.gather(-1, at), weights.gather(-1, at), weights[..., first : first + keys].sum(-1)
+    at = partial(_at_columns, columns=columns, first=first)
+    return at(scores), at(weights), weights[..., first : first + keys].sum(-1)
+
+
+def _at_columns(values: Tensor, columns: Tensor, first: int) -> Tensor:
+    """Shapes: `batch heads rows keys, batch columns -> batch heads rows columns`."""
+    return values.gather(-1, (columns.to(values.device) + first)[:, None, None, :].expand(*values.shape[:3], -1))

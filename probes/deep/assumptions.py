@@ -19,6 +19,7 @@ from ...models.probed import ProbedModel, as_probed
 from ...models.rotary import STILL, TURNS, LayerPositions, Rotary, seen_positions
 from ...models.structure import attention_of
 from ...progress import Progress, shows_progress
+from ..attention import EVIDENCE_HIDDEN
 from ..pairs.pairs import ReversalPairs
 from ..passes.alone import in_equal_lengths_if_need_be
 from ..passes.asked import asked_pairs, out_of_sight
@@ -60,7 +61,8 @@ def audit_assumptions(
     Keys of the evidence and queries of the readout row are taken as the scores see them (after bias, norm and
     rotation) and turned back to position 0. A fact's key is the mean over its pairs, less the mean over the facts that
     are asked at the same places. Pairs that the theorem speaks of (one target and one evidence token, equal distances
-    on opposite sides) are audited if there are any; else all, without a bound and without a verdict.
+    on opposite sides) are audited if there are any; else all, without a bound and without a verdict. In a layer whose
+    mask hides a pair's evidence from either query (a window), it is audited without that pair.
 
     A head's verdict is 'cannot tell' with fewer facts than 2 x head dimension; 'holds' where the cross-plane share lies
     inside the 95 % of its null AND the bound with measured values lies within 0.05 of the assumed one, in both
@@ -71,8 +73,7 @@ def audit_assumptions(
     interval, and the null's, are the means of the heads' own: as wide as if all heads went together.
 
     Args:
-        permutations: of the null, at least 40.
-        layers: all when None.
+        permutations: of the null, at least 40; layers: all when None.
 
     Frame: one row per layer, head, direction (of the queries whose keys and queries are taken) and plane. Of the plane:
     frequency, rho (alignment) and trace (over its mean over planes), each with _low and _high (95 %, over facts),
@@ -82,8 +83,8 @@ def audit_assumptions(
     bound_assumed, bound_measured, exact (by q and the whole covariance) and correlation (measured, of both directions'
     scores, with its interval), means over groups; key_match and query_match (cosines between the directions; the
     theorem has one key and one query, so 1); facts, pairs, facts_needed; direction_verdict, why, verdict (the head's).
-    reason: why planes have no number; reason_bound: why there is no bound and no verdict. A layer without planes has
-    one row per head and direction.
+    reason: why planes have no number; reason_bound: why there is no bound and no verdict. A layer without planes, or
+    that shows no evidence, has one row per head and direction.
     Cost: one forward per query, and permutations x products of keys.
     Raises: RevprobeError, when no attention call is seen, for a layer the model lacks, fewer than 40 permutations,
         queries that do not fit the model, or virtual tokens.
@@ -100,8 +101,9 @@ def audit_assumptions(
     about: dict[str, Any] = describe(model, PassResult(pairs, np.array([]), []), plan)
     reading = Reading("assumption_audit", audit.frame(permutations), about)
     about |= {"layers": audit.layers, "permutations": permutations, "tolerance": TOLERANCE}
-    about |= {"facts_per_entry": FACTS_PER_ENTRY, "pairs_audited": len(audit.audited.fact)}
-    about |= {"pairs_left_out": audit.left_out, "strata": audit.audited.strata_count}
+    about["pairs_audited"] = len(audit.audited.fact)
+    about |= {"facts_per_entry": FACTS_PER_ENTRY, "strata": audit.audited.strata_count}
+    about |= {"pairs_left_out": audit.left_out, "pairs_hidden": audit.hidden_in()}
     about["statistic"] = reading.measured.statistic
     return reading
 
@@ -111,12 +113,14 @@ class _Vectors:
     """What one layer was seen to do with each query.
 
     `query`, `key`: means over readout rows and over evidence tokens, turned back, complex64; None where the layer has
-    no planes. `score`: mean of q . k over rows and tokens. Shapes: `query head plane` twice, `query head`.
+    no planes. `score`: mean of q . k over rows and tokens; `hidden`: whether the mask keeps some of the evidence from
+    some row, in any head. Shapes: `query head plane` twice, `query head`, `query`.
     """
 
     query: np.ndarray | None
     key: np.ndarray | None
     score: np.ndarray
+    hidden: np.ndarray
 
 
 @dataclass
@@ -129,6 +133,8 @@ class _Audit:
     heads: dict[int, int]
     missing: dict[int, str]
     rotary: dict[int, Rotary]
+    pairs: ReversalPairs
+    unseen: np.ndarray  # of each query, whether its evidence is in a later block
     audited: Audited
     left_out: dict[str, int]
     seen: dict[int, _Vectors] = field(default_factory=dict)
@@ -142,12 +148,13 @@ class _Audit:
         most = max(attention.heads.values(), default=0)
         lengths = {len(query.token_ids) for query in queries}
         positions = [seen_positions(model, length=length) for length in sorted({min(lengths), max(lengths)})]
-        audited, left_out = _audited(model, pairs, out_of_sight(model, queries))
+        unseen = out_of_sight(model, queries)
+        audited, left_out = _audited(model, pairs, unseen)
         found = {layer: _planes_of([some.get(layer) for some in positions]) for layer in chosen}
         missing = {layer: attention.without.get(layer, why) for layer, (_, why) in found.items() if why}
         rotary = {layer: one for layer, (one, _) in found.items() if one is not None}
         heads = {layer: attention.heads.get(layer, most) for layer in chosen}
-        audit = cls(model, plan, chosen, heads, missing, rotary, audited, left_out)
+        audit = cls(model, plan, chosen, heads, missing, rotary, pairs, unseen, audited, left_out)
         in_equal_lengths_if_need_be(model, lambda: audit._see(queries))
         return audit
 
@@ -167,10 +174,12 @@ class _Audit:
                 places = [_numbers(one) for one in (batch.rows, batch.columns)]
                 weights = [_mean_weights(one) for one in (batch.is_target, batch.is_evidence)]
                 for layer in {*self.layers} & {*calls}:
-                    query, key = calls[layer].query, calls[layer].key
-                    assert key is not None, "the tap was asked for keys"
+                    query, key, hidden = calls[layer].query, calls[layer].key, calls[layer].hidden
+                    assert key is not None and hidden is not None, "the tap was asked for keys"
+                    cells = (batch.is_target[:, None, :, None] & batch.is_evidence[:, None, None]).to(hidden.device)
                     vectors = [_numbers(query), _numbers(key)]
                     self._keep(layer, len(queries), numbers, vectors, places, weights)
+                    self.seen[layer].hidden[numbers] = (hidden & cells).flatten(1).any(1).cpu().numpy()
                 done += len(numbers)
                 if callable(self.plan.progress):
                     self.plan.progress(done, len(asked))
@@ -192,7 +201,7 @@ class _Audit:
             heads, planes = query.shape[1], query.shape[3] // 2
             empty = lambda: np.full((count, heads, planes), np.nan, dtype=np.complex64)  # noqa: E731
             tables = [empty(), empty()] if rotary is not None else [None, None]
-            self.seen[layer] = _Vectors(tables[0], tables[1], np.full((count, heads), np.nan))
+            self.seen[layer] = _Vectors(*tables, np.full((count, heads), np.nan), np.zeros(count, dtype=bool))
         kept = self.seen[layer]
         kept.score[numbers] = score
         if rotary is None:
@@ -207,15 +216,27 @@ class _Audit:
         for layer in self.layers:
             vectors, why = self.seen.get(layer), self.missing.get(layer, "")
             scores = None if vectors is None else vectors.score
-            if not len(self.audited.fact):
-                why = why or next(iter(self.left_out), ALONE)
+            audited, left_out = self._audited_in(layer)
+            if not len(audited.fact):
+                why = why or (EVIDENCE_HIDDEN if EVIDENCE_HIDDEN in left_out else next(iter(left_out), ALONE))
             if why or vectors is None or vectors.query is None or vectors.key is None:
-                parts.append(rows_without_planes(self.audited, layer, self.heads[layer], scores, why or NOT_SEEN))
+                parts.append(rows_without_planes(audited, layer, self.heads[layer], scores, why or NOT_SEEN))
                 continue
             frequencies, seed = self.rotary[layer].frequencies, self.plan.seed
             options: dict[str, Any] = {"frequencies": frequencies, "permutations": permutations, "seed": seed}
-            parts.append(layer_rows(self.audited, layer, vectors.query, vectors.key, vectors.score, **options))
+            parts.append(layer_rows(audited, layer, vectors.query, vectors.key, vectors.score, **options))
         return pd.concat(parts, ignore_index=True)
+
+    def _audited_in(self, layer: int) -> tuple[Audited, dict[str, int]]:
+        """The pairs whose evidence the layer's mask shows to both queries, and how many are not audited, by reason."""
+        if layer not in self.seen or not self.seen[layer].hidden.any():
+            return self.audited, self.left_out
+        return _audited(self.model, self.pairs, self.unseen, self.seen[layer].hidden)
+
+    def hidden_in(self) -> dict[str, int]:
+        """Layer -> how many pairs it does not show their evidence, of layers where there are any."""
+        counts = {str(layer): self._audited_in(layer)[1].get(EVIDENCE_HIDDEN, 0) for layer in self.layers}
+        return {layer: count for layer, count in counts.items() if count}
 
 
 def _planes_of(found: list[LayerPositions | None]) -> tuple[Rotary | None, str]:
@@ -234,8 +255,13 @@ def _planes_of(found: list[LayerPositions | None]) -> tuple[Rotary | None, str]:
     return rotaries[0], ""
 
 
-def _audited(model: ProbedModel, pairs: ReversalPairs, unseen: np.ndarray) -> tuple[Audited, dict[str, int]]:
-    """The pairs that are audited, and how many are not, by reason."""
+def _audited(
+    model: ProbedModel, pairs: ReversalPairs, unseen: np.ndarray, hidden: np.ndarray | None = None
+) -> tuple[Audited, dict[str, int]]:
+    """The pairs that are audited, and how many are not, by reason.
+
+    Args: `unseen`, `hidden`, of each query, whether its evidence is in a later block, or behind a layer's mask.
+    """
     later = unseen[pairs.forward] | unseen[pairs.reverse]
     without = reasons_without_bound(pairs, model.logit_shift)
     if model.objective == "causal":
@@ -243,6 +269,8 @@ def _audited(model: ProbedModel, pairs: ReversalPairs, unseen: np.ndarray) -> tu
     bounded = (without == "") & ~later
     reason = "" if bounded.any() else _commonest(without[~later], LATER_BLOCK)
     out = np.where(later, LATER_BLOCK, without if bounded.any() else "").astype(object)
+    if hidden is not None:
+        out[(out == "") & (hidden[pairs.forward] | hidden[pairs.reverse])] = EVIDENCE_HIDDEN
     kept = np.flatnonzero(out == "")
     groups, facts = pairs.groups(model.logit_shift), facts_of(pairs).unit
     if facts_of(pairs).sizes["prompts"]:  # the same keys and queries, to the bit

@@ -16,6 +16,7 @@ import revprobe as rp
 import tiny
 from revprobe.errors import RevprobeError
 from revprobe.models.rotary import UNCHECKED, Rotary
+from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.deep.assumption_frame import SAME_KEY
 from revprobe.probes.deep.assumptions import ALONE, LENGTHS, NO_PLANES, ONE_SIDE
 from revprobe.probes.passes.batches import make_batch, prepare_queries
@@ -476,6 +477,48 @@ def test_angles_that_depend_on_the_length_are_turned_back_for_queries_of_one_len
     uneven = pairs_at((1, 9), (3, 9), length=12, count=20, ragged=True)
     odd = rp.audit_assumptions(model, uneven, layers=[0]).frame
     assert set(odd["reason"]) == {LENGTHS} and odd["cross_share"].isna().all()
+
+
+def windowed() -> rp.ProbedModel:
+    """Two layers, of which the second sees three tokens to each side."""
+    window = {"global_attn_every_n_layers": 2, "local_attention": 6, "cls_token_id": 54, "sep_token_id": 54}
+    config = transformers.ModernBertConfig(**tiny.SIZES, **window)
+    module = tiny.drawn(lambda: tiny.language_model(config, "masked"), scale=0.3)
+    return rp.ProbedModel(module, rp.letter_tokenizer(), objective="masked", mask_token_id=MASK)
+
+
+def test_a_layer_is_audited_on_the_pairs_whose_evidence_its_mask_shows() -> None:
+    """What it would make of a key that it never meets is no finding."""
+    model, count = windowed(), 12
+    near, far = (
+        [
+            rp.ReversalPair(
+                rp.Query([7, *[1] * 6, 40 + fact, *[1] * apart, 10 + fact, *[2] * (9 - apart)], [7], [8 + apart]),
+                rp.Query([7, *[2] * (9 - apart), 10 + fact, *[1] * apart, 40 + fact, *[1] * 6], [11], [10 - apart]),
+                fact=str(fact),
+            )
+            for fact in range(count)
+        ]
+        for apart in (1, 6)
+    )
+    audit = partial(rp.audit_assumptions, model, permutations=40, seed=3)
+    both, of_near, of_far = (audit(rp.ReversalPairs.from_pairs(some)) for some in ([*near, *far], near, far))
+    second = [reading.frame[reading.frame["layer"] == 1].reset_index(drop=True) for reading in (both, of_near, of_far)]
+    pd.testing.assert_frame_equal(second[0], second[1], check_categorical=False)
+    assert second[1]["reason"].eq("").all() and second[1]["correlation"].notna().all()
+    assert second[2]["reason"].eq(EVIDENCE_HIDDEN).all() and second[2]["pairs"].eq(0).all()
+    assert second[2][["cross_share", "correlation", "bound_assumed"]].isna().all(axis=None)
+    assert second[2]["verdict"].isna().all()
+    first = both.frame[both.frame["layer"] == 0]
+    assert first["pairs"].eq(2 * count).all() and first["correlation"].notna().all()
+    assert both.meta["pairs_hidden"] == of_far.meta["pairs_hidden"] == {"1": count}
+    assert of_near.meta["pairs_hidden"] == {}
+    # The attention probe finds the same of them, head by head.
+    probed = rp.probe_attention_correlation(model, rp.ReversalPairs.from_pairs([*near, *far]))
+    seen = probed.summary(by=["layer", "head"])
+    wanted = heads_of(both)["correlation"].xs("forward", level="direction")
+    found = seen.set_index(["layer", "head"])["value"].loc[wanted.index]
+    np.testing.assert_allclose(wanted, found, atol=1e-6)
 
 
 def test_partial_rotation_is_read_as_one_still_block() -> None:
