@@ -52,8 +52,8 @@ def storage_gradient_cosines(
     require_one_entry(pairs)
     if any(len(query.target_positions) > 1 for query in pairs.queries):
         raise RevprobeError("a target of several tokens has no single prediction error; use single-token targets")
-    whole = [Query.unchecked(q.token_ids, q.target_positions, range(len(q.token_ids))) for q in pairs.queries]
-    queries = prepare_queries(model, whole)
+    prepared = prepare_queries(model, pairs.queries)  # a begin token is one of those that S has a column for
+    queries = [Query.unchecked(q.token_ids, q.target_positions, range(len(q.token_ids))) for q in prepared]
     size = queries_per_batch(model, queries, batch_size)
 
     def run() -> tuple[list[list[int]], list[tuple[Tensor, Tensor]]]:
@@ -72,7 +72,7 @@ def storage_gradient_cosines(
     table = pd.DataFrame(columns | {"cosine_error": of_error, "cosine_attention": of_mass})
     if model.block_size is None:
         return table
-    unseen = out_of_sight(model, prepare_queries(model, pairs.queries))
+    unseen = out_of_sight(model, prepared)
     later = unseen[pairs.forward] | unseen[pairs.reverse]
     table.loc[later, ["cosine", "cosine_error", "cosine_attention"]] = np.nan
     return table.assign(reason=np.where(later, LATER_BLOCK, ""))
