@@ -1,4 +1,4 @@
-"""What a model would say at the hidden place of one question: its likeliest tokens, and where the right one stands."""
+"""What a model would say at a target's place of one question: its likeliest tokens, and where the right one stands."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ from .passes.likelihood import readout
 
 @checked
 def top_predictions(model: ProbedModel | nn.Module, question: ReversalPair | Query, *, top: int = 10) -> pd.DataFrame:
-    """The likeliest tokens at each hidden place of one question, all its targets hidden at once.
+    """The likeliest tokens at each target's place of one question.
 
-    Inside `with rp.edit_attention(...)` they are those of the edited model: see `probe_route_edit` for what an edit
-    does to many pairs. The probabilities are those of `probe_reverse_probability(mode="parallel")`.
+    A masked model sees all targets hidden at once, and the probabilities are the factors of
+    `probe_reverse_probability(mode="parallel")`. A causal model hides nothing: each place is read behind the clean
+    tokens before it, those of a target of several among them, and the probabilities are the factors of
+    `mode="chain"`. Inside `with rp.edit_attention(...)` they are those of the edited model: see `probe_route_edit` for
+    what an edit does to many pairs.
 
-    Columns: direction ("forward" and "reverse" of a pair, "query" of a single query); position (the hidden place in the
+    Columns: direction ("forward" and "reverse" of a pair, "query" of a single query); position (the target's, in the
     sequence that the model is given: where a begin token is put before the query it is position 0), target (the token
     id asked for there), target_text; rank (1 is the likeliest; ties in the order of token ids), token, text (in
     letters, a blank as `␣`; the id without a tokenizer), probability, log_probability (nats), is_target. The right

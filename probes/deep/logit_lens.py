@@ -23,6 +23,7 @@ from ..passes.asked import asked_pairs, out_of_sight
 from ..passes.batches import (
     QueryBatch,
     in_batches,
+    make_batch,
     prepare_queries,
     queries_per_batch,
     require_tokens_alone,
@@ -75,17 +76,18 @@ def probe_logit_lens(
 
     Args:
         contributions: also what each head and each MLP adds to the target's logit directly, along the residual stream
-            alone (`probe_stored_evidence` takes that further apart); one further run with everything nonlinear held,
-            and a backward pass for each target.
+            alone (`probe_stored_evidence` takes that further apart); further runs with everything nonlinear held, and a
+            backward pass for each target; query by query where a whole batch is no sum (experts that sort its tokens).
         layers: which are read, all when None; -1 is the embedding. A gain is from the embedding whatever is chosen.
 
     Frame: pair, fact, kind, direction, site ("residual", "head" or "mlp"), layer, head (missing but for heads),
-    log_probability (nats; of several target tokens, all hidden at once, their sum: at the last layer that of
-    `probe_reverse_probability(mode="parallel")`), rank (1-based, the worst over tokens), entropy (nats; mean over
-    tokens), gain (nats), logit (of a state, the target's; of a head or an MLP, what it adds to it; mean over tokens),
-    and log_probability_control, gain_control, logit_control; reason, reason_control. Heads and MLPs have a logit
-    alone. Evidence in a later block, a layer without a residual state, and contributions to a logit that is no sum are
-    NaN with that reason (`meta["no_contributions"]` says what the logit is instead).
+    log_probability (nats; of several target tokens their sum: at the last layer that of
+    `probe_reverse_probability(mode="parallel")` of a masked model, which sees them all hidden at once, and of
+    `mode="chain"` of a causal one, whose rows have read the target's tokens before theirs), rank (1-based, the worst
+    over tokens), entropy (nats; mean over tokens), gain (nats), logit (of a state, the target's; of a head or an MLP,
+    what it adds to it; mean over tokens), and log_probability_control, gain_control, logit_control; reason,
+    reason_control. Heads and MLPs have a logit alone. Evidence in a later block, a layer without a residual state, and
+    contributions to a logit that is no sum are NaN with that reason (`meta["no_contributions"]` says what it is).
     Cost: 1 + layers x target tokens / tokens forwards per query.
     Raises: RevprobeError, for a layer the model lacks, a model whose last layer's state is not what its logits are
         made from, one that does not treat every token by itself behind it, or virtual tokens.
@@ -128,7 +130,7 @@ class _Lens:
         self.sides = {"forward": pairs.forward, "reverse": pairs.reverse}
         self.asks = self._asks()
         self.places, self.silent = self._places()
-        self.no_sum = ""
+        self.no_sum, self.one_by_one = "", False
         count, most = len(self.queries), max(map(len, self.asks))
         self.log, self.logit = np.zeros((2, count, len(self.read), most))
         self.rank, self.entropy = np.zeros((2, count, len(self.read)))
@@ -204,27 +206,42 @@ class _Lens:
             np.maximum.at(self.rank, place, rank.cpu().numpy())
 
     def _take_apart(self, batch: QueryBatch, numbers: Sequence[int], wanted: torch.Tensor) -> None:
-        """What heads and MLPs add to the logits of every ask; nothing, where the logit is no such sum."""
-        mlps = self.states.of("mlp")
-        chosen = [mlps[layer] for site, layer, _ in self.places if site == "mlp"]
+        """What heads and MLPs add to the logits of every ask; nothing, where the logit is no such sum.
+
+        Experts that sort the tokens of a whole batch make sums of one query alone, so a batch is asked query by query
+        before that is said, and those after it as well.
+        """
+        if not self.one_by_one:
+            try:
+                return self._share_out(batch, numbers, wanted)
+            except RevprobeError:
+                self.one_by_one = True
         try:
-            with record_states(self.model.module, chosen) as written:
-                held = LinearizedBatch.run(self.model, batch)
-            states = [written[site] for site in chosen]
-            for ask in range(wanted.shape[2]):
-                found, shares = held.by_head(wanted[..., ask].to(batch.targets.device), states)
-                values: dict[Place, torch.Tensor | None] = {
-                    ("head", piece.layer, piece.head): column
-                    for piece, column in zip(found.pieces, found.contribution.unbind(1), strict=True)
-                    if piece.part == "head" and piece.layer is not None
-                }
-                values |= {("mlp", site.layer, None): share for site, share in zip(chosen, shares, strict=True)}
-                for place, one in enumerate(self.places):
-                    column = values.get(one)
-                    if column is not None:
-                        self.added[numbers, place, ask] = column.cpu().numpy()
+            for row, number in enumerate(numbers):
+                alone = make_batch(self.model, [self.queries[number]])
+                self._share_out(alone, [number], wanted[row : row + 1, : alone.targets.shape[1]])
         except RevprobeError as error:  # the model itself ran: what failed is taking its logits apart
             self.no_sum, self.added[:] = str(error), np.nan
+
+    def _share_out(self, batch: QueryBatch, numbers: Sequence[int], wanted: torch.Tensor) -> None:
+        """Raises: RevprobeError, where the logits of the batch cannot be taken apart."""
+        mlps = self.states.of("mlp")
+        chosen = [mlps[layer] for site, layer, _ in self.places if site == "mlp"]
+        with record_states(self.model.module, chosen) as written:
+            held = LinearizedBatch.run(self.model, batch)
+        states = [written[site] for site in chosen]
+        for ask in range(wanted.shape[2]):
+            found, shares = held.by_head(wanted[..., ask].to(batch.targets.device), states)
+            values: dict[Place, torch.Tensor | None] = {
+                ("head", piece.layer, piece.head): column
+                for piece, column in zip(found.pieces, found.contribution.unbind(1), strict=True)
+                if piece.part == "head" and piece.layer is not None
+            }
+            values |= {("mlp", site.layer, None): share for site, share in zip(chosen, shares, strict=True)}
+            for place, one in enumerate(self.places):
+                column = values.get(one)
+                if column is not None:
+                    self.added[numbers, place, ask] = column.cpu().numpy()
 
     # ---- what came out ----
 

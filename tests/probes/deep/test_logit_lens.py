@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -227,6 +228,18 @@ def test_a_head_adds_what_storage_says_of_its_pieces(name: str) -> None:
             wanted = found.contribution[:, kept].sum(1).numpy()[index]
             ours = [heads.loc[(direction, pair, layer, head)] for pair in range(len(pairs))]
             np.testing.assert_allclose(ours, wanted, atol=1e-5)
+
+
+def test_experts_that_sort_a_batchs_tokens_are_taken_apart_query_by_query() -> None:
+    """Beside others a query's parts do not add up to its logit; alone they do, whatever batches are asked for."""
+    model, pairs = causal(transformers.MixtralConfig(**GROUPED), scale=0.2), text_like_pairs()
+    readings = [rp.probe_logit_lens(model, pairs, contributions=True, batch_size=size) for size in (None, 3, 1)]
+    columns = ["site", "layer", "head", "logit", "logit_control", "reason", "reason_control"]
+    parts = [one.frame[one.frame["site"] != "residual"][columns].reset_index(drop=True) for one in readings]
+    assert parts[0]["logit"].notna().all() and set(parts[0]["reason"]) == {""}
+    for reading, part in zip(readings, parts, strict=True):
+        pd.testing.assert_frame_equal(part, parts[-1], atol=1e-5, rtol=1e-5)
+        assert "no_contributions" not in reading.meta
 
 
 @pytest.mark.parametrize("name", ["Gemma 2", "BERT"])
