@@ -19,9 +19,10 @@ import pandas as pd
 
 from ..errors import RevprobeError
 from ..probes.pairs.templates import Span, Template
+from ..probes.pairs.words import holds
 from .cells import Problem, clean, shown
 from .splits import hold_out
-from .statements import Statement, holds
+from .statements import Statement
 from .tables import require_column, require_file
 from .text_files import read_json_lines
 from .text_relation import TextRelation

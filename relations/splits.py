@@ -6,7 +6,6 @@ neither, so that no accepted answer of a held-out question was ever trained.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
@@ -15,11 +14,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from ..errors import RevprobeError
+from ..probes.pairs.words import holds, units
 from .cells import shown
 from .spelling import plain_name
-from .statements import Statement, holds
-
-_WORD = re.compile(r"\w+")
+from .statements import Statement
 
 
 def hold_out(keys: Sequence[Sequence[Hashable]], *, share: float, seed: int) -> np.ndarray:
@@ -65,19 +63,23 @@ def families(keys: Sequence[Sequence[Hashable]]) -> np.ndarray:
 
 
 class TextIndex:
-    """Which of many texts hold two names at once, each as words of their own: an index of words, then a look."""
+    """Which of many texts hold two names at once, each as words of their own: an index of words, then a look.
+
+    It holds a number for each different word of each text, or character where no blanks part words; a look-up costs
+    as much as the rarest of the names' words has texts.
+    """
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.texts = texts
         self._at: dict[str, set[int]] = {}
         for place, text in enumerate(texts):
-            for word in set(_WORD.findall(text)):
+            for word in units(text):
                 self._at.setdefault(word, set()).add(place)
 
     def first_with(self, names: Iterable[str]) -> int | None:
         """The first text that holds all names, or None."""
         names = list(names)
-        words = {word for name in names for word in _WORD.findall(name)}
+        words = {word for name in names for word in units(name)}
         if any(word not in self._at for word in words):
             return None
         sets = sorted((self._at[word] for word in words), key=len)
@@ -131,4 +133,4 @@ def require_forward_only(
 
 def _plain(text: str) -> str:
     """Text without the differences that do not make it another statement."""
-    return plain_name(text, ignore_case=True).rstrip(".!? ")
+    return plain_name(text, ignore_case=True).rstrip(".!?。। ")

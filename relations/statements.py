@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..errors import RevprobeError, did_you_mean
 from ..probes.pairs.templates import ROLES, Span, Template, parse_template
+from ..probes.pairs.words import holds
 from .spelling import plain_name
 
 _SLOT = re.compile(r"{([^{}!:]*)}")
@@ -164,18 +165,6 @@ def named_slots(templates: Iterable[str | Sequence[str]]) -> list[str]:
 def answer_in_prompt(statement: Statement) -> bool:
     """Whether a question contains what it asks for, as words of its own."""
     return holds(plain_name(statement.prompt), plain_name(statement.text[slice(*statement.spans[1])]))
-
-
-def holds(text: str, name: str) -> bool:
-    """Whether a name stands in a text as words of its own.
-
-    >>> holds("Anna's child is Bo", "Ann"), holds("Ann's child is Bo", "Ann")
-    (False, True)
-    """
-    if name not in text:
-        return False
-    edges = ("(?<!\\w)" if name[:1].isalnum() else "", "(?!\\w)" if name[-1:].isalnum() else "")
-    return bool(re.search(edges[0] + re.escape(name) + edges[1], text))
 
 
 def slot_source(template: Template, *, swap: bool) -> str:

@@ -25,6 +25,7 @@ from ...errors import RevprobeError, did_you_mean
 from ...models.probed import ProbedModel, as_probed
 from ...progress import Progress, shows_progress
 from ..pairs.spans import Encoded, encode_texts, require_fast_tokenizer
+from ..pairs.words import goes_on, has_begun
 from ..readings.reading import Reading
 from ..statistics.resampling import derangement, with_shown
 from .causal import end_tokens
@@ -76,10 +77,11 @@ def decoded_match(
         control: also match against shuffled answers, by `seed`.
         answers: an `AnswerBook` of these questions and maybe of others; made here when None.
 
-    Frame: question, fact, kind, direction, template, prompt, answers (a JSON list), decoded, match (1 or 0; NaN when no
-    answer fits into max_new_tokens), match_control (NaN without a partner), begins (1 where the decoding begins with an
-    answer and goes on with another word or sign, as a model does that was trained on longer texts), begins_control,
-    error (what a wrong decoding is, one of ERRORS; "" where right or undefined), reason. `meta["errors"]` counts.
+    Frame: question, fact, kind, direction, template, prompt, answers (a JSON list), decoded, match (1 or 0; NaN
+    when no answer fits into max_new_tokens), match_control (NaN without a partner), begins (1 where the decoding
+    begins with an answer and goes on with another word or sign, as a model does that was trained on longer texts;
+    with anything where no blanks part words), begins_control, error (what a wrong decoding is, one of ERRORS; ""
+    where right or undefined), reason. `meta["errors"]` counts.
     Raises: RevprobeError, as `decode` does, and for questions without an answer or none at all.
     Source: paper App. D.2 (Table 7).
     """
@@ -372,15 +374,14 @@ def error_of(decoded: str, prompt: str, entities: Collection[str], *, is_own: bo
     if not text:
         return "end"
     places = [at for at in range(len(asked)) if asked.startswith(text, at)]
-    whole = [at for at in places if not (asked[at - 1 : at].isalnum() or asked[at + len(text) :][:1].isalnum())]
-    if whole:
+    if any(not has_begun(asked, at) and not goes_on(asked, at + len(text)) for at in places):
         return "prompt"
     return ("own_entity" if is_own else "other_entity") if text in entities else "malformed"
 
 
 def begins_with(text: str, answer: str) -> bool:
-    """Whether a text is an answer with anything after it but the rest of a word."""
-    return text.startswith(answer) and not text[len(answer) : len(answer) + 1].isalnum()
+    """Whether a text is an answer with anything after it but the rest of a word, where that can be told (`goes_on`)."""
+    return text.startswith(answer) and not goes_on(text, len(answer))
 
 
 def _own(encoded: Encoded) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ the tokens found must decode to the entity.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from ...errors import RevprobeError
 from ...models.probed import ProbedModel
 from .templates import Filled, Span
+from .words import holds
 
 # The blank marks of SentencePiece and byte-level BPE; alone at the start of a text they mark nothing of the entity.
 _BLANK_MARKS = ("▁", "Ġ")
@@ -162,10 +162,8 @@ def _is_blank_mark(encoded: Encoded, position: int) -> bool:
 def _require_once(tokenizer: Any, encoded: Encoded, span: Span, role: str) -> None:
     """The entity stands nowhere else in the text as a word of its own, compared as the tokenizer normalizes it."""
     entity = _normalized(tokenizer, encoded.text[slice(*span)]).strip()
-    edges = ("(?<!\\w)" if entity[:1].isalnum() else "", "(?!\\w)" if entity[-1:].isalnum() else "")
-    word = re.compile(edges[0] + re.escape(entity) + edges[1])
     for around in (encoded.text[: span[0]], encoded.text[span[1] :]):
-        if entity and word.search(_normalized(tokenizer, around)):
+        if entity and holds(_normalized(tokenizer, around), entity):
             raise SpanError(
                 "ambiguous_span",
                 f"the {role} {encoded.text[slice(*span)]!r} stands twice in {encoded.text!r}, so it is ambiguous and "

@@ -31,9 +31,9 @@ from revprobe import (
     probe,
     trex,
 )
+from revprobe.probes.pairs.words import holds
 from revprobe.relations.catalog import PARENT_CHILD, RELATIONS, load_relation
 from revprobe.relations.splits import TextIndex, families, hold_out
-from revprobe.relations.statements import holds
 
 CAPITALS = pd.DataFrame(
     {
