@@ -5,10 +5,11 @@ name in pieces. Here nothing is decoded: every candidate is scored, and the righ
 entity ("Ann Low", "Ann Low was born") are one candidate, as likely as the likeliest of them.
 
 A masked model sees the decoder's canvas with all of it hidden, once for each prompt; a candidate's score is the sum of
-log-probabilities over the whole canvas, its own tokens and end tokens behind them, so that candidates of all lengths
+log-probabilities over the whole canvas, its own tokens and ends behind them, so that candidates of all lengths
 are scored by one run. That is what the decoder's first step sees, and no more (mean-field): positions are taken as
 independent, which decoding, revealing one after the other, does not do. A causal model is scored exactly: the
-log-probability of the answer and one end token behind the prompt.
+log-probability of the answer and an end behind the prompt. An end is any of the tokens that end an answer when
+decoding (eos, sep, pad): its probability is the sum of theirs, that decoding stops there.
 
 Shapes below: candidate, token (positions of the canvas), vocab.
 """
@@ -49,9 +50,11 @@ from .exact_match import (
 )
 from .masked import Prompt, hidden_log_probabilities
 
+UNWRITABLE = "the tokenizer has no tokens for any answer, or only its unknown one"
 MASKED = "one run with the whole canvas hidden: sum of log-probabilities over it (mean-field)"
 # The direction of a question, the last word of its prompt, and its joint: where its candidates are of the same tokens.
 Context = tuple[str, str, str]
+_END = -1  # in a table of tokens: any that ends an answer
 CAUSAL = "log-probability of the answer and its end, left to right"
 
 
@@ -83,14 +86,15 @@ def rank_candidates(
             are equal once normalized are one, and so are entities that have a text in common.
         batch_size: prompts (masked) or candidates (causal) per forward pass; by the size of the model when None.
         max_new_tokens: positions of a masked model's canvas; those of the longest answer of any and one for its end
-            when None. Texts that do not fit are left out; `meta["candidates"]` counts, for each direction, the
-            candidates (`count`), those of which no text fits (`left_out`) and the texts that were scored (`texts`).
+            when None. Texts that do not fit are left out, and those that hold the tokenizer's unknown token, which
+            stands for any text; `meta["candidates"]` counts, for each direction, the candidates (`count`), those of
+            which no text fits (`left_out`) or can be written (`unwritable`), and the texts that were scored (`texts`).
         control: also rank another fact's answer; `seed` is that of the shuffling.
         progress: called with (prompts done, prompts in all).
         answers: an `AnswerBook` that holds the canvas's length, so that it does not depend on what is asked.
 
     Frame: question, fact, kind, direction, template, prompt, answers (a JSON list), candidates (how many), accepted
-    (how many of them are right), rank, first (1 where rank is 1; NaN where no right one fits), first_control,
+    (how many of them are right), rank, first (1 where rank is 1; NaN where no right one is left), first_control,
     reciprocal_rank, reciprocal_rank_control, best (the likeliest text; of a wrong candidate where tied),
     log_probability (of the right candidate's likeliest text, nats), best_log_probability, reason.
     Raises: RevprobeError, as `decoded_match`, for a model that writes in blocks (its later blocks are never predicted
@@ -145,21 +149,23 @@ class _Ranking:
         # A control is another question's answer, of the same direction.
         self.right = [self.closed[str(q.direction)].right(own) for q, own in zip(questions, self.answers, strict=True)]
         self.tokens = self._tokenized()
-        ends = end_tokens(model)
-        tokenizer = require_fast_tokenizer(model)
-        own: int | None = tokenizer.eos_token_id
-        self.end = own if own in ends else min(ends, default=None)
+        self.ends = sorted(end_tokens(model))
         lengths = {len(row) for rows in self.tokens.values() for row in rows.values()}
-        if self.end is None and len(lengths) > 1:
+        if not self.ends and len(lengths) > 1:
             raise RevprobeError(
                 f"the tokenizer of {model.name} has no end token, so candidates of {min(lengths)} and {max(lengths)} "
                 "tokens cannot be compared; set tokenizer.eos_token"
             )
-        longest = max(lengths) + (self.end is not None)
+        longest = max(lengths, default=1) + bool(self.ends)
         self.length = length or longest
         self.limit = self.length if model.objective == "masked" else longest
         self.fitting = {
             context: Fitting.of(self.closed[context[0]], rows, self.limit) for context, rows in self.tokens.items()
+        }
+        # The candidates that have a text of known tokens.
+        self.writable = {
+            context: {self.closed[context[0]].entity_of[normalized(text)] for text in rows}
+            for context, rows in self.tokens.items()
         }
         # Questions of one prompt and direction are scored once.
         self.groups: dict[tuple[Prompt, str], list[int]] = {}
@@ -172,18 +178,20 @@ class _Ranking:
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """For each direction how many candidates there are, how many more were too long for the canvas, and texts."""
+        """For each direction how many candidates there are, how many more were left out and why, and texts."""
         found: dict[str, dict[str, int]] = {}
-        for (direction, _, _), fitting in self.fitting.items():
-            count = len(fitting.entities)
-            left_out = len(set(self.closed[direction].entity.tolist())) - count
-            found.setdefault(direction, {"count": count, "left_out": left_out, "texts": len(fitting.texts)})
+        for context, fitting in self.fitting.items():
+            closed, count, written = self.closed[context[0]], len(fitting.entities), len(self.writable[context])
+            own = {"count": count, "left_out": written - count, "texts": len(fitting.texts)}
+            unwritable = len(set(closed.entity_of.values())) - written
+            found.setdefault(context[0], own | ({"unwritable": unwritable} if unwritable else {}))
         return found
 
     def _tokenized(self) -> dict[Context, dict[str, Tokens]]:
         """By direction, the last word of a prompt and its joint, each candidate's text and tokens behind it.
 
-        Tokenizers cut words apart, so that what stands before a prompt's last word does not reach its answer.
+        A text without tokens, or with the unknown one, is left out: what would be scored is not that text. Tokenizers
+        cut words apart, so that what stands before a prompt's last word does not reach its answer.
         """
         prompts: dict[Context, str] = {}
         for question in self.questions:
@@ -193,10 +201,16 @@ class _Ranking:
             for (direction, _, joint), prompt in prompts.items()
             for text in self.closed[direction].texts
         ]
-        tails = answer_tokens(require_fast_tokenizer(self.model), list(dict.fromkeys(asked)))
+        tokenizer = require_fast_tokenizer(self.model)
+        found = answer_tokens(tokenizer, list(dict.fromkeys(asked)))
+        tails = {one: tail for one, tail in found.items() if tail and tokenizer.unk_token_id not in tail}
         return {
-            context: {text: tails[prompt, context[2], text] for text in self.closed[context[0]].texts}
-            for context, prompt in prompts.items()
+            (direction, word, joint): {
+                text: tails[prompt, joint, text]
+                for text in self.closed[direction].texts
+                if (prompt, joint, text) in tails
+            }
+            for (direction, word, joint), prompt in prompts.items()
         }
 
     def scores(self, batch_size: int | None) -> Iterator[tuple[list[int], np.ndarray]]:
@@ -218,9 +232,8 @@ class _Ranking:
     ) -> Iterator[tuple[int, Tensor]]:
         mask = self.model.mask_token_id
         assert mask is not None, "a masked model names its mask token when wrapped"
-        fill = 0 if self.end is None else self.end
         tables = {
-            context: torch.tensor([[*row, *[fill] * (self.limit - len(row))] for row in fitting.tokens])
+            context: torch.tensor([[*row, *[_END] * (self.limit - len(row))] for row in fitting.tokens])
             for context, fitting in self.fitting.items()
         }
         for batch in batches_of(self.model, prompts, [self.limit] * len(prompts), batch_size):
@@ -230,19 +243,22 @@ class _Ranking:
                 if not len(table):
                     yield place, torch.zeros(0)
                     continue
-                yield place, log_probabilities.gather(1, table.T.to(log_probabilities.device)).sum(0).cpu()
+                tokens = table.T.to(log_probabilities.device)
+                own = log_probabilities.gather(1, tokens.clamp(min=0))
+                ended = log_probabilities[:, self.ends].logsumexp(1) if self.ends else own.new_zeros(len(own))
+                yield place, own.where(tokens != _END, ended[:, None]).sum(0).cpu()
 
     def _causal(
         self, prompts: list[Prompt], contexts: list[Context], batch_size: int | None
     ) -> Iterator[tuple[int, Tensor]]:
         before = [prompt.before for prompt in prompts]
-        end = () if self.end is None else (self.end,)
-        ended = {context: [(*row, *end) for row in fitting.tokens] for context, fitting in self.fitting.items()}
-        yield from continuation_scores(self.model, before, [ended[context] for context in contexts], batch_size)
+        rows = [self.fitting[context].tokens for context in contexts]
+        yield from continuation_scores(self.model, before, rows, batch_size, ends=self.ends)
 
     def row(self, i: int, scores: np.ndarray, partner: int | None) -> dict[str, Any]:
         """The frame's row of a question. Shapes: `scores`: `text`."""
-        fitting = self.fitting[_context(self.questions[i])]
+        context = _context(self.questions[i])
+        fitting = self.fitting[context]
         held, right = fitting.held(scores), fitting.is_right(self.right[i])
         rank, own = rank_of(held, right)
         top = float(scores.max()) if len(scores) else float("nan")
@@ -261,7 +277,8 @@ class _Ranking:
         if partner is not None:
             row["reciprocal_rank_control"] = 1 / other
         row |= {"best": likeliest, "log_probability": own, "best_log_probability": top}
-        return row | {"reason": "" if rank == rank else TOO_LONG}
+        lost = UNWRITABLE if self.right[i].isdisjoint(self.writable[context]) else TOO_LONG
+        return row | {"reason": "" if rank == rank else lost}
 
     def partners(self, seed: int) -> np.ndarray:
         """For each question one of the same direction and template that shares no answer or prompt with its fact."""

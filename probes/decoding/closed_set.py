@@ -32,7 +32,8 @@ class ClosedSet:
 
 @dataclass(frozen=True)
 class Fitting:
-    """The texts of a closed set that fit a canvas: candidates are numbered anew, without those of which none does.
+    """The texts of a closed set that have tokens and fit a canvas: candidates are numbered anew, without those of which
+    none does.
 
     Shapes: `tokens`: `text`, a row each; `entity`: `text`, places in `entities`.
     """
@@ -44,8 +45,8 @@ class Fitting:
 
     @classmethod
     def of(cls, closed: ClosedSet, tokens: Mapping[str, tuple[int, ...]], most: int) -> Fitting:
-        """Those of at most so many tokens."""
-        fits = [place for place, text in enumerate(closed.texts) if len(tokens[text]) <= most]
+        """Those of at most so many tokens; a text that has none in `tokens` is none that can be written."""
+        fits = [place for place, text in enumerate(closed.texts) if text in tokens and len(tokens[text]) <= most]
         entities, entity = np.unique(closed.entity[fits], return_inverse=True)
         texts = [closed.texts[place] for place in fits]
         return cls(texts, [tokens[text] for text in texts], entity, entities)

@@ -10,7 +10,7 @@ Shapes below: candidate (continuations of a prompt), row (different beginnings),
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -28,33 +28,43 @@ from .causal import generator_of
 
 Tokens = tuple[int, ...]
 Continuations = Sequence[Sequence[Tokens]]  # of each prompt
+# Stands behind a continuation for any of the tokens that end it.
+_END = -1
 # Tokens of a batch that make room for one row, which holds keys and values: those of so many tokens take what one takes
 # that is run (logits in float64, activations). And no less than a few.
 _HELD, _FEWEST = 4, 8
 
 
 def continuation_scores(
-    model: ProbedModel, prompts: Sequence[Sequence[int]], rows: Continuations, batch_size: int | None = None
+    model: ProbedModel,
+    prompts: Sequence[Sequence[int]],
+    rows: Continuations,
+    batch_size: int | None = None,
+    *,
+    ends: Collection[int] = (),
 ) -> Iterator[tuple[int, Tensor]]:
     """The place of each prompt, in any order, with the log-probabilities of its continuations, in nats.
 
     Args:
         rows: the continuations of each prompt.
         batch_size: most beginnings that are run at once; by the size of the model when None.
+        ends: behind every continuation one of these stands, whichever: their probabilities are summed. None when empty.
 
     Shapes: `-> candidate`, float64 on the CPU.
     Raises: RevprobeError, when the logits are NaN.
     """
+    last = sorted(ends)
+    rows = [[(*row, *[_END][: len(last)]) for row in own] for own in rows]
     found = [torch.full((len(own),), torch.nan, dtype=torch.float64) for own in rows]
     left = [len(own) for own in rows]
     yield from ((place, found[place]) for place, own in enumerate(rows) if not own)
     generator = None if grows_with_length(model.module) else generator_of(model.module)
     for together in _batches(model, prompts, rows, batch_size):
-        scores = None if generator is None else _by_token(model, generator, prompts, rows, together)
+        scores = None if generator is None else _by_token(model, generator, prompts, rows, together, last)
         if scores is None:  # nor does it for the others
             generator = None
             asked = ((prompts[piece.place], [rows[piece.place][n] for n in piece.candidates]) for piece in together)
-            scores = [_as_wholes(model, prompt, some, batch_size) for prompt, some in asked]
+            scores = [_as_wholes(model, prompt, some, batch_size, last) for prompt, some in asked]
         for piece, own in zip(together, scores, strict=True):
             found[piece.place][piece.candidates] = own
             left[piece.place] -= len(piece.candidates)
@@ -141,6 +151,7 @@ def _by_token(
     prompts: Sequence[Sequence[int]],
     rows: Continuations,
     together: Sequence[_Piece],
+    ends: list[int],
 ) -> list[Tensor] | None:
     """Scores of each piece, a token of all of them at a time; None where no plain cache is kept."""
 
@@ -155,12 +166,15 @@ def _by_token(
     roots = [root for root, piece in enumerate(together) for _ in piece.candidates]
     scores = torch.zeros(len(continuations), dtype=torch.float64, device=model.device)
     for step in _steps(continuations, roots):
-        log_probabilities = _log_probabilities(model, ran.logits[:, -1])
-        scores[indices(step.candidates)] += log_probabilities[indices(step.parents), indices(step.tokens)]
+        log_probabilities, tokens = _log_probabilities(model, ran.logits[:, -1]), indices(step.tokens)
+        own = log_probabilities[indices(step.parents), tokens.clamp(min=0)]
+        if _END in step.tokens:
+            own = own.where(tokens != _END, log_probabilities[:, ends].logsumexp(-1)[indices(step.parents)])
+        scores[indices(step.candidates)] += own
         if step.children:
-            parents, tokens = zip(*step.children, strict=True)
+            parents, shown = zip(*step.children, strict=True)
             cache.reorder_cache(indices(parents))  # each layer's on its own device
-            ran = generator(input_ids=indices(tokens)[:, None], past_key_values=cache, use_cache=True)
+            ran = generator(input_ids=indices(shown)[:, None], past_key_values=cache, use_cache=True)
     return list(scores.cpu().split([len(piece.candidates) for piece in together]))
 
 
@@ -171,7 +185,9 @@ def _is_plain(cache: Any, length: int) -> bool:
     return all(type(layer) is DynamicLayer and layer.get_seq_length() == length for layer in cache.layers)
 
 
-def _as_wholes(model: ProbedModel, prompt: Sequence[int], rows: Sequence[Tokens], batch_size: int | None) -> Tensor:
+def _as_wholes(
+    model: ProbedModel, prompt: Sequence[int], rows: Sequence[Tokens], batch_size: int | None, ends: list[int]
+) -> Tensor:
     """Scores of the continuations, each run with its prompt. Shapes: `-> candidate`, float64 on the CPU."""
     longest = len(prompt) + max(map(len, rows))
     size = queries_per_batch(model, [Query.unchecked(range(longest), (), ())], batch_size)
@@ -183,8 +199,13 @@ def _as_wholes(model: ProbedModel, prompt: Sequence[int], rows: Sequence[Tokens]
         lengths = torch.tensor([len(rows[place]) for place in some], device=model.device)[:, None]
         # Padding stands to the right, where a causal model does not see it.
         before = torch.tensor([list(prompt)], device=model.device).expand(len(some), -1)
-        logits = model.logits(torch.cat([before, ids], dim=1))[:, len(prompt) - 1 : -1]
-        own = _log_probabilities(model, logits).gather(2, ids[..., None])[..., 0]
+        # An end is last, where any token may stand: what is read stands before it.
+        shown = ids if not ends else ids.where(ids != _END, ends[0])
+        logits = model.logits(torch.cat([before, shown], dim=1))[:, len(prompt) - 1 : -1]
+        log_probabilities = _log_probabilities(model, logits)
+        own = log_probabilities.gather(2, shown[..., None])[..., 0]
+        if ends:
+            own = own.where(ids != _END, log_probabilities[..., ends].logsumexp(-1))
         is_token = torch.arange(width, device=model.device) < lengths
         found[some] = own.masked_fill(~is_token, 0.0).sum(1).cpu()
     return found

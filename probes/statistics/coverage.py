@@ -18,7 +18,8 @@ FEWEST = {"correlation": {inf: 3}, "mean": {inf: 13}, "proportion": {10: 3, 30: 
 # The same of the difference between two models on the same facts, and of how it exceeds that of the controls.
 FEWEST_APART = {"correlation": {inf: 3}, "mean": {inf: 13}, "proportion": {30: 3, inf: 26}}
 # What a sample holds where it is no pairs.
-COUNTED = {"decoded_match": ("question", "questions"), "objective_terms": ("reverse query", "reverse queries")}
+COUNTED = dict.fromkeys(("candidate_rank", "decoded_match"), ("question", "questions"))
+COUNTED["objective_terms"] = ("reverse query", "reverse queries")
 
 
 class Counted(Protocol):

@@ -1,13 +1,16 @@
 """Ranks among candidates against a slow loop: one candidate, one run, one token at a time."""
 
+import copy
 import json
 import math
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import transformers
 from transformers import PreTrainedTokenizerFast
 
 import revprobe as rp
@@ -15,9 +18,10 @@ from revprobe import ProbedModel, Reading, RevprobeError, rank_candidates
 from revprobe.finetune.config.finetuning import TinyModel
 from revprobe.finetune.pretraining.layouts import train_tokenizer, untrained
 from revprobe.probes.decoding import continuations
+from revprobe.probes.decoding.candidates import UNWRITABLE
 from revprobe.probes.decoding.exact_match import TOO_LONG, AnswerBook
 from revprobe.relations.evaluation import rank_relation
-from tiny import drawn, in_blocks
+from tiny import drawn, in_blocks, word_tokenizer
 
 RELATION = rp.invented_names(rows=(60, 69), heldout=0.25)
 ASKED = RELATION.questions("P2C", split="train") + RELATION.questions("P2C", reverse=True, split="train")
@@ -41,25 +45,50 @@ def slow_score(model: ProbedModel, prompt: str, text: str, canvas: int) -> float
     tokenizer: Any = model.tokenizer
     before = tokenizer(prompt)["input_ids"]
     answer = tokenizer(f"{prompt} {text}")["input_ids"][len(before) :]
-    end = tokenizer.eos_token_id
+    ends = ends_of(tokenizer)
     causal = model.objective == "causal"
-    row = [*answer, end] if causal else [*answer, *[end] * (canvas - len(answer))]
+    row = [*answer, ends] if causal else [*answer, *[ends] * (canvas - len(answer))]
     return token_score(model, before, row)
 
 
-def token_score(model: ProbedModel, before: list[int], row: list[int]) -> float:
-    """The log-probability of tokens behind others, hidden all at once in a masked model."""
+def ends_of(tokenizer: Any) -> tuple[int, ...]:
+    """Whatever ends an answer: any of them, where a text ends."""
+    named = (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.sep_token_id)
+    return tuple({token for token in named if token is not None})
+
+
+def token_score(model: ProbedModel, before: list[int], row: list[Any]) -> float:
+    """The log-probability of tokens behind others, or of any of several, hidden all at once in a masked model."""
     tokenizer: Any = model.tokenizer
     causal = model.objective == "causal"
-    shown = [*before, *(row if causal else [tokenizer.mask_token_id] * len(row))]
+    row = [token if isinstance(token, tuple) else (token,) for token in row]
+    shown = [*before, *([any_of[0] for any_of in row] if causal else [tokenizer.mask_token_id] * len(row))]
     with torch.no_grad():
         logits = model.module(input_ids=torch.tensor([shown])).logits[0].double()
     total = 0.0
-    for place, token in enumerate(row):
+    for place, any_of in enumerate(row):
         own = logits[len(before) + place - model.logit_shift].numpy()
         kept = own if causal else np.delete(own, tokenizer.mask_token_id)
-        total += own[token] - kept.max() - math.log(np.exp(kept - kept.max()).sum())
+        total += math.log(np.exp(own[list(any_of)] - kept.max()).sum() / np.exp(kept - kept.max()).sum())
     return total
+
+
+def bert(words: list[str]) -> ProbedModel:
+    tokenizer = word_tokenizer(words, special=("unk", "sep", "pad", "mask"))
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    )
+    module = drawn(lambda: transformers.BertForMaskedLM(config), scale=0.3)
+    return ProbedModel(module, tokenizer, objective="masked", mask_token_id=tokenizer.mask_token_id)
+
+
+def phi(words: list[str]) -> ProbedModel:
+    """A causal model whose output has a bias."""
+    tokenizer = word_tokenizer(words)
+    config = transformers.PhiConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    )
+    return ProbedModel(drawn(lambda: transformers.PhiForCausalLM(config), scale=0.3), tokenizer, objective="causal")
 
 
 @pytest.mark.parametrize("layout", ["llada", "dream", "llama"])
@@ -83,6 +112,83 @@ def test_ranks_are_those_of_a_slow_loop(layout: str, tokenizer: PreTrainedTokeni
     measures = reading.measures().set_index("measure")["value"]
     assert measures["mean_reciprocal_rank"] == pytest.approx(reading.frame["reciprocal_rank"].mean())
     assert reading.frame["rank"].nunique() > 3, "the test needs ranks that differ"
+
+
+def told_ends(probed: ProbedModel, **named: str | None) -> ProbedModel:
+    """The model with other tokens that end a text; its own config names none."""
+    tokenizer = copy.deepcopy(probed.tokenizer)
+    for name, token in named.items():
+        setattr(tokenizer, name, token)
+    probed.module.config.eos_token_id = None
+    if hasattr(probed.module, "generation_config"):
+        probed.module.generation_config.eos_token_id = None
+    mask = probed.tokenizer.mask_token_id
+    return ProbedModel(probed.module, tokenizer, objective=probed.objective, mask_token_id=mask)
+
+
+@pytest.mark.parametrize("layout", ["llada", "dream", "llama"])
+@pytest.mark.parametrize("ends", [{"eos"}, {"sep", "pad"}, {"eos", "sep", "pad"}], ids=", ".join)
+def test_an_answer_ends_by_any_token_that_ends_decoding(
+    layout: str, ends: set[str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """BERT writes [SEP] behind an answer, and has no eos: scored by its [PAD], wrong answers stood ahead."""
+    names = {"eos": tokenizer.eos_token, "pad": tokenizer.pad_token, "sep": tokenizer.convert_ids_to_tokens(40)}
+    named = {f"{role}_token": names[role] if role in ends else None for role in names}
+    probed = told_ends(model(layout, tokenizer), **named)
+    assert len(ends_of(probed.tokenizer)) == len(ends)
+    questions = ASKED[::4]
+    reading = rank_candidates(probed, questions)
+    canvas = reading.meta["ranking"]["max_new_tokens"]
+    for row, question in zip(reading.frame.to_dict("records"), questions, strict=True):
+        own = [answer for q in questions if q.direction == question.direction for answer in q.answers]
+        scores = {text: slow_score(probed, question.prompt, text, canvas) for text in dict.fromkeys(own)}
+        assert row["log_probability"] == pytest.approx(max(scores[one] for one in question.answers), abs=1e-4)
+        assert row["best_log_probability"] == pytest.approx(max(scores.values()), abs=1e-4)
+
+
+def test_candidates_of_one_length_need_no_end_and_longer_room_adds_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
+    probed = told_ends(model("llada", tokenizer), eos_token=None, pad_token=None)
+    other: Any = probed.tokenizer
+    by_length: dict[int, list[str]] = {}
+    for answer in {answer for one in ASKED for answer in one.answers}:
+        by_length.setdefault(len(other(f" {answer}")["input_ids"]), []).append(answer)
+    size, names = max(by_length.items(), key=lambda item: len(item[1]))
+    question = replace(ASKED[0], answers=(names[0],))
+    (row,) = rank_candidates(probed, [question], names, max_new_tokens=size + 2).frame.to_dict("records")
+    before = other(question.prompt)["input_ids"]
+    canvas = [*before, *[other.mask_token_id] * (size + 2)]
+    with torch.no_grad():
+        logits = probed.module(input_ids=torch.tensor([canvas])).logits[0].double()
+    logits[:, other.mask_token_id] = -torch.inf
+    answer = other(f"{question.prompt} {names[0]}")["input_ids"][len(before) :]
+    own = sum(float(logits[len(before) + n].log_softmax(-1)[token]) for n, token in enumerate(answer))
+    assert row["log_probability"] == pytest.approx(own, abs=1e-4)
+    longer = [next(text for length, texts in by_length.items() if length != size for text in texts)]
+    with pytest.raises(RevprobeError, match="has no end token, so candidates of"):
+        rank_candidates(probed, [question], longer)
+
+
+@pytest.mark.parametrize("made", [bert, phi])
+def test_what_the_tokenizer_does_not_know_is_no_candidate(made: Any) -> None:
+    """All unknown names are one token: where that is likely, whichever of them was asked for ranked first."""
+    names = ["Bo", "Cy", "Di", "Ed Fox"]
+    probed = made(["Ann", "Bea", "Cid", "Dot", "has", "child", *" ".join(names).split()])
+    with torch.no_grad():
+        probed.module.get_output_embeddings().bias[probed.tokenizer.unk_token_id] += 10
+    asked = [replace(ASKED[0], prompt=f"{name} has child", fact=name) for name in ("Ann", "Bea", "Cid")]
+    known = [replace(one, answers=(name,)) for one, name in zip(asked, names[1:], strict=True)]
+    plain = rank_candidates(probed, known, names)
+    unknown = [replace(asked[0], answers=("Zed",)), replace(asked[1], answers=("Cy", "Cy Zed")), known[2]]
+    reading = rank_candidates(probed, unknown, [*names, "Di Zed", ("Ed Fox", "Edward Fox")])
+    kept = ["rank", "best", "log_probability", "candidates"]
+    pd.testing.assert_frame_equal(reading.frame[kept][2:], plain.frame[kept][2:])
+    assert np.isnan(reading.frame["rank"][0]) and reading.frame["reason"].tolist() == [UNWRITABLE, "", ""]
+    assert reading.undefined[UNWRITABLE] == 1 and not reading.frame["best"].str.contains("Zed").any()
+    counts = {"count": 4, "left_out": 0, "texts": 4, "unwritable": 3}
+    assert reading.meta["candidates"][ASKED[0].direction] == counts
+    assert "unwritable" not in plain.meta["candidates"][ASKED[0].direction]
+    nothing = rank_candidates(probed, unknown[:1])
+    assert nothing.undefined[UNWRITABLE] == 1 and nothing.meta["candidates"][ASKED[0].direction]["count"] == 0
 
 
 def test_the_control_is_another_facts_answer(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -189,7 +295,7 @@ def test_candidates_are_the_tokens_that_training_teaches(layout: str, tokenizer:
     questions = relation.questions("P2C")
     assert {one.joint for one in questions} == {"", " "}
     book, ranked = AnswerBook(probed, questions), rank_candidates(probed, questions).frame
-    end = tokenizer.eos_token_id
+    end = ends_of(tokenizer)
     for question, row in zip(questions, ranked.to_dict("records"), strict=True):
         before = tokenizer(question.prompt)["input_ids"]
         whole = [tokenizer(f"{question.prompt}{question.joint}{answer}")["input_ids"] for answer in question.answers]

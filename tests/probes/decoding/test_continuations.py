@@ -106,6 +106,17 @@ def test_scores_are_those_of_one_run_each(model: ProbedModel, asked: Any, size: 
         torch.testing.assert_close(scores, true, rtol=1e-4, atol=1e-4)
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=8)
+@given(rows=ROWS, ends=st.sets(st.integers(0, 9), min_size=1, max_size=3), size=st.sampled_from([None, 2]))
+def test_an_end_is_any_of_several_tokens(model: ProbedModel, rows: Any, ends: set[int], size: int | None) -> None:
+    with untouched(model.module), torch.no_grad():
+        found = dict(continuation_scores(model, [[1, 2], [3]], [rows, rows[:1]], size, ends=ends))
+    for place, (prompt, own) in enumerate([([1, 2], rows), ([3], rows[:1])]):
+        each = [[slow(model, prompt, (*row, end)) for end in ends] for row in own]
+        true = torch.tensor(each, dtype=torch.float64).reshape(len(own), len(ends)).logsumexp(1)
+        torch.testing.assert_close(found[place], true, rtol=1e-4, atol=1e-4)
+
+
 def runs_of(model: ProbedModel) -> tuple[list[tuple[int, int]], Any]:
     """Rows and tokens of every run of the model from now on."""
     seen: list[tuple[int, int]] = []
