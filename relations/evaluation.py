@@ -53,8 +53,8 @@ def evaluate_relation(
         direction: the direction that was trained, e.g. "P2C"; reverse questions are of the other one.
         splits: "train", "heldout" or both.
         templates: "train", "heldout" or "all"; None asks in held-out wordings where a direction has some, else in all.
-        facts: at most so many of each split, the same forward and reverse; a question that several facts share belongs
-            to the first of them.
+        facts: at most so many of each split, the same forward and reverse, of those that both ask about; asked are
+            the questions of their own statements, whichever fact's label one that several share carries.
         max_new_tokens: the same for every side; that of the longest answer of any when None.
         answers: the relation's `answer_book`, where it is at hand.
         progress: called with (questions done, questions in all) over all sides.
@@ -62,7 +62,8 @@ def evaluate_relation(
     Returns: readings whose meta says `asked` ("forward" or "reverse"), `split`, `templates`, `relation` and `trained`
         (the direction of training).
     Raises: RevprobeError, for an unknown split, choice of templates or direction, and as `decoded_match` does.
-    Warns: when the relation holds out no fact, so that there is no floor.
+    Warns: when the relation holds out no fact, or asks none of them in a direction (all prompts contain their answers),
+        so that there is no floor; that side is left out.
     Source: paper Sec. 6, App. D.2 (Table 7).
     """
     model = as_probed(model)
@@ -129,7 +130,9 @@ def answer_book(model: ProbedModel, relation: TextRelation, direction: str) -> A
     """
     splits = sorted(set(relation.facts_of(direction)["split"]))
     sides = [(split, reverse) for split in splits for reverse in (False, True)]
-    asked = [relation.questions(direction, reverse=reverse, split=split) for split, reverse in sides]
+    told = [{"reverse": reverse, "split": split} for split, reverse in sides]
+    # A fact whose prompts all contain its answer is asked nowhere, and keeps no other from being asked.
+    asked = [relation.questions(direction, **one) for one in told if relation.has_questions(direction, **one)]
     return AnswerBook(model, [question for questions in asked for question in questions])
 
 
@@ -201,32 +204,51 @@ def asked_sides(
             stacklevel=3,
         )
         splits = [split for split in splits if split in there]
-    sides = []
-    labelled = relation.facts_of(direction)
+    if facts is not None and facts < 1:
+        raise RevprobeError(f"facts={facts!r}: expected at least 1, or None for all")
+    sides: list[tuple[dict[str, str], list[Question]]] = []
     for split in splits:
-        chosen = _drawn(labelled[labelled["split"] == split], facts)
+        found = []
         for asked, statement in directions.items():
             wording = templates or ("heldout" if relation.has_heldout_templates(statement) else "all")
-            found = relation.questions(direction, reverse=asked == "reverse", split=split, templates=wording)
-            sides.append(({"asked": asked, "split": split, "templates": wording}, _of_facts(found, chosen)))
+            told = {"reverse": asked == "reverse", "split": split, "templates": wording}
+            if split == "heldout" and len(splits) > 1 and not relation.has_questions(direction, **told):
+                warnings.warn(
+                    f"{relation.name} asks nothing about held-out facts in direction {statement!r} (every prompt "
+                    f"contains its answer), so there is no floor to compare {asked} with",
+                    stacklevel=3,
+                )
+                continue
+            about = {"asked": asked, "split": split, "templates": wording}
+            found.append((about, relation.questions(direction, **told)))
+        sides += found if facts is None else _of_facts(relation, direction, found, facts)
     return sides
 
 
-def _drawn(facts: pd.DataFrame, limit: int | None) -> set[str] | None:
-    """The labels of at most so many facts, the same in every call; None for all."""
-    if limit is None:
-        return None
-    if limit < 1:
-        raise RevprobeError(f"facts={limit!r}: expected at least 1, or None for all")
-    order = np.random.default_rng(0).permutation(len(facts))
-    return set(facts["fact"].iloc[order[:limit]].astype(str))
+def _of_facts(
+    relation: TextRelation, direction: str, sides: list[tuple[dict[str, str], list[Question]]], limit: int
+) -> list[tuple[dict[str, str], list[Question]]]:
+    """The questions that the statements of at most so many facts ask, the same facts in every call and on every side.
 
-
-def _of_facts(questions: list[Question], chosen: set[str] | None) -> list[Question]:
-    """The questions about some facts; where other facts' questions stand for all of theirs, the first ones."""
-    if chosen is None:
-        return questions
-    return [one for one in questions if str(one.fact) in chosen] or questions[: len(chosen)]
+    Drawn are facts that are asked about on all sides; where there are none, on each side others.
+    """
+    labels, facts = relation.table["fact"].tolist(), relation.facts_of(direction)
+    asking: list[dict[str, set[str]]] = []  # for each side the prompts of each fact
+    for _, questions in sides:
+        asked = {one.prompt for one in questions}
+        asking.append({})
+        for one in relation.statements[questions[0].direction]:
+            if (prompt := relation.carrier + one.prompt) in asked:
+                asking[-1].setdefault(labels[one.fact], set()).add(prompt)
+    everywhere = set.intersection(*map(set, asking)) if asking else set()
+    found = []
+    for (about, questions), own in zip(sides, asking, strict=True):
+        there = facts.loc[facts["split"] == about["split"], "fact"].tolist()
+        drawn = (there[place] for place in np.random.default_rng(0).permutation(len(there)))
+        chosen = [label for label in drawn if label in (everywhere or own)][:limit]
+        prompts = {prompt for label in chosen for prompt in own[label]}
+        found.append((about, [one for one in questions if one.prompt in prompts]))
+    return found
 
 
 def _part_of(progress: Progress | bool | None, before: int, after: int, total: int) -> Progress | None:

@@ -189,6 +189,14 @@ class TextRelation:
         return list(found.values())
 
     @checked
+    def has_questions(
+        self, direction: str, *, reverse: bool = False, split: str = "train", templates: str = "all"
+    ) -> bool:
+        """Whether `questions` has any: none where no fact is on that side, or all their prompts contain the answers."""
+        asked = self.opposite(direction) if reverse else direction
+        return any(not answer_in_prompt(one) for one in self._chosen(asked, direction, split, templates))
+
+    @checked
     def accepted(self, fact: str, direction: str) -> tuple[str, ...]:
         """Every string that is right where a statement of `direction` about a fact is asked, the usual one first.
 

@@ -10,7 +10,7 @@ from tokenizers import pre_tokenizers
 from torch import nn
 from typer.testing import CliRunner
 
-from revprobe import ProbedModel, Readings, RevprobeError, letters, register_model
+from revprobe import ProbedModel, Readings, RevprobeError, TextRelation, letters, register_model
 from revprobe.cli.evaluate import what_to_ask
 from revprobe.cli.main import app
 from revprobe.finetune.config.finetuning import FinetuneConfig
@@ -19,9 +19,11 @@ from revprobe.probes.decoding.exact_match import AnswerBook, normalized
 from revprobe.relations.catalog import from_table, invented_names, load_relation
 from revprobe.relations.evaluation import (
     answer_book,
+    asked_sides,
     begins_with_answer,
     evaluate_relation,
     match_table,
+    rank_relation,
     save_evaluation,
 )
 from tiny import word_tokenizer
@@ -165,6 +167,57 @@ def test_without_held_out_facts_there_is_no_floor_and_it_is_said():
     assert [r.meta["split"] for r in readings] == ["train", "train"]
     with pytest.raises(RevprobeError, match="no question"):
         evaluate_relation(rote({}), whole, "P2C", splits=["heldout"])
+
+
+WORDS = {"P2C": ["{p} has the child {c}"], "C2P": ["{c} has the parent {p}"]}
+
+
+def told(rows: list[tuple[str, str]], heldout: float, wanted: str = "") -> TextRelation:
+    """A relation of one wording each way, split so that the fact `wanted` is held out."""
+    facts = pd.DataFrame(rows, columns=["p", "c"])
+    for seed in range(60):
+        found = from_table(facts, ("p", "c"), WORDS, heldout=heldout, seed=seed, heldout_templates=0)
+        if not wanted or wanted in set(found.facts.query("split == 'heldout'")["fact"]):
+            return found
+    raise AssertionError("no seed holds it out")
+
+
+def knows_nothing(relation: TextRelation) -> ProbedModel:
+    texts = [one.text for listed in relation.statements.values() for one in listed]
+    module = Rote({}, texts)
+    return ProbedModel(module, module.tokenizer, mask_token_id=2, objective="masked", logit_shift=0, check=False)
+
+
+def test_a_fact_that_cannot_be_asked_about_keeps_no_other_from_being_asked():
+    """Hal stands in what is asked about Hal Junior: in reverse nothing held out is left to ask, nor is there a floor."""
+    names = [("Ann", "Bo"), ("Bea", "Cy"), ("Cid", "Di"), ("Dot", "Ed"), ("Eve", "Flo"), ("Hal", "Hal Junior")]
+    relation = told(names, 0.16, "Hal | Hal Junior")
+    model = knows_nothing(relation)
+    assert [r.n for r in evaluate_relation(model, relation, "P2C", splits=("train",))] == [5, 5]
+    with pytest.warns(UserWarning, match=r"nothing about held-out facts in direction 'C2P' .* no floor to compare rev"):
+        readings = evaluate_relation(model, relation, "P2C")
+    sides = [("forward", "train"), ("reverse", "train"), ("forward", "heldout")]
+    assert [(r.meta["asked"], r.meta["split"]) for r in readings] == sides
+    with pytest.warns(UserWarning, match="no floor"):
+        assert len(rank_relation(model, relation, "P2C", facts=1)) == 3
+    with pytest.raises(RevprobeError, match="has no question in direction 'C2P' for split='heldout'"):
+        evaluate_relation(model, relation, "P2C", splits=("heldout",))
+
+
+@pytest.mark.parametrize("direction", ["P2C", "C2P"])
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, 20])
+def test_the_same_facts_are_asked_forward_and_in_reverse(direction: str, limit: int):
+    """A prompt that facts share carries the first one's label, whoever of them was drawn."""
+    rows = [("Ann", f"kid{i}") if i % 3 else (f"Bea{i}", f"kid{i}") for i in range(12)]
+    relation = told([*rows, ("Cid", "Cid Junior")], 0)  # whose reverse prompt holds its answer
+    with pytest.warns(UserWarning, match="no floor"):
+        forward, reverse = (q for _, q in asked_sides(relation, direction, facts=limit))
+    parents, children = (forward, reverse) if direction == "P2C" else (reverse, forward)
+    shown = {q.prompt.removeprefix("Fact: ").removesuffix(" has the parent") for q in children}
+    chosen = [row for row in rows if row[1] in shown]
+    assert len(children) == len(chosen) == min(limit, len(rows)), "each child is of one fact"
+    assert {q.prompt for q in parents} == {f"Fact: {parent} has the child" for parent, _ in chosen}
+    assert len(parents) == len({q.prompt for q in parents})
 
 
 def test_progress_counts_questions_over_all_sides():
