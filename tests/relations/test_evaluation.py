@@ -189,7 +189,7 @@ def knows_nothing(relation: TextRelation) -> ProbedModel:
 
 
 def test_a_fact_that_cannot_be_asked_about_keeps_no_other_from_being_asked():
-    """Hal stands in what is asked about Hal Junior: in reverse nothing held out is left to ask, nor is there a floor."""
+    """Hal stands in what is asked about Hal Junior: in reverse no held-out fact is left to ask, and no floor."""
     names = [("Ann", "Bo"), ("Bea", "Cy"), ("Cid", "Di"), ("Dot", "Ed"), ("Eve", "Flo"), ("Hal", "Hal Junior")]
     relation = told(names, 0.16, "Hal | Hal Junior")
     model = knows_nothing(relation)
