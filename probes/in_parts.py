@@ -42,7 +42,7 @@ from .statistics.resampling import SHOWN, Facts, kin
 
 _ASKED, _MEASURES = "parts.json", "measures.csv"
 _PROBABILITY = ["pair", "fact", "direction", "probability", "argmax_match"]
-_PROBABILITY += ["probability_control", "argmax_match_control", "reason", "reason_control"]
+_PROBABILITY += ["probability_control", "argmax_match_control", "reason", "reason_control", "targets"]
 
 
 @checked
@@ -66,9 +66,10 @@ def probe_in_parts(
 
     Each part's files appear whole, and a folder that was begun is gone on with: parts that are there are read, not
     probed again. `pandas.read_parquet(folder / "attention_correlation")` has the rows of all parts, with pairs and
-    groups numbered through. The numbers are those of `probe`, but that gradients and probabilities have facts shuffled
-    within their part for a control. Memory grows by what the numbers rest on: 16 bytes for each pair and head, a few
-    hundred for each pair; pairs in a file are read as they are needed.
+    groups numbered through. The numbers are those of `probe`, but that gradients and probabilities have facts
+    shuffled within their part for a control, and targets of one shown query are seen within a part. Memory grows by
+    what the numbers rest on: 16 bytes for each pair and head, a few hundred for each pair; pairs in a file are read
+    as they are needed.
 
     Args:
         pairs: a list for all probes, or a JSONL file of `ReversalPairs.save`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from ..arguments import checked
 from ..models.probed import ProbedModel, as_probed
 from ..progress import Progress, shows_progress
 from .pairs.pairs import ReversalPairs
+from .passes.asked import in_sight
 from .passes.likelihood import no_partner
 from .passes.plan import PassResult, Plan
 from .passes.run import describe, run_pass
@@ -42,12 +44,15 @@ def probe_reverse_probability(
 
     Frame: pair, fact, kind, direction, probability, log_probability (nats), rank (1-based, ties against the target,
     the worst over target tokens), argmax_match (rank is 1), probability_control, argmax_match_control (0 or 1; NaN
-    without a partner), reason. Of a model that is read in blocks also reason_control: where evidence lies in a later
-    block than a readout row, the query has no numbers (rank and argmax_match are NaN too), nor has the control that is
-    priced there. In blocks "chain" is how such a model writes, each token after all that stand before it; "parallel"
-    hides a target that spans several blocks in all of them, a sight that it never meets. Of a model that hides tokens
-    behind random ones, all are of its mean distribution over draws of these, at each step of a chain; a column more,
-    probability_error, is the draws' standard error of a row, `reading.draw_error` that of the value.
+    without a partner), reason. Of a model that is read in blocks also reason_control: where evidence lies in a
+    later block than a readout row, the query has no numbers (rank and argmax_match are NaN too), nor has the
+    control that is priced there. Where pairs show the model the same and ask for several targets (a child's two
+    parents), the column targets says for each row how many, and the caution that a right model cannot rank them all
+    first: ask the relation's questions, which take any. In blocks "chain" is how such a model writes, each token
+    after all that stand before it; "parallel" hides a target that spans several blocks in all of them, a sight that
+    it never meets. Of a model that hides tokens behind random ones, all are of its mean distribution over draws of
+    these, at each step of a chain; a column more, probability_error, is the draws' standard error of a row,
+    `reading.draw_error` that of the value.
     Raises: RevprobeError, when the queries do not fit the model or its logits are NaN.
     Source: paper Sec. 5 (Fig. 3, right; Tables 1 and 2).
     """
@@ -76,6 +81,7 @@ def probability_reading(model: ProbedModel, result: PassResult, plan: Plan) -> R
         if plan.control:
             why = no_partner(pairs, model.logit_shift, partner, seed=plan.seed)
             reasons["reason_control"] = np.where(unseen | beside, reasons["reason_control"], why)
+        targets = right_targets(model, pairs, index)
         columns = {
             "pair": np.arange(len(index)),
             "fact": pairs.facts.astype(str),
@@ -89,11 +95,39 @@ def probability_reading(model: ProbedModel, result: PassResult, plan: Plan) -> R
             "argmax_match_control": np.where(np.isnan(control_value), np.nan, control_rank == 1),
             **reasons,
             **pairs.flags,
+            "targets": targets,
         }
         frames.append(pd.DataFrame(columns))
     frame = pd.concat(frames, ignore_index=True).sort_values(["pair", "direction"], kind="stable", ignore_index=True)
+    if frame["targets"].max() == 1:
+        frame = frame.drop(columns="targets")
     if not plan.control:
         frame = frame.drop(columns=["probability_control", "argmax_match_control", "reason_control"], errors="ignore")
     reading = Reading("reverse_probability", frame, describe(model, result, plan))
     reading.meta.update({"statistic": reading.measured.statistic, "mode": plan.mode})
     return with_draw_error(reading, [probability_reading(model, one, plan) for one in result.without])
+
+
+def right_targets(model: ProbedModel, pairs: ReversalPairs, index: np.ndarray) -> np.ndarray:
+    """For each pair how many targets the pairs have whose query shows the model the same: one at most is likeliest.
+
+    Args:
+        index: the query of each pair in one direction.
+
+    Shapes: `pair -> pair`.
+    """
+    shown: dict[int, tuple[int | None, ...]] = {}
+    asked: dict[tuple[int | None, ...], set[tuple[int, ...]]] = {}
+    for number in np.unique(index).tolist():
+        query = pairs.queries[number]
+        hidden, seen = set(query.target_positions), in_sight(model, query)
+        shown[number] = (query.canvas_start, *(None if p in hidden else query.token_ids[p] for p in seen))
+        asked.setdefault(shown[number], set()).add(query.target)
+    count = {query: _exclusive(targets) for query, targets in asked.items()}
+    return np.array([count[shown[number]] for number in index.tolist()])
+
+
+def _exclusive(targets: set[tuple[int, ...]]) -> int:
+    """How many targets are no beginning of another, which a causal model may hold likeliest as well."""
+    following = pairwise([*sorted(targets), ()])
+    return sum(longer[: len(target)] != target for target, longer in following)

@@ -293,7 +293,19 @@ def direction_mean(frame: pd.DataFrame, direction: str, column: str) -> Measured
     if null is not None and "reason_control" in rows:
         undefined |= control_reasons(rows)
         alone = np.isnan(null) & np.isfinite(values) & rows["reason_control"].eq("").to_numpy()
-    return with_control(values, null, facts, undefined, statistic, bounds=FRACTION, binary=binary, alone=alone)
+    found = with_control(values, null, facts, undefined, statistic, bounds=FRACTION, binary=binary, alone=alone)
+    return replace(found, caution="; ".join(filter(None, [found.caution, _several_right(rows)])))
+
+
+def _several_right(rows: pd.DataFrame) -> str:
+    """A word of caution on pairs that ask what others ask as well, and hold something else for right."""
+    targets = rows["targets"].fillna(1).to_numpy() if "targets" in rows else np.ones(1)  # rows of a part may lack it
+    if not (several := int((targets > 1).sum())):
+        return ""
+    return (
+        f"{several:,} of {len(rows):,} pairs show a query that has other right targets too (up to {targets.max():.0f} "
+        "to a query): one of them ranks first at most, and their probabilities sum to 1 at most"
+    )
 
 
 def with_control(

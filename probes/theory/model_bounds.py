@@ -207,7 +207,7 @@ def with_bounds(
     reasons = np.where(reasons == "", bounds["bound_reason"].fillna(""), reasons)
     reasons = np.where(pair_reasons[keys["pair"]] != "", pair_reasons[keys["pair"]], reasons)
     columns = {name: bounds[name].to_numpy() for name in BOUNDS[:3]} | {"bound_reason": reasons}
-    return reading.with_columns(**columns)  # the scores are the same: no second bootstrap
+    return reading.with_columns(**columns)  # the scores are the same: no second jackknife
 
 
 def _positions_by_length(model: ProbedModel, lengths: set[int]) -> dict[int, dict[int, LayerPositions]]:

@@ -7,7 +7,7 @@ from torch import nn
 
 import revprobe as rp
 from revprobe.probes.passes.likelihood import target_partners
-from tiny import MASK
+from tiny import MASK, gpt2
 
 
 class Knows(nn.Module):
@@ -60,3 +60,40 @@ def test_distinct_answers_have_the_partners_they_had():
     found = target_partners(pairs, 0, seed=3)
     for partner in found.values():
         np.testing.assert_array_equal(partner, derangement(pairs.facts.astype(str), pairs.groups(0), seed=3))
+
+
+def shown(query: rp.Query, *, causal: bool) -> str:
+    """What a model sees of a query, as text."""
+    words = ["?" if p in query.target_positions else str(token) for p, token in enumerate(query.token_ids)]
+    return " ".join(words[: query.target_positions[0]] if causal else words)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_targets_of_one_shown_query_are_counted_and_cautioned(causal: bool):
+    """A model that knows both parents of every child cannot rank both first: half right reads as half known."""
+    answers = [[20], [21], [22], [23], [23], [24, 25], [24], [26], [27], [28]]
+    asked_by = [10, 10, 11, 11, 11, 12, 12, 13, 14, 14]
+    pairs = []
+    for i, (answer, by) in enumerate(zip(answers, asked_by, strict=True)):
+        query = rp.Query([by, 2, *answer, 3], range(2, 2 + len(answer)), [0])
+        pairs.append(rp.ReversalPair(query, query, fact=str(i)))
+    listed = rp.ReversalPairs.from_pairs(pairs)
+    model = gpt2() if causal else rp.ProbedModel(Knows().eval(), objective="masked", mask_token_id=MASK, logit_shift=0)
+    reading = rp.probe_reverse_probability(model, listed)
+    rows = reading.frame[reading.frame["direction"] == "reverse"]
+    views = [shown(pair.reverse, causal=causal) for pair in pairs]
+    slow = [len({tuple(other) for other, view in zip(answers, views, strict=True) if view == own}) for own in views]
+    # "24" and "24 25" begin alike: a causal model may hold both likeliest; a masked one sees how many are hidden.
+    slow[5:7] = [1, 1]
+    assert rows["targets"].tolist() == slow == [2, 2, 2, 2, 2, 1, 1, 1, 2, 2]
+    assert "7 of 10 pairs show a query that has other right targets too (up to 2 to a query)" in reading.caution
+    cautions = reading.measures().set_index("measure")["caution"]
+    assert all("7 of 10 pairs" in cautions[name] for name in cautions.index) and len(cautions) == 4
+    for same in ({0, 1}, {8, 9}):
+        assert rows["argmax_match"].to_numpy()[sorted(same)].sum() <= 1
+    assert reading.summary(by="direction")["caution"].str.contains("7 of 10 pairs").all()
+
+
+def test_without_such_targets_there_is_no_column_and_no_caution():
+    reading = rp.probe_reverse_probability(gpt2(), many_to_one([[20 + i] for i in range(20)]))
+    assert "targets" not in reading.frame and reading.caution == ""
