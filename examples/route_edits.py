@@ -15,7 +15,7 @@ split only. What could have come out otherwise there is the size of the gap; wit
 layers, the share as well.
 
 Pairs are mirrored placements, so that forward and reverse stand at equal distances and every placement counts once.
-All numbers are means over pairs with 95 % intervals that resample letters; probabilities are fractions, changes nats.
+All numbers are means over pairs with 95 % intervals over letters; probabilities are fractions, changes nats.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ For every masked letters run: stored evidence S[v, u] and the attention on the e
 reverse (storage_curves.csv), and from some checkpoints the run's own next step (one_step.csv): does S[v, u] rise, does
 the reverse loss fall although only the forward direction is trained, and how well is it foretold to first order?
 
-Raw weights. All numbers are means over mirrored placements with 95 % intervals that resample letters, beside the same
+Raw weights. All numbers are means over mirrored placements with 95 % intervals over letters, beside the same
 numbers for shuffled facts. Checkpoints without a saved optimizer take the step from a fresh one, which moves every
 weight by about the learning rate: a longer step than the run's own; the column `optimizer` says which it was.
 """

@@ -34,7 +34,7 @@ TEMPLATES = ("all", "train", "heldout")
 class Question:
     """One prompt to complete, scored by exact match against any of `answers`.
 
-    `fact` is the label that bootstraps resample by, `template` the number within `direction`, and `direction` that
+    `fact` is the label of what intervals are over, `template` the number within `direction`, and `direction` that
     of the statement asked: for training in "P2C", "P2C" is a forward question and "C2P" a reverse one. `joint` stands
     between prompt and answer where the statement is trained on.
     """
