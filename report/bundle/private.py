@@ -91,7 +91,8 @@ class Private:
         readings = Readings(self.reading(one) for one in record.readings)
         problem = None if record.problem is None else self.text(record.problem)
         tables = {name: self.frame(table) for name, table in record.tables.items()}
-        return RunRecord(self.text(record.name), axes, self.value(dict(record.config)), readings, problem, tables)
+        name, config = self.text(record.name), self.value(dict(record.config))
+        return replace(record, name=name, axes=axes, config=config, readings=readings, problem=problem, tables=tables)
 
     def reading(self, reading: Reading) -> Reading:
         """A reading with the same numbers; nothing is worked out again."""

@@ -28,6 +28,7 @@ from ...finetune.runs.alerts import ALERTS
 from ...finetune.runs.finetuning import FinetuneRun
 from ...finetune.runs.kept_tables import TABLES, kept_table
 from ...finetune.runs.open import open_read_run
+from ...finetune.runs.record import family_of
 from ...finetune.runs.run import CONFIG, PROBLEM, Run, is_run
 from ...finetune.runs.sweeps import CONFIG as SWEEP
 from ...finetune.runs.sweeps import open_sweep
@@ -37,7 +38,6 @@ from ...models.checkpoints import CHECKPOINTS, step_of
 from ...probes.figures.training_curves import measures_with_reasons
 from ...probes.readings.reading import Reading
 from ..html.instruments import SOURCES
-from ..summary.seed_bands import family_of
 from .listed_runs import (
     Listed,
     ReadingFile,
@@ -260,8 +260,8 @@ class RunsFolder:
                 return replace(listed, problem="half-written: it has no config.yaml, which a run writes first")
             text = read_bounded(self.confined(folder / CONFIG))
             run = open_read_run(folder, text)
-            listed = replace(listed, axes=run.axes, family=family_of(run), total=total_steps(run))
-            listed = replace(listed, tuned=isinstance(run, FinetuneRun), alerts=run.config.alerts)
+            listed = replace(listed, axes=run.axes, total=total_steps(run), tuned=isinstance(run, FinetuneRun))
+            listed = replace(listed, family=family_of(run.config.model_dump(mode="json")), alerts=run.config.alerts)
             state, problem = state_of(run)
             last, written = last_checkpoint(run)
         except Exception as error:  # a damaged folder may raise anything; it is shown beside the sound ones

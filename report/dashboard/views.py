@@ -19,7 +19,8 @@ from ...probes.figures.theme import message_figure
 from ...probes.figures.training_curves import signatures_figure
 from ...probes.readings.reading import Reading
 from ..summary.alerts import judged_table
-from ..summary.seed_bands import SEEDS_KEY, family_label, pool_seeds
+from ..summary.families import lines_of
+from ..summary.seed_bands import SEEDS_KEY, pool_seeds
 from ..summary.tables import final_table, format_final_table
 from .folder import RunsFolder
 from .listed_runs import Listed
@@ -113,12 +114,8 @@ def alerts_judged(folder: RunsFolder, runs: Sequence[Listed]) -> pd.DataFrame:
 def run_colours(figure: go.Figure, drawn: pd.DataFrame, names: Mapping[str, str], bands: str) -> dict[str, str]:
     """The colour of each run's line, by its key; runs that one line stands for share its colour."""
     lines = {str(trace.meta["run"]): trace.line.color for trace in figure.data if trace.meta.get("part") == "value"}
-    called = {key: names[key] for key in drawn["run"].unique()}
-    if bands == "seeds":
-        for _, part in drawn.groupby("family"):
-            keys = list(part["run"].unique())
-            called |= dict.fromkeys(keys, family_label([names[key] for key in keys]))
-    return {key: lines[label] for key, label in called.items() if label in lines}
+    called = lines_of(drawn, names) if bands == "seeds" else drawn["run"].map(names)
+    return {key: lines[label] for key, label in zip(drawn["run"], called, strict=True) if label in lines}
 
 
 def chosen_weights(measures: pd.DataFrame, weights: str) -> pd.DataFrame:

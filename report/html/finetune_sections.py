@@ -58,7 +58,7 @@ def tuned_signatures(
     Args:
         measures, held_against: the report's, a row of which names its run.
     """
-    axes = {run.name: run.axes for run in runs}
+    axes = {run.name: {**run.axes, "family": run.family} for run in runs}
     drawn = with_axes(measures, axes)
     against = with_axes(held_against, axes)
     selects = []

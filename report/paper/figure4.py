@@ -9,7 +9,6 @@ a line is a value, dashes are its control.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +46,7 @@ from ...probes.figures.training_curves import (
     fit_legend,
     titled,
 )
+from ..summary.families import Seed, variants_of
 
 PANELS = (
     Panel("attention_correlation", "Routing: attention scores", "Pearson r of forward and reverse score", 1, 1),
@@ -73,26 +73,25 @@ LINE = ["model", "task", "variant", "kind"]
 def with_axes(measures: pd.DataFrame, axes: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """A table about fine-tunings with columns for what a line is of: model, task and variant ("" without).
 
-    Runs of one seed that differ in nothing of this are no seeds of one line: each is a variant by its own name.
+    Seeds of a line are runs whose configs differ in nothing but the seed: others, and runs of one seed, are variants
+    of their own (`variants_of`), whatever their labels say.
 
     Args:
-        axes: of each run, by the names in the column `run`.
+        axes: of each run, by the names in the column `run`; with its `family` (`family_of`) among them where configs
+            may differ in what no label tells.
     """
     of = {
         name: {key: "" if value is None else str(value) for key, value in about.items()} for name, about in axes.items()
     }
-    twins = Counter(_place(about) for about in of.values())
-    for name, about in of.items():
-        if twins[_place(about)] > 1:  # of one seed, with other dials: no second seed
-            about["variant"] = ", ".join(filter(None, [about.get("variant", ""), name]))
-    added = {name: [of[run].get(name, "") for run in measures["run"]] for name in ("model", "variant")}
+    variants = variants_of({name: _seed(about) for name, about in of.items()})
+    models = [of[run].get("model", "") for run in measures["run"]]
     tasks = [f"{of[run]['dataset']} ({of[run]['direction']})" for run in measures["run"]]
-    return measures.assign(**added, task=tasks)
+    return measures.assign(model=models, variant=[variants[run] for run in measures["run"]], task=tasks)
 
 
-def _place(about: Mapping[str, str]) -> tuple[str, ...]:
-    """The line of a run and its seed."""
-    return tuple(about.get(name, "") for name in ("model", "dataset", "direction", "variant", "seed"))
+def _seed(about: Mapping[str, str]) -> Seed:
+    label = tuple(about.get(name, "") for name in ("model", "dataset", "direction"))
+    return Seed(label, *(about.get(name, "") for name in ("variant", "family", "seed")))
 
 
 def run_colours(measures: pd.DataFrame) -> dict[str, str]:

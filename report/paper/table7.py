@@ -21,9 +21,11 @@ from rich.console import Console
 
 from ...errors import RevprobeError, did_you_mean
 from ...finetune.runs.finetuning import FinetuneRun
+from ...finetune.runs.record import family_of
 from ...probes.figures.theme import CELL_INK, MAP_BLUE, TEMPLATE, interval_text, plain, with_theme
 from ...probes.statistics.coverage import FEWEST
 from ...probes.statistics.intervals import proportion
+from ..summary.families import Seed, short_names, variants_of
 from ..summary.terminal import text_table
 
 SIDES = {"forward": "Fwd.", "reverse": "Rev."}
@@ -47,11 +49,16 @@ NOTE = (
 def match_frame(runs: Sequence[FinetuneRun]) -> pd.DataFrame:
     """Every exact match of the runs that have been evaluated, tidy.
 
-    Returns: run, objective, model, dataset, direction (trained), seed, asked ("forward", "reverse"), split ("train",
-        "heldout"), templates (whose wordings), and value, low, high, n, facts, control, fractions; NaN is undefined.
+    Returns: run (with its folder where its name is another's too), objective, model, dataset, direction (trained),
+        variant (as `variants_of` tells configs apart that share their labels), seed, asked ("forward", "reverse"),
+        split ("train", "heldout"), templates (whose wordings), and value, low, high, n, facts, control, fractions; NaN
+        is undefined.
     """
     rows: list[dict[str, Any]] = []
-    for run in runs:
+    own = {str(run.path.resolve()): run for run in runs}  # a run that is given twice counts once
+    variants = variants_of({path: _seed(run) for path, run in own.items()})
+    names = short_names(own)
+    for path, run in own.items():
         if not (run.finished and run.asks):
             continue
         for reading in run.evaluation():
@@ -59,8 +66,15 @@ def match_frame(runs: Sequence[FinetuneRun]) -> pd.DataFrame:
             low, high = reading.interval
             numbers = {"value": reading.value, "low": low, "high": high, "n": reading.n, "facts": reading.facts}
             control = math.nan if reading.control is None else reading.control.value
-            rows.append({"run": run.name, "variant": ""} | run.axes | about | numbers | {"control": control})
+            told = {"run": names[path], "variant": variants[path]}
+            rows.append(run.axes | told | about | numbers | {"control": control})
     return pd.DataFrame(rows, columns=[*COLUMNS, *NUMBERS])
+
+
+def _seed(run: FinetuneRun) -> Seed:
+    axes = {name: str(value) for name, value in run.axes.items()}
+    label = tuple(axes[name] for name in ("model", "dataset", "direction"))
+    return Seed(label, axes.get("variant", ""), family_of(run.config.model_dump(mode="json")), axes["seed"])
 
 
 def table7(matches: pd.DataFrame, split: str = "train") -> pd.DataFrame:
@@ -103,9 +117,16 @@ def cell_text(part: pd.DataFrame) -> str:
 
 
 def _of_split(matches: pd.DataFrame, split: str) -> pd.DataFrame:
-    """The rows of one side; frames from before there were variants have none."""
+    """The rows of one side, runs of one seed apart; frames from before there were variants have none."""
     chosen = matches[matches["split"] == split]
-    return chosen if "variant" in chosen else chosen.assign(variant="")
+    chosen = chosen if "variant" in chosen else chosen.assign(variant="")
+    if "run" not in chosen:
+        return chosen
+    runs = chosen.drop_duplicates("run").set_index("run")
+    labels = runs[["model", "dataset", "direction"]].astype(str).itertuples(index=False, name=None)
+    told = zip(runs.index, labels, runs["variant"], runs["seed"].astype(str), strict=True)
+    variants = variants_of({run: Seed(label, variant or "", "", seed) for run, label, variant, seed in told})
+    return chosen.assign(variant=chosen["run"].map(variants))
 
 
 def print_table7(runs: Sequence[FinetuneRun], console: Console) -> None:

@@ -13,13 +13,14 @@ import plotly.graph_objects as go
 from ...arguments import checked
 from ...errors import RevprobeError, did_you_mean
 from ...finetune.runs.open import open_run
+from ...finetune.runs.record import family_of
 from ...finetune.runs.run import Run
 from ...finetune.runs.sweeps import Sweep, is_sweep, open_sweep
 from ...probes.figures.theme import heading, plain, with_theme
 from ...probes.figures.training_curves import measures_with_reasons, signatures_figure
 from ...probes.readings.readings import Readings
 from ...progress import Progress, counted, shows_progress
-from .seed_bands import SEEDS_KEY, family_of, pool_seeds
+from .seed_bands import SEEDS_KEY, pool_seeds
 
 BANDS, WEIGHTS = ("seeds", "facts"), ("ema", "raw", "both")
 
@@ -57,7 +58,7 @@ def compare(
     names = {str(run.path): run.path.name if counts[run.path.name] == 1 else str(run.path) for run in opened}
     parts = [
         measures_with_reasons(_chosen(run.readings(), weights)).assign(
-            run=str(run.path), family=family_of(run), **run.axes
+            run=str(run.path), family=family_of(run.config.model_dump(mode="json")), **run.axes
         )
         for run in counted(opened, progress)
     ]

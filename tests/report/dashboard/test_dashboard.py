@@ -49,7 +49,8 @@ from revprobe.report.dashboard.views import (
     reading_at,
 )
 from revprobe.report.summary.alerts import alerts_table
-from revprobe.report.summary.seed_bands import SEEDS_KEY, family_label, pool_seeds
+from revprobe.report.summary.families import stem_of
+from revprobe.report.summary.seed_bands import SEEDS_KEY, pool_seeds
 from tiny import module_at
 
 ATTENTION = "attention_correlation"
@@ -487,13 +488,13 @@ def test_seeds_are_not_pooled_where_one_is_undefined_or_not_there_yet() -> None:
 @pytest.mark.parametrize(
     ("names", "label"),
     [
-        (["rope-s0", "rope-s11"], "rope (2 seeds)"),
+        (["rope-s0", "rope-s11"], "rope"),
         (["alone-s0"], "alone-s0"),
-        (["first", "second"], "first ... (2 seeds)"),
+        (["first", "second"], "first ..."),
     ],
 )
 def test_a_family_is_called_by_what_its_runs_share(names: list[str], label: str) -> None:
-    assert family_label(names) == label
+    assert stem_of(names) == label
 
 
 def test_seeds_of_one_config_are_a_family_and_other_configs_are_not(tmp_path: Path) -> None:
