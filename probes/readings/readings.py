@@ -18,6 +18,16 @@ from ...progress import Progress, counted, shows_progress
 from ..figures.plot import plot_readings
 from .reading import MEASURE_COLUMNS, Reading, compact_table
 
+LEAD = ("reading", "model", "step", "weights")  # what stands before a frame's own columns
+
+
+def own_apart(frame: pd.DataFrame, taken: Iterable[str] = LEAD) -> pd.DataFrame:
+    """A reading's own columns that are called as those before them, as `own_step` and the like: no column is lost.
+
+    The `step` of a denoising trace counts denoising steps, and stands beside the training step of its model.
+    """
+    return frame.rename(columns={name: f"own_{name}" for name in taken if name in frame})
+
 
 class Readings(Sequence[Reading]):
     """Several readings: of one pass, over checkpoints, or over models."""
@@ -84,21 +94,18 @@ class Readings(Sequence[Reading]):
     def to_frame(self, *, progress: Progress | bool | None = None) -> pd.DataFrame:
         """The rows of all readings: reading (the probe's name), model, step, weights, then the frames' own columns.
 
-        Probes have different columns; what one does not have is missing in its rows.
+        Probes have different columns; what one does not have is missing in its rows. `step` is the training step; a
+        frame's own, the denoising step of a trace, is `own_step`.
         Args:
             progress: called with (readings done, readings in all); None shows a bar, False nothing.
         """
         parts = []
         for one in counted(self, progress):
             about = {"reading": one.name} | {key: one.meta.get(key) for key in ("model", "step", "weights")}
-            own = one.frame.drop(columns=[name for name in about if name in one.frame])
+            own = own_apart(one.frame)
             lead = pd.DataFrame({name: [value] * len(own) for name, value in about.items()}, index=own.index)
             parts.append(pd.concat([lead.astype({"step": "Int64"}), own], axis=1))
-        return (
-            pd.concat(parts, ignore_index=True)
-            if parts
-            else pd.DataFrame(columns=["reading", "model", "step", "weights"])
-        )
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(LEAD))
 
     @checked
     @shows_progress("readings")
@@ -111,6 +118,7 @@ class Readings(Sequence[Reading]):
     ) -> pd.DataFrame:
         """`Reading.summary` of each, one below the other: reading, model, step and weights before its columns.
 
+        `by="step"` is the frames' own step, which then is the column `own_step`, as in `to_frame`.
         Args:
             compact: numbers with their intervals as text; columns that say the same of every reading are left out.
             progress: called with (readings done, readings in all); None shows a bar, False nothing.
@@ -118,7 +126,7 @@ class Readings(Sequence[Reading]):
         """
         parts = []
         for one in counted(self, progress):
-            part = one.summary(by, compact=compact)
+            part = own_apart(one.summary(by, compact=compact))
             for place, (name, value) in enumerate(
                 [("reading", one.name), *((key, one.meta.get(key)) for key in ("model", "step", "weights"))]
             ):

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...probes.readings.reading import Reading
-from ...probes.readings.readings import Readings
+from ...probes.readings.readings import Readings, own_apart
 
 Owned = tuple[str, Reading]  # the run's name, and one of its readings
 GROUP = 200_000  # rows that are written together: small groups make a long index
@@ -19,6 +19,8 @@ _MORE = ("asked", "split")  # what only answers to questions say of themselves
 
 def write_rows(readings: Sequence[Owned], path: Path) -> int:
     """Write the rows of all readings under each other: run, reading, model, step, weights, then the frames' columns.
+
+    A frame's own column of one of these names is `own_step` and the like, as in `Readings.to_frame`.
 
     Readings have different columns; what one does not have is missing in its rows. A column that is of two kinds that
     no kind of number holds is written as text.
@@ -44,7 +46,7 @@ def _tables(readings: Iterable[Owned]) -> Iterator[pa.Table]:
         for name in _MORE:
             if name in reading.meta and name not in frame:
                 frame.insert(4, name, reading.meta[name])
-        frame = frame.drop(columns="run", errors="ignore")
+        frame = own_apart(frame, ["run"])
         frame.insert(0, "run", run)
         yield pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
 
