@@ -18,6 +18,8 @@ SERIES = ["run", *AXES, "step", "weights", "kind"]
 NUMBERS = ["value", "n", "facts", "low", "high", "control"]
 NOT_STARTED = "not started yet"  # what is wrong with a sweep's run that has no folder
 SUMMARY_COLUMNS = [*SERIES, "measure", *NUMBERS, "undefined", "reason", "caution", "statistics_version"]
+# Its columns of words, also where all of them look like numbers.
+TEXTS = ["run", "objective", "position_encoding", "weights", "kind", "measure", "reason", "caution"]
 # What a run's config says besides of what is trained and measured: what it is called, where it ran, who was told.
 _ASIDE = {"": {"name", "alerts"}, "training": {"seed", "threads", "device", "report_to"}}
 

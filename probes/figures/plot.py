@@ -218,11 +218,17 @@ def probability_figure(reading: Drawable, *, bins: int = 20) -> go.Figure:
     if "probability_control" in reverse:
         curves.append(("control (reverse, shuffled facts)", reverse["probability_control"], CONTROL_GREY, "dash"))
     for name, values, colour, dash in curves:
-        label = f"{name}: mean {values.mean():.2f}"
         if f"{name}_probability" in measures.index:
-            numbers = [float(measures[column][f"{name}_probability"]) for column in ("value", "low", "high")]
-            accuracy = 100 * float(measures["value"][f"{name}_accuracy"])
-            label = f"{name}: mean {interval_text(*numbers)}, accuracy {accuracy:.1f} %"
+            numbers, accuracy = (
+                [float(measures[column][f"{name}_{what}"]) for column in ("value", "low", "high")]
+                for what in ("probability", "accuracy")
+            )
+            label = f"{name}: mean {interval_text(*numbers)}, accuracy {interval_text(*accuracy, percent=True)}"
+            label += "" if math.isnan(accuracy[0]) else " %"
+        else:
+            null = reading.control if name.startswith("control") else None
+            own = (float(values.mean()), math.nan, math.nan) if null is None else (null.value, *null.interval)
+            label = f"{name}: mean {interval_text(*own)}"
         trace = _histogram(values.dropna().to_numpy(dtype=float), edges, colour, dash)
         figure.add_trace(trace.update(name=label))
     figure.update_xaxes(title="probability of the target", range=[-0.01, 1.01])

@@ -178,7 +178,7 @@ def interval_text(
     # A number by itself shows one digit that is not zero.
     finest = next((n for n in range(least, 17) if value == 0 or float(rounded(value, n, percent))), least)
     told = [rounded(one, apart or finest, percent) for one in (value, low, high, control)]
-    if apart and percent:
+    if percent:
         told[:3] = _told_from_whole([100 * one for one in (value, low, high)], told[:3])
     ends = f" [{told[1]}, {told[2]}]" if apart else ""
     return f"{told[0]}{ends}" + ("" if math.isnan(control) else f" (control {told[3]})")
@@ -187,8 +187,9 @@ def interval_text(
 def _told_from_whole(numbers: Sequence[float], texts: Sequence[str]) -> list[str]:
     """Value, low and high in per cent; an end that would read as 0 or 100 and is not has the digits that say so."""
     exact = [_not_whole(number, text) for number, text in zip(numbers, texts, strict=True)]
-    # The value keeps its digits but where it would read as lying outside of such an end.
-    return [exact[0] if exact[1:] != list(texts[1:]) else texts[0], *exact[1:]]
+    # The value keeps its digits but where it would read as lying outside of such an end, or has no interval.
+    alone = not numbers[1] < numbers[2]
+    return [exact[0] if alone or exact[1:] != list(texts[1:]) else texts[0], *exact[1:]]
 
 
 def _not_whole(number: float, text: str) -> str:

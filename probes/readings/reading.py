@@ -15,6 +15,7 @@ import pandas as pd
 from ...arguments import checked, checked_fields
 from ...errors import RevprobeError, did_you_mean
 from ...progress import Progress, counted_together, shows_progress
+from ..figures.theme import interval_text, rounded
 from ..statistics.by_part import remainder_text
 from ..statistics.by_role import in_network_order
 from ..statistics.coverage import counted
@@ -379,18 +380,10 @@ def compact_table(rows: Iterable[Mapping[str, Any]], keys: Sequence[str]) -> pd.
 
 
 def _text(value: float, low: float, high: float) -> str:
-    if value != value:
-        return "undefined"
-    own, *ends = map(_short, (value, low, high))
-    return f"{own} [{', '.join(ends)}]" if low == low else own
-
-
-def _short(number: float) -> str:
-    """Two digits, or more where the number would read as a bound of its kind that it is not: 0.997 is not 1."""
-    if abs(number) >= 100:
-        return f"{number:.0f}"
-    texts = (f"{number:.{digits}g}" for digits in range(2, 7))
-    return next((text for text in texts if abs(float(text)) != 1 or abs(number) == 1), f"{number:.6g}")
+    """Two digits, or more where a number would read as a bound of its kind that it is not: 0.997 is not 1."""
+    numbers, places = [one for one in (value, low, high) if abs(one) != 1], range(2, 7)
+    apart = next((n for n in places if all(abs(float(rounded(one, n))) != 1 for one in numbers)), None)
+    return interval_text(value, low, high, digits=apart)
 
 
 def _measure_row(name: str, measured: Measured) -> dict[str, Any]:

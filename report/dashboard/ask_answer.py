@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from dash import html
 
-from ...probes.figures.theme import OKABE_ITO
+from ...probes.figures.theme import OKABE_ITO, interval_text
 from ..asking.answer import Answer, AnsweredQuery
 from ..asking.edits import EDITS, ROUTE
 from ..asking.read_query import ReadQuery
@@ -70,9 +70,10 @@ def _masked_token(found: Answer) -> str:
 
 def _side(found: Answer, one: AnsweredQuery, layer: int | None, head: int | None) -> list[Any]:
     place = found.edit.at if found.edit.name == "mask" else None
-    probability = (
-        f"P(target) {np.exp(one.log_probability):.4f} (log {_number(one.log_probability)} nats), rank {one.rank:g}"
-    )
+    # A pair that is opened says the other number of such a target: all its tokens hidden together.
+    chain = ", one token revealed after another," if found.hidden and one.read.parts.count("target") > 1 else ""
+    number = interval_text(float(np.exp(one.log_probability)), np.nan, np.nan, digits=4)
+    probability = f"P(target){chain} {number} (log {_number(one.log_probability)} nats), rank {one.rank:g}"
     shown: list[Any] = [html.H3(NAMES[one.direction]), *notes([probability])]
     shown.append(
         _strip(one.read, one.direction, layer, head, hidden=found.hidden, maskable=found.maskable, place=place)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from dash import html
 
-from ...probes.figures.theme import OKABE_ITO
+from ...probes.figures.theme import OKABE_ITO, interval_text
 from ..asking.read_query import ReadQuery
 from .open_pair import SAME, OpenedPair, disagreement
 from .page import notes, number_table
@@ -28,17 +29,25 @@ def opened_pair(opened: OpenedPair, row: pd.Series) -> list[Any]:
     for side in ("forward", "reverse"):
         query: ReadQuery = getattr(opened, side)
         strips += [html.H3(f"{side} query"), token_strip(query, layer, head, hidden=opened.hidden)]
-        of_evidence = [f"{float(row[f'{name}_{side}']):.4f}" for name in ("score", "weight")]
+        of_evidence = [_number(float(row[f"{name}_{side}"])) for name in ("score", "weight")]
         places = [str(row[f"distance_{side}"]), str(row[f"offset_{side}"])]
-        numbers.append([side, *places, *of_evidence, f"{query.probability:.4f}"])
+        numbers.append([side, *places, *of_evidence, _number(query.probability)])
+    # Of one token that is every P(target); of several, Ask and the readings reveal one after another.
+    several = opened.hidden and any(query.parts.count("target") > 1 for query in (opened.forward, opened.reverse))
     columns = ["direction", "distance (tokens)", "offset (tokens)", "score (pre-softmax)", "weight on evidence"]
-    shown = number_table(pd.DataFrame(numbers, columns=[*columns, "probability of target"]))
+    shown = number_table(
+        pd.DataFrame(numbers, columns=[*columns, f"probability of target{', all its tokens hidden' * several}"])
+    )
     where = f"fact {row['fact']}, pair {row['pair']}, layer {layer}, head {head}"
     key = (
         "Colour and number: attention weight from the readout row, 0 (white) to 1 (blue). Dashed: target"
         f"{' (hidden from the model)' if opened.hidden else ' (the model reads before it)'}; solid: evidence."
     )
     return [html.H3(where), html.Div(shown, className="wide"), *said, *strips, *notes([key])]
+
+
+def _number(value: float) -> str:
+    return interval_text(value, math.nan, math.nan, digits=4)
 
 
 def token_strip(query: ReadQuery, layer: int, head: int, *, hidden: bool) -> html.Div:

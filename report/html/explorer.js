@@ -215,10 +215,7 @@ async function drawGradients() {
   await drawRoles(about, about.layer.includes(now.layer) ? now.layer : "all");
   await drawRoleMap(about);
 }
-function percent([value, low, high]) {
-  const shown = (part) => (100 * part).toFixed(1), known = (part) => part !== null && !Number.isNaN(part);
-  return !known(value) ? "undefined" : `${shown(value)} %` + (known(low) ? ` [${shown(low)}, ${shown(high)}]` : "");
-}
+const percent = ([value, low, high]) => interval(value, low, high, null, true) + (known(value) ? " %" : "");
 async function drawProbability() {
   const about = data().reverse_probability;
   byId("shares").hidden = !about;

@@ -48,7 +48,7 @@ function unpacked(text, Kind) {
 const arrays = (about, name, Kind) => about["_" + name] ??= unpacked(about[name], Kind);
 
 // As `interval_text` in probes/figures/theme.py writes them.
-const SMALL = 1e-3, NOISE = 1e-16;
+const SMALL = 1e-3, NOISE = 1e-16, ONE_IN_A_MILLION = 1e-4;
 function rounded(number, digits = 2) {
   const text = number.toFixed(digits);
   return Number(text) === 0 ? text.replace("-", "") : text;
@@ -57,17 +57,32 @@ function power(number, digits) {
   if (Math.abs(number) <= NOISE) return "0";
   return Math.abs(number) < SMALL ? number.toExponential(digits) : rounded(number, Math.abs(number) < 0.01 ? 3 : 2);
 }
-function interval(value, low, high, control) {
-  const known = (number) => number !== null && number !== undefined && !Number.isNaN(number);
+// An end in per cent that would read as 0 or 100 and is not has the digits that say so.
+function notWhole(number, text) {
+  const reads = Math.abs(Number(text));
+  const told = Array.from({length: 14}, (_, at) => rounded(number, at + 1));
+  if (Math.min(Math.abs(number), Math.abs(100 - Math.abs(number))) < ONE_IN_A_MILLION) return text;
+  if (reads === 0) return told.find((one) => Number(one));
+  return reads === 100 && Math.abs(number) < 100 ? told.find((one) => Math.abs(one) < 100) ?? text : text;
+}
+const known = (number) => number !== null && number !== undefined && !Number.isNaN(number);
+function interval(value, low, high, control, percent = false) {
   if (!known(value)) return "undefined";
+  if (percent) [value, low, high, control] = [value, low, high, control].map((one) => known(one) ? 100 * one : one);
   const reach = Math.max(...[value, low, high].filter(known).map(Math.abs)), small = NOISE < reach && reach < SMALL;
-  const text = small ? power : rounded, least = small ? 1 : 2, most = 16;
+  const text = small ? power : rounded, least = small || percent ? 1 : 2, most = 16;
   // The digits that tell the ends apart; a number by itself shows one that is not zero.
   const first = (fits) => { for (let n = least; n < most; n++) if (fits(n)) return n; };
   const apart = known(low) && low < high ? first((n) => text(low, n) !== text(high, n)) : undefined;
   const digits = apart ?? (first((n) => small || value === 0 || Number(text(value, n))) ?? least);
-  const ends = apart ? ` [${text(low, digits)}, ${text(high, digits)}]` : "";
-  return text(value, digits) + ends + (known(control) ? ` (control ${text(control, digits)})` : "");
+  const plain = [value, low, high].map((one) => known(one) ? text(one, digits) : ""), told = [...plain];
+  if (percent && !small) {
+    if (apart) [low, high].forEach((one, at) => told[at + 1] = notWhole(one, plain[at + 1]));
+    // The value keeps its digits but where it would read as lying outside of such an end, or has no interval.
+    if (!apart || told[1] !== plain[1] || told[2] !== plain[2]) told[0] = notWhole(value, plain[0]);
+  }
+  const beside = known(control) ? ` (control ${text(control, digits)})` : "";
+  return told[0] + (apart ? ` [${told[1]}, ${told[2]}]` : "") + beside;
 }
 
 // --- Overview: the signatures over training, and which of them are shown ---

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ...finetune.runs.record import TEXTS
 from ...probes.figures.theme import difference_text, interval_text
 from ...probes.readings.readings import Readings
 from .controls import reading_controls
@@ -50,8 +51,9 @@ def readings_table(readings: Readings | pd.DataFrame, title: str) -> Table:
     rows = []
     for row in _measures(readings).to_dict("records"):
         value = interval_text(row["value"], row["low"], row["high"])
-        control = "-" if pd.isna(row["control"]) else f"{row['control']:.3f}"
-        shown = {"measure": row["measure"].replace("_", " "), "value [95 %]": value, "control": control}
+        null = [row.get(f"control{end}", float("nan")) for end in ("", "_low", "_high")]
+        control = "-" if pd.isna(null[0]) else interval_text(*null)
+        shown = {"measure": row["measure"].replace("_", " "), "value [95 %]": value, "control [95 %]": control}
         # What the finding rests on; there is none without a control.
         excess = [row.get(name, float("nan")) for name in ("excess", "excess_low", "excess_high")]
         shown["value - control [95 %]"] = "-" if pd.isna(excess[0]) else difference_text(*excess)
@@ -103,7 +105,9 @@ def read_as(readings: Readings) -> str:
 
 def read_summary(folder: Path) -> pd.DataFrame:
     """The summary.csv a report has just left: reading every run's files again would take as long as the report."""
-    return pd.read_csv(folder / "summary.csv", keep_default_na=False, na_values=[""])
+    # A run may be called 0010, which is no number.
+    texts = dict.fromkeys(TEXTS, str)
+    return pd.read_csv(folder / "summary.csv", keep_default_na=False, na_values=[""], dtype=texts)
 
 
 def print_final(summary: pd.DataFrame, console: Console) -> None:
@@ -125,16 +129,19 @@ def print_final(summary: pd.DataFrame, console: Console) -> None:
         cells = [f"{row['run']}\n{row['weights']}, step {row['step']}\n{str(row['kind']).replace('_', ' ')}"]
         for measure in shown:
             numbers = [row[f"{measure}{part}"] for part in ("", "_low", "_high", "_control")]
-            text = interval_text(*numbers, percent=measure.endswith("accuracy"))
             sizes = [row[f"{measure}{part}"] for part in ("_n", "_facts")]
-            size = "" if any(map(pd.isna, sizes)) else "\nn {:,.0f} / {:,.0f}".format(*sizes)
+            if pd.isna(sizes[0]):  # never measured, which is not undefined
+                cells.append("-")
+                continue
+            text = interval_text(*numbers, percent=measure.endswith("accuracy"))
+            size = "" if pd.isna(sizes[1]) else "\nn {:,.0f} / {:,.0f}".format(*sizes)
             cells.append(text.replace(" [", "\n[").replace(" (control ", "\nctrl ").replace(")", "") + size)
         table.add_row(*map(Text, cells))
     console.print(table)
     if not wide:
         console.print("probabilities: see the report, or widen the terminal")
     last = last_checkpoints(summary)
-    for column, said in (("reason", last[last["value"].isna()]), ("caution", summary)):
+    for column, said in (("reason", last[last["value"].isna()]), ("caution", last)):
         if column not in summary:  # files of earlier statistics
             continue
         for words, part in said.dropna(subset=[column]).groupby(column):

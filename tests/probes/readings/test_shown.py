@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 import revprobe as rp
-from revprobe.probes.readings.reading import Reading
+from revprobe.probes.readings.reading import Reading, compact_table
 from revprobe.probes.readings.readings import Readings
 from revprobe.probes.statistics.by_role import NETWORK
 from revprobe.probes.statistics.coverage import counted
@@ -126,6 +126,24 @@ def test_several_readings_have_one_frame_and_one_summary_whatever_their_probes(t
 )
 def test_a_sample_is_told_as_pairs_and_facts(n: int, facts: int, text: str) -> None:
     assert counted(n, facts) == text
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ((0.5312, 0.5309, 0.5314), "0.5312 [0.5309, 0.5314]"),  # was 0.53 [0.53, 0.53]
+        ((99.7, 99.6, 100.4), "99.70 [99.60, 100.40]"),  # 100.4 was 100, below which 99.7 stood as 1e+02
+        ((3e-5, 2.9e-5, 3.1e-5), "3.0e-5 [2.9e-5, 3.1e-5]"),
+        ((0.9966, 0.99, 1.0), "0.997 [0.990, 1.000]"),
+        ((-1.0, -1.0, -0.9999), "-1.0000 [-1.0000, -0.9999]"),
+        ((float("nan"), 0.1, 0.2), "undefined"),
+    ],
+)
+def test_no_compact_interval_reads_as_one_of_no_width(numbers: tuple[float, float, float], text: str) -> None:
+    row = dict(zip(("value", "low", "high"), numbers, strict=True)) | {"n": 9, "facts": 9, "undefined": 0}
+    row |= dict(zip(("control", "control_low", "control_high"), numbers, strict=True))
+    shown = compact_table([row], []).iloc[0]
+    assert shown["value"] == shown["control"] == text
 
 
 def test_roles_stand_in_network_order_and_two_digits_never_make_a_bound() -> None:

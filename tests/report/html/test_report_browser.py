@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,23 @@ def test_the_page_writes_numbers_as_the_package_does(opened: Any) -> None:
     ):
         given = [None if math.isnan(one) else one for one in numbers]
         assert opened.execute_script("return interval(...arguments)", *given) == interval_text(*numbers)
+    draw = random.Random(0)
+    shares = [
+        (0.9996, 0.9989, 0.99999),
+        (0.0002, 0.00001, 0.0009),
+        (0.9996, nan, nan),
+        (1.0, 0.99996, 1.0),
+        (0.0, 0.0, 4e-4),
+    ]
+    shares += [(2e-6, 1e-6, 3e-6), (0.99999999, 0.5, 1.0), (nan, nan, nan), (0.5, 0.5, 0.5)]
+    for _ in range(60):  # near both ends, where digits are lost
+        far = [10 ** draw.uniform(-7, -0.4) for _ in range(3)]
+        low, value, high = sorted(far if draw.random() < 0.5 else [1 - one for one in far])
+        shares.append((value, low, high))
+    for share in shares:
+        given = [None if math.isnan(one) else one for one in share]
+        words = opened.execute_script("return interval(...arguments, null, true)", *given)
+        assert words == interval_text(*share, percent=True), share
 
 
 def test_a_long_setting_goes_on_below(opened: Any) -> None:
