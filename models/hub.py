@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils import get_session
 from huggingface_hub.utils import logging as hub_logging
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from ..errors import RevprobeError, first_line
@@ -55,9 +56,29 @@ def download(name: str, **options: Any) -> Path:
     Raises: RevprobeError, when they are neither on the hub nor in the cache.
     """
     wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES, *_BESIDE]
+    return _downloaded(name, wanted, **options)
+
+
+def _downloaded(name: str, wanted: list[str], **options: Any) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, **options))
     except Exception as error:  # whatever the client raises: no such repository, no network, a full disk
         raise RevprobeError(
             f"cannot download {name!r}: {first_line(error)}; check the name and the network, or give a folder"
         ) from error
+
+
+def adapter_from_hub(name: str, **options: Any) -> Path | None:
+    """The folder of the local cache that holds a hub name's adapter and its tokenizer; None where it has no adapter.
+
+    transformers would put it on a base by itself, from pickled weights too, and say nothing of a missing tensor.
+    Raises: RevprobeError, when its files cannot be had.
+    """
+    try:
+        found = find_adapter_config_file(name, **options)
+    except Exception:  # no such name, no network: the model's own config is asked for next, and says so
+        return None
+    if found is None:
+        return None
+    wanted = ["adapter_config.json", "adapter*.safetensors", "reads.json", *TOKENIZER_FILES, *_BESIDE]
+    return _downloaded(name, wanted, **options)

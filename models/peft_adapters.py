@@ -7,17 +7,19 @@ inside the model's layers; learned prompts (prompt, prefix and p-tuning) stand b
 
 from __future__ import annotations
 
+import filecmp
 import json
 import re
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from torch import nn
 
 from ..atomic_files import write_text
 from ..errors import RevprobeError, first_line
+from .checkpoints import CHECKPOINTS, EMA, step_of
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # How the base was loaded for training, where its files do not say; beside the adapter.
@@ -47,8 +49,12 @@ def is_adapter_parameter(name: str) -> bool:
 
 def adapter_parameters(module: nn.Module) -> list[str]:
     """The parameters of peft's adapters on a module; none where there is no adapter, whatever names it uses."""
-    wraps = any(hasattr(part, "peft_config") or hasattr(part, "adapter_layer_names") for part in module.modules())
-    return [name for name, _ in module.named_parameters() if is_adapter_parameter(name)] if wraps else []
+    return [n for n, _ in module.named_parameters() if is_adapter_parameter(n)] if has_adapter(module) else []
+
+
+def has_adapter(module: nn.Module) -> bool:
+    """Whether adapters of peft, learned prompts among them, are on a module: also those that have no weights' names."""
+    return any(hasattr(part, "peft_config") or hasattr(part, "adapter_layer_names") for part in module.modules())
 
 
 def own_parameters(module: nn.Module) -> list[str] | None:
@@ -61,10 +67,13 @@ def without_wrapper(module: nn.Module) -> nn.Module:
     """The transformers model inside a PeftModel, its adapter active; other modules, and learned prompts, as they are.
 
     Its parameters then have the names they have without an adapter, so that readings can be compared. The model inside
-    learned prompts is the base alone, which never sees them.
+    learned prompts is the base alone, which never sees them; and an activated LoRA's wrapper is what looks for the
+    tokens that call it, without which it does nothing.
     """
     config = getattr(module, "active_peft_config", None) if hasattr(module, "peft_config") else None
     if config is None or config.is_prompt_learning or str(config.peft_type).rpartition(".")[2] in _IN_THE_WRAPPER:
+        return module
+    if getattr(config, "alora_invocation_tokens", None):
         return module
     inside: Any = module
     return inside.get_base_model()
@@ -86,24 +95,70 @@ def is_adapter(folder: str | Path) -> bool:
 
 
 def base_of(adapter: Path) -> str | Path:
-    """The model an adapter was trained on: the one its run built, else the folder or hub name its config states.
+    """The model an adapter was trained on: the folder or hub name its config states, or the one that its run built.
 
-    Raises: RevprobeError, when the config is damaged or names no base.
+    A run's own base, RUN/base, is that of RUN/checkpoints/step-N alone, wherever the run's folder was moved to; a
+    folder of that name beside other adapters is any model.
+    Raises: RevprobeError, when the config is damaged or names no base, or names another base than the run has.
     """
-    built = adapter.parent.parent / BASE
-    if built.is_dir():
+    stated = _stated(adapter).get("base_model_name_or_path")
+    checkpoint = adapter.parent if adapter.name == EMA else adapter
+    built = checkpoint.parent.parent / BASE
+    if checkpoint.parent.name == CHECKPOINTS and step_of(checkpoint) is not None and built.is_dir():
+        if stated and _is_other(str(stated), built):
+            raise RevprobeError(
+                f"{adapter / ADAPTER_CONFIG} names the base {str(stated)!r}, and its run's folder has another, "
+                f"{built}; delete base_model_name_or_path from it where the run's is meant, else copy the adapter to a "
+                "folder outside the run"
+            )
         return built
-    try:
-        stated = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RevprobeError(
-            f"{adapter / ADAPTER_CONFIG} is damaged ({first_line(error)}); expected the file that peft writes"
-        ) from error
     if not stated:
         raise RevprobeError(
             f"{adapter / ADAPTER_CONFIG} names no base model; load the base yourself and use peft's PeftModel"
         )
     return Path(stated) if Path(stated).is_dir() else str(stated)
+
+
+def base_revision(adapter: Path, base: str | Path, asked: str | None) -> str | None:
+    """The revision to load an adapter's base at: the one its config pins, of a base on the hub; else what was asked.
+
+    Raises: RevprobeError, when another was asked for than is pinned, or the config is damaged.
+    """
+    pinned = _stated(adapter).get("revision")
+    if isinstance(base, Path) or not pinned:
+        return asked
+    if asked not in (None, pinned):
+        raise RevprobeError(
+            f"revision={asked!r}: {adapter / ADAPTER_CONFIG} pins its base {base!r} to {pinned!r}; leave revision out, "
+            "or change it there"
+        )
+    return str(pinned)
+
+
+def _stated(adapter: Path) -> dict[str, Any]:
+    """What adapter_config.json says. Raises: RevprobeError, when it is damaged."""
+    try:
+        return dict(json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise RevprobeError(
+            f"{adapter / ADAPTER_CONFIG} is damaged ({first_line(error)}); expected the file that peft writes"
+        ) from error
+
+
+def _is_other(stated: str, built: Path) -> bool:
+    """Whether what an adapter's config names is there and is not the base that its run built, or a copy of it.
+
+    A run states its base by the whole path it had then, which is gone where the run was moved.
+    """
+    if not Path(stated).is_dir():
+        return not any(kind(stated).is_absolute() for kind in (PurePosixPath, PureWindowsPath))
+    there = [
+        {p.name: p for p in place.iterdir() if p.suffix in (".safetensors", ".json")} for place in (Path(stated), built)
+    ]
+    names = [{name for name in found if name == "config.json" or name.endswith(".safetensors")} for found in there]
+    return names[0] != names[1] or not all(
+        filecmp.cmp(there[0][name], there[1][name], shallow=False) for name in names[0]
+    )
 
 
 def write_reads(adapter: Path, reads: Mapping[str, Any]) -> None:
@@ -130,8 +185,15 @@ def put_on(module: nn.Module, adapter: Path, tokenizer: Any = None) -> nn.Module
     Args:
         tokenizer: the adapter's own; tokens it adds need rows in the base's embedding, which the adapter must bring.
     Raises: RevprobeError, when the adapter's weights are pickled, missing, cut off or of another model, when it is not
-        a language model's, or when the tokenizer has tokens that neither base nor adapter has rows for.
+        a language model's, when the tokenizer has tokens that neither base nor adapter has rows for, or when the base
+        has an adapter already.
     """
+    if has_adapter(module):
+        # peft would put the second's weights where the first's are, under the same name.
+        raise RevprobeError(
+            f"the base of the adapter {adapter} has an adapter itself, which the second would overwrite; merge the "
+            "first into its base (peft's merge_and_unload), save that, and name its folder as base_model_name_or_path"
+        )
     from peft import PeftModel, get_peft_model_state_dict  # seconds to import, and only adapters need it
     from safetensors import safe_open
 

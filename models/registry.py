@@ -27,10 +27,11 @@ from .contract.called import CalledModule
 from .families.family import PublishedFiles
 from .families.files import Files, config_beside, weight_files
 from .families.known import family_of, family_of_config, read_config
-from .hub import download, hub_options, quiet_transformers
-from .peft_adapters import base_of, is_adapter, noted_reads, put_on
+from .hub import adapter_from_hub, download, hub_options, quiet_transformers
+from .load_options import one_dtype, placed, require_choices, require_device, require_no_subfolder
+from .peft_adapters import base_of, base_revision, is_adapter, noted_reads, put_on
 from .place import place_of
-from .probed import OBJECTIVES, ProbedModel, as_probed
+from .probed import ProbedModel, as_probed
 from .strict_loading import conversion, load_weights, require_no_pickles
 from .tokenizers import chosen_tokenizer, load_tokenizer, require_rows
 
@@ -89,9 +90,10 @@ def load_model(
 
     Args:
         source: a registered name, a run folder, a folder with config.json and safetensors, a hub name, or the folder
-            of an adapter, which is put on its base. A module or a ProbedModel comes back wrapped, without options.
+            or hub name of an adapter, which is put on the base it states, at the revision it pins. A module or a
+            ProbedModel comes back wrapped, without options.
         step, weights: which checkpoint of a run; the last, and its average where it has one, by default.
-        dtype, device: as in transformers; the checkpoint's dtype and the CPU by default.
+        dtype, device: as in transformers (torch_dtype= too); the checkpoint's dtype and the CPU by default.
         objective: only where the config fits both a causal and a masked language model.
         mask_token_id, logit_shift, begin_token_id: only where neither class, config nor tokenizer tells; a
             mask token by its id or its text.
@@ -107,8 +109,9 @@ def load_model(
         asked for cannot be read or has more tokens than the model, or the device is none that torch has here.
     Warns: when there is a tokenizer that cannot be read, with the reason; only text pairs need it.
     """
-    _require_device(device)
-    _require_choices(dtype, objective)
+    require_device(device)
+    dtype = one_dtype(dtype, options)
+    require_choices(dtype, objective)
     block_size = _whole(block_size) if bidirectional else block_size
     given: dict[str, Any] = {"mask_token_id": mask_token_id, "logit_shift": logit_shift}
     given |= {"begin_token_id": begin_token_id, "block_size": block_size}
@@ -119,15 +122,18 @@ def load_model(
         moved = {"dtype": dtype, "device": device}
         return _loaded_already(source, asked | {key: one for key, one in moved.items() if one is not None})
     if str(source) in _LOADERS:
-        return _placed(_from_loader(str(source), asked), dtype, device)
+        return placed(_from_loader(str(source), asked), dtype, device)
+    require_no_subfolder(options, source)
     folder, name, at_step, which = place_of(source, step, weights)
+    if isinstance(folder, str):
+        folder = _adapter_or(folder, options)
     if isinstance(folder, Path) and is_adapter(folder):
         options |= {"tokenizer": tokenizer} | ({"bidirectional": True} if bidirectional else {})
         adapted = _adapted(folder, name, dtype, objective, given, options, {"step": at_step, "weights": which})
-        return _placed(adapted, None, device)
+        return placed(adapted, None, device)
     given |= {"name": name, "step": at_step, "weights": which}
     options |= {"bidirectional": bidirectional}
-    return _placed(_from_files(folder, dtype, objective, tokenizer, given, options), None, device)
+    return placed(_from_files(folder, dtype, objective, tokenizer, given, options), None, device)
 
 
 def _from_files(
@@ -141,7 +147,7 @@ def _from_files(
     """A folder's or hub name's model with the tokenizer asked for, or its own. `given`: what ProbedModel is told."""
     name = given["name"]
     with quiet_transformers():
-        hub = hub_options(folder) | {key: options.pop(key) for key in _ON_THE_HUB if key in options}
+        hub = {key: options.pop(key) for key in _ON_THE_HUB if key in options}
         config, published = _read_config(folder, name, options, hub)
         objective = objective or stated_objective(config, name)
         kind = _class_of(config, objective, name, published)
@@ -172,6 +178,16 @@ def _from_files(
     return probed
 
 
+def _adapter_or(name: str, options: dict[str, Any]) -> str | Path:
+    """The folder of a hub name's adapter; of another the name. What the hub needs to be asked goes into `options`."""
+    with quiet_transformers():
+        options |= {} if "local_files_only" in options else hub_options(name)
+        found = adapter_from_hub(name, **{key: options[key] for key in _ON_THE_HUB if key in options})
+    if found is not None:
+        options.pop("revision", None)  # the adapter's, and its base has one of its own
+    return found or name
+
+
 def _adapted(
     folder: Path, name: str, dtype: Any, objective: str | None, given: dict[str, Any], options: Any, which: Any
 ) -> ProbedModel:
@@ -182,7 +198,10 @@ def _adapted(
         options |= {"bidirectional": True} if noted.get("bidirectional") else {}
     if given["mask_token_id"] is None:
         given["mask_token_id"] = noted.get("mask_token_id")
-    base = load_model(base_of(folder), dtype=dtype, objective=objective, **given, **options)
+    place = base_of(folder)
+    if revision := base_revision(folder, place, options.get("revision")):
+        options |= {"revision": revision}
+    base = load_model(place, dtype=dtype, objective=objective, **given, **options)
     with quiet_transformers():
         own = load_tokenizer(folder, name) if options["tokenizer"] is None else base.tokenizer
     module = put_on(base.module, folder, own)
@@ -216,13 +235,6 @@ def _write_down(config: PreTrainedConfig, given: dict[str, Any]) -> None:
         config.mask_token_id = given["mask_token_id"]
     if given["block_size"] is not None and family.attention in ("block", "either"):
         config.block_size = given["block_size"]
-
-
-def _require_choices(dtype: torch.dtype | str | None, objective: str | None) -> None:
-    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise RevprobeError(f"dtype={shown(dtype)}{did_you_mean(dtype, ['auto', 'float32', 'bfloat16', 'float16'])}")
-    if objective is not None and objective not in OBJECTIVES:
-        raise RevprobeError(f"unknown objective {shown(objective)}{did_you_mean(objective, OBJECTIVES)}")
 
 
 def _loaded_already(model: ProbedModel | nn.Module, options: Mapping[str, Any]) -> ProbedModel:
@@ -324,7 +336,7 @@ def stated_objective(config: PreTrainedConfig, name: str) -> str:
 
 
 # Options of `from_pretrained` that say where on the hub, for config and tokenizer as for the weights.
-_ON_THE_HUB = ("revision", "cache_dir", "token")
+_ON_THE_HUB = ("revision", "cache_dir", "token", "local_files_only")
 _NEITHER = (
     "is neither a masked nor a causal language model to transformers (an encoder-decoder, a classifier or another "
     "task's model); expected one of these, or wrap a module of your own with ProbedModel(module, objective=...)"
@@ -365,24 +377,3 @@ def _why_not_loaded(error: Exception, folder: str | Path, name: str, options: di
     if passed_on and not isinstance(error, SafetensorError | OSError):
         return f"{cause}; it was asked for with {shown(passed_on)}: leave these out or change them"
     return f"{cause}; the checkpoint is missing, cut off, or of another model"
-
-
-def _require_device(device: torch.device | str | int | None) -> None:
-    """Try the device before a model is loaded for it."""
-    try:
-        if device is not None and torch.empty(0, device=device).is_meta:
-            raise RuntimeError("it holds no numbers")
-    except Exception as error:  # AssertionError for a torch without CUDA, RuntimeError for other names and numbers
-        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise RevprobeError(
-            f"device {str(device)!r} cannot be used here ({first_line(error, with_type=False)}); expected one of "
-            f"{', '.join(there)}"
-        ) from error
-
-
-def _placed(model: ProbedModel, dtype: Any, device: Any) -> ProbedModel:
-    if dtype not in (None, "auto"):
-        model.module.to(dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype))
-    if device is not None:
-        model.module.to(device)
-    return model

@@ -20,6 +20,7 @@ from ..errors import RevprobeError
 from .bases.matching import require_match, without_report
 from .families.family import PublishedFiles
 from .families.files import header, require_shards_inside, shards_of
+from .peft_adapters import ADAPTER_CONFIG
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")  # of a Trainer
@@ -34,10 +35,10 @@ def load_weights(
         kind: an Auto class; for `published` files, the class itself.
         published: a family's files; those whose tensors are translated here lie in a folder, or are `folder` itself.
         options: of `from_pretrained`.
-    Raises: RevprobeError, for weights that are pickled, missing, in files elsewhere, or not the model's; and what
-        `from_pretrained` and safetensors raise.
+    Raises: RevprobeError, for weights that are pickled, missing, in files elsewhere, an adapter's, or not the model's;
+        and what `from_pretrained` and safetensors raise.
     """
-    require_safetensors(folder)
+    require_safetensors(folder, **{key: options[key] for key in ("cache_dir", "revision") if options.get(key)})
     source: str | Path | None = folder
     official: Callable[[str], str] = str
     options |= {"config": config, "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
@@ -57,12 +58,19 @@ def load_weights(
     return module.eval()
 
 
-def require_safetensors(folder: str | Path) -> None:
-    """Raise unless a folder holds whole safetensors; an index, there or in the cache, must name files beside it."""
+def require_safetensors(folder: str | Path, **cached: Any) -> None:
+    """Raise unless a folder holds whole safetensors; an index, there or in the cache, must name files beside it.
+
+    An adapter is refused too, which transformers would put on a base, from pickled weights where there are no others.
+    Args:
+        cached: cache_dir and revision, for a hub name.
+    """
     if isinstance(folder, str):
-        if isinstance(cached := try_to_load_from_cache(folder, SAFE_WEIGHTS_INDEX_NAME), str):
-            require_shards_inside(Path(cached).parent)
+        if isinstance(found := try_to_load_from_cache(folder, SAFE_WEIGHTS_INDEX_NAME, **cached), str):
+            require_shards_inside(Path(found).parent)
+        _require_no_adapter(try_to_load_from_cache(folder, ADAPTER_CONFIG, **cached))
         return
+    _require_no_adapter(folder / ADAPTER_CONFIG)
     if folder.is_dir() and not any(folder.glob("model*.safetensors*")):
         require_no_pickles(folder)
         raise RevprobeError(
@@ -71,6 +79,14 @@ def require_safetensors(folder: str | Path) -> None:
     require_shards_inside(folder)
     for shard in shards_of(folder):
         header(shard)
+
+
+def _require_no_adapter(config: Any) -> None:
+    if isinstance(config, str | Path) and Path(config).is_file():
+        raise RevprobeError(
+            f"{config} says that an adapter lies beside these weights; put the one that is meant into a folder of its "
+            "own"
+        )
 
 
 def require_no_pickles(place: Path) -> None:

@@ -33,7 +33,7 @@ from ..training.arguments import training_arguments, uses_cpu
 from ..training.checkpointing import ANSWERED, READINGS, checksum
 from ..training.dataset import PadRows, RowOptions, StatementRows, padding_id
 from ..training.distributed import ProcessGroup
-from ..training.lora import add_lora, quantization, target_modules
+from ..training.lora import add_lora, quantization, require_no_adapter, target_modules
 from ..training.merged_lora import merged_lora
 from ..training.negatives import Negatives
 from ..training.prediction_callback import PREDICTIONS, FirstOrderPrediction
@@ -172,6 +172,7 @@ def prepare(config: FinetuneConfig, folder: Path, team: ProcessGroup) -> Prepare
     if tiny is not None:
         source = team.on_rank_zero(lambda: build_tiny(tiny, relation, folder / BASE))
     model = load_model(source, **loading)  # the Trainer places it, unless it is loaded in 4 bits
+    require_no_adapter(model)
     model.require_mask_token(NO_FINE_TUNING)
     if config.evaluation.candidates:
         require_whole_text(model)

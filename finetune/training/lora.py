@@ -21,6 +21,7 @@ from ...errors import RevprobeError, did_you_mean, nearest
 from ...hooks.attention_sites import attending_modules
 from ...hooks.untouched import untouched
 from ...models.bases.radd import Modulation
+from ...models.peft_adapters import has_adapter
 from ...models.probed import ProbedModel
 from ..config.finetuning import LoraOptions
 
@@ -108,6 +109,15 @@ def _require_no_expert(
         )
 
 
+def require_no_adapter(model: ProbedModel) -> None:
+    """Raise for a base that has an adapter: a new one takes its place, or checkpoints lack a part of it."""
+    if has_adapter(model.module):
+        raise RevprobeError(
+            f"{model.name} has an adapter of peft on it, and fine-tuning starts from a whole model; merge it into its "
+            "base (peft's merge_and_unload), save that, and name its folder as the model"
+        )
+
+
 def add_lora(model: ProbedModel, options: LoraOptions | None, *, checkpointing: bool = False) -> nn.Module:
     """The model's module with a fresh adapter, everything else frozen; initial values from torch's random state.
 
@@ -115,7 +125,9 @@ def add_lora(model: ProbedModel, options: LoraOptions | None, *, checkpointing: 
         options: None for no adapter: the module itself, all of it to be trained.
         checkpointing: prepare a 4-bit base for gradient checkpointing too.
     Returns: a peft `PeftModel`; it changes nothing yet, since an adapter starts at zero.
+    Raises: RevprobeError, for a model that has an adapter already; and as `target_modules`.
     """
+    require_no_adapter(model)
     module: Any = model.module
     if options is None:
         plain: nn.Module = module.requires_grad_(True)

@@ -1,6 +1,7 @@
 """Loading: what is found, what is refused, and what the wrapper checks."""
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from revprobe import (
     ProbedModel,
@@ -30,6 +32,7 @@ from revprobe.models import registry
 from revprobe.models.checkpoints import COMPLETE, step_name
 from revprobe.models.probed import as_probed
 from revprobe.models.structure import parameter_role
+from tiny import GROUPED, language_model
 
 
 def save(module, folder) -> None:
@@ -309,3 +312,51 @@ def np_finite(value: float) -> bool:
 def test_roles_are_read_off_the_path(name, role, layer):
     found = parameter_role(name)
     assert (found.role, found.layer) == (role, layer)
+
+
+def test_what_is_worked_out_keeps_its_precision_whoever_loads(tmp_path):
+    """A loader's model was cast as a whole, rotary angles too."""
+    language_model(LlamaConfig(**GROUPED)).save_pretrained(tmp_path)
+    register_model("cast", lambda **options: LlamaForCausalLM.from_pretrained(tmp_path))
+    asked, ids = {"dtype": "bfloat16"}, torch.arange(50)[None]
+    mine, folder = load_model("cast", **asked), load_model(tmp_path, **asked)
+    types = {
+        name: (value.dtype, folder.module.state_dict()[name].dtype) for name, value in mine.module.state_dict().items()
+    }
+    assert set(types.values()) == {(torch.bfloat16, torch.bfloat16)}
+    assert mine.module.model.rotary_emb.inv_freq.dtype == torch.float32
+    with torch.no_grad():
+        assert torch.equal(mine.logits(ids), folder.logits(ids))
+
+
+@pytest.mark.parametrize("asked", ["float32", torch.float32])
+def test_the_older_name_of_dtype_is_obeyed(asked, tmp_path):
+    """It was taken for an option of `from_pretrained` beside the dtype, and lost."""
+    language_model(LlamaConfig(**GROUPED)).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert load_model(tmp_path, torch_dtype=asked).dtype == torch.float32
+    assert load_model(tmp_path).dtype == torch.bfloat16
+    with pytest.raises(RevprobeError, match=r"dtype=.* and torch_dtype=.* are one option; leave torch_dtype out"):
+        load_model(tmp_path, torch_dtype=asked, dtype="bfloat16")
+    with pytest.raises(RevprobeError, match=r"torch_dtype=5: expected a torch.dtype or its name"):
+        load_model(tmp_path, torch_dtype=5)
+
+
+def test_a_subfolder_is_named_as_the_place_itself(tmp_path):
+    """Config and tokenizer were read from the folder above, weights from the subfolder."""
+    language_model(LlamaConfig(**GROUPED)).save_pretrained(tmp_path)
+    language_model(LlamaConfig(**GROUPED, rope_theta=500.0)).save_pretrained(tmp_path / "ck")
+    with pytest.raises(RevprobeError, match=r"subfolder='ck': name the folder itself, load_model\('.*/ck'\)"):
+        load_model(tmp_path, subfolder="ck")
+    assert load_model(tmp_path / "ck").module.config.rope_parameters["rope_theta"] == 500.0
+
+
+def test_an_index_in_another_cache_is_held_to_its_folder_too(tmp_path):
+    snapshot = tmp_path / "models--me--strange" / "snapshots" / ("c" * 40)
+    language_model(LlamaConfig(**GROUPED)).save_pretrained(tmp_path / "elsewhere")
+    language_model(LlamaConfig(**GROUPED)).config.save_pretrained(snapshot)
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "../../../elsewhere/model.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "models--me--strange" / "refs").mkdir()
+    (tmp_path / "models--me--strange" / "refs" / "main").write_text(snapshot.name)
+    with pytest.raises(RevprobeError, match=r"which lies outside its folder"):
+        load_model("me/strange", cache_dir=str(tmp_path), objective="causal")
