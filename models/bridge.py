@@ -1,9 +1,11 @@
 """A TransformerLens view of a model: hook points on the right attention, weights shared, the model left as it is.
 
 `to_bridge(model)` builds a TransformerBridge over a second module tree that shares the model's parameters, so later
-training steps are seen by the bridge and gradients land on the model. TransformerLens' stock adapters for Llama, Qwen2
-and GPT-2 put the causal mask back on their bidirectional relatives; the adapters here, registered through its own
-extension point, do not.
+training steps are seen by the bridge and gradients land on the model. Where TransformerLens folds and centres weights
+(compatibility mode), the bridge takes copies first: it then answers alike by other parameters.
+
+TransformerLens' stock adapters for Llama, Qwen2 and GPT-2 put the causal mask back on their bidirectional relatives;
+the adapters here, registered through its own extension point, do not.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from __future__ import annotations
 import copy
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformer_lens.config.transformer_bridge_config import TransformerBridgeConfig
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge
@@ -158,10 +161,44 @@ for _architecture, _adapter in _ADAPTERS.items():
     ArchitectureAdapterFactory.register_adapter(_architecture, _adapter)
 
 
+class SharedBridge(TransformerBridge):
+    """A bridge over a model's own parameters, until TransformerLens rewrites them: then over copies of them."""
+
+    def process_weights(self, *args: Any, **options: Any) -> None:
+        """As TransformerLens does, which writes some of them in place (those of a mixture's experts)."""
+        if not self._weights_processed:
+            _unshare(self)
+        super().process_weights(*args, **options)
+
+
+def _unshare(bridge: TransformerBridge) -> None:
+    """Give a bridge parameters of its own; those that share their memory, as parts of a fused weight, still do."""
+    storages: dict[int, torch.UntypedStorage] = {}
+    copies: dict[int, nn.Parameter] = {}
+    with torch.no_grad():
+        for part in {id(m): m for tree in (bridge, bridge.original_model) for m in tree.modules()}.values():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    if id(parameter) not in copies:
+                        copies[id(parameter)] = nn.Parameter(_copied(parameter, storages), parameter.requires_grad)
+                    part._parameters[name] = copies[id(parameter)]
+
+
+def _copied(tensor: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tensor:
+    """The tensor in a copy of its memory, one for all tensors that lie in it."""
+    here = tensor.untyped_storage()
+    if here.data_ptr() not in storages:
+        storages[here.data_ptr()] = here.clone()
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(storages[here.data_ptr()], tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
 def to_bridge(module: nn.Module) -> TransformerBridge:
     """A TransformerBridge of a model, whose `hook_attn_scores` and `hook_pattern` are those of its own attention.
 
-    Its logits equal the model's to 1e-4; parameters are shared, the module tree is not.
+    Its logits equal the model's to 1e-4; parameters are shared, the module tree is not. `enable_compatibility_mode()`
+    folds and centres copies: the model stays as it is, and a gradient cosine over the bridge's other parameters is
+    another number than the model's.
     Raises: RevprobeError, when TransformerLens has no adapter for the architecture.
     """
     architecture = type(module).__name__
@@ -172,12 +209,14 @@ def to_bridge(module: nn.Module) -> TransformerBridge:
     try:
         # The bridge replaces submodules of the tree it is given, so it is given a second one over the same parameters.
         second = copy.deepcopy(module, {id(p): p for p in module.parameters()})
-        return build_bridge_from_module(second, architecture, **described)
+        bridge = build_bridge_from_module(second, architecture, **described)
     except (ValueError, KeyError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise RevprobeError(
             f"TransformerLens cannot bridge {architecture}: {reason}; register an adapter for it"
         ) from error
+    bridge.__class__ = SharedBridge
+    return bridge
 
 
 def _encoder_config(config: Any) -> TransformerBridgeConfig:

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    OlmoeConfig,
+    Phi3Config,
+)
 
 import tiny
 from revprobe import (
@@ -19,7 +26,7 @@ from revprobe import (
 from revprobe.models import bridge as bridges
 from revprobe.models.bases.configs import POSITION_ENCODINGS
 from revprobe.probes.statistics.estimators import pair_cosines
-from tiny import FIXTURES, bridged, gpt2, llama, pairs_at
+from tiny import FIXTURES, bridged, drawn, gpt2, llama, pairs_at
 
 # With logits and scores of the published code -> TransformerLens' own adapter for the causal relative.
 STOCK = {"llada-tiny": bridges.LlamaArchitectureAdapter, "dream-tiny": bridges.Qwen2ArchitectureAdapter}
@@ -144,3 +151,42 @@ def test_gradients_through_the_bridge_are_those_of_the_model(name):
     ours, theirs = (pair_cosines(probe(m, pairs, only=["gradient"])[0].frame) for m in (model, wrapped))
     np.testing.assert_allclose(theirs.cosine, ours.cosine, atol=1e-4)
     np.testing.assert_allclose(theirs.cosine_control, ours.cosine_control, atol=1e-4)
+
+
+# --- TransformerLens' own rewriting of weights ---
+
+
+def mixture(name: str) -> ProbedModel:
+    kind = {"mixtral": MixtralConfig, "olmoe": OlmoeConfig, "phi3": Phi3Config}[name]
+    sizes = {"vocab_size": 56, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0}
+    experts = {} if name == "phi3" else {"num_experts_per_tok": 2}
+    module = drawn(AutoModelForCausalLM.from_config(kind(**sizes, **more, **experts, num_key_value_heads=2)))
+    return ProbedModel(module, objective="causal")
+
+
+REWRITTEN = {name: partial(mixture, name) for name in ("mixtral", "olmoe", "phi3")}
+REWRITTEN |= {
+    "lladamoe-tiny": lambda: load_model(FIXTURES / "lladamoe-tiny", mask_token_id=252),
+    "llada2-tiny": lambda: load_model(FIXTURES / "llada2-tiny", mask_token_id=246, block_size="whole"),
+    "rope": lambda: radd("rope"),
+    "gpt2": gpt2,
+}
+
+
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_folding_and_centring_leave_the_model_as_it_is(name):
+    """Experts' weights were folded in place, in the model: its logits moved by 1 and more."""
+    model, ids = REWRITTEN[name](), torch.tensor([[3, 7, 9, 12, 30, 8, 40, 44]])
+    with torch.no_grad():
+        before, held = model.logits(ids), {key: value.clone() for key, value in model.module.state_dict().items()}
+        bridge = model.to_bridge()
+        shared = {id(p) for p in model.module.parameters()}
+        assert shared & {id(p) for p in bridge.parameters()}, "they were shared until now"
+        bridge.enable_compatibility_mode()
+        bridge.enable_compatibility_mode(no_processing=True)
+        assert torch.equal(model.logits(ids), before)
+        assert all(torch.equal(value, held[key]) for key, value in model.module.state_dict().items())
+        told = getattr(bridge(ids), "logits", bridge(ids)).double().log_softmax(-1) - before.double().log_softmax(-1)
+        assert float(told.nan_to_num().abs().max()) < 1e-4  # -inf at RADD's mask token on both sides
+    assert not shared & {id(p) for p in bridge.parameters()}
