@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import RevprobeError
-from .bases.matching import require_match, without_report
+from .bases.matching import require_match, require_tied, without_report
 from .families.family import PublishedFiles
 from .families.files import header, require_shards_inside, shards_of
 from .peft_adapters import ADAPTER_CONFIG
@@ -55,6 +55,7 @@ def load_weights(
         module.name_or_path = module.config._name_or_path = str(by_name)
     # Published checkpoints of transformers' own classes may carry another task's head.
     require_match(info, folder, strict=not type(module).__module__.startswith("transformers."), official=official)
+    require_tied(module, folder)
     return module.eval()
 
 

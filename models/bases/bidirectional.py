@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig
 
 from ...errors import RevprobeError
-from .matching import require_match, without_report
+from .matching import require_match, require_tied, without_report
 
 
 class BidirectionalDecoder:
@@ -73,21 +72,5 @@ class BidirectionalDecoder:
         info["missing_keys"] = {key for key in info["missing_keys"] if key not in held or held[key].numel()}
         if source is not None:  # tensors that were given one by one are held to by whoever knows where they are from
             require_match(info, source, official=cls.official_name)
-        _require_tied(model, source or cls.__name__)
+        require_tied(model, source or cls.__name__)
         return (model, info) if output_loading_info else model
-
-
-def _require_tied(model: Any, source: Any) -> None:
-    """transformers parts a head that differs from the embedding, whatever the config says; the published code does not.
-
-    Raises: RevprobeError, when the two should be one tensor.
-    """
-    head: Any = getattr(model.get_output_embeddings(), "weight", None)
-    embed: Any = getattr(model.get_input_embeddings(), "weight", None)
-    if not model.config.tie_word_embeddings or head is embed or head is None or head.is_meta or embed.is_meta:
-        return
-    if not torch.equal(head, embed.to(head.device)):
-        raise RevprobeError(
-            f"{source}: its head differs from its embedding, which its config says are one; where the head is its own, "
-            'set "tie_word_embeddings": false there'
-        )

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from ...errors import RevprobeError
 
 _IN_A_LAYER = re.compile(r"\.\d+\.")
@@ -69,6 +71,29 @@ def require_match(
     if outside:
         warnings.warn(
             f"{source}: {listed(outside, official)} left over; the language model has no place for them", stacklevel=2
+        )
+
+
+def require_tied(model: Any, source: object) -> None:
+    """transformers parts a head that differs from the embedding, whatever the config says; published code does not.
+
+    Held to are classes that say they tie the two, which a config's default does not tell.
+    Raises: RevprobeError, when the two should be one tensor.
+    """
+    head: Any = getattr(model.get_output_embeddings(), "weight", None)
+    embed: Any = getattr(model.get_input_embeddings(), "weight", None)
+    if not getattr(model.config, "tie_word_embeddings", False) or head is embed or head is None or embed is None:
+        return
+    if head.is_meta or embed.is_meta or not head.is_floating_point() or not embed.is_floating_point():
+        return
+    names = [name for name, one in model.named_parameters(remove_duplicate=False) if one is head]
+    said = getattr(model, "_tied_weights_keys", None) or ()
+    if not any(re.search(pattern, name) for name in names for pattern in said):
+        return
+    if not torch.equal(head, embed.to(head.device)):
+        raise RevprobeError(
+            f"{source}: its head differs from its embedding, which its config says are one; where the head is its own, "
+            'set "tie_word_embeddings": false there'
         )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -106,7 +108,8 @@ class CalledModule:
             kwargs["attention_mask"] = attention_mask
         if "use_cache" in self._accepts:
             kwargs["use_cache"] = False
-        return self.logits_in(self.module(input_ids, **kwargs))
+        with uncompiled():
+            return self.logits_in(self.module(input_ids, **kwargs))
 
     def _sees(self, input_ids: Tensor, attention_mask: Tensor | None, size: int) -> Tensor:
         """Who sees whom, padding apart. Shapes: `batch seq, batch seq or None -> seq seq or batch seq seq (bool)`."""
@@ -149,6 +152,14 @@ class CalledModule:
             else "its weights are finite, so an activation overflowed"
         )
         return f"{self.name} gives NaN logits: {where}; load a sound checkpoint or a wider dtype"
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """What torch.compile compiled runs as it was written inside: graphs pass over hooks, taps and edits.
+
+    The stance of before comes back. Nothing is compiled where torch's compiler was never imported, which takes seconds.
+    """
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def require_numbers(called: CalledModule, logits: Tensor) -> Tensor:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers import __version__ as version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from ...errors import RevprobeError
 from .a2d import A2D
@@ -65,6 +72,7 @@ def read_config(
         options: of `from_pretrained`, for the hub.
     Raises: RevprobeError, when there is no such family, or one that is known and not read; what transformers raises
         for a file that is missing, no JSON, or of an architecture it does not know.
+    Warns: where the files name code of their own for what transformers' class of that type reads.
     """
     files = Files.at(place, **options)
     family = family_of(files, bidirectional=bidirectional)
@@ -74,6 +82,12 @@ def read_config(
         return config, PublishedFiles(family, files, config)
     # False, not None: None would ask on the terminal whether to run the repository's code.
     config = AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
+    if code := code_passed_over(files.settings):
+        warnings.warn(
+            f"{files.name!r}: its config.json names {code}, code of its own that is never run; transformers' own "
+            f"{files.model_type} is read, which may be another model (one that attends in both directions, for one)",
+            stacklevel=2,
+        )
     if config._attn_implementation not in (None, "eager", "sdpa"):
         config._attn_implementation = None  # a kernel that nothing can look into; who wants it names it
     return config, None
@@ -100,6 +114,28 @@ def family_of(files: Files, *, bidirectional: bool = False) -> Family | None:
             f"is made of it; {f'those of type {plain} can be read so' if plain else 'leave bidirectional out'}"
         )
     return found
+
+
+def code_passed_over(settings: Mapping[str, Any]) -> str | None:
+    """The language model's code that a config.json names, where it is not what transformers has of that type.
+
+    A repository may carry the code that transformers took over: a class of the same name in modeling_TYPE.py.
+
+    >>> code_passed_over({"model_type": "llama", "auto_map": {"AutoModel": "modeling_both.LlamaBothWays"}})
+    'modeling_both.LlamaBothWays'
+    >>> code_passed_over({"model_type": "phi3", "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}})
+    """
+    kind, named = str(settings.get("model_type", "")), settings.get("auto_map")
+    heads = {
+        "AutoModelForMaskedLM": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "AutoModel": MODEL_MAPPING_NAMES,
+    }
+    for head, own in heads.items():
+        code = named.get(head) if isinstance(named, Mapping) else None
+        if isinstance(code, str) and code.rpartition("--")[2] != f"modeling_{kind}.{own.get(kind)}":
+            return code
+    return None
 
 
 def _require_known(files: Files) -> None:

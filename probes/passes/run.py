@@ -29,6 +29,7 @@ from ...hooks.gradients.run_again import RunsOtherwise, run_again, that_can
 from ...hooks.gradients.spread_weights import WholeWeights, require_units
 from ...hooks.layer_numbers import outermost_blocks
 from ...hooks.untouched import untouched
+from ...models.families.known import code_passed_over
 from ...models.probed import ProbedModel
 from ...models.structure import attention_of, fused_parts
 from ..pairs.pairs import ReversalPairs
@@ -367,7 +368,11 @@ def describe(model: ProbedModel, result: PassResult, plan: Plan) -> dict[str, An
 
 def place_of(model: ProbedModel) -> dict[str, Any]:
     """What a pass here is computed on and in; of types that of products, and the weights' own where it is another."""
-    return {**_arithmetic(model), "device": model.device.type, "threads": torch.get_num_threads()}
+    told = {**_arithmetic(model), "device": model.device.type, "threads": torch.get_num_threads()}
+    module: Any = model.module
+    settings = module.config.to_dict() if type(module).__module__.startswith("transformers.") else {}
+    code = code_passed_over(settings)
+    return told if code is None else told | {"code_not_run": code}
 
 
 def _arithmetic(model: ProbedModel) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch._dynamo import eval_frame
 
 from revprobe import (
     ProbedModel,
@@ -205,3 +206,44 @@ def test_two_threads_probe_two_models_as_if_alone():
                 assert reading.frame.equals(other.frame), f"{reading.name} moved"
                 assert (reading.value, reading.undefined) == (other.value, other.undefined)
     assert [changed(b, state_of(m.module)) for b, m in zip(before, models, strict=True)] == [[], []]
+
+
+# --- compiled models are read as they were written ------------------------------------------------------------------
+
+
+def compiled_layers(module: nn.Module) -> nn.Module:
+    for number, layer in enumerate(module.model.layers):
+        module.model.layers[number] = torch.compile(layer, backend="eager")
+    return module
+
+
+def compiled_forward(module: nn.Module) -> nn.Module:
+    module.forward = torch.compile(module.forward, backend="eager")
+    return module
+
+
+def compiled_and_run(module: nn.Module) -> nn.Module:
+    module.compile(backend="eager")
+    module(torch.arange(8)[None])
+    return module
+
+
+COMPILED = {
+    "the whole": lambda module: torch.compile(module, backend="eager"),
+    "in place, and run": compiled_and_run,
+    "layers": compiled_layers,
+    "the forward pass": compiled_forward,
+}
+
+
+@pytest.mark.parametrize("how", COMPILED)
+def test_a_compiled_model_gives_the_numbers_of_the_plain_one(how):
+    """A graph runs past hooks and taps, or breaks on them; torch's stance is what it was afterwards."""
+    config, pairs = transformers.LlamaConfig(**GROUPED), pairs_at((1, 4), (1, 5), count=8)
+    plain = causal(config)
+    with torch.compiler.set_stance("eager_on_recompile"):
+        told = probe(ProbedModel(COMPILED[how](causal(config).module), objective="causal"), pairs)
+        assert eval_frame._stance.stance == "eager_on_recompile"
+    assert eval_frame._stance.stance == "default"
+    for ours, theirs in zip(probe(plain, pairs), told, strict=True):
+        assert (theirs.value, theirs.n) == (pytest.approx(ours.value, abs=1e-6), ours.n), ours.name

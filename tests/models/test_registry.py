@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from revprobe.models import registry
 from revprobe.models.checkpoints import COMPLETE, step_name
 from revprobe.models.probed import as_probed
 from revprobe.models.structure import parameter_role
-from tiny import GROUPED, language_model
+from tiny import GROUPED, language_model, pairs_at
 
 
 def save(module, folder) -> None:
@@ -360,3 +361,49 @@ def test_an_index_in_another_cache_is_held_to_its_folder_too(tmp_path):
     (tmp_path / "models--me--strange" / "refs" / "main").write_text(snapshot.name)
     with pytest.raises(RevprobeError, match=r"which lies outside its folder"):
         load_model("me/strange", cache_dir=str(tmp_path), objective="causal")
+
+
+OWN_CODE = {
+    "another class": ({"AutoModelForCausalLM": "modeling_both.LlamaBothWays"}, "modeling_both.LlamaBothWays"),
+    "the same name, elsewhere": (
+        {"AutoModelForCausalLM": "modeling_x.LlamaForCausalLM"},
+        "modeling_x.LlamaForCausalLM",
+    ),
+    "of another repository": ({"AutoModel": "me/code--modeling_b.Both"}, "me/code--modeling_b.Both"),
+    "what transformers took over": ({"AutoModelForCausalLM": "me/x--modeling_llama.LlamaForCausalLM"}, None),
+    "its config alone": ({"AutoConfig": "configuration_x.Config"}, None),
+}
+
+
+@pytest.mark.parametrize("case", OWN_CODE)
+def test_code_of_a_folder_that_is_passed_over_is_told(case, tmp_path):
+    """A Llama's files may be those of a model that attends in both directions, by code that is never run."""
+    named, passed_over = OWN_CODE[case]
+    language_model(LlamaConfig(**GROUPED)).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text()) | {"auto_map": named}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = load_model(tmp_path)
+    assert [passed_over in str(one.message) for one in told] == ([] if passed_over is None else [True])
+    reading = probe(model, pairs_at((1, 4), (1, 5), count=8), only=["probability"])[0]
+    assert reading.meta.get("code_not_run") == passed_over
+
+
+def test_two_tensors_that_the_config_says_are_one_are_refused(tmp_path):
+    """transformers reads them as two, with a line in its log: a model that its config does not describe."""
+    tied = language_model(LlamaConfig(**GROUPED, tie_word_embeddings=True))
+    tied.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in saved
+    same = saved | {"lm_head.weight": saved["model.embed_tokens.weight"].clone()}
+    save_file(same, tmp_path / "model.safetensors", {"format": "pt"})
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path).logits(torch.arange(9)[None]), tied(torch.arange(9)[None]).logits)
+    other = saved | {"lm_head.weight": saved["model.embed_tokens.weight"] + 0.1}
+    save_file(other, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RevprobeError, match=r"its head differs from its embedding, which its config says are one"):
+        load_model(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert torch.equal(load_model(tmp_path).module.lm_head.weight, other["lm_head.weight"])
