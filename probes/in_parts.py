@@ -66,10 +66,10 @@ def probe_in_parts(
 
     Each part's files appear whole, and a folder that was begun is gone on with: parts that are there are read, not
     probed again. `pandas.read_parquet(folder / "attention_correlation")` has the rows of all parts, with pairs and
-    groups numbered through. The numbers are those of `probe`, but that gradients and probabilities have facts
-    shuffled within their part for a control, and targets of one shown query are seen within a part. Memory grows by
-    what the numbers rest on: 16 bytes for each pair and head, a few hundred for each pair; pairs in a file are read
-    as they are needed.
+    groups numbered through (`shown` is of the part; the numbers are over prompts of all parts). The numbers are those
+    of `probe`, but that gradients and probabilities have facts shuffled within their part for a control, and targets of
+    one shown query are seen within a part. Memory grows by what the numbers rest on: 16 bytes for each pair and head,
+    some hundred for each pair; files are read as needed.
 
     Args:
         pairs: a list for all probes, or a JSONL file of `ReversalPairs.save`.

@@ -32,7 +32,7 @@ def with_prompts(model: ProbedModel, pairs: ReversalPairs) -> ReversalPairs:
     if not shared and SHOWN not in pairs.flags:
         return pairs
     flags = {name: values for name, values in pairs.flags.items() if name != SHOWN}
-    return replace(pairs, flags=flags | ({SHOWN: units.astype(object)} if shared else {}))
+    return replace(pairs, flags=flags | ({SHOWN: units} if shared else {}))
 
 
 def shown_queries(model: ProbedModel, pairs: ReversalPairs) -> tuple[list[Hashable], list[Hashable]]:

@@ -132,7 +132,7 @@ def with_shown(frame: pd.DataFrame, *traits: Sequence[Hashable]) -> pd.DataFrame
     """The frame with the column `shown`, where facts of its rows share one of the traits (a prompt). Shapes: `row`."""
     labels = frame["fact"].to_numpy().astype(str)
     units = kin(labels, *traits)
-    return frame if np.array_equal(units, labels) else frame.assign(**{SHOWN: units.astype(object)})
+    return frame if np.array_equal(units, labels) else frame.assign(**{SHOWN: units})
 
 
 def shuffles(facts: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> np.ndarray:
