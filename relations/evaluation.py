@@ -130,7 +130,7 @@ def answer_book(model: ProbedModel, relation: TextRelation, direction: str) -> A
     """
     splits = sorted(set(relation.facts_of(direction)["split"]))
     sides = [(split, reverse) for split in splits for reverse in (False, True)]
-    told = [{"reverse": reverse, "split": split} for split, reverse in sides]
+    told: list[dict[str, Any]] = [{"reverse": reverse, "split": split} for split, reverse in sides]
     # A fact whose prompts all contain its answer is asked nowhere, and keeps no other from being asked.
     asked = [relation.questions(direction, **one) for one in told if relation.has_questions(direction, **one)]
     return AnswerBook(model, [question for questions in asked for question in questions])
@@ -211,7 +211,7 @@ def asked_sides(
         found = []
         for asked, statement in directions.items():
             wording = templates or ("heldout" if relation.has_heldout_templates(statement) else "all")
-            told = {"reverse": asked == "reverse", "split": split, "templates": wording}
+            told: dict[str, Any] = {"reverse": asked == "reverse", "split": split, "templates": wording}
             if split == "heldout" and len(splits) > 1 and not relation.has_questions(direction, **told):
                 warnings.warn(
                     f"{relation.name} asks nothing about held-out facts in direction {statement!r} (every prompt "
