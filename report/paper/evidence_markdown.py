@@ -212,7 +212,7 @@ def cells_table(runs: pd.DataFrame) -> str:
         shown = {
             "forward": spread_text(_column(done, "forward")),
             "reverse": spread_text(_column(done, "reverse")),
-            "stays": f"{100 * _column(done, 'reverse_lowest').min():.1f}" if len(done) else "-",
+            "stays": _least(_column(done, "reverse_lowest")),
             "reverse, raw": spread_text(_column(raw, "reverse")),
             "letters-only": spread_text(_column(done, "letters_only")),
             "placeholder": _share(done),
@@ -222,6 +222,24 @@ def cells_table(runs: pd.DataFrame) -> str:
         }
         rows.append(row | shown)
     return markdown_table(rows)
+
+
+def _least(values: pd.Series) -> str:
+    """The lowest seed in per cent; which seeds that is of, where some are undefined."""
+    if not len(values) or values.isna().all():
+        return "-" if not len(values) else "NaN"
+    return f"{100 * values.min():.1f}" + (f" ({values.count()} seeds)" if values.hasnans else "")
+
+
+def _over_control(values: pd.Series, controls: pd.Series) -> str:
+    """Mean value / mean control, of the seeds that have a value; an undefined seed lends no control."""
+    if not len(values):
+        return "-"
+    told = []
+    for known in (values, controls.where(values.notna())):
+        lost = f" ({known.count()} seeds)" if known.hasnans else ""
+        told.append("NaN" if known.isna().all() else f"{known.mean():.2f}{lost}")
+    return " / ".join(told)
 
 
 def _share(done: pd.DataFrame) -> str:
@@ -308,7 +326,7 @@ def log_table(runs: pd.DataFrame) -> str:
         }
         for name in ("attention_correlation", "gradient_cosine", "reverse_probability"):
             value, control = _column(done, name), _column(done, f"{name}_control")
-            shown[name.replace("_", " ")] = f"{value.mean():.2f} / {control.mean():.2f}" if len(done) else "-"
+            shown[name.replace("_", " ")] = _over_control(value, control)
         rows.append(row | shown)
     return markdown_table(rows)
 

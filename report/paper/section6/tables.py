@@ -183,12 +183,23 @@ def _signature(found: Section6, cell: Cell, measure: str, words: str) -> dict[st
     row["pairs"] = ", ".join(dict.fromkeys(str(one["kind"]).replace("_", " ") for one in last))
     number = probability if measure.endswith("_probability") else _number
     row["before, by seed"] = ", ".join("-" if one is None else number(float(one["value"])) for one in first)
-    row["control before"] = number(mean([float(one["control"]) for one in first if one is not None]))
+    row["control before"] = number(mean([float(one["control"]) for one in first if one is not None and _has(one)]))
     row["untrained twin"] = _twins(found, cell, measure)
-    row["control"] = number(mean([float(one["control"]) for one in last]))
-    known = [float(one["excess_low"]) for one in last if not math.isnan(float(one["excess_low"]))]
-    row["above control"] = f"{sum(low > 0 for low in known)} of {len(last)}" if known else "not compared"
+    row["control"] = number(mean([float(one["control"]) for one in last if _has(one)]))
+    row["above control"] = _above([float(one["excess_low"]) for one in last])
     return row | {"n": ", ".join(dict.fromkeys(f"{int(one['n'])} ({int(one['facts'])} facts)" for one in last))}
+
+
+def _has(row: dict[str, Any]) -> bool:
+    """Whether a seed has a value: one without lends the others no control."""
+    return not math.isnan(float(row["value"]))
+
+
+def _above(lows: Sequence[float]) -> str:
+    """How many seeds lie above their control, of those that can be held against it; the others are not against."""
+    decided = [low for low in lows if not math.isnan(low)]
+    lost = f", {len(lows) - len(decided)} undefined" if len(decided) < len(lows) else ""
+    return f"{sum(low > 0 for low in decided)} of {len(decided)}{lost}" if decided else "not compared"
 
 
 def _twins(found: Section6, cell: Cell, measure: str) -> str:
