@@ -1,9 +1,9 @@
 """Fig. 4 of the paper over fine-tuning: attention scores' correlation, gradient cosines, probabilities, seeds pooled.
 
-A line is one model trained on one dataset in one direction: its mean over seeds, with a band from the lowest to the
-highest seed, of a single seed its 95 % interval over facts. Masked and causal models are asked different kinds of
-pairs, which the legend says; they are never pooled. Every measure has axes of its own, so that a dash has one meaning:
-a line is a value, dashes are its control.
+A line is one model trained on one dataset in one direction: its mean over seeds at the steps that all of them have
+reached, with a band from the lowest to the highest seed, of a single seed its 95 % interval over facts. Masked and
+causal models are asked different kinds of pairs, which the legend says; they are never pooled. Every measure has axes
+of its own, so that a dash has one meaning: a line is a value, dashes are its control.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ COLOURS = (
 )
 KEY = "line: mean over seeds · band: lowest to highest seed; of one seed, 95 % interval over facts · "
 KEY += "dashed: control (shuffled facts) · ×: undefined"
+NOTES = 4  # lines that are named above the panels; of more, how many there are
 # What a line is of; "task" is the dataset and the direction that was trained.
 LINE = ["model", "task", "variant", "kind"]
 
@@ -125,6 +126,26 @@ def pooled(measures: pd.DataFrame) -> pd.DataFrame:
     return table.assign(reason=reasons, undefined=grouped.size() - table["seeds"], **over).reset_index()
 
 
+def reached_by_all(measures: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The rows of the steps that all seeds of a line have reached, and a note for each line with others.
+
+    A mean over changing seeds jumps where none of them does; a seed without a measure is none of its seeds.
+    """
+    keys = [*LINE, "measure"]
+    seeds = measures.groupby(keys, dropna=False)["run"].transform("nunique")
+    there = measures.groupby([*keys, "step"], dropna=False)["run"].transform("nunique")
+    notes = []
+    for key, rows in measures[there < seeds].groupby(LINE, sort=False, dropna=False):
+        steps = ", ".join(f"{int(step):,}" for step in sorted(rows["step"].unique()))
+        notes.append(f"{_named(*map(str, key))}: step {steps} left out, which not all {seeds[rows.index].max()} seeds ")
+        notes[-1] += "have reached"
+    return measures[there == seeds], notes
+
+
+def _named(model: str, task: str, variant: str, kind: str) -> str:
+    return plain(", ".join(filter(None, [f"{model} {task}", variant, kind.replace("_", " ")])))
+
+
 @dataclass(frozen=True)
 class _Line:
     """One line of every panel: its pooled rows, its name, how it is drawn, and what a page's choices show it by."""
@@ -150,8 +171,12 @@ def figure4(measures: pd.DataFrame, controls: pd.DataFrame | None = None) -> go.
     drawn = measures[measures["measure"].isin([panel.measure for panel in panels])]
     against = pd.DataFrame(columns=["control", "measure", "value"]) if controls is None else controls
     against = against[against["measure"].isin([panel.measure for panel in panels])]
-    table = pooled(drawn.assign(step=drawn["step"].astype(float).fillna(0.0)))
+    kept, notes = reached_by_all(drawn.assign(step=drawn["step"].astype(float).fillna(0.0)))
+    if kept.empty:
+        return message_figure("; ".join(notes))
+    table = pooled(kept)
     scale = StepScale.over(int(step) for step in table["step"])
+    against = _beside_values(against, table)
     figure = _empty_panels(panels, table, against, scale)
     for line in _lines(table, drawn):
         shown = True  # the legend lists a line once, at the first panel that holds it
@@ -165,6 +190,12 @@ def figure4(measures: pd.DataFrame, controls: pd.DataFrame | None = None) -> go.
             shown = shown and rows.empty
     draw_key(figure, against, panels[0])
     fit_legend(figure)
+    if notes:
+        more = [f"and {len(notes) - NOTES} more lines"] * (len(notes) > NOTES)
+        figure.update_layout(title=heading(KEY, *notes[:NOTES], *more, key=True))
+        # Each line of the notes above the panels' titles, which stay where they are.
+        added = 18 * (figure.layout.title.text.count("<br>") - heading(KEY, key=True)["text"].count("<br>"))
+        figure.update_layout(margin={"t": figure.layout.margin.t + added})
     return figure
 
 
@@ -177,7 +208,7 @@ def _lines(table: pd.DataFrame, drawn: pd.DataFrame) -> list[_Line]:
         model, task, variant, kind = (str(one) for one in key)
         colour = of_line[model, task, variant, kind]
         alike = sum(line.colour == colour for line in lines)
-        name = plain(", ".join(filter(None, [f"{model} {task}", variant, kind.replace("_", " ")])))
+        name = _named(model, task, variant, kind)
         tags = {"views": list(VIEWS), "model": model, "task": task, "variant": variant}
         lines.append(_Line(rows, name, colour, SYMBOLS[alike % len(SYMBOLS)], tags))
     return lines
@@ -272,6 +303,16 @@ def _beside(panel: Panel, line: _Line, against: pd.DataFrame, scale: StepScale) 
         trace.update(hovertext=[f"<b>{line.name}</b><br>{look.words}: {value:.3f}" for value in means])
         traces.append(trace.update(meta={"part": "against", "against": name, **line.tags}))
     return traces
+
+
+def _beside_values(against: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """The controls at the steps of a line's own values."""
+    if against.empty:
+        return against
+    keys = [*LINE, "measure", "step"]
+    against = against.assign(step=against["step"].astype(float).fillna(0.0))
+    values = pd.MultiIndex.from_frame(table[keys])
+    return against[pd.MultiIndex.from_frame(against[keys]).isin(values)]
 
 
 def _sizes(rows: pd.DataFrame) -> pd.DataFrame:
