@@ -212,8 +212,9 @@ def tap_queries(
             scores = call_rows(call, rows.to(query.device) + site.shift[0])
             hidden = _at_columns(scores, columns, site.shift[1]).isneginf()
         parts.setdefault(site.layer, {})[site.first_head] = _wide_at(query, rows, site.shift[0]), key, hidden
-        found = zip(*(part for _, part in sorted(parts[site.layer].items())), strict=True)
-        layers[site.layer] = QueryRows(site.path, *(None if one[0] is None else torch.cat(one, 1) for one in found))
+        queries, keys, masks = zip(*(part for _, part in sorted(parts[site.layer].items())), strict=True)
+        beside = [None if key is None else torch.cat(some, 1) for some in (keys, masks)]
+        layers[site.layer] = QueryRows(site.path, torch.cat(queries, 1), *beside)
 
     with watched_calls(module, attention, see):
         yield layers

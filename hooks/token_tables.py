@@ -118,6 +118,8 @@ def _caller(func: Any, running: Sequence[str]) -> tuple[str, str]:
 def lookup(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
     """The rows and the table of a call that looks rows up in a table, by any function; None for another call."""
     name = getattr(func, "__name__", "")
+    rows: Any
+    table: Any
     if name == "embedding":
         rows, table, _ = embedding_call(args, kwargs)
     elif name == "__getitem__":

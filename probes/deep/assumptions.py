@@ -200,8 +200,9 @@ class _Audit:
         if layer not in self.seen:
             heads, planes = query.shape[1], query.shape[3] // 2
             empty = lambda: np.full((count, heads, planes), np.nan, dtype=np.complex64)  # noqa: E731
-            tables = [empty(), empty()] if rotary is not None else [None, None]
-            self.seen[layer] = _Vectors(*tables, np.full((count, heads), np.nan), np.zeros(count, dtype=bool))
+            tables = (empty(), empty()) if rotary is not None else (None, None)
+            beside = np.full((count, heads), np.nan), np.zeros(count, dtype=bool)
+            self.seen[layer] = _Vectors(tables[0], tables[1], *beside)
         kept = self.seen[layer]
         kept.score[numbers] = score
         if rotary is None:

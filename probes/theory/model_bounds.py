@@ -193,9 +193,9 @@ def with_bounds(
     keys = reading.frame[["pair", "layer", "head"]]
     asked = set(keys["layer"])
     turning: Turning = {
-        layer: {length: of[layer].rotary for length, of in positions.items()}
+        layer: {length: rotary for length, of in positions.items() if (rotary := of[layer].rotary)}
         for layer, found in whole.items()
-        if layer in asked and found.kind == TURNS
+        if layer in asked and found.kind == TURNS and found.rotary
     }
     bounds = pd.DataFrame(np.nan, index=range(len(keys)), columns=BOUNDS[:3]).assign(bound_reason="")
     if len(eligible) and turning:
