@@ -1,11 +1,12 @@
 """A checkpoint's AdamW as a linear map: what a part of the gradient, the momentum and the decay each do to the weights.
 
-    m' = b1 m + (1 - b1) c g        u = -lr (m' / (1 - b1^(n+1))) / (sqrt(v / (1 - b2^n)) + eps)  -  lr decay w
+    m' = b1 m + (1 - b1) c g        v' = b2 v + (1 - b2) (c g)^2
+    u = -lr (m' / (1 - b1^(n+1))) / (sqrt(v' / (1 - b2^(n+1))) + eps)  -  lr decay w
 
-The gradient g is the sum of its classes, so with the second moment as it was saved the coming update is a sum over
-classes, plus what the momentum brings from earlier steps and what the decay takes. (The run's own update lets the
-coming gradient into v as well, which moves it by a thousandth.) c is the factor of the clip, the mean over the run's
-own next batches.
+The gradient g is the sum of its classes. With the second moment v' held as the whole objective's gradient makes it, the
+coming update is a sum over classes, plus what the momentum brings from earlier steps and what the decay takes: it is
+AdamW's own step on that gradient. Without it in v', elements that have had no gradient yet would take steps without
+bound. c is the factor of the clip, the mean over the run's own next batches, whose own spread about g is not in v'.
 """
 
 from __future__ import annotations
@@ -53,11 +54,12 @@ class AdamWMap:
     reason: str = ""
 
 
-def adamw_map(run: OneLayerRun, step: int, flat: FlatParameters) -> AdamWMap:
+def adamw_map(run: OneLayerRun, step: int, flat: FlatParameters, gradient: Tensor) -> AdamWMap:
     """The optimizer of a run at a checkpoint; files, models and random generators stay as they are.
 
     Args:
         flat: the order of the parameters, those of the same checkpoint.
+        gradient: of the whole objective as it is trained, dial included. Shapes: `parameter`.
     """
     checkpoint, step, _ = checkpoint_folder(run.path, step, "raw")
     before = run.load(step, "raw")
@@ -74,22 +76,27 @@ def adamw_map(run: OneLayerRun, step: int, flat: FlatParameters) -> AdamWMap:
             norms.append(backward(trainer, step + ahead, rows))
         limit = trainer.args.max_grad_norm or float("inf")
         clip = float(np.mean([min(1.0, limit / norm) for norm in norms]))
-        named = dict(module.named_parameters())
+        named, coming = dict(module.named_parameters()), flat.named(gradient.double() * clip)
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        parts = [_of_parameter(named[name], groups, optimizer, clip) for name in flat.names]
+        parts = [_of_parameter(named[name], groups, optimizer, clip, coming[name]) for name in flat.names]
     per_gradient, momentum, decay = (flat.flat(part) for part in zip(*parts, strict=True))
     return AdamWMap(rate, clip, norms, per_gradient, momentum, decay)
 
 
 @torch.no_grad()
 def _of_parameter(
-    parameter: Tensor, groups: dict[int, dict[str, Any]], optimizer: torch.optim.Optimizer, clip: float
+    parameter: Tensor,
+    groups: dict[int, dict[str, Any]],
+    optimizer: torch.optim.Optimizer,
+    clip: float,
+    coming: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`per_gradient`, `momentum` and `decay` of one parameter, float64."""
+    """`per_gradient`, `momentum` and `decay` of one parameter, float64; `coming` is its clipped gradient."""
     group, state = groups[id(parameter)], optimizer.state[parameter]
     first, second = group["betas"]
     taken = float(state["step"])
-    root = (state["exp_avg_sq"].double() / (1 - second**taken)).sqrt() + group["eps"]
+    square = second * state["exp_avg_sq"].double() + (1 - second) * coming.to(parameter.device).square()
+    root = (square / (1 - second ** (taken + 1))).sqrt() + group["eps"]
     scale = -group["lr"] / (1 - first ** (taken + 1)) / root
     decay = -group["lr"] * group["weight_decay"] * parameter.double()
     return scale * (1 - first) * clip, scale * first * state["exp_avg"].double(), decay

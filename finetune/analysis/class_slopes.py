@@ -7,7 +7,7 @@ cosines, products by role or by fact, an optimizer's step) is not there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,7 +26,7 @@ from ...progress import Progress, counted
 from .class_gradients import TermClass, class_weights, priced_terms
 from .masked_samples import REPLICATES, Objective, samples
 from .one_step import with_target
-from .reverse_gradients import Candidates
+from .reverse_gradients import Candidates, trained_parameters
 from .term_rows import RowTable
 
 
@@ -74,13 +74,20 @@ def class_slopes(
 
 
 def reverse_direction(
-    model: ProbedModel, pairs: ReversalPairs, part: str, *, batch_size: int | None = None, seed: int = 0
+    model: ProbedModel,
+    pairs: ReversalPairs,
+    part: str,
+    names: Collection[str] | None = None,
+    *,
+    batch_size: int | None = None,
+    seed: int = 0,
 ) -> tuple[dict[str, Tensor], float, tuple[int, int]]:
     """The gradient of the mean reverse loss over facts, that loss, and how many queries and facts it is of.
 
     The caller keeps the module untouched.
     Args:
         part: "loss", its "letters", or "control" (the same targets under other facts' reverse queries).
+        names: the parameters the gradient is of; all when None.
     Returns: an empty direction and NaN where no fact has a control.
     """
     queries = prepare_queries(model, pairs.queries)
@@ -94,18 +101,22 @@ def reverse_direction(
             if partner[pair] >= 0
         }
     facts = pairs.facts.astype(str)[list(asked)]
-    names, fact, counts = np.unique(facts, return_inverse=True, return_counts=True)
-    weighted = [(query, 1 / counts[one] / len(names)) for query, one in zip(asked.values(), fact, strict=True)]
+    distinct, fact, counts = np.unique(facts, return_inverse=True, return_counts=True)
+    weighted = [(query, 1 / counts[one] / len(distinct)) for query, one in zip(asked.values(), fact, strict=True)]
     if not weighted:
         return {}, float("nan"), (0, 0)
-    found = in_equal_lengths_if_need_be(model, lambda: _gradient(model, weighted, candidates, batch_size))
-    return *found, (len(weighted), len(names))
+    found = in_equal_lengths_if_need_be(model, lambda: _gradient(model, weighted, candidates, names, batch_size))
+    return *found, (len(weighted), len(distinct))
 
 
 def _gradient(
-    model: ProbedModel, weighted: list[tuple[Query, float]], candidates: Candidates | None, batch_size: int | None
+    model: ProbedModel,
+    weighted: list[tuple[Query, float]],
+    candidates: Candidates | None,
+    names: Collection[str] | None,
+    batch_size: int | None,
 ) -> tuple[dict[str, Tensor], float]:
-    named = {name: p for name, p in model.module.named_parameters() if p.is_floating_point()}
+    named = trained_parameters(model.module, names)
     for parameter in named.values():
         parameter.requires_grad_(True)
     along: dict[str, Tensor] = {}

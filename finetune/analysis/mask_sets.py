@@ -23,6 +23,7 @@ from ..config.one_layer import TrainingConfig
 from ..training.objectives import EPS
 
 RATES = ("independent", "t", "lambda", "k")
+_ONE_RATE = 1e-6  # rates closer than this are one rate
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class MaskLaw:
         rates: "independent" (t ~ U(eps, 1), masks with probability t, weight 1/t), "t" (masks with probability
             (1 - eps) t), "lambda" (t ~ U(0, 1)) or "k" (a uniform number k of L tokens, weight L/k).
         masks: "rate", or "single" or a number K: always so many tokens, weight L/K.
+        eps, highest: rates lie between them ("independent" and "t"); both alike for one fixed rate.
     Raises: RevprobeError, for other words.
     """
 
     rates: str = "independent"
     masks: str | int = "rate"
     eps: float = EPS
+    highest: float = 1.0
 
     def __post_init__(self) -> None:
         if self.rates not in RATES:
@@ -53,8 +56,8 @@ class MaskLaw:
         >>> round(law.weight(4, 2) * 2 * 4 * 3 / 2, 9), MaskLaw("k").weight(4, 2) == law.weight(4, 2)
         (1.0, True)
 
-        With rates from 0 to 1 it is B(m, L - m + 1) = 1 / (m C(L, m)), the same for lambda and k; rates that begin at
-        eps leave out an incomplete beta function's worth.
+        With rates from 0 to 1 it is B(m, L - m + 1) = 1 / (m C(L, m)), the same for lambda and k; rates from eps to
+        `highest` hold the incomplete beta function's worth between the two.
         """
         if not 1 <= hidden <= units:
             return 0.0
@@ -64,9 +67,13 @@ class MaskLaw:
         whole = 1.0 / (hidden * comb(units, hidden))
         if self.rates in ("lambda", "k"):
             return whole
-        low, high = (self.eps, 1.0) if self.rates == "independent" else ((1 - self.eps) * self.eps, 1 - self.eps)
+        scale = 1.0 if self.rates == "independent" else 1 - self.eps
+        low, high = scale * self.eps, scale * self.highest
+        if self.highest - self.eps < _ONE_RATE:  # the integrand itself, where a difference would have no digits left
+            rate = (low + high) / 2
+            return float(scale * rate ** (hidden - 1) * (1 - rate) ** (units - hidden))
         at = [special.betainc(hidden, units - hidden + 1, edge) for edge in (low, high)]
-        return float(whole * (at[1] - at[0]) / (1 - self.eps))
+        return float(whole * max(at[1] - at[0], 0.0) / (self.highest - self.eps))
 
 
 class Shape(NamedTuple):

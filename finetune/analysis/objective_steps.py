@@ -56,6 +56,7 @@ def objective_steps(
     direction: str | None = None,
     step: int = -1,
     dial: str | None = None,
+    parameters: str | None = None,
     learning_rate: float | None = None,
     draws: int = DRAWS,
     batch_size: int | None = None,
@@ -65,8 +66,8 @@ def objective_steps(
     """Take a step on each class of training terms, on a copy, and follow the reverse loss of every fact.
 
     Args:
-        model, relation, direction, step, dial, draws: as in `objective_terms`. Terms that the dial leaves out take the
-            step they would take if they were trained.
+        model, relation, direction, step, dial, parameters, draws: as in `objective_terms`. Terms that the dial leaves
+            out take the step they would take if they were trained.
         by: what tells classes apart, as in `objective_classes`.
         learning_rate: of AdamW's step, and of the larger one of plain descent (the other is a tenth of it); the
             schedule's when None, or the run's largest where that is 0, and 0.001 for a model.
@@ -77,7 +78,7 @@ def objective_steps(
         over facts with _low and _high (95 %), same_sign, n (facts), reason, statistics_version. Measured in float64.
     Raises: RevprobeError, as `objective_terms`.
     """
-    asked = asked_terms(model, relation, direction=direction, step=step, dial=dial)
+    asked = asked_terms(model, relation, direction=direction, step=step, dial=dial, parameters=parameters)
     keys = [by] if isinstance(by, str) else list(by)
     for key in keys:
         if key not in CLASS:

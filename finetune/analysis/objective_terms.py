@@ -71,6 +71,7 @@ def objective_terms(
     dial: str | None = None,
     rates: str | None = None,
     answer_tokens: int | None = None,
+    parameters: str | None = None,
     mode: str | None = None,
     draws: int = DRAWS,
     batch_size: int | None = None,
@@ -101,9 +102,9 @@ def objective_terms(
         mode: "gradients" holds that of every class and fact; "slopes" the mean reverse loss's alone, for large models:
             no cosines, roles, intervals or optimizer then. None: the first wherever it fits into 8 GB.
         answer_tokens: of text, what answers are filled up to with end tokens; a fine-tuning's own, or 0, when None.
+        parameters: "all" (an adapter's left out), "lora" (these alone), "both"; None: an adapter's, where there is one.
         draws: masked sequences in all, where not every set is enumerated.
         progress: called with facts, then strata, done and in all; None shows a bar, False nothing.
-
     Frame: one row per fact, class and role of parameters: fact, priced, target, evidence (visible, hidden, partly),
     masks, dropped, factor (what the dial multiplies the term by), role; loss (the class's part of the objective, alike
     in all its rows); inner (with the gradient of the fact's reverse loss), inner_letters and inner_margin (with its two
@@ -112,16 +113,24 @@ def objective_terms(
     included; NaN with reason_adamw where no state is kept); norm, norm_reverse (of the gradients of the class and of
     the mean reverse loss); queries, facts (behind the row's reverse loss), queries_control, facts_control (those that
     have another fact's query). The classes "momentum" and "decay" hold what that step does whatever the gradient is.
-    Raises: RevprobeError, for a causal model, a dial on text, a model without a relation, and as the probes.
+    Raises: RevprobeError, for a causal model, a dial on text, a run's one_span, no relation, and as the probes.
     """
-    options: dict[str, Any] = {"dial": dial, "rates": rates, "answer_tokens": answer_tokens}
+    options: dict[str, Any] = {"dial": dial, "rates": rates, "answer_tokens": answer_tokens, "parameters": parameters}
     asked = asked_terms(model, relation, direction=direction, step=step, **options)
     plan = Plan(control=control, batch_size=batch_size, seed=seed, progress=progress)
+    take = along_the_mean if _by_slopes(asked, mode) else _with_gradients
+    return take(asked, draws, plan)
+
+
+def _with_gradients(asked: Asked, draws: int, plan: Plan) -> Reading:
+    return taken_apart(asked, draws, plan).reading(plan)
+
+
+def _by_slopes(asked: Asked, mode: str | None) -> bool:
+    """Whether one direction alone is held. Raises: RevprobeError, for an unknown mode."""
     if mode not in (None, *MODES):
         raise RevprobeError(f"unknown mode {mode!r}{did_you_mean(str(mode), MODES)}")
-    if mode == "slopes" or (mode is None and not fits(asked.model.module, len(set(asked.pairs.facts)))):
-        return along_the_mean(asked, draws, plan)
-    return taken_apart(asked, draws, plan).reading(plan)
+    return mode == "slopes" or (mode is None and not fits(asked.model.module, len(set(asked.pairs.facts)), asked.names))
 
 
 def taken_apart(asked: Asked, draws: int, plan: Plan) -> Terms:
@@ -129,7 +138,7 @@ def taken_apart(asked: Asked, draws: int, plan: Plan) -> Terms:
     pairs = asked_pairs(asked.model, asked.pairs, "objective_terms")
     module = asked.model.module
     with untouched(module):
-        flat = FlatParameters(module)
+        flat = FlatParameters(module, asked.names)
         flat.require_gradients()
         options: dict[str, Any] = {"seed": plan.seed, "progress": plan.progress}
         reverse = reverse_gradients(
@@ -137,8 +146,15 @@ def taken_apart(asked: Asked, draws: int, plan: Plan) -> Terms:
         )
         tables = rows_by_shape(asked.rows)
         classes = class_gradients(asked.model, tables, asked.objective, flat, reverse.mean, draws=draws, **options)
-        adamw = no_map() if asked.run is None else adamw_map(asked.run, asked.step, flat)
+        whole = torch.as_tensor(factors(asked, classes)).to(classes.direction.device) @ classes.gradient.double()
+        adamw = no_map() if asked.run is None else adamw_map(asked.run, asked.step, flat, whole)
     return Terms(replace(asked, pairs=pairs), flat, classes, reverse, adamw)
+
+
+def factors(asked: Asked, classes: ClassGradients) -> np.ndarray:
+    """What the dial multiplies each class by. Shapes: `-> class`."""
+    dropped = np.array([one.dropped for one in classes.classes])
+    return np.where(dropped, asked.objective.dropped_weight, 1.0)
 
 
 @dataclass(frozen=True)
@@ -154,8 +170,7 @@ class Terms:
     @property
     def factor(self) -> np.ndarray:
         """What the dial multiplies each class by. Shapes: `-> class`."""
-        dropped = np.array([one.dropped for one in self.classes.classes])
-        return np.where(dropped, self.asked.objective.dropped_weight, 1.0)
+        return factors(self.asked, self.classes)
 
     @property
     def gram(self) -> pd.DataFrame:
@@ -265,7 +280,7 @@ def along_the_mean(asked: Asked, draws: int, plan: Plan) -> Reading:
     with untouched(asked.model.module):
         for part in parts:
             along, losses[part], sizes[part] = reverse_direction(
-                asked.model, pairs, part, batch_size=plan.batch_size, seed=plan.seed
+                asked.model, pairs, part, asked.names, batch_size=plan.batch_size, seed=plan.seed
             )
             norms[part] = (
                 float(torch.stack([g.double().square().sum() for g in along.values()]).sum().sqrt()) if along else 0.0
@@ -306,6 +321,8 @@ def about_draws(asked: Asked, losses: np.ndarray, factor: np.ndarray, deviation:
         "rates": objective.law.rates,
         "masks": objective.law.masks,
         "eps": objective.law.eps,
+        "highest": objective.law.highest,
+        "parameters": asked.parameters,
         "sampling_error": float(np.sqrt((along**2).sum() / (len(along) * (len(along) - 1)))),
         "deviations": deviation.tolist(),
     }

@@ -11,7 +11,7 @@ Shapes below: fact, query, token, vocab, parameter (all of them, flat, those of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,11 +33,11 @@ LOSS, LETTERS, CONTROL = range(3)
 
 
 class FlatParameters:
-    """A module's parameters as one vector, role by role."""
+    """A module's parameters as one vector, role by role: those named, or all of them."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, names: Collection[str] | None = None) -> None:
         roles = {name: role.role for name, role in parameter_roles(module).items()}
-        named = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
+        named = trained_parameters(module, names)
         self.names = sorted(named, key=lambda name: roles[name])
         self.parameters = [named[name] for name in self.names]
         ends = np.cumsum([p.numel() for p in self.parameters])
@@ -171,9 +171,24 @@ class Candidates:
         return log_probabilities - among
 
 
-def fits(module: nn.Module, facts: int, *, classes: int = 200, limit: float = 8e9) -> bool:
+def trained_parameters(module: nn.Module, names: Collection[str] | None) -> dict[str, nn.Parameter]:
+    """The parameters of these names (None: all) that have gradients, which weights in 4 bits do not."""
+    wanted = None if names is None else set(names)
+    return {
+        name: p for name, p in module.named_parameters() if p.is_floating_point() and (wanted is None or name in wanted)
+    }
+
+
+def fits(
+    module: nn.Module,
+    facts: int,
+    names: Collection[str] | None = None,
+    *,
+    classes: int = 200,
+    limit: float = 8e9,
+) -> bool:
     """Whether the gradients of so many classes, and of every fact's reverse loss, take no more than 8 GB."""
-    size = sum(p.numel() * p.element_size() for p in module.parameters() if p.is_floating_point())
+    size = sum(p.numel() * p.element_size() for p in trained_parameters(module, names).values())
     return size * (3 * facts + classes) <= limit
 
 

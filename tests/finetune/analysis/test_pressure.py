@@ -3,6 +3,7 @@ foretells, what is stored for the placeholder, and terms of text."""
 
 import itertools
 import json
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from revprobe.finetune.analysis.adamw_map import NO_MOMENTS, NO_RUN, NO_STATE
 from revprobe.finetune.analysis.asked_terms import asked_terms
 from revprobe.finetune.analysis.mask_sets import MaskLaw
 from revprobe.finetune.analysis.next_step import trainer_at
+from revprobe.finetune.analysis.objective_steps import _RunsUpdate
 from revprobe.finetune.analysis.objective_terms import taken_apart
 from revprobe.finetune.analysis.pressure import ALIKE, FEW, NO_TERMS
 from revprobe.finetune.analysis.reverse_gradients import LOSS
@@ -47,7 +49,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> OneLayerRun:
 
 
 def test_the_coming_step_by_class_is_adamws_formula_on_the_saved_state(run: OneLayerRun) -> None:
-    """From optimizer.pt itself, parameter by parameter: rate, momentum, second moments, corrections, clip and decay."""
+    """From optimizer.pt itself, parameter by parameter: rate, momentum, second moments, corrections, clip and decay.
+
+    The second moments hold the coming gradient, as AdamW's own do.
+    """
     reading = rp.objective_terms(run, step=20)
     terms = taken_apart(asked_terms(run, step=20), 1, Plan())
     state = torch.load(run.path / "checkpoints/step-000020/optimizer.pt", weights_only=True)
@@ -63,7 +68,8 @@ def test_the_coming_step_by_class_is_adamws_formula_on_the_saved_state(run: OneL
     assert 0 < clip < 1, "the clip was to bite"
     for place, name in enumerate(order):
         saved = state["state"][place]
-        root = (saved["exp_avg_sq"] / (1 - 0.999**20)).sqrt() + 1e-8
+        square = 0.999 * saved["exp_avg_sq"].double() + 0.001 * (clip * parts[name].double()).square()
+        root = (square / (1 - 0.999**21)).sqrt() + 1e-8
         toward = back[name] / root
         change["class"] -= 0.01 * 0.1 * clip / (1 - 0.9**21) * float((parts[name] * toward).sum())
         change["momentum"] -= 0.01 * 0.9 / (1 - 0.9**21) * float((saved["exp_avg"] * toward).sum())
@@ -73,6 +79,29 @@ def test_the_coming_step_by_class_is_adamws_formula_on_the_saved_state(run: OneL
     assert table["momentum"] == pytest.approx(change["momentum"], rel=1e-4)
     assert table["decay"] == pytest.approx(change["decay"], rel=1e-4)
     assert table.drop(["momentum", "decay"]).sum() == pytest.approx(change["class"], rel=1e-4)
+
+
+def test_elements_without_a_gradient_so_far_do_not_explode(run: OneLayerRun, tmp_path: Path) -> None:
+    """A state whose second moments are nothing in most places: classes still add up to AdamW's own step on the sum."""
+    shutil.copytree(run.path, tmp_path / "young")
+    young = OneLayerRun(tmp_path / "young")
+    file = young.path / "checkpoints/step-000020/optimizer.pt"
+    saved = torch.load(file, weights_only=True)
+    for place, state in saved["state"].items():
+        generator = torch.Generator().manual_seed(place)
+        unseen = torch.rand(state["exp_avg_sq"].shape, generator=generator) < 0.7
+        state["exp_avg_sq"][unseen] = 0.0
+        state["exp_avg"][unseen] = 0.0
+        state["step"] = torch.tensor(2.0)
+    torch.save(saved, file)
+    for dial in (None, "drop-right"):
+        asked = asked_terms(young, step=20, dial=dial)
+        terms = taken_apart(asked, 1, Plan())
+        whole = torch.as_tensor(terms.factor) @ terms.classes.gradient.double()
+        update, against = _RunsUpdate(young, terms, None)(whole), terms.reverse.gradient[LOSS].mean(0).double()
+        table = rp.objective_classes(terms.reading(Plan()), "priced")
+        assert table["change_adamw"].sum() == pytest.approx(float(update @ against), rel=1e-5)
+        assert float(update.abs().max()) < 0.05, "five rates at most, in any element"
 
 
 def test_without_a_state_there_is_no_number_but_a_reason(run: OneLayerRun) -> None:
