@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from ..errors import first_line
 from .launcher import JSON_PROGRESS, STARTED_BY, Work
 
 # How long a child gets to end by itself after it was asked to before it is killed; nothing is lost either way.
@@ -51,12 +52,18 @@ class Ending(NamedTuple):
         return self.said.splitlines()[-1] if self.said else f"ended with code {self.code} and no message"
 
 
+def not_started(error: OSError) -> Ending:
+    """What is told of a work whose process could not be had: no more processes, files or memory, no such folder."""
+    return Ending(1, f"error: its process could not be started ({first_line(error)}); run the same command again")
+
+
 class Child:
     """The process of a work, started at once with its config on stdin.
 
     Args:
         environment: variables besides those of this process.
         place: the folder that it runs in, to which paths in its config are relative; this process's where it is None.
+    Raises: OSError, when it cannot be started; see `not_started`.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from datetime import timedelta
 from pathlib import Path
 
-from .child import GRACE_SECONDS, Child, Ending
+from .child import GRACE_SECONDS, Child, Ending, not_started
 from .launcher import Display, Work
 
 
@@ -57,12 +57,16 @@ def _run_child(
         return None
     began, tell = time.monotonic(), display.listen(work)
     display.say(f"{work.name}: started")
-    child = Child(work, folder)
-    children.add(child)
-    for news in child.news():
-        tell(*news)
-    ending = child.ended()
-    children.discard(child)
+    try:
+        child = Child(work, folder)
+    except OSError as error:  # this work's own problem: the others go on
+        ending = not_started(error)
+    else:
+        children.add(child)
+        for news in child.news():
+            tell(*news)
+        ending = child.ended()
+        children.discard(child)
     display.done(work)
     if not stopping.is_set() or ending.code == 0:
         say_ending(work, ending, time.monotonic() - began, display)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import RevprobeError, first_line
-from .child import GRACE_SECONDS, Child, Ending, News
+from .child import GRACE_SECONDS, Child, Ending, News, not_started
 from .launcher import LEASE_SECONDS, TAKES_OVER, Display, Listener, Work
 from .local import say_ending
 from .ray_cluster import connected, lost_errors, passed_on, require_like_nodes
@@ -70,7 +70,12 @@ def needs_of(work: Work, nodes: Sequence[Mapping[str, Any]]) -> dict[str, float]
 
 def do_work(work: Work, folder: str, place: str, environment: dict[str, str]) -> Iterator[Began | News | Ending]:
     """A task: do one work in a process of its own, from the folder that the sweep was started in."""
-    child = Child(work, Path(folder), environment, place=Path(place))
+    try:
+        child = Child(work, Path(folder), environment, place=Path(place))
+    except OSError as error:
+        yield Began(platform.node())
+        yield not_started(error)
+        return
     try:
         yield Began(platform.node())
         yield from (news for news in child.news_or_none(_POLL) if news is not None)

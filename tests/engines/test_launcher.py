@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import revprobe as rp
+from revprobe.engines import local
 from revprobe.engines.child import Child, Ending, News
 from revprobe.engines.known import ENGINES, launcher
 from revprobe.engines.launcher import Display, Work
@@ -152,6 +153,27 @@ def test_a_failing_work_does_not_stop_the_others(works: list[Work], tmp_path: Pa
     assert list(problems) == [works[0].name] and "not a run and not empty" in problems[works[0].name]
     assert rp.open_run(tmp_path / works[1].name).finished and steps[works[1].name][-1] == 2
     assert any(line.startswith(f"{works[1].name}: finished in ") for line in said), said
+
+
+def test_a_work_whose_process_cannot_be_started_does_not_stop_the_others(
+    works: list[Work], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more processes or files: its own problem, in one line, and the other trains to its end."""
+
+    class Scarce(Child):
+        def __init__(self, work: Work, folder: Path, *others: object) -> None:
+            if work.name == works[0].name:
+                raise OSError(24, "Too many open files")
+            super().__init__(work, folder)
+
+    monkeypatch.setattr(local, "Child", Scarce)
+    said: list[str] = []
+    display = Display(lambda work: lambda *news: None, said.append)
+    problems = LocalLauncher(2).run_all(works, tmp_path, display)
+    assert list(problems) == [works[0].name]
+    assert "process could not be started" in problems[works[0].name] and "Too many open" in problems[works[0].name]
+    assert rp.open_run(tmp_path / works[1].name).finished
+    assert any(line.startswith(f"{works[0].name}: failed: its process") for line in said)
 
 
 def test_a_work_has_the_threads_that_its_config_says(works: list[Work], tmp_path: Path) -> None:
