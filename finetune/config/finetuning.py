@@ -23,6 +23,7 @@ from .alerts import ADAPTER, MEASURES, Alert, check_alerts
 from .fields import Count, Fraction, Grown, Name, Number, Section, Seed, Size, Threads
 from .kinds import FINETUNING, FINETUNING_SWEEP
 from .loading import checked_config, find_config, load_config, merged, parse_config, parse_yaml
+from .mistakes import require_own_names
 from .objective import ObjectiveOptions
 from .one_layer import SnapshotsConfig
 
@@ -334,8 +335,7 @@ class FinetuneSweepConfig(Section):
                 raise ValueError(f"exclude names {entry}, none of this sweep's runs; expected of {labels}")
         if all(map(self._excluded, self._product())):
             raise ValueError("exclude leaves no run; take out the entry that names too much")
-        if self.variants or self.overrides:
-            self.runs()  # what is wrong in one of them is told now
+        require_own_names((run.name, run.axes) for run in self.runs())  # what else is wrong in one is told now, too
         return self
 
     def runs(self) -> list[FinetuneConfig]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ...errors import RevprobeError, did_you_mean
+from ...errors import RevprobeError, did_you_mean, first_line
 from .fields import Section
 from .kinds import another_kind, told_kind, way_on
 from .mistakes import explain
@@ -106,7 +106,7 @@ def dump_config(config: BaseModel) -> str:
     """The config as YAML that `load_config` reads back to an equal one."""
     values = config.model_dump(mode="json")
     first = {"name": values["name"]} if "name" in values else {}
-    return yaml.safe_dump(first | values, sort_keys=False)
+    return yaml.dump(first | values, Dumper=_ConfigDumper, sort_keys=False)
 
 
 def merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,9 +144,27 @@ class _ConfigLoader(yaml.SafeLoader):
     them, as YAML 1.1 it reads `y` as true and warns of 1e-3, and PyYAML would still be needed for writing.
     """
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception as error:  # a date of month 13, `!!int x`: PyYAML lets whatever its parsers raise through
+            raise yaml.constructor.ConstructorError(
+                problem=f"{node.value!r} is no {node.tag.rpartition(':')[2]} ({first_line(error)}); put it in quotes",
+                problem_mark=node.start_mark,
+            ) from error
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                what = "mapping" if isinstance(key, yaml.MappingNode) else "list"
+                raise yaml.constructor.ConstructorError(
+                    problem=f"a {what} stands where a key or a plain value is expected; put text that holds braces or "
+                    'brackets in quotes, as in "{{ run }}"',
+                    problem_mark=key.start_mark,
+                )
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark
@@ -155,7 +173,12 @@ class _ConfigLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _ConfigDumper(yaml.SafeDumper):
+    """PyYAML's, quoting what `_ConfigLoader` would not read back as text."""
+
+
 # YAML 1.1, which PyYAML speaks, wants a dot and a sign (1.0e-3 but not 1e-3); YAML 1.2 does not.
-_ConfigLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+for _kind in (_ConfigLoader, _ConfigDumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )

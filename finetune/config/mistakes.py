@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -112,3 +112,16 @@ def _leaves(values: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tup
             yield from _leaves(value, (*above, key))
         else:
             yield (*above, key), value
+
+
+def require_own_names(named: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Hold the names of a sweep's runs, each with what tells it apart, against each other: a run's folder has its name.
+
+    Raises: ValueError, for two of one name.
+    """
+    known: dict[str, Mapping[str, Any]] = {}
+    for name, axes in named:
+        if name in known:
+            fix = "name it once" if known[name] == axes else "rename one of their labels"
+            raise ValueError(f"{dict(known[name])} and {dict(axes)} are both the run {name!r}; {fix}")
+        known[name] = axes
