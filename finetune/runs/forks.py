@@ -53,10 +53,26 @@ def _comes_as_far(source: Path, config: RunConfig, step: int, shared: list[int])
         return False
     if other.snapshots.controls != config.snapshots.controls:  # its readings are taken along
         return False
+    if not _answers(config, step) <= _answers_there(source, step):
+        return False
     folders = [source / CHECKPOINTS / step_name(one) for one in shared]
     readings = [source / READINGS / step_name(one) for one in shared]
     whole = step in resumable_steps(source) and all(path.is_dir() for path in (*folders, *readings))
     return whole and not any(changed_file(folder) for folder in folders)
+
+
+def _answers(config: RunConfig, step: int) -> set[int]:
+    """The steps up to this one whose answers a config asks for."""
+    return {one for one in config.answer_steps if one <= step}
+
+
+def _answers_there(source: Path, step: int) -> set[int]:
+    """The steps up to this one whose answers a run holds; none where its file cannot be read."""
+    try:
+        steps = read_table(source / ANSWERS)["step"] if (source / ANSWERS).is_file() else []
+    except RevprobeError:
+        return set()
+    return {int(one) for one in steps if one <= step}
 
 
 def _until_the_switch(config: RunConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from revprobe.finetune.runs.open import open_run
 from revprobe.finetune.runs.run import claim_run
 from revprobe.finetune.training import objectives
 from revprobe.finetune.training.negatives import LOWER, PLACEHOLDER, UPPER, Negatives, dropped_terms, letter_kinds
+from revprobe.finetune.training.step_log import read_table
 from revprobe.finetune.training.trainer import ForwardOnlyTrainer
 from revprobe.models.one_layer import letter_tokenizer
 
@@ -252,6 +253,34 @@ def test_a_run_that_is_another_before_the_switch_gives_nothing(changed: dict[str
     asked = config("then", **({"steps": 9, "switch": {"step": 6, "negatives": "drop-right"}} | changed))
     (tmp_path / "then").mkdir()
     assert take_prefix(tmp_path / "then", asked) is None and not list((tmp_path / "then").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("of_parent", "of_child", "goes_on"),
+    [
+        ({}, {"answers": {"every": 3}}, False),
+        ({"answers": {"every": 3}}, {"answers": {"every": 3}}, True),
+        ({"answers": {"every": 3}}, {"answers": {"every": 2}}, False),
+        ({"answers": {"every": 1}}, {"answers": {"every": 3}}, True),
+        ({"answers": {"every": 3}}, {}, True),
+    ],
+)
+def test_a_run_without_the_answers_that_are_asked_for_gives_nothing(
+    of_parent: dict[str, Any], of_child: dict[str, Any], goes_on: bool, tmp_path: Path
+) -> None:
+    """Answers of steps before the switch are asked of the run itself then; after it they could not be had."""
+    plain = config("parent"), config("then", steps=9, switch={"step": 6, "negatives": "drop-right"})
+    parent, child = (
+        RunConfig.model_validate(made.model_dump() | {"snapshots": {"every": 6} | snapshots})
+        for made, snapshots in zip(plain, (of_parent, of_child), strict=True)
+    )
+    train(parent, tmp_path / "parent", listener=False)
+    (tmp_path / "then").mkdir()
+    taken = take_prefix(tmp_path / "then", child)
+    assert (taken is not None) == goes_on
+    if goes_on and child.answer_steps:
+        kept = read_table(tmp_path / "then" / "answers.parquet")["step"]
+        assert set(kept) == {step for step in child.answer_steps if step <= 6}
 
 
 def test_a_switch_between_snapshots_takes_its_steps_itself(tmp_path: Path) -> None:
