@@ -27,7 +27,8 @@ from .plan import GB, RESERVE, MemoryPlan, plan_memory
 
 # Tokens of a row when its texts are not at hand: a statement of two names, and padding for the answer.
 ASSUMED_TOKENS = 64
-# Characters a token stands for at least, in names cut up by a byte-level BPE.
+# Characters of ASCII that a token stands for at least, in names cut up by a byte-level BPE; of any other script it may
+# not hold more than one byte.
 _CHARACTERS = 2
 
 
@@ -35,8 +36,9 @@ def plan_finetuning(config: FinetuneConfig, *, tokens: int | None = None) -> Mem
     """What `revprobe finetune` will need for a config, from shapes alone.
 
     Args:
-        tokens: of the longest row; worked out from the relation's longest text (two characters a token) when None,
-            and assumed when the relation's file is not there. The plan says which.
+        tokens: of the longest row; worked out from the relation's longest text when None (two characters of ASCII a
+            token, one byte of UTF-8 of any other), and assumed when the relation's file is not there. The plan says
+            which.
     Raises: RevprobeError, for a model whose config cannot be had, or LoRA targets it does not have.
     """
     tokens, about = (tokens, "as asked") if tokens is not None else _longest_row(config)
@@ -65,8 +67,9 @@ def plan_finetuning(config: FinetuneConfig, *, tokens: int | None = None) -> Mem
         four_bit=config.model.quantize is not None,
     )
     wide = next(module.parameters()).dtype == torch.float32
-    cast = ("bf16 with float32 weights: autocast's copies are not counted; set model.dtype: bfloat16",)
-    more = cast if training.bf16 and wide else ()
+    # Frozen weights lose nothing in bfloat16; those that are trained would hardly move.
+    way = "" if config.lora is None else "; set model.dtype: bfloat16"
+    more = (f"bf16 with float32 weights: autocast's copies are not counted{way}",) if training.bf16 and wide else ()
     return MemoryPlan(plan.rows, plan.parameters, plan.trained, (*plan.about, f"tokens of a row: {about}", *more))
 
 
@@ -154,6 +157,12 @@ def _longest_row(config: FinetuneConfig) -> tuple[int, str]:
     except RevprobeError as error:
         why = first_line(error, with_type=False)
         return ASSUMED_TOKENS, f"{ASSUMED_TOKENS} assumed, --tokens gives another number ({why})"
-    longest = max(map(len, texts))
-    tokens = -(-longest // _CHARACTERS) + (config.evaluation.max_new_tokens or 0)
-    return tokens, f"{tokens}, from the longest text of {longest} characters; --tokens gives another number"
+    longest = max(texts, key=most_tokens)
+    tokens = most_tokens(longest) + (config.evaluation.max_new_tokens or 0)
+    return tokens, f"{tokens}, from the longest text of {len(longest)} characters; --tokens gives another number"
+
+
+def most_tokens(text: str) -> int:
+    """Tokens of a text, from above."""
+    ascii_only = sum(map(str.isascii, text))
+    return -(-ascii_only // _CHARACTERS) + len(text.encode()) - ascii_only

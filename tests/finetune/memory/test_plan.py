@@ -6,16 +6,18 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForMaskedLM, TrainerControl, TrainerState, TrainingArguments
 from typer.testing import CliRunner
 
 import revprobe as rp
 from revprobe.cli.main import app
-from revprobe.finetune.config.finetuning import read_finetune
-from revprobe.finetune.memory.from_config import plan_finetuning, plan_table, require_room
+from revprobe.finetune.config.finetuning import FinetuneConfig, read_finetune
+from revprobe.finetune.memory.from_config import most_tokens, plan_finetuning, plan_table, require_room
 from revprobe.finetune.memory.live_bytes import LiveBytes, fused_attention
 from revprobe.finetune.memory.plan import GB, RESERVE, plan_memory
+from revprobe.finetune.runs.finetune_setup import text_relation
 from revprobe.finetune.training.objectives import masked_diffusion_loss
 from revprobe.finetune.training.prediction_callback import FirstOrderPrediction
 from revprobe.models.bases.configs import DreamConfig, LLaDAConfig
@@ -287,3 +289,38 @@ def test_a_model_that_has_no_config_is_named(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("revprobe.models.published.hub_options", lambda source: {"local_files_only": True})
     with pytest.raises(rp.RevprobeError, match=r"no config.json for 'someone/unheard-of' .*GSAI-ML/LLaDA-8B-Base"):
         plan_finetuning(read_finetune(config(tmp_path, "{name: someone/unheard-of}")))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("Ann Low of Kew", 7), ("作者的名字是", 18), ("Zoë", 2 + 1), ("Анна", 8), ("a作b", 4), ("👩‍🚀 x", 11 + 1)],
+)
+def test_tokens_are_counted_from_above_in_any_script(name: str, most: int) -> None:
+    """A token of a byte-level BPE holds at least a byte; one that has learned no merge of a script, no more."""
+    assert most_tokens(name) == most
+    pieces = [byte for letter in name if not letter.isascii() for byte in letter.encode()]
+    assert most >= len(pieces), "with not one merge learned"
+
+
+def test_the_longest_row_is_that_of_the_most_tokens(tmp_path: Path) -> None:
+    """Not of the most characters, and no shorter than a tokenizer of bytes would make it."""
+    rows = [("a" * 30, "b" * 30), ("作" * 20, "者" * 20), ("c", "d")]
+    file = tmp_path / "names.csv"
+    file.write_text("\n".join(["x,y", *map(",".join, rows)]))
+    templates = {"xy": "{x} 的作者是 {y}", "yx": "{y} 的作品是 {x}"}
+    config = FinetuneConfig(
+        name="z",
+        model={"tiny": {"layout": "llada", "d_model": 16, "n_heads": 2}},
+        relation={"name": "table", "path": str(file), "columns": ["x", "y"], "templates": templates, "heldout": 0.0}
+        | {"direction": "xy"},
+        training={"steps": 1},
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    plain = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    chinese = [text for text in text_relation(config).training_texts("xy") if "作" * 20 in text]
+    told = [
+        int(one.split()[4].rstrip(",")) for one in plan_finetuning(config).about if one.startswith("tokens of a row")
+    ]
+    for text in chinese:  # two letters of ASCII a token are assumed
+        assert told[0] >= len(plain.encode(text).ids) - sum(map(str.isascii, text)) // 2
