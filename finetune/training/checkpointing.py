@@ -14,10 +14,17 @@ import hashlib
 import re
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
 from ...atomic_files import require_held, write_text
+from ...errors import RevprobeError, first_line
 from ...models.checkpoints import CHECKPOINTS, COMPLETE, checkpoint_steps, step_name, step_of
 
 READINGS = "readings"
@@ -32,6 +39,7 @@ _RESUMABLE = 2
 # One line for each file of a checkpoint, as sha256sum writes and checks it. Checkpoints of version 0.1 have none.
 CHECKSUMS = "SHA256SUMS"
 _CHECKSUM = re.compile(r"([0-9a-f]{64})  (.+)")
+FROM_THE_ONE_BEFORE = "delete that checkpoint's folder to resume from the one before"
 # A pickle of the TrainingArguments that nothing here reads.
 _UNUSED = ("training_args.bin",)
 
@@ -94,6 +102,34 @@ def changed_file(checkpoint: Path) -> str | None:
         if not path.is_file() or checksum(path) != found[1]:
             return found[2]
     return None
+
+
+def has_other_names(checkpoint: Path, model: nn.Module) -> bool:
+    """Whether a checkpoint of a whole model names its tensors otherwise than the module does."""
+    own = set(model.state_dict())
+    for file in sorted(checkpoint.glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            if not own.issuperset(weights.keys()):
+                return isinstance(model, PreTrainedModel)
+    return False
+
+
+@contextmanager
+def resuming(checkpoint: str | Path | None, *names: str) -> Iterator[None]:
+    """Name the file of a checkpoint that cannot be taken up, and the way out."""
+    try:
+        yield
+    except RevprobeError:
+        raise
+    except Exception as error:
+        folder = Path(checkpoint or ".")
+        # A whole torch archive has its directory at the end, which a truncated one lacks.
+        archives = [name for name in names if name.endswith((".pt", ".pth"))]
+        damaged = [name for name in archives if not zipfile.is_zipfile(folder / name)] or list(names)
+        raise RevprobeError(
+            f"cannot resume from {folder}: {' or '.join(damaged)} is damaged ({first_line(error)}); "
+            f"{FROM_THE_ONE_BEFORE}"
+        ) from error
 
 
 def _named_like(pattern: str, listed: list[re.Match[str] | None]) -> list[str]:

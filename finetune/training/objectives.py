@@ -255,6 +255,13 @@ def causal_loss(
     return losses.masked_fill(~counts, 0.0).sum() / (counts.sum() if per == "token" else len(token_ids))
 
 
+def priced_tokens(token_ids: Tensor, attention_mask: Tensor | None = None, maskable: Tensor | None = None) -> int:
+    """How many tokens `causal_loss` divides by. Raises: RevprobeError, for a row without any."""
+    if attention_mask is None and maskable is None:
+        return len(token_ids) * (token_ids.shape[1] - 1)
+    return int(_counted(token_ids, attention_mask, maskable, 1)[:, 1:].sum())
+
+
 def _counted(token_ids: Tensor, attention_mask: Tensor | None, maskable: Tensor | None, shift: int) -> Tensor:
     """The positions that are predicted: not padding, inside `maskable`, and with a row to be read at."""
     counted = torch.ones_like(token_ids, dtype=torch.bool) if maskable is None else maskable.bool().clone()

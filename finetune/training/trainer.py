@@ -9,36 +9,39 @@ step 0 is written as well. Everything else (accumulation, distribution, clipping
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import Dataset, RandomSampler, Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ...atomic_files import require_held
-from ...errors import RevprobeError, did_you_mean, first_line
+from ...errors import RevprobeError, did_you_mean
 from ...models.checkpoints import CHECKPOINTS, EMA, step_of
 from ...models.families.files import require_shards_inside
 from ...models.peft_adapters import write_reads
 from ...models.probed import OBJECTIVES
 from .block_diffusion import require_positions
-from .checkpointing import changed_file, complete_checkpoint, missing_state, resume_from
+from .checkpointing import (
+    FROM_THE_ONE_BEFORE,
+    changed_file,
+    complete_checkpoint,
+    has_other_names,
+    missing_state,
+    resume_from,
+    resuming,
+)
 from .ema import MovingAverage
 from .negatives import Negatives
-from .objectives import EPS, PICKS, causal_loss, masked_diffusion_loss, step_generator
+from .objectives import EPS, PICKS, causal_loss, masked_diffusion_loss, priced_tokens, step_generator
 from .step_log import StepLog
-
-_FROM_THE_ONE_BEFORE = "delete that checkpoint's folder to resume from the one before"
 
 
 class TokenRows(Dataset[Tensor]):
@@ -104,7 +107,7 @@ class ForwardOnlyTrainer(Trainer):
     Raises: RevprobeError, for an unknown objective or a masked model without a mask token.
     """
 
-    # The loss is a mean over its batch, so the Trainer divides it by the accumulation steps.
+    # The loss is a mean over its batch (or a share of the step's): the Trainer divides it by the accumulation steps.
     loss_is_scaled_for_ga = False
     # Floating-point operations, as the Trainer counts them.
     _per_token: int | None = None
@@ -179,6 +182,8 @@ class ForwardOnlyTrainer(Trainer):
                 everything = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
                 tables["weights"] = self._weights(inputs["input_ids"], everything)
             loss = causal_loss(model, inputs["input_ids"], per=self.per, **tables)
+            if num_items_in_batch is not None and (share := self._share(inputs, int(num_items_in_batch))) != 1:
+                loss = loss * share
         else:
             assert self.mask_token_id is not None, "checked in __init__"
             loss = masked_diffusion_loss(
@@ -199,6 +204,22 @@ class ForwardOnlyTrainer(Trainer):
             )
         self._taken = (loss.detach(), *self._taken[1:])
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _share(self, inputs: Mapping[str, Any], priced: int) -> float:
+        """What the mean of a micro-batch is multiplied by, of a step that prices so many tokens in all.
+
+        The Trainer takes the mean over micro-batches and processes; a step's loss is that over its tokens.
+        """
+        return _priced(inputs) * self.current_gradient_accumulation_steps * self.args.world_size / priced
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """A step's micro-batches and, where a causal step is split, the tokens that all of it prices."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        alone = len(samples) <= 1 and self.args.world_size == 1
+        if alone or self.objective != "causal" or self.per != "token":  # a mean over rows, all of which count alike
+            return samples, None
+        priced = torch.tensor(sum(map(_priced, samples)), device=device)
+        return samples, int(self.accelerator.gather(priced).sum())
 
     def _weights(
         self, token_ids: Tensor, is_masked: Tensor, rate: Tensor | None = None, kinds: Tensor | None = None
@@ -296,13 +317,13 @@ class ForwardOnlyTrainer(Trainer):
         missing = missing_state(folder)
         if missing:
             raise RevprobeError(
-                f"cannot resume from {folder}: it has no {' and no '.join(missing)}; {_FROM_THE_ONE_BEFORE}"
+                f"cannot resume from {folder}: it has no {' and no '.join(missing)}; {FROM_THE_ONE_BEFORE}"
             )
         for weights in (folder, folder / EMA):
             require_shards_inside(weights)
-        with _resuming(folder, "its weights or trainer_state.json"):
+        with resuming(folder, "its weights or trainer_state.json"):
             whole: Any = self.model if model is None else model
-            if self.is_fsdp_enabled or not _has_other_names(folder, whole):
+            if self.is_fsdp_enabled or not has_other_names(folder, whole):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             else:  # saved under the published names, which only its class reads back
                 options: dict[str, Any] = {"dtype": whole.dtype, "output_loading_info": True}
@@ -317,16 +338,16 @@ class ForwardOnlyTrainer(Trainer):
         if changed is not None:
             raise RevprobeError(
                 f"cannot resume from {folder}: {changed} is damaged (its bytes are not those that were written); "
-                f"{_FROM_THE_ONE_BEFORE}"
+                f"{FROM_THE_ONE_BEFORE}"
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _resuming(checkpoint, "optimizer.pt", "scheduler.pt"):
+        with resuming(checkpoint, "optimizer.pt", "scheduler.pt"):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         names = sorted(path.name for path in Path(checkpoint).glob("rng_state*.pth")) if checkpoint else []
-        with _resuming(checkpoint, *names):
+        with resuming(checkpoint, *names):
             super()._load_rng_state(checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -337,32 +358,9 @@ class ForwardOnlyTrainer(Trainer):
             raise RevprobeError(f"the checkpoint holds another model's weights: {', '.join(wrong[:3])} do not match")
 
 
-def _has_other_names(checkpoint: Path, model: nn.Module) -> bool:
-    """Whether a checkpoint of a whole model names its tensors otherwise than the module does."""
-    own = set(model.state_dict())
-    for file in sorted(checkpoint.glob("model*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            if not own.issuperset(weights.keys()):
-                return isinstance(model, PreTrainedModel)
-    return False
-
-
-@contextmanager
-def _resuming(checkpoint: str | Path | None, *names: str) -> Iterator[None]:
-    """Name the file of a checkpoint that cannot be taken up, and the way out."""
-    try:
-        yield
-    except RevprobeError:
-        raise
-    except Exception as error:
-        folder = Path(checkpoint or ".")
-        # A whole torch archive has its directory at the end, which a truncated one lacks.
-        archives = [name for name in names if name.endswith((".pt", ".pth"))]
-        damaged = [name for name in archives if not zipfile.is_zipfile(folder / name)] or list(names)
-        raise RevprobeError(
-            f"cannot resume from {folder}: {' or '.join(damaged)} is damaged ({first_line(error)}); "
-            f"{_FROM_THE_ONE_BEFORE}"
-        ) from error
+def _priced(inputs: Mapping[str, Any]) -> int:
+    """Tokens that the causal loss of a micro-batch is a mean over."""
+    return priced_tokens(inputs["input_ids"], inputs.get("attention_mask"), inputs.get("maskable"))
 
 
 class _Snapshots(TrainerCallback):
