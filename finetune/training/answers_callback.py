@@ -24,7 +24,7 @@ from ...relations.answers import Asked, answers_of, questions
 from ...relations.evaluation import save_evaluation
 from ...relations.letters import LettersRelation
 from .distributed import require_whole
-from .probe_callback import Wrapping
+from .probe_callback import Wrapping, in_its_own_dtype
 from .step_log import read_table
 
 ANSWERS = "answers.parquet"
@@ -77,7 +77,7 @@ class AnswersCallback(TrainerCallback):
         rows = [] if self.table is None else [self.table]
         for weights, module in (("raw", model), ("ema", getattr(self.ema, "module", None))):
             if module is not None:
-                with untouched(module):
+                with in_its_own_dtype(module), untouched(module):
                     probed = self.wrap(module, step=step, weights=weights)
                     self._asked = self._asked or questions(self.relation, probed)
                     found = answers_of(probed, self._asked)
@@ -126,7 +126,7 @@ class SnapshotAnswers(TrainerCallback):
         if step not in self.steps or step in self.done or not state.is_world_process_zero:
             return
         require_whole(model)
-        with untouched(model):
+        with in_its_own_dtype(model), untouched(model):
             save_answers(self.ask(self.wrap(model, step=step, weights="raw")), self.folder / step_name(step))
 
 

@@ -45,7 +45,7 @@ from ...probes.statistics.old_columns import current_columns
 from ...probes.statistics.resampling import Facts, derangement
 from .adamw_update import adamw_update, innermost_optimizer
 from .distributed import ProcessGroup, require_whole
-from .probe_callback import Wrapping
+from .probe_callback import Wrapping, in_its_own_dtype
 
 PREDICTIONS = "predictions.parquet"
 NO_STEP_FOLLOWS = "training ended here: no step follows this snapshot"
@@ -140,7 +140,8 @@ class FirstOrderPrediction(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **at: Any
     ) -> None:
         if self._step is not None:
-            rows = self._measure(self._step, at["model"], args, state)
+            with in_its_own_dtype(at["model"]):
+                rows = self._measure(self._step, at["model"], args, state)
             self._step = None
             self._add(rows, args, state)
 

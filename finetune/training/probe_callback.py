@@ -8,7 +8,8 @@ same step is completed. Probing leaves no trace: with and without the callback, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,8 @@ Pairs = ReversalPairs | Mapping[str, ReversalPairs]
 ProbeListener = Callable[[str, int, int], None]
 # Whose parameters' gradients are compared, and what the readings are called.
 OWNERS = ("all", "lora", "both")
+# Where accelerate keeps the forward that its autocast goes around.
+_OWN = "_original_forward"
 GRADIENT, LORA_GRADIENT = "gradient_cosine", "lora_gradient_cosine"
 NO_ADAPTER = "its model has no adapter, whose parameters alone this reading is of"
 
@@ -110,6 +113,27 @@ def logged_values(readings: Iterable[Reading]) -> dict[str, float]:
             logged[f"{group}/{row.measure}"] = float(row.value)  # type: ignore[arg-type]  # a column of floats
             logged[f"{group}/{row.measure}_control"] = float(row.control)  # type: ignore[arg-type]
     return logged
+
+
+@contextmanager
+def in_its_own_dtype(module: nn.Module) -> Iterator[None]:
+    """Run a model's own forward inside, without the autocast that a Trainer with bf16 or fp16 has put around it.
+
+    accelerate replaces `forward` of the whole model: probed through it, logits are rounded to bfloat16, where a step's
+    change of a loss has no digits left, while the same checkpoint is read in the dtype of its weights.
+    """
+    wrapped = [(part, vars(part)["forward"]) for part in module.modules() if {"forward", _OWN} <= vars(part).keys()]
+    for part, _ in wrapped:
+        own = vars(part)[_OWN]
+        if getattr(own, "__func__", None) is type(part).forward:
+            del part.forward  # the class's own, which a copy of the module has as well
+        else:
+            part.forward = own
+    try:
+        yield
+    finally:
+        for part, forward in wrapped:
+            part.forward = forward
 
 
 class Wrapping:
@@ -215,7 +239,7 @@ class ProbeCallback(TrainerCallback):
             if module is None:
                 continue
             require_whole(module)
-            with untouched(module):
+            with in_its_own_dtype(module), untouched(module):
                 probed = self._wrap(module, name=name, step=step, weights=weights)
                 asked: dict[str, Any] = {"batch_size": self.batch_size, "parameters": self.parameters}
                 readings += take_readings(probed, self.pairs, share=team.share, controls=self.controls, **asked)
