@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import TrainingArguments, set_seed
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ...errors import RevprobeError
 from ...models.checkpoints import step_of
@@ -30,7 +30,7 @@ from ..config.finetuning import FinetuneConfig
 from ..pretraining.tiny_models import build_tiny
 from ..training.answers_callback import SnapshotAnswers
 from ..training.arguments import training_arguments, uses_cpu
-from ..training.checkpointing import ANSWERED, READINGS, checksum
+from ..training.checkpointing import ANSWERED, READINGS
 from ..training.dataset import PadRows, RowOptions, StatementRows, padding_id
 from ..training.distributed import ProcessGroup
 from ..training.lora import add_lora, quantization, require_no_adapter, target_modules
@@ -39,6 +39,7 @@ from ..training.negatives import Negatives
 from ..training.prediction_callback import PREDICTIONS, FirstOrderPrediction
 from ..training.probe_callback import ProbeCallback
 from ..training.trainer import ForwardOnlyTrainer
+from .started_with import digests
 
 # A column of the pairs and their readings: the loss never hid what the forward query asks for.
 FORWARD_UNTRAINED = "forward_untrained"
@@ -51,6 +52,7 @@ class Prepared:
 
     Attributes:
         model: the base, without an adapter.
+        folder: the run's.
         answers: what counts as right for every question about the relation.
         answer_tokens: how many tokens are decoded for an answer, and filled up to in a masked model's rows.
     """
@@ -62,6 +64,7 @@ class Prepared:
     rows: StatementRows
     answers: AnswerBook
     answer_tokens: int
+    folder: Path
 
     @property
     def steps(self) -> int:
@@ -78,9 +81,9 @@ class Prepared:
         """The snapshots with answers of their own, beside the evaluation after the last."""
         return answer_steps(self.config, self.snapshots)
 
-    @property
+    @cached_property
     def resolved(self) -> dict[str, Any]:
-        """What the config came to, for resolved.json."""
+        """What the config came to, for resolved.json; it reads the base's weights for their digest."""
         lora = self.config.lora
         return {
             "objective": self.model.objective,
@@ -95,7 +98,7 @@ class Prepared:
             "kind": self.pairs.kind,
             "relation": repr(self.relation),
             "asked": self._asked(),
-            **base_digest(self.config),
+            **digests(self.config, self.relation, self.rows.rows, self.pairs.digest, self.folder),
         }
 
     def _asked(self) -> list[list[str]]:
@@ -145,12 +148,6 @@ class Prepared:
         return {"objective": base.objective, "check": False} | known
 
 
-def base_digest(config: FinetuneConfig) -> dict[str, str]:
-    """The sha256 of the weights that training starts from, where they lie in one file of a folder."""
-    file = Path(str(config.model.name)) / SAFE_WEIGHTS_NAME
-    return {"base_sha256": checksum(file)} if file.is_file() else {}
-
-
 def answer_steps(config: FinetuneConfig, snapshots: list[int]) -> list[int]:
     """The snapshots with answers of their own: all where facts are asked there, the last where they are only ranked."""
     asked = config.evaluation
@@ -174,6 +171,8 @@ def prepare(config: FinetuneConfig, folder: Path, team: ProcessGroup) -> Prepare
     model = load_model(source, **loading)  # the Trainer places it, unless it is loaded in 4 bits
     require_no_adapter(model)
     model.require_mask_token(NO_FINE_TUNING)
+    if team.rank == 0:
+        _warn_of_narrow_weights(config, model)
     if config.evaluation.candidates:
         require_whole_text(model)
     answers = answer_book(model, relation, direction)
@@ -181,7 +180,18 @@ def prepare(config: FinetuneConfig, folder: Path, team: ProcessGroup) -> Prepare
     options = row_options(config, model, answer_tokens)
     pairs = snapshot_pairs(config, relation, model)
     rows = StatementRows(relation.training_rows(direction), model, options)
-    return Prepared(config, relation, model, pairs, rows, answers, answer_tokens)
+    return Prepared(config, relation, model, pairs, rows, answers, answer_tokens, folder)
+
+
+def _warn_of_narrow_weights(config: FinetuneConfig, model: ProbedModel) -> None:
+    """Warns: where all weights are trained in a dtype that most of AdamW's steps are too small for."""
+    if config.lora is None and model.dtype in (torch.bfloat16, torch.float16):
+        kind = str(model.dtype).removeprefix("torch.")
+        warnings.warn(
+            f"{model.name}: lora: null trains weights in {kind}, which most steps round back to what they were; set "
+            "model.dtype: float32 with training.bf16: true",
+            stacklevel=4,
+        )
 
 
 def row_options(config: FinetuneConfig, model: ProbedModel, answer_tokens: int) -> RowOptions:

@@ -2,7 +2,8 @@
 ways afterwards.
 
 RUN/config.yaml, versions.json, problem.txt    as in any run
-RUN/resolved.json      what the config came to on this model and relation: steps, snapshots, rows, LoRA targets
+RUN/resolved.json      what the config came to on this model and relation: steps, snapshots, rows, LoRA targets, and
+                       digests of rows, pairs, facts and base, which a resume is held against
 RUN/relation/          a copy of the file or folder of its facts, up to 16 MB
 RUN/base/              the model it built for itself, where it did
 RUN/checkpoints/step-000500/                   the adapter, as peft saves it, or the model, and what a resume needs
@@ -43,7 +44,7 @@ from ..config.loading import load_config
 from ..training.arguments import training_arguments
 from ..training.checkpointing import ANSWERED, READINGS, remove_unfinished, resume_from
 from ..training.distributed import ProcessGroup
-from ..training.probe_callback import GRADIENT, LORA_GRADIENT, take_readings
+from ..training.probe_callback import GRADIENT, LORA_GRADIENT, in_its_own_dtype, take_readings
 from ..training.run_lock import run_lock
 from .alerts import AlertCallback, Watch, warned
 from .finetune_setup import (
@@ -59,6 +60,7 @@ from .progress import Listener, ProgressCallback, step_told
 from .relation_copy import keep_relation
 from .run import CONFIG, Expected, Run, claim_run, noting_problems, pinned_threads
 from .snapshot_answers import answer_table, backfill_answers
+from .started_with import require_same_start
 
 RESOLVED, EVALUATION = "resolved.json", "evaluation"
 
@@ -208,6 +210,7 @@ def fine_tune(
             return run
         with noting_problems(folder), pinned_threads(config.training.threads), quiet_transformers():
             prepared, watch = prepare(config, folder, team), warned(folder, config.alerts)
+            team.on_rank_zero(lambda: require_same_start(folder, run.resolved, prepared.resolved, config))
             model = None if run.trained else _train(run, prepared, team, listener, watch)
             team.on_rank_zero(lambda: _complete(run, prepared, model))
         if team.rank == 0:
@@ -226,8 +229,10 @@ def _train(
     """Train from the newest checkpoint with its state, or from step 0; returns the model as it ends."""
 
     def start() -> Path | None:
-        write_text(run.path / RESOLVED, json.dumps(prepared.resolved, indent=2) + "\n")
-        keep_relation(run.path, run.config.relation.path)
+        # What a checkpoint was trained on is said once; before there is one, nothing was.
+        if not (run.steps and run.resolved):
+            write_text(run.path / RESOLVED, json.dumps(prepared.resolved, indent=2) + "\n")
+        keep_relation(run.path, run.config.relation.path, anew=not run.steps)
         remove_unfinished(run.path)
         return resume_from(run.path)
 
@@ -275,4 +280,6 @@ def _evaluate(run: FinetuneRun, prepared: Prepared, model: ProbedModel | None) -
             for file in answered.glob("decoded_match.*.parquet"):
                 shutil.copyfile(file, working / file.name)
         else:
-            save_evaluation(prepared.ask(model or run.load()), working)
+            asked = model or run.load()
+            with in_its_own_dtype(asked.module):
+                save_evaluation(prepared.ask(asked), working)

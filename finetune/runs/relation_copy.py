@@ -17,12 +17,14 @@ MOST = 16 * 2**20  # bytes; the published files have a tenth of that
 _LEFT = re.compile(r"\..+\.\d+\.\d+\.part")  # what `written_whole` leaves when it is killed
 
 
-def keep_relation(folder: Path, source: str | None) -> Path | None:
+def keep_relation(folder: Path, source: str | None, *, anew: bool = False) -> Path | None:
     """Copy the file or folder of a run's facts to RUN/relation/NAME, whole or not at all; a copy that is there stays.
 
     None where there is nothing to copy: no file is named, or a data set of the Hub, it is larger than MOST, or a folder
     of it holds the run, links, or what cannot be read. The run does not read its copy: a relation is what its config
     names.
+    Args:
+        anew: nothing has been trained yet, so a copy of what the source no longer holds is replaced.
     Warns: when it cannot be copied; the run goes on without.
     """
     if source is None or Path(source).name in ("", ".."):
@@ -31,6 +33,8 @@ def keep_relation(folder: Path, source: str | None) -> Path | None:
     copy = folder / RELATION / given.name
     try:
         _remove_left(copy)
+        if anew and differs_from_copy(folder, source):
+            shutil.rmtree(copy) if copy.is_dir() else copy.unlink()
         if copy.exists() or not _fits(given) or _holds(given, copy):
             return None
         _copy(given, copy)
@@ -39,6 +43,24 @@ def keep_relation(folder: Path, source: str | None) -> Path | None:
         warnings.warn(told, stacklevel=2)
         return None
     return copy
+
+
+def copy_of(folder: Path, source: str | None) -> Path | None:
+    """A run's own copy of its facts, where it has one."""
+    copy = None if source is None or Path(source).name in ("", "..") else folder / RELATION / Path(source).name
+    return copy if copy is not None and copy.exists() else None
+
+
+def differs_from_copy(folder: Path, source: str | None) -> bool:
+    """Whether a file of a run's copy is another at its source now; False where there is no copy, or no source."""
+    copy, given = copy_of(folder, source), Path(str(source))
+    if copy is None or not given.exists():
+        return False
+    for file in _entries(copy):
+        own = given / file.relative_to(copy) if copy.is_dir() else given
+        if not own.is_file() or own.read_bytes() != file.read_bytes():
+            return True
+    return False
 
 
 def _copy(given: Path, copy: Path) -> None:

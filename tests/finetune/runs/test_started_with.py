@@ -1,0 +1,194 @@
+"""A fine-tuning goes on with the rows, pairs, facts and base that it was started with, or not at all."""
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import revprobe as rp
+from revprobe.finetune.config.finetuning import FinetuneConfig
+from revprobe.finetune.runs.finetuning import FinetuneRun
+from revprobe.finetune.training.trainer import ForwardOnlyTrainer
+
+ONE, TWO = "ABCDEFGHIJKL", "MNOPQRSTUVWX"
+
+
+def facts_told(shift: int = 0) -> str:
+    """Twelve facts; every child has another parent with another shift."""
+    names = zip(ONE, TWO[shift:] + TWO[:shift], strict=True)
+    return "\n".join(["parent,child", *(f"{one}nn {one}oss,{two}ed {two}ale" for one, two in names)])
+
+
+def config_of(home: Path, model: dict[str, Any]) -> FinetuneConfig:
+    templates = {"P2C": "Fact: {parent} has the child {child}", "C2P": "Fact: {child} has the parent {parent}"}
+    table = {"name": "table", "path": str(home / "facts.csv"), "columns": ["parent", "child"], "templates": templates}
+    return FinetuneConfig(
+        name="ft",
+        model=model,
+        relation=table | {"direction": "P2C", "heldout": 0.2},
+        lora={"rank": 2},
+        training={"steps": 4, "batch_size": 4, "device": "cpu"},
+        snapshots={"every": 2, "facts": 3, "parameters": "lora", "predictions": False},
+        evaluation={"facts": 0},
+    )
+
+
+TINY = {"layout": "llada", "d_model": 16, "n_heads": 2, "pretraining": {"facts": 6, "steps": 1, "batch_size": 4}}
+
+
+def stop_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupt the fine-tuning at that training step of its own."""
+    step, calls = ForwardOnlyTrainer.training_step, []
+
+    def stopping(self: Any, *args: Any, **others: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return step(self, *args, **others)
+
+    monkeypatch.setattr(ForwardOnlyTrainer, "training_step", stopping)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with facts, a base, and a run on them that was stopped after step 2."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "facts.csv").write_text(facts_told())
+    first = rp.fine_tune(config_of(home, {"tiny": TINY}), home / "first", listener=False)
+    shutil.copytree(first.path / "base", home / "base")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(4, patch)
+        rp.fine_tune(config_of(home, {"name": str(home / "base")}), home / "ft", listener=False)
+    assert rp.open_run(home / "ft").steps == [0, 2]
+    return home
+
+
+@pytest.fixture
+def home(stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy that a test may change; the run's config names files relative to it."""
+    shutil.copytree(stopped, tmp_path / "home")
+    config = tmp_path / "home" / "ft" / "config.yaml"
+    config.write_text(config.read_text().replace(str(stopped), str(tmp_path / "home")))
+    return tmp_path / "home"
+
+
+def other_facts(home: Path) -> None:
+    (home / "facts.csv").write_text(facts_told(5))
+
+
+def other_base(home: Path) -> None:
+    file = home / "base" / "model.safetensors"
+    save_file({name: value + 0.5 for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def another_reading_of_the_base(home: Path) -> None:
+    file = home / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 1e-3}))
+
+
+def one_held_out_fact(home: Path) -> None:
+    """A name that no row and no probed pair holds: it is asked for at the end all the same."""
+    relation = rp.from_table(
+        home / "facts.csv",
+        columns=["parent", "child"],
+        templates={"P2C": "Fact: {parent} has the child {child}", "C2P": "Fact: {child} has the parent {parent}"},
+        heldout=0.2,
+    )
+    held = relation.facts[relation.facts["split"] == "heldout"]["child"].iloc[0]
+    (home / "facts.csv").write_text(facts_told().replace(held, held[:-1] + "o"))
+
+
+def without_digests(home: Path) -> None:
+    file = home / "ft" / "resolved.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "digests"}))
+
+
+def go_on(home: Path) -> FinetuneRun:
+    return rp.fine_tune(config_of(home, {"name": str(home / "base")}), home / "ft", listener=False)
+
+
+@pytest.mark.parametrize("of_before", [False, True])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            other_facts,
+            r"other data: .*facts changed; restore .*facts.csv \(the run's own copy is .*relation/facts.csv\)",
+        ),
+        (other_base, "other data: base model changed; restore .*base, or choose another"),
+        (another_reading_of_the_base, "other data: base model changed; restore .*base, or choose another"),
+        (one_held_out_fact, "other data: .*facts.* changed; restore .*facts.csv"),
+    ],
+)
+def test_a_resume_with_other_data_is_refused(
+    home: Path, change: Callable[[Path], None], words: str, of_before: bool
+) -> None:
+    """Nothing of the folder is touched but its problem; what is put back goes on. Runs of before have no digests."""
+    if of_before:
+        without_digests(home)
+        if change is another_reading_of_the_base:
+            pytest.skip("runs of before kept the sha256 of the weights alone")
+    kept = (home / "ft" / "resolved.json").read_bytes(), (home / "facts.csv").read_bytes()
+    change(home)
+    with pytest.raises(rp.RevprobeError, match=words):
+        go_on(home)
+    assert (home / "ft" / "resolved.json").read_bytes() == kept[0]
+    assert rp.open_run(home / "ft").steps == [0, 2]
+    assert (home / "ft" / "relation" / "facts.csv").read_bytes() == kept[1], "its own copy stays"
+
+
+@pytest.mark.parametrize("of_before", [False, True])
+def test_the_same_data_goes_on_and_what_it_was_started_with_stays(home: Path, of_before: bool) -> None:
+    if of_before:
+        without_digests(home)
+    resolved = (home / "ft" / "resolved.json").read_bytes()
+    assert ("digests" in json.loads(resolved)) != of_before
+    run = go_on(home)
+    assert run.finished and (home / "ft" / "resolved.json").read_bytes() == resolved
+    # A reading that is lost is taken again from its checkpoint, which is of the first facts.
+    shutil.rmtree(home / "ft" / "readings" / "step-000002")
+    other_facts(home)
+    with pytest.raises(rp.RevprobeError, match="was started with other data"):
+        go_on(home)
+    (home / "facts.csv").write_text(facts_told())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert go_on(home).finished
+
+
+def test_before_there_is_a_checkpoint_the_facts_may_change(home: Path) -> None:
+    """Nothing was trained on the old ones: the new are told and copied."""
+    old = json.loads((home / "ft" / "resolved.json").read_text())
+    shutil.rmtree(home / "ft" / "checkpoints")
+    other_facts(home)
+    assert go_on(home).finished
+    new = json.loads((home / "ft" / "resolved.json").read_text())
+    assert new["digests"]["facts"] != old["digests"]["facts"] and new["digests"]["base"] == old["digests"]["base"]
+    assert (home / "ft" / "relation" / "facts.csv").read_text() == facts_told(5)
+
+
+def test_weights_that_hardly_move_are_told(home: Path) -> None:
+    """All of them in bfloat16, whether the config or the checkpoint says so; an adapter's own are float32."""
+    whole = config_of(home, {"name": str(home / "base"), "dtype": "bfloat16"}).model_dump() | {"lora": None}
+    whole["training"] |= {"steps": 1}
+    whole["snapshots"] = {"every": 1, "facts": 2, "parameters": "all", "predictions": False, "during_training": False}
+    with pytest.warns(UserWarning, match="lora: null trains weights in bfloat16.*float32 with training.bf16: true"):
+        rp.fine_tune(FinetuneConfig(**whole), home / "narrow", listener=False)
+    file = home / "base" / "model.safetensors"
+    save_file({k: v.to(torch.float16) for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    config = home / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float16"}))
+    whole["model"] = {"name": str(home / "base")}
+    with pytest.warns(UserWarning, match="lora: null trains weights in float16"):
+        rp.fine_tune(FinetuneConfig(**whole), home / "half", listener=False)
+    whole["model"] |= {"dtype": "float32"}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        rp.fine_tune(FinetuneConfig(**whole), home / "wide", listener=False)
+    assert not [one for one in said if "lora: null" in str(one.message)]
