@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..atomic_files import write_text
@@ -203,6 +204,7 @@ def put_on(module: nn.Module, adapter: Path, tokenizer: Any = None) -> nn.Module
         with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as weights:
             saved = set(weights.keys())
             rows = {weights.get_slice(key).get_shape()[0] for key in saved if key.endswith(_TABLES)}
+        _require_own_names(module, saved, adapter)
         _make_room(module, rows, tokenizer, adapter)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by names that it is renaming
@@ -212,7 +214,7 @@ def put_on(module: nn.Module, adapter: Path, tokenizer: Any = None) -> nn.Module
     except Exception as error:
         raise RevprobeError(f"cannot put the adapter {adapter} on its base model: {first_line(error)}") from error
     # peft leaves a missing tensor at its initial value, and one too many unread; both are another model's adapter.
-    wrong = sorted(set(get_peft_model_state_dict(adapted)) ^ saved)
+    wrong = sorted((set(get_peft_model_state_dict(adapted)) ^ saved) - _whole_tables(adapted, saved, adapter))
     if wrong:
         raise RevprobeError(f"the adapter {adapter} is of another model: {', '.join(wrong[:3])} do not match")
     if adapted.active_peft_config.task_type not in _LANGUAGE_TASKS:
@@ -221,6 +223,32 @@ def put_on(module: nn.Module, adapter: Path, tokenizer: Any = None) -> nn.Module
             "model's; probe an adapter of CAUSAL_LM"
         )
     return without_wrapper(adapted).eval()
+
+
+def _whole_tables(adapted: nn.Module, saved: set[str], adapter: Path) -> set[str]:
+    """Tables of tokens that the file holds beside the adapter (save_embedding_layers=True), and that were read."""
+    from safetensors import safe_open
+
+    held, read = adapted.state_dict(), set()
+    with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as weights:
+        for name in saved:
+            if name.endswith(_TABLES) and name in held:
+                own = weights.get_tensor(name).to(held[name])
+                read |= {name} if torch.equal(own, held[name]) else set()
+    return read
+
+
+def _require_own_names(module: nn.Module, saved: set[str], adapter: Path) -> None:
+    """Raise for an adapter trained on a family's published code, whose modules have other names than ours."""
+    official = getattr(module, "official_name", str)
+    ours = {name for name, _ in module.named_modules()}
+    theirs = tuple(f"{official(name)}." for name in sorted(ours) if official(name) not in ours)
+    strange = [name for name in sorted(saved) if name.removeprefix("base_model.model.").startswith(theirs)]
+    if theirs and strange:
+        raise RevprobeError(
+            f"the adapter {adapter} was trained on the published code, whose modules have other names ({strange[0]}); "
+            "merge it there (peft's merge_and_unload) and load what that saves"
+        )
 
 
 def _make_room(module: nn.Module, rows: set[int], tokenizer: Any, adapter: Path) -> None:

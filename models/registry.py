@@ -6,7 +6,7 @@ tensor or brings one too many is an error that names it (transformers alone woul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from inspect import signature
 from pathlib import Path
@@ -324,6 +324,8 @@ def stated_objective(config: PreTrainedConfig, name: str) -> str:
     if len(declared) == 1 and (objective := declared.pop()):
         return str(objective)
     stated = set(config.architectures or [])
+    if _attends_both_ways(config, known):
+        return "masked"
     fits = [objective for objective, kind in known.items() if getattr(kind, "__name__", None) in stated] or list(known)
     if len(fits) == 1:
         return fits[0]
@@ -333,6 +335,11 @@ def stated_objective(config: PreTrainedConfig, name: str) -> str:
         f"{name!r} ({type(config).__name__}) fits both a masked and a causal language model; pass objective='masked' "
         "or 'causal'"
     )
+
+
+def _attends_both_ways(config: PreTrainedConfig, objectives: Collection[str]) -> bool:
+    """Whether a causal model's config takes its mask away (`"is_causal": false`), and it has no masked class."""
+    return "causal" in objectives and "masked" not in objectives and getattr(config, "is_causal", None) is False
 
 
 # Options of `from_pretrained` that say where on the hub, for config and tokenizer as for the weights.
@@ -354,6 +361,8 @@ def _class_of(config: PreTrainedConfig, objective: str, name: str, published: Pu
         )
     classes = {"masked": MODEL_FOR_MASKED_LM_MAPPING, "causal": MODEL_FOR_CAUSAL_LM_MAPPING}
     there = [kind for kind, known in classes.items() if known.get(type(config), None) is not None]
+    if objective == "masked" and _attends_both_ways(config, there):
+        return AutoModelForCausalLM
     if objective not in there:
         what = f"has no {objective} language model in transformers; pass objective={there[0]!r}" if there else _NEITHER
         raise RevprobeError(f"{name!r} ({type(config).__name__}) {what}")

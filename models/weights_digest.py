@@ -1,9 +1,10 @@
-"""A digest of a model's weights, by which two models of one name are told apart."""
+"""Digests of a model's weights and of its settings, by which two models of one name are told apart."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +33,48 @@ def weights_digest(module: nn.Module) -> str:
             for some in () if tensor.is_meta else _bytes(tensor):
                 found.update(some.cpu().numpy().data)
     return found.hexdigest()[:16]
+
+
+# What changes while a model stays the same: where it lies, who saved it, how it is trained, how far it was run.
+_NO_SETTINGS = {"_name_or_path", "name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
+_NO_SETTINGS |= {"training", "use_cache", "gradient_checkpointing", "max_seq_len_cached", "_attn_implementation"}
+# Rotary angles that follow the longest row so far; `original_inv_freq` beside them are the model's.
+_FOLLOWING = ("dynamic", "longrope")
+
+
+def settings_digest(module: nn.Module) -> str:
+    """What changes where a model answers otherwise by the same weights: adapters' scalings, rotary angles, its config.
+
+    Of each part the plain values among its attributes, and the buffers that are not saved; of the model its config.
+    """
+    found = hashlib.sha256()
+    config: Any = getattr(module, "config", None)
+    told = config.to_dict() if hasattr(config, "to_dict") else vars(config) if hasattr(config, "__dict__") else config
+    found.update(_written(told).encode())
+    for name, part in module.named_modules():
+        found.update(f"{name} {type(part).__name__} {_written(vars(part))}".encode())
+        for key in sorted(part._non_persistent_buffers_set):
+            tensor = part._buffers.get(key)
+            if tensor is not None and not (key == "inv_freq" and getattr(part, "rope_type", None) in _FOLLOWING):
+                found.update(repr((key, tuple(tensor.shape), str(tensor.dtype))).encode())
+                for some in () if tensor.is_meta else _bytes(tensor):
+                    found.update(some.cpu().numpy().data)
+    return found.hexdigest()[:16]
+
+
+def _written(values: Any) -> str:
+    """The plain values of a mapping, in one order."""
+    return json.dumps(_settings(values), sort_keys=True)
+
+
+def _settings(value: Any) -> Any:
+    """Numbers, texts, and lists and mappings of them; of anything else its type. Private names are none of a part's."""
+    if isinstance(value, Mapping):
+        kept = {str(key): one for key, one in value.items() if str(key) not in _NO_SETTINGS}
+        return {key: _settings(one) for key, one in kept.items() if not key.startswith("_")}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_settings(one) for one in (sorted(value, key=repr) if isinstance(value, set | frozenset) else value)]
+    return value if isinstance(value, str | int | float | bool | None) else type(value).__name__
 
 
 def _plain(tensor: Any) -> Iterator[Tensor]:

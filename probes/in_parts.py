@@ -26,7 +26,7 @@ from ..atomic_files import write_text
 from ..engines.workers import Workers
 from ..errors import RevprobeError, first_line
 from ..models.probed import ProbedModel
-from ..models.weights_digest import weights_digest
+from ..models.weights_digest import settings_digest, weights_digest
 from ..progress import Progress, shows_progress
 from .fused import PROBES, probe, require_probes
 from .pairs.pair_parts import PairParts
@@ -41,6 +41,7 @@ from .statistics.estimators import ScoreTables, score_correlation
 from .statistics.resampling import SHOWN, Facts, kin
 
 _ASKED, _MEASURES = "parts.json", "measures.csv"
+_SETTINGS = "settings_digest"
 _PROBABILITY = ["pair", "fact", "direction", "probability", "argmax_match"]
 _PROBABILITY += ["probability_control", "argmax_match_control", "reason", "reason_control", "targets"]
 
@@ -73,8 +74,8 @@ def probe_in_parts(
 
     Args:
         pairs: a list for all probes, or a JSONL file of `ReversalPairs.save`.
-        folder: new, empty, or begun by the same call. It states a digest of the weights: another model is refused, also
-            of the same name.
+        folder: new, empty, or begun by the same call. It states digests of weights and settings: another model is
+            refused, also of the same name.
         size: pairs of a part; no fact's partner is sought beyond it.
         progress: called with the pairs that are done and all of them.
     Returns: what `Reading.measures` says of all pairs together, a row for each number, with the probe's name and what
@@ -116,7 +117,7 @@ def _told_of(model: ProbedModel) -> dict[str, Any]:
     told |= {"dtype": place["dtype"], "weight_dtype": place.get("weight_dtype", place["dtype"])}
     told |= {"objective": model.objective, "reads": model.reads, "logit_shift": model.logit_shift}
     told |= {"mask_token_id": model.mask_token_id, "begin_token_id": model.begin_token_id}
-    return told | {"weights_digest": weights_digest(model.module)}
+    return told | {"weights_digest": weights_digest(model.module), _SETTINGS: settings_digest(model.module)}
 
 
 def _told(progress: Progress, done: int, size: int, count: int) -> Callable[[int, int], None]:
@@ -142,6 +143,11 @@ class _Parts:
             write_text(said, json.dumps(asked, indent=1) + "\n")
             return
         before = json.loads(said.read_text(encoding="utf-8"))
+        if _SETTINGS not in before:
+            raise RevprobeError(
+                f"{str(self.folder)!r} holds parts of an older version, which did not state the model's settings "
+                "(config, rotary angles, scalings of adapters): they may be another model's; choose another folder"
+            )
         if other := [f"{key} {before.get(key)!r}, not {one!r}" for key, one in asked.items() if before.get(key) != one]:
             raise RevprobeError(
                 f"{str(self.folder)!r} holds parts of another question ({other[0]}); choose another folder"

@@ -93,3 +93,13 @@ class LitLlamaForMaskedDiffusion(BidirectionalDecoder, LitLlamaForCausalLM):  # 
     def mask_row(self) -> int:
         """The only token that can hide another: the embedding's last row."""
         return int(self.config.vocab_size)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **options: Any) -> nn.Embedding:
+        """The table as it is. Raises: RevprobeError, for another size: the mask token would be another's row."""
+        table: nn.Embedding = self.model.embed_tokens
+        if new_num_tokens not in (None, table.num_embeddings):
+            raise RevprobeError(
+                f"resize_token_embeddings({new_num_tokens}): SMDM's mask token is the last of the embedding's "
+                f"{table.num_embeddings} rows, one more than the logits; leave the table as it is"
+            )
+        return table

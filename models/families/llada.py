@@ -101,7 +101,15 @@ class LLaDAForMaskedDiffusion(BidirectionalDecoder, LlamaForCausalLM):  # type: 
         # Llama zeroes the gradient of the padding token's row; the published code does not, and pads with its EOS.
         self.model.embed_tokens.padding_idx = None
 
+    def resize_token_embeddings(self, *args: Any, **options: Any) -> nn.Embedding:
+        """As in transformers; what is saved says the size where the published code reads it."""
+        table: nn.Embedding = super().resize_token_embeddings(*args, **options)
+        if self.config.embedding_size:
+            self.config.embedding_size = self.config.vocab_size
+        return table
 
+
+_TABLE = "model.embed_tokens.weight"
 rename_by(_KEY_MAP, LLaDAConfig.model_type)
 
 
@@ -111,9 +119,14 @@ def _recognises(files: Files) -> bool:
 
 
 def _to_config(files: Files) -> dict[str, Any]:
-    """A file that does not say by what base it turns is read as the published code reads it."""
+    """A file that does not say by what base it turns is read as the published code reads it.
+
+    Tokens that transformers added stand in vocab_size alone, in files that were saved before embedding_size followed.
+    """
     said = files.settings.keys() & {"rope_theta", "rope_parameters"}
-    return dict(files.settings) | ({} if said else {"rope_theta": 10000.0})
+    settings = dict(files.settings) | ({} if said else {"rope_theta": 10000.0})
+    rows, stated = files.rows(official_name(_TABLE), _TABLE), settings.get("embedding_size")
+    return settings | ({"embedding_size": rows} if rows and stated and rows == settings.get("vocab_size") else {})
 
 
 LLADA = Family(

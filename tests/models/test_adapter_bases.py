@@ -15,7 +15,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import revprobe as rp
@@ -23,7 +23,7 @@ from revprobe import RevprobeError
 from revprobe.finetune.config.finetuning import LoraOptions
 from revprobe.finetune.training.lora import add_lora
 from revprobe.models.peft_adapters import base_of
-from tiny import GROUPED, drawn, language_model
+from tiny import FIXTURES, GROUPED, drawn, language_model
 
 IDS = torch.tensor([[54, 3, 7, 9, 12, 30, 8]])
 
@@ -235,3 +235,40 @@ def test_an_activated_lora_works_behind_the_tokens_that_call_it_alone(tmp_path: 
         moved = (model.logits(IDS) - plain.logits(IDS)).abs().amax(-1)[0]
         assert bool((moved[:3] == 0).all()) and bool((moved[3:] > 1e-3).all())
         assert torch.equal(model.logits(IDS[:, :3]), plain.logits(IDS[:, :3]))
+
+
+# ---- what lies beside an adapter's weights, and under which names ----
+
+
+@pytest.mark.parametrize("tables", [["embed_tokens"], ["embed_tokens", "lm_head"], []])
+def test_whole_tables_beside_an_adapter_are_taken_and_no_other_tensor(tables: list[str], tmp_path: Path) -> None:
+    """save_embedding_layers=True writes them where no token was added too."""
+    llama(1).save_pretrained(tmp_path / "plain")
+    wanted = adapter_on(at(tmp_path / "plain"), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    saved, base = load_file(file), at(tmp_path / "plain")
+    names = {"embed_tokens": "base_model.model.model.embed_tokens.weight", "lm_head": "base_model.model.lm_head.weight"}
+    whole = {"embed_tokens": base.model.embed_tokens.weight, "lm_head": base.lm_head.weight}
+    save_file(saved | {names[table]: whole[table].detach().clone() for table in tables}, file, {"format": "pt"})
+    assert torch.allclose(answers(rp.load_model(tmp_path / "adapter")), wanted, atol=1e-5)
+    moved = {names["lm_head"]: whole["lm_head"].detach() + 0.5}
+    save_file(saved | moved, file, {"format": "pt"})
+    assert torch.allclose(rp.load_model(tmp_path / "adapter").module.lm_head.weight, moved[names["lm_head"]])
+    save_file(saved | {"base_model.model.model.norm.weight": torch.ones(32)}, file, {"format": "pt"})
+    with pytest.raises(RevprobeError, match=r"is of another model: .*norm.weight do not match"):
+        rp.load_model(tmp_path / "adapter")
+
+
+def test_an_adapter_trained_on_published_code_is_told_from_another_models(tmp_path: Path) -> None:
+    base = rp.load_model(FIXTURES / "llada-tiny").module
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    peft.get_peft_model(base, settings).save_pretrained(tmp_path / "adapter")
+    rp.load_model(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    published = {
+        name.replace("model.layers.", "model.transformer.blocks.").replace("self_attn.", ""): tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(published, file, {"format": "pt"})
+    with pytest.raises(RevprobeError, match=r"was trained on the published code, .*transformer.blocks.0.q_proj"):
+        rp.load_model(tmp_path / "adapter")

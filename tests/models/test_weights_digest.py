@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import peft
 import pytest
@@ -10,8 +11,8 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from revprobe.models import weights_digest as file
-from revprobe.models.weights_digest import weights_digest
-from tiny import gpt2
+from revprobe.models.weights_digest import settings_digest, weights_digest
+from tiny import gpt2, llama
 
 BLOCK = "transformer.h.1.attn.c_attn.weight"
 
@@ -80,3 +81,53 @@ def test_a_weight_on_disk_and_one_of_two_tensors_are_read_as_far_as_they_go() ->
         return module
 
     assert weights_digest(pair(1.0)) == weights_digest(pair(1.0)) != weights_digest(pair(2.0))
+
+
+def lora() -> nn.Module:
+    return peft.get_peft_model(llama().module, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+def scaled(module: nn.Module) -> None:
+    next(part for part in module.modules() if hasattr(part, "scaling") and hasattr(part, "lora_A")).scaling[
+        "default"
+    ] = 7
+
+
+def turned(module: nn.Module) -> None:
+    next(part for name, part in module.named_modules() if name.endswith("rotary_emb")).inv_freq.mul_(0.5)
+
+
+def divided(module: nn.Module) -> None:
+    next(part for name, part in module.named_modules() if name.endswith("self_attn")).scaling *= 2
+
+
+def configured(module: nn.Module) -> None:
+    module.config.rope_parameters = {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}
+
+
+def another_activation(module: nn.Module) -> None:
+    next(part for name, part in module.named_modules() if name.endswith("mlp")).act_fn = nn.ReLU()
+
+
+@pytest.mark.parametrize("change", [scaled, turned, divided, configured, another_activation])
+def test_every_setting_that_moves_answers_is_seen_beside_the_weights(change: Callable[[nn.Module], None]) -> None:
+    """Parts of one model were gone on with by another with the same weights."""
+    module = lora()
+    before = settings_digest(module)
+    assert settings_digest(copy.deepcopy(module)) == settings_digest(lora()) == before
+    weights = weights_digest(module)
+    change(module)
+    assert settings_digest(module) != before and weights_digest(module) == weights
+
+
+def test_where_a_model_lies_and_how_it_was_used_is_no_setting(tmp_path: Path) -> None:
+    module = llama().module
+    before = settings_digest(module)
+    module.save_pretrained(tmp_path / "here")
+    module.train().gradient_checkpointing_enable()
+    module(torch.arange(9)[None])
+    module.config.use_cache = False
+    assert settings_digest(module.eval()) == before
+    loaded = [type(module).from_pretrained(tmp_path / "here") for _ in range(2)]
+    loaded[1].config.name_or_path = loaded[1].name_or_path = "there"
+    assert settings_digest(loaded[0]) == settings_digest(loaded[1])

@@ -168,6 +168,23 @@ def test_another_model_of_the_same_name_is_refused(tmp_path: Path) -> None:
     begin(gpt2())
 
 
+def test_the_same_weights_in_another_setting_are_another_question(tmp_path: Path) -> None:
+    """An adapter's scaling or rotary angles, which no weight tells; and folders that stated none of it."""
+    pairs = rp.letter_pairs(5, model=gpt2(), alphabet=8).for_probe("gradient")
+    asked = {"size": 5, "only": ["probability"]}
+    first, other = gpt2(), gpt2()
+    other.module.transformer.h[0].attn.scaling = 0.5
+    rp.probe_in_parts(first, pairs, tmp_path / "rows", **asked)
+    with pytest.raises(rp.RevprobeError, match=r"question \(settings_digest '\w{16}', not '\w{16}'\)"):
+        rp.probe_in_parts(other, pairs, tmp_path / "rows", **asked)
+    said = tmp_path / "rows" / "parts.json"
+    older = json.loads(said.read_text())
+    older.pop("settings_digest")
+    said.write_text(json.dumps(older))
+    with pytest.raises(rp.RevprobeError, match=r"parts of an older version, which did not state the model's settings"):
+        rp.probe_in_parts(first, pairs, tmp_path / "rows", **asked)
+
+
 def test_rows_beyond_the_last_pair_are_refused(model: rp.ProbedModel, pairs: rp.ReversalPairs, tmp_path: Path) -> None:
     """Or the folder would hold more rows than its numbers are of; more pairs are gone on with."""
     asked = {"size": 10, "only": ["probability"]}
