@@ -127,9 +127,9 @@ def told_ends(probed: ProbedModel, **named: str | None) -> ProbedModel:
 
 
 @pytest.mark.parametrize("layout", ["llada", "dream", "llama"])
-@pytest.mark.parametrize("ends", [{"eos"}, {"sep", "pad"}, {"eos", "sep", "pad"}], ids=", ".join)
+@pytest.mark.parametrize("ends", [("eos",), ("sep", "pad"), ("eos", "sep", "pad")], ids=", ".join)
 def test_an_answer_ends_by_any_token_that_ends_decoding(
-    layout: str, ends: set[str], tokenizer: PreTrainedTokenizerFast
+    layout: str, ends: tuple[str, ...], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """BERT writes [SEP] behind an answer, and has no eos: scored by its [PAD], wrong answers stood ahead."""
     names = {"eos": tokenizer.eos_token, "pad": tokenizer.pad_token, "sep": tokenizer.convert_ids_to_tokens(40)}
