@@ -67,8 +67,8 @@ class ReversalPairs(Sequence[ReversalPair]):
     Args:
         queries: the distinct queries.
         forward, reverse: for each pair the index of its two queries, `pair`.
-        facts: for each pair the label of its fact; the bootstrap resamples facts, and derangements pair
-            different facts, so pairs of one fact must share a label.
+        facts: for each pair the label of its fact; intervals are over facts, and derangements pair different
+            facts, so pairs of one fact must share a label.
         kind: "same_target" (both ask for the same target from the same evidence, in opposite order) or "swapped"
             (the reverse query exchanges the roles).
         flags: further columns for `to_frame`, one value per pair; those of true and false are counted by `report`.

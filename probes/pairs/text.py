@@ -70,7 +70,7 @@ def pairs_from_frame(
         model: its tokenizer makes the tokens, its objective decides the kind, its context the flag `too_long`.
         carrier: literal text before every template. In byte-level BPE a name that starts a text is not the token it
             is after a space; behind a carrier such as "Fact: " no name starts the text.
-        fact: the column that labels facts (readings resample by it); by default "target | evidence".
+        fact: the column that labels facts (intervals are over them); by default "target | evidence".
         drop: leave out pairs by flag (shares_tokens, too_long, duplicate_fact) or instead of an error
             (different_tokens, ambiguous_span, straddling_span, unreadable_span, special_token); counted in `.report`.
         allow_different_tokens: keep pairs whose target or evidence is not the same tokens in both directions. They
