@@ -72,6 +72,10 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; the entry point of `revprobe` and of `python -m revprobe`."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # A terminal of another encoding has no "±"; it gets a "?" there and not an error.
+            stream.reconfigure(errors="replace")
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     try:
         app()

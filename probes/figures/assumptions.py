@@ -157,7 +157,8 @@ def _planes(reading: Drawable, layer: int | None, head: int | None) -> go.Figure
     figure.update_xaxes(title=f"plane, fastest first ({counts_text(rows['facts'].astype(float))} facts)")
     figure.update_xaxes(tick0=0, dtick=max(1, planes // 16), range=[-0.5, planes - 0.3])
     figure.update_layout(height=430, legend=BELOW)
-    return _titled(figure, reading, f", layer {first['layer']}, head {first['head']}: {first['verdict'] or NO_VERDICT}")
+    verdict = first["verdict"] if isinstance(first["verdict"], str) and first["verdict"] else NO_VERDICT
+    return _titled(figure, reading, f", layer {first['layer']}, head {first['head']}: {verdict}")
 
 
 def _titled(figure: go.Figure, reading: Drawable, where: str = "") -> go.Figure:

@@ -95,7 +95,7 @@ def signatures_figure(
         buttons: add the buttons that choose raw weights, EMA weights or both.
         controls: further controls (`controls_over_steps`, `run` as in `measures`), each drawn in its own dash and
             marker in the run's colour; the legend says which is which.
-    Raises: RevprobeError, when a column is missing.
+    Raises: RevprobeError, when a column is missing, or a number of one run stands twice at one step.
     Source: Fig. 3 of the paper; forward and reverse probability have axes of their own, for ALiBi they coincide.
     """
     missing = [column for column in NEEDED if column not in measures]
@@ -107,6 +107,7 @@ def signatures_figure(
         return message_figure("No readings: nothing was measured yet.")
     # A model loaded from a hub has no training step: its points stand at the left edge, and the axis says so.
     rows = rows.assign(place=rows["step"].astype(float).fillna(0.0))
+    _require_one_each(rows)
     scale = StepScale.over(int(step) for step in rows["place"])
     against = pd.DataFrame(columns=["control"]) if controls is None or controls.empty else controls
     if "measure" in against:  # other readings may have controls too, such as whether a fact is stored once
@@ -129,6 +130,18 @@ def signatures_figure(
         # Above them the key, which they would cover where the figure is narrow.
         figure.update_layout(height=figure.layout.height + 34, margin={"t": figure.layout.margin.t + 34})
     return figure
+
+
+def _require_one_each(rows: pd.DataFrame) -> None:
+    """Raises: RevprobeError, for two numbers at one place of one line: those of two models of one name."""
+    twice = rows[rows.duplicated(["run", "place", "weights", "kind", "measure"])]
+    if len(twice):
+        row = twice.iloc[0]
+        step = "" if pd.isna(row["step"]) else f" at step {int(row['step']):,}"
+        raise RevprobeError(
+            f"{row['measure']} of {row['run']!r} stands twice{step}: expected one number for each run, step, weights "
+            "and kind; give each model a name of its own (`ProbedModel(module, name=...)`) and each one set of pairs"
+        )
 
 
 @dataclass(frozen=True)

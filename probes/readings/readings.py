@@ -208,14 +208,22 @@ class Readings(Sequence[Reading]):
     def __repr__(self) -> str:
         return (
             f"Readings({len(self)}):\n"
-            + "\n".join(f"  {reading!r}" for reading in self[:12])
+            + "\n".join(f"  {self._of(reading)}{reading!r}" for reading in self[:12])
             + ("\n  ..." if len(self) > 12 else "")
         )
+
+    def _of(self, reading: Reading) -> str:
+        """The model before a reading, where the readings are of several."""
+        several = len({one.meta.get("model") for one in self}) > 1
+        return f"{reading.meta.get('model')}: " if several else ""
 
     def _repr_html_(self) -> str:
         """A line a number, with interval, control, pairs and facts; above it what is the same of all."""
         rows = self.measures()
         keys = ["step", "weights", "kind"]
+        models = [str(one.meta.get("model")) for one in self for _ in range(len(one.measures()))]
+        if len(set(models)) > 1:
+            rows, keys = rows.assign(model=models), ["model", *keys]
         same = {key: rows[key].iloc[0] for key in keys if len(rows) and rows[key].nunique(dropna=False) == 1}
         about = [f"{key} {html.escape(str(value))}" for key, value in same.items() if not pd.isna(value)]
         shown = [*(key for key in keys if key not in same), "measure"]

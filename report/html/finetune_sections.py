@@ -121,4 +121,5 @@ def _change(row: dict[Hashable, Any], name: str) -> str:
     value, low, high, control = (float(row[f"{name}{end}"]) for end in ("", "_low", "_high", "_control"))
     if math.isnan(value):
         return str(row["reason"] or "undefined")
-    return f"{value:+.2e} [{low:+.2e}, {high:+.2e}] (control {control:+.2e})"
+    interval = "(no interval)" if math.isnan(low) or math.isnan(high) else f"[{low:+.2e}, {high:+.2e}]"
+    return f"{value:+.2e} {interval}" + ("" if math.isnan(control) else f" (control {control:+.2e})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -109,7 +110,12 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
         return "(none)\n"
     head = list(rows[0])
     lines = [head, ["---"] * len(head), *([row[name] for name in head] for row in rows)]
-    return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    return "".join("| " + " | ".join(map(_cell, line)) + " |\n" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    """One line that ends no row, closes no cell and opens no tag: names of runs and models are anybody's."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", " ".join(str(value).splitlines())).replace("|", "\\|")
 
 
 MOST_ROWS = 24  # of a table that stands open

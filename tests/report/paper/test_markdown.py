@@ -24,3 +24,9 @@ def test_every_table_is_closed_by_itself_also_one_that_ends_the_page() -> None:
 def test_a_wide_table_names_its_first_columns() -> None:
     wide = markdown_table([{f"c{place}": 1 for place in range(12)}] * 3)
     assert "<summary>3 rows: c0 · c1 · c2 · c3 · c4 · c5 · c6 · c7 · ...</summary>" in folded(wide, most=1)
+
+
+def test_no_cell_ends_its_row_or_opens_a_tag() -> None:
+    """A run's name is anybody's: a line break made two rows of one, and "<b>" was a tag of the page."""
+    made = markdown_table([{"run": "a\nb\r\nc", "x": "<b>|</b>", "y": "absolute < RoPE <= 3"}])
+    assert made.splitlines()[2:] == ["| a b c | &lt;b>\\|&lt;/b> | absolute < RoPE <= 3 |"]
