@@ -7,6 +7,7 @@ step are copied, and what was read until then. Where there is no such run, the s
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def _answers(config: RunConfig, step: int) -> set[int]:
 def _answers_there(source: Path, step: int) -> set[int]:
     """The steps up to this one whose answers a run holds; none where its file cannot be read."""
     try:
-        steps = read_table(source / ANSWERS)["step"] if (source / ANSWERS).is_file() else []
+        steps: Iterable[int] = read_table(source / ANSWERS)["step"] if (source / ANSWERS).is_file() else []
     except RevprobeError:
         return set()
     return {int(one) for one in steps if one <= step}
