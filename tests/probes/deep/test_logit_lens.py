@@ -129,11 +129,11 @@ def shuffled_onto(model: rp.ProbedModel, pairs: rp.ReversalPairs, reading: rp.Re
 
 
 def test_a_fact_whose_other_direction_cannot_be_shuffled_has_a_control_in_the_one_that_can() -> None:
-    """Two facts of one target and another evidence, asked in exchanged roles: only the reverse targets differ."""
+    """Two facts asked in exchanged roles: forward targets of one and of two tokens, reverse ones of one."""
     pairs = []
-    for fact, (target, evidence) in enumerate([(7, 3), (7, 4)]):
-        forward = rp.Query([evidence, 20, 21, target], [3], [0])
-        reverse = rp.Query([target, 22, 23, evidence], [3], [0])
+    for fact, (target, evidence) in enumerate([([7], 3), ([8, 9], 4)]):
+        forward = rp.Query([evidence, 20, 21, *target], range(3, 3 + len(target)), [0])
+        reverse = rp.Query([*target, *[22, 23][len(target) - 1 :], evidence], [3], range(len(target)))
         pairs.append(rp.ReversalPair(forward, reverse, kind="swapped", fact=str(fact)))
     reading = rp.probe_logit_lens(radd(), rp.ReversalPairs.from_pairs(pairs))
     reasons = reading.frame.groupby("direction")["reason_control"].unique().map(list).to_dict()
