@@ -7,7 +7,6 @@ step are copied, and what was read until then. Where there is no such run, the s
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +68,10 @@ def _answers(config: RunConfig, step: int) -> set[int]:
 
 def _answers_there(source: Path, step: int) -> set[int]:
     """The steps up to this one whose answers a run holds; none where its file cannot be read."""
+    if not (source / ANSWERS).is_file():
+        return set()
     try:
-        steps: Iterable[int] = read_table(source / ANSWERS)["step"] if (source / ANSWERS).is_file() else []
+        steps = read_table(source / ANSWERS)["step"]
     except RevprobeError:
         return set()
     return {int(one) for one in steps if one <= step}

@@ -114,6 +114,7 @@ def test_processes_that_price_other_numbers_of_tokens_share_one_mean(
 ) -> None:
     """Two of them: what each hands in, averaged as the processes average gradients, is the mean over all tokens."""
     trainer, _ = made(ForwardOnlyTrainer, "causal", tmp_path, 2, 2)
+    model: Any = trainer.model
     monkeypatch.setattr(TrainingArguments, "world_size", property(lambda _: 2))
     rows, collate, handed_in, total = Rows().rows, PadRows(0), 0.0, 0.0
     priced = [sum(sum(row.maskable[1:]) for row in rows[first : first + 4]) for first in (0, 4)]
@@ -128,9 +129,9 @@ def test_processes_that_price_other_numbers_of_tokens_share_one_mean(
         trainer.current_gradient_accumulation_steps = len(samples)
         for part, batch in zip(some, samples, strict=True):
             # The Trainer divides by the micro-batches, the processes' gradients are averaged.
-            handed_in += float(trainer.compute_loss(trainer.model, batch, num_items_in_batch=whole).detach()) / 2 / 2
+            handed_in += float(trainer.compute_loss(model, batch, num_items_in_batch=whole).detach()) / 2 / 2
             tables = {key: batch[key] for key in ("attention_mask", "maskable") if key in batch}
-            mean = float(causal_loss(trainer.model, batch["input_ids"], **tables).detach())  # type: ignore[arg-type]
+            mean = float(causal_loss(model, batch["input_ids"], **tables).detach())
             total += mean * sum(sum(row.maskable[1:]) for row in part)
     assert handed_in == pytest.approx(total / sum(priced), rel=1e-5)
 
