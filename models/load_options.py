@@ -12,7 +12,23 @@ from ..errors import RevprobeError, did_you_mean, first_line, shown
 from .probed import OBJECTIVES, ProbedModel
 
 
-def one_dtype(dtype: torch.dtype | str | None, options: dict[str, Any]) -> torch.dtype | str | None:
+def checked_choices(
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | int | None,
+    objective: str | None,
+    options: dict[str, Any],
+) -> torch.dtype | str | None:
+    """The dtype, also by its older name, which is taken out of the options.
+
+    Raises: RevprobeError, for a dtype, device or objective that is none, and for a dtype that is given twice.
+    """
+    _require_device(device)
+    dtype = _one_dtype(dtype, options)
+    _require_choices(dtype, objective)
+    return dtype
+
+
+def _one_dtype(dtype: torch.dtype | str | None, options: dict[str, Any]) -> torch.dtype | str | None:
     """The dtype, also by the name that transformers had for it; taken out of the options. Raises: RevprobeError."""
     older = options.pop("torch_dtype", None)
     if older is not None and dtype is not None:
@@ -24,7 +40,7 @@ def one_dtype(dtype: torch.dtype | str | None, options: dict[str, Any]) -> torch
     return older if dtype is None else dtype
 
 
-def require_choices(dtype: torch.dtype | str | None, objective: str | None) -> None:
+def _require_choices(dtype: torch.dtype | str | None, objective: str | None) -> None:
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise RevprobeError(f"dtype={shown(dtype)}{did_you_mean(dtype, ['auto', 'float32', 'bfloat16', 'float16'])}")
     if objective is not None and objective not in OBJECTIVES:
@@ -40,7 +56,7 @@ def require_no_subfolder(options: Mapping[str, Any], source: str | Path) -> None
         )
 
 
-def require_device(device: torch.device | str | int | None) -> None:
+def _require_device(device: torch.device | str | int | None) -> None:
     """Try the device before a model is loaded for it."""
     try:
         if device is not None and torch.empty(0, device=device).is_meta:

@@ -28,7 +28,7 @@ from .families.family import PublishedFiles
 from .families.files import Files, config_beside, weight_files
 from .families.known import family_of, family_of_config, read_config
 from .hub import adapter_from_hub, download, hub_options, quiet_transformers
-from .load_options import one_dtype, placed, require_choices, require_device, require_no_subfolder
+from .load_options import checked_choices, placed, require_no_subfolder
 from .peft_adapters import base_of, base_revision, is_adapter, noted_reads, put_on
 from .place import place_of
 from .probed import ProbedModel, as_probed
@@ -109,9 +109,7 @@ def load_model(
         asked for cannot be read or has more tokens than the model, or the device is none that torch has here.
     Warns: when there is a tokenizer that cannot be read, with the reason; only text pairs need it.
     """
-    require_device(device)
-    dtype = one_dtype(dtype, options)
-    require_choices(dtype, objective)
+    dtype = checked_choices(dtype, device, objective, options)
     block_size = _whole(block_size) if bidirectional else block_size
     given: dict[str, Any] = {"mask_token_id": mask_token_id, "logit_shift": logit_shift}
     given |= {"begin_token_id": begin_token_id, "block_size": block_size}
@@ -123,10 +121,8 @@ def load_model(
         return _loaded_already(source, asked | {key: one for key, one in moved.items() if one is not None})
     if str(source) in _LOADERS:
         return placed(_from_loader(str(source), asked), dtype, device)
-    require_no_subfolder(options, source)
     folder, name, at_step, which = place_of(source, step, weights)
-    if isinstance(folder, str):
-        folder = _adapter_or(folder, options)
+    folder = _adapter_or(folder, options)
     if isinstance(folder, Path) and is_adapter(folder):
         options |= {"tokenizer": tokenizer} | ({"bidirectional": True} if bidirectional else {})
         adapted = _adapted(folder, name, dtype, objective, given, options, {"step": at_step, "weights": which})
@@ -178,8 +174,11 @@ def _from_files(
     return probed
 
 
-def _adapter_or(name: str, options: dict[str, Any]) -> str | Path:
-    """The folder of a hub name's adapter; of another the name. What the hub needs to be asked goes into `options`."""
+def _adapter_or(name: str | Path, options: dict[str, Any]) -> str | Path:
+    """The folder of a hub name's adapter; any other place as it is. How the hub is to be asked goes into `options`."""
+    require_no_subfolder(options, name)
+    if isinstance(name, Path):
+        return name
     with quiet_transformers():
         options |= {} if "local_files_only" in options else hub_options(name)
         found = adapter_from_hub(name, **{key: options[key] for key in _ON_THE_HUB if key in options})

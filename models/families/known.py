@@ -126,7 +126,7 @@ def code_passed_over(settings: Mapping[str, Any]) -> str | None:
     >>> code_passed_over({"model_type": "phi3", "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}})
     """
     kind, named = str(settings.get("model_type", "")), settings.get("auto_map")
-    heads: dict[str, Mapping[str, object]] = {
+    heads: dict[str, Any] = {
         "AutoModelForMaskedLM": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         "AutoModel": MODEL_MAPPING_NAMES,
