@@ -34,7 +34,10 @@ WORDS = (
     "Seeds vary the fine-tuning: those of a cell start from one pretrained model. †k: in k seeds "
     "forward is below 90 % or undefined at the last step; such a cell stands with its forward value, never tuned or "
     "dropped (mini-mlm and the never-mask ablations are exempt by design). **Ranked first**: the right answer is the "
-    "likeliest of all candidates."
+    "likeliest of all candidates. A hidden target leaves siblings, or the two parents of a child, one prompt: Parent-"
+    "Child's 153 facts are 83 prompts to a causal model, and 128 to a masked one where P2C is trained. The readings "
+    "here were taken when such facts still counted as drawn apart, so the intervals of these correlations and cosines "
+    "are too narrow."
 )
 ABOUT_BEGINS = (
     "A looser score of the same decodings, on which no verdict rests: right where a decoding begins with a right "
