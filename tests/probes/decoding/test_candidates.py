@@ -209,14 +209,16 @@ def test_no_control_names_the_right_entity_in_other_words(tokenizer: PreTrainedT
     probed = model("llada", tokenizer)
     names = list(dict.fromkeys(answer for one in ASKED for answer in one.answers))[:3]
     said = [(name, f"{name} {names[0].split()[0]}") for name in names]
-    questions = [replace(ASKED[0], answers=(text,), fact=text, template=0) for forms in said for text in forms]
+    alike = [one for one in ASKED if one.direction == ASKED[0].direction]
+    prompts = dict.fromkeys(one.prompt for one in alike)  # questions of one prompt are no control of each other either
+    said_of = zip(prompts, [text for forms in said for text in forms], strict=False)
+    questions = [replace(alike[0], prompt=prompt, answers=(text,), fact=text, template=0) for prompt, text in said_of]
+    assert len(questions) == 6
     partners = set()
     for seed in range(12):
         frame = rank_candidates(probed, questions, said, seed=seed).frame
         first = frame[frame["first"] == 1]
-        assert len(first) == 2 and not first["first_control"].any(), (
-            "the other wording of the likeliest ranks first too"
-        )
+        assert len(first) and not first["first_control"].any(), "the other wording of the likeliest ranks first too"
         partners |= set(frame["reciprocal_rank_control"].dropna())
     assert partners
 
