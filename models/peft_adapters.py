@@ -149,10 +149,12 @@ def _stated(adapter: Path) -> dict[str, Any]:
 def _is_other(stated: str, built: Path) -> bool:
     """Whether what an adapter's config names is there and is not the base that its run built, or a copy of it.
 
-    A run states its base by the whole path it had then, which is gone where the run was moved.
+    A run states its base by the path it had then, RUN/base, which is gone where the run was moved or another folder is
+    the current one.
     """
     if not Path(stated).is_dir():
-        return not any(kind(stated).is_absolute() for kind in (PurePosixPath, PureWindowsPath))
+        paths = [kind(stated) for kind in (PurePosixPath, PureWindowsPath)]
+        return not any(path.is_absolute() or path.name == BASE for path in paths)
     there = [
         {p.name: p for p in place.iterdir() if p.suffix in (".safetensors", ".json")} for place in (Path(stated), built)
     ]

@@ -87,12 +87,14 @@ def a_run(folder: Path) -> tuple[Path, Tensor]:
     return checkpoint, wanted
 
 
-@pytest.mark.parametrize("kind", ["moved", "copied", "on windows"])
+@pytest.mark.parametrize("kind", ["moved", "copied", "on windows", "from another folder"])
 def test_a_run_that_was_moved_or_copied_has_its_base_with_it(kind: str, tmp_path: Path) -> None:
     _, wanted = a_run(tmp_path / "run")
     (shutil.copytree if kind == "copied" else shutil.move)(tmp_path / "run", tmp_path / "other")
     if kind == "on windows":
         change(tmp_path / "other" / "checkpoints" / "step-000005", base_model_name_or_path="C:\\runs\\run\\base")
+    if kind == "from another folder":
+        change(tmp_path / "other" / "checkpoints" / "step-000005", base_model_name_or_path="runs/run/base")
     model = rp.load_model(tmp_path / "other")
     assert torch.allclose(answers(model), wanted, atol=1e-5)
     assert base_of(tmp_path / "other" / "checkpoints" / "step-000005") == tmp_path / "other" / "base"

@@ -106,10 +106,9 @@ def test_a_control_whose_query_is_out_of_sight_is_counted():
     model, pairs = in_blocks(4), random_pairs(20, seed=1)
     # One group, so that every pair has a partner, seen or not.
     with mock.patch.object(rp.ReversalPairs, "groups", lambda self, shift: np.zeros(len(self), dtype=int)):
-        readings = rp.probe(model, pairs)
-    for name in ("gradient_cosine", "reverse_probability"):
-        reading = next(r for r in readings if r.name == name)
-        frame = reading.frame if name == "gradient_cosine" else reading.frame.query("direction == 'reverse'")
+        readings = [rp.probe_gradient_cosine(model, pairs), rp.probe_reverse_probability(model, pairs)]
+    for reading in readings:
+        frame = reading.frame if reading.name == "gradient_cosine" else reading.frame.query("direction == 'reverse'")
         lost = frame[frame.reason_control != ""].drop_duplicates("pair")
         assert set(lost.reason_control) == {LATER_BLOCK_CONTROL} and (lost.reason == "").all()
         assert reading.undefined[LATER_BLOCK_CONTROL] == len(lost) > 0
