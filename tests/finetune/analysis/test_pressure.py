@@ -129,8 +129,10 @@ def test_steps_taken_on_one_class_confirm_its_sign_and_size(run: OneLayerRun) ->
     assert np.allclose(small["error"].abs(), large["error"].abs() / 100, rtol=0.1, atol=1e-12)
     table = rp.objective_classes(rp.objective_terms(run, step=20), BY).set_index(BY)
     adamw = steps[steps["optimizer"] == "adamw"].set_index(BY)
-    # torch lets the class's own gradient into the second moments, and in so early a step they are still young.
-    assert np.allclose(100 * adamw["predicted"], table.loc[adamw.index, "change_adamw"], rtol=0.35, atol=1e-7)
+    # A step on one class lets that class's gradient into the second moments, the map that of them all, which is larger;
+    # in so early a step they are still young.
+    larger = 100 * adamw["predicted"] / table.loc[adamw.index, "change_adamw"]
+    assert larger.between(0.9, 1.7).all()
     assert np.corrcoef(adamw["predicted"], table.loc[adamw.index, "change_adamw"])[0, 1] > 0.99
     expected = table.loc[adamw.index, "change_sgd"]
     assert np.allclose(100 * large.set_index(BY)["predicted"], expected, rtol=1e-4, atol=1e-9)
