@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -154,12 +155,37 @@ class CalledModule:
         return f"{self.name} gives NaN logits: {where}; load a sound checkpoint or a wider dtype"
 
 
-def uncompiled() -> AbstractContextManager[Any]:
+@contextmanager
+def uncompiled() -> Iterator[None]:
     """What torch.compile compiled runs as it was written inside: graphs pass over hooks, taps and edits.
 
-    The stance of before comes back. Nothing is compiled where torch's compiler was never imported, which takes seconds.
+    The stance is torch's, of all threads at once: the first that comes in notes that of before, and the last that
+    leaves puts it back. Nothing is compiled where torch's compiler was never imported, which takes seconds.
     """
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with _LOCK:
+        if not _Inside.passes:
+            _Inside.stance = torch.compiler.set_stance("force_eager")
+        _Inside.passes += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _Inside.passes -= 1
+            if not _Inside.passes:
+                _Inside.stance.__exit__(None, None, None)
+
+
+class _Inside:
+    """The passes that run now, and what gives back the compiler's stance of before the first of them."""
+
+    passes = 0
+    stance: Any = None
+
+
+_LOCK = threading.Lock()
 
 
 def require_numbers(called: CalledModule, logits: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from revprobe import (
 )
 from revprobe.hooks.layer_numbers import LayerNumbers
 from revprobe.models import structure
+from revprobe.models.contract.called import uncompiled
 from revprobe.probes.attention import EVIDENCE_HIDDEN
 from tiny import FIXTURES, GROUPED, causal, pairs_at
 
@@ -247,3 +248,14 @@ def test_a_compiled_model_gives_the_numbers_of_the_plain_one(how):
     assert eval_frame._stance.stance == "default"
     for ours, theirs in zip(probe(plain, pairs), told, strict=True):
         assert (theirs.value, theirs.n) == (pytest.approx(ours.value, abs=1e-6), ours.n), ours.name
+
+
+def test_the_compilers_stance_comes_back_when_passes_overlap():
+    """Of two threads the one that came in first may leave first: each would put back what it found."""
+    first, second = uncompiled(), uncompiled()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert eval_frame._stance.stance == "force_eager", "the second is still in its pass"
+    second.__exit__(None, None, None)
+    assert eval_frame._stance.stance == "default"
