@@ -38,17 +38,22 @@ def with_prompts(model: ProbedModel, pairs: ReversalPairs) -> ReversalPairs:
 def shown_queries(model: ProbedModel, pairs: ReversalPairs) -> tuple[list[Hashable], list[Hashable]]:
     """What the model is shown of each pair's forward and reverse query: token ids, and the places that are hidden.
 
-    No number that the model makes of them, which may be equal by chance. Shapes: `-> pair, pair`.
+    No number that the model makes of them, which may be equal by chance. A query whose evidence is out of sight of its
+    rows has no number, and is one with no other, though all that is seen of it may be its template.
+    Shapes: `-> pair, pair`.
     """
     # Blocks are counted from the first token that is run.
     queries = pairs.queries if model.block_size is None else prepare_queries(model, pairs.queries)
-    shown = [_shown(model, query) for query in queries]
+    shown = [_shown(model, query) or ("out of sight", place) for place, query in enumerate(queries)]
     forward, reverse = ([shown[q] for q in getattr(pairs, side)] for side in DIRECTIONS)
     return forward, reverse
 
 
 def _shown(model: ProbedModel, query: Query) -> Hashable:
+    """None where the evidence is out of sight."""
     sight, hidden = in_sight(model, query), set(query.target_positions)
+    if query.evidence_positions[-1] not in sight:
+        return None
     tokens = tuple(-1 if place in hidden else query.token_ids[place] for place in sight)
     return tokens, query.canvas_start
 
