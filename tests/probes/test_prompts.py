@@ -171,6 +171,23 @@ def test_a_query_read_in_blocks_is_what_stands_in_sight_of_its_rows() -> None:
     assert facts_of(asked_pairs(radd(), pairs, "")).sizes == {"facts": 4, "prompts": 0}
 
 
+def test_queries_whose_evidence_no_row_sees_are_one_prompt_with_no_other() -> None:
+    """All that is in sight of them may be their template, and none has a number: it joined every fact of a list."""
+    pairs = rp.ReversalPairs.from_pairs(
+        rp.ReversalPair(
+            rp.Query([40 + i, 13, 14, 15, 30 + i], [4], [0]),
+            rp.Query([10, 11, 30 + i, 12, 13, 40 + i], [2], [5]),
+            fact=str(i),
+        )
+        for i in range(9)
+    )
+    model = in_blocks(4)
+    assert facts_of(asked_pairs(model, pairs, "")).sizes == {"facts": 9, "prompts": 0}
+    table = PROBES["probability"](model, pairs).summary(by="direction").set_index("direction")
+    assert table.loc["reverse", "n"] == 0 and table.loc["forward", "n"] == 9
+    assert np.isfinite(table.loc["forward", ["low", "high"]].astype(float)).all()
+
+
 def test_readings_of_facts_of_one_prompt_alone_have_no_interval() -> None:
     reading = PROBES["gradient"](model_of("same_target"), cities(1))
     assert np.isnan(reading.interval).all() and reading.undefined[ONE_PROMPT] == CITIES
