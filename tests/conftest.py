@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from hypothesis import settings
+from long_cases import LONG_TESTS
 
 from tiny import ROOT
 
@@ -31,6 +32,16 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Before `-m "not long"` takes them out: which long tests there are, for the test of their table."""
+    found = config.stash.setdefault(LONG_TESTS, {})
+    for item in items:
+        own = found.setdefault(item.nodeid.partition("::")[0], set())
+        if item.get_closest_marker("long"):
+            own.add(item.nodeid)
 
 
 BESIDE_THE_PACKAGE = {"tests", "examples", "docs"}

@@ -14,6 +14,7 @@ from typing import Any
 
 import nbformat
 import pytest
+from long_cases import rest_long
 from nbclient.exceptions import CellExecutionError
 
 import revprobe
@@ -101,7 +102,7 @@ def sizes(notebook) -> tuple[dict[str, Any], dict[str, Any]]:
 # ---- what runs ----
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", rest_long(NOTEBOOKS))
 def test_it_runs_without_error_or_warning(rerun, name):
     """Its own assertions are among what runs: they hold at both sizes."""
     done = rerun(name)

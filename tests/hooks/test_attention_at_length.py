@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from long_cases import rest_long
 from torch import nn
 
 from revprobe import ProbedModel, Query, ReversalPair, ReversalPairs, RevprobeError, probe_attention_correlation
@@ -101,7 +102,7 @@ def pairs(length: int, target: int, evidence: int) -> ReversalPairs:
     return ReversalPairs.from_pairs(found)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("batch_size", rest_long([4, 1]))
 @pytest.mark.parametrize("in_folds", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
 def test_weights_that_long_queries_alone_have_changed_are_not_read_of_them(change, in_folds, batch_size):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from long_cases import rest_long
 from torch import nn
 
 from revprobe import ProbedModel, probe_attention_correlation
@@ -93,7 +94,7 @@ def made(*orders, by_hand: bool = False, causal: bool = False, along: bool = Tru
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("first", rest_long([False, True]))
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_block_that_takes_its_tokens_in_another_order_is_not_read(order, first, by_hand):
     """With one token changed, in the middle, a reversed sequence looked right, and so did whatever kept that token."""

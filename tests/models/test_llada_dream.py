@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from long_cases import rest_long
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -178,7 +179,7 @@ def test_pickles_are_refused_also_where_no_folder_is_looked_into(folder):
         AutoModel.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ["llada", "dream"])
+@pytest.mark.parametrize("name", rest_long(["llada", "dream"]))
 def test_no_code_of_the_folder_runs_and_nothing_is_asked(name, tmp_path):
     """A fresh process without a terminal; the folder's own modelling files leave a mark when imported."""
     folder = Path(shutil.copytree(FIXTURES / f"{name}-tiny", tmp_path / name))

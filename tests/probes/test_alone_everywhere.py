@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from long_cases import rest_long
 from torch import Tensor, nn
 
 import revprobe as rp
@@ -184,7 +185,7 @@ def made(make: Callable[..., rp.ProbedModel], name: str) -> rp.ProbedModel:
     return make(layers=1 if name == "storage_gradient_cosines" else 2)
 
 
-@pytest.mark.parametrize("lengths", [ALIKE, MIXED], ids=["alike", "mixed"])
+@pytest.mark.parametrize("lengths", [MIXED, pytest.param(ALIKE, marks=pytest.mark.long)], ids=["mixed", "alike"])
 @pytest.mark.parametrize("name", ALL)
 def test_rows_that_reach_each_other_are_refused_or_read_alone(name: str, lengths: tuple[int, ...]) -> None:
     """Experts of a limited capacity: the last rows of a large batch find no seat."""
@@ -201,7 +202,7 @@ def test_rows_that_padding_reaches_are_read_in_equal_lengths(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SEVERAL)
-@pytest.mark.parametrize("make", [seated, stretched])
+@pytest.mark.parametrize("make", rest_long([seated, stretched]))
 def test_targets_of_several_tokens_are_held_as_well(name: str, make: Callable[[], rp.ProbedModel]) -> None:
     """Their chains are batches of their own, larger than those of the queries."""
     pairs = pairs_of(ALIKE[:2] if make is seated else MIXED, tokens=4)

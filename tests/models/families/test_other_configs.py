@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from long_cases import rest_long
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -106,7 +107,7 @@ def test_llada_without_a_base_has_that_of_the_published_code(tmp_path: Path) -> 
 CALLED = {"return_dict": False, "output_attentions": True, "output_hidden_states": True}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", rest_long(CASES, 5))
 def test_how_other_code_called_the_model_is_not_taken_over(name: str, tmp_path: Path) -> None:
     """Tuples would come out, and weights that sdpa does not give; and no such model could be saved."""
     model = rp.load_model(folder_of(name, tmp_path / "m", CALLED), **CASES[name])
@@ -162,7 +163,7 @@ def without_shared(*, empty: bool) -> dict[str, Tensor]:
     return kept | ({key: tensor.contiguous() for key, tensor in none.items()} if empty else {})
 
 
-@pytest.mark.parametrize("count", [0, None])
+@pytest.mark.parametrize("count", rest_long([0, None]))
 @pytest.mark.parametrize("empty", [False, True])
 def test_llada2_without_shared_experts(count: int | None, empty: bool, tmp_path: Path, recwarn) -> None:
     """They add nothing: as where what they give is multiplied by zero."""
@@ -186,7 +187,7 @@ def test_shared_experts_that_the_config_does_not_count_are_no_experts_to_leave_o
     refused(folder_of("llada2-tiny", tmp_path / "m", {"num_shared_experts": 0}), "llada2-tiny", "shared_experts")
 
 
-@pytest.mark.parametrize("name", ["llada2-tiny", "lladamoe-tiny"])
+@pytest.mark.parametrize("name", rest_long(["lladamoe-tiny", "llada2-tiny"]))
 def test_experts_that_are_moved_to_float64_run(name: str) -> None:
     """torch multiplies in groups up to float32, and the kernel was chosen when the weights were read."""
     moved, read = rp.load_model(FIXTURES / name, **CASES[name]), None
@@ -247,7 +248,7 @@ def test_blocks_are_a_dial_for_a_family_that_reads_the_whole_and_are_not_saved(k
     assert apart(model, again.in_blocks(3)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["radd-tiny", *(name for name in CASES if name != "diffullama-tiny")])
+@pytest.mark.parametrize("name", rest_long(["radd-tiny", *(name for name in CASES if name != "diffullama-tiny")], 5))
 def test_an_adapter_that_peft_saves_says_where_its_base_is(name: str, tmp_path: Path) -> None:
     """peft reads the base's config again by our class, and its place from the model. (Llama's files do not say that
     they are DiffuLLaMA's, so an adapter on them is a causal model's unless the user says so too.)"""

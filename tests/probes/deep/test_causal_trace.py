@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
+from long_cases import rest_long
 from torch import Tensor, nn
 
 import revprobe as rp
@@ -158,7 +159,7 @@ def positions_by_hand(query: rp.Query, reads: Sequence[tuple[int, int]], part: s
 
 
 @pytest.mark.parametrize("mode", ["chain", "parallel"])
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("site", rest_long(SITES))
 @pytest.mark.parametrize("name", ["LLaDA", "Dream"])
 def test_a_trace_equals_hooks_by_hand(name: str, site: str, mode: str) -> None:
     """Every layer, head and part of padded queries with targets and evidence of two tokens, and the control."""
@@ -337,12 +338,15 @@ def writing_by_hand(model: rp.ProbedModel, query: rp.Query, counts: Sequence[tup
 
 @pytest.mark.parametrize(
     ("name", "options", "counts"),
-    [
-        ("LLaDA", {"steps": 2}, [(0, 5, 3), (0, 5, 2)]),
-        ("LLaDA", {"steps": 4, "block_length": 3}, [(0, 3, 2), (0, 3, 1), (3, 5, 1), (3, 5, 1)]),
-        ("Dream", {"steps": 5}, [(0, 5, 1)] * 5),
-        ("Dream", {"steps": 3, "algorithm": "confidence"}, [(0, 5, 2), (0, 5, 2), (0, 5, 1)]),
-    ],
+    rest_long(
+        [
+            ("LLaDA", {"steps": 2}, [(0, 5, 3), (0, 5, 2)]),
+            ("Dream", {"steps": 3, "algorithm": "confidence"}, [(0, 5, 2), (0, 5, 2), (0, 5, 1)]),
+            ("LLaDA", {"steps": 4, "block_length": 3}, [(0, 3, 2), (0, 3, 1), (3, 5, 1), (3, 5, 1)]),
+            ("Dream", {"steps": 5}, [(0, 5, 1)] * 5),
+        ],
+        keep=2,
+    ),
 )
 def test_the_state_put_back_at_one_step_equals_a_slow_loop(name: str, options: dict[str, Any], counts: Any) -> None:
     """The order is the clean query's, written out by hand; the state goes in at one step, alone and unbatched."""
