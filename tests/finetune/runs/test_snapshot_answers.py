@@ -156,7 +156,7 @@ def test_fewer_facts_and_none(run: FinetuneRun, tmp_path: Path) -> None:
     assert none.resolved["asked"] == [] and not (none.path / "evaluation").exists()
     with pytest.raises(RevprobeError, match=r"asked for no fact \(evaluation.facts: 0\), so it has no exact match"):
         none.evaluation()
-    assert set(match_frame([few, none])["run"]) == {"tiny"}
+    assert set(match_frame([few, none])["run"]) == {"few/tiny"}
     page, console = "".join(finetune_sections([none])), Console(record=True, width=120, file=StringIO())
     print_table7([none], console)
     for said in (page, console.export_text()):
