@@ -10,6 +10,8 @@ model is shown as one prompt are drawn as one (`resampling.Facts`).
     a proportion        the same, of no more than all questions; at 0 and 100 %, where the size is 0/0, of n facts
     two proportions     their difference is what facts gain less what facts lose: two such proportions, combined
     all facts alike     what is still possible if the share of facts that n of them can miss were otherwise
+    a mean over seeds   as over facts, the seeds being drawn; but seeds are asked about the same facts, so that it is
+                        never narrower than each seed's own interval over these, on average
 
 How often they hold the truth is measured in `coverage.py`; the slow, obvious versions stand in the tests.
 """
@@ -117,6 +119,27 @@ def proportion_intervals(rates: np.ndarray, questions: np.ndarray) -> Edges:
         # Clusters of equal rates have no variance: all questions count.
         size = np.fmin(_effective_size(value, *spread, questions, of=total), total)
     return value, *_clopper_pearson(value, size)
+
+
+def at_least_over_facts(over_seeds: Estimate, singles: Edges) -> Estimate:
+    """An interval over seeds, on each side at least as wide as their own over facts on average, within 0 and 1.
+
+    Seeds that are asked about the same facts say nothing of other facts: rates that agree over seeds have no variance,
+    however few facts they rest on. Each seed's interval over facts has what facts and its draw of them together do.
+
+    Args:
+        singles: value, low and high of each seed; NaN where it has none, which widens nothing. Shapes: `seed`.
+    """
+    value, low, high = (np.asarray(edge, dtype=np.float64) for edge in singles)
+    there = np.isfinite(low) & np.isfinite(high)
+    if not there.any() or np.isnan(over_seeds.low):
+        return over_seeds
+    down, up = float((value - low)[there].mean()), float((high - value)[there].mean())
+    return replace(
+        over_seeds,
+        low=max(0.0, min(over_seeds.low, over_seeds.value - down)),
+        high=min(1.0, max(over_seeds.high, over_seeds.value + up)),
+    )
 
 
 def difference_over_facts(

@@ -21,7 +21,8 @@ from .reproduce import MODEL, NOT_RUN, OUTSIDE, SIGNATURES, UNDEFINED, Reproduct
 MARK = "✗"
 HOW_TO_READ = (
     "Per cent. Ours is the mean over seeds ± the standard deviation between seeds (none with one seed), its 95 % "
-    "interval over seeds (three seeds alike at 100 % are three, not certain; of one seed over facts), then the "
+    "interval over seeds (three seeds alike at 100 % are three, not certain; never narrower than theirs over facts; of "
+    "one seed over facts), then the "
     f"difference to the paper. {MARK} marks a cell outside its tolerance. The paper's text does not say whether its "
     "numbers are accuracies or mean probabilities, nor on which weights: all four are shown. n is the number of "
     "questions per seed. A masked model is asked every placement of every letter in both directions: the lowercase "

@@ -22,7 +22,7 @@ from ...finetune.config.one_layer import Cell, RunConfig, SweepConfig
 from ...finetune.runs.open import is_finished, open_run
 from ...probes.readings.reading import MEASURE_COLUMNS
 from ...probes.statistics.estimators import STATISTICS_VERSION
-from ...probes.statistics.intervals import FRACTION, Estimate, mean_over_facts, proportion
+from ...probes.statistics.intervals import FRACTION, Estimate, at_least_over_facts, mean_over_facts, proportion
 from .comparisons import all_pass, passes
 from .printed_values import ARM_REVERSE_TOLERANCE, one_layer_cells
 
@@ -195,6 +195,7 @@ def _curves(measures: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 def over_seeds(rows: pd.DataFrame, *, binary: bool) -> Estimate:
     """The mean of a fraction over seeds, n questions each, with its 95 % interval; one seed keeps its own over facts.
 
+    The interval is never narrower than theirs over facts (`at_least_over_facts`).
     `binary`: shares of questions, whose interval is Clopper-Pearson's; else mean probabilities.
     """
     values = rows["value"].to_numpy(float)
@@ -203,9 +204,12 @@ def over_seeds(rows: pd.DataFrame, *, binary: bool) -> Estimate:
     if len(values) == 1:
         one = rows.iloc[0]
         return Estimate(values[0], float(one["low"]), float(one["high"]), int(one["n"]), int(one["facts"]))
-    if binary:
-        return proportion(values, np.full(len(values), rows["n"].to_numpy(float).mean()))
-    return mean_over_facts(values, np.arange(len(values)), bounds=FRACTION)
+    found = (
+        proportion(values, np.full(len(values), rows["n"].to_numpy(float).mean()))
+        if binary
+        else mean_over_facts(values, np.arange(len(values)), bounds=FRACTION)
+    )
+    return at_least_over_facts(found, (values, rows["low"].to_numpy(float), rows["high"].to_numpy(float)))
 
 
 def _at(frame: pd.DataFrame, model: dict[str, Any], weights: str, measure: str) -> pd.DataFrame:

@@ -50,17 +50,27 @@ def cell_words(
     rows = seed_rows(found, cell, asked, split, at, table)
     if not rows:
         return lacking(found, cell, at)
-    words, missing = cell_text(pd.DataFrame(rows, columns=_SHOWN)), len(SEEDS) - len(rows)
-    why = "without 90 % forward" if at is at_reached else "missing"
-    return f"{words}{f', {missing} {why}' if missing else ''}{mark(found, cell)}"
+    finished = len(_finished(found, cell))
+    lost, why = finished - len(rows), "without 90 % forward" if at is at_reached else "missing"
+    without = f", {lost} {why}" * (lost > 0) + _left(finished)
+    return f"{cell_text(pd.DataFrame(rows, columns=_SHOWN))}{without}{mark(found, cell)}"
+
+
+def _finished(found: Section6, cell: Cell) -> list[int]:
+    return [seed for seed in SEEDS if found.status(cell, seed) == FINISHED]
+
+
+def _left(finished: int) -> str:
+    """Of the planned seeds, those that are not in yet."""
+    return f", {len(SEEDS) - finished} not in" if finished < len(SEEDS) else ""
 
 
 def lacking(found: Section6, cell: Cell, at: At) -> str:
     """Why no seed of a cell has a number."""
-    finished = [seed for seed in SEEDS if found.status(cell, seed) == FINISHED]
+    finished = _finished(found, cell)
     if not finished:
         return "; ".join(dict.fromkeys(found.status(cell, seed) for seed in SEEDS))
-    return "90 % forward never reached" if at is at_reached else NOT_ASKED
+    return f"90 % forward never reached{_left(len(finished))}" if at is at_reached else NOT_ASKED
 
 
 def mark(found: Section6, cell: Cell) -> str:

@@ -131,6 +131,14 @@ class Section6:
         status, steps = self._status.get((cell, seed), (NOT_RUN, None))
         return steps if status == FINISHED else None
 
+    def run(self, cell: Cell, seed: int) -> str | None:
+        """A planned run's name."""
+        return self._names.get((cell, seed))
+
+    @cached_property
+    def _names(self) -> dict[tuple[Cell, int], str]:
+        return {(_cell(row), int(row["seed"])): str(row["run"]) for row in self.runs.to_dict("records")}
+
     def cells(self, sweep: str) -> Iterator[Cell]:
         """The planned cells of a sweep, in order."""
         own = self.runs[self.runs["sweep"] == sweep]

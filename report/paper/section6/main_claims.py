@@ -54,7 +54,8 @@ def _t1(found: Section6, trained: Trained) -> Claim:
         # min and max would lose a NaN, which decides: the order cannot be told.
         pairs = [passes(values[a] - values[b], ">", 0.0) for a in DIFFUSION for b in CAUSAL]
         verdict = of_parts(pairs) if learned(found, cells.values(), seed) else CANNOT
-        return Judged(seed, verdict, numbers)
+        tie = "; a tie is not above" if verdict == FAILS and len(set(values.values())) == 1 else ""
+        return Judged(seed, verdict, numbers + tie)
 
     return Claim("T1", "prediction", T1, trained.words, [judged(seed) for seed in SEEDS])
 
@@ -107,7 +108,7 @@ def _above_control(found: Section6, cell: Cell, seed: int) -> Judged:
             clear = [passes(float(row["excess_low"]), ">", 0.0) for row in rows]
             words.append(HOLDS if clear and all(clear) else CANNOT)
         lowest = min((excess for excess in excesses if not math.isnan(excess)), default=math.nan)
-        told.append(f"{name} less control at least {lowest:.2f} ({len(rows)} checkpoints)")
+        told.append(f"{name} less control at least {lowest:.2f} ({len(rows)} checkpoint{'s' * (len(rows) != 1)})")
     return Judged(seed, next(word for word in (FAILS, CANNOT, HOLDS) if word in words), ", ".join(told))
 
 

@@ -16,6 +16,7 @@ from .plan import (
     CAUSAL,
     DATASETS,
     DIFFUSION,
+    FLOOR,
     PAPER_NAMES,
     SEEDS,
     TABLE_7,
@@ -30,6 +31,14 @@ PAPER, ONE_LAYER = "paper", "one layer"
 # Predictions that say what another source says.
 SAID_BY = {"T1": PAPER, "T2": PAPER, "T4": PAPER, "absolute": PAPER}
 SAID_BY |= dict.fromkeys(("bare-keep", "bare-drop-right", "bare-mirror"), ONE_LAYER)
+# Of these the source speaks of some cells alone: what it prints is above the floor elsewhere, or has no counterpart.
+SAID_OF = {
+    "T2": {
+        main_cell(model, trained).words for trained in DATASETS for model in CAUSAL
+        if TABLE_7[trained][model][1] <= 100 * FLOOR
+    },
+    "T4": {main_cell(model, trained).words for trained in DATASETS for model in DIFFUSION},
+}  # fmt: skip
 SIDE = "the side that the paper's Table 7 has higher is higher"
 ORDER = "both diffusion models answer backwards more often than both causal ones (Table 7)"
 RISES = (
@@ -145,6 +154,11 @@ def _outvoted(found: Section6, cell: Cell, seed: int) -> tuple[str, str]:
 def _last(found: Section6, cell: Cell, seed: int, asked: str, table: str = "answers") -> float:
     value = found.last(cell, seed, asked, table=table)
     return math.nan if value is None else value
+
+
+def repeats(claim: Claim, source: str) -> bool:
+    """Whether a prediction says of its cell what the source says of it."""
+    return SAID_BY.get(claim.name) == source and claim.cell in SAID_OF.get(claim.name, {claim.cell})
 
 
 def counterpart(model: str) -> str:

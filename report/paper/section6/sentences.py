@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from .ablations import COMPARED, NOT_PREDICTED, PREDICTIONS, F, R, ablation_claims, number
+from .ablations import COMPARED, ablation_claims
 from .cells import cell_words, mean, seed_rows
 from .frames import FINISHED, Section6
 from .main_claims import ROUTES, TOO_LOW, main_claims
-from .other_claims import ONE_LAYER, PAPER, SAID_BY, other_claims
+from .other_claims import ONE_LAYER, PAPER, other_claims, repeats
 from .plan import (
     CAUSAL,
     DATASETS,
     DROP_ORDER,
-    EXEMPT_ABLATIONS,
-    FLOOR,
     LEARNED,
     MASKED,
-    PLAIN,
     PLANNED,
     SEEDS,
     TABLE_MODELS,
     Cell,
     main_cell,
 )
-from .verdicts import CANNOT, FAILS, HOLDS, NOT_RUN, Claim, Judged, passes, per_cent
+from .recipe import Recipe
+from .verdicts import CANNOT, FAILS, HOLDS, NOT_RUN, Claim, Judged, passes, per_cent, share, span
 
 NOTHING = "no run has been collected"
 GOES_ON = 0.1  # so much more often than exactly a decoding begins with the right answer, where that is told
@@ -59,29 +57,37 @@ class Told:
 
     # ---- the first ----
 
-    def contradictions(self) -> str:
+    def contradictions(self, *, whole: bool = True) -> str:
         """How the predictions fared, and what is against the paper or the one-layer results."""
         if self.empty:
             return f"No prediction has been judged: {NOTHING}."
         predicted = [*self.main, *self.ablations]
         counts = _counts(predicted)
-        told = _counted(counts)
         failed = list(dict.fromkeys(claim.name for claim in predicted if FAILS in claim.verdicts))
         named = f"; some seed fails {', '.join(failed)}" if failed else ""
-        if settled := _counts(predicted, COMPARED):
-            told += f"; of these {_counted(settled)} whatever the cell answers, by what it is compared with"
-        if low := _counts(predicted, TOO_LOW):
-            told += f"; {_counted(low)} as reverse was never high enough to fall so far"
-        against = [f"against {what}: {self._against(source)}" for source, what in _SOURCES.items()]
-        return f"Of {sum(counts.values())} verdicts (prediction x cell x seed), {told}{named}; {'; '.join(against)}."
+        settled = [_counts(predicted, why) for why in (COMPARED, TOO_LOW)]
+        sure = {word: sum(own.get(word, 0) for own in settled) for word in (FAILS, HOLDS)}
+        told = [
+            f"of those that {_COUNT_WORDS[word]} {sure[word]} could not {instead}"
+            for word, instead in ((FAILS, "hold"), (HOLDS, "fail"))
+            if sure[word]
+        ]
+        without = f"; whatever the cell answers, {' and '.join(told)}" if told else ""
+        against = ", ".join(f"{what}: {self._against(source)}" for source, what in _SOURCES.items())
+        each = " (prediction x cell x seed)" * whole
+        return f"Of {sum(counts.values())} verdicts{each}, {_counted(counts)}{without}{named}; against {against}."
 
     def _against(self, source: str) -> str:
-        names = list(dict.fromkeys(claim.name for claim in self.said_by(source) if _contradicting(claim)))
-        return ", ".join(names) if names else "none"
+        """The names of what is contradicted, and how many of the source's verdicts could be told at all."""
+        claims = self.said_by(source)
+        names = list(dict.fromkeys(claim.name for claim in claims if _contradicting(claim)))
+        verdicts = [one for claim in claims for one in claim.seeds]
+        told = sum(one.verdict in (FAILS, HOLDS) and not one.settled for one in verdicts)
+        return f"{', '.join(names) if names else 'none'} ({told} of {len(verdicts)} told)"
 
     def said_by(self, source: str) -> list[Claim]:
         """The claims that a source makes, predictions that repeat it among them."""
-        own = [claim for claim in (*self.main, *self.ablations) if SAID_BY.get(claim.name) == source]
+        own = [claim for claim in (*self.main, *self.ablations) if repeats(claim, source)]
         return [*own, *(claim for claim in self.others if claim.source == source)]
 
     def failures(self) -> list[str]:
@@ -110,7 +116,7 @@ class Told:
         told = []
         for model in TABLE_MODELS:
             means = [self._mean(model, place) for place in range(len(DATASETS))]
-            told.append(f"{model} {_span(means)}")
+            told.append(f"{model} {span(means)}")
         floors = [
             value
             for cell in _MAIN_CELLS
@@ -123,7 +129,8 @@ class Told:
         marked = f"; below 90 % forward in a seed (its lowest): {told_low}" if low else ""
         return (
             f"Reverse exact match on trained facts at the last step, lowest to highest dataset: {', '.join(told)}; "
-            f"facts never trained at most {_per_cent(floor)}{marked}{self._going_on() if named else ''}."
+            f"of facts never trained {'none' if floor == 0 else f'at most {share(floor)}'}{marked}"
+            f"{self._going_on() if named else ''}."
         )
 
     def _going_on(self) -> str:
@@ -133,14 +140,14 @@ class Told:
             rows = seed_rows(self.found, cell, "forward", table="begins")
             looser, exact = (mean([float(row[name]) for row in rows]) for name in ("value", "exact"))
             if passes(looser - exact, ">=", GOES_ON):
-                told.append(f"{cell.model} {cell.direction} {_per_cent(looser)}")
+                told.append(f"{cell.model} {cell.direction} {share(looser)}")
                 own = seed_rows(self.found, cell, "reverse", table="begins")
                 backwards.append(mean([float(row["value"]) for row in own]))
         if not told:
             return ""
         return (
-            f"; whatever follows it, forwards the right answer begins the decoding in {', '.join(told)}, "
-            f"backwards in {_span(backwards)}"
+            f"; scored by how the decoding begins, on which no verdict rests, forward is {', '.join(told)}, "
+            f"reverse {span(backwards)}"
         )
 
     def _mean(self, model: str, place: int) -> float:
@@ -152,8 +159,9 @@ class Told:
         for cell in _MAIN_CELLS:
             values = [one for seed in SEEDS if (one := self.found.last(cell, seed, "forward")) is not None]
             if any(passes(value, ">=", LEARNED) is not True for value in values):
-                lowest = min((value for value in values if not math.isnan(value)), default=math.nan)
-                low.append(f"{cell.model} {cell.direction} ({_per_cent(lowest)})")
+                known = [value for value in values if not math.isnan(value)]
+                lowest = share(min(known)) if known else "undefined"
+                low.append(f"{cell.model} {cell.direction} ({lowest})")
         return low
 
     # ---- the third ----
@@ -169,18 +177,30 @@ class Told:
         told = []
         for models, words in ((MASKED, "masked"), (CAUSAL, "causal")):
             cells = [cell for cell in self._learned() if cell.model in models]
-            of = f" ({len(cells)} cell{'s' if len(cells) > 1 else ''})" if cells else ""
-            told.append(f"{words} {_span([self._first(cell) for cell in cells]) if cells else 'no cell'}{of}")
+            trained = ", ".join(dict.fromkeys(cell.direction for cell in cells))
+            of = f" ({len(cells)} cell{'s' if len(cells) > 1 else ''}: {trained})" if cells else ""
+            told.append(f"{words} {span([self._first(cell) for cell in cells]) if cells else 'no cell'}{of}")
         chances = [self._first(cell, of="chance") for cell in self._learned()]
         floors = [self._first(cell, "heldout") for cell in self._learned()]
         moved, twins = (self._moved(), self._twins()) if whole else ("", "")
-        beside = f"; chance {_span(chances)}, facts never trained {_span(floors)}" if chances else ""
+        beside = f"; chance {span(chances)}, facts never trained {span(floors)}" if chances else ""
         return (
-            "Attention correlation and gradient cosine above their controls in the masked models, from 90 % forward on "
-            f"(model x dataset x seed): {_counted(_counts(held))}{self._already(held)}{moved}; backwards, the "
-            "right answer ranks first among all candidates, where 90 % forward is learned: "
-            f"{', '.join(told)}{beside}{twins}."
+            "Attention correlation and gradient cosine above their controls in the masked models, from 90 % forward on"
+            f"{' (model x dataset x seed)' * whole}: {_counted(_counts(held))}{self._already(held)}{moved}; backwards, "
+            "the right answer ranks first among all candidates, where 90 % forward is learned: "
+            f"{', '.join(told)}{beside}{self._unlearned() if whole else ''}{twins}."
         )
+
+    def _unlearned(self) -> str:
+        """The highest rank among the cells that have not learned the forward direction, with their forward answers."""
+        others = {cell: self._first(cell) for cell in _MAIN_CELLS if cell not in self._learned()}
+        known = {cell: value for cell, value in others.items() if not math.isnan(value)}
+        if not known:
+            return ""
+        cell = max(known, key=known.__getitem__)
+        forward = mean([self.found.last(cell, seed, "forward") for seed in SEEDS])
+        highest = f"{cell.model} {cell.direction} {share(known[cell])} (forward {per_cent(forward)})"
+        return f"; of the cells below it the highest is {highest}"
 
     def ranked_first(self) -> list[str]:
         """How often the right answer ranks first backwards, in each cell that has learned the forward direction."""
@@ -189,7 +209,7 @@ class Told:
             cells = [cell for cell in self._learned() if cell[2:4] == trained]
             own = [f"{cell.model} {cell_words(self.found, cell, 'reverse', table='ranks')}" for cell in cells]
             if own:
-                chance = _span([self._first(cell, of="chance") for cell in cells])
+                chance = span([self._first(cell, of="chance") for cell in cells])
                 lines.append(f"Ranked first backwards, {trained.words}: {'; '.join(own)}; chance {chance}.")
         return lines
 
@@ -251,50 +271,7 @@ class Told:
 
     def recipe(self, *, named: bool = True) -> str:
         """What each variant of the recipe does to the reverse answer; all `named`, or the highest alone."""
-        if self.empty:
-            return f"No ablation has been run: {NOTHING}."
-        plain = mean([number(self.found, PLAIN, R, seed) for seed in SEEDS])
-        beside = "is not run" if math.isnan(plain) else f"answers backwards in {_per_cent(plain)}"
-        run = {name: both for name in (*PREDICTIONS, *NOT_PREDICTED) if not math.isnan((both := self._both(name))[0])}
-        if not run:
-            return f"No ablation has been run; plain mini-llada, P2C, {beside}."
-        own = {name: both for name, both in run.items() if name not in NOT_PREDICTED}
-        told = self._variants(run) if named or not own else f"of its {len(own)} variants {self._highest(own)}"
-        left = [variant for variant in PREDICTIONS if variant not in run]
-        missing = f"; not run: {', '.join(left)}" if left else ""
-        # A floor decides two kinds of predictions by itself, whatever the recipe does.
-        floor = (
-            f" Plain itself is at the floor (at most {_per_cent(FLOOR)}): hardly anything can be below it, and a "
-            "prediction of the floor holds whatever decides it."
-        ) * (passes(plain, "<=", FLOOR) is True)
-        return f"Plain mini-llada, P2C, {beside}; {told}{missing}.{floor}"
-
-    def _both(self, variant: str) -> tuple[float, float]:
-        """Reverse and forward, means over seeds."""
-        reverse, forward = (mean([number(self.found, variant, what, seed) for seed in SEEDS]) for what in (R, F))
-        return reverse, forward
-
-    def _variants(self, run: dict[str, tuple[float, float]]) -> str:
-        """Each one's reverse and forward; those of another model beside that model's own plain cell."""
-        each = {name: f"{name} {per_cent(reverse)} / {per_cent(forward)}" for name, (reverse, forward) in run.items()}
-        told = ", ".join(words for name, words in each.items() if name not in NOT_PREDICTED)
-        parts = [f"its variants (per cent answered backwards / forwards, means over seeds): {told}"] if told else []
-        for model in dict.fromkeys(NOT_PREDICTED[name] for name in each if name in NOT_PREDICTED):
-            cell = main_cell(model, DATASETS[0])
-            own = " / ".join(per_cent(mean([self.found.last(cell, seed, what) for seed in SEEDS])) for what in (R, F))
-            others = ", ".join(words for name, words in each.items() if NOT_PREDICTED.get(name) == model)
-            parts.append(f"plain {model} {own}, {others}")
-        return "; ".join(parts)
-
-    def _highest(self, run: dict[str, tuple[float, float]]) -> str:
-        """The highest reverse, whose it is, and how many of those that must have not learned forward."""
-        most = max(reverse for reverse, _ in run.values())
-        whose = ", ".join(name for name, (reverse, _) in run.items() if reverse == most > 0)
-        low = [name for name, (_, forward) in run.items() if not passes(forward, ">=", LEARNED)]
-        lacking = sum(name not in EXEMPT_ABLATIONS for name in low)
-        return (
-            f"none answers more than {_per_cent(most)}{f' ({whose})' if whose else ''}; below 90 % forward: {lacking}"
-        )
+        return f"No ablation has been run: {NOTHING}." if self.empty else Recipe(self.found).sentence(named=named)
 
     def short(self) -> list[str]:
         """README's few lines: how much has been run and, where anything has, the four sentences."""
@@ -302,7 +279,7 @@ class Told:
             return [self.coverage()]
         return [
             self.coverage(),
-            self.contradictions(),
+            self.contradictions(whole=False),
             self.table_7(named=False),
             self.routes(whole=False),
             self.recipe(named=False),
@@ -354,17 +331,3 @@ def _counted(counts: dict[str, int]) -> str:
 
 def _without_side(plain: str) -> str:
     return plain.partition(" (forward)")[0].partition(" (reverse)")[0]
-
-
-def _span(values: Sequence[float]) -> str:
-    """Lowest to highest of shares in per cent; how many are missing is said."""
-    defined = [value for value in values if not math.isnan(value)]
-    if not defined:
-        return NOT_RUN
-    low, high = (f"{100 * value:.1f}" for value in (min(defined), max(defined)))
-    missing = f" ({len(defined)} of {len(values)} cells)" if len(defined) < len(values) else ""
-    return f"{low} %{missing}" if low == high else f"{low} to {high} %{missing}"
-
-
-def _per_cent(value: float) -> str:
-    return NOT_RUN if math.isnan(value) else f"{100 * value:.1f} %"

@@ -250,6 +250,7 @@ def _varied(found: Section6, cell: Cell, variant: str, claim: Claim | None) -> d
         {f"s{one.seed}": f"**{one.verdict}**" for one in claim.seeds} if claim else {f"s{seed}": "-" for seed in SEEDS}
     )
     row |= {"forward": cell_words(found, cell, "forward"), "reverse": cell_words(found, cell, "reverse")}
+    row |= _at_reached(found, cell)
     plain = [found.last(plain_cell(variant), seed, R) for seed in SEEDS]
     apart = [_less(number(found, variant, R, seed), other) for seed, other in zip(SEEDS, plain, strict=True)]
     row["reverse less plain's, points by seed"] = by_seed(apart)
@@ -257,6 +258,12 @@ def _varied(found: Section6, cell: Cell, variant: str, claim: Claim | None) -> d
     row["floor, reverse"] = cell_words(found, cell, "reverse", "heldout")
     row["first entity in place, by seed"] = by_seed([number(found, variant, IN_PLACE, seed) for seed in SEEDS])
     return row | {"wrong answers backwards": wrong_answers(found, cell)}
+
+
+def _at_reached(found: Section6, cell: Cell) -> dict[str, str]:
+    """The other reading of a cell: where 90 % forward is reached first."""
+    steps = by_seed([_step(found.reached(cell, seed)) for seed in SEEDS], percent=False, digits=0)
+    return {"step at 90 %": steps, "reverse at 90 %": cell_words(found, cell, "reverse", at=at_reached)}
 
 
 def _less(own: float | None, other: float | None) -> float | None:
@@ -284,6 +291,8 @@ def methods(found: Section6) -> Rows:
             row = {"trained on": f"{cell.dataset} ({cell.direction})", "model": cell.model}
             row |= {"method": cell.variant or "lora", "steps": _steps(found, cell)}
             row |= {SIDES[asked]: cell_words(found, cell, asked) for asked in SIDES}
+            row |= _at_reached(found, cell)
+            row |= {"floor, reverse": cell_words(found, cell, "reverse", "heldout")}
             row |= {"ranked first backwards": cell_words(found, cell, "reverse", table="ranks")}
             rows.append(row | {"wrong answers backwards": wrong_answers(found, cell)})
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pandas as pd
@@ -14,15 +15,18 @@ from ....probes.readings.reading import Reading
 from ..reproduce import records
 from .blocks import Block, Row, Table, Text
 from .frames import Section6, tidy
+from .plan import LEARNED, MAIN, SEEDS
+from .verdicts import passes, per_cent
 
 SITES = ("residual", "attention", "mlp")
 CAUSAL, DENOISING = "causal trace", "denoising trace"
 NOTHING = 1e-3  # nats: an interval within this of zero is rounding, of a state that does not reach the answer
 ABOUT = (
-    "{run}, weights of step {step}, the probes' questions about {facts} trained facts. Causal trace: the evidence is "
-    "replaced by another fact's, then one clean state is put back; nats of the target's log-probability that return, "
-    "mean and 95 % interval over facts, and in brackets what a third fact's state does. Denoising trace: the "
-    "probability of the right token, at each step of writing the answer, with another fact's in brackets."
+    "{run}, weights of step {step}{forward}, the probes' questions about {facts} trained facts. Causal trace: the "
+    "evidence is replaced by another fact's, then one clean state is put back; nats of the target's "
+    "log-probability that return, mean and 95 % interval over facts, and in brackets what a third fact's state "
+    "does. Denoising trace: the probability of the right token, at each step of writing the answer, with another "
+    "fact's in brackets."
 )
 
 
@@ -50,9 +54,22 @@ def blocks(found: Section6) -> list[Block]:
     if table.empty:
         return [Text("Not run: `python examples/section6_traces.py RUN` takes them of a finished run.")]
     first = table.iloc[0]
-    about = ABOUT.format(run=first["run"], step=first["weights_step"], facts=table["facts"].max())
+    about = ABOUT.format(
+        run=first["run"], step=first["weights_step"], facts=table["facts"].max(), forward=_forward(found, first["run"])
+    )
     causal, denoising = table[table["instrument"] == CAUSAL], table[table["instrument"] == DENOISING]
     return [Text(about), Table(_by_place(causal)), Table(_by_step(denoising))]
+
+
+def _forward(found: Section6, run: str) -> str:
+    """How much the traced run answers forwards: where it is below 90 % it stands for none that has learned."""
+    for cell in found.cells(MAIN):
+        for seed in SEEDS:
+            value = found.last(cell, seed, "forward") if found.run(cell, seed) == run else None
+            if value is not None:
+                low = "" if passes(value, ">=", LEARNED) else ", below 90 %"
+                return f" (forward exact match {per_cent(value)} %{low})"
+    return ""
 
 
 def _by_place(table: pd.DataFrame) -> list[Row]:
@@ -89,5 +106,7 @@ def _cell(row: dict[str, Any], digits: int) -> str:
         told = f"below {NOTHING:g}"
     else:
         told = interval_text(float(row["value"]), low, high, digits=digits)
+    if math.isnan(low) and row["reason"]:
+        told += f" ({row['reason']})"
     control = "-" if pd.isna(row["control"]) else rounded(float(row["control"]), digits)
     return f"{told} ({control}; n = {row['n']})"

@@ -72,3 +72,18 @@ def probability(value: float) -> str:
 def per_cent(value: float | None) -> str:
     """As numbers stand in a verdict: 48.3, undefined, not run."""
     return NOT_RUN if value is None else "undefined" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def span(values: Sequence[float]) -> str:
+    """Lowest to highest of shares in per cent; how many are missing is said."""
+    defined = [value for value in values if not math.isnan(value)]
+    if not defined:
+        return NOT_RUN
+    low, high = (f"{100 * value:.1f}" for value in (min(defined), max(defined)))
+    missing = f" ({len(defined)} of {len(values)} cells)" if len(defined) < len(values) else ""
+    return f"{low} %{missing}" if low == high else f"{low} to {high} %{missing}"
+
+
+def share(value: float) -> str:
+    """Of all, in per cent with its sign."""
+    return NOT_RUN if math.isnan(value) else f"{100 * value:.1f} %"

@@ -10,6 +10,8 @@ from revprobe.probes.statistics.coverage import FEWEST, caution
 from revprobe.probes.statistics.intervals import (
     COSINE,
     FRACTION,
+    Estimate,
+    at_least_over_facts,
     difference_over_facts,
     mean_over_facts,
     proportion,
@@ -69,6 +71,37 @@ def test_over_seeds_rates_are_fractions_and_three_of_three_is_not_certain() -> N
     spread = proportion(np.array([0.40, 0.43, 0.46]), np.full(3, 1170))
     student = 0.43 + stats.t.ppf(0.975, 2) * 0.03 / 3**0.5 * np.array([-1, 1])
     assert (spread.low, spread.high) == pytest.approx(student, abs=0.01)
+
+
+def test_seeds_that_agree_are_not_surer_of_other_facts_than_each_is() -> None:
+    """Two seeds at 1 of 240 questions about 24 facts: [0.05, 1.5] % over seeds, where each alone has [0.0, 11.6] %."""
+    rates, low, high = np.array([0.004, 0.004]), np.array([0.0001, 0.0001]), np.array([0.116, 0.116])
+    found = at_least_over_facts(proportion(rates, np.full(2, 240)), (rates, low, high))
+    assert (found.low, found.high) == pytest.approx((0.0001, 0.116), abs=1e-6) and found.n == 480
+    wide = proportion(np.array([0.2, 0.8]), np.full(2, 240))
+    assert at_least_over_facts(wide, (np.array([0.2, 0.8]), np.full(2, 0.15), np.full(2, 0.85))).low == wide.low
+    unknown = np.full(2, np.nan)
+    assert at_least_over_facts(wide, (np.array([0.2, 0.8]), unknown, unknown)) == wide
+    half = at_least_over_facts(proportion(rates, np.full(2, 240)), (rates, np.array([np.nan, 0.0]), np.array([1, 0.2])))
+    assert half.high == pytest.approx(0.2), "a seed without an interval widens nothing"
+    lost = at_least_over_facts(Estimate.undefined(), (rates, low, high))
+    assert math.isnan(lost.low) and math.isnan(lost.high)
+
+
+def test_over_seeds_of_the_same_facts_the_interval_covers() -> None:
+    """Facts far apart, seeds hardly: of other facts three seeds know no more than one, by simulation."""
+    generator, logistic = np.random.default_rng(0), lambda x: 1 / (1 + np.exp(-x))
+    seeds, facts, each, draws = 3, 24, 10, 300
+    truth, seen = 0.5, np.zeros(2)
+    for _ in range(draws):
+        hard = 2.0 * generator.standard_normal(facts)[:, None] + np.zeros(each)
+        chances = [logistic(hard + 0.1 * generator.standard_normal()) for _ in range(seeds)]
+        own = [proportion_over_facts((generator.random(p.shape) < p).ravel(), names(facts, each)) for p in chances]
+        value, low, high = np.array([(one.value, one.low, one.high) for one in own]).T
+        alone = proportion(value, np.full(seeds, facts * each))
+        both = at_least_over_facts(alone, (value, low, high))
+        seen += [alone.low <= truth <= alone.high, both.low <= truth <= both.high]
+    assert seen[0] / draws < 0.75 and 0.94 < seen[1] / draws < 1
 
 
 def answers(generator: np.random.Generator, share: float, together: float, facts: int, each: int) -> np.ndarray:

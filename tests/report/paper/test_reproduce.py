@@ -227,11 +227,14 @@ def test_cells_alike_in_all_seeds_are_not_certain() -> None:
     single = one[one["seeds"] == 1]
     assert single["low"].to_numpy() == pytest.approx(0.99) and (single["facts"] == 26).all()
     rates = np.array([0.5, 0.6, 0.7])
-    spread = over_seeds(pd.DataFrame({"value": rates, "low": 0.0, "high": 1.0, "n": 1000, "facts": 26}), binary=True)
+    singles = pd.DataFrame({"value": rates, "low": rates - 0.01, "high": rates + 0.01, "n": 1000, "facts": 26})
+    spread = over_seeds(singles, binary=True)
     # Korn & Graubard by hand: three seeds, p (1 - p) over the squared standard error, by the t quantiles' ratio.
     freedom = min(2, 1.5 * ((rates - 0.6) ** 2).sum() ** 2 / ((rates - 0.6) ** 4).sum())
     size = max(0.24 / (rates.var(ddof=1) / 3) * (stats.t.ppf(0.975, 2999) / stats.t.ppf(0.975, freedom)) ** 2, 3)
     assert spread.low == pytest.approx(stats.beta.ppf(0.025, 0.6 * size, 0.4 * size + 1))
+    of_facts = over_seeds(singles.assign(low=0.0, high=1.0), binary=True)
+    assert (of_facts.low, of_facts.high) == (0.0, 1.0), "never narrower than theirs over facts"
 
 
 def test_each_claim_can_fail() -> None:
