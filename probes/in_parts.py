@@ -38,7 +38,7 @@ from .passes.shared_out import shared_out
 from .readings.reading import Reading
 from .readings.readings import Readings
 from .statistics.estimators import ScoreTables, score_correlation
-from .statistics.resampling import SHOWN, Facts, kin
+from .statistics.resampling import SHOWN, SHOWN_COLUMNS, Facts, kin
 
 _ASKED, _MEASURES = "parts.json", "measures.csv"
 _SETTINGS = "settings_digest"
@@ -67,10 +67,10 @@ def probe_in_parts(
 
     Each part's files appear whole, and a folder that was begun is gone on with: parts that are there are read, not
     probed again. `pandas.read_parquet(folder / "attention_correlation")` has the rows of all parts, with pairs and
-    groups numbered through (`shown` is of the part; the numbers are over prompts of all parts). The numbers are those
-    of `probe`, but that gradients and probabilities have facts shuffled within their part for a control, and targets of
-    one shown query are seen within a part. Memory grows by what the numbers rest on: 16 bytes for each pair and head,
-    some hundred for each pair; files are read as needed.
+    groups numbered through (`shown` and its like are of the part; the numbers are over prompts of all parts). The
+    numbers are those of `probe`, but that gradients and probabilities have facts shuffled within their part for a
+    control, and targets of one shown query are seen within a part. Memory grows by what the numbers rest on: 16 bytes
+    for each pair and head, some hundred for each pair; files are read as needed.
 
     Args:
         pairs: a list for all probes, or a JSONL file of `ReversalPairs.save`.
@@ -181,7 +181,7 @@ class _Parts:
         """Keep a part, with its pairs numbered from `first` on, and its groups by all parts so far."""
         written = []
         for reading in readings:
-            columns = {"pair": reading.frame["pair"] + first} | self._number(reading.frame)
+            columns = {"pair": reading.frame["pair"] + first} | self._number(reading.frame) | _lacking(reading)
             path = self._path(reading.name, number)
             path.parent.mkdir(exist_ok=True)
             written.append(reading.with_columns(**columns))
@@ -195,6 +195,20 @@ class _Parts:
         own, inverse = np.unique(offsets, axis=0, return_inverse=True)
         numbers = [self.groups.setdefault((int(a), int(b)), len(self.groups)) for a, b in own]
         return {"group": np.array(numbers)[inverse.reshape(-1)]}
+
+
+def _lacking(reading: Reading) -> dict[str, Any]:
+    """Columns that some parts have and this one needs not, with what their absence says.
+
+    Pandas reads a folder by the columns of its first file, and leaves out what only others have without a word.
+    """
+    frame, columns = reading.frame, dict[str, Any](reason="")
+    if reading.meta.get("control", True) and reading.name != "attention_correlation":  # whose control are shuffles
+        columns["reason_control"] = ""
+    if reading.name == "reverse_probability":
+        columns["targets"] = 1
+    columns |= dict.fromkeys(SHOWN_COLUMNS, frame["fact"])
+    return {name: values for name, values in columns.items() if name not in frame}
 
 
 def _loaded(path: Path) -> Reading:
@@ -226,16 +240,17 @@ class _Kept:
                 self.rows.setdefault(name, []).append(own)
 
     def see(self, model: ProbedModel, part: ReversalPairs) -> None:
-        """Hold what the model is shown of a part: facts of two parts may be shown as one prompt."""
+        """Hold what the model is shown of a part: facts of two parts may share a prompt."""
         asked = asked_pairs(model, part, "")
         self.facts.append(asked.facts.astype(str))
         for kept, found in zip(self.shown, shown_queries(model, asked), strict=True):
             kept += [sha256(repr(one).encode()).digest() for one in found]
 
-    def drawn(self) -> Facts:
-        """The facts of all parts, and what is drawn of them."""
+    def drawn(self) -> dict[str, Facts]:
+        """The facts of all parts, and what is drawn of them in numbers of both directions, and of each."""
         labels = np.concatenate(self.facts)
-        return Facts.of(labels, kin(labels, *self.shown))
+        sides = [self.shown, *([side] for side in self.shown)]
+        return {name: Facts.of(labels, kin(labels, *some)) for name, some in zip(SHOWN_COLUMNS, sides, strict=True)}
 
     def measures(self, names: Sequence[str]) -> pd.DataFrame:
         return pd.concat([self._of(name) for name in names], ignore_index=True)
@@ -245,11 +260,11 @@ class _Kept:
         if name != "attention_correlation":
             rows = pd.concat(self.rows.pop(name), ignore_index=True)
             why = [column for column in ("reason", "reason_control") if column in rows]
-            rows[why] = rows[why].fillna("")  # parts without a reason have no such columns
-            rows = rows.assign(**{SHOWN: facts.unit[rows["pair"].to_numpy()]}) if facts.sizes["prompts"] else rows
+            rows[why] = rows[why].fillna("")  # parts of older versions lack such columns where they have no reason
+            rows = rows.assign(**{name: one.unit[rows["pair"].to_numpy()] for name, one in facts.items()})
             reading = Reading(name, rows, meta)
         else:
-            tables, self.scores = ScoreTables.joined(self.scores, facts), []
+            tables, self.scores = ScoreTables.joined(self.scores, facts[SHOWN]), []
             reading = Reading(name, pd.DataFrame(), meta)
             reading.__dict__["measured"] = score_correlation(tables, reading.seed, meta.get("control", True))
         return reading.measures().assign(probe=name, weights=meta.get("weights"), kind=meta.get("kind"))

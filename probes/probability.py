@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -13,9 +13,9 @@ from ..arguments import checked
 from ..models.probed import ProbedModel, as_probed
 from ..progress import Progress, shows_progress
 from .pairs.pairs import ReversalPairs
-from .passes.asked import in_sight
-from .passes.likelihood import no_partner
+from .passes.likelihood import Target, no_partner
 from .passes.plan import PassResult, Plan
+from .passes.prompts import DIRECTIONS, shown_queries
 from .passes.run import describe, run_pass
 from .readings.draw_error import with_draw_error
 from .readings.reading import Reading
@@ -38,8 +38,8 @@ def probe_reverse_probability(
 
     `mode="chain"` reveals the target left to right and multiplies the conditionals; "parallel" multiplies the
     probabilities with the whole target hidden (masked models only). The control is the probability that the query of
-    another fact of the same group, with another target of as many tokens and other evidence, gives to this target; NaN
-    where there is no such fact. `layers` is accepted as everywhere and unused:
+    another fact of the same group, with another target of as many tokens and other evidence, at which this one is
+    wrong, gives to this target; NaN where there is no such fact. `layers` is accepted as everywhere and unused:
     a probability has no layer.
 
     Frame: pair, fact, kind, direction, probability, log_probability (nats), rank (1-based, ties against the target,
@@ -66,6 +66,7 @@ def probability_reading(model: ProbedModel, result: PassResult, plan: Plan) -> R
     """Join the priced targets of a pass to pairs and directions."""
     assert result.likelihoods is not None, "the pass was planned without probabilities"
     pairs, blocks = result.pairs, model.block_size is not None
+    shown = dict(zip(DIRECTIONS, shown_queries(model, pairs), strict=True))
     frames = []
     for direction, index in (("forward", pairs.forward), ("reverse", pairs.reverse)):
         own = [pairs.queries[q].target for q in index]
@@ -81,7 +82,6 @@ def probability_reading(model: ProbedModel, result: PassResult, plan: Plan) -> R
         if plan.control:
             why = no_partner(pairs, model.logit_shift, partner, seed=plan.seed)
             reasons["reason_control"] = np.where(unseen | beside, reasons["reason_control"], why)
-        targets = right_targets(model, pairs, index)
         columns = {
             "pair": np.arange(len(index)),
             "fact": pairs.facts.astype(str),
@@ -95,7 +95,7 @@ def probability_reading(model: ProbedModel, result: PassResult, plan: Plan) -> R
             "argmax_match_control": np.where(np.isnan(control_value), np.nan, control_rank == 1),
             **reasons,
             **pairs.flags,
-            "targets": targets,
+            "targets": right_targets(shown[direction], own),
         }
         frames.append(pd.DataFrame(columns))
     frame = pd.concat(frames, ignore_index=True).sort_values(["pair", "direction"], kind="stable", ignore_index=True)
@@ -108,26 +108,22 @@ def probability_reading(model: ProbedModel, result: PassResult, plan: Plan) -> R
     return with_draw_error(reading, [probability_reading(model, one, plan) for one in result.without])
 
 
-def right_targets(model: ProbedModel, pairs: ReversalPairs, index: np.ndarray) -> np.ndarray:
+def right_targets(shown: Sequence[Hashable], targets: Sequence[Target]) -> np.ndarray:
     """For each pair how many targets the pairs have whose query shows the model the same: one at most is likeliest.
 
     Args:
-        index: the query of each pair in one direction.
+        shown: what the model is shown of each pair's query in one direction, as `shown_queries` says.
 
-    Shapes: `pair -> pair`.
+    Shapes: `pair, pair -> pair`.
     """
-    shown: dict[int, tuple[int | None, ...]] = {}
-    asked: dict[tuple[int | None, ...], set[tuple[int, ...]]] = {}
-    for number in np.unique(index).tolist():
-        query = pairs.queries[number]
-        hidden, seen = set(query.target_positions), in_sight(model, query)
-        shown[number] = (query.canvas_start, *(None if p in hidden else query.token_ids[p] for p in seen))
-        asked.setdefault(shown[number], set()).add(query.target)
-    count = {query: _exclusive(targets) for query, targets in asked.items()}
-    return np.array([count[shown[number]] for number in index.tolist()])
+    asked: dict[Hashable, set[Target]] = {}
+    for prompt, target in zip(shown, targets, strict=True):
+        asked.setdefault(prompt, set()).add(target)
+    count = {prompt: _exclusive(some) for prompt, some in asked.items()}
+    return np.array([count[prompt] for prompt in shown])
 
 
-def _exclusive(targets: set[tuple[int, ...]]) -> int:
+def _exclusive(targets: set[Target]) -> int:
     """How many targets are no beginning of another, which a causal model may hold likeliest as well."""
     following = pairwise([*sorted(targets), ()])
     return sum(longer[: len(target)] != target for target, longer in following)

@@ -32,6 +32,7 @@ from .passes.run import describe
 from .passes.selection import listed
 from .readings.reading import Reading
 from .statistics.estimators import LATER_BLOCK
+from .statistics.resampling import SHOWN_IN
 
 SCOPES = ("all", "layer", "head")
 ONLY_KEY = "the evidence is all that the readout row sees"
@@ -208,6 +209,8 @@ class _RouteProbe:
         reasons = _reasons(failed, before, logs)
         with np.errstate(invalid="ignore"):  # of probability 0
             changes = np.where(reasons == "", logs - before[:, None], np.nan)
+        # A transplant's number is of the prompts of both directions, whichever it answers.
+        of_both = SHOWN_IN.values() if self.edit.name == "transplant" else ()
         numbers = (before, logs[:, EVIDENCE], changes[:, EVIDENCE], logs[:, CONTROL], changes[:, CONTROL])
         return pd.DataFrame(
             {
@@ -223,7 +226,7 @@ class _RouteProbe:
                 "edited_control": made[:, CONTROL],
                 "reason": reasons[:, EVIDENCE],
                 "reason_control": reasons[:, CONTROL],
-                **self.pairs.flags,
+                **{name: values for name, values in self.pairs.flags.items() if name not in of_both},
             }
         )
 

@@ -21,7 +21,7 @@ from .passes.asked import asked_pairs, out_of_sight, require_one_entry
 from .passes.batches import in_batches, make_batch, prepare_queries, queries_per_batch
 from .passes.decomposition import Decomposition, LinearizedBatch, Piece
 from .passes.plan import PassResult, Plan
-from .passes.prompts import unlike
+from .passes.prompts import null_partners
 from .passes.run import describe
 from .passes.selection import chosen_of, listed
 from .passes.states import Tail
@@ -104,13 +104,13 @@ def probe_stored_evidence(
 def control_partners(pairs: ReversalPairs, logit_shift: int, *, seed: int = 0) -> np.ndarray:
     """For each pair one of another fact in its group with other targets of as many tokens; -1 where there is none.
 
-    Its evidence is another, too. A target can be asked for only where as many tokens are hidden. Shapes: `-> pair`
+    Its evidence is another, too, at which the pair's targets are wrong. A target can be asked for only where as many tokens are hidden. Shapes: `-> pair`
     (indices).
     """
     width = np.array([len(query.target_positions) for query in pairs.queries])
     traits = np.stack([pairs.groups(logit_shift), width[pairs.forward], width[pairs.reverse]], axis=1)
     alike = np.unique(traits, axis=0, return_inverse=True)[1].reshape(-1)
-    return derangement(unlike(pairs), alike, seed=seed)
+    return null_partners(pairs, alike, seed=seed)
 
 
 class _Storage:

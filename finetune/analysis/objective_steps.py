@@ -108,7 +108,7 @@ class _Steps:
         self.model = model.with_module(set_eval_mode(copy.deepcopy(model.module).double()))
         queries = prepare_queries(model, pairs.queries)
         distinct, self.reverse = np.unique(pairs.reverse, return_inverse=True)
-        self.queries, self.facts = [queries[one] for one in distinct], facts_of(pairs)
+        self.queries, self.facts = [queries[one] for one in distinct], facts_of(pairs, "reverse")
         self.rate = terms.adamw.learning_rate if learning_rate is None else learning_rate
         self.size = self.rate if self.rate > 0 else SIZE if run is None else run.config.training.learning_rate
         self.reason = terms.adamw.reason or ("" if self.rate > 0 else NO_RATE)

@@ -217,7 +217,7 @@ class Terms:
         frame["masks"] = frame["masks"].astype("Int64")
         order = ["class_number", "role", "fact"]
         frame = frame.sort_values(order, kind="stable", ignore_index=True)
-        facts = facts_of(self.asked.pairs)
+        facts = facts_of(self.asked.pairs, "reverse")
         if facts.sizes["prompts"]:
             frame[SHOWN] = frame["fact"].map(dict(zip(facts.label, facts.unit, strict=True)))
         return frame if control else frame.drop(columns=["inner_control", *SIZES[2:]])

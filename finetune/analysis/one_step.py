@@ -30,6 +30,7 @@ from ...probes.pairs.pairs import ReversalPairs
 from ...probes.pairs.query import Query
 from ...probes.passes.asked import asked_pairs
 from ...probes.passes.batches import prepare_queries
+from ...probes.passes.prompts import facts_of
 from ...probes.passes.slopes import loss_slopes
 from ...probes.statistics.by_part import evidence_by_pair
 from ...probes.statistics.estimators import STATISTICS_VERSION, missing_intervals
@@ -127,9 +128,12 @@ def _undefined(pairs: ReversalPairs) -> dict[str, Any]:
 def _tidy(pairs: ReversalPairs, optimizer: str, rate: float, found: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """One row per quantity and pair."""
     facts = {"pair": np.arange(len(pairs)), "fact": pairs.facts.astype(str), "kind": pairs.kind}
-    facts |= {SHOWN: pairs.flags[SHOWN]} if SHOWN in pairs.flags else {}
     shared = {"optimizer": optimizer, "learning_rate": rate}
-    tables = [pd.DataFrame(shared | {"quantity": name} | facts | columns) for name, columns in found.items()]
+    tables = []
+    for name, columns in found.items():
+        drawn = facts_of(pairs, "forward" if name == "forward_loss" else "reverse")  # S is read under reverse queries
+        shown = {SHOWN: drawn.unit} if SHOWN in pairs.flags else {}
+        tables.append(pd.DataFrame(shared | {"quantity": name} | facts | shown | columns))
     return pd.concat(tables)
 
 

@@ -127,11 +127,11 @@ def require_masked(run: Run, pairs: ReversalPairs | None) -> None:
 def curve_rows(reading: Reading) -> list[dict[str, Any]]:
     """The curves of one reading, as `storage_curves` tells of them."""
     table = evidence_by_pair(reading)
-    facts = Facts.of_rows(table)
     rows: list[dict[str, Any]] = []
     for curve in CURVES:
         for direction in ("forward", "reverse"):
-            found = mean_over_facts(table[f"{curve}_{direction}"].to_numpy(dtype=np.float64), facts)
+            values, facts = table[f"{curve}_{direction}"].to_numpy(dtype=np.float64), Facts.of_rows(table, direction)
+            found = mean_over_facts(values, facts)
             row = {"kind": reading.meta["kind"], "curve": curve, "direction": direction, "value": found.value}
             row |= {"n": found.n, "facts": found.facts, "low": found.low, "high": found.high}
             row |= {"reason": missing_interval(found), "statistics_version": STATISTICS_VERSION}

@@ -37,12 +37,12 @@ from ...probes.pairs.pairs import ReversalPairs
 from ...probes.pairs.query import Query
 from ...probes.passes.asked import asked_pairs, out_of_sight
 from ...probes.passes.batches import prepare_queries
-from ...probes.passes.prompts import facts_of, unlike
+from ...probes.passes.prompts import facts_of, null_partners
 from ...probes.passes.slopes import loss_slopes
 from ...probes.statistics.estimators import LATER_BLOCK, STATISTICS_VERSION, missing_intervals
 from ...probes.statistics.intervals import mean_over_facts
 from ...probes.statistics.old_columns import current_columns
-from ...probes.statistics.resampling import Facts, derangement
+from ...probes.statistics.resampling import Facts
 from .adamw_update import adamw_update, innermost_optimizer
 from .distributed import ProcessGroup, require_whole
 from .probe_callback import Wrapping, in_its_own_dtype
@@ -192,7 +192,7 @@ class FirstOrderPrediction(TrainerCallback):
         for name in ("predicted", "observed"):
             columns[f"{name}_control"] = np.where(other >= 0, values[name][other], np.nan)
         row: dict[str, Any] = {"direction": direction}
-        means = {name: mean_over_facts(columns[name], asked.facts) for name in _MEASURES}
+        means = {name: mean_over_facts(columns[name], asked.facts[direction]) for name in _MEASURES}
         for name, found in means.items():
             row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
         row |= {"n": means["observed"].n, "facts": means["observed"].facts}
@@ -264,18 +264,18 @@ class _Asked:
     """The queries whose losses are followed, and which of them belong to each pair.
 
     Shapes: `index`: "forward", "reverse" and their "_control" -> `pair`, -1 where a pair has no control;
-    `facts`: `pair`.
+    `facts`, of each direction: `pair`.
     """
 
     queries: list[Query]
     index: dict[str, np.ndarray]
-    facts: Facts
+    facts: dict[str, Facts]
 
     @classmethod
     def of(cls, model: ProbedModel, pairs: ReversalPairs, control: bool, seed: int) -> _Asked:
         pairs = asked_pairs(model, pairs, "first_order_prediction")
         queries = prepare_queries(model, pairs.queries)
-        partner = derangement(unlike(pairs), pairs.groups(model.logit_shift), seed=seed)
+        partner = null_partners(pairs, pairs.groups(model.logit_shift), seed=seed)
         index = {"forward": pairs.forward, "reverse": pairs.reverse}
         places: dict[Query, int] = {}
         for direction, own in list(index.items()):
@@ -285,7 +285,7 @@ class _Asked:
                 if elsewhere is not None:
                     found[pair] = places.setdefault(elsewhere, len(queries) + len(places))
             index[f"{direction}_control"] = found
-        return cls([*queries, *places], index, facts_of(pairs))
+        return cls([*queries, *places], index, {side: facts_of(pairs, side) for side in ("forward", "reverse")})
 
 
 def _with_target(query: Query, target: tuple[int, ...]) -> Query | None:

@@ -31,7 +31,7 @@ from ...models.probed import ProbedModel, as_probed
 from ...progress import Progress, shows_progress
 from ..pairs.spans import require_fast_tokenizer
 from ..readings.reading import Reading
-from ..statistics.resampling import derangement, with_shown
+from ..statistics.resampling import Rights, derangement, with_shown
 from .causal import end_tokens
 from .closed_set import Candidates, Fitting, closed_set, rank_of
 from .continuations import Tokens, continuation_scores
@@ -42,7 +42,6 @@ from .exact_match import (
     Asked,
     answer_tokens,
     described,
-    families,
     joint_of,
     normalized,
     question_row,
@@ -281,12 +280,11 @@ class _Ranking:
         return row | {"reason": "" if rank == rank else lost}
 
     def partners(self, seed: int) -> np.ndarray:
-        """For each question one of the same direction and template that shares no answer or prompt with its fact."""
+        """For each question one of the same direction and template, whose answers are wrong here, and these there."""
         group = np.unique([f"{q.direction}\n{q.template}" for q in self.questions], return_inverse=True)[1]
         facts = np.array([str(question.fact) for question in self.questions])
-        asked = zip(self.questions, self.right, self.prompts, strict=True)
-        named = [{f"\n{prompt}", *(f"{q.direction} {one}" for one in own)} for q, own, prompt in asked]
-        return derangement(families(facts, named), group, seed=seed)
+        answers = [[(str(q.direction), one) for one in own] for q, own in zip(self.questions, self.right, strict=True)]
+        return derangement(facts, group, seed=seed, rights=[Rights.of(facts, answers, self.prompts)])
 
 
 def _context(question: Asked) -> Context:

@@ -27,7 +27,7 @@ from ...progress import Progress, shows_progress
 from ..pairs.spans import Encoded, encode_texts, require_fast_tokenizer
 from ..pairs.words import goes_on, has_begun
 from ..readings.reading import Reading
-from ..statistics.resampling import derangement, with_shown
+from ..statistics.resampling import Rights, derangement, with_shown
 from .causal import end_tokens
 from .decode import answer_text, decode_tokens, decoding_settings, encode_prompts, require_stops
 from .masked import Prompt
@@ -195,18 +195,19 @@ class _Scorer:
         return [length for length in self.lengths[i] if length <= self.limit] or [self.limit]
 
     def _partners(self, seed: int) -> np.ndarray:
-        """For each question one of the same direction and template, about a fact that shares no answer with its own.
+        """For each question one of the same direction and template, whose answers are wrong here, and these there.
 
         Siblings have the same parent: as each other's control they would be right, not wrong by chance. One prompt has
-        one decoding, whichever fact it is asked for.
+        one decoding, whichever fact it is asked for, and the answers of all of them are right.
         """
         group = np.unique([f"{q.direction}\n{q.template}" for q in self.questions], return_inverse=True)[1]
         for i in range(len(group)):
             if not self._fits(i):
                 group[i] = -1 - i  # alone: neither has a control nor is one
         facts = np.array([str(question.fact) for question in self.questions])
-        named = [{*own, f"\n{prompt}"} for own, prompt in zip(self.accepted, self.prompts, strict=True)]
-        return derangement(families(facts, named), group, seed=seed)
+        asked = zip(self.questions, self.accepted, strict=True)
+        answers = [[f"{q.direction} {one}" for one in own] for q, own in asked]
+        return derangement(facts, group, seed=seed, rights=[Rights.of(facts, answers, self.prompts)])
 
 
 def question_row(i: int, question: Asked) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ..passes.run import describe
 from ..readings.reading import Reading
 from ..route_edit import probe_route_edit
 from ..statistics.causal_trace import place_means
-from ..statistics.resampling import SHOWN, kin
+from ..statistics.resampling import SHOWN, SHOWN_IN, kin
 
 BY, DIRECTIONS = ("effect", "excess"), ("reverse", "forward")
 EDITS = {"knockout": -1.0, "transplant": 1.0}  # the sign under which a larger effect is a head that carries more
@@ -132,16 +132,21 @@ class _Ranking:
     def _halves(self) -> tuple[np.ndarray, np.ndarray]:
         """The pairs to rank by and those to show the best on, by fact; the training half takes the odd one.
 
-        Facts that ask the very same query, or are shown as one prompt, are one: it would be ranked by and shown on.
+        Facts that ask the very same query, or share prompts, are one: it would be ranked by and shown on.
         """
         asked = getattr(self.pairs, self.direction).tolist()
-        drawn = kin(facts_of(self.pairs).unit, asked)
+        drawn = kin(facts_of(self.pairs, self._prompts).unit, asked)
         names, fact = np.unique(drawn, return_inverse=True)
         if len(names) < 2:
             raise RevprobeError("pairs of one fact: expected at least two, one to rank by and one to show the best on")
         chosen = np.random.default_rng(self.plan.seed).permutation(len(names))[: (len(names) + 1) // 2]
         training = np.isin(fact, chosen)
         return np.flatnonzero(training), np.flatnonzero(~training)
+
+    @property
+    def _prompts(self) -> str | None:
+        """The direction whose prompts its numbers come from; None for both, of which a transplant is."""
+        return None if self.edit == "transplant" else self.direction
 
     def _effects(
         self, part: np.ndarray, layers: Iterable[int] | None, heads: Iterable[int] | None, *, against: bool
@@ -194,8 +199,9 @@ class _Ranking:
         columns = ["pair", "fact", "kind", "direction", "rank", "layer", "head", "effect"]
         columns += ["effect_control", "reason", "reason_control"] if self.plan.control else ["reason"]
         frame = frame[columns].astype({"rank": "Int64", "layer": "Int64", "head": "Int64"})
-        if SHOWN in self.pairs.flags:
-            frame[SHOWN] = self.pairs.flags[SHOWN][frame["pair"].to_numpy()]
+        for name in [one for one in (SHOWN, *SHOWN_IN.values()) if one in self.pairs.flags]:
+            if name == SHOWN or self._prompts is not None:
+                frame[name] = self.pairs.flags[name][frame["pair"].to_numpy()]
         return frame.sort_values(["pair", "rank"], kind="stable", ignore_index=True)
 
     def _unranked(self, test: np.ndarray) -> pd.DataFrame:

@@ -25,7 +25,7 @@ from ..passes.alone import in_equal_lengths_if_need_be
 from ..passes.asked import asked_pairs, out_of_sight
 from ..passes.batches import prepare_queries, queries_per_batch, require_tokens_alone
 from ..passes.plan import PassResult, Plan
-from ..passes.prompts import unlike
+from ..passes.prompts import null_partners
 from ..passes.run import describe
 from ..passes.selection import chosen_of
 from ..passes.states import states_of_queries
@@ -34,7 +34,7 @@ from ..readings.reading import Reading
 from ..statistics.coverage import first_caution
 from ..statistics.estimators import LATER_BLOCK
 from ..statistics.intervals import FRACTION, difference_over_facts, proportion_over_facts
-from ..statistics.resampling import Facts, derangement
+from ..statistics.resampling import Facts
 from ..statistics.stored_once import (
     CLASSIFIER,
     MAP,
@@ -52,7 +52,7 @@ FORWARD_EVIDENCE = "asked of reverse states alone"
 ASKED_FORWARD = "its reverse query is asked forward as well, so the fit has seen it"
 NOT_ASKED = "not asked for"
 NO_CENTRE = "no state of another fold to count from"
-NO_EVIDENCE = "no other fact with another target has evidence of as many tokens"
+NO_EVIDENCE = "no other fact with another target, wrong here as this one is there, has evidence of as many tokens"
 NO_UNEMBEDDING = "the model names no unembedding, so there are no rows to map to"
 ONE_FORWARD = "one forward query of the fact, so none is left to ask about"
 SAME_STATE = "the states are the same for every fact"
@@ -151,7 +151,7 @@ class _Tests:
         fact = np.full(len(queries), -1)
         fact[pairs.reverse] = fact[pairs.forward] = np.unique(pairs.facts.astype(str), return_inverse=True)[1]
         width = np.array([len(queries[q].evidence_positions) for q in pairs.reverse])
-        partner = derangement(unlike(pairs, ["reverse"]), width, seed=plan.seed)
+        partner = null_partners(pairs, width, ["reverse"], seed=plan.seed)
         forward = np.unique(pairs.forward[~unseen[pairs.forward]])
         reverse = np.unique(pairs.reverse[~unseen[pairs.reverse]])
         reverse = reverse[~np.isin(reverse, forward) & np.isin(fact[reverse], fact[forward])]

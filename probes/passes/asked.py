@@ -31,7 +31,7 @@ NEEDS_ONE_ENTRY = (
 
 
 def asked_pairs(model: ProbedModel, pairs: ReversalPairs | Iterable[ReversalPair], probe: str) -> ReversalPairs:
-    """The list of pairs that a probe reads, fit for the model, with the flag `shown` where facts share a prompt.
+    """The list of pairs that a probe reads, fit for the model, with the flags of `with_prompts` where facts share one.
 
     Args:
         probe: its short name ("attention"), for pairs that give probes lists of their own.

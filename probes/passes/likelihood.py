@@ -25,7 +25,7 @@ from ..statistics.estimators import NO_LIKE_TARGET, NO_PARTNER
 from ..statistics.resampling import derangement
 from .batches import QueryBatch, in_batches, logits_at_rows, make_batch
 from .draws import mean_likelihood
-from .prompts import unlike
+from .prompts import null_partners
 
 MODES = ("chain", "parallel")
 
@@ -36,9 +36,9 @@ Request = tuple[int, Target]
 def target_partners(pairs: ReversalPairs, logit_shift: int, *, seed: int = 0) -> dict[str, np.ndarray]:
     """For each direction and pair another fact's pair of its group, with another target of as many tokens; -1 for none.
 
-    The query of a fact with the same target, the same evidence or the same prompt makes no null of it: what is right
-    there is right here, or it is this very query. One order of the facts for both directions, so that where all of them
-    differ they have the same partner.
+    The query of a fact with the same target, the same evidence or the same prompt makes no null of it, nor does one at
+    which the target is right by another fact (`null_partners`). One order of the facts for both directions, so that
+    where all of them differ they have the same partner.
     Shapes: direction -> `pair` (indices).
     """
     found = {}
@@ -46,7 +46,7 @@ def target_partners(pairs: ReversalPairs, logit_shift: int, *, seed: int = 0) ->
         targets = [pairs.queries[q].target for q in index]
         traits = np.stack([pairs.groups(logit_shift), [len(target) for target in targets]], axis=1)
         alike = np.unique(traits, axis=0, return_inverse=True)[1].reshape(-1)
-        found[direction] = derangement(unlike(pairs, [direction]), alike, seed=seed)
+        found[direction] = null_partners(pairs, alike, [direction], seed=seed)
     return found
 
 

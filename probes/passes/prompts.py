@@ -1,8 +1,8 @@
-"""Which facts a model is shown as one prompt, and which cannot stand for one another in a control.
+"""Which facts share the prompts that a model is shown, and which cannot stand for one another in a control.
 
 The target of a query is hidden. So "c1 | k3" and "c2 | k3", asked for c in one wording, are one input to a masked
 model, and to a causal model, which sees what stands before the target: two facts, and one draw of what the model does.
-They are drawn as one (`statistics.resampling.Facts`), by a flag of the pairs that every frame carries on.
+They are drawn as one (`statistics.resampling.Facts`), by flags of the pairs that every frame carries on.
 """
 
 from __future__ import annotations
@@ -15,24 +15,27 @@ import numpy as np
 from ...models.probed import ProbedModel
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
-from ..statistics.resampling import SHOWN, Facts, kin
+from ..statistics.resampling import SHOWN, SHOWN_COLUMNS, SHOWN_IN, Facts, Rights, derangement, kin
 from .batches import prepare_queries
 
 DIRECTIONS = ("forward", "reverse")
 
 
 def with_prompts(model: ProbedModel, pairs: ReversalPairs) -> ReversalPairs:
-    """The pairs with the flag `shown`, where some of their facts are shown to the model as one prompt.
+    """The pairs with the flags `shown`, `shown_forward` and `shown_reverse`, where some of their facts share a prompt.
 
-    It is the label of the first of all facts that share a shown forward query, or a shown reverse query, directly or
-    through others.
+    Each is the label of the first of all facts that share a shown query, directly or through others: in either
+    direction, which is what numbers of both directions draw, and in the one that is named.
     """
-    units = kin(pairs.facts, *shown_queries(model, pairs))
-    shared = not np.array_equal(units, pairs.facts.astype(str))
-    if not shared and SHOWN not in pairs.flags:
+    sides = shown_queries(model, pairs)
+    units = {SHOWN: kin(pairs.facts, *sides)}
+    shared = not np.array_equal(units[SHOWN], pairs.facts.astype(str))
+    if not shared and not any(name in pairs.flags for name in SHOWN_COLUMNS):
         return pairs
-    flags = {name: values for name, values in pairs.flags.items() if name != SHOWN}
-    return replace(pairs, flags=flags | ({SHOWN: units} if shared else {}))
+    flags = {name: values for name, values in pairs.flags.items() if name not in SHOWN_COLUMNS}
+    if shared:
+        units |= {name: kin(pairs.facts, side) for name, side in zip(SHOWN_IN.values(), sides, strict=True)}
+    return replace(pairs, flags=flags | (units if shared else {}))
 
 
 def shown_queries(model: ProbedModel, pairs: ReversalPairs) -> tuple[list[Hashable], list[Hashable]]:
@@ -66,19 +69,38 @@ def in_sight(model: ProbedModel, query: Query) -> range:
     return range(length if size is None else min(length, (row // size + 1) * size))
 
 
-def facts_of(pairs: ReversalPairs) -> Facts:
-    """The pairs' facts, and what is drawn of them, where `with_prompts` was asked. Shapes: `-> pair`."""
-    return Facts.of(pairs.facts.astype(str), pairs.flags.get(SHOWN))
+def facts_of(pairs: ReversalPairs, direction: str | None = None) -> Facts:
+    """The pairs' facts, and what is drawn of them, where `with_prompts` was asked. Shapes: `-> pair`.
 
-
-def unlike(pairs: ReversalPairs, directions: Iterable[str] = DIRECTIONS) -> np.ndarray:
-    """Labels of facts, equal where one is no null of the other; a control takes another fact of another label.
-
-    Facts that share a target or its evidence, or are shown as one prompt, directly or through others: what is right of
-    the one is right of the other, or is one and the same number. Shapes: `-> pair`.
     Args:
+        direction: of the number, "forward" or "reverse"; of both where None.
+    """
+    return Facts.of(pairs.facts.astype(str), pairs.flags.get(SHOWN if direction is None else SHOWN_IN[direction]))
+
+
+def null_partners(
+    pairs: ReversalPairs, groups: np.ndarray, directions: Iterable[str] = DIRECTIONS, *, seed: int = 0
+) -> np.ndarray:
+    """For each pair one of another fact of its group that is a null of it; -1 where there is none.
+
+    The two share neither target nor evidence nor prompt, and the target of the one is not among what some fact of the
+    list holds for right at the evidence, or at the prompt, of the other. It is the next such pair along the one order
+    of `derangement`: where no facts share anything, that is what `derangement` gives.
+    Shapes: `pair -> pair` (indices).
+    Args:
+        groups: within which partners are sought.
         directions: those whose targets and evidence the control takes.
     """
-    asked = [[pairs.queries[q] for q in getattr(pairs, side)] for side in directions]
-    traits = [[getattr(query, part) for query in side] for side in asked for part in ("target", "evidence")]
-    return kin(pairs.facts, facts_of(pairs).unit.tolist(), *traits)
+    facts, rights = pairs.facts.astype(str), []
+    for side in directions:
+        asked = [pairs.queries[q] for q in getattr(pairs, side)]
+        targets = [(query.target,) for query in asked]
+        rights += [Rights.of(facts, targets, [query.evidence for query in asked])]
+        rights += [Rights.of(facts, targets, [_hidden(query) for query in asked])]
+    return derangement(facts, groups, seed=seed, rights=rights)
+
+
+def _hidden(query: Query) -> Hashable:
+    """The query with its target hidden, as far as pairs can say; what of it a model sees may be less."""
+    hidden = set(query.target_positions)
+    return tuple(-1 if place in hidden else token for place, token in enumerate(query.token_ids))

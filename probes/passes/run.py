@@ -33,14 +33,13 @@ from ...models.families.known import code_passed_over
 from ...models.probed import ProbedModel
 from ...models.structure import attention_of, fused_parts
 from ..pairs.pairs import ReversalPairs
-from ..statistics.resampling import derangement
 from .alone import PaddingReaches
 from .asked import asked_pairs, out_of_sight, tokens_note
 from .batches import QueryBatch, gradient_batch, in_batches, make_batch, prepare_queries, queries_per_batch, tapped
 from .draws import every_two, kept_draws, mean_floor, mean_products, mean_rows
 from .likelihood import Likelihoods, mean_nll, readout, run_chains
 from .plan import Part, PassResult, Plan, Work, part_of
-from .prompts import unlike
+from .prompts import null_partners
 
 DIFFERENT_LENGTHS = "queries of different lengths, which cannot share a batch of this model"
 
@@ -107,7 +106,7 @@ class _Pass:
             self.batch_size, self.pair_size = min(self.batch_size, share), min(self.pair_size, share)
         self.apart = bool(model.contract.equal_lengths)
         self.attention = attention_of(model) if plan.attention else None
-        partner = derangement(unlike(pairs), pairs.groups(model.logit_shift), seed=plan.seed)
+        partner = null_partners(pairs, pairs.groups(model.logit_shift), seed=plan.seed)
         self.partner = partner if plan.control else np.full(len(pairs), -1)
         self.weights = WholeWeights(model.module) if plan.gradient else None
         self.selected = select_parameters(model.module, plan.parameters, self.weights) if self.weights else {}

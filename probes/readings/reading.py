@@ -112,7 +112,7 @@ class Reading:
 
     @property
     def prompts(self) -> int:
-        """As how many prompts the facts are shown (the frame's `shown`), if fewer: its interval's draws; else 0."""
+        """In how many sets facts share prompts (the frame's `shown`), if fewer: its interval's draws; else 0."""
         return self.measured.estimate.prompts
 
     @property

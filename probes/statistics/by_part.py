@@ -10,7 +10,7 @@ import pandas as pd
 from ...arguments import checked
 from ...errors import RevprobeError
 from .intervals import mean_over_facts
-from .resampling import SHOWN, Facts
+from .resampling import SHOWN_COLUMNS, Facts
 
 REST = "rest"
 
@@ -46,7 +46,7 @@ def remainder_text(meta: Mapping[str, Any]) -> str:
 def evidence_by_pair(reading: StoredReading) -> pd.DataFrame:
     """What the evidence holds and what of it arrives: one row per pair, summed over the reading's layers and heads.
 
-    Columns: pair, fact (and shown, where the reading has it), stored_control, reason, reason_margin, reason_control,
+    Columns: pair, fact (and shown and its like, where the reading has them), stored_control, reason, reason_margin, reason_control,
     and for each direction stored (S[v, u]), weight (the mean over heads), contribution (the evidence position's whole
     value, routed), logit, margin and rank.
     """
@@ -55,7 +55,7 @@ def evidence_by_pair(reading: StoredReading) -> pd.DataFrame:
     sides = ("forward", "reverse")
     stored = [c for c in ("stored_forward", "stored_reverse", "stored_control") if c in frame]
     undefined = tokens[stored].count().lt(tokens.size(), axis=0)  # a head that is undefined leaves the sum undefined
-    of = [name for name in ("fact", SHOWN) if name in frame]
+    of = [name for name in ("fact", *SHOWN_COLUMNS) if name in frame]
     table = tokens[[*of, *(f"{n}_{s}" for n in ("logit", "margin", "rank") for s in sides)]].first()
     for reason in (c for c in ("reason", "reason_margin", "reason_control") if c in frame):
         table[reason] = tokens[reason].agg(lambda reasons: next(filter(None, reasons), ""))  # of any head
@@ -81,7 +81,7 @@ def logit_contributions(reading: StoredReading) -> pd.DataFrame:
         )
     keys = ["part", "source", "layer"]
     sides = [f"contribution_{side}" for side in ("forward", "reverse")]
-    of = [name for name in ("pair", "fact", SHOWN) if name in reading.frame]
+    of = [name for name in ("pair", "fact", *SHOWN_COLUMNS) if name in reading.frame]
     summed = reading.frame.groupby([*keys, *of], dropna=False, sort=False)[sides].sum().reset_index()
     whole = reading.frame.groupby("pair").first().reset_index()
     logits = {side: whole[side.replace("contribution", "logit")] for side in sides}
@@ -93,8 +93,8 @@ def logit_contributions(reading: StoredReading) -> pd.DataFrame:
     rows = []
     for key, part in pd.concat(parts).groupby(keys, dropna=False, sort=False):
         row: dict[str, Any] = dict(zip(keys, key, strict=True))
-        facts = Facts.of_rows(part)
         for side in ("forward", "reverse"):
+            facts = Facts.of_rows(part, side)
             found = mean_over_facts(part[f"contribution_{side}"].to_numpy(float), facts)
             row |= {side: found.value, f"{side}_low": found.low, f"{side}_high": found.high}
         row |= {"n": len(part), "facts": facts.sizes["facts"]}

@@ -17,7 +17,7 @@ import pandas as pd
 
 from .estimators import NO_PARTNER, NOT_FINITE, Measured, with_control
 from .intervals import Bounds, mean_intervals
-from .resampling import Facts
+from .resampling import SHOWN_IN, Facts
 
 EDITED = {"all": "all chosen layers and heads at once", "layer": "single layers", "head": "single heads"}
 CELLS = {"all": "edits", "layer": "layers", "head": "heads"}
@@ -120,6 +120,10 @@ def place_means(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFr
     Returns: by..., value, low, high, n (pairs), facts.
     """
     rows = frame.dropna(subset=[value])
+    if SHOWN_IN["forward"] in rows and "direction" in by and rows["direction"].nunique() > 1:
+        # Which facts share a prompt is another thing in each direction.
+        sides = [place_means(part, by, value) for _, part in rows.groupby("direction", observed=True)]
+        return pd.concat(sides).sort_values([*by], kind="stable", ignore_index=True)
     if rows.empty:
         return pd.DataFrame(columns=[*by, "value", "low", "high", "n", "facts"])
     keys = rows.groupby([*by], sort=True, dropna=False, observed=True)

@@ -14,7 +14,7 @@ import pandas as pd
 from .causal_trace import over_cells
 from .estimators import Measured, with_control
 from .intervals import FRACTION, mean_intervals
-from .resampling import Facts
+from .resampling import SHOWN_IN, Facts
 
 CONTROL = "another fact's target at the same positions and steps"
 NOT_WRITTEN = "nothing was written in these steps"
@@ -71,6 +71,10 @@ def attention_table(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     Columns: by..., n (pairs), facts, value, low, high. A pair's own mean over the cell's rows is taken first.
     """
     rows = frame[frame["part"] == "attention"]
+    if SHOWN_IN["forward"] in rows and "direction" in by and rows["direction"].nunique() > 1:
+        # Which facts share a prompt is another thing in each direction.
+        sides = [attention_table(part, by) for _, part in frame.groupby("direction", observed=True)]
+        return pd.concat(sides).sort_values([*by], kind="stable", ignore_index=True)
     keys = [*_of_pair(rows), *(rows[column].to_numpy() for column in by)]
     pairs = rows["weight"].groupby(keys, sort=True).mean()
     table = pairs.rename_axis(["pair", "fact", "unit", *by]).unstack(list(range(3, 3 + len(by))))

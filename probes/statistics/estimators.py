@@ -25,7 +25,7 @@ import pandas as pd
 from .coverage import caution_of, counted, first_caution
 from .group_correlation import LEAST_FACTS, group_correlation
 from .intervals import COSINE, FRACTION, Bounds, Estimate, difference_over_facts, mean_over_facts, proportion_over_facts
-from .resampling import SHOWN, Facts
+from .resampling import SHOWN_COLUMNS, Facts
 
 # Raised whenever the same frame comes to another number or interval; readings of another are worked out anew.
 STATISTICS_VERSION = 4
@@ -36,12 +36,14 @@ LATER_BLOCK = "evidence in a later block"
 LATER_BLOCK_CONTROL = f"{LATER_BLOCK} (control)"
 NO_GRADIENT = "gradient exactly zero in all of these parameters"
 NO_PARTNER = "no other fact in the group for the control"
-NO_LIKE_TARGET = "no other fact in the group has another target of as many tokens and other evidence, for the control"
-NO_UNLIKE = "every other fact in the group shares its target, evidence or prompt, so there is none for the control"
+# Wrong: no fact of the list that shares the other's evidence or prompt has that target.
+NO_LIKE_TARGET = "no other fact in the group has another target of as many tokens, wrong here as this one is there"
+NO_UNLIKE = "no other fact in the group has another target, wrong here as this one is wrong there"
+NO_OTHER_ANSWER = "no other question of its direction and wording has another prompt and other answers, for the control"
 NO_VARIANCE = "no variance within the group"
 NOT_FINITE = "not finite"
 ONE_FACT = "of one fact, so without an interval"
-ONE_PROMPT = "of facts that are all shown as one prompt, so without an interval"
+ONE_PROMPT = "of facts that all share prompts, directly or through others, so without an interval"
 SAME_FOR_ALL = "the same for every fact, so without an interval"
 TWO_PAIRS = "two pairs, whose correlation is 1 or -1 whatever they are"
 SMALL_GROUP = f"group of fewer than {LEAST_FACTS} facts"
@@ -209,7 +211,7 @@ def pair_cosines(frame: pd.DataFrame) -> pd.DataFrame:
     columns = [c for c in frame.columns if c.startswith(("norm_", "floor_"))]
     squared = frame.assign(**{c: frame[c].astype(float) ** 2 for c in columns})
     inner = [c for c in frame.columns if c.startswith("inner")]
-    of = [name for name in ("fact", SHOWN) if name in frame]
+    of = [name for name in ("fact", *SHOWN_COLUMNS) if name in frame]
     told = dict.fromkeys(of, "first") | dict.fromkeys([*columns, *inner], "sum")
     sums = squared.groupby("pair", sort=True).agg(told)
     without_gradient = (sums["norm_forward"] == 0) | (sums["norm_reverse"] == 0)
@@ -239,25 +241,23 @@ def reverse_probability(frame: pd.DataFrame, seed: int, control: bool = True) ->
 
 def decoded_match(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
     """Share of questions whose decoded answer is right; its control matches the answers of another fact."""
-    match, facts = frame["match"].to_numpy(dtype=np.float64), Facts.of_rows(frame)
-    statistic = "exact match, mean over questions"
-    null = frame["match_control"].to_numpy(dtype=np.float64) if "match_control" in frame else None
-    return with_control(match, null, facts, reasons(frame), statistic, binary=True)
+    return _over_questions(frame, "match", "exact match, mean over questions", binary=True)
 
 
 def candidate_rank(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
     """Share of questions whose right answer ranks first among the candidates; the control ranks another fact's."""
-    first, facts = frame["first"].to_numpy(dtype=np.float64), Facts.of_rows(frame)
-    null = frame["first_control"].to_numpy(dtype=np.float64) if "first_control" in frame else None
-    return with_control(first, null, facts, reasons(frame), "right answer ranked first, over questions", binary=True)
+    return _over_questions(frame, "first", "right answer ranked first, over questions", binary=True)
 
 
 def mean_reciprocal_rank(frame: pd.DataFrame) -> Measured:
     """Mean over questions of 1 / rank among the candidates, beside that of another fact's answer."""
-    name, facts = "reciprocal_rank", Facts.of_rows(frame)
-    values = frame[name].to_numpy(dtype=np.float64)
-    null = frame[f"{name}_control"].to_numpy(dtype=np.float64) if f"{name}_control" in frame else None
-    return with_control(values, null, facts, reasons(frame), "mean reciprocal rank", bounds=FRACTION)
+    return _over_questions(frame, "reciprocal_rank", "mean reciprocal rank", bounds=FRACTION)
+
+
+def _over_questions(frame: pd.DataFrame, column: str, statistic: str, **kind: Any) -> Measured:
+    names = [name for name in (column, f"{column}_control") if name in frame]
+    values, null = [*(frame[name].to_numpy(dtype=np.float64) for name in names), None][:2]
+    return with_control(values, null, Facts.of_rows(frame), reasons(frame), statistic, lonely=NO_OTHER_ANSWER, **kind)
 
 
 def stored_evidence(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
@@ -268,7 +268,7 @@ def stored_evidence(frame: pd.DataFrame, seed: int, control: bool = True) -> Mea
     # A head that is undefined leaves the sum undefined.
     undefined = rows[columns].isna().groupby(rows["pair"], sort=True).any()
     table = by_pair[columns].sum().mask(undefined)
-    values, facts = table["stored_reverse"].to_numpy(dtype=np.float64), Facts.of_pairs(rows)
+    values, facts = table["stored_reverse"].to_numpy(dtype=np.float64), Facts.of_pairs(rows, "reverse")
     statistic = "mean stored evidence under the reverse query, summed over layers and heads (logits)"
     counts = pair_reasons(rows, "reason")
     if "stored_control" not in table:
@@ -294,7 +294,7 @@ def direction_mean(frame: pd.DataFrame, direction: str, column: str) -> Measured
         undefined |= control_reasons(rows)
         alone = np.isnan(null) & np.isfinite(values) & rows["reason_control"].eq("").to_numpy()
     found = with_control(values, null, facts, undefined, statistic, bounds=FRACTION, binary=binary, alone=alone)
-    return replace(found, caution="; ".join(filter(None, [found.caution, _several_right(rows)])))
+    return replace(found, caution="; ".join(filter(None, [found.caution, _several_right(rows[np.isfinite(values)])])))
 
 
 def _several_right(rows: pd.DataFrame) -> str:
@@ -319,12 +319,13 @@ def with_control(
     binary: bool = False,
     alone: np.ndarray | None = None,
     compared: np.ndarray | None = None,
+    lonely: str = NO_PARTNER,
     method: str = "one derangement of facts within groups",
 ) -> Measured:
     """The mean of `values` beside that of `null`, between bounds or a proportion where they are 0 or 1 (`binary`).
 
-    `alone` marks pairs without a partner (all NaN of `null` if None); `compared` is what each pair's control is held
-    against, where that is not all of its value.
+    `alone` marks pairs without a partner (all NaN of `null` if None), `lonely` says why they have none; `compared` is
+    what each pair's control is held against, where that is not all of its value.
     """
     mean = proportion_over_facts if binary else lambda part, of: mean_over_facts(part, of, bounds=bounds)
     estimate = mean(values, facts)
@@ -336,7 +337,7 @@ def with_control(
         return explained(Measured(estimate, None, None, undefined, statistic, few), len(values))
     floor = mean(null, facts)
     without_partner = int((np.isnan(null) & np.isfinite(values) if alone is None else alone).sum())
-    undefined = undefined | ({NO_PARTNER: without_partner} if without_partner else {})
+    undefined = undefined | ({lonely: without_partner} if without_partner else {})
     if not floor.n:
         return explained(Measured(estimate, None, None, undefined, statistic, few), len(values))
     control = Control.of(floor, method)

@@ -2,7 +2,7 @@
 
 Everything rests on one table of sufficient statistics, `Moments`: sums of each fact in each group for each head. By
 head and by distance (`by_head`, `by_distance`) are views of it. The slow, obvious versions stand in the tests. Facts
-that a model is shown as one prompt (`resampling.Facts`) are one fact to all of it.
+that share prompts (`resampling.Facts`) are one fact to all of it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class GroupCorrelation:
     `value`, `low`, `high`: the mean over cells (a cell is a group in one head); `null`: its value under each
     shuffle of facts; `cells`: `group head` correlations; `statistic`: how small groups were treated; `n`, `facts`:
     pairs and facts behind the value, those of a cell that has a part in it (without a value, those asked about);
-    `prompts`: as how many prompts the facts are shown, where these are fewer, else 0;
+    `prompts`: in how many sets facts stand together that share prompts, where these are fewer, else 0;
     `small`: pairs left out because their group is small; `constant`: cells without variance; `alone`: pairs that are
     the only one of their group; `lonely`: pairs of groups of one fact.
     """

@@ -1,8 +1,8 @@
 """95 % intervals over facts: of means, of proportions, of differences; none of them is of no width.
 
 Pairs about one fact are not independent (they share letters, names, weights): what is drawn at random is the fact. So
-every interval rests on the variance between facts, linearised (Cochran 1977, ch. 6), and on Student's t. Facts that a
-model is shown as one prompt are drawn as one (`resampling.Facts`).
+every interval rests on the variance between facts, linearised (Cochran 1977, ch. 6), and on Student's t. Facts that
+share prompts, directly or through others, are drawn as one (`resampling.Facts`).
 
     an unbounded mean   value ± t x standard error
     a bounded mean      Clopper-Pearson at its effective sample size: that at which a coin of this mean would vary as
@@ -43,7 +43,7 @@ _FREEDOM = 1.5
 class Estimate:
     """A mean or correlation with its 95 % interval, the pairs (or questions) and facts behind it; NaN if undefined.
 
-    `prompts`: as how many prompts the facts are shown to the model, where that is fewer than there are facts; else 0.
+    `prompts`: in how many sets facts stand together that share prompts, directly or through others; 0 where none do.
     """
 
     value: float

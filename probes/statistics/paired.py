@@ -1,7 +1,7 @@
 """Two models on the facts that both were asked about: how much one's number differs from the other's.
 
 A fact that is hard for one model is as a rule hard for the other, so the difference is known better than two intervals
-side by side suggest. What is drawn at random is the fact (or those that one of the models was shown as one prompt), and
+side by side suggest. What is drawn at random is the fact (or those that share prompts to one of the models), and
 a drawn fact brings all its pairs of both models:
 
     means, correlations   facts drawn with replacement, both models' numbers worked out anew from each draw; the ends
@@ -318,7 +318,7 @@ def _on_facts_of_both(own: Side, other: Side) -> tuple[Side, Side]:
 
 
 def _drawn_alike(own: Side, other: Side) -> tuple[Side, Side]:
-    """Both with one way of drawing their facts: those that either model was shown as one prompt are drawn as one."""
+    """Both with one way of drawing their facts: those that share prompts to either model are drawn as one."""
     labels = (side.facts if isinstance(side, Answers) else side.fact_of for side in (own, other))
     sides = zip(labels, (own.unit, other.unit), strict=True)
     first, second = drawn_alike(*(Facts(label, label if unit is None else unit) for label, unit in sides))

@@ -1,15 +1,15 @@
 """What is drawn at random: facts, and their derangements and permutations, the null of everything that pairs facts.
 
 A hidden target leaves nothing of itself in its query: "c1 | k3" and "c2 | k3" are shown to a masked model as one input,
-and its scores there are the same to the bit. So facts that a model is shown as one prompt are drawn as one (`Facts`).
+and its scores there are the same to the bit. So facts that share prompts are drawn as one (`Facts`).
 
 Every routine works on whole arrays; the slow, obvious versions stand in the tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -19,14 +19,17 @@ from scipy.sparse.csgraph import connected_components
 
 SHUFFLES, DRAWS, _CHUNK = 200, 2000, 1000
 # The column of a frame, and the flag of pairs, that names what is drawn; there only where some facts share a prompt.
+# A number of both directions draws facts that share a prompt in either, a number of one direction those of its own.
 SHOWN = "shown"
+SHOWN_IN = {"forward": "shown_forward", "reverse": "shown_reverse"}
+SHOWN_COLUMNS = (SHOWN, *SHOWN_IN.values())
 # Pairs up to which the shuffles are held, in 800 bytes a pair, for the next checkpoint's reading.
 _KEPT = 20_000
 
 
 @dataclass(frozen=True, eq=False)
 class Facts:
-    """The fact of each row by its label, and what is drawn at random: the facts that a model is shown as one prompt.
+    """The fact of each row by its label, and what is drawn at random: facts that share prompts, directly or by others.
 
     Shapes: `label`, `unit`: `row`; rows of one fact are of one unit.
     """
@@ -50,14 +53,29 @@ class Facts:
         return cls(label, kin(label, unit.tolist()) if several else unit)
 
     @classmethod
-    def of_rows(cls, rows: pd.DataFrame) -> Facts:
-        """Of a frame's rows. Frames without the column `shown` have facts that are each drawn by itself."""
-        return cls.of(rows["fact"].to_numpy().astype(str), rows[SHOWN].to_numpy() if SHOWN in rows else None)
+    def of_rows(cls, rows: pd.DataFrame, direction: str | None = None) -> Facts:
+        """Of a frame's rows. Frames without the column `shown` have facts that are each drawn by itself.
+
+        Args:
+            direction: of the number, "forward" or "reverse". Where None, rows that say theirs are drawn by it, and
+                others are of both.
+        """
+        label = rows["fact"].to_numpy().astype(str)
+        if not all(name in rows for name in SHOWN_COLUMNS):
+            return cls.of(label, rows[SHOWN].to_numpy() if SHOWN in rows else None)
+        if direction is None and "direction" in rows:
+            sides = [rows["direction"].eq(side).to_numpy() for side in SHOWN_IN]
+            units = [rows[name].to_numpy(dtype=object) for name in (*SHOWN_IN.values(), SHOWN)]
+            return cls.of(label, np.select(sides, units[:2], units[2]))
+        return cls.of(label, rows[SHOWN if direction is None else SHOWN_IN[direction]].to_numpy())
 
     @classmethod
-    def of_pairs(cls, frame: pd.DataFrame) -> Facts:
-        """Of a frame's pairs, one row each, in ascending order."""
-        return cls.of_rows(frame.drop_duplicates("pair").sort_values("pair"))
+    def of_pairs(cls, frame: pd.DataFrame, direction: str | None = None) -> Facts:
+        """Of a frame's pairs, one each, in ascending order; of both directions where it has rows of both."""
+        rows = frame.drop_duplicates("pair").sort_values("pair")
+        if direction is None and "direction" in frame and frame["direction"].nunique() > 1:
+            rows = rows.drop(columns="direction")
+        return cls.of_rows(rows, direction)
 
     def __getitem__(self, rows: np.ndarray) -> Facts:
         label = self.label[rows]
@@ -68,7 +86,7 @@ class Facts:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """How many facts, and as how many prompts they are shown: 0 where each has its own."""
+        """How many facts, and in how many sets they share prompts: 0 where each has its own."""
         facts, prompts = len(np.unique(self.label)), len(np.unique(self.unit))
         return {"facts": facts, "prompts": prompts if prompts < facts else 0}
 
@@ -85,11 +103,13 @@ def drawn_alike(own: Facts, other: Facts) -> tuple[Facts, Facts]:
     return Facts(own.label, drawn[:count]), Facts(other.label, drawn[count:])
 
 
-def derangement(facts: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """For each pair, a pair of another fact in the same group; -1 where its group has one fact only.
+def derangement(facts: np.ndarray, groups: np.ndarray, *, seed: int = 0, rights: Sequence[Rights] = ()) -> np.ndarray:
+    """For each pair, a pair of another fact in the same group; -1 where its group has no other that it may meet.
 
     Facts are put in one random cyclic order; in each group a pair's partner is the next fact of that order that
     the group holds. One order for all groups keeps the dependence between groups in the null.
+    Args:
+        rights: a partner is the next at which, by none of these, the pair's answers are right, nor its own at the pair.
     Shapes: `pair, pair -> pair` (indices).
     """
     fact = np.unique(facts, return_inverse=True)[1]
@@ -99,40 +119,125 @@ def derangement(facts: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> np.n
     sizes = np.diff(np.r_[starts, len(order)])
     run_group = groups[order][starts]
     first_run = np.searchsorted(run_group, run_group, side="left")
-    last_run = np.searchsorted(run_group, run_group, side="right") - 1
-    following = np.where(np.arange(len(starts)) == last_run, first_run, np.arange(len(starts)) + 1)
+    count = np.searchsorted(run_group, run_group, side="right") - first_run
     run = np.repeat(np.arange(len(starts)), sizes)
     within = np.arange(len(order)) - starts[run]
-    target = following[run]
-    partner = np.full(len(order), -1)
-    chosen = order[starts[target] + within % sizes[target]]
-    partner[order] = np.where(target == run, -1, chosen)
+    partner, left, turn = np.full(len(order), -1), np.arange(len(order)), 0
+    while len(left := left[turn + 1 < count[run[left]]]):
+        turn += 1
+        first, place = first_run[run[left]], run[left] - first_run[run[left]]
+        target = first + (place + turn) % count[run[left]]
+        # As a rule the first pair of the next fact is taken; further ones of that fact, and further facts, are rare.
+        for further in range(int(sizes[target].max())):
+            chosen = order[starts[target] + (within[left] + further) % sizes[target]]
+            met = (further >= sizes[target]) | _meet(rights, order[left], chosen)
+            partner[order[left[~met]]] = chosen[~met]
+            left, target = left[met], target[met]
+            if not len(left):
+                break
+        if turn == 1:
+            for one in rights:
+                left = left[~one.everywhere(groups)[order[left]]]
     return partner
+
+
+def _meet(rights: Sequence[Rights], own: np.ndarray, other: np.ndarray) -> np.ndarray:
+    met = np.zeros(len(own), dtype=bool)
+    for one in rights:
+        met |= one.meet(own, other)
+    return met
+
+
+@dataclass(frozen=True)
+class Rights:
+    """Which answers are right at what is asked: those of every fact that is asked so, evidence or prompt.
+
+    Where the list has "c1 | k1", "c1 | k2" and "c2 | k2", c1 is right at k2: "c2 | k2" is no null of "c1 | k1", though
+    it has neither its target nor its evidence.
+    Shapes: `fact`, `asked`: `row`; `answers`: of each fact its answers, fact by fact, from `first` on so many as
+    `count` says; `known`: sorted, `asked` and answer in one number.
+    """
+
+    fact: np.ndarray
+    asked: np.ndarray
+    answers: np.ndarray
+    first: np.ndarray
+    count: np.ndarray
+    known: np.ndarray
+    width: int
+
+    @classmethod
+    def of(cls, facts: np.ndarray, answers: Sequence[Collection[Hashable]], asked: Sequence[Hashable]) -> Rights:
+        """Of each row its fact, the answers that are right there, and by what it asks for them."""
+        fact, place = np.unique(facts, return_inverse=True)[1], _codes(asked)
+        listed = _codes([one for some in answers for one in some])
+        width, facts_count = int(listed.max(initial=0)) + 1, int(fact.max(initial=0)) + 1
+        row = np.repeat(np.arange(len(fact)), [len(some) for some in answers])
+        owner, own = np.divmod(np.unique(fact[row] * width + listed), width)
+        first = np.searchsorted(owner, np.arange(facts_count))
+        found = cls(fact, place, own, first, np.bincount(owner, minlength=facts_count), np.array([]), width)
+        by, of = np.divmod(np.unique(place * facts_count + fact), facts_count)
+        at, answer = found._answers(of)
+        return replace(found, known=np.unique(by[at] * width + answer))
+
+    def meet(self, own: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """Whether an answer of the one row's fact is right at the other, or the other way. Shapes: `n, n -> n`."""
+        return self._right(own, other) | self._right(other, own)
+
+    def everywhere(self, groups: np.ndarray) -> np.ndarray:
+        """Rows one of whose answers is right in all of their group. Shapes: `row -> row`."""
+        group = np.unique(groups, return_inverse=True)[1].reshape(-1)
+        place, answer = np.divmod(self.known, self.width)
+        asked = coo_array((np.ones(len(group), dtype=np.int64), (group, self.asked))).tocsr()
+        right = coo_array((np.ones(len(place), dtype=np.int64), (place, answer)), (asked.shape[1], self.width)).tocsr()
+        row, own = self._answers(self.fact)
+        times = np.asarray((asked @ right)[group[row], own]).reshape(-1)
+        return np.bincount(row, times == np.bincount(group)[group[row]], minlength=len(group)) > 0
+
+    def _right(self, own: np.ndarray, at: np.ndarray) -> np.ndarray:
+        row, answer = self._answers(self.fact[own])
+        code = self.asked[at][row] * self.width + answer
+        place = np.minimum(np.searchsorted(self.known, code), len(self.known) - 1)
+        return np.bincount(row, self.known[place] == code, minlength=len(own)) > 0
+
+    def _answers(self, facts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The answers of each of these facts, and its place here. Shapes: `n -> m, m`."""
+        count = self.count[facts]
+        row = np.repeat(np.arange(len(facts)), count)
+        within = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+        return row, self.answers[self.first[facts][row] + within]
+
+
+def _codes(values: Iterable[Hashable]) -> np.ndarray:
+    codes: dict[Hashable, int] = {}
+    return np.array([codes.setdefault(one, len(codes)) for one in values], dtype=np.int64)
 
 
 def kin(facts: np.ndarray, *traits: Sequence[Hashable]) -> np.ndarray:
     """Facts that share one of the traits (a target), directly or through others, under one label: the first of theirs.
 
-    Another fact with the same target is no null of a pair, since what is right there is right here.
-    Shapes: `pair, pair... -> pair`.
+    What is drawn as one (`Facts`) are facts that share a prompt. Shapes: `pair, pair... -> pair`.
     """
     names, fact = np.unique(facts.astype(str), return_inverse=True)
     found = np.arange(len(names))
     for trait in traits:
-        codes: dict[Hashable, int] = {}
-        code = np.array([codes.setdefault(one, len(codes)) for one in trait])
-        both = coo_array((np.ones(len(code)), (found[fact], len(names) + code)), shape=(len(names) + len(codes),) * 2)
+        code = _codes(trait)
+        size = len(names) + int(code.max(initial=-1)) + 1
+        both = coo_array((np.ones(len(code)), (found[fact], len(names) + code)), shape=(size, size))
         joined = connected_components(both, directed=False)[1]
         first, of = np.unique(joined[found], return_index=True, return_inverse=True)[1:]
         found = first[of]
     return names[found[fact]]
 
 
-def with_shown(frame: pd.DataFrame, *traits: Sequence[Hashable]) -> pd.DataFrame:
-    """The frame with the column `shown`, where facts of its rows share one of the traits (a prompt). Shapes: `row`."""
-    labels = frame["fact"].to_numpy().astype(str)
-    units = kin(labels, *traits)
-    return frame if np.array_equal(units, labels) else frame.assign(**{SHOWN: units})
+def with_shown(frame: pd.DataFrame, prompts: Sequence[Hashable]) -> pd.DataFrame:
+    """The frame with the column `shown`, where facts share a prompt in a row's own direction. Shapes: `row`."""
+    labels, direction = frame["fact"].to_numpy().astype(str), frame["direction"].to_numpy()
+    units = labels.astype(object)
+    for one in np.unique(direction):
+        rows = np.flatnonzero(direction == one)
+        units[rows] = kin(labels[rows], [prompts[row] for row in rows])
+    return frame if np.array_equal(units, labels) else frame.assign(**{SHOWN: units.astype(str)})
 
 
 def shuffles(facts: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> np.ndarray:

@@ -242,3 +242,29 @@ def test_no_more_than_a_part_of_a_file_is_held(
     monkeypatch.setattr(in_parts, "probe", probe)
     rp.probe_in_parts(model, file, tmp_path / "parts", size=10, only=["attention"])
     assert seen == [min(10 * (n + 1), len(pairs)) for n in range(len(seen))]
+
+
+@pytest.mark.parametrize("control", [True, False])
+def test_the_folder_is_one_table_with_the_columns_of_every_part(
+    model: rp.ProbedModel, control: bool, tmp_path: Path
+) -> None:
+    """Pandas takes the columns of the first file: a later part's prompts, targets and reasons were left out."""
+    asked = [(i, 20 + i) for i in range(10)] + [(10 + i, 40 + i // 5) for i in range(10)] + [(0, 50), (1, 50)]
+    pairs = rp.ReversalPairs.from_pairs(
+        rp.ReversalPair(rp.Query([53, k, 51, c, 52], [3], [1]), rp.Query([53, c, 51, k, 52], [1], [3]), fact=f"{c} {k}")
+        for c, k in asked
+    )
+    folder = tmp_path / "parts"
+    rp.probe_in_parts(model, pairs, folder, size=10, control=control, progress=False)
+    for name in ("attention_correlation", "gradient_cosine", "reverse_probability"):
+        files = sorted((folder / name).glob("*.parquet"))
+        rows, parts = pd.read_parquet(folder / name), [pd.read_parquet(file) for file in files]
+        assert len(files) == 3 and all(set(part.columns) == set(rows.columns) for part in parts)
+        assert not rows.isna().any()["shown"] and ("reason_control" in rows) == (control and name[0] != "a")
+        apart = rows[rows["pair"] < 10]
+        assert (apart["shown"] == apart["fact"]).all() and (apart["reason"] == "").all()
+        of_one = rows[rows["pair"].between(10, 14)]
+        assert set(of_one["shown"]) == set(of_one["shown_forward"]) == {"10 40"}
+        assert rp.Reading.load(files[0]).prompts == 0
+    counts = rows.groupby(rows["pair"] // 10)["targets"].max().tolist()
+    assert counts == [1, 5, 2]

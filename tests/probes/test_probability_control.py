@@ -7,7 +7,7 @@ from torch import nn
 
 import revprobe as rp
 from revprobe.probes.passes.likelihood import target_partners
-from tiny import MASK, gpt2
+from tiny import MASK, gpt2, in_blocks
 
 
 class Knows(nn.Module):
@@ -97,3 +97,15 @@ def test_targets_of_one_shown_query_are_counted_and_cautioned(causal: bool):
 def test_without_such_targets_there_is_no_column_and_no_caution():
     reading = rp.probe_reverse_probability(gpt2(), many_to_one([[20 + i] for i in range(20)]))
     assert "targets" not in reading.frame and reading.caution == ""
+
+
+def test_queries_without_a_number_show_no_other_targets():
+    """Their evidence is out of sight: all that is seen of them is their template, and none has a probability."""
+    pairs = rp.ReversalPairs.from_pairs(
+        rp.ReversalPair(
+            rp.Query([45, 20 + i, 46, 47, 48, i], [5], [1]), rp.Query([45, i, 46, 47, 48, 20 + i], [1], [5])
+        )
+        for i in range(10)
+    )
+    reading = rp.probe_reverse_probability(in_blocks(4), pairs)
+    assert reading.n == 0 and "targets" not in reading.frame and reading.caution == ""

@@ -1,7 +1,6 @@
 """Facts that a model is shown as one prompt are one draw of it, in every measure; and no control of one another."""
 
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +13,15 @@ from revprobe.probes.deep.stored_once import _Tests
 from revprobe.probes.passes.asked import asked_pairs
 from revprobe.probes.passes.likelihood import target_partners
 from revprobe.probes.passes.plan import Plan
-from revprobe.probes.passes.prompts import facts_of, unlike
+from revprobe.probes.passes.prompts import facts_of
 from revprobe.probes.passes.run import run_pass
 from revprobe.probes.statistics.by_head import head_correlations
 from revprobe.probes.statistics.by_part import evidence_by_pair, logit_contributions
 from revprobe.probes.statistics.by_role import cell_cosines
 from revprobe.probes.statistics.causal_trace import place_means
 from revprobe.probes.statistics.denoising import attention_table, steps_table
-from revprobe.probes.statistics.estimators import NO_LIKE_TARGET, NO_UNLIKE, ONE_PROMPT
-from revprobe.probes.statistics.resampling import Facts, drawn_alike
+from revprobe.probes.statistics.estimators import NO_LIKE_TARGET, NO_UNLIKE, ONE_PROMPT, Control
+from revprobe.probes.statistics.resampling import SHOWN_COLUMNS, Facts, drawn_alike, with_shown
 from revprobe.probes.storage import control_partners
 from tiny import MASK, gpt2, in_blocks, radd
 
@@ -77,16 +76,26 @@ def test_cities_of_one_country_are_drawn_as_facts_that_are_labelled_by_country_a
     """Labels alone told facts apart: 12 cities of 4 countries had the intervals of 12 facts, three times each."""
     model, probe = model_of(kind), PROBES[name]
     found, expected = (probe(model, cities(by=by, kind=kind)) for by in ("city", "country"))
-    if name == "trace":  # whose donors are drawn by label
+    if name != "trace":
+        value = ["measure", "value", "low", "high", "n"]
+        tables = [one.measures()[value] for one in (found, expected)]
+        # Asked for its country, each city has a prompt of its own.
+        kept = [table[~table["measure"].str.startswith("forward") | (kind == "same_target")] for table in tables]
+        pd.testing.assert_frame_equal(*(numbers(table) for table in kept))
+    if name not in ("attention", "route edit"):  # whose partners are drawn by label
         frame = found.frame
-        expected = rp.Reading(found.name, frame.assign(fact=frame["shown"]).drop(columns="shown"), expected.meta)
+        drawn = frame["shown"]
+        if "direction" in frame:
+            drawn = drawn.where(frame["direction"] == "reverse", frame["shown_forward"])
+        bare = frame.assign(fact=drawn).drop(columns=[*SHOWN_COLUMNS])
+        expected = rp.Reading(found.name, bare, expected.meta)
     assert (found.facts, found.prompts, expected.facts, expected.prompts) == (CITIES, COUNTRIES, COUNTRIES, 0)
     pd.testing.assert_frame_equal(numbers(found.measures()), numbers(expected.measures()))
-    assert f"of {CITIES} facts, shown as {COUNTRIES} prompts" in repr(found)
+    assert f"of {CITIES} facts in {COUNTRIES} sets with no prompt in common" in repr(found)
     assert "shown" in found.frame and "shown" not in expected.frame
-    assert found.caution == expected.caution.replace("facts", "prompts") and ("13 prompts on" in found.caution) == (
-        name != "attention"
-    )
+    assert found.caution == expected.caution.replace("facts", "sets of facts") and (
+        "13 sets of facts on" in found.caution
+    ) == (name != "attention")
     by = BY.get(name, "layer")
     pd.testing.assert_frame_equal(*(numbers(one.summary(by=by)) for one in (found, expected)))
     assert found.summary(by="shown")["facts"].tolist() == [CITIES // COUNTRIES] * COUNTRIES
@@ -103,10 +112,72 @@ def test_tables_that_are_made_in_one_pass_draw_alike() -> None:
     }
     for name, table in tables.items():
         found, expected = (table(PROBES[name](model, cities(by=by))) for by in ("city", "country"))
-        pd.testing.assert_frame_equal(numbers(found), numbers(expected), obj=name)
+        # Whom a control meets goes by labels.
+        left = [column for column in found if "control" in column]
+        pd.testing.assert_frame_equal(*(numbers(one.drop(columns=left)) for one in (found, expected)), obj=name)
         if "facts" in found:
             assert set(found["facts"]) == {CITIES}, f"{name} counts prompts as facts"
     assert "shown" in evidence_by_pair(PROBES["storage"](model, cities()))
+
+
+ONE_SIDED = ["probability", "lens", "route edit", "trace"]
+
+
+@pytest.mark.parametrize("name", ONE_SIDED)
+def test_a_number_of_one_direction_is_drawn_by_the_prompts_of_that_direction(name: str) -> None:
+    """Asked for the country, each city has a prompt of its own: they were drawn as the countries that ask for them."""
+    found = PROBES[name](model_of("swapped"), cities(kind="swapped"))
+    rows, bare = found.frame, found.frame.drop(columns=[*SHOWN_COLUMNS])
+    country = np.array([f"k{int(fact[1:]) % COUNTRIES}" for fact in rows["fact"]])
+    for direction, fact in (("forward", rows["fact"].to_numpy()), ("reverse", country)):
+        there = (rows["direction"] == direction).to_numpy()
+        part = found.part(rows[there])
+        slow = rp.Reading(found.name, bare.assign(fact=fact)[there], found.meta)
+        assert part.prompts == (COUNTRIES if direction == "reverse" else 0)
+        for one in ("interval", "control", "value"):
+            np.testing.assert_equal(_plain(getattr(part, one)), _plain(getattr(slow, one)))
+    old = rp.Reading(found.name, rows.drop(columns=[*SHOWN_COLUMNS[1:]]), found.meta)  # saved before
+    assert old.prompts == COUNTRIES and old.value == found.value and np.isfinite(old.interval).all()
+
+
+def _plain(number: object) -> object:
+    return (number.value, number.interval) if isinstance(number, Control) else number
+
+
+def test_tables_of_both_directions_draw_each_by_its_own_prompts() -> None:
+    """Cells of the two stand side by side; where one column says both, each is what it is alone."""
+    edits = PROBES["route edit"](model_of("swapped"), cities(kind="swapped")).frame
+    keys = ["direction", "scope", "layer", "head"]
+    whole = place_means(edits, keys, "change")
+    for direction in ("forward", "reverse"):
+        alone = place_means(edits[edits["direction"] == direction], keys, "change")
+        cells = whole[whole["direction"] == direction].reset_index(drop=True)
+        pd.testing.assert_frame_equal(cells, alone.reset_index(drop=True), check_dtype=False)
+    both = place_means(edits, ["layer"], "change")
+    joined = place_means(edits.drop(columns=[*SHOWN_COLUMNS[1:]]), ["layer"], "change")
+    pd.testing.assert_frame_equal(both, joined)
+    pairs = cities(1)  # every reverse query is one prompt, so is every forward one
+    assert set(logit_contributions(PROBES["storage"](model_of("same_target"), pairs))["facts"]) == {CITIES}
+
+
+def test_halves_of_a_ranking_are_told_by_the_prompts_of_their_direction() -> None:
+    options = {"top": 1, "progress": False}
+    apart, joined = (
+        rp.rank_heads(model_of("swapped"), cities(kind="swapped"), direction="forward", edit=edit, **options)
+        for edit in ("knockout", "transplant")
+    )
+    assert (apart.facts, apart.prompts) == (CITIES // 2, 0)
+    assert (joined.facts, joined.prompts) == (CITIES // 2, COUNTRIES // 2), "a transplant is of both queries"
+
+
+def test_questions_are_joined_within_their_direction() -> None:
+    """A fact's forward question shares no prompt, its reverse one that of its sibling."""
+    frame = pd.DataFrame({"fact": ["a", "a", "b", "b", "c", "c"], "direction": ["F", "R"] * 3})
+    found = with_shown(frame, ["fa", "r", "fb", "r", "fc", "rc"])
+    assert found["shown"].tolist() == ["a", "a", "b", "a", "c", "c"]
+    sizes = {one: Facts.of_rows(rows).sizes["prompts"] for one, rows in found.groupby("direction")}
+    assert sizes == {"F": 0, "R": 2} and Facts.of_rows(found).sizes["prompts"] == 2
+    assert "shown" not in with_shown(frame, list("abcdef"))
 
 
 def test_groups_are_large_enough_by_prompts_and_not_by_labels() -> None:
@@ -200,7 +271,7 @@ def test_a_saved_reading_and_some_of_its_rows_draw_prompts(tmp_path: Path) -> No
     assert (loaded.interval, loaded.prompts) == (reading.interval, COUNTRIES) and repr(loaded) == repr(reading)
     some = reading.part(reading.frame[reading.frame["fact"].isin([f"c{i:02}" for i in range(6)])])
     assert (some.facts, some.prompts) == (6, 4)
-    without = reading.part(reading.frame.drop(columns="shown"))  # as older files are
+    without = reading.part(reading.frame.drop(columns=[*SHOWN_COLUMNS]))  # as older files are
     assert (without.facts, without.prompts) == (CITIES, 0) and without.value == pytest.approx(reading.value)
 
 
@@ -220,8 +291,11 @@ def test_two_models_are_compared_over_prompts() -> None:
         rp.compare_models({"a": masked, "b": other}, cities(by=by), progress=False).frame for by in ("city", "country")
     )
     assert set(found["measure"]) >= {"attention_correlation", "gradient_cosine", "reverse_probability"}
-    columns = ["value", "low", "high", "n", "control", "excess", "excess_low", "excess_high"]
+    columns = ["value", "low", "high", "n"]
     pd.testing.assert_frame_equal(found[columns], expected[columns])
+    beside = ["control", "excess", "excess_low", "excess_high"]  # of partners by label, but of the attention's
+    shuffled = found["measure"] == "attention_correlation"
+    pd.testing.assert_frame_equal(found.loc[shuffled, beside], expected.loc[shuffled, beside])
     assert set(found["facts"]) == {CITIES}
 
 
@@ -296,8 +370,6 @@ def test_a_control_at_the_same_evidence_was_the_value_itself() -> None:
         assert reading.control is None and reading.excess is None, name
         why = NO_UNLIKE if name == "gradient" else NO_LIKE_TARGET
         assert reading.undefined[why] == CITIES, name
-    labels = unlike(asked_pairs(model, cities(), ""))
-    assert len(set(labels)) == COUNTRIES and all(a != b for a, b in pairwise(labels))
 
 
 def test_a_ranking_of_heads_shows_no_prompt_that_it_ranked_by() -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from revprobe import ProbedModel, Reading, RevprobeError, decode, decoded_match, rank_candidates
 from revprobe.probes.decoding.exact_match import TOO_LONG, AnswerBook, begins_with, error_of, normalized
-from revprobe.probes.statistics.estimators import NO_PARTNER
+from revprobe.probes.statistics.estimators import NO_OTHER_ANSWER
 from tiny import word_tokenizer
 
 NAMES = ["alma", "brent", "cora", "dent", "eric", "fox", "gina", "hart", "ida", "jones"]
@@ -135,7 +135,7 @@ def test_a_control_never_shares_an_answer():
     assert decoded_match(knowing, questions).control.value == 0
     everybody = [replace(q, answers=(*q.answers, "ida")) for q in questions]
     lonely = decoded_match(knowing, everybody)
-    assert lonely.control is None and lonely.undefined == {NO_PARTNER: 6} and lonely.value == 1.0
+    assert lonely.control is None and lonely.undefined == {NO_OTHER_ANSWER: 6} and lonely.value == 1.0
 
 
 def test_controls_stay_within_direction_and_template():
