@@ -104,8 +104,8 @@ def probe_stored_evidence(
 def control_partners(pairs: ReversalPairs, logit_shift: int, *, seed: int = 0) -> np.ndarray:
     """For each pair one of another fact in its group with other targets of as many tokens; -1 where there is none.
 
-    Its evidence is another, too, at which the pair's targets are wrong. A target can be asked for only where as many tokens are hidden. Shapes: `-> pair`
-    (indices).
+    Its evidence is another, too, at which the pair's targets are wrong. A target can be asked for only where as many
+    tokens are hidden. Shapes: `-> pair` (indices).
     """
     width = np.array([len(query.target_positions) for query in pairs.queries])
     traits = np.stack([pairs.groups(logit_shift), width[pairs.forward], width[pairs.reverse]], axis=1)
