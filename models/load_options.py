@@ -10,6 +10,7 @@ import torch
 
 from ..errors import RevprobeError, did_you_mean, first_line, shown
 from .probed import OBJECTIVES, ProbedModel
+from .rotary import is_inverse_frequency
 
 
 def checked_choices(
@@ -70,16 +71,17 @@ def _require_device(device: torch.device | str | int | None) -> None:
 
 
 def placed(model: ProbedModel, dtype: Any, device: Any) -> ProbedModel:
-    """The model in a dtype and on a device; what is worked out, not read, keeps its precision, as in transformers.
+    """The model in a dtype and on a device; inverse frequencies that are not saved keep their precision.
 
-    Such buffers (rotary angles) are those that are not saved: in bfloat16 an angle is off by a part in 500.
+    In bfloat16 an angle is off by a part in 500. Other buffers (tables of sines) are cast, as the numbers are that they
+    meet.
     """
     if dtype not in (None, "auto"):
         worked_out = {
             (part, name): part._buffers[name]
             for part in model.module.modules()
             for name in part._non_persistent_buffers_set
-            if part._buffers.get(name) is not None
+            if is_inverse_frequency(name) and part._buffers.get(name) is not None
         }
         model.module.to(dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype))
         for (part, name), kept in worked_out.items():

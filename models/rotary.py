@@ -262,9 +262,27 @@ def _is_growing(scaling: str) -> bool:
     return any(word in scaling for word in _GROWING)
 
 
-def _rotary_of(module: nn.Module, name: str, kind: str | None, source: str, length: int) -> Rotary:
+def is_inverse_frequency(name: str) -> bool:
+    """Whether a buffer of that name holds radians per token, or those it began with."""
+    return _INV_FREQ.match(name) is not None
+
+
+def follows_length(module: nn.Module, name: str) -> bool:
+    """Whether a buffer holds the angles of the longest row so far; those it began with stand beside it."""
+    match = _INV_FREQ.match(name)
+    if match is None or name.endswith("original_inv_freq"):
+        return False
+    began_with = f"{match['kind']}_original_inv_freq" if match["kind"] else "original_inv_freq"
+    return hasattr(module, began_with) and _is_growing(_scaling_of(module, match["kind"]))
+
+
+def _scaling_of(module: nn.Module, kind: str | None) -> str:
     scaling = getattr(module, "rope_type", "default")
-    scaling = str(scaling.get(kind, "default") if isinstance(scaling, dict) else scaling)
+    return str(scaling.get(kind, "default") if isinstance(scaling, dict) else scaling)
+
+
+def _rotary_of(module: nn.Module, name: str, kind: str | None, source: str, length: int) -> Rotary:
+    scaling = _scaling_of(module, kind)
     if _is_growing(scaling):
         # On a copy: the embedding's own code decides, and keeps what it decided.
         module = copy.deepcopy(module)

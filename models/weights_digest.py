@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks.gradients.spread_weights import is_piece
+from .rotary import follows_length
 
 _AT_A_TIME = 2**26  # bytes, so that weights on a GPU are not held here a second time
 
@@ -37,9 +38,9 @@ def weights_digest(module: nn.Module) -> str:
 
 # What changes while a model stays the same: where it lies, who saved it, how it is trained, how far it was run.
 _NO_SETTINGS = {"_name_or_path", "name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
-_NO_SETTINGS |= {"training", "use_cache", "gradient_checkpointing", "max_seq_len_cached", "_attn_implementation"}
-# Rotary angles that follow the longest row so far; `original_inv_freq` beside them are the model's.
-_FOLLOWING = ("dynamic", "longrope")
+_NO_SETTINGS |= {"training", "use_cache", "gradient_checkpointing", "_attn_implementation"}
+# What a rotation keeps of the longest row so far, of the whole model or of one type of layers.
+_OF_LENGTH = ("max_seq_len_cached", "long_inv_freq")
 
 
 def settings_digest(module: nn.Module) -> str:
@@ -52,14 +53,21 @@ def settings_digest(module: nn.Module) -> str:
     told = config.to_dict() if hasattr(config, "to_dict") else vars(config) if hasattr(config, "__dict__") else config
     found.update(_written(told).encode())
     for name, part in module.named_modules():
-        found.update(f"{name} {type(part).__name__} {_written(vars(part))}".encode())
+        found.update(f"{name} {type(part).__name__} {_written(_attributes(part))}".encode())
         for key in sorted(part._non_persistent_buffers_set):
             tensor = part._buffers.get(key)
-            if tensor is not None and not (key == "inv_freq" and getattr(part, "rope_type", None) in _FOLLOWING):
+            if tensor is not None and not follows_length(part, key):
                 found.update(repr((key, tuple(tensor.shape), str(tensor.dtype))).encode())
                 for some in () if tensor.is_meta else _bytes(tensor):
                     found.update(some.cpu().numpy().data)
     return found.hexdigest()[:16]
+
+
+def _attributes(part: nn.Module) -> Mapping[str, Any]:
+    """Those of a rotation whose types of layers have scalings of their own: without the one that a run sets."""
+    own = vars(part)
+    left = {"attention_scaling"} if isinstance(own.get("rope_type"), dict) else set()
+    return {name: value for name, value in own.items() if name not in left}
 
 
 def _written(values: Any) -> str:
@@ -71,6 +79,7 @@ def _settings(value: Any) -> Any:
     """Numbers, texts, and lists and mappings of them; of anything else its type. Private names are none of a part's."""
     if isinstance(value, Mapping):
         kept = {str(key): one for key, one in value.items() if str(key) not in _NO_SETTINGS}
+        kept = {key: one for key, one in kept.items() if not key.endswith(_OF_LENGTH)}
         return {key: _settings(one) for key, one in kept.items() if not key.startswith("_")}
     if isinstance(value, list | tuple | set | frozenset):
         return [_settings(one) for one in (sorted(value, key=repr) if isinstance(value, set | frozenset) else value)]

@@ -250,7 +250,9 @@ class _Kept:
         """The facts of all parts, and what is drawn of them in numbers of both directions, and of each."""
         labels = np.concatenate(self.facts)
         sides = [self.shown, *([side] for side in self.shown)]
-        return {name: Facts.of(labels, kin(labels, *some)) for name, some in zip(SHOWN_COLUMNS, sides, strict=True)}
+        either, *apart = (kin(labels, *some) for some in sides)
+        found = {SHOWN: Facts.of(labels, either, (apart[0], apart[1]))}
+        return found | {name: Facts.of(labels, one) for name, one in zip(SHOWN_COLUMNS[1:], apart, strict=True)}
 
     def measures(self, names: Sequence[str]) -> pd.DataFrame:
         return pd.concat([self._of(name) for name in names], ignore_index=True)

@@ -46,9 +46,9 @@ def remainder_text(meta: Mapping[str, Any]) -> str:
 def evidence_by_pair(reading: StoredReading) -> pd.DataFrame:
     """What the evidence holds and what of it arrives: one row per pair, summed over the reading's layers and heads.
 
-    Columns: pair, fact (and shown and its like, where the reading has them), stored_control, reason, reason_margin, reason_control,
-    and for each direction stored (S[v, u]), weight (the mean over heads), contribution (the evidence position's whole
-    value, routed), logit, margin and rank.
+    Columns: pair, fact (and shown and its like, where the reading has them), stored_control, reason, reason_margin,
+    reason_control, and for each direction stored (S[v, u]), weight (the mean over heads), contribution (the evidence
+    position's whole value, routed), logit, margin and rank.
     """
     frame = reading.frame[reading.frame["part"] == "evidence"]
     tokens = frame[frame["source"] == "token"].groupby("pair", sort=True)

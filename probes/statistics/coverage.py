@@ -65,7 +65,7 @@ def first_caution(statistic: str, *found: Counted, apart: bool = False) -> str:
 
 
 def caution_of(statistic: str, found: Counted, *, apart: bool = False) -> str:
-    """`caution` for a number: of what its interval draws, which are sets of facts where facts share prompts."""
+    """`caution` for a number: of what its interval draws, which are sets of facts where some share prompts."""
     of = "sets of facts" if found.prompts else "facts"
     return caution(statistic, found.prompts or found.facts, found.n, apart=apart, of=of)
 
@@ -76,13 +76,11 @@ def counted(n: int, facts: int, name: str = "", prompts: int = 0) -> str:
     >>> counted(2106, 26), counted(1, 1), counted(40, 20, "decoded_match")
     ('n = 2,106 pairs of 26 facts', 'n = 1 pair of 1 fact', 'n = 40 questions of 20 facts')
     >>> counted(60, 60, prompts=3)
-    'n = 60 pairs of 60 facts in 3 sets with no prompt in common'
+    'n = 60 pairs of 60 facts, drawn as 3 by the prompts they share'
 
     Args:
-        prompts: in how many sets facts stand together that share prompts, directly or through others; 0 where none do.
+        prompts: as how many the facts are drawn, where some share prompts; else 0.
     """
     one, many = COUNTED.get(name, ("pair", "pairs"))
     told = f"n = {n:,} {one if n == 1 else many} of {facts:,} {'fact' if facts == 1 else 'facts'}"
-    if not prompts:
-        return told
-    return f"{told} in {prompts:,} sets with no prompt in common" if prompts > 1 else f"{told}, all linked by prompts"
+    return told + (f", drawn as {prompts:,} by the prompts they share" if prompts else "")

@@ -7,14 +7,14 @@ that share prompts (`resampling.Facts`) are one fact to all of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
 from scipy import sparse
 
-from .intervals import ALIKE, perfect, student
+from .intervals import ALIKE, perfect, student, two_way_error
 from .resampling import Facts, each_shuffle
 
 # A within-group correlation over fewer facts than this is mostly noise; smaller groups are pooled.
@@ -68,7 +68,8 @@ def group_correlation(
     Shapes: `forward`, `reverse`: `pair head`; `facts`, `groups`: `pair`. NaN scores are left out.
     """
     facts = Facts.of(facts)
-    layout = Layout.of(facts.unit, groups)
+    ways = facts.ways or (facts.unit,)
+    layout = Layout.of(ways[0], groups)
     large = layout.defined_facts(forward, reverse) >= LEAST_FACTS
     pooled = not large.any()
     blocks = list(layout.blocks(forward, reverse, large))
@@ -78,12 +79,12 @@ def group_correlation(
     asked = (defined & (large[layout.group] | pooled)).any(1)
     counting = np.concatenate([moments.counting(part, pooled) for moments, part in blocks], axis=1)
     used = (defined & counting[layout.group]).any(1) if np.isfinite(value) else asked
-    present = np.bincount(layout.fact[used], minlength=layout.n_facts) > 0
-    left_out = [moments.left_out(part, pooled).reshape(layout.n_facts, -1) for moments, part in blocks]
-    low, high = jackknife_intervals(
-        np.array([value]), _row_means(np.concatenate(left_out, axis=1))[:, None], present[:, None]
-    )
-    del blocks, left_out
+    jackknives = [_left_out(layout, blocks, used, pooled)]
+    for way in ways[1:]:
+        other = Layout.of(way, groups)
+        jackknives.append(_left_out(other, other.blocks(forward, reverse, large), used, pooled))
+    low, high = jackknife_intervals(np.array([value]), *jackknives[0], further=jackknives[1:])
+    del blocks
     lonely = layout.fact_counts[layout.group] < 2
     null = null_correlations(layout, forward, reverse, large, pooled, seed) if control else np.array([])
     averaged = "pooled within-group r" if pooled else f"mean within-group r over groups of at least {LEAST_FACTS} facts"
@@ -103,21 +104,35 @@ def group_correlation(
     )
 
 
-def jackknife_intervals(value: np.ndarray, left_out: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _left_out(
+    layout: Layout, blocks: Iterable[tuple[Moments, np.ndarray]], used: np.ndarray, pooled: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The value without each fact in turn, and whether it rests on it. Shapes: `-> fact 1, fact 1`."""
+    left_out = [moments.left_out(part, pooled).reshape(layout.n_facts, -1) for moments, part in blocks]
+    present = np.bincount(layout.fact[used], minlength=layout.n_facts) > 0
+    return _row_means(np.concatenate(left_out, axis=1))[:, None], present[:, None]
+
+
+def jackknife_intervals(
+    value: np.ndarray,
+    left_out: np.ndarray,
+    present: np.ndarray,
+    *,
+    further: Sequence[tuple[np.ndarray, np.ndarray]] = (),
+) -> tuple[np.ndarray, np.ndarray]:
     """95 % intervals of correlations, from what they are without each fact in turn: Fisher's z, and Student's t.
 
     NaN for one fact alone; from -1 to 1 where a fact less leaves nothing to correlate (three facts in one group).
+    Args:
+        further: the same by another way to join facts, no coarser, and by both at once; see `two_way_error`.
     Shapes: `cell, fact cell, fact cell -> cell, cell`; `present` marks the facts that a cell rests on.
     Source: Efron & Tibshirani 1993, ch. 11 (the jackknife over clusters).
     """
-    facts = present.sum(0)
-    shown = np.where(present, left_out, 0.0)
-    nothing = ~np.isfinite(shown).all(0) | (np.abs(shown) >= 1 - ALIKE).any(0)
-    edge = 1 - ALIKE / 2
-    z, own = np.arctanh(np.clip(np.nan_to_num(shown), -edge, edge)), np.arctanh(np.clip(value, -edge, edge))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        about = np.where(present, z - np.where(present, z, 0).sum(0) / facts, 0.0)
-        width = np.sqrt((facts - 1) / facts * (about**2).sum(0))
+    facts, edge = present.sum(0), 1 - ALIKE / 2
+    found = [_jackknife_error(*one) for one in ((left_out, present), *further)]
+    nothing = np.logical_or.reduce([one[1] for one in found])
+    width = found[0][0] if not further else two_way_error(*(one[0] for one in found))
+    own = np.arctanh(np.clip(value, -edge, edge))
     width = width * np.array([student(int(count) - 1) for count in facts])
     low, high = np.tanh(own - width), np.tanh(own + width)
     low, high = np.where(nothing, -1.0, low), np.where(nothing, 1.0, high)
@@ -125,6 +140,16 @@ def jackknife_intervals(value: np.ndarray, left_out: np.ndarray, present: np.nda
     low, high = (np.where(whole, same, edge) for same, edge in zip(perfect(value, facts), (low, high), strict=True))
     known = (facts > 1) & np.isfinite(value)
     return np.where(known, low, np.nan), np.where(known, high, np.nan)
+
+
+def _jackknife_error(left_out: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Standard errors of Fisher's z, and where a fact less leaves nothing. Shapes: `-> cell, cell`."""
+    facts, edge, shown = present.sum(0), 1 - ALIKE / 2, np.where(present, left_out, 0.0)
+    nothing = ~np.isfinite(shown).all(0) | (np.abs(shown) >= 1 - ALIKE).any(0)
+    z = np.arctanh(np.clip(np.nan_to_num(shown), -edge, edge))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        about = np.where(present, z - np.where(present, z, 0).sum(0) / facts, 0.0)
+        return np.sqrt((facts - 1) / facts * (about**2).sum(0)), nothing
 
 
 def null_correlations(

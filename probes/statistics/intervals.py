@@ -2,7 +2,8 @@
 
 Pairs about one fact are not independent (they share letters, names, weights): what is drawn at random is the fact. So
 every interval rests on the variance between facts, linearised (Cochran 1977, ch. 6), and on Student's t. Facts that
-share prompts, directly or through others, are drawn as one (`resampling.Facts`).
+share prompts are drawn as one (`resampling.Facts`); where they do so in chains, which shared forward and shared reverse
+prompts make of them, the variances by the one and by the other are added (`two_way_error`).
 
     an unbounded mean   value ± t x standard error
     a bounded mean      Clopper-Pearson at its effective sample size: that at which a coin of this mean would vary as
@@ -73,8 +74,11 @@ def mean_over_facts(values: np.ndarray, facts: np.ndarray | Facts, *, bounds: Bo
     if not defined.any():
         return Estimate.undefined()
     own = Facts.of(facts)[defined]
-    sums, counts = _by_fact(values[defined], own)
-    edges = mean_intervals(sums[:, None], counts[:, None], bounds=bounds)
+    if (ways := own.ways) is None:
+        sums, counts = _by_fact(values[defined], own)
+        edges = mean_intervals(sums[:, None], counts[:, None], bounds=bounds)
+    else:
+        edges = _two_way(values[defined], ways, bounds)
     value, low, high = (float(edge[0]) for edge in edges)
     return Estimate(value, low, high, int(defined.sum()), **own.sizes)
 
@@ -159,7 +163,7 @@ def difference_over_facts(
     both = np.isfinite(values) & np.isfinite(null)
     values, null, facts = values[both], null[both], Facts.of(facts)[both]
     apart = mean_over_facts(values - null, facts)
-    if bounds is None or not apart.n or (apart.drawn < 2 and not binary):
+    if bounds is None or not apart.n or facts.ways is not None or (apart.drawn < 2 and not binary):
         return apart
     (sums, counts), (others, _) = _by_fact(values, facts), _by_fact(null, facts)
     if binary:
@@ -231,9 +235,34 @@ def ratio_over_facts(parts: np.ndarray, wholes: np.ndarray, facts: np.ndarray | 
     return Estimate(value, low, high, int(both.sum()), **own.sizes)
 
 
-def mean_intervals(sums: np.ndarray, counts: np.ndarray, *, bounds: Bounds | None = None) -> Edges:
+def two_way_error(one: np.ndarray, other: np.ndarray, both: np.ndarray) -> np.ndarray:
+    """The standard error over facts that two ways join, from those by each way and by the two at once.
+
+    Never below either: the difference of variances is itself an estimate.
+    Source: Cameron, Gelbach & Miller 2011 (J. Bus. Econ. Stat. 29), eq. 2.13.
+    """
+    return np.sqrt(np.maximum(one**2 + other**2 - both**2, np.maximum(one, other) ** 2))
+
+
+def _two_way(values: np.ndarray, ways: tuple[np.ndarray, ...], bounds: Bounds | None) -> Edges:
+    """A mean and its interval where facts share prompts in chains. Shapes: `row, (row, row, row) -> 1, 1, 1`."""
+    sums = [(np.bincount(way, values)[:, None], np.bincount(way).astype(np.float64)[:, None]) for way in ways]
+    spreads = [_spread(part - values.mean() * counts, counts) for part, counts in sums]
+    error = two_way_error(*(one[0] for one in spreads))
+    return mean_intervals(*sums[0], bounds=bounds, spread=(error, np.minimum(spreads[0][1], spreads[1][1])))
+
+
+def mean_intervals(
+    sums: np.ndarray,
+    counts: np.ndarray,
+    *,
+    bounds: Bounds | None = None,
+    spread: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Edges:
     """Means of many cells at once with their intervals, from each fact's sum and count in each cell.
 
+    Args:
+        spread: standard errors and degrees of freedom, where they are not those over these facts. Shapes: `cell, cell`.
     Shapes: `fact cell, fact cell -> cell, cell, cell`; a count of 0 is a fact that the cell lacks.
     """
     there = counts != 0
@@ -241,7 +270,7 @@ def mean_intervals(sums: np.ndarray, counts: np.ndarray, *, bounds: Bounds | Non
     with np.errstate(invalid="ignore", divide="ignore"):
         value = sums.sum(0) / counts.sum(0)
         own = np.where(there, sums / counts, value)
-    error, freedom = _spread(sums - value * counts, counts)
+    error, freedom = _spread(sums - value * counts, counts) if spread is None else spread
     alike = np.ptp(own, axis=0) <= ALIKE * np.abs(own).max(0)
     if bounds is None:
         width = np.where(alike, np.nan, stats.t.ppf(1 - _TAIL, freedom) * error)  # nothing says how facts would vary

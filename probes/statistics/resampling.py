@@ -31,14 +31,21 @@ _KEPT = 20_000
 class Facts:
     """The fact of each row by its label, and what is drawn at random: facts that share prompts, directly or by others.
 
-    Shapes: `label`, `unit`: `row`; rows of one fact are of one unit.
+    Shapes: `label`, `unit`, each of `sides` (what is drawn in the forward and in the reverse direction alone, of a
+    number of both): `row`; rows of one fact are of one unit.
     """
 
     label: np.ndarray
     unit: np.ndarray
+    sides: tuple[np.ndarray, np.ndarray] | None = None
 
     @classmethod
-    def of(cls, facts: np.ndarray | Facts, units: np.ndarray | None = None) -> Facts:
+    def of(
+        cls,
+        facts: np.ndarray | Facts,
+        units: np.ndarray | None = None,
+        sides: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> Facts:
         """Of labels, each fact is drawn by itself, unless `units` says which are one (row by row; empty is itself)."""
         if isinstance(facts, Facts):
             return facts
@@ -50,7 +57,7 @@ class Facts:
         together = np.unique(unit, return_inverse=True)[1] * (fact.max(initial=0) + 1) + fact
         # Rows of two readings may give a fact two units, which then are one.
         several = len(np.unique(together)) > len(np.unique(fact))
-        return cls(label, kin(label, unit.tolist()) if several else unit)
+        return cls(label, kin(label, unit.tolist())) if several else cls(label, unit, sides)
 
     @classmethod
     def of_rows(cls, rows: pd.DataFrame, direction: str | None = None) -> Facts:
@@ -67,7 +74,10 @@ class Facts:
             sides = [rows["direction"].eq(side).to_numpy() for side in SHOWN_IN]
             units = [rows[name].to_numpy(dtype=object) for name in (*SHOWN_IN.values(), SHOWN)]
             return cls.of(label, np.select(sides, units[:2], units[2]))
-        return cls.of(label, rows[SHOWN if direction is None else SHOWN_IN[direction]].to_numpy())
+        if direction is not None:
+            return cls.of(label, rows[SHOWN_IN[direction]].to_numpy())
+        forward, reverse = (rows[name].to_numpy() for name in SHOWN_IN.values())
+        return cls.of(label, rows[SHOWN].to_numpy(), (forward, reverse))
 
     @classmethod
     def of_pairs(cls, frame: pd.DataFrame, direction: str | None = None) -> Facts:
@@ -78,16 +88,33 @@ class Facts:
         return cls.of_rows(rows, direction)
 
     def __getitem__(self, rows: np.ndarray) -> Facts:
-        label = self.label[rows]
-        return Facts(label, label if self.unit is self.label else self.unit[rows])
+        label, sides = self.label[rows], self.sides
+        unit = label if self.unit is self.label else self.unit[rows]
+        return Facts(label, unit, None if sides is None else (sides[0][rows], sides[1][rows]))
 
     def __len__(self) -> int:
         return len(self.label)
 
     @property
+    def ways(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """The sets by the one direction, by the other, and by both at once, where facts hang together in chains.
+
+        None where the sets of either direction are those of one of them: facts that share no prompt with one another
+        are then never drawn together. The first way is that of fewer sets. Shapes: `-> row` each, numbers.
+        """
+        if self.sides is None or not len(self.label):
+            return None
+        codes = [np.unique(side, return_inverse=True)[1].reshape(-1) for side in self.sides]
+        one, other = sorted(codes, key=lambda code: int(code.max()))
+        if len(np.unique(self.unit)) > one.max():
+            return None
+        return one, other, np.unique(one * (other.max() + 1) + other, return_inverse=True)[1].reshape(-1)
+
+    @property
     def sizes(self) -> dict[str, int]:
-        """How many facts, and in how many sets they share prompts: 0 where each has its own."""
-        facts, prompts = len(np.unique(self.label)), len(np.unique(self.unit))
+        """How many facts, and as how many they are drawn by the prompts they share: 0 where each has its own."""
+        facts, ways = len(np.unique(self.label)), self.ways
+        prompts = len(np.unique(self.unit if ways is None else ways[0]))
         return {"facts": facts, "prompts": prompts if prompts < facts else 0}
 
 

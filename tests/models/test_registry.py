@@ -330,6 +330,37 @@ def test_what_is_worked_out_keeps_its_precision_whoever_loads(tmp_path):
         assert torch.equal(mine.logits(ids), folder.logits(ids))
 
 
+class TurnsByTables(nn.Module):
+    """Attention that multiplies by sines it holds, and casts nothing back."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.qkv, self.head = nn.Embedding(60, 16), nn.Linear(16, 48), nn.Linear(16, 60)
+        inverse = 10_000 ** (-torch.arange(8.0) / 8)
+        angles = torch.outer(torch.arange(32.0), inverse).repeat(1, 2)
+        self.register_buffer("inv_freq", inverse, persistent=False)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, input_ids, attention_mask=None):
+        q, k, v = self.qkv(self.embed(input_ids)).chunk(3, -1)
+        q, k = (
+            x * self.cos[: x.shape[1]] + torch.cat([-x[..., 8:], x[..., :8]], -1) * self.sin[: x.shape[1]]
+            for x in (q, k)
+        )
+        return self.head(nn.functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0])
+
+
+def test_tables_that_meet_the_weights_are_cast_with_them():
+    """Kept in float32 they made queries float32 beside values in bfloat16, an error of torch."""
+    options = {"objective": "masked", "mask_token_id": 59, "logit_shift": 0}
+    register_model("tables", lambda **_: ProbedModel(TurnsByTables(), **options))
+    model, ids = load_model("tables", dtype="bfloat16"), torch.arange(10)[None]
+    assert model.module.inv_freq.dtype == torch.float32 and model.module.cos.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert model.logits(ids).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("asked", ["float32", torch.float32])
 def test_the_older_name_of_dtype_is_obeyed(asked, tmp_path):
     """It was taken for an option of `from_pretrained` beside the dtype, and lost."""

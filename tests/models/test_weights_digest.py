@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from revprobe.models import weights_digest as file
 from revprobe.models.weights_digest import settings_digest, weights_digest
@@ -131,3 +132,45 @@ def test_where_a_model_lies_and_how_it_was_used_is_no_setting(tmp_path: Path) ->
     loaded = [type(module).from_pretrained(tmp_path / "here") for _ in range(2)]
     loaded[1].config.name_or_path = loaded[1].name_or_path = "there"
     assert settings_digest(loaded[0]) == settings_digest(loaded[1])
+
+
+def layers_turn(kind: str) -> nn.Module:
+    """A model whose sliding and full layers turn differently, the full ones by angles that grow with the row."""
+    full = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    if kind == "longrope":
+        full |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = Gemma3TextConfig(
+        vocab_size=60,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=16,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": full,
+        },
+    )
+    torch.manual_seed(0)
+    return Gemma3ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_angles_of_a_type_of_layers_that_follow_the_row_are_no_setting(kind: str) -> None:
+    """Parts were refused as another model's once a longer row had been run; other angles are another model still."""
+    module, other = layers_turn(kind), layers_turn(kind)
+    before = settings_digest(module)
+    assert before == settings_digest(other)
+    rotary = next(part for name, part in module.named_modules() if name.endswith("rotary_emb"))
+    angles = rotary.full_attention_inv_freq.clone()
+    with torch.no_grad():
+        module(torch.arange(40)[None])
+    assert not torch.equal(rotary.full_attention_inv_freq, angles), "the row was long enough to move them"
+    assert settings_digest(module) == before
+    changed = next(part for name, part in other.named_modules() if name.endswith("rotary_emb"))
+    changed.sliding_attention_inv_freq.mul_(0.5)
+    assert settings_digest(other) != before

@@ -91,7 +91,7 @@ def test_cities_of_one_country_are_drawn_as_facts_that_are_labelled_by_country_a
         expected = rp.Reading(found.name, bare, expected.meta)
     assert (found.facts, found.prompts, expected.facts, expected.prompts) == (CITIES, COUNTRIES, COUNTRIES, 0)
     pd.testing.assert_frame_equal(numbers(found.measures()), numbers(expected.measures()))
-    assert f"of {CITIES} facts in {COUNTRIES} sets with no prompt in common" in repr(found)
+    assert f"of {CITIES} facts, drawn as {COUNTRIES} by the prompts they share" in repr(found)
     assert "shown" in found.frame and "shown" not in expected.frame
     assert found.caution == expected.caution.replace("facts", "sets of facts") and (
         "13 sets of facts on" in found.caution

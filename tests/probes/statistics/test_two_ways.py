@@ -1,0 +1,107 @@
+"""Facts that hang together in chains of forward and reverse prompts: two ways to draw them, and intervals of both."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import revprobe as rp
+from revprobe.probes.statistics.group_correlation import group_correlation
+from revprobe.probes.statistics.intervals import COSINE, difference_over_facts, mean_over_facts
+from revprobe.probes.statistics.resampling import Facts
+from tiny import gpt2
+
+
+def ring(sets: int, times: int = 2) -> tuple[Facts, list[np.ndarray]]:
+    """Each forward prompt is shared by `times` facts, each reverse prompt by others; all hang together."""
+    forward = np.tile(np.arange(sets), times)
+    reverse = np.concatenate([np.roll(np.arange(sets), -turn) for turn in range(times)])
+    label = np.array([f"f{place:03}" for place in range(len(forward))])
+    sides = tuple(np.array([f"f{one:03}" for one in side]) for side in (forward, reverse))
+    return Facts.of(label, np.full(len(label), "f000"), (sides[0], sides[1])), [forward, reverse]
+
+
+def slow_error(residual: np.ndarray, ways: list[np.ndarray]) -> tuple[float, float]:
+    """Every two facts that share a prompt, one after the other; with the degrees of freedom."""
+    count, variances, freedoms = len(residual), [], []
+    both = np.array([10_000 * one + other for one, other in zip(*ways, strict=True)])
+    for way in (*ways, both):
+        number, total = len(set(way)), 0.0
+        for i in range(count):
+            for j in range(count):
+                total += residual[i] * residual[j] if way[i] == way[j] else 0.0
+        variances.append(number / (number - 1) * total / count**2)
+        sums = np.array([residual[way == one].sum() for one in sorted(set(way))])
+        freedoms.append(float(np.clip(1.5 * (sums**2).sum() ** 2 / (sums**4).sum(), 1, number - 1)))
+    return float(np.sqrt(max(variances[0] + variances[1] - variances[2], *variances[:2]))), min(freedoms[:2])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_interval_of_a_mean_is_that_of_a_slow_sum_over_pairs_of_facts(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    facts, ways = ring(5 + seed)
+    values = rng.normal(size=len(facts)) + rng.normal(size=5 + seed)[ways[0]]
+    found, (error, freedom) = mean_over_facts(values, facts), slow_error(values - values.mean(), ways)
+    reach = stats.t.ppf(0.975, freedom) * error
+    np.testing.assert_allclose([found.low, found.high], [values.mean() - reach, values.mean() + reach])
+    assert (found.facts, found.prompts, found.n) == (len(facts), 5 + seed, len(facts))
+    bounded = mean_over_facts(np.tanh(values), facts, bounds=COSINE)
+    assert -1 < bounded.low < bounded.value < bounded.high < 1
+    apart = difference_over_facts(np.tanh(values), np.zeros(len(facts)), facts, bounds=COSINE)
+    assert apart == mean_over_facts(np.tanh(values), facts)
+
+
+def test_where_one_direction_has_the_sets_of_both_they_are_drawn_as_before() -> None:
+    """Facts that share no prompt are independent then: nothing is joined through others that either way keeps apart."""
+    label, forward = (np.array([f"f{i // size}" for i in range(24)]) for size in (1, 4))
+    values = np.random.default_rng(0).normal(size=24)
+    facts = Facts.of(label, forward, (forward, label))
+    assert facts.ways is None and facts.sizes == {"facts": 24, "prompts": 6}
+    assert mean_over_facts(values, facts) == mean_over_facts(values, Facts.of(label, forward))
+    some = ring(6)[0][np.arange(6)]  # which share no prompt with one another
+    assert some.sizes == {"facts": 6, "prompts": 0}
+    found, alone = (mean_over_facts(values[:6], drawn) for drawn in (some, some.label))
+    np.testing.assert_allclose([found.low, found.high], [alone.low, alone.high])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_interval_of_a_correlation_is_that_of_slow_jackknives(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    facts, ways = ring(9)
+    x, y = rng.normal(size=9)[ways[0]], rng.normal(size=9)[ways[1]]
+    y = y + 0.5 * x + 0.1 * rng.normal(size=18)
+    variances = []
+    for way in (*ways, np.arange(18)):
+        left_out = [np.arctanh(np.corrcoef(x[way != one], y[way != one])[0, 1]) for one in sorted(set(way))]
+        variances.append((len(left_out) - 1) * np.var(left_out))
+    error = np.sqrt(max(variances[0] + variances[1] - variances[2], *variances[:2]))
+    value = np.corrcoef(x, y)[0, 1]
+    edges = np.tanh(np.arctanh(value) + np.array([-1, 1]) * stats.t.ppf(0.975, 8) * error)
+    found = group_correlation(x[:, None], y[:, None], facts, np.zeros(18, dtype=int))
+    np.testing.assert_allclose([found.value, found.low, found.high], [value, *edges])
+    assert (found.facts, found.prompts, found.lonely) == (18, 9, 0) and abs(found.null.mean()) < 1e-9
+
+
+def test_intervals_hold_the_truth_where_both_prompts_of_a_fact_move_it() -> None:
+    rng, (facts, ways) = np.random.default_rng(0), ring(15, 4)
+    held = {"by prompts": 0, "by facts": 0}
+    for _ in range(300):
+        values = sum(rng.normal(size=15)[way] for way in ways) + rng.normal(size=60)
+        for name, drawn in (("by prompts", facts), ("by facts", facts.label)):
+            found = mean_over_facts(values, drawn)
+            held[name] += found.low <= 0 <= found.high
+    assert held["by prompts"] > 0.93 * 300 and held["by facts"] < 0.85 * 300
+
+
+def test_a_relation_of_many_to_many_has_intervals_and_a_control() -> None:
+    """15 targets of two evidences each, which have two targets each: one chain, of which nothing had an interval."""
+    asked = [(i, 20 + (i + turn) % 15) for turn in range(2) for i in range(15)]
+    pairs = rp.ReversalPairs.from_pairs(
+        rp.ReversalPair(rp.Query([50, e, 51, t], [3], [1]), rp.Query([50, t, 52, e], [3], [1]), "swapped", f"{t} {e}")
+        for t, e in asked
+    )
+    attention, gradient = rp.probe(gpt2(scale=0.4), pairs, only=("attention", "gradient"), progress=False)
+    for reading in (attention, gradient):
+        assert np.isfinite(reading.interval).all() and not reading.undefined
+        assert (reading.facts, reading.prompts) == (30, 15) and reading.control is not None
+        assert "n = 30 pairs of 30 facts, drawn as 15 by the prompts they share" in repr(reading)
+    assert np.isfinite([gradient.excess.low, gradient.control.interval[0]]).all()
