@@ -27,28 +27,38 @@ def head_correlations(frame: pd.DataFrame) -> pd.DataFrame:
         then heads; low and high are the 95 % interval over facts, NaN where it or the value is undefined.
     """
     places, scores, facts, groups = score_table(frame.dropna(subset=["head"]))  # layers without softmax attention
-    layout = Layout.of(facts.unit, groups)
     forward, reverse = scores
-    large = layout.defined_facts(forward, reverse) >= LEAST_FACTS
-    heads = [_of_heads(moments, part) for moments, part in layout.blocks(forward, reverse, large)]
-    sums, counts, rest, rest_counts, counting, small = (
-        np.concatenate(part, axis=-1) for part in zip(*heads, strict=True)
-    )
-    defined = np.isfinite(forward) & np.isfinite(reverse)
-    used = defined & counting[layout.group]
-    present = np.stack([np.bincount(layout.fact, head, layout.n_facts) > 0 for head in used.T.astype(float)], axis=1)
+    large = Layout.of(facts.unit, groups).defined_facts(forward, reverse) >= LEAST_FACTS
+    # Where facts share prompts in chains, there are several ways to leave some out.
+    found = [_left_out(Layout.of(way, groups), forward, reverse, large) for way in facts.ways or (facts.unit,)]
+    sums, counts, small = found[0][:3]
     units = [np.ones(len(places), dtype=bool), *(places[:, 0] == layer for layer in np.unique(places[:, 0]))]
     # As in the reading: where some head has a large group, those that have none are left out of the mean.
     units = [unit & ~small if (unit & ~small).any() else unit for unit in units]
     units += list(np.eye(len(places), dtype=bool))
     member = np.stack(units, axis=1).astype(float)
     with np.errstate(invalid="ignore", divide="ignore"):
-        values, without = (sums @ member) / (counts @ member), (rest @ member) / (rest_counts @ member)
-    lows, highs = jackknife_intervals(values, without, (present @ member) > 0)
+        values = (sums @ member) / (counts @ member)
+        jackknives = [((rest @ member) / (number @ member), (there @ member) > 0) for *_, rest, number, there in found]
+    lows, highs = jackknife_intervals(values, *jackknives[0], further=jackknives[1:])
     layers = [pd.NA, *np.unique(places[:, 0]), *places[:, 0]]
     heads_of = [pd.NA] * (len(units) - len(places)) + list(places[:, 1])
     table = pd.DataFrame({"layer": layers, "head": heads_of}, dtype="Int64")
     return table.assign(value=values, low=lows, high=highs)
+
+
+def _left_out(layout: Layout, forward: np.ndarray, reverse: np.ndarray, large: np.ndarray) -> list[np.ndarray]:
+    """Sum and number of each head's correlations, whether it was pooled, both without each fact, and what it rests on.
+
+    Shapes: `-> head, head, head, fact head, fact head, fact head`.
+    """
+    heads = [_of_heads(moments, part) for moments, part in layout.blocks(forward, reverse, large)]
+    sums, counts, rest, rest_counts, counting, small = (
+        np.concatenate(part, axis=-1) for part in zip(*heads, strict=True)
+    )
+    used = np.isfinite(forward) & np.isfinite(reverse) & counting[layout.group]
+    present = np.stack([np.bincount(layout.fact, head, layout.n_facts) > 0 for head in used.T.astype(float)], axis=1)
+    return [sums, counts, small, rest, rest_counts, present]
 
 
 def score_table(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, Facts, np.ndarray]:

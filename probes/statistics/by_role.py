@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .estimators import pair_cosines
-from .intervals import COSINE, mean_intervals
+from .intervals import COSINE, mean_intervals, two_way_intervals
 from .resampling import Facts
 
 # As a token passes through a model: the order of every table and figure by role.
@@ -54,6 +54,8 @@ def cell_cosines(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     np.add.at(sums, index, np.where(defined, values, 0.0))
     np.add.at(counts, index, defined)
     value, low, high = mean_intervals(sums, counts, bounds=COSINE)
+    if (ways := facts.ways) is not None:
+        value, low, high = two_way_intervals(values, ways, bounds=COSINE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a column of NaN has no control
         numbers = {"value": value, "control": np.nanmean(null, axis=0)}

@@ -70,7 +70,8 @@ def group_correlation(
     facts = Facts.of(facts)
     ways = facts.ways or (facts.unit,)
     layout = Layout.of(ways[0], groups)
-    large = layout.defined_facts(forward, reverse) >= LEAST_FACTS
+    # Facts that hang together count as one here, however they are drawn.
+    large = Layout.of(facts.unit, groups).defined_facts(forward, reverse) >= LEAST_FACTS
     pooled = not large.any()
     blocks = list(layout.blocks(forward, reverse, large))
     cells = np.concatenate([_pearson(moments.groups) for moments, _ in blocks], axis=1)

@@ -19,6 +19,7 @@ How often they hold the truth is measured in `coverage.py`; the slow, obvious ve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -78,7 +79,7 @@ def mean_over_facts(values: np.ndarray, facts: np.ndarray | Facts, *, bounds: Bo
         sums, counts = _by_fact(values[defined], own)
         edges = mean_intervals(sums[:, None], counts[:, None], bounds=bounds)
     else:
-        edges = _two_way(values[defined], ways, bounds)
+        edges = two_way_intervals(values[defined][:, None], ways, bounds=bounds)
     value, low, high = (float(edge[0]) for edge in edges)
     return Estimate(value, low, high, int(defined.sum()), **own.sizes)
 
@@ -244,12 +245,20 @@ def two_way_error(one: np.ndarray, other: np.ndarray, both: np.ndarray) -> np.nd
     return np.sqrt(np.maximum(one**2 + other**2 - both**2, np.maximum(one, other) ** 2))
 
 
-def _two_way(values: np.ndarray, ways: tuple[np.ndarray, ...], bounds: Bounds | None) -> Edges:
-    """A mean and its interval where facts share prompts in chains. Shapes: `row, (row, row, row) -> 1, 1, 1`."""
-    sums = [(np.bincount(way, values)[:, None], np.bincount(way).astype(np.float64)[:, None]) for way in ways]
-    spreads = [_spread(part - values.mean() * counts, counts) for part, counts in sums]
-    error = two_way_error(*(one[0] for one in spreads))
-    return mean_intervals(*sums[0], bounds=bounds, spread=(error, np.minimum(spreads[0][1], spreads[1][1])))
+def two_way_intervals(values: np.ndarray, ways: Sequence[np.ndarray], *, bounds: Bounds | None = None) -> Edges:
+    """Means of many cells with their intervals, where facts share prompts in chains (`Facts.ways`).
+
+    Shapes: `row cell, (row, row, row) -> cell, cell, cell`; NaN where a cell lacks a row.
+    """
+    defined, found = np.isfinite(values), []
+    for way in ways:
+        sums, counts = np.zeros((2, int(way.max()) + 1, values.shape[1]))
+        np.add.at(sums, way, np.where(defined, values, 0.0))
+        np.add.at(counts, way, defined)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found.append((sums, counts, *_spread(sums - sums.sum(0) / counts.sum(0) * counts, counts)))
+    spread = two_way_error(*(one[2] for one in found)), np.minimum(found[0][3], found[1][3])
+    return mean_intervals(*found[0][:2], bounds=bounds, spread=spread)
 
 
 def mean_intervals(

@@ -5,6 +5,8 @@ import pytest
 from scipy import stats
 
 import revprobe as rp
+from revprobe.probes.statistics.by_head import head_correlations
+from revprobe.probes.statistics.by_role import cell_cosines
 from revprobe.probes.statistics.group_correlation import group_correlation
 from revprobe.probes.statistics.intervals import COSINE, difference_over_facts, mean_over_facts
 from revprobe.probes.statistics.resampling import Facts
@@ -105,3 +107,12 @@ def test_a_relation_of_many_to_many_has_intervals_and_a_control() -> None:
         assert (reading.facts, reading.prompts) == (30, 15) and reading.control is not None
         assert "n = 30 pairs of 30 facts, drawn as 15 by the prompts they share" in repr(reading)
     assert np.isfinite([gradient.excess.low, gradient.control.interval[0]]).all()
+    columns = ["value", "low", "high"]
+    for reading, table, by in (
+        (attention, head_correlations(attention.frame), ["layer", "head"]),
+        (gradient, cell_cosines(gradient.frame, ["role"]), ["role"]),
+    ):
+        slow = reading.summary(by=by)[[*by, *columns]].astype({name: str for name in by}).set_index(by).sort_index()
+        rows = table.dropna(subset=by)[[*by, *columns]].astype({name: str for name in by}).set_index(by).sort_index()
+        assert np.isfinite(rows.to_numpy()).all() and rows.index.tolist() == slow.index.tolist()
+        np.testing.assert_allclose(rows.to_numpy(float), slow.to_numpy(float), rtol=1e-6)
