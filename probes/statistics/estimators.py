@@ -255,8 +255,8 @@ def mean_reciprocal_rank(frame: pd.DataFrame) -> Measured:
 
 
 def _over_questions(frame: pd.DataFrame, column: str, statistic: str, **kind: Any) -> Measured:
-    names = [name for name in (column, f"{column}_control") if name in frame]
-    values, null = [*(frame[name].to_numpy(dtype=np.float64) for name in names), None][:2]
+    values = frame[column].to_numpy(dtype=np.float64)
+    null = frame[f"{column}_control"].to_numpy(dtype=np.float64) if f"{column}_control" in frame else None
     return with_control(values, null, Facts.of_rows(frame), reasons(frame), statistic, lonely=NO_OTHER_ANSWER, **kind)
 
 

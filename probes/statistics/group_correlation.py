@@ -146,7 +146,7 @@ def jackknife_intervals(
 def _jackknife_error(left_out: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Standard errors of Fisher's z, and where a fact less leaves nothing. Shapes: `-> cell, cell`."""
     facts, edge, shown = present.sum(0), 1 - ALIKE / 2, np.where(present, left_out, 0.0)
-    nothing = ~np.isfinite(shown).all(0) | (np.abs(shown) >= 1 - ALIKE).any(0)
+    nothing = np.asarray(~np.isfinite(shown).all(0) | (np.abs(shown) >= 1 - ALIKE).any(0))
     z = np.arctanh(np.clip(np.nan_to_num(shown), -edge, edge))
     with np.errstate(invalid="ignore", divide="ignore"):
         about = np.where(present, z - np.where(present, z, 0).sum(0) / facts, 0.0)

@@ -263,7 +263,7 @@ def with_shown(frame: pd.DataFrame, prompts: Sequence[Hashable]) -> pd.DataFrame
     units = labels.astype(object)
     for one in np.unique(direction):
         rows = np.flatnonzero(direction == one)
-        units[rows] = kin(labels[rows], [prompts[row] for row in rows])
+        units[rows] = kin(labels[rows], [prompts[row] for row in rows.tolist()])
     return frame if np.array_equal(units, labels) else frame.assign(**{SHOWN: units.astype(str)})
 
 
