@@ -83,7 +83,7 @@ class Prepared:
 
     @cached_property
     def resolved(self) -> dict[str, Any]:
-        """What the config came to, for resolved.json; it reads the base's weights for their digest."""
+        """What the config came to, for resolved.json; with digests of the base before any training."""
         lora = self.config.lora
         return {
             "objective": self.model.objective,
@@ -98,7 +98,7 @@ class Prepared:
             "kind": self.pairs.kind,
             "relation": repr(self.relation),
             "asked": self._asked(),
-            **digests(self.config, self.relation, self.rows.rows, self.pairs.digest, self.folder),
+            **digests(self.config, self.relation, self.model, self.rows.rows, self.pairs.digest, self.folder),
         }
 
     def _asked(self) -> list[list[str]]:

@@ -284,17 +284,25 @@ def claim_run(run: Claimed, config: BaseModel) -> None:
         )
     if not (folder / VERSIONS).is_file():
         write_text(folder / VERSIONS, json.dumps(software(), indent=2) + "\n")
+    newer = other_versions(folder)
+    if newer and not run.finished:
+        warnings.warn(
+            f"{folder} was started with other versions ({', '.join(newer)}): its bits may differ", stacklevel=4
+        )
+
+
+def other_versions(folder: Path) -> list[str]:
+    """What a run was started with and is not installed now, each as "name old -> new".
+
+    Raises: RevprobeError, for a versions.json that is damaged.
+    """
     try:
         started = dict(json.loads((folder / VERSIONS).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise RevprobeError(
             f"{folder / VERSIONS} is damaged ({first_line(error)}); delete it to go on with the software installed now"
         ) from error
-    newer = [f"{name} {was} -> {now}" for name, now in software().items() if (was := started.get(name, now)) != now]
-    if newer and not run.finished:
-        warnings.warn(
-            f"{folder} was started with other versions ({', '.join(newer)}): its bits may differ", stacklevel=4
-        )
+    return [f"{name} {was} -> {now}" for name, now in software().items() if (was := started.get(name, now)) != now]
 
 
 def software() -> dict[str, str]:

@@ -1,5 +1,7 @@
 """A fine-tuning goes on with the rows, pairs, facts and base that it was started with, or not at all."""
 
+import copy
+import hashlib
 import json
 import shutil
 import warnings
@@ -7,14 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
+from checkpoint_files import in_cache
 from safetensors.torch import load_file, save_file
 
 import revprobe as rp
 from revprobe.finetune.config.finetuning import FinetuneConfig
 from revprobe.finetune.runs.finetuning import FinetuneRun
+from revprobe.finetune.runs.started_with import base_digests
 from revprobe.finetune.training.trainer import ForwardOnlyTrainer
+from revprobe.models import registry
 
 ONE, TWO = "ABCDEFGHIJKL", "MNOPQRSTUVWX"
 
@@ -82,8 +88,8 @@ def other_facts(home: Path) -> None:
     (home / "facts.csv").write_text(facts_told(5))
 
 
-def other_base(home: Path) -> None:
-    file = home / "base" / "model.safetensors"
+def other_base(home: Path, folder: Path | None = None) -> None:
+    file = (folder or home / "base") / "model.safetensors"
     save_file({name: value + 0.5 for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
 
 
@@ -169,8 +175,148 @@ def test_before_there_is_a_checkpoint_the_facts_may_change(home: Path) -> None:
     other_facts(home)
     assert go_on(home).finished
     new = json.loads((home / "ft" / "resolved.json").read_text())
-    assert new["digests"]["facts"] != old["digests"]["facts"] and new["digests"]["base"] == old["digests"]["base"]
+    old, new = old["digests"], new["digests"]
+    assert [key for key in old if new[key] != old[key]] == ["rows", "pairs", "facts"]
+    assert set(new) == {*old} == {"rows", "pairs", "facts", "weights", "settings"}
     assert (home / "ft" / "relation" / "facts.csv").read_text() == facts_told(5)
+
+
+def a_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Callable[[], object]]:
+    """Its newest checkpoint is taken, and another one is added."""
+    run = home / "of a run" / "checkpoints"
+    shutil.copytree(home / "base", run / "step-000001")
+    (run / "step-000001" / "COMPLETE").touch()
+
+    def change() -> None:
+        other_base(home)
+        shutil.copytree(home / "base", run / "step-000002")
+        (run / "step-000002" / "COMPLETE").touch()
+
+    return str(run.parent), change
+
+
+def a_runs_average(home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Callable[[], object]]:
+    name, _ = a_run(home, monkeypatch)
+    average = Path(name) / "checkpoints" / "step-000001" / "ema"
+    shutil.copytree(home / "base", average)
+    return name, lambda: other_base(home, average)
+
+
+def a_loader(home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Callable[[], object]]:
+    """Of a name that is no name on the hub."""
+    name = "my model: a/b/c"
+    monkeypatch.setitem(registry._LOADERS, name, lambda **asked: rp.load_model(str(home / "base"), **asked))
+    return name, lambda: other_base(home)
+
+
+def a_loader_in_a_mode(home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Callable[[], object]]:
+    """What changes is no file and no weight."""
+    epsilon = {}
+
+    def load(**asked: Any) -> rp.ProbedModel:
+        model = rp.load_model(str(home / "base"), **asked)
+        for part in model.module.modules():
+            if hasattr(part, "variance_epsilon"):
+                part.variance_epsilon = epsilon.get("now", part.variance_epsilon)
+        return model
+
+    monkeypatch.setitem(registry._LOADERS, "mine", load)
+    return "mine", lambda: epsilon.update(now=0.3)
+
+
+def on_the_hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Callable[[], object]]:
+    """Its commit moves with every file of the repository, as a README."""
+    cache = home / "hub"
+    in_cache(home / "base", "owner/base", cache, commit="a" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+
+    def change() -> None:
+        other_base(home)
+        in_cache(home / "base", "owner/base", cache, commit="c" * 40)
+
+    return "owner/base", change
+
+
+def a_loader_called_as_one_on_the_hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Callable[[], object]]:
+    name, _ = on_the_hub(home, monkeypatch)
+    monkeypatch.setitem(registry._LOADERS, name, lambda **asked: rp.load_model(str(home / "base"), **asked))
+    return name, lambda: other_base(home)
+
+
+KINDS = [a_run, a_runs_average, a_loader, a_loader_in_a_mode, on_the_hub, a_loader_called_as_one_on_the_hub]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_base_is_held_to_what_was_loaded(
+    home: Path, kind: Callable[..., tuple[str, Callable[[], object]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run was started on the same weights in a folder: it goes on with them by any name, and with no others."""
+    name, change = kind(home, monkeypatch)
+    config = home / "ft" / "config.yaml"
+    config.write_text(config.read_text().replace(f"name: {home / 'base'}", f"name: '{name}'"))
+    before = shutil.copytree(home / "ft", home / "before")
+    if kind is on_the_hub:  # a commit that leaves the weights as they are
+        in_cache(home / "base", name, home / "hub", commit="b" * 40)
+    assert rp.fine_tune(config_of(home, {"name": name}), home / "ft", listener=False).finished
+    change()
+    with pytest.raises(rp.RevprobeError, match=f"other data: base model changed; (restore|have the loader).*{name}"):
+        rp.fine_tune(config_of(home, {"name": name}), before, listener=False)
+
+
+def with_digest_of_files(home: Path, digest: str) -> None:
+    """As runs of before had it: of the base's files, or of its commit."""
+    file = home / "ft" / "resolved.json"
+    resolved = json.loads(file.read_text())
+    kept = {key: value for key, value in resolved["digests"].items() if key in ("rows", "pairs", "facts")}
+    file.write_text(json.dumps(resolved | {"digests": kept | {"base": digest}}))
+
+
+def test_runs_started_with_the_digest_of_files_go_on(home: Path) -> None:
+    """Files of a folder are held to it as before; a commit, which says nothing of the weights, refuses nothing."""
+    files = (home / "base" / "config.json", home / "base" / "model.safetensors")
+    lines = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
+    with_digest_of_files(home, hashlib.sha256("".join(f"{line}\0" for line in lines).encode()).hexdigest())
+    before = shutil.copytree(home / "ft", home / "before")
+    assert go_on(home).finished
+    another_reading_of_the_base(home)
+    with pytest.raises(rp.RevprobeError, match="other data: base model changed"):
+        rp.fine_tune(config_of(home, {"name": str(home / "base")}), before, listener=False)
+    with_digest_of_files(home, "0" * 64)
+    shutil.copytree(home / "base", home / "moved")
+    config = home / "ft" / "config.yaml"
+    config.write_text(config.read_text().replace(f"name: {home / 'base'}", "name: mine"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry._LOADERS, "mine", lambda **asked: rp.load_model(str(home / "moved"), **asked))
+        assert rp.fine_tune(config_of(home, {"name": "mine"}), home / "ft", listener=False).finished
+
+
+def test_settings_that_other_software_reads_otherwise_are_told(home: Path) -> None:
+    """Of files that may be the same; other weights are refused all the same."""
+    versions = home / "ft" / "versions.json"
+    versions.write_text(json.dumps(json.loads(versions.read_text()) | {"transformers": "4.0.0"}))
+    before = shutil.copytree(home / "ft", home / "before")
+    another_reading_of_the_base(home)
+    with pytest.warns(UserWarning, match=r"settings are not those it was started with.*\(transformers 4.0.0 -> "):
+        assert go_on(home).finished
+    other_base(home)
+    refused = pytest.raises(
+        rp.RevprobeError, match=r"base model changed; restore .*base or the versions in versions\.j"
+    )
+    with warnings.catch_warnings(), refused:
+        warnings.simplefilter("ignore")
+        rp.fine_tune(config_of(home, {"name": str(home / "base")}), before, listener=False)
+
+
+def test_what_hides_and_what_begins_are_of_the_base(home: Path) -> None:
+    """A loader may say them otherwise of the same module."""
+    model = rp.load_model(home / "base")
+    before = base_digests(model)
+    for what, other in {"mask_token_id": 0, "begin_token_id": 7, "logit_shift": 1, "block_size": 2}.items():
+        read = copy.copy(model)
+        assert getattr(read, what) != other
+        setattr(read, what, other)
+        now = base_digests(read)
+        assert now["weights"] == before["weights"] and now["settings"] != before["settings"], what
 
 
 def test_weights_that_hardly_move_are_told(home: Path) -> None:
