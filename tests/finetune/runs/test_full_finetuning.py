@@ -1,7 +1,10 @@
 """All weights trained, without an adapter: checkpoints are whole models that load, resume and probe like any other."""
 
 import math
+import warnings
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +13,10 @@ from transformers import AutoModelForMaskedLM, Trainer
 
 import revprobe as rp
 from revprobe import RevprobeError
-from revprobe.finetune.config.finetuning import FinetuneConfig
-from revprobe.finetune.config.loading import load_config, parse_config
+from revprobe.finetune.config.finetuning import FinetuneConfig, FinetuneSweepConfig
+from revprobe.finetune.config.loading import example_names, load_config, parse_config
 from revprobe.finetune.memory.from_config import plan_finetuning
+from revprobe.finetune.runs.finetune_setup import _warn_of_narrow_weights
 from revprobe.finetune.runs.finetuning import FinetuneRun, fine_tune
 from revprobe.finetune.training.arguments import training_arguments
 from revprobe.finetune.training.trainer import ForwardOnlyTrainer
@@ -92,6 +96,34 @@ def test_the_memory_plan_counts_all_weights_as_trained() -> None:
     frame = full.to_frame()
     assert frame.loc["adapters", "training"] == 0
     assert frame.loc["AdamW's two moments", "training"] == 2 * 4 * full.parameters
+
+
+def finetunings(name: str) -> list[FinetuneConfig]:
+    """The fine-tunings of an example; none of an example of another kind."""
+    for kind in (FinetuneConfig, FinetuneSweepConfig):
+        with suppress(RevprobeError):
+            read = load_config(name, kind)
+            return [read] if isinstance(read, FinetuneConfig) else read.runs()
+    return []
+
+
+def stored_dtype(run: FinetuneConfig) -> torch.dtype:
+    """What its base is loaded in: as asked, else as stored. An example's own models are stored in float32."""
+    own = run.model.tiny is not None or str(run.model.name).startswith("runs/")
+    return getattr(torch, run.model.dtype or ("float32" if own else "bfloat16"))
+
+
+def test_no_example_trains_weights_that_hardly_move() -> None:
+    whole = [run for name in example_names() for run in finetunings(name) if run.lora is None]
+    assert {"smdm-reversal", "mini-llada-parent-child-P2C-full-s0"} <= {run.name for run in whole}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for run in whole:
+            _warn_of_narrow_weights(run, SimpleNamespace(name=run.model.name, dtype=stored_dtype(run)))
+    smdm = next(run for run in whole if run.name == "smdm-reversal")
+    assert smdm.training.bf16, "so many weights are multiplied in bfloat16"
+    with pytest.warns(UserWarning, match="lora: null trains weights in bfloat16"):
+        _warn_of_narrow_weights(smdm, SimpleNamespace(name="as it was", dtype=torch.bfloat16))
 
 
 def test_the_recipes_are_what_their_sources_say() -> None:
