@@ -128,12 +128,17 @@ def answer_book(model: ProbedModel, relation: TextRelation, direction: str) -> A
 
     Raises: RevprobeError, as `decoded_match` does.
     """
+    return AnswerBook(model, all_questions(relation, direction))
+
+
+def all_questions(relation: TextRelation, direction: str) -> list[Question]:
+    """Every question about the relation, in either direction and split: the longest answer is one of theirs."""
     splits = sorted(set(relation.facts_of(direction)["split"]))
     sides = [(split, reverse) for split in splits for reverse in (False, True)]
     told: list[dict[str, Any]] = [{"reverse": reverse, "split": split} for split, reverse in sides]
     # A fact whose prompts all contain its answer is asked nowhere, and keeps no other from being asked.
     asked = [relation.questions(direction, **one) for one in told if relation.has_questions(direction, **one)]
-    return AnswerBook(model, [question for questions in asked for question in questions])
+    return [question for questions in asked for question in questions]
 
 
 def match_table(readings: Readings) -> pd.DataFrame:
@@ -142,8 +147,7 @@ def match_table(readings: Readings) -> pd.DataFrame:
     for reading in readings:
         about, measured = reading.meta, reading.measured
         begun = begins_with_answer(reading).estimate
-        control = "-" if reading.control is None else f"{100 * reading.control.value:.1f}"
-        excess = reading.excess
+        null, excess = reading.control, reading.excess
         rows.append(
             {
                 "asked": f"{about['asked']} ({'/'.join(sorted(set(reading.frame['direction'])))})",
@@ -151,7 +155,7 @@ def match_table(readings: Readings) -> pd.DataFrame:
                 "wordings": {"heldout": "held out", "train": "trained"}.get(about["templates"], "all"),
                 "exact match (%) [95 %]": interval_text(reading.value, *reading.interval, percent=True),
                 "begins with it (%)": interval_text(begun.value, begun.low, begun.high, percent=True),
-                "control": control,
+                "control [95 %]": "-" if null is None else interval_text(null.value, *null.interval, percent=True),
                 "excess [95 %]": "-"
                 if excess is None
                 else interval_text(excess.value, excess.low, excess.high, percent=True),

@@ -26,7 +26,7 @@ OF_EVALUATION = Narrow(
     {
         "facts": ("asked", "{}"),
         "wordings": ("asked", "{} wordings"),
-        "control": ("exact match (%) [95 %]", "ctrl {}"),
+        "control [95 %]": ("exact match (%) [95 %]", "ctrl {}"),
     },
     notes=("wrong answers", "undefined"),
     named=("asked", "facts"),

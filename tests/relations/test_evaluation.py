@@ -10,7 +10,7 @@ from tokenizers import pre_tokenizers
 from torch import nn
 from typer.testing import CliRunner
 
-from revprobe import ProbedModel, Readings, RevprobeError, TextRelation, letters, register_model
+from revprobe import ProbedModel, Reading, Readings, RevprobeError, TextRelation, letters, register_model
 from revprobe.cli.evaluate import what_to_ask
 from revprobe.cli.main import app
 from revprobe.finetune.config.finetuning import FinetuneConfig
@@ -234,8 +234,24 @@ def test_the_table_shows_every_side_with_interval_control_and_counts():
     for row, reading in zip(rows, readings, strict=True):
         assert row["exact match (%) [95 %]"].startswith(f"{100 * reading.value:.1f} [")
         assert row["begins with it (%)"] == row["exact match (%) [95 %]"], "this model writes nothing more"
-        assert row["control"] == f"{100 * reading.control.value:.1f}"
+        low, high = (f"{100 * end:.1f}" for end in reading.control.interval)
+        assert row["control [95 %]"] == f"{100 * reading.control.value:.1f} [{low}, {high}]"
         assert row["n"] == f"{reading.n} questions, {reading.frame.fact.nunique()} facts"
+
+
+@pytest.mark.parametrize(("right", "control"), [(1, "0.02 ["), (0, "0.0 ["), (6000, "100.0 ["), (5999, "99.98 [")])
+def test_a_control_has_the_digits_of_a_value_and_its_interval(right, control):
+    """One of 6,000 is not none of them, nor are all but one all; the interval is that of the reading."""
+    facts = 6000
+    frame = pd.DataFrame(
+        {"fact": [str(n) for n in range(facts)], "direction": "P2C", "match": 1.0, "begins": 1.0, "reason": ""}
+    ).assign(match_control=[float(n < right) for n in range(facts)], begins_control=0.0)
+    about = {"asked": "forward", "split": "train", "templates": "all", "seed": 0}
+    reading = Reading("decoded_match", frame, about)
+    told = match_table(Readings([reading]))["control [95 %]"][0]
+    assert told.startswith(control) and told.endswith("]"), told
+    ends = [float(end) / 100 for end in told[told.index("[") + 1 : -1].split(", ")]
+    assert ends == pytest.approx(reading.control.interval, abs=1e-3)
 
 
 def test_an_answer_with_more_after_it_counts_as_begun_with():
