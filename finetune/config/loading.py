@@ -106,7 +106,16 @@ def dump_config(config: BaseModel) -> str:
     """The config as YAML that `load_config` reads back to an equal one."""
     values = config.model_dump(mode="json")
     first = {"name": values["name"]} if "name" in values else {}
-    return yaml.dump(first | values, Dumper=_ConfigDumper, sort_keys=False)
+    return dump_yaml(first | values)
+
+
+def dump_yaml(values: Mapping[str, Any], **options: Any) -> str:
+    """Plain values as YAML from which `parse_yaml` reads the same: text that looks like a number is quoted.
+
+    Args:
+        options: of PyYAML's dump (width=, allow_unicode=).
+    """
+    return yaml.dump(dict(values), Dumper=_ConfigDumper, sort_keys=False, **options)
 
 
 def merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,13 +20,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from ...arguments import checked
 from ...atomic_files import folder_written_whole, require_replaceable, write_text
 from ...errors import RevprobeError
+from ...finetune.config.loading import dump_yaml
 from ...finetune.runs.finetuning import EVALUATION
 from ...finetune.runs.run import VERSIONS, software
 from ...finetune.training.checkpointing import ANSWERED, READINGS
@@ -155,7 +155,7 @@ def _fill(working: Path, title: str, runs: Sequence[Gathered], sections: Sequenc
     configs = file_names([one.name for one in runs])
     (working / CONFIGS).mkdir()
     for one in runs:
-        text = yaml.safe_dump(_plain(one.record.config), sort_keys=False, allow_unicode=True, width=110)
+        text = dump_yaml(_plain(one.record.config), allow_unicode=True, width=110)
         write_text(working / CONFIGS / configs[one.name], text)
     sizes = _sizes(working) | {SOFTWARE: 0}
     parts = []

@@ -16,11 +16,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pandas as pd
-import yaml
 from markupsafe import Markup
 
 from ...atomic_files import written_whole
 from ...errors import RevprobeError
+from ...finetune.config.loading import dump_yaml
 from ...finetune.runs.alerts import CROSSED, UNDEFINED
 from ...finetune.runs.record import AXES, NOT_STARTED, RunRecord, tidy_summary
 from ...probes.figures.controls import LOOKS
@@ -276,9 +276,9 @@ def _run_warnings(run: RunRecord) -> list[str]:
 def _configs(runs: Sequence[RunRecord]) -> Markup:
     shown = []
     for run in runs:
-        # Through JSON first: safe_dump refuses paths and numpy numbers, and would fail the report for one of them.
+        # Through JSON first: YAML refuses paths and numpy numbers, and would fail the report for one of them.
         plain = json.loads(json.dumps(dict(run.config), default=str))
-        shown.append(details(run.name, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)))
+        shown.append(details(run.name, dump_yaml(plain, allow_unicode=True, width=110)))
     if len(shown) > MANY:
         shown = [folded(f"{len(shown)} configurations", *shown)]
     return section("configuration", "Configuration", *(shown or [paragraph("There are no runs here yet.")]))

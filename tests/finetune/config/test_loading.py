@@ -1,14 +1,22 @@
 """Configs as YAML: what is written is what is read back, and what cannot be read is one line with its place."""
 
+import html
 import random
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import revprobe as rp
+from revprobe import Readings
+from revprobe.finetune.config import loading
 from revprobe.finetune.config.finetuning import FinetuneSweepConfig
-from revprobe.finetune.config.loading import dump_config, parse_config, parse_yaml
+from revprobe.finetune.config.loading import dump_config, dump_yaml, parse_config, parse_yaml
 from revprobe.finetune.config.one_layer import RunConfig, SweepConfig
+from revprobe.finetune.runs.record import RunRecord
+from revprobe.report.bundle import bundle
+from revprobe.report.html import report
 
 TRAINING = {"steps": 10}
 
@@ -159,3 +167,21 @@ def test_an_excluded_cell_takes_no_name() -> None:
         models=models, datasets={"b-c": facts("P2C"), "c": facts("P2C")}, exclude=[{"model": "a", "dataset": "b-c"}]
     )
     assert sorted(run.name for run in made.runs()) == ["a-b-b-c-P2C-s0", "a-b-c-P2C-s0", "a-c-P2C-s0"]
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1e4", "010", "yes", "12:30", "null", "作者", "a: b", "x" * 200])
+def test_configs_in_bundles_and_reports_are_read_back_as_they_are(text: str) -> None:
+    config = {"name": "a", "label": {"variant": text, text: [text]}, "training": {"learning_rate": 1e-4}}
+    assert parse_yaml(dump_yaml(bundle._plain(config), allow_unicode=True, width=110), "bundle") == config
+    page = str(report._configs([RunRecord("a", {}, config, Readings([]))]))
+    (shown,) = re.findall(r"<pre[^>]*>(.*?)</pre>", page, re.DOTALL)
+    assert parse_yaml(html.unescape(shown), "report") == config
+
+
+def test_yaml_is_written_in_one_place() -> None:
+    """Another dumper would not quote what the loader here reads as a number."""
+    package = Path(loading.__file__).parents[2]
+    folders = ("cli", "engines", "finetune", "hooks", "models", "probes", "relations", "report")
+    files = [file for folder in folders for file in sorted((package / folder).rglob("*.py"))]
+    writing = [file.name for file in files if re.search(r"\byaml\.(safe_)?dump", file.read_text(encoding="utf-8"))]
+    assert writing == ["loading.py"]
