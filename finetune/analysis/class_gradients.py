@@ -96,6 +96,16 @@ class ClassGradients:
         """Shapes: `-> class parameter`."""
         return torch.stack(self.gradients)
 
+    def weighted_sum(self, factors: np.ndarray) -> Tensor:
+        """The classes' gradients, each times its factor, summed in float64 one after the other.
+
+        Shapes: `class -> parameter`.
+        """
+        total = torch.zeros_like(self.direction, dtype=torch.float64)
+        for factor, gradient in zip(factors.tolist(), self.gradients, strict=True):
+            total.add_(gradient, alpha=factor)
+        return total
+
     @property
     def deviation(self) -> np.ndarray:
         """Shapes: `-> class replicate`; zero where everything was enumerated."""

@@ -146,8 +146,9 @@ def taken_apart(asked: Asked, draws: int, plan: Plan) -> Terms:
         )
         tables = rows_by_shape(asked.rows)
         classes = class_gradients(asked.model, tables, asked.objective, flat, reverse.mean, draws=draws, **options)
-        whole = torch.as_tensor(factors(asked, classes)).to(classes.direction.device) @ classes.gradient.double()
-        adamw = no_map() if asked.run is None else adamw_map(asked.run, asked.step, flat, whole)
+        adamw = no_map()
+        if asked.run is not None:
+            adamw = adamw_map(asked.run, asked.step, flat, classes.weighted_sum(factors(asked, classes)))
     return Terms(replace(asked, pairs=pairs), flat, classes, reverse, adamw)
 
 

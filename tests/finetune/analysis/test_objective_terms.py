@@ -38,6 +38,30 @@ def letters_model(module: nn.Module | None = None, **options: object) -> rp.Prob
     return rp.ProbedModel(module, rp.letter_tokenizer(ALPHABET), check=not isinstance(module, StoredMatrix), **about)
 
 
+def test_the_sum_over_classes_is_that_of_their_stack_in_float64() -> None:
+    """Without the stack: one gradient more is held, in float64."""
+    found = class_gradients.ClassGradients(torch.zeros(7))
+    factors = np.array([1.0, 0.0, 0.1, 1 / 3])
+    for masks in range(4):
+        found.place(class_gradients.TermClass("target", "hidden", "visible", masks, False))
+        found.gradients[masks] += torch.randn(7, generator=torch.Generator().manual_seed(masks))
+    expected = sum(
+        factor * gradient.numpy().astype(np.float64) for factor, gradient in zip(factors, found.gradients, strict=True)
+    )
+    held = [gradient.clone() for gradient in found.gradients]
+    total = found.weighted_sum(factors)
+    assert total.dtype == torch.float64
+    np.testing.assert_allclose(total.numpy(), expected, rtol=1e-14)
+    assert all(map(torch.equal, found.gradients, held)), "they stay what they are"
+
+
+def test_without_a_run_no_sum_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's coming update alone needs it."""
+    monkeypatch.setattr(class_gradients.ClassGradients, "weighted_sum", None)
+    model = letters_model()
+    assert len(rp.objective_terms(model, rp.letters(4, ALPHABET)).frame)
+
+
 # --- the slow way ---------------------------------------------------------------------------------------------------
 
 
