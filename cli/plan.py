@@ -43,8 +43,8 @@ def plan(
     runs = [chosen] if isinstance(chosen, FinetuneConfig) else chosen.runs()
     apart = {(str(run.model), str(run.label)): run for run in reversed(runs)}
     given = None if memory is None else int(memory * GB)
-    for planned, there in [show_plan(run, console, given, tokens) for run in reversed(apart.values())]:
-        require_room(planned, there)
+    for run, (planned, there) in [(run, show_plan(run, console, given, tokens)) for run in reversed(apart.values())]:
+        require_room(planned, there, run)
 
 
 def show_plan(

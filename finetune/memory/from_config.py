@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +19,39 @@ from ...models.hub import quiet_transformers
 from ...models.probed import ProbedModel
 from ...models.published import config_of, published_config, published_dtype
 from ...models.registry import stated_objective
+from ...probes.decoding.exact_match import joint_of
+from ...probes.passes.batches import ONE_PAIR
+from ...relations.evaluation import all_questions
+from ...relations.text_relation import TrainingText
 from ..config.finetuning import FinetuneConfig, FinetunedModel
 from ..pretraining.layouts import untrained
 from ..runs.finetune_setup import NO_FINE_TUNING, text_relation
 from ..training.lora import add_lora
 from .live_bytes import AnsweredYes
-from .plan import GB, RESERVE, MemoryPlan, plan_memory
+from .plan import GB, PHASES, RESERVE, MemoryPlan, plan_memory
 
 # Tokens of a row when its texts are not at hand: a statement of two names, and padding for the answer.
 ASSUMED_TOKENS = 64
-# Characters of ASCII that a token stands for at least, in names cut up by a byte-level BPE; of any other script it may
-# not hold more than one byte.
-_CHARACTERS = 2
+# Letters of ASCII that a token stands for at least, in names cut up by a byte-level BPE; of any other script it may not
+# hold more than one byte, and digits and signs stand alone in many tokenizers.
+_LETTERS = 2
+_TOGETHER = re.compile(r"[A-Za-z\s]+", re.ASCII)
+# Begin and end tokens that a tokenizer puts around a text.
+_AROUND = 2
 
 
 def plan_finetuning(config: FinetuneConfig, *, tokens: int | None = None) -> MemoryPlan:
     """What `revprobe finetune` will need for a config, from shapes alone.
 
     Args:
-        tokens: of the longest row; worked out from the relation's longest text when None (two characters of ASCII a
-            token, one byte of UTF-8 of any other), and assumed when the relation's file is not there. The plan says
-            which.
+        tokens: of the longest row; worked out from the relation's texts when None (two letters of ASCII a token, one
+            digit, sign or byte of UTF-8 of any other), a masked model's answers filled up to the decoded length, and
+            assumed when the relation's file is not there. The plan says which.
     Raises: RevprobeError, for a model whose config cannot be had, or LoRA targets it does not have.
     """
-    tokens, about = (tokens, "as asked") if tokens is not None else _longest_row(config)
     with quiet_transformers():
         module, objective = on_meta(config.model)
+    tokens, about = (tokens, "as asked") if tokens is not None else _longest_row(config, objective)
     training, snapshots = config.training, config.snapshots
     with AnsweredYes():  # one traced pass finds the projections
         # There is no tokenizer to name a mask token; token ids do not matter to shapes.
@@ -90,14 +98,41 @@ def _amount(size: int) -> str:
     return f"{size / GB:.2f} GB" if abs(size) >= GB // 20 else f"{size / 10**6:.2f} MB"
 
 
-def require_room(plan: MemoryPlan, memory: int) -> None:
-    """Raises: RevprobeError, when the plan does not fit into `memory` bytes; it says what to lower."""
+def require_room(plan: MemoryPlan, memory: int, config: FinetuneConfig) -> None:
+    """Raises: RevprobeError, when the plan of a config does not fit into `memory` bytes; it says what to lower."""
     if plan.headroom(memory) < 0:
+        ways = _ways(plan, memory, config)
         raise RevprobeError(
-            f"the plan needs {(plan.peak() + RESERVE) / GB:.1f} GB and there are {memory / GB:.1f}: lower "
-            "training.batch_size or snapshots.batch_size, or set training.gradient_checkpointing: true, model.dtype: "
-            "bfloat16 or model.quantize: 4bit"
+            f"the plan needs {(plan.peak() + RESERVE) / GB:.1f} GB and there are {memory / GB:.1f}: "
+            f"{', or '.join([*ways, 'take a smaller model or a larger GPU'])}"
         )
+
+
+def _ways(plan: MemoryPlan, memory: int, config: FinetuneConfig) -> list[str]:
+    """What makes the phases that do not fit smaller, as keys of a config that may be set so.
+
+    A smaller batch is no way where what is held beside it is too much already.
+    """
+    training, snapshots, model, ways = config.training, config.snapshots, config.model, []
+    full = [phase for phase in PHASES if plan.peak(phase) + RESERVE > memory]
+    passes = [phase for phase in full if plan.held(phase) + RESERVE <= memory]
+    if "training" in passes and training.batch_size > 1:
+        ways.append("lower training.batch_size (gradient_accumulation makes up for it)")
+    if "training" in passes and not training.gradient_checkpointing:
+        ways.append("set training.gradient_checkpointing: true")
+    if {"probing", "prediction"} & {*passes} and (snapshots.batch_size or ONE_PAIR + 1) > ONE_PAIR:
+        ways.append("lower snapshots.batch_size")
+    if "prediction" in full and plan.held(PHASES[0]) + RESERVE <= memory:
+        ways.append("set snapshots.predictions: false")
+    if config.lora is None:  # all weights in bfloat16 would hardly move, and in 4 bits they are not trained
+        ways.append("train an adapter in place of all weights (lora: {rank: 16}, snapshots.parameters: lora)")
+    elif model.quantize is None:
+        held = sum(size for phase, what, size in plan.rows if (phase, what) == (PHASES[0], "weights"))
+        if held > 3 * plan.parameters:  # four bytes each
+            ways.append("set model.dtype: bfloat16")
+        with_it = "" if snapshots.parameters == "lora" else " with snapshots.parameters: lora"
+        ways.append(f"set model.quantize: 4bit{with_it}")
+    return ways
 
 
 def memory_here() -> tuple[int, str]:
@@ -150,19 +185,37 @@ class _Vocabulary:
         return self.size
 
 
-def _longest_row(config: FinetuneConfig) -> tuple[int, str]:
-    """Tokens of the longest training text, from above, and how that is known."""
+def _longest_row(config: FinetuneConfig, objective: str) -> tuple[int, str]:
+    """Tokens of the longest training row, from above, and how that is known.
+
+    A masked model's rows are filled up to the decoded length: the longest answer of either direction and an end token.
+    """
     try:
-        texts = text_relation(config).training_texts(config.relation.direction)
+        relation = text_relation(config)
+        texts = relation.training_rows(config.relation.direction)
+        asked = all_questions(relation, config.relation.direction)
     except RevprobeError as error:
         why = first_line(error, with_type=False)
         return ASSUMED_TOKENS, f"{ASSUMED_TOKENS} assumed, --tokens gives another number ({why})"
-    longest = max(texts, key=most_tokens)
-    tokens = most_tokens(longest) + (config.evaluation.max_new_tokens or 0)
-    return tokens, f"{tokens}, from the longest text of {len(longest)} characters; --tokens gives another number"
+    ends = 0 if config.objective.end_padding == "absent" else 1
+    answers = [most_tokens(joint_of(one) + answer.strip()) for one in asked for answer in one.answers]
+    filled = (config.evaluation.max_new_tokens or max(answers) + 1) if ends and objective == "masked" else 0
+
+    def most(row: TrainingText) -> int:
+        answer = most_tokens(row.text[row.prompt_length :]) + (ends if objective == "causal" else 0)
+        return most_tokens(row.text[: row.prompt_length]) + max(answer, filled) + _AROUND
+
+    longest = max(texts, key=most)
+    told = f", its answer filled up to {filled} tokens" if filled else ""
+    about = f"from the longest text of {len(longest.text)} characters{told}; --tokens gives another number"
+    return most(longest), f"{most(longest)}, {about}"
 
 
 def most_tokens(text: str) -> int:
-    """Tokens of a text, from above."""
-    ascii_only = sum(map(str.isascii, text))
-    return -(-ascii_only // _CHARACTERS) + len(text.encode()) - ascii_only
+    """Tokens of a text, from above: a digit, a sign and a byte of another script each, two letters of ASCII or blanks.
+
+    >>> most_tokens("born 1912-06-23"), most_tokens("作者")
+    (13, 6)
+    """
+    rest = _TOGETHER.sub("", text)
+    return sum(-(-len(run) // _LETTERS) for run in _TOGETHER.findall(text)) + len(rest.encode())

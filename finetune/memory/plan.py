@@ -37,6 +37,8 @@ RESERVE = 1_500_000_000
 _FOUR_BIT = 4.127 / 8
 PHASES = ("training", "probing", "prediction")
 _KEPT, _WORKING = "activations kept for the backward pass", "logits, loss and the layer at work"
+_SLOPES = "a run with slopes"
+_OF_A_PASS = (_KEPT, _WORKING, _SLOPES)
 # Target tokens a query is taken to have: only their rows of the logits are read, in float64.
 _TARGETS = 2
 
@@ -60,6 +62,10 @@ class MemoryPlan:
         """The bytes of tensors alive at once in a phase; in the largest when None."""
         phases = PHASES if phase is None else (phase,)
         return max(sum(size for where, _, size in self.rows if where == each) for each in phases)
+
+    def held(self, phase: str) -> int:
+        """The bytes of a phase that are there however few rows or queries run at once."""
+        return sum(size for where, what, size in self.rows if where == phase and what not in _OF_A_PASS)
 
     def headroom(self, memory: int) -> int:
         """What `memory` bytes leave beyond the largest phase and the reserve; negative when it does not fit."""
@@ -209,7 +215,7 @@ def _predicting(module: nn.Module, trained: Sequence[Tensor], batch: int, tokens
         del output, logits, log_probabilities
     return {
         "copies of what trains": 4 * sum(_size(p, least=4) for p in trained),
-        "a run with slopes": count.peak,
+        _SLOPES: count.peak,
     }
 
 

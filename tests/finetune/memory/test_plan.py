@@ -1,23 +1,40 @@
 """The memory plan: shapes alone against counted bytes of real steps, and the published sizes."""
 
+import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForMaskedLM, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForMaskedLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from typer.testing import CliRunner
 
 import revprobe as rp
 from revprobe.cli.main import app
 from revprobe.finetune.config.finetuning import FinetuneConfig, read_finetune
-from revprobe.finetune.memory.from_config import most_tokens, plan_finetuning, plan_table, require_room
+from revprobe.finetune.memory.from_config import (
+    _longest_row,
+    most_tokens,
+    plan_finetuning,
+    plan_table,
+    require_room,
+)
 from revprobe.finetune.memory.live_bytes import LiveBytes, fused_attention
-from revprobe.finetune.memory.plan import GB, RESERVE, plan_memory
-from revprobe.finetune.runs.finetune_setup import text_relation
+from revprobe.finetune.memory.plan import GB, RESERVE, MemoryPlan, plan_memory
+from revprobe.finetune.runs.finetune_setup import prepare, row_options, text_relation
+from revprobe.finetune.training.dataset import StatementRows
+from revprobe.finetune.training.distributed import ProcessGroup
 from revprobe.finetune.training.objectives import masked_diffusion_loss
 from revprobe.finetune.training.prediction_callback import FirstOrderPrediction
 from revprobe.models.bases.configs import DreamConfig, LLaDAConfig
@@ -25,7 +42,8 @@ from revprobe.models.families.dream import DreamForMaskedDiffusion
 from revprobe.models.families.llada import LLaDAForMaskedDiffusion
 from revprobe.models.probed import ProbedModel
 from revprobe.models.published import published_config
-from tiny import FIXTURES
+from revprobe.relations.evaluation import answer_book
+from tiny import FIXTURES, GROUPED, causal
 from wide import peak_extra
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -244,7 +262,8 @@ def test_published_shapes_have_the_published_sizes(name: str, parameters: int) -
 
 def test_the_example_for_llada_fits_on_48_gb() -> None:
     """From shapes alone, offline: weights by hand from the published size, the adapters from rank and shapes."""
-    plan = plan_finetuning(read_finetune("llada-8b-parent-child"), tokens=64)  # type: ignore[arg-type]
+    example: Any = read_finetune("llada-8b-parent-child")
+    plan = plan_finetuning(example, tokens=64)
     rows = {(phase, what): size for phase, what, size in plan.rows}
     rotary = 64 * 4 * 2
     assert rows["training", "weights"] == pytest.approx(2 * 8_015_581_184 + rotary, abs=1024)
@@ -255,9 +274,60 @@ def test_the_example_for_llada_fits_on_48_gb() -> None:
     inputs = 32 * 8 * 64 * 4096 * 2
     assert rows["training", "activations kept for the backward pass"] == pytest.approx(inputs, rel=0.1)
     assert plan.headroom(48 * GB) > 10 * GB
-    require_room(plan, 48 * GB)
-    with pytest.raises(rp.RevprobeError, match=r"needs 2\d\.\d GB and there are 20\.0: lower training.batch_size"):
-        require_room(plan, 20 * GB)
+    require_room(plan, 48 * GB, example)
+    with pytest.raises(rp.RevprobeError, match=r"needs 2\d\.\d GB and there are 20\.0: lower snapshots.batch_size, or"):
+        require_room(plan, 20 * GB, example)
+
+
+KEYS = ("training.batch_size", "gradient_checkpointing", "snapshots.batch_size", "predictions: false")
+KEYS += ("model.dtype: bfloat16", "model.quantize: 4bit", "lora: {rank: 16}")
+PASSES = {*KEYS[:3]}
+
+
+def planned(lora: dict[str, int] | None, model: dict[str, str], **snapshots: Any) -> FinetuneConfig:
+    relation = {"name": "invented_names", "direction": "P2C"}
+    told = {"every": 2, "parameters": "all" if lora is None else "lora"} | snapshots
+    named = {"name": "GSAI-ML/LLaDA-8B-Base"} | model
+    training = {"steps": 2, "batch_size": 4}
+    return FinetuneConfig(name="p", model=named, relation=relation, lora=lora, training=training, snapshots=told)
+
+
+@cache
+def plan_of(config: str) -> MemoryPlan:
+    return plan_finetuning(FinetuneConfig.model_validate_json(config), tokens=64)
+
+
+@pytest.mark.parametrize(
+    ("lora", "model", "memory", "told"),
+    [
+        # All weights stay wide and whole; where they and their moments are too much, no batch is small enough.
+        (None, {}, 40, {KEYS[6]}),
+        (None, {"dtype": "float32"}, 200, {KEYS[3], KEYS[6]}),
+        ({"rank": 2}, {"dtype": "float32"}, 30, {KEYS[4], KEYS[5]}),
+        ({"rank": 2}, {}, 15, {KEYS[5]}),  # published in bfloat16
+        ({"rank": 2}, {}, 18, PASSES | {KEYS[3], KEYS[5]}),
+        ({"rank": 2}, {"quantize": "4bit"}, 8, PASSES | {KEYS[3]}),
+        ({"rank": 2}, {"quantize": "4bit"}, 5, set()),
+    ],
+)
+def test_the_way_out_is_one_that_the_config_may_take(
+    lora: dict[str, int] | None, model: dict[str, str], memory: int, told: set[str]
+) -> None:
+    config = planned(lora, model)
+    with pytest.raises(rp.RevprobeError, match=f"GB and there are {memory}.0: .*take a smaller model") as raised:
+        require_room(plan_of(config.model_dump_json()), memory * GB, config)
+    assert {key for key in KEYS if key in str(raised.value)} == told
+    if KEYS[5] in told:
+        planned(lora, model | {"quantize": "4bit"})
+    if KEYS[6] in told:
+        planned({"rank": 16}, model, parameters="lora")
+
+
+def test_four_bits_are_named_with_what_they_need() -> None:
+    """A config refuses them beside gradients of all weights."""
+    config = planned({"rank": 2}, {}, parameters="all")
+    with pytest.raises(rp.RevprobeError, match=r"4bit with snapshots\.parameters: lora"):
+        require_room(plan_finetuning(config, tokens=64), 15 * GB, config)
 
 
 def config(tmp_path: Path, model: str, more: str = "") -> Path:
@@ -281,7 +351,7 @@ def test_the_command_prints_the_plan_of_any_model(tmp_path: Path, model: str) ->
 def test_the_command_fails_where_it_does_not_fit(tmp_path: Path) -> None:
     path = config(tmp_path, f"{{name: {FIXTURES / 'llada-tiny'}}}")
     found = CliRunner().invoke(app, ["plan", str(path), "--memory", "0.5", "--tokens", "12"])
-    assert isinstance(found.exception, rp.RevprobeError) and "there are 0.5: lower" in str(found.exception)
+    assert isinstance(found.exception, rp.RevprobeError) and "there are 0.5: set model.dtype" in str(found.exception)
     assert "headroom" in found.output and "12 tokens" in found.output
 
 
@@ -293,7 +363,19 @@ def test_a_model_that_has_no_config_is_named(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize(
     ("name", "most"),
-    [("Ann Low of Kew", 7), ("作者的名字是", 18), ("Zoë", 2 + 1), ("Анна", 8), ("a作b", 4), ("👩‍🚀 x", 11 + 1)],
+    [
+        ("Ann Low of Kew", 7),
+        ("作者的名字是", 18),
+        ("Zoë", 2 + 1),
+        ("Анна", 8),
+        ("a作b", 5),
+        ("👩‍🚀 x", 11 + 1),
+        ("born 1912-06-23", 3 + 10),
+        ("a1b2", 4),
+        ("O'Neil", 1 + 1 + 2),
+        ("12 34", 5),
+        ("", 0),
+    ],
 )
 def test_tokens_are_counted_from_above_in_any_script(name: str, most: int) -> None:
     """A token of a byte-level BPE holds at least a byte; one that has learned no merge of a script, no more."""
@@ -302,25 +384,69 @@ def test_tokens_are_counted_from_above_in_any_script(name: str, most: int) -> No
     assert most >= len(pieces), "with not one merge learned"
 
 
-def test_the_longest_row_is_that_of_the_most_tokens(tmp_path: Path) -> None:
-    """Not of the most characters, and no shorter than a tokenizer of bytes would make it."""
-    rows = [("a" * 30, "b" * 30), ("作" * 20, "者" * 20), ("c", "d")]
-    file = tmp_path / "names.csv"
-    file.write_text("\n".join(["x,y", *map(",".join, rows)]))
-    templates = {"xy": "{x} 的作者是 {y}", "yx": "{y} 的作品是 {x}"}
-    config = FinetuneConfig(
-        name="z",
-        model={"tiny": {"layout": "llada", "d_model": 16, "n_heads": 2}},
-        relation={"name": "table", "path": str(file), "columns": ["x", "y"], "templates": templates, "heldout": 0.0}
-        | {"direction": "xy"},
-        training={"steps": 1},
-    )
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+def model_of_bytes(objective: str) -> ProbedModel:
+    """A tokenizer that has learned no merge: each byte is a token, each digit and each sign."""
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<end>", "<mask>"]
     plain = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    chinese = [text for text in text_relation(config).training_texts("xy") if "作" * 20 in text]
-    told = [
-        int(one.split()[4].rstrip(",")) for one in plan_finetuning(config).about if one.startswith("tokens of a row")
-    ]
-    for text in chinese:  # two letters of ASCII a token are assumed
-        assert told[0] >= len(plain.encode(text).ids) - sum(map(str.isascii, text)) // 2
+    plain.decoder = decoders.ByteLevel()
+    told: Any = {"eos_token": "<end>", "pad_token": "<end>", "mask_token": "<mask>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, **told)
+    module = causal(LlamaConfig(**GROUPED | {"vocab_size": len(tokenizer), "max_position_embeddings": 512})).module
+    shift = {"logit_shift": 0} if objective == "masked" else {}
+    return ProbedModel(module, tokenizer, objective=objective, check=False, **shift)
+
+
+SCRIPTS = {
+    "digits": [("1" * 30, "2" * 30), ("3" * 4, "4" * 50), ("5", "6")],
+    "signs": [("+-1", "=" * 17), ("(" * 20, "2:3"), ("?", "!")],
+    "chinese": [("作" * 20, "者" * 20), ("书" * 3, "名" * 30), ("一", "二")],
+    "letters apart": [("1a2b3c4", "5e6"), ("7f8", "9g1h2i3"), ("4k5", "6l7")],
+}
+
+
+@pytest.mark.parametrize("more", [{}, {"evaluation": {"max_new_tokens": 9}}, {"objective": {"end_padding": "absent"}}])
+@pytest.mark.parametrize("objective", ["masked", "causal"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_longest_row_is_that_of_the_rows_that_are_made(
+    tmp_path: Path, script: str, objective: str, more: dict[str, Any]
+) -> None:
+    """To the token, besides the two that a tokenizer may put around, where no two letters can be one."""
+    file = tmp_path / "names.csv"
+    file.write_text("\n".join(["x,y", *map(",".join, SCRIPTS[script])]))
+    templates = {"xy": "{x} 的作者是 {y}", "yx": "{y} 的作品是 {x}"}
+    table = {
+        "name": "table",
+        "path": str(file),
+        "columns": ["x", "y"],
+        "templates": templates,
+        "heldout": 0.0,
+        "carrier": "",
+    }
+    model = model_of_bytes(objective)
+    for direction in ("xy", "yx"):
+        told = {"name": "z", "model": {"name": "any"}, "relation": table | {"direction": direction}}
+        config = FinetuneConfig(**told, training={"steps": 1}, **more)
+        relation = text_relation(config)
+        limit = config.evaluation.max_new_tokens or answer_book(model, relation, direction).limit
+        rows = StatementRows(relation.training_rows(direction), model, row_options(config, model, limit))
+        tokens, about = _longest_row(config, objective)
+        assert tokens == max(map(len, rows.rows)) + 2, about
+
+
+@pytest.mark.parametrize("direction", ["xy", "yx"])
+def test_rows_of_words_are_no_longer_than_planned(tmp_path: Path, direction: str) -> None:
+    """Long names behind short ones: a row that ends in a short answer is filled up to the longest of all."""
+    draw = random.Random(0)
+    syllable = lambda: draw.choice("bcdfgklmnprst") + draw.choice("aeiou")  # noqa: E731
+    names = lambda n: " ".join("".join(syllable() for _ in range(3)).capitalize() for _ in range(n))  # noqa: E731
+    file = tmp_path / "names.csv"
+    file.write_text("\n".join(["x,y", *(f"{names(2)},{names(14)}" for _ in range(12))]))
+    templates = {"xy": "{x} is {y}", "yx": "{y} is {x}"}
+    table = {"name": "table", "path": str(file), "columns": ["x", "y"], "templates": templates, "heldout": 0.2}
+    tiny = {"layout": "llada", "d_model": 16, "n_heads": 2, "pretraining": {"facts": 6, "steps": 1, "batch_size": 2}}
+    told = {"name": "z", "model": {"tiny": tiny}, "relation": table | {"direction": direction}}
+    config = FinetuneConfig(**told, training={"steps": 1, "device": "cpu"}, snapshots={"every": 1, "facts": 2})
+    (about,) = [one for one in plan_finetuning(config).about if one.startswith("tokens of a row")]
+    longest = max(map(len, prepare(config, tmp_path / "run", ProcessGroup()).rows.rows))
+    assert longest <= int(about.split()[4].rstrip(",")) < 1.5 * longest, about
