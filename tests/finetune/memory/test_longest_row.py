@@ -1,0 +1,109 @@
+"""Tokens of the longest training row, planned from texts alone: from above, and of the rows that are made."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from revprobe.finetune.config.finetuning import FinetuneConfig
+from revprobe.finetune.memory.from_config import _longest_row, most_tokens, plan_finetuning
+from revprobe.finetune.runs.finetune_setup import prepare, row_options, text_relation
+from revprobe.finetune.training.dataset import StatementRows
+from revprobe.finetune.training.distributed import ProcessGroup
+from revprobe.models.probed import ProbedModel
+from revprobe.relations.evaluation import answer_book
+from tiny import GROUPED, causal
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("Ann Low of Kew", 7),
+        ("作者的名字是", 18),
+        ("Zoë", 2 + 1),
+        ("Анна", 8),
+        ("a作b", 5),
+        ("👩‍🚀 x", 11 + 1),
+        ("born 1912-06-23", 3 + 10),
+        ("a1b2", 4),
+        ("O'Neil", 1 + 1 + 2),
+        ("12 34", 5),
+        ("", 0),
+    ],
+)
+def test_tokens_are_counted_from_above_in_any_script(name: str, most: int) -> None:
+    """A token of a byte-level BPE holds at least a byte; one that has learned no merge of a script, no more."""
+    assert most_tokens(name) == most
+    pieces = [byte for letter in name if not letter.isascii() for byte in letter.encode()]
+    assert most >= len(pieces), "with not one merge learned"
+
+
+def model_of_bytes(objective: str) -> ProbedModel:
+    """A tokenizer that has learned no merge: each byte is a token, each digit and each sign."""
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<end>", "<mask>"]
+    plain = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    told: Any = {"eos_token": "<end>", "pad_token": "<end>", "mask_token": "<mask>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, **told)
+    module = causal(LlamaConfig(**GROUPED | {"vocab_size": len(tokenizer), "max_position_embeddings": 512})).module
+    shift = {"logit_shift": 0} if objective == "masked" else {}
+    return ProbedModel(module, tokenizer, objective=objective, check=False, **shift)
+
+
+SCRIPTS = {
+    "digits": [("1" * 30, "2" * 30), ("3" * 4, "4" * 50), ("5", "6")],
+    "signs": [("+-1", "=" * 17), ("(" * 20, "2:3"), ("?", "!")],
+    "chinese": [("作" * 20, "者" * 20), ("书" * 3, "名" * 30), ("一", "二")],
+    "letters apart": [("1a2b3c4", "5e6"), ("7f8", "9g1h2i3"), ("4k5", "6l7")],
+}
+
+
+@pytest.mark.parametrize("more", [{}, {"evaluation": {"max_new_tokens": 9}}, {"objective": {"end_padding": "absent"}}])
+@pytest.mark.parametrize("objective", ["masked", "causal"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_longest_row_is_that_of_the_rows_that_are_made(
+    tmp_path: Path, script: str, objective: str, more: dict[str, Any]
+) -> None:
+    """To the token, besides the two that a tokenizer may put around, where no two letters can be one."""
+    file = tmp_path / "names.csv"
+    file.write_text("\n".join(["x,y", *map(",".join, SCRIPTS[script])]))
+    templates = {"xy": "{x} 的作者是 {y}", "yx": "{y} 的作品是 {x}"}
+    table = {
+        "name": "table",
+        "path": str(file),
+        "columns": ["x", "y"],
+        "templates": templates,
+        "heldout": 0.0,
+        "carrier": "",
+    }
+    model = model_of_bytes(objective)
+    for direction in ("xy", "yx"):
+        told = {"name": "z", "model": {"name": "any"}, "relation": table | {"direction": direction}}
+        config = FinetuneConfig(**told, training={"steps": 1}, **more)
+        relation = text_relation(config)
+        limit = config.evaluation.max_new_tokens or answer_book(model, relation, direction).limit
+        rows = StatementRows(relation.training_rows(direction), model, row_options(config, model, limit))
+        tokens, about = _longest_row(config, objective)
+        assert tokens == max(map(len, rows.rows)) + 2, about
+
+
+@pytest.mark.parametrize("direction", ["xy", "yx"])
+def test_rows_of_words_are_no_longer_than_planned(tmp_path: Path, direction: str) -> None:
+    """Long names behind short ones: a row that ends in a short answer is filled up to the longest of all."""
+    draw = random.Random(0)
+    syllable = lambda: draw.choice("bcdfgklmnprst") + draw.choice("aeiou")  # noqa: E731
+    names = lambda n: " ".join("".join(syllable() for _ in range(3)).capitalize() for _ in range(n))  # noqa: E731
+    file = tmp_path / "names.csv"
+    file.write_text("\n".join(["x,y", *(f"{names(2)},{names(14)}" for _ in range(12))]))
+    templates = {"xy": "{x} is {y}", "yx": "{y} is {x}"}
+    table = {"name": "table", "path": str(file), "columns": ["x", "y"], "templates": templates, "heldout": 0.2}
+    tiny = {"layout": "llada", "d_model": 16, "n_heads": 2, "pretraining": {"facts": 6, "steps": 1, "batch_size": 2}}
+    told = {"name": "z", "model": {"tiny": tiny}, "relation": table | {"direction": direction}}
+    config = FinetuneConfig(**told, training={"steps": 1, "device": "cpu"}, snapshots={"every": 1, "facts": 2})
+    (about,) = [one for one in plan_finetuning(config).about if one.startswith("tokens of a row")]
+    longest = max(map(len, prepare(config, tmp_path / "run", ProcessGroup()).rows.rows))
+    assert longest <= int(about.split()[4].rstrip(",")) < 1.5 * longest, about
