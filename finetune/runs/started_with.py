@@ -9,6 +9,7 @@ weights may change.
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,6 +31,8 @@ from .relation_copy import copy_of, differs_from_copy
 from .run import other_versions
 
 DIGESTS, BASE_SHA256 = "digests", "base_sha256"
+# Which formulas a run is trained, read and asked by: one more with each change of one, told by `_other_formulas`.
+FORMULAS, FORMULAS_NOW = "formulas", 1
 # What runs of before say of their rows, pairs and model as well.
 _TOLD = ("objective", "logit_shift", "block_size", "steps", "rows", "answer_tokens", "targets", "pairs", "kind")
 _WEIGHTS, _SETTINGS, _FILES = "weights", "settings", "base"  # the last of runs of before alone
@@ -56,7 +59,7 @@ def digests(
     file = None if source is None else source / SAFE_WEIGHTS_NAME
     own = {BASE_SHA256: checksum(file)} if file is not None and file.is_file() else {}
     found = {"rows": _sha256(map(repr, rows)), "pairs": pairs, "facts": facts_digest(relation)}
-    return own | {DIGESTS: found | base_digests(model)}
+    return own | {FORMULAS: FORMULAS_NOW, DIGESTS: found | base_digests(model)}
 
 
 def base_digests(model: ProbedModel) -> dict[str, str]:
@@ -105,10 +108,17 @@ def require_same_start(folder: Path, before: Mapping[str, Any], now: Mapping[str
         before, now: the run's resolved.json, and what it would be. What both have is compared. Runs of before have no
             digests there: of them the counts are compared, the sha256 of the base, and their own copy of the facts.
     Raises: RevprobeError, naming what changed, and where the run's own copy is.
-    Warns: where the base's settings alone are others and the software is too, which may read the same files otherwise.
+    Warns: where the base's settings alone are others and the software is too, which may read the same files otherwise;
+        and where what follows is by other formulas than what is there.
     """
     if not before or not checkpoint_steps(folder):
         return
+    if others := _other_formulas(before, now, config):
+        warnings.warn(
+            f"{folder} was started by other formulas, or before they had a number: {'; '.join(others)}; to hold its "
+            "steps against each other, train it anew in another folder",
+            stacklevel=5,
+        )
     kept, found = before.get(DIGESTS), now[DIGESTS]
     if kept is None:
         changed = ["base model"] if before.get(BASE_SHA256, now.get(BASE_SHA256)) != now.get(BASE_SHA256) else []
@@ -131,6 +141,24 @@ def require_same_start(folder: Path, before: Mapping[str, Any], now: Mapping[str
             f"{folder} was started with other data: {', '.join(changed)} changed; {_way_out(folder, config, changed)}, "
             "or choose another name or folder"
         )
+
+
+def _other_formulas(before: Mapping[str, Any], now: Mapping[str, Any], config: FinetuneConfig) -> list[str]:
+    """What this run would be computed otherwise than it was until here; runs of before the number say none."""
+    was = before.get(FORMULAS, 0)
+    if was == FORMULAS_NOW:
+        return []
+    if was > FORMULAS_NOW:
+        return [f"those of a later version (number {was}, not {FORMULAS_NOW})"]
+    training, told = config.training, []
+    split = training.gradient_accumulation > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if now.get("objective") == "causal" and split:
+        told.append("the loss is now a mean over a step's tokens, once a mean of its parts' means")
+    if training.bf16 and config.lora is None:
+        told.append("readings are now in the dtype of the weights, once in bfloat16")
+    if config.evaluation.facts:
+        told.append(f"facts: {config.evaluation.facts} now draws facts that are asked both ways, once others")
+    return told
 
 
 def _way_out(folder: Path, config: FinetuneConfig, changed: list[str]) -> str:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import revprobe as rp
 from revprobe.finetune.config.finetuning import FinetuneConfig
 from revprobe.finetune.runs.finetuning import FinetuneRun
-from revprobe.finetune.runs.started_with import base_digests
+from revprobe.finetune.runs.started_with import FORMULAS_NOW, base_digests, require_same_start
 from revprobe.finetune.training.trainer import ForwardOnlyTrainer
 from revprobe.models import registry
 
@@ -317,6 +317,38 @@ def test_what_hides_and_what_begins_are_of_the_base(home: Path) -> None:
         setattr(read, what, other)
         now = base_digests(read)
         assert now["weights"] == before["weights"] and now["settings"] != before["settings"], what
+
+
+@pytest.mark.parametrize(
+    ("objective", "more", "words"),
+    [
+        ("masked", {"evaluation": {"facts": 0}, "training": {"gradient_accumulation": 2}}, None),
+        ("causal", {"evaluation": {"facts": 0}, "training": {"gradient_accumulation": 2}}, "mean over a step's tokens"),
+        ("causal", {"evaluation": {"facts": 0}}, None),
+        ("masked", {"evaluation": {"facts": 0}, "training": {"bf16": True}}, None),
+        ("masked", {"evaluation": {"facts": 0}, "training": {"bf16": True}, "lora": None}, "dtype of the weights"),
+        ("masked", {"evaluation": {"facts": 5}}, "facts: 5 now draws facts"),
+    ],
+)
+def test_a_run_that_goes_on_by_other_formulas_is_told_which(
+    tmp_path: Path, objective: str, more: dict[str, Any], words: str | None
+) -> None:
+    """Of those that the change moves; what other runs come to is the same by both."""
+    values = config_of(tmp_path, {"name": "any"}).model_dump(exclude_unset=True)
+    values["training"] |= more.get("training", {})
+    values["snapshots"]["parameters"] = "all" if "lora" in more else "lora"
+    config = FinetuneConfig(**values | {key: one for key, one in more.items() if key != "training"})
+    kept = {"objective": objective, "digests": {}}
+    (tmp_path / "checkpoints" / "step-000002").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-000002" / "COMPLETE").touch()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        require_same_start(tmp_path, kept | {"formulas": FORMULAS_NOW}, kept | {"formulas": FORMULAS_NOW}, config)
+        assert not said
+        require_same_start(tmp_path, kept, kept | {"formulas": FORMULAS_NOW}, config)
+        assert len(said) == (words is not None) and all(words in str(one.message) for one in said)
+        require_same_start(tmp_path, kept | {"formulas": FORMULAS_NOW + 1}, kept, config)
+    assert "those of a later version" in str(said[-1].message)
 
 
 def test_weights_that_hardly_move_are_told(home: Path) -> None:
