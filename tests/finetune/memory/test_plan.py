@@ -269,7 +269,7 @@ def test_the_example_for_llada_fits_on_48_gb() -> None:
         require_room(plan, 20 * GB, example)
 
 
-KEYS = ("training.batch_size", "gradient_checkpointing", "snapshots.batch_size", "predictions: false")
+KEYS: tuple[str, ...] = ("training.batch_size", "gradient_checkpointing", "snapshots.batch_size", "predictions: false")
 KEYS += ("model.dtype: bfloat16", "model.quantize: 4bit", "lora: {rank: 16}")
 PASSES = {*KEYS[:3]}
 
