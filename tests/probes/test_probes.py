@@ -32,6 +32,7 @@ from revprobe.models.bases.configs import POSITION_ENCODINGS
 from revprobe.probes.passes import batches
 from revprobe.probes.passes import run as passes
 from revprobe.probes.statistics.estimators import pair_cosines
+from revprobe.probes.statistics.resampling import derangement
 
 mdm = partial(tiny.radd, d_model=64, scale=0.0)  # at its initial weights, unless a scale is given
 
@@ -351,7 +352,7 @@ def test_untrained_rope_correlates_as_the_theory_says():
 
 def deranged(pairs: ReversalPairs, seed: int) -> ReversalPairs:
     """The same forward queries with the reverse queries of other facts: there is nothing left to find."""
-    partner = passes.derangement(pairs.facts.astype(str), pairs.groups(0), seed=100 + seed)
+    partner = derangement(pairs.facts.astype(str), pairs.groups(0), seed=100 + seed)
     return ReversalPairs(
         pairs.queries, pairs.forward, pairs.reverse[partner], pairs.facts, pairs.kind, tokenizer=pairs.tokenizer
     )
