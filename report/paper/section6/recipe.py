@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .ablations import NOT_PREDICTED, PREDICTIONS, F, R, number
-from .cells import mean
+from .cells import cell_words, mean
 from .frames import Section6
 from .plan import (
     DATASETS,
@@ -59,11 +59,14 @@ class Recipe:
         }
         if not any(apart.values()):
             return ""
-        begin = f"; by rank{' (the right answer first among the candidates)' * named}, plain {share(mean(plain))},"
         told = {name: f"{name} {per_cent(mean(own[name]))}" for name, gaps in apart.items() if gaps}
         if not named:
             ordered = sorted(told, key=lambda name: mean(own[name]))
-            return f"{begin} {told[ordered[-1]]} is the highest, {told[ordered[0]]} the lowest"
+            low, high = (f"{name} {self._rank_words(name)}" for name in (ordered[0], ordered[-1]))
+            return f"; by rank, per cent: plain {self._rank_words(PLAIN)}, highest {high}, lowest {low}"
+        begin = f"; by rank (the right answer first among the candidates), plain {share(mean(plain))},"
+        # Of as many coins as there are seeds, all fall on one given side so often.
+        by_chance = f" (by chance one variant in {2 ** len(SEEDS)} on either side; intervals are in the table)"
         sides = {
             "higher in every seed": [told[name] for name in told if all(gap > 0 for gap in apart[name])],
             "lower in every seed": [told[name] for name in told if all(gap < 0 for gap in apart[name])],
@@ -72,7 +75,12 @@ class Recipe:
         sides["against what was predicted of exact match"] = against
         words = "; ".join(f"{side}: {', '.join(names) if names else 'none'}" for side, names in sides.items())
         others = [words for name, words in told.items() if not any(words in own for own in sides.values())]
-        return f"{begin} {words}; neither: {', '.join(others) if others else 'none'}"
+        return f"{begin} {words}; neither: {', '.join(others) if others else 'none'}{by_chance}"
+
+    def _rank_words(self, variant: str) -> str:
+        """Value and interval of `_ranks` over seeds, per cent."""
+        value, _, interval = cell_words(self.found, ablation_cell(variant), R, table="ranks").partition(" ")
+        return f"{value} {interval[interval.find('[') : interval.find(']') + 1]}"
 
     def _ranks(self, variant: str) -> list[float]:
         """By seed, how often the right answer ranks first backwards at the last step; NaN where it is not known."""

@@ -64,9 +64,11 @@ def test_the_recipe_is_told_by_rank_where_exact_match_is_at_its_floor(whole: Sec
     means = {variant: np.mean(list(ranks.values())) for variant, ranks in own.items()}
     highest, lowest = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
     short = Told(whole).recipe(named=False)
-    assert (
-        f"{highest} {100 * means[highest]:.1f} is the highest, {lowest} {100 * means[lowest]:.1f} the lowest" in short
-    )
+    rows = {row["variant"]: row["ranked first"] for row in ablations(whole, [])}
+    for name, words in (("plain", "plain"), (highest, f"highest {highest}"), (lowest, f"lowest {lowest}")):
+        value, interval = rows[name].split(" ")[0], rows[name].split("[")[1].split("]")[0]
+        assert f"{words} {value} [{interval}]" in short, "a rank travels with its interval"
+    assert said.count("by chance one variant in 8 on either side") == 1
 
 
 def test_methods_are_told_whether_they_are_in_or_not(whole: Section6) -> None:
