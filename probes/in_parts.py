@@ -69,7 +69,8 @@ def probe_in_parts(
     probed again. `pandas.read_parquet(folder / "attention_correlation")` has the rows of all parts, with pairs and
     groups numbered through (`shown` and its like are of the part; the numbers are over prompts of all parts). The
     numbers are those of `probe`, but that gradients and probabilities have facts shuffled within their part for a
-    control, and targets of one shown query are seen within a part. Memory grows by what the numbers rest on: 16 bytes
+    control, of which facts of other parts do not say whether they make its target right, and targets of one shown
+    query are seen within a part. Memory grows by what the numbers rest on: 16 bytes
     for each pair and head, some hundred for each pair; files are read as needed.
 
     Args:
@@ -227,6 +228,7 @@ class _Kept:
     scores: list[ScoreTables] = field(default_factory=list)
     facts: list[np.ndarray] = field(default_factory=list)
     shown: tuple[list[bytes], list[bytes]] = field(default_factory=lambda: ([], []))
+    queries: int = 0
     rows: dict[str, list[pd.DataFrame]] = field(default_factory=dict)
     meta: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -243,7 +245,9 @@ class _Kept:
         """Hold what the model is shown of a part: facts of two parts may share a prompt."""
         asked = asked_pairs(model, part, "")
         self.facts.append(asked.facts.astype(str))
-        for kept, found in zip(self.shown, shown_queries(model, asked), strict=True):
+        shown = shown_queries(model, asked, first=self.queries)
+        self.queries += len(asked.queries)
+        for kept, found in zip(self.shown, shown, strict=True):
             kept += [sha256(repr(one).encode()).digest() for one in found]
 
     def drawn(self) -> dict[str, Facts]:

@@ -12,8 +12,8 @@ from ..pairs.pairs import ReversalPairs
 from ..passes.state_runs import CLEAN, THIRD, Place, StateResult
 
 LEAST_DIFFERENCE = 0.5  # nats between clean and corrupted, below which a share of it is noise
-NO_OTHER = "no other fact of the group has evidence of as many tokens and another target, to corrupt the query with"
-NO_THIRD = "no third fact of the group has evidence of as many tokens and another target, for the control"
+NO_OTHER = "no other fact of the group has evidence of as many tokens where this target is wrong, to corrupt the query"
+NO_THIRD = "no third fact of the group has evidence of as many tokens where this target is wrong, for the control"
 NO_PART = "the query has no token of this part"
 TOO_CLOSE = f"clean and corrupted differ by less than {LEAST_DIFFERENCE} nats"
 ZERO_CLEAN, ZERO_CORRUPTED = "probability 0 in the clean query", "probability 0 in the corrupted query"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -41,8 +42,7 @@ def bounds_figure(reading: Drawable, frame: pd.DataFrame) -> go.Figure:
             "this reading carries no bounds; add them with with_bounds(reading, model, pairs) and plot that"
         )
     bounded = frame[frame["bound_mean"].notna()]
-    drawn = pd.Series(Facts.of_rows(bounded).unit, bounded.index)
-    bounded = bounded[drawn.groupby([bounded[name] for name in GROUP]).transform("nunique") >= LEAST_FACTS]
+    bounded = large_enough(bounded)
     if bounded.empty:
         reasons = frame.loc[frame["bound_reason"] != "", "bound_reason"].value_counts()
         why = plain("; ".join(f"{count:,} scores: {reason}" for reason, count in reasons.items()), limit=None)
@@ -56,6 +56,13 @@ def bounds_figure(reading: Drawable, frame: pd.DataFrame) -> go.Figure:
     for trace in _mean_traces(cells):
         figure.add_trace(trace)
     return _laid_out(figure, reading, cells, left_out)
+
+
+def large_enough(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of groups of at least LEAST_FACTS facts in a head; of facts in chains, by the fewer sets there."""
+    drawn = pd.DataFrame(np.stack(Facts.of_rows(rows).counted, axis=1), rows.index)
+    counts = drawn.groupby([rows[name] for name in GROUP]).transform("nunique").min(axis=1)
+    return rows[counts >= LEAST_FACTS]
 
 
 def _what_fits(bounded: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:

@@ -38,16 +38,18 @@ def with_prompts(model: ProbedModel, pairs: ReversalPairs) -> ReversalPairs:
     return replace(pairs, flags=flags | (units if shared else {}))
 
 
-def shown_queries(model: ProbedModel, pairs: ReversalPairs) -> tuple[list[Hashable], list[Hashable]]:
+def shown_queries(model: ProbedModel, pairs: ReversalPairs, *, first: int = 0) -> tuple[list[Hashable], list[Hashable]]:
     """What the model is shown of each pair's forward and reverse query: token ids, and the places that are hidden.
 
     No number that the model makes of them, which may be equal by chance. A query whose evidence is out of sight of its
     rows has no number, and is one with no other, though all that is seen of it may be its template.
     Shapes: `-> pair, pair`.
+    Args:
+        first: queries of other parts of a list, whose numbers come before these.
     """
     # Blocks are counted from the first token that is run.
     queries = pairs.queries if model.block_size is None else prepare_queries(model, pairs.queries)
-    shown = [_shown(model, query) or ("out of sight", place) for place, query in enumerate(queries)]
+    shown = [_shown(model, query) or ("out of sight", place) for place, query in enumerate(queries, start=first)]
     forward, reverse = ([shown[q] for q in getattr(pairs, side)] for side in DIRECTIONS)
     return forward, reverse
 

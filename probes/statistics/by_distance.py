@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .by_head import NO_HEAD, score_table
-from .group_correlation import LEAST_FACTS, Layout, deviations
+from .group_correlation import LEAST_FACTS, Layout, deviations, facts_of_groups
 
 DISTANCES = ["distance_forward", "distance_reverse"]
 OFFSETS = ["offset_forward", "offset_reverse"]
@@ -42,7 +42,7 @@ def unit_correlations(frame: pd.DataFrame) -> pd.DataFrame:
     units["forward"], units["reverse"], units["both"] = deviations(sums)
     members = _members(np.isfinite(forward) & np.isfinite(reverse), layout.group)
     units["n"], units["pairs"] = sums[0].astype(int), pd.Series(members, dtype=object)
-    units["facts"] = layout.defined_facts(forward, reverse).reshape(-1)
+    units["facts"] = facts_of_groups(facts, groups, forward, reverse).reshape(-1)
     few, flat = units["n"] < 2, ~((units["forward"] > 0) & (units["reverse"] > 0))
     two = units["n"] == 2
     units["value"] = _ratio(units).mask(few | flat | two)

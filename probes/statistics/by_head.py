@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from .group_correlation import LEAST_FACTS, Layout, Moments, jackknife_intervals
+from .group_correlation import LEAST_FACTS, Layout, Moments, facts_of_groups, jackknife_intervals
 from .resampling import Facts
 
 NO_HEAD = -1
@@ -28,7 +28,7 @@ def head_correlations(frame: pd.DataFrame) -> pd.DataFrame:
     """
     places, scores, facts, groups = score_table(frame.dropna(subset=["head"]))  # layers without softmax attention
     forward, reverse = scores
-    large = Layout.of(facts.unit, groups).defined_facts(forward, reverse) >= LEAST_FACTS
+    large = facts_of_groups(facts, groups, forward, reverse) >= LEAST_FACTS
     # Where facts share prompts in chains, there are several ways to leave some out.
     found = [_left_out(Layout.of(way, groups), forward, reverse, large) for way in facts.ways or (facts.unit,)]
     sums, counts, small = found[0][:3]

@@ -28,7 +28,7 @@ from .intervals import COSINE, FRACTION, Bounds, Estimate, difference_over_facts
 from .resampling import SHOWN_COLUMNS, Facts
 
 # Raised whenever the same frame comes to another number or interval; readings of another are worked out anew.
-STATISTICS_VERSION = 4
+STATISTICS_VERSION = 5
 
 ALONE = "alone in its group, so without a correlation"
 BELOW_FLOOR = "gradient below the rounding floor"

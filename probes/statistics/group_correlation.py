@@ -70,8 +70,7 @@ def group_correlation(
     facts = Facts.of(facts)
     ways = facts.ways or (facts.unit,)
     layout = Layout.of(ways[0], groups)
-    # Facts that hang together count as one here, however they are drawn.
-    large = Layout.of(facts.unit, groups).defined_facts(forward, reverse) >= LEAST_FACTS
+    large = facts_of_groups(facts, groups, forward, reverse) >= LEAST_FACTS
     pooled = not large.any()
     blocks = list(layout.blocks(forward, reverse, large))
     cells = np.concatenate([_pearson(moments.groups) for moments, _ in blocks], axis=1)
@@ -103,6 +102,15 @@ def group_correlation(
         alone=int((asked & (layout.counts(defined.any(1)[:, None])[layout.group, 0] == 1)).sum()),
         lonely=int((asked & lonely).sum()),
     )
+
+
+def facts_of_groups(facts: Facts, groups: np.ndarray, forward: np.ndarray, reverse: np.ndarray) -> np.ndarray:
+    """Facts of each group with both scores defined; of facts in chains, the sets of the direction that has fewer there.
+
+    Shapes: `pair, pair, pair head, pair head -> group head`.
+    """
+    found = [Layout.of(way, groups).defined_facts(forward, reverse) for way in facts.counted]
+    return np.asarray(np.minimum.reduce(found))
 
 
 def _left_out(

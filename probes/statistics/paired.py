@@ -27,7 +27,7 @@ from scipy import stats
 from .by_head import score_table
 from .coverage import caution_of, first_caution
 from .estimators import Control, Measured, missing_interval, pair_cosines
-from .group_correlation import LEAST_FACTS, Layout, Moments, null_correlations
+from .group_correlation import LEAST_FACTS, Layout, Moments, facts_of_groups, null_correlations
 from .intervals import ALIKE, COSINE, FRACTION, Bounds, Estimate, all_alike, reach_of_mixture, reach_of_shares, student
 from .resampling import Facts, drawn_alike, draws_of
 
@@ -87,7 +87,7 @@ class Correlations:
 
     Which groups are large enough for a correlation of their own is told from the facts, not anew from each draw.
     Shapes: `forward`, `reverse`: `pair head`; `fact_of`, `groups`, `pair` (its number where it was asked), `unit` (what
-    is drawn, itself where None): `pair`; `heads` (layer and head): `head 2`.
+    is drawn, itself where None), each of `sides` (as of `Facts`): `pair`; `heads` (layer and head): `head 2`.
     """
 
     forward: np.ndarray
@@ -97,13 +97,14 @@ class Correlations:
     pair: np.ndarray | None = None
     heads: np.ndarray | None = None
     unit: np.ndarray | None = None
+    sides: tuple[np.ndarray, np.ndarray] | None = None
 
     @classmethod
     def of(cls, frame: pd.DataFrame) -> Correlations:
         """The scores of an attention reading's frame; pairs without one are left out."""
         heads, (forward, reverse), facts, groups = score_table(frame)
         pair = numbers_of_pairs(frame.drop_duplicates("pair").sort_values("pair"))
-        made = cls(forward, reverse, facts.label, groups, pair, heads, facts.unit)
+        made = cls(forward, reverse, facts.label, groups, pair, heads, facts.unit, facts.sides)
         return made.where(np.isfinite(forward) & np.isfinite(reverse))
 
     def where(self, kept: np.ndarray) -> Correlations:
@@ -114,8 +115,9 @@ class Correlations:
     def take(self, rows: np.ndarray) -> Correlations:
         """Some of the pairs, by their places here."""
         pair, unit = (None if column is None else column[rows] for column in (self.pair, self.unit))
+        sides = None if self.sides is None else (self.sides[0][rows], self.sides[1][rows])
         scores = self.forward[rows], self.reverse[rows]
-        return Correlations(*scores, self.fact_of[rows], self.groups[rows], pair, self.heads, unit)
+        return Correlations(*scores, self.fact_of[rows], self.groups[rows], pair, self.heads, unit, sides)
 
     @property
     def drawn(self) -> np.ndarray:
@@ -150,7 +152,8 @@ class Correlations:
     @cached_property
     def large(self) -> np.ndarray:
         """The groups of each head that have a correlation of their own; where there is none, all are pooled."""
-        return self.layout.defined_facts(self.forward, self.reverse) >= LEAST_FACTS
+        facts = Facts(self.fact_of, self.drawn, self.sides)
+        return facts_of_groups(facts, self.groups, self.forward, self.reverse) >= LEAST_FACTS
 
     @property
     def pooled(self) -> bool:

@@ -51,13 +51,13 @@ class Facts:
             return facts
         if units is None:
             return cls(facts, facts)
-        label, own = facts.astype(str), np.asarray(units, dtype=object)
-        unit = np.where(pd.isna(own), label, own).astype(str)
-        fact = np.unique(label, return_inverse=True)[1]
-        together = np.unique(unit, return_inverse=True)[1] * (fact.max(initial=0) + 1) + fact
-        # Rows of two readings may give a fact two units, which then are one.
-        several = len(np.unique(together)) > len(np.unique(fact))
-        return cls(label, kin(label, unit.tolist())) if several else cls(label, unit, sides)
+        label = facts.astype(str)
+        unit = _drawn(label, units, label)
+        if sides is None:
+            return cls(label, unit)
+        # Rows that do not say by which direction they are joined may be so by either.
+        forward, reverse = (_drawn(label, side, unit) for side in sides)
+        return cls(label, unit, (forward, reverse))
 
     @classmethod
     def of_rows(cls, rows: pd.DataFrame, direction: str | None = None) -> Facts:
@@ -70,14 +70,15 @@ class Facts:
         label = rows["fact"].to_numpy().astype(str)
         if not all(name in rows for name in SHOWN_COLUMNS):
             return cls.of(label, rows[SHOWN].to_numpy() if SHOWN in rows else None)
+        either = rows[SHOWN].to_numpy(dtype=object)
+        named = [rows[name].to_numpy(dtype=object) for name in SHOWN_IN.values()]
+        forward, reverse = (np.where(pd.isna(side), either, side) for side in named)  # frames without may be joined
         if direction is None and "direction" in rows:
-            sides = [rows["direction"].eq(side).to_numpy() for side in SHOWN_IN]
-            units = [rows[name].to_numpy(dtype=object) for name in (*SHOWN_IN.values(), SHOWN)]
-            return cls.of(label, np.select(sides, units[:2], units[2]))
+            own = [rows["direction"].eq(side).to_numpy() for side in SHOWN_IN]
+            return cls.of(label, np.select(own, [forward, reverse], either))
         if direction is not None:
-            return cls.of(label, rows[SHOWN_IN[direction]].to_numpy())
-        forward, reverse = (rows[name].to_numpy() for name in SHOWN_IN.values())
-        return cls.of(label, rows[SHOWN].to_numpy(), (forward, reverse))
+            return cls.of(label, forward if direction == "forward" else reverse)
+        return cls.of(label, either, (forward, reverse))
 
     @classmethod
     def of_pairs(cls, frame: pd.DataFrame, direction: str | None = None) -> Facts:
@@ -111,11 +112,31 @@ class Facts:
         return one, other, np.unique(one * (other.max() + 1) + other, return_inverse=True)[1].reshape(-1)
 
     @property
+    def counted(self) -> tuple[np.ndarray, ...]:
+        """The ways to count these facts, as an interval's degrees of freedom are: those of the fewest are what counts.
+
+        Shapes: `-> row` each.
+        """
+        ways = self.ways
+        return (self.unit,) if ways is None else ways[:2]
+
+    @property
     def sizes(self) -> dict[str, int]:
         """How many facts, and as how many they are drawn by the prompts they share: 0 where each has its own."""
         facts, ways = len(np.unique(self.label)), self.ways
         prompts = len(np.unique(self.unit if ways is None else ways[0]))
         return {"facts": facts, "prompts": prompts if prompts < facts else 0}
+
+
+def _drawn(label: np.ndarray, units: np.ndarray, unsaid: np.ndarray) -> np.ndarray:
+    """What is drawn of each row; that of `unsaid` where it has no unit. Rows of one fact are of one. Shapes: `row`."""
+    own = np.asarray(units, dtype=object)
+    unit = np.where(pd.isna(own), unsaid, own).astype(str)
+    fact = np.unique(label, return_inverse=True)[1]
+    together = np.unique(unit, return_inverse=True)[1] * (fact.max(initial=0) + 1) + fact
+    # Rows of two readings may give a fact two units, which then are one.
+    several = len(np.unique(together)) > len(np.unique(fact))
+    return kin(label, unit.tolist()) if several else unit
 
 
 def drawn_alike(own: Facts, other: Facts) -> tuple[Facts, Facts]:
@@ -286,16 +307,16 @@ def each_shuffle(facts: np.ndarray, groups: np.ndarray, *, seed: int = 0) -> Ite
         yield from shuffles(facts, groups, seed=seed)
         return
     fact, group = (np.unique(values, return_inverse=True)[1].reshape(-1) for values in (facts, groups))
-    yield from _drawn(fact, group, seed)
+    yield from _turned(fact, group, seed)
 
 
 @lru_cache(maxsize=4)
 def _shuffles(facts: bytes, groups: bytes, seed: int) -> np.ndarray:
     fact, group = (np.frombuffer(codes, dtype=np.int32) for codes in (facts, groups))
-    return np.stack(list(_drawn(fact, group, seed)))
+    return np.stack(list(_turned(fact, group, seed)))
 
 
-def _drawn(fact: np.ndarray, group: np.ndarray, seed: int) -> Iterator[np.ndarray]:
+def _turned(fact: np.ndarray, group: np.ndarray, seed: int) -> Iterator[np.ndarray]:
     count = int(fact.max()) + 1
     order = np.lexsort((fact, group))  # by group, then by fact, then as given
     starts = np.flatnonzero(np.r_[True, (np.diff(group[order]) != 0) | (np.diff(fact[order]) != 0)])

@@ -11,7 +11,7 @@ import pytest
 import revprobe as rp
 from revprobe.probes import in_parts
 from revprobe.probes.pairs.pair_parts import PairParts
-from tiny import gpt2, radd
+from tiny import gpt2, in_blocks, radd
 
 SAME = ["value", "low", "high", "n", "facts"]
 
@@ -52,6 +52,23 @@ def test_the_numbers_are_those_of_one_call(
     controls = ["control", "control_low", "control_high", "excess"]
     np.testing.assert_allclose(table.loc[same, controls].astype(float), expected.loc[same, controls].astype(float))
     assert table["control"].notna().all()
+
+
+def test_queries_out_of_sight_of_two_parts_are_no_one_prompt(tmp_path: Path) -> None:
+    """Each is one with no other; by their places alone, the first of one part was the first of the next."""
+    pairs = []
+    for i in range(20):
+        fact = f"f{i:02}"
+        near = rp.Query([45, 20 + i, i], [2], [1]), rp.Query([45, i, 20 + i], [1], [2])
+        far = rp.Query([45, 20 + i, 46, 47, 48, i], [5], [1]), rp.Query([45, i, 46, 47, 48, 20 + i], [1], [5])
+        pairs += [rp.ReversalPair(*near, fact=fact), rp.ReversalPair(*far, fact=fact)]
+    asked = rp.ReversalPairs.from_pairs(pairs)
+    only = ("attention", "probability")
+    whole = rp.probe(in_blocks(4, scale=0.4), asked, only=only, progress=False).measures()
+    table = rp.probe_in_parts(in_blocks(4, scale=0.4), asked, tmp_path / "parts", size=10, only=only, progress=False)
+    same = [*SAME, "caution"]
+    pd.testing.assert_frame_equal(table[same], whole[same], check_dtype=False, rtol=1e-5)
+    assert table["undefined"].max() == 20 and not table["caution"].any()
 
 
 def test_a_causal_model_and_pairs_in_a_file_are_read_as_they_are_needed(tmp_path: Path) -> None:

@@ -1,15 +1,19 @@
 """Facts that hang together in chains of forward and reverse prompts: two ways to draw them, and intervals of both."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 import revprobe as rp
+from revprobe.probes.figures.bounds import large_enough
+from revprobe.probes.statistics.by_distance import distance_correlations
 from revprobe.probes.statistics.by_head import head_correlations
 from revprobe.probes.statistics.by_role import cell_cosines
 from revprobe.probes.statistics.group_correlation import group_correlation
 from revprobe.probes.statistics.intervals import COSINE, difference_over_facts, mean_over_facts
-from revprobe.probes.statistics.resampling import Facts
+from revprobe.probes.statistics.paired import Correlations
+from revprobe.probes.statistics.resampling import Facts, kin
 from tiny import gpt2
 
 
@@ -116,3 +120,76 @@ def test_a_relation_of_many_to_many_has_intervals_and_a_control() -> None:
         rows = table.dropna(subset=by)[[*by, *columns]].astype({name: str for name in by}).set_index(by).sort_index()
         assert np.isfinite(rows.to_numpy()).all() and rows.index.tolist() == slow.index.tolist()
         np.testing.assert_allclose(rows.to_numpy(float), slow.to_numpy(float), rtol=1e-6)
+
+
+def scored(forward: np.ndarray, reverse: np.ndarray, group: np.ndarray, seed: int = 0) -> pd.DataFrame:
+    """Rows of an attention reading, one head: each prompt has a score of its own."""
+    rng, size, reversed_ = np.random.default_rng(seed), len(forward), 1000 + reverse
+    label = np.array([f"f{place:03}" for place in range(size)])
+    names = {"pair": np.arange(size), "fact": label, "kind": "same_target", "group": group, "layer": 0, "head": 0}
+    offsets = {f"{name}_{side}": group + 1 for name in ("offset", "distance") for side in ("forward", "reverse")}
+    scores = rng.normal(size=2000)
+    x, y = scores[forward], scores[reversed_] + 0.5 * scores[forward]
+    prompts = forward.tolist(), reversed_.tolist()
+    drawn = {"shown": kin(label, *prompts)}
+    drawn |= {name: kin(label, side) for name, side in zip(("shown_forward", "shown_reverse"), prompts, strict=True)}
+    return pd.DataFrame(names | offsets | {"score_forward": x, "score_reverse": y, "reason": ""} | drawn)
+
+
+@pytest.mark.parametrize(("sets", "large"), [(8, True), (7, False)])
+def test_a_group_in_chains_is_as_large_as_the_fewer_sets_of_either_direction(sets: int, large: bool) -> None:
+    """Beside a group of facts of their own: it was left out as "fewer than 8 facts", however many sets it had."""
+    forward = np.r_[100 + np.arange(10), np.arange(24) % sets]  # a ring: with one prompt further on each round
+    reverse = np.r_[100 + np.arange(10), (np.arange(24) + 2 * (np.arange(24) // sets)) % (sets + 1)]
+    frame = scored(forward, reverse, np.r_[np.zeros(10, dtype=int), np.ones(24, dtype=int)])
+    assert frame["shown"].iloc[10:].nunique() == 1 and frame["shown_forward"].iloc[10:].nunique() == sets
+    by_group = [np.corrcoef(part["score_forward"], part["score_reverse"])[0, 1] for _, part in frame.groupby("group")]
+    value, n = (np.mean(by_group), 34) if large else (by_group[0], 10)
+    reading = rp.Reading("attention_correlation", frame, {"control": True, "seed": 0})
+    assert reading.value == pytest.approx(value) and reading.n == n
+    assert reading.undefined == ({} if large else {"group of fewer than 8 facts": 24})
+    assert np.isfinite(reading.interval).all()
+    heads = head_correlations(frame)
+    assert heads["value"].to_numpy() == pytest.approx(value)
+    cells = distance_correlations(frame)
+    assert cells["value"].tolist() == pytest.approx(by_group) and cells["n"].tolist() == [10, 24]
+    both = Correlations.of(frame)
+    assert both.under(np.ones((1, len(both.facts))))[0] == pytest.approx(value)
+    assert both.large.ravel().tolist() == [True, large]
+    assert large_enough(frame)["group"].value_counts().to_dict() == ({0: 10, 1: 24} if large else {0: 10})
+
+
+@pytest.mark.parametrize("old", ["none", "shown"])
+def test_rows_with_and_without_the_columns_are_joined(old: str) -> None:
+    """As the refusal of pairs that are numbered twice tells people to: it ended in a TypeError of NumPy's."""
+    chain = scored(np.arange(20) % 10, (np.arange(20) + np.arange(20) // 10) % 10, np.zeros(20, dtype=int))
+    lone = scored(np.arange(100, 112), np.arange(100, 112), np.zeros(12, dtype=int), seed=1)
+    lone["fact"] = [f"g{place}" for place in range(12)]
+    lone = lone.assign(pair=lone["pair"] + 20).drop(columns=["shown", "shown_forward", "shown_reverse"])
+    if old == "shown":  # of an older version, which knew sets of either direction alone
+        lone["shown"] = [f"g{place // 2 * 2}" for place in range(12)]
+    frame = pd.concat([chain, lone], ignore_index=True)
+    drawn = 6 if old == "shown" else 12
+    facts = Facts.of_rows(frame)
+    assert facts.sizes == {"facts": 32, "prompts": 10 + drawn} and facts.ways is not None
+    for side in ("forward", "reverse"):
+        assert Facts.of_rows(frame, side).sizes == {"facts": 32, "prompts": 10 + drawn}
+        asked = frame.assign(direction=side)
+        assert Facts.of_rows(asked).sizes == {"facts": 32, "prompts": 10 + drawn}
+    reading = rp.Reading("attention_correlation", frame, {"control": True, "seed": 0})
+    assert np.isfinite(reading.interval).all() and reading.prompts == 10 + drawn
+    known = lone.assign(**{"shown": lone["fact"], "shown_forward": lone["fact"], "shown_reverse": lone["fact"]})
+    if old == "none":  # columns that say that each fact is drawn by itself say what their absence does
+        again = rp.Reading("attention_correlation", pd.concat([chain, known], ignore_index=True), reading.meta)
+        assert (again.value, *again.interval) == (reading.value, *reading.interval)
+
+
+def test_rows_of_several_readings_that_join_a_fact_otherwise_join_it_by_each_direction() -> None:
+    chain = scored(np.arange(20) % 10, (np.arange(20) + np.arange(20) // 10) % 10, np.zeros(20, dtype=int))
+    other = chain.assign(pair=chain["pair"] + 20, shown_reverse=chain["fact"], shown_forward=chain["fact"])
+    other["shown_forward"] = np.where(other["fact"].isin(["f000", "f001"]), "f000", other["shown_forward"])
+    facts = Facts.of_rows(pd.concat([chain, other], ignore_index=True))
+    assert facts.ways is not None and facts.sides is not None
+    for side, joined in zip(facts.sides, (9, 10), strict=True):  # f000, f001 with f010, f011: one set of two
+        assert len(np.unique(side)) == joined
+        assert pd.DataFrame({"fact": facts.label, "side": side}).groupby("fact")["side"].nunique().eq(1).all()
