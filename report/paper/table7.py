@@ -102,12 +102,12 @@ def cell_text(part: pd.DataFrame) -> str:
         return "not run"
     if values.empty:
         return "undefined"
-    if len(part) == 1:
-        one = part.iloc[0]
-        counted = f"n = {int(one['n']):,}, {int(one['facts']):,} facts"
-        return f"{interval_text(one['value'], one['low'], one['high'], percent=True)} ({counted})"
     lost = f", {len(part) - len(values)} undefined" if len(values) < len(part) else ""
-    spread = f" ± {100 * values.std(ddof=1):.1f}" if len(values) > 1 else ""
+    if len(values) == 1:
+        one = part.loc[values.index[0]]
+        counted = f"{f'1 seed{lost}, ' if lost else ''}n = {int(one['n']):,}, {int(one['facts']):,} facts"
+        return f"{interval_text(one['value'], one['low'], one['high'], percent=True)} ({counted})"
+    spread = f" ± {100 * values.std(ddof=1):.1f}"
     counts = part.loc[values.index, "n"].to_numpy(dtype=float)
     asked = round(counts.sum())  # the sum itself: their mean, which the interval takes, need not be whole
     rates, low, high = part.loc[values.index, ["value", "low", "high"]].to_numpy(dtype=float).T

@@ -62,24 +62,33 @@ class Recipe:
         told = {name: f"{name} {per_cent(mean(own[name]))}" for name, gaps in apart.items() if gaps}
         if not named:
             ordered = sorted(told, key=lambda name: mean(own[name]))
-            low, high = (f"{name} {self._rank_words(name)}" for name in (ordered[0], ordered[-1]))
-            return f"; by rank, per cent: plain {self._rank_words(PLAIN)}, highest {high}, lowest {low}"
+            plain_words, low, high = (
+                self._words(ablation_cell(name), "ranks") for name in (PLAIN, ordered[0], ordered[-1])
+            )
+            return f"; by rank, per cent: plain {plain_words}, highest {ordered[-1]} {high}, lowest {ordered[0]} {low}"
         begin = f"; by rank (the right answer first among the candidates), plain {share(mean(plain))},"
-        # Of as many coins as there are seeds, all fall on one given side so often.
-        by_chance = f" (by chance one variant in {2 ** len(SEEDS)} on either side; intervals are in the table)"
+        # Of as many coins as there are seeds, all fall on one given side so often, and where there are ties less.
+        by_chance = f" (by chance at most one variant in {2 ** len(SEEDS)} on either side; intervals are in the table)"
+        whole = {name: gaps for name, gaps in apart.items() if len(gaps) == len(SEEDS)}
+        higher, lower = (
+            [name for name, gaps in whole.items() if all(gap * sign > 0 for gap in gaps)] for sign in (1, -1)
+        )
+        foretold = {name: _foretold(name) for name in whole}
+        against = [name for name, side in foretold.items() if side and all(gap * side < 0 for gap in whole[name])]
         sides = {
-            "higher in every seed": [told[name] for name in told if all(gap > 0 for gap in apart[name])],
-            "lower in every seed": [told[name] for name in told if all(gap < 0 for gap in apart[name])],
+            "higher in every seed": [told[name] for name in higher],
+            "lower in every seed": [told[name] for name in lower],
+            "against what was predicted of exact match": against,
+            "neither": [words for name, words in told.items() if name in whole and name not in (*higher, *lower)],
         }
-        against = [name for name in told if _foretold(name) and all(gap * _foretold(name) < 0 for gap in apart[name])]
-        sides["against what was predicted of exact match"] = against
+        if len(whole) < len(told):
+            sides["some seeds not in"] = [words for name, words in told.items() if name not in whole]
         words = "; ".join(f"{side}: {', '.join(names) if names else 'none'}" for side, names in sides.items())
-        others = [words for name, words in told.items() if not any(words in own for own in sides.values())]
-        return f"{begin} {words}; neither: {', '.join(others) if others else 'none'}{by_chance}"
+        return f"{begin} {words}{by_chance}"
 
-    def _rank_words(self, variant: str) -> str:
-        """Value and interval of `_ranks` over seeds, per cent."""
-        value, _, interval = cell_words(self.found, ablation_cell(variant), R, table="ranks").partition(" ")
+    def _words(self, cell: Cell, table: str) -> str:
+        """Value and interval of the reverse answers over seeds, per cent; in `table`, "ranks" or "answers"."""
+        value, _, interval = cell_words(self.found, cell, R, table=table).partition(" ")
         return f"{value} {interval[interval.find('[') : interval.find(']') + 1]}"
 
     def _ranks(self, variant: str) -> list[float]:
@@ -100,8 +109,8 @@ class Recipe:
             for cell in known
         )
         return (
-            f" All weights and recipes of others ({len(known)} of {len(cells)} cells): reverse at most "
-            f"{share(known[cell])} ({cell.words}), below 90 % forward in a seed: {low}."
+            f" All weights and recipes of others ({len(known)} of {len(cells)} cells): reverse, means over seeds, at "
+            f"most {self._words(cell, 'answers')} % ({cell.words}), below 90 % forward in a seed: {low}."
         )
 
     def _forward(self, cell: Cell) -> list[float | None]:
@@ -127,10 +136,12 @@ class Recipe:
     def _highest(self, run: dict[str, tuple[float, float]]) -> str:
         """The highest reverse, whose it is, and how many of those that must have not learned forward."""
         most = max(reverse for reverse, _ in run.values())
-        whose = ", ".join(name for name, (reverse, _) in run.items() if reverse == most > 0)
+        highest = [name for name, (reverse, _) in run.items() if reverse == most > 0]
+        whose = ", ".join(f"{name} {self._words(ablation_cell(name), 'answers')}" for name in highest)
         low = [name for name, (_, forward) in run.items() if not passes(forward, ">=", LEARNED)]
         lacking = sum(name not in EXEMPT_ABLATIONS for name in low)
-        return f"none answers more than {share(most)}{f' ({whose})' if whose else ''}; below 90 % forward: {lacking}"
+        told = f"more on average than {whose} %" if highest else "anything"
+        return f"none answers {told}; below 90 % forward: {lacking}"
 
 
 def _foretold(variant: str) -> int:

@@ -65,14 +65,16 @@ class Told:
         counts = _counts(predicted)
         failed = list(dict.fromkeys(claim.name for claim in predicted if FAILS in claim.verdicts))
         named = f"; some seed fails {', '.join(failed)}" if failed else ""
-        settled = [_counts(predicted, why) for why in (COMPARED, TOO_LOW)]
-        sure = {word: sum(own.get(word, 0) for own in settled) for word in (FAILS, HOLDS)}
+        sure, low = (_counts(predicted, why) for why in (COMPARED, TOO_LOW))
         told = [
             f"of those that {_COUNT_WORDS[word]} {sure[word]} could not {instead}"
             for word, instead in ((FAILS, "hold"), (HOLDS, "fail"))
-            if sure[word]
+            if sure.get(word)
         ]
         without = f"; whatever the cell answers, {' and '.join(told)}" if told else ""
+        if low.get(HOLDS):
+            why = f" (reverse {TOO_LOW.partition(',')[0]})" * whole
+            without += f"; {low[HOLDS]} that hold had nothing to fall from{why}"
         against = ", ".join(f"{what}: {self._against(source)}" for source, what in _SOURCES.items())
         each = " (prediction x cell x seed)" * whole
         return f"Of {sum(counts.values())} verdicts{each}, {_counted(counts)}{without}{named}; against {against}."

@@ -68,7 +68,26 @@ def test_the_recipe_is_told_by_rank_where_exact_match_is_at_its_floor(whole: Sec
     for name, words in (("plain", "plain"), (highest, f"highest {highest}"), (lowest, f"lowest {lowest}")):
         value, interval = rows[name].split(" ")[0], rows[name].split("[")[1].split("]")[0]
         assert f"{words} {value} [{interval}]" in short, "a rank travels with its interval"
-    assert said.count("by chance one variant in 8 on either side") == 1
+    assert said.count("by chance at most one variant in 8 on either side") == 1
+
+
+def test_a_variant_of_some_seeds_is_on_no_side_in_every_seed(whole: Section6) -> None:
+    """Of two seeds one variant in 4 is on either side by chance, of one every second."""
+    gone = [("absolute", (1,)), ("response-only", (1, 2))]
+    runs = whole.runs
+    for variant, seeds in gone:
+        out = (runs["variant"] == variant) & runs["seed"].isin(seeds)
+        assert out.sum() == len(seeds)
+        runs = runs.assign(status=runs["status"].mask(out, "not run"))
+    founds = whole, replace(whole, runs=runs)
+    before, after = (Told(found).recipe().split("higher in every seed: ")[1] for found in founds)
+    sides, left = after.split("; some seeds not in: ")
+    named = left.split(" (by chance")[0]
+    assert "; some seeds" not in before and sorted(name.split(" ")[0] for name in named.split(", ")) == [
+        "absolute",
+        "response-only",
+    ]
+    assert not any(variant in sides for variant, _ in gone)
 
 
 def test_methods_are_told_whether_they_are_in_or_not(whole: Section6) -> None:
@@ -80,7 +99,14 @@ def test_methods_are_told_whether_they_are_in_or_not(whole: Section6) -> None:
     low = int((means.min()["forward"] < 0.9).sum())
     said = Told(whole).recipe()
     assert f"All weights and recipes of others ({len(forward)} of {len(forward)} cells): " in said
-    assert f"reverse at most {100 * reverse.max():.1f} % ({model}, {variant}, {dataset} ({direction}))" in said
+    row = next(
+        row
+        for row in methods(whole)
+        if (row["model"], row["method"], row["trained on"]) == (model, variant, f"{dataset} ({direction})")
+    )
+    interval = row["Rev."].split("[")[1].split("]")[0]
+    value = f"{100 * reverse.max():.1f} [{interval}] %"
+    assert f"reverse, means over seeds, at most {value} ({model}, {variant}, {dataset} ({direction}))" in said
     assert said.endswith(f"below 90 % forward in a seed: {low}.")
     runs = whole.runs.assign(status=whole.runs["status"].where(whole.runs["sweep"] != METHODS, "not run"))
     assert Told(replace(whole, runs=runs)).recipe().endswith("recipes of others (methods): not run.")

@@ -5,12 +5,14 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from revprobe.report.paper.evidence_markdown import cells_table, log_table
 from revprobe.report.paper.evidence_runs import FINISHED
 from revprobe.report.paper.section6 import tables
 from revprobe.report.paper.section6.frames import Section6, tidy
 from revprobe.report.paper.section6.plan import DATASETS, SEEDS, TABLE_MODELS, main_cell
+from revprobe.report.paper.table7 import cell_text
 
 
 def cell(table: str, column: str) -> str:
@@ -74,3 +76,13 @@ def test_a_seed_that_cannot_be_held_against_its_control_is_not_below_it() -> Non
         expected = f"{int(np.sum(np.array(decided) > 0))} of {len(decided)}{lost}" if decided else "not compared"
         assert row["above control"] == expected
         assert row["control"] == row["control before"] == ("0.10" if decided else "-")
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_one_seed_that_has_a_number_has_its_own_interval(lost: int) -> None:
+    """Beside an undefined one it had that of a single draw: [0.04, 99.96] for [30, 70]."""
+    own = {"value": 0.5, "low": 0.3, "high": 0.7, "n": 24, "facts": 12}
+    none = {"value": np.nan, "low": np.nan, "high": np.nan, "n": 0, "facts": 0}
+    said = cell_text(pd.DataFrame([*[none] * lost, own]))
+    beside = f"1 seed, {lost} undefined, " if lost else ""
+    assert said == f"50.0 [30.0, 70.0] ({beside}n = 24, 12 facts)"
