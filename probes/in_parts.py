@@ -68,10 +68,9 @@ def probe_in_parts(
     Each part's files appear whole, and a folder that was begun is gone on with: parts that are there are read, not
     probed again. `pandas.read_parquet(folder / "attention_correlation")` has the rows of all parts, with pairs and
     groups numbered through (`shown` and its like are of the part; the numbers are over prompts of all parts). The
-    numbers are those of `probe`, but that gradients and probabilities have facts shuffled within their part for a
-    control, of which facts of other parts do not say whether they make its target right, and targets of one shown
-    query are seen within a part. Memory grows by what the numbers rest on: 16 bytes
-    for each pair and head, some hundred for each pair; files are read as needed.
+    numbers are those of `probe`, but that gradients and probabilities have facts of their part for a control, whatever
+    those of other parts hold for right, and targets of one shown query are seen within a part. Memory grows by what the
+    numbers rest on: 16 bytes for each pair and head, some hundred for each pair; files are read as needed.
 
     Args:
         pairs: a list for all probes, or a JSONL file of `ReversalPairs.save`.
