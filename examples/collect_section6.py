@@ -32,6 +32,7 @@ from revprobe.finetune.config.loading import find_config, load_config
 from revprobe.finetune.config.places import DATA
 from revprobe.finetune.config.pretraining import PretrainSweepConfig
 from revprobe.report.html.section6 import write_html
+from revprobe.report.paper.reproduce import records
 from revprobe.report.paper.section6.collect import collect
 from revprobe.report.paper.section6.frames import FINISHED, Section6
 from revprobe.report.paper.section6.kept import with_kept
@@ -76,6 +77,14 @@ def collected(folders: dict[str, Path], data: Path, commits: Mapping[str, str]) 
     return replace(found, about=about)
 
 
+def lost_runs(before: Section6, now: Section6) -> list[str]:
+    """The runs that were in and are no more, as SWEEP/NAME; those that are planned no more are no loss."""
+    names = [[f"{row['sweep']}/{row['run']}" for row in records(one.runs)] for one in (before, now)]
+    there = [one.runs["status"].eq(FINISHED).tolist() for one in (before, now)]
+    old, new = ({name for name, done in zip(*both, strict=True) if done} for both in zip(names, there, strict=True))
+    return sorted((old & {*names[1]}) - new)
+
+
 def checked_section(found: Section6) -> str:
     """README's lines about Section 6, between their two marks."""
     return section_of(Told(found).short(), BEGIN)
@@ -97,6 +106,7 @@ def main() -> None:
         default=[],
         help="what all in RUNS was trained with, or NAME=COMMIT for a sweep or mini-models; of what is kept it stays",
     )
+    parser.add_argument("--drop", action="store_true", help="lose runs that were collected before and are others now")
     parser.add_argument("--page-only", action="store_true", help="draw page and lines of what has been collected")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
@@ -104,7 +114,13 @@ def main() -> None:
         folders = {name: asked.runs / name for name in DROP_ORDER} | {MODELS: asked.models or asked.runs / MODELS}
         if not any(folder.is_dir() for folder in folders.values()):
             raise SystemExit(f"none of {', '.join(map(str, folders.values()))} is there; give the folder of the sweeps")
-        found = with_kept(collected(folders, asked.data, commits_of(asked.commit)), Section6.read(asked.out))
+        before = Section6.read(asked.out)
+        found = with_kept(collected(folders, asked.data, commits_of(asked.commit)), before)
+        if (lost := lost_runs(before, found)) and not asked.drop:
+            raise SystemExit(
+                f"{len(lost)} runs that were collected before would be lost ({lost[0]} among them), as their config, "
+                "data, small model or statistics are others now; give their folders, or --drop to lose them"
+            )
         found.write(asked.out)
         statuses = found.runs["status"]
         print(f"{(statuses == FINISHED).sum()} runs finished, {(statuses != FINISHED).sum()} not")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,28 @@ def test_a_commit_is_that_of_what_was_found_alone(script: ModuleType, tmp_path: 
     assert told == dict.fromkeys(script.DROP_ORDER, "a" * 40) | {"mini-models": "b" * 40}
     with pytest.raises(SystemExit, match="--commit section7=c: expected a commit, or one of section6, "):
         script.commits_of(["section7=c"])
+
+
+def test_a_collection_that_would_lose_runs_is_refused(
+    root: Path, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a newer statistics none of the committed runs is kept: they were gone without a word."""
+    out, runs = tmp_path / "out", tmp_path / "runs" / "section6"
+    shutil.copytree(
+        root / "examples" / "results", out, ignore=lambda _, names: [n for n in names if "section6" not in n]
+    )
+    runs.mkdir(parents=True)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    done = int(Section6.read(out).runs["status"].eq("finished").sum())
+    asked = ["collect", str(tmp_path / "runs"), "--data", str(tmp_path), "--out", str(out)]
+    monkeypatch.setattr(script, "with_kept", lambda found, kept: found)
+    monkeypatch.setattr("sys.argv", asked)
+    with pytest.raises(SystemExit, match=f"{done} runs that were collected before would be lost"):
+        script.main()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    monkeypatch.setattr("sys.argv", [*asked, "--drop"])
+    script.main()
+    assert not Section6.read(out).runs["status"].eq("finished").any()
 
 
 def test_readmes_lines_are_right_with_none_few_and_all_runs(script: ModuleType) -> None:

@@ -13,9 +13,9 @@ from .frames import FINISHED, WEIGHTS, Section6, tidy, times_made, weights_of
 from .plan import DROP_ORDER, MODELS
 
 _KEY = ("sweep", "run", "config")
-# Versions of the statistics, before and after, between which nothing that the tables hold differs but the intervals of
-# how far proportions exceed their controls.
-_BUT_EXCESS_OF_PROPORTIONS = (3, 4)
+# What the tables hold of readings of an older version of the statistics: 4 has other intervals of how far proportions
+# exceed their controls, 5 differs where facts hang together in chains alone, which none that was collected does.
+_BUT_EXCESS_OF_PROPORTIONS, _THE_SAME = 3, (4, 5)
 Run = tuple[str, str]  # sweep and name
 
 
@@ -33,9 +33,10 @@ def with_kept(found: Section6, kept: Section6) -> Section6:
     twins = [row for row in records(kept.twins) if (row["run"], row["config"]) in planned]
     found = replace(found, traces=kept.traces, twins=tidy("twins", twins))
     before, now = _versions(found, kept)
-    if (before != now and (before, now) != _BUT_EXCESS_OF_PROPORTIONS) or not _same_data(found, kept):
+    known = before == now or (before in (_BUT_EXCESS_OF_PROPORTIONS, *_THE_SAME) and now in _THE_SAME)
+    if not known or not _same_data(found, kept):
         return found
-    kept = kept if before == now else _as_today(kept)
+    kept = _as_today(kept) if before == _BUT_EXCESS_OF_PROPORTIONS != now else kept
     same_file = _file(found) == _file(kept)
     models = {name: _joined_model(one, kept.models.get(name, {}), same_file) for name, one in found.models.items()}
     rows, again = _rows(found, kept, models)
