@@ -14,7 +14,7 @@ from .plan import DROP_ORDER, MODELS
 
 _KEY = ("sweep", "run", "config")
 # What the tables hold of readings of an older version of the statistics: 4 has other intervals of how far proportions
-# exceed their controls, 5 differs where facts hang together in chains alone, which none that was collected does.
+# exceed their controls; 5 differs where a reading says which facts hang together in chains, as those of before do not.
 _BUT_EXCESS_OF_PROPORTIONS, _THE_SAME = 3, (4, 5)
 Run = tuple[str, str]  # sweep and name
 
@@ -36,7 +36,7 @@ def with_kept(found: Section6, kept: Section6) -> Section6:
     known = before == now or (before in (_BUT_EXCESS_OF_PROPORTIONS, *_THE_SAME) and now in _THE_SAME)
     if not known or not _same_data(found, kept):
         return found
-    kept = _as_today(kept) if before == _BUT_EXCESS_OF_PROPORTIONS != now else kept
+    kept = _as_today(kept) if before != now and before == _BUT_EXCESS_OF_PROPORTIONS else kept
     same_file = _file(found) == _file(kept)
     models = {name: _joined_model(one, kept.models.get(name, {}), same_file) for name, one in found.models.items()}
     rows, again = _rows(found, kept, models)
