@@ -19,8 +19,9 @@ from revprobe.probes.statistics.by_head import head_correlations
 from revprobe.probes.statistics.by_part import evidence_by_pair, logit_contributions
 from revprobe.probes.statistics.by_role import cell_cosines
 from revprobe.probes.statistics.causal_trace import place_means
+from revprobe.probes.statistics.coverage import ONE_PROMPT
 from revprobe.probes.statistics.denoising import attention_table, steps_table
-from revprobe.probes.statistics.estimators import NO_LIKE_TARGET, NO_UNLIKE, ONE_PROMPT, Control
+from revprobe.probes.statistics.estimators import NO_LIKE_TARGET, NO_UNLIKE, Control
 from revprobe.probes.statistics.resampling import SHOWN_COLUMNS, Facts, drawn_alike, with_shown
 from revprobe.probes.storage import control_partners
 from tiny import MASK, gpt2, in_blocks, radd
