@@ -64,8 +64,7 @@ def decoded_match(
     Questions weigh equally, so a fact with two templates counts twice. The interval is Clopper-Pearson at the effective
     number of questions: none of 20 facts means "below 17 %", not exactly 0, however many questions each has. The
     control matches a question's answers with the decoding where a fact that shares none is asked about (in the same
-    direction and template): how often they are said whoever is asked about, so that a model with one answer for all
-    does not exceed it, however many questions it is right for.
+    direction and template): how often they are said whoever is asked about.
 
     A masked model fills a fixed number of positions. `answer_length="longest"` gives every question the same, the
     longest answer's tokens and one for the end token (where the tokenizer has one), or `max_new_tokens`; a model that
