@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def plan_finetuning(config: FinetuneConfig, *, tokens: int | None = None) -> Mem
     """
     with quiet_transformers():
         module, objective = on_meta(config.model)
-    tokens, about = (tokens, "as asked") if tokens is not None else _longest_row(config, objective)
+    asked, (tokens, about) = tokens, (tokens, "as asked") if tokens is not None else _longest_row(config, objective)
     training, snapshots = config.training, config.snapshots
     with AnsweredYes():  # one traced pass finds the projections
         # There is no tokenizer to name a mask token; token ids do not matter to shapes.
@@ -62,6 +63,10 @@ def plan_finetuning(config: FinetuneConfig, *, tokens: int | None = None) -> Mem
         model = _OnMeta(module, objective=objective, check=False, **told)
         model.require_mask_token(NO_FINE_TUNING)
         adapted = add_lora(model, config.lora)
+    if model.max_length is not None and tokens > model.max_length:  # longer rows are refused when they are trained
+        if asked is not None:
+            raise RevprobeError(f"{tokens} tokens of a row: {config.model.name} takes at most {model.max_length}")
+        tokens, about = model.max_length, f"{model.max_length}, which is what the model takes; by its letters {about}"
     if model.block_size is not None:
         tokens, about = 2 * tokens, f"{about}, a noised copy beside a clean one"
     plan = plan_memory(
@@ -79,6 +84,25 @@ def plan_finetuning(config: FinetuneConfig, *, tokens: int | None = None) -> Mem
     way = "" if config.lora is None else "; set model.dtype: bfloat16"
     more = (f"bf16 with float32 weights: autocast's copies are not counted{way}",) if training.bf16 and wide else ()
     return MemoryPlan(plan.rows, plan.parameters, plan.trained, (*plan.about, f"tokens of a row: {about}", *more))
+
+
+def those_to_plan(runs: Sequence[FinetuneConfig]) -> list[FinetuneConfig]:
+    """Of the runs of a sweep that differ in direction and seed alone, the first with the longest row, in their order.
+
+    A direction's texts may be longer than the other's, and its answers, which a masked model's rows are filled up to.
+    """
+    alike: dict[tuple[str, str], dict[str, FinetuneConfig]] = {}
+    for run in runs:
+        alike.setdefault((str(run.model), str(run.label)), {}).setdefault(run.relation.direction, run)
+    return [_with_longest_row(list(some.values())) for some in alike.values()]
+
+
+def _with_longest_row(runs: Sequence[FinetuneConfig]) -> FinetuneConfig:
+    if len(runs) == 1:
+        return runs[0]
+    with quiet_transformers():
+        objective = on_meta(runs[0].model)[1]
+    return max(runs, key=lambda run: _longest_row(run, objective)[0])
 
 
 def plan_table(plan: MemoryPlan, memory: int) -> pd.DataFrame:

@@ -88,6 +88,8 @@ class Prepared:
         return {
             "objective": self.model.objective,
             "logit_shift": self.model.logit_shift,
+            "mask_token_id": self.model.mask_token_id,
+            "begin_token_id": self.model.begin_token_id,
             **({} if self.model.block_size is None else {"block_size": self.model.block_size}),
             "steps": self.steps,
             "snapshots": self.snapshots,

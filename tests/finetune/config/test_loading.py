@@ -77,6 +77,16 @@ def test_text_that_looks_like_a_number_comes_back_as_text() -> None:
         assert parse_yaml(dump_config(_plain(values)), "test") == values, text
 
 
+@pytest.mark.parametrize("options", [{}, {"allow_unicode": True, "width": 110}])
+@pytest.mark.parametrize("code", [0x85, 0x2028, 0x2029, *range(0x0B, 0x0E), *range(0x1C, 0x20), 0xA0, 0xFEFF, 0x9F])
+def test_what_ends_a_line_anywhere_comes_back_inside_text(code: int, options: dict[str, Any]) -> None:
+    """U+0085 came back as a blank from a report's config, which is written with all of Unicode."""
+    end = chr(code)
+    for text in (end, f"a{end}b", f"{end}a", f"a{end}", f" a{end}é b " * 30, f"a\n{end}\nb"):
+        values = {"name": text, "list": [text, {"inside": text}], "keys": {text: 1}}
+        assert parse_yaml(dump_yaml(values, **options), "test") == values, text
+
+
 def test_numbers_are_written_as_before() -> None:
     """A run's config.yaml of before stays the file that it is."""
     text = dump_config(RunConfig(name="a", training={"steps": 10, "learning_rate": 1e-4, "weight_decay": 0.1}))

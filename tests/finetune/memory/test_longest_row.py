@@ -8,8 +8,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from revprobe.finetune.config.finetuning import FinetuneConfig
-from revprobe.finetune.memory.from_config import _longest_row, most_tokens, plan_finetuning
+from revprobe.errors import RevprobeError
+from revprobe.finetune.config.finetuning import FinetuneConfig, FinetunedModel, read_finetune
+from revprobe.finetune.config.loading import dump_yaml
+from revprobe.finetune.memory.from_config import _longest_row, most_tokens, plan_finetuning, those_to_plan
 from revprobe.finetune.runs.finetune_setup import prepare, row_options, text_relation
 from revprobe.finetune.training.dataset import StatementRows
 from revprobe.finetune.training.distributed import ProcessGroup
@@ -107,3 +109,57 @@ def test_rows_of_words_are_no_longer_than_planned(tmp_path: Path, direction: str
     (about,) = [one for one in plan_finetuning(config).about if one.startswith("tokens of a row")]
     longest = max(map(len, prepare(config, tmp_path / "run", ProcessGroup()).rows.rows))
     assert longest <= int(about.split()[4].rstrip(",")) < 1.5 * longest, about
+
+
+def of_longer_answers(tmp_path: Path, length: int, directions: list[str]) -> Path:
+    """A causal model's sweep over names of one word and descriptions of many, whose wording is longer one way."""
+    file = tmp_path / "long.csv"
+    file.write_text("\n".join(["x,y", *(f"Ann{i},{'word ' * length}{i}" for i in range(12))]))
+    sweep = {
+        "name": "s",
+        "base": {"training": {"steps": 1, "device": "cpu"}, "snapshots": {"every": 1, "facts": 2}},
+        "models": {"causal": {"tiny": {"layout": "llama", "d_model": 16, "n_heads": 2}}},
+        "datasets": {
+            "d": {
+                "name": "table",
+                "path": str(file),
+                "columns": ["x", "y"],
+                "templates": {"xy": "{x} is {y}", "yx": "the one who is {y}, as all here know well, is {x}"},
+                "directions": directions,
+            }
+        },
+        "seeds": [0, 1],
+    }
+    path = tmp_path / "sweep.yaml"
+    path.write_text(dump_yaml(sweep))
+    return path
+
+
+@pytest.mark.parametrize("directions", [["xy", "yx"], ["yx", "xy"]])
+def test_of_the_directions_of_a_sweep_that_of_the_longest_rows_is_planned(
+    tmp_path: Path, directions: list[str]
+) -> None:
+    """Whichever the file names first: the first was planned, though the other may need more."""
+    chosen: Any = read_finetune(of_longer_answers(tmp_path, 5, directions))
+    runs = chosen.runs()
+    (one,) = those_to_plan(runs)
+    tokens = {run.relation.direction: _longest_row(run, "causal")[0] for run in runs}
+    assert len(runs) == 4 and tokens["yx"] > tokens["xy"] and one.relation.direction == "yx"
+
+
+def test_a_row_is_planned_no_longer_than_the_model_takes(tmp_path: Path) -> None:
+    """Letters are counted from above; a row that is longer in truth is refused when it is trained."""
+    folder = tmp_path / "model"
+    LlamaConfig(**GROUPED | {"max_position_embeddings": 40, "architectures": ["LlamaForCausalLM"]}).save_pretrained(
+        folder
+    )
+    file = of_longer_answers(tmp_path, 60, ["xy"])
+    chosen: Any = read_finetune(file)
+    config = chosen.runs()[0].model_copy(update={"model": FinetunedModel(name=str(folder))})
+    assert _longest_row(config, "causal")[0] > 40
+    about = plan_finetuning(config).about
+    assert any("rows of 40 tokens" in line for line in about), about
+    assert any("40, which is what the model takes; by its letters" in line for line in about)
+    assert any("rows of 30 tokens" in line for line in plan_finetuning(config, tokens=30).about)
+    with pytest.raises(RevprobeError, match=r"41 tokens of a row: .*model takes at most 40"):
+        plan_finetuning(config, tokens=41)

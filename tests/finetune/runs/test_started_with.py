@@ -307,6 +307,26 @@ def test_settings_that_other_software_reads_otherwise_are_told(home: Path) -> No
         rp.fine_tune(config_of(home, {"name": str(home / "base")}), before, listener=False)
 
 
+@pytest.mark.parametrize("what", ["mask_token_id", "begin_token_id"])
+def test_another_mask_token_is_no_other_reading_of_the_same_files(home: Path, what: str) -> None:
+    """Software that is another as well explains settings of the base, and not what hides a token or begins a text."""
+    versions = home / "ft" / "versions.json"
+    versions.write_text(json.dumps(json.loads(versions.read_text()) | {"transformers": "4.0.0"}))
+    told = json.loads((home / "ft" / "resolved.json").read_text())
+    other = 1 + (told[what] or 0)
+    digests = told["digests"] | {"settings": "of another reading"}
+    (home / "ft" / "resolved.json").write_text(json.dumps(told | {what: other, "digests": digests}))
+    with warnings.catch_warnings(), pytest.raises(rp.RevprobeError, match=f"{what} {other} -> {told[what]}"):
+        warnings.simplefilter("ignore")
+        go_on(home)
+    # A run of before does not say, and what it says otherwise is explained as before.
+    (home / "ft" / "resolved.json").write_text(
+        json.dumps({key: value for key, value in told.items() if key != what} | {"digests": digests})
+    )
+    with pytest.warns(UserWarning, match="settings are not those it was started with"):
+        assert go_on(home).finished
+
+
 def test_what_hides_and_what_begins_are_of_the_base(home: Path) -> None:
     """A loader may say them otherwise of the same module."""
     model = rp.load_model(home / "base")
