@@ -141,7 +141,7 @@ class _Asked:
         return cls([list(asked) for asked in targets], found, place, why)
 
     def columns(self, pairs: ReversalPairs) -> dict[str, np.ndarray]:
-        """The column `partner`, where either direction has one. Shapes: `-> pair side`."""
+        """The column `fact_control`, where either direction has one. Shapes: `-> pair side`."""
         if self.partner is None:
             return {}
         sides = [partner_column(pairs.facts, partner) for partner in self.partner.T]

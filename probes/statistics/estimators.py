@@ -202,7 +202,7 @@ def gradient_cosine(frame: pd.DataFrame, seed: int, control: bool = True) -> Mea
 
 
 def pair_cosines(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per pair: its fact (and `shown`, `partner`), the cosine over the frame's parameters, and the control's.
+    """One row per pair: its fact (and `shown` and its like), the cosine over the frame's parameters, and the control's.
 
     NaN where a norm does not exceed its rounding floor, or the frame gives a reason; `without_gradient` where one is
     zero (modules that never ran).

@@ -19,12 +19,12 @@ from .resampling import Facts
 
 # The column of a frame that names the fact that a row's control asks about, "" for none; there only where some fact is
 # asked about for several.
-PARTNER = "partner"
+PARTNER = "fact_control"
 NO_BOUNDS = (-np.inf, np.inf)
 
 
 def partner_column(facts: np.ndarray | pd.Series, partner: np.ndarray) -> dict[str, np.ndarray]:
-    """The column `partner` of pairs, or nothing where each fact is partner of one other at most.
+    """The column `fact_control` of pairs, or nothing where each fact is partner of one other at most.
 
     Args:
         partner: the pair that each pair's control asks, -1 for none.

@@ -137,7 +137,7 @@ def test_a_model_with_one_answer_for_all_does_not_exceed_its_control(answer_leng
     reading = decoded_match(knowing, questions, answer_length=answer_length)
     assert (reading.value, reading.control.value, reading.excess.value) == (1.0, 0.0, 1.0)
     # The 24 have six others to ask about, and these are asked about again and again: 12 facts in all, and 12 draws.
-    assert reading.frame["partner"].nunique() == 12
+    assert reading.frame["fact_control"].nunique() == 12
     assert reading.control.interval[1] == pytest.approx(1 - 0.025 ** (1 / 12), abs=1e-6)
 
 

@@ -425,7 +425,7 @@ def test_the_control_is_another_target_as_long_wherever_there_is_one():
         with torch.no_grad():
             wanted = float(model.logits(ids)[0, 2].double().softmax(-1)[10])
         for row in first.itertuples():
-            assert row.probability_control == pytest.approx(wanted, rel=1e-5) and row.partner == "4"
+            assert row.probability_control == pytest.approx(wanted, rel=1e-5) and row.fact_control == "4"
     none = rp.trace_denoising(model, rp.ReversalPairs.from_pairs([pairs[0], pairs[1], pairs[2]]))
     answers = none.frame[none.frame["part"] == "answer"]
     assert set(answers["reason_control"]) == {NO_LIKE_TARGET} and none.control is None
