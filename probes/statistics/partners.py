@@ -89,9 +89,8 @@ def count_of_partners(facts: Facts, partners: np.ndarray | None, there: np.ndarr
 
 def _units(facts: Facts, partners: np.ndarray) -> Sequence[np.ndarray]:
     """What is drawn of each row by its fact, and by its partner, as numbers. Shapes: `row, row -> row, row`."""
-    own, asked = (facts.unit, facts.unit) if facts.sides is None else facts.sides  # a control asks the reverse query
-    ways = facts.ways
+    asked = facts.unit if facts.sides is None else facts.sides[1]  # numbers of both directions ask the reverse query
     unit_of = dict(zip(facts.label.astype(str).tolist(), asked.astype(str).tolist(), strict=True))
-    other = [unit_of.get(one, one) for one in partners.tolist()]
-    first = own if ways is None else ways[0]
-    return tuple(np.unique(values, return_inverse=True)[1].reshape(-1) for values in (first, np.array(other)))
+    other = np.array([unit_of.get(one, one) for one in partners.tolist()])
+    own = facts.unit if facts.ways is None else facts.ways[0]
+    return tuple(np.unique(values, return_inverse=True)[1].reshape(-1) for values in (own, other))

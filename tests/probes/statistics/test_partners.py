@@ -90,6 +90,23 @@ def test_controls_that_are_all_alike_are_as_many_as_their_partners(share: float)
     assert (low, high) == (pytest.approx(0.0 if share == 0 else 1 - far), pytest.approx(far if share == 0 else 1.0))
 
 
+def test_partners_that_share_a_prompt_are_one() -> None:
+    """Six partners that are shown as two: their answers are two draws, as those of facts that share a prompt are."""
+    facts, partners = np.arange(60).astype(str), np.resize(np.arange(6), 60).astype(str)
+    shown = np.array([*"aaabbb", *map(str, range(6, 60))])
+    values, null = np.random.default_rng(0).random((2, 60))
+    alike = Facts.of(facts, shown)
+    found = with_control(values, null, alike, {}, "x", bounds=(0.0, 1.0), partners=partners)
+    merged = np.resize(np.repeat(["0", "3"], 3), 60)
+    wanted = with_control(values, null, alike, {}, "x", bounds=(0.0, 1.0), partners=merged)
+    assert found.control is not None and wanted.control is not None
+    assert found.control.interval == wanted.control.interval and "(2)" in found.caution
+    # Drawn by both directions at once, without chains: still what the number itself draws.
+    both = Facts.of(facts, shown, (facts, shown))
+    again = with_control(values, null, both, {}, "x", bounds=(0.0, 1.0), partners=partners)
+    assert again.control is not None and again.control.interval == found.control.interval
+
+
 def test_few_partners_are_said() -> None:
     facts, partners = np.arange(60).astype(str), np.resize(np.arange(4), 60).astype(str)
     values, null = np.random.default_rng(0).random((2, 60))
