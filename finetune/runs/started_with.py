@@ -36,11 +36,11 @@ from .run import other_versions
 DIGESTS, BASE_SHA256 = "digests", "base_sha256"
 # Which formulas a run is trained, read and asked by: one more with each change of one, told by `_other_formulas`.
 FORMULAS, FORMULAS_NOW = "formulas", 1
-# What runs of before say of their rows, pairs and model as well.
-_TOLD = ("objective", "logit_shift", "block_size", "steps", "rows", "answer_tokens", "targets", "pairs", "kind")
 # What no version reads otherwise of the same files: another one is another run, whatever software it is read with.
 _TOKENS = ("mask_token_id", "mask_token", "begin_token_id")
-_TOLD += _TOKENS
+# What runs of before say of their rows, pairs and model as well.
+_COUNTS = ("steps", "rows", "answer_tokens", "targets", "pairs", "kind")
+_TOLD = ("objective", "logit_shift", "block_size", *_COUNTS, *_TOKENS)
 _WEIGHTS, _SETTINGS, _FILES = "weights", "settings", "base"  # the last of runs of before alone
 _WORDS = {"rows": "training rows", "pairs": "probed pairs", "facts": "facts"}
 _WORDS |= dict.fromkeys((_WEIGHTS, _SETTINGS, _FILES), "base model")
