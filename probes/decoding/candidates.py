@@ -105,22 +105,17 @@ def rank_candidates(
     require_whole_text(model)
     ranking = _Ranking(model, questions, candidates, max_new_tokens or (answers.limit if answers else None))
     partner = ranking.partners(seed) if control else None
-    # Whose control is read where a question is asked.
-    controlled: dict[int, list[int]] = {}
-    for i, other in enumerate([] if partner is None else partner.tolist()):
-        controlled.setdefault(other, []).append(i)
     rows: list[dict[str, Any]] = [{}] * len(questions)
     elsewhere = np.full(len(questions), np.nan)
     for done, (same, scores) in enumerate(ranking.scores(batch_size), start=1):
         for asked in same:
             rows[asked] = ranking.row(asked, scores)
-            for i in controlled.get(asked, []):
+            for i in () if partner is None else np.flatnonzero(partner == asked):
                 elsewhere[i] = ranking.rank(i, asked, scores)[0]
         if callable(progress):
             progress(done, ranking.prompt_count)
     frame = with_shown(pd.DataFrame(rows), ranking.prompts)
-    if partner is not None:
-        frame = _with_control(frame, elsewhere).assign(**partner_column(frame["fact"], partner))
+    frame = frame if partner is None else _with_control(frame, elsewhere, partner)
     meta = described(model, questions, control=control, seed=seed)
     meta["ranking"] = {"score": CAUSAL if model.objective == "causal" else MASKED, "max_new_tokens": ranking.length}
     meta["candidates"] = ranking.counts
@@ -299,10 +294,10 @@ def _context(question: Asked) -> Context:
     return str(question.direction), question.prompt.split()[-1], joint_of(question)
 
 
-def _with_control(frame: pd.DataFrame, elsewhere: np.ndarray) -> pd.DataFrame:
-    """The frame with what each question's answers rank where another fact is asked about. Shapes: `question`."""
+def _with_control(frame: pd.DataFrame, elsewhere: np.ndarray, partner: np.ndarray) -> pd.DataFrame:
+    """The frame with what each question's answers rank where its partner is asked. Shapes: `question, question`."""
     rank = np.where(frame["rank"].notna(), elsewhere, np.nan)
     beside = {"first": np.where(np.isnan(rank), np.nan, rank == 1), "reciprocal_rank": 1 / rank}
     for name, values in beside.items():
         frame.insert(list(frame.columns).index(name) + 1, f"{name}_control", values)
-    return frame
+    return frame.assign(**partner_column(frame["fact"], partner))
