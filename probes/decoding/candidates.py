@@ -110,7 +110,7 @@ def rank_candidates(
     for done, (same, scores) in enumerate(ranking.scores(batch_size), start=1):
         for asked in same:
             rows[asked] = ranking.row(asked, scores)
-            for i in () if partner is None else np.flatnonzero(partner == asked):
+            for i in [] if partner is None else np.flatnonzero(partner == asked).tolist():
                 elsewhere[i] = ranking.rank(i, asked, scores)[0]
         if callable(progress):
             progress(done, ranking.prompt_count)
