@@ -30,7 +30,7 @@ def plan(
     Loads no weights, and for the published LLaDA and Dream checkpoints needs no network.
     """
     from ..finetune.config.finetuning import FinetuneConfig, read_finetune
-    from ..finetune.memory.from_config import require_room
+    from ..finetune.memory.from_config import require_room, those_to_plan
     from ..finetune.memory.plan import GB
     from ..report.summary.terminal import make_console
 
@@ -39,11 +39,9 @@ def plan(
     if tokens is not None and tokens > MOST_TOKENS:
         raise RevprobeError(f"--tokens {tokens}: expected the tokens of one row, at most {MOST_TOKENS:,}")
     chosen, console = read_finetune(config), make_console()
-    # The runs of a sweep that share model and dataset differ in direction and seed, which cost no memory.
-    runs = [chosen] if isinstance(chosen, FinetuneConfig) else chosen.runs()
-    apart = {(str(run.model), str(run.label)): run for run in reversed(runs)}
+    runs = [chosen] if isinstance(chosen, FinetuneConfig) else those_to_plan(chosen.runs())
     given = None if memory is None else int(memory * GB)
-    for run, (planned, there) in [(run, show_plan(run, console, given, tokens)) for run in reversed(apart.values())]:
+    for run, (planned, there) in [(run, show_plan(run, console, given, tokens)) for run in runs]:
         require_room(planned, there, run)
 
 

@@ -28,6 +28,7 @@ from .passes.untrained import twin_parameters, untrained_twin
 from .readings.draw_error import with_draw_error
 from .readings.reading import Reading
 from .statistics.estimators import NO_UNLIKE
+from .statistics.partners import partner_column
 from .statistics.resampling import derangement
 
 # Of `cross=True`: queries run about (facts / batch) times each; beyond this many cells that is hours.
@@ -121,7 +122,9 @@ def gradient_reading(model: ProbedModel, result: PassResult, plan: Plan) -> Read
         "parameter": np.tile(np.array(names, dtype=object), count),
         "role": np.tile(np.array([r.role for r in roles], dtype=object), count),
         "inner": result.inner.reshape(-1),
-    } | {name: np.repeat(values, width) for name, values in pairs.flags.items()}
+    }
+    once = dict(pairs.flags) | partner_column(pairs.facts, result.partner)
+    columns |= {name: np.repeat(values, width) for name, values in once.items()}
     sides = {"forward": pairs.forward, "reverse": pairs.reverse}
     columns |= {f"norm_{side}": result.norm[index].reshape(-1) for side, index in sides.items()}
     columns |= {f"floor_{side}": result.floor[index].reshape(-1) for side, index in sides.items()}

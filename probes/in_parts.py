@@ -38,12 +38,13 @@ from .passes.shared_out import shared_out
 from .readings.reading import Reading
 from .readings.readings import Readings
 from .statistics.estimators import ScoreTables, score_correlation
+from .statistics.partners import PARTNER
 from .statistics.resampling import SHOWN, SHOWN_COLUMNS, Facts, kin
 
 _ASKED, _MEASURES = "parts.json", "measures.csv"
 _SETTINGS = "settings_digest"
 _PROBABILITY = ["pair", "fact", "direction", "probability", "argmax_match"]
-_PROBABILITY += ["probability_control", "argmax_match_control", "reason", "reason_control", "targets"]
+_PROBABILITY += ["probability_control", "argmax_match_control", "reason", "reason_control", "targets", PARTNER]
 
 
 @checked
@@ -204,7 +205,7 @@ def _lacking(reading: Reading) -> dict[str, Any]:
     """
     frame, columns = reading.frame, dict[str, Any](reason="")
     if reading.meta.get("control", True) and reading.name != "attention_correlation":  # whose control are shuffles
-        columns["reason_control"] = ""
+        columns |= {"reason_control": "", PARTNER: pd.Series(pd.NA, index=frame.index, dtype="str")}
     if reading.name == "reverse_probability":
         columns["targets"] = 1
     columns |= dict.fromkeys(SHOWN_COLUMNS, frame["fact"])
@@ -280,7 +281,7 @@ def _summed(frame: pd.DataFrame) -> pd.DataFrame:
     names = [str(column) for column in frame.columns]
     squared = [column for column in names if column.startswith(("norm_", "floor_"))]
     inner = [column for column in names if column.startswith("inner")]
-    told = [column for column in ("reason", "reason_control") if column in frame]
+    told = [column for column in ("reason", "reason_control", PARTNER) if column in frame]
     values = frame[["pair", "fact", *told, *inner]].assign(**{c: frame[c].astype(float) ** 2 for c in squared})
     by_pair = values.groupby("pair", sort=True)
     sums = by_pair[[*inner, *squared]].sum(min_count=1)

@@ -19,6 +19,7 @@ from .passes.prompts import DIRECTIONS, shown_queries
 from .passes.run import describe, run_pass
 from .readings.draw_error import with_draw_error
 from .readings.reading import Reading
+from .statistics.partners import partner_column
 
 
 @checked
@@ -95,6 +96,7 @@ def probability_reading(model: ProbedModel, result: PassResult, plan: Plan) -> R
             "argmax_match_control": np.where(np.isnan(control_value), np.nan, control_rank == 1),
             **reasons,
             **pairs.flags,
+            **partner_column(pairs.facts, partner),
             "targets": right_targets(shown[direction], own),
         }
         frames.append(pd.DataFrame(columns))

@@ -15,7 +15,7 @@ from revprobe.finetune.config.finetuning import FinetuneConfig, FinetuneSweepCon
 from revprobe.finetune.config.loading import EXAMPLES, load_config
 from revprobe.finetune.config.one_layer import RunConfig, SweepConfig
 from revprobe.probes.figures.storage import one_step_figure
-from revprobe.probes.statistics.old_columns import current_columns
+from revprobe.probes.statistics.measures import current_columns
 from revprobe.report.html.finetune_sections import finetune_sections
 from revprobe.report.html.report import write_report
 from tiny import FIXTURES

@@ -30,7 +30,8 @@ from ...probes.passes.plan import Plan
 from ...probes.passes.prompts import facts_of
 from ...probes.passes.slopes import loss_slopes
 from ...probes.statistics.by_class import CLASS
-from ...probes.statistics.estimators import STATISTICS_VERSION, missing_intervals
+from ...probes.statistics.coverage import missing_intervals
+from ...probes.statistics.estimators import STATISTICS_VERSION
 from ...probes.statistics.intervals import mean_over_facts
 from ...progress import Progress, counted, shows_progress
 from ...relations.letters import LettersRelation

@@ -33,9 +33,10 @@ from ...probes.passes.batches import prepare_queries
 from ...probes.passes.prompts import facts_of
 from ...probes.passes.slopes import loss_slopes
 from ...probes.statistics.by_part import evidence_by_pair
-from ...probes.statistics.estimators import STATISTICS_VERSION, missing_intervals
+from ...probes.statistics.coverage import missing_intervals
+from ...probes.statistics.estimators import STATISTICS_VERSION
 from ...probes.statistics.intervals import mean_over_facts, ratio_over_facts
-from ...probes.statistics.old_columns import current_columns
+from ...probes.statistics.measures import current_columns
 from ...probes.statistics.resampling import SHOWN, Facts
 from ...probes.storage import control_partners, probe_stored_evidence
 from ...progress import Progress, counted, shows_progress

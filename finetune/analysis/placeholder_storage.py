@@ -21,7 +21,8 @@ from ...models.one_layer import PLACEHOLDER
 from ...models.probed import ProbedModel
 from ...probes.pairs.pairs import ReversalPairs
 from ...probes.statistics.by_part import evidence_by_pair
-from ...probes.statistics.estimators import STATISTICS_VERSION, missing_interval
+from ...probes.statistics.coverage import missing_interval
+from ...probes.statistics.estimators import STATISTICS_VERSION
 from ...probes.statistics.intervals import mean_over_facts
 from ...probes.storage import probe_stored_evidence
 from ...progress import Progress, shows_progress

@@ -29,7 +29,8 @@ from ...probes.passes.likelihood import readout
 from ...probes.passes.plan import Plan
 from ...probes.readings.reading import Reading
 from ...probes.statistics.by_class import facts_by_label
-from ...probes.statistics.estimators import STATISTICS_VERSION, missing_intervals
+from ...probes.statistics.coverage import missing_intervals
+from ...probes.statistics.estimators import STATISTICS_VERSION
 from ...probes.statistics.intervals import mean_over_facts
 from ...progress import Progress, counted, shows_progress
 from ..runs.one_layer import OneLayerRun

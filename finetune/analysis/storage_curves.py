@@ -20,7 +20,8 @@ from ...probes.pairs.pairs import ReversalPairs
 from ...probes.passes.asked import NEEDS_ONE_ENTRY
 from ...probes.readings.reading import Reading
 from ...probes.statistics.by_part import evidence_by_pair
-from ...probes.statistics.estimators import STATISTICS_VERSION, missing_interval
+from ...probes.statistics.coverage import missing_interval
+from ...probes.statistics.estimators import STATISTICS_VERSION
 from ...probes.statistics.intervals import mean_over_facts
 from ...probes.statistics.resampling import Facts
 from ...probes.storage import probe_stored_evidence

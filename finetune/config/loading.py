@@ -185,6 +185,13 @@ class _ConfigLoader(yaml.SafeLoader):
 class _ConfigDumper(yaml.SafeDumper):
     """PyYAML's, quoting what `_ConfigLoader` would not read back as text."""
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """U+0085 ends a line in YAML; where all of Unicode may stand PyYAML writes it bare, and reads back a blank."""
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\x85" in text else None)
+
+
+_ConfigDumper.add_representer(str, _ConfigDumper.represent_text)
+
 
 # YAML 1.1, which PyYAML speaks, wants a dot and a sign (1.0e-3 but not 1e-3); YAML 1.2 does not.
 for _kind in (_ConfigLoader, _ConfigDumper):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -46,12 +47,14 @@ def plan_finetuning(config: FinetuneConfig, *, tokens: int | None = None) -> Mem
     Args:
         tokens: of the longest row; worked out from the relation's texts when None (two letters of ASCII a token, one
             digit, sign or byte of UTF-8 of any other), a masked model's answers filled up to the decoded length, and
-            assumed when the relation's file is not there. The plan says which.
-    Raises: RevprobeError, for a model whose config cannot be had, or LoRA targets it does not have.
+            assumed when the relation's file is not there. The plan says which. Queries of the probes are those of
+            either direction's texts, and as long as a row where `tokens` is given.
+    Raises: RevprobeError, for a model whose config cannot be had, LoRA targets it does not have, and rows that are
+        asked for, or filled up by `evaluation.max_new_tokens`, beyond what it takes.
     """
     with quiet_transformers():
         module, objective = on_meta(config.model)
-    tokens, about = (tokens, "as asked") if tokens is not None else _longest_row(config, objective)
+    longest = _longest_row(config, objective) if tokens is None else _Longest(tokens, "as asked", tokens)
     training, snapshots = config.training, config.snapshots
     with AnsweredYes():  # one traced pass finds the projections
         # There is no tokenizer to name a mask token; token ids do not matter to shapes.
@@ -62,12 +65,16 @@ def plan_finetuning(config: FinetuneConfig, *, tokens: int | None = None) -> Mem
         model = _OnMeta(module, objective=objective, check=False, **told)
         model.require_mask_token(NO_FINE_TUNING)
         adapted = add_lora(model, config.lora)
+    if model.max_length is not None:
+        _require_taken(config, objective, tokens, model.max_length)
+        longest = longest.within(model.max_length)
     if model.block_size is not None:
-        tokens, about = 2 * tokens, f"{about}, a noised copy beside a clean one"
+        longest = longest.beside_a_copy()
     plan = plan_memory(
         adapted,
         batch=training.batch_size,
-        tokens=tokens,
+        tokens=longest.tokens,
+        probe_tokens=longest.query,
         checkpointing=training.gradient_checkpointing,
         objective=objective,
         probe_batch=snapshots.batch_size,
@@ -78,7 +85,43 @@ def plan_finetuning(config: FinetuneConfig, *, tokens: int | None = None) -> Mem
     # Frozen weights lose nothing in bfloat16; those that are trained would hardly move.
     way = "" if config.lora is None else "; set model.dtype: bfloat16"
     more = (f"bf16 with float32 weights: autocast's copies are not counted{way}",) if training.bf16 and wide else ()
-    return MemoryPlan(plan.rows, plan.parameters, plan.trained, (*plan.about, f"tokens of a row: {about}", *more))
+    return MemoryPlan(
+        plan.rows, plan.parameters, plan.trained, (*plan.about, f"tokens of a row: {longest.about}", *more)
+    )
+
+
+def _require_taken(config: FinetuneConfig, objective: str, asked: int | None, most: int) -> None:
+    """Raises: RevprobeError, for a row of `asked` tokens, or filled up to so many, that training would refuse."""
+    name, filled = config.model.name or config.axes["model"], config.evaluation.max_new_tokens
+    if asked is not None and asked > most:
+        raise RevprobeError(
+            f"{asked} tokens of a row: {name} takes at most {most}; ask for no more, or let the plan work them out"
+        )
+    # There is no prompt without a token.
+    if filled is not None and filled >= most and _fills(config, objective):
+        raise RevprobeError(
+            f"evaluation.max_new_tokens {filled}: rows are filled up to so many behind their prompts, and {name} takes "
+            f"at most {most} tokens of a row; lower it, or leave it out"
+        )
+
+
+def those_to_plan(runs: Sequence[FinetuneConfig]) -> list[FinetuneConfig]:
+    """Of the runs of a sweep that differ in direction and seed alone, the first with the longest row, in their order.
+
+    A direction's texts may be longer than the other's, and its answers, which a masked model's rows are filled up to.
+    """
+    alike: dict[tuple[str, str], dict[str, FinetuneConfig]] = {}
+    for run in runs:
+        alike.setdefault((str(run.model), str(run.label)), {}).setdefault(run.relation.direction, run)
+    return [_with_longest_row(list(some.values())) for some in alike.values()]
+
+
+def _with_longest_row(runs: Sequence[FinetuneConfig]) -> FinetuneConfig:
+    if len(runs) == 1:
+        return runs[0]
+    with quiet_transformers():
+        objective = on_meta(runs[0].model)[1]
+    return max(runs, key=lambda run: _longest_row(run, objective).tokens)
 
 
 def plan_table(plan: MemoryPlan, memory: int) -> pd.DataFrame:
@@ -185,30 +228,59 @@ class _Vocabulary:
         return self.size
 
 
-def _longest_row(config: FinetuneConfig, objective: str) -> tuple[int, str]:
-    """Tokens of the longest training row, from above, and how that is known.
+class _Longest(NamedTuple):
+    """Tokens of the longest training row and how that is known, and tokens of the longest query of the probes."""
+
+    tokens: int
+    about: str
+    query: int
+
+    def within(self, most: int) -> _Longest:
+        """No longer than the model takes: of what is longer training refuses a row, and probing leaves out a pair."""
+        above = self.tokens > most
+        about = f"{most}, which is what the model takes, of {self.about}" if above else self.about
+        return _Longest(min(self.tokens, most), about, min(self.query, most))
+
+    def beside_a_copy(self) -> _Longest:
+        return _Longest(2 * self.tokens, f"{self.about}, a noised copy beside a clean one", 2 * self.query)
+
+
+def _longest_row(config: FinetuneConfig, objective: str) -> _Longest:
+    """Tokens of the longest training row, and of the longest query, from above.
 
     A masked model's rows are filled up to the decoded length: the longest answer of either direction and an end token.
+    Rows are of one direction's texts; a pair has a query of the other's, whose wording may be longer.
     """
+    direction = config.relation.direction
     try:
         relation = text_relation(config)
-        texts = relation.training_rows(config.relation.direction)
-        asked = all_questions(relation, config.relation.direction)
+        texts = relation.training_rows(direction)
+        asked = all_questions(relation, direction)
+        opposite = relation.statements[relation.opposite(direction)]
     except RevprobeError as error:
         why = first_line(error, with_type=False)
-        return ASSUMED_TOKENS, f"{ASSUMED_TOKENS} assumed, --tokens gives another number ({why})"
+        about = f"{ASSUMED_TOKENS} assumed, --tokens gives another number ({why})"
+        return _Longest(ASSUMED_TOKENS, about, ASSUMED_TOKENS)
     ends = 0 if config.objective.end_padding == "absent" else 1
     answers = [most_tokens(joint_of(one) + answer.strip()) for one in asked for answer in one.answers]
-    filled = (config.evaluation.max_new_tokens or max(answers) + 1) if ends and objective == "masked" else 0
+    filled = (config.evaluation.max_new_tokens or max(answers) + 1) if _fills(config, objective) else 0
 
     def most(row: TrainingText) -> int:
         answer = most_tokens(row.text[row.prompt_length :]) + (ends if objective == "causal" else 0)
         return most_tokens(row.text[: row.prompt_length]) + max(answer, filled) + _AROUND
 
-    longest = max(texts, key=most)
-    told = f", its answer filled up to {filled} tokens" if filled else ""
-    about = f"from the longest text of {len(longest.text)} characters{told}; --tokens gives another number"
-    return most(longest), f"{most(longest)}, {about}"
+    longest, trained = max(texts, key=most), {row.fact for row in texts}
+    labels = relation.table["fact"].tolist()
+    told = [relation.carrier + one.text for one in opposite if labels[one.fact] in trained]
+    query = max(most_tokens(text) for text in [*told, *(row.text for row in texts)]) + _AROUND
+    up = f", its answer filled up to {filled} tokens" if filled else ""
+    about = f"from the longest text of {len(longest.text)} characters{up}; --tokens gives another number"
+    return _Longest(most(longest), f"{most(longest)}, {about}", query)
+
+
+def _fills(config: FinetuneConfig, objective: str) -> bool:
+    """Whether rows are filled up behind their answers to the decoded length."""
+    return objective == "masked" and config.objective.end_padding != "absent"
 
 
 def most_tokens(text: str) -> int:

@@ -39,7 +39,7 @@ from ..training.negatives import Negatives
 from ..training.prediction_callback import PREDICTIONS, FirstOrderPrediction
 from ..training.probe_callback import ProbeCallback
 from ..training.trainer import ForwardOnlyTrainer
-from .started_with import digests
+from .started_with import digests, mask_told
 
 # A column of the pairs and their readings: the loss never hid what the forward query asks for.
 FORWARD_UNTRAINED = "forward_untrained"
@@ -88,6 +88,8 @@ class Prepared:
         return {
             "objective": self.model.objective,
             "logit_shift": self.model.logit_shift,
+            **mask_told(self.model),
+            "begin_token_id": self.model.begin_token_id,
             **({} if self.model.block_size is None else {"block_size": self.model.block_size}),
             "steps": self.steps,
             "snapshots": self.snapshots,

@@ -9,19 +9,22 @@ weights may change.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from ...errors import RevprobeError
-from ...models.checkpoints import checkpoint_steps
+from ...models.checkpoints import CHECKPOINTS, checkpoint_steps, step_name
 from ...models.peft_adapters import BASE
 from ...models.probed import ProbedModel
 from ...models.registry import registered
+from ...models.tokenizers import load_tokenizer
 from ...models.weights_digest import settings_digest, weights_digest
 from ...relations.text_relation import TextRelation
 from ..config.finetuning import FinetuneConfig
@@ -33,8 +36,11 @@ from .run import other_versions
 DIGESTS, BASE_SHA256 = "digests", "base_sha256"
 # Which formulas a run is trained, read and asked by: one more with each change of one, told by `_other_formulas`.
 FORMULAS, FORMULAS_NOW = "formulas", 1
+# What no version reads otherwise of the same files: another one is another run, whatever software it is read with.
+_TOKENS = ("mask_token_id", "mask_token", "begin_token_id")
 # What runs of before say of their rows, pairs and model as well.
-_TOLD = ("objective", "logit_shift", "block_size", "steps", "rows", "answer_tokens", "targets", "pairs", "kind")
+_COUNTS = ("steps", "rows", "answer_tokens", "targets", "pairs", "kind")
+_TOLD = ("objective", "logit_shift", "block_size", *_COUNTS, *_TOKENS)
 _WEIGHTS, _SETTINGS, _FILES = "weights", "settings", "base"  # the last of runs of before alone
 _WORDS = {"rows": "training rows", "pairs": "probed pairs", "facts": "facts"}
 _WORDS |= dict.fromkeys((_WEIGHTS, _SETTINGS, _FILES), "base model")
@@ -107,40 +113,89 @@ def require_same_start(folder: Path, before: Mapping[str, Any], now: Mapping[str
     Args:
         before, now: the run's resolved.json, and what it would be. What both have is compared. Runs of before have no
             digests there: of them the counts are compared, the sha256 of the base, and their own copy of the facts.
+            Where it does not say the mask token, or is gone, the newest checkpoint's own tokenizer and config do.
     Raises: RevprobeError, naming what changed, and where the run's own copy is.
     Warns: where the base's settings alone are others and the software is too, which may read the same files otherwise;
         and where what follows is by other formulas than what is there.
     """
-    if not before or not checkpoint_steps(folder):
+    if not checkpoint_steps(folder):
         return
-    if others := _other_formulas(before, now, config):
+    if before and (others := _other_formulas(before, now, config)):
         warnings.warn(
             f"{folder} was started by other formulas, or before they had a number: {'; '.join(others)}; to hold its "
             "steps against each other, train it anew in another folder",
             stacklevel=5,
         )
-    kept, found = before.get(DIGESTS), now[DIGESTS]
-    if kept is None:
-        changed = ["base model"] if before.get(BASE_SHA256, now.get(BASE_SHA256)) != now.get(BASE_SHA256) else []
-        changed += ["facts"] if differs_from_copy(folder, config.relation.path) else []
-    else:
-        found = found | (_digest_of_before(config, folder) if _FILES in kept else {})
-        differ = [key for key in _WORDS if key in kept and key in found and kept[key] != found[key]]
-        if differ == [_SETTINGS] and (newer := other_versions(folder)):
-            warnings.warn(
-                f"{folder}: the base's settings are not those it was started with, which other versions may read "
-                f"otherwise ({', '.join(newer)}); restore them, or see that its config.json is the same",
-                stacklevel=5,
-            )
-            differ = []
-        changed = list(dict.fromkeys(_WORDS[key] for key in differ))
-    counts = [key for key in _TOLD if key in before and key in now and before[key] != now[key]]
-    changed += [f"{key} {before[key]} -> {now[key]}" for key in counts]
+    changed = _other_data(folder, before, now, config) if before else []
+    # A base that is read as a whole notes no block size; a run whose notes are gone says nothing at all.
+    whole: dict[str, Any] = {"block_size": None}
+    was, here = {**whole, **before} if before else {}, {**whole, **now}
+    if here.get("objective") == "masked" and "mask_token" not in was:
+        was = _mask_of_checkpoint(folder, config, was.get("mask_token_id")) | was
+    moved = [key for key in _TOLD if key in was and key in here and was[key] != here[key]]
+    changed += [_moved(key, was[key], here[key]) for key in moved]
     if changed:
         raise RevprobeError(
             f"{folder} was started with other data: {', '.join(changed)} changed; {_way_out(folder, config, changed)}, "
             "or choose another name or folder"
         )
+
+
+def _other_data(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], config: FinetuneConfig) -> list[str]:
+    """Which of rows, pairs, facts and base are others, in words. Warns: as `require_same_start`, of settings alone."""
+    kept, found = before.get(DIGESTS), now[DIGESTS]
+    if kept is None:
+        changed = ["base model"] if before.get(BASE_SHA256, now.get(BASE_SHA256)) != now.get(BASE_SHA256) else []
+        return changed + (["facts"] if differs_from_copy(folder, config.relation.path) else [])
+    found = found | (_digest_of_before(config, folder) if _FILES in kept else {})
+    differ = [key for key in _WORDS if key in kept and key in found and kept[key] != found[key]]
+    if differ == [_SETTINGS] and (newer := other_versions(folder)):
+        warnings.warn(
+            f"{folder}: the base's settings are not those it was started with, which other versions may read "
+            f"otherwise ({', '.join(newer)}); restore them, or see that its config.json is the same",
+            stacklevel=6,
+        )
+        return []
+    return list(dict.fromkeys(_WORDS[key] for key in differ))
+
+
+def mask_told(model: ProbedModel) -> dict[str, Any]:
+    """The mask token by its id, and by its text: the same id may stand for another token in another vocabulary."""
+    return _named(model.mask_token_id, model.tokenizer)
+
+
+def _named(mask: int | None, tokenizer: Any) -> dict[str, Any]:
+    text = None if mask is None or tokenizer is None else tokenizer.convert_ids_to_tokens(mask)
+    return {"mask_token_id": mask, "mask_token": text}
+
+
+def _mask_of_checkpoint(folder: Path, config: FinetuneConfig, known: int | None) -> dict[str, Any]:
+    """The mask token that a run's newest checkpoint was trained with, as far as its files say; empty where they do not.
+
+    They are read as a base's are: what the config tells, else the tokenizer's own, else the config.json's of a whole
+    model. A loader of the user's may say otherwise than its tokenizer, so nothing is told of its runs.
+    Args:
+        known: the id, where resolved.json has it.
+    """
+    told, checkpoint = config.model.mask_token_id, folder / CHECKPOINTS / step_name(checkpoint_steps(folder)[-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one that is damaged is told where the checkpoint is taken up
+        tokenizer, file = load_tokenizer(checkpoint, str(checkpoint)), checkpoint / CONFIG_NAME
+    if tokenizer is None or str(config.model.name) in registered():
+        return {}
+    mask = tokenizer.get_vocab().get(told) if isinstance(told, str) else told
+    if mask is None:
+        mask = tokenizer.mask_token_id
+    if mask is None and file.is_file():
+        with suppress(ValueError, AttributeError):
+            mask = json.loads(file.read_text(encoding="utf-8")).get("mask_token_id")
+    mask = mask if known is None else known
+    return {} if mask is None else _named(mask, tokenizer)
+
+
+def _moved(key: str, was: Any, now: Any) -> str:
+    """What was told, before and now, in words; a token as a literal, since any letter may stand in it."""
+    return f"{key} {was!r} -> {now!r}" if key == "mask_token" else f"{key} {was} -> {now}"
 
 
 def _other_formulas(before: Mapping[str, Any], now: Mapping[str, Any], config: FinetuneConfig) -> list[str]:
@@ -173,6 +228,9 @@ def _way_out(folder: Path, config: FinetuneConfig, changed: list[str]) -> str:
         called = f"have the loader registered as {name!r} return the same base anew at each call"
         back = called if not own and name in registered() else f"restore {folder / BASE if own else name}"
         ways.append(back + (" or the versions in versions.json" if other_versions(folder) else ""))
+    if not ways and all(one.startswith(_TOKENS) for one in changed):
+        files = f"restore the tokenizer and config.json of {folder / BASE if config.model.tiny else config.model.name}"
+        return files + (" or the versions in versions.json" if other_versions(folder) else "")
     return " and ".join(ways) or "restore the versions in versions.json and the base's tokenizer"
 
 

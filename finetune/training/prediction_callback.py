@@ -39,9 +39,10 @@ from ...probes.passes.asked import asked_pairs, out_of_sight
 from ...probes.passes.batches import prepare_queries
 from ...probes.passes.prompts import facts_of, null_partners
 from ...probes.passes.slopes import loss_slopes
-from ...probes.statistics.estimators import LATER_BLOCK, STATISTICS_VERSION, missing_intervals
+from ...probes.statistics.coverage import missing_intervals
+from ...probes.statistics.estimators import LATER_BLOCK, STATISTICS_VERSION
 from ...probes.statistics.intervals import mean_over_facts
-from ...probes.statistics.old_columns import current_columns
+from ...probes.statistics.measures import current_columns
 from ...probes.statistics.resampling import Facts
 from .adamw_update import adamw_update, innermost_optimizer
 from .distributed import ProcessGroup, require_whole

@@ -31,6 +31,7 @@ from ...models.probed import ProbedModel, as_probed
 from ...progress import Progress, shows_progress
 from ..pairs.spans import require_fast_tokenizer
 from ..readings.reading import Reading
+from ..statistics.partners import partner_column
 from ..statistics.resampling import Rights, derangement, with_shown
 from .causal import end_tokens
 from .closed_set import Candidates, Fitting, closed_set, rank_of
@@ -74,8 +75,8 @@ def rank_candidates(
     """Share of questions whose right answer is the likeliest of all candidates, and the mean reciprocal rank beside it.
 
     A question has one rank, the best over its accepted answers; its other accepted answers do not count against it, and
-    a wrong candidate of the same score counts as ahead. The control is the rank of another fact's answer, as in
-    `decoded_match`. Chance is the number of right candidates over that of all, both in the frame.
+    a wrong candidate of the same score counts as ahead. The control is the rank of the same answers where another fact
+    is asked about, as in `decoded_match`. Chance is the number of right candidates over that of all, both in the frame.
 
     Args:
         questions: as in `decoded_match`.
@@ -88,7 +89,7 @@ def rank_candidates(
             when None. Texts that do not fit are left out, and those that hold the tokenizer's unknown token, which
             stands for any text; `meta["candidates"]` counts, for each direction, the candidates (`count`), those of
             which no text fits (`left_out`) or can be written (`unwritable`), and the texts that were scored (`texts`).
-        control: also rank another fact's answer; `seed` is that of the shuffling.
+        control: also rank where another fact is asked about; `seed` is that of the shuffling.
         progress: called with (prompts done, prompts in all).
         answers: an `AnswerBook` that holds the canvas's length, so that it does not depend on what is asked.
 
@@ -105,15 +106,17 @@ def rank_candidates(
     ranking = _Ranking(model, questions, candidates, max_new_tokens or (answers.limit if answers else None))
     partner = ranking.partners(seed) if control else None
     rows: list[dict[str, Any]] = [{}] * len(questions)
+    elsewhere = np.full(len(questions), np.nan)
     for done, (same, scores) in enumerate(ranking.scores(batch_size), start=1):
-        for i in same:
-            rows[i] = ranking.row(i, scores, None if partner is None else int(partner[i]))
+        for asked in same:
+            rows[asked] = ranking.row(asked, scores)
+            for i in [] if partner is None else np.flatnonzero(partner == asked).tolist():
+                elsewhere[i] = ranking.rank(i, asked, scores)[0]
         if callable(progress):
             progress(done, ranking.prompt_count)
-    frame, meta = (
-        with_shown(pd.DataFrame(rows), ranking.prompts),
-        described(model, questions, control=control, seed=seed),
-    )
+    frame = with_shown(pd.DataFrame(rows), ranking.prompts)
+    frame = frame if partner is None else _with_control(frame, elsewhere, partner)
+    meta = described(model, questions, control=control, seed=seed)
     meta["ranking"] = {"score": CAUSAL if model.objective == "causal" else MASKED, "max_new_tokens": ranking.length}
     meta["candidates"] = ranking.counts
     meta["statistic"] = Reading("candidate_rank", frame, meta).measured.statistic
@@ -254,7 +257,15 @@ class _Ranking:
         rows = [self.fitting[context].tokens for context in contexts]
         yield from continuation_scores(self.model, before, rows, batch_size, ends=self.ends)
 
-    def row(self, i: int, scores: np.ndarray, partner: int | None) -> dict[str, Any]:
+    def rank(self, i: int, asked: int, scores: np.ndarray) -> tuple[float, float]:
+        """The rank of question `i`'s answers where question `asked` is asked, and their log-probability there.
+
+        Shapes: `scores`, those at `asked`: `text`.
+        """
+        fitting = self.fitting[_context(self.questions[asked])]
+        return rank_of(fitting.held(scores), fitting.is_right(self.right[i]))
+
+    def row(self, i: int, scores: np.ndarray) -> dict[str, Any]:
         """The frame's row of a question. Shapes: `scores`: `text`."""
         context = _context(self.questions[i])
         fitting = self.fitting[context]
@@ -266,15 +277,7 @@ class _Ranking:
         likeliest = next((fitting.texts[place] for place in (*wrong, *best)), "")
         row = question_row(i, self.questions[i])
         row |= {"candidates": len(held), "accepted": int(right.sum())}
-        row |= {"rank": rank, "first": _share(rank)}
-        other = float("nan")
-        if partner is not None:
-            if partner >= 0 and rank == rank:
-                other = rank_of(held, fitting.is_right(self.right[partner]))[0]
-            row["first_control"] = _share(other)
-        row["reciprocal_rank"] = 1 / rank
-        if partner is not None:
-            row["reciprocal_rank_control"] = 1 / other
+        row |= {"rank": rank, "first": float(rank == 1) if rank == rank else rank, "reciprocal_rank": 1 / rank}
         row |= {"best": likeliest, "log_probability": own, "best_log_probability": top}
         lost = UNWRITABLE if self.right[i].isdisjoint(self.writable[context]) else TOO_LONG
         return row | {"reason": "" if rank == rank else lost}
@@ -291,5 +294,10 @@ def _context(question: Asked) -> Context:
     return str(question.direction), question.prompt.split()[-1], joint_of(question)
 
 
-def _share(rank: float) -> float:
-    return float(rank == 1) if rank == rank else float("nan")
+def _with_control(frame: pd.DataFrame, elsewhere: np.ndarray, partner: np.ndarray) -> pd.DataFrame:
+    """The frame with what each question's answers rank where its partner is asked. Shapes: `question, question`."""
+    rank = np.where(frame["rank"].notna(), elsewhere, np.nan)
+    beside = {"first": np.where(np.isnan(rank), np.nan, rank == 1), "reciprocal_rank": 1 / rank}
+    for name, values in beside.items():
+        frame.insert(list(frame.columns).index(name) + 1, f"{name}_control", values)
+    return frame.assign(**partner_column(frame["fact"], partner))

@@ -27,6 +27,7 @@ from ...progress import Progress, shows_progress
 from ..pairs.spans import Encoded, encode_texts, require_fast_tokenizer
 from ..pairs.words import goes_on, has_begun
 from ..readings.reading import Reading
+from ..statistics.partners import partner_column
 from ..statistics.resampling import Rights, derangement, with_shown
 from .causal import end_tokens
 from .decode import answer_text, decode_tokens, decoding_settings, encode_prompts, require_stops
@@ -62,8 +63,8 @@ def decoded_match(
 
     Questions weigh equally, so a fact with two templates counts twice. The interval is Clopper-Pearson at the effective
     number of questions: none of 20 facts means "below 17 %", not exactly 0, however many questions each has. The
-    control matches the decoding with the answers of a fact that shares none with its own (of the same direction and
-    template): how often a model that only knows what answers look like is right.
+    control matches a question's answers with the decoding where a fact that shares none is asked about (in the same
+    direction and template): how often they are said whoever is asked about.
 
     A masked model fills a fixed number of positions. `answer_length="longest"` gives every question the same, the
     longest answer's tokens and one for the end token (where the tokenizer has one), or `max_new_tokens`; a model that
@@ -74,7 +75,7 @@ def decoded_match(
     Args:
         questions: see `Asked`; each with at least one answer.
         steps, block_length, algorithm: masked models only; see `decode`.
-        control: also match against shuffled answers, by `seed`.
+        control: also match with the decodings of other facts' questions, shuffled by `seed`.
         answers: an `AnswerBook` of these questions and maybe of others; made here when None.
 
     Frame: question, fact, kind, direction, template, prompt, answers (a JSON list), decoded, match (1 or 0; NaN
@@ -144,24 +145,23 @@ class _Scorer:
         """What is decoded: (question, length), each distinct prompt and length once."""
         wanted = [(i, length) for i in range(len(self.questions)) for length in self._own_lengths(i)]
         if self.oracle and self.partner is not None:
-            wanted += [(i, n) for i, j in enumerate(self.partner) if j >= 0 for n in self._own_lengths(int(j))]
+            wanted += [(int(j), n) for i, j in enumerate(self.partner) if j >= 0 for n in self._own_lengths(i)]
         return list(dict.fromkeys((self.first[i], length) for i, length in wanted))
 
     def frame(self, decoded: dict[tuple[int, int], str]) -> pd.DataFrame:
         """One row a question."""
         rows = [self._row(i, question, decoded) for i, question in enumerate(self.questions)]
-        return with_shown(pd.DataFrame(rows), self.prompts)
+        frame = with_shown(pd.DataFrame(rows), self.prompts)
+        return frame if self.partner is None else frame.assign(**partner_column(frame["fact"], self.partner))
 
     def _row(self, i: int, question: Asked, decoded: dict[tuple[int, int], str]) -> dict[str, Any]:
         texts = [decoded[self.first[i], length] for length in self._own_lengths(i)]
         right = next((text for text in texts if normalized(text) in self.accepted[i]), None)
         row = question_row(i, question) | {"decoded": texts[0] if right is None else right}
         scores = self._scores(i, i if self._fits(i) else -1, decoded)
-        controls = None if self.partner is None else self._scores(i, int(self.partner[i]), decoded)
-        for name, (value, control) in zip(
-            ("match", "begins"), zip(scores, controls or scores, strict=True), strict=True
-        ):
-            row |= {name: value} if controls is None else {name: value, f"{name}_control": control}
+        controls = scores if self.partner is None else self._scores(i, int(self.partner[i]), decoded)
+        for name, value, control in zip(("match", "begins"), scores, controls, strict=True):
+            row |= {name: value} | ({} if self.partner is None else {f"{name}_control": control})
         wrong = right is None and self._fits(i)
         row["error"] = self._error(texts[0], question, self.accepted[i]) if wrong else ""
         return row | {"reason": "" if self._fits(i) else TOO_LONG}
@@ -173,15 +173,15 @@ class _Scorer:
         own = named and str(question.fact) in facts_of.get(text, ())
         return error_of(decoded, question.prompt, facts_of, is_own=own)
 
-    def _scores(self, i: int, j: int, decoded: dict[tuple[int, int], str]) -> tuple[float, float]:
-        """Whether question `i`'s decoding is an answer of `j`, and whether it begins with one; NaN where `j` is -1.
+    def _scores(self, i: int, asked: int, decoded: dict[tuple[int, int], str]) -> tuple[float, float]:
+        """Whether the decoding of question `asked` is an answer of `i`, and whether it begins with one.
 
-        Where lengths are told, they are those of `j`'s answers.
+        NaN where `asked` is -1. Where lengths are told, they are those of `i`'s answers.
         """
-        if j < 0:
+        if asked < 0:
             return float("nan"), float("nan")
-        texts = [normalized(decoded[self.first[i], length]) for length in self._own_lengths(j)]
-        accepted = self.accepted[j]
+        texts = [normalized(decoded[self.first[asked], length]) for length in self._own_lengths(i)]
+        accepted = self.accepted[i]
         begins = any(begins_with(text, answer) for text in texts for answer in accepted)
         return float(any(text in accepted for text in texts)), float(begins)
 

@@ -26,7 +26,8 @@ from ..passes.plan import PassResult, Plan
 from ..passes.run import describe
 from ..passes.selection import chosen_of
 from ..readings.reading import Reading
-from ..statistics.estimators import LATER_BLOCK
+from ..statistics.estimators import LATER_BLOCK, LATER_BLOCK_CONTROL
+from ..statistics.partners import PARTNER, partner_column
 from .denoising_steps import NOT_BEGUN, WRITTEN, Trace, read_layers, trace_steps
 
 STATES = ("written", "open", "waiting", "not begun")
@@ -56,8 +57,8 @@ def trace_denoising(
     something. The value is the probability of the target when it was written: at each target position that which the
     model gave to the target's token in the step that revealed the position (whatever stood there afterwards), mean over
     the positions of a pair and over pairs, of the reverse queries; `summary(by="direction")` has the forward ones
-    beside them. The control prices another fact's target, another of as many tokens, at the same positions of the
-    same steps.
+    beside them. The control prices the target where another fact is asked about, whose own is another of as many
+    tokens: at the same positions of the same steps, or as it was written there, where that was earlier.
 
     Args:
         steps, block_length, temperature, seed: as in `decode`; the seed also shuffles the facts.
@@ -112,30 +113,41 @@ def _how(model: ProbedModel, **given: Any) -> Unmasking:
 
 @dataclass(frozen=True)
 class _Asked:
-    """The targets priced at each query's positions, and which of them is the control of each pair.
+    """The targets priced at each query's positions, and where each pair's own is priced for its control.
 
-    Shapes: `control` (its place among the query's targets, -1 for none), `why` (the reason for none): `pair side`.
+    Shapes: `partner` (the pair whose query that is, -1 for none), `place` (that of the pair's target among those priced
+    there), `why` (the reason for none): `pair side`.
     """
 
     targets: list[list[Target]]
-    control: np.ndarray | None
+    partner: np.ndarray | None
+    place: np.ndarray
     why: np.ndarray
 
     @classmethod
     def of(cls, pairs: ReversalPairs, logit_shift: int, control: bool, seed: int) -> _Asked:
         targets: list[dict[Target, int]] = [{query.target: 0} for query in pairs.queries]
-        why = np.full((len(pairs), 2), "", dtype=object)
+        why, place = np.full((len(pairs), 2), "", dtype=object), np.full((len(pairs), 2), -1)
         if not control:
-            return cls([list(asked) for asked in targets], None, why)
-        found = np.full((len(pairs), 2), -1)
+            return cls([list(asked) for asked in targets], None, place, why)
         partners = target_partners(pairs, logit_shift, seed=seed)
-        for side, (index, partner) in enumerate(((pairs.forward, "forward"), (pairs.reverse, "reverse"))):
-            why[:, side] = no_partner(pairs, logit_shift, partners[partner], seed=seed)
-            for pair in np.flatnonzero(partners[partner] >= 0).tolist():
-                other = partners[partner][pair]
-                own, target = int(index[pair]), pairs.queries[index[other]].target
-                found[pair, side] = targets[own].setdefault(target, len(targets[own]))
-        return cls([list(asked) for asked in targets], found, why)
+        for side, (index, name) in enumerate(((pairs.forward, "forward"), (pairs.reverse, "reverse"))):
+            partner = partners[name]
+            why[:, side] = no_partner(pairs, logit_shift, partner, seed=seed)
+            for pair in np.flatnonzero(partner >= 0).tolist():
+                priced = targets[int(index[partner[pair]])]
+                place[pair, side] = priced.setdefault(pairs.queries[index[pair]].target, len(priced))
+        found = np.stack([partners["forward"], partners["reverse"]], axis=1)
+        return cls([list(asked) for asked in targets], found, place, why)
+
+    def columns(self, pairs: ReversalPairs) -> dict[str, np.ndarray]:
+        """The column `fact_control`, where either direction has one. Shapes: `-> pair side`."""
+        if self.partner is None:
+            return {}
+        sides = [partner_column(pairs.facts, partner) for partner in self.partner.T]
+        if not any(sides):
+            return {}
+        return {PARTNER: np.where(self.partner < 0, "", pairs.facts.astype(str)[self.partner])}
 
 
 @dataclass
@@ -174,6 +186,7 @@ class _Table:
             parts = [answers.get(name), attention.get(name)]
             columns[name] = _joined(parts, count, whole.get(name))
         columns |= {name: np.asarray(values)[pair] for name, values in self.pairs.flags.items()}
+        columns |= {name: pd.Categorical(one[pair, item % 2]) for name, one in self.asked.columns(self.pairs).items()}
         return pd.DataFrame(columns)
 
     def _answers(self, query: np.ndarray) -> dict[str, Any]:
@@ -197,17 +210,35 @@ class _Table:
         columns["probability"] = np.exp(logs).astype(np.float32)
         columns["rank"] = np.where(unseen, np.nan, trace.rank[cell]).astype(np.float32)
         reason = np.select([unseen, state == NOT_BEGUN], [LATER_BLOCK, BLOCK_NOT_BEGUN], "").astype(object)
-        if self.asked.control is not None:
-            place, why = (found.reshape(-1)[item] for found in (self.asked.control, self.asked.why))
-            null = np.where(unseen | (place < 0), np.nan, np.exp(trace.log_probability[*cell, place]))
-            columns["probability_control"] = null.astype(np.float32)
+        null, why = self._elsewhere(query, item, step, at)
+        if self.asked.partner is not None:
+            columns["probability_control"] = np.where(reason == "", null, np.nan).astype(np.float32)
         columns["token"] = np.where(missing, -1, written)
         columns["text"] = _texts(self.model, self.pairs, written)
         columns["match"] = np.where(missing, np.nan, written == target[own, at]).astype(np.float32)
         columns["reason"] = pd.Categorical(reason)
-        if self.asked.control is not None:
+        if self.asked.partner is not None:
             columns["reason_control"] = pd.Categorical(np.where(reason == "", why, reason))
         return columns
+
+    def _elsewhere(
+        self, query: np.ndarray, item: np.ndarray, step: np.ndarray, at: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The probability of each row's target where its partner is asked, and why there is none.
+
+        Shapes: `query`: `item`; `item`, `step`, `at` (the target position), results: `row`.
+        """
+        if self.asked.partner is None:
+            return np.full(len(item), np.nan), np.full(len(item), "", dtype=object)
+        trace, partner = self.trace, self.asked.partner.reshape(-1)[item]
+        place, why = self.asked.place.reshape(-1)[item], self.asked.why.reshape(-1)[item]
+        other = query[2 * np.maximum(partner, 0) + item % 2]
+        masked = (trace.state != WRITTEN).sum(1)  # from the first step on
+        then = np.minimum(step, masked[other, at] - 1)
+        null = np.exp(trace.log_probability[other, then, at, np.maximum(place, 0)])
+        silent = [partner < 0, self.unseen[other], np.isnan(null)]
+        why = np.select(silent, [why, LATER_BLOCK_CONTROL, f"{BLOCK_NOT_BEGUN} (control)"], "").astype(object)
+        return np.where(why == "", null, np.nan), why
 
     def _heads(self, query: np.ndarray) -> list[tuple[int, int, int]]:
         """(layer, head, column of the trace) of every row of attention; -1 where a layer has none."""

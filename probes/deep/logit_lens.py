@@ -35,7 +35,8 @@ from ..passes.run import describe
 from ..passes.selection import chosen_of
 from ..passes.states import Tail, rows_of_states
 from ..readings.reading import Reading
-from ..statistics.estimators import LATER_BLOCK
+from ..statistics.estimators import LATER_BLOCK, LATER_BLOCK_CONTROL
+from ..statistics.partners import partner_column
 
 NO_EMBEDDING = "no state before the first block, from which a gain could be counted"
 NO_HEAD = "no head of the layer is read"
@@ -72,7 +73,9 @@ def probe_logit_lens(
     The value is the mean log-probability that the reverse target gains from the embedding to the last layer, in nats:
     what all layers together add to what the mask token (or, in a causal model, the token before the target) says by
     itself. It is defined for every pair, also where the target never comes first, and `summary(by="layer")` spreads it
-    over the layers. The control reads the target of another fact of the group from the same states.
+    over the layers. The control reads the target from the states of another fact's query (of the group, with another
+    target of as many tokens, which is wrong here as this one is there): what a model says whoever is asked about is no
+    gain over it.
 
     Args:
         contributions: also what each head and each MLP adds to the target's logit directly, along the residual stream
@@ -108,7 +111,7 @@ class _Lens:
     """The state of one pass: what is read from each query's states, and what came out.
 
     Shapes: `log`, `logit`: `query layer ask`; `rank`, `entropy`: `query layer`; `added`: `query place ask`. An ask is
-    a target priced at the query: its own first, then those of the pairs whose control it is.
+    a target priced at the query: its own first, then those of the pairs whose partner is asked there.
     """
 
     def __init__(
@@ -140,9 +143,9 @@ class _Lens:
         asks: list[dict[Target, None]] = [{query.target: None} for query in self.queries]
         for side, index in self.sides.items():
             for pair in np.flatnonzero(self.partner[side] >= 0):
-                other = self.queries[index[self.partner[side][pair]]].target
-                if self.model.objective == "masked" or len(other) == 1:
-                    asks[index[pair]][other] = None
+                target = self.queries[index[pair]].target
+                if self.model.objective == "masked" or len(target) == 1:
+                    asks[index[self.partner[side][pair]]][target] = None
         return [list(targets) for targets in asks]
 
     def _places(self) -> tuple[list[Place], dict[Place, str]]:
@@ -255,12 +258,13 @@ class _Lens:
 
     def _of_direction(self, direction: str) -> Iterator[pd.DataFrame]:
         index = self.sides[direction]
-        ask = self._control_asks(direction)
+        ask, elsewhere = self._control_asks(direction), index[self.partner[direction]]
+        known = (ask >= 0) & ~self.unseen[elsewhere]
 
         def beside(name: str, table: np.ndarray) -> dict[str, np.ndarray]:
-            """The target's numbers and the control's. Shapes: `table`: `query place ask`."""
-            own, other = table[index, :, 0], table[index, :, np.maximum(ask, 0)]
-            return {name: own, f"{name}_control": np.where(ask[:, None] < 0, np.nan, other)}
+            """The target's numbers, here and at the partner's query. Shapes: `table`: `query place ask`."""
+            own, other = table[index, :, 0], table[elsewhere, :, np.maximum(ask, 0)]
+            return {name: own, f"{name}_control": np.where(known[:, None], other, np.nan)}
 
         place = [self.read.index(layer) if layer in self.read else -1 for layer in self.layers]
         there = np.array(place) >= 0
@@ -278,20 +282,19 @@ class _Lens:
             yield self._rows(direction, list(self.silent), {}, list(self.silent.values()))
 
     def _control_asks(self, direction: str) -> np.ndarray:
-        """Which of its query's asks is the control of each pair; -1 without one. Shapes: `-> pair`."""
-        index = self.sides[direction]
+        """Which of its partner's query's asks is each pair's own target; -1 without one. Shapes: `-> pair`."""
+        index, partner = self.sides[direction], self.partner[direction]
         targets = [self.queries[q].target for q in index]
-        found = [
-            self.asks[q].index(targets[other]) if other >= 0 and targets[other] in self.asks[q] else -1
-            for q, other in zip(index, self.partner[direction], strict=True)
-        ]
-        return np.array(found)
+        asks = [self.asks[index[other]] if other >= 0 else [] for other in partner]
+        return np.array([one.index(own) if own in one else -1 for one, own in zip(asks, targets, strict=True)])
 
     def _no_control(self, direction: str) -> np.ndarray:
         """Why a pair has no control; "" where it has one. Shapes: `-> pair`."""
         partner = self.partner[direction]
         alone = no_partner(self.pairs, self.model.logit_shift, partner, seed=self.plan.seed)
-        return np.where((partner >= 0) & (self._control_asks(direction) < 0), OWN_TOKENS, alone).astype(object)
+        unseen = self.unseen[self.sides[direction][partner]]
+        silent = [partner < 0, self._control_asks(direction) < 0, unseen]
+        return np.select(silent, [alone, OWN_TOKENS, LATER_BLOCK_CONTROL], "").astype(object)
 
     def _rows(
         self, direction: str, places: Sequence[Place], numbers: Mapping[str, np.ndarray], why: Sequence[str]
@@ -313,5 +316,5 @@ class _Lens:
             columns[name] = np.where(unseen, np.nan, values).reshape(-1)
         columns["reason"] = reason.reshape(-1)
         columns["reason_control"] = np.where(reason == "", self._no_control(direction)[:, None], reason).reshape(-1)
-        flags = {name: np.repeat(np.asarray(values), shape[1]) for name, values in self.pairs.flags.items()}
-        return pd.DataFrame(columns | flags)
+        once = dict(self.pairs.flags) | partner_column(self.pairs.facts, self.partner[direction])
+        return pd.DataFrame(columns | {name: np.repeat(np.asarray(values), shape[1]) for name, values in once.items()})

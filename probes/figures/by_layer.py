@@ -45,7 +45,7 @@ BESIDE = {
     "_untrained": ("reverse, untrained twin", OKABE_ITO["purple"]),
     "_evidence": ("reverse, other evidence", OKABE_ITO["green"]),
 }
-CONTROL = "control: another fact's target"
+CONTROL = "control: another fact asked"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from ...errors import RevprobeError, did_you_mean
 from ..statistics.by_part import REST, logit_contributions, remainder_text
 from ..statistics.coverage import counted
-from ..statistics.old_columns import current_columns
+from ..statistics.measures import current_columns
 from .drawable import Drawable, sample_of
 from .theme import (
     CONTROL_GREY,

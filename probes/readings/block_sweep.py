@@ -25,6 +25,7 @@ from ..figures.theme import difference_text, interval_text
 from ..statistics.estimators import LATER_BLOCK, STATISTICS_VERSION, Measured, pair_cosines
 from ..statistics.intervals import Estimate
 from ..statistics.paired import measured_difference, side_of
+from ..statistics.partners import PARTNER
 from .model_comparison import COMMON, DIFFERENCE, MEASURES
 from .parquet import read_reading, write_reading
 from .reading import MEASURE_COLUMNS, Reading, summary_row
@@ -278,7 +279,8 @@ class _Curve:
         }
         first = next(iter(frames.values()), pd.DataFrame())
         own = [name for name in ("score_forward", "score_reverse") if name in first]
-        beside = [name for name in map(str, first) if name.endswith("_control") and name != "reason_control"]
+        told = ("reason_control", PARTNER)
+        beside = [name for name in map(str, first) if name.endswith("_control") and name not in told]
         for columns in (own, beside):
             if columns:
                 gone = np.any([frame[columns].isna().any(axis=1) for frame in frames.values()], axis=0)

@@ -16,16 +16,15 @@ import pandas as pd
 from ...arguments import checked
 from ...errors import RevprobeError, did_you_mean
 from .by_role import in_network_order
+from .coverage import ONE_FACT, missing_intervals
 from .estimators import (
     NO_GRADIENT,
     NO_PARTNER,
     NOT_FINITE,
-    ONE_FACT,
     STATISTICS_VERSION,
     Control,
     Measured,
     explained,
-    missing_intervals,
     with_control,
 )
 from .intervals import Estimate, difference_over_facts, mean_over_facts

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from .estimators import NO_PARTNER, NOT_FINITE, Measured, with_control
 from .intervals import Bounds, mean_intervals
+from .partners import partners_of_pairs
 from .resampling import SHOWN_IN, Facts
 
 EDITED = {"all": "all chosen layers and heads at once", "layer": "single layers", "head": "single heads"}
@@ -78,7 +80,8 @@ def over_cells(
         counted = np.zeros(len(table), dtype=bool)  # just now, by reason
         compared, beside = (both[column].to_numpy(dtype=np.float64) for column in (value, null))
         of_pairs = own, beside, facts, undefined, statistic
-        found = with_control(*of_pairs, bounds=bounds, alone=counted, compared=compared, method=method)
+        kind: dict[str, Any] = {"bounds": bounds, "method": method, "partners": partners_of_pairs(rows)}
+        found = with_control(*of_pairs, alone=counted, compared=compared, **kind)
     return replace(found, caution="; ".join(filter(None, [found.caution, *told])))
 
 

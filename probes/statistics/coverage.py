@@ -1,4 +1,4 @@
-"""How many facts an interval needs, and how a sample is told.
+"""How many facts an interval needs, why a number has none, and how a sample is told.
 
 Below that many facts 95 % intervals were seen to cover less than 90 % of the time. A proportion needs the more facts
 the more questions each has: of few, chance in the answers is most of what varies, and its size is known; of many, each
@@ -9,14 +9,23 @@ Measured by `examples/benchmarks/coverage.py`, over the shapes of data it lists;
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import inf
 from typing import Protocol
+
+import numpy as np
+
+from .intervals import Estimate
 
 # For up to so many questions of each fact, the fewest facts from which on every interval (value, control, excess) of
 # every shape covers at least 90 %; 3 are the fewest that were simulated.
 FEWEST = {"correlation": {inf: 3}, "mean": {inf: 13}, "proportion": {10: 3, 30: 13, inf: 26}}
 # The same of the difference between two models on the same facts, and of how it exceeds that of the controls.
 FEWEST_APART = {"correlation": {inf: 3}, "mean": {inf: 13}, "proportion": {30: 3, inf: 26}}
+# Why a number has no interval.
+ONE_FACT = "of one fact, so without an interval"
+ONE_PROMPT = "of facts that all share prompts, directly or through others, so without an interval"
+SAME_FOR_ALL = "the same for every fact, so without an interval"
 # What a sample holds where it is no pairs.
 COUNTED = dict.fromkeys(("candidate_rank", "decoded_match"), ("question", "questions"))
 COUNTED["objective_terms"] = ("reverse query", "reverse queries")
@@ -84,3 +93,24 @@ def counted(n: int, facts: int, name: str = "", prompts: int = 0) -> str:
     one, many = COUNTED.get(name, ("pair", "pairs"))
     told = f"n = {n:,} {one if n == 1 else many} of {facts:,} {'fact' if facts == 1 else 'facts'}"
     return told + (f", drawn as {prompts:,} by the prompts they share" if prompts else "")
+
+
+def missing_interval(found: Estimate) -> str:
+    """Why a number has no interval; empty where it has one, or is itself undefined."""
+    if np.isnan(found.value) or not np.isnan(found.low):
+        return ""
+    if found.drawn < 2:
+        return ONE_PROMPT if found.facts > 1 else ONE_FACT
+    return SAME_FOR_ALL
+
+
+def missing_intervals(found: Mapping[str, Estimate]) -> str:
+    """Which of several numbers have no interval, and why; empty where all have one.
+
+    >>> missing_intervals({"loss": Estimate(2.0, float("nan"), float("nan"), 4, 1)})
+    'loss: of one fact, so without an interval'
+    """
+    names: dict[str, list[str]] = {}
+    for name, estimate in found.items():
+        names.setdefault(missing_interval(estimate), []).append(name)
+    return "; ".join(f"{', '.join(some)}: {why}" for why, some in names.items() if why)

@@ -16,7 +16,7 @@ from .estimators import Measured, with_control
 from .intervals import FRACTION, mean_intervals
 from .resampling import SHOWN_IN, Facts
 
-CONTROL = "another fact's target at the same positions and steps"
+CONTROL = "the target where another fact is asked about, at the same positions and steps"
 NOT_WRITTEN = "nothing was written in these steps"
 
 

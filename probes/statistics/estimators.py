@@ -15,20 +15,21 @@ cover too little. Other probes' stand in files of their own; `measures.py` lists
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from .coverage import caution_of, counted, first_caution
+from .coverage import caution, caution_of, counted, first_caution, missing_interval
 from .group_correlation import LEAST_FACTS, group_correlation
 from .intervals import COSINE, FRACTION, Bounds, Estimate, difference_over_facts, mean_over_facts, proportion_over_facts
+from .partners import PARTNER, count_of_partners, over_partners, partners_of, partners_of_pairs
 from .resampling import SHOWN_COLUMNS, Facts
 
 # Raised whenever the same frame comes to another number or interval; readings of another are worked out anew.
-STATISTICS_VERSION = 5
+STATISTICS_VERSION = 6
 
 ALONE = "alone in its group, so without a correlation"
 BELOW_FLOOR = "gradient below the rounding floor"
@@ -42,9 +43,6 @@ NO_UNLIKE = "no other fact in the group has another target, wrong here as this o
 NO_OTHER_ANSWER = "no other question of its direction and wording has another prompt and other answers, for the control"
 NO_VARIANCE = "no variance within the group"
 NOT_FINITE = "not finite"
-ONE_FACT = "of one fact, so without an interval"
-ONE_PROMPT = "of facts that all share prompts, directly or through others, so without an interval"
-SAME_FOR_ALL = "the same for every fact, so without an interval"
 TWO_PAIRS = "two pairs, whose correlation is 1 or -1 whatever they are"
 SMALL_GROUP = f"group of fewer than {LEAST_FACTS} facts"
 
@@ -199,11 +197,12 @@ def gradient_cosine(frame: pd.DataFrame, seed: int, control: bool = True) -> Mea
         alone &= (frame["reason"] == "") & (frame["reason_control"] == "")
         undefined |= control_reasons(frame)
     null, lonely = table["cosine_control"].to_numpy(), alone.groupby(frame["pair"]).any().to_numpy()
-    return with_control(cosine, null, facts, undefined, statistic, bounds=COSINE, alone=lonely)
+    partners = partners_of(table)
+    return with_control(cosine, null, facts, undefined, statistic, bounds=COSINE, alone=lonely, partners=partners)
 
 
 def pair_cosines(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per pair: its fact (and `shown`), the cosine over the frame's parameters, and the shuffled pair's cosine.
+    """One row per pair: its fact (and `shown` and its like), the cosine over the frame's parameters, and the control's.
 
     NaN where a norm does not exceed its rounding floor, or the frame gives a reason; `without_gradient` where one is
     zero (modules that never ran).
@@ -211,7 +210,7 @@ def pair_cosines(frame: pd.DataFrame) -> pd.DataFrame:
     columns = [c for c in frame.columns if c.startswith(("norm_", "floor_"))]
     squared = frame.assign(**{c: frame[c].astype(float) ** 2 for c in columns})
     inner = [c for c in frame.columns if c.startswith("inner")]
-    of = [name for name in ("fact", *SHOWN_COLUMNS) if name in frame]
+    of = [name for name in ("fact", PARTNER, *SHOWN_COLUMNS) if name in frame]
     told = dict.fromkeys(of, "first") | dict.fromkeys([*columns, *inner], "sum")
     sums = squared.groupby("pair", sort=True).agg(told)
     without_gradient = (sums["norm_forward"] == 0) | (sums["norm_reverse"] == 0)
@@ -240,24 +239,26 @@ def reverse_probability(frame: pd.DataFrame, seed: int, control: bool = True) ->
 
 
 def decoded_match(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
-    """Share of questions whose decoded answer is right; its control matches the answers of another fact."""
+    """Share of questions whose decoded answer is right; its control asks about another fact."""
     return _over_questions(frame, "match", "exact match, mean over questions", binary=True)
 
 
 def candidate_rank(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
-    """Share of questions whose right answer ranks first among the candidates; the control ranks another fact's."""
+    """Share of questions whose right answer ranks first among the candidates; the control asks about another fact."""
     return _over_questions(frame, "first", "right answer ranked first, over questions", binary=True)
 
 
 def mean_reciprocal_rank(frame: pd.DataFrame) -> Measured:
-    """Mean over questions of 1 / rank among the candidates, beside that of another fact's answer."""
+    """Mean over questions of 1 / rank among the candidates, beside that where another fact is asked."""
     return _over_questions(frame, "reciprocal_rank", "mean reciprocal rank", bounds=FRACTION)
 
 
 def _over_questions(frame: pd.DataFrame, column: str, statistic: str, **kind: Any) -> Measured:
     values = frame[column].to_numpy(dtype=np.float64)
     null = frame[f"{column}_control"].to_numpy(dtype=np.float64) if f"{column}_control" in frame else None
-    return with_control(values, null, Facts.of_rows(frame), reasons(frame), statistic, lonely=NO_OTHER_ANSWER, **kind)
+    facts, partners = Facts.of_rows(frame), partners_of(frame)
+    lonely = NO_OTHER_ANSWER
+    return with_control(values, null, facts, reasons(frame), statistic, lonely=lonely, partners=partners, **kind)
 
 
 def stored_evidence(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
@@ -278,7 +279,7 @@ def stored_evidence(frame: pd.DataFrame, seed: int, control: bool = True) -> Mea
     if "reason_control" in rows:
         counts |= pair_reasons(rows[rows["pair"].isin(table.index[np.isfinite(values)])], "reason_control")
         alone = np.zeros(len(table), dtype=bool)  # counted just now, by reason
-    return with_control(values, null, facts, counts, statistic, alone=alone)
+    return with_control(values, null, facts, counts, statistic, alone=alone, partners=partners_of_pairs(rows))
 
 
 def direction_mean(frame: pd.DataFrame, direction: str, column: str) -> Measured:
@@ -293,7 +294,8 @@ def direction_mean(frame: pd.DataFrame, direction: str, column: str) -> Measured
     if null is not None and "reason_control" in rows:
         undefined |= control_reasons(rows)
         alone = np.isnan(null) & np.isfinite(values) & rows["reason_control"].eq("").to_numpy()
-    found = with_control(values, null, facts, undefined, statistic, bounds=FRACTION, binary=binary, alone=alone)
+    kind: dict[str, Any] = {"bounds": FRACTION, "binary": binary, "alone": alone, "partners": partners_of(rows)}
+    found = with_control(values, null, facts, undefined, statistic, **kind)
     return replace(found, caution="; ".join(filter(None, [found.caution, _several_right(rows[np.isfinite(values)])])))
 
 
@@ -321,12 +323,15 @@ def with_control(
     compared: np.ndarray | None = None,
     lonely: str = NO_PARTNER,
     method: str = "one derangement of facts within groups",
+    partners: np.ndarray | None = None,
 ) -> Measured:
     """The mean of `values` beside that of `null`, between bounds or a proportion where they are 0 or 1 (`binary`).
 
     `alone` marks pairs without a partner (all NaN of `null` if None), `lonely` says why they have none; `compared` is
-    what each pair's control is held against, where that is not all of its value.
+    what each pair's control is held against, where that is not all of its value. `partners` are the facts that
+    controls ask about, where some are asked about for several.
     """
+    facts = Facts.of(facts)
     mean = proportion_over_facts if binary else lambda part, of: mean_over_facts(part, of, bounds=bounds)
     estimate = mean(values, facts)
     kind = "proportion" if binary else "mean"
@@ -335,16 +340,24 @@ def with_control(
     undefined = undefined | ({NOT_FINITE: lost} if lost > 0 else {})
     if null is None:
         return explained(Measured(estimate, None, None, undefined, statistic, few), len(values))
-    floor = mean(null, facts)
+    within = FRACTION if binary else bounds
+    floor = over_partners(lambda of: mean(null, of), facts, partners, within)
     without_partner = int((np.isnan(null) & np.isfinite(values) if alone is None else alone).sum())
     undefined = undefined | ({lonely: without_partner} if without_partner else {})
     if not floor.n:
         return explained(Measured(estimate, None, None, undefined, statistic, few), len(values))
     control = Control.of(floor, method)
     own = values if compared is None else compared
-    excess = difference_over_facts(own, null, facts, bounds=FRACTION if binary else bounds, binary=binary)
+    excess = over_partners(
+        lambda of: difference_over_facts(own, null, of, bounds=within, binary=binary),
+        facts,
+        partners,
+        None if within is None else (within[0] - within[1], within[1] - within[0]),
+    )
     # Facts without a partner have a value and no control: the excess may rest on fewer.
     few = first_caution(kind, estimate, floor, excess)
+    asked = count_of_partners(facts, partners, np.isfinite(null))
+    few = few or caution(kind, asked, floor.n, of="facts that controls ask about")
     return explained(Measured(estimate, control, excess, undefined, statistic, few), len(values))
 
 
@@ -360,27 +373,6 @@ def explained(measured: Measured, rows: int) -> Measured:
         if found is not None and reason and not (whose and reason == own):  # which then is said of both
             undefined[reason + whose] = found.n
     return replace(measured, undefined=undefined)
-
-
-def missing_interval(found: Estimate) -> str:
-    """Why a number has no interval; empty where it has one, or is itself undefined."""
-    if np.isnan(found.value) or not np.isnan(found.low):
-        return ""
-    if found.drawn < 2:
-        return ONE_PROMPT if found.facts > 1 else ONE_FACT
-    return SAME_FOR_ALL
-
-
-def missing_intervals(found: Mapping[str, Estimate]) -> str:
-    """Which of several numbers have no interval, and why; empty where all have one.
-
-    >>> missing_intervals({"loss": Estimate(2.0, float("nan"), float("nan"), 4, 1)})
-    'loss: of one fact, so without an interval'
-    """
-    names: dict[str, list[str]] = {}
-    for name, estimate in found.items():
-        names.setdefault(missing_interval(estimate), []).append(name)
-    return "; ".join(f"{', '.join(some)}: {why}" for why, some in names.items() if why)
 
 
 def reasons(frame: pd.DataFrame) -> dict[str, int]:

@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 
 from .estimators import Measured, reasons, with_control
+from .partners import partners_of_pairs
 from .resampling import Facts
 
-METHOD = "the target of another fact of the group, read from the same states"
+METHOD = "the target read from the states of another fact's query"
 
 
 def logit_lens(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:
@@ -41,4 +42,5 @@ def logit_lens(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured
     counts |= reasons(alone.assign(reason=alone["reason_control"]))
     null = table[columns[1]].to_numpy(dtype=np.float64)
     counted = np.zeros(len(table), dtype=bool)  # just now, by reason
-    return with_control(values, null, facts, counts, statistic, alone=counted, method=METHOD)
+    partners = partners_of_pairs(rows)
+    return with_control(values, null, facts, counts, statistic, alone=counted, method=METHOD, partners=partners)

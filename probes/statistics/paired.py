@@ -25,8 +25,8 @@ import pandas as pd
 from scipy import stats
 
 from .by_head import score_table
-from .coverage import caution_of, first_caution
-from .estimators import Control, Measured, missing_interval, pair_cosines
+from .coverage import caution_of, first_caution, missing_interval
+from .estimators import Control, Measured, pair_cosines
 from .group_correlation import LEAST_FACTS, Layout, Moments, facts_of_groups, null_correlations
 from .intervals import ALIKE, COSINE, FRACTION, Bounds, Estimate, all_alike, reach_of_mixture, reach_of_shares, student
 from .resampling import Facts, drawn_alike, draws_of

@@ -13,7 +13,7 @@ from ...finetune.runs.finetuning import FinetuneRun, finetuning_runs
 from ...finetune.runs.record import RunRecord
 from ...finetune.runs.run import Run
 from ...finetune.training.prediction_callback import PREDICTIONS
-from ...probes.statistics.old_columns import current_columns
+from ...probes.statistics.measures import current_columns
 from ..paper.figure4 import figure4, run_colours, with_axes
 from ..paper.table7 import FACTS, NOTE, SIDES, match_frame, not_asked, table7, table7_figure
 from .page import choice, controls, drawn_figure, figure_data, figure_place, folded, paragraph, scrolled, section, table

@@ -183,7 +183,7 @@ _ALL = (
         "Logit lens",
         "Lens",
         "What the residual stream says of the target after each layer, read by the model's own unembedding, beside "
-        "another fact's target (control); bands: 95 % intervals over facts.",
+        "the same where another fact is asked about (control); bands: 95 % intervals over facts.",
         "No run has a reading of the logit lens.",
         {
             "layers": Drawing("logit_lens", "by layer, both directions"),

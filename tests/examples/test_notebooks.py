@@ -29,7 +29,7 @@ MODELS = 4  # each prints its three readings
 PLOTLY, PICTURE = "application/vnd.plotly.v1+json", "image/png"
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
 INTERVAL = re.compile(r"\[(-?\d+\.?\d*), (-?\d+\.?\d*)\]")
-BYTES = 450_000
+BYTES = 480_000
 
 
 @pytest.fixture(scope="module")

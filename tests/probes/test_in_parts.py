@@ -285,3 +285,32 @@ def test_the_folder_is_one_table_with_the_columns_of_every_part(
         assert rp.Reading.load(files[0]).prompts == 0
     counts = rows.groupby(rows["pair"] // 10)["targets"].max().tolist()
     assert counts == [1, 5, 2]
+
+
+def test_facts_that_controls_ask_about_for_many_are_drawn_in_parts_too(model: rp.ProbedModel, tmp_path: Path) -> None:
+    """16 facts with one target, 4 with another; the second part has facts of a target each, and names no partner."""
+    target = [0] * 16 + [1] * 4 + list(range(2, 22))
+    pairs = rp.ReversalPairs.from_pairs(
+        rp.ReversalPair(
+            rp.Query([53, 30 + k % 20, 51, c, 52], [3], [1]),
+            rp.Query([53, c, 51, 30 + k % 20, 52], [1], [3]),
+            fact=str(k),
+        )
+        for k, c in enumerate(target)
+    )
+    parts = tmp_path / "parts"
+    table = rp.probe_in_parts(model, pairs, parts, size=20, only=["gradient", "probability"], progress=False)
+    firsts = [
+        rp.Reading.load(parts / name / "part-00000.parquet") for name in ("gradient_cosine", "reverse_probability")
+    ]
+    assert all(one.frame["fact_control"].nunique() < 20 for one in firsts)
+    alone = rp.probe(model, pairs[:20], only=["gradient", "probability"])
+    one = rp.probe_in_parts(
+        model, pairs[:20], tmp_path / "one", size=20, only=["gradient", "probability"], progress=False
+    )
+    expected = pd.concat([reading.measures() for reading in alone], ignore_index=True)
+    ends = ["control_low", "control_high", "excess_low", "excess_high"]
+    np.testing.assert_allclose(one[ends].astype(float), expected[ends].astype(float), rtol=1e-5, atol=1e-7)
+    rows = pd.read_parquet(parts / "reverse_probability")
+    assert (rows["fact_control"].notna() == (rows["pair"] < 20)).all()
+    assert table["control_low"].notna().all()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,8 +20,10 @@ from revprobe.probes.statistics.by_head import head_correlations
 from revprobe.probes.statistics.by_part import evidence_by_pair, logit_contributions
 from revprobe.probes.statistics.by_role import cell_cosines
 from revprobe.probes.statistics.causal_trace import place_means
+from revprobe.probes.statistics.coverage import ONE_PROMPT
 from revprobe.probes.statistics.denoising import attention_table, steps_table
-from revprobe.probes.statistics.estimators import NO_LIKE_TARGET, NO_UNLIKE, ONE_PROMPT, Control
+from revprobe.probes.statistics.estimators import NO_LIKE_TARGET, NO_UNLIKE, Control
+from revprobe.probes.statistics.partners import PARTNER
 from revprobe.probes.statistics.resampling import SHOWN_COLUMNS, Facts, drawn_alike, with_shown
 from revprobe.probes.storage import control_partners
 from tiny import MASK, gpt2, in_blocks, radd
@@ -87,7 +90,7 @@ def test_cities_of_one_country_are_drawn_as_facts_that_are_labelled_by_country_a
         drawn = frame["shown"]
         if "direction" in frame:
             drawn = drawn.where(frame["direction"] == "reverse", frame["shown_forward"])
-        bare = frame.assign(fact=drawn).drop(columns=[*SHOWN_COLUMNS])
+        bare = _labelled(frame, drawn).drop(columns=[*SHOWN_COLUMNS])
         expected = rp.Reading(found.name, bare, expected.meta)
     assert (found.facts, found.prompts, expected.facts, expected.prompts) == (CITIES, COUNTRIES, COUNTRIES, 0)
     pd.testing.assert_frame_equal(numbers(found.measures()), numbers(expected.measures()))
@@ -132,12 +135,23 @@ def test_a_number_of_one_direction_is_drawn_by_the_prompts_of_that_direction(nam
     for direction, fact in (("forward", rows["fact"].to_numpy()), ("reverse", country)):
         there = (rows["direction"] == direction).to_numpy()
         part = found.part(rows[there])
-        slow = rp.Reading(found.name, bare.assign(fact=fact)[there], found.meta)
+        slow = rp.Reading(found.name, _labelled(bare, fact)[there], found.meta)
         assert part.prompts == (COUNTRIES if direction == "reverse" else 0)
         for one in ("interval", "control", "value"):
             np.testing.assert_equal(_plain(getattr(part, one)), _plain(getattr(slow, one)))
     old = rp.Reading(found.name, rows.drop(columns=[*SHOWN_COLUMNS[1:]]), found.meta)  # saved before
     assert old.prompts == COUNTRIES and old.value == found.value and np.isfinite(old.interval).all()
+
+
+def _labelled(frame: pd.DataFrame, labels: Any) -> pd.DataFrame:
+    """The frame with other labels of facts, also of those that controls ask about."""
+    named = frame.assign(fact=np.asarray(labels))
+    if PARTNER not in frame:
+        return named
+    rows = [frame["direction"].astype(str) if "direction" in frame else pd.Series("", frame.index)]
+    of = dict(zip(zip(*rows, frame["fact"].astype(str), strict=True), named["fact"], strict=True))
+    asked = zip(*rows, frame[PARTNER].astype(str), strict=True)
+    return named.assign(**{PARTNER: [of.get(one, one[1]) for one in asked]})
 
 
 def _plain(number: object) -> object:

@@ -29,7 +29,7 @@ from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.passes import route_changes, route_runs
 from revprobe.probes.passes.route_changes import other_positions
 from revprobe.probes.route_edit import NO_POSITION, NO_STRENGTH, ONLY_KEY, ZERO_AFTER, ZERO_BEFORE, ZERO_CONTROL
-from revprobe.probes.statistics.estimators import ONE_FACT
+from revprobe.probes.statistics.coverage import ONE_FACT
 from tiny import FIXTURES, GROUPED, bridged, causal, tapped
 
 # Scores far from zero, so that an edit moves what is priced.

@@ -21,7 +21,7 @@ from revprobe.probes.passes import decomposition
 from revprobe.probes.passes.batches import make_batch, prepare_queries
 from revprobe.probes.passes.decomposition import LinearizedBatch
 from revprobe.probes.statistics.by_part import evidence_by_pair, logit_contributions
-from revprobe.probes.statistics.estimators import ONE_FACT
+from revprobe.probes.statistics.coverage import ONE_FACT
 from revprobe.probes.statistics.resampling import derangement
 from revprobe.probes.storage import DIFFERENT_TOKENS, probe_stored_evidence
 from tiny import GROUPED, SIZES, AttentionOnly, drawn, text_like_pairs

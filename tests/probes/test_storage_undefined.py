@@ -13,7 +13,8 @@ import revprobe as rp
 import tiny
 from revprobe.probes.attention import EVIDENCE_HIDDEN
 from revprobe.probes.statistics.by_part import evidence_by_pair, logit_contributions
-from revprobe.probes.statistics.estimators import NO_PARTNER, ONE_FACT
+from revprobe.probes.statistics.coverage import ONE_FACT
+from revprobe.probes.statistics.estimators import NO_PARTNER
 from revprobe.probes.statistics.resampling import derangement
 from revprobe.probes.storage import DIFFERENT_TOKENS, NO_LIKE_TARGET, NO_OTHER_TARGET, probe_stored_evidence
 

@@ -14,8 +14,9 @@ from .plan import DROP_ORDER, MODELS
 
 _KEY = ("sweep", "run", "config")
 # What the tables hold of readings of an older version of the statistics: 4 has other intervals of how far proportions
-# exceed their controls; 5 differs where a reading says which facts hang together in chains, as those of before do not.
-_BUT_EXCESS_OF_PROPORTIONS, _THE_SAME = 3, (4, 5)
+# exceed their controls; 5 differs where a reading says which facts hang together in chains, 6 where it says which facts
+# are partners of several, as those of before do not.
+_BUT_EXCESS_OF_PROPORTIONS, _THE_SAME = 3, (4, 5, 6)
 Run = tuple[str, str]  # sweep and name
 
 

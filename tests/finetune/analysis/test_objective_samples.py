@@ -9,7 +9,8 @@ import torch
 
 import revprobe as rp
 from revprobe.probes.statistics.by_class import OF_THE_MEAN, SIZES
-from revprobe.probes.statistics.estimators import NO_PARTNER, ONE_FACT
+from revprobe.probes.statistics.coverage import ONE_FACT
+from revprobe.probes.statistics.estimators import NO_PARTNER
 from revprobe.probes.storage import control_partners
 from tiny import drawn
 

@@ -10,11 +10,14 @@ import pytest
 
 import revprobe as rp
 from revprobe import Readings
+from revprobe.errors import RevprobeError
 from revprobe.finetune.config import loading
-from revprobe.finetune.config.finetuning import FinetuneSweepConfig
+from revprobe.finetune.config.finetuning import FinetuneConfig, FinetunedModel, FinetuneSweepConfig
 from revprobe.finetune.config.loading import dump_config, dump_yaml, parse_config, parse_yaml
 from revprobe.finetune.config.one_layer import RunConfig, SweepConfig
+from revprobe.finetune.runs.finetuning import FinetuneRun
 from revprobe.finetune.runs.record import RunRecord
+from revprobe.finetune.runs.run import claim_run
 from revprobe.report.bundle import bundle
 from revprobe.report.html import report
 
@@ -75,6 +78,48 @@ def test_text_that_looks_like_a_number_comes_back_as_text() -> None:
     for text in number_like(3000):
         values = {"name": text, "list": [text, {"inside": text}], "keys": {text: 1.5e-7}}
         assert parse_yaml(dump_config(_plain(values)), "test") == values, text
+
+
+@pytest.mark.parametrize("options", [{}, {"allow_unicode": True, "width": 110}])
+@pytest.mark.parametrize("code", [0x85, 0x2028, 0x2029, *range(0x0B, 0x0E), *range(0x1C, 0x20), 0xA0, 0xFEFF, 0x9F])
+def test_what_ends_a_line_anywhere_comes_back_inside_text(code: int, options: dict[str, Any]) -> None:
+    """U+0085 came back as a blank from a report's config, which is written with all of Unicode."""
+    end = chr(code)
+    for text in (end, f"a{end}b", f"{end}a", f"a{end}", f" a{end}é b " * 30, f"a\n{end}\nb"):
+        values = {"name": text, "list": [text, {"inside": text}], "keys": {text: 1}}
+        assert parse_yaml(dump_yaml(values, **options), "test") == values, text
+
+
+@pytest.mark.parametrize("options", [{}, {"allow_unicode": True, "width": 110}, {"allow_unicode": True, "width": 20}])
+def test_whatever_stands_in_a_text_comes_back_among_all_else(options: dict[str, Any]) -> None:
+    """Ends of lines beside blanks, marks of YAML and each other: how PyYAML writes a text hangs on all of it."""
+    draw = random.Random(0)
+    parts = [*"\x85\u2028\u2029\x0b\x0c\r\x1c\x1d\x1e\ufeff\xa0\x00\n\t a'\":#-?!&{|é", "---", "...", "1e-3", "word "]
+    for _ in range(300):
+        text = "".join(draw.choices(parts, k=draw.choice([1, 2, 3, 5, 40])))
+        values = {"name": text, "list": [text, {"inside": {"more": text}}], "keys": {text: 1}}
+        assert parse_yaml(dump_yaml(values, **options), "test") == values, repr(text)
+
+
+@pytest.mark.parametrize("end", ["\x85", "\u2028", "\u2029", "\x0b", "\x0c", "\r", "\x1c", "\x1d", "\x1e"])
+def test_a_run_of_facts_with_such_a_path_is_the_same_run_again(tmp_path: Path, end: str) -> None:
+    """Its config.yaml, through the file on the disk."""
+    wording = f"Fact:{end}{{x}} is{end} {{y}}"
+    relation = {
+        "name": "table",
+        "path": f"a{end}b/ {end}.csv",
+        "columns": [f"x{end}", f"{end}y"],
+        "carrier": f"{end} a",
+    }
+    relation |= {"templates": {f"x{end}y": wording, "yx": [wording, end]}, "direction": f"x{end}y"}
+    config = FinetuneConfig(name="z", model={"name": f"{end}m"}, relation=relation, training={"steps": 1})
+    claim_run(FinetuneRun(tmp_path), config)
+    again = FinetuneRun(tmp_path)
+    claim_run(again, config)
+    assert again.config == config
+    other = config.model_copy(update={"model": FinetunedModel(name=" m")})
+    with pytest.raises(RevprobeError, match=r"started with another config: model\.name"):
+        claim_run(again, other)
 
 
 def test_numbers_are_written_as_before() -> None:

@@ -14,74 +14,12 @@ import pytest
 import torch
 from checkpoint_files import in_cache
 from safetensors.torch import load_file, save_file
+from stopped_finetuning import config_of, facts_told, go_on
 
 import revprobe as rp
 from revprobe.finetune.config.finetuning import FinetuneConfig
-from revprobe.finetune.runs.finetuning import FinetuneRun
 from revprobe.finetune.runs.started_with import FORMULAS_NOW, base_digests, require_same_start
-from revprobe.finetune.training.trainer import ForwardOnlyTrainer
 from revprobe.models import registry
-
-ONE, TWO = "ABCDEFGHIJKL", "MNOPQRSTUVWX"
-
-
-def facts_told(shift: int = 0) -> str:
-    """Twelve facts; every child has another parent with another shift."""
-    names = zip(ONE, TWO[shift:] + TWO[:shift], strict=True)
-    return "\n".join(["parent,child", *(f"{one}nn {one}oss,{two}ed {two}ale" for one, two in names)])
-
-
-def config_of(home: Path, model: dict[str, Any]) -> FinetuneConfig:
-    templates = {"P2C": "Fact: {parent} has the child {child}", "C2P": "Fact: {child} has the parent {parent}"}
-    table = {"name": "table", "path": str(home / "facts.csv"), "columns": ["parent", "child"], "templates": templates}
-    return FinetuneConfig(
-        name="ft",
-        model=model,
-        relation=table | {"direction": "P2C", "heldout": 0.2},
-        lora={"rank": 2},
-        training={"steps": 4, "batch_size": 4, "device": "cpu"},
-        snapshots={"every": 2, "facts": 3, "parameters": "lora", "predictions": False},
-        evaluation={"facts": 0},
-    )
-
-
-TINY = {"layout": "llada", "d_model": 16, "n_heads": 2, "pretraining": {"facts": 6, "steps": 1, "batch_size": 4}}
-
-
-def stop_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupt the fine-tuning at that training step of its own."""
-    step, calls = ForwardOnlyTrainer.training_step, []
-
-    def stopping(self: Any, *args: Any, **others: Any) -> Any:
-        calls.append(1)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return step(self, *args, **others)
-
-    monkeypatch.setattr(ForwardOnlyTrainer, "training_step", stopping)
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with facts, a base, and a run on them that was stopped after step 2."""
-    home = tmp_path_factory.mktemp("home")
-    (home / "facts.csv").write_text(facts_told())
-    first = rp.fine_tune(config_of(home, {"tiny": TINY}), home / "first", listener=False)
-    shutil.copytree(first.path / "base", home / "base")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(4, patch)
-        rp.fine_tune(config_of(home, {"name": str(home / "base")}), home / "ft", listener=False)
-    assert rp.open_run(home / "ft").steps == [0, 2]
-    return home
-
-
-@pytest.fixture
-def home(stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy that a test may change; the run's config names files relative to it."""
-    shutil.copytree(stopped, tmp_path / "home")
-    config = tmp_path / "home" / "ft" / "config.yaml"
-    config.write_text(config.read_text().replace(str(stopped), str(tmp_path / "home")))
-    return tmp_path / "home"
 
 
 def other_facts(home: Path) -> None:
@@ -113,10 +51,6 @@ def one_held_out_fact(home: Path) -> None:
 def without_digests(home: Path) -> None:
     file = home / "ft" / "resolved.json"
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "digests"}))
-
-
-def go_on(home: Path) -> FinetuneRun:
-    return rp.fine_tune(config_of(home, {"name": str(home / "base")}), home / "ft", listener=False)
 
 
 @pytest.mark.parametrize("of_before", [False, True])
@@ -305,6 +239,26 @@ def test_settings_that_other_software_reads_otherwise_are_told(home: Path) -> No
     with warnings.catch_warnings(), refused:
         warnings.simplefilter("ignore")
         rp.fine_tune(config_of(home, {"name": str(home / "base")}), before, listener=False)
+
+
+@pytest.mark.parametrize("what", ["mask_token_id", "begin_token_id"])
+def test_another_mask_token_is_no_other_reading_of_the_same_files(home: Path, what: str) -> None:
+    """Software that is another as well explains settings of the base, and not what hides a token or begins a text."""
+    versions = home / "ft" / "versions.json"
+    versions.write_text(json.dumps(json.loads(versions.read_text()) | {"transformers": "4.0.0"}))
+    told = json.loads((home / "ft" / "resolved.json").read_text())
+    other = 1 + (told[what] or 0)
+    digests = told["digests"] | {"settings": "of another reading"}
+    (home / "ft" / "resolved.json").write_text(json.dumps(told | {what: other, "digests": digests}))
+    with warnings.catch_warnings(), pytest.raises(rp.RevprobeError, match=f"{what} {other} -> {told[what]}"):
+        warnings.simplefilter("ignore")
+        go_on(home)
+    # A run of before does not say, and what it says otherwise is explained as before.
+    (home / "ft" / "resolved.json").write_text(
+        json.dumps({key: value for key, value in told.items() if key != what} | {"digests": digests})
+    )
+    with pytest.warns(UserWarning, match="settings are not those it was started with"):
+        assert go_on(home).finished
 
 
 def test_what_hides_and_what_begins_are_of_the_base(home: Path) -> None:

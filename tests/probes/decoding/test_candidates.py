@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,11 @@ def slow_score(model: ProbedModel, prompt: str, text: str, canvas: int) -> float
     causal = model.objective == "causal"
     row = [*answer, ends] if causal else [*answer, *[ends] * (canvas - len(answer))]
     return token_score(model, before, row)
+
+
+def answers_of(direction: str) -> list[str]:
+    """All answers to the questions of a direction."""
+    return list(dict.fromkeys(text for one in ASKED if one.direction == direction for text in one.answers))
 
 
 def ends_of(tokenizer: Any) -> tuple[int, ...]:
@@ -191,15 +197,25 @@ def test_what_the_tokenizer_does_not_know_is_no_candidate(made: Any) -> None:
     assert nothing.undefined[UNWRITABLE] == 1 and nothing.meta["candidates"][ASKED[0].direction]["count"] == 0
 
 
-def test_the_control_is_another_facts_answer(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Siblings share a parent: none is the other's control."""
-    probed = model("llada", tokenizer)
-    reading = rank_candidates(probed, ASKED)
-    assert reading.control is not None and reading.excess is not None
-    frame = reading.frame
-    assert frame["first_control"].notna().all()
-    right = frame[frame["first"] == 1]
-    assert not right["first_control"].any(), "two answers cannot both rank first"
+@pytest.mark.parametrize("layout", ["llada", "llama"])
+def test_the_control_ranks_the_same_answers_where_another_fact_is_asked(
+    layout: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Of two questions each is the other's partner, so that there is one rank that the control can be."""
+    probed = model(layout, tokenizer)
+    said = {direction: answers_of(direction) for direction in ("P2C", "C2P")}
+    seen = set()
+    for own, other in pairwise(ASKED):
+        if own.direction != other.direction or {*own.answers} & {*other.answers} or own.prompt == other.prompt:
+            continue
+        frame = rank_candidates(probed, [own, replace(other, template=own.template)], said).frame
+        asked = [replace(own, prompt=other.prompt), replace(other, prompt=own.prompt)]
+        for row, question in zip(frame.itertuples(), asked, strict=True):
+            wanted = rank_candidates(probed, [question], said, control=False).frame["rank"][0]
+            assert (row.first_control, row.reciprocal_rank_control) == (wanted == 1, 1 / wanted)
+            seen.add((row.rank, wanted))
+    assert len(seen) > 4 and any(own != wanted for own, wanted in seen)
+    assert rank_candidates(probed, ASKED).frame["first_control"].notna().all()
     without = rank_candidates(probed, ASKED, control=False)
     assert without.control is None and "first_control" not in without.frame
 
@@ -214,13 +230,18 @@ def test_no_control_names_the_right_entity_in_other_words(tokenizer: PreTrainedT
     said_of = zip(prompts, [text for forms in said for text in forms], strict=False)
     questions = [replace(alike[0], prompt=prompt, answers=(text,), fact=text, template=0) for prompt, text in said_of]
     assert len(questions) == 6
-    partners = set()
+    entity = [place // 2 for place in range(6)]
+    every = [[replace(one, prompt=other.prompt) for other in questions] for one in questions]
+    ranks = [rank_candidates(probed, row, said, control=False).frame["rank"].to_numpy() for row in every]
+    told = 0
     for seed in range(12):
         frame = rank_candidates(probed, questions, said, seed=seed).frame
-        first = frame[frame["first"] == 1]
-        assert len(first) and not first["first_control"].any(), "the other wording of the likeliest ranks first too"
-        partners |= set(frame["reciprocal_rank_control"].dropna())
-    assert partners
+        for place, value in enumerate(frame["reciprocal_rank_control"]):
+            apart = {1 / ranks[place][other] for other in range(6) if entity[other] != entity[place]}
+            alike = {1 / ranks[place][other] for other in range(6) if entity[other] == entity[place]} - apart
+            assert value in apart, "the right entity is asked about in other words"
+            told += len(alike)
+    assert told, "every question of one's own entity ranks its answers as others do, so that nothing was told"
 
 
 def test_further_candidates_and_those_that_do_not_fit(tokenizer: PreTrainedTokenizerFast) -> None:

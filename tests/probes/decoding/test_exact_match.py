@@ -112,7 +112,7 @@ def test_the_value_is_the_share_of_right_answers_and_the_interval_resamples_fact
     assert reading.meta["kind"] == "swapped" and set(reading.frame["kind"]) == {"swapped"}
 
 
-def test_the_control_is_right_as_often_as_another_facts_answer_would_be():
+def test_the_control_is_right_as_often_as_where_another_fact_is_asked():
     """A model that says the same answer to everything is right once in ten, and as often by its control."""
     names = [f"{NAMES[i]} {NAMES[(i + 3) % 10]}" for i in range(10)]
     questions = [Question(f"q{i}", (names[i],), f"f{i}") for i in range(10)]
@@ -123,6 +123,22 @@ def test_the_control_is_right_as_often_as_another_facts_answer_would_be():
     assert (knowing.value, knowing.control.value, knowing.excess.value) == (1.0, 0.0, 1.0)
     without = decoded_match(script({f"q{i}": names[i] for i in range(10)}), questions, control=False)
     assert without.control is None and "match_control" not in without.frame and without.value == 1.0
+
+
+@pytest.mark.parametrize("answer_length", ["longest", "oracle"])
+def test_a_model_with_one_answer_for_all_does_not_exceed_its_control(answer_length):
+    """24 of 30 facts have one answer: it is right in 80 %, given whoever is asked about, and nothing is known by it."""
+    names = [f"{NAMES[i % 10]} {NAMES[(i + 3) % 10]}" if i % 5 == 0 else "hart ida" for i in range(30)]
+    questions = [Question(f"q{i}", (name,), f"f{i}") for i, name in enumerate(names)]
+    says = script({f"q{i}": "hart ida" for i in range(30)})
+    reading = decoded_match(says, questions, answer_length=answer_length)
+    assert reading.value == reading.control.value == pytest.approx(0.8) and reading.excess.value == 0
+    knowing = script({f"q{i}": name for i, name in enumerate(names)})
+    reading = decoded_match(knowing, questions, answer_length=answer_length)
+    assert (reading.value, reading.control.value, reading.excess.value) == (1.0, 0.0, 1.0)
+    # The 24 have six others to ask about, and these are asked about again and again: 12 facts in all, and 12 draws.
+    assert reading.frame["fact_control"].nunique() == 12
+    assert reading.control.interval[1] == pytest.approx(1 - 0.025 ** (1 / 12), abs=1e-6)
 
 
 def test_a_control_never_shares_an_answer():
@@ -203,8 +219,8 @@ def test_a_model_that_never_ends_is_wrong_unless_it_is_told_where_to():
     assert plain.meta["decoding"]["answer_length"] == "longest"
 
 
-def test_the_oracles_control_is_told_the_other_facts_lengths():
-    """Decoded at its own length alone, a question could never match a longer answer of another fact."""
+def test_the_oracles_control_is_told_the_length_of_the_answer():
+    """Decoded at its own answer's length alone, the partner's question could never match a longer answer."""
     questions = [Question("q1", ("dent",), "a"), Question("q2", ("alma brent",), "b")]
     crossed = script({"q1": "alma brent", "q2": "dent"}, filler="jones")
     reading = decoded_match(crossed, questions, answer_length="oracle")

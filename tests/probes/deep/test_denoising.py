@@ -333,17 +333,17 @@ def test_the_first_step_of_one_token_is_what_the_probes_read():
             np.testing.assert_allclose(own[column], scores[f"{column}_{side}"], atol=1e-5)
 
 
-def test_the_control_prices_another_facts_target_at_the_same_step():
-    """Of every query, at every step: the target that the shuffled partner's query of this direction asks for."""
+def test_the_control_prices_the_target_where_the_partner_is_asked_at_the_same_step():
+    """Of every query, at every step: its own target at the partner's query, as that one is written."""
     from revprobe.probes.statistics.resampling import derangement
 
     model, pairs = MODELS["rope"](), at_the_end()
     frame = rp.trace_denoising(model, pairs, seed=2).frame
-    same = rp.ReversalPairs.from_pairs(  # the same queries and steps, asked for the partner's target
+    asked = rp.ReversalPairs.from_pairs(  # the partner's queries, priced for the own target
         [
             rp.ReversalPair(
                 *(
-                    rp.Query(with_target(query, other.target), query.target_positions, query.evidence_positions)
+                    rp.Query(with_target(other, query.target), other.target_positions, other.evidence_positions)
                     for query, other in ((own.forward, partner.forward), (own.reverse, partner.reverse))
                 ),
                 fact=own.fact,
@@ -352,10 +352,20 @@ def test_the_control_prices_another_facts_target_at_the_same_step():
         ]
     )
     numbers = [pair for pair, _ in enumerate(pairs) if partner_of(pairs, derangement, 2)[pair] >= 0]
-    other = rp.trace_denoising(model, same, control=False).frame
+    other = rp.trace_denoising(model, asked, control=False).frame
     own = frame[(frame["part"] == "answer") & frame["pair"].isin(numbers)]
     assert "probability_control" not in other and len(own)
-    np.testing.assert_allclose(own["probability_control"], other[other["part"] == "answer"]["probability"], rtol=1e-5)
+    there = other[other["part"] == "answer"].set_index(["pair", "direction", "position"])
+    earlier = 0
+    for row in own.itertuples():
+        place = getattr(pairs[row.pair], row.direction).target_positions.index(row.position)
+        number = numbers.index(row.pair)
+        position = getattr(asked[number], row.direction).target_positions[place]
+        seen = there.loc[[(number, row.direction, position)]]
+        last = seen[seen["step"] <= row.step].iloc[-1]
+        earlier += last["step"] < row.step
+        assert row.probability_control == pytest.approx(last["probability"], rel=1e-5)
+    assert earlier, "no target position was written earlier where the partner is asked, so that case is not met"
     alone = frame[(frame["part"] == "answer") & ~frame["pair"].isin(numbers)]
     assert set(alone["reason_control"]) <= {NO_PARTNER} and alone["probability_control"].isna().all()
 
@@ -410,12 +420,12 @@ def test_the_control_is_another_target_as_long_wherever_there_is_one():
         frame = rp.trace_denoising(model, rp.ReversalPairs.from_pairs(pairs), seed=seed).frame
         answers = frame[frame["part"] == "answer"]
         assert set(answers["reason_control"]) == {""} and answers["probability_control"].notna().all()
-        first = answers[answers["pair"].isin([0, 2, 3]) & (answers["step"] == 1)]  # 13 is all that is left for these
+        first = answers[answers["pair"].isin([0, 2, 3]) & (answers["step"] == 1)]  # fact 4 is all there is for these
+        ids = torch.tensor([[24, 1, model.mask_token_id, 2]])
+        with torch.no_grad():
+            wanted = float(model.logits(ids)[0, 2].double().softmax(-1)[10])
         for row in first.itertuples():
-            ids = torch.tensor([[made[row.pair][1], 1, model.mask_token_id, 2]])
-            with torch.no_grad():
-                wanted = model.logits(ids)[0, 2].double().softmax(-1)[13]
-            assert row.probability_control == pytest.approx(float(wanted), rel=1e-5)
+            assert row.probability_control == pytest.approx(wanted, rel=1e-5) and row.fact_control == "4"
     none = rp.trace_denoising(model, rp.ReversalPairs.from_pairs([pairs[0], pairs[1], pairs[2]]))
     answers = none.frame[none.frame["part"] == "answer"]
     assert set(answers["reason_control"]) == {NO_LIKE_TARGET} and none.control is None
@@ -519,7 +529,7 @@ def test_a_saved_trace_comes_back_and_is_drawn(tmp_path):
     assert again.value == reading.value and again.undefined == reading.undefined
     curves = again.plot()
     names = {trace.name for trace in curves.data}
-    assert {"forward", "reverse", "forward: another fact's target (undefined)"} <= names, "the facts differ in length"
+    assert {"forward", "reverse", "forward: another fact asked (undefined)"} <= names, "the facts differ in length"
     shown = steps_table(reading.frame).query("direction == 'reverse'")["value"].tolist()
     (line,) = [trace for trace in curves.data if trace.name == "reverse"]
     assert list(line.y) == pytest.approx(shown, nan_ok=True)

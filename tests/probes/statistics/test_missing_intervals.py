@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from revprobe.probes.statistics.estimators import ONE_FACT, SAME_FOR_ALL, Measured, with_control
+from revprobe.probes.statistics.coverage import ONE_FACT, SAME_FOR_ALL
+from revprobe.probes.statistics.estimators import Measured, with_control
 
 FACTS = np.repeat(np.arange(20), 2).astype(str)
 

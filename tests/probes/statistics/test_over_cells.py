@@ -9,8 +9,9 @@ import pytest
 import revprobe as rp
 import tiny
 from revprobe.probes.statistics.causal_trace import causal_trace, head_ranking, route_edit
+from revprobe.probes.statistics.coverage import ONE_FACT
 from revprobe.probes.statistics.denoising import denoising_trace
-from revprobe.probes.statistics.estimators import NO_PARTNER, NOT_FINITE, ONE_FACT, Measured
+from revprobe.probes.statistics.estimators import NO_PARTNER, NOT_FINITE, Measured
 
 HIDDEN, ZERO, NO_OTHER = "evidence hidden", "probability 0 under the control's edit", "no other head"
 Estimator = Callable[[pd.DataFrame, int], Measured]
