@@ -29,7 +29,7 @@ from .readings.draw_error import with_draw_error
 from .readings.reading import Reading
 from .statistics.estimators import NO_UNLIKE
 from .statistics.partners import partner_column
-from .statistics.resampling import derangement
+from .statistics.resampling import SHOWN_IN, derangement
 
 # Of `cross=True`: queries run about (facts / batch) times each; beyond this many cells that is hours.
 MOST_CELLS = 250_000
@@ -123,7 +123,7 @@ def gradient_reading(model: ProbedModel, result: PassResult, plan: Plan) -> Read
         "role": np.tile(np.array([r.role for r in roles], dtype=object), count),
         "inner": result.inner.reshape(-1),
     }
-    once = dict(pairs.flags) | partner_column(pairs.facts, result.partner)
+    once = dict(pairs.flags) | partner_column(pairs.facts, result.partner, pairs.flags.get(SHOWN_IN["reverse"]))
     columns |= {name: np.repeat(values, width) for name, values in once.items()}
     sides = {"forward": pairs.forward, "reverse": pairs.reverse}
     columns |= {f"norm_{side}": result.norm[index].reshape(-1) for side, index in sides.items()}

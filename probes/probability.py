@@ -20,6 +20,7 @@ from .passes.run import describe, run_pass
 from .readings.draw_error import with_draw_error
 from .readings.reading import Reading
 from .statistics.partners import partner_column
+from .statistics.resampling import SHOWN_IN
 
 
 @checked
@@ -96,7 +97,7 @@ def probability_reading(model: ProbedModel, result: PassResult, plan: Plan) -> R
             "argmax_match_control": np.where(np.isnan(control_value), np.nan, control_rank == 1),
             **reasons,
             **pairs.flags,
-            **partner_column(pairs.facts, partner),
+            **partner_column(pairs.facts, partner, pairs.flags.get(SHOWN_IN[direction])),
             "targets": right_targets(shown[direction], own),
         }
         frames.append(pd.DataFrame(columns))

@@ -28,7 +28,7 @@ from .passes.states import Tail
 from .readings.reading import Reading
 from .statistics.estimators import LATER_BLOCK, LATER_BLOCK_CONTROL, NO_LIKE_TARGET, NO_PARTNER
 from .statistics.partners import partner_column
-from .statistics.resampling import derangement
+from .statistics.resampling import SHOWN_IN, derangement
 
 DIFFERENT_TOKENS = "different tokens in the two directions"
 NO_OTHER_TARGET = "no other target of as many tokens, for margin and rank"
@@ -284,7 +284,7 @@ class _Storage:
         reason = np.where(undefined == "", np.where(alone, NO_OTHER_TARGET, ""), undefined)
         by_pair: dict[str, Any] = {"pair": np.arange(len(pairs)), "fact": pairs.facts.astype(str), "kind": pairs.kind}
         by_pair |= {"group": pairs.groups(self.model.logit_shift), **pairs.flags}
-        by_pair |= partner_column(pairs.facts, self.partner)
+        by_pair |= partner_column(pairs.facts, self.partner, pairs.flags.get(SHOWN_IN["reverse"]))
         by_pair |= {f"logit_{side}": self.logit[index] for side, index in sides.items()}
         if self.tail is not None:
             measured = {"removed": self.removed, "remainder": self.remainder}

@@ -35,7 +35,7 @@ from .run import other_versions
 
 DIGESTS, BASE_SHA256 = "digests", "base_sha256"
 # Which formulas a run is trained, read and asked by: one more with each change of one, told by `_other_formulas`.
-FORMULAS, FORMULAS_NOW = "formulas", 1
+FORMULAS, FORMULAS_NOW = "formulas", 2
 # What no version reads otherwise of the same files: another one is another run, whatever software it is read with.
 _TOKENS = ("mask_token_id", "mask_token", "begin_token_id")
 # What runs of before say of their rows, pairs and model as well.
@@ -205,6 +205,14 @@ def _other_formulas(before: Mapping[str, Any], now: Mapping[str, Any], config: F
         return []
     if was > FORMULAS_NOW:
         return [f"those of a later version (number {was}, not {FORMULAS_NOW})"]
+    told = _before_numbers(now, config) if was < 1 else []
+    if config.evaluation.facts != 0:
+        told.append("controls of exact match and ranks now ask about another fact, once for another fact's answer")
+    return told
+
+
+def _before_numbers(now: Mapping[str, Any], config: FinetuneConfig) -> list[str]:
+    """What was otherwise before formulas had a number."""
     training, told = config.training, []
     split = training.gradient_accumulation > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1
     if now.get("objective") == "causal" and split:

@@ -32,7 +32,7 @@ from ...progress import Progress, shows_progress
 from ..pairs.spans import require_fast_tokenizer
 from ..readings.reading import Reading
 from ..statistics.partners import partner_column
-from ..statistics.resampling import Rights, derangement, with_shown
+from ..statistics.resampling import SHOWN, Rights, derangement, with_shown
 from .causal import end_tokens
 from .closed_set import Candidates, Fitting, closed_set, rank_of
 from .continuations import Tokens, continuation_scores
@@ -114,8 +114,7 @@ def rank_candidates(
                 elsewhere[i] = ranking.rank(i, asked, scores)[0]
         if callable(progress):
             progress(done, ranking.prompt_count)
-    frame = with_shown(pd.DataFrame(rows), ranking.prompts)
-    frame = frame if partner is None else _with_control(frame, elsewhere, partner)
+    frame = _with_control(with_shown(pd.DataFrame(rows), ranking.prompts), elsewhere, partner)
     meta = described(model, questions, control=control, seed=seed)
     meta["ranking"] = {"score": CAUSAL if model.objective == "causal" else MASKED, "max_new_tokens": ranking.length}
     meta["candidates"] = ranking.counts
@@ -294,10 +293,12 @@ def _context(question: Asked) -> Context:
     return str(question.direction), question.prompt.split()[-1], joint_of(question)
 
 
-def _with_control(frame: pd.DataFrame, elsewhere: np.ndarray, partner: np.ndarray) -> pd.DataFrame:
+def _with_control(frame: pd.DataFrame, elsewhere: np.ndarray, partner: np.ndarray | None) -> pd.DataFrame:
     """The frame with what each question's answers rank where its partner is asked. Shapes: `question, question`."""
+    if partner is None:
+        return frame
     rank = np.where(frame["rank"].notna(), elsewhere, np.nan)
     beside = {"first": np.where(np.isnan(rank), np.nan, rank == 1), "reciprocal_rank": 1 / rank}
     for name, values in beside.items():
         frame.insert(list(frame.columns).index(name) + 1, f"{name}_control", values)
-    return frame.assign(**partner_column(frame["fact"], partner))
+    return frame.assign(**partner_column(frame["fact"], partner, frame.get(SHOWN)))

@@ -28,7 +28,7 @@ from ..pairs.spans import Encoded, encode_texts, require_fast_tokenizer
 from ..pairs.words import goes_on, has_begun
 from ..readings.reading import Reading
 from ..statistics.partners import partner_column
-from ..statistics.resampling import Rights, derangement, with_shown
+from ..statistics.resampling import SHOWN, Rights, derangement, with_shown
 from .causal import end_tokens
 from .decode import answer_text, decode_tokens, decoding_settings, encode_prompts, require_stops
 from .masked import Prompt
@@ -151,8 +151,8 @@ class _Scorer:
     def frame(self, decoded: dict[tuple[int, int], str]) -> pd.DataFrame:
         """One row a question."""
         rows = [self._row(i, question, decoded) for i, question in enumerate(self.questions)]
-        frame = with_shown(pd.DataFrame(rows), self.prompts)
-        return frame if self.partner is None else frame.assign(**partner_column(frame["fact"], self.partner))
+        frame, partner = with_shown(pd.DataFrame(rows), self.prompts), self.partner
+        return frame if partner is None else frame.assign(**partner_column(frame["fact"], partner, frame.get(SHOWN)))
 
     def _row(self, i: int, question: Asked, decoded: dict[tuple[int, int], str]) -> dict[str, Any]:
         texts = [decoded[self.first[i], length] for length in self._own_lengths(i)]

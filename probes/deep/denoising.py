@@ -28,6 +28,7 @@ from ..passes.selection import chosen_of
 from ..readings.reading import Reading
 from ..statistics.estimators import LATER_BLOCK, LATER_BLOCK_CONTROL
 from ..statistics.partners import PARTNER, partner_column
+from ..statistics.resampling import SHOWN_IN
 from .denoising_steps import NOT_BEGUN, WRITTEN, Trace, read_layers, trace_steps
 
 STATES = ("written", "open", "waiting", "not begun")
@@ -144,7 +145,8 @@ class _Asked:
         """The column `fact_control`, where either direction has one. Shapes: `-> pair side`."""
         if self.partner is None:
             return {}
-        sides = [partner_column(pairs.facts, partner) for partner in self.partner.T]
+        shown = [pairs.flags.get(name) for name in SHOWN_IN.values()]
+        sides = [partner_column(pairs.facts, one, of) for one, of in zip(self.partner.T, shown, strict=True)]
         if not any(sides):
             return {}
         return {PARTNER: np.where(self.partner < 0, "", pairs.facts.astype(str)[self.partner])}

@@ -37,12 +37,13 @@ from ..passes.states import Tail, rows_of_states
 from ..readings.reading import Reading
 from ..statistics.estimators import LATER_BLOCK, LATER_BLOCK_CONTROL
 from ..statistics.partners import partner_column
+from ..statistics.resampling import SHOWN_IN
 
 NO_EMBEDDING = "no state before the first block, from which a gain could be counted"
 NO_HEAD = "no head of the layer is read"
 NO_SUM = "the logit is no sum of what heads and MLPs write"
 NOT_DIRECT = "it reaches the logit through something nonlinear alone"
-OWN_TOKENS = "later rows of a causal model have read the target's own tokens"
+OWN_TOKENS = "later rows of a causal model have read the tokens of another target"
 
 NUMBERS = ["log_probability", "rank", "entropy", "gain", "logit"]
 NUMBERS += ["log_probability_control", "gain_control", "logit_control"]
@@ -316,5 +317,6 @@ class _Lens:
             columns[name] = np.where(unseen, np.nan, values).reshape(-1)
         columns["reason"] = reason.reshape(-1)
         columns["reason_control"] = np.where(reason == "", self._no_control(direction)[:, None], reason).reshape(-1)
-        once = dict(self.pairs.flags) | partner_column(self.pairs.facts, self.partner[direction])
+        once, shown = dict(self.pairs.flags), self.pairs.flags.get(SHOWN_IN[direction])
+        once |= partner_column(self.pairs.facts, self.partner[direction], shown)
         return pd.DataFrame(columns | {name: np.repeat(np.asarray(values), shape[1]) for name, values in once.items()})

@@ -15,6 +15,7 @@ import numpy as np
 from ...models.probed import ProbedModel
 from ..pairs.pairs import ReversalPairs
 from ..pairs.query import Query
+from ..statistics.partners import PARTNER
 from ..statistics.resampling import SHOWN, SHOWN_COLUMNS, SHOWN_IN, Facts, Rights, derangement, kin
 from .batches import prepare_queries
 
@@ -30,9 +31,10 @@ def with_prompts(model: ProbedModel, pairs: ReversalPairs) -> ReversalPairs:
     sides = shown_queries(model, pairs)
     units = {SHOWN: kin(pairs.facts, *sides)}
     shared = not np.array_equal(units[SHOWN], pairs.facts.astype(str))
-    if not shared and not any(name in pairs.flags for name in SHOWN_COLUMNS):
+    own = (*SHOWN_COLUMNS, PARTNER)
+    if not shared and not any(name in pairs.flags for name in own):
         return pairs
-    flags = {name: values for name, values in pairs.flags.items() if name not in SHOWN_COLUMNS}
+    flags = {name: values for name, values in pairs.flags.items() if name not in own}
     if shared:
         units |= {name: kin(pairs.facts, side) for name, side in zip(SHOWN_IN.values(), sides, strict=True)}
     return replace(pairs, flags=flags | (units if shared else {}))

@@ -23,6 +23,7 @@ FEWEST = {"correlation": {inf: 3}, "mean": {inf: 13}, "proportion": {10: 3, 30: 
 # The same of the difference between two models on the same facts, and of how it exceeds that of the controls.
 FEWEST_APART = {"correlation": {inf: 3}, "mean": {inf: 13}, "proportion": {30: 3, inf: 26}}
 # Why a number has no interval.
+ONE_ASKED = "of controls that nearly all ask about one fact, so without an interval"
 ONE_FACT = "of one fact, so without an interval"
 ONE_PROMPT = "of facts that all share prompts, directly or through others, so without an interval"
 SAME_FOR_ALL = "the same for every fact, so without an interval"

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .coverage import caution, caution_of, counted, first_caution, missing_interval
+from .coverage import ONE_ASKED, caution, caution_of, counted, first_caution, missing_interval
 from .group_correlation import LEAST_FACTS, group_correlation
 from .intervals import COSINE, FRACTION, Bounds, Estimate, difference_over_facts, mean_over_facts, proportion_over_facts
-from .partners import PARTNER, count_of_partners, over_partners, partners_of, partners_of_pairs
+from .partners import PARTNER, asks_about_one, count_of_partners, over_partners, partners_of, partners_of_pairs
 from .resampling import SHOWN_COLUMNS, Facts
 
 # Raised whenever the same frame comes to another number or interval; readings of another are worked out anew.
@@ -341,7 +341,8 @@ def with_control(
     if null is None:
         return explained(Measured(estimate, None, None, undefined, statistic, few), len(values))
     within = FRACTION if binary else bounds
-    floor = over_partners(lambda of: mean(null, of), facts, partners, within)
+    there = np.isfinite(null)
+    floor = over_partners(lambda of: mean(null, of), facts, partners, there, within)
     without_partner = int((np.isnan(null) & np.isfinite(values) if alone is None else alone).sum())
     undefined = undefined | ({lonely: without_partner} if without_partner else {})
     if not floor.n:
@@ -352,16 +353,18 @@ def with_control(
         lambda of: difference_over_facts(own, null, of, bounds=within, binary=binary),
         facts,
         partners,
+        there & np.isfinite(own),
         None if within is None else (within[0] - within[1], within[1] - within[0]),
     )
     # Facts without a partner have a value and no control: the excess may rest on fewer.
     few = first_caution(kind, estimate, floor, excess)
-    asked = count_of_partners(facts, partners, np.isfinite(null))
+    asked = count_of_partners(facts, partners, there)
     few = few or caution(kind, asked, floor.n, of="facts that controls ask about")
-    return explained(Measured(estimate, control, excess, undefined, statistic, few), len(values))
+    found = Measured(estimate, control, excess, undefined, statistic, few)
+    return explained(found, len(values), one_asked=asks_about_one(facts, partners, there))
 
 
-def explained(measured: Measured, rows: int) -> Measured:
+def explained(measured: Measured, rows: int, *, one_asked: bool = False) -> Measured:
     """No NaN goes without a reason and a count: what lacks a value, or an interval, says why."""
     undefined = dict(measured.undefined)
     if np.isnan(measured.estimate.value) and not undefined:
@@ -370,6 +373,7 @@ def explained(measured: Measured, rows: int) -> Measured:
     beside = None if control is None else control.estimate
     for found, whose in ((measured.estimate, ""), (beside, " (control)"), (measured.excess, "")):
         reason = "" if found is None else missing_interval(found)
+        reason = ONE_ASKED if reason and one_asked and found is not measured.estimate else reason
         if found is not None and reason and not (whose and reason == own):  # which then is said of both
             undefined[reason + whose] = found.n
     return replace(measured, undefined=undefined)

@@ -169,8 +169,9 @@ _ALL = (
         "denoising",
         "Denoising",
         "Denoising",
-        "The target's probability while the model fills the hidden tokens in step by step, beside another fact's "
-        "target (control), and which layers look at the evidence meanwhile; bands: 95 % intervals over facts.",
+        "The target's probability while the model fills the hidden tokens in step by step, beside the same where "
+        "another fact is asked about (control), and which layers look at the evidence meanwhile; bands: 95 % intervals "
+        "over facts.",
         "No run has a trace of denoising.",
         {
             "steps": Drawing("denoising_trace", "probability over the steps"),

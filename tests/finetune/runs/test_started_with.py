@@ -282,6 +282,7 @@ def test_what_hides_and_what_begins_are_of_the_base(home: Path) -> None:
         ("masked", {"evaluation": {"facts": 0}, "training": {"bf16": True}}, None),
         ("masked", {"evaluation": {"facts": 0}, "training": {"bf16": True}, "lora": None}, "dtype of the weights"),
         ("masked", {"evaluation": {"facts": 5}}, "facts: 5 now draws facts"),
+        ("masked", {"evaluation": {"facts": 5}}, "controls of exact match and ranks now ask about another fact"),
     ],
 )
 def test_a_run_that_goes_on_by_other_formulas_is_told_which(

@@ -5,10 +5,11 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from revprobe.probes.statistics.coverage import ONE_ASKED
 from revprobe.probes.statistics.estimators import direction_mean, with_control
 from revprobe.probes.statistics.intervals import mean_over_facts
 from revprobe.probes.statistics.partners import PARTNER, over_partners, partner_column, partners_of
-from revprobe.probes.statistics.resampling import Facts, derangement
+from revprobe.probes.statistics.resampling import Facts, Rights, derangement
 
 COMMON, RARE = 52, 8
 
@@ -48,7 +49,7 @@ def test_the_two_ways_are_joined_as_variances_are() -> None:
     facts, partners = np.repeat(np.arange(20), 2).astype(str), np.tile(np.arange(10), 4).astype(str)
     values = generator.normal(size=40)
     labels = Facts.of(facts)
-    found = over_partners(lambda of: mean_over_facts(values, of), labels, partners)
+    found = over_partners(lambda of: mean_over_facts(values, of), labels, partners, np.ones(40, dtype=bool))
 
     def reach(names: list[str]) -> float:
         sums = pd.Series(values - values.mean()).groupby(names).sum()
@@ -68,13 +69,13 @@ def test_a_partner_each_changes_nothing(binary: bool) -> None:
     generator = np.random.default_rng(1)
     facts = np.repeat(np.arange(15), 2).astype(str)
     values, null = generator.random((2, 30)).round() if binary else generator.random((2, 30))
-    partner = derangement(facts, np.repeat([0, 1], 15), seed=4)
+    partner = derangement(facts, np.zeros(30), seed=4)
     names = {fact: facts[other] for fact, other in zip(facts, partner, strict=True)}
     one = np.array([names[fact] for fact in facts])  # one partner a fact, whatever the group
     kind = {"bounds": (0.0, 1.0), "binary": binary}
     plain, found = (with_control(values, null, facts, {}, "x", partners=who, **kind) for who in (None, one))  # type: ignore[arg-type]
-    if len(set(names.values())) == len(names):
-        assert partner_column(facts, np.array([list(facts).index(names[fact]) for fact in facts])) == {}
+    assert len(set(names.values())) == len(names)
+    assert partner_column(facts, np.array([list(facts).index(names[fact]) for fact in facts])) == {}
     assert found.control is not None and plain.control is not None
     np.testing.assert_allclose(found.control.interval, plain.control.interval)
 
@@ -105,6 +106,42 @@ def test_partners_that_share_a_prompt_are_one() -> None:
     both = Facts.of(facts, shown, (facts, shown))
     again = with_control(values, null, both, {}, "x", bounds=(0.0, 1.0), partners=partners)
     assert again.control is not None and again.control.interval == found.control.interval
+
+
+@pytest.mark.parametrize(("prompts", "each"), [(20, 2), (15, 4)])
+def test_prompts_that_several_facts_share_are_drawn_as_partners(prompts: int, each: int) -> None:
+    """Each fact is partner once, its prompt of several: what is said there stands in all their controls."""
+    fact = np.arange(prompts * each)
+    shown, facts = fact // each, fact.astype(str)
+    held, named = [], 0
+    for seed in range(120):
+        rights = Rights.of(facts, [(one,) for one in facts], shown.tolist())
+        partner = derangement(facts, np.zeros(len(fact)), seed=seed, rights=[rights])
+        column = partner_column(facts, partner, shown)
+        named += bool(column)
+        generator = np.random.default_rng(seed)
+        null = generator.normal(size=prompts)[shown[partner]] + 0.1 * generator.normal(size=len(fact))
+        found = with_control(null, null, Facts.of(facts, shown.astype(str)), {}, "x", partners=column.get(PARTNER))
+        assert found.control is not None
+        held.append(found.control.interval[0] < 0 < found.control.interval[1])
+    assert named > 100 and np.mean(held) > 0.88, (named, np.mean(held))
+
+
+@pytest.mark.parametrize("bounds", [None, (0.0, 1.0)])
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize("strays", [0, 1])
+def test_controls_that_nearly_all_ask_about_one_fact_have_no_interval(
+    bounds: tuple[float, float] | None, binary: bool, strays: int
+) -> None:
+    facts, partners = np.arange(60).astype(str), np.array(["59"] * 60)
+    partners[59 - strays + 1 :] = "0"
+    values, null = np.random.default_rng(0).random((2, 60))
+    if binary:
+        values, null = values.round(), null.round()
+    found = with_control(values, null, facts, {}, "x", bounds=bounds, binary=binary, partners=partners)
+    assert found.control is not None and found.excess is not None
+    assert np.isnan([*found.control.interval, found.excess.low, found.excess.high]).all()
+    assert found.undefined == {f"{ONE_ASKED} (control)": 60, ONE_ASKED: 60} and np.isfinite(found.estimate.low)
 
 
 def test_few_partners_are_said() -> None:
