@@ -45,7 +45,7 @@ BESIDE = {
     "_untrained": ("reverse, untrained twin", OKABE_ITO["purple"]),
     "_evidence": ("reverse, other evidence", OKABE_ITO["green"]),
 }
-CONTROL = "control: another fact asked"
+CONTROL = "control: facts shuffled"
 
 
 @dataclass(frozen=True)

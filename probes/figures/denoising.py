@@ -76,7 +76,7 @@ def _curves(reading: Drawable) -> go.Figure:
         figure.add_trace(band(x, numbers["low"], numbers["high"], colour, showlegend=False))
         null = numbers.get("control", [math.nan] * len(x))
         if "control" in numbers:
-            name = f"{direction}: another fact asked" + " (undefined)" * all(map(math.isnan, null))
+            name = f"{direction}: facts shuffled" + " (undefined)" * all(map(math.isnan, null))
             figure.add_trace(dashed(x, null, faded(colour, 0.75), hoverinfo="skip", name=name))
         words = zip(x, numbers["value"], numbers["low"], numbers["high"], null, rows["n"], strict=True)
         hover = [f"{direction}, step {at}: {interval_text(*found)}, n = {n:,}" for at, *found, n in words]

@@ -16,7 +16,8 @@ from .estimators import Measured, with_control
 from .intervals import FRACTION, mean_intervals
 from .resampling import SHOWN_IN, Facts
 
-CONTROL = "the target where another fact is asked about, at the same positions and steps"
+# Of readings of before too, which priced another fact's target at the pair's own query.
+CONTROL = "the target of one fact where another is asked about, at the same positions and steps"
 NOT_WRITTEN = "nothing was written in these steps"
 
 

@@ -9,7 +9,8 @@ from .estimators import Measured, reasons, with_control
 from .partners import partners_of_pairs
 from .resampling import Facts
 
-METHOD = "the target read from the states of another fact's query"
+# Of readings of before too, which read another fact's target from the pair's own states.
+METHOD = "the target of one fact where another of the group is asked about"
 
 
 def logit_lens(frame: pd.DataFrame, seed: int, control: bool = True) -> Measured:

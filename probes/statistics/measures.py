@@ -1,4 +1,4 @@
-"""Which estimator makes the number of which probe, and what a row of its frame is told by."""
+"""Which estimator makes the number of which probe, what tells its rows apart, and what older tables call theirs."""
 
 from __future__ import annotations
 

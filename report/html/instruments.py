@@ -169,9 +169,8 @@ _ALL = (
         "denoising",
         "Denoising",
         "Denoising",
-        "The target's probability while the model fills the hidden tokens in step by step, beside the same where "
-        "another fact is asked about (control), and which layers look at the evidence meanwhile; bands: 95 % intervals "
-        "over facts.",
+        "The target's probability while the model fills the hidden tokens in step by step, beside the same with "
+        "facts shuffled (control), and which layers look at the evidence meanwhile; bands: 95 % intervals over facts.",
         "No run has a trace of denoising.",
         {
             "steps": Drawing("denoising_trace", "probability over the steps"),
@@ -184,7 +183,7 @@ _ALL = (
         "Logit lens",
         "Lens",
         "What the residual stream says of the target after each layer, read by the model's own unembedding, beside "
-        "the same where another fact is asked about (control); bands: 95 % intervals over facts.",
+        "the same with facts shuffled (control); bands: 95 % intervals over facts.",
         "No run has a reading of the logit lens.",
         {
             "layers": Drawing("logit_lens", "by layer, both directions"),

@@ -78,8 +78,7 @@ ABOUT_PAPER = (
     "nothing is answered backwards, forward is higher by itself. mini-mlm has no counterpart."
 )
 ABOUT_RANKS = (
-    "Reverse questions about trained facts at the last step. Control: facts shuffled (of another fact's answer; "
-    "in runs begun since, of the right one where another fact is asked); chance: "
+    "Reverse questions about trained facts at the last step. Control: the rank with facts shuffled; chance: "
     "right candidates over all, per cent. A candidate is an entity, as likely as the likeliest text that names it; "
     "where their number is one of texts, each text is one, as in the first runs: of Parent-Child each names another "
     "entity, elsewhere the right one in other words may stand ahead of the right answer. Held-out facts ranked first "

@@ -529,7 +529,7 @@ def test_a_saved_trace_comes_back_and_is_drawn(tmp_path):
     assert again.value == reading.value and again.undefined == reading.undefined
     curves = again.plot()
     names = {trace.name for trace in curves.data}
-    assert {"forward", "reverse", "forward: another fact asked (undefined)"} <= names, "the facts differ in length"
+    assert {"forward", "reverse", "forward: facts shuffled (undefined)"} <= names, "the facts differ in length"
     shown = steps_table(reading.frame).query("direction == 'reverse'")["value"].tolist()
     (line,) = [trace for trace in curves.data if trace.name == "reverse"]
     assert list(line.y) == pytest.approx(shown, nan_ok=True)

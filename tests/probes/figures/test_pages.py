@@ -112,7 +112,7 @@ def test_a_line_without_a_number_is_called_undefined_in_the_legend() -> None:
     model = tiny_radd("rope", n_layers=2, n_heads=2)
     pairs = pairs_at((1, 4), (4, 1), count=1)
     for figure in (rp.trace_denoising(model, pairs).plot(), rp.probe_logit_lens(model, pairs).plot()):
-        for line in (line for line in figure.data if line.name and "another fact asked" in line.name):
+        for line in (line for line in figure.data if line.name and "facts shuffled" in line.name):
             assert line.name.endswith(" (undefined)"), line.name
         assert not re.search("undefined", next(one.name for one in figure.data if one.name == "reverse"))
 

@@ -43,6 +43,24 @@ def test_few_partners_of_many_facts_are_drawn_too() -> None:
     assert (together > 0.88).all(), together
 
 
+def test_few_partners_of_many_facts_are_drawn_too_where_answers_are_right_or_wrong() -> None:
+    """Exact match: each query has its own chance that an answer is said there, and most are said always or never."""
+    facts, held_by = np.arange(COMMON + RARE).astype(str), []
+    for seed in range(200):
+        generator, partner = np.random.default_rng(seed), partners_where_one_target_is_common(seed)
+        chance = generator.beta(0.6, 0.6, 60)
+        null, values = generator.random(60) < chance[partner], generator.random(60) < 0.8
+        row = []
+        for names in (None, facts[partner]):
+            found = with_control(values * 1.0, null * 1.0, facts, {}, "x", binary=True, partners=names)
+            assert found.control is not None and found.excess is not None
+            row += [found.control.interval[0] <= 0.5 <= found.control.interval[1]]
+            row += [found.excess.low <= 0.3 <= found.excess.high]
+        held_by.append(row)
+    apart, together = np.mean(held_by, axis=0).reshape(2, 2)
+    assert (apart < 0.88).all() and (together > 0.92).all(), (apart, together)
+
+
 def test_the_two_ways_are_joined_as_variances_are() -> None:
     """A mean without bounds, as many facts and partners: the reach from three sums of squares, by hand."""
     generator = np.random.default_rng(3)

@@ -247,7 +247,7 @@ def test_one_denoising_step_shows_its_control(filled: RunsFolder) -> None:
     reading = filled.reading(filled.run(MASKED), "denoising_trace", 4, "raw")
     one = reading.part(reading.frame[reading.frame["step"] == 1])
     figure = drawn(one, INSTRUMENTS["denoising"].drawings["steps"])
-    controls = [trace for trace in figure.data if "another fact asked" in str(trace.name)]
+    controls = [trace for trace in figure.data if "facts shuffled" in str(trace.name)]
     assert len(controls) == 2 and {trace.mode for trace in controls} == {"markers"}
 
 
