@@ -113,7 +113,8 @@ ABOUT_ABLATIONS = (
 )
 ABOUT_METHODS = (
     "Two models, P2C and D2P; smdm and differ are recipes of masked models, so mini-llama has none of them. LoRA "
-    f"is the main table's cell; the steps of a recipe in epochs are its own. {WRONG}"
+    "is the main table's cell; the steps of a recipe in epochs are its own. Begins with it: the looser score of "
+    f"*Answers that go on*. {WRONG}"
 )
 ABOUT_MODELS = (
     "What the small models learned before, on other people. Told facts, asked in both directions; untold facts are the "

@@ -63,12 +63,16 @@ def begins(found: Section6) -> Rows:
         row = {"trained on": trained.words}
         for model in TABLE_MODELS:
             cell = main_cell(model, trained)
-            for asked, short in SIDES.items():
-                known, none = seed_rows(found, cell, asked, table="begins"), lacking(found, cell, at_last)
-                missing = "not collected" if none == NOT_ASKED else none
-                row[f"{model} {short}"] = cell_words(found, cell, asked, table="begins") if known else missing
+            row |= {f"{model} {short}": _begins(found, cell, asked) for asked, short in SIDES.items()}
         rows.append(row)
     return rows
+
+
+def _begins(found: Section6, cell: Cell, asked: str) -> str:
+    if seed_rows(found, cell, asked, table="begins"):
+        return cell_words(found, cell, asked, table="begins")
+    none = lacking(found, cell, at_last)
+    return "not collected" if none == NOT_ASKED else none
 
 
 def _step(step: int | None) -> float | None:
@@ -291,6 +295,7 @@ def methods(found: Section6) -> Rows:
             row = {"trained on": f"{cell.dataset} ({cell.direction})", "model": cell.model}
             row |= {"method": cell.variant or "lora", "steps": _steps(found, cell)}
             row |= {SIDES[asked]: cell_words(found, cell, asked) for asked in SIDES}
+            row |= {"Fwd., begins with it": _begins(found, cell, "forward")}
             row |= _at_reached(found, cell)
             row |= {"floor, reverse": cell_words(found, cell, "reverse", "heldout")}
             row |= {"ranked first backwards": cell_words(found, cell, "reverse", table="ranks")}

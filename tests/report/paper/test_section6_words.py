@@ -120,6 +120,21 @@ def test_both_readings_stand_in_the_tables_of_the_recipe_and_the_methods(whole: 
     assert any("seeds" in row["reverse at 90 %"] for row in methods(whole))
 
 
+def test_methods_are_scored_by_how_a_decoding_begins_where_that_is_known(whole: Section6) -> None:
+    """Exact match alone would say of D2P that a method has not taught what most decodings begin with."""
+    known = whole.answers["variant"] == "answer-only"
+    looser = {"begins": 0.25, "begins_low": 0.125, "begins_high": 0.5}
+    answers = whole.answers.assign(**{name: np.where(known, value, np.nan) for name, value in looser.items()})
+    told = {
+        (row["model"], row["method"]): row["Fwd., begins with it"] for row in methods(replace(whole, answers=answers))
+    }
+    assert {method for _, method in told} == {"lora", "full", "smdm", "differ", "answer-only"}
+    assert all(words.startswith("25.0 ") == (method == "answer-only") for (_, method), words in told.items())
+    assert {words for (_, method), words in told.items() if method != "answer-only"} == {"not collected"}
+    gone = whole.runs.assign(status="not run")
+    assert {row["Fwd., begins with it"] for row in methods(replace(whole, runs=gone))} == {"not run"}
+
+
 def test_a_run_that_is_not_in_has_not_failed_to_learn() -> None:
     """Of three seeds one is in, and below 90 %: nothing is known of the others."""
 
