@@ -274,6 +274,7 @@ def test_the_sdist_holds_everything_that_is_committed(built: Path, root: Path) -
     assert not extra, f"the sdist holds what no commit does: {sorted(extra)}"
 
 
+@pytest.mark.long
 def test_an_installed_wheel_runs_and_brings_its_examples(built: Path, tmp_path: Path) -> None:
     """Away from the checkout: `python -m revprobe` answers from the wheel, and the examples resolve by name."""
     site = tmp_path / "site"

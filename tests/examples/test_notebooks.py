@@ -110,7 +110,7 @@ def test_it_runs_without_error_or_warning(rerun, name):
     assert printed(done, "stderr") == ""
 
 
-@pytest.mark.parametrize("name", SIZED)
+@pytest.mark.parametrize("name", rest_long(SIZED))
 def test_the_committed_outputs_are_those_of_these_cells_at_the_full_size(stored, rerun, name):
     """Stale outputs turn this red: cell by cell the same texts, figures and tables, and the full number of steps."""
     old, new = stored(name), rerun(name)
@@ -123,7 +123,7 @@ def test_the_committed_outputs_are_those_of_these_cells_at_the_full_size(stored,
     assert full["STEPS"] > small["STEPS"] and full["WIDTH"] > small["WIDTH"]
 
 
-@pytest.mark.parametrize("name", SIZED)
+@pytest.mark.parametrize("name", rest_long(SIZED))
 def test_a_sized_notebook_shows_readings_with_interval_n_and_control(rerun, name):
     """No number alone: every table of readings has them, and every figure says what its bars or bands are."""
     tables = [shown(o) for cell in code(rerun(name)) for o in cell.outputs if shown(o)[0] == "table"]
@@ -136,6 +136,7 @@ def test_a_sized_notebook_shows_readings_with_interval_n_and_control(rerun, name
             assert re.search(r"95 %|control", figure), f"no interval and no control: {figure[:300]}"
 
 
+@pytest.mark.long
 def test_four_models_print_three_readings_each_and_the_bridge_agrees(rerun):
     done = rerun(ANY_MODEL)
     text = printed(done)

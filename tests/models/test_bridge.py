@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from long_cases import rest_long
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -54,7 +55,7 @@ def test_logits_and_pattern_are_the_models_own_also_when_padded(name):
         assert (pattern[1, :, :3, 3:] < 1e-6).all(), "padding is attended to"
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", rest_long(MODELS, 2))
 def test_probes_read_the_same_numbers_through_the_bridge(name):
     """Scores come from `hook_attn_scores` there and from the SDPA call here."""
     model = MODELS[name]()
@@ -79,7 +80,7 @@ def test_the_bridge_shares_weights_and_leaves_the_model_alone():
     torch.testing.assert_close(bridge(ids)[..., :53], model.logits(ids)[..., :53], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", rest_long(MODELS, 2))
 def test_a_bare_bridge_says_what_it_is(name):
     """Objective, mask token and shift are found out through the model inside it."""
     model = MODELS[name]()
@@ -143,7 +144,7 @@ def test_all_three_readings_are_the_same_through_the_bridge(name):
         assert theirs.interval == pytest.approx(ours.interval, abs=1e-3), ours.name
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", rest_long(MODELS, 2))
 def test_gradients_through_the_bridge_are_those_of_the_model(name):
     """TransformerLens applies a LayerNorm's weight without calling the LayerNorm: its parent answers for it."""
     model = MODELS[name]()

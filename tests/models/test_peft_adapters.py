@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from long_cases import rest_long
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
@@ -83,7 +84,7 @@ def cosine(module: nn.Module, pair: ReversalPair, names: set[str]) -> float:
     return dot(one, other) / (dot(one, one) * dot(other, other)) ** 0.5
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", rest_long(KINDS, 4))
 def test_a_folder_is_the_base_with_its_adapter(kind, tmp_path: Path):
     base = llama()
     base.save_pretrained(tmp_path / "base")
@@ -130,7 +131,7 @@ def test_a_limit_leaves_room_for_the_virtual_tokens():
     assert "virtual" in str(rp.diagnose(model).table["check"].tolist())
 
 
-@pytest.mark.parametrize("kind", ["LoRA", "IA3", "OFT", "prompt", "p-tuning"])
+@pytest.mark.parametrize("kind", rest_long(["LoRA", "IA3", "OFT", "prompt", "p-tuning"], 2))
 def test_a_callback_probes_the_model_that_is_trained(kind, tmp_path: Path):
     """Not its base, and under the names that a reading of the folder has."""
     module, asked = adapted(kind, llama()), pairs()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from long_cases import rest_long
 
 import tiny
 from revprobe import (
@@ -378,7 +379,7 @@ def trained() -> ProbedModel:
     return model
 
 
-@pytest.mark.parametrize("state", ["rope", "absolute", "trained"])
+@pytest.mark.parametrize("state", rest_long(["rope", "absolute", "trained"]))
 def test_with_facts_deranged_the_correlation_and_the_excess_hold_zero(state, request):
     """Twenty derangements. A 95 % interval over 26 facts misses zero more often than once in twenty, for two known
     reasons: the percentile bootstrap is short at this n, and a deranged control meets a true pair once in 25.

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from long_cases import rest_long
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -75,7 +76,7 @@ def of_sources(model: rp.ProbedModel, **options: Any) -> dict[str, float]:
     return {str(source): value / len(PAIRS) for source, value in summed.items()}
 
 
-@pytest.mark.parametrize("size", [None, 1])
+@pytest.mark.parametrize("size", rest_long([None, 1]))
 @pytest.mark.parametrize("named", [True, False], ids=["named", "unnamed"])
 @pytest.mark.parametrize(
     ("first", "second"), [*((way, "module") for way in WAYS), *(("module", way) for way in WAYS if way != "module")]

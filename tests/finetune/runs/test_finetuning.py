@@ -144,6 +144,7 @@ def test_a_config_that_differs_is_refused(runs: dict[str, FinetuneRun]) -> None:
         fine_tune(config(whole_entity=True), runs["llada"].path)
 
 
+@pytest.mark.long
 def test_training_learns_the_forward_direction_of_an_arm(tmp_path: Path) -> None:
     """The loss that is minimised is the right one, through the adapter alone."""
     text = CONFIG.replace("d_model: 16", "d_model: 64").replace("steps: 4, facts: 8", "steps: 250, facts: 12")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from long_cases import rest_long
 from torch import Tensor
 
 from revprobe.finetune.config.one_layer import DIALS, RunConfig
@@ -246,7 +247,7 @@ def test_a_copy_that_was_cut_off_is_made_again_and_ends_at_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    "changed", [{"learning_rate": 2e-3}, {"seed": 1}, {"negatives": "mirror"}, {"schedule": "cosine"}]
+    "changed", rest_long([{"learning_rate": 2e-3}, {"seed": 1}, {"negatives": "mirror"}, {"schedule": "cosine"}])
 )
 def test_a_run_that_is_another_before_the_switch_gives_nothing(changed: dict[str, Any], tmp_path: Path) -> None:
     train(config("parent"), tmp_path / "parent")
@@ -257,13 +258,16 @@ def test_a_run_that_is_another_before_the_switch_gives_nothing(changed: dict[str
 
 @pytest.mark.parametrize(
     ("of_parent", "of_child", "goes_on"),
-    [
-        ({}, {"answers": {"every": 3}}, False),
-        ({"answers": {"every": 3}}, {"answers": {"every": 3}}, True),
-        ({"answers": {"every": 3}}, {"answers": {"every": 2}}, False),
-        ({"answers": {"every": 1}}, {"answers": {"every": 3}}, True),
-        ({"answers": {"every": 3}}, {}, True),
-    ],
+    rest_long(
+        [
+            ({}, {"answers": {"every": 3}}, False),
+            ({"answers": {"every": 3}}, {"answers": {"every": 3}}, True),
+            ({"answers": {"every": 3}}, {"answers": {"every": 2}}, False),
+            ({"answers": {"every": 1}}, {"answers": {"every": 3}}, True),
+            ({"answers": {"every": 3}}, {}, True),
+        ],
+        2,
+    ),
 )
 def test_a_run_without_the_answers_that_are_asked_for_gives_nothing(
     of_parent: dict[str, Any], of_child: dict[str, Any], goes_on: bool, tmp_path: Path

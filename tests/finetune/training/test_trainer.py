@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from long_cases import rest_long
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -142,7 +143,7 @@ def test_accumulated_micro_batches_draw_masks_of_their_own_and_are_averaged(tmp_
         assert torch.allclose(trained, by_hand - 0.5 * by_hand.grad, atol=1e-6), name
 
 
-@pytest.mark.parametrize("family", ["radd", "gpt2"])
+@pytest.mark.parametrize("family", rest_long(["radd", "gpt2"]))
 def test_training_learns_the_forward_direction(tmp_path: Path, family: str) -> None:
     """The loss that is minimised is the right one: the trained direction is answered."""
     steps = 500
@@ -168,6 +169,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_explained(tmp_path: Path
 # ---- seeds ----
 
 
+@pytest.mark.long
 def test_equal_configs_give_equal_bytes_and_another_seed_does_not(tmp_path: Path) -> None:
     first, again = train(config(), tmp_path / "a" / "tiny"), train(config(), tmp_path / "b" / "tiny")
     assert len(files(first)) == 3 * 3 * 2
@@ -235,7 +237,7 @@ class Vandal(ProbeCallback):
 
 
 @pytest.mark.parametrize("callback", [ProbeCallback, Vandal])
-@pytest.mark.parametrize("family", ["radd", "gpt2"])
+@pytest.mark.parametrize("family", rest_long(["radd", "gpt2"]))
 def test_training_ends_at_the_same_bits_with_and_without_probing(
     tmp_path: Path, family: str, callback: type[ProbeCallback]
 ) -> None:

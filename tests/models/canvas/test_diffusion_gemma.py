@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from long_cases import rest_long
 from safetensors.torch import load_file, save_file
 from slow_gemma import SlowGemma
 from torch import Tensor
@@ -136,7 +137,7 @@ def test_scores_equal_the_references_decoder_and_encoder_in_every_layer_and_head
         assert torch.equal(seen[0].sum(-1), sizes), "a sliding layer sees the last six"
 
 
-@pytest.mark.parametrize("seed", range(7))
+@pytest.mark.parametrize("seed", rest_long(range(7), 3))
 @torch.no_grad()
 def test_random_sizes_equal_a_slow_forward_and_transformers(tmp_path: Path, seed: int) -> None:
     """Prompts longer and shorter than the window, canvases shorter than the model's, of its length and longer."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from long_cases import rest_long
 from torch import Tensor
 from transformers import DiffusionGemmaForBlockDiffusion
 
@@ -456,7 +457,7 @@ def test_transformers_class_wrapped_by_itself_is_refused_as_random() -> None:
         rp.ProbedModel(native(), objective="masked", mask_token_id=5, logit_shift=0)
 
 
-@pytest.mark.parametrize("prompt", [0, 2])
+@pytest.mark.parametrize("prompt", rest_long([0, 2]))
 def test_controls_of_a_canvas_stay_on_it_and_are_means_over_draws(prompt: int) -> None:
     """The token beside evidence or target, asked by hand; the prompt, which no query asks for, is none to ask for."""
     model, given = loaded(), pairs(prompt=prompt)

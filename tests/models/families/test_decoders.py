@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from long_cases import rest_long
 from safetensors.torch import load_file
 from slow_decoder import draw_checkpoint, pick, slow_logits, write_checkpoint
 from torch import Tensor
@@ -28,7 +29,7 @@ def checkpoint(folder: Path, model_type: str, seed: int) -> tuple[dict[str, Tens
     return weights, config, config["vocab_size"] - 2, block
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", rest_long(range(5), 2))
 @pytest.mark.parametrize("model_type", TYPES)
 @torch.no_grad()
 def test_any_size_equals_a_slow_decoder(model_type: str, seed: int, tmp_path: Path) -> None:

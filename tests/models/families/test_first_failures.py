@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_files import INDEX, WHOLE, copied, in_shards, set_in_config, settings
+from long_cases import rest_long
 from safetensors.torch import load_file, save_file
 
 import revprobe as rp
@@ -295,7 +296,7 @@ def test_one_pickled_file_by_its_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kernel", ["flash_attention_2", "flex_attention", "flash_attention_3", "kernels-community/flash-attn"]
+    "kernel", rest_long(["flash_attention_2", "flex_attention", "flash_attention_3", "kernels-community/flash-attn"])
 )
 @pytest.mark.parametrize("name", WITH_CONFIG)
 def test_a_config_that_asks_for_flash_or_flex_attention_loads_with_sdpa(name: str, kernel: str, tmp_path: Path) -> None:
@@ -320,7 +321,7 @@ def test_so_does_a_plain_transformers_folder(kernel: str, tmp_path: Path) -> Non
 IDS = torch.tensor([[3, 17, 42, 8, 99, 5, 60, 12, 7]])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", rest_long([torch.bfloat16, torch.float16]))
 @pytest.mark.parametrize("name", CASES)
 def test_the_checkpoints_dtype_is_kept(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     folder = copied(name, tmp_path / "model")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_files import copied, refusal, rewrite, set_in_config
+from long_cases import rest_long
 from plain_gradients import worst_product_error
 from safetensors.torch import load_file
 from slow_decoder import pick, write_checkpoint
@@ -147,7 +148,7 @@ def trained(i: int, j: int, length: int, size: int) -> bool:
     return j >= length and other <= own
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", rest_long(range(6), 2))
 @torch.no_grad()
 def test_any_size_equals_a_slow_decoder(seed: int, tmp_path: Path) -> None:
     config, block = drawn_config(seed), 3 + seed % 3

@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from long_cases import rest_long
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -261,7 +262,7 @@ def test_every_family_says_where_its_tokenizer_is_but_those_without_a_published_
     assert [one.name for one in FAMILIES if one.tokenizer_source is None] == ["A2D Llama"]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", rest_long(CASES, 5))
 @pytest.mark.parametrize("give", ["folder", "text", "object"])
 def test_a_tokenizer_from_elsewhere_makes_pairs_of_text(name: str, give: str, tmp_path: Path) -> None:
     """Answers equal those of the same ids written down."""
@@ -300,7 +301,7 @@ def test_a_name_that_has_no_tokenizer_and_a_file_are_one_line(tmp_path: Path) ->
 # --- as many tokens as rows, or fewer --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", rest_long(CASES, 5))
 @pytest.mark.parametrize("give", [True, False], ids=["given", "own"])
 def test_a_tokenizer_with_more_tokens_than_rows_is_refused_and_one_with_fewer_is_not(
     name: str, give: bool, tmp_path: Path

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from long_cases import rest_long
 
 import revprobe as rp
 from revprobe.models.bases.configs import LLaDAConfig
@@ -152,7 +153,9 @@ def scattered(count=6, length=13, wide=3):
 
 
 @every_model
-@pytest.mark.parametrize("options", [{}, {"steps": 2}, {"block_length": 2}, {"remasking": "margin"}], ids=str)
+@pytest.mark.parametrize(
+    "options", rest_long([{}, {"steps": 2}, {"block_length": 2}, {"remasking": "margin"}]), ids=str
+)
 def test_a_trace_is_what_the_slow_loop_sees_step_by_step(name, options):
     """Scattered targets in padded batches against one query at a time: a row, a step, a mask or a mean that is off by
     anything turns this red.
