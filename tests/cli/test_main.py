@@ -400,7 +400,6 @@ def test_a_sweep_passes_on_what_its_runs_note(cli: Cli, tmp_path: Path) -> None:
     assert "arm-l4-s0: note: " in out and "1 missing readings were taken from their checkpoints" in out
 
 
-@pytest.mark.long
 def test_ctrl_c_stops_a_sweep_and_its_children(tmp_path: Path) -> None:
     """Children left behind would write beside the next attempt."""
     (tmp_path / "grid.yaml").write_text(SWEEP.replace("steps: 12", "steps: 100000").replace("every: 6", "every: 50000"))

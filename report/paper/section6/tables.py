@@ -69,6 +69,7 @@ def begins(found: Section6) -> Rows:
 
 
 def _begins(found: Section6, cell: Cell, asked: str) -> str:
+    """The looser score of a cell at its last step, or whether it was not collected or not run."""
     if seed_rows(found, cell, asked, table="begins"):
         return cell_words(found, cell, asked, table="begins")
     none = lacking(found, cell, at_last)

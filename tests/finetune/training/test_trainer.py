@@ -169,7 +169,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_explained(tmp_path: Path
 # ---- seeds ----
 
 
-@pytest.mark.long
 def test_equal_configs_give_equal_bytes_and_another_seed_does_not(tmp_path: Path) -> None:
     first, again = train(config(), tmp_path / "a" / "tiny"), train(config(), tmp_path / "b" / "tiny")
     assert len(files(first)) == 3 * 3 * 2

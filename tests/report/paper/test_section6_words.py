@@ -131,6 +131,9 @@ def test_methods_are_scored_by_how_a_decoding_begins_where_that_is_known(whole: 
     assert {method for _, method in told} == {"lora", "full", "smdm", "differ", "answer-only"}
     assert all(words.startswith("25.0 ") == (method == "answer-only") for (_, method), words in told.items())
     assert {words for (_, method), words in told.items() if method != "answer-only"} == {"not collected"}
+    first = answers.assign(begins=answers["begins"].where(answers["seed"] == SEEDS[0]))
+    told = {row["method"]: row["Fwd., begins with it"] for row in methods(replace(whole, answers=first))}
+    assert told["answer-only"].startswith("25.0 [") and f"{len(SEEDS) - 1} missing" in told["answer-only"]
     gone = whole.runs.assign(status="not run")
     assert {row["Fwd., begins with it"] for row in methods(replace(whole, runs=gone))} == {"not run"}
 
